@@ -1,0 +1,1 @@
+"""Configuration: floor 0, free of jax."""

@@ -1,0 +1,224 @@
+"""The configuration of a run as frozen dataclasses: every key, its type, unit and documentation.
+
+This file is the only place where a key is declared. Loading and checking live in `load.py`,
+published architectures in `presets.py`. Importing this package must not import jax.
+
+A key without a default must be set by the config file: no number that changes the loss has a default.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+ComputeDtype = Literal["bfloat16", "float32"]
+Schedule = Literal["cosine", "linear", "wsd", "constant"]
+Remat = Literal["none", "full", "dots", "save_attention", "save_qkv"]
+AttentionImpl = Literal["auto", "xla", "blocked", "cudnn", "splash"]
+
+
+def key(doc: str, **default: Any) -> Any:
+    """A config key with its documentation, as `--help` prints it."""
+    return dataclasses.field(metadata={"doc": doc}, **default)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama-3.1's frequency scaling of the rotary embedding (`rope_type: llama3`)."""
+
+    factor: float = key("how much longer than the original context the model reads")
+    low_freq_factor: float = key("wavelengths above original length / this are slowed")
+    high_freq_factor: float = key("wavelengths below original length / this stay")
+    original_max_seq_len: int = key("context, in tokens, that the unscaled model was trained with")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture: what a checkpoint fixes for ever."""
+
+    name: str = key("name of the preset, for people; changes nothing", default="")
+    vocab_size: int = key("V: number of tokens in the embedding and the head")
+    hidden_size: int = key("D: width of the residual stream")
+    intermediate_size: int = key("F: width of the feed-forward layer")
+    num_layers: int = key("L: number of blocks")
+    num_heads: int = key("N: number of query heads")
+    num_kv_heads: int = key("K: number of key and value heads; divides num_heads")
+    head_size: int = key("H: width of one head; even")
+    rope_theta: float = key("base of the rotary embedding")
+    rope_scaling: RopeScaling | None = key(
+        "Llama-3.1 scaling of the rotary embedding, or none", default=None
+    )
+    norm_eps: float = key("epsilon of RMSNorm")
+    tie_embeddings: bool = key("whether the head is the transposed embedding")
+    init_std: float = key("standard deviation of the normal initial weights")
+    max_seq_len: int = key("longest sequence, in tokens, that the architecture is meant for")
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The legend: size of each dimension letter of a weight."""
+        return {
+            "V": self.vocab_size, "D": self.hidden_size, "F": self.intermediate_size, "L": self.num_layers,
+            "N": self.num_heads, "K": self.num_kv_heads, "H": self.head_size,
+        }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Number of devices along each mesh axis; one may be -1: all the devices that are left."""
+
+    data: int = key("replicas that see different samples and hold the same weights", default=1)
+    fsdp: int = key(
+        "shards of parameters, gradients and optimizer state; also splits the batch", default=1
+    )
+    sequence: int = key(
+        "shards of the sequence (context parallelism); reserved: must be 1", default=1
+    )
+    tensor: int = key(
+        "shards of heads, feed-forward and vocabulary; keep it inside a node", default=1
+    )
+    stage: int = key("pipeline stages; reserved: must be 1", default=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and in which order."""
+
+    path: str = key(
+        "directory written by `llamajax.prepare`; several, separated by commas, are mixed"
+    )
+    weights: tuple[float, ...] | None = key(
+        "share of the samples drawn from each of several paths; none: in proportion to their tokens",
+        default=None,
+    )
+    seq_len: int = key("T: tokens a sample; chosen here, not at preparation")
+    global_batch_size: int = key(
+        "samples an optimizer step, over all devices and accumulation steps"
+    )
+    shuffle: bool = key(
+        "whether samples are drawn in a random order, a new one each epoch", default=True
+    )
+    seed: int = key("seed of the order of the samples")
+    mask_documents: bool = key(
+        "whether attention and positions stop at the borders of documents packed into one sample",
+        default=True,
+    )
+    num_threads: int = key("reader threads; changes speed only", default=2)
+    prefetch_batches: int = key("batches held ready; changes speed only", default=4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with bias correction on fp32 master weights, after clipping by the global norm."""
+
+    learning_rate: float = key("peak learning rate")
+    warmup_steps: int = key("steps of linear warm-up from 0")
+    schedule: Schedule = key("shape of the learning rate after warm-up")
+    decay_steps: int | None = key("wsd only: steps of the final linear decay", default=None)
+    final_learning_rate: float = key("learning rate at the last step (unused by constant)")
+    beta1: float = key("decay of Adam's first moment")
+    beta2: float = key("decay of Adam's second moment")
+    epsilon: float = key("Adam's epsilon, added outside the square root")
+    weight_decay: float = key("decoupled decay of matrices; norms are never decayed")
+    clip_norm: float | None = key("largest global norm of the gradient; none: no clipping")
+    moment_dtype: ComputeDtype = key(
+        "dtype of Adam's first moment (the second is always fp32)", default="float32"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How the step computes, and how long it runs."""
+
+    steps: int = key("optimizer steps of the whole run")
+    seed: int = key("seed of the initial weights")
+    dtype: ComputeDtype = key(
+        "dtype of the matrix products; weights, moments, norms, softmax and loss stay fp32"
+    )
+    init_from: str | None = key(
+        "directory of weights to start from; none: random weights", default=None
+    )
+    accumulation_steps: int = key(
+        "microbatches a step; the loss is that of the whole batch", default=1
+    )
+    remat: Remat = key(
+        "what a block keeps for the backward pass; changes memory and speed only", default="full"
+    )
+    attention: AttentionImpl = key(
+        "attention kernel; auto: the first that this backend supports", default="auto"
+    )
+    loss_chunk_tokens: int = key("tokens whose logits exist at one time on a device", default=512)
+    z_loss: float = key(
+        "weight of the squared log-partition; logged as z_loss, never part of loss", default=0.0
+    )
+    log_every: int = key("steps between rows of metrics", default=1)
+    eval_every: int = key(
+        "steps between evaluations on the validation split; 0: only at the end", default=0
+    )
+    eval_batches: int | None = key("batches an evaluation; none: the whole split", default=None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters."""
+
+    rank: int = key("rank of the adapters; 0: train all weights", default=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is saved, and which checkpoints are kept."""
+
+    every_steps: int | None = key(
+        "steps between checkpoints; none: by minutes and at the end", default=None
+    )
+    every_minutes: float | None = key(
+        "minutes between checkpoints; none: by steps and at the end", default=15.0
+    )
+    keep: int = key("newest checkpoints to keep", default=3)
+    keep_every: int | None = key(
+        "also keep every checkpoint whose step is a multiple of this", default=None
+    )
+    asynchronous: bool = key("whether saving overlaps training", default=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackendConfig:
+    """Which machine runs it."""
+
+    name: str | None = key(
+        "JAX platform: cpu, cuda, tpu, or a plugin's; none: what JAX finds", default=None
+    )
+    plugin: str | None = key("path of a bare PJRT plugin library for `name`", default=None)
+    options: str | None = key("options of that plugin, as k=v,k=v", default=None)
+    num_cpu_devices: int | None = key(
+        "virtual devices of the cpu backend, to try a mesh without one", default=None
+    )
+    coordinator_address: str | None = key(
+        "HOST:PORT of process 0, the same on every node", default=None
+    )
+    num_processes: int | None = key("processes of the whole run", default=None)
+    process_id: int | None = key("rank of this process, from 0", default=None)
+    timeout_s: int = key("seconds to wait for the other processes", default=300)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MonitoringConfig:
+    """What is written for people."""
+
+    tensorboard: bool = key("whether to write tensorboard/ besides metrics.jsonl", default=True)
+    progress: Literal["auto", "bar", "lines", "none"] = key(
+        "bar on a terminal, lines in a log", default="auto"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig
+    mesh: MeshConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    lora: LoraConfig
+    checkpoint: CheckpointConfig
+    backend: BackendConfig
+    monitoring: MonitoringConfig
