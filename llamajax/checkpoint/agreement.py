@@ -1,0 +1,26 @@
+"""One verdict for all processes: what one of them finds wrong, all of them raise.
+
+Without it, the process that failed would go on alone and the others would wait for it.
+"""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+_MESSAGE_BYTES = 1024
+
+
+def agree(problem: str | None) -> str | None:
+    """The first problem that any process found, the same on all of them; None if there is none.
+
+    A collective: to be called by all processes, at the same point of the program.
+    """
+    if jax.process_count() == 1:
+        return problem
+    text = np.zeros(_MESSAGE_BYTES, np.uint8)
+    encoded = (problem or "").encode()[:_MESSAGE_BYTES]
+    text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    for row in np.asarray(multihost_utils.process_allgather(text)):
+        if found := bytes(row).rstrip(b"\0").decode(errors="replace"):
+            return found
+    return None

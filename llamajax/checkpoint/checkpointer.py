@@ -1,0 +1,293 @@
+"""Saving checkpoints in the background, and keeping the right ones.
+
+A save costs the step only the copy to the host. The rest (writing, checksums, commit, retention)
+happens in threads, and a failure there surfaces at the next call. All methods that write are to be
+called by all processes; the files that belong to all are written by process 0.
+"""
+
+import contextlib
+import json
+import logging
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from llamajax.checkpoint import manifest as manifests
+from llamajax.checkpoint.agreement import agree
+from llamajax.checkpoint.names import named_leaves
+from llamajax.checkpoint.restore import newest_step, read_meta, restore_state
+from llamajax.errors import UserError
+
+# Orbax's own default (20 minutes) is less than a 70B state takes on a slow disk.
+_TIMEOUT_S = 3 * 3600
+# How long a process that is done waits for the slowest; it then counts the save as failed.
+_BARRIER_TIMEOUT_MS = 600_000
+_SAVE_FAILURES = (OSError, ValueError, RuntimeError)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be saved: disk full, no permission, a vanished directory.
+
+    Earlier checkpoints are untouched, and the Checkpointer can be used again.
+    """
+
+
+class _DropOrbaxRecords(logging.Filter):
+    """Orbax logs each error, with tracebacks, from several threads; we report it once ourselves."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+
+def _reason(error: BaseException) -> str:
+    """The cause of a failed save on one line: the system's own words where they can be found."""
+    text = str(error).split(" [source locations=")[0].strip() or type(error).__name__
+    if found := re.search(r"\[OS error \d+: \w+ ([^\]]+)\]", text):
+        path = re.search(r'(?:local file|writing:?|[Pp]ath:?) "([^"]+)"', text)
+        return found.group(1) + (f" ({path.group(1)})" if path else "")
+    return text.splitlines()[0][:300]
+
+
+def _barrier() -> ocp.multihost.BarrierSyncFn:
+    wait_for_all = ocp.multihost.get_barrier_sync_fn()
+
+    def barrier(*, key: str, timeout_ms: int) -> None:
+        wait_for_all(key=key, timeout_ms=min(timeout_ms, _BARRIER_TIMEOUT_MS))
+
+    return barrier
+
+
+def _describe(leaf: Any) -> tuple[str, tuple[int, ...]]:
+    return str(leaf.dtype), tuple(leaf.shape)
+
+
+def _storable(name: str, leaf: Any) -> Any:
+    """The leaf as Orbax takes it: a jax or NumPy array. Typed PRNG keys are refused."""
+    if isinstance(leaf, jax.Array):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise TypeError(f"{name} is a typed PRNG key; keep jax.random.key_data() in the state")
+        return leaf
+    # A Python number is stored with the dtype that tracing would give it.
+    return np.array(leaf, dtype=jax.dtypes.result_type(leaf), copy=True)
+
+
+class Checkpointer:
+    """Saves the state of one run under a directory, one subdirectory a step.
+
+    directory: `checkpoints/`. keep: newest checkpoints kept. keep_every: checkpoints whose step is
+    a multiple of this are kept as well. asynchronous: whether `save` returns before the files are
+    written. Removes at once what a killed save left behind, so only the run itself may make one;
+    to read another run's checkpoints use `restore_state`.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, keep_every: int | None, asynchronous: bool):
+        if keep < 1:
+            raise UserError(f"checkpoint.keep is {keep}; at least 1 checkpoint must be kept")
+        if keep_every is not None and keep_every < 1:
+            raise UserError(f"checkpoint.keep_every is {keep_every}; it must be positive or none")
+        self.directory = Path(directory).absolute()
+        self.last_stall_s = 0.0
+        self._keep = keep
+        self._keep_every = keep_every
+        self._asynchronous = asynchronous
+        self._is_primary = jax.process_index() == 0
+        self._thread: threading.Thread | None = None
+        self._failure: str | None = None
+        self._unsettled = False
+        self._saving: int | None = None
+        self._pending: tuple[int, dict[str, tuple[str, tuple[int, ...]]], str] | None = None
+        self._filter = _DropOrbaxRecords()
+        logging.getLogger("absl").addFilter(self._filter)
+        if self._is_primary:
+            manifests.remove_leftovers(self.directory)
+        ocp.multihost.sync_global_processes("llamajax:checkpointer_start")
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(
+                # Trained weights are noise to a compressor: 10 % smaller for twice the time.
+                state=ocp.PyTreeCheckpointHandler(use_compression=False)
+            ),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=_TIMEOUT_S,
+                barrier_sync_fn=_barrier(),
+                post_finalization_callback=self._seal,
+                # An unwritable directory is then an error of save() itself.
+                create_directories_asynchronously=False,
+            ),
+        )
+
+    @property
+    def in_flight(self) -> int | None:
+        """The step whose checkpoint is being written now, or None."""
+        return self._saving if self._thread is not None and self._thread.is_alive() else None
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return manifests.complete_steps(self.directory)
+
+    def latest(self) -> int | None:
+        """The newest checkpoint, or None. UserError when the newest is damaged."""
+        return newest_step(self.directory)
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """What `save` was given as `meta`; cheap, needs no model. UserError when damaged."""
+        return read_meta(self.directory / str(step))
+
+    def restore(
+        self,
+        abstract_state: Any,
+        step: int | None = None,
+        *,
+        model: Mapping[str, Any] | None = None,
+    ) -> tuple[Any, dict[str, Any], int]:
+        """The state, the meta and the step of one checkpoint, the newest by default.
+
+        See `restore_state`. UserError when there is none, it is damaged, or of another model.
+        """
+        self.wait()
+        step = self.latest() if step is None else step
+        if step is None:
+            raise UserError(f"there is no checkpoint in {self.directory}")
+        directory = self.directory / str(step)
+        state = restore_state(directory, abstract_state, model=model)
+        return state, read_meta(directory), step
+
+    def save(self, step: int, state: Any, *, meta: Mapping[str, Any], wait: bool = False) -> None:
+        """Save `state` and `meta` together as the checkpoint of `step`.
+
+        Returns when the state is safe from being overwritten or donated: at once on the host,
+        after the copy on a device. Raises CheckpointError if this save fails at once, or if the
+        previous one failed in the background: then nothing is written, and the call may be
+        repeated. A step that is already there, complete, is not written again.
+        """
+        started = time.monotonic()
+        try:
+            self.wait()
+            if (self.directory / str(step)).exists():
+                self._accept_existing(step)
+                return
+            self._start(step, state, meta)
+            if wait or not self._asynchronous:
+                self.wait()
+        finally:
+            self.last_stall_s = time.monotonic() - started
+
+    def check(self) -> None:
+        """Raise the CheckpointError of a save that has failed in the background; never blocks.
+
+        Does nothing where there are several processes: they learn of failures together, in `wait`.
+        """
+        if jax.process_count() == 1 and self.in_flight is None:
+            self.wait()
+
+    def wait(self) -> None:
+        """Block until the save in progress is complete. Raises its CheckpointError."""
+        self._join()
+        failure, self._failure = self._failure, None
+        if self._unsettled:
+            self._unsettled = False
+            failure = agree(failure)
+        if failure is not None:
+            raise CheckpointError(failure)
+
+    def close(self) -> None:
+        """Wait for the save in progress, then release the threads. Raises its CheckpointError."""
+        try:
+            self.wait()
+        finally:
+            self._release()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _release(self) -> None:
+        self._orbax.close()
+        logging.getLogger("absl").removeFilter(self._filter)
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            # The other processes may be gone: finish what this one was writing, agree on nothing.
+            self._join()
+            self._release()
+
+    def _accept_existing(self, step: int) -> None:
+        problem = manifests.find_damage(self.directory / str(step))
+        if problem is not None:
+            raise CheckpointError(
+                f"checkpoint of step {step} was not saved: a damaged one is in the way ({problem})"
+            )
+
+    def _start(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+        leaves = {name: _storable(name, leaf) for name, leaf in named_leaves(state).items()}
+        arrays = {name: _describe(leaf) for name, leaf in leaves.items()}
+        text = json.dumps(meta, indent=1, allow_nan=False)
+        self._pending = (step, arrays, text)
+        self._unsettled = True
+        with self._reporting(step):
+            self._orbax.save(
+                self.directory / str(step),
+                args=ocp.args.Composite(state=ocp.args.PyTreeSave(leaves)),
+            )
+        if self._failure is None:
+            self._saving = step
+            self._thread = threading.Thread(
+                target=self._finish, args=(step,), name=f"checkpoint_{step}"
+            )
+            self._thread.start()
+        elif jax.process_count() == 1:
+            self.wait()
+
+    def _seal(self) -> None:
+        """Called by Orbax on process 0 after all files are written, before the rename."""
+        assert self._pending is not None
+        step, arrays, meta = self._pending
+        (directory,) = self.directory.glob(f"{step}.orbax-checkpoint-tmp*")
+        manifests.write_durably(directory / manifests.META, meta)
+        manifests.seal(directory, step=step, arrays=arrays)
+
+    def _finish(self, step: int) -> None:
+        """In the background: wait for the commit, then delete what need not be kept."""
+        self._failure = f"checkpoint of step {step} was not saved: its thread died"
+        with self._reporting(step):
+            self._orbax.wait_until_finished()
+            if self._is_primary:
+                manifests.check_sizes(self.directory / str(step))
+            self._failure = None
+        if self._failure is None and self._is_primary:
+            # What can't be deleted now is tried again after the next save.
+            with contextlib.suppress(OSError):
+                self._prune(step)
+
+    @contextlib.contextmanager
+    def _reporting(self, step: int) -> Iterator[None]:
+        """Turn the failure of a save into `self._failure`, and clear its leftovers."""
+        try:
+            yield
+        except (*_SAVE_FAILURES, manifests.DamagedError) as error:
+            if self._is_primary:
+                manifests.remove_leftovers(self.directory)
+            steps = self.steps()
+            newest = (
+                f"the newest complete one is step {steps[-1]}" if steps else "there is none yet"
+            )
+            self._failure = f"checkpoint of step {step} was not saved: {_reason(error)}; {newest}"
+
+    def _prune(self, newest: int) -> None:
+        """Delete old checkpoints, now that the one of step `newest` is complete."""
+        earlier = [step for step in self.steps() if step < newest]
+        for step in earlier[: max(0, len(earlier) - (self._keep - 1))]:
+            if self._keep_every is None or step % self._keep_every != 0:
+                manifests.remove_checkpoint(self.directory / str(step))
