@@ -1,1 +1,52 @@
-"""Configuration: floor 0, free of jax."""
+"""Configuration, floor 0, free of jax: what a run is, how it is given, what is wrong with it."""
+
+from llamajax.config.commandline import parse_command_line
+from llamajax.config.draft import new_config
+from llamajax.config.flags import BACKEND_FLAGS, WORKDIR, Flag
+from llamajax.config.help import help_text
+from llamajax.config.load import freeze, load
+from llamajax.config.nearest import did_you_mean, nearest
+from llamajax.config.presets import PRESETS, preset
+from llamajax.config.record import diff, from_json_dict, to_json_dict
+from llamajax.config.schema import (
+    BackendConfig,
+    CheckpointConfig,
+    DataConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    MonitoringConfig,
+    OptimConfig,
+    RopeScaling,
+    RunConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "BACKEND_FLAGS",
+    "PRESETS",
+    "WORKDIR",
+    "BackendConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "Flag",
+    "LoraConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "MonitoringConfig",
+    "OptimConfig",
+    "RopeScaling",
+    "RunConfig",
+    "TrainConfig",
+    "did_you_mean",
+    "diff",
+    "freeze",
+    "from_json_dict",
+    "help_text",
+    "load",
+    "nearest",
+    "new_config",
+    "parse_command_line",
+    "preset",
+    "to_json_dict",
+]

@@ -3,8 +3,11 @@
 This file is the only place where a key is declared. Loading and checking live in `load.py`,
 published architectures in `presets.py`. Importing this package must not import jax.
 
-A key without a default must be set by the config file: no number that changes the loss has a default.
+A key without a default must be set by the config file: no number that changes the loss has one.
 """
+
+# `key` returns a dataclass field; ruff takes it for a mutable default.
+# ruff: noqa: RUF009
 
 import dataclasses
 from typing import Any, Literal
@@ -52,12 +55,26 @@ class ModelConfig:
     max_seq_len: int = key("longest sequence, in tokens, that the architecture is meant for")
 
     @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the stored embedding: vocab_size rounded up to 128, so that it splits evenly.
+
+        The padding is the same for every mesh (a checkpoint fits all); its rows stay zero, are
+        never looked up, and their logits are -inf. Published vocabularies need none.
+        """
+        return -(-self.vocab_size // 128) * 128
+
+    @property
     def dims(self) -> dict[str, int]:
-        """The legend: size of each dimension letter of a weight."""
+        """The legend: size of each dimension letter of a weight, as it is stored."""
         return {
-            "V": self.vocab_size, "D": self.hidden_size, "F": self.intermediate_size, "L": self.num_layers,
-            "N": self.num_heads, "K": self.num_kv_heads, "H": self.head_size,
-        }  # fmt: skip
+            "V": self.padded_vocab_size,
+            "D": self.hidden_size,
+            "F": self.intermediate_size,
+            "L": self.num_layers,
+            "N": self.num_heads,
+            "K": self.num_kv_heads,
+            "H": self.head_size,
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +102,7 @@ class DataConfig:
         "directory written by `llamajax.prepare`; several, separated by commas, are mixed"
     )
     weights: tuple[float, ...] | None = key(
-        "share of the samples drawn from each of several paths; none: in proportion to their tokens",
+        "share of the samples drawn from each of several paths; none: as their numbers of tokens",
         default=None,
     )
     seq_len: int = key("T: tokens a sample; chosen here, not at preparation")

@@ -1,0 +1,308 @@
+"""Relations between keys that types cannot state. Each problem names value, constraint and fix.
+
+A rule reads the valid values by path; a rule that needs an absent one (mistyped or not set, and
+reported as such) is passed over, so that one mistake never hides another.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+
+class _Absent(LookupError):
+    """A rule asked for a value that is not valid."""
+
+
+class _Values(dict[str, Any]):
+    def __missing__(self, path: str) -> Any:
+        raise _Absent(path)
+
+
+Rule = Callable[[_Values], Iterator[str]]
+
+_AT_LEAST: dict[str, float] = {
+    "model.vocab_size": 1,
+    "model.hidden_size": 1,
+    "model.intermediate_size": 1,
+    "model.num_layers": 1,
+    "model.num_heads": 1,
+    "model.num_kv_heads": 1,
+    "model.head_size": 2,
+    "model.max_seq_len": 1,
+    "model.rope_scaling.factor": 1,
+    "model.rope_scaling.original_max_seq_len": 1,
+    "data.seq_len": 1,
+    "data.global_batch_size": 1,
+    "data.num_threads": 1,
+    "data.prefetch_batches": 1,
+    "optim.warmup_steps": 0,
+    "optim.decay_steps": 1,
+    "optim.final_learning_rate": 0,
+    "optim.weight_decay": 0,
+    "train.steps": 1,
+    "train.accumulation_steps": 1,
+    "train.loss_chunk_tokens": 1,
+    "train.z_loss": 0,
+    "train.log_every": 1,
+    "train.eval_every": 0,
+    "train.eval_batches": 1,
+    "lora.rank": 0,
+    "checkpoint.every_steps": 1,
+    "checkpoint.keep": 1,
+    "checkpoint.keep_every": 1,
+    "backend.num_cpu_devices": 1,
+    "backend.num_processes": 1,
+    "backend.process_id": 0,
+    "backend.timeout_s": 1,
+}
+_ABOVE_ZERO = (
+    "model.rope_theta",
+    "model.rope_scaling.low_freq_factor",
+    "model.rope_scaling.high_freq_factor",
+    "model.norm_eps",
+    "model.init_std",
+    "optim.learning_rate",
+    "optim.epsilon",
+    "optim.clip_norm",
+    "checkpoint.every_minutes",
+)
+# JAX keys and grain shuffles are seeded with 32 bits.
+_BELOW = {
+    "optim.beta1": 1,
+    "optim.beta2": 1,
+    "data.seed": 2**32,
+    "train.seed": 2**32,
+}
+
+
+def check(values: Mapping[str, Any]) -> list[str]:
+    """Every violated constraint among the values given by path, in the order of the rules."""
+    view = _Values(values)
+    problems = list(_ranges(view))
+    for rule in _RULES:
+        try:
+            problems += list(rule(view))
+        except _Absent:
+            continue
+    return problems
+
+
+def _ranges(v: _Values) -> Iterator[str]:
+    for path, value in v.items():
+        if value is None:
+            continue
+        if path in _AT_LEAST and value < _AT_LEAST[path]:
+            yield f"{path} = {value}: must be at least {_AT_LEAST[path]}"
+        if path in _ABOVE_ZERO and value <= 0:
+            yield f"{path} = {value}: must be above 0"
+        if path in _BELOW and not 0 <= value < _BELOW[path]:
+            yield f"{path} = {value}: must be at least 0 and below {_BELOW[path]}"
+
+
+def _even_head(v: _Values) -> Iterator[str]:
+    size = v["model.head_size"]
+    if size > 1 and size % 2:
+        yield (
+            f"model.head_size = {size}: must be even, the rotary embedding turns pairs; "
+            f"make it {size - 1} or {size + 1}"
+        )
+
+
+def _kv_heads(v: _Values) -> Iterator[str]:
+    heads, kv_heads = v["model.num_heads"], v["model.num_kv_heads"]
+    if heads > 0 and kv_heads > 0 and heads % kv_heads:
+        fits = ", ".join(str(k) for k in range(1, heads + 1) if heads % k == 0)
+        yield (
+            f"model.num_kv_heads = {kv_heads}: must divide model.num_heads = {heads}; "
+            f"choose one of {fits}"
+        )
+
+
+def _rope_scaling(v: _Values) -> Iterator[str]:
+    low, high = v["model.rope_scaling.low_freq_factor"], v["model.rope_scaling.high_freq_factor"]
+    if low >= high:
+        yield (
+            f"model.rope_scaling.low_freq_factor = {low}: must be below "
+            f"model.rope_scaling.high_freq_factor = {high}; published models use 1 and 4"
+        )
+
+
+def _context(v: _Values) -> Iterator[str]:
+    seq_len, longest = v["data.seq_len"], v["model.max_seq_len"]
+    if seq_len > longest:
+        yield (
+            f"data.seq_len = {seq_len}: is longer than model.max_seq_len = {longest}; "
+            "shorten the samples, or raise model.max_seq_len if the model is meant for it"
+        )
+
+
+def _mesh_sizes(v: _Values) -> Iterator[str]:
+    sizes = {axis: v[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor")}
+    for axis, size in sizes.items():
+        if size != -1 and size < 1:
+            yield (
+                f"mesh.{axis} = {size}: must be at least 1, or -1 for all the devices that are left"
+            )
+    rest = [f"mesh.{axis}" for axis, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+        yield f"{' and '.join(rest)} are -1: only one axis can take the devices that are left"
+
+
+def _mesh_reserved(v: _Values) -> Iterator[str]:
+    for axis in ("sequence", "stage"):
+        if v[f"mesh.{axis}"] != 1:
+            yield (
+                f"mesh.{axis} = {v[f'mesh.{axis}']}: must be 1, the axis is not yet available in "
+                "this version; use mesh.fsdp and mesh.tensor"
+            )
+
+
+def _accumulation(v: _Values) -> Iterator[str]:
+    batch, steps = v["data.global_batch_size"], v["train.accumulation_steps"]
+    if batch < 1 or steps < 1:
+        return
+    if batch % steps:
+        yield (
+            f"data.global_batch_size = {batch}: must be a multiple of train.accumulation_steps = "
+            f"{steps}; {_multiples(batch, steps)}"
+        )
+        return
+    sizes = (v["mesh.data"], v["mesh.fsdp"])
+    shards = max(sizes[0], 1) * max(sizes[1], 1)
+    if (batch // steps) % shards:
+        yield (
+            f"data.global_batch_size = {batch}: each of {steps} microbatches is split over "
+            f"mesh.data x mesh.fsdp = {shards} devices, so it must be a multiple of "
+            f"{steps * shards}; {_multiples(batch, steps * shards)}"
+        )
+
+
+def _multiples(value: int, step: int) -> str:
+    below = value // step * step
+    return f"make it {below} or {below + step}" if below else f"make it {step}"
+
+
+def _paths(v: _Values) -> Iterator[str]:
+    names = [name.strip() for name in v["data.path"].split(",")]
+    if not all(names):
+        yield (
+            f"data.path = {v['data.path']!r}: has an empty name; give a directory written by "
+            "`llamajax prepare`, or several separated by single commas"
+        )
+
+
+def _weights(v: _Values) -> Iterator[str]:
+    weights, num_paths = v["data.weights"], len(v["data.path"].split(","))
+    if weights is None:
+        return
+    if len(weights) != num_paths:
+        yield (
+            f"data.weights = {_list(weights)}: {len(weights)} weights for {num_paths} "
+            "directories in data.path; give one for each, or none"
+        )
+    if any(w <= 0 for w in weights):
+        yield f"data.weights = {_list(weights)}: each must be above 0; leave the directory out"
+
+
+def _warmup(v: _Values) -> Iterator[str]:
+    warmup, steps = v["optim.warmup_steps"], v["train.steps"]
+    if warmup > steps:
+        yield (
+            f"optim.warmup_steps = {warmup}: is more than train.steps = {steps}, the learning rate "
+            "would never reach its peak; lower optim.warmup_steps"
+        )
+
+
+def _decay(v: _Values) -> Iterator[str]:
+    schedule, decay = v["optim.schedule"], v["optim.decay_steps"]
+    if schedule != "wsd" and decay is not None:
+        yield (
+            f"optim.decay_steps = {decay}: only optim.schedule = wsd takes it, this is {schedule}; "
+            "set it to none"
+        )
+    if schedule != "wsd":
+        return
+    if decay is None:
+        yield "optim.decay_steps = none: optim.schedule = wsd needs it; try a tenth of train.steps"
+        return
+    warmup, steps = v["optim.warmup_steps"], v["train.steps"]
+    if warmup <= steps < warmup + decay:
+        yield (
+            f"optim.decay_steps = {decay}: with optim.warmup_steps = {warmup} it is more than "
+            f"train.steps = {steps}; make it at most {steps - warmup}"
+        )
+
+
+def _final_rate(v: _Values) -> Iterator[str]:
+    final, peak = v["optim.final_learning_rate"], v["optim.learning_rate"]
+    if v["optim.schedule"] != "constant" and final > peak:
+        yield (
+            f"optim.final_learning_rate = {final}: is above the peak optim.learning_rate = {peak}; "
+            "lower it (0 or a tenth of the peak are usual)"
+        )
+
+
+def _init_from(v: _Values) -> Iterator[str]:
+    if v["train.init_from"] is not None:
+        yield (
+            f"train.init_from = {v['train.init_from']}: starting from other weights is not yet "
+            "available in this version; set it to none"
+        )
+
+
+def _lora(v: _Values) -> Iterator[str]:
+    if v["lora.rank"] > 0:
+        yield (
+            f"lora.rank = {v['lora.rank']}: adapters are not yet available in this version; "
+            "set it to 0"
+        )
+
+
+def _plugin(v: _Values) -> Iterator[str]:
+    name = v["backend.name"]
+    for key in ("plugin", "options"):
+        value = v[f"backend.{key}"]
+        if value is not None and name is None:
+            yield f"backend.{key} = {value}: needs backend.name, the plugin's platform"
+    if name is not None and not name.strip():
+        yield f"backend.name = {name!r}: is empty; name a platform, or set it to none"
+
+
+def _plugin_options(v: _Values) -> Iterator[str]:
+    if v["backend.options"] is None:
+        return
+    for part in v["backend.options"].split(","):
+        name, equals, _ = part.partition("=")
+        if not name.strip() or not equals:
+            yield f"backend.options = {v['backend.options']}: {part!r} is not k=v; write k=v,k=v"
+
+
+def _processes(v: _Values) -> Iterator[str]:
+    names = ("coordinator_address", "num_processes", "process_id")
+    given = {f"backend.{name}": v[f"backend.{name}"] for name in names}
+    missing = [path for path, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return
+    if missing:
+        present = ", ".join(f"{p} = {x}" for p, x in given.items() if x is not None)
+        yield f"{present}: needs {' and '.join(missing)} as well; set all three or none"
+        return
+    address, count, rank = given.values()
+    if rank >= count > 0:
+        yield (
+            f"backend.process_id = {rank}: must be below backend.num_processes = {count}; "
+            f"ranks go from 0 to {count - 1}"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        yield f"backend.coordinator_address = {address}: is not HOST:PORT, e.g. node0:8476"
+
+
+def _list(items: tuple[float, ...]) -> str:
+    return ",".join(f"{item:g}" for item in items)
+
+
+_RULES: tuple[Rule, ...] = (
+    _even_head, _kv_heads, _rope_scaling, _context, _mesh_sizes, _mesh_reserved, _accumulation,
+    _paths, _weights, _warmup, _decay, _final_rate, _init_from, _lora, _plugin, _plugin_options,
+    _processes,
+)  # fmt: skip

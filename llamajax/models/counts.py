@@ -1,0 +1,36 @@
+"""Parameters and floating-point operations of a model, counted from its configuration alone.
+
+Nothing here touches an array: `cost_analysis` of a compiled program counts a scanned block once,
+so operations are counted by hand. One multiply-add is two operations.
+"""
+
+from llamajax.config.schema import ModelConfig
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Number of weights; a tied head counts once."""
+    norms = (2 * model.num_layers + 1) * model.hidden_size
+    head = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
+    embedding = model.vocab_size * model.hidden_size
+    return embedding + head + norms + model.num_layers * _matrices_per_layer(model)
+
+
+def flops_per_token(model: ModelConfig, seq_len: int, *, causal: bool) -> float:
+    """Operations per trained token: the matrix products of forward and backward pass (3 x forward).
+
+    `causal` counts half of the attention matrix, the convention of fused causal kernels; without
+    it the whole matrix counts. The embedding is a look-up and counts nothing; norms, rotary
+    embedding, softmax and recomputation never count (PaLM, appendix B).
+    """
+    head = model.vocab_size * model.hidden_size
+    weights = head + model.num_layers * _matrices_per_layer(model)
+    # Scores (T x H . H x S) and the weighted values (T x S . S x H): 2 products, 2 operations.
+    attention = 4 * seq_len * model.num_heads * model.head_size * model.num_layers
+    return 3.0 * (2 * weights + (attention / 2 if causal else attention))
+
+
+def _matrices_per_layer(model: ModelConfig) -> int:
+    query_and_output = 2 * model.hidden_size * model.num_heads * model.head_size
+    key_and_value = 2 * model.hidden_size * model.num_kv_heads * model.head_size
+    feed_forward = 3 * model.hidden_size * model.intermediate_size
+    return query_and_output + key_and_value + feed_forward
