@@ -1,1 +1,1 @@
-"""(to be written)"""
+"""Llama as frozen pytrees; parameter and FLOP counts."""

@@ -1,1 +1,1 @@
-"""(to be written)"""
+"""Pure functions on arrays."""

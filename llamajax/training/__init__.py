@@ -1,1 +1,1 @@
-"""(to be written)"""
+"""Training: state, step, loop. Nothing is imported here, so that signals are caught early."""

@@ -1,0 +1,139 @@
+"""Cross-entropy of a language model's head, without ever holding the logits of all tokens.
+
+The head and the loss are one function with one derivative: logits exist for a chunk of local tokens
+at a time, and their gradient is formed right where they are, in the forward pass.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llamajax.sharding import collectives
+
+
+class LossTerms(NamedTuple):
+    """Sums over this device's target tokens, float32 scalars; `objective` alone is differentiable."""
+
+    objective: jax.Array  # nll + z_weight * z
+    nll: jax.Array  # negative log-likelihood, nats
+    z: jax.Array  # squared log-partition (z-loss, PaLM, arXiv:2204.02311)
+
+
+class _Settings(NamedTuple):
+    vocab_size: int
+    chunk: int
+    z_weight: float
+    dtype: jnp.dtype
+
+
+def cross_entropy(
+    x_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    vocab_size: int,
+    chunk_tokens: int,
+    z_weight: float,
+) -> LossTerms:
+    """Summed losses of the tokens where `mask` is true.
+
+    `head_VD` is the float32 head as it is stored: this device's part, V over `tensor` and D over
+    `fsdp`; it is gathered over `fsdp` once, in the dtype of `x`. Maximum, sum and target logit are
+    reduced over `tensor`. The head's gradient is accumulated over chunks in float32 and reduced once.
+    Rows of the head from `vocab_size` on are padding: their logits are -inf.
+    """
+    tokens, width = targets_BT.size, x_BTD.shape[-1]
+    chunk = min(chunk_tokens, tokens)
+    pad = -tokens % chunk
+    x = jnp.pad(x_BTD.reshape(tokens, width), ((0, pad), (0, 0)))
+    targets = jnp.pad(targets_BT.reshape(tokens), (0, pad))
+    mask = jnp.pad(mask_BT.reshape(tokens).astype(jnp.float32), (0, pad))
+    settings = _Settings(vocab_size, chunk, z_weight, x_BTD.dtype)
+    return LossTerms(*_summed(x, head_VD, targets, mask, settings))
+
+
+def _chunk_terms(x_CD, head_VD, targets_C, mask_C, settings: _Settings):
+    """Sums of one chunk, and what its gradient is made of."""
+    num_rows = head_VD.shape[0]
+    logits = jnp.dot(x_CD, head_VD.T, preferred_element_type=jnp.float32)
+    rows = collectives.index("tensor") * num_rows + jnp.arange(num_rows, dtype=jnp.int32)
+    if num_rows * _tensor_parts() != settings.vocab_size:
+        logits = jnp.where((rows < settings.vocab_size)[None, :], logits, -jnp.inf)
+    top = collectives.largest(jax.lax.stop_gradient(jnp.max(logits, axis=1)), "tensor")
+    odds = jnp.exp(logits - top[:, None])
+    partition = collectives.total(jnp.sum(odds, axis=1), "tensor")
+    is_target = rows[None, :] == targets_C[:, None]
+    target = collectives.total(jnp.sum(jnp.where(is_target, logits, 0.0), axis=1), "tensor")
+    log_partition = jnp.log(partition) + top
+    nll = jnp.sum((log_partition - target) * mask_C)
+    z = jnp.sum(log_partition * log_partition * mask_C)
+    return (nll, z), (odds, partition, log_partition, is_target)
+
+
+def _tensor_parts() -> int:
+    return jax.lax.axis_size("tensor") if collectives.is_bound("tensor") else 1
+
+
+def _gathered_head(head_VD: jax.Array, settings: _Settings) -> jax.Array:
+    return collectives.all_gathered(head_VD.astype(settings.dtype), "fsdp", dim=1)
+
+
+def _chunks(array: jax.Array, chunk: int) -> jax.Array:
+    return array.reshape(array.shape[0] // chunk, chunk, *array.shape[1:])
+
+
+def _objective(nll: jax.Array, z: jax.Array, settings: _Settings) -> tuple[jax.Array, ...]:
+    return nll + settings.z_weight * z, nll, z
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _summed(x, head_VD, targets, mask, settings: _Settings):
+    head = _gathered_head(head_VD, settings)
+
+    def body(sums, part):
+        (nll, z), _ = _chunk_terms(part[0], head, part[1], part[2], settings)
+        return (sums[0] + nll, sums[1] + z), None
+
+    parts = [_chunks(a, settings.chunk) for a in (x, targets, mask)]
+    zero = collectives.varying_like(jnp.float32(0), x)
+    (nll, z), _ = jax.lax.scan(body, (zero, zero), parts)
+    return _objective(nll, z, settings)
+
+
+def _summed_forward(x, head_VD, targets, mask, settings: _Settings):
+    """The sums and, chunk by chunk, the gradients of the objective: no logits are kept."""
+    head = _gathered_head(head_VD, settings)
+
+    def body(carry, part):
+        nll, z, grad_head = carry
+        x_CD, targets_C, mask_C = part
+        sums, (odds, partition, log_partition, is_target) = _chunk_terms(
+            x_CD, head, targets_C, mask_C, settings
+        )
+        scale = (1.0 + 2.0 * settings.z_weight * log_partition) / partition * mask_C
+        grad = odds * scale[:, None] - jnp.where(is_target, mask_C[:, None], 0.0)
+        grad = grad.astype(settings.dtype)
+        grad_x = collectives.total(
+            jnp.dot(grad, head, preferred_element_type=settings.dtype), "tensor"
+        )
+        grad_head += jnp.dot(grad.T, x_CD, preferred_element_type=jnp.float32)
+        return (nll + sums[0], z + sums[1], grad_head), grad_x
+
+    parts = [_chunks(a, settings.chunk) for a in (x, targets, mask)]
+    zero = collectives.varying_like(jnp.float32(0), x)
+    zeros = collectives.varying_like(jnp.zeros(head.shape, jnp.float32), head, x)
+    (nll, z, grad_head), grad_x = jax.lax.scan(body, (zero, zero, zeros), parts)
+    return _objective(nll, z, settings), (grad_x.reshape(x.shape), grad_head)
+
+
+def _summed_backward(settings: _Settings, saved, grads):
+    grad_x, grad_head = saved
+    scale = grads[0]  # of the objective; nll and z are for the log
+    grad_head = collectives.sum_scattered(grad_head * scale, "fsdp", dim=1)
+    return grad_x * scale.astype(grad_x.dtype), grad_head, None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)

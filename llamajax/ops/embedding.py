@@ -1,0 +1,47 @@
+"""Look-up of token embeddings in a table split over vocabulary (`tensor`) and width (`fsdp`)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from llamajax.sharding import collectives
+
+
+def _rows(tokens: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    """Row of each token in this device's part of the vocabulary, and whether it is there."""
+    row = tokens - collectives.index("tensor") * num_rows
+    here = (row >= 0) & (row < num_rows)
+    return jnp.where(here, row, 0), here
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Embeddings (B, T, D) in `dtype` of local tokens; `table_VD` is this device's float32 part.
+
+    The table never moves: tokens (small) are gathered over `fsdp`, each device looks up its slice
+    of the width for all of them, and an all-to-all brings the slices of the own tokens together.
+    That moves B x T x D values instead of V x D, and in backward the gradient of a frequent token
+    is summed in float32 without a rounding in between.
+    """
+    return _embed_forward(table_VD, tokens_BT, dtype)[0]
+
+
+def _embed_forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype):
+    tokens = collectives.all_gathered(tokens_BT, "fsdp", dim=0)
+    rows, here = _rows(tokens, table_VD.shape[0])
+    x = jnp.where(here[:, :, None], table_VD[rows].astype(dtype), jnp.zeros((), dtype))
+    x = collectives.exchanged(x, "fsdp", split=0, join=2)
+    return collectives.total(x, "tensor"), (table_VD, tokens)
+
+
+def _embed_backward(dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array], grad: jax.Array):
+    table_VD, tokens = saved
+    rows, here = _rows(tokens, table_VD.shape[0])
+    grad = collectives.exchanged(grad, "fsdp", split=2, join=0).astype(jnp.float32)
+    grad = jnp.where(here[:, :, None], grad, 0.0)
+    zeros = collectives.varying_like(jnp.zeros(table_VD.shape, jnp.float32), table_VD, grad)
+    return zeros.at[rows].add(grad), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)

@@ -1,0 +1,45 @@
+"""AdamW as one optax chain, in reading order: clip, adam, decay, schedule."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llamajax.config.schema import OptimConfig
+from llamajax.optim.schedule import schedule
+from llamajax.sharding import is_weight, map_weights
+
+
+def decayed(tree: Any) -> Any:
+    """Tree of bools: matrices are decayed, vectors (norm scales) are not."""
+    return map_weights(lambda w: w.replace(len(w.axes) > 1) if is_weight(w) else False, tree)
+
+
+def build(config: OptimConfig, *, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run of `steps` updates (Loshchilov and Hutter 2019, arXiv:1711.05101).
+
+    Both moments are corrected for their bias. The second is kept in float32 always: in bfloat16
+    it would not move for beta2 above 0.99.
+    """
+    rate = schedule(config, steps=steps)
+    return optax.chain(
+        optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
+            mu_dtype=jnp.dtype(config.moment_dtype),
+        ),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(lambda count: rate(count + 1)),
+    )
+
+
+def apply(
+    optimizer: optax.GradientTransformation, grads: Any, opt_state: optax.OptState, weights: Any
+) -> tuple[Any, optax.OptState]:
+    """Updated weights and optimizer state. optax mixes weak types, hence the looser promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(grads, opt_state, weights)
+        return optax.apply_updates(weights, updates), opt_state

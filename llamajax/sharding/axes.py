@@ -1,0 +1,40 @@
+"""The two maps from the alphabet of dimensions to mesh axes, and their reading as PartitionSpecs.
+
+Letters: B batch, T query position, S key position, D model, F feed-forward, N query heads,
+K key-value heads, H head size, V vocabulary, L layers. An *axis* is a mesh axis, a *dim* a letter.
+
+WEIGHTS says where a weight lives, ACTIVATIONS where an activation flows. What a weight is split
+over in the first and not in use is gathered on use: that difference is FSDP.
+"""
+
+from collections.abc import Mapping
+
+from jax.sharding import PartitionSpec
+
+# Outermost first: neighbours along the last axis are nearest on the machine, and `tensor` talks most.
+AXES = ("data", "stage", "fsdp", "sequence", "tensor")
+
+BATCH_AXES = ("data", "fsdp")
+
+Table = Mapping[str, str | tuple[str, ...]]
+
+WEIGHTS: Table = {"V": "tensor", "D": "fsdp", "F": "tensor", "N": "tensor", "K": "tensor"}
+
+ACTIVATIONS: Table = {"B": BATCH_AXES, "V": "tensor", "F": "tensor", "N": "tensor", "K": "tensor"}
+
+
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a table or of a PartitionSpec, as a tuple."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def spec(letters: str, table: Table) -> PartitionSpec:
+    """PartitionSpec of an array whose dims are `letters`.
+
+    Raises ValueError when two dims would be split over the same mesh axis.
+    """
+    entries = [table.get(letter) for letter in letters]
+    used = [axis for entry in entries for axis in axes_of(entry)]
+    if len(used) != len(set(used)):
+        raise ValueError(f"dims {letters!r} map two dims to one mesh axis: {entries}")
+    return PartitionSpec(*entries)

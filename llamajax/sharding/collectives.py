@@ -1,0 +1,140 @@
+"""What crosses devices inside the manually sharded step, each with its derivative written down.
+
+The step runs in one `jax.shard_map` over all mesh axes, so arrays here are one device's part and
+every collective is visible. The pairs below are the whole communication of the model:
+
+- `gather`: a weight in its stored layout -> the weight in use (FSDP). Backward: the gradient is
+  reduced and scattered in float32; a plain cast-then-gather would transpose to a reduction in
+  bfloat16 and float32 accumulators would then sum rounded values.
+- `enter_tensor` / `leave_tensor`: around a pair of matrices split over `tensor` (Megatron-LM's f
+  and g, arXiv:1909.08053): identity forward and sum backward, and the reverse.
+
+Derivatives are written by hand so that they are the same with and without the check of varying
+axes, which some fused kernels cannot pass. Outside `shard_map`, where an axis is not bound, all of
+these are the identity (`gather` still casts), so that a model can be called on one device directly.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from llamajax.sharding.axes import WEIGHTS, axes_of
+from llamajax.sharding.tree import map_weights
+
+
+def is_bound(axis: str) -> bool:
+    """Whether `axis` can be communicated over here, that is inside `shard_map`."""
+    return axis in jax.sharding.get_abstract_mesh().manual_axes
+
+
+def index(axis: str) -> jax.Array:
+    """This device's position along `axis`, int32 scalar; 0 where the axis is not bound."""
+    return jax.lax.axis_index(axis) if is_bound(axis) else jnp.int32(0)
+
+
+def total(x: Any, axis: str | tuple[str, ...]) -> Any:
+    """Sum of a tree over one or several mesh axes."""
+    bound = tuple(a for a in axes_of(axis) if is_bound(a))
+    return jax.lax.psum(x, bound) if bound else x
+
+
+def largest(x: jax.Array, axis: str) -> jax.Array:
+    """Maximum over a mesh axis; not differentiable."""
+    return jax.lax.pmax(x, axis) if is_bound(axis) else x
+
+
+def all_gathered(x: jax.Array, axis: str, *, dim: int) -> jax.Array:
+    """The parts along `axis` joined along array dimension `dim`."""
+    return jax.lax.all_gather(x, axis, axis=dim, tiled=True) if is_bound(axis) else x
+
+
+def sum_scattered(x: jax.Array, axis: str, *, dim: int) -> jax.Array:
+    """Sum over `axis`, of which each device keeps its part of array dimension `dim`."""
+    if not is_bound(axis):
+        return x
+    return jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+
+
+def exchanged(x: jax.Array, axis: str, *, split: int, join: int) -> jax.Array:
+    """All-to-all: dimension `split` is dealt out over `axis`, and `join` put together from it."""
+    if not is_bound(axis):
+        return x
+    return jax.lax.all_to_all(x, axis, split_axis=split, concat_axis=join, tiled=True)
+
+
+def varies(x: jax.Array) -> frozenset[str]:
+    """Mesh axes along which `x` may differ; empty outside `shard_map` and where unchecked."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def varying(tree: Any, axis: str | tuple[str, ...]) -> Any:
+    """The same values, marked as possibly different along `axis`: no communication."""
+
+    def one(x: jax.Array) -> jax.Array:
+        missing = tuple(a for a in axes_of(axis) if is_bound(a) and a not in varies(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree)
+
+
+def varying_like(x: jax.Array, *others: jax.Array) -> jax.Array:
+    """`x` marked as varying along every axis that one of `others` varies along (for scan carries)."""
+    return varying(x, tuple({a for other in others for a in varies(other)}))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, dim: int, dtype: jnp.dtype) -> jax.Array:
+    return all_gathered(x.astype(dtype), "fsdp", dim=dim)
+
+
+def _gather_forward(x: jax.Array, dim: int, dtype: jnp.dtype) -> tuple[jax.Array, None]:
+    return _gather(x, dim, dtype), None
+
+
+def _gather_backward(dim: int, dtype: jnp.dtype, _: None, grad: jax.Array) -> tuple[jax.Array]:
+    return (sum_scattered(grad.astype(jnp.float32), "fsdp", dim=dim),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def gather(tree: Any, dtype: jnp.dtype) -> Any:
+    """Weights as they are used: float32 storage layout -> `dtype`, whole along `fsdp`.
+
+    Vectors (norm scales) stay float32: rounding 1.003 to bfloat16 would lose it. Tagged
+    "gathered_weight", so that a remat policy can refuse to keep gathered weights until backward.
+    """
+
+    def one(weight: nnx.Variable) -> nnx.Variable:
+        value = weight.get_value()
+        assert value.ndim == len(weight.axes), "gather inside the scan over layers, not outside"
+        keep = jnp.float32 if value.ndim == 1 else dtype
+        dims = [i for i, d in enumerate(weight.axes) if "fsdp" in axes_of(WEIGHTS.get(d))]
+        assert len(dims) == 1, f"a weight is split over fsdp once: {weight.axes}"
+        return weight.replace(checkpoint_name(_gather(value, dims[0], keep), "gathered_weight"))
+
+    return map_weights(one, tree)
+
+
+@jax.custom_vjp
+def enter_tensor(x: jax.Array) -> jax.Array:
+    """An activation that is equal along `tensor`, about to meet a matrix split by its outputs."""
+    return varying(x, "tensor")
+
+
+enter_tensor.defvjp(lambda x: (enter_tensor(x), None), lambda _, grad: (total(grad, "tensor"),))
+
+
+@jax.custom_vjp
+def leave_tensor(x: jax.Array) -> jax.Array:
+    """The sum along `tensor` of partial products with a matrix split by its inputs."""
+    return total(x, "tensor")
+
+
+leave_tensor.defvjp(
+    lambda x: (leave_tensor(x), None), lambda _, grad: (varying(grad, "tensor"),)
+)

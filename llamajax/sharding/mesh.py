@@ -1,0 +1,79 @@
+"""The device mesh of a run, and whether a model and a batch divide over it."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from llamajax.config.schema import MeshConfig
+from llamajax.errors import UserError, combine
+from llamajax.sharding.axes import AXES, BATCH_AXES, WEIGHTS, axes_of
+
+
+def axis_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
+    """Devices along each axis, in the order of AXES, the -1 resolved.
+
+    Raises UserError when the product is not `num_devices`.
+    """
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    fixed = math.prod(n for n in sizes.values() if n != -1)
+    if fixed and num_devices % fixed == 0:
+        sizes = {axis: num_devices // fixed if n == -1 else n for axis, n in sizes.items()}
+    if math.prod(sizes.values()) != num_devices or -1 in sizes.values():
+        shown = " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n != 1) or "1"
+        raise UserError(
+            f"mesh: {shown} does not make {num_devices} devices, the number that is here. "
+            "Set the mesh axes so that their product is that number; one of them may be -1 "
+            "(for example --config.mesh.fsdp=-1) to take all that are left."
+        )
+    return sizes
+
+
+def build_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """Mesh over `devices` with all AXES (size 1 where unused), Explicit axis types."""
+    sizes = axis_sizes(config, num_devices=len(devices))
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Explicit,) * len(sizes),
+        devices=devices,
+    )
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Number of parts that the batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def check_divides(dims: Mapping[str, int], mesh: Mesh, *, batch: int, accumulation: int) -> None:
+    """Raise one UserError naming every size that the mesh does not divide.
+
+    `dims` is ModelConfig.dims; `batch` counts samples a step. Nothing is padded or replicated
+    silently: a size that does not divide is an error.
+    """
+    names = {"V": "vocabulary (padded)", "D": "model.hidden_size", "F": "model.intermediate_size"}
+    names |= {"N": "model.num_heads", "K": "model.num_kv_heads"}
+    problems = []
+    for letter, entry in WEIGHTS.items():
+        parts = math.prod(mesh.shape[axis] for axis in axes_of(entry))
+        if dims[letter] % parts:
+            where = " x ".join(f"mesh.{axis}" for axis in axes_of(entry))
+            problems.append(
+                f"{names[letter]} = {dims[letter]} does not divide over {where} = {parts}; "
+                f"choose {where} among the divisors of {dims[letter]}"
+            )
+    parts = batch_shards(mesh) * accumulation
+    if batch % parts:
+        problems.append(
+            f"data.global_batch_size = {batch} does not divide by mesh.data x mesh.fsdp x "
+            f"train.accumulation_steps = {parts}; use a multiple of {parts}"
+        )
+    if problems:
+        raise combine(problems, title="this model and batch do not divide over this mesh:")
+
+
+def describe(mesh: Mesh) -> str:
+    """One line for people: the axes that are in use."""
+    used = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
+    return f"{used or 'one device'} ({mesh.size} device{'s' if mesh.size > 1 else ''})"

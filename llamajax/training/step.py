@@ -1,0 +1,106 @@
+"""The jitted steps: one update, and one batch of evaluation. Each fits on a screen."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from llamajax import optim
+from llamajax.config.schema import OptimConfig, TrainConfig
+from llamajax.models.llama import Batch, Compute, Llama
+from llamajax.ops.attention import NEEDS_UNCHECKED
+from llamajax.sharding import ACTIVATIONS, BATCH_AXES, spec, specs
+from llamajax.sharding.collectives import total, varying, varying_like
+from llamajax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def _gradients(model: Llama, batch: Batch, *, compute: Compute, accumulation: int) -> Any:
+    """Summed gradient, loss terms and target count of a batch, on one device's part of both.
+
+    Microbatches add up in float32 and nothing is divided here. Gradients are reduced over `fsdp`
+    by `gather` (weights are gathered for every microbatch) and over `data` once, at the end.
+    """
+    varied = varying(model, "data")
+
+    def add(sums: Any, microbatch: Batch) -> tuple[Any, None]:
+        def objective(weights: Llama) -> Any:
+            terms = weights.loss_terms(microbatch, compute)
+            return terms.objective, (terms.nll, terms.z)
+
+        (_, (nll, z)), grads = jax.value_and_grad(objective, has_aux=True)(varied)
+        count = jnp.sum(microbatch["loss_mask"], dtype=jnp.float32)
+        return jax.tree.map(jnp.add, sums, (grads, nll, z, count)), None
+
+    zero = varying_like(jnp.float32(0), batch["tokens"])
+    zeros = jax.tree.map(lambda x: varying_like(jnp.zeros_like(x), x), varied)
+    split = lambda x: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:])  # noqa: E731
+    sums = (zeros, zero, zero, zero)
+    if accumulation == 1:
+        sums, _ = add(sums, batch)
+    else:
+        sums, _ = jax.lax.scan(add, sums, jax.tree.map(split, dict(batch)))
+    grads, *scalars = sums
+    return total(grads, "data"), total(tuple(scalars), BATCH_AXES)
+
+
+def _sharded(function: Callable, mesh: Mesh, model: Llama, out: Any, compute: Compute) -> Callable:
+    """`function(model, batch)` on every device's part, with hand-written collectives."""
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(specs(model), spec("BT", ACTIVATIONS)),
+        out_specs=out,
+        check_vma=compute.attention not in NEEDS_UNCHECKED,
+    )
+
+
+def train_step(
+    optimizer: optax.GradientTransformation,
+    optim_config: OptimConfig,
+    train_config: TrainConfig,
+    compute: Compute,
+    mesh: Mesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The update of one global batch, jitted, its state donated."""
+    rate = optim.schedule(optim_config, steps=train_config.steps)
+    accumulation = train_config.accumulation_steps
+
+    def local(model: Llama, batch: Batch) -> Any:
+        return _gradients(model, batch, compute=compute, accumulation=accumulation)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        out = (specs(state.model), PartitionSpec())
+        sums, (nll, z, count) = _sharded(local, mesh, state.model, out, compute)(state.model, batch)
+        grads = jax.tree.map(lambda g: g / count, sums)
+        model, opt_state = optim.apply(optimizer, grads, state.opt_state, state.model)
+        metrics = {
+            "loss": nll / count,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": rate(state.step + 1),
+            "target_tokens": count,
+        }
+        if compute.z_weight:
+            metrics["z_loss"] = compute.z_weight * z / count
+        return TrainState(step=state.step + 1, model=model, opt_state=opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def eval_step(compute: Compute, mesh: Mesh) -> Callable[[Llama, Batch], tuple[jax.Array, jax.Array]]:
+    """Summed negative log-likelihood and number of target tokens of a batch, jitted."""
+
+    def local(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        nll = varying(model, "data").loss_terms(batch, compute).nll
+        count = jnp.sum(batch["loss_mask"], dtype=jnp.float32)
+        return total((nll, count), BATCH_AXES)
+
+    def step(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        out = (PartitionSpec(), PartitionSpec())
+        return _sharded(local, mesh, model, out, compute)(model, batch)
+
+    return jax.jit(step)
