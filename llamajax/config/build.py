@@ -6,7 +6,7 @@ from typing import Any
 
 from llamajax.config.check import check
 from llamajax.config.keys import NOT_SET, all_keys, annotations, default_of, nested_class
-from llamajax.config.nearest import did_you_mean, nearest_key
+from llamajax.config.nearest import did_you_mean, nearest, nearest_key
 from llamajax.config.schema import RunConfig
 from llamajax.config.values import Mistyped, coerce, describe
 
@@ -85,8 +85,9 @@ def _unknown(path: str, value: Any) -> str:
     if "." in path:
         return f"{path}: unknown key{did_you_mean(nearest_key(path, known))}"
     names = list(annotations(RunConfig))
-    hint = nearest_key(path, names)
-    if hint is None and not isinstance(value, Mapping):
-        hint = nearest_key(path, known) or next((k for k in known if k.endswith(f".{path}")), None)
-    hint = hint or f"one of {', '.join(names)}"
+    by_name = {key.rpartition(".")[2]: key for key in reversed(known)}
+    section, name = nearest(path, names), nearest(path, by_name)
+    if name and not section and not isinstance(value, Mapping):
+        return f"{path}: unknown key{did_you_mean(by_name[name])}"
+    hint = section or f"one of {', '.join(names)}"
     return f"{path}: unknown section{did_you_mean(hint)}"

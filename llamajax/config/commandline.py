@@ -132,7 +132,8 @@ def _following(tokens: list[str], *, switch: bool) -> str | None:
 def _add(table: dict[str, str], key: str, value: str | None, *, name: str, scan: _Scan) -> None:
     if value is None:
         scan.problems.append(f"{name}: has no value; write {name}=VALUE")
-    table[key] = "" if value is None else value
+    else:
+        table[key] = value
 
 
 def _unknown_flag(name: str, *, known: set[str], takes_config: bool) -> str:

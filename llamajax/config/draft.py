@@ -35,13 +35,25 @@ def new_config() -> ConfigDict:
     return config
 
 
+class Uncomputable:
+    """A value that the file derives from others (`get_ref`) in a way that fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __repr__(self) -> str:
+        return f"what cannot be computed: {self.error}"
+
+
 def plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
-    """The nested dict of a ConfigDict, references resolved; unset references become NOT_SET."""
+    """The nested dict of a ConfigDict, references resolved; unset ones become NOT_SET."""
     tree = {}
     for name in config:
         try:
             value = config[name]
         except RequiredValueError:
             value = NOT_SET
+        except (ArithmeticError, TypeError, ValueError) as error:
+            value = Uncomputable(error)
         tree[name] = plain(value) if isinstance(value, ConfigDict | Mapping) else value
     return tree

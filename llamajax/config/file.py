@@ -65,7 +65,8 @@ def _get_config(name: str) -> Callable[..., Any]:
     get_config = namespace.get("get_config")
     if not callable(get_config):
         named = [key for key, value in namespace.items() if callable(value)]
-        hint = did_you_mean(nearest("get_config", named))
+        found = nearest("get_config", named)
+        hint = f"; rename {found}" if found else ""
         raise UserError(f"{name}: defines no function get_config(){hint}")
     return get_config
 

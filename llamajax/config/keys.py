@@ -9,7 +9,7 @@ from llamajax.config.schema import RunConfig
 from llamajax.config.values import describe, split_optional
 
 
-class _NotSet:
+class NotSet:
     """The marker of a required key that nobody has set yet."""
 
     def __repr__(self) -> str:
@@ -18,17 +18,17 @@ class _NotSet:
     def __bool__(self) -> bool:
         return False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_NotSet":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NotSet":
         return self
 
-    def __copy__(self) -> "_NotSet":
+    def __copy__(self) -> "NotSet":
         return self
 
     def __reduce__(self) -> str:
         return "NOT_SET"
 
 
-NOT_SET = _NotSet()
+NOT_SET = NotSet()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -57,12 +57,7 @@ def resolve(
     with config.ignore_type():
         for path, value in values.items():
             _put(config, path, value)
-    try:
-        tree = plain(config)
-    except (ArithmeticError, TypeError, ValueError) as error:
-        message = f"{path_arg}: a value derived from another one cannot be computed: {error}"
-        return None, [message, *problems]
-    run, found = build(tree, known_bad=frozenset(overrides) - frozenset(values))
+    run, found = build(plain(config), known_bad=frozenset(overrides) - frozenset(values))
     return (None if problems else run), [*found, *problems]
 
 

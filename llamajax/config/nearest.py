@@ -4,10 +4,10 @@ import difflib
 from collections.abc import Iterable
 
 
-def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice most like `word`, or None when nothing is close."""
+def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The choice most like `word`, or None when none is at least `cutoff` (0 to 1) like it."""
     by_folded = {choice.casefold(): choice for choice in choices}
-    found = difflib.get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.6)
+    found = difflib.get_close_matches(word.casefold(), by_folded, n=1, cutoff=cutoff)
     return by_folded[found[0]] if found else None
 
 
@@ -20,7 +20,8 @@ def nearest_key(path: str, paths: Iterable[str]) -> str | None:
         return siblings[found]
     if same := [p for p in paths if p.rpartition(".")[2] == name]:
         return nearest(path, same) or same[0]
-    return nearest(path, paths)
+    # Paths of one section are alike by their prefix alone, so ask for more.
+    return nearest(path, paths, cutoff=0.8)
 
 
 def did_you_mean(choice: str | None) -> str:

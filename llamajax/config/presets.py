@@ -166,6 +166,6 @@ def preset(name: str) -> ConfigDict:
         UserError: there is no such preset; the message names the nearest and lists all.
     """
     if name not in PRESETS:
-        hint = did_you_mean(nearest(str(name), PRESETS))
+        hint = did_you_mean(nearest(str(name), PRESETS)) or "."
         raise UserError(f"unknown preset {name!r}{hint} Presets: {', '.join(PRESETS)}")
     return ConfigDict(dataclasses.asdict(PRESETS[name]), type_safe=False)

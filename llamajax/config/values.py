@@ -139,5 +139,5 @@ def _convert_scalar(value: Any, kind: Any) -> Any:
 
 def _show(value: Any) -> str:
     text = repr(value)
-    text = text if len(text) <= 60 else f"{text[:57]}..."
+    text = text if len(text) <= 120 else f"{text[:117]}..."
     return text if value is None else f"{text} ({type(value).__name__})"
