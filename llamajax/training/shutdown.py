@@ -1,0 +1,66 @@
+"""SIGTERM and Ctrl-C: finish the step, save, leave with 143; or leave at once when that is right.
+
+Python runs signal handlers only between bytecodes of the main thread, so a handler does not run
+while XLA compiles. The C-level wake-up descriptor is written at once: a thread reads it and decides.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+EXIT_CODE = 143  # 128 + SIGTERM, whichever of the two signals came
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Shutdown:
+    """Whether the run was asked to end. One for a process, made in the main thread, early.
+
+    Until `begin_updates` there is nothing to save: a signal ends the process at once, naming the
+    checkpoint to continue from. After it, the first signal sets `requested`, which the loop reads
+    between steps and between batches of an evaluation; a second one ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._updating = False
+        self._previous: Callable[[], str] = lambda: "nothing was saved yet"
+        self._in = -1
+
+    @property
+    def requested(self) -> bool:
+        """Whether to save and leave."""
+        return self._event.is_set()
+
+    def install(self) -> "Shutdown":
+        """Catch the signals from here on; also again after a library took them over."""
+        if self._in < 0:
+            self._in, out = os.pipe()
+            os.set_blocking(out, False)
+            signal.set_wakeup_fd(out, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, name="shutdown", daemon=True).start()
+        for number in _SIGNALS:
+            signal.signal(number, lambda *_: None)  # the thread acts; this keeps the default off
+        return self
+
+    def name_previous(self, describe: Callable[[], str]) -> None:
+        """How to name the checkpoint that a rerun continues from, when leaving at once."""
+        self._previous = describe
+
+    def begin_updates(self) -> None:
+        """From now on there are updates to save."""
+        self._updating = True
+
+    def _watch(self) -> None:
+        while os.read(self._in, 1):
+            if not self._updating or self._event.is_set():
+                self._leave()
+            self._event.set()
+            print("\nstopping: finishing this step, then saving", file=sys.stderr, flush=True)
+
+    def _leave(self) -> None:
+        when = "while saving" if self._updating else "before the first update"
+        message = f"\nstopped {when}; a rerun continues from the last checkpoint: "
+        print(message + self._previous(), file=sys.stderr, flush=True)
+        os._exit(EXIT_CODE)
