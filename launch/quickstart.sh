@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# From nothing to a trained Llama in minutes: makes .venv, installs, prepares the bundled book,
+# trains, and prints what was learnt. Rerun it at any time: it continues where it was.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+
+RUN=runs/quickstart
+make_venv "$ROOT/.venv" "."
+cd "$ROOT"
+PYTHON="$ROOT/.venv/bin/python"
+
+if [ -f "$RUN/data/manifest.json" ]; then
+  say "the book is prepared in $RUN/data"
+else
+  say "preparing the book (Moby Dick, public domain) with a tokenizer of 4,096 pieces trained on it"
+  "$PYTHON" -m llamajax.prepare --input=launch/text/moby_dick.txt --tokenizer=train:4096 \
+    --output="$RUN/data"
+fi
+
+say "training (Ctrl-C saves and leaves; rerun to continue)"
+"$PYTHON" -m llamajax.train --config=configs/quickstart.py --workdir="$RUN"
+
+"$PYTHON" launch/quickstart_result.py "$RUN"
+if [ -f llamajax/generate.py ]; then
+  say "a sample"
+  "$PYTHON" -m llamajax.generate --checkpoint="$RUN" --prompt="Call me Ishmael." \
+    --max_new_tokens=60 --temperature=0.8 --seed=0
+fi
+say "report: $RUN/report.html"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Makes .venv with the test extra and runs the tests; arguments go to pytest.
+#   ./launch/test.sh                 everything
+#   ./launch/test.sh -m 'not slow'   without the heavy compile checks
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+
+# The pinned torch that parity is tested with is smallest on 3.11.
+PREFERRED=python3.11
+make_venv "$ROOT/.venv" ".[test]"
+cd "$ROOT"
+say "running the tests"
+exec "$ROOT/.venv/bin/python" -m pytest "$@"

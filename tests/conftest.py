@@ -1,0 +1,37 @@
+"""What every test runs under: 8 CPU devices, no implicit promotion, warnings as errors."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# Warnings that other people's packages raise while they are imported; ours are errors.
+_NOT_OURS = (
+    "ignore:builtin type .* has no __module__ attribute:DeprecationWarning",  # SWIG, sentencepiece
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make every warning an error; the later lines take precedence."""
+    for line in ("error", *_NOT_OURS):
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of real tokenizers and texts, which are never committed.
+
+    From LLAMAJAX_ASSETS, or `../shared/assets` beside the checkout; the test is skipped without it.
+    """
+    named = os.environ.get("LLAMAJAX_ASSETS")
+    folder = Path(named) if named else REPOSITORY.parent / "shared" / "assets"
+    if not folder.is_dir():
+        pytest.skip(f"no test assets in {folder}; set LLAMAJAX_ASSETS to their folder")
+    return folder
