@@ -1,0 +1,171 @@
+"""`metrics.jsonl`: one strict JSON object a logged step, and the same numbers for TensorBoard.
+
+Numbers are written so that they read back bit for bit. JSON has no NaN and no infinities: such a
+value is written as null, and named in the row's `nonfinite` object, e.g.
+`{"step": 7, "loss": null, "nonfinite": {"loss": "nan"}}`; `load_metrics` undoes this. A plain null
+means unknown.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llamajax.errors import UserError
+from llamajax.monitoring.tensorboard import TensorBoard
+
+METRICS = "metrics.jsonl"
+_NONFINITE = "nonfinite"
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy scalar as the Python number of the same value; anything else as it is."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def encode_row(row: Mapping[str, Any]) -> str:
+    """One line of the file, without its end. float32 values keep their exact value as a double."""
+    plain = {key: _plain(value) for key, value in row.items()}
+    odd = {k: v for k, v in plain.items() if isinstance(v, float) and not math.isfinite(v)}
+    if odd:
+        plain |= dict.fromkeys(odd)
+        plain[_NONFINITE] = {key: repr(value) for key, value in odd.items()}
+    return json.dumps(plain, allow_nan=False)
+
+
+def decode_row(line: str) -> dict[str, Any] | None:
+    """The row of one line, or None where the line is not a whole row (a killed writer's last)."""
+    try:
+        row = json.loads(line)
+        if not isinstance(row["step"], int):
+            return None
+        return row | {key: float(text) for key, text in row.pop(_NONFINITE, {}).items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def load_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """All whole rows of a run in file order; none where nothing was logged yet."""
+    rows = (decode_row(line) for line in _lines(Path(workdir) / METRICS))
+    return [row for row in rows if row is not None]
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    return "eval" if "eval_loss" in row else "train"
+
+
+def _rewind(path: Path, *, resume_step: int) -> list[dict[str, Any]]:
+    """Atomically remove rows after `resume_step` and broken lines; returns the rows that stay."""
+    lines = _lines(path)
+    rows = [(line, decode_row(line)) for line in lines]
+    kept = [(line, row) for line, row in rows if row is not None and row["step"] <= resume_step]
+    if len(kept) < len(lines) or (lines and not path.read_bytes().endswith(b"\n")):
+        temporary = path.with_name(f"{METRICS}.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line, _ in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    return [row for _, row in kept if row is not None]
+
+
+def _newest(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    newest: dict[str, int] = {}
+    for row in rows:
+        newest[_kind(row)] = max(row["step"], newest.get(_kind(row), -1))
+    return newest
+
+
+class MetricsWriter:
+    """Appends rows to `workdir/metrics.jsonl` and to `workdir/tensorboard/`.
+
+    resume_step: the step that training continues from (0 at the start of a run): later rows are
+    removed first, so that every step stands once. Not primary: does nothing at all. A disk that
+    fills up costs rows and one warning, never the run.
+    """
+
+    def __init__(self, workdir: Path, *, tensorboard: bool, resume_step: int, primary: bool):
+        self._descriptor: int | None = None
+        self._board: TensorBoard | None = None
+        self._warned = False
+        if not primary:
+            return
+        path = Path(workdir) / METRICS
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._newest = _newest(_rewind(path, resume_step=resume_step))
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path}: {error.strerror}; choose a --workdir that is writable and "
+                "has free space"
+            ) from None
+        if tensorboard:
+            self._board = TensorBoard(path.parent / "tensorboard", resume_step=resume_step)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row; it must have `step`, and is an evaluation's if it has `eval_loss`.
+
+        A row whose step already stands in the file (of the same kind) is not written again, so an
+        evaluation may be repeated after a resume.
+        """
+        if self._descriptor is None:
+            return
+        step, kind = int(row["step"]), _kind(row)
+        if step <= self._newest.get(kind, -1):
+            return
+        self._newest[kind] = step
+        try:
+            self._append(f"{encode_row(row)}\n".encode())
+        except OSError as error:
+            self._warn(f"{METRICS} lacks the row of step {step}: {error.strerror}")
+        if self._board is not None:
+            self._to_board(step, row)
+
+    def close(self) -> None:
+        """Release the files."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def _append(self, data: bytes) -> None:
+        """Write all of `data`, or none of it: a full disk takes a part and then refuses."""
+        assert self._descriptor is not None
+        end = os.fstat(self._descriptor).st_size
+        try:
+            written = os.write(self._descriptor, data)
+            if written < len(data):
+                os.write(self._descriptor, data[written:])
+        except OSError:
+            os.ftruncate(self._descriptor, end)
+            raise
+
+    def _to_board(self, step: int, row: Mapping[str, Any]) -> None:
+        assert self._board is not None
+        numbers = {key: _plain(value) for key, value in row.items() if key != "step"}
+        try:
+            self._board.write(
+                step, {k: float(v) for k, v in numbers.items() if isinstance(v, int | float)}
+            )
+        except OSError as error:
+            self._warn(f"tensorboard/ is no longer written: {error.strerror}")
+            self._board.close()
+            self._board = None
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            print(f"warning: {message}; training goes on", file=sys.stderr, flush=True)

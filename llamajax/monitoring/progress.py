@@ -1,0 +1,149 @@
+"""Progress for people: a bar with the time left on a terminal, plain lines in a log.
+
+All of it goes to stderr; stdout stays free for what a verb prints as its result.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TextIO
+
+from tqdm import tqdm
+
+_LINE_EVERY_S = 1.0
+# Weight of the newest interval in the estimate of the time left.
+_SMOOTHING = 0.1
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds for people: 8s, 3m12s, 5h07m, 12d04h."""
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    if minutes == 0:
+        return f"{s}s"
+    hours, m = divmod(minutes, 60)
+    if hours == 0:
+        return f"{m}m{s:02d}s"
+    days, h = divmod(hours, 24)
+    return f"{h}h{m:02d}m" if days == 0 else f"{days}d{h:02d}h"
+
+
+def format_count(number: float) -> str:
+    """A count to three digits: 870, 12.3k, 1.24M, 70.6B."""
+    if abs(number) < 999.5:
+        return f"{number:.0f}"
+    for unit in "kMBT":
+        number /= 1000
+        if abs(number) < 999.5 or unit == "T":
+            break
+    decimals = 2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0
+    return f"{number:.{decimals}f}{unit}"
+
+
+def format_row(row: Mapping[str, Any]) -> str:
+    """The numbers of a metrics row that people read, in the order they read them."""
+    parts = []
+    for key, text in (
+        ("loss", "loss {:.3f}"),
+        ("eval_loss", "eval loss {:.3f}"),
+        ("eval_perplexity", "perplexity {:.2f}"),
+        ("learning_rate", "lr {:.1e}"),
+        ("grad_norm", "grad {:.2f}"),
+    ):
+        if row.get(key) is not None:
+            parts.append(text.format(row[key]))
+    if row.get("tokens_per_s") is not None:
+        parts.append(f"{format_count(row['tokens_per_s'])} tok/s")
+    if row.get("mfu_full") is not None:
+        parts.append(f"mfu {row['mfu_full'] * 100:.1f} %")
+    return "  ".join(parts)
+
+
+class Progress:
+    """Shows the rows of a run while it goes on.
+
+    total_steps, start_step: steps of the whole run, and done before this process began. mode:
+    config key `monitoring.progress`. Not primary: shows nothing. mfu_full in rows is a fraction.
+    """
+
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        start_step: int,
+        mode: Literal["auto", "bar", "lines", "none"],
+        primary: bool,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._stream = sys.stderr if stream is None else stream
+        self._clock = clock
+        self._total = total_steps
+        if mode == "auto":
+            mode = "bar" if self._stream.isatty() else "lines"
+        self._mode = mode if primary else "none"
+        self._step, self._at_s = start_step, clock()
+        self._seconds_a_step: float | None = None
+        self._line_s: float | None = None
+        self._bar: tqdm | None = None
+        if self._mode == "bar":
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                unit="step",
+                file=self._stream,
+                dynamic_ncols=True,
+                bar_format="{n_fmt}/{total_fmt} |{bar:12}|{postfix}",
+            )
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Show one row of metrics: a training step's moves the bar, an evaluation's is a line.
+
+        In a log, training lines come at most once a second; the first and the last always come.
+        """
+        if self._mode == "none":
+            return
+        step = int(row["step"])
+        if "eval_loss" in row:
+            self.note(f"step {step}/{self._total}  {format_row(row)}")
+            return
+        text = f"{format_row(row)}  eta {self._eta(step, row)}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.n = step
+            self._bar.refresh()
+            return
+        now = self._clock()
+        if self._line_s is None or now - self._line_s >= _LINE_EVERY_S or step >= self._total:
+            self._line_s = now
+            self.note(f"step {step}/{self._total}  {text}")
+
+    def note(self, text: str) -> None:
+        """Print one line of text without tearing the bar."""
+        if self._mode == "none":
+            return
+        if self._bar is not None:
+            self._bar.clear()
+        print(text, file=self._stream, flush=True)
+        if self._bar is not None:
+            self._bar.refresh()
+
+    def close(self) -> None:
+        """Leave the bar as it is and end its line."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _eta(self, step: int, row: Mapping[str, Any]) -> str:
+        """Time left, from the wall time between rows, evaluations and checkpoints included.
+
+        The first row has only compilation before it, so its own step time is used.
+        """
+        now = self._clock()
+        done = step - self._step
+        if self._seconds_a_step is None:
+            self._seconds_a_step = row.get("step_time_s") or 0.0
+        elif done > 0:
+            newest = (now - self._at_s) / done
+            self._seconds_a_step += _SMOOTHING * (newest - self._seconds_a_step)
+        self._step, self._at_s = step, now
+        return format_duration(self._seconds_a_step * max(0, self._total - step))

@@ -1,0 +1,51 @@
+"""A synchronous TensorBoard sink: scalars only.
+
+tensorboardX's own SummaryWriter hands events to a thread that dies on a full disk; its bounded
+queue then blocks the training loop for ever. Its event file writer, used here directly, raises.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+_FLUSH_EVERY_S = 20.0
+
+
+class TensorBoard:
+    """Appends scalars to a new event file under `directory`. Methods raise OSError.
+
+    resume_step: TensorBoard then hides the points after it in older files of the directory.
+    """
+
+    def __init__(self, directory: Path, *, resume_step: int):
+        # Heavy: tensorboardX imports torch where it is installed.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event = event_pb2.Event
+        self._summary = summary_pb2.Summary
+        directory.mkdir(parents=True, exist_ok=True)
+        # The process id keeps two runs within a second from sharing a file name.
+        self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}")
+        self._flushed = time.monotonic()
+        if resume_step > 0:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._add(step=resume_step + 1, session_log=start)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Append the values of one step."""
+        values = [self._summary.Value(tag=tag, simple_value=v) for tag, v in scalars.items()]
+        self._add(step=step, summary=self._summary(value=values))
+        if time.monotonic() - self._flushed > _FLUSH_EVERY_S:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Write what is left, if the disk takes it."""
+        with contextlib.suppress(OSError):
+            self._writer.close()
+
+    def _add(self, **fields: object) -> None:
+        self._writer.write_event(self._event(wall_time=time.time(), **fields))
