@@ -23,7 +23,7 @@ _GIB = 2**30
 
 DEVICES = (
     Device("NVIDIA A100", 312e12, 19.5e12, 80 * _GIB, "NVIDIA A100 data sheet, dense bf16"),
-    Device("NVIDIA H100 PCIe", 756e12, 51e12, 80 * _GIB, "NVIDIA H100 data sheet, PCIe, dense bf16"),
+    Device("NVIDIA H100 PCIe", 756e12, 51e12, 80 * _GIB, "NVIDIA H100 PCIe data sheet, dense"),
     Device("NVIDIA H100", 989e12, 67e12, 80 * _GIB, "NVIDIA H100 SXM data sheet, dense bf16"),
     Device("NVIDIA H200", 989e12, 67e12, 141 * _GIB, "NVIDIA H200 SXM data sheet, dense bf16"),
     Device("NVIDIA B200", 2250e12, 75e12, 180 * _GIB, "NVIDIA HGX B200 data sheet, dense bf16"),

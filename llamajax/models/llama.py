@@ -130,7 +130,7 @@ class Llama(nnx.Module):
         )
 
     def logits(self, batch: Batch, compute: Compute) -> jax.Array:
-        """Float32 logits (B, T, V) of every token; for tests and small models, never for training."""
+        """Float32 logits (B, T, V) of every token; for tests, never for training."""
         x_BTD = self.hidden(batch, compute)
         head_VD = gather(self._head(), compute.dtype)[...]
         logits_BTV = linear(x_BTD, head_VD.T).astype(jnp.float32)

@@ -14,7 +14,7 @@ from llamajax.sharding import collectives
 
 
 class LossTerms(NamedTuple):
-    """Sums over this device's target tokens, float32 scalars; `objective` alone is differentiable."""
+    """Sums over this device's targets, float32 scalars; `objective` alone is differentiable."""
 
     objective: jax.Array  # nll + z_weight * z
     nll: jax.Array  # negative log-likelihood, nats
@@ -42,8 +42,8 @@ def cross_entropy(
 
     `head_VD` is the float32 head as it is stored: this device's part, V over `tensor` and D over
     `fsdp`; it is gathered over `fsdp` once, in the dtype of `x`. Maximum, sum and target logit are
-    reduced over `tensor`. The head's gradient is accumulated over chunks in float32 and reduced once.
-    Rows of the head from `vocab_size` on are padding: their logits are -inf.
+    reduced over `tensor`. The head's gradient is accumulated over chunks in float32 and reduced
+    once. Rows of the head from `vocab_size` on are padding: their logits are -inf.
     """
     tokens, width = targets_BT.size, x_BTD.shape[-1]
     chunk = min(chunk_tokens, tokens)

@@ -23,8 +23,9 @@ def build(config: OptimConfig, *, steps: int) -> optax.GradientTransformation:
     it would not move for beta2 above 0.99.
     """
     rate = schedule(config, steps=steps)
+    clip = config.clip_norm
     return optax.chain(
-        optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
+        optax.identity() if clip is None else optax.clip_by_global_norm(clip),
         optax.scale_by_adam(
             b1=config.beta1,
             b2=config.beta2,

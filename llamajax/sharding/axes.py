@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec
 
-# Outermost first: neighbours along the last axis are nearest on the machine, and `tensor` talks most.
+# Outermost first: neighbours along the last axis are nearest on the machine; `tensor` talks most.
 AXES = ("data", "stage", "fsdp", "sequence", "tensor")
 
 BATCH_AXES = ("data", "fsdp")

@@ -1,5 +1,6 @@
 """From the rows that a process reads to one global array over the mesh."""
 
+import itertools
 from collections.abc import Mapping
 
 import jax
@@ -16,10 +17,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def local_rows(mesh: Mesh, batch_size: int) -> range:
     """Rows of the global batch that this process has to read: those its devices hold."""
-    held = NamedSharding(mesh, spec("B", ACTIVATIONS)).addressable_devices_indices_map((batch_size,))
+    sharding = NamedSharding(mesh, spec("B", ACTIVATIONS))
+    held = sharding.addressable_devices_indices_map((batch_size,))
     bounds = sorted({(rows.start or 0, rows.stop or batch_size) for (rows,) in held.values()})
-    for (_, stop), (start, _) in zip(bounds, bounds[1:], strict=False):
-        assert stop == start, f"the devices of one process hold rows that are not adjacent: {bounds}"
+    for (_, stop), (start, _) in itertools.pairwise(bounds):
+        assert stop == start, f"one process holds rows that are not adjacent: {bounds}"
     return range(bounds[0][0], bounds[-1][1])
 
 

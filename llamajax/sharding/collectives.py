@@ -82,7 +82,7 @@ def varying(tree: Any, axis: str | tuple[str, ...]) -> Any:
 
 
 def varying_like(x: jax.Array, *others: jax.Array) -> jax.Array:
-    """`x` marked as varying along every axis that one of `others` varies along (for scan carries)."""
+    """`x` marked as varying wherever one of `others` varies (for scan carries)."""
     return varying(x, tuple({a for other in others for a in varies(other)}))
 
 
@@ -135,6 +135,4 @@ def leave_tensor(x: jax.Array) -> jax.Array:
     return total(x, "tensor")
 
 
-leave_tensor.defvjp(
-    lambda x: (leave_tensor(x), None), lambda _, grad: (varying(grad, "tensor"),)
-)
+leave_tensor.defvjp(lambda x: (leave_tensor(x), None), lambda _, grad: (varying(grad, "tensor"),))

@@ -20,7 +20,7 @@ def letters(weight: nnx.Variable) -> str:
 
 
 def map_weights(function: Any, tree: Any, *rest: Any) -> Any:
-    """Tree with `function(weight, ...)` in place of each weight; other leaves are passed as well."""
+    """Tree with `function(weight, ...)` for each weight; other leaves are passed as well."""
     return jax.tree.map(function, tree, *rest, is_leaf=is_weight)
 
 

@@ -1,7 +1,7 @@
 """SIGTERM and Ctrl-C: finish the step, save, leave with 143; or leave at once when that is right.
 
-Python runs signal handlers only between bytecodes of the main thread, so a handler does not run
-while XLA compiles. The C-level wake-up descriptor is written at once: a thread reads it and decides.
+Python runs signal handlers only between bytecodes of the main thread, so none runs while XLA
+compiles. The C-level wake-up descriptor is written at once: a thread reads it and decides.
 """
 
 import os
@@ -53,7 +53,9 @@ class Shutdown:
         self._updating = True
 
     def _watch(self) -> None:
-        while os.read(self._in, 1):
+        while number := os.read(self._in, 1):
+            if number[0] not in _SIGNALS:  # other handlers of this process write here as well
+                continue
             if not self._updating or self._event.is_set():
                 self._leave()
             self._event.set()

@@ -91,7 +91,9 @@ def train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def eval_step(compute: Compute, mesh: Mesh) -> Callable[[Llama, Batch], tuple[jax.Array, jax.Array]]:
+def eval_step(
+    compute: Compute, mesh: Mesh
+) -> Callable[[Llama, Batch], tuple[jax.Array, jax.Array]]:
     """Summed negative log-likelihood and number of target tokens of a batch, jitted."""
 
     def local(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:

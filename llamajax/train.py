@@ -1,0 +1,26 @@
+"""`python -m llamajax.train`: pretrain a model, or continue where the same command stopped."""
+
+from pathlib import Path
+
+from llamajax.config import WORKDIR, parse_command_line
+from llamajax.errors import run_verb
+from llamajax.training.shutdown import Shutdown
+
+SUMMARY = "Pretrain a Llama. Rerunning the same command continues from the newest checkpoint."
+EXAMPLE = "python -m llamajax.train --config=configs/quickstart.py --workdir=runs/quickstart"
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0 finished, 143 stopped by a signal after saving."""
+    shutdown = Shutdown().install()  # before anything slow, so that no signal is lost
+    command = parse_command_line(
+        argv, verb="train", flags=(WORKDIR,), summary=SUMMARY, example=EXAMPLE
+    )
+    # JAX takes seconds to import: --help and mistakes are answered without it.
+    from llamajax.training.session import train
+
+    return train(command.config, workdir=Path(command.workdir), shutdown=shutdown)
+
+
+if __name__ == "__main__":
+    run_verb(main)

@@ -1,0 +1,137 @@
+"""The loop: draw batch n, update, read the metrics of step n-1 meanwhile; evaluate, save, stop."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from llamajax.checkpoint import Checkpointer, CheckpointError
+from llamajax.config.schema import CheckpointConfig, TrainConfig
+from llamajax.monitoring import MetricsWriter, Progress, StepTime, StepTimer
+from llamajax.training.agreement import agreed
+from llamajax.training.shutdown import Shutdown
+from llamajax.training.state import TrainState
+
+DeviceBatch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loop:
+    """Everything that the loop uses; `run` is the loop."""
+
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    step: Callable[[TrainState, DeviceBatch], tuple[TrainState, dict[str, jax.Array]]]
+    eval_step: Callable[[Any, DeviceBatch], tuple[jax.Array, jax.Array]]
+    train_batches: Iterator[DeviceBatch]  # already on their way to the devices
+    eval_batches: Callable[[], Iterator[DeviceBatch]]
+    rates: Callable[[float], dict[str, float | None]]  # tokens/s -> both MFUs
+    tokens_seen: Callable[[int], int]
+    meta: Callable[[int], dict[str, Any]]
+    checkpointer: Checkpointer
+    metrics: MetricsWriter
+    progress: Progress
+    timer: StepTimer
+    shutdown: Shutdown
+    times: list[StepTime] = dataclasses.field(default_factory=list)  # since the last row
+
+    def run(self, state: TrainState, start: int) -> int:
+        """Train from step `start` to the end or to a signal; the step of the last checkpoint."""
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        saved_at_s, last = time.monotonic(), self.train.steps
+        batch = next(self.train_batches) if start < last else None
+        for step in range(start + 1, last + 1):
+            state, metrics = self.step(state, batch)
+            self.shutdown.begin_updates()
+            self.timer.mark_dispatched(step)
+            batch = next(self.train_batches) if step < last else None
+            if pending is not None:
+                self._log(*pending)  # waits for step - 1 while this one runs
+            pending = (step, metrics)
+            stop = agreed(step, self.shutdown)
+            save = stop or step == last or self._save_is_due(step, saved_at_s)
+            evaluate = self.eval_is_due(step)
+            if save or evaluate:
+                self._log(*pending)
+                pending = None
+            if save:
+                self._save(step, state, final=stop or step == last)
+                saved_at_s = time.monotonic()
+            if stop:
+                return step
+            if evaluate and not self.evaluate(step, state):
+                self._save(step, state, final=True)
+                return step
+        return last
+
+    def eval_is_due(self, step: int) -> bool:
+        """Whether an evaluation belongs to `step`."""
+        every = self.train.eval_every
+        return step == self.train.steps or bool(every and step % every == 0)
+
+    def evaluate(self, step: int, state: TrainState) -> bool:
+        """Log the loss on the validation split; False when a signal cut it short (no row then).
+
+        Summed in float64 over batches of a fixed order. The last batch is padded, never dropped.
+        """
+        sums = np.zeros(2, np.float64)
+        pending = None
+        with self.timer.pause("evaluation"):
+            for batch in self.eval_batches():
+                current = self.eval_step(state.model, batch)
+                if pending is not None:
+                    sums += np.array(jax.device_get(pending), np.float64)
+                pending = current
+                if agreed(step, self.shutdown):
+                    return False
+            if pending is None:
+                return True  # there is no validation split
+            sums += np.array(jax.device_get(pending), np.float64)
+        loss = float(sums[0] / sums[1])
+        row = {"step": step, "eval_loss": loss, "eval_perplexity": _perplexity(loss)}
+        row["eval_tokens"] = int(sums[1])
+        self.metrics.write(row)
+        self.progress.show(row)
+        return True
+
+    def _log(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Wait for the metrics of `step`; write them where a row is due, times as means since."""
+        values = {key: value.item() for key, value in jax.device_get(metrics).items()}
+        self.times.append(self.timer.mark_fetched(step))
+        if step % self.train.log_every and step != self.train.steps:
+            return
+        seconds = [t.step_time_s for t in self.times]
+        rate = len(seconds) / sum(1 / t.tokens_per_s for t in self.times)
+        self.times.clear()
+        row = {"step": step} | values | {"step_time_s": sum(seconds) / len(seconds)}
+        row |= {"tokens_per_s": rate, "tokens_seen": self.tokens_seen(step)} | self.rates(rate)
+        self.metrics.write(row)
+        self.progress.show(row)
+        if not math.isfinite(values["loss"]):
+            self.progress.note(f"warning: the loss of step {step} is {values['loss']}")
+
+    def _save_is_due(self, step: int, saved_at_s: float) -> bool:
+        steps, minutes = self.checkpoint.every_steps, self.checkpoint.every_minutes
+        if steps and step % steps == 0:
+            return True
+        late = minutes is not None and time.monotonic() - saved_at_s >= 60 * minutes
+        return agreed(step, late)
+
+    def _save(self, step: int, state: TrainState, *, final: bool) -> None:
+        """Save; a failure costs the checkpoint and a warning, never the run, but for the last."""
+        try:
+            with self.timer.pause("checkpoint"):
+                self.checkpointer.save(step, state, meta=self.meta(step), wait=final)
+        except CheckpointError as error:
+            if final:
+                raise
+            self.progress.note(f"warning: {error}; training goes on, the next one is tried in turn")
+
+
+def _perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

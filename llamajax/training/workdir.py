@@ -1,0 +1,50 @@
+"""The directory of a run: its lock, its resolved config, and what it says on the terminal."""
+
+import contextlib
+import fcntl
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from llamajax.config import RunConfig, to_json_dict
+from llamajax.errors import UserError
+
+
+def say(text: str, *, primary: bool = True) -> None:
+    """One line on stderr, from process 0 only."""
+    if primary:
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def opened(workdir: Path, *, process_id: int) -> Iterator[Path]:
+    """`workdir`, made if needed and locked against a second run in it.
+
+    The lock is the kernel's: it ends with the process, however that dies.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / f".lock_{process_id}").open("w")
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir}: {error.strerror}; choose a directory that can be written"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"--workdir={workdir}: another run is using it; stop that one or choose another"
+            ) from None
+        yield workdir
+
+
+def write_config(workdir: Path, config: RunConfig) -> None:
+    """Write the resolved config to `config.json`, atomically."""
+    temporary = workdir / "config.json.tmp"
+    try:
+        temporary.write_text(json.dumps(to_json_dict(config), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(workdir / "config.json")
+    except OSError as error:
+        raise UserError(f"cannot write {workdir / 'config.json'}: {error.strerror}") from None
