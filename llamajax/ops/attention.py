@@ -13,14 +13,27 @@ tagged "attention" with `jax.ad_checkpoint.checkpoint_name`: under `jax.checkpoi
 kernel again; q, k and v alone are recomputed.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llamajax.backends import cudnn
+from llamajax.errors import combine
 from llamajax.ops.attention_blocked import blocked_attention
+from llamajax.ops.attention_kernels import cudnn_attention, splash_attention
 from llamajax.sharding import collectives
 
 SUPPORTED = ("xla", "blocked", "cudnn", "splash")
+
+# "auto" tries these in order; the first that `check_supported` accepts is the fastest
+PREFERENCES = ("cudnn", "splash", "blocked")
+
+# pass check_vma=False to the `jax.shard_map` around these: JAX's Splash kernel does not say along
+# which mesh axes its outputs vary
+NEEDS_UNCHECKED = frozenset({"splash"})
 
 
 def attention(
@@ -49,10 +62,63 @@ def attention(
 
 
 def check_supported(
-    impl: str, *, platform: str, dtype: jnp.dtype | str, head_size: int, seq_len: int
+    impl: str,
+    *,
+    platform: str,
+    dtype: jnp.dtype | str,
+    head_size: int,
+    seq_len: int,
+    compute_capability: str | None = None,
 ) -> list[str]:
-    """Why `impl` cannot run, in words; empty where it can."""
-    return []
+    """Why `impl` cannot train such a model on `platform`, in words; empty where it can.
+
+    `platform` is "cpu", "cuda" (or JAX's other word for it, "gpu"), "tpu" or a plugin's name;
+    `compute_capability` that of the NVIDIA device ("9.0" for Hopper), where it is known.
+    """
+    dtype = jnp.dtype(dtype)
+    if impl not in SUPPORTED:
+        return [
+            f"{impl!r} is not an attention implementation: choose one of {', '.join(SUPPORTED)}"
+        ]
+    if impl == "cudnn":
+        hopper = compute_capability is None or float(compute_capability) >= 9.0
+        facts = {
+            f"needs platform cuda, this is {platform}": platform in ("cuda", "gpu"),
+            f"needs bfloat16 or float16, not {dtype}": dtype in (jnp.bfloat16, jnp.float16),
+            f"needs a head size that is a multiple of 8, at most 128; it is {head_size}": (
+                head_size % 8 == 0 and head_size <= 128
+            ),
+            "needs a GPU of compute capability 9.0 (Hopper) or later for packed documents, "
+            f"this one has {compute_capability}": hopper,
+        }
+        problems = cudnn.version_problems(jax.__version__)
+    elif impl == "splash":
+        facts = {
+            f"needs platform tpu, this is {platform}": platform == "tpu",
+            f"needs bfloat16 or float32, not {dtype}": dtype in (jnp.bfloat16, jnp.float32),
+            f"needs a head size that is a multiple of 64; it is {head_size}": head_size % 64 == 0,
+            f"needs a sequence length that is a multiple of 128; it is {seq_len}": (
+                seq_len % 128 == 0
+            ),
+        }
+        problems = []
+    else:
+        return []
+    return [f"{impl} attention {fact}" for fact, holds in facts.items() if not holds] + problems
+
+
+def first_supported(preferences: Sequence[str], **facts: Any) -> str:
+    """The first of `preferences` that `check_supported` has nothing against, given its facts.
+
+    Raises UserError with every reason if there is none.
+    """
+    problems = []
+    for impl in preferences:
+        found = check_supported(impl, **facts)
+        if not found:
+            return impl
+        problems += found
+    raise combine(problems, title="no attention implementation fits this run:")
 
 
 def xla_attention(
@@ -73,4 +139,9 @@ def xla_attention(
     return checkpoint_name(o_BTKGH.reshape(q_BTNH.shape), "attention")
 
 
-_IMPLEMENTATIONS = {"xla": xla_attention, "blocked": blocked_attention}
+_IMPLEMENTATIONS = {
+    "xla": xla_attention,
+    "blocked": blocked_attention,
+    "cudnn": cudnn_attention,
+    "splash": splash_attention,
+}

@@ -25,16 +25,6 @@ def block_starts(seq_len: int) -> range:
     return range(0, seq_len, block)
 
 
-def blocked_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array | None
-) -> jax.Array:
-    """Attention as `attention.attention` defines it; saves q, k, v, o and one float32 a query row.
-
-    The output and the row statistics are tagged "attention" for remat policies.
-    """
-    return _blocked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
-
-
 def _queries(x_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
     """(B, T, K*G, H) -> (B*K, G, T, H)."""
     B, T, N, H = x_BTNH.shape
@@ -83,12 +73,19 @@ def _scores(q_XRH, kT_XHS, segment_ids_BT, batch: int, start: int, end: int) -> 
 
 
 @jax.custom_vjp
-def _blocked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
-    return _forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)[0]
+def blocked_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array | None
+) -> jax.Array:
+    """Attention as `attention.attention` defines it; saves q, k, v, o and one float32 a query row.
+
+    The output and the row statistics are tagged "attention" for remat policies.
+    """
+    return _tagged_forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)[0]
 
 
-def _forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
-    B, T, N, H = q_BTNH.shape
+def forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
+    """The output, and what `backward` wants: the inputs, the output, log-sum-exp (B*K, G, T)."""
+    B, T, _, H = q_BTNH.shape
     q_XGTH = _queries(q_BTNH, k_BSKH.shape[2])
     (_, kT_XHS), (v_XSH, _) = _keys(k_BSKH), _keys(v_BSKH)
     X, G = q_XGTH.shape[:2]
@@ -104,14 +101,20 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
         outputs.append(o.astype(q_BTNH.dtype).reshape(X, G, end - start, H))
         statistics.append((top + jnp.log(total)).reshape(X, G, end - start))
     o_BTNH = _as_queries(jnp.concatenate(outputs, axis=2), q_BTNH.shape)
-    o_BTNH = checkpoint_name(o_BTNH, "attention")
-    lse_XGT = checkpoint_name(jnp.concatenate(statistics, axis=2), "attention")
+    lse_XGT = jnp.concatenate(statistics, axis=2)
     return o_BTNH, (q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, o_BTNH, lse_XGT)
 
 
-def _backward(saved, do_BTNH):
+def _tagged_forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
+    o, (*inputs, _, lse) = forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
+    o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention")
+    return o, (*inputs, o, lse)
+
+
+def backward(saved, do_BTNH):
+    """Gradients of q, k, v and none for the segment ids, from the gradient of the output."""
     q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, o_BTNH, lse_XGT = saved
-    B, T, N, H = q_BTNH.shape
+    B, T, _, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_XGTH, do_XGTH = _queries(q_BTNH, K), _queries(do_BTNH, K)
     (k_XSH, kT_XHS), (_, vT_XHS) = _keys(k_BSKH), _keys(v_BSKH)
@@ -140,7 +143,7 @@ def _backward(saved, do_BTNH):
 
 
 def _summed(parts_XHS: list[jax.Array], like_BSKH: jax.Array) -> jax.Array:
-    """The float32 sum of the blocks' gradients, each about the keys up to its end, as (B, S, K, H)."""
+    """The blocks' gradients, each of the keys up to its end, summed in float32: (B, S, K, H)."""
     B, S, K, H = like_BSKH.shape
     total = parts_XHS[-1]
     for part in parts_XHS[:-1]:
@@ -149,4 +152,4 @@ def _summed(parts_XHS: list[jax.Array], like_BSKH: jax.Array) -> jax.Array:
     return total.astype(like_BSKH.dtype)
 
 
-_blocked.defvjp(_forward, _backward)
+blocked_attention.defvjp(_tagged_forward, backward)
