@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llamajax.config.check import check
+from llamajax.config.draft import Uncomputable
 from llamajax.config.keys import NOT_SET, all_keys, annotations, default_of, nested_class
 from llamajax.config.nearest import did_you_mean, nearest, nearest_key
 from llamajax.config.schema import RunConfig
@@ -68,6 +69,9 @@ def _read_one(raw: Any, annotation: Any, *, path: str, reading: _Reading) -> Any
         if path not in reading.known_bad:
             key = all_keys()[path]
             reading.problems.append(f"{path}: not set ({describe(annotation)}: {key.doc})")
+    elif isinstance(raw, Uncomputable):
+        reading.problems.append(f"{path}: {raw!r}")
+        value = _INVALID
     else:
         try:
             value = coerce(raw, annotation)

@@ -42,7 +42,7 @@ class Uncomputable:
         self.error = error
 
     def __repr__(self) -> str:
-        return f"what cannot be computed: {self.error}"
+        return f"cannot be computed from other keys: {self.error}"
 
 
 def plain(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
