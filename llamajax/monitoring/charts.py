@@ -2,11 +2,12 @@
 
 import dataclasses
 import html
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
 WIDTH, HEIGHT = 560, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 28
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 24, 10, 28
 _MAX_POINTS = 500
 _LOG_RATIO = 100
 
@@ -53,14 +54,16 @@ def thin(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The exponential mean over about a fiftieth of the points; skips what is not finite."""
-    weight = min(1.0, 50 / max(1, len(points)))
-    smoothed: list[tuple[int, float]] = []
-    mean = math.nan
-    for step, value in points:
-        if math.isfinite(value):
-            mean = value if math.isnan(mean) else mean + weight * (value - mean)
-            smoothed.append((step, mean))
+    """The mean over a fiftieth of the points around each; what is not finite is skipped."""
+    whole = [point for point in points if math.isfinite(point[1])]
+    half = max(1, len(whole) // 100)
+    sums = [0.0, *itertools.accumulate(value for _, value in whole)]
+    smoothed = []
+    for i, (step, _) in enumerate(whole):
+        # Narrower towards the ends, so that the mean stays around its own point.
+        reach = min(half, i, len(whole) - 1 - i)
+        total = sums[i + reach + 1] - sums[i - reach]
+        smoothed.append((step, total / (2 * reach + 1)))
     return smoothed
 
 
@@ -112,6 +115,9 @@ def _axes(x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[tuple[float, s
         f'<text class="tick" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{label}</text>'
         for x, label in x_ticks
     ]
+    parts.append(
+        f'<text class="tick" x="{_LEFT - 8}" y="{bottom + 18}" text-anchor="end">step</text>'
+    )
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     return parts
 
@@ -171,7 +177,7 @@ def line_chart(
 
 
 def _legend(series: Sequence[Series]) -> str:
-    named = [line for line in series if line.label]
+    named = [line for line in series if line.label and line.points]
     if len(named) < 2:
         return ""
     return "".join(

@@ -130,7 +130,8 @@ def _warnings(rows: Sequence[Mapping[str, Any]]) -> str:
     if not broken:
         return ""
     where = ", ".join(f"{step:,}" for step in broken[:5]) + (", …" if len(broken) > 5 else "")
-    return f'<p class="warning">{len(broken)} rows are not finite: step {where}</p>'
+    rows_are = "1 row is" if len(broken) == 1 else f"{len(broken)} rows are"
+    return f'<p class="warning">{rows_are} not finite: step {where}</p>'
 
 
 def _all_finite(row: Mapping[str, Any]) -> bool:
@@ -151,7 +152,7 @@ def _charts(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
         line_chart(
             "Throughput, tokens a second",
             [Series("", _column(rows, "tokens_per_s"))],
-            format_value=format_count,
+            format_value=_round_count,
             zero=True,
         ),
         line_chart(
@@ -165,6 +166,13 @@ def _charts(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
         ),
     ]
     return f'<section class="charts">{"".join(charts)}</section>'
+
+
+def _round_count(value: float) -> str:
+    """A round number without its idle zeros: 12k, 2.5M."""
+    text = format_count(value)
+    digits, unit = (text[:-1], text[-1]) if text[-1].isalpha() else (text, "")
+    return (digits.rstrip("0").rstrip(".") if "." in digits else digits) + unit
 
 
 def _plain_number(value: float) -> str:

@@ -1,0 +1,219 @@
+"""A checkpoint gives back every bit on any mesh, or says clearly why not."""
+
+import errno
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tiny_state import (
+    META,
+    Model,
+    abstract,
+    assert_same_bits,
+    checkpointer,
+    make_mesh,
+    make_state,
+)
+
+from llamajax.checkpoint import (
+    CheckpointError,
+    complete_steps,
+    named_leaves,
+    read_arrays_index,
+    read_meta,
+    restore_state,
+)
+from llamajax.checkpoint import manifest as manifests
+from llamajax.errors import UserError
+
+
+def test_names_say_where_a_weight_is():
+    names = list(named_leaves(make_state(make_mesh((1, 1)))))
+    assert "model/blocks/wq" in names
+    assert "opt_state/1/mu/blocks/wq" in names
+    assert "step" in names
+    with pytest.raises(ValueError, match="both named 'a/0'"):
+        named_leaves({"a": [1], "a/0": 2})
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (1, 1), (2, 4), (8, 1), (1, 3)])
+def test_restored_onto_any_mesh_bit_for_bit(saved: Path, shape: tuple[int, int]):
+    mesh = make_mesh(shape)
+    state = make_state(make_mesh((4, 2)), seed=2)
+    with checkpointer(saved) as loader:
+        restored, meta, step = loader.restore(abstract(state, mesh), model=META["config"]["model"])
+    assert (step, meta) == (20, META | {"later": True})
+    assert_same_bits(restored, state)
+    assert isinstance(restored.model, Model)
+    wq = restored.model.blocks.wq.get_value()
+    assert wq.sharding == NamedSharding(mesh, P("fsdp", "tensor"))
+
+
+def test_an_older_step_and_a_part_of_the_state(saved: Path):
+    mesh = make_mesh((2, 1))
+    state = make_state(mesh, seed=1)
+    restored = restore_state(saved / "10", {"model": abstract(state.model, mesh)}, partial=True)
+    assert_same_bits(restored, {"model": state.model})
+    index = read_arrays_index(saved / "10")
+    assert index["model/blocks/wq"] == jax.ShapeDtypeStruct((16, 24), jnp.bfloat16)
+
+
+def test_leaves_without_sharding_become_numpy(saved: Path):
+    state = make_state(make_mesh((1, 1)), seed=2)
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    restored = restore_state(saved / "20", plain)
+    assert isinstance(restored.model.blocks.wq.get_value(), np.ndarray)
+    assert_same_bits(restored, state)
+
+
+def test_python_numbers_are_stored_as_tracing_sees_them(tmp_path: Path):
+    with checkpointer(tmp_path) as saver:
+        saver.save(1, {"n": 3, "x": 0.5}, meta={})
+    restored = restore_state(tmp_path / "1", jax.eval_shape(lambda: {"n": 3, "x": 0.5}))
+    assert_same_bits(restored, {"n": np.int32(3), "x": np.float32(0.5)})
+
+
+def test_typed_keys_are_refused(tmp_path: Path):
+    with (
+        checkpointer(tmp_path) as saver,
+        pytest.raises(TypeError, match=r"rng is a typed PRNG key; keep jax.random.key_data"),
+    ):
+        saver.save(1, {"rng": jax.random.key(0)}, meta={})
+
+
+def test_a_save_is_safe_from_donation_of_the_state(tmp_path: Path):
+    """The loop donates the buffers to the next steps while the files are still being written."""
+    sharding = NamedSharding(make_mesh((8, 1)), P("fsdp"))
+    state = {"w": jax.device_put(np.arange(2**22, dtype=np.float32), sharding)}
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: Any) -> Any:
+        return jax.tree.map(lambda x: x * jnp.float32(-2), state)
+
+    state = step(state)
+    expected = np.arange(2**22, dtype=np.float32) * -2
+    with checkpointer(tmp_path) as saver:
+        saver.save(1, state, meta={})
+        for _ in range(5):
+            state = jax.block_until_ready(step(state))
+        saver.wait()
+    restored = restore_state(tmp_path / "1", {"w": jax.ShapeDtypeStruct((2**22,), jnp.float32)})
+    assert np.array_equal(restored["w"], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "kept"),
+    [
+        ({"keep": 2}, range(1, 6), [4, 5]),
+        ({"keep": 1}, range(1, 4), [3]),
+        ({"keep": 5}, range(1, 5), [1, 2, 3, 4]),
+        ({"keep": 1, "keep_every": 2, "asynchronous": False}, range(1, 6), [2, 4, 5]),
+    ],
+)
+def test_retention(tmp_path: Path, options: dict, steps: range, kept: list[int]):
+    with checkpointer(tmp_path, **options) as saver:
+        for step in steps:
+            saver.save(step, {"x": np.int32(step)}, meta={})
+        saver.wait()
+        assert saver.steps() == kept
+        assert saver.latest() == kept[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(map(str, kept))
+
+
+@pytest.mark.parametrize("options", [{"keep": 0}, {"keep_every": 0}])
+def test_impossible_retention_is_refused(tmp_path: Path, options: dict):
+    with pytest.raises(UserError, match=r"checkpoint\.keep"):
+        checkpointer(tmp_path, **options)
+
+
+def test_a_complete_step_is_not_written_again(copy: Path):
+    before = (copy / "20" / "manifest.json").stat().st_mtime_ns
+    with checkpointer(copy) as saver:
+        saver.save(20, {"other": np.int32(1)}, meta={})
+        assert saver.in_flight is None
+    assert (copy / "20" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_leftovers_go_at_the_next_start_and_nothing_else(copy: Path):
+    ours = ["30.orbax-checkpoint-tmp", "5.removing"]
+    others = ["20.damaged", "notes", "x.orbax-checkpoint-tmp"]
+    for name in ours + others:
+        (copy / name / "state").mkdir(parents=True)
+    with checkpointer(copy) as loader:
+        assert loader.steps() == [10, 20]
+    assert sorted(p.name for p in copy.iterdir()) == sorted(["10", "20", *others])
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_failed_save_surfaces_later_and_can_be_repeated(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    with checkpointer(copy, keep=1) as saver:
+        with monkeypatch.context() as patch:
+            patch.setattr(manifests, "write_durably", refuse)
+            saver.save(30, {"x": np.int32(3)}, meta={})
+            with pytest.raises(CheckpointError, match=r"step 30 was not saved.*No space left.*20"):
+                saver.wait()
+            saver.save(30, {"x": np.int32(3)}, meta={})
+            while saver.in_flight:
+                pass
+            with pytest.raises(CheckpointError, match="step 30 was not saved"):
+                saver.check()
+            saver.save(30, {"x": np.int32(3)}, meta={})
+            with pytest.raises(CheckpointError, match="step 30 was not saved"):
+                saver.save(40, {"x": np.int32(4)}, meta={})
+        assert sorted(p.name for p in copy.iterdir()) == ["10", "20"]
+        saver.save(40, {"x": np.int32(4)}, meta={})
+        saver.wait()
+        assert saver.steps() == [40]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path):
+    with checkpointer(tmp_path / "checkpoints") as saver:
+        (tmp_path / "checkpoints").write_text("in the way")
+        with pytest.raises(CheckpointError, match=r"step 1 was not saved: .*there is none yet"):
+            saver.save(1, {"x": np.int32(1)}, meta={})
+        (tmp_path / "checkpoints").unlink()
+        saver.save(1, {"x": np.int32(1)}, meta={}, wait=True)
+        assert complete_steps(tmp_path / "checkpoints") == [1]
+
+
+def test_meta_and_state_commit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever is visible under its step's name has everything: manifest last, then one rename."""
+    seen = []
+    seal = manifests.seal
+
+    def watch(directory: Path, **rest: Any) -> None:
+        seen.append((directory.name, (directory / "meta.json").is_file(), complete_steps(tmp_path)))
+        seal(directory, **rest)
+
+    monkeypatch.setattr(manifests, "seal", watch)
+    with checkpointer(tmp_path) as saver:
+        saver.save(1, {"x": np.int32(1)}, meta={"position": 5}, wait=True)
+        assert saver.in_flight is None
+    assert seen == [("1.orbax-checkpoint-tmp", True, [])]
+    assert read_meta(tmp_path / "1") == {"position": 5}
+    listed = json.loads((tmp_path / "1" / "manifest.json").read_text())["files"]
+    on_disk = {p.relative_to(tmp_path / "1").as_posix() for p in (tmp_path / "1").rglob("*")}
+    assert {name for name in on_disk if name.startswith("state/d")} - set(listed) == {"state/d"}
+    assert "meta.json" in listed
+
+
+def test_meta_that_is_not_json_writes_nothing(tmp_path: Path):
+    with checkpointer(tmp_path) as saver:
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            saver.save(1, {"x": np.int32(1)}, meta={"a": object()})
+        saver.wait()
+    assert list(tmp_path.iterdir()) == []

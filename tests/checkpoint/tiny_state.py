@@ -1,0 +1,79 @@
+"""A state like the training state, small: a module in a module, an optax chain, a step."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llamajax.checkpoint import Checkpointer, named_leaves
+
+META = {"config": {"model": {"hidden_size": 16, "name": "tiny"}}, "position": [[0, 0, 8, 64, "a"]]}
+
+
+class Block(nnx.Module):
+    """Two weights: one in bf16, one in fp32."""
+
+    def __init__(self, key: jax.Array):
+        self.wq = nnx.Param(jax.random.normal(key, (16, 24), jnp.bfloat16), axes="DN")
+        self.norm = nnx.Param(jax.random.normal(key, (16,), jnp.float32), axes="D")
+
+
+class Model(nnx.Module):
+    """A module in a module, as the real model is."""
+
+    def __init__(self, key: jax.Array):
+        self.blocks = Block(key)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Like the training state: module, optax state, step."""
+
+    model: Any
+    opt_state: Any
+    step: jax.Array
+
+
+def make_mesh(shape: tuple[int, int]) -> jax.sharding.Mesh:
+    count = shape[0] * shape[1]
+    return jax.make_mesh(shape, ("fsdp", "tensor"), devices=jax.devices()[:count])
+
+
+def spec(leaf: Any) -> P:
+    return P("fsdp", "tensor") if len(leaf.shape) == 2 else P()
+
+
+def make_state(mesh: jax.sharding.Mesh, *, seed: int = 0) -> State:
+    model = Model(jax.random.key(seed))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.9, 0.95, 1e-8))
+    state = State(model, optimizer.init(model), jnp.asarray(7 + seed, jnp.int32))
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec(x))), state)
+
+
+def abstract(state: Any, mesh: jax.sharding.Mesh) -> Any:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(x))),
+        state,
+    )
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    old, new = named_leaves(expected), named_leaves(actual)
+    assert list(old) == list(new)
+    for name in old:
+        a, b = np.asarray(new[name]), np.asarray(old[name])
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), name
+
+
+def checkpointer(directory: Path, **options: Any) -> Checkpointer:
+    return Checkpointer(
+        directory, **{"keep": 3, "keep_every": None, "asynchronous": True, **options}
+    )
