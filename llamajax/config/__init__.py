@@ -3,7 +3,7 @@
 from llamajax.config.commandline import parse_command_line
 from llamajax.config.draft import new_config
 from llamajax.config.flags import BACKEND_FLAGS, WORKDIR, Flag
-from llamajax.config.help import help_text
+from llamajax.config.help import help_text, show_help
 from llamajax.config.load import freeze, load
 from llamajax.config.nearest import did_you_mean, nearest
 from llamajax.config.presets import PRESETS, preset
@@ -48,5 +48,6 @@ __all__ = [
     "new_config",
     "parse_command_line",
     "preset",
+    "show_help",
     "to_json_dict",
 ]

@@ -1,0 +1,195 @@
+"""Architecture, read from the source: imports point down, and sizes stay readable.
+
+Each rule is a function from a module's syntax tree to complaints, and is itself shown to complain.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "llamajax"
+FLOORS = {
+    "errors": -1,
+    "config": 0,
+    "backends": 1,
+    "sharding": 1,
+    "monitoring": 1,
+    "ops": 2,
+    "models": 3,
+    "data": 3,
+    "optim": 3,
+    "checkpoint": 3,
+    "training": 4,
+    "decoding": 4,
+    "planning": 5,
+    "conformance": 5,
+    "supervision": 5,
+}
+VERBS = (
+    "prepare", "train", "evaluate", "generate", "convert", "plan", "doctor", "report", "launch",
+    "verify_resume", "replay",
+)  # fmt: skip
+FLOORS |= dict.fromkeys(VERBS, 6) | {"cli": 7, "__main__": 8}
+
+FILE_LINES = 400
+FUNCTION_LINES = 60
+OTHER_LIMITS = {"training/step.py": 40, "training/loop.py": 100}
+VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
+# A module mutated inside these and not returned is lost without an error.
+FORBIDDEN_NNX = {"jit", "scan", "split", "merge", "Optimizer", "remat", "grad", "value_and_grad"}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    """`training/step.py`, as the rules and the messages name a file."""
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def part_of(name: str) -> str:
+    """The package or verb that a file belongs to."""
+    return name.partition("/")[0].removesuffix(".py")
+
+
+def imported_parts(tree: ast.AST, name: str) -> Iterator[tuple[int, str]]:
+    """Line and part of each import of llamajax, lazy and type-checking ones as well."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            own = ["llamajax", *name.removesuffix(".py").split("/")][: -node.level]
+            modules = [".".join([*own, *filter(None, [node.module])])]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or ""]
+        else:
+            continue
+        if modules == ["llamajax"] and isinstance(node, ast.ImportFrom):
+            modules = [f"llamajax.{alias.name}" for alias in node.names]
+        for module in modules:
+            if module.startswith("llamajax."):
+                yield node.lineno, module.split(".")[1]
+
+
+def check_floor(tree: ast.AST, name: str) -> Iterator[str]:
+    """Imports of the same floor, of a higher one, or of a part that has no floor."""
+    own = part_of(name)
+    if own == "__init__":
+        return
+    for line, part in imported_parts(tree, name):
+        if part == own:
+            continue
+        if part not in FLOORS:
+            yield f"{name}:{line} imports llamajax.{part}, which has no floor"
+        elif FLOORS[part] >= FLOORS[own]:
+            yield (
+                f"{name}:{line} (floor {FLOORS[own]}) imports llamajax.{part} "
+                f"(floor {FLOORS[part]}): imports point down"
+            )
+
+
+def check_environment(tree: ast.AST, name: str) -> Iterator[str]:
+    """Process-wide settings outside backends/: os.environ, os.getenv, jax.config.update."""
+    if part_of(name) == "backends":
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            text = ast.unparse(node)
+            if text in ("os.environ", "os.environb", "os.getenv", "os.putenv", "jax.config"):
+                yield f"{name}:{node.lineno} uses {text}; only backends/ may"
+        if isinstance(node, ast.ImportFrom):
+            taken = {alias.name for alias in node.names}
+            if node.module == "os" and taken & {"environ", "getenv", "putenv"}:
+                yield f"{name}:{node.lineno} imports the environment; only backends/ may"
+            if node.module == "jax" and "config" in taken:
+                yield f"{name}:{node.lineno} imports jax.config; only backends/ may"
+
+
+def check_functions(tree: ast.AST, name: str) -> Iterator[str]:
+    """Functions that don't fit on a screen."""
+    limit = OTHER_LIMITS.get(name, FUNCTION_LINES)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > limit:
+                yield f"{name}:{node.lineno} {node.name} has {lines} lines, limit {limit}"
+
+
+def check_transforms(tree: ast.AST, name: str) -> Iterator[str]:
+    """NNX's own transforms: only jax.* ones are used."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.value.id == "nnx" and node.attr in FORBIDDEN_NNX:
+                yield f"{name}:{node.lineno} uses nnx.{node.attr}; use the jax transform"
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flax.nnx"):
+            yield f"{name}:{node.lineno} imports from flax.nnx; write nnx.NAME"
+
+
+CHECKS = [check_floor, check_environment, check_functions, check_transforms]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_package_keeps_the_rule(check):
+    complaints = [
+        complaint
+        for path in FILES
+        for complaint in check(ast.parse(path.read_text(encoding="utf-8")), name_of(path))
+    ]
+    assert complaints == []
+
+
+@pytest.mark.parametrize(
+    ("check", "name", "source"),
+    [
+        (check_floor, "ops/rope.py", "from llamajax.models import llama"),
+        (check_floor, "models/llama.py", "import llamajax.data.shards"),
+        (check_floor, "config/load.py", "def f():\n    from llamajax import backends"),
+        (check_floor, "data/x.py", "from ..optim import chain"),
+        (check_floor, "train.py", "from llamajax.prepare import main"),
+        (check_floor, "ops/x.py", "from llamajax.newcomer import y"),
+        (check_environment, "data/x.py", "import os\nos.environ['A'] = 'b'"),
+        (check_environment, "train.py", "from os import getenv"),
+        (check_environment, "training/x.py", "import jax\njax.config.update('a', 1)"),
+        (check_environment, "training/x.py", "from jax import config"),
+        (check_functions, "ops/x.py", "def f():\n" + "    pass\n" * 60),
+        (check_functions, "training/step.py", "def f():\n" + "    pass\n" * 40),
+        (check_transforms, "training/x.py", "nnx.jit(f)"),
+        (check_transforms, "training/x.py", "from flax.nnx import jit"),
+    ],
+)
+def test_the_rule_complains(check, name, source):
+    assert len(list(check(ast.parse(source), name))) == 1
+
+
+@pytest.mark.parametrize(
+    ("check", "name", "source"),
+    [
+        (check_floor, "models/llama.py", "from llamajax.ops import rope\nimport llamajax.config"),
+        (check_floor, "data/x.py", "from .shards import y\nfrom llamajax.data import z"),
+        (check_floor, "train.py", "from llamajax.training import loop"),
+        (check_environment, "backends/x.py", "import jax, os\nos.environ\njax.config.update(1)"),
+        (check_functions, "ops/x.py", "def f():\n" + "    pass\n" * 59),
+        (check_transforms, "models/x.py", "nnx.Module, nnx.Param, jax.jit"),
+    ],
+)
+def test_the_rule_is_silent(check, name, source):
+    assert list(check(ast.parse(source), name)) == []
+
+
+def test_every_part_has_a_floor():
+    parts = {part_of(name_of(path)) for path in FILES} - {"__init__"}
+    assert parts <= set(FLOORS)
+
+
+def test_files_can_be_read_at_one_go():
+    long = {
+        name_of(path): lines
+        for path in FILES
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > FILE_LINES
+    }
+    assert long == {}
+
+
+def test_no_file_has_a_name_that_says_nothing():
+    assert [name_of(path) for path in FILES if path.stem in VAGUE_NAMES] == []
