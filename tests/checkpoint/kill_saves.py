@@ -3,8 +3,9 @@
     python kill_saves.py DIRECTORY STRIDE
 
 Each child saves steps 1 to 4 (keeping one) into its own directory and gets SIGKILL at its k-th file
-operation, k = 1, 1 + STRIDE, ... until one survives. Prints one JSON object a child: its directory and whether it was killed. Forking from
-a process that has imported but not started JAX saves most of the time.
+operation, k = 1, 1 + STRIDE, ... until one survives. Prints one JSON object a child: its directory
+and whether it was killed. Forking from a process that has imported but not started JAX saves most
+of the time.
 """
 
 import json
