@@ -1,1 +1,28 @@
-"""(to be written)"""
+"""Text to tokens to batches: tokenizers, sources, prepared shards, the order of samples, batches.
+
+Free of jax. `load_tokenizer` costs nothing else; the names of the reading side are imported when
+first used, because grain takes two seconds to import and workers of `prepare` do not need it.
+"""
+
+import importlib
+from typing import Any
+
+from llamajax.data.position import Position
+from llamajax.data.tokenizers import Tokenizer, load_tokenizer
+
+_READING = {
+    "Mixture": "mixture",
+    "open_mixture": "mixture",
+    "eval_batches": "batches",
+    "num_eval_batches": "batches",
+    "sample_ids": "batches",
+    "train_batches": "batches",
+}
+
+__all__ = ["Position", "Tokenizer", "load_tokenizer", *_READING]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _READING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_READING[name]}"), name)

@@ -1,0 +1,108 @@
+"""Which text is held out for validation: a function of the order of the documents alone."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from llamajax.errors import UserError
+
+_GROUP_HELD = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A document, or the part of one that goes to one split."""
+
+    split: str
+    text: str
+
+
+class Holdout:
+    """Splits documents into train and validation.
+
+    Many documents (at least 10 / fraction): of each group of that many, the 10 whose number has
+    the smallest hash. Fewer: whole documents in the order of their hash, as long as they fit into
+    the fraction of the text that is asked for; where not one fits (a book, or a few), the end of
+    the first of them, from a paragraph's start on. So neither split is ever empty.
+    """
+
+    def __init__(self, documents: Iterable[str], fraction: float) -> None:
+        """Walks the documents only until there are many."""
+        self._fraction = fraction
+        self._group = math.ceil(_GROUP_HELD / fraction) if fraction else 0
+        self._held: frozenset[int] = frozenset()
+        self._cut: tuple[int, int] | None = None
+        self.few = False
+        if not fraction:
+            return
+        sizes: list[int] = []
+        for text in documents:
+            sizes.append(len(text))
+            if len(sizes) == self._group:
+                return
+        self.few = True
+        self._choose(sizes)
+
+    def _choose(self, sizes: Sequence[int]) -> None:
+        wanted = self._fraction * sum(sizes)
+        order = sorted(range(len(sizes)), key=_hash)
+        held, left = set(), wanted
+        for number in order:
+            if sizes[number] <= left and len(held) < len(sizes) - 1:
+                held.add(number)
+                left -= sizes[number]
+        if not held and sizes:
+            number = next((n for n in order if sizes[n] > wanted), order[0])
+            self._cut = (number, sizes[number] - max(1, round(wanted)))
+        self._held = frozenset(held)
+
+    def split(self, documents: Iterable[str]) -> Iterator[Part]:
+        """The parts of all documents, in order."""
+        in_group: frozenset[int] = frozenset()
+        for number, text in enumerate(documents):
+            if self._cut is not None and number == self._cut[0]:
+                at = _paragraph_start(text, self._cut[1])
+                yield Part("train", text[:at])
+                yield Part("validation", text[at:])
+                continue
+            if self._group and not self.few:
+                if number % self._group == 0:
+                    members = range(number, number + self._group)
+                    in_group = frozenset(sorted(members, key=_hash)[:_GROUP_HELD])
+                held = number in in_group
+            else:
+                held = number in self._held
+            yield Part("validation" if held else "train", text)
+
+
+def _hash(number: int) -> bytes:
+    return hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8).digest()
+
+
+def _paragraph_start(text: str, wanted: int) -> int:
+    """Where to cut a text near `wanted`: at a blank line, else a line, else a space.
+
+    The nearest one within the last `len(text) - wanted` characters on either side counts.
+    """
+    reach = len(text) - wanted
+    low, high = max(1, wanted - reach), len(text) - 1
+    finders: list[Callable[[], int]] = [
+        lambda mark=mark: _nearest(text, mark, wanted, low, high)
+        for mark in ("\n\n", "\r\n\r\n", "\n", " ")
+    ]
+    for find in finders:
+        if (at := find()) > 0 and text[:at].strip() and text[at:].strip():
+            return at
+    if not 0 < wanted < len(text):
+        raise UserError(
+            "too little text to hold any out; add some, or pass --validation_fraction=0"
+        )
+    return wanted
+
+
+def _nearest(text: str, mark: str, wanted: int, low: int, high: int) -> int:
+    """End of the occurrence of `mark` nearest to `wanted`, of those that end within low..high."""
+    before, after = text.rfind(mark, low, wanted), text.find(mark, wanted, high)
+    ends = [at + len(mark) for at in (before, after) if at >= 0]
+    return min((e for e in ends if low <= e <= high), key=lambda e: abs(e - wanted), default=-1)

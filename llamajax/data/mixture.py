@@ -1,0 +1,232 @@
+"""Prepared directories, checked and opened as one mixture, and the endless order of its samples.
+
+Sample j of length T of a directory is tokens [j*T, j*T + T] of its stream: T inputs and T targets,
+sharing all but one. An *id* names a sample of the mixture: directories one after the other, each
+with `num_samples` ids. The order of ids is a function of (seed, index): grain's shuffle, a new
+permutation each epoch of each directory, then grain's mix over directories repeated for ever.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import grain
+
+from llamajax.config.schema import DataConfig
+from llamajax.data.shards import FORMAT_VERSION, SplitReader, file_sha256, token_dtype
+from llamajax.data.tokenizers import MANIFEST
+from llamajax.errors import UserError, combine
+
+_SEEDS = 2**32  # grain's shuffle takes a 32-bit seed, and adds the epoch to it
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedSplit:
+    """One split of one prepared directory."""
+
+    path: Path
+    manifest: dict[str, Any]
+    split: str
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """The split's part of the manifest."""
+        return self.manifest["splits"][self.split]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the stream, every BOS and EOS included."""
+        return self.stats["tokens"]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Identity of the tokens, wherever the directory lies."""
+        return _digest([self.manifest["tokenizer"]["fingerprint"], self.stats["shards"]])
+
+    @functools.cached_property
+    def reader(self) -> SplitReader:
+        """Access to its blocks."""
+        dtype = token_dtype(self.manifest["tokenizer"]["vocab_size"])
+        return SplitReader(self.path, self.stats["shards"], dtype)
+
+    def num_samples(self, seq_len: int) -> int:
+        """Whole samples; tokens after the last are not read in training."""
+        return (self.num_tokens - 1) // seq_len
+
+    def num_eval_samples(self, seq_len: int) -> int:
+        """Samples of which the last may be part padding: every token is a target once."""
+        return -(-(self.num_tokens - 1) // seq_len)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mixture:
+    """One split of one or several prepared directories, as a config describes them."""
+
+    sources: tuple[PreparedSplit, ...]
+    weights: tuple[float, ...]
+    seed: int
+    shuffle: bool
+    mask_documents: bool
+    vocab_size: int
+    _orders: dict[int, grain.MapDataset] = dataclasses.field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Identity of what is read and in which order, sequence length apart."""
+        data = [s.fingerprint for s in self.sources]
+        return _digest([data, self.weights, self.seed, self.shuffle])
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Identity of the one tokenizer of all sources."""
+        return self.manifests[0]["tokenizer"]["fingerprint"]
+
+    @property
+    def manifests(self) -> tuple[dict[str, Any], ...]:
+        """The manifest of each source."""
+        return tuple(s.manifest for s in self.sources)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sources."""
+        return sum(s.num_tokens for s in self.sources)
+
+    def num_samples(self, seq_len: int) -> int:
+        """Different training samples of this length, over all sources."""
+        return sum(s.num_samples(seq_len) for s in self.sources)
+
+    def locate(self, sample_id: int, seq_len: int) -> tuple[PreparedSplit, int]:
+        """The source and the number within it of a sample id."""
+        for source in self.sources:
+            count = source.num_samples(seq_len)
+            if sample_id < count:
+                return source, sample_id
+            sample_id -= count
+        raise IndexError(f"sample id beyond the {self.num_samples(seq_len)} of this mixture")
+
+    def order(self, seq_len: int) -> grain.MapDataset:
+        """The endless sequence of sample ids of this length: `order[i]` is the i-th sample's."""
+        if seq_len not in self._orders:
+            self._orders[seq_len] = self._make_order(seq_len)
+        return self._orders[seq_len]
+
+    def _make_order(self, seq_len: int) -> grain.MapDataset:
+        parts, first = [], 0
+        for source in self.sources:
+            count = source.num_samples(seq_len)
+            if count == 0:
+                raise UserError(
+                    f"{source.path}: {source.num_tokens} {source.split} tokens are fewer than "
+                    f"one sample of data.seq_len = {seq_len} (+ 1); use a smaller data.seq_len"
+                )
+            part = grain.MapDataset.range(first, first + count)
+            if self.shuffle:
+                seed = int(_digest([self.seed, source.fingerprint]), 16) % _SEEDS
+                part = part.shuffle(seed=seed)
+            parts.append(part.repeat())
+            first += count
+        # mix() of one would only cost time; weights are kept to 1 % of the smallest.
+        return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, self.weights)
+
+
+def open_mixture(data: DataConfig, *, split: str, vocab_size: int, verify: bool = False) -> Mixture:
+    """The mixture that `data` describes, checked: format, completeness, sizes of the shards, one
+    tokenizer, its vocabulary within the model's `vocab_size`, at least one sample a source.
+
+    `verify` also reads every shard once to compare its checksum. Raises UserError.
+    """
+    paths = [Path(p.strip()) for p in data.path.split(",") if p.strip()]
+    if not paths:
+        raise UserError("data.path is empty; name a directory written by llamajax.prepare")
+    if len({p.resolve() for p in paths}) < len(paths):
+        raise UserError(f"data.path names a directory twice: {data.path}; use data.weights instead")
+    sources = tuple(_open(p, split, verify=verify) for p in paths)
+    problems = []
+    first = sources[0].manifest["tokenizer"]
+    for source in sources:
+        tokenizer = source.manifest["tokenizer"]
+        if tokenizer["fingerprint"] != first["fingerprint"]:
+            problems.append(
+                f"{source.path} was prepared with another tokenizer than {sources[0].path}"
+                f" ({tokenizer['fingerprint'][:12]}, {first['fingerprint'][:12]}):"
+                " prepare them with the same one"
+            )
+        if tokenizer["vocab_size"] > vocab_size:
+            problems.append(
+                f"{source.path} has tokens up to {tokenizer['vocab_size'] - 1}, but"
+                f" model.vocab_size = {vocab_size}: set it to at least {tokenizer['vocab_size']}"
+            )
+        if split == "train" and source.num_samples(data.seq_len) == 0:
+            problems.append(
+                f"{source.path} has {source.num_tokens} training tokens, fewer than one sample:"
+                f" data.seq_len = {data.seq_len}, plus 1; use a smaller one"
+            )
+    weights, weight_problems = _weights(data, sources)
+    if problems := problems + weight_problems:
+        raise combine(problems, title=f"the data cannot be used (data.path = {data.path}):")
+    return Mixture(sources, weights, data.seed, data.shuffle, data.mask_documents, vocab_size)
+
+
+def _weights(
+    data: DataConfig, sources: tuple[PreparedSplit, ...]
+) -> tuple[tuple[float, ...], list[str]]:
+    """Shares that sum to 1, and what is wrong with those asked for."""
+    weights = data.weights or tuple(s.num_tokens for s in sources)
+    if len(weights) != len(sources):
+        return (), [f"data.weights has {len(weights)} values for {len(sources)} paths in data.path"]
+    if not all(math.isfinite(w) and w > 0 for w in weights):
+        return (), [
+            f"data.weights = {weights}: every weight must be above 0; drop the path instead"
+        ]
+    return tuple(w / math.fsum(weights) for w in weights), []
+
+
+def _open(path: Path, split: str, *, verify: bool) -> PreparedSplit:
+    manifest = read_manifest(path)
+    stats = manifest["splits"].get(split)
+    if not stats or not stats["tokens"]:
+        raise UserError(
+            f"{path}: no {split} split; it has {', '.join(manifest['splits'])}. Prepare it again"
+            " with another --validation_fraction"
+        )
+    problems = []
+    for shard in stats["shards"]:
+        file = path / shard["file"]
+        if not file.is_file():
+            problems.append(f"{file.name} is missing")
+        elif file.stat().st_size != shard["bytes"]:
+            size = file.stat().st_size
+            problems.append(f"{file.name} has {size} bytes, the manifest says {shard['bytes']}")
+        elif verify and file_sha256(file) != shard["sha256"]:
+            problems.append(f"{file.name}: its checksum is not the manifest's")
+    if problems:
+        raise combine(problems, title=f"{path}: damaged; copy it or prepare it again:")
+    return PreparedSplit(path, manifest, split)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a prepared directory. UserError if it has none, or one of another format."""
+    file = path / MANIFEST
+    if not file.is_file():
+        what = (
+            "not a prepared directory (no manifest.json)" if path.is_dir() else "no such directory"
+        )
+        raise UserError(f"data.path: {path}: {what}; write one with `python -m llamajax.prepare`")
+    try:
+        manifest = json.loads(file.read_text("utf-8"))
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: damaged or not written by llamajax.prepare") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{file}: format version {version}; this llamajax reads {FORMAT_VERSION}: prepare again"
+        )
+    return manifest
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,196 @@
+"""The work of `llamajax.prepare`: input files in, a finished prepared directory out, or nothing."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llamajax.data import shards
+from llamajax.data.holdout import Holdout, Part
+from llamajax.data.sources import Corpus, find_files
+from llamajax.data.tokenizer_training import MAX_BYTES, parse_train, train_tokenizer
+from llamajax.data.tokenizers import MANIFEST, Tokenizer, load_tokenizer
+from llamajax.data.workers import tokenize_all
+from llamajax.errors import UserError
+
+SPLITS = ("train", "validation")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides about the content of a prepared directory, and how it is made."""
+
+    input: str
+    tokenizer: str
+    output: Path
+    text_key: str
+    clean: str
+    validation_fraction: float
+    workers: int
+    overwrite: bool
+
+
+# Called with the phase, bytes done and bytes in all.
+Progress = Callable[[str, int, int], None]
+
+
+def prepare(settings: Settings, progress: Progress) -> dict[str, Any]:
+    """The manifest of the directory that was written. Raises UserError; leaves nothing behind then."""
+    if not 0 <= settings.validation_fraction <= 0.5:
+        raise UserError(f"--validation_fraction={settings.validation_fraction}: must lie in 0..0.5")
+    if settings.workers < 1:
+        raise UserError(f"--workers={settings.workers}: must be at least 1")
+    num_pieces = parse_train(settings.tokenizer)
+    if num_pieces is None:
+        load_tokenizer(settings.tokenizer)
+    files = find_files(settings.input)
+    _check_output(settings.output, overwrite=settings.overwrite)
+    corpus = Corpus(files, text_key=settings.text_key, clean=settings.clean)
+    try:
+        with _unfinished(settings.output) as directory:
+            manifest = _write(settings, corpus, directory, num_pieces, progress)
+            manifest["input"] |= {"files": [f.name for f in files]}
+            text = json.dumps(manifest, indent=2) + "\n"
+            (directory / MANIFEST).write_text(text, encoding="utf-8")
+            _publish(directory, settings.output)
+    except OSError as error:
+        raise UserError(f"cannot write {settings.output}: {error.strerror or error}") from error
+    return manifest
+
+
+def _check_output(output: Path, *, overwrite: bool) -> None:
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists() and not (output / MANIFEST).is_file():
+        raise UserError(f"--output={output} exists and was not written by prepare; name another")
+    if output.exists() and not overwrite:
+        raise UserError(f"--output={output} exists; pass --overwrite to replace it")
+
+
+@contextlib.contextmanager
+def _unfinished(output: Path) -> Iterator[Path]:
+    """A hidden directory beside `output`, removed at the end unless it was published.
+
+    Locked, so that what a killed run left is told from what a running one writes.
+    """
+    directory = output.parent / f".{output.name}.incomplete"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock_path = output.parent / f".{output.name}.lock"
+    with lock_path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--output={output}: another prepare is writing it") from error
+        try:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+            lock_path.unlink(missing_ok=True)
+
+
+def _publish(directory: Path, output: Path) -> None:
+    """Put the finished directory in its place, on disk before it has its name."""
+    for file in (*directory.iterdir(), directory):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    old = output.parent / f".{output.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    directory.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(
+    settings: Settings,
+    corpus: Corpus,
+    directory: Path,
+    num_pieces: int | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    def watched(phase: str) -> Iterable[str]:
+        for text in corpus:
+            yield text
+            progress(phase, corpus.bytes_read, corpus.total_bytes)
+
+    holdout = Holdout(watched("counting documents"), settings.validation_fraction)
+    path = settings.tokenizer
+    if num_pieces is not None:
+        path = str(directory / "tokenizer.model")
+        parts = holdout.split(watched("reading for the tokenizer"))
+        # Compressed English is about a quarter of its text.
+        expected = corpus.total_bytes * (1 + 3 * corpus.compressed_share)
+        share = min(1.0, MAX_BYTES / max(1.0, expected))
+        train_tokenizer(parts, num_pieces=num_pieces, share=share, output=Path(path))
+    tokenizer = load_tokenizer(path)
+    stored = "tokenizer.model" if num_pieces is not None else tokenizer.save(directory)
+    parts = holdout.split(watched("tokenising"))
+    splits = _write_splits(parts, directory, tokenizer, path, settings.workers)
+    _check_splits(splits, settings)
+    return {
+        "format": "llamajax prepared tokens",
+        "format_version": shards.FORMAT_VERSION,
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "file": stored,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id,
+            "eos_id": tokenizer.eos_id,
+        },
+        "block_tokens": shards.BLOCK_TOKENS,
+        "token_dtype": shards.token_dtype(tokenizer.vocab_size).str,
+        "input": {
+            "text_key": settings.text_key,
+            "clean": settings.clean,
+            "validation_fraction": settings.validation_fraction,
+        },
+        "splits": splits,
+    }
+
+
+def _write_splits(
+    parts: Iterable[Part], directory: Path, tokenizer: Tokenizer, path: str, num_workers: int
+) -> dict[str, Any]:
+    writers = {s: shards.SplitWriter(directory, s, tokenizer.vocab_size) for s in SPLITS}
+    try:
+        results = tokenize_all(parts, tokenizer_path=path, num_workers=num_workers)
+        with contextlib.closing(results):
+            for result in results:
+                writers[result.split].add(
+                    result.tokens, result.lengths, text_bytes=result.text_bytes
+                )
+        splits = {s: w.close() for s, w in writers.items() if w.documents}
+    except BaseException:
+        for writer in writers.values():
+            writer.abandon()
+        raise
+    # The first token of a document, BOS, is never a target: these are figures about targets.
+    for writer in writers.values():
+        writer.counts[tokenizer.bos_id] -= writer.documents
+    train = writers["train"].counts
+    for name, split in splits.items():
+        split["unigram_entropy"] = shards.unigram_entropy(writers[name].counts)
+    if "validation" in splits:
+        splits["validation"]["unigram_loss"] = shards.unigram_loss(
+            writers["validation"].counts, train
+        )
+    return splits
+
+
+def _check_splits(splits: dict[str, Any], settings: Settings) -> None:
+    if not splits:
+        raise UserError(f"--input={settings.input}: no text in these files")
+    if "train" not in splits or ("validation" not in splits and settings.validation_fraction):
+        raise UserError(
+            f"--input={settings.input}: too little text for two splits; add some, or pass"
+            " --validation_fraction=0"
+        )

@@ -1,0 +1,224 @@
+"""The format of prepared data on disk: blocks of one token stream in ArrayRecord files.
+
+A split is one endless line of tokens, `BOS document EOS BOS document EOS ...`, cut into blocks of
+BLOCK_TOKENS. A record is one block: two uint32 (number of tokens, number of document starts), the
+offsets of the document starts (uint32), the tokens (uint16, or uint32 for a vocabulary over
+65,536), all little endian. It also holds the first token of the next block, so that a sample of
+T + 1 tokens with T = BLOCK_TOKENS is read from one record, not two. Records are not compressed:
+tokens shrink by a third only, and reading would take half as long again.
+"""
+
+import hashlib
+import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+
+from llamajax.errors import UserError
+
+FORMAT_VERSION = 1
+BLOCK_TOKENS = 4096
+RECORDS_PER_SHARD = 32_768  # 134 M tokens, 268 MB as uint16
+_HEADER_BYTES = 8
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype of tokens on disk."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def pack_block(tokens: np.ndarray, starts: np.ndarray) -> bytes:
+    """The record of a block: its tokens (with the one after it) and where documents start."""
+    head = np.array([len(tokens), len(starts)], "<u4")
+    return head.tobytes() + starts.astype("<u4").tobytes() + tokens.tobytes()
+
+
+def unpack_block(record: bytes, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and document starts of a record; views of its memory."""
+    num_tokens, num_starts = np.frombuffer(record, "<u4", 2).tolist()
+    starts = np.frombuffer(record, "<u4", num_starts, _HEADER_BYTES)
+    return np.frombuffer(record, dtype, num_tokens, _HEADER_BYTES + 4 * num_starts), starts
+
+
+class SplitWriter:
+    """Writes one split; `close` returns its part of the manifest.
+
+    The bytes written depend only on the tokens, not on how `add` was called.
+    """
+
+    def __init__(self, directory: Path, split: str, vocab_size: int) -> None:
+        self._directory, self._split = directory, split
+        self._dtype = token_dtype(vocab_size)
+        self._pending: list[np.ndarray] = []
+        self._starts: list[np.ndarray] = []
+        self._pending_tokens = 0
+        self._writer: Any = None
+        self._records = self._shards = 0
+        self.counts = np.zeros(vocab_size, np.int64)
+        self.documents = self.tokens = self.text_bytes = 0
+
+    def add(self, tokens: np.ndarray, lengths: Sequence[int], *, text_bytes: int) -> None:
+        """Append documents, BOS and EOS included: their tokens in one array, and their lengths."""
+        if not len(lengths):
+            return
+        starts = np.cumsum([0, *lengths[:-1]])
+        self._starts.append(starts + self._pending_tokens)
+        self._pending.append(tokens.astype(self._dtype, copy=False))
+        self._pending_tokens += len(tokens)
+        self.counts += np.bincount(tokens, minlength=len(self.counts))
+        self.documents += len(lengths)
+        self.tokens += len(tokens)
+        self.text_bytes += text_bytes
+        if self._pending_tokens > 64 * BLOCK_TOKENS:
+            self._flush(last=False)
+
+    def _flush(self, *, last: bool) -> None:
+        stream = np.concatenate(self._pending or [np.empty(0, self._dtype)])
+        starts = np.concatenate(self._starts or [np.empty(0, np.int64)])
+        # A block is written when the token after it is known.
+        blocks = -(-len(stream) // BLOCK_TOKENS) if last else (len(stream) - 1) // BLOCK_TOKENS
+        first = np.searchsorted(starts, np.arange(blocks) * BLOCK_TOKENS)
+        end = np.searchsorted(starts, (np.arange(blocks) + 1) * BLOCK_TOKENS, side="right")
+        for block in range(blocks):
+            begin = block * BLOCK_TOKENS
+            tokens = stream[begin : begin + BLOCK_TOKENS + 1]
+            self._write(pack_block(tokens, starts[first[block] : end[block]] - begin))
+        done = blocks * BLOCK_TOKENS
+        self._pending = [stream[done:].copy()]
+        self._starts = [starts[starts >= done] - done]
+        self._pending_tokens = len(self._pending[0])
+
+    def _shard(self, number: int) -> Path:
+        return self._directory / f"{self._split}-{number:05d}.partial"
+
+    def _write(self, record: bytes) -> None:
+        if self._records % RECORDS_PER_SHARD == 0:
+            self._close_shard()
+            path = str(self._shard(self._shards))
+            self._writer = array_record_module.ArrayRecordWriter(path, _WRITER_OPTIONS)
+            self._shards += 1
+        try:
+            self._writer.write(record)
+        except (RuntimeError, ValueError) as error:
+            raise _unwritable(self._directory, error) from error
+        self._records += 1
+
+    def _close_shard(self) -> None:
+        if self._writer is None:
+            return
+        writer, self._writer = self._writer, None
+        try:
+            writer.close()
+        except (RuntimeError, ValueError) as error:
+            raise _unwritable(self._directory, error) from error
+
+    def abandon(self) -> None:
+        """Close the file without caring for its content."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            try:
+                writer.close()
+            except (RuntimeError, ValueError):
+                pass  # the disk is full: this is why we are here
+
+    def close(self) -> dict[str, Any]:
+        """Write what is left, name the shards, read them back once for their checksums."""
+        self._flush(last=True)
+        self._close_shard()
+        shards = []
+        for number in range(self._shards):
+            name = f"{self._split}-{number:05d}-of-{self._shards:05d}.array_record"
+            path = self._shard(number).rename(self._directory / name)
+            records = min(RECORDS_PER_SHARD, self._records - number * RECORDS_PER_SHARD)
+            if count_records(path) != records:
+                raise _unwritable(self._directory, f"{name} was cut short")
+            first = number * RECORDS_PER_SHARD * BLOCK_TOKENS
+            tokens = min(records * BLOCK_TOKENS, self.tokens - first)
+            size = path.stat().st_size
+            shard = {"file": name, "bytes": size, "sha256": file_sha256(path)}
+            shards.append(shard | {"records": records, "tokens": tokens})
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "text_bytes": self.text_bytes,
+            "shards": shards,
+        }
+
+
+def _unwritable(directory: Path, error: Exception | str) -> UserError:
+    return UserError(f"cannot write to {directory}: {error}. Is the disk full?")
+
+
+def count_records(path: Path) -> int:
+    """Number of records that a file says it holds; 0 if it is no whole ArrayRecord file."""
+    try:
+        reader = array_record_module.ArrayRecordReader(str(path), options=_READER_OPTIONS)
+        count = reader.num_records()
+        reader.close()
+    except (RuntimeError, ValueError):
+        return 0
+    return count
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def unigram_entropy(counts: np.ndarray) -> float:
+    """Entropy in nats of the distribution of tokens that `counts` describes."""
+    p = counts[counts > 0] / max(1, counts.sum())
+    return float(-(p * np.log(p)).sum())
+
+
+def unigram_loss(counts: np.ndarray, train_counts: np.ndarray) -> float:
+    """Mean -log p, in nats, of the counted tokens; p: add-one smoothed share in `train_counts`."""
+    log_p = np.log(train_counts + 1) - math.log(train_counts.sum() + len(train_counts))
+    return float(-(counts * log_p).sum() / max(1, counts.sum()))
+
+
+class SplitReader:
+    """Random access to the blocks of one split, from any number of threads."""
+
+    def __init__(self, directory: Path, shards: Sequence[dict[str, Any]], dtype: np.dtype) -> None:
+        self._paths = [directory / s["file"] for s in shards]
+        self._ends = np.cumsum([s["records"] for s in shards])
+        self._readers: list[Any] = [None] * len(shards)
+        self._lock = threading.Lock()
+        self._dtype = dtype
+
+    def _reader(self, shard: int) -> Any:
+        if self._readers[shard] is None:
+            with self._lock:
+                if self._readers[shard] is None:
+                    self._readers[shard] = array_record_module.ArrayRecordReader(
+                        os.fspath(self._paths[shard]),
+                        options=_READER_OPTIONS,
+                        file_reader_buffer_size=32_768,
+                    )
+        return self._readers[shard]
+
+    def blocks(self, numbers: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Tokens and document starts of the blocks with these numbers, in this order."""
+        shards = np.searchsorted(self._ends, numbers, side="right").tolist()
+        found: dict[int, bytes] = {}
+        for shard in set(shards):
+            wanted = [n for n, s in zip(numbers, shards, strict=True) if s == shard]
+            base = int(self._ends[shard - 1]) if shard else 0
+            read: Callable[[list[int]], list[bytes]] = self._reader(shard).read
+            try:
+                records = read([n - base for n in wanted])
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise UserError(
+                    f"{self._paths[shard]}: damaged ({str(error)[:200]}); prepare this data again"
+                ) from error
+            found.update(zip(wanted, records, strict=True))
+        return [unpack_block(found[n], self._dtype) for n in numbers]

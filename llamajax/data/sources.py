@@ -1,0 +1,259 @@
+"""Documents out of files: text, JSON lines, Parquet, WikiText; plain, gzip or zstd.
+
+Which documents are held out is decided in `holdout.py`; the markup of WikiText is in `wikitext.py`.
+"""
+
+import glob
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llamajax.data import wikitext
+from llamajax.errors import UserError
+
+FORMATS = (".txt", ".jsonl", ".parquet", ".tokens")
+COMPRESSIONS = (".gz", ".zst")
+_BOM = "\ufeff"
+
+
+def find_files(patterns: str) -> list[Path]:
+    """Files that comma-separated paths, directories and globs name, sorted within each, once each.
+
+    A directory means all files of a known kind in it, at any depth. Raises UserError for a pattern
+    without files and for a file of an unknown kind.
+    """
+    found: dict[Path, Path] = {}
+    for pattern in (p.strip() for p in patterns.split(",") if p.strip()):
+        path = Path(pattern)
+        if path.is_dir():
+            files = sorted(f for f in path.rglob("*") if f.is_file() and format_of(f))
+            files = [
+                f for f in files if not any(p.startswith(".") for p in f.parts[len(path.parts) :])
+            ]
+            if not files:
+                raise UserError(f"--input: no {', '.join(FORMATS)} files in directory {pattern}")
+        elif path.exists():
+            files = [path]
+        else:
+            files = sorted(Path(f) for f in glob.glob(pattern, recursive=True))
+            files = [f for f in files if f.is_file()]
+            if not files:
+                kind = "no file matches" if glob.has_magic(pattern) else "no such file:"
+                raise UserError(f"--input: {kind} {pattern}")
+        for file in files:
+            if not format_of(file):
+                raise UserError(
+                    f"--input: {file}: unknown kind of file; known are {', '.join(FORMATS)},"
+                    f" each also with {' or '.join(COMPRESSIONS)}"
+                )
+            found.setdefault(file.resolve(), file)
+    if not found:
+        raise UserError("--input is empty; name a file, a directory or a glob")
+    return list(found.values())
+
+
+def format_of(path: Path) -> str | None:
+    """The extension that says how a file is read, compression apart; None if it is unknown."""
+    name = path.name.lower()
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return next((f for f in FORMATS if name.endswith(f)), None)
+
+
+class Corpus:
+    """The documents of some files, in order; can be walked any number of times.
+
+    `bytes_read` and `total_bytes` count the files as they lie on disk, for a progress bar.
+    """
+
+    def __init__(self, files: Sequence[Path], *, text_key: str, clean: str) -> None:
+        self._files, self._text_key, self._clean = files, text_key, clean
+        self.total_bytes = sum(f.stat().st_size for f in files)
+        self._done_bytes = 0
+        self._stream: BinaryIO | None = None
+
+    @property
+    def compressed_share(self) -> float:
+        """Share of the bytes that lie in compressed files (Parquet counts as such)."""
+        compressed = (*COMPRESSIONS, ".parquet")
+        sizes = (f.stat().st_size for f in self._files if f.name.lower().endswith(compressed))
+        return sum(sizes) / max(1, self.total_bytes)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the files that the walk under way has passed."""
+        stream = self._stream
+        return self._done_bytes + (stream.tell() if stream and not stream.closed else 0)
+
+    def __iter__(self) -> Iterator[str]:
+        """Texts that are more than white space. Raises UserError naming file and line."""
+        self._done_bytes = 0
+        for file in self._files:
+            try:
+                with file.open("rb") as self._stream:
+                    for text in self._documents(file, self._stream):
+                        if text and not text.isspace():
+                            yield text
+            except OSError as error:
+                raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+            self._done_bytes += file.stat().st_size
+
+    def _documents(self, file: Path, raw: BinaryIO) -> Iterator[str]:
+        form = format_of(file)
+        stream = _Checked(file, _decompressed(file, raw))
+        if form == ".parquet":
+            rows = _parquet(file, raw, stream, self._text_key)
+        elif form == ".jsonl":
+            rows = _json_lines(file, stream, self._text_key)
+        elif form == ".txt" and self._clean == "none":
+            yield _decode(file, stream.read(), 0).removeprefix(_BOM)
+            return
+        else:
+            rows = _lines(file, stream)
+        if form == ".tokens" or self._clean == "wikitext":
+            lines = (line for row in rows for line in row.splitlines(keepends=True))
+            for article in wikitext.articles(lines):
+                yield wikitext.clean(article) if self._clean == "wikitext" else article
+        else:
+            yield from rows
+
+
+class _Checked(io.RawIOBase):
+    """A decompressed stream whose failures are the user's damaged file."""
+
+    def __init__(self, file: Path, stream: Any) -> None:
+        self._file, self._inner = file, stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._guarded(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def read(self, size: int = -1) -> bytes:
+        return (
+            self._guarded(size)
+            if size >= 0
+            else b"".join(iter(lambda: self._guarded(1 << 20), b""))
+        )
+
+    def _guarded(self, size: int) -> bytes:
+        try:
+            return self._inner.read(size)
+        except (EOFError, gzip.BadGzipFile, zlib.error, _BadZstdError) as error:
+            raise UserError(f"{self._file}: truncated or damaged: {error}") from error
+
+
+class _BadZstdError(Exception):
+    pass
+
+
+class _Zstd:
+    """Reads zstd frames one after the other; unlike zstandard's reader, notices a missing end."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self._raw, self._library = raw, zstandard
+        self._frame: Any = None
+        self._input = b""
+        self._output = b""
+
+    def read(self, size: int) -> bytes:
+        while not self._output:
+            if not self._input:
+                self._input = self._raw.read(1 << 17)
+            if not self._input:
+                if self._frame is not None:
+                    raise _BadZstdError("the file ends inside a zstd frame")
+                return b""
+            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
+            try:
+                self._output = self._frame.decompress(self._input)
+            except self._library.ZstdError as error:
+                raise _BadZstdError(str(error)) from error
+            self._input = b""
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        data, self._output = self._output[:size], self._output[size:]
+        return data
+
+
+def _decompressed(file: Path, raw: BinaryIO) -> Any:
+    name = file.name.lower()
+    if name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    return _Zstd(raw) if name.endswith(".zst") else raw
+
+
+def _decode(file: Path, data: bytes, offset: int) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}: not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start}"
+            " (of the decompressed text); convert the file to UTF-8"
+        ) from error
+
+
+def _lines(file: Path, stream: io.RawIOBase) -> Iterator[str]:
+    """Lines with their ends; only a newline ends one."""
+    offset = 0
+    for line in io.BufferedReader(stream, 1 << 20):
+        text = _decode(file, line, offset)
+        yield text.removeprefix(_BOM) if offset == 0 else text
+        offset += len(line)
+
+
+def _json_lines(file: Path, stream: io.RawIOBase, text_key: str) -> Iterator[str]:
+    for number, line in enumerate(_lines(file, stream), 1):
+        if line.isspace():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{file}:{number}: not valid JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise UserError(f"{file}:{number}: a {type(value).__name__}, not a JSON object")
+        if text_key not in value:
+            raise UserError(
+                f"{file}:{number}: no key {text_key!r} in this object (it has"
+                f" {', '.join(map(repr, value)) or 'none'}); name the right one with --text_key"
+            )
+        if not isinstance(value[text_key], str):
+            kind = type(value[text_key]).__name__
+            raise UserError(f"{file}:{number}: {text_key!r} is a {kind}, not a string")
+        yield value[text_key]
+
+
+def _parquet(file: Path, raw: BinaryIO, stream: _Checked, text_key: str) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    plain = file.name.lower().endswith(".parquet")
+    try:
+        table = pa.parquet.ParquetFile(raw if plain else pa.BufferReader(stream.read()))
+        if text_key not in table.schema_arrow.names:
+            raise UserError(
+                f"{file}: no column {text_key!r} (it has {', '.join(table.schema_arrow.names)});"
+                " name the right one with --text_key"
+            )
+        kind = table.schema_arrow.field(text_key).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise UserError(f"{file}: column {text_key!r} holds {kind}, not strings")
+        row = 0
+        for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                if text is None:
+                    raise UserError(f"{file}: row {row}: {text_key!r} is null, not a string")
+                yield text
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file}: truncated or damaged Parquet: {str(error)[:200]}") from error

@@ -1,0 +1,76 @@
+"""`train:N`: a SentencePiece BPE tokenizer, with byte fallback, learned from the input itself."""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from llamajax.data.holdout import Part
+from llamajax.errors import UserError
+
+# Enough for a vocabulary of 128 k pieces; SentencePiece holds about 10 bytes of memory a byte.
+MAX_BYTES = 256 << 20
+# Control pieces and bytes come first, and a vocabulary of single characters is no tokenizer.
+MIN_PIECES = 300
+
+
+def parse_train(tokenizer: str) -> int | None:
+    """N of `train:N`; None if it is no such value. UserError for an N that makes no sense."""
+    if not tokenizer.startswith("train:"):
+        return None
+    number = tokenizer.removeprefix("train:")
+    if not re.fullmatch(r"\d+", number) or not MIN_PIECES <= int(number) <= 1 << 20:
+        raise UserError(
+            f"--tokenizer={tokenizer}: N of train:N is the number of pieces, {MIN_PIECES}..{1 << 20}"
+        )
+    return int(number)
+
+
+def train_tokenizer(parts: Iterable[Part], *, num_pieces: int, share: float, output: Path) -> None:
+    """Train on the lines of the training parts and write the model; the same text gives the same
+    bytes. `share` is the fraction of the documents to learn from, drawn by their number's hash.
+
+    No normalisation, no dropped spaces, runs of spaces as pieces: every text survives a round trip.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(parts, share),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=num_pieces,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            character_coverage=0.9995,
+            max_sentence_length=1 << 20,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        message = str(error).rsplit("] ", 1)[-1].strip() or str(error)
+        raise UserError(
+            f"--tokenizer=train:{num_pieces}: SentencePiece refuses: {message} (a smaller N for"
+            " little text, a larger one for many different characters)"
+        ) from error
+    output.write_bytes(model.getvalue())
+
+
+def _lines(parts: Iterable[Part], share: float) -> Iterator[str]:
+    """Lines without their newline: so no piece ever spans two lines."""
+    left = 2 * MAX_BYTES
+    for number, part in enumerate(p for p in parts if p.split == "train"):
+        draw = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=4, key=b"train").digest()
+        if int.from_bytes(draw, "little") > share * 2**32:
+            continue
+        left -= len(part.text)
+        if left < 0:
+            return
+        for line in part.text.split("\n"):
+            if line:
+                yield line

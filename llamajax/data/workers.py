@@ -1,0 +1,159 @@
+"""Processes that tokenise documents.
+
+They are started as `python -c ...` with a pipe, not by multiprocessing: its children import the
+caller's main module again, which breaks a script without a `__main__` guard, and forking is unsafe
+once threads run (grain's, jax's).
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from llamajax.data.holdout import Part
+from llamajax.data.shards import token_dtype
+from llamajax.data.tokenizers import Tokenizer, load_tokenizer
+from llamajax.errors import UserError
+
+_BATCH_CHARS = 500_000
+_BATCH_PARTS = 2_000
+_CHILD = "import sys; sys.path[:] = {path!r}; from llamajax.data.workers import serve; serve({tokenizer!r})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Documents of one split: BOS and EOS around each, in one array, and the length of each."""
+
+    split: str
+    tokens: np.ndarray
+    lengths: list[int]
+    text_bytes: int
+
+
+def tokenize(parts: list[Part], tokenizer: Tokenizer) -> list[Tokens]:
+    """The tokens of the parts, one result a split."""
+    results = []
+    for split in ("train", "validation"):
+        pieces, lengths, text_bytes = [], [], 0
+        for part in parts:
+            if part.split == split:
+                ids = [tokenizer.bos_id, *tokenizer.encode(part.text), tokenizer.eos_id]
+                pieces.append(np.array(ids, token_dtype(tokenizer.vocab_size)))
+                lengths.append(len(ids))
+                text_bytes += len(part.text.encode("utf-8", "replace"))
+        if pieces:
+            results.append(Tokens(split, np.concatenate(pieces), lengths, text_bytes))
+    return results
+
+
+def tokenize_all(
+    parts: Iterable[Part], *, tokenizer_path: str, num_workers: int
+) -> Iterator[Tokens]:
+    """The tokens of all parts in their order, whatever the number of workers.
+
+    With one worker the work is done here. A worker that dies raises UserError.
+    """
+    if num_workers == 1:
+        tokenizer = load_tokenizer(tokenizer_path)
+        for batch in _batched(parts):
+            yield from tokenize(batch, tokenizer)
+        return
+    with _Pool(tokenizer_path, num_workers) as pool:
+        yield from pool.map(_batched(parts))
+
+
+def _batched(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    batch: list[Part] = []
+    chars = 0
+    for part in parts:
+        batch.append(part)
+        chars += len(part.text)
+        if chars >= _BATCH_CHARS or len(batch) >= _BATCH_PARTS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+class _Pool:
+    """Child processes, each talked to by whichever thread took it from the idle ones."""
+
+    def __init__(self, tokenizer_path: str, num_workers: int) -> None:
+        code = _CHILD.format(path=sys.path, tokenizer=tokenizer_path)
+        self._children = [
+            subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            for _ in range(num_workers)
+        ]
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for child in self._children:
+            self._idle.put(child)
+        self._threads = concurrent.futures.ThreadPoolExecutor(num_workers)
+
+    def __enter__(self) -> "_Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in self._children:
+            child.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for child in self._children:
+            child.wait()
+            for pipe in (child.stdin, child.stdout):
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    pass  # what it had not read yet is of no use any more
+
+    def map(self, batches: Iterable[list[Part]]) -> Iterator[Tokens]:
+        """Results in order, with a few batches a worker under way."""
+        waiting: collections.deque[concurrent.futures.Future[list[Tokens]]] = collections.deque()
+        for batch in batches:
+            waiting.append(self._threads.submit(self._ask, batch))
+            if len(waiting) >= 3 * len(self._children):
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+
+    def _ask(self, batch: list[Part]) -> list[Tokens]:
+        child = self._idle.get()
+        try:
+            pickle.dump(batch, child.stdin, pickle.HIGHEST_PROTOCOL)
+            child.stdin.flush()
+            result = pickle.load(child.stdout)
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+            code = child.wait()
+            raise UserError(
+                f"a tokenizer process ended with code {code} (its message, if any, stands above;"
+                " -9: out of memory); try fewer --workers"
+            ) from error
+        self._idle.put(child)
+        return result
+
+
+def serve(tokenizer_path: str) -> None:
+    """A worker's life: batches from stdin, tokens to stdout, until stdin ends."""
+    # Ctrl-C reaches the whole process group; the parent decides, and its pipe ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr
+    tokenizer = load_tokenizer(tokenizer_path)
+    while True:
+        try:
+            batch = pickle.load(source)
+        except EOFError:
+            return
+        try:
+            pickle.dump(tokenize(batch, tokenizer), sink, pickle.HIGHEST_PROTOCOL)
+            sink.flush()
+        except BrokenPipeError:
+            return

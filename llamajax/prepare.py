@@ -1,0 +1,140 @@
+"""The verb `prepare`: text files to a directory of token shards that `train` reads."""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from llamajax.data.preparation import Settings, prepare
+from llamajax.errors import UserError, run_verb
+
+_EXAMPLE = """example:
+  python -m llamajax.prepare --input=books/ --tokenizer=train:8192 --output=data/books
+  python -m llamajax.prepare --input='web-*.jsonl.zst' --tokenizer=tokenizer.model --output=data/web
+"""
+_LOG_EVERY_S = 10.0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}\n{self.format_usage().rstrip()}; --help tells more")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="llamajax prepare",
+        description="Tokenise text once, into shards that training reads at any sequence length.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--input", required=True, metavar="GLOB[,GLOB]",
+        help="files, globs or directories: .txt, .jsonl, .parquet, .tokens, each also .gz or .zst",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="TOK",
+        help="a SentencePiece .model, a tiktoken tokenizer.model, a tokenizer.json, a directory"
+        " with one, `byte`, or train:N (train N pieces on the input)",
+    )  # fmt: skip
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
+    parser.add_argument(
+        "--text_key", default="text", help="key or column of the text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--clean", default="none", choices=("none", "wikitext"),
+        help="wikitext: join the input's lines to whole articles and undo its @-@ marks",
+    )  # fmt: skip
+    parser.add_argument(
+        "--validation_fraction", type=float, default=0.01, metavar="F",
+        help="share of the text that is held out (default: %(default)s; 0: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+        help="processes; changes speed only (default: the processors, here %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    return parser
+
+
+class _Progress:
+    """A bar on a terminal, a line every ten seconds elsewhere; one of each phase."""
+
+    def __init__(self) -> None:
+        self._phase = ""
+        self._bar: tqdm | None = None
+        self._start = self._last = 0.0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if phase != self._phase:
+            self.close()
+            self._phase, self._start = phase, time.monotonic()
+            self._last = self._start
+            if sys.stderr.isatty():
+                self._bar = tqdm(total=total, desc=phase, unit="B", unit_scale=True)
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+        elif time.monotonic() - self._last > _LOG_EVERY_S:
+            self._last = time.monotonic()
+            rate = done / (self._last - self._start)
+            left = (total - done) / max(rate, 1.0)
+            print(
+                f"{phase}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s,"
+                f" {left:,.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _summary(manifest: dict[str, Any], output: Path, seconds: float) -> str:
+    tokenizer = manifest["tokenizer"]
+    lines = [
+        f"tokenizer   {tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens,"
+        f" fingerprint {tokenizer['fingerprint'][:12]}"
+    ]
+    for name, split in manifest["splits"].items():
+        lines.append(
+            f"{name:<11} {split['documents']:,} documents, {split['tokens']:,} tokens,"
+            f" {split['text_bytes']:,} bytes of text, {len(split['shards'])} shards,"
+            f" unigram entropy {split['unigram_entropy']:.3f} nats"
+        )
+    if "validation" in manifest["splits"]:
+        loss = manifest["splits"]["validation"]["unigram_loss"]
+        lines.append(f"to beat     {loss:.3f} nats a token: validation under train's unigrams")
+    return "\n".join([*lines, f"wrote       {output} in {seconds:.1f} s"])
+
+
+def _stop(_signal: int, _frame: object) -> NoReturn:
+    sys.exit(143)
+
+
+def main(argv: list[str]) -> int:
+    """Exit code of the verb with these arguments. Raises UserError."""
+    args = _parser().parse_args(argv)
+    settings = Settings(**(vars(args) | {"output": Path(args.output)}))
+    signal.signal(signal.SIGTERM, _stop)
+    progress, start = _Progress(), time.monotonic()
+    try:
+        manifest = prepare(settings, progress)
+    except KeyboardInterrupt:
+        progress.close()
+        print(f"interrupted: nothing was written to {settings.output}", file=sys.stderr)
+        return 130
+    finally:
+        progress.close()
+    print(_summary(manifest, settings.output, time.monotonic() - start), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run_verb(main)
