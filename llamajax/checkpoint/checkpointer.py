@@ -8,6 +8,7 @@ called by all processes; the files that belong to all are written by process 0.
 import contextlib
 import json
 import logging
+import os
 import re
 import threading
 import time
@@ -47,12 +48,16 @@ class _DropOrbaxRecords(logging.Filter):
 
 
 def _reason(error: BaseException) -> str:
-    """The cause of a failed save on one line: the system's own words where they can be found."""
-    text = str(error).split(" [source locations=")[0].strip() or type(error).__name__
-    if found := re.search(r"\[OS error \d+: \w+ ([^\]]+)\]", text):
-        path = re.search(r'(?:local file|writing:?|[Pp]ath:?) "([^"]+)"', text)
-        return found.group(1) + (f" ({path.group(1)})" if path else "")
-    return text.splitlines()[0][:300]
+    """The cause of a failed save on one line, in the system's own words where it has some."""
+    if isinstance(error, TimeoutError):
+        return "another process failed, or did not finish in time"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    # TensorStore: `...: No space left on device [os_error_code='28']`.
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(found.group(1)))
+    lines = str(error).splitlines()
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def _barrier() -> ocp.multihost.BarrierSyncFn:

@@ -1,0 +1,52 @@
+"""The TensorBoard sink writes real event files, and a full disk never stops the run."""
+
+import struct
+from pathlib import Path
+
+import pytest
+
+from llamajax.monitoring import MetricsWriter, load_metrics
+
+
+def read_events(path: Path) -> list:
+    """Events of one file: length (8 bytes), its checksum (4), data, its checksum (4)."""
+    from tensorboardX.proto import event_pb2
+
+    data, events = path.read_bytes(), []
+    while data:
+        (size,) = struct.unpack("Q", data[:8])
+        events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    return events
+
+
+def test_scalars_and_the_mark_of_a_resume(tmp_path: Path):
+    metrics = MetricsWriter(tmp_path, tensorboard=True, resume_step=4, primary=True)
+    metrics.write({"step": 5, "loss": 0.5, "mfu_full": None, "note": "x"})
+    metrics.write({"step": 5, "eval_loss": 0.25})
+    metrics.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    version, start, train, evaluation = read_events(path)
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (5, start.session_log.START)
+    assert [(v.tag, v.simple_value) for v in train.summary.value] == [("loss", 0.5)]
+    assert [(v.tag, v.simple_value) for v in evaluation.summary.value] == [("eval_loss", 0.25)]
+    assert evaluation.step == 5
+
+
+def test_a_full_disk_ends_tensorboard_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    metrics = MetricsWriter(tmp_path, tensorboard=True, resume_step=0, primary=True)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    from tensorboardX.event_file_writer import EventsWriter
+
+    monkeypatch.setattr(EventsWriter, "write_event", full)
+    for step in range(1, 30):
+        metrics.write({"step": step, "loss": 0.5})
+    metrics.close()
+    assert len(load_metrics(tmp_path)) == 29
+    assert capsys.readouterr().err.count("tensorboard/ is no longer written") == 1
