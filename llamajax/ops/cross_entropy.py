@@ -74,7 +74,7 @@ def _chunk_terms(x_CD, head_VD, targets_C, mask_C, settings: _Settings):
 
 
 def _tensor_parts() -> int:
-    return jax.lax.axis_size("tensor") if collectives.is_bound("tensor") else 1
+    return jax.lax.axis_size("tensor") if collectives.is_split("tensor") else 1
 
 
 def _gathered_head(head_VD: jax.Array, settings: _Settings) -> jax.Array:

@@ -9,7 +9,7 @@ over in the first and not in use is gathered on use: that difference is FSDP.
 
 from collections.abc import Mapping
 
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 # Outermost first: neighbours along the last axis are nearest on the machine; `tensor` talks most.
 AXES = ("data", "stage", "fsdp", "sequence", "tensor")
@@ -28,13 +28,19 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def spec(letters: str, table: Table) -> PartitionSpec:
-    """PartitionSpec of an array whose dims are `letters`.
+def spec(letters: str, table: Table, mesh: Mesh) -> PartitionSpec:
+    """PartitionSpec of an array whose dims are `letters`; axes of size 1 split nothing.
 
     Raises ValueError when two dims would be split over the same mesh axis.
     """
-    entries = [table.get(letter) for letter in letters]
+    entries = [_split(table.get(letter), mesh) for letter in letters]
     used = [axis for entry in entries for axis in axes_of(entry)]
     if len(used) != len(set(used)):
         raise ValueError(f"dims {letters!r} map two dims to one mesh axis: {entries}")
     return PartitionSpec(*entries)
+
+
+def _split(entry: str | tuple[str, ...] | None, mesh: Mesh) -> str | tuple[str, ...] | None:
+    """An entry without the axes that have one device: nothing is communicated along those."""
+    kept = tuple(axis for axis in axes_of(entry) if mesh.shape[axis] > 1)
+    return None if not kept else kept[0] if len(kept) == 1 else kept

@@ -12,12 +12,12 @@ from llamajax.sharding.axes import ACTIVATIONS, spec
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of a (B, T) array of samples."""
-    return NamedSharding(mesh, spec("BT", ACTIVATIONS))
+    return NamedSharding(mesh, spec("BT", ACTIVATIONS, mesh))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> range:
     """Rows of the global batch that this process has to read: those its devices hold."""
-    sharding = NamedSharding(mesh, spec("B", ACTIVATIONS))
+    sharding = NamedSharding(mesh, spec("B", ACTIVATIONS, mesh))
     held = sharding.addressable_devices_indices_map((batch_size,))
     bounds = sorted({(rows.start or 0, rows.stop or batch_size) for (rows,) in held.values()})
     for (_, stop), (start, _) in itertools.pairwise(bounds):

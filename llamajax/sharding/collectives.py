@@ -10,8 +10,9 @@ every collective is visible. The pairs below are the whole communication of the 
   and g, arXiv:1909.08053): identity forward and sum backward, and the reverse.
 
 Derivatives are written by hand so that they are the same with and without the check of varying
-axes, which some fused kernels cannot pass. Outside `shard_map`, where an axis is not bound, all of
-these are the identity (`gather` still casts), so that a model can be called on one device directly.
+axes, which some fused kernels cannot pass. Where an axis splits nothing (one device, or outside
+`shard_map`) all of these are the identity (`gather` still casts), so that a model can be called on
+one device directly.
 """
 
 import functools
@@ -26,42 +27,43 @@ from llamajax.sharding.axes import WEIGHTS, axes_of
 from llamajax.sharding.tree import map_weights
 
 
-def is_bound(axis: str) -> bool:
-    """Whether `axis` can be communicated over here, that is inside `shard_map`."""
-    return axis in jax.sharding.get_abstract_mesh().manual_axes
+def is_split(axis: str) -> bool:
+    """Whether arrays here are parts along `axis`: inside `shard_map`, over more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return axis in mesh.manual_axes and mesh.shape[axis] > 1
 
 
 def index(axis: str) -> jax.Array:
-    """This device's position along `axis`, int32 scalar; 0 where the axis is not bound."""
-    return jax.lax.axis_index(axis) if is_bound(axis) else jnp.int32(0)
+    """This device's position along `axis`, int32 scalar; 0 where nothing is split."""
+    return jax.lax.axis_index(axis) if is_split(axis) else jnp.int32(0)
 
 
 def total(x: Any, axis: str | tuple[str, ...]) -> Any:
     """Sum of a tree over one or several mesh axes."""
-    bound = tuple(a for a in axes_of(axis) if is_bound(a))
-    return jax.lax.psum(x, bound) if bound else x
+    split = tuple(a for a in axes_of(axis) if is_split(a))
+    return jax.lax.psum(x, split) if split else x
 
 
 def largest(x: jax.Array, axis: str) -> jax.Array:
     """Maximum over a mesh axis; not differentiable."""
-    return jax.lax.pmax(x, axis) if is_bound(axis) else x
+    return jax.lax.pmax(x, axis) if is_split(axis) else x
 
 
 def all_gathered(x: jax.Array, axis: str, *, dim: int) -> jax.Array:
     """The parts along `axis` joined along array dimension `dim`."""
-    return jax.lax.all_gather(x, axis, axis=dim, tiled=True) if is_bound(axis) else x
+    return jax.lax.all_gather(x, axis, axis=dim, tiled=True) if is_split(axis) else x
 
 
 def sum_scattered(x: jax.Array, axis: str, *, dim: int) -> jax.Array:
     """Sum over `axis`, of which each device keeps its part of array dimension `dim`."""
-    if not is_bound(axis):
+    if not is_split(axis):
         return x
     return jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
 
 
 def exchanged(x: jax.Array, axis: str, *, split: int, join: int) -> jax.Array:
     """All-to-all: dimension `split` is dealt out over `axis`, and `join` put together from it."""
-    if not is_bound(axis):
+    if not is_split(axis):
         return x
     return jax.lax.all_to_all(x, axis, split_axis=split, concat_axis=join, tiled=True)
 
@@ -75,7 +77,7 @@ def varying(tree: Any, axis: str | tuple[str, ...]) -> Any:
     """The same values, marked as possibly different along `axis`: no communication."""
 
     def one(x: jax.Array) -> jax.Array:
-        missing = tuple(a for a in axes_of(axis) if is_bound(a) and a not in varies(x))
+        missing = tuple(a for a in axes_of(axis) if is_split(a) and a not in varies(x))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(one, tree)

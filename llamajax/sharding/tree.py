@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llamajax.sharding.axes import WEIGHTS, Table, spec
+from llamajax.sharding.axes import WEIGHTS, spec
 
 
 def is_weight(leaf: Any) -> bool:
@@ -24,18 +24,18 @@ def map_weights(function: Any, tree: Any, *rest: Any) -> Any:
     return jax.tree.map(function, tree, *rest, is_leaf=is_weight)
 
 
-def specs(tree: Any, table: Table = WEIGHTS) -> Any:
+def specs(tree: Any, mesh: Mesh) -> Any:
     """PartitionSpec of every leaf; what is not a weight (counts, steps) is replicated."""
 
     def one(leaf: Any) -> Any:
         if not is_weight(leaf):
             return PartitionSpec()
-        return leaf.replace(spec(letters(leaf), table))
+        return leaf.replace(spec(letters(leaf), WEIGHTS, mesh))
 
     return map_weights(one, tree)
 
 
-def shardings(tree: Any, mesh: Mesh, table: Table = WEIGHTS) -> Any:
+def shardings(tree: Any, mesh: Mesh) -> Any:
     """NamedSharding of every leaf of a tree (a model, a whole TrainState, or their shapes)."""
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
-    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs(tree, table), is_leaf=is_spec)
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs(tree, mesh), is_leaf=is_spec)

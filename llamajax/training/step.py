@@ -53,7 +53,7 @@ def _sharded(function: Callable, mesh: Mesh, model: Llama, out: Any, compute: Co
     return jax.shard_map(
         function,
         mesh=mesh,
-        in_specs=(specs(model), spec("BT", ACTIVATIONS)),
+        in_specs=(specs(model, mesh), spec("BT", ACTIVATIONS, mesh)),
         out_specs=out,
         check_vma=compute.attention not in NEEDS_UNCHECKED,
     )
@@ -74,7 +74,7 @@ def train_step(
         return _gradients(model, batch, compute=compute, accumulation=accumulation)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        out = (specs(state.model), PartitionSpec())
+        out = (specs(state.model, mesh), PartitionSpec())
         sums, (nll, z, count) = _sharded(local, mesh, state.model, out, compute)(state.model, batch)
         grads = jax.tree.map(lambda g: g / count, sums)
         model, opt_state = optim.apply(optimizer, grads, state.opt_state, state.model)
