@@ -1,8 +1,8 @@
 """Causal self-attention over packed documents: one function, several implementations.
 
 - `xla`: the readable reference; holds the whole T x S matrix. Any platform.
-- `blocked`: linear memory, plain XLA operations; the fast one on a CPU and wherever no fused kernel
-  exists. Any platform.
+- `blocked`: a sixteenth of that matrix at a time, plain XLA operations; the fast one on a CPU and
+  wherever no fused kernel exists. Any platform.
 - `cudnn`: NVIDIA's fused kernel, with the documents given as offsets (`attention_kernels.py`).
 - `splash`: the Pallas kernel for TPUs, with segment ids (`attention_kernels.py`).
 
@@ -27,9 +27,6 @@ from llamajax.ops.attention_kernels import cudnn_attention, splash_attention
 from llamajax.sharding import collectives
 
 SUPPORTED = ("xla", "blocked", "cudnn", "splash")
-
-# "auto" tries these in order; the first that `check_supported` accepts is the fastest
-PREFERENCES = ("cudnn", "splash", "blocked")
 
 # pass check_vma=False to the `jax.shard_map` around these: JAX's Splash kernel does not say along
 # which mesh axes its outputs vary

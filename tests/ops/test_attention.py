@@ -1,0 +1,267 @@
+"""Attention against float64 NumPy, in value and gradient, alone and inside the sharded scan."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llamajax.errors import UserError
+from llamajax.ops import attention_blocked, attention_kernels
+from llamajax.ops.attention import SUPPORTED, attention, check_supported, first_supported
+
+PLAIN = ("xla", "blocked")
+SHAPE = (2, 70, 6, 2, 24)  # B, T, N, K, H: T fits no block, heads are odd per group
+DOCUMENTS = np.array([[1] * 3 + [2] * 40 + [3] * 20 + [0] * 7, [1] * 69 + [2]], np.int32)
+
+
+def numpy_attention(q, k, v, ids):
+    """Float64, one head and one row at a time."""
+    B, T, N, H = q.shape
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    o = np.zeros(q.shape)
+    for b in range(B):
+        for n in range(N):
+            kv = n // (N // k.shape[2])
+            for t in range(T):
+                seen = [s for s in range(t + 1) if ids is None or ids[b, s] == ids[b, t]]
+                scores = k[b, seen, kv] @ q[b, t, n] / np.sqrt(H)
+                p = np.exp(scores - scores.max())
+                o[b, t, n] = p @ v[b, seen, kv] / p.sum()
+    return o
+
+
+def inputs(shape=SHAPE, seed=0, dtype=jnp.float32):
+    B, T, N, K, H = shape
+    rng = np.random.default_rng(seed)
+    return tuple(
+        jnp.asarray(rng.standard_normal((B, T, n, H)), jnp.float32).astype(dtype) for n in (N, K, K)
+    )
+
+
+def value_and_grads(impl, q, k, v, ids, weights):
+    def weighted(q, k, v):
+        o = attention(q, k, v, impl=impl, segment_ids_BT=ids)
+        return jnp.sum(o.astype(jnp.float32) * weights), o
+
+    grads, o = jax.jit(jax.grad(weighted, (0, 1, 2), has_aux=True))(q, k, v)
+    return o, *grads
+
+
+@pytest.mark.parametrize("ids", [None, DOCUMENTS], ids=["one-document", "packed"])
+@pytest.mark.parametrize("impl", PLAIN)
+def test_value_is_that_of_float64_numpy(impl, ids):
+    q, k, v = inputs()
+    segment_ids = None if ids is None else jnp.asarray(ids)
+    o = attention(q, k, v, impl=impl, segment_ids_BT=segment_ids)
+    np.testing.assert_allclose(o, numpy_attention(q, k, v, ids), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("impl", PLAIN)
+def test_gradients_are_those_of_finite_differences(impl):
+    q, k, v = inputs((1, 70, 3, 1, 4), seed=1)
+    ids = DOCUMENTS[:1]
+    rng = np.random.default_rng(2)
+    weights = rng.standard_normal(q.shape)
+    grads = value_and_grads(impl, q, k, v, jnp.asarray(ids), jnp.asarray(weights, jnp.float32))[1:]
+    for which, grad in enumerate(grads):
+        direction = rng.standard_normal(grad.shape)
+        shifted = [
+            np.sum(
+                weights
+                * numpy_attention(
+                    *(
+                        np.asarray(x, np.float64) + (step * direction if i == which else 0)
+                        for i, x in enumerate((q, k, v))
+                    ),
+                    ids,
+                )
+            )
+            for step in (1e-5, -1e-5)
+        ]
+        expected = (shifted[0] - shifted[1]) / 2e-5
+        np.testing.assert_allclose(np.sum(np.asarray(grad) * direction), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("seq_len", [1, 64, 129, 1100])  # 1100: blocks larger than the smallest
+@pytest.mark.parametrize("packed", [False, True])
+def test_blocked_equals_xla(seq_len, packed):
+    q, k, v = inputs((2, seq_len, 4, 2, 8), seed=3)
+    rng = np.random.default_rng(4)
+    ids = jnp.asarray(np.sort(rng.integers(1, 5, (2, seq_len)), axis=1), jnp.int32)
+    weights = jnp.asarray(rng.standard_normal(q.shape), jnp.float32)
+    got, want = (
+        value_and_grads(impl, q, k, v, ids if packed else None, weights)
+        for impl in ("blocked", "xla")
+    )
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, float(jnp.max(jnp.abs(b)))))
+
+
+@pytest.mark.parametrize("impl", PLAIN)
+def test_bfloat16_in_bfloat16_out_with_float32_softmax(impl):
+    q, k, v = inputs(dtype=jnp.bfloat16)
+    weights = jnp.ones(q.shape, jnp.float32)
+    o, *grads = value_and_grads(impl, q, k, v, jnp.asarray(DOCUMENTS), weights)
+    assert {x.dtype for x in (o, *grads)} == {jnp.dtype(jnp.bfloat16)}
+    exact = numpy_attention(*(x.astype(jnp.float32) for x in (q, k, v)), DOCUMENTS)
+    np.testing.assert_allclose(o.astype(jnp.float32), exact, rtol=0.03, atol=0.02)
+
+
+@pytest.mark.parametrize("impl", PLAIN)
+def test_no_gradient_from_the_future_or_another_document(impl):
+    q, k, v = inputs()
+    row, query = 0, 50  # the third document begins at 43
+    weights = jnp.zeros(q.shape).at[row, query].set(1.0)
+    _, dq, dk, dv = value_and_grads(impl, q, k, v, jnp.asarray(DOCUMENTS), weights)
+    for grad in (dk, dv):
+        touched = np.asarray(jnp.any(grad != 0, axis=(2, 3)))
+        assert not touched[1].any()
+        assert set(np.flatnonzero(touched[row])) == set(range(43, 51))
+    assert set(zip(*np.nonzero(np.asarray(jnp.any(dq != 0, (2, 3)))), strict=True)) == {
+        (row, query)
+    }
+
+
+@pytest.mark.parametrize("impl", PLAIN)
+def test_padding_is_finite_and_reaches_nobody(impl):
+    q, k, v = inputs()
+    is_padding = DOCUMENTS == 0
+    weights = jnp.asarray(~is_padding, jnp.float32)[:, :, None, None] * jnp.ones(q.shape)
+    values = value_and_grads(impl, q, k, v, jnp.asarray(DOCUMENTS), weights)
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in values)
+    for grad in values[1:]:
+        assert not np.asarray(grad)[is_padding].any()
+        assert np.asarray(grad)[~is_padding].any()
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("impl", PLAIN)
+def test_sharded_in_a_rematerialised_scan_equals_unsharded(impl, check_vma):
+    q, k, v = inputs((4, 70, 4, 2, 8), seed=5)
+    ids = jnp.asarray(np.tile(DOCUMENTS, (2, 1)))
+    policy = jax.checkpoint_policies.save_only_these_names("attention")
+
+    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    def block(q, scale, k, v, ids):
+        return q + scale * attention(q, k, v, impl=impl, segment_ids_BT=ids)
+
+    def layers(q, k, v, ids):
+        scales = jnp.arange(1.0, 4.0)
+        return jax.lax.scan(lambda q, s: (block(q, s, k, v, ids), None), q, scales)[0]
+
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"))
+    heads = P("data", None, "tensor")
+    specs = (heads, heads, heads, P("data"))
+    sharded = jax.shard_map(layers, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=check_vma)
+
+    def grads(f, *args):
+        return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(jnp.sin(f(*a))), (0, 1, 2)))(*args)
+
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip((q, k, v, ids), specs, strict=True)
+    ]
+    want, got = grads(layers, q, k, v, ids), grads(sharded, *placed)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", PLAIN)
+def test_keys_that_are_equal_on_several_devices_get_the_sum_of_their_gradients(impl):
+    """Four query heads over two devices share one kv head, which each of them holds."""
+    q, k, v = inputs((1, 70, 4, 1, 8), seed=6)
+    mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
+    heads = P(None, None, "tensor")
+    plain = functools.partial(attention, impl=impl, segment_ids_BT=None)
+    sharded = jax.shard_map(plain, mesh=mesh, in_specs=(heads, P(), P()), out_specs=heads)
+
+    def grads(f, *args):
+        return jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), (1, 2)))(*args)
+
+    specs = (heads, P(), P())
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip((q, k, v), specs, strict=True)
+    ]
+    for a, b in zip(grads(sharded, *placed), grads(plain, q, k, v), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
+
+
+def count(jaxpr, name):
+    """How often a primitive stands in a program, inner programs included."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        total += eqn.primitive.name == name
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_program):
+            if _is_program(value):
+                total += count(getattr(value, "jaxpr", value), name)
+    return total
+
+
+def _is_program(value):
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
+
+
+@pytest.mark.parametrize("names", [("attention",), ()], ids=["saved", "recomputed"])
+def test_a_saved_attention_is_not_computed_again(names):
+    """One block: 2 products forward, 5 backward; another 2 where the tags are not saved."""
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    block = functools.partial(attention, impl="blocked", segment_ids_BT=jnp.asarray(DOCUMENTS))
+    starts = len(attention_blocked.block_starts(SHAPE[1]))
+
+    def loss(*qkv):
+        return jnp.sum(jax.checkpoint(block, policy=policy)(*qkv) ** 2)
+
+    program = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*inputs()).jaxpr
+    assert count(program, "dot_general") == starts * (7 if names else 9)
+
+
+def test_blocks_are_few_and_cover_the_sequence():
+    for seq_len in (1, 63, 64, 65, 512, 1024, 1025, 4096, 8191, 131072):
+        starts = attention_blocked.block_starts(seq_len)
+        assert len(starts) <= 16
+        assert starts[-1] < seq_len <= starts[-1] + starts.step
+
+
+def test_splash_interpreted_equals_numpy():
+    q, k, v = inputs((1, 256, 2, 1, 128), seed=7)
+    ids = jnp.asarray(np.repeat([[1, 2, 0]], [100, 130, 26], axis=1), jnp.int32)
+    weights = jnp.asarray(np.random.default_rng(8).standard_normal(q.shape), jnp.float32)
+
+    def weighted(q, k, v):
+        o = attention_kernels.splash_attention(q, k, v, ids, interpret=True)
+        return jnp.sum(o * weights), o
+
+    grads, o = jax.grad(weighted, (0, 1, 2), has_aux=True)(q, k, v)
+    want = value_and_grads("xla", q, k, v, ids, weights)
+    for a, b in zip((o, *grads), want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_run_says_why():
+    facts = {"platform": "cuda", "dtype": "bfloat16", "head_size": 128, "seq_len": 4096}
+    assert check_supported("cudnn", **facts) == []
+    assert check_supported("cudnn", **facts, compute_capability="9.0") == []
+    assert "8.0" in check_supported("cudnn", **facts, compute_capability="8.0")[0]
+    assert "float32" in check_supported("cudnn", **(facts | {"dtype": "float32"}))[0]
+    assert "132" in check_supported("cudnn", **(facts | {"head_size": 132}))[0]
+    assert "platform tpu" in check_supported("splash", **facts)[0]
+    tpu = facts | {"platform": "tpu"}
+    assert check_supported("splash", **tpu) == []
+    assert "4000" in check_supported("splash", **(tpu | {"seq_len": 4000}))[0]
+    assert "'flash'" in check_supported("flash", **facts)[0]
+    for impl in PLAIN:
+        assert impl in SUPPORTED
+        assert check_supported(impl, **(facts | {"platform": "npu", "head_size": 13})) == []
+
+
+def test_auto_takes_the_first_that_fits_or_names_every_reason():
+    facts = {"dtype": "bfloat16", "head_size": 128, "seq_len": 4096}
+    order = ("cudnn", "splash", "blocked")
+    chosen = [first_supported(order, platform=p, **facts) for p in ("cuda", "tpu", "cpu")]
+    assert chosen == ["cudnn", "splash", "blocked"]
+    with pytest.raises(UserError, match=r"(?s)platform cuda.*platform tpu"):
+        first_supported(("cudnn", "splash"), platform="npu", **facts)
