@@ -120,3 +120,25 @@ def test_kernels_lower_inside_shard_map(impl, platform):
             program(True)
     else:
         assert "custom_call" in program(True)
+
+
+@pytest.mark.parametrize(
+    ("impl", "platform", "target"),
+    [("cudnn", "cuda", r"__cudnn\$fmhaSoftmax\b"), ("splash", "tpu", "tpu_custom_call")],
+)
+@pytest.mark.parametrize("names", [("attention",), ()], ids=["saved", "recomputed"])
+def test_a_saved_kernel_does_not_run_again(impl, platform, target, names):
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    block = jax.checkpoint(
+        lambda *qkv, ids: attention(*qkv, impl=impl, segment_ids_BT=ids), policy=policy
+    )
+    q, k, v, ids = arguments(jnp.bfloat16)
+
+    def loss(q, k, v, ids):
+        return jnp.sum(block(q, k, v, ids=ids).astype(jnp.float32))
+
+    traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(q, k, v, ids)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    backward = {"cudnn": 0, "splash": 2}[impl]  # cuDNN's backward kernel has a name of its own
+    forward = len(re.findall(rf"custom_call @{target}", text)) - backward
+    assert forward == (1 if names else 2)
