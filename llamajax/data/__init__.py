@@ -19,7 +19,7 @@ _READING = {
     "train_batches": "batches",
 }
 
-__all__ = ["Position", "Tokenizer", "load_tokenizer", *_READING]  # noqa: PLE0604
+__all__ = ["Position", "Tokenizer", "load_tokenizer", *_READING]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 Sample j of length T of a directory is tokens [j*T, j*T + T] of its stream: T inputs and T targets,
 sharing all but one. An *id* names a sample of the mixture: directories one after the other, each
-with `num_samples` ids. The order of ids is a function of (seed, index): grain's shuffle, a new
+with `num_samples` ids. The order of ids is a function of (seed, index): a new
 permutation each epoch of each directory, then grain's mix over directories repeated for ever.
 """
 
@@ -17,11 +17,10 @@ from typing import Any
 import grain
 
 from llamajax.config.schema import DataConfig
+from llamajax.data.order import EndlessOrder
 from llamajax.data.shards import FORMAT_VERSION, SplitReader, file_sha256, token_dtype
 from llamajax.data.tokenizers import MANIFEST
 from llamajax.errors import UserError, combine
-
-_SEEDS = 2**32  # grain's shuffle takes a 32-bit seed, and adds the epoch to it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,7 +71,9 @@ class Mixture:
     shuffle: bool
     mask_documents: bool
     vocab_size: int
-    _orders: dict[int, grain.MapDataset] = dataclasses.field(default_factory=dict, repr=False)
+    _orders: dict[int, EndlessOrder | grain.MapDataset] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
 
     @functools.cached_property
     def hash(self) -> str:
@@ -108,29 +109,25 @@ class Mixture:
             sample_id -= count
         raise IndexError(f"sample id beyond the {self.num_samples(seq_len)} of this mixture")
 
-    def order(self, seq_len: int) -> grain.MapDataset:
+    def order(self, seq_len: int) -> EndlessOrder | grain.MapDataset:
         """The endless sequence of sample ids of this length: `order[i]` is the i-th sample's."""
         if seq_len not in self._orders:
             self._orders[seq_len] = self._make_order(seq_len)
         return self._orders[seq_len]
 
-    def _make_order(self, seq_len: int) -> grain.MapDataset:
+    def _make_order(self, seq_len: int) -> EndlessOrder | grain.MapDataset:
         parts, first = [], 0
         for source in self.sources:
             count = source.num_samples(seq_len)
             if count == 0:
-                raise UserError(
-                    f"{source.path}: {source.num_tokens} {source.split} tokens are fewer than "
-                    f"one sample of data.seq_len = {seq_len} (+ 1); use a smaller data.seq_len"
-                )
-            part = grain.MapDataset.range(first, first + count)
-            if self.shuffle:
-                seed = int(_digest([self.seed, source.fingerprint]), 16) % _SEEDS
-                part = part.shuffle(seed=seed)
-            parts.append(part.repeat())
+                raise UserError(_too_short(source, seq_len))
+            key = _digest([self.seed, source.fingerprint]) if self.shuffle else None
+            parts.append(EndlessOrder(first, count, key=key))
             first += count
-        # mix() of one would only cost time; weights are kept to 1 % of the smallest.
-        return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, self.weights)
+        if len(parts) == 1:
+            return parts[0]
+        # grain's mix ends with its shortest member: these have no end. It keeps weights to 1 %.
+        return grain.MapDataset.mix([grain.MapDataset.source(p) for p in parts], self.weights)
 
 
 def open_mixture(data: DataConfig, *, split: str, vocab_size: int, verify: bool = False) -> Mixture:
@@ -161,14 +158,18 @@ def open_mixture(data: DataConfig, *, split: str, vocab_size: int, verify: bool 
                 f" model.vocab_size = {vocab_size}: set it to at least {tokenizer['vocab_size']}"
             )
         if split == "train" and source.num_samples(data.seq_len) == 0:
-            problems.append(
-                f"{source.path} has {source.num_tokens} training tokens, fewer than one sample:"
-                f" data.seq_len = {data.seq_len}, plus 1; use a smaller one"
-            )
+            problems.append(_too_short(source, data.seq_len))
     weights, weight_problems = _weights(data, sources)
     if problems := problems + weight_problems:
         raise combine(problems, title=f"the data cannot be used (data.path = {data.path}):")
     return Mixture(sources, weights, data.seed, data.shuffle, data.mask_documents, vocab_size)
+
+
+def _too_short(source: PreparedSplit, seq_len: int) -> str:
+    return (
+        f"{source.path} has {source.num_tokens} {source.split} tokens, fewer than one sample:"
+        f" data.seq_len = {seq_len}, plus 1; use a smaller one"
+    )
 
 
 def _weights(

@@ -40,7 +40,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def prepare(settings: Settings, progress: Progress) -> dict[str, Any]:
-    """The manifest of the directory that was written. Raises UserError; leaves nothing behind then."""
+    """The manifest of the directory written. Raises UserError, and leaves nothing behind then."""
     if not 0 <= settings.validation_fraction <= 0.5:
         raise UserError(f"--validation_fraction={settings.validation_fraction}: must lie in 0..0.5")
     if settings.workers < 1:

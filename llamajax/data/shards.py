@@ -8,6 +8,7 @@ T + 1 tokens with T = BLOCK_TOKENS is read from one record, not two. Records are
 tokens shrink by a third only, and reading would take half as long again.
 """
 
+import contextlib
 import hashlib
 import math
 import os
@@ -123,10 +124,9 @@ class SplitWriter:
         """Close the file without caring for its content."""
         writer, self._writer = self._writer, None
         if writer is not None:
-            try:
+            # A full disk may be why we are here.
+            with contextlib.suppress(RuntimeError, ValueError):
                 writer.close()
-            except (RuntimeError, ValueError):
-                pass  # the disk is full: this is why we are here
 
     def close(self) -> dict[str, Any]:
         """Write what is left, name the shards, read them back once for their checksums."""

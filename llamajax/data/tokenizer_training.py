@@ -22,7 +22,7 @@ def parse_train(tokenizer: str) -> int | None:
     number = tokenizer.removeprefix("train:")
     if not re.fullmatch(r"\d+", number) or not MIN_PIECES <= int(number) <= 1 << 20:
         raise UserError(
-            f"--tokenizer={tokenizer}: N of train:N is the number of pieces, {MIN_PIECES}..{1 << 20}"
+            f"--tokenizer={tokenizer}: N, the number of pieces, is {MIN_PIECES}..{1 << 20}"
         )
     return int(number)
 

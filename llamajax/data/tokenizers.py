@@ -239,7 +239,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             spec = json.loads(content)
             full = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+        except Exception as error:  # the library raises nothing narrower
             raise UserError(
                 f"{path}: not a Hugging Face tokenizer.json ({str(error)[:200]})"
             ) from error

@@ -7,6 +7,7 @@ once threads run (grain's, jax's).
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import pickle
 import queue
@@ -25,7 +26,10 @@ from llamajax.errors import UserError
 
 _BATCH_CHARS = 500_000
 _BATCH_PARTS = 2_000
-_CHILD = "import sys; sys.path[:] = {path!r}; from llamajax.data.workers import serve; serve({tokenizer!r})"
+_CHILD = (
+    "import sys; sys.path[:] = {path!r}; "
+    "from llamajax.data.workers import serve; serve({tokenizer!r})"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +113,9 @@ class _Pool:
         for child in self._children:
             child.wait()
             for pipe in (child.stdin, child.stdout):
-                try:
+                # What it had not read yet is of no use any more.
+                with contextlib.suppress(BrokenPipeError):
                     pipe.close()
-                except BrokenPipeError:
-                    pass  # what it had not read yet is of no use any more
 
     def map(self, batches: Iterable[list[Part]]) -> Iterator[Tokens]:
         """Results in order, with a few batches a worker under way."""
