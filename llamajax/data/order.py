@@ -1,0 +1,45 @@
+"""The endless shuffled order of the samples of one source: a function of (key, index) alone."""
+
+import functools
+import hashlib
+
+import numpy as np
+from grain.experimental import index_shuffle
+
+# Up to here an epoch's permutation is drawn whole (8 MB, 80 ms): exactly uniform. Beyond it grain's
+# index_shuffle computes single entries; on a short range it would take 60 us each.
+_WHOLE_UP_TO = 1 << 20
+
+
+class EndlessOrder:
+    """`order[i]` is `first` + the i-th sample: epoch after epoch, each another permutation.
+
+    A random-access source for grain. `key` None: every epoch in stored order.
+    """
+
+    def __init__(self, first: int, count: int, *, key: str | None) -> None:
+        self._first, self._count, self._key = first, count, key
+        # Threads that read ahead stand in two epochs at most.
+        self._permutation = functools.lru_cache(maxsize=3)(self._draw)
+
+    def __len__(self) -> int:
+        return 2**62
+
+    def __getitem__(self, index: int) -> int:
+        epoch, place = divmod(index, self._count)
+        if self._key is None:
+            return self._first + place
+        if self._count <= _WHOLE_UP_TO:
+            return self._first + int(self._permutation(epoch)[place])
+        last, seed = self._count - 1, self._seed(epoch) % 2**32
+        return self._first + index_shuffle(place, max_index=last, seed=seed, rounds=4)
+
+    def _seed(self, epoch: int) -> int:
+        name = f"{self._key}:{epoch}".encode()
+        return int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "little")
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        # The raw stream of a bit generator is the same in every release of NumPy; those of its
+        # Generator methods, such as `permutation`, need not be.
+        draws = np.random.Philox(key=self._seed(epoch)).random_raw(self._count)
+        return np.argsort(draws, kind="stable")
