@@ -157,7 +157,7 @@ def refuse(*_: Any, **__: Any) -> None:
 
 
 def test_a_failed_save_surfaces_later_and_can_be_repeated(
-    copy: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     with checkpointer(copy, keep=1) as saver:
         with monkeypatch.context() as patch:
@@ -177,7 +177,8 @@ def test_a_failed_save_surfaces_later_and_can_be_repeated(
         saver.save(40, {"x": np.int32(4)}, meta={})
         saver.wait()
         assert saver.steps() == [40]
-    assert "Traceback" not in capfd.readouterr().err
+    # Orbax itself would log the same error with tracebacks, from several threads.
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_a_directory_that_cannot_be_made(tmp_path: Path):
