@@ -127,7 +127,9 @@ class Mixture:
         if len(parts) == 1:
             return parts[0]
         # grain's mix ends with its shortest member: these have no end. It keeps weights to 1 %.
-        return grain.MapDataset.mix([grain.MapDataset.source(p) for p in parts], self.weights)
+        mixed = grain.MapDataset.mix([grain.MapDataset.source(p) for p in parts], self.weights)
+        mixed[0]  # grain sets itself up at the first access, which must not be two threads' at once
+        return mixed
 
 
 def open_mixture(data: DataConfig, *, split: str, vocab_size: int, verify: bool = False) -> Mixture:

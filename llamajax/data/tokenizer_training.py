@@ -53,12 +53,20 @@ def train_tokenizer(parts: Iterable[Part], *, num_pieces: int, share: float, out
             minloglevel=2,
         )
     except RuntimeError as error:
-        message = str(error).rsplit("] ", 1)[-1].strip() or str(error)
-        raise UserError(
-            f"--tokenizer=train:{num_pieces}: SentencePiece refuses: {message} (a smaller N for"
-            " little text, a larger one for many different characters)"
-        ) from error
+        raise UserError(f"--tokenizer=train:{num_pieces}: {_refusal(str(error))}") from error
     output.write_bytes(model.getvalue())
+
+
+def _refusal(message: str) -> str:
+    """What SentencePiece says, in terms of the flag."""
+    if at_most := re.search(r"value <= (\d+)", message):
+        return f"so little text yields at most {at_most[1]} pieces; use train:{at_most[1]} or less"
+    if at_least := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"this text has so many different characters that N must exceed {at_least[1]};"
+            " use a larger one"
+        )
+    return f"SentencePiece refuses: {message}"
 
 
 def _lines(parts: Iterable[Part], share: float) -> Iterator[str]:

@@ -120,6 +120,8 @@ class SentencePieceTokenizer(Tokenizer):
 
         content = path.read_bytes()
         try:
+            if not content:  # SentencePiece takes it for a model of nothing
+                raise OSError("empty file")
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except (RuntimeError, OSError) as error:
             raise UserError(

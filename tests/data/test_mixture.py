@@ -1,0 +1,93 @@
+"""What `open_mixture` refuses, and what its hash depends on."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from llamajax.data import open_mixture
+from llamajax.errors import UserError
+
+
+def refused(config, pattern: str, *, split: str = "train", vocab_size: int = 258, **options):
+    with pytest.raises(UserError, match=pattern) as caught:
+        open_mixture(config, split=split, vocab_size=vocab_size, **options)
+    return str(caught.value)
+
+
+def test_directories_that_are_not_prepared(config, tmp_path, prepared, documents):
+    refused(config(tmp_path / "none"), "no such directory")
+    refused(config(tmp_path), "not a prepared directory")
+    refused(config(), "data.path is empty")
+    path = prepared("a", documents)
+    refused(config(path, path), "twice")
+    manifest = path / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text[: len(text) // 2])
+    refused(config(path), "damaged")
+    manifest.write_text(text.replace('"format_version": 1', '"format_version": 99'))
+    refused(config(path), "format version 99")
+
+
+def test_damaged_shards(config, prepared, documents):
+    path = prepared("a", documents)
+    shard = next(path.glob("train-*"))
+    content = shard.read_bytes()
+    middle = len(content) // 2
+    shard.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    open_mixture(config(path), split="train", vocab_size=258)
+    refused(config(path), "checksum", verify=True)
+    shard.write_bytes(content[:-1])
+    refused(config(path), rf"{len(content) - 1} bytes, the manifest says {len(content)}")
+    shard.unlink()
+    refused(config(path), re.escape(shard.name) + " is missing")
+
+
+def test_a_record_that_cannot_be_read_is_named(config, prepared, documents):
+    path = prepared("a", documents)
+    shard = next(path.glob("train-*"))
+    content = bytearray(shard.read_bytes())
+    content[2000:3000] = bytes(1000)
+    shard.write_bytes(content)
+    mixture = open_mixture(config(path), split="train", vocab_size=258)
+    with pytest.raises(UserError, match=f"{shard.name}: damaged"):
+        mixture.sources[0].reader.blocks(range(mixture.sources[0].stats["shards"][0]["records"]))
+
+
+def test_what_does_not_fit_the_model(config, prepared, documents):
+    path = prepared("a", documents)
+    refused(config(path), "model.vocab_size = 257: set it to at least 258", vocab_size=257)
+    refused(config(path, seq_len=10**6), "data.seq_len = 1000000, plus 1")
+    refused(config(path), "no validation split", split="validation")
+
+
+def test_all_problems_of_a_mixture_at_once(config, prepared, documents):
+    text = "the quick brown fox jumps over the lazy dog and runs away " * 30
+    a, b = prepared("a", documents), prepared("b", [text], tokenizer="train:300")
+    message = refused(config(a, b, weights=(1.0,), seq_len=10**6), "another tokenizer")
+    assert message.count("\n  - ") == 5
+    refused(config(a, prepared("c", documents[:2]), weights=(1.0, 0.0)), "above 0")
+
+
+def test_the_hash_is_of_the_content_and_its_order(config, prepared, documents, tmp_path):
+    def hashes(*paths, **changes):
+        return open_mixture(config(*paths, **changes), split="train", vocab_size=258).hash
+
+    a, b = prepared("a", documents), prepared("b", documents[::-1])
+    shutil.copytree(a, tmp_path / "copy")
+    assert hashes(a) == hashes(tmp_path / "copy")
+    assert hashes(a) == hashes(a, seq_len=7, global_batch_size=1, num_threads=9, weights=(4.0,))
+    different = [hashes(a), hashes(b), hashes(a, b), hashes(b, a), hashes(a, b, weights=(1.0, 2.0))]
+    different += [hashes(a, seed=12), hashes(a, shuffle=False)]
+    assert len(set(different)) == len(different)
+    assert hashes(a, b, weights=(1.0, 2.0)) == hashes(a, b, weights=(2.0, 4.0))
+
+
+def test_what_a_mixture_tells(config, prepared, documents, stream):
+    mixture = open_mixture(config(prepared("a", documents)), split="train", vocab_size=300)
+    assert mixture.num_tokens == len(stream)
+    assert mixture.vocab_size == 300
+    tokenizer = mixture.manifests[0]["tokenizer"]
+    assert mixture.tokenizer_fingerprint == tokenizer["fingerprint"]
+    assert json.loads(json.dumps(mixture.manifests[0])) == mixture.manifests[0]
