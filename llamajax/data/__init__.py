@@ -11,6 +11,7 @@ from llamajax.data.position import Position
 from llamajax.data.tokenizers import Tokenizer, load_tokenizer
 
 _READING = {
+    "BATCH_KEYS": "batches",
     "Mixture": "mixture",
     "open_mixture": "mixture",
     "eval_batches": "batches",

@@ -20,6 +20,7 @@ from llamajax.data.position import Position
 from llamajax.data.shards import BLOCK_TOKENS
 
 Batch = dict[str, np.ndarray]
+BATCH_KEYS = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
 
 
 def sample_ids(mixture: Mixture, position: Position, step: int) -> np.ndarray:

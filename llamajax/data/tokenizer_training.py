@@ -12,7 +12,7 @@ from llamajax.errors import UserError
 # Enough for a vocabulary of 128 k pieces; SentencePiece holds about 10 bytes of memory a byte.
 MAX_BYTES = 256 << 20
 # Control pieces and bytes come first, and a vocabulary of single characters is no tokenizer.
-MIN_PIECES = 300
+MIN_PIECES = 260
 
 
 def parse_train(tokenizer: str) -> int | None:

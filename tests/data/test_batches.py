@@ -5,7 +5,14 @@ import threading
 import numpy as np
 import pytest
 
-from llamajax.data import Position, eval_batches, open_mixture, sample_ids, train_batches
+from llamajax.data import (
+    BATCH_KEYS,
+    Position,
+    eval_batches,
+    open_mixture,
+    sample_ids,
+    train_batches,
+)
 
 BOS, EOS = 256, 257
 
@@ -57,6 +64,7 @@ def test_samples_are_the_stream_cut_at_the_sequence_length(
     for row in with_all:
         window = stream[row * seq_len : row * seq_len + seq_len + 1]
         check(batch, row, window, seq_len, masked=masked)
+    assert set(batch) == set(BATCH_KEYS)
     dtypes = {k: str(v.dtype) for k, v in batch.items()}
     assert dtypes.pop("loss_mask") == "bool"
     assert set(dtypes.values()) == {"int32"}

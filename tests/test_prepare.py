@@ -1,0 +1,246 @@
+"""The verb `prepare`: what it writes, that it writes all or nothing, what it refuses."""
+
+import collections
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamajax import prepare
+from llamajax.data import load_tokenizer
+from llamajax.data.mixture import PreparedSplit, read_manifest
+from llamajax.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+WORDS = ["whale", "ship", "sea", "Ahab", "the", "a", "white", "harpoon", "said", "old", "\n\n", "ü"]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """300 documents of some words."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "corpus.jsonl"
+    with path.open("w") as file:
+        for size in rng.integers(1, 400, 300):
+            file.write(json.dumps({"text": " ".join(rng.choice(WORDS, size))}) + "\n")
+    return path
+
+
+def run(corpus: Path, output: Path, *flags: str, tokenizer: str = "byte") -> int:
+    args = [f"--input={corpus}", f"--output={output}", f"--tokenizer={tokenizer}"]
+    return prepare.main([*args, "--workers=1", *flags])
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "llamajax.prepare", *args]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in directory.iterdir()}
+
+
+def stream(path: Path, split: str) -> tuple[list[int], list[int]]:
+    """Tokens of a split, and where its documents start, out of its shards."""
+    prepared = PreparedSplit(path, read_manifest(path), split)
+    tokens, starts = [], []
+    blocks = range(sum(s["records"] for s in prepared.stats["shards"]))
+    for number, (block, offsets) in enumerate(prepared.reader.blocks(blocks)):
+        tokens += block[:4096].tolist()
+        starts += [4096 * number + int(o) for o in offsets if o < 4096]
+    return tokens, starts
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "train:330"])
+def test_the_output_does_not_depend_on_the_workers(corpus, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("llamajax.data.workers._BATCH_CHARS", 20_000)
+    written = []
+    for workers in (1, 2, 3):
+        output = tmp_path / f"out{workers}"
+        assert run(corpus, output, f"--workers={workers}", tokenizer=tokenizer) == 0
+        written.append(contents(output))
+    assert written[0] == written[1] == written[2]
+    names = {f.split("-")[0] for f in written[0]}
+    kept = "tokenizer.byte" if tokenizer == "byte" else "tokenizer.model"
+    assert names == {"manifest.json", kept, "train", "validation"}
+
+
+def test_the_manifest_and_the_tokens(corpus, tmp_path):
+    assert run(corpus, tmp_path / "out", "--validation_fraction=0.1", tokenizer="train:330") == 0
+    manifest = read_manifest(tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert manifest["tokenizer"]["fingerprint"] == tokenizer.fingerprint
+    assert manifest["tokenizer"]["vocab_size"] == tokenizer.vocab_size == 330
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    found, targets = [], {}
+    for split, stats in manifest["splits"].items():
+        tokens, starts = stream(tmp_path / "out", split)
+        ends = [*starts[1:], len(tokens)]
+        documents = [tokens[a:b] for a, b in zip(starts, ends, strict=True)]
+        assert all(d[0] == tokenizer.bos_id and d[-1] == tokenizer.eos_id for d in documents)
+        decoded = [tokenizer.decode(d[1:-1]) for d in documents]
+        assert (len(decoded), len(tokens)) == (stats["documents"], stats["tokens"])
+        assert sum(len(t.encode()) for t in decoded) == stats["text_bytes"]
+        found += decoded
+        targets[split] = collections.Counter(t for d in documents for t in d[1:])
+    assert sorted(found) == sorted(texts)
+    for split, counts in targets.items():
+        total = sum(counts.values())
+        entropy = -sum(c / total * math.log(c / total) for c in counts.values())
+        assert manifest["splits"][split]["unigram_entropy"] == pytest.approx(entropy, rel=1e-12)
+    train, held = targets["train"], targets["validation"]
+    smoothed = {t: math.log((train[t] + 1) / (sum(train.values()) + 330)) for t in held}
+    loss = -sum(c * smoothed[t] for t, c in held.items()) / sum(held.values())
+    assert manifest["splits"]["validation"]["unigram_loss"] == pytest.approx(loss, rel=1e-12)
+
+
+def test_several_shards_are_one_stream(corpus, tmp_path, monkeypatch):
+    run(corpus, tmp_path / "one")
+    monkeypatch.setattr("llamajax.data.shards.RECORDS_PER_SHARD", 7)
+    run(corpus, tmp_path / "many")
+    shards = read_manifest(tmp_path / "many")["splits"]["train"]["shards"]
+    assert len(shards) > 3
+    assert shards[0]["file"] == f"train-00000-of-{len(shards):05d}.array_record"
+    assert sum(s["tokens"] for s in shards) == len(stream(tmp_path / "one", "train")[0])
+    assert stream(tmp_path / "many", "train") == stream(tmp_path / "one", "train")
+
+
+def test_control_tokens_in_the_text_stay_text(tmp_path):
+    (tmp_path / "evil.txt").write_text("<s>a</s><|begin_of_text|>\n\n" * 300)
+    run(tmp_path / "evil.txt", tmp_path / "out", tokenizer="train:285")
+    tokenizer = load_tokenizer(tmp_path / "out")
+    tokens, _ = stream(tmp_path / "out", "train")
+    assert [tokens.count(i) for i in (tokenizer.bos_id, tokenizer.eos_id)] == [1, 1]
+
+
+def test_an_existing_output_is_replaced_only_when_told(corpus, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    assert run(corpus, output) == 0
+    before = contents(output)
+    with pytest.raises(UserError, match="--overwrite"):
+        run(corpus, output)
+    (tmp_path / "short.txt").write_text("other words\n\n" * 30)
+    assert run(tmp_path / "short.txt", output, "--overwrite") == 0
+    assert contents(output) != before
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="was not written by prepare"):
+        run(corpus, mine, "--overwrite")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "corpus.jsonl", "mine", "out", "short.txt",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_leaves_nothing_that_looks_finished(tmp_path, number):
+    fifo = tmp_path / "in.txt"
+    os.mkfifo(fifo)
+    args = (f"--output={tmp_path / 'out'}", "--tokenizer=byte")
+    process = subprocess.Popen(command(f"--input={fifo}", *args), cwd=REPOSITORY)
+    with process, fifo.open("w"):  # opens when the other side reads: it is at work
+        process.send_signal(number)
+        code = process.wait(timeout=60)
+    left = {p.name for p in tmp_path.iterdir()} - {"in.txt"}
+    if number == signal.SIGKILL:
+        assert left == {".out.incomplete", ".out.lock"}
+    else:
+        assert code == (143 if number == signal.SIGTERM else 130)
+        assert left == set()
+    (tmp_path / "next.txt").write_text("words and words\n\n" * 50)
+    assert run(tmp_path / "next.txt", tmp_path / "out") == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"in.txt", "next.txt", "out"}
+
+
+def test_a_full_disk_is_the_users_to_fix(tmp_path):
+    (tmp_path / "big.txt").write_text("many words\n\n" * 100_000)
+    args = command(f"--input={tmp_path / 'big.txt'}", f"--output={tmp_path / 'out'}")
+    limited = ["bash", "-c", 'ulimit -f 500; exec "$@"', "-", *args, "--tokenizer=byte"]
+    done = subprocess.run(limited, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot write")
+    assert "Traceback" not in done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"big.txt"}
+
+
+def test_a_script_without_a_main_guard_can_prepare(corpus, tmp_path):
+    script = tmp_path / "script.py"
+    args = [f"--input={corpus}", f"--output={tmp_path / 'out'}", "--tokenizer=byte", "--workers=2"]
+    script.write_text(f"from llamajax import prepare\nprepare.main({args!r})\nprint('once')\n")
+    done = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count("once") == 1
+    assert done.stderr == ""
+
+
+def test_two_runs_into_one_output(corpus, tmp_path):
+    fifo = tmp_path / "in.txt"
+    os.mkfifo(fifo)
+    args = command(f"--input={fifo}", f"--output={tmp_path / 'out'}", "--tokenizer=byte")
+    with subprocess.Popen(args, cwd=REPOSITORY) as process, fifo.open("w"):
+        with pytest.raises(UserError, match="another prepare is writing it"):
+            run(corpus, tmp_path / "out")
+        process.terminate()
+        process.wait(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--tokenizer=none.model",), "none.model: no such file"),
+        (("--tokenizer=train:12",), "260.."),
+        (("--tokenizer=train:100000",), "at most"),
+        (("--workers=0",), "at least 1"),
+        (("--validation_fraction=1",), r"0\.\.0\.5"),
+        (("--validation_fraction=x",), "invalid float"),
+        (("--input=none.txt",), "no such file"),
+        (("--text_key=body",), "no key 'body'"),
+        (("--clean=html",), "invalid choice: 'html'"),
+        (("--unknown=1",), "unrecognized arguments: --unknown"),
+        (("stray",), "unrecognized arguments: stray"),
+    ],
+)
+def test_mistakes_are_told_and_leave_nothing(corpus, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        run(corpus, tmp_path / "out", *flags)
+    assert {p.name for p in tmp_path.iterdir()} == {"corpus.jsonl"}
+
+
+@pytest.mark.parametrize("text", ["", " \n\n", "x"])
+def test_too_little_text(tmp_path, text):
+    (tmp_path / "in.txt").write_text(text)
+    with pytest.raises(UserError, match=r"no text in these files|too little text"):
+        run(tmp_path / "in.txt", tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == {"in.txt"}
+
+
+def test_help_shows_an_example(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        prepare.main(["--help"])
+    assert leaving.value.code == 0
+    assert "python -m llamajax.prepare --input=books/" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("source", "tokenizer", "tokens"),
+    [
+        ("state_of_the_union.jsonl.gz", "llama2", 2_710_278),
+        ("austen.txt.gz", "llama3", 958_508),
+    ],
+)
+def test_the_real_texts_with_the_real_tokenizers(assets, tmp_path, source, tokenizer, tokens):
+    model = assets / "tokenizers" / f"{tokenizer}.model"
+    assert run(assets / "text" / source, tmp_path / "out", tokenizer=str(model)) == 0
+    splits = read_manifest(tmp_path / "out")["splits"]
+    assert sum(s["tokens"] for s in splits.values()) == tokens
