@@ -99,6 +99,14 @@ class Position:
         segment = self.segment(step)
         return segment.first_sample + (step - segment.first_step) * segment.batch_size
 
+    def tokens_seen(self, step: int) -> int:
+        """Tokens of the samples read by the steps before `step`, over all segments."""
+        ends = [s.first_step for s in self.segments[1:]] + [step]
+        spans = zip(self.segments, ends, strict=True)
+        return sum(
+            max(0, min(end, step) - s.first_step) * s.batch_size * s.seq_len for s, end in spans
+        )
+
     def to_json(self) -> dict[str, Any]:
         """A JSON value from which `from_json` makes this position."""
         return {"segments": [dataclasses.asdict(s) for s in self.segments]}
