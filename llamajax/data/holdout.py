@@ -49,7 +49,7 @@ class Holdout:
         order = sorted(range(len(sizes)), key=_hash)
         held, left = set(), wanted
         for number in order:
-            if sizes[number] <= left and len(held) < len(sizes) - 1:
+            if sizes[number] <= left:
                 held.add(number)
                 left -= sizes[number]
         if not held and sizes:

@@ -96,6 +96,16 @@ class Mixture:
         """Tokens of all sources."""
         return sum(s.num_tokens for s in self.sources)
 
+    @property
+    def unigram_loss(self) -> float | None:
+        """Loss to beat on the validation split: mean -log p, in nats, of its tokens under the
+        unigrams of their own train split; None for the train split."""
+        losses = [s.stats.get("unigram_loss") for s in self.sources]
+        if None in losses:
+            return None
+        pairs = zip(losses, self.sources, strict=True)
+        return sum(x * s.num_tokens for x, s in pairs) / self.num_tokens
+
     def num_samples(self, seq_len: int) -> int:
         """Different training samples of this length, over all sources."""
         return sum(s.num_samples(seq_len) for s in self.sources)

@@ -12,8 +12,9 @@ import contextlib
 import hashlib
 import math
 import os
+import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from llamajax.errors import UserError
 FORMAT_VERSION = 1
 BLOCK_TOKENS = 4096
 RECORDS_PER_SHARD = 32_768  # 134 M tokens, 268 MB as uint16
-_HEADER_BYTES = 8
+_HEADER = struct.Struct("<II")
+_OFFSET = np.dtype("<u4")
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
@@ -37,15 +39,15 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 def pack_block(tokens: np.ndarray, starts: np.ndarray) -> bytes:
     """The record of a block: its tokens (with the one after it) and where documents start."""
-    head = np.array([len(tokens), len(starts)], "<u4")
-    return head.tobytes() + starts.astype("<u4").tobytes() + tokens.tobytes()
+    head = _HEADER.pack(len(tokens), len(starts))
+    return head + starts.astype(_OFFSET).tobytes() + tokens.tobytes()
 
 
 def unpack_block(record: bytes, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and document starts of a record; views of its memory."""
-    num_tokens, num_starts = np.frombuffer(record, "<u4", 2).tolist()
-    starts = np.frombuffer(record, "<u4", num_starts, _HEADER_BYTES)
-    return np.frombuffer(record, dtype, num_tokens, _HEADER_BYTES + 4 * num_starts), starts
+    num_tokens, num_starts = _HEADER.unpack_from(record)
+    starts = np.frombuffer(record, _OFFSET, num_starts, _HEADER.size)
+    return np.frombuffer(record, dtype, num_tokens, _HEADER.size + 4 * num_starts), starts
 
 
 class SplitWriter:
@@ -212,13 +214,14 @@ class SplitReader:
         found: dict[int, bytes] = {}
         for shard in set(shards):
             wanted = [n for n, s in zip(numbers, shards, strict=True) if s == shard]
-            base = int(self._ends[shard - 1]) if shard else 0
-            read: Callable[[list[int]], list[bytes]] = self._reader(shard).read
-            try:
-                records = read([n - base for n in wanted])
-            except (RuntimeError, ValueError, IndexError) as error:
-                raise UserError(
-                    f"{self._paths[shard]}: damaged ({str(error)[:200]}); prepare this data again"
-                ) from error
-            found.update(zip(wanted, records, strict=True))
+            found.update(zip(wanted, self._records(shard, wanted), strict=True))
         return [unpack_block(found[n], self._dtype) for n in numbers]
+
+    def _records(self, shard: int, numbers: list[int]) -> list[bytes]:
+        base = int(self._ends[shard - 1]) if shard else 0
+        try:
+            return self._reader(shard).read([n - base for n in numbers])
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UserError(
+                f"{self._paths[shard]}: damaged ({str(error)[:200]}); prepare this data again"
+            ) from error

@@ -91,3 +91,14 @@ def test_what_a_mixture_tells(config, prepared, documents, stream):
     tokenizer = mixture.manifests[0]["tokenizer"]
     assert mixture.tokenizer_fingerprint == tokenizer["fingerprint"]
     assert json.loads(json.dumps(mixture.manifests[0])) == mixture.manifests[0]
+
+
+def test_the_loss_to_beat_is_weighted_by_tokens(config, prepared, documents):
+    a = prepared("a", documents, "--validation_fraction=0.3")
+    b = prepared("b", ["a" * 500, "b" * 50, "a" * 100], "--validation_fraction=0.3")
+    parts = [open_mixture(config(p), split="validation", vocab_size=258) for p in (a, b)]
+    both = open_mixture(config(a, b), split="validation", vocab_size=258)
+    expected = sum(p.unigram_loss * p.num_tokens for p in parts) / both.num_tokens
+    assert both.unigram_loss == pytest.approx(expected)
+    assert parts[0].unigram_loss == parts[0].manifests[0]["splits"]["validation"]["unigram_loss"]
+    assert open_mixture(config(a), split="train", vocab_size=258).unigram_loss is None
