@@ -27,6 +27,7 @@ class Machine:
     num_devices: int
     num_processes: int
     process_id: int
+    compute_capability: str | None  # NVIDIA's, such as "9.0"
     versions: dict[str, str]
 
     @property
@@ -73,6 +74,7 @@ def start(config: BackendConfig) -> Machine:
         num_devices=len(devices),
         num_processes=jax.process_count(),
         process_id=jax.process_index(),
+        compute_capability=getattr(devices[0], "compute_capability", None),
         versions={p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax")},
     )
 

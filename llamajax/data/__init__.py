@@ -13,6 +13,7 @@ from llamajax.data.tokenizers import Tokenizer, load_tokenizer
 _READING = {
     "BATCH_KEYS": "batches",
     "Mixture": "mixture",
+    "has_split": "mixture",
     "open_mixture": "mixture",
     "eval_batches": "batches",
     "num_eval_batches": "batches",

@@ -142,6 +142,13 @@ class Mixture:
         return mixed
 
 
+def has_split(data: DataConfig, split: str) -> bool:
+    """Whether any of the paths was prepared with tokens in this split."""
+    paths = [Path(p.strip()) for p in data.path.split(",") if p.strip()]
+    stats = [read_manifest(path)["splits"].get(split) for path in paths]
+    return any(s and s["tokens"] for s in stats)
+
+
 def open_mixture(data: DataConfig, *, split: str, vocab_size: int, verify: bool = False) -> Mixture:
     """The mixture that `data` describes, checked: format, completeness, sizes of the shards, one
     tokenizer, its vocabulary within the model's `vocab_size`, at least one sample a source.

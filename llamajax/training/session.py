@@ -64,24 +64,32 @@ def prepare(config: RunConfig) -> Session:
         config=config,
         machine=machine,
         mesh=mesh,
-        compute=how_to_compute(config, platform=machine.platform),
+        compute=how_to_compute(config, machine),
         optimizer=optim.build(config.optim, steps=config.train.steps),
         mixture=data.open_mixture(config.data, split="train", vocab_size=vocab_size),
-        held_out=data.open_mixture(config.data, split="validation", vocab_size=vocab_size),
+        held_out=_held_out(config),
     )
 
 
-def how_to_compute(config: RunConfig, *, platform: str) -> Compute:
-    """The computation that the config asks for; `auto` attention is resolved for the platform."""
+def _held_out(config: RunConfig) -> data.Mixture | None:
+    """The validation split; None where none of the paths was prepared with one."""
+    if not data.has_split(config.data, "validation"):
+        return None
+    return data.open_mixture(config.data, split="validation", vocab_size=config.model.vocab_size)
+
+
+def how_to_compute(config: RunConfig, machine: backends.Machine) -> Compute:
+    """The computation that the config asks for; `auto` attention is resolved for the machine."""
     facts = {
-        "platform": platform,
+        "platform": machine.platform,
+        "compute_capability": machine.compute_capability,
         "dtype": config.train.dtype,
         "head_size": config.model.head_size,
         "seq_len": config.data.seq_len,
     }
     impl = config.train.attention
     if impl == "auto":
-        impl = first_supported(backends.attention_preferences(platform), **facts)
+        impl = first_supported(backends.attention_preferences(machine.platform), **facts)
     problems = check_supported(impl, **facts)
     if problems:
         raise combine(problems, title=f"train.attention = {impl!r} cannot run here:")
@@ -169,6 +177,8 @@ def _greet(session: Session, start: int) -> None:
     c, m = session.config, session.machine
     tokens = c.data.global_batch_size * c.data.seq_len
     peak = backends.peak_flops(m.device_kind, c.train.dtype)
+    if session.held_out is None:
+        say("warning: the data has no validation split: no evaluation", primary=m.is_primary)
     for line in (
         f"model    {c.model.name or 'custom'}, {format_count(num_parameters(c.model))} parameters",
         f"machine  {m.platform}, {m.device_kind}; mesh {sharding.describe(session.mesh)}",

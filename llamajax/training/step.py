@@ -59,6 +59,12 @@ def _sharded(function: Callable, mesh: Mesh, model: Llama, out: Any, compute: Co
     )
 
 
+def _precision(compute: Compute) -> Any:
+    """float32 means float32: TPUs and GPUs would otherwise multiply in bfloat16 or TF32."""
+    exact = compute.dtype == jnp.float32
+    return jax.default_matmul_precision("highest" if exact else "default")
+
+
 def train_step(
     optimizer: optax.GradientTransformation,
     optim_config: OptimConfig,
@@ -71,7 +77,8 @@ def train_step(
     accumulation = train_config.accumulation_steps
 
     def local(model: Llama, batch: Batch) -> Any:
-        return _gradients(model, batch, compute=compute, accumulation=accumulation)
+        with _precision(compute):
+            return _gradients(model, batch, compute=compute, accumulation=accumulation)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         out = (specs(state.model, mesh), PartitionSpec())
@@ -97,7 +104,8 @@ def eval_step(
     """Summed negative log-likelihood and number of target tokens of a batch, jitted."""
 
     def local(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        nll = varying(model, "data").loss_terms(batch, compute).nll
+        with _precision(compute):
+            nll = varying(model, "data").loss_terms(batch, compute).nll
         count = jnp.sum(batch["loss_mask"], dtype=jnp.float32)
         return total((nll, count), BATCH_AXES)
 
