@@ -106,13 +106,15 @@ def test_an_interrupted_run_continues_bit_by_bit(prepared, undisturbed, tmp_path
 
 
 def test_a_signal_before_the_first_update_names_the_previous_checkpoint(prepared, tmp_path):
-    process = subprocess.Popen(command(prepared, tmp_path), stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if line.startswith("steps"):  # printed before compilation
-            process.terminate()
-            break
-    rest = process.stderr.read()
-    assert process.wait() == 143
+    with subprocess.Popen(
+        command(prepared, tmp_path), stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stderr:
+            if line.startswith("steps"):  # printed before compilation
+                process.terminate()
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 143
     assert "stopped before the first update" in rest
     assert "none yet" in rest
 
