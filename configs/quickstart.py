@@ -3,7 +3,7 @@
 Hardware: two CPU cores and 2 GB of memory; any accelerator does.
 Command:  ./launch/quickstart.sh, which prepares the book and then runs
           python -m llamajax.train --config=configs/quickstart.py --workdir=runs/quickstart
-Model:    5.0 M parameters, sequences of 256 tokens, batches of 4,096 tokens, float32.
+Model:    5.0 M parameters, sequences of 256 tokens, batches of 2,048 tokens, float32.
 Speed:    unmeasured.
 Loss:     unmeasured; it must end well below the unigram entropy of the book, which
           launch/quickstart.sh prints beside it.
@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
 
     config.data.path = "runs/quickstart/data"
     config.data.seq_len = 256
-    config.data.global_batch_size = 16
+    config.data.global_batch_size = 8
     config.data.seed = 0
 
     config.train.steps = 300

@@ -14,7 +14,7 @@ if [ -f "$RUN/data/manifest.json" ]; then
 else
   say "preparing the book (Moby Dick, public domain) with a tokenizer of 4,096 pieces trained on it"
   "$PYTHON" -m llamajax.prepare --input=launch/text/moby_dick.txt --tokenizer=train:4096 \
-    --output="$RUN/data"
+    --validation_fraction=0.05 --output="$RUN/data"
 fi
 
 say "training (Ctrl-C saves and leaves; rerun to continue)"
