@@ -1,0 +1,70 @@
+"""The benchmarks run as a user runs them, small; how fast they are is not looked at."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def run(script: str, *flags: str) -> subprocess.CompletedProcess:
+    """The finished script, on one CPU device."""
+    return subprocess.run(
+        [sys.executable, f"benchmarks/{script}", *flags],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_train_step_prints_one_table():
+    done = run(
+        "train_step.py", "--preset=tiny", "--batch=2", "--seq_len=16", "--steps=3",
+        "--num_cpu_devices=2", "--mesh=data=2", "--accumulation=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", done.stdout, re.MULTILINE))
+    assert rows["machine"] == "cpu, cpu, data 2 (2 devices)"
+    assert "of 3 steps" in rows["step time"]
+    assert rows["MFU, causal half of it"].startswith("null, peak unknown")
+    assert rows["peak memory"].endswith("(process peak RSS)")
+    assert float(rows["tokens/s"].split()[0].replace(",", "")) > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--preset=bench-23m",), "did you mean bench-32m"),
+        (("--mesh=fdsp=2",), "'fdsp=2' is not AXIS=SIZE"),
+        (("--batch=3", "--accumulation=2"), "data.global_batch_size = 3"),
+        (("--seq_len=4096",), "longer than model.max_seq_len = 2048"),
+        (("--steps=0",), "--steps=0"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(flags: tuple[str, ...], words: str):
+    done = run("train_step.py", *flags)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+
+
+def test_torch_does_the_same_work():
+    pytest.importorskip("transformers")
+    done = run(
+        "against_torch.py", "--preset=tiny", "--batch=2", "--seq_len=16",
+        "--rounds=2", "--steps=2", "--no_compile",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^\| median \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", done.stdout, re.MULTILINE)
+    losses = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", done.stdout, re.MULTILINE)
+    assert [int(step) for step, _, _ in losses] == [1, 2, 3, 6]
+    for _, ours, theirs in losses:
+        assert float(ours) == pytest.approx(float(theirs), abs=1e-4)
+    assert float(losses[-1][1]) < float(losses[0][1])
