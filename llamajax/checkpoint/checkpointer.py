@@ -6,10 +6,12 @@ called by all processes; the files that belong to all are written by process 0.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -30,6 +32,8 @@ from llamajax.errors import UserError
 _TIMEOUT_S = 3 * 3600
 # How long a process that is done waits for the slowest; it then counts the save as failed.
 _BARRIER_TIMEOUT_MS = 600_000
+# Loggers that Orbax (and its tasks, when they fail unobserved) writes tracebacks to.
+_NOISY = ("absl", "asyncio")
 _SAVE_FAILURES = (OSError, ValueError, RuntimeError)
 
 
@@ -44,7 +48,7 @@ class _DropOrbaxRecords(logging.Filter):
     """Orbax logs each error, with tracebacks, from several threads; we report it once ourselves."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname
+        return "orbax" not in record.pathname and "orbax" not in record.getMessage()
 
 
 def _reason(error: BaseException) -> str:
@@ -71,6 +75,13 @@ def _barrier() -> ocp.multihost.BarrierSyncFn:
 
 def _describe(leaf: Any) -> tuple[str, tuple[int, ...]]:
     return str(leaf.dtype), tuple(leaf.shape)
+
+
+def _local_bytes(leaf: Any) -> int:
+    """Bytes of a leaf that this process writes: each part of an array is written once."""
+    if not isinstance(leaf, jax.Array):
+        return leaf.nbytes
+    return sum(shard.data.nbytes for shard in leaf.addressable_shards if shard.replica_id == 0)
 
 
 def _storable(name: str, leaf: Any) -> Any:
@@ -109,7 +120,8 @@ class Checkpointer:
         self._saving: int | None = None
         self._pending: tuple[int, dict[str, tuple[str, tuple[int, ...]]], str] | None = None
         self._filter = _DropOrbaxRecords()
-        logging.getLogger("absl").addFilter(self._filter)
+        for name in _NOISY:
+            logging.getLogger(name).addFilter(self._filter)
         if self._is_primary:
             manifests.remove_leftovers(self.directory)
         ocp.multihost.sync_global_processes("llamajax:checkpointer_start")
@@ -215,7 +227,8 @@ class Checkpointer:
 
     def _release(self) -> None:
         self._orbax.close()
-        logging.getLogger("absl").removeFilter(self._filter)
+        for name in _NOISY:
+            logging.getLogger(name).removeFilter(self._filter)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -242,6 +255,7 @@ class Checkpointer:
         self._pending = (step, arrays, text)
         self._unsettled = True
         with self._reporting(step):
+            self._make_sure_of_room(leaves)
             self._orbax.save(
                 self.directory / str(step),
                 args=ocp.args.Composite(state=ocp.args.PyTreeSave(leaves)),
@@ -254,6 +268,20 @@ class Checkpointer:
             self._thread.start()
         elif jax.process_count() == 1:
             self.wait()
+
+    def _make_sure_of_room(self, leaves: Mapping[str, Any]) -> None:
+        """OSError on all processes when the disk of one cannot take what it would write.
+
+        A disk that fills half-way is survived as well, but TensorStore's threads then print a
+        traceback for every array.
+        """
+        needed = sum(_local_bytes(leaf) for leaf in leaves.values())
+        self.directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.directory).free
+        lacking = needed > free
+        problem = f"{needed:,} bytes are needed, {free:,} are free" if lacking else None
+        if problem := agree(problem):
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {problem}")
 
     def _seal(self) -> None:
         """Called by Orbax on process 0 after all files are written, before the rename."""

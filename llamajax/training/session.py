@@ -6,7 +6,6 @@ checkpoint, and only then memory and compilation.
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,8 +115,8 @@ def train(config: RunConfig, *, workdir: Path, shutdown: Shutdown) -> int:
         try:
             code = _run(loop, state, start, workdir)
         except CheckpointError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            code = 1
+            say(f"error: {error}. Make room or mend the directory; a rerun continues from the last")
+            code = 2
     if session.machine.is_primary:
         _conclude(session, loop, workdir, code)
     return code

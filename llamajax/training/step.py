@@ -87,7 +87,7 @@ def train_step(
         model, opt_state = optim.apply(optimizer, grads, state.opt_state, state.model)
         metrics = {
             "loss": nll / count,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(state.step + 1),
             "target_tokens": count,
         }
