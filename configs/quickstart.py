@@ -25,12 +25,12 @@ def get_config() -> ConfigDict:
     config.data.global_batch_size = 8
     config.data.seed = 0
 
-    config.train.steps = 300
+    config.train.steps = 200
     config.train.seed = 0
     config.train.dtype = "float32"
     config.train.remat = "none"
     config.train.log_every = 10
-    config.train.eval_every = 100
+    config.train.eval_every = 50
 
     config.optim.learning_rate = 2e-3
     config.optim.warmup_steps = config.train.get_ref("steps") // 10
