@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from llamajax.config import MeshConfig, RunConfig, freeze, new_config, preset
+from llamajax.config import RunConfig, freeze, mesh_config, new_config, preset
 from llamajax.config.schema import AttentionImpl, ComputeDtype, Remat
 from llamajax.errors import UserError, run_verb
 
@@ -53,7 +53,7 @@ def run_config(flags: argparse.Namespace) -> RunConfig:
     """The checked run that the flags describe. UserError for what does not fit together."""
     config = new_config()
     config.model = preset(flags.preset)
-    config.mesh.update(mesh_sizes(flags.mesh))
+    config.mesh.update(dataclasses.asdict(mesh_config(flags.mesh, rest="fsdp")))
     config.data.update(
         path="random", seq_len=flags.seq_len, global_batch_size=flags.batch, seed=flags.seed
     )
@@ -84,21 +84,6 @@ def run_config(flags: argparse.Namespace) -> RunConfig:
         num_cpu_devices=flags.num_cpu_devices,
     )
     return freeze(config, source="these flags, as config keys")
-
-
-def mesh_sizes(text: str) -> dict[str, int]:
-    """`fsdp=4,tensor=2` as a dict."""
-    axes = [field.name for field in dataclasses.fields(MeshConfig)]
-    sizes = {}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if axis not in axes or not size.removeprefix("-").isdecimal() or axis in sizes:
-            raise UserError(
-                f"--mesh={text}: {part!r} is not AXIS=SIZE; write for example fsdp=4,tensor=2, "
-                f"each of {', '.join(axes)} at most once, one size may be -1: all that are left"
-            )
-        sizes[axis] = int(size)
-    return {"fsdp": 1} | sizes
 
 
 def random_rows(config: RunConfig) -> Any:
@@ -206,7 +191,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--attention", choices=get_args(AttentionImpl), default="auto")
     parser.add_argument("--accumulation", type=int, default=1, help="microbatches a step")
     parser.add_argument("--loss_chunk_tokens", type=int, default=512)
-    parser.add_argument("--mesh", default="fsdp=-1", help="AXIS=SIZE,...; -1: all that are left")
+    parser.add_argument("--mesh", help="AXIS=SIZE,...; default: all devices along fsdp")
     parser.add_argument("--backend", help="JAX platform; none: what JAX finds")
     parser.add_argument("--plugin", help="bare PJRT plugin library that serves --backend")
     parser.add_argument("--options", help="options of that plugin, k=v,k=v")

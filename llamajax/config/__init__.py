@@ -2,7 +2,16 @@
 
 from llamajax.config.commandline import parse_command_line
 from llamajax.config.draft import new_config
-from llamajax.config.flags import BACKEND_FLAGS, WORKDIR, Flag
+from llamajax.config.flags import (
+    BACKEND_FLAGS,
+    CHECKPOINT,
+    DTYPE,
+    MACHINE_FLAGS,
+    WORKDIR,
+    Flag,
+    backend_config,
+    mesh_config,
+)
 from llamajax.config.help import help_text, show_help
 from llamajax.config.load import freeze, load
 from llamajax.config.nearest import did_you_mean, nearest
@@ -24,6 +33,9 @@ from llamajax.config.schema import (
 
 __all__ = [
     "BACKEND_FLAGS",
+    "CHECKPOINT",
+    "DTYPE",
+    "MACHINE_FLAGS",
     "PRESETS",
     "WORKDIR",
     "BackendConfig",
@@ -38,12 +50,14 @@ __all__ = [
     "RopeScaling",
     "RunConfig",
     "TrainConfig",
+    "backend_config",
     "did_you_mean",
     "diff",
     "freeze",
     "from_json_dict",
     "help_text",
     "load",
+    "mesh_config",
     "nearest",
     "new_config",
     "parse_command_line",

@@ -23,6 +23,7 @@ FLOORS = {
     "checkpoint": 3,
     "training": 4,
     "decoding": 4,
+    "evaluation": 4,
     "planning": 5,
     "conformance": 5,
     "supervision": 5,
