@@ -18,7 +18,7 @@ from llamajax.config.schema import ModelConfig
 from llamajax.models.remat import rematerialised
 from llamajax.models.weights import named_key, normal, ones
 from llamajax.ops.attention import attention
-from llamajax.ops.cross_entropy import LossTerms, cross_entropy
+from llamajax.ops.cross_entropy import LossTerms, cross_entropy, token_nll
 from llamajax.ops.embedding import embed
 from llamajax.ops.linear import linear
 from llamajax.ops.norm import rms_norm
@@ -127,6 +127,16 @@ class Llama(nnx.Module):
             vocab_size=self.config.vocab_size,
             chunk_tokens=compute.loss_chunk_tokens,
             z_weight=compute.z_weight,
+        )
+
+    def token_nll(self, batch: Batch, compute: Compute) -> jax.Array:
+        """Negative log-likelihood of each of the batch's `targets`, nats, float32 (B, T)."""
+        return token_nll(
+            self.hidden(batch, compute),
+            self._head()[...],
+            batch["targets"],
+            vocab_size=self.config.vocab_size,
+            chunk_tokens=compute.loss_chunk_tokens,
         )
 
     def logits(self, batch: Batch, compute: Compute) -> jax.Array:

@@ -55,8 +55,47 @@ def cross_entropy(
     return LossTerms(*_summed(x, head_VD, targets, mask, settings))
 
 
+def token_nll(
+    x_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    vocab_size: int,
+    chunk_tokens: int,
+) -> jax.Array:
+    """Negative log-likelihood of each target in nats, float32 (B, T); for measuring, not training.
+
+    Arguments as for `cross_entropy`: the same numbers before they are summed, and like there no
+    more logits at one time than those of a chunk.
+    """
+    tokens, width = targets_BT.size, x_BTD.shape[-1]
+    chunk = min(chunk_tokens, tokens)
+    pad = -tokens % chunk
+    x = jnp.pad(x_BTD.reshape(tokens, width), ((0, pad), (0, 0)))
+    targets = jnp.pad(targets_BT.reshape(tokens), (0, pad))
+    settings = _Settings(vocab_size, chunk, 0.0, x_BTD.dtype)
+    head = _gathered_head(head_VD, settings)
+
+    def body(carry, part):
+        log_partition, target, _ = _chunk_logs(part[0], head, part[1], settings)
+        return carry, log_partition - target
+
+    _, nll = jax.lax.scan(body, None, [_chunks(a, chunk) for a in (x, targets)])
+    return nll.reshape(tokens + pad)[:tokens].reshape(targets_BT.shape)
+
+
 def _chunk_terms(x_CD, head_VD, targets_C, mask_C, settings: _Settings):
     """Sums of one chunk, and what its gradient is made of."""
+    log_partition, target, (odds, partition, is_target) = _chunk_logs(
+        x_CD, head_VD, targets_C, settings
+    )
+    nll = jnp.sum((log_partition - target) * mask_C)
+    z = jnp.sum(log_partition * log_partition * mask_C)
+    return (nll, z), (odds, partition, log_partition, is_target)
+
+
+def _chunk_logs(x_CD, head_VD, targets_C, settings: _Settings):
+    """Log-partition and logit of the target (C,) of one chunk, and what they were made of."""
     num_rows = head_VD.shape[0]
     logits = jnp.dot(x_CD, head_VD.T, preferred_element_type=jnp.float32)
     rows = collectives.index("tensor") * num_rows + jnp.arange(num_rows, dtype=jnp.int32)
@@ -67,10 +106,7 @@ def _chunk_terms(x_CD, head_VD, targets_C, mask_C, settings: _Settings):
     partition = collectives.total(jnp.sum(odds, axis=1), "tensor")
     is_target = rows[None, :] == targets_C[:, None]
     target = collectives.total(jnp.sum(jnp.where(is_target, logits, 0.0), axis=1), "tensor")
-    log_partition = jnp.log(partition) + top
-    nll = jnp.sum((log_partition - target) * mask_C)
-    z = jnp.sum(log_partition * log_partition * mask_C)
-    return (nll, z), (odds, partition, log_partition, is_target)
+    return jnp.log(partition) + top, target, (odds, partition, is_target)
 
 
 def _tensor_parts() -> int:

@@ -11,8 +11,8 @@ from jax.sharding import Mesh, PartitionSpec
 from llamajax import optim
 from llamajax.config.schema import OptimConfig, TrainConfig
 from llamajax.models.llama import Batch, Compute, Llama
-from llamajax.ops.attention import NEEDS_UNCHECKED
-from llamajax.sharding import ACTIVATIONS, BATCH_AXES, spec, specs
+from llamajax.models.sharded import precision, sharded
+from llamajax.sharding import BATCH_AXES, specs
 from llamajax.sharding.collectives import total, varying, varying_like
 from llamajax.training.state import TrainState
 
@@ -48,23 +48,6 @@ def _gradients(model: Llama, batch: Batch, *, compute: Compute, accumulation: in
     return total(grads, "data"), total(tuple(scalars), BATCH_AXES)
 
 
-def _sharded(function: Callable, mesh: Mesh, model: Llama, out: Any, compute: Compute) -> Callable:
-    """`function(model, batch)` on every device's part, with hand-written collectives."""
-    return jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=(specs(model, mesh), spec("BT", ACTIVATIONS, mesh)),
-        out_specs=out,
-        check_vma=compute.attention not in NEEDS_UNCHECKED,
-    )
-
-
-def _precision(compute: Compute) -> Any:
-    """float32 means float32: TPUs and GPUs would otherwise multiply in bfloat16 or TF32."""
-    exact = compute.dtype == jnp.float32
-    return jax.default_matmul_precision("highest" if exact else "default")
-
-
 def train_step(
     optimizer: optax.GradientTransformation,
     optim_config: OptimConfig,
@@ -77,12 +60,12 @@ def train_step(
     accumulation = train_config.accumulation_steps
 
     def local(model: Llama, batch: Batch) -> Any:
-        with _precision(compute):
+        with precision(compute):
             return _gradients(model, batch, compute=compute, accumulation=accumulation)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         out = (specs(state.model, mesh), PartitionSpec())
-        sums, (nll, z, count) = _sharded(local, mesh, state.model, out, compute)(state.model, batch)
+        sums, (nll, z, count) = sharded(local, mesh, state.model, out, compute)(state.model, batch)
         grads = jax.tree.map(lambda g: g / count, sums)
         model, opt_state = optim.apply(optimizer, grads, state.opt_state, state.model)
         metrics = {
@@ -104,13 +87,13 @@ def eval_step(
     """Summed negative log-likelihood and number of target tokens of a batch, jitted."""
 
     def local(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        with _precision(compute):
+        with precision(compute):
             nll = varying(model, "data").loss_terms(batch, compute).nll
         count = jnp.sum(batch["loss_mask"], dtype=jnp.float32)
         return total((nll, count), BATCH_AXES)
 
     def step(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
         out = (PartitionSpec(), PartitionSpec())
-        return _sharded(local, mesh, model, out, compute)(model, batch)
+        return sharded(local, mesh, model, out, compute)(model, batch)
 
     return jax.jit(step)
