@@ -99,13 +99,17 @@ def _config_differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
 
 
 def _array_differences(
-    stored: Mapping[str, jax.ShapeDtypeStruct], wanted: Mapping[str, Any], *, partial: bool
+    stored: Mapping[str, jax.ShapeDtypeStruct],
+    wanted: Mapping[str, Any],
+    *,
+    partial: bool,
+    cast: bool,
 ) -> list[str]:
     problems = []
     for name, leaf in wanted.items():
         if name not in stored:
             problems.append(f"{name}: not in the checkpoint")
-        elif (stored[name].shape, stored[name].dtype) != (leaf.shape, leaf.dtype):
+        elif stored[name].shape != leaf.shape or (stored[name].dtype != leaf.dtype and not cast):
             problems.append(
                 f"{name}: the checkpoint has {stored[name].dtype}{list(stored[name].shape)}, "
                 f"this run {leaf.dtype}{list(leaf.shape)}"
@@ -116,7 +120,12 @@ def _array_differences(
 
 
 def check_same_model(
-    directory: Path, abstract: Mapping[str, Any], *, model: Mapping[str, Any] | None, partial: bool
+    directory: Path,
+    abstract: Mapping[str, Any],
+    *,
+    model: Mapping[str, Any] | None,
+    partial: bool,
+    cast: bool = False,
 ) -> None:
     """Raise one UserError that lists how a checkpoint differs from the wanted state, if it does.
 
@@ -126,7 +135,8 @@ def check_same_model(
     saved_config = read_meta(directory).get("config") or {}
     if model is not None and "model" in saved_config:
         problems += _config_differences(saved_config["model"], model)
-    problems += _array_differences(read_arrays_index(directory), abstract, partial=partial)
+    stored = read_arrays_index(directory)
+    problems += _array_differences(stored, abstract, partial=partial, cast=cast)
     if problems:
         more = len(problems) - _LISTED
         shown = problems[:_LISTED] + ([f"and {more} more"] if more > 0 else [])
@@ -163,6 +173,7 @@ def restore_state(
     *,
     model: Mapping[str, Any] | None = None,
     partial: bool = False,
+    cast: bool = False,
 ) -> Any:
     """A tree like `abstract_state` filled from one checkpoint (`checkpoints/STEP`), bit for bit.
 
@@ -170,11 +181,12 @@ def restore_state(
     leaf's sharding, whatever mesh or device count saved it; without a sharding it becomes a NumPy
     array. model: the model section of the config, compared with the one in `meta["config"]`.
     partial: the checkpoint may hold more arrays than are wanted (weights without optimizer).
+    cast: arrays of another dtype are converted to the wanted one, part by part as they are read.
     Raises UserError, before reading, when the checkpoint is damaged or of another model. To be
     called by all processes.
     """
     abstract = named_leaves(abstract_state)
-    check_same_model(directory, abstract, model=model, partial=partial)
+    check_same_model(directory, abstract, model=model, partial=partial, cast=cast)
     _verify(directory)
     item = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in abstract.items()}
     arguments = ocp.args.PyTreeRestore(

@@ -8,7 +8,7 @@ from llamajax.config.check import check
 from llamajax.config.draft import Uncomputable
 from llamajax.config.keys import NOT_SET, all_keys, annotations, default_of, nested_class
 from llamajax.config.nearest import did_you_mean, nearest, nearest_key
-from llamajax.config.schema import RunConfig
+from llamajax.config.schema import ModelConfig, RunConfig
 from llamajax.config.values import Mistyped, coerce, describe
 
 _INVALID = object()
@@ -37,6 +37,14 @@ def build(
     if problems or known_bad:
         return None, problems
     return run, []
+
+
+def build_model(tree: Mapping[str, Any]) -> tuple[ModelConfig | None, list[str]]:
+    """The architecture that a nested dict describes and no problems, or None and every problem."""
+    reading = _Reading(frozenset())
+    model = _read(ModelConfig, tree, prefix="model.", reading=reading)
+    problems = reading.problems + check(reading.values)
+    return (None, problems) if problems else (model, [])
 
 
 def _read(cls: type, tree: Mapping[str, Any], *, prefix: str, reading: _Reading) -> Any:

@@ -1,0 +1,126 @@
+"""Opening weights of any known kind: what a path holds, and its arrays onto any mesh.
+
+A kind is recognised by what lies on the disk, never by a name: checkpoints of ours first, then each
+foreign format in the order of RECOGNISERS. A foreign format is one function more in that table.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llamajax.checkpoint import gguf_config, hf_read
+from llamajax.checkpoint import manifest as manifests
+from llamajax.checkpoint.restore import newest_step, read_meta, restore_state
+from llamajax.checkpoint.tensor_source import Foreign, TensorSource
+from llamajax.config.build import build_model
+from llamajax.config.schema import ModelConfig
+from llamajax.errors import UserError, combine
+
+# Kind -> what it makes of a path: None when that is of another kind, UserError when it is broken.
+RECOGNISERS: dict[str, Callable[[Path], Foreign | None]] = {
+    "huggingface": hf_read.recognise,
+    "gguf": gguf_config.recognise,
+}
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer.byte")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Weights on a disk, checked as far as headers tell; nothing is read yet.
+
+    kind: llamajax, or one of RECOGNISERS. path: what was opened; for llamajax the checkpoint of one
+    step. tokenizer: what `data.load_tokenizer` takes, None where there is none. step: of llamajax
+    checkpoints. source: the tensors of a foreign kind, None for llamajax.
+    """
+
+    kind: str
+    path: Path
+    model: ModelConfig
+    tokenizer: Path | None
+    step: int | None
+    source: TensorSource | None
+
+    def load(self, abstract_model: Any) -> Any:
+        """A model like `abstract_model` with all its leaves read, each straight into its shards.
+
+        abstract_model: `jax.ShapeDtypeStruct`s with shardings, of this architecture, in the wanted
+        dtypes (`models.abstract.abstract_model`). Raises UserError for damage and mismatches. To be
+        called by all processes.
+        """
+        if self.source is not None:
+            return hf_read.load_tensors(self.source, self.model, abstract_model)
+        wanted = {"model": abstract_model}
+        return restore_state(self.path, wanted, partial=True, cast=True)["model"]
+
+
+def open_weights(path: Path) -> Weights:
+    """The weights that `path` holds.
+
+    A --workdir of train (its newest checkpoint), one checkpoints/STEP, a directory that `convert`
+    wrote, a Hugging Face directory, or another kind of RECOGNISERS. Raises UserError when it is
+    none of these, or when it is one that is damaged or not supported.
+    """
+    path = Path(path).absolute()
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file or directory")
+    step = _checkpoint_in(path)
+    if step is not None:
+        return _of_checkpoint(step)
+    for kind, recognise in RECOGNISERS.items():
+        found = recognise(path)
+        if found is not None:
+            hf_read.check_tensors(found.source, found.model, path=path)
+            return Weights(
+                kind=kind,
+                path=path,
+                model=found.model,
+                tokenizer=found.tokenizer,
+                step=None,
+                source=found.source,
+            )
+    raise UserError(
+        f"{path} holds no weights that llamajax knows: give a --workdir of train with a finished "
+        "checkpoint, one of its checkpoints/STEP, or a Hugging Face directory (config.json and "
+        "safetensors)"
+    )
+
+
+def _checkpoint_in(path: Path) -> Path | None:
+    """The directory of one checkpoint of ours: `path` itself, or the newest under it."""
+    if path.name.isdecimal() and (path / manifests.STATE).is_dir():
+        return path
+    for directory in (path / "checkpoints", path):
+        step = newest_step(directory)
+        if step is not None:
+            return directory / str(step)
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"{path} holds a run without a finished checkpoint yet")
+    return None
+
+
+def _of_checkpoint(directory: Path) -> Weights:
+    config = read_meta(directory).get("config") or {}
+    if "model" not in config:
+        raise UserError(f"checkpoint {directory} does not say which model it is of")
+    model, problems = build_model(config["model"])
+    if model is None:
+        raise combine(problems, title=f"checkpoint {directory} is not of this version:")
+    return Weights(
+        kind="llamajax",
+        path=directory,
+        model=model,
+        tokenizer=_tokenizer_of(directory, config),
+        step=int(directory.name),
+        source=None,
+    )
+
+
+def _tokenizer_of(directory: Path, config: dict[str, Any]) -> Path | None:
+    """The tokenizer beside the checkpoints, else that of the first data set of the run."""
+    beside = directory.parent.parent
+    for name in _TOKENIZERS:
+        if (beside / name).is_file():
+            return beside / name
+    data = (config.get("data") or {}).get("path", "").split(",")[0].strip()
+    return Path(data).absolute() if data and Path(data).is_dir() else None
