@@ -64,6 +64,19 @@ def format_of(path: Path) -> str | None:
     return next((f for f in FORMATS if name.endswith(f)), None)
 
 
+def read_text(file: Path) -> str:
+    """All of a text file, gunzipped or unpacked where its name ends so, without a byte order mark.
+
+    Raises UserError when it cannot be read, is damaged or is not UTF-8.
+    """
+    try:
+        with file.open("rb") as raw:
+            data = _Checked(file, _decompressed(file, raw)).read()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+    return _decode(file, data, 0).removeprefix(_BOM)
+
+
 class Corpus:
     """The documents of some files, in order; can be walked any number of times.
 
@@ -95,16 +108,20 @@ class Corpus:
         for file in self._files:
             try:
                 with file.open("rb") as self._stream:
-                    for text in self._documents(file, self._stream):
-                        if text and not text.isspace():
-                            yield text
+                    yield from self._documents(file, self._stream)
             except OSError as error:
                 raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
             self._done_bytes += file.stat().st_size
 
     def _documents(self, file: Path, raw: BinaryIO) -> Iterator[str]:
+        """What one open file holds; other corpora override this."""
+        for text in self._texts(file, raw):
+            if text and not text.isspace():
+                yield text
+
+    def _texts(self, file: Path, raw: BinaryIO) -> Iterator[str]:
         form = format_of(file)
-        stream = _Checked(file, _decompressed(file, raw))
+        stream = checked(file, raw)
         if form == ".parquet":
             rows = _parquet(file, raw, stream, self._text_key)
         elif form == ".jsonl":
@@ -192,6 +209,11 @@ def _decompressed(file: Path, raw: BinaryIO) -> Any:
     return _Zstd(raw) if name.endswith(".zst") else raw
 
 
+def checked(file: Path, raw: BinaryIO) -> io.RawIOBase:
+    """The decompressed content of an open file, whose damage is a UserError."""
+    return _Checked(file, _decompressed(file, raw))
+
+
 def _decode(file: Path, data: bytes, offset: int) -> str:
     try:
         return data.decode("utf-8")
@@ -211,25 +233,42 @@ def _lines(file: Path, stream: io.RawIOBase) -> Iterator[str]:
         offset += len(line)
 
 
-def _json_lines(file: Path, stream: io.RawIOBase, text_key: str) -> Iterator[str]:
+def numbered_lines(file: Path, stream: io.RawIOBase) -> Iterator[tuple[int, str]]:
+    """Lines that are more than white space, with their number in the file."""
     for number, line in enumerate(_lines(file, stream), 1):
-        if line.isspace():
-            continue
+        if not line.isspace():
+            yield number, line
+
+
+def json_object(line: str) -> dict[str, Any]:
+    """The object that a line of JSON holds. Raises UserError, which does not know the place."""
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def _json_lines(file: Path, stream: io.RawIOBase, text_key: str) -> Iterator[str]:
+    for number, line in numbered_lines(file, stream):
         try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{file}:{number}: not valid JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise UserError(f"{file}:{number}: a {type(value).__name__}, not a JSON object")
-        if text_key not in value:
-            raise UserError(
-                f"{file}:{number}: no key {text_key!r} in this object (it has"
-                f" {', '.join(map(repr, value)) or 'none'}); name the right one with --text_key"
-            )
-        if not isinstance(value[text_key], str):
-            kind = type(value[text_key]).__name__
-            raise UserError(f"{file}:{number}: {text_key!r} is a {kind}, not a string")
-        yield value[text_key]
+            text = _text_of(json_object(line), text_key)
+        except UserError as error:
+            raise UserError(f"{file}:{number}: {error}") from error
+        yield text
+
+
+def _text_of(value: dict[str, Any], text_key: str) -> str:
+    if text_key not in value:
+        raise UserError(
+            f"no key {text_key!r} in this object (it has"
+            f" {', '.join(map(repr, value)) or 'none'}); name the right one with --text_key"
+        )
+    if not isinstance(value[text_key], str):
+        raise UserError(f"{text_key!r} is a {type(value[text_key]).__name__}, not a string")
+    return value[text_key]
 
 
 def _parquet(file: Path, raw: BinaryIO, stream: _Checked, text_key: str) -> Iterator[str]:

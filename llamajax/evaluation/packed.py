@@ -1,0 +1,42 @@
+"""A prepared split as rows that are scored: packed and masked as in training."""
+
+from pathlib import Path
+
+import numpy as np
+
+from llamajax.config.schema import DataConfig
+from llamajax.data.batches import make_batch
+from llamajax.data.mixture import open_mixture
+
+
+class PackedRows:
+    """The samples of one split of one prepared directory, in order; every target once."""
+
+    def __init__(
+        self, path: Path, *, split: str, seq_len: int, mask_documents: bool, vocab_size: int
+    ) -> None:
+        data = DataConfig(
+            path=str(path),
+            seq_len=seq_len,
+            global_batch_size=1,
+            seed=0,
+            shuffle=False,
+            mask_documents=mask_documents,
+        )
+        (self._source,) = open_mixture(data, split=split, vocab_size=vocab_size).sources
+        self._mask_documents = mask_documents
+        self.seq_len = seq_len
+        self.num_rows = self._source.num_eval_samples(seq_len)
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the text of the whole split."""
+        return self._source.stats["text_bytes"]
+
+    def batch(self, rows: range) -> dict[str, np.ndarray]:
+        """These samples; those from `num_rows` on are padding."""
+        samples = [(self._source, n) if n < self.num_rows else None for n in rows]
+        batch = make_batch(samples, self.seq_len, mask_documents=self._mask_documents)
+        if not self._mask_documents:
+            del batch["segment_ids"]
+        return batch
