@@ -13,12 +13,18 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from llamajax.data.preparation import Settings, prepare
+from llamajax.data.chat import CHAT_TEMPLATES
+from llamajax.data.preparation import FORMATS, Settings, prepare
 from llamajax.errors import UserError, run_verb
 
 _EXAMPLE = """example:
   python -m llamajax.prepare --input=books/ --tokenizer=train:8192 --output=data/books
   python -m llamajax.prepare --input='web-*.jsonl.zst' --tokenizer=tokenizer.model --output=data/web
+  python -m llamajax.prepare --input=chats.jsonl --format=instructions --chat_template=llama3 \\
+      --tokenizer=tokenizer.model --output=data/chats
+a line of instructions, of which only the completion or the assistant's answers carry loss:
+  {"prompt": "...", "completion": "..."}
+  {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
 """
 _LOG_EVERY_S = 10.0
 
@@ -46,6 +52,15 @@ def _parser() -> argparse.ArgumentParser:
         " with one, `byte`, or train:N (train N pieces on the input)",
     )  # fmt: skip
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
+    parser.add_argument(
+        "--format", default="text", choices=FORMATS,
+        help="instructions: JSON lines of prompts and completions, or of chats, to finetune on the"
+        " answers (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--chat_template", default="none", choices=CHAT_TEMPLATES,
+        help="how instructions become tokens; none: BOS prompt completion EOS, no chats",
+    )  # fmt: skip
     parser.add_argument(
         "--text_key", default="text", help="key or column of the text (default: %(default)s)"
     )
@@ -106,11 +121,21 @@ def _summary(manifest: dict[str, Any], output: Path, seconds: float) -> str:
         f" fingerprint {tokenizer['fingerprint'][:12]}"
     ]
     for name, split in manifest["splits"].items():
+        documents, text = f"{split['documents']:,} documents", "text"
+        if learned := split.get("loss_tokens"):
+            documents, text = f"{split['documents']:,} examples", "answers"
         lines.append(
-            f"{name:<11} {split['documents']:,} documents, {split['tokens']:,} tokens,"
-            f" {split['text_bytes']:,} bytes of text, {len(split['shards'])} shards,"
+            f"{name:<11} {documents}, {split['tokens']:,} tokens,"
+            f" {split['text_bytes']:,} bytes of {text}, {len(split['shards'])} shards,"
             f" unigram entropy {split['unigram_entropy']:.3f} nats"
         )
+        if learned:
+            over = [f"{n:,} over {size}" for size, n in split["documents_over"].items() if n]
+            lines.append(
+                f"{'':<11} {learned:,} tokens ({learned / split['tokens']:.1%}) carry loss;"
+                f" longest example {split['longest_document']:,} tokens"
+                + (f" ({', '.join(over)}: cut at the sequence length)" if over else "")
+            )
     if "validation" in manifest["splits"]:
         loss = manifest["splits"]["validation"]["unigram_loss"]
         lines.append(f"to beat     {loss:.3f} nats a token: validation under train's unigrams")

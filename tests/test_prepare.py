@@ -50,7 +50,7 @@ def stream(path: Path, split: str) -> tuple[list[int], list[int]]:
     prepared = PreparedSplit(path, read_manifest(path), split)
     tokens, starts = [], []
     blocks = range(sum(s["records"] for s in prepared.stats["shards"]))
-    for number, (block, offsets) in enumerate(prepared.reader.blocks(blocks)):
+    for number, (block, offsets, _) in enumerate(prepared.reader.blocks(blocks)):
         tokens += block[:4096].tolist()
         starts += [4096 * number + int(o) for o in offsets if o < 4096]
     return tokens, starts

@@ -5,9 +5,10 @@ A batch is a dict of arrays (B, T), B the rows asked for:
 - `tokens`, `targets` int32: target t is the token after token t (both view one array);
 - `positions` int32: 0 at the start of the sample and of each document in it;
 - `segment_ids` int32: 1, 2, ... for the documents in a sample, 0 for padding;
-- `loss_mask` bool: False for padding and where the target is the first token of the next document.
+- `loss_mask` bool: False for padding, where the target is the first token of the next document,
+  and in instruction data where the target belongs to no answer.
 
-With `mask_documents` off a sample is one segment and every target counts.
+With `mask_documents` off a sample is one segment, and the next document's first token counts.
 """
 
 from collections.abc import Sequence
@@ -138,7 +139,7 @@ def make_batch(
 
     Works on the whole batch at once: a loop over tokens or rows would cost more than reading.
     """
-    window, lengths, starts, rows = _read(samples, seq_len)
+    window, answer, lengths, starts, rows = _read(samples, seq_len)
     num_rows = len(samples)
     loss_mask = np.ones(num_rows * seq_len, bool)
     if mask_documents:
@@ -166,6 +167,8 @@ def make_batch(
         "segment_ids": segment_ids.reshape(num_rows, seq_len),
         "loss_mask": loss_mask.reshape(num_rows, seq_len),
     }
+    if answer is not None:
+        batch["loss_mask"] &= answer[:, 1:]
     for row in np.flatnonzero(lengths <= seq_len):
         num_targets = max(0, lengths[row] - 1)
         for name in ("positions", "segment_ids", "loss_mask"):
@@ -175,9 +178,9 @@ def make_batch(
 
 def _read(
     samples: Sequence[tuple[PreparedSplit, int] | None], seq_len: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens (B, T + 1) with 0 where there are none, how many there are a row (B,), and the
-    offsets of document starts in 0..T with the row of each."""
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens (B, T + 1) with 0 where there are none; which carry loss (B, T + 1), None if all do;
+    how many there are a row (B,); and the offsets of document starts in 0..T with their rows."""
     window = np.zeros((len(samples), seq_len + 1), np.int32)
     lengths = np.zeros(len(samples), np.int64)
     wanted: dict[PreparedSplit, list[tuple[int, int]]] = {}
@@ -190,16 +193,19 @@ def _read(
         lengths[row] = end - first + 1
         blocks = range(first // BLOCK_TOKENS, (end - 1) // BLOCK_TOKENS + 1)
         wanted.setdefault(source, []).extend((row, block) for block in blocks)
+    answer = np.ones(window.shape, bool) if any(s.masked for s in wanted) else None
     found: list[np.ndarray] = [np.empty(0, np.uint32)]
     facts: list[tuple[int, int, int]] = [
         (0, 0, 0)
     ]  # of each in `found`: size, row, its block's place
     for source, places in wanted.items():
         records = source.reader.blocks([block for _, block in places])
-        for (row, block), (tokens, offsets) in zip(places, records, strict=True):
+        for (row, block), (tokens, offsets, carries) in zip(places, records, strict=True):
             at = block * BLOCK_TOKENS - samples[row][1] * seq_len
             begin, end = max(at, 0), min(at + len(tokens), seq_len + 1)
             window[row, begin:end] = tokens[begin - at : end - at]
+            if carries is not None:
+                answer[row, begin:end] = carries[begin - at : end - at]
             found.append(offsets)
             facts.append((len(offsets), row, at))
     offsets, (sizes, rows, ats) = np.concatenate(found), np.array(facts).T
@@ -208,4 +214,4 @@ def _read(
     keep = (starts >= 0) & (starts < lengths[rows])
     # The one token that two records share counts here only where it ends the window.
     keep &= (offsets < BLOCK_TOKENS) | (starts == lengths[rows] - 1)
-    return window, lengths, starts[keep], rows[keep]
+    return window, answer, lengths, starts[keep], rows[keep]

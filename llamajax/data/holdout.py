@@ -5,6 +5,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from llamajax.data.instructions import Example
 from llamajax.errors import UserError
 
 _GROUP_HELD = 10
@@ -12,10 +13,10 @@ _GROUP_HELD = 10
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A document, or the part of one that goes to one split."""
+    """A document, or the part of a text that goes to one split."""
 
     split: str
-    text: str
+    document: str | Example
 
 
 class Holdout:
@@ -24,10 +25,11 @@ class Holdout:
     Many documents (at least 10 / fraction): of each group of that many, the 10 whose number has
     the smallest hash. Fewer: whole documents in the order of their hash, as long as they fit into
     the fraction of the text that is asked for; where not one fits (a book, or a few), the end of
-    the first of them, from a paragraph's start on. So neither split is ever empty.
+    the first of them, from a paragraph's start on. So neither split is ever empty. Examples are
+    never cut: the first of them is held out whole, if there is another.
     """
 
-    def __init__(self, documents: Iterable[str], fraction: float) -> None:
+    def __init__(self, documents: Iterable[str | Example], fraction: float) -> None:
         """Walks the documents only until there are many."""
         self._fraction = fraction
         self._group = math.ceil(_GROUP_HELD / fraction) if fraction else 0
@@ -37,14 +39,16 @@ class Holdout:
         if not fraction:
             return
         sizes: list[int] = []
-        for text in documents:
-            sizes.append(len(text))
+        whole = False
+        for document in documents:
+            sizes.append(len(document))
+            whole = isinstance(document, Example)
             if len(sizes) == self._group:
                 return
         self.few = True
-        self._choose(sizes)
+        self._choose(sizes, whole=whole)
 
-    def _choose(self, sizes: Sequence[int]) -> None:
+    def _choose(self, sizes: Sequence[int], *, whole: bool) -> None:
         wanted = self._fraction * sum(sizes)
         order = sorted(range(len(sizes)), key=_hash)
         held, left = set(), wanted
@@ -52,19 +56,21 @@ class Holdout:
             if sizes[number] <= left:
                 held.add(number)
                 left -= sizes[number]
-        if not held and sizes:
+        if not held and whole:
+            held.update(order[: len(sizes) > 1])
+        elif not held and sizes:
             number = next((n for n in order if sizes[n] > wanted), order[0])
             self._cut = (number, sizes[number] - max(1, round(wanted)))
         self._held = frozenset(held)
 
-    def split(self, documents: Iterable[str]) -> Iterator[Part]:
+    def split(self, documents: Iterable[str | Example]) -> Iterator[Part]:
         """The parts of all documents, in order."""
         in_group: frozenset[int] = frozenset()
-        for number, text in enumerate(documents):
+        for number, document in enumerate(documents):
             if self._cut is not None and number == self._cut[0]:
-                at = _paragraph_start(text, self._cut[1])
-                yield Part("train", text[:at])
-                yield Part("validation", text[at:])
+                at = _paragraph_start(document, self._cut[1])
+                yield Part("train", document[:at])
+                yield Part("validation", document[at:])
                 continue
             if self._group and not self.few:
                 if number % self._group == 0:
@@ -73,7 +79,7 @@ class Holdout:
                 held = number in in_group
             else:
                 held = number in self._held
-            yield Part("validation" if held else "train", text)
+            yield Part("validation" if held else "train", document)
 
 
 def _hash(number: int) -> bytes:

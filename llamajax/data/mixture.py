@@ -17,8 +17,8 @@ from typing import Any
 import grain
 
 from llamajax.config.schema import DataConfig
+from llamajax.data import shards
 from llamajax.data.order import EndlessOrder
-from llamajax.data.shards import FORMAT_VERSION, SplitReader, file_sha256, token_dtype
 from llamajax.data.tokenizers import MANIFEST
 from llamajax.errors import UserError, combine
 
@@ -41,16 +41,27 @@ class PreparedSplit:
         """Tokens of the stream, every BOS and EOS included."""
         return self.stats["tokens"]
 
+    @property
+    def masked(self) -> bool:
+        """Whether only some tokens carry loss: those of the answers, in instruction data."""
+        return self.manifest.get("loss_mask", False)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens that carry loss; without a mask all, the few that start a document included."""
+        return self.stats["loss_tokens"] if self.masked else self.num_tokens
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Identity of the tokens, wherever the directory lies."""
         return _digest([self.manifest["tokenizer"]["fingerprint"], self.stats["shards"]])
 
     @functools.cached_property
-    def reader(self) -> SplitReader:
+    def reader(self) -> shards.SplitReader:
         """Access to its blocks."""
-        dtype = token_dtype(self.manifest["tokenizer"]["vocab_size"])
-        return SplitReader(self.path, self.stats["shards"], dtype)
+        dtype = shards.token_dtype(self.manifest["tokenizer"]["vocab_size"])
+        files = self.stats["shards"]
+        return shards.SplitReader(self.path, files, dtype, masked=self.masked)
 
     def num_samples(self, seq_len: int) -> int:
         """Whole samples; tokens after the last are not read in training."""
@@ -104,7 +115,8 @@ class Mixture:
         if None in losses:
             return None
         pairs = zip(losses, self.sources, strict=True)
-        return sum(x * s.num_tokens for x, s in pairs) / self.num_tokens
+        total = sum(s.num_loss_tokens for s in self.sources)
+        return sum(x * s.num_loss_tokens for x, s in pairs) / total
 
     def num_samples(self, seq_len: int) -> int:
         """Different training samples of this length, over all sources."""
@@ -221,7 +233,7 @@ def _open(path: Path, split: str, *, verify: bool) -> PreparedSplit:
         elif file.stat().st_size != shard["bytes"]:
             size = file.stat().st_size
             problems.append(f"{file.name} has {size} bytes, the manifest says {shard['bytes']}")
-        elif verify and file_sha256(file) != shard["sha256"]:
+        elif verify and shards.file_sha256(file) != shard["sha256"]:
             problems.append(f"{file.name}: its checksum is not the manifest's")
     if problems:
         raise combine(problems, title=f"{path}: damaged; copy it or prepare it again:")
@@ -241,9 +253,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         version = manifest["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: damaged or not written by llamajax.prepare") from error
-    if version != FORMAT_VERSION:
+    known = (shards.FORMAT_VERSION, shards.MASKED_FORMAT_VERSION)
+    if version not in known:
         raise UserError(
-            f"{file}: format version {version}; this llamajax reads {FORMAT_VERSION}: prepare again"
+            f"{file}: format version {version}; this llamajax reads {known[0]} to {known[-1]}:"
+            " prepare again"
         )
     return manifest
 

@@ -1,24 +1,28 @@
 """The work of `llamajax.prepare`: input files in, a finished prepared directory out, or nothing."""
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from llamajax.data import shards
-from llamajax.data.holdout import Holdout, Part
+from llamajax.data.chat import check_template
+from llamajax.data.holdout import Holdout
+from llamajax.data.instructions import Example, InstructionCorpus
 from llamajax.data.sources import Corpus, find_files
 from llamajax.data.tokenizer_training import MAX_BYTES, parse_train, train_tokenizer
 from llamajax.data.tokenizers import MANIFEST, Tokenizer, load_tokenizer
-from llamajax.data.workers import tokenize_all
+from llamajax.data.workers import Tokens, tokenize_all
 from llamajax.errors import UserError
 
 SPLITS = ("train", "validation")
+FORMATS = ("text", "instructions")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,8 @@ class Settings:
     input: str
     tokenizer: str
     output: Path
+    format: str
+    chat_template: str
     text_key: str
     clean: str
     validation_fraction: float
@@ -45,12 +51,13 @@ def prepare(settings: Settings, progress: Progress) -> dict[str, Any]:
         raise UserError(f"--validation_fraction={settings.validation_fraction}: must lie in 0..0.5")
     if settings.workers < 1:
         raise UserError(f"--workers={settings.workers}: must be at least 1")
+    _check_format(settings)
     num_pieces = parse_train(settings.tokenizer)
-    if num_pieces is None:
-        load_tokenizer(settings.tokenizer)
+    tokenizer = load_tokenizer(settings.tokenizer) if num_pieces is None else None
+    check_template(settings.chat_template, tokenizer)
     files = find_files(settings.input)
     _check_output(settings.output, overwrite=settings.overwrite)
-    corpus = Corpus(files, text_key=settings.text_key, clean=settings.clean)
+    corpus = _corpus(settings, files)
     try:
         with _unfinished(settings.output) as directory:
             manifest = _write(settings, corpus, directory, num_pieces, progress)
@@ -61,6 +68,23 @@ def prepare(settings: Settings, progress: Progress) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot write {settings.output}: {error.strerror or error}") from error
     return manifest
+
+
+def _check_format(settings: Settings) -> None:
+    """Refuse flags that the format has no use for."""
+    if settings.format == "instructions":
+        of_text = {"text_key": "text", "clean": "none"}
+        useless = [f"--{k}" for k, default in of_text.items() if getattr(settings, k) != default]
+    else:
+        useless = ["--chat_template"] if settings.chat_template != "none" else []
+    if useless:
+        raise UserError(f"--format={settings.format} has no use for {', '.join(useless)}")
+
+
+def _corpus(settings: Settings, files: list[Path]) -> Corpus:
+    if settings.format == "instructions":
+        return InstructionCorpus(files, template=settings.chat_template)
+    return Corpus(files, text_key=settings.text_key, clean=settings.clean)
 
 
 def _check_output(output: Path, *, overwrite: bool) -> None:
@@ -116,11 +140,14 @@ def _write(
     num_pieces: int | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    def watched(phase: str) -> Iterable[str]:
-        for text in corpus:
-            yield text
+    def watched(phase: str) -> Iterable[str | Example]:
+        for document in corpus:
+            yield document
             progress(phase, corpus.bytes_read, corpus.total_bytes)
 
+    masked = settings.format == "instructions"
+    if masked:  # every bad line is told before any work is done
+        collections.deque(watched("checking examples"), maxlen=0)
     holdout = Holdout(watched("counting documents"), settings.validation_fraction)
     path = settings.tokenizer
     if num_pieces is not None:
@@ -133,11 +160,18 @@ def _write(
     tokenizer = load_tokenizer(path)
     stored = "tokenizer.model" if num_pieces is not None else tokenizer.save(directory)
     parts = holdout.split(watched("tokenising"))
-    splits = _write_splits(parts, directory, tokenizer, path, settings.workers)
+    results = tokenize_all(
+        parts,
+        tokenizer_path=path,
+        template=settings.chat_template,
+        num_workers=settings.workers,
+    )
+    splits = _write_splits(results, directory, tokenizer, masked=masked)
     _check_splits(splits, settings)
+    version = shards.MASKED_FORMAT_VERSION if masked else shards.FORMAT_VERSION
     return {
         "format": "llamajax prepared tokens",
-        "format_version": shards.FORMAT_VERSION,
+        "format_version": version,
         "tokenizer": {
             "kind": tokenizer.kind,
             "file": stored,
@@ -148,33 +182,36 @@ def _write(
         },
         "block_tokens": shards.BLOCK_TOKENS,
         "token_dtype": shards.token_dtype(tokenizer.vocab_size).str,
-        "input": {
-            "text_key": settings.text_key,
-            "clean": settings.clean,
-            "validation_fraction": settings.validation_fraction,
-        },
+        **({"loss_mask": True} if masked else {}),
+        "input": _input_facts(settings),
         "splits": splits,
     }
 
 
+def _input_facts(settings: Settings) -> dict[str, Any]:
+    """How the input was read, for the manifest."""
+    names = {"text": ("text_key", "clean"), "instructions": ("format", "chat_template")}
+    wanted = (*names[settings.format], "validation_fraction")
+    return {name: getattr(settings, name) for name in wanted}
+
+
 def _write_splits(
-    parts: Iterable[Part], directory: Path, tokenizer: Tokenizer, path: str, num_workers: int
+    results: Generator[Tokens], directory: Path, tokenizer: Tokenizer, *, masked: bool
 ) -> dict[str, Any]:
-    writers = {s: shards.SplitWriter(directory, s, tokenizer.vocab_size) for s in SPLITS}
+    size = tokenizer.vocab_size
+    writers = {s: shards.SplitWriter(directory, s, size, masked=masked) for s in SPLITS}
     try:
-        results = tokenize_all(parts, tokenizer_path=path, num_workers=num_workers)
         with contextlib.closing(results):
-            for result in results:
-                writers[result.split].add(
-                    result.tokens, result.lengths, text_bytes=result.text_bytes
-                )
+            for r in results:
+                writers[r.split].add(r.tokens, r.lengths, text_bytes=r.text_bytes, answer=r.answer)
         splits = {s: w.close() for s, w in writers.items() if w.documents}
     except BaseException:
         for writer in writers.values():
             writer.abandon()
         raise
-    # The first token of a document, BOS, is never a target: these are figures about targets.
-    for writer in writers.values():
+    # These are figures about targets: of an example only those that carry loss were counted, and
+    # the first token of a text, BOS, is none.
+    for writer in () if masked else writers.values():
         writer.counts[tokenizer.bos_id] -= writer.documents
     train = writers["train"].counts
     for name, split in splits.items():

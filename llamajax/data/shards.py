@@ -6,6 +6,9 @@ offsets of the document starts (uint32), the tokens (uint16, or uint32 for a voc
 65,536), all little endian. It also holds the first token of the next block, so that a sample of
 T + 1 tokens with T = BLOCK_TOKENS is read from one record, not two. Records are not compressed:
 tokens shrink by a third only, and reading would take half as long again.
+
+In instruction data the record goes on with a bit a token (the first is the highest of its byte):
+whether the token carries loss as a target. A document is then an example in its chat template.
 """
 
 import contextlib
@@ -24,7 +27,11 @@ from array_record.python import array_record_module
 from llamajax.errors import UserError
 
 FORMAT_VERSION = 1
+# With bits for the loss: one who does not know them must not train on the prompts.
+MASKED_FORMAT_VERSION = 2
 BLOCK_TOKENS = 4096
+# Sequence lengths for which the longer examples, those that are always cut, are counted.
+_LENGTHS = (1024, 2048, 4096, 8192)
 RECORDS_PER_SHARD = 32_768  # 134 M tokens, 268 MB as uint16
 _HEADER = struct.Struct("<II")
 _OFFSET = np.dtype("<u4")
@@ -37,10 +44,12 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def pack_block(tokens: np.ndarray, starts: np.ndarray) -> bytes:
-    """The record of a block: its tokens (with the one after it) and where documents start."""
+def pack_block(tokens: np.ndarray, starts: np.ndarray, answer: np.ndarray | None) -> bytes:
+    """The record of a block: its tokens (with the one after it), where documents start, and
+    perhaps which tokens carry loss."""
     head = _HEADER.pack(len(tokens), len(starts))
-    return head + starts.astype(_OFFSET).tobytes() + tokens.tobytes()
+    record = head + starts.astype(_OFFSET).tobytes() + tokens.tobytes()
+    return record if answer is None else record + np.packbits(answer).tobytes()
 
 
 def unpack_block(record: bytes, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -50,16 +59,26 @@ def unpack_block(record: bytes, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray
     return np.frombuffer(record, dtype, num_tokens, _HEADER.size + 4 * num_starts), starts
 
 
+def unpack_answer(record: bytes, num_tokens: int) -> np.ndarray:
+    """Which tokens of a record with bits for the loss carry it; (num_tokens,) bool."""
+    size = -(-num_tokens // 8)
+    bits = np.frombuffer(record, np.uint8, size, len(record) - size)
+    return np.unpackbits(bits, count=num_tokens).view(bool)
+
+
 class SplitWriter:
     """Writes one split; `close` returns its part of the manifest.
 
-    The bytes written depend only on the tokens, not on how `add` was called.
+    The bytes written depend only on the tokens, not on how `add` was called. `masked`: every token
+    comes with whether it carries loss, and `counts` count only those that do.
     """
 
-    def __init__(self, directory: Path, split: str, vocab_size: int) -> None:
-        self._directory, self._split = directory, split
+    def __init__(self, directory: Path, split: str, vocab_size: int, *, masked: bool) -> None:
+        self._directory, self._split, self._masked = directory, split, masked
         self._dtype = token_dtype(vocab_size)
         self._pending: list[np.ndarray] = []
+        self._answers: list[np.ndarray] = []
+        self._lengths: list[int] = []
         self._starts: list[np.ndarray] = []
         self._pending_tokens = 0
         self._writer: Any = None
@@ -67,15 +86,27 @@ class SplitWriter:
         self.counts = np.zeros(vocab_size, np.int64)
         self.documents = self.tokens = self.text_bytes = 0
 
-    def add(self, tokens: np.ndarray, lengths: Sequence[int], *, text_bytes: int) -> None:
-        """Append documents, BOS and EOS included: their tokens in one array, and their lengths."""
+    def add(
+        self,
+        tokens: np.ndarray,
+        lengths: Sequence[int],
+        *,
+        text_bytes: int,
+        answer: np.ndarray | None = None,
+    ) -> None:
+        """Append documents, BOS and EOS included: their tokens in one array, and their lengths;
+        with `masked` also, as bool, which tokens carry loss."""
         if not len(lengths):
             return
         starts = np.cumsum([0, *lengths[:-1]])
         self._starts.append(starts + self._pending_tokens)
         self._pending.append(tokens.astype(self._dtype, copy=False))
         self._pending_tokens += len(tokens)
-        self.counts += np.bincount(tokens, minlength=len(self.counts))
+        if self._masked:
+            self._answers.append(answer)
+            self._lengths += lengths
+        counted = tokens[answer] if self._masked else tokens
+        self.counts += np.bincount(counted, minlength=len(self.counts))
         self.documents += len(lengths)
         self.tokens += len(tokens)
         self.text_bytes += text_bytes
@@ -84,6 +115,7 @@ class SplitWriter:
 
     def _flush(self, *, last: bool) -> None:
         stream = np.concatenate(self._pending or [np.empty(0, self._dtype)])
+        answer = np.concatenate(self._answers or [np.empty(0, bool)])
         starts = np.concatenate(self._starts or [np.empty(0, np.int64)])
         # A block is written when the token after it is known.
         blocks = -(-len(stream) // BLOCK_TOKENS) if last else (len(stream) - 1) // BLOCK_TOKENS
@@ -91,10 +123,12 @@ class SplitWriter:
         end = np.searchsorted(starts, (np.arange(blocks) + 1) * BLOCK_TOKENS, side="right")
         for block in range(blocks):
             begin = block * BLOCK_TOKENS
-            tokens = stream[begin : begin + BLOCK_TOKENS + 1]
-            self._write(pack_block(tokens, starts[first[block] : end[block]] - begin))
+            part = slice(begin, begin + BLOCK_TOKENS + 1)
+            offsets = starts[first[block] : end[block]] - begin
+            self._write(pack_block(stream[part], offsets, answer[part] if self._masked else None))
         done = blocks * BLOCK_TOKENS
         self._pending = [stream[done:].copy()]
+        self._answers = [answer[done:].copy()]
         self._starts = [starts[starts >= done] - done]
         self._pending_tokens = len(self._pending[0])
 
@@ -146,12 +180,14 @@ class SplitWriter:
             size = path.stat().st_size
             shard = {"file": name, "bytes": size, "sha256": file_sha256(path)}
             shards.append(shard | {"records": records, "tokens": tokens})
-        return {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "text_bytes": self.text_bytes,
-            "shards": shards,
-        }
+        counts = {"documents": self.documents, "tokens": self.tokens}
+        if self._masked:
+            counts |= {
+                "loss_tokens": int(self.counts.sum()),
+                "longest_document": max(self._lengths),
+                "documents_over": {str(n): sum(x > n for x in self._lengths) for n in _LENGTHS},
+            }
+        return counts | {"text_bytes": self.text_bytes, "shards": shards}
 
 
 def _unwritable(directory: Path, error: Exception | str) -> UserError:
@@ -190,12 +226,20 @@ def unigram_loss(counts: np.ndarray, train_counts: np.ndarray) -> float:
 class SplitReader:
     """Random access to the blocks of one split, from any number of threads."""
 
-    def __init__(self, directory: Path, shards: Sequence[dict[str, Any]], dtype: np.dtype) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        shards: Sequence[dict[str, Any]],
+        dtype: np.dtype,
+        *,
+        masked: bool = False,
+    ) -> None:
         self._paths = [directory / s["file"] for s in shards]
         self._ends = np.cumsum([s["records"] for s in shards])
         self._readers: list[Any] = [None] * len(shards)
         self._lock = threading.Lock()
         self._dtype = dtype
+        self._masked = masked
 
     def _reader(self, shard: int) -> Any:
         if self._readers[shard] is None:
@@ -208,14 +252,22 @@ class SplitReader:
                     )
         return self._readers[shard]
 
-    def blocks(self, numbers: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Tokens and document starts of the blocks with these numbers, in this order."""
+    def blocks(
+        self, numbers: Sequence[int]
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+        """Tokens, document starts and, in instruction data, which tokens carry loss, of the blocks
+        with these numbers, in this order."""
         shards = np.searchsorted(self._ends, numbers, side="right").tolist()
         found: dict[int, bytes] = {}
         for shard in set(shards):
             wanted = [n for n, s in zip(numbers, shards, strict=True) if s == shard]
             found.update(zip(wanted, self._records(shard, wanted), strict=True))
-        return [unpack_block(found[n], self._dtype) for n in numbers]
+        blocks = []
+        for number in numbers:
+            tokens, starts = unpack_block(found[number], self._dtype)
+            answer = unpack_answer(found[number], len(tokens)) if self._masked else None
+            blocks.append((tokens, starts, answer))
+        return blocks
 
     def _records(self, shard: int, numbers: list[int]) -> list[bytes]:
         base = int(self._ends[shard - 1]) if shard else 0

@@ -76,9 +76,9 @@ def _lines(parts: Iterable[Part], share: float) -> Iterator[str]:
         draw = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=4, key=b"train").digest()
         if int.from_bytes(draw, "little") > share * 2**32:
             continue
-        left -= len(part.text)
+        left -= len(part.document)
         if left < 0:
             return
-        for line in part.text.split("\n"):
-            if line:
-                yield line
+        texts = [part.document] if isinstance(part.document, str) else part.document.texts
+        for text in texts:
+            yield from (line for line in text.split("\n") if line)

@@ -10,10 +10,11 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
+from llamajax.data.tokenizer_json import find_ends, without_control
 from llamajax.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -24,13 +25,14 @@ _LLAMA3_WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3_NUM_SPECIALS = 256
+_LLAMA3_CONTROL = {
+    0: "<|begin_of_text|>", 1: "<|end_of_text|>", 6: "<|start_header_id|>",
+    7: "<|end_header_id|>", 9: "<|eot_id|>",
+}  # fmt: skip
 # tiktoken panics on texts of many megabytes and is quadratic in the length of one word, so Llama 3
 # cuts its input here; a cut changes the tokens around it, so these two numbers belong to the model.
 _LLAMA3_MAX_CHARS = 400_000
 _LLAMA3_MAX_RUN = 25_000
-
-_BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>")
-_EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>", "<|im_end|>")
 
 
 class Tokenizer:
@@ -44,7 +46,10 @@ class Tokenizer:
     bos_id: int
     eos_id: int
     fingerprint: str
+    control_ids: Mapping[str, int] = MappingProxyType({})  # by name; no text encodes to them
     files: tuple[Path, ...] = ()
+    # Number of tokens of a newline that starts a text, where a space is put before texts.
+    _after_newline: int | None = None
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text: no BOS, no EOS; what looks like a control token is encoded as text."""
@@ -54,6 +59,13 @@ class Tokenizer:
             except UnicodeEncodeError:
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self._encode(text)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Tokens of a text that follows others: without the space that SentencePiece models put
+        before a text, so that `encode(a) + encode_continuation(b)` reads as a + b."""
+        if not self._after_newline:
+            return self.encode(text)
+        return self.encode("\n" + text)[self._after_newline :]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens; control tokens give nothing, broken UTF-8 gives U+FFFD."""
@@ -133,7 +145,14 @@ class SentencePieceTokenizer(Tokenizer):
         if self.bos_id < 0 or self.eos_id < 0:
             raise UserError(f"{path}: the model has no BOS or no EOS piece; documents need both")
         self.fingerprint = _fingerprint(self.kind, content, self.bos_id, self.eos_id)
+        self.control_ids = {
+            self._model.id_to_piece(i): i
+            for i in range(self.vocab_size)
+            if self._model.is_control(i)
+        }
         self._line_start = self._tokens_before_a_line()
+        if self._line_start:
+            self._after_newline = self._line_start + 1
 
     def _tokens_before_a_line(self) -> int | None:
         """Tokens that a piece starting with a newline has too many; None if lines interact.
@@ -198,6 +217,7 @@ class TiktokenTokenizer(Tokenizer):
         self.vocab_size = size + _LLAMA3_NUM_SPECIALS
         self.bos_id, self.eos_id = size, size + 1
         self.fingerprint = _fingerprint(self.kind, content, self.bos_id, self.eos_id)
+        self.control_ids = {name: size + i for i, name in _LLAMA3_CONTROL.items()}
         self._num_ranks = size
         self._encoding = tiktoken.Encoding(
             name=path.name, pat_str=_LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens={}
@@ -249,16 +269,20 @@ class HuggingFaceTokenizer(Tokenizer):
         self.files = (path, config) if config.is_file() else (path,)
         vocab = full.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
-        self.bos_id, self.eos_id = _find_ends(path, spec, config, vocab)
+        self.bos_id, self.eos_id = find_ends(path, spec, config, vocab)
         self.fingerprint = _fingerprint(self.kind, content, self.bos_id, self.eos_id)
-        self._control = {t["id"] for t in spec.get("added_tokens") or []}
+        self.control_ids = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
+        self._control = set(self.control_ids.values())
         self._control |= {self.bos_id, self.eos_id}
         full.no_truncation()
         full.no_padding()
         self._decoder = full
         names = {t["content"] for t in spec.get("added_tokens") or []}
         names |= {name for name, i in vocab.items() if i in (self.bos_id, self.eos_id)}
-        self._encoder = tokenizers.Tokenizer.from_str(json.dumps(_without_control(spec, names)))
+        self._encoder = tokenizers.Tokenizer.from_str(json.dumps(without_control(spec, names)))
+        newline = self._encode("\n")
+        if len(newline) == 2 and full.id_to_token(newline[0]) == "\u2581":
+            self._after_newline = 2
 
     def _encode(self, text: str) -> list[int]:
         return self._encoder.encode(text, add_special_tokens=False).ids
@@ -266,82 +290,6 @@ class HuggingFaceTokenizer(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         plain = [i for i in ids if i not in self._control]
         return self._decoder.decode(plain, skip_special_tokens=False)
-
-
-def _without_control(spec: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    """The tokenizer.json with its control tokens made unreachable by any text, ids unchanged.
-
-    They leave the list of added tokens (which is matched in the text before anything else), and
-    those that also stand in the model's vocabulary get a name that no text can spell.
-    """
-    model = dict(spec["model"])
-    keep = {model.get("unk_token")}
-    hidden = {name: f"\ufdd0control:{i}\ufdd1" for i, name in enumerate(sorted(names - keep))}
-    vocab = model["vocab"]
-    if isinstance(vocab, dict):
-        model["vocab"] = {hidden.get(piece, piece): i for piece, i in vocab.items()}
-    else:  # Unigram: a list of [piece, score]
-        unk = model.get("unk_id")
-        model["vocab"] = [
-            [piece if i == unk else hidden.get(piece, piece), score]
-            for i, (piece, score) in enumerate(vocab)
-        ]
-    if "merges" in model:
-        pairs = [(m, m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-        model["merges"] = [m for m, pair in pairs if "".join(pair) not in hidden]
-    return spec | {
-        "model": model,
-        "added_tokens": [],
-        "post_processor": None,
-        "truncation": None,
-        "padding": None,
-    }
-
-
-def _find_ends(
-    path: Path, spec: dict[str, Any], config: Path, vocab: dict[str, int]
-) -> tuple[int, int]:
-    """BOS and EOS: from tokenizer_config.json, else the post-processor, else well-known names."""
-    bos, eos = _ends_of_config(config)
-    if bos not in vocab and eos not in vocab:
-        bos, eos = _ends_of_template(spec.get("post_processor"))
-    added = {t["content"] for t in spec.get("added_tokens") or []}
-    if bos not in vocab and eos not in vocab:
-        bos = next((n for n in _BOS_NAMES if n in added), None)
-        eos = next((n for n in _EOS_NAMES if n in added), None)
-    bos, eos = (bos if bos in vocab else eos), (eos if eos in vocab else bos)
-    if bos is None or eos is None or bos not in vocab or eos not in vocab:
-        raise UserError(
-            f"{path}: no BOS or EOS token found, and every document is put between the two. Name "
-            f"them as bos_token and eos_token in {config}. "
-            f"Its control tokens: {', '.join(sorted(added)[:20]) or 'none'}"
-        )
-    return vocab[bos], vocab[eos]
-
-
-def _ends_of_config(config: Path) -> tuple[str | None, str | None]:
-    if not config.is_file():
-        return None, None
-    try:
-        settings = json.loads(config.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{config}: not valid JSON ({error})") from error
-    values = [settings.get(k) for k in ("bos_token", "eos_token")]
-    bos, eos = (v.get("content") if isinstance(v, dict) else v for v in values)
-    return bos, eos
-
-
-def _ends_of_template(processor: dict[str, Any] | None) -> tuple[str | None, str | None]:
-    if not processor:
-        return None, None
-    if processor.get("type") == "Sequence":
-        found = [_ends_of_template(p) for p in processor.get("processors", [])]
-        return next((f for f in found if any(f)), (None, None))
-    single = processor.get("single")
-    if not isinstance(single, list) or not single:
-        return None, None
-    bos, eos = (end.get("SpecialToken", {}).get("id") for end in (single[0], single[-1]))
-    return bos, eos
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

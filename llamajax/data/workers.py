@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from llamajax.data.chat import encode_example
 from llamajax.data.holdout import Part
 from llamajax.data.shards import token_dtype
 from llamajax.data.tokenizers import Tokenizer, load_tokenizer
@@ -28,38 +29,51 @@ _BATCH_CHARS = 500_000
 _BATCH_PARTS = 2_000
 _CHILD = (
     "import sys; sys.path[:] = {path!r}; "
-    "from llamajax.data.workers import serve; serve({tokenizer!r})"
+    "from llamajax.data.workers import serve; serve({tokenizer!r}, {template!r})"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Documents of one split: BOS and EOS around each, in one array, and the length of each."""
+    """Documents of one split: BOS and EOS around each, in one array, and the length of each.
+
+    `answer`, for examples only: whether a token carries loss. `text_bytes` are those of the texts,
+    or of the answers.
+    """
 
     split: str
     tokens: np.ndarray
+    answer: np.ndarray | None
     lengths: list[int]
     text_bytes: int
 
 
-def tokenize(parts: list[Part], tokenizer: Tokenizer) -> list[Tokens]:
-    """The tokens of the parts, one result a split."""
+def tokenize(parts: list[Part], tokenizer: Tokenizer, template: str) -> list[Tokens]:
+    """The tokens of the parts, texts or examples, one result a split."""
     results = []
     for split in ("train", "validation"):
-        pieces, lengths, text_bytes = [], [], 0
+        pieces, answers, lengths, text_bytes = [], [], [], 0
         for part in parts:
-            if part.split == split:
-                ids = [tokenizer.bos_id, *tokenizer.encode(part.text), tokenizer.eos_id]
-                pieces.append(np.array(ids, token_dtype(tokenizer.vocab_size)))
-                lengths.append(len(ids))
-                text_bytes += len(part.text.encode("utf-8", "replace"))
+            if part.split != split:
+                continue
+            if isinstance(part.document, str):
+                ids = [tokenizer.bos_id, *tokenizer.encode(part.document), tokenizer.eos_id]
+                texts = [part.document]
+            else:
+                ids, answer = encode_example(tokenizer, template, part.document.messages)
+                answers.append(np.array(answer, bool))
+                texts = part.document.answers
+            pieces.append(np.array(ids, token_dtype(tokenizer.vocab_size)))
+            lengths.append(len(ids))
+            text_bytes += sum(len(t.encode("utf-8", "replace")) for t in texts)
         if pieces:
-            results.append(Tokens(split, np.concatenate(pieces), lengths, text_bytes))
+            mask = np.concatenate(answers) if answers else None
+            results.append(Tokens(split, np.concatenate(pieces), mask, lengths, text_bytes))
     return results
 
 
 def tokenize_all(
-    parts: Iterable[Part], *, tokenizer_path: str, num_workers: int
+    parts: Iterable[Part], *, tokenizer_path: str, template: str, num_workers: int
 ) -> Iterator[Tokens]:
     """The tokens of all parts in their order, whatever the number of workers.
 
@@ -68,9 +82,9 @@ def tokenize_all(
     if num_workers == 1:
         tokenizer = load_tokenizer(tokenizer_path)
         for batch in _batched(parts):
-            yield from tokenize(batch, tokenizer)
+            yield from tokenize(batch, tokenizer, template)
         return
-    with _Pool(tokenizer_path, num_workers) as pool:
+    with _Pool(tokenizer_path, template, num_workers) as pool:
         yield from pool.map(_batched(parts))
 
 
@@ -79,7 +93,7 @@ def _batched(parts: Iterable[Part]) -> Iterator[list[Part]]:
     chars = 0
     for part in parts:
         batch.append(part)
-        chars += len(part.text)
+        chars += len(part.document)
         if chars >= _BATCH_CHARS or len(batch) >= _BATCH_PARTS:
             yield batch
             batch, chars = [], 0
@@ -90,8 +104,8 @@ def _batched(parts: Iterable[Part]) -> Iterator[list[Part]]:
 class _Pool:
     """Child processes, each talked to by whichever thread took it from the idle ones."""
 
-    def __init__(self, tokenizer_path: str, num_workers: int) -> None:
-        code = _CHILD.format(path=sys.path, tokenizer=tokenizer_path)
+    def __init__(self, tokenizer_path: str, template: str, num_workers: int) -> None:
+        code = _CHILD.format(path=sys.path, tokenizer=tokenizer_path, template=template)
         self._children = [
             subprocess.Popen(
                 [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -143,7 +157,7 @@ class _Pool:
         return result
 
 
-def serve(tokenizer_path: str) -> None:
+def serve(tokenizer_path: str, template: str) -> None:
     """A worker's life: batches from stdin, tokens to stdout, until stdin ends."""
     # Ctrl-C reaches the whole process group; the parent decides, and its pipe ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -156,7 +170,7 @@ def serve(tokenizer_path: str) -> None:
         except EOFError:
             return
         try:
-            pickle.dump(tokenize(batch, tokenizer), sink, pickle.HIGHEST_PROTOCOL)
+            pickle.dump(tokenize(batch, tokenizer, template), sink, pickle.HIGHEST_PROTOCOL)
             sink.flush()
         except BrokenPipeError:
             return

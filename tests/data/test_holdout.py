@@ -8,7 +8,7 @@ from llamajax.errors import UserError
 
 def split(texts: list[str], fraction: float) -> dict[str, list[str]]:
     parts = list(Holdout(iter(texts), fraction).split(iter(texts)))
-    return {s: [p.text for p in parts if p.split == s] for s in ("train", "validation")}
+    return {s: [p.document for p in parts if p.split == s] for s in ("train", "validation")}
 
 
 @pytest.mark.parametrize("count", [1000, 2345])
