@@ -61,7 +61,7 @@ def start(config: BackendConfig) -> Machine:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"backend {wanted!r} did not come up: {reason}. Install its JAX plugin, or choose "
-            "another with --config.backend.name (cpu always works)"
+            "another backend (cpu always works)"
         ) from None
     if config.num_processes is not None and jax.process_count() != config.num_processes:
         raise UserError(

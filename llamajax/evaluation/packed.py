@@ -6,7 +6,8 @@ import numpy as np
 
 from llamajax.config.schema import DataConfig
 from llamajax.data.batches import make_batch
-from llamajax.data.mixture import open_mixture
+from llamajax.data.mixture import open_mixture, read_manifest
+from llamajax.errors import combine
 
 
 class PackedRows:
@@ -15,6 +16,18 @@ class PackedRows:
     def __init__(
         self, path: Path, *, split: str, seq_len: int, mask_documents: bool, vocab_size: int
     ) -> None:
+        manifest = read_manifest(path)
+        tokens = manifest["tokenizer"]["vocab_size"]
+        problems = []
+        if split not in manifest["splits"]:
+            problems.append(f"--split={split}: it has {', '.join(manifest['splits'])}")
+        if tokens > vocab_size:
+            problems.append(
+                f"its tokens are 0..{tokens - 1}, the vocabulary of the model 0..{vocab_size - 1}: "
+                "prepare the text again with the model's tokenizer"
+            )
+        if problems:
+            raise combine(problems, title=f"--data={path} cannot be used:")
         data = DataConfig(
             path=str(path),
             seq_len=seq_len,

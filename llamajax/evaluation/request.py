@@ -1,7 +1,7 @@
 """What was asked for, checked as far as that needs neither a model nor a machine. Free of jax."""
 
 import dataclasses
-import os
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -86,6 +86,8 @@ def _unwritable(path: str | None) -> list[str]:
         return [f"--per_token_nll={path}: is a directory; name a file"]
     if not folder.is_dir():
         return [f"--per_token_nll={path}: there is no directory {folder}; make it first"]
-    if not os.access(folder, os.W_OK | os.X_OK):
-        return [f"--per_token_nll={path}: {folder} cannot be written"]
-    return []
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell: full disks
+            return []
+    except OSError as error:
+        return [f"--per_token_nll={path}: {folder} cannot be written: {error.strerror}"]

@@ -1,9 +1,7 @@
 """One evaluation: what is checked, loaded, scored and written, in that order."""
 
 import math
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from jax.sharding import Mesh
 from llamajax import backends, sharding
 from llamajax.checkpoint.weights import Weights, open_weights
 from llamajax.config.flags import mesh_config
-from llamajax.config.schema import MeshConfig
 from llamajax.errors import UserError
 from llamajax.evaluation.request import Request, check
 from llamajax.evaluation.scoring import Score, rows_a_batch, score
@@ -77,11 +74,8 @@ def _mesh(request: Request, weights: Weights) -> Mesh:
     does not divide."""
     devices = jax.devices()
     divides = weights.model.hidden_size % len(devices) == 0
-    config: MeshConfig = mesh_config(request.mesh, rest="fsdp" if divides else "data")
-    try:
-        return sharding.build_mesh(config, devices)
-    except UserError as error:
-        raise UserError(str(error).replace("--config.mesh.fsdp=-1", "--mesh=fsdp=-1")) from None
+    config = mesh_config(request.mesh, rest="fsdp" if divides else "data")
+    return sharding.build_mesh(config, devices)
 
 
 def _compute(weights: Weights, source: Source, machine: backends.Machine, dtype: str) -> Compute:
@@ -115,11 +109,13 @@ def _greet(
 
 def _result(source: Source, found: Score, *, complete: bool) -> dict[str, Any]:
     """Loss and what follows from it; bits per byte only where all of the text was scored."""
+    if not found.tokens:
+        raise UserError("none of the tokens read is a target: raise --max_batches")
     loss = found.nll / found.tokens
     num_bytes = source.num_bytes if complete else None
     return {
         "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "perplexity": math.inf if loss > 700 else math.exp(loss),
         "bits_per_byte": num_bytes and found.nll / math.log(2) / num_bytes,
         "tokens": found.tokens,
         "bytes": num_bytes,
@@ -131,15 +127,11 @@ def _result(source: Source, found: Score, *, complete: bool) -> dict[str, Any]:
 
 def _write(path: Path, array: np.ndarray) -> None:
     """Write the file under another name beside it, then rename it: it is whole or not there."""
-    temporary = None
+    temporary = path.with_name(f".{path.name}.incomplete")
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.absolute().parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = file.name
+        with temporary.open("wb") as file:
             np.save(file, array)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise UserError(f"--per_token_nll={path}: cannot be written: {error.strerror}") from None

@@ -25,7 +25,7 @@ def axis_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
         raise UserError(
             f"mesh: {shown} does not make {num_devices} devices, the number that is here. "
             "Set the mesh axes so that their product is that number; one of them may be -1 "
-            "(for example --config.mesh.fsdp=-1) to take all that are left."
+            "(for example fsdp=-1) to take all that are left."
         )
     return sizes
 
