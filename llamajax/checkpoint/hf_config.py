@@ -102,3 +102,39 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     problems += [f"config.json: rope type llama3 without {key}" for key in missing]
     scaling = {ours: given.get(theirs) for theirs, ours in _SCALING.items()}
     return {"rope_theta": theta, "rope_scaling": scaling}, problems
+
+
+def write_model_config(
+    model: ModelConfig, *, dtype: str, bos_id: int | None, eos_id: int | None
+) -> dict[str, Any]:
+    """The `config.json` of an architecture: every key, so that no version fills in its own default.
+
+    Both spellings of what transformers 5 renamed; it reads `rope_scaling` first where that is not
+    null, so that the two say the same.
+    """
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if model.rope_scaling is not None:
+        scaling = {theirs: getattr(model.rope_scaling, ours) for theirs, ours in _SCALING.items()}
+        rope = {"rope_type": "llama3", **scaling}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{theirs: getattr(model, ours) for theirs, ours in _KEYS.items()},
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_size,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "tie_word_embeddings": model.tie_embeddings,
+        "initializer_range": model.init_std,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": None if model.rope_scaling is None else rope,
+        "rope_parameters": rope | {"rope_theta": model.rope_theta},
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": None,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+    }

@@ -125,11 +125,11 @@ def write_file(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: np.dtype,
-    arrays: Iterator[tuple[str, np.ndarray]],
+    arrays: Iterator[np.ndarray],
 ) -> None:
     """Write tensors of one dtype as they come: the header first, then one after the other.
 
-    arrays: name and array in the order of `shapes`.
+    arrays: in the order of `shapes`; as many as there are shapes are taken.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -141,8 +141,9 @@ def write_file(
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     with path.open("wb", buffering=0) as file:
         _write(file, np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8))
-        for (name, shape), (given, array) in zip(shapes.items(), arrays, strict=True):
-            assert (name, shape, dtype) == (given, array.shape, array.dtype), (name, given)
+        for name, shape in shapes.items():
+            array = next(arrays)
+            assert (shape, dtype) == (array.shape, array.dtype), name
             _write(file, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
