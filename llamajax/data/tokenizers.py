@@ -82,6 +82,12 @@ class Tokenizer:
             shutil.copyfile(file, directory / _stored_name(file, self.kind))
         return _stored_name(self.files[0], self.kind)
 
+    def export(self, directory: Path) -> list[str]:
+        """Write the files from which transformers makes this tokenizer; returns warnings."""
+        from llamajax.data.tokenizer_export import export
+
+        return export(self, directory)
+
     def _encode(self, text: str) -> list[int]:
         raise NotImplementedError
 
@@ -219,6 +225,7 @@ class TiktokenTokenizer(Tokenizer):
         self.fingerprint = _fingerprint(self.kind, content, self.bos_id, self.eos_id)
         self.control_ids = {name: size + i for i, name in _LLAMA3_CONTROL.items()}
         self._num_ranks = size
+        self.ranks, self.words = ranks, _LLAMA3_WORDS
         self._encoding = tiktoken.Encoding(
             name=path.name, pat_str=_LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens={}
         )
