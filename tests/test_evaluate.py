@@ -1,0 +1,286 @@
+"""The verb `evaluate`: against transformers, against training's own evaluation, and mistakes."""
+
+import gzip
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llamajax import data, evaluate, prepare, sharding
+from llamajax.checkpoint import Checkpointer
+from llamajax.config import freeze, new_config, preset, to_json_dict
+from llamajax.errors import UserError
+from llamajax.models.llama import Compute, Llama
+from llamajax.training.step import eval_step
+
+TOLERANCE = 1e-5  # nats: float32 against float32, sums in another order
+CONTRACT = {"loss", "perplexity", "tokens", "platform", "num_devices"}
+TEXT = "Call me Ishmael. Some years ago, never mind how long precisely — I went to sea.\n" * 3
+CONTEXT = 64
+MISTAKES = {
+    "--token_ids=float.npy": "is float64",
+    "--token_ids=three.npy": r"shape \(1, 2, 3\)",
+    "--token_ids=one.npy": "T >= 2",
+    "--token_ids=long.npy": "longer than the model's context of 64",
+    "--token_ids=outside.npy": r"token id 258 at \[1, 4\] is outside .* 0\.\.257 .*first of 2",
+    "--token_ids=text.txt": "not a NumPy file",
+    "--token_ids=pickled.npy": "not a NumPy file",
+    "--token_ids=missing.npy": "No such file",
+    "--token_ids=ids.npy --text=text.txt": "--text and --token_ids given: name exactly one",
+    "": "no source given",
+    "--token_ids=ids.npy --seq_len=8 --split=x --protocol=sliding_window": "(?s)split=x.*protocol.*seq_len=8",
+    "--token_ids=ids.npy --per_token_nll=nowhere/out.npy": "no directory",
+    "--token_ids=ids.npy --per_token_nll=prepared": "is a directory",
+    "--token_ids=ids.npy --per_token_nll=out.npy --max_batches=1": "--max_batches",
+    "--token_ids=ids.npy --mesh=fsdp=3": "does not make 8 devices",
+    "--text=empty.txt": "is empty",
+    "--text=latin1.txt": "not UTF-8",
+    "--text=lines.jsonl": "not plain text",
+    "--text=text.txt --seq_len=65": "longer than the model's context",
+    "--text=text.txt --stride=8": "--stride belongs to",
+    "--text=text.txt --seq_len=8 --protocol=sliding_window --stride=8": "must be below --seq_len=8",
+    "--text=text.txt --protocol=sliding_window --stride=0 --batch_size=0": "(?s)stride=0.*size=0",
+    "--data=prepared --split=test": "it has train, validation",
+    "--data=missing": "no such directory",
+    "--data=foreign": r"its tokens are 0\.\.284, the vocabulary of the model 0\.\.257",
+}
+
+
+def run(capsys, checkpoint, *args) -> dict:
+    assert evaluate.main([f"--checkpoint={checkpoint}", *args]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 1, "stdout is the result and nothing else"
+    found = json.loads(out[0])
+    assert found.keys() >= CONTRACT
+    return found
+
+
+def hugging_face(folder: Path, **options):
+    """A transformers model with a tokenizer of bytes, saved in `folder`."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    torch.set_num_threads(1)  # its threads would wait for those of XLA
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
+    config = transformers.LlamaConfig(
+        **(sizes | {"max_position_embeddings": CONTEXT, "attn_implementation": "eager"} | options)
+    )
+    model = transformers.LlamaForCausalLM(config).float().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(std=0.2).add_(1.0 if "norm" in name else 0.0)
+    model.save_pretrained(folder)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return model
+
+
+def token_nll(model, ids: np.ndarray) -> np.ndarray:
+    """Loss of tokens 1.. of rows (B, T), by transformers."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.tensor(ids)).logits[:, :-1].transpose(1, 2)
+    targets = torch.tensor(ids[:, 1:])
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none").numpy()
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grouped")
+    return folder, hugging_face(folder)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = (json.dumps({"text": "a whale " * (1 + i % 9) + str(i)}) + "\n" for i in range(200))
+    (folder / "in.jsonl").write_text("".join(lines))
+    args = [f"--input={folder / 'in.jsonl'}", "--validation_fraction=0.2", "--workers=1"]
+    prepare.main([*args, "--tokenizer=byte", f"--output={folder / 'prepared'}"])
+    prepare.main([*args, "--tokenizer=train:285", f"--output={folder / 'foreign'}"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(prepared, tmp_path_factory):
+    """A workdir with a checkpoint of step 7, its config and its model."""
+    c = new_config()
+    c.model = preset("tiny")
+    c.model.vocab_size = 258
+    c.data.update({"path": str(prepared / "prepared"), "seq_len": 40, "global_batch_size": 8})
+    c.data.seed = c.train.seed = c.optim.warmup_steps = 0
+    c.optim.update({"learning_rate": 1e-3, "schedule": "constant", "final_learning_rate": 1e-3})
+    c.optim.update({"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.0})
+    c.optim.clip_norm, c.train.steps, c.train.dtype = 1.0, 10, "float32"
+    config, workdir = freeze(c), tmp_path_factory.mktemp("run")
+    model = jax.jit(lambda key: Llama(config.model, key))(jax.random.key(1))
+    with Checkpointer(workdir / "checkpoints", keep=1, keep_every=None, asynchronous=False) as c:
+        c.save(7, {"model": model}, meta={"config": to_json_dict(config)}, wait=True)
+    return workdir, config, model
+
+
+@pytest.mark.parametrize("shape", [(5, 33), (CONTEXT,)], ids=str)
+def test_token_ids_equal_transformers(grouped, shape, tmp_path, capsys):
+    folder, model = grouped
+    ids = np.random.default_rng(0).integers(0, 258, shape)
+    np.save(tmp_path / "ids.npy", ids.astype(np.uint16))
+    out = tmp_path / "out.npy"
+    args = (f"--token_ids={tmp_path / 'ids.npy'}", f"--per_token_nll={out}", "--dtype=float32")
+    found = run(capsys, folder, *args)
+    expected = token_nll(model, np.atleast_2d(ids))
+    written = np.load(out)
+    assert (written.dtype, written.shape) == (np.float32, expected.shape)
+    np.testing.assert_allclose(written, expected, rtol=0, atol=TOLERANCE)
+    assert found["loss"] == pytest.approx(expected.mean(), rel=TOLERANCE)
+    assert found["perplexity"] == math.exp(found["loss"])
+    assert (found["tokens"], found["bytes"], found["bits_per_byte"]) == (expected.size, None, None)
+    assert {p.name for p in tmp_path.iterdir()} == {"ids.npy", "out.npy"}
+
+
+def test_a_width_that_does_not_divide_is_copied_to_all_devices(tmp_path, capsys):
+    model = hugging_face(tmp_path, tie_word_embeddings=True, hidden_size=36, num_key_value_heads=4)
+    ids = np.random.default_rng(1).integers(0, 258, (3, 20))
+    np.save(tmp_path / "ids.npy", ids)
+    found = run(capsys, tmp_path, f"--token_ids={tmp_path / 'ids.npy'}", "--batch_size=1")
+    assert found["loss"] == pytest.approx(token_nll(model, ids).mean(), rel=TOLERANCE)
+    assert (found["dtype"], found["num_devices"], found["step"]) == ("float32", 8, None)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "seq_len", "stride"), [("sliding_window", 32, 13), ("non_overlapping", 24, None)]
+)
+def test_protocols_equal_a_loop_with_transformers(
+    grouped, protocol, seq_len, stride, tmp_path, capsys
+):
+    folder, model = grouped
+    (tmp_path / "text.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
+    tokenizer = data.load_tokenizer(folder)
+    ids = np.array([tokenizer.bos_id, *tokenizer.encode(TEXT)])
+    expected, scored_to, inputs = [], 1, seq_len - 1 if stride else seq_len
+    for begin in range(0, len(ids), stride or seq_len):
+        window = ids[begin : begin + inputs + 1]
+        expected.append(token_nll(model, window[None])[0, scored_to - begin - 1 :])
+        scored_to = begin + len(window)
+        if scored_to == len(ids):
+            break
+    expected = np.concatenate(expected)
+    args = [f"--protocol={protocol}", f"--seq_len={seq_len}"] + [f"--stride={stride}"] * bool(
+        stride
+    )
+    args += [f"--text={tmp_path / 'text.txt.gz'}", f"--per_token_nll={tmp_path / 'out.npy'}"]
+    found = run(capsys, folder, *args, "--mesh=data=2,fsdp=2,tensor=2")
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), [expected], rtol=0, atol=TOLERANCE)
+    num_bytes = len(TEXT.encode())
+    assert found["tokens"] == len(ids) - 1 == len(expected)
+    assert found["loss"] == pytest.approx(expected.mean(), rel=TOLERANCE)
+    bits = expected.sum() / math.log(2) / num_bytes
+    assert found["bits_per_byte"] == pytest.approx(bits, rel=TOLERANCE)
+    assert (found["bytes"], found["protocol"]) == (num_bytes, protocol)
+    assert (found["seq_len"], found["stride"]) == (seq_len, stride)
+
+
+def test_a_split_gives_the_loss_that_training_logs(trained, capsys):
+    workdir, config, model = trained
+    found = run(capsys, workdir, f"--data={config.data.path}")
+    held_out = data.open_mixture(config.data, split="validation", vocab_size=258)
+    mesh = sharding.build_mesh(config.mesh, jax.devices()[:1])
+    compute = Compute(
+        dtype=jnp.dtype("float32"), remat="none", attention="blocked", loss_chunk_tokens=512
+    )
+    placed = jax.device_put(model, sharding.shardings(model, mesh))
+    step, sums = eval_step(compute, mesh), np.zeros(2)
+    for batch in data.eval_batches(held_out, batch_size=8, seq_len=40, rows=range(8)):
+        sums += np.array(step(placed, sharding.place(batch, mesh)), np.float64)
+    assert found["loss"] == pytest.approx(sums[0] / sums[1], rel=1e-6)
+    assert (found["tokens"], found["seq_len"], found["step"]) == (sums[1], 40, 7)
+    num_bytes = held_out.manifests[0]["splits"]["validation"]["text_bytes"]
+    assert found["bits_per_byte"] == pytest.approx(sums[0] / math.log(2) / num_bytes, rel=1e-6)
+
+
+def test_a_part_of_a_split_has_no_bits_per_byte(trained, tmp_path, capsys):
+    workdir, config, _ = trained
+    args = (f"--data={config.data.path}", "--batch_size=8", f"--per_token_nll={tmp_path / 'o.npy'}")
+    some = run(capsys, workdir / "checkpoints" / "7", *args, "--max_batches=2", "--split=train")
+    assert (some["bits_per_byte"], some["bytes"]) == (None, None)
+    losses = np.load(tmp_path / "o.npy")
+    assert losses.shape == (1, some["tokens"])
+    assert some["loss"] == pytest.approx(losses.mean(dtype=np.float64), rel=1e-12)
+
+
+def test_data_of_another_tokenizer_is_refused(trained, prepared, tmp_path):
+    _, config, model = trained
+    other = tmp_path / "checkpoints"
+    tree = to_json_dict(config)
+    tree["model"]["vocab_size"] = 300  # large enough for both
+    with Checkpointer(other, keep=1, keep_every=None, asynchronous=False) as checkpointer:
+        checkpointer.save(1, {"model": model}, meta={"config": tree}, wait=True)
+    with pytest.raises(UserError, match="prepared with another tokenizer"):
+        evaluate.main([f"--checkpoint={tmp_path}", f"--data={prepared / 'foreign'}"])
+
+
+def test_a_model_without_a_tokenizer_reads_no_text(grouped, tmp_path):
+    for file in grouped[0].iterdir():
+        if "tokenizer" not in file.name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "text.txt").write_text(TEXT)
+    with pytest.raises(UserError, match="no tokenizer, and --text needs one"):
+        evaluate.main([f"--checkpoint={tmp_path}", f"--text={tmp_path / 'text.txt'}"])
+
+
+@pytest.fixture(scope="module")
+def wrong(prepared):
+    """A folder of inputs that cannot be used, and some that can."""
+    outside = np.zeros((3, 9), int)
+    outside[1, 4], outside[2, 0] = 258, -1
+    for name, array in {
+        "float": np.zeros(5),
+        "three": np.zeros((1, 2, 3), int),
+        "one": np.zeros((4, 1), int),
+        "long": np.zeros((2, CONTEXT + 1), int),
+        "outside": outside,
+        "pickled": np.array([{}, 1], object),
+        "ids": np.zeros((2, 5), int),
+    }.items():
+        np.save(prepared / f"{name}.npy", array, allow_pickle=True)
+    (prepared / "empty.txt").write_text("")
+    (prepared / "text.txt").write_text(TEXT)
+    (prepared / "lines.jsonl").write_text("{}\n")
+    (prepared / "latin1.txt").write_bytes("naïve".encode("latin-1"))
+    return prepared
+
+
+@pytest.mark.parametrize("args", MISTAKES)
+def test_mistakes_are_told(grouped, wrong, args, monkeypatch):
+    monkeypatch.chdir(wrong)
+    before = sorted(wrong.iterdir())
+    with pytest.raises(UserError, match=MISTAKES[args]):
+        evaluate.main([f"--checkpoint={grouped[0]}", *args.split()])
+    assert sorted(wrong.iterdir()) == before
+
+
+def test_from_the_shell(grouped, wrong):
+    command = [sys.executable, "-m", "llamajax.evaluate", f"--checkpoint={grouped[0]}"]
+    command.append(f"--token_ids={wrong / 'ids.npy'}")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["tokens"] == 8
+    assert last["platform"] == "cpu"
+    done = subprocess.run([*command, "--text=x"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
