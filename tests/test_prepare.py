@@ -70,6 +70,59 @@ def test_the_output_does_not_depend_on_the_workers(corpus, tmp_path, tokenizer, 
     assert names == {"manifest.json", kept, "train", "validation"}
 
 
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """250 conversations of one or two turns, half of them with a system message."""
+    rng = np.random.default_rng(1)
+    path = tmp_path / "chats.jsonl"
+    with path.open("w") as file:
+        for number in range(250):
+            said = [" ".join(rng.choice(WORDS[:10], size)) for size in rng.integers(1, 90, 4)]
+            turns = zip(("user", "assistant") * 2, said[: 2 + 2 * (number % 3 == 0)], strict=False)
+            messages = [{"role": role, "content": text} for role, text in turns]
+            if number % 2:
+                messages.insert(0, {"role": "system", "content": "be old"})
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "train:300"])
+def test_instructions_do_not_depend_on_the_workers(chats, tmp_path, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr("llamajax.data.workers._BATCH_CHARS", 9_000)
+    flags = ("--format=instructions", "--chat_template=llama2", "--validation_fraction=0.1")
+    written = []
+    for workers in (1, 3):
+        output = tmp_path / f"out{workers}"
+        assert run(chats, output, *flags, f"--workers={workers}", tokenizer=tokenizer) == 0
+        written.append(contents(output))
+    assert written[0] == written[1]
+    manifest = json.loads(written[0]["manifest.json"])
+    summary = capsys.readouterr().out
+    for split, stats in manifest["splits"].items():
+        assert f"{split:<11} {stats['documents']} examples, {stats['tokens']:,} tokens" in summary
+        share = stats["loss_tokens"] / stats["tokens"]
+        assert f"{stats['loss_tokens']:,} tokens ({share:.1%}) carry loss" in summary
+        assert 0.2 < share < 0.6
+        assert f"longest example {stats['longest_document']:,} tokens" in summary
+    assert sum(s["documents"] for s in manifest["splits"].values()) == 250
+
+
+def test_instructions_over_several_shards_and_flushes(chats, tmp_path, monkeypatch):
+    """As `test_several_shards_are_one_stream`, with the bits beside the tokens."""
+    flags = ("--format=instructions", "--chat_template=llama2", "--validation_fraction=0")
+    run(chats, tmp_path / "one", *flags)
+    monkeypatch.setattr("llamajax.data.shards.RECORDS_PER_SHARD", 7)
+    monkeypatch.setattr("llamajax.data.workers._BATCH_PARTS", 3)
+    run(chats, tmp_path / "many", *flags)
+    found = []
+    for name in ("one", "many"):
+        prepared = PreparedSplit(tmp_path / name, read_manifest(tmp_path / name), "train")
+        count = sum(s["records"] for s in prepared.stats["shards"])
+        found.append([[a.tolist() for a in b] for b in prepared.reader.blocks(range(count))])
+    assert found[0] == found[1]
+    assert len(read_manifest(tmp_path / "many")["splits"]["train"]["shards"]) > 2
+
+
 def test_the_manifest_and_the_tokens(corpus, tmp_path):
     assert run(corpus, tmp_path / "out", "--validation_fraction=0.1", tokenizer="train:330") == 0
     manifest = read_manifest(tmp_path / "out")
@@ -139,15 +192,16 @@ def test_an_existing_output_is_replaced_only_when_told(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_run_leaves_nothing_that_looks_finished(tmp_path, number):
-    fifo = tmp_path / "in.txt"
+@pytest.mark.parametrize("form", ["text", "instructions"])
+def test_a_stopped_run_leaves_nothing_that_looks_finished(tmp_path, number, form):
+    fifo = tmp_path / ("in.txt" if form == "text" else "in.jsonl")
     os.mkfifo(fifo)
-    args = (f"--output={tmp_path / 'out'}", "--tokenizer=byte")
+    args = (f"--output={tmp_path / 'out'}", "--tokenizer=byte", f"--format={form}")
     process = subprocess.Popen(command(f"--input={fifo}", *args), cwd=REPOSITORY)
     with process, fifo.open("w"):  # opens when the other side reads: it is at work
         process.send_signal(number)
         code = process.wait(timeout=60)
-    left = {p.name for p in tmp_path.iterdir()} - {"in.txt"}
+    left = {p.name for p in tmp_path.iterdir()} - {fifo.name}
     if number == signal.SIGKILL:
         assert left == {".out.incomplete", ".out.lock"}
     else:
@@ -155,7 +209,7 @@ def test_a_stopped_run_leaves_nothing_that_looks_finished(tmp_path, number):
         assert left == set()
     (tmp_path / "next.txt").write_text("words and words\n\n" * 50)
     assert run(tmp_path / "next.txt", tmp_path / "out") == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"in.txt", "next.txt", "out"}
+    assert {p.name for p in tmp_path.iterdir()} == {fifo.name, "next.txt", "out"}
 
 
 def test_a_full_disk_is_the_users_to_fix(tmp_path):
@@ -207,6 +261,15 @@ def test_two_runs_into_one_output(corpus, tmp_path):
         (("--input=none.txt",), "no such file"),
         (("--text_key=body",), "no key 'body'"),
         (("--clean=html",), "invalid choice: 'html'"),
+        (("--format=chat",), "invalid choice: 'chat'"),
+        (("--chat_template=llama2",), "--format=text has no use for --chat_template"),
+        (("--format=instructions", "--text_key=a", "--clean=wikitext"), "--text_key, --clean"),
+        (("--format=instructions", "--chat_template=llama3"), "which this byte tokenizer lacks"),
+        (
+            ("--format=instructions", "--chat_template=llama3", "--tokenizer=train:300"),
+            "which a tokenizer trained here lacks",
+        ),
+        (("--format=instructions",), r"(?s)first 10.*corpus.jsonl:10: neither prompt and comp"),
         (("--unknown=1",), "unrecognized arguments: --unknown"),
         (("stray",), "unrecognized arguments: stray"),
     ],
