@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llamajax.checkpoint import gguf_config, hf_read
+from llamajax.checkpoint import gguf_config, hf_read, meta_config
 from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.restore import newest_step, read_meta, restore_state
 from llamajax.checkpoint.tensor_source import Foreign, TensorSource
@@ -21,6 +21,7 @@ from llamajax.errors import UserError, combine
 RECOGNISERS: dict[str, Callable[[Path], Foreign | None]] = {
     "huggingface": hf_read.recognise,
     "gguf": gguf_config.recognise,
+    "meta": meta_config.recognise,
 }
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer.byte")
 
@@ -81,8 +82,8 @@ def open_weights(path: Path) -> Weights:
             )
     raise UserError(
         f"{path} holds no weights that llamajax knows: give a --workdir of train with a finished "
-        "checkpoint, one of its checkpoints/STEP, or a Hugging Face directory (config.json and "
-        "safetensors)"
+        "checkpoint, one of its checkpoints/STEP, a Hugging Face directory (config.json and "
+        "safetensors), a GGUF file, or Meta's params.json with consolidated.*.pth"
     )
 
 
