@@ -78,6 +78,8 @@ def _flag_values(scan: _Scan, *, flags: Sequence[Flag]) -> dict[str, Any]:
         found[flag.name] = None if flag.default is REQUIRED else flag.default
         if text is None and flag.default is REQUIRED:
             scan.problems.append(f"{flag.usage} is required: {flag.doc}")
+        elif text is not None and flag.verbatim:
+            found[flag.name] = text
         elif text == "" and flag.annotation is str:
             scan.problems.append(f"--{flag.name}= is empty: {flag.doc}")
         elif text is not None:

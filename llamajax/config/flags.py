@@ -13,13 +13,17 @@ REQUIRED: Any = object()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flag:
-    """`--name=METAVAR`; `annotation` is a type as in the schema: int, bool, Literal, `X | None`."""
+    """`--name=METAVAR`; `annotation` is a type as in the schema: int, bool, Literal, `X | None`.
+
+    `verbatim`: any text is a value, the empty one and `none` included.
+    """
 
     name: str
     doc: str
     annotation: Any = str
     default: Any = REQUIRED
     metavar: str = "VALUE"
+    verbatim: bool = False
 
     @property
     def usage(self) -> str:

@@ -1,0 +1,130 @@
+"""From texts, files and ids to prompts that the model can take; wrong ones are refused here."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from llamajax.config.schema import ModelConfig
+from llamajax.data import Tokenizer
+from llamajax.data.sources import checked, json_object, numbered_lines
+from llamajax.decoding.request import Request
+from llamajax.errors import UserError, combine
+
+DEFAULT_MAX_NEW_TOKENS = 128  # or what the context has room for
+_SHOWN = 10
+
+
+class Prompt(NamedTuple):
+    """Token ids, the number that the random bits of its new tokens depend on, and their limit."""
+
+    number: int
+    ids: Sequence[int]
+    max_new_tokens: int
+
+    def is_complete(self, new_ids: Sequence[int], stop_ids: Sequence[int]) -> bool:
+        """Whether nothing follows these new tokens."""
+        return len(new_ids) >= self.max_new_tokens or bool(new_ids and new_ids[-1] in stop_ids)
+
+
+def read_prompts(request: Request, model: ModelConfig, tokenizer: Tokenizer | None) -> list[Prompt]:
+    """The prompts that the flags give, numbered from 0. Raises one UserError for all problems."""
+    if request.prompt_ids is not None:
+        named = [("--prompt_ids", list(request.prompt_ids))]
+    elif request.prompt is not None:
+        named = [("--prompt", text_ids(request.prompt, tokenizer))]
+    else:
+        texts = list(_file_texts(Path(request.prompts_file)))
+        if not texts:
+            raise UserError(f"--prompts_file={request.prompts_file}: holds no prompt")
+        named = [(place, text_ids(text, tokenizer)) for place, text in texts]
+    prompts, problems = [], []
+    for number, (name, ids) in enumerate(named):
+        try:
+            prompts.append(as_prompt(ids, model, request.max_new_tokens, number=number, name=name))
+        except UserError as error:
+            problems.append(str(error))
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        more = len(problems) - _SHOWN
+        shown = problems[:_SHOWN] + ([f"and {more} more"] if more > 0 else [])
+        raise combine(shown, title="these prompts cannot be continued:")
+    return prompts
+
+
+def text_ids(text: str, tokenizer: Tokenizer | None) -> list[int]:
+    """BOS and the tokens of a text."""
+    if tokenizer is None:
+        raise UserError(
+            "this checkpoint has no tokenizer, so that text cannot be read: put its tokenizer file "
+            "into the checkpoint's directory, or give token ids with --prompt_ids=1,2,3"
+        )
+    return [tokenizer.bos_id, *tokenizer.encode(text)]
+
+
+def as_prompt(
+    ids: Sequence[int], model: ModelConfig, max_new_tokens: int | None, *, number: int, name: str
+) -> Prompt:
+    """A prompt that the model has room for; `name` says in messages where it came from."""
+    if wrong := [i for i in ids if not 0 <= i < model.vocab_size]:
+        raise UserError(
+            f"{name}: token id {wrong[0]} is outside the model's vocabulary, "
+            f"0..{model.vocab_size - 1}"
+        )
+    room = model.max_seq_len - len(ids)
+    if room < (max_new_tokens or 1):
+        wanted = f"{max_new_tokens} new ones" if max_new_tokens else "a new one"
+        least = model.max_seq_len - (max_new_tokens or 1)
+        fix = "shorten the prompt" if room < 1 else f"set --max_new_tokens to at most {room}"
+        if room >= 1 and least >= 1:
+            fix += f", or shorten the prompt to {least} tokens"
+        raise UserError(
+            f"{name}: {len(ids)} tokens and {wanted} are more than the model's context of "
+            f"{model.max_seq_len} tokens: {fix}"
+        )
+    return Prompt(number, ids, max_new_tokens or min(DEFAULT_MAX_NEW_TOKENS, room))
+
+
+def eos_ids(path: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The tokens that end a text: as transformers takes them from a directory, generation_config
+    before config; where neither names any, the tokenizer's EOS; none without a tokenizer."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            config = json.loads((path / name).read_text("utf-8"))
+        except (OSError, ValueError):
+            continue
+        found = config.get("eos_token_id") if isinstance(config, dict) else None
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (found,)
+    return () if tokenizer is None else (tokenizer.eos_id,)
+
+
+def _file_texts(file: Path) -> Iterator[tuple[str, str]]:
+    """Place and text of each prompt of a file: JSON lines with `prompt`, or a prompt a line."""
+    try:
+        with file.open("rb") as raw:
+            lines = list(numbered_lines(file, checked(file, raw)))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
+    is_json = ".jsonl" in file.suffixes or bool(lines and _is_json(lines[0][1]))
+    for number, line in lines:
+        place = f"{file}:{number}"
+        yield place, _json_prompt(place, line) if is_json else line.rstrip("\r\n")
+
+
+def _is_json(line: str) -> bool:
+    try:
+        return "prompt" in json_object(line)
+    except UserError:
+        return False
+
+
+def _json_prompt(place: str, line: str) -> str:
+    try:
+        value = json_object(line).get("prompt")
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    if not isinstance(value, str):
+        raise UserError(f'{place}: no text under "prompt" in this object')
+    return value

@@ -1,0 +1,168 @@
+"""One session of `generate`: what is opened, checked and loaded, in that order; then answers."""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from llamajax import backends, sharding
+from llamajax.checkpoint.weights import Weights, open_weights
+from llamajax.config.flags import mesh_config
+from llamajax.config.schema import MeshConfig, ModelConfig
+from llamajax.data import Tokenizer, load_tokenizer
+from llamajax.decoding.engine import Engine
+from llamajax.decoding.prompts import Prompt, as_prompt, eos_ids, read_prompts, text_ids
+from llamajax.decoding.request import Request, check
+from llamajax.errors import UserError
+from llamajax.models.abstract import abstract_model
+from llamajax.models.counts import num_parameters
+from llamajax.monitoring.progress import format_count
+from llamajax.ops.attention import first_supported
+
+STREAM_INTERVAL_S = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Session:
+    """A model that is ready, and the prompts that were given (none when they are typed)."""
+
+    request: Request
+    model: ModelConfig
+    tokenizer: Tokenizer | None
+    stop_ids: tuple[int, ...]
+    engine: Engine
+    prompts: list[Prompt]
+
+    def typed(self, text: str, *, number: int) -> Prompt:
+        """The prompt of a line that somebody typed. UserError when it is too long."""
+        ids = text_ids(text, self.tokenizer)
+        return as_prompt(
+            ids, self.model, self.request.max_new_tokens, number=number, name="this prompt"
+        )
+
+    def batches(self) -> Iterator[list[Prompt]]:
+        """The given prompts, as many at a time as were asked for."""
+        for start in range(0, len(self.prompts), self.request.batch_size):
+            yield self.prompts[start : start + self.request.batch_size]
+
+    def generate(self, prompts: Sequence[Prompt]) -> Iterator[list[list[int]]]:
+        """The next new tokens of each prompt, until all are complete."""
+        interval_s = STREAM_INTERVAL_S if self.request.streams else None
+        total = [0] * len(prompts)
+        for update in self.engine.generate(prompts, seed=self.request.seed, interval_s=interval_s):
+            yield [
+                ids[: prompt.max_new_tokens - n]
+                for ids, prompt, n in zip(update, prompts, total, strict=True)
+            ]
+            total = [n + len(ids) for n, ids in zip(total, update, strict=True)]
+
+    def summary(self) -> str:
+        """What is known of the speed so far, for people."""
+        t = self.engine.times
+        parts = [f"first token after {t.prefill_s / t.batches:.2f} s"]
+        if t.decode_tokens:
+            speed = t.decode_tokens / t.decode_s
+            parts.append(f"then {speed:.1f} tokens/s ({t.decode_tokens} in {t.decode_s:.2f} s)")
+        programs = len(self.engine.programs)
+        parts.append(f"compiling {programs} programs took {t.compile_s:.1f} s besides")
+        return ", ".join(parts)
+
+
+def open_session(request: Request) -> Session:
+    """Everything up to the first token. UserError for what a user can mend."""
+    check(request)
+    weights = open_weights(Path(request.checkpoint))
+    tokenizer = None if weights.tokenizer is None else load_tokenizer(weights.tokenizer)
+    _check_vocabulary(weights, tokenizer)
+    if request.interactive:
+        text_ids("", tokenizer)  # refuses a checkpoint without one
+    prompts = [] if request.interactive else read_prompts(request, weights.model, tokenizer)
+    stop_ids = _stop_ids(request, weights, tokenizer)
+    machine = backends.start(request.backend)
+    mesh = _mesh(request, weights.model)
+    dtype = request.dtype or ("float32" if machine.platform == "cpu" else "bfloat16")
+    sharding.check_divides(
+        weights.model.dims, mesh, batch=sharding.batch_shards(mesh), accumulation=1
+    )
+    _greet(weights, machine, mesh, dtype)
+    model = weights.load(abstract_model(weights.model, mesh, dtype=jnp.dtype(dtype)))
+
+    def attention(seq_len: int) -> str:
+        return first_supported(
+            backends.attention_preferences(machine.platform),
+            platform=machine.platform,
+            compute_capability=machine.compute_capability,
+            dtype=dtype,
+            head_size=weights.model.head_size,
+            seq_len=seq_len,
+        )
+
+    engine = Engine(
+        model,
+        mesh,
+        dtype=jnp.dtype(dtype),
+        attention=attention,
+        sampling=request.sampling,
+        stop_ids=stop_ids,
+    )
+    return Session(
+        request=request,
+        model=weights.model,
+        tokenizer=tokenizer,
+        stop_ids=stop_ids,
+        engine=engine,
+        prompts=prompts,
+    )
+
+
+def default_mesh(model: ModelConfig, num_devices: int) -> MeshConfig:
+    """As many devices as divide the model along `tensor`, which share each token's work; replicas
+    of that along `data`."""
+    sizes = (model.dims[d] for d in "KNFV")
+    tensor = math.gcd(num_devices, *sizes)
+    return MeshConfig(tensor=tensor, data=num_devices // tensor)
+
+
+def _mesh(request: Request, model: ModelConfig) -> Mesh:
+    devices = jax.devices()
+    if request.mesh is None:
+        return sharding.build_mesh(default_mesh(model, len(devices)), devices)
+    config = mesh_config(request.mesh, rest="tensor")
+    if unused := [axis for axis in ("sequence", "stage") if getattr(config, axis) != 1]:
+        raise UserError(
+            f"--mesh={request.mesh}: {unused[0]} must be 1; split over data, fsdp and tensor"
+        )
+    return sharding.build_mesh(config, devices)
+
+
+def _check_vocabulary(weights: Weights, tokenizer: Tokenizer | None) -> None:
+    size = weights.model.vocab_size
+    if tokenizer is not None and tokenizer.vocab_size > size:
+        raise UserError(
+            f"{weights.tokenizer} has {tokenizer.vocab_size} tokens, the model {weights.path} only "
+            f"{size}: they do not belong together; put the model's own tokenizer there"
+        )
+
+
+def _stop_ids(request: Request, weights: Weights, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    size = weights.model.vocab_size
+    if wrong := [i for i in request.stop_ids if not 0 <= i < size]:
+        raise UserError(f"--stop_ids: {wrong[0]} is outside the model's vocabulary, 0..{size - 1}")
+    ends = () if request.ignore_eos else eos_ids(weights.path, tokenizer)
+    return tuple(sorted({*request.stop_ids, *ends}))
+
+
+def _greet(weights: Weights, machine: backends.Machine, mesh: Mesh, dtype: str) -> None:
+    step = "" if weights.step is None else f" of step {weights.step}"
+    for line in (
+        f"weights  {weights.path} ({weights.kind}{step}), "
+        f"{format_count(num_parameters(weights.model))} parameters",
+        f"machine  {machine.platform}, {machine.device_kind}; mesh {sharding.describe(mesh)}",
+        f"compute  {dtype}",
+    ):
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,205 @@
+"""The two programs of decoding: a batch of prompts into the cache, and new tokens one by one.
+
+Both run in one `jax.shard_map` over all mesh axes, like a training step, on the same model.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh, PartitionSpec
+
+from llamajax.decoding import cache as kv
+from llamajax.decoding.request import Sampling
+from llamajax.decoding.sampling import sample
+from llamajax.models.llama import Compute, Llama
+from llamajax.models.sharded import precision
+from llamajax.ops.attention import NEEDS_UNCHECKED, attention
+from llamajax.ops.attention_cached import cached_attention
+from llamajax.sharding import ACTIVATIONS, BATCH_AXES, collectives, spec, specs
+
+NOTHING = -1  # in the output of a row that had stopped before
+
+
+@struct.dataclass
+class Rows:
+    """Everything about a batch between two programs; B rows, `count` new tokens so far."""
+
+    cache: kv.KVCache
+    lengths_B: jax.Array  # int32, tokens of the prompt
+    numbers_B: jax.Array  # int32, which prompt of the session: what the random bits depend on
+    tokens_B: jax.Array  # int32, the newest token, not in the cache yet
+    running_B: jax.Array  # bool, whether no stop token came
+    seen_BV: jax.Array | None  # bool, tokens of prompt and output; where they are penalised
+    count: jax.Array  # int32 scalar
+    prompt_slots: jax.Array  # int32 scalar
+
+
+def rows_specs(mesh: Mesh, sampling: Sampling) -> Rows:
+    """PartitionSpecs of `Rows`."""
+    cache, rows = spec(kv.LETTERS, ACTIVATIONS, mesh), spec("B", ACTIVATIONS, mesh)
+    return Rows(
+        cache=kv.KVCache(k_LBKSH=cache, v_LBKSH=cache),
+        lengths_B=rows,
+        numbers_B=rows,
+        tokens_B=rows,
+        running_B=rows,
+        seen_BV=PartitionSpec(*rows, None) if sampling.penalises else None,
+        count=PartitionSpec(),
+        prompt_slots=PartitionSpec(),
+    )
+
+
+def prefill(
+    mesh: Mesh,
+    model: Llama,
+    compute: Compute,
+    sampling: Sampling,
+    stop_ids: tuple[int, ...],
+    *,
+    slots: int,
+) -> Callable[..., tuple[Rows, jax.Array]]:
+    """Jitted (model, tokens (B, T), lengths, numbers, running (B,), seed) -> rows, tokens (B,).
+
+    `tokens` holds prompts padded on the right; `running` is false for rows that are no prompt. The
+    cache has `slots` slots. What comes out is the first new token of each row.
+    """
+
+    def local(model: Llama, tokens_BT, lengths_B, numbers_B, running_B, seed):
+        B, T = tokens_BT.shape
+        kv_heads = model.blocks.attention.key.get_value().shape[2]
+        cache = kv.empty_cache(
+            model.config, rows=B, kv_heads=kv_heads, slots=slots, dtype=compute.dtype
+        )
+
+        def attend(q, k, v, cache, layer):
+            cache = kv.written(cache, k, v, layer=layer, slot=jnp.int32(0))
+            return attention(q, k, v, impl=compute.attention, segment_ids_BT=None), cache
+
+        positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+        batch = {"tokens": tokens_BT, "positions": positions_BT}
+        with precision(compute):
+            x_BTD, cache = model.attended(batch, compute, attend, cache)
+            x_BD = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
+            logits_BV = model.next_logits(x_BD, compute)
+        rows = Rows(
+            cache=cache,
+            lengths_B=lengths_B,
+            numbers_B=numbers_B,
+            tokens_B=lengths_B,  # replaced by the first new token
+            running_B=running_B,
+            seen_BV=_seen(tokens_BT, lengths_B, logits_BV.shape[1]) if sampling.penalises else None,
+            count=jnp.int32(0),
+            prompt_slots=jnp.int32(T),
+        )
+        return _advanced(rows, logits_BV, sampling, stop_ids, seed)
+
+    batch, rows = spec("BT", ACTIVATIONS, mesh), spec("B", ACTIVATIONS, mesh)
+    inputs = (specs(model, mesh), batch, rows, rows, rows, PartitionSpec())
+    return jax.jit(_mapped(local, mesh, inputs, (rows_specs(mesh, sampling), rows), compute))
+
+
+def decode(
+    mesh: Mesh,
+    model: Llama,
+    compute: Compute,
+    sampling: Sampling,
+    stop_ids: tuple[int, ...],
+    *,
+    chunk: int,
+) -> Callable[..., tuple[Rows, jax.Array]]:
+    """Jitted (model, rows, seed, steps) -> rows, tokens (B, chunk); rows are donated.
+
+    Appends up to `steps` <= `chunk` tokens to each row on the device, without the host in between;
+    it ends early when every row has stopped. Where nothing was appended stands NOTHING.
+    """
+
+    def local(model: Llama, rows: Rows, seed, steps):
+        def is_left(carry):
+            _, _, n, running = carry
+            return (n < steps) & (running > 0)
+
+        def step(carry):
+            rows, tokens_BC, n, _ = carry
+            with precision(compute):
+                cache, logits_BV = _next(model, rows, compute)
+            rows, new_B = _advanced(rows.replace(cache=cache), logits_BV, sampling, stop_ids, seed)
+            tokens_BC = jax.lax.dynamic_update_slice(tokens_BC, new_B[:, None], (0, n))
+            return rows, tokens_BC, n + 1, _num_running(rows)
+
+        nothing_BC = jnp.full((rows.tokens_B.size, chunk), NOTHING, jnp.int32)
+        nothing_BC = collectives.varying_like(nothing_BC, rows.tokens_B)
+        carry = (rows, nothing_BC, jnp.int32(0), _num_running(rows))
+        return jax.lax.while_loop(is_left, step, carry)[:2]
+
+    rows = rows_specs(mesh, sampling)
+    inputs = (specs(model, mesh), rows, PartitionSpec(), PartitionSpec())
+    outputs = (rows, PartitionSpec(*rows.tokens_B, None))
+    return jax.jit(_mapped(local, mesh, inputs, outputs, compute), donate_argnums=1)
+
+
+def _mapped(function: Callable, mesh: Mesh, inputs: Any, outputs: Any, compute: Compute):
+    check = compute.attention not in NEEDS_UNCHECKED
+    return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=check)
+
+
+def _num_running(rows: Rows) -> jax.Array:
+    return collectives.total(jnp.sum(rows.running_B, dtype=jnp.int32), BATCH_AXES)
+
+
+def _next(model: Llama, rows: Rows, compute: Compute) -> tuple[kv.KVCache, jax.Array]:
+    """The cache with the newest token of each row, and the logits after it."""
+    newest = rows.count - 1  # counted from 0
+    slot = rows.prompt_slots + newest
+    slots = rows.cache.k_LBKSH.shape[3]
+    allowed_BS = kv.visible(rows.lengths_B, prompt_slots=rows.prompt_slots, slot=slot, slots=slots)
+
+    def attend(q, k, v, cache, layer):
+        cache = kv.written(cache, k, v, layer=layer, slot=slot)
+        return cached_attention(q, *kv.of_layer(cache, layer), allowed_BS), cache
+
+    batch = {"tokens": rows.tokens_B[:, None], "positions": (rows.lengths_B + newest)[:, None]}
+    x_BTD, cache = model.attended(batch, compute, attend, rows.cache)
+    return cache, model.next_logits(x_BTD[:, 0], compute)
+
+
+def _advanced(
+    rows: Rows, logits_BV: jax.Array, sampling: Sampling, stop_ids: tuple[int, ...], seed
+) -> tuple[Rows, jax.Array]:
+    """Rows with one more token, and that token; NOTHING for rows that had stopped before."""
+    tokens_B = sample(
+        logits_BV,
+        sampling,
+        seed=seed,
+        numbers_B=rows.numbers_B,
+        index=rows.count,
+        seen_BV=rows.seen_BV,
+    )
+    # the same on every device along `tensor` already; this says so
+    tokens_B = collectives.largest(tokens_B, "tensor")
+    seen_BV = rows.seen_BV
+    if seen_BV is not None:
+        ids = jnp.arange(seen_BV.shape[1], dtype=jnp.int32)
+        seen_BV |= tokens_B[:, None] == ids[None, :]
+    stops_B = jnp.isin(tokens_B, jnp.array(stop_ids, jnp.int32))
+    rows = (
+        rows.replace(
+            tokens_B=tokens_B,
+            running_B=rows.running_B & ~stops_B,
+            seen_BV=seen_BV,
+            count=rows.count + 1,
+        ),
+        jnp.where(rows.running_B, tokens_B, NOTHING),
+    )
+    return rows
+
+
+def _seen(tokens_BT: jax.Array, lengths_B: jax.Array, size: int) -> jax.Array:
+    """Which of `size` tokens stand in each prompt, bool (B, V)."""
+    B, T = tokens_BT.shape
+    is_prompt_BT = jnp.arange(T, dtype=jnp.int32)[None, :] < lengths_B[:, None]
+    ids_BT = jnp.where(is_prompt_BT, tokens_BT, size)  # beyond the last: dropped
+    seen_BV = collectives.varying_like(jnp.zeros((B, size), bool), tokens_BT)
+    return seen_BV.at[jnp.arange(B)[:, None], ids_BT].set(True, mode="drop")

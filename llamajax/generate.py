@@ -1,0 +1,158 @@
+"""`python -m llamajax.generate`: continue prompts with a checkpoint, or talk to it."""
+
+import os
+import sys
+
+from llamajax.config import CHECKPOINT, DTYPE, MACHINE_FLAGS, Flag, parse_command_line
+from llamajax.config.flags import backend_config
+from llamajax.decoding.request import Request, Sampling, check
+from llamajax.errors import run_verb
+
+SUMMARY = "Continue prompts with a checkpoint: greedily, or drawing tokens at random."
+EXAMPLE = """python -m llamajax.generate --checkpoint=runs/quickstart --prompt="Call me"
+python -m llamajax.generate --checkpoint=hf/llama2_7b --prompts_file=questions.txt --json
+python -m llamajax.generate --checkpoint=hf/llama2_7b --interactive --temperature=0.8"""
+
+_FLAGS = (
+    Flag(
+        name="prompt",
+        metavar="TEXT",
+        annotation=str,
+        default=None,
+        verbatim=True,
+        doc="text to continue, after a BOS; may be empty",
+    ),
+    Flag(
+        name="prompts_file",
+        metavar="F",
+        annotation=str | None,
+        default=None,
+        doc="a prompt a line, or JSON lines with a `prompt`; empty lines count for nothing",
+    ),
+    Flag(
+        name="prompt_ids",
+        metavar="1,2,3",
+        annotation=tuple[int, ...] | None,
+        default=None,
+        doc="token ids to continue, exactly these: no BOS, no tokenizer needed",
+    ),
+    Flag(
+        name="interactive",
+        annotation=bool,
+        default=False,
+        doc="read prompts from the terminal or a pipe, one a line, each on its own; Ctrl-D leaves",
+    ),
+    Flag(
+        name="max_new_tokens",
+        metavar="N",
+        annotation=int | None,
+        default=None,
+        doc="most new tokens a prompt; none: 128, or fewer where the context ends",
+    ),
+    Flag(
+        name="temperature",
+        metavar="X",
+        annotation=float,
+        default=0.0,
+        doc="0: the most probable token; 1: as the model says; in between: safer",
+    ),
+    Flag(
+        name="top_k",
+        metavar="K",
+        annotation=int | None,
+        default=None,
+        doc="draw among the K most probable tokens only",
+    ),
+    Flag(
+        name="top_p",
+        metavar="P",
+        annotation=float | None,
+        default=None,
+        doc="draw among the most probable tokens that together reach probability P only",
+    ),
+    Flag(
+        name="repetition_penalty",
+        metavar="X",
+        annotation=float,
+        default=1.0,
+        doc="divides positive logits, and multiplies negative ones, of tokens in prompt or output",
+    ),
+    Flag(
+        name="seed",
+        metavar="S",
+        annotation=int,
+        default=0,
+        doc="of the random draws; the same text on every mesh and in every batch",
+    ),
+    Flag(
+        name="stop_ids",
+        metavar="1,2",
+        annotation=tuple[int, ...],
+        default=(),
+        doc="token ids that end the text, besides EOS",
+    ),
+    Flag(name="ignore_eos", annotation=bool, default=False, doc="whether to go on after EOS"),
+    Flag(
+        name="json",
+        annotation=bool,
+        default=False,
+        doc="print one JSON object a prompt, one line each: prompt_ids, output_ids (new tokens, "
+        "the stop token included), text (null without a tokenizer)",
+    ),
+    Flag(
+        name="batch_size",
+        metavar="N",
+        annotation=int,
+        default=8,
+        doc="prompts of a file at a time; changes memory and speed only",
+    ),
+)
+_SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def main(argv: list[str]) -> int:
+    """Texts or JSON lines on stdout, speed on stderr; exit code 0, or 130 after Ctrl-C."""
+    flags = parse_command_line(
+        argv,
+        verb="generate",
+        takes_config=False,
+        flags=(CHECKPOINT, *_FLAGS, DTYPE, *MACHINE_FLAGS),
+        summary=SUMMARY,
+        example=EXAMPLE,
+    )
+    own = {flag.name: getattr(flags, flag.name) for flag in _FLAGS}
+    request = Request(
+        checkpoint=flags.checkpoint,
+        backend=backend_config(flags),
+        sampling=Sampling(**{name: own.pop(name) for name in _SAMPLING}),
+        dtype=flags.dtype,
+        mesh=flags.mesh,
+        **own,
+    )
+    check(request)
+    # JAX takes seconds to import: --help and mistakes are answered without it.
+    from llamajax.decoding.output import converse, write_json, write_text
+    from llamajax.decoding.session import open_session
+
+    session, code = open_session(request), 0
+    try:
+        if request.interactive:
+            converse(session, sys.stdin, sys.stdout)
+        for n, prompts in enumerate(session.batches()):
+            if request.json:
+                write_json(session, prompts, sys.stdout)
+            else:
+                sys.stdout.write("\n" * (n > 0))
+                write_text(session, prompts, sys.stdout, with_prompt=True)
+    except BrokenPipeError:  # whoever read stdout has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        code = 130
+        print(file=sys.stderr)
+    if session.engine.times.batches:
+        print(session.summary(), file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    run_verb(main)
