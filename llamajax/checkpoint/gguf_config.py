@@ -3,6 +3,7 @@
 Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#llama.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,7 +92,8 @@ def model_config(header: Header) -> ModelConfig:
     if facts.problems:
         raise combine(facts.problems, title=f"{path}: not a model that llamajax computes:")
     scaling = _rope_scaling(header, facts, head_size, theta)
-    return imported_model(path, rope_scaling=scaling, **model)
+    model["rope_scaling"] = scaling and dataclasses.asdict(scaling)
+    return imported_model(path, **model)
 
 
 class _Facts:

@@ -36,8 +36,9 @@ LLAMA31 = RopeScaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
 )
 TIED = dataclasses.replace(GROUPED, tie_embeddings=True)
-SCALED = dataclasses.replace(GROUPED, rope_theta=500_000.0, rope_scaling=LLAMA31)
-SPLITS = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
+SCALED = dataclasses.replace(
+    GROUPED, rope_theta=500_000.0, rope_scaling=LLAMA31, max_seq_len=131_072
+)
 
 
 def torch_llama(c: ModelConfig) -> transformers.LlamaForCausalLM:
