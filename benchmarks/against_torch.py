@@ -252,7 +252,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq_len", type=int, default=512)
     parser.add_argument("--dtype", choices=get_args(ComputeDtype), default="float32")
-    parser.add_argument("--remat", choices=get_args(Remat), default="none", help="llamajax only")
+    parser.add_argument("--remat", choices=get_args(Remat), default="dots", help="llamajax only")
     parser.add_argument("--loss_chunk_tokens", type=int, default=512, help="llamajax only")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=3, help="steps of each system a round")

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+from llamajax.backends import with_huge_pages
 from llamajax.config import RunConfig, freeze, mesh_config, new_config, preset
 from llamajax.config.schema import AttentionImpl, ComputeDtype, Remat
 from llamajax.errors import UserError, run_verb
@@ -187,7 +188,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seq_len", type=int, default=512, help="tokens a sample")
     parser.add_argument("--dtype", choices=get_args(ComputeDtype), default="float32")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
-    parser.add_argument("--remat", choices=get_args(Remat), default="none")
+    parser.add_argument("--remat", choices=get_args(Remat), default="dots")
     parser.add_argument("--attention", choices=get_args(AttentionImpl), default="auto")
     parser.add_argument("--accumulation", type=int, default=1, help="microbatches a step")
     parser.add_argument("--loss_chunk_tokens", type=int, default=512)
@@ -219,4 +220,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    with_huge_pages()  # as llamajax.train does
     run_verb(main)

@@ -27,7 +27,7 @@ def get_config(dtype: str = "float32") -> ConfigDict:
     config.train.steps = 100
     config.train.seed = 0
     config.train.dtype = dtype
-    config.train.remat = "none"
+    config.train.remat = "dots"
 
     config.optim.learning_rate = 3e-4
     config.optim.warmup_steps = config.train.get_ref("steps") // 10

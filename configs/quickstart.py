@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.train.steps = 200
     config.train.seed = 0
     config.train.dtype = "float32"
-    config.train.remat = "none"
+    config.train.remat = "dots"
     config.train.log_every = 10
     config.train.eval_every = 50
 

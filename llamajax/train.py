@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from llamajax.backends import with_huge_pages
 from llamajax.config import WORKDIR, parse_command_line
 from llamajax.errors import run_verb
 from llamajax.training.shutdown import Shutdown
@@ -23,4 +24,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    with_huge_pages()
     run_verb(main)

@@ -1,6 +1,24 @@
-"""What the machine is: starting JAX on it, and what is known of its devices."""
+"""What the machine is: starting JAX on it, and what is known of its devices.
 
-from llamajax.backends.devices import attention_preferences, peak_flops
-from llamajax.backends.runtime import Machine, peak_memory_bytes, start
+Names are looked up when they are used, so that what needs no JAX does not wait for its import.
+"""
 
-__all__ = ["Machine", "attention_preferences", "peak_flops", "peak_memory_bytes", "start"]
+import importlib
+from typing import Any
+
+_HOME = {
+    "Machine": "runtime",
+    "attention_preferences": "devices",
+    "peak_flops": "devices",
+    "peak_memory_bytes": "runtime",
+    "start": "runtime",
+    "with_huge_pages": "hugepages",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
