@@ -1,0 +1,207 @@
+"""`python -m llamajax.convert`: weights from one format to another, in little memory."""
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
+
+from llamajax.config import Flag, parse_command_line
+from llamajax.config.schema import BackendConfig, MeshConfig
+from llamajax.errors import UserError, run_verb
+
+if TYPE_CHECKING:
+    from llamajax.checkpoint.stored import Leaf
+    from llamajax.checkpoint.tensor_source import TensorSource
+    from llamajax.checkpoint.weights import Weights
+    from llamajax.data import Tokenizer
+
+SUMMARY = "Convert weights: Hugging Face, GGUF, Meta or llamajax to Hugging Face or llamajax."
+EXAMPLE = """python -m llamajax.convert --from=runs/quickstart --to=hf/quickstart
+python -m llamajax.convert --from=hf/llama2_7b --to=models/llama2_7b"""
+
+_FLAGS = (
+    Flag(
+        name="from",
+        metavar="DIR",
+        doc="a --workdir of train, one of its checkpoints/STEP, a Hugging Face directory, a GGUF "
+        "file, or a directory of Meta's",
+    ),
+    Flag(name="to", metavar="DIR", doc="directory to write; appears whole or not at all"),
+    Flag(
+        name="format",
+        metavar="NAME",
+        annotation=Literal["hf", "llamajax"] | None,
+        default=None,
+        doc="what to write; none: hf from a llamajax checkpoint, llamajax from anything else",
+    ),
+    Flag(
+        name="dtype",
+        metavar="NAME",
+        annotation=Literal["bfloat16", "float32", "float16"],
+        default="bfloat16",
+        doc="dtype of the written weights (llamajax keeps norm scales in float32)",
+    ),
+    Flag(
+        name="max_shard_bytes",
+        metavar="N",
+        annotation=int,
+        default=4_000_000_000,
+        doc="hf: largest size of one safetensors file, in bytes",
+    ),
+    Flag(name="overwrite", annotation=bool, default=False, doc="replace --to if it exists"),
+)
+_LOG_EVERY_S = 10.0
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0 written, 130 and 143 interrupted, with nothing written."""
+    flags = parse_command_line(
+        argv, verb="convert", takes_config=False, flags=_FLAGS, summary=SUMMARY, example=EXAMPLE
+    )
+    if flags.max_shard_bytes < 1:
+        raise UserError(f"--max_shard_bytes={flags.max_shard_bytes}: must be at least 1")
+    with _leaving_on_sigterm():
+        try:
+            _convert(flags)
+        except KeyboardInterrupt:
+            _say(f"interrupted: nothing was written to {flags.to}")
+            return 130
+    return 0
+
+
+def _convert(flags: SimpleNamespace) -> None:
+    # JAX takes seconds to import: --help and mistakes are answered without it.
+    from llamajax import backends, data
+    from llamajax.checkpoint.hf_write import check_vocabulary, write_hf
+    from llamajax.checkpoint.stored import write_llamajax
+    from llamajax.checkpoint.weights import open_weights
+
+    started, target = time.monotonic(), Path(flags.to)
+    backends.start(BackendConfig(name="cpu"))  # an accelerator would be taken for nothing
+    weights = open_weights(Path(getattr(flags, "from")))
+    kind = flags.format or ("hf" if weights.kind == "llamajax" else "llamajax")
+    _check_apart(flags, weights)
+    if kind == "llamajax" and flags.dtype == "float16":
+        raise UserError("--dtype=float16 is for --format=hf; llamajax takes bfloat16 or float32")
+    tokenizer = None if weights.tokenizer is None else data.load_tokenizer(weights.tokenizer)
+    check_vocabulary(tokenizer, weights.model)
+    if tokenizer is None:
+        _say(f"warning: {weights.path} has no tokenizer: the weights are converted without one")
+    source, leaves = _tensors(weights, flags.dtype)
+    _note_rounding(source, flags.dtype)
+    progress = _Progress()
+    options = {"overwrite": flags.overwrite, "progress": progress}
+    with contextlib.closing(source), contextlib.closing(progress):
+        if kind == "hf":
+            options |= {"max_shard_bytes": flags.max_shard_bytes, "tokenizer": tokenizer}
+            for line in write_hf(source, weights.model, target, dtype=flags.dtype, **options):
+                _say(f"warning: {line}")
+        else:
+            options |= {"leaves": leaves, "step": weights.step or 0}
+            options |= {"write_tokenizer": _keeping(tokenizer)}
+            write_llamajax(source, weights.model, target, **options)
+    print(
+        f"{weights.kind} -> {kind}: {progress.total:,} bytes of {flags.dtype} weights in {target}, "
+        f"{time.monotonic() - started:.1f} s",
+        flush=True,
+    )
+
+
+def _check_apart(flags: SimpleNamespace, weights: "Weights") -> None:
+    """Raise UserError when --to holds what is read: writing it would delete that."""
+    target = Path(flags.to).resolve()
+    for read in (Path(getattr(flags, "from")), weights.path, weights.tokenizer):
+        if read is not None and read.resolve().is_relative_to(target):
+            raise UserError(f"--to={flags.to} holds what is read, {read}; name another directory")
+
+
+def _tensors(weights: "Weights", dtype: str) -> "tuple[TensorSource, dict[str, Leaf]]":
+    """The tensors that are read, and the leaves that a llamajax checkpoint makes of them."""
+    import jax
+
+    from llamajax import sharding
+    from llamajax.checkpoint.stored import StoredSource, leaves_of
+    from llamajax.models.abstract import abstract_model
+
+    mesh = sharding.build_mesh(MeshConfig(), jax.devices()[:1])
+    leaves = leaves_of(abstract_model(weights.model, mesh, dtype=jax.numpy.dtype(dtype)))
+    if weights.source is not None:
+        return weights.source, leaves
+    return StoredSource(weights.path, weights.model, leaves), leaves
+
+
+def _note_rounding(source: "TensorSource", dtype: str) -> None:
+    """Say so when the written matrices hold less than those that are read."""
+    keeps_all_of = {"float32": ("bfloat16", "float16", "float32")}
+    stored = {source.dtype(n).name for n in source.names() if len(source.shape(n)) > 1}
+    if rounded := sorted(stored - set(keeps_all_of.get(dtype, (dtype,)))):
+        words = " and ".join(rounded)
+        _say(f"note: {words} weights are rounded to {dtype}; --dtype=float32 keeps every bit")
+
+
+def _keeping(tokenizer: "Tokenizer | None") -> Callable[[Path], None]:
+    """What writes a tokenizer as it is, with the files that belong to it."""
+    from llamajax.data.tokenizer_export import copy_companions
+
+    def write(directory: Path) -> None:
+        if tokenizer is not None:
+            tokenizer.save(directory)
+            for file in tokenizer.files[:1]:
+                copy_companions(file.parent, directory)
+
+    return write
+
+
+class _Progress:
+    """A bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._start = self._last = time.monotonic()
+        self._bar: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        self.total = total
+        if sys.stderr.isatty():
+            if self._bar is None:
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="weights")
+            self._bar.update(done - self._bar.n)
+        elif time.monotonic() - self._last > _LOG_EVERY_S:
+            self._last = time.monotonic()
+            rate = done / (self._last - self._start)
+            _say(
+                f"weights: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate / 1e6:,.0f} MB/s, "
+                f"{(total - done) / rate:,.0f} s left"
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """SIGTERM unwinds as an exit with 143, so that what is half done is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set a handler
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    run_verb(main)
