@@ -54,10 +54,8 @@ class InstructionCorpus(Corpus):
         self._template = template
         self._problems: list[str] = []
         if others := [f.name for f in files if format_of(f) != ".jsonl"]:
-            kinds = " or ".join(["", *COMPRESSIONS]).strip()
-            raise UserError(
-                f"--format=instructions reads .jsonl files, also {kinds}; not {', '.join(others)}"
-            )
+            kinds = " and ".join(f".jsonl{c}" for c in ("", *COMPRESSIONS))
+            raise UserError(f"--format=instructions reads {kinds}, not {', '.join(others)}")
 
     def __iter__(self) -> Iterator[Example]:
         self._problems = []

@@ -227,7 +227,7 @@ def test_bad_lines_are_named_together(tmp_path):
     assert len(str(raised.value).splitlines()) == 11
     text = tmp_path / "a.txt"
     text.write_text("x")
-    with pytest.raises(UserError, match=r"reads \.jsonl files.*not a\.txt"):
+    with pytest.raises(UserError, match=r"reads \.jsonl and \.jsonl\.gz.*not a\.txt"):
         InstructionCorpus([text, path], template="none")
 
 
