@@ -4,8 +4,12 @@ A rule reads the valid values by path; a rule that needs an absent one (mistyped
 reported as such) is passed over, so that one mistake never hides another.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from llamajax.config.nearest import did_you_mean, nearest
+from llamajax.config.schema import LORA_TARGETS
 
 
 class _Absent(LookupError):
@@ -49,6 +53,7 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,
     "checkpoint.keep_every": 1,
+    "checkpoint.export_hf_every": 1,
     "backend.num_cpu_devices": 1,
     "backend.num_processes": 1,
     "backend.process_id": 0,
@@ -63,12 +68,14 @@ _ABOVE_ZERO = (
     "optim.learning_rate",
     "optim.epsilon",
     "optim.clip_norm",
+    "lora.alpha",
     "checkpoint.every_minutes",
 )
 # JAX keys and grain shuffles are seeded with 32 bits.
 _BELOW = {
     "optim.beta1": 1,
     "optim.beta2": 1,
+    "lora.dropout": 1,
     "data.seed": 2**32,
     "train.seed": 2**32,
 }
@@ -242,18 +249,42 @@ def _final_rate(v: _Values) -> Iterator[str]:
 
 
 def _init_from(v: _Values) -> Iterator[str]:
-    if v["train.init_from"] is not None:
+    if v["train.init_from"] is not None and not v["train.init_from"].strip():
+        yield "train.init_from = '': is empty; name a directory of weights, or set it to none"
+
+
+def _lora_base(v: _Values) -> Iterator[str]:
+    if v["lora.rank"] > 0 and v["train.init_from"] is None:
         yield (
-            f"train.init_from = {v['train.init_from']}: starting from other weights is not yet "
-            "available in this version; set it to none"
+            f"lora.rank = {v['lora.rank']}: adapters need weights to adapt; set train.init_from "
+            "to their directory, or lora.rank to 0 to train all weights"
         )
 
 
-def _lora(v: _Values) -> Iterator[str]:
-    if v["lora.rank"] > 0:
+def _lora_targets(v: _Values) -> Iterator[str]:
+    targets = v["lora.targets"]
+    for name in dict.fromkeys(targets):
+        if name not in LORA_TARGETS:
+            hint = did_you_mean(nearest(name, LORA_TARGETS)) or ";"
+            yield f"lora.targets: unknown matrix {name!r}{hint} they are {', '.join(LORA_TARGETS)}"
+        elif targets.count(name) > 1:
+            yield f"lora.targets: {name} is there {targets.count(name)} times; name it once"
+    if not targets and v["lora.rank"] > 0:
+        yield f"lora.targets: is empty; name some of {', '.join(LORA_TARGETS)}"
+
+
+def _lora_rank(v: _Values) -> Iterator[str]:
+    keys = {"D": "hidden_size", "N": "num_heads", "K": "num_kv_heads", "H": "head_size"}
+    keys["F"] = "intermediate_size"
+    sizes = {}
+    for target in v["lora.targets"]:
+        for letters in LORA_TARGETS.get(target, ()):
+            sizes[target, letters] = math.prod(v[f"model.{keys[letter]}"] for letter in letters)
+    least = min(sizes, key=sizes.__getitem__, default=None)
+    if least is not None and v["lora.rank"] > sizes[least] > 0:
         yield (
-            f"lora.rank = {v['lora.rank']}: adapters are not yet available in this version; "
-            "set it to 0"
+            f"lora.rank = {v['lora.rank']}: is more than {sizes[least]}, the smaller dimension of "
+            f"the {least[0]} matrix, which has no higher rank; make it at most {sizes[least]}"
         )
 
 
@@ -303,6 +334,6 @@ def _list(items: tuple[float, ...]) -> str:
 
 _RULES: tuple[Rule, ...] = (
     _even_head, _kv_heads, _rope_scaling, _context, _mesh_sizes, _mesh_reserved, _accumulation,
-    _paths, _weights, _warmup, _decay, _final_rate, _init_from, _lora, _plugin, _plugin_options,
-    _processes,
+    _paths, _weights, _warmup, _decay, _final_rate, _init_from, _lora_base, _lora_targets,
+    _lora_rank, _plugin, _plugin_options, _processes,
 )  # fmt: skip

@@ -150,7 +150,9 @@ class TrainConfig:
         "dtype of the matrix products; weights, moments, norms, softmax and loss stay fp32"
     )
     init_from: str | None = key(
-        "directory of weights to start from; none: random weights", default=None
+        "weights to start from: a Hugging Face directory, a --workdir or one of its checkpoints; "
+        "none: random weights",
+        default=None,
     )
     accumulation_steps: int = key(
         "microbatches a step; the loss is that of the whole batch", default=1
@@ -172,11 +174,33 @@ class TrainConfig:
     eval_batches: int | None = key("batches an evaluation; none: the whole split", default=None)
 
 
+# The matrices that can be adapted, as dimension letters of their inputs and of their outputs.
+LORA_TARGETS = {
+    "query": ("D", "NH"),
+    "key": ("D", "KH"),
+    "value": ("D", "KH"),
+    "out": ("NH", "D"),
+    "gate": ("D", "F"),
+    "up": ("D", "F"),
+    "down": ("F", "D"),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters."""
+    """Low-rank adapters beside frozen weights (Hu et al. 2021); needs train.init_from."""
 
     rank: int = key("rank of the adapters; 0: train all weights", default=0)
+    alpha: float = key("adapters are scaled by alpha / rank", default=16.0)
+    dropout: float = key("probability that an input of an adapter is dropped", default=0.0)
+    # All of them: at equal numbers of weights, adapting every matrix with a lower rank learns more
+    # than adapting query and value alone (Dettmers et al. 2023, arXiv:2305.14314, section 4).
+    targets: tuple[str, ...] = key(
+        f"matrices with an adapter, among {','.join(LORA_TARGETS)}", default=tuple(LORA_TARGETS)
+    )
+    base_dtype: ComputeDtype = key(
+        "dtype in which the frozen matrices are held; norms stay fp32", default="float32"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,6 +218,10 @@ class CheckpointConfig:
         "also keep every checkpoint whose step is a multiple of this", default=None
     )
     asynchronous: bool = key("whether saving overlaps training", default=True)
+    export_hf_every: int | None = key(
+        "steps between exports in Hugging Face's format to hf/STEP, also at the end; none: never",
+        default=None,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ it is called on one device; the code is the same. Weights are stored in float32 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llamajax.config.schema import ModelConfig
+from llamajax.models.lora import fold_in, project
 from llamajax.models.remat import rematerialised
 from llamajax.models.weights import named_key, normal, ones
 from llamajax.ops.attention import attention
@@ -23,9 +25,13 @@ from llamajax.ops.embedding import embed
 from llamajax.ops.linear import linear
 from llamajax.ops.norm import rms_norm
 from llamajax.ops.rope import angles, frequencies, rotate
-from llamajax.sharding.collectives import enter_tensor, gather, leave_tensor
+from llamajax.sharding.collectives import all_gathered, enter_tensor, gather, leave_tensor
 
 Batch = Mapping[str, jax.Array]
+
+# From q (B, T, N, H), k and v (B, T, K, H) of a block's tokens, what is kept between calls (a cache
+# or None) and the block's number: the attended values (B, T, N, H), and what is kept from now on.
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,13 +53,16 @@ class Attention(nnx.Module):
         self.key = normal(config, "DKH", key, "key")
         self.value = normal(config, "DKH", key, "value")
         self.out = normal(config, "NHD", key, "out")
+        self.query_lora = self.key_lora = self.value_lora = self.out_lora = nnx.data(None)
 
-    def __call__(self, x_BTD, cos_sin, segment_ids_BT, *, impl: str) -> jax.Array:
-        q_BTNH = checkpoint_name(rotate(linear(x_BTD, self.query[...]), cos_sin), "qkv")
-        k_BTKH = checkpoint_name(rotate(linear(x_BTD, self.key[...]), cos_sin), "qkv")
-        v_BTKH = checkpoint_name(linear(x_BTD, self.value[...]), "qkv")
-        o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, impl=impl, segment_ids_BT=segment_ids_BT)
-        return linear(o_BTNH, self.out[...], contract=2)
+    def __call__(self, x_BTD, cos_sin, attend: Callable, keys_BT) -> tuple[jax.Array, Any]:
+        q_BTNH = project(x_BTD, self.query, self.query_lora, keys_BT)
+        k_BTKH = project(x_BTD, self.key, self.key_lora, keys_BT)
+        v_BTKH = checkpoint_name(project(x_BTD, self.value, self.value_lora, keys_BT), "qkv")
+        q_BTNH = checkpoint_name(rotate(q_BTNH, cos_sin), "qkv")
+        k_BTKH = checkpoint_name(rotate(k_BTKH, cos_sin), "qkv")
+        o_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
+        return project(o_BTNH, self.out, self.out_lora, keys_BT, contract=2), kept
 
 
 class FeedForward(nnx.Module):
@@ -63,10 +72,12 @@ class FeedForward(nnx.Module):
         self.gate = normal(config, "DF", key, "gate")
         self.up = normal(config, "DF", key, "up")
         self.down = normal(config, "FD", key, "down")
+        self.gate_lora = self.up_lora = self.down_lora = nnx.data(None)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF = jax.nn.silu(linear(x_BTD, self.gate[...]))
-        return linear(gate_BTF * linear(x_BTD, self.up[...]), self.down[...])
+    def __call__(self, x_BTD: jax.Array, keys_BT: jax.Array | None) -> jax.Array:
+        gate_BTF = jax.nn.silu(project(x_BTD, self.gate, self.gate_lora, keys_BT))
+        up_BTF = project(x_BTD, self.up, self.up_lora, keys_BT)
+        return project(gate_BTF * up_BTF, self.down, self.down_lora, keys_BT)
 
 
 class Block(nnx.Module):
@@ -78,12 +89,12 @@ class Block(nnx.Module):
         self.mlp_norm = ones(config, "D")
         self.mlp = FeedForward(config, named_key(key, "mlp"))
 
-    def __call__(self, x_BTD, cos_sin, segment_ids_BT, *, eps: float, impl: str) -> jax.Array:
+    def __call__(self, x_BTD, cos_sin, attend: Callable, keys_BT, *, eps: float):
         h_BTD = enter_tensor(rms_norm(x_BTD, self.attention_norm[...], eps=eps))
-        h_BTD = self.attention(h_BTD, cos_sin, segment_ids_BT, impl=impl)
+        h_BTD, kept = self.attention(h_BTD, cos_sin, attend, keys_BT)
         x_BTD = x_BTD + leave_tensor(h_BTD)
-        h_BTD = self.mlp(enter_tensor(rms_norm(x_BTD, self.mlp_norm[...], eps=eps)))
-        return x_BTD + leave_tensor(h_BTD)
+        h_BTD = self.mlp(enter_tensor(rms_norm(x_BTD, self.mlp_norm[...], eps=eps)), keys_BT)
+        return x_BTD + leave_tensor(h_BTD), kept
 
 
 class Llama(nnx.Module):
@@ -101,21 +112,32 @@ class Llama(nnx.Module):
         """Normalised last hidden states (B, T, D), in the compute dtype.
 
         `batch` holds int32 (B, T) `tokens`, `positions` and `segment_ids`; without the last, tokens
-        see every earlier one.
+        see every earlier one. `dropout_keys`, one a token, if the adapters' dropout is to happen.
         """
+        segment_ids_BT = batch.get("segment_ids")
+
+        def attend(q, k, v, kept, _):
+            return attention(q, k, v, impl=compute.attention, segment_ids_BT=segment_ids_BT), kept
+
+        return self.attended(batch, compute, attend, None)[0]
+
+    def attended(self, batch: Batch, compute: Compute, attend: Attend, cache: Any):
+        """`hidden` with the attention that the caller defines, and the cache as it left it."""
         c = self.config
         frequency = frequencies(c.head_size, theta=c.rope_theta, scaling=c.rope_scaling)
         cos_sin = angles(batch["positions"], frequency)
-        segment_ids_BT = batch.get("segment_ids")
 
-        def block(x_BTD: jax.Array, layer: Block) -> tuple[jax.Array, None]:
-            layer = gather(layer, compute.dtype)
-            impl = compute.attention
-            return layer(x_BTD, cos_sin, segment_ids_BT, eps=c.norm_eps, impl=impl), None
+        def block(carry: tuple[jax.Array, Any], numbered: tuple[Block, jax.Array]):
+            (x_BTD, cache), number = carry, numbered[1]
+            layer, keys_BT = gather(numbered[0], compute.dtype), batch.get("dropout_keys")
+            own = lambda q, k, v: attend(q, k, v, cache, number)  # noqa: E731
+            return layer(x_BTD, cos_sin, own, fold_in(keys_BT, number), eps=c.norm_eps), None
 
         x_BTD = embed(self.embedding[...], batch["tokens"], compute.dtype)
-        x_BTD, _ = jax.lax.scan(rematerialised(block, compute.remat), x_BTD, self.blocks)
-        return rms_norm(x_BTD, gather(self.norm, compute.dtype)[...], eps=c.norm_eps)
+        numbered = (self.blocks, jnp.arange(c.num_layers))
+        carry = (x_BTD, cache)
+        (x_BTD, cache), _ = jax.lax.scan(rematerialised(block, compute.remat), carry, numbered)
+        return rms_norm(x_BTD, gather(self.norm, compute.dtype)[...], eps=c.norm_eps), cache
 
     def loss_terms(self, batch: Batch, compute: Compute) -> LossTerms:
         """Summed losses over the batch's `targets` where its `loss_mask` is true."""
@@ -145,6 +167,16 @@ class Llama(nnx.Module):
         head_VD = gather(self._head(), compute.dtype)[...]
         logits_BTV = linear(x_BTD, head_VD.T).astype(jnp.float32)
         return logits_BTV[:, :, : self.config.vocab_size]
+
+    def next_logits(self, x_BD: jax.Array, compute: Compute) -> jax.Array:
+        """Float32 logits (B, V) of the tokens after those with last hidden states `x_BD`.
+
+        The head is used where it lies, V over `tensor`; its logits are then gathered, so that
+        every device has all of V.
+        """
+        head_VD = gather(self._head(), compute.dtype)[...]
+        logits_BV = jnp.dot(x_BD, head_VD.T, preferred_element_type=jnp.float32)
+        return all_gathered(logits_BV, "tensor", dim=1)[:, : self.config.vocab_size]
 
     def _head(self) -> nnx.Param:
         return self.embedding if self.head is None else self.head

@@ -140,7 +140,12 @@ def _summed(x, head_VD, targets, mask, settings: _Settings):
 
 
 def _summed_forward(x, head_VD, targets, mask, settings: _Settings):
-    """The sums and, chunk by chunk, the gradients of the objective: no logits are kept."""
+    """The sums and, chunk by chunk, the gradients of the objective: no logits are kept.
+
+    A head that is frozen (not differentiated) has no gradient, nor a buffer for one.
+    """
+    train_head = head_VD.perturbed
+    x, head_VD, targets, mask = (primal.value for primal in (x, head_VD, targets, mask))
     head = _gathered_head(head_VD, settings)
 
     def body(carry, part):
@@ -155,12 +160,15 @@ def _summed_forward(x, head_VD, targets, mask, settings: _Settings):
         grad_x = collectives.total(
             jnp.dot(grad, head, preferred_element_type=settings.dtype), "tensor"
         )
-        grad_head += jnp.dot(grad.T, x_CD, preferred_element_type=jnp.float32)
+        if train_head:
+            grad_head += jnp.dot(grad.T, x_CD, preferred_element_type=jnp.float32)
         return (nll + sums[0], z + sums[1], grad_head), grad_x
 
     parts = [_chunks(a, settings.chunk) for a in (x, targets, mask)]
     zero = collectives.varying_like(jnp.float32(0), x)
-    zeros = collectives.varying_like(jnp.zeros(head.shape, jnp.float32), head, x)
+    zeros = None
+    if train_head:
+        zeros = collectives.varying_like(jnp.zeros(head.shape, jnp.float32), head, x)
     (nll, z, grad_head), grad_x = jax.lax.scan(body, (zero, zero, zeros), parts)
     return _objective(nll, z, settings), (grad_x.reshape(x.shape), grad_head)
 
@@ -168,8 +176,9 @@ def _summed_forward(x, head_VD, targets, mask, settings: _Settings):
 def _summed_backward(settings: _Settings, saved, grads):
     grad_x, grad_head = saved
     scale = grads[0]  # of the objective; nll and z are for the log
-    grad_head = collectives.sum_scattered(grad_head * scale, "fsdp", dim=1)
+    if grad_head is not None:
+        grad_head = collectives.sum_scattered(grad_head * scale, "fsdp", dim=1)
     return grad_x * scale.astype(grad_x.dtype), grad_head, None, None
 
 
-_summed.defvjp(_summed_forward, _summed_backward)
+_summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)

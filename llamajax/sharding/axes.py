@@ -1,7 +1,8 @@
 """The two maps from the alphabet of dimensions to mesh axes, and their reading as PartitionSpecs.
 
 Letters: B batch, T query position, S key position, D model, F feed-forward, N query heads,
-K key-value heads, H head size, V vocabulary, L layers. An *axis* is a mesh axis, a *dim* a letter.
+K key-value heads, H head size, V vocabulary, L layers, R rank of an adapter (never split). An
+*axis* is a mesh axis, a *dim* a letter.
 
 WEIGHTS says where a weight lives, ACTIVATIONS where an activation flows. What a weight is split
 over in the first and not in use is gathered on use: that difference is FSDP.

@@ -89,16 +89,18 @@ def varying_like(x: jax.Array, *others: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: jax.Array, dim: int, dtype: jnp.dtype) -> jax.Array:
-    return all_gathered(x.astype(dtype), "fsdp", dim=dim)
+def _gather(x: jax.Array, dim: int | None, dtype: jnp.dtype) -> jax.Array:
+    x = x.astype(dtype)
+    return varying(x, "fsdp") if dim is None else all_gathered(x, "fsdp", dim=dim)
 
 
-def _gather_forward(x: jax.Array, dim: int, dtype: jnp.dtype) -> tuple[jax.Array, None]:
+def _gather_forward(x: jax.Array, dim: int | None, dtype: jnp.dtype) -> tuple[jax.Array, None]:
     return _gather(x, dim, dtype), None
 
 
-def _gather_backward(dim: int, dtype: jnp.dtype, _: None, grad: jax.Array) -> tuple[jax.Array]:
-    return (sum_scattered(grad.astype(jnp.float32), "fsdp", dim=dim),)
+def _gather_backward(dim: int | None, dtype: jnp.dtype, _: None, grad: jax.Array):
+    grad = grad.astype(jnp.float32)
+    return (total(grad, "fsdp") if dim is None else sum_scattered(grad, "fsdp", dim=dim),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
@@ -109,6 +111,10 @@ def gather(tree: Any, dtype: jnp.dtype) -> Any:
 
     Vectors (norm scales) stay float32: rounding 1.003 to bfloat16 would lose it. Tagged
     "gathered_weight", so that a remat policy can refuse to keep gathered weights until backward.
+
+    A factor of an adapter may have no dim on `fsdp`: it is whole already, and its gradient is
+    summed. One that has none on `tensor` meets activations that differ there, in the middle of a
+    pair of split matrices, where no `enter_tensor` is: its gradient is summed here.
     """
 
     def one(weight: nnx.Variable) -> nnx.Variable:
@@ -116,8 +122,11 @@ def gather(tree: Any, dtype: jnp.dtype) -> Any:
         assert value.ndim == len(weight.axes), "gather inside the scan over layers, not outside"
         keep = jnp.float32 if value.ndim == 1 else dtype
         dims = [i for i, d in enumerate(weight.axes) if "fsdp" in axes_of(WEIGHTS.get(d))]
-        assert len(dims) == 1, f"a weight is split over fsdp once: {weight.axes}"
-        return weight.replace(checkpoint_name(_gather(value, dims[0], keep), "gathered_weight"))
+        assert len(dims) == 1 or "R" in weight.axes, f"a weight is split over fsdp: {weight.axes}"
+        if "R" in weight.axes and not any("tensor" in axes_of(WEIGHTS.get(d)) for d in weight.axes):
+            value = enter_tensor(value)
+        value = _gather(value, dims[0] if dims else None, keep)
+        return weight.replace(checkpoint_name(value, "gathered_weight"))
 
     return map_weights(one, tree)
 

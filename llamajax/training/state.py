@@ -8,8 +8,10 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from llamajax.config.schema import ModelConfig
+from llamajax.config.schema import LoraConfig, ModelConfig
+from llamajax.models.abstract import abstract_model
 from llamajax.models.llama import Llama
+from llamajax.models.lora import Adapters, attach, init_adapters
 from llamajax.sharding import shardings
 
 
@@ -18,27 +20,60 @@ class TrainState:
     """Step n means n updates applied."""
 
     step: jax.Array  # int32 scalar
-    model: Llama  # float32 master weights
-    opt_state: optax.OptState
+    model: Llama  # float32 master weights; frozen where there are adapters
+    opt_state: optax.OptState  # of what is trained
+    adapters: Adapters | None = None
+
+    @property
+    def trained(self) -> Any:
+        """The weights that updates change."""
+        return self.model if self.adapters is None else self.adapters
+
+    @property
+    def whole(self) -> Llama:
+        """The model that computes: with its adapters beside the weights that they adapt."""
+        return attach(self.model, self.adapters)
+
+    @property
+    def to_save(self) -> "TrainState":
+        """What a checkpoint holds: frozen weights are read again from where they came from."""
+        return self if self.adapters is None else self.replace(model=None)
+
+    def updated(self, trained: Any, opt_state: optax.OptState) -> "TrainState":
+        """The state after one more update."""
+        name = "model" if self.adapters is None else "adapters"
+        return self.replace(step=self.step + 1, opt_state=opt_state, **{name: trained})
 
 
-def _fresh(key: jax.Array, config: ModelConfig, optimizer: optax.GradientTransformation):
-    model = Llama(config, key)
+def _around(
+    model: Llama, optimizer: optax.GradientTransformation, lora: LoraConfig | None, key: jax.Array
+) -> TrainState:
+    adapters = init_adapters(model.config, lora, key) if lora else None
+    state = TrainState(step=jnp.int32(0), model=model, opt_state=(), adapters=adapters)
     with jax.numpy_dtype_promotion("standard"):
-        opt_state = optimizer.init(model)
-    return TrainState(step=jnp.int32(0), model=model, opt_state=opt_state)
+        return state.replace(opt_state=optimizer.init(state.trained))
+
+
+def _placed(shapes: Any, mesh: Mesh) -> Any:
+    one = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(one, shapes, shardings(shapes, mesh))
 
 
 def abstract_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    lora: LoraConfig | None = None,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the whole state; nothing is allocated."""
-    shapes = jax.eval_shape(lambda key: _fresh(key, config, optimizer), jax.random.key(0))
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        shardings(shapes, mesh),
-    )
+    """Shapes, dtypes and shardings of the whole state; nothing is allocated.
+
+    With `lora`, adapters train and the model is frozen in `lora.base_dtype`.
+    """
+    model = abstract_model(config, mesh, dtype=jnp.dtype(lora.base_dtype if lora else "float32"))
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(lambda m, k: _around(m, optimizer, lora, k), model, key)
+    return _placed(shapes, mesh)
 
 
 def init_state(
@@ -46,5 +81,26 @@ def init_state(
 ) -> TrainState:
     """Random initial state, born sharded. The same seed gives the same weights on every mesh."""
     placed = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
-    init: Any = jax.jit(lambda key: _fresh(key, config, optimizer), out_shardings=placed)
+    fresh = lambda key: _around(Llama(config, key), optimizer, None, key)  # noqa: E731
+    init: Any = jax.jit(fresh, out_shardings=placed)
     return init(jax.random.key(seed))
+
+
+def state_around(
+    model: Llama,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    lora: LoraConfig | None,
+    seed: int,
+) -> TrainState:
+    """State of step 0 around given weights, which are taken over and not copied."""
+    abstract = abstract_state(model.config, optimizer, mesh, lora=lora)
+    rest = abstract.replace(model=None)
+    placed = jax.tree.map(lambda x: x.sharding, rest)
+
+    def make(key: jax.Array) -> TrainState:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract.model)
+        return _around(zeros, optimizer, lora, key).replace(model=None)
+
+    return jax.jit(make, out_shardings=placed)(jax.random.key(seed)).replace(model=model)

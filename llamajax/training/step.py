@@ -11,8 +11,10 @@ from jax.sharding import Mesh, PartitionSpec
 from llamajax import optim
 from llamajax.config.schema import OptimConfig, TrainConfig
 from llamajax.models.llama import Batch, Compute, Llama
+from llamajax.models.lora import drops_out, trainable
 from llamajax.models.sharded import precision, sharded
-from llamajax.sharding import BATCH_AXES, specs
+from llamajax.models.weights import named_key
+from llamajax.sharding import BATCH_AXES, batch_sharding, specs
 from llamajax.sharding.collectives import total, varying, varying_like
 from llamajax.training.state import TrainState
 
@@ -23,13 +25,15 @@ def _gradients(model: Llama, batch: Batch, *, compute: Compute, accumulation: in
     """Summed gradient, loss terms and target count of a batch, on one device's part of both.
 
     Microbatches add up in float32 and nothing is divided here. Gradients are reduced over `fsdp`
-    by `gather` (weights are gathered for every microbatch) and over `data` once, at the end.
+    by `gather` (weights are gathered for every microbatch) and over `data` once, at the end. Only
+    what is trained has a gradient: the adapters, where there are some.
     """
-    varied = varying(model, "data")
+    trained, joined = trainable(model)
+    varied = varying(trained, "data")
 
     def add(sums: Any, microbatch: Batch) -> tuple[Any, None]:
-        def objective(weights: Llama) -> Any:
-            terms = weights.loss_terms(microbatch, compute)
+        def objective(weights: Any) -> Any:
+            terms = joined(weights).loss_terms(microbatch, compute)
             return terms.objective, (terms.nll, terms.z)
 
         (_, (nll, z)), grads = jax.value_and_grad(objective, has_aux=True)(varied)
@@ -59,15 +63,24 @@ def train_step(
     rate = optim.schedule(optim_config, steps=train_config.steps)
     accumulation = train_config.accumulation_steps
 
+    def keys(step: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        """A key for each token of the global batch of a step, on every mesh the same."""
+        key = jax.random.fold_in(named_key(jax.random.key(train_config.seed), "dropout"), step)
+        number_BT = jnp.arange(tokens_BT.size, dtype=jnp.int32).reshape(tokens_BT.shape)
+        number_BT = jax.sharding.reshard(number_BT, batch_sharding(mesh))
+        return jax.vmap(jax.vmap(lambda number: jax.random.fold_in(key, number)))(number_BT)
+
     def local(model: Llama, batch: Batch) -> Any:
         with precision(compute):
             return _gradients(model, batch, compute=compute, accumulation=accumulation)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        out = (specs(state.model, mesh), PartitionSpec())
-        sums, (nll, z, count) = sharded(local, mesh, state.model, out, compute)(state.model, batch)
+        model, out = state.whole, (specs(state.trained, mesh), PartitionSpec())
+        if drops_out(state.adapters):
+            batch = dict(batch) | {"dropout_keys": keys(state.step, batch["tokens"])}
+        sums, (nll, z, count) = sharded(local, mesh, model, out, compute)(model, batch)
         grads = jax.tree.map(lambda g: g / count, sums)
-        model, opt_state = optim.apply(optimizer, grads, state.opt_state, state.model)
+        trained, opt_state = optim.apply(optimizer, grads, state.opt_state, state.trained)
         metrics = {
             "loss": nll / count,
             "grad_norm": optax.tree.norm(grads),
@@ -76,7 +89,7 @@ def train_step(
         }
         if compute.z_weight:
             metrics["z_loss"] = compute.z_weight * z / count
-        return TrainState(step=state.step + 1, model=model, opt_state=opt_state), metrics
+        return state.updated(trained, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)
 

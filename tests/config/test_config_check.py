@@ -15,6 +15,7 @@ def put(config, path, value):
     config[name] = value
 
 
+LORA = {"lora.rank": 4, "train.init_from": "weights"}
 WRONG = [
     ({"model.head_size": 9}, "model.head_size = 9: must be even"),
     ({"model.head_size": 0}, "model.head_size = 0: must be at least 2"),
@@ -71,10 +72,18 @@ WRONG = [
     ({"optim.weight_decay": -1}, "optim.weight_decay = -1.0: must be at least 0"),
     ({"optim.clip_norm": 0}, "optim.clip_norm = 0.0: must be above 0"),
     ({"train.steps": 0, "optim.warmup_steps": 0}, "train.steps = 0: must be at least 1"),
-    ({"train.init_from": "x"}, "train.init_from = x: starting from other weights is not yet"),
+    ({"train.init_from": " "}, "train.init_from = '': is empty"),
     ({"train.eval_batches": 0}, "train.eval_batches = 0: must be at least 1"),
-    ({"lora.rank": 8}, "lora.rank = 8: adapters are not yet available in this version"),
+    ({"lora.rank": 8}, "lora.rank = 8: adapters need weights to adapt; set train.init_from"),
     ({"lora.rank": -1}, "lora.rank = -1: must be at least 0"),
+    (LORA | {"lora.rank": 21}, "lora.rank = 21: is more than 20, the smaller dimension of the key"),
+    (LORA | {"lora.alpha": 0}, "lora.alpha = 0.0: must be above 0"),
+    (LORA | {"lora.dropout": 1}, "lora.dropout = 1.0: must be at least 0 and below 1"),
+    (LORA | {"lora.dropout": -0.1}, "lora.dropout = -0.1: must be at least 0 and below 1"),
+    (LORA | {"lora.targets": ("querry",)}, "unknown matrix 'querry'; did you mean query?"),
+    (LORA | {"lora.targets": ("up", "up")}, "lora.targets: up is there 2 times"),
+    (LORA | {"lora.targets": ()}, "lora.targets: is empty"),
+    ({"checkpoint.export_hf_every": 0}, "checkpoint.export_hf_every = 0: must be at least 1"),
     ({"checkpoint.keep": 0}, "checkpoint.keep = 0: must be at least 1"),
     ({"checkpoint.every_minutes": 0}, "checkpoint.every_minutes = 0.0: must be above 0"),
     ({"backend.plugin": "x.so"}, "backend.plugin = x.so: needs backend.name"),
@@ -105,6 +114,9 @@ RIGHT = [
     {"data.path": "a, b", "data.weights": (1.0, 2.0)},
     {"backend.name": "npu", "backend.plugin": "x.so", "backend.options": "a=b,c="},
     {"checkpoint.every_steps": None, "checkpoint.every_minutes": None},
+    {"train.init_from": "weights"},
+    LORA | {"lora.rank": 20},
+    LORA | {"lora.rank": 48, "lora.targets": ("gate", "out")},
     TRIPLE,
 ]
 

@@ -1,0 +1,139 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): y = x W + (alpha / rank) dropout(x) A B.
+
+Adapters are a tree of their own, `{target: Adapter}`, stacked over layers like the blocks: what is
+trained, saved and counted apart. `attach` puts them beside the weights that they adapt, where
+`project` finds them; a model without them computes what it always did.
+"""
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llamajax.config.schema import LORA_TARGETS, LoraConfig, ModelConfig
+from llamajax.models.weights import named_key
+from llamajax.ops.dropout import dropout
+from llamajax.ops.linear import linear
+from llamajax.ops.lora import merged
+from llamajax.sharding import WEIGHTS
+from llamajax.sharding.axes import axes_of
+
+MODULES = {
+    target: "mlp" if "F" in inputs + outputs else "attention"
+    for target, (inputs, outputs) in LORA_TARGETS.items()
+}
+
+
+class Adapter(nnx.Module):
+    """The factors A (in, R) and B (R, out) of one matrix, float32; R is never split.
+
+    A is uniform in +-1/sqrt(inputs), as PEFT draws it; B is zero, so that training starts from
+    the base model exactly. Both are functions of the key and the published sizes, on every mesh.
+    """
+
+    def __init__(self, config: ModelConfig, lora: LoraConfig, target: str, key: jax.Array):
+        inputs, outputs = LORA_TARGETS[target]
+        dims = config.dims | {"R": lora.rank}
+        self.target = target
+        self.scale = lora.alpha / lora.rank
+        self.dropout = lora.dropout
+        shape = tuple(dims[d] for d in inputs + "R")
+        bound = math.prod(shape[:-1]) ** -0.5
+        a = jax.random.uniform(named_key(key, target), shape, jnp.float32, -bound, bound)
+        self.a = nnx.Param(a, axes=inputs + "R")
+        b = jnp.zeros(tuple(dims[d] for d in "R" + outputs), jnp.float32)
+        self.b = nnx.Param(b, axes="R" + outputs)
+
+    def __call__(self, x: jax.Array, keys_BT: jax.Array | None) -> jax.Array:
+        """What is added to the product of `x` with the adapted matrix; dtype of `x`."""
+        inputs = self.a.axes[:-1]
+        if keys_BT is not None and self.dropout:
+            own = fold_in(keys_BT, zlib.crc32(self.target.encode()))
+            split = "tensor" in axes_of(WEIGHTS.get(inputs[0]))
+            x = dropout(x, own, rate=self.dropout, split=split)
+        x_BTR = linear(x, self.a[...], contract=len(inputs))
+        return linear(x_BTR, self.b[...]) * self.scale
+
+
+Adapters = dict[str, Adapter]
+
+
+def project(
+    x: jax.Array,
+    weight: nnx.Param,
+    adapter: Adapter | None,
+    keys_BT: jax.Array | None,
+    *,
+    contract: int = 1,
+) -> jax.Array:
+    """`x` times a matrix, and its adapter if it has one; `keys_BT` where dropout is wanted."""
+    y = linear(x, weight[...], contract=contract)
+    return y if adapter is None else y + adapter(x, keys_BT)
+
+
+def drops_out(adapters: Adapters | None) -> bool:
+    """Whether training them needs `dropout_keys` in its batches."""
+    return any(adapter.dropout for adapter in (adapters or {}).values())
+
+
+def fold_in(keys_BT: jax.Array | None, number: Any) -> jax.Array | None:
+    """New keys from keys and a number; no keys stay none."""
+    if keys_BT is None:
+        return None
+    return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(keys_BT)
+
+
+def init_adapters(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Adapters:
+    """Fresh adapters of every target, stacked over layers."""
+    keys = jax.random.split(named_key(key, "lora"), config.num_layers)
+    make = lambda target: jax.vmap(lambda k: Adapter(config, lora, target, k))(keys)  # noqa: E731
+    return {target: make(target) for target in lora.targets}
+
+
+def attach(model: Any, adapters: Adapters | None) -> Any:
+    """A copy of `model` that shares its arrays and has `adapters` beside what they adapt."""
+    model = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))
+    for target, adapter in (adapters or {}).items():
+        setattr(getattr(model.blocks, MODULES[target]), f"{target}_lora", adapter)
+    return model
+
+
+def detach(model: Any) -> tuple[Any, Adapters | None]:
+    """The model without adapters, and the adapters; the reverse of `attach`."""
+    model, adapters = attach(model, None), {}
+    for target, module in MODULES.items():
+        where = getattr(model.blocks, module)
+        if (adapter := getattr(where, f"{target}_lora")) is not None:
+            adapters[target] = adapter
+            setattr(where, f"{target}_lora", None)
+    return model, adapters or None
+
+
+def trainable(model: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """What of a model is trained (its adapters, or all of it), and the way back to a model."""
+    base, adapters = detach(model)
+    if adapters is None:
+        return base, lambda weights: weights
+    return adapters, lambda weights: attach(base, weights)
+
+
+def merge(model: Any) -> Any:
+    """The model with its adapters added into the matrices (in float32; dtypes stay)."""
+    base, adapters = detach(model)
+    for target, adapter in (adapters or {}).items():
+        where = getattr(base.blocks, MODULES[target])
+        weight = getattr(where, target)
+        value = merged(weight[...], adapter.a[...], adapter.b[...], scale=adapter.scale)
+        setattr(where, target, weight.replace(value))
+    return base
+
+
+def num_adapter_parameters(config: ModelConfig, lora: LoraConfig) -> int:
+    """Number of weights of the adapters, all layers."""
+    sides = [letters for target in lora.targets for letters in LORA_TARGETS[target]]
+    widths = sum(math.prod(config.dims[letter] for letter in letters) for letters in sides)
+    return config.num_layers * lora.rank * widths
