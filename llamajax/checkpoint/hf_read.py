@@ -202,6 +202,20 @@ def load_tensors(source: TensorSource, model: ModelConfig, abstract_model: Any) 
     return rebuild(abstract_model, leaves)
 
 
+def _check_shapes(weights: dict[str, Any], model: ModelConfig) -> None:
+    """Raise UserError when the wanted model is of another architecture than the one that is read."""
+    problems = []
+    for name, weight in weights.items():
+        wanted = list(weight.get_value().shape)
+        stored = [model.dims[d] for d in letters(weight)]
+        if wanted != stored:
+            problems.append(f"{name}: {stored} is stored, {wanted} is wanted")
+    if model.tie_embeddings != ("head" not in weights):
+        problems.append(f"model.tie_embeddings is {model.tie_embeddings} in what is stored")
+    if problems:
+        raise combine(problems[:_LISTED], title="the stored weights are of another architecture:")
+
+
 def named_weights(model: Any) -> dict[str, Any]:
     """The declared weights of a model by name: an array or its shape, and its letters."""
     weights = jax.tree.leaves(model, is_leaf=is_weight)

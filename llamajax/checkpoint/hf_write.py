@@ -141,14 +141,14 @@ def write_hf(
     check_tied_head(source, model)
     files = plan_files(model, np.dtype(jax.numpy.dtype(dtype)), max_shard_bytes)
     arrays = _arrays(source, files, progress)
-    failure, warnings = None, []
+    failure, warnings = None, _unloadable(model)
     if jax.process_index() == 0:
         try:
             needed = sum(file.num_bytes for file in files)
             check_target(directory, overwrite=overwrite, needed_bytes=needed)
             with replaced(directory) as hidden:
                 _write_weights(hidden, files, arrays)
-                warnings = _write_rest(hidden, model, dtype=dtype, tokenizer=tokenizer)
+                warnings += _write_rest(hidden, model, dtype=dtype, tokenizer=tokenizer)
         except UserError as error:
             failure = str(error)
     if jax.process_count() > 1:
@@ -165,6 +165,16 @@ def check_vocabulary(tokenizer: ExportableTokenizer | None, model: ModelConfig) 
             f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model's vocabulary only "
             f"{model.vocab_size:,}: they do not belong together"
         )
+
+
+def _unloadable(model: ModelConfig) -> list[str]:
+    """What transformers 5 refuses, though it could compute it."""
+    if model.hidden_size % model.num_heads == 0:
+        return []
+    return [
+        f"transformers loads no model whose hidden_size ({model.hidden_size}) is not a multiple of "
+        f"num_heads ({model.num_heads}); llamajax reads this directory"
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

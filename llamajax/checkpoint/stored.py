@@ -20,7 +20,7 @@ from llamajax.checkpoint.directory import check_target, replaced
 from llamajax.checkpoint.hf_names import ROWS, Tensor, tensors, to_theirs
 from llamajax.checkpoint.hf_read import check_tied_head, named_weights, read_weight
 from llamajax.checkpoint.manifest import DamagedError
-from llamajax.checkpoint.restore import damaged, read_arrays_index
+from llamajax.checkpoint.restore import check_same_model, damaged, read_arrays_index
 from llamajax.checkpoint.tensor_source import Index, TensorSource
 from llamajax.config.schema import ModelConfig
 from llamajax.sharding import letters
@@ -88,7 +88,9 @@ class StoredSource:
     """
 
     def __init__(self, directory: Path, model: ModelConfig, leaves: Mapping[str, Leaf]):
-        """leaves: the model's, for their letters. Raises UserError when a file is damaged."""
+        """leaves: the model's. Raises UserError for damage, and for another model's checkpoint."""
+        wanted = {_PREFIX + name: leaf for name, leaf in leaves.items()}
+        check_same_model(directory, wanted, model=None, partial=True, cast=True)
         try:
             manifests.check_contents(directory)
         except DamagedError as error:
