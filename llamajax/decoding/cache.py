@@ -26,10 +26,10 @@ class KVCache:
 
 
 def empty_cache(
-    model: ModelConfig, *, rows: int, kv_heads: int, slots: int, dtype: jnp.dtype
+    model: ModelConfig, *, rows: int, heads: int, slots: int, dtype: jnp.dtype
 ) -> KVCache:
-    """One device's part of a cache of zeros: `rows` and `kv_heads` are its own."""
-    shape = (model.num_layers, rows, kv_heads, slots, model.head_size)
+    """One device's part of a cache of zeros: `rows` and `heads` are its own."""
+    shape = (model.num_layers, rows, heads, slots, model.head_size)
     zeros = collectives.varying(jnp.zeros(shape, dtype), ("data", "fsdp", "tensor"))
     return KVCache(k_LBKSH=zeros, v_LBKSH=zeros)
 

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from llamajax import sharding
+from llamajax import backends, sharding
+from llamajax.config.schema import ModelConfig
 from llamajax.decoding import cache as kv
 from llamajax.decoding.prompts import Prompt
 from llamajax.decoding.request import Sampling
 from llamajax.decoding.steps import NOTHING, decode, prefill
 from llamajax.models.llama import Compute, Llama
+from llamajax.ops.attention import first_supported
 
 CHUNK = 32  # new tokens of a row between two looks of the host
 
@@ -139,6 +141,24 @@ class Engine:
             self.programs[key] = step().lower(*arguments).compile()
             self.times.compile_s += time.perf_counter() - start
         return self.programs[key]
+
+
+def attention_chooser(
+    machine: backends.Machine, model: ModelConfig, dtype: str
+) -> Callable[[int], str]:
+    """The best implementation here for prompts of a given length."""
+
+    def choose(seq_len: int) -> str:
+        return first_supported(
+            backends.attention_preferences(machine.platform),
+            platform=machine.platform,
+            compute_capability=machine.compute_capability,
+            dtype=dtype,
+            head_size=model.head_size,
+            seq_len=seq_len,
+        )
+
+    return choose
 
 
 def _kept(tokens_BC: np.ndarray) -> list[list[int]]:

@@ -80,8 +80,8 @@ def check(request: Request) -> None:
 
 def _sampling_problems(s: Sampling) -> list[str]:
     problems = []
-    if not (math.isfinite(s.temperature) and s.temperature >= 0):
-        problems.append(f"--temperature={s.temperature}: must be 0 (greedy) or a positive number")
+    if s.temperature != 0 and not (math.isfinite(s.temperature) and s.temperature >= 1e-6):
+        problems.append(f"--temperature={s.temperature}: must be 0 (greedy) or at least 1e-6")
     if s.top_k is not None and s.top_k < 1:
         problems.append(f"--top_k={s.top_k}: must be at least 1; leave it out for all tokens")
     if s.top_p is not None and not 0 < s.top_p <= 1:

@@ -15,14 +15,13 @@ from llamajax.checkpoint.weights import Weights, open_weights
 from llamajax.config.flags import mesh_config
 from llamajax.config.schema import MeshConfig, ModelConfig
 from llamajax.data import Tokenizer, load_tokenizer
-from llamajax.decoding.engine import Engine
+from llamajax.decoding.engine import Engine, attention_chooser
 from llamajax.decoding.prompts import Prompt, as_prompt, eos_ids, read_prompts, text_ids
 from llamajax.decoding.request import Request, check
 from llamajax.errors import UserError
 from llamajax.models.abstract import abstract_model
 from llamajax.models.counts import num_parameters
 from llamajax.monitoring.progress import format_count
-from llamajax.ops.attention import first_supported
 
 STREAM_INTERVAL_S = 0.1
 
@@ -85,28 +84,18 @@ def open_session(request: Request) -> Session:
     stop_ids = _stop_ids(request, weights, tokenizer)
     machine = backends.start(request.backend)
     mesh = _mesh(request, weights.model)
-    dtype = request.dtype or ("float32" if machine.platform == "cpu" else "bfloat16")
+    dtype = request.dtype or default_dtype(machine)
     sharding.check_divides(
         weights.model.dims, mesh, batch=sharding.batch_shards(mesh), accumulation=1
     )
     _greet(weights, machine, mesh, dtype)
     model = weights.load(abstract_model(weights.model, mesh, dtype=jnp.dtype(dtype)))
 
-    def attention(seq_len: int) -> str:
-        return first_supported(
-            backends.attention_preferences(machine.platform),
-            platform=machine.platform,
-            compute_capability=machine.compute_capability,
-            dtype=dtype,
-            head_size=weights.model.head_size,
-            seq_len=seq_len,
-        )
-
     engine = Engine(
         model,
         mesh,
         dtype=jnp.dtype(dtype),
-        attention=attention,
+        attention=attention_chooser(machine, weights.model, dtype),
         sampling=request.sampling,
         stop_ids=stop_ids,
     )
@@ -118,6 +107,11 @@ def open_session(request: Request) -> Session:
         engine=engine,
         prompts=prompts,
     )
+
+
+def default_dtype(machine: backends.Machine) -> str:
+    """Of weights, computation and cache."""
+    return "float32" if machine.platform == "cpu" else "bfloat16"
 
 
 def default_mesh(model: ModelConfig, num_devices: int) -> MeshConfig:

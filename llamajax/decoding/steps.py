@@ -68,22 +68,7 @@ def prefill(
     """
 
     def local(model: Llama, tokens_BT, lengths_B, numbers_B, running_B, seed):
-        B, T = tokens_BT.shape
-        kv_heads = model.blocks.attention.key.get_value().shape[2]
-        cache = kv.empty_cache(
-            model.config, rows=B, kv_heads=kv_heads, slots=slots, dtype=compute.dtype
-        )
-
-        def attend(q, k, v, cache, layer):
-            cache = kv.written(cache, k, v, layer=layer, slot=jnp.int32(0))
-            return attention(q, k, v, impl=compute.attention, segment_ids_BT=None), cache
-
-        positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-        batch = {"tokens": tokens_BT, "positions": positions_BT}
-        with precision(compute):
-            x_BTD, cache = model.attended(batch, compute, attend, cache)
-            x_BD = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
-            logits_BV = model.next_logits(x_BD, compute)
+        cache, logits_BV = filled(model, tokens_BT, lengths_B, compute, slots=slots)
         rows = Rows(
             cache=cache,
             lengths_B=lengths_B,
@@ -92,7 +77,7 @@ def prefill(
             running_B=running_B,
             seen_BV=_seen(tokens_BT, lengths_B, logits_BV.shape[1]) if sampling.penalises else None,
             count=jnp.int32(0),
-            prompt_slots=jnp.int32(T),
+            prompt_slots=jnp.int32(tokens_BT.shape[1]),
         )
         return _advanced(rows, logits_BV, sampling, stop_ids, seed)
 
@@ -123,8 +108,7 @@ def decode(
 
         def step(carry):
             rows, tokens_BC, n, _ = carry
-            with precision(compute):
-                cache, logits_BV = _next(model, rows, compute)
+            cache, logits_BV = appended(model, rows, compute)
             rows, new_B = _advanced(rows.replace(cache=cache), logits_BV, sampling, stop_ids, seed)
             tokens_BC = jax.lax.dynamic_update_slice(tokens_BC, new_B[:, None], (0, n))
             return rows, tokens_BC, n + 1, _num_running(rows)
@@ -149,20 +133,40 @@ def _num_running(rows: Rows) -> jax.Array:
     return collectives.total(jnp.sum(rows.running_B, dtype=jnp.int32), BATCH_AXES)
 
 
-def _next(model: Llama, rows: Rows, compute: Compute) -> tuple[kv.KVCache, jax.Array]:
-    """The cache with the newest token of each row, and the logits after it."""
+def filled(
+    model: Llama, tokens_BT: jax.Array, lengths_B: jax.Array, compute: Compute, *, slots: int
+) -> tuple[kv.KVCache, jax.Array]:
+    """A cache of `slots` slots with these prompts in it, and the logits (B, V) after each."""
+    B, T = tokens_BT.shape
+    heads = model.blocks.attention.key.get_value().shape[2]
+    cache = kv.empty_cache(model.config, rows=B, heads=heads, slots=slots, dtype=compute.dtype)
+
+    def attend(q, k, v, cache, layer):
+        cache = kv.written(cache, k, v, layer=layer, slot=jnp.int32(0))
+        return attention(q, k, v, impl=compute.attention, segment_ids_BT=None), cache
+
+    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    with precision(compute):
+        batch = {"tokens": tokens_BT, "positions": positions_BT}
+        x_BTD, cache = model.attended(batch, compute, attend, cache)
+        x_BD = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
+        return cache, model.next_logits(x_BD, compute)
+
+
+def appended(model: Llama, rows: Rows, compute: Compute) -> tuple[kv.KVCache, jax.Array]:
+    """The cache with the newest token of each row in it, and the logits (B, V) after it."""
     newest = rows.count - 1  # counted from 0
-    slot = rows.prompt_slots + newest
-    slots = rows.cache.k_LBKSH.shape[3]
+    slot, slots = rows.prompt_slots + newest, rows.cache.k_LBKSH.shape[3]
     allowed_BS = kv.visible(rows.lengths_B, prompt_slots=rows.prompt_slots, slot=slot, slots=slots)
 
     def attend(q, k, v, cache, layer):
         cache = kv.written(cache, k, v, layer=layer, slot=slot)
         return cached_attention(q, *kv.of_layer(cache, layer), allowed_BS), cache
 
-    batch = {"tokens": rows.tokens_B[:, None], "positions": (rows.lengths_B + newest)[:, None]}
-    x_BTD, cache = model.attended(batch, compute, attend, rows.cache)
-    return cache, model.next_logits(x_BTD[:, 0], compute)
+    with precision(compute):
+        batch = {"tokens": rows.tokens_B[:, None], "positions": (rows.lengths_B + newest)[:, None]}
+        x_BTD, cache = model.attended(batch, compute, attend, rows.cache)
+        return cache, model.next_logits(x_BTD[:, 0], compute)
 
 
 def _advanced(
@@ -184,16 +188,9 @@ def _advanced(
         ids = jnp.arange(seen_BV.shape[1], dtype=jnp.int32)
         seen_BV |= tokens_B[:, None] == ids[None, :]
     stops_B = jnp.isin(tokens_B, jnp.array(stop_ids, jnp.int32))
-    rows = (
-        rows.replace(
-            tokens_B=tokens_B,
-            running_B=rows.running_B & ~stops_B,
-            seen_BV=seen_BV,
-            count=rows.count + 1,
-        ),
-        jnp.where(rows.running_B, tokens_B, NOTHING),
-    )
-    return rows
+    new_B = jnp.where(rows.running_B, tokens_B, NOTHING)
+    running_B, count = rows.running_B & ~stops_B, rows.count + 1
+    return rows.replace(tokens_B=tokens_B, running_B=running_B, seen_BV=seen_BV, count=count), new_B
 
 
 def _seen(tokens_BT: jax.Array, lengths_B: jax.Array, size: int) -> jax.Array:

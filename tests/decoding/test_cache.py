@@ -1,0 +1,81 @@
+"""Attention over the cache against full attention, and what a row may see of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llamajax.decoding import cache as kv
+from llamajax.decoding.steps import Rows, appended, filled
+from llamajax.models.llama import Compute, Llama
+from llamajax.ops.attention_cached import cached_attention
+
+TOLERANCE = 1e-5  # largest difference over largest value: float32, sums in another order
+COMPUTE = Compute(dtype=jnp.dtype("float32"), remat="none", attention="xla", loss_chunk_tokens=1)
+
+
+def test_cached_attention_equals_numpy():
+    B, T, N, K, H, S = 2, 2, 6, 2, 5, 7
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=s) for s in ((B, T, N, H), (B, K, S, H), (B, K, S, H)))
+    allowed = rng.random((B, S)) < 0.5
+    allowed[:, 3] = True
+    expected = np.zeros((B, T, N, H))
+    for b, t, n in np.ndindex(B, T, N):
+        scores = k[b, n // (N // K)] @ q[b, t, n] / np.sqrt(H)
+        p = np.exp(scores - scores.max()) * allowed[b]
+        expected[b, t, n] = p @ v[b, n // (N // K)] / p.sum()
+    got = cached_attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(allowed))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["grouped", "tied", "llama3 rope", "odd sizes", "whole rows of 128"]
+)
+def test_prefill_and_decode_give_the_logits_of_a_full_forward_at_every_position(configs, name):
+    config, length, prompt_slots, slots = configs[name], 24, 16, 32
+    model = jax.jit(lambda key: Llama(config, key))(jax.random.key(1))
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (4, length)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
+    batch = {"tokens": jnp.asarray(ids), "positions": jnp.asarray(positions)}
+    expected = np.asarray(jax.jit(lambda m: m.logits(batch, COMPUTE))(model))
+    scale = np.abs(expected).max()
+    lengths = np.array([1, 16, 9, 3], np.int32)
+    padding = np.arange(prompt_slots)[None] >= lengths[:, None]
+    prompts = np.where(padding, 5, ids[:, :prompt_slots])  # any token may pad
+    fill = jax.jit(lambda m, t, n: filled(m, t, n, COMPUTE, slots=slots))
+    append = jax.jit(lambda m, rows: appended(m, rows, COMPUTE))
+    cache, logits = fill(model, prompts, lengths)
+    np.testing.assert_allclose(
+        logits / scale, expected[np.arange(4), lengths - 1] / scale, rtol=0, atol=TOLERANCE
+    )
+    for n in range(length - lengths.max()):
+        rows = Rows(
+            cache=cache,
+            lengths_B=jnp.asarray(lengths),
+            numbers_B=jnp.arange(4, dtype=jnp.int32),
+            tokens_B=jnp.asarray(ids[np.arange(4), lengths + n]),
+            running_B=jnp.ones(4, bool),
+            seen_BV=None,
+            count=jnp.int32(n + 1),
+            prompt_slots=jnp.int32(prompt_slots),
+        )
+        cache, logits = append(model, rows)
+        np.testing.assert_allclose(
+            logits / scale, expected[np.arange(4), lengths + n] / scale, rtol=0, atol=TOLERANCE
+        )
+
+
+def test_a_row_sees_its_prompt_and_the_new_tokens_but_no_padding():
+    lengths = jnp.array([2, 4], jnp.int32)
+    allowed = kv.visible(lengths, prompt_slots=jnp.int32(4), slot=jnp.int32(5), slots=8)
+    assert np.asarray(allowed).astype(int).tolist() == [
+        [1, 1, 0, 0, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 1, 0, 0],
+    ]
+
+
+def test_buckets_are_powers_of_two_up_to_the_context():
+    assert [kv.bucket(n) for n in (1, 2, 3, 4, 5, 1000)] == [1, 2, 4, 4, 8, 1024]
+    assert [kv.prompt_slots(n, max_seq_len=6000) for n in (1, 16, 17, 5000)] == [16, 16, 32, 6016]
+    assert [kv.new_slots(n) for n in (1, 128, 129)] == [16, 128, 256]
