@@ -6,7 +6,7 @@
 
 The rows of a table alternate within each round, so that a busy machine slows all of them; figures
 are medians over the rounds, with the lowest and the highest. `CPU` counts the tokens per second of
-processor time, all threads together (grain's reader uses several): what a busy machine leaves valid.
+processor time, all threads together (grain's reader uses several).
 """
 
 import argparse

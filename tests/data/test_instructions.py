@@ -17,7 +17,6 @@ from llamajax.data.chat import Message
 from llamajax.data.holdout import Holdout
 from llamajax.data.instructions import Example, InstructionCorpus, parse_example
 from llamajax.data.mixture import PreparedSplit, read_manifest
-from llamajax.data.shards import BLOCK_TOKENS, SplitReader, SplitWriter, token_dtype
 from llamajax.errors import UserError
 
 BOS, EOS = 256, 257
@@ -237,26 +236,3 @@ def test_a_bad_line_is_told_before_anything_is_tokenised(prepared_pairs, monkeyp
     lines = [{"prompt": "a", "completion": "b"}] * 1010 + [{"prompt": "a"}]
     with pytest.raises(UserError, match=r"a\.jsonl:1011: neither"):
         prepared_pairs("a", lines, "--validation_fraction=0.01")
-
-
-def test_what_is_written_does_not_depend_on_how_it_came(tmp_path):
-    """Enough tokens that the writer empties itself in between."""
-    rng = np.random.default_rng(2)
-    tokens, answer = rng.integers(0, 258, 600_000), rng.random(600_000) < 0.5
-    read = []
-    for size in (150_000, 600_000):
-        directory = tmp_path / str(size)
-        directory.mkdir()
-        writer = SplitWriter(directory, "train", 258, masked=True)
-        for begin in range(0, len(tokens), size):
-            part = slice(begin, begin + size)
-            writer.add(tokens[part], [50_000] * (size // 50_000), text_bytes=0, answer=answer[part])
-        files = writer.close()["shards"]
-        reader = SplitReader(directory, files, token_dtype(258), masked=True)
-        read.append(reader.blocks(range(files[0]["records"])))
-    for (tokens_a, starts_a, answer_a), (tokens_b, starts_b, answer_b) in zip(*read, strict=True):
-        np.testing.assert_array_equal(tokens_a, tokens_b)
-        np.testing.assert_array_equal(starts_a, starts_b)
-        np.testing.assert_array_equal(answer_a, answer_b)
-    stored = np.concatenate([block[2][:BLOCK_TOKENS] for block in read[0]])
-    np.testing.assert_array_equal(stored, answer)

@@ -1,0 +1,67 @@
+"""The writer and the reader of blocks, beneath `prepare` and the batches."""
+
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamajax.data.shards import BLOCK_TOKENS, SplitReader, SplitWriter, token_dtype
+
+
+def test_what_is_written_does_not_depend_on_how_it_came(tmp_path):
+    """Enough tokens that the writer empties itself in between."""
+    rng = np.random.default_rng(2)
+    tokens, answer = rng.integers(0, 258, 600_000), rng.random(600_000) < 0.5
+    read = []
+    for size in (150_000, 600_000):
+        directory = tmp_path / str(size)
+        directory.mkdir()
+        writer = SplitWriter(directory, "train", 258, masked=True)
+        for begin in range(0, len(tokens), size):
+            part = slice(begin, begin + size)
+            writer.add(tokens[part], [50_000] * (size // 50_000), text_bytes=0, answer=answer[part])
+        files = writer.close()["shards"]
+        reader = SplitReader(directory, files, token_dtype(258), masked=True)
+        read.append(reader.blocks(range(files[0]["records"])))
+    for (tokens_a, starts_a, answer_a), (tokens_b, starts_b, answer_b) in zip(*read, strict=True):
+        np.testing.assert_array_equal(tokens_a, tokens_b)
+        np.testing.assert_array_equal(starts_a, starts_b)
+        np.testing.assert_array_equal(answer_a, answer_b)
+    stored = np.concatenate([block[2][:BLOCK_TOKENS] for block in read[0]])
+    np.testing.assert_array_equal(stored, answer)
+
+
+@pytest.fixture
+def restless():
+    """Threads take turns after every few instructions."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("restless")
+def test_many_threads_read_the_blocks_they_ask_for(tmp_path: Path):
+    tokens = np.repeat(np.arange(200), BLOCK_TOKENS)  # block n holds n
+    writer = SplitWriter(tmp_path, "train", 258, masked=False)
+    writer.add(tokens, [len(tokens)], text_bytes=0)
+    reader = SplitReader(tmp_path, writer.close()["shards"], token_dtype(258))
+    begin, wrong = threading.Barrier(6), []
+
+    def read(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        begin.wait()
+        for _ in range(400):
+            numbers = rng.integers(0, 200, 8).tolist()
+            found = [int(tokens[0]) for tokens, _, _ in reader.blocks(numbers)]
+            if found != numbers:
+                wrong.append((numbers, found))
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
