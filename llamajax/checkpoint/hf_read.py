@@ -193,17 +193,18 @@ def load_tensors(source: TensorSource, model: ModelConfig, abstract_model: Any) 
     the slices that it needs, and handed over before the next one: the host holds one part of one
     weight and one tensor at a time.
     """
+    weights = named_weights(abstract_model)
+    _check_shapes(weights, model)
     check_tied_head(source, model)
-
     leaves = {
         name: _placed(source, ROWS[name], letters(weight), weight.get_value(), model)
-        for name, weight in named_weights(abstract_model).items()
+        for name, weight in weights.items()
     }
     return rebuild(abstract_model, leaves)
 
 
 def _check_shapes(weights: dict[str, Any], model: ModelConfig) -> None:
-    """Raise UserError when the wanted model is of another architecture than the one that is read."""
+    """Raise UserError when the wanted model is of another architecture than the stored one."""
     problems = []
     for name, weight in weights.items():
         wanted = list(weight.get_value().shape)

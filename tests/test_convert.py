@@ -1,0 +1,256 @@
+"""The verb convert, as a user runs it: both ways, with every tokenizer, and with every mistake."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from llamas import BASE, assert_same, edit_config, mesh, random_model
+
+from llamajax import convert
+from llamajax.checkpoint.hf_write import export_hf
+from llamajax.checkpoint.weights import open_weights
+from llamajax.data import load_tokenizer
+from llamajax.errors import UserError
+from llamajax.models.abstract import abstract_model
+
+CONFIG = BASE.__class__(**(vars(BASE) | {"vocab_size": 300}))
+MODEL = random_model(CONFIG)
+TEXTS = ["Call me Ishmael.", "  two  spaces\n\n\tand a tab", "naïve 東京 😀", " lead", "12345"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A Hugging Face directory of float32 weights with the byte tokenizer."""
+    path = tmp_path_factory.mktemp("hf") / "model"
+    tokenizer = load_tokenizer("byte")
+    export_hf(MODEL, CONFIG, path, dtype="float32", tokenizer=tokenizer)
+    return path
+
+
+def run(*flags: str) -> int:
+    return convert.main(list(flags))
+
+
+def weights_of(path: Path) -> bytes:
+    return (path / "model.safetensors").read_bytes()
+
+
+def test_float32_comes_back_bit_for_bit(source, tmp_path, capsys):
+    ours, back = tmp_path / "ours", tmp_path / "deeper" / "back"
+    assert run(f"--from={source}", f"--to={ours}", "--dtype=float32") == 0
+    opened = open_weights(ours)
+    assert (opened.kind, opened.step, opened.model) == ("llamajax", 0, CONFIG)
+    assert_same(opened.load(abstract_model(CONFIG, mesh(fsdp=2))), MODEL)
+    assert run(f"--from={ours}", f"--to={back}", "--dtype=float32") == 0
+    assert {p.name for p in source.iterdir()} == {p.name for p in back.iterdir()}
+    for file in source.iterdir():
+        assert file.read_bytes() == (back / file.name).read_bytes(), file.name
+    out, err = capsys.readouterr()
+    assert "huggingface -> llamajax" in out
+    assert err == ""
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_bfloat16_comes_back_bit_for_bit_and_rounding_is_told(source, tmp_path, capsys):
+    first, ours, back = (tmp_path / name for name in ("first", "ours", "back"))
+    run(f"--from={source}", f"--to={first}", "--format=hf", "--max_shard_bytes=9000")
+    assert "float32 weights are rounded to bfloat16" in capsys.readouterr().err
+    assert (first / "model.safetensors.index.json").is_file()
+    run(f"--from={first}", f"--to={ours}")
+    run(f"--from={ours}", f"--to={back}")
+    assert "rounded" not in capsys.readouterr().err
+    stored = [open_weights(path).source for path in (first, back)]
+    for name in stored[0].names():
+        assert stored[0].read(name).tobytes() == stored[1].read(name).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["byte", "sentencepiece", "tiktoken", "huggingface"])
+def test_a_tokenizer_goes_along_and_transformers_reads_it_alike(kind, source, tmp_path, assets):
+    transformers = pytest.importorskip("transformers")
+    path, size = "byte", 300
+    if kind == "sentencepiece":
+        path, size = small_sentencepiece(tmp_path, assets), 400
+    elif kind == "tiktoken":
+        path, size = small_ranks(tmp_path), 600
+    elif kind == "huggingface":
+        path = source / "tokenizer.json"
+    config = BASE.__class__(**(vars(BASE) | {"vocab_size": size}))
+    tokenizer = load_tokenizer(path)
+    export_hf(random_model(config), config, tmp_path / "hf", dtype="float32", tokenizer=tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    again = load_tokenizer(open_weights(tmp_path / "hf").tokenizer)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert (again.bos_id, again.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert theirs.encode("a")[0] == tokenizer.bos_id
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert theirs.encode(text, add_special_tokens=False) == again.encode(text) == ids
+        assert theirs.decode(ids) == tokenizer.decode(ids)
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+
+
+def small_sentencepiece(directory: Path, assets: Path) -> Path:
+    import sentencepiece
+
+    text = (assets / "text" / "moby_dick.txt").read_text("utf-8")[:60_000]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.split("\n")),
+        model_prefix=str(directory / "small"),
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        minloglevel=2,
+    )
+    return directory / "small.model"
+
+
+def small_ranks(directory: Path) -> Path:
+    """A rank file: the bytes, then the syllables that begin some words."""
+    import base64
+
+    ranks = [bytes([b]) for b in range(256)] + [b"al", b"all", b" m", b" me", b"hm", b"ae", b"hmae"]
+    lines = [f"{base64.b64encode(t).decode()} {i}" for i, t in enumerate(ranks)]
+    (directory / "ranks.model").write_text("\n".join(lines) + "\n")
+    return directory / "ranks.model"
+
+
+@pytest.mark.parametrize("name", ["llama2.model", "llama3.model"])
+def test_the_real_tokenizers_are_exported_exactly(name, assets, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer(assets / "tokenizers" / name)
+    assert tokenizer.export(tmp_path) == []
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    book = (assets / "text" / "moby_dick.txt").read_text("utf-8")
+    for text in [*TEXTS, *(book[i : i + 3001] for i in range(0, 150_000, 3001))]:
+        ids = tokenizer.encode(text)
+        assert theirs.encode(text, add_special_tokens=False) == ids
+        assert theirs.decode(ids) == tokenizer.decode(ids)
+
+
+def test_companions_of_a_tokenizer_survive_both_ways(source, tmp_path):
+    own = Path(shutil.copytree(source, tmp_path / "own"))
+    (own / "generation_config.json").write_text('{"eos_token_id": [257, 3], "top_p": 0.9}')
+    (own / "chat_template.jinja").write_text("{{ messages }}")
+    run(f"--from={own}", f"--to={tmp_path / 'ours'}", "--dtype=float32")
+    run(f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'back'}", "--dtype=float32")
+    for name in ("generation_config.json", "chat_template.jinja", "tokenizer_config.json"):
+        assert (own / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
+
+
+def test_without_a_tokenizer_it_warns(source, tmp_path, capsys):
+    bare = Path(shutil.copytree(source, tmp_path / "bare"))
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    assert run(f"--from={bare}", f"--to={tmp_path / 'ours'}") == 0
+    assert "warning: " in (err := capsys.readouterr().err)
+    assert "no tokenizer" in err
+
+
+def refused(tmp_path: Path, *flags: str) -> str:
+    """The message of a refusal; nothing new is left in tmp_path."""
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        run(*flags)
+    assert sorted(tmp_path.rglob("*")) == before
+    return str(caught.value)
+
+
+def test_a_tokenizer_of_another_model_is_refused(source, tmp_path):
+    small = tmp_path / "small"
+    config = BASE.__class__(**(vars(BASE) | {"vocab_size": 200}))
+    export_hf(random_model(config), config, small, dtype="float32", tokenizer=None)
+    shutil.copyfile(source / "tokenizer.json", small / "tokenizer.json")
+    message = refused(tmp_path, f"--from={small}", f"--to={tmp_path / 'x'}")
+    assert "258 tokens" in message
+    assert "200" in message
+
+
+def test_targets_that_cannot_be_written_are_refused(source, tmp_path):
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    assert "holds what is read" in refused(
+        tmp_path, f"--from={copy}", f"--to={copy}", "--overwrite"
+    )
+    assert "holds what is read" in refused(
+        tmp_path, f"--from={copy}", f"--to={tmp_path}", "--overwrite"
+    )
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "x").write_text("mine")
+    assert "--overwrite" in refused(tmp_path, f"--from={copy}", f"--to={taken}")
+    assert "is a file" in refused(tmp_path, f"--from={copy}", f"--to={taken / 'x'}")
+    assert "bfloat16 or float32" in refused(
+        tmp_path, f"--from={copy}", f"--to={tmp_path / 'y'}", "--dtype=float16"
+    )
+    assert run(f"--from={copy}", f"--to={taken}", "--overwrite") == 0
+    assert not (taken / "x").exists()
+
+
+def test_values_beyond_float16_are_refused(tmp_path):
+    large = jax.tree.map(lambda x: x * np.float32(1e7), MODEL)
+    export_hf(large, CONFIG, tmp_path / "large", dtype="float32", tokenizer=None)
+    flags = (f"--from={tmp_path / 'large'}", f"--to={tmp_path / 'x'}", "--format=hf")
+    assert "65504" in refused(tmp_path, *flags, "--dtype=float16")
+
+
+def test_a_full_disk_leaves_nothing(source, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    for form in ("hf", "llamajax"):
+        message = refused(
+            tmp_path, f"--from={source}", f"--to={tmp_path / 'x'}", f"--format={form}"
+        )
+        assert "1,000 free" in message
+
+
+@pytest.mark.parametrize("form", ["hf", "llamajax"])
+def test_an_interrupted_conversion_leaves_what_was_there(form, source, tmp_path):
+    """SIGTERM at half the weights, in a process of its own: 143, the old directory, no other."""
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    script = (
+        "import os, signal, sys\n"
+        "from llamajax import convert\n"
+        "class Stop(convert._Progress):\n"
+        "    def __call__(self, done, total):\n"
+        "        if done > total / 2: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "convert._Progress = Stop\n"
+        "convert.run_verb(convert.main)\n"
+    )
+    flags = [f"--from={source}", f"--to={target}", f"--format={form}", "--overwrite"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *flags],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["old", "out"]
+
+
+def test_mistakes_exit_with_2_and_no_traceback(source, tmp_path):
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    edit_config(copy, hidden_act="gelu", attention_bias=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "llamajax.convert", f"--from={copy}", f"--to={tmp_path / 'x'}"],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "gelu" in done.stderr
+    assert "attention_bias" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "x").exists()
