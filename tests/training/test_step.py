@@ -12,7 +12,7 @@ from llamajax import optim, sharding
 from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from llamajax.models.llama import Compute
 from llamajax.models.remat import REMAT
-from llamajax.training.state import init_state
+from llamajax.training.state import TrainState, abstract_state
 from llamajax.training.step import eval_step, train_step
 
 MODEL = ModelConfig(
@@ -45,7 +45,8 @@ OPTIM = OptimConfig(
 TRAIN = TrainConfig(steps=10, seed=0, dtype="float32")
 COMPUTE = Compute(dtype=jnp.dtype("float32"), remat="full", attention="xla", loss_chunk_tokens=12)
 B, T, STEPS = 16, 8, 2
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4), (4, 2, 1), (2, 1, 4)]
+# Each axis alone and all three; pairs are in the tests of microbatches, of z-loss and of one trace.
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)]
 
 
 def packed_batch(seed: int = 0) -> dict[str, np.ndarray]:
@@ -64,16 +65,35 @@ def packed_batch(seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
+def drawn_state(model: ModelConfig, optimizer, mesh) -> TrainState:
+    """A state whose weights NumPy draws: a program that does takes longer to compile than a step.
+
+    That `init_state` gives every mesh the same weights is in `test_init.py`.
+    """
+    abstract, rng = abstract_state(model, optimizer, mesh), np.random.default_rng(3)
+
+    def draw(leaf):
+        rows = leaf.shape[0] == model.padded_vocab_size
+        value = rng.normal(0.0 if rows or leaf.ndim > 2 else 1.0, model.init_std, leaf.shape)
+        if rows:
+            value[model.vocab_size :] = 0
+        return value.astype(np.float32)
+
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+    state = zeros.replace(model=jax.tree.map(draw, abstract.model))
+    return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
+
+
 @functools.cache
-def run(mesh_shape, *, kv_heads=4, tied=False, accumulation=1, steps=STEPS, **options):
+def run(mesh_shape, *, tied=False, accumulation=1, steps=STEPS, **options):
     """Metrics of each step, and the weights after the last, by name."""
     data, fsdp, tensor = mesh_shape
     devices = jax.devices()[: data * fsdp * tensor]
     mesh = sharding.build_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
-    model = dataclasses.replace(MODEL, num_kv_heads=kv_heads, tie_embeddings=tied)
+    model = dataclasses.replace(MODEL, tie_embeddings=tied)
     sharding.check_divides(model.dims, mesh, batch=B, accumulation=accumulation)
     optimizer = optim.build(OPTIM, steps=TRAIN.steps)
-    state = init_state(model, optimizer, mesh, seed=3)
+    state = drawn_state(model, optimizer, mesh)
     train = dataclasses.replace(TRAIN, accumulation_steps=accumulation)
     compute = dataclasses.replace(COMPUTE, **options)
     step = train_step(optimizer, OPTIM, train, compute, mesh)
@@ -99,8 +119,7 @@ def assert_same(found, expected, *, rtol=1e-5):
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_every_mesh_takes_the_step_of_one_device(shape):
-    kv_heads = 8 if shape[2] == 8 else 4
-    assert_same(run(shape, kv_heads=kv_heads), run((1, 1, 1), kv_heads=kv_heads))
+    assert_same(run(shape), run((1, 1, 1)))
 
 
 def test_a_tied_model_takes_the_step_of_one_device():
@@ -115,22 +134,22 @@ def test_the_loss_is_the_mean_over_all_targets_of_the_batch():
     assert counts.max() > 2 * counts.min(), "a mean of the shards' means would differ"
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
-def test_microbatches_add_up_to_the_batch(accumulation):
-    assert_same(run((1, 2, 2), accumulation=accumulation), run((1, 1, 1)))
+def test_microbatches_add_up_to_the_batch():
+    assert_same(run((1, 2, 2), accumulation=4), run((1, 1, 1)))
 
 
-@pytest.mark.parametrize("remat", sorted(set(REMAT) - {"full"}))
+@pytest.mark.parametrize("remat", sorted(set(REMAT) - {"full", "save_attention"}))
 def test_what_is_recomputed_changes_nothing(remat):
     assert_same(run((1, 2, 1), remat=remat), run((1, 1, 1)))
 
 
 def test_blocked_attention_is_the_same_attention():
-    assert_same(run((1, 1, 1), attention="blocked"), run((1, 1, 1)))
+    found = run((1, 1, 1), attention="blocked", remat="save_attention")  # made for each other
+    assert_same(found, run((1, 1, 1)))
 
 
 def test_z_loss_moves_the_weights_and_stays_out_of_the_loss():
-    (first, _), weights, _ = run((2, 2, 2), z_weight=1.0)
+    (first, _), weights, _ = run((2, 1, 2), z_weight=1.0)
     (plain, _), plain_weights, _ = run((1, 1, 1))
     assert first["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     assert first["z_loss"] > 0
@@ -142,6 +161,8 @@ def test_five_steps_are_traced_once():
     rows, _, traces = run((2, 2, 1), steps=5)
     assert len(rows) == 5
     assert traces == 1
+    for row, wanted in zip(rows[:STEPS], run((1, 1, 1))[0], strict=True):
+        assert row == pytest.approx(wanted, rel=1e-5)
 
 
 def test_bfloat16_is_close_to_float32():
@@ -155,7 +176,7 @@ def test_bfloat16_is_close_to_float32():
 
 def test_evaluation_sums_the_loss_of_the_first_step():
     mesh = sharding.build_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
-    state = init_state(MODEL, optim.build(OPTIM, steps=10), mesh, seed=3)
+    state = drawn_state(MODEL, optim.build(OPTIM, steps=10), mesh)
     nll, count = eval_step(COMPUTE, mesh)(state.model, sharding.place(packed_batch(), mesh))
     (first, _), _, _ = run((1, 1, 1))
     assert float(nll / count) == pytest.approx(first["loss"], rel=1e-5)

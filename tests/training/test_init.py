@@ -1,0 +1,101 @@
+"""The same seed gives the same weights on every mesh, bit for bit."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from llamajax import optim, sharding
+from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig
+from llamajax.models.weights import normal, ones
+from llamajax.training.state import init_state
+
+MODEL = ModelConfig(
+    vocab_size=97,  # stored in 128 rows: some parts have padding and some have none
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=8,
+    head_size=6,
+    rope_theta=10_000.0,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+    init_std=0.2,
+    max_seq_len=64,
+)
+OPTIM = OptimConfig(
+    learning_rate=0.1,
+    warmup_steps=0,
+    schedule="constant",
+    final_learning_rate=0.1,
+    beta1=0.9,
+    beta2=0.95,
+    epsilon=0.1,
+    weight_decay=0.1,
+    clip_norm=1.0,
+)
+SIZES = (1, 2, 4, 8)
+SHAPES = [shape for shape in itertools.product(SIZES, repeat=3) if np.prod(shape) == 8]
+
+
+class EveryKind(nnx.Module):
+    """One weight of each way to be split: a whole model's program takes ten times as long."""
+
+    def __init__(self, key: jax.Array):
+        self.table = normal(MODEL, "VD", key, "table")
+        self.norm = ones(MODEL, "D")
+        keys = jax.random.split(key, MODEL.num_layers)
+        self.stacked = jax.vmap(lambda k: normal(MODEL, "DNH", k, "query"))(keys)
+
+
+def mesh_of(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
+    data, fsdp, tensor = shape
+    config = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+    return sharding.build_mesh(config, jax.devices()[: data * fsdp * tensor])
+
+
+@functools.cache
+def initialised(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    abstract = jax.eval_shape(EveryKind, jax.random.key(0))
+    placed = sharding.shardings(abstract, mesh_of(shape))
+    return named(jax.jit(EveryKind, out_shardings=placed)(jax.random.key(5)))
+
+
+def named(tree) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert found[name].tobytes() == value.tobytes(), name
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_mesh_draws_the_weights_of_one_device(shape):
+    assert_same_bits(initialised(shape), initialised((1, 1, 1)))
+
+
+def test_weights_differ_from_each_other_and_padding_is_zero():
+    found = initialised((1, 1, 1))
+    table = next(value for name, value in found.items() if "table" in name)
+    assert not table[MODEL.vocab_size :].any()
+    assert table[: MODEL.vocab_size].std() == pytest.approx(MODEL.init_std, rel=0.1)
+    layers = next(value for name, value in found.items() if "stacked" in name)
+    assert not np.any(layers[0] == layers[1])
+
+
+def test_a_whole_state_is_the_same_on_one_device_and_on_eight():
+    optimizer = optim.build(OPTIM, steps=10)
+    states = [init_state(MODEL, optimizer, mesh_of(s), seed=3) for s in ((1, 1, 1), (2, 2, 2))]
+    assert_same_bits(named(states[1]), named(states[0]))
+    assert states[1].step.dtype == jnp.int32
+    weights = jax.tree.leaves(states[1].model)
+    assert all(x.addressable_shards[0].data.size <= x.size // 2 for x in weights), "born in shards"
