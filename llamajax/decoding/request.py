@@ -91,11 +91,4 @@ def _sampling_problems(s: Sampling) -> list[str]:
             f"--repetition_penalty={s.repetition_penalty}: must be above 0; 1 changes nothing, "
             "1.2 is strong"
         )
-    if s.temperature == 0:
-        problems += [
-            f"--{name} = {getattr(s, name)} does nothing at --temperature=0, which takes the most "
-            "probable token: set a temperature, or leave it out"
-            for name in ("top_k", "top_p")
-            if getattr(s, name) is not None
-        ]
     return problems
