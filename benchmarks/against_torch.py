@@ -25,6 +25,7 @@ from typing import Any, get_args
 import numpy as np
 from train_step import arguments, compiled, random_rows, run_config  # the script beside this one
 
+from llamajax.checkpoint.hf_write import ModelSource
 from llamajax.config import RunConfig
 from llamajax.config.schema import ComputeDtype, Remat
 from llamajax.errors import UserError, run_verb
@@ -43,23 +44,8 @@ def workload(flags: argparse.Namespace) -> RunConfig:
 def llamajax_step(config: RunConfig, weights: Path) -> Callable[[], float]:
     """llamajax's update; its initial weights are left in `weights` for the other one."""
     run = compiled(config, document_masks=False)
-    model = run.state.model
-    layers = model.blocks
-    arrays = {
-        "embedding": model.embedding,
-        "head": model.head,
-        "norm": model.norm,
-        "input_layernorm": layers.attention_norm,
-        "post_attention_layernorm": layers.mlp_norm,
-        "q_proj": layers.attention.query,
-        "k_proj": layers.attention.key,
-        "v_proj": layers.attention.value,
-        "o_proj": layers.attention.out,
-        "gate_proj": layers.mlp.gate,
-        "up_proj": layers.mlp.up,
-        "down_proj": layers.mlp.down,
-    }
-    np.savez(weights, **{name: np.asarray(array[...]) for name, array in arrays.items()})
+    source = ModelSource(run.state.model, config.model)
+    np.savez(weights, **{name: source.read(name) for name in source.names()})
     return run.step
 
 
@@ -87,19 +73,9 @@ def torch_model(config: RunConfig, weights: Path) -> Any:
         )
     )
     stored = np.load(weights)
-    whole = {"embed_tokens": "embedding", "lm_head": "head", "model.norm": "norm"}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            key = next((ours for theirs, ours in whole.items() if theirs in name), None)
-            if key:
-                value = stored[key][: len(parameter)]  # without padding rows
-            else:
-                _, _, layer, *path = name.split(".")
-                value = stored[path[-2]][int(layer)]
-            if parameter.ndim == 2 and not key:  # theirs are (out, in)
-                inputs = parameter.shape[1]
-                value = value.reshape(inputs, -1).T
-            parameter.copy_(torch.from_numpy(np.ascontiguousarray(value)))
+            parameter.copy_(torch.from_numpy(stored[name]))
     return model.train()
 
 

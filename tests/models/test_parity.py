@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from llamajax import optim, sharding
+from llamajax.checkpoint import rebuild
+from llamajax.checkpoint.hf_names import ROWS, to_ours
+from llamajax.checkpoint.hf_read import named_weights
 from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, RopeScaling, TrainConfig
 from llamajax.models.llama import Compute, Llama, plain_batch
 from llamajax.training.state import TrainState
@@ -47,16 +50,6 @@ CONFIGS = {
     "whole rows of 128": dataclasses.replace(GROUPED, vocab_size=128),
 }
 COMPUTE = Compute(dtype=jnp.dtype("float32"), remat="full", attention="xla", loss_chunk_tokens=16)
-MATRICES = {
-    ("attention", "query"): "self_attn.q_proj",
-    ("attention", "key"): "self_attn.k_proj",
-    ("attention", "value"): "self_attn.v_proj",
-    ("attention", "out"): "self_attn.o_proj",
-    ("mlp", "gate"): "mlp.gate_proj",
-    ("mlp", "up"): "mlp.up_proj",
-    ("mlp", "down"): "mlp.down_proj",
-}
-VECTORS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
 
 def torch_model(c: ModelConfig):
@@ -95,26 +88,16 @@ def torch_model(c: ModelConfig):
 def as_ours(model: Llama, theirs: dict[str, np.ndarray]) -> Llama:
     """A copy of `model` with the arrays that stand under transformers' names in `theirs`."""
 
-    def fill(path, weight):
-        names = [str(getattr(p, "name", getattr(p, "key", p))) for p in path]
-        array = _array(names, weight.get_value().shape, theirs)
-        return weight.replace(jnp.asarray(array))
-
-    return jax.tree_util.tree_map_with_path(fill, model, is_leaf=sharding.is_weight)
-
-
-def _array(names, shape, theirs) -> np.ndarray:
-    if names[0] != "blocks":
-        key = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}[names[0]]
-        array = theirs[f"{key}.weight"]
-        pad = shape[0] - array.shape[0]
-        return np.pad(array, ((0, pad),) + ((0, 0),) * (array.ndim - 1))
-    part = tuple(names[1:])
-    layers = range(shape[0])
-    if part[0] in VECTORS:
-        return np.stack([theirs[f"model.layers.{i}.{VECTORS[part[0]]}.weight"] for i in layers])
-    stacked = [theirs[f"model.layers.{i}.{MATRICES[part]}.weight"].T for i in layers]
-    return np.stack(stacked).reshape(shape)
+    filled = {}
+    for name, weight in named_weights(model).items():
+        row, dims = ROWS[name], sharding.letters(weight)
+        array = np.zeros(weight.get_value().shape, np.float32)
+        for layer, part in enumerate(array if dims[0] == "L" else array[None]):
+            stored = theirs[row.theirs.format(layer)]
+            value = to_ours(stored, row, dims.removeprefix("L"), model.config)
+            part[: len(value)] = value  # zeros below it pad the vocabulary
+        filled[name] = jnp.asarray(array)
+    return rebuild(model, filled)
 
 
 def arrays(model, *, grads: bool = False) -> dict[str, np.ndarray]:
