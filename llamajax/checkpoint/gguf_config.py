@@ -4,7 +4,6 @@ Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#llama.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,9 +61,9 @@ def model_config(header: Header) -> ModelConfig:
             f"{path}: architecture {architecture!r}; only Llama's ('llama') can be imported"
         )
     facts = _Facts(header.metadata)
-    if _EMBEDDING not in tensors:
+    if _EMBEDDING not in tensors or len(tensors[_EMBEDDING].shape) != 2:
         raise UserError(
-            f"{path}: no tensor {_EMBEDDING}: a part of a model, or only its vocabulary"
+            f"{path}: no matrix {_EMBEDDING}: a part of a model, or only its vocabulary"
         )
     vocab_size, width = tensors[_EMBEDDING].shape
     heads = facts.whole("attention.head_count")
@@ -84,6 +83,8 @@ def model_config(header: Header) -> ModelConfig:
         "tie_embeddings": _HEAD not in tensors,
         "max_seq_len": facts.whole("context_length"),
     }
+    if model["num_layers"] > len(tensors):
+        facts.problems.append(f"llama.block_count: more than the {len(tensors)} tensors there are")
     facts.must_be("attention.value_length", head_size)
     facts.must_be("rope.dimension_count", head_size)
     facts.must_be("expert_count", 0)
@@ -113,8 +114,8 @@ class _Facts:
         value = self._metadata.get(f"llama.{key}")
         if value is None and absent:
             return absent[0]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            self.problems.append(f"llama.{key} = {value}: must be a single {kind.__name__}")
+        if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+            self.problems.append(f"llama.{key} = {value}: must be one {kind.__name__} above 0")
             return 1
         return value
 
@@ -139,7 +140,10 @@ def _rope_scaling(
         )
     if (factors := header.tensors.get(ROPE_FACTORS)) is None:
         return None
-    stored = np.frombuffer(header.content, "<f4", math.prod(factors.shape), factors.start)
+    content = header.content[factors.start : factors.start + 2 * head_size]
+    if (factors.type_id, factors.shape, len(content)) != (0, (head_size // 2,), 2 * head_size):
+        raise UserError(f"{header.path}: {ROPE_FACTORS} is not a vector of {head_size // 2} floats")
+    stored = np.frombuffer(content, "<f4")
     scaling = RopeScaling(
         factor=float(str(stored.max())),
         low_freq_factor=_LOW,
@@ -148,7 +152,7 @@ def _rope_scaling(
     )
     plain = frequencies(head_size, theta=theta, scaling=None)
     ours = plain / frequencies(head_size, theta=theta, scaling=scaling)
-    if ours.shape != stored.shape or not np.allclose(ours, stored, rtol=1e-4, atol=0):
+    if not np.allclose(ours, stored, rtol=1e-4, atol=0):
         raise UserError(
             f"{header.path}: {ROPE_FACTORS} holds other factors than Llama 3.1's scaling by "
             f"{scaling.factor:g} of a context of {scaling.original_max_seq_len}; only that one "

@@ -67,10 +67,9 @@ def read_header(path: Path) -> Header:
         )
     try:
         return _parse(path, content)
-    except (struct.error, ValueError, KeyError, OverflowError) as error:
-        raise UserError(
-            f"{path}: truncated or damaged GGUF file ({error}); download it again"
-        ) from error
+    except (ValueError, KeyError) as error:
+        why = str(error) if isinstance(error, ValueError) else f"there is no type {error}"
+        raise UserError(f"{path}: truncated or damaged: {why}; download it again") from error
 
 
 def _parse(path: Path, content: mmap.mmap) -> Header:
@@ -85,7 +84,9 @@ def _parse(path: Path, content: mmap.mmap) -> Header:
         name, num_dims = cursor.string(), cursor.number("I")
         shape = tuple(cursor.number("Q") for _ in range(num_dims))[::-1]
         described.append((name, shape, cursor.number("I"), cursor.number("Q")))
-    alignment = int(metadata.get("general.alignment", _ALIGNMENT))
+    alignment = metadata.get("general.alignment", _ALIGNMENT)
+    if type(alignment) is not int or alignment < 1:
+        raise ValueError(f"general.alignment = {alignment}")
     start = -(-cursor.at // alignment) * alignment
     tensors = {
         name: StoredTensor(name, shape, type_id, start + offset)
@@ -95,21 +96,26 @@ def _parse(path: Path, content: mmap.mmap) -> Header:
 
 
 class _Cursor:
-    """Values one after another; struct.error or ValueError where the file ends before them."""
+    """Values one after another; ValueError where the file ends before them."""
 
     def __init__(self, content: mmap.mmap, at: int) -> None:
         self._content = content
         self.at = at
 
     def number(self, code: str) -> Any:
+        size = struct.calcsize(f"<{code}")
+        self._must_hold(size)
         (value,) = struct.unpack_from(f"<{code}", self._content, self.at)
-        self.at += struct.calcsize(f"<{code}")
+        self.at += size
         return value
+
+    def _must_hold(self, size: int) -> None:
+        if size > len(self._content) - self.at:
+            raise ValueError(f"its header goes on after its end, byte {len(self._content)}")
 
     def string(self) -> str:
         size = self.number("Q")
-        if size > len(self._content) - self.at:
-            raise ValueError(f"a string of {size} bytes at {self.at} of {len(self._content)}")
+        self._must_hold(size)
         text = self._content[self.at : self.at + size].decode("utf-8")
         self.at += size
         return text
@@ -126,6 +132,7 @@ class _Cursor:
         if kind in (_STRING, _ARRAY):
             return [self.value(kind) for _ in range(length)]
         dtype = np.dtype(_NUMBERS[kind]).newbyteorder("<")
+        self._must_hold(length * dtype.itemsize)
         found = np.frombuffer(self._content, dtype, length, self.at).copy()
         self.at += found.nbytes
         return found

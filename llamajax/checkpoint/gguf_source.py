@@ -132,6 +132,8 @@ def _matrix(header: Header, tensor: StoredTensor, num_heads: int | None) -> _Mat
         raise ValueError(f"type {name} cannot be read, only {types}")
     values, size = gguf.GGML_QUANT_SIZES[kind]
     rows, columns = tensor.shape if len(tensor.shape) == 2 else (1, math.prod(tensor.shape))
+    if num_heads and rows % (2 * num_heads):
+        raise ValueError(f"{rows} rows are no {num_heads} heads")
     if columns % values:
         raise ValueError(f"rows of {columns} values are no whole blocks of {values}")
     row_bytes = columns // values * size

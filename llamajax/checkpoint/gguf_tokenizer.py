@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llamajax.checkpoint.gguf_header import Header
 from llamajax.checkpoint.published import note
 
@@ -55,19 +57,23 @@ def write_tokenizer(header: Header) -> Path | None:
 def _unusable(facts: Mapping[str, Any]) -> str | None:
     """Why no tokenizer can be made, or None."""
     kind, pre = facts.get("model"), facts.get("pre")
-    own = {"llama": "scores", "gpt2": "merges"}.get(str(kind))
-    if own is None or (kind == "gpt2" and pre not in _PRE):
+    if kind not in ("llama", "gpt2") or (kind == "gpt2" and pre not in _PRE):
         known = ", ".join(_PRE)
         return f"tokenizer.ggml.model {kind!r}, pre {pre!r}: known are llama, and gpt2 with {known}"
-    lists = ["tokens", "token_type", *(["scores"] if kind == "llama" else [])]
-    if missing := [key for key in [*lists, own] if key not in facts]:
-        return f"{_KEY}{missing[0]} is missing"
-    num_tokens = len(facts["tokens"])
-    if any(len(facts[key]) != num_tokens for key in lists):
-        return f"the lists of tokens, types and scores have different lengths, not {num_tokens}"
-    ids = [value for key, value in facts.items() if key.endswith("_token_id")]
-    if any(not 0 <= i < num_tokens for i in ids) or len(set(facts["tokens"])) != num_tokens:
-        return "the tokenizer has duplicate tokens, or control tokens outside of its vocabulary"
+    numbers = ["token_type", *(["scores"] if kind == "llama" else [])]
+    kinds = dict.fromkeys(numbers, np.ndarray) | {"tokens": list}
+    kinds |= {key: int for key in facts if key.endswith("_token_id")}
+    kinds |= {"merges": list} if kind == "gpt2" else {}
+    if odd := [key for key, is_a in kinds.items() if not isinstance(facts.get(key), is_a)]:
+        return f"{_KEY}{odd[0]} is missing, or of another type"
+    vocab = set(facts["tokens"])
+    if any(len(facts[key]) != len(vocab) for key in ["tokens", *numbers]):
+        return "its tokenizer's lists have different lengths, or two tokens of one name"
+    if bad := [key for key in kinds if kinds[key] is int and not 0 <= facts[key] < len(vocab)]:
+        return f"{_KEY}{bad[0]} = {facts[bad[0]]} is outside of its vocabulary"
+    pairs = [merge.partition(" ")[::2] for merge in facts.get("merges", [])]
+    if any(not {left, right, left + right} <= vocab for left, right in pairs):
+        return "its tokenizer merges tokens that are not in its vocabulary"
     return None
 
 

@@ -86,6 +86,8 @@ def _model_config(file: Path, params: dict[str, Any], source: MetaSource) -> Mod
     names = set(source.names())
     if absent := [name for name in (EMBEDDING, _GATE, _QUERY) if name not in names]:
         raise UserError(f"{file.parent}: the consolidated files hold no {absent[0]}")
+    if params["n_layers"] > len(names):
+        raise UserError(f"{file}: n_layers = {params['n_layers']}, for {len(names)} tensors")
     heads = params["n_heads"]
     vocab_size = source.shape(EMBEDDING)[0]
     if params.get("vocab_size", -1) not in (-1, vocab_size):

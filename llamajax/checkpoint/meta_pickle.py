@@ -63,9 +63,10 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
                 return _tensors(archive, content)
     except _Refused as error:
         raise UserError(f"{path}: {error}; only plain tensors are read, nothing is run") from None
-    except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, KeyError, EOFError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, ValueError, KeyError,
+            RuntimeError) as error:  # fmt: skip
         raise UserError(
             f"{path}: truncated or damaged ({type(error).__name__}: {error}); download it again"
         ) from error
@@ -76,6 +77,7 @@ def _tensors(archive: zipfile.ZipFile, content: mmap.mmap) -> dict[str, np.ndarr
     if (order := members.get("byteorder")) is not None and archive.read(order) != b"little":
         raise _Refused("its numbers are big-endian")
     described = members["data.pkl"]
+    _must_be_stored(described)
     if described.file_size > _PICKLE_BYTES:
         raise _Refused(f"its pickle has {described.file_size} bytes, too many for a list of names")
     found = _load(archive.read(described))
@@ -84,6 +86,11 @@ def _tensors(archive: zipfile.ZipFile, content: mmap.mmap) -> dict[str, np.ndarr
     if others := [name for name, value in found.items() if not isinstance(value, _Tensor)]:
         raise _Refused(f"{others[0]!r} is not a tensor")
     return {name: _array(tensor, members, content) for name, tensor in found.items()}
+
+
+def _must_be_stored(member: zipfile.ZipInfo) -> None:
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise _Refused(f"its member {member.filename} is compressed")
 
 
 def _load(described: bytes) -> Any:
@@ -129,8 +136,7 @@ def _allowed() -> dict[tuple[str, str], Any]:
 def _array(tensor: _Tensor, members: dict[str, zipfile.ZipInfo], content: mmap.mmap) -> np.ndarray:
     """The bytes of one tensor, where they lie in the file."""
     storage, member = tensor.storage, members[f"data/{tensor.storage.key}"]
-    if member.compress_type != zipfile.ZIP_STORED:
-        raise _Refused(f"its member {member.filename} is compressed")
+    _must_be_stored(member)
     header = content[member.header_offset : member.header_offset + _LOCAL_HEADER]
     names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     start = member.header_offset + _LOCAL_HEADER + names

@@ -302,6 +302,7 @@ def test_a_sentencepiece_model_taken_apart_is_put_together(tmp_path, arrays, ass
         ({"tokenizer.ggml.pre": "qwen2"}, "pre 'qwen2': known are"),
         ({"tokenizer.ggml.model": "bert"}, "model 'bert'"),
         ({"tokenizer.ggml.merges": None}, "merges is missing"),
+        ({"tokenizer.ggml.merges": ["t x"]}, "merges tokens that are not in"),
         ({"tokenizer.ggml.token_type": [1, 1]}, "different lengths"),
         ({"tokenizer.ggml.bos_token_id": 999}, "outside of its vocabulary"),
     ],
@@ -316,11 +317,14 @@ def test_no_tokenizer_and_a_note_where_it_is_unknown(tmp_path, arrays, capsys, m
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"llama.attention.head_count": None}, r"head_count = None: must be"),
+        ({"llama.attention.head_count": None}, r"head_count = None: must be one int"),
         ({"llama.expert_count": 8}, r"llama\.expert_count = 8: only 0"),
         ({"llama.rope.dimension_count": 8}, r"dimension_count = 8: only 16"),
         ({"llama.attention.sliding_window": 4096}, "sliding_window = 4096"),
-        ({"llama.attention.head_count_kv": [2, 2]}, r"head_count_kv = \[2 2\]: must be a single"),
+        (
+            {"llama.attention.head_count_kv": [2, 2]},
+            r"head_count_kv = \[2 2\]: must be one int above 0",
+        ),
         ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "'yarn'"),
         ({"llama.attention.head_count_kv": 3}, r"num_kv_heads = 3: must divide"),
         ({"llama.block_count": 1}, r"layers\.1\..*: not part of a Llama of this"),
@@ -338,9 +342,7 @@ def test_other_tensors_and_types_are_named(tmp_path, arrays):
     with pytest.raises(UserError, match=r"tensor blk\.0\.attn_q\.bias: no part of a Llama"):
         open_weights(store(tmp_path / "x.gguf", arrays | odd, GROUPED))
     odd = {"blk.1.ffn_up.weight": (Type.TQ1_0, np.zeros((96, 54), np.uint8))}
-    with pytest.raises(
-        UserError, match=r"blk\.1\.ffn_up\.weight: type TQ1_0 cannot be read"
-    ):
+    with pytest.raises(UserError, match=r"blk\.1\.ffn_up\.weight: type TQ1_0 cannot be read"):
         open_weights(store(tmp_path / "x.gguf", arrays | odd, GROUPED))
     with pytest.raises(UserError, match="architecture 'qwen2'"):
         open_weights(store(tmp_path / "x.gguf", arrays, GROUPED, architecture="qwen2"))
