@@ -222,8 +222,8 @@ def _problems_of_order(roles: Sequence[str], template: str, last: str | None) ->
             f"message {number} is the {turns[at]}'s where the {wanted[at]}'s is due: perhaps a"
             " system message, then user and assistant in turn"
         )
-    elif last is not None and (not turns or turns[-1] != last):
-        problems.append(f"the last message is the {roles[-1]}'s, not the {last}'s")
+    elif not turns or last not in (None, turns[-1]):
+        problems.append(f"the last message is the {roles[-1]}'s, not the {last or 'user'}'s")
     if template == "none" and (len(turns) > 2 or len(turns) < len(roles)):
         problems.append("a conversation needs a --chat_template; none takes a prompt alone")
     return problems

@@ -153,11 +153,11 @@ def test_llama3_ids(assets):
 def test_llama2_as_transformers_has_it(assets, tmp_path):
     """Also Meta's way, which encodes a turn, prompt and answer, as one string."""
     import sentencepiece
-    from transformers import LlamaTokenizer
 
+    transformers = pytest.importorskip("transformers")
     path = assets / "tokenizers" / "llama2.model"
     (tmp_path / "tokenizer.model").write_bytes(path.read_bytes())
-    theirs = LlamaTokenizer.from_pretrained(tmp_path, legacy=True)
+    theirs = transformers.LlamaTokenizer.from_pretrained(tmp_path, legacy=True)
     theirs.chat_template = PUBLISHED["llama2"]
     tokenizer = load_tokenizer(path)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -166,6 +166,10 @@ def test_llama2_as_transformers_has_it(assets, tmp_path):
         assert ids == theirs.apply_chat_template(dicts(talk), return_dict=False)
         prompt = encode_chat(tokenizer, "llama2", dicts(talk[:-1]))
         assert prompt == theirs.apply_chat_template(dicts(talk[:-1]), return_dict=False)
+    theirs.save_pretrained(tmp_path / "saved")
+    other = load_tokenizer(tmp_path / "saved" / "tokenizer.json")
+    for template, talk in (("llama2", TALK), ("none", [TALK[3], TELL])):
+        assert encode_example(other, template, talk) == encode_example(tokenizer, template, talk)
     turn = "[INST] Why? [/INST] A\n\nwhale: ü 鯨 "
     assert ids[-len(processor.encode(turn)) - 2 :] == [1, *processor.encode(turn), 2]
 
@@ -173,6 +177,8 @@ def test_llama2_as_transformers_has_it(assets, tmp_path):
 def test_llama3_as_the_published_template_has_it(assets):
     """Rendered by transformers, then encoded with the control tokens taken for what they are."""
     import tiktoken
+
+    pytest.importorskip("transformers")
     from transformers.utils.chat_template_utils import render_jinja_template
 
     tokenizer = load_tokenizer(assets / "tokenizers" / "llama3.model")
@@ -195,9 +201,8 @@ def test_llama3_as_the_published_template_has_it(assets):
 
 
 def test_chatml_as_transformers_has_it(chatml_file):
-    from transformers import PreTrainedTokenizerFast
-
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(chatml_file))
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(chatml_file))
     theirs.chat_template = PUBLISHED["chatml"]
     tokenizer = load_tokenizer(chatml_file)
     for talk in (TALK, TALK[:-1]):
@@ -293,6 +298,8 @@ def test_encode_chat_tells_the_users_mistakes(ranks):
     byte = load_tokenizer("byte")
     with pytest.raises(UserError, match="the last message is the assistant's, not the user's"):
         encode_chat(byte, "llama2", dicts([ASK, TELL]))
+    with pytest.raises(UserError, match="the last message is the system's, not the user's"):
+        encode_chat(byte, "llama2", dicts([SYSTEM]), add_generation_prompt=False)
     with pytest.raises(UserError, match="a conversation needs a --chat_template"):
         encode_chat(byte, "none", dicts([ASK, TELL, ASK]))
     names = "<|begin_of_text|>, <|start_header_id|>, <|end_header_id|>, <|eot_id|>, which this byte"
