@@ -125,14 +125,12 @@ def _tensors(weights: "Weights", dtype: str) -> "tuple[TensorSource, dict[str, L
     import jax
 
     from llamajax import sharding
-    from llamajax.checkpoint.stored import StoredSource, leaves_of
+    from llamajax.checkpoint.stored import leaves_of
     from llamajax.models.abstract import abstract_model
 
     mesh = sharding.build_mesh(MeshConfig(), jax.devices()[:1])
     leaves = leaves_of(abstract_model(weights.model, mesh, dtype=jax.numpy.dtype(dtype)))
-    if weights.source is not None:
-        return weights.source, leaves
-    return StoredSource(weights.path, weights.model, leaves), leaves
+    return weights.tensors(leaves), leaves
 
 
 def _note_rounding(source: "TensorSource", dtype: str) -> None:

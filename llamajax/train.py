@@ -1,4 +1,4 @@
-"""`python -m llamajax.train`: pretrain a model, or continue where the same command stopped."""
+"""`python -m llamajax.train`: pretrain or finetune, or continue where the same command stopped."""
 
 from pathlib import Path
 
@@ -7,7 +7,9 @@ from llamajax.config import WORKDIR, parse_command_line
 from llamajax.errors import run_verb
 from llamajax.training.shutdown import Shutdown
 
-SUMMARY = "Pretrain a Llama. Rerunning the same command continues from the newest checkpoint."
+SUMMARY = (
+    "Pretrain or finetune a Llama. Rerunning the same command continues from the newest checkpoint."
+)
 EXAMPLE = "python -m llamajax.train --config=configs/quickstart.py --workdir=runs/quickstart"
 
 
@@ -18,7 +20,7 @@ def main(argv: list[str]) -> int:
         argv, verb="train", flags=(WORKDIR,), summary=SUMMARY, example=EXAMPLE
     )
     # JAX takes seconds to import: --help and mistakes are answered without it.
-    from llamajax.training.session import train
+    from llamajax.training.run import train
 
     return train(command.config, workdir=Path(command.workdir), shutdown=shutdown)
 

@@ -5,16 +5,24 @@ foreign format in the order of RECOGNISERS. A foreign format is one function mor
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from llamajax.checkpoint import gguf_config, hf_read, meta_config
 from llamajax.checkpoint import manifest as manifests
+from llamajax.checkpoint.adapters import (
+    MergedSource,
+    fingerprint_checkpoint,
+    fingerprint_tensors,
+    read_factors,
+)
 from llamajax.checkpoint.restore import newest_step, read_meta, restore_state
+from llamajax.checkpoint.stored import Leaf, StoredSource, leaves_of
 from llamajax.checkpoint.tensor_source import Foreign, TensorSource
 from llamajax.config.build import build_model
-from llamajax.config.schema import ModelConfig
+from llamajax.config.record import from_json_dict
+from llamajax.config.schema import LoraConfig, ModelConfig
 from llamajax.errors import UserError, combine
 
 # Kind -> what it makes of a path: None when that is of another kind, UserError when it is broken.
@@ -23,6 +31,8 @@ RECOGNISERS: dict[str, Callable[[Path], Foreign | None]] = {
     "gguf": gguf_config.recognise,
     "meta": meta_config.recognise,
 }
+# Directory of a run's tokenizer, in its --workdir.
+TOKENIZER = "tokenizer"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer.byte")
 
 
@@ -32,7 +42,8 @@ class Weights:
 
     kind: llamajax, or one of RECOGNISERS. path: what was opened; for llamajax the checkpoint of one
     step. tokenizer: what `data.load_tokenizer` takes, None where there is none. step: of llamajax
-    checkpoints. source: the tensors of a foreign kind, None for llamajax.
+    checkpoints. source: the tensors of a foreign kind, None for llamajax. base and lora: of a
+    checkpoint of adapters, what those are added to; it is read as the merged model.
     """
 
     kind: str
@@ -41,6 +52,26 @@ class Weights:
     tokenizer: Path | None
     step: int | None
     source: TensorSource | None
+    base: "Weights | None" = None
+    lora: LoraConfig | None = None
+
+    def fingerprint(self) -> str:
+        """Identity of these weights: equal on a copy, another after any training."""
+        if self.source is not None:
+            return fingerprint_tensors(self.source, self.model)
+        return fingerprint_checkpoint(self.path)
+
+    def tensors(self, leaves: Mapping[str, Leaf]) -> TensorSource:
+        """All weights as tensors of Hugging Face, adapters merged; `leaves` are the model's.
+
+        To be called by all processes, because adapters are read.
+        """
+        if self.source is not None:
+            return self.source
+        if self.base is None:
+            return StoredSource(self.path, self.model, leaves)
+        factors = read_factors(self.path)
+        return MergedSource(self.base.tensors(leaves), self.model, factors, self.lora)
 
     def load(self, abstract_model: Any) -> Any:
         """A model like `abstract_model` with all its leaves read, each straight into its shards.
@@ -49,8 +80,9 @@ class Weights:
         dtypes (`models.abstract.abstract_model`). Raises UserError for damage and mismatches. To be
         called by all processes.
         """
-        if self.source is not None:
-            return hf_read.load_tensors(self.source, self.model, abstract_model)
+        if self.source is not None or self.base is not None:
+            source = self.tensors(leaves_of(abstract_model))
+            return hf_read.load_tensors(source, self.model, abstract_model)
         wanted = {"model": abstract_model}
         return restore_state(self.path, wanted, partial=True, cast=True)["model"]
 
@@ -100,13 +132,38 @@ def _checkpoint_in(path: Path) -> Path | None:
     return None
 
 
+def open_base(record: Mapping[str, str], *, path: Path | None, adapters: Path) -> Weights:
+    """The weights that adapters were trained on, which `record` (of their checkpoint) describes.
+
+    path: where they are now, None: where they were. Raises UserError when they are gone or others.
+    """
+    where = Path(record["path"]) if path is None else path
+    if not where.exists():
+        raise UserError(
+            f"{adapters} holds adapters only, and the weights that they were trained on are gone: "
+            f"there is no {where}; put them back, or link that path to where they are"
+        )
+    base = open_weights(where)
+    if base.fingerprint() != record["fingerprint"]:
+        raise UserError(
+            f"{adapters} holds adapters only, and {base.path} has other weights than those that "
+            f"they were trained on ({record['path']}, fingerprint {record['fingerprint'][:12]}, "
+            f"now {base.fingerprint()[:12]}); put those back"
+        )
+    return base
+
+
 def _of_checkpoint(directory: Path) -> Weights:
-    config = read_meta(directory).get("config") or {}
+    meta = read_meta(directory)
+    config, base, lora = meta.get("config") or {}, None, None
     if "model" not in config:
         raise UserError(f"checkpoint {directory} does not say which model it is of")
     model, problems = build_model(config["model"])
     if model is None:
         raise combine(problems, title=f"checkpoint {directory} is not of this version:")
+    if "base" in meta:
+        base = open_base(meta["base"], path=None, adapters=directory)
+        lora = from_json_dict(config, source=str(directory / manifests.META)).lora
     return Weights(
         kind="llamajax",
         path=directory,
@@ -114,14 +171,17 @@ def _of_checkpoint(directory: Path) -> Weights:
         tokenizer=_tokenizer_of(directory, config),
         step=int(directory.name),
         source=None,
+        base=base,
+        lora=lora,
     )
 
 
 def _tokenizer_of(directory: Path, config: dict[str, Any]) -> Path | None:
     """The tokenizer beside the checkpoints, else that of the first data set of the run."""
     beside = directory.parent.parent
-    for name in _TOKENIZERS:
-        if (beside / name).is_file():
-            return beside / name
+    for folder in (beside, beside / TOKENIZER):
+        for name in _TOKENIZERS:
+            if (folder / name).is_file():
+                return folder / name
     data = (config.get("data") or {}).get("path", "").split(",")[0].strip()
     return Path(data).absolute() if data and Path(data).is_dir() else None

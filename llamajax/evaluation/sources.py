@@ -9,6 +9,7 @@ import numpy as np
 from llamajax.checkpoint import read_meta
 from llamajax.checkpoint.weights import Weights
 from llamajax.data import Tokenizer, load_tokenizer
+from llamajax.data.agreement import same_tokens
 from llamajax.data.sources import format_of, read_text
 from llamajax.data.tokenizers import MANIFEST
 from llamajax.errors import UserError
@@ -18,11 +19,6 @@ from llamajax.evaluation.windows import WindowRows, non_overlapping, separate, s
 
 # A longer context than this has to be asked for: Llama 3.1's 131,072 tokens would be a surprise.
 _DEFAULT_MAX_SEQ_LEN = 4096
-# Two tokenizers that agree on this read the same text into the same tokens.
-_PROBE = (
-    "The quick brown fox\n\njumps over 12,345.67 lazy dogs;  don't  \tstop! naïve Straße 東京 "
-    "Привет def f(x):\n    return {'key': [x ** 2]}  # <s> </s> <|begin_of_text|> 😀\n"
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,14 +179,8 @@ def _tokenizer(weights: Weights) -> Tokenizer:
 
 
 def _check_same(ours: Tokenizer, theirs: Tokenizer, path: Path, weights: Weights) -> None:
-    """Refuse data that the model's tokenizer would not have written.
-
-    The same tokens may come in files of two formats (Llama's tokenizer.model and tokenizer.json).
-    """
-    if ours.fingerprint == theirs.fingerprint:
-        return
-    found = [(t.bos_id, t.eos_id, t.encode(_PROBE)) for t in (ours, theirs)]
-    if found[0] != found[1]:
+    """Refuse data that the model's tokenizer would not have written."""
+    if not same_tokens(ours, theirs):
         raise UserError(
             f"--data={path} was prepared with another tokenizer ({ours.kind}, {ours.vocab_size} "
             f"tokens) than that of the model, {weights.tokenizer} ({theirs.kind}, "

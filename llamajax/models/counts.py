@@ -15,18 +15,21 @@ def num_parameters(model: ModelConfig) -> int:
     return embedding + head + norms + model.num_layers * _matrices_per_layer(model)
 
 
-def flops_per_token(model: ModelConfig, seq_len: int, *, causal: bool) -> float:
+def flops_per_token(
+    model: ModelConfig, seq_len: int, *, causal: bool, frozen: bool = False
+) -> float:
     """Operations per trained token: the matrix products of forward and backward pass (3 x forward).
 
     `causal` counts half of the attention matrix, the convention of fused causal kernels; without
     it the whole matrix counts. The embedding is a look-up and counts nothing; norms, rotary
-    embedding, softmax and recomputation never count (PaLM, appendix B).
+    embedding, softmax and recomputation never count (PaLM, appendix B). `frozen`: weights have no
+    gradient, so each costs two products and not three; adapters beside them are not counted.
     """
     head = model.vocab_size * model.hidden_size
     weights = head + model.num_layers * _matrices_per_layer(model)
     # Scores (T x H . H x S) and the weighted values (T x S . S x H): 2 products, 2 operations.
     attention = 4 * seq_len * model.num_heads * model.head_size * model.num_layers
-    return 3.0 * (2 * weights + (attention / 2 if causal else attention))
+    return (4.0 if frozen else 6.0) * weights + 3.0 * (attention / 2 if causal else attention)
 
 
 def _matrices_per_layer(model: ModelConfig) -> int:

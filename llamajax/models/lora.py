@@ -121,13 +121,14 @@ def trainable(model: Any) -> tuple[Any, Callable[[Any], Any]]:
     return adapters, lambda weights: attach(base, weights)
 
 
-def merge(model: Any) -> Any:
-    """The model with its adapters added into the matrices (in float32; dtypes stay)."""
+def merge(model: Any, *, dtype: jnp.dtype) -> Any:
+    """The model with its adapters added into their matrices, which are then of `dtype`."""
     base, adapters = detach(model)
     for target, adapter in (adapters or {}).items():
         where = getattr(base.blocks, MODULES[target])
         weight = getattr(where, target)
-        value = merged(weight[...], adapter.a[...], adapter.b[...], scale=adapter.scale)
+        factors = (adapter.a[...], adapter.b[...])
+        value = merged(weight[...], *factors, scale=adapter.scale, dtype=dtype)
         setattr(where, target, weight.replace(value))
     return base
 

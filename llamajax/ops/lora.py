@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 
 
-def merged(w: jax.Array, a: jax.Array, b: jax.Array, *, scale: float) -> jax.Array:
-    """`w` (L, in, out) + scale * `a` (L, in, R) `b` (L, R, out), in float32; dtype of `w`.
+def merged(
+    w: jax.Array, a: jax.Array, b: jax.Array, *, scale: float, dtype: jnp.dtype
+) -> jax.Array:
+    """`w` (L, in, out) + scale * `a` (L, in, R) `b` (L, R, out), in float32 and then in `dtype`.
 
     `in` and `out` are one or several dims. The product is exact float32 on every backend.
     """
@@ -13,4 +15,4 @@ def merged(w: jax.Array, a: jax.Array, b: jax.Array, *, scale: float) -> jax.Arr
     added = jax.lax.dot_general(
         a, b, numbers, precision="highest", preferred_element_type=jnp.float32
     )
-    return (w.astype(jnp.float32) + scale * added).astype(w.dtype)
+    return (w.astype(jnp.float32) + scale * added).astype(dtype)

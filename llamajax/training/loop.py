@@ -32,6 +32,7 @@ class Loop:
     rates: Callable[[float], dict[str, float | None]]  # tokens/s -> both MFUs
     tokens_seen: Callable[[int], int]
     meta: Callable[[int], dict[str, Any]]
+    export: Callable[[int, TrainState], None]  # to hf/STEP
     checkpointer: Checkpointer
     metrics: MetricsWriter
     progress: Progress
@@ -61,6 +62,9 @@ class Loop:
             if save:
                 self._save(step, state, final=stop or step == last)
                 saved_at_s = time.monotonic()
+            if self.export_is_due(step) and not stop:
+                with self.timer.pause("export"):
+                    self.export(step, state)
             if stop:
                 return step
             if evaluate and not self.evaluate(step, state):
@@ -73,6 +77,11 @@ class Loop:
         every = self.train.eval_every
         return step == self.train.steps or bool(every and step % every == 0)
 
+    def export_is_due(self, step: int) -> bool:
+        """Whether the weights of `step` are wanted in Hugging Face's format."""
+        every = self.checkpoint.export_hf_every
+        return bool(every) and (step == self.train.steps or step % every == 0)
+
     def evaluate(self, step: int, state: TrainState) -> bool:
         """Log the loss on the validation split; False when a signal cut it short (no row then).
 
@@ -82,7 +91,7 @@ class Loop:
         pending = None
         with self.timer.pause("evaluation"):
             for batch in self.eval_batches():
-                current = self.eval_step(state.model, batch)
+                current = self.eval_step(state.whole, batch)
                 if pending is not None:
                     sums += np.array(jax.device_get(pending), np.float64)
                 pending = current
@@ -125,7 +134,7 @@ class Loop:
         """Save; a failure costs the checkpoint and a warning, never the run, but for the last."""
         try:
             with self.timer.pause("checkpoint"):
-                self.checkpointer.save(step, state, meta=self.meta(step), wait=final)
+                self.checkpointer.save(step, state.to_save, meta=self.meta(step), wait=final)
         except CheckpointError as error:
             if final:
                 raise

@@ -7,7 +7,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from llamajax import data
+from llamajax.checkpoint.directory import replaced
+from llamajax.checkpoint.weights import TOKENIZER
 from llamajax.config import RunConfig, to_json_dict
+from llamajax.data.tokenizer_export import copy_companions
 from llamajax.errors import UserError
 
 
@@ -48,3 +52,15 @@ def write_config(workdir: Path, config: RunConfig) -> None:
         temporary.replace(workdir / "config.json")
     except OSError as error:
         raise UserError(f"cannot write {workdir / 'config.json'}: {error.strerror}") from None
+
+
+def keep_tokenizer(workdir: Path, config: RunConfig) -> None:
+    """Copy the tokenizer of the data, so that the workdir is complete wherever it is taken."""
+    tokenizer = data.load_tokenizer(config.data.path.split(",")[0].strip())
+    target = workdir / TOKENIZER
+    if target.is_dir() and data.load_tokenizer(target).fingerprint == tokenizer.fingerprint:
+        return
+    with replaced(target) as hidden:
+        tokenizer.save(hidden)
+        for file in tokenizer.files[:1]:
+            copy_companions(file.parent, hidden)

@@ -1,0 +1,109 @@
+"""What a run says of itself: on the terminal when it starts and ends, and in `run.json`."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llamajax import backends, sharding
+from llamajax.checkpoint import Checkpointer
+from llamajax.config import RunConfig
+from llamajax.models.counts import flops_per_token, num_parameters
+from llamajax.models.lora import num_adapter_parameters
+from llamajax.monitoring import write_report, write_run_facts
+from llamajax.monitoring.progress import format_count
+from llamajax.training.loop import Loop
+from llamajax.training.session import Session
+from llamajax.training.workdir import say
+
+
+def greet(session: Session, start: int) -> None:
+    """Say once what runs where, and from which step."""
+    c, m = session.config, session.machine
+    tokens = c.data.global_batch_size * c.data.seq_len
+    peak = backends.peak_flops(m.device_kind, c.train.dtype)
+    if session.held_out is None:
+        say("warning: the data has no validation split: no evaluation", primary=m.is_primary)
+    trained = f", {format_count(num_trained(c))} trained" if c.lora.rank else ""
+    for line in (
+        f"model    {c.model.name or 'custom'}, {format_count(num_parameters(c.model))} parameters"
+        + trained,
+        f"machine  {m.platform}, {m.device_kind}; mesh {sharding.describe(session.mesh)}",
+        f"compute  {c.train.dtype}, attention {session.compute.attention}, remat {c.train.remat}",
+        f"peak     {peak[0] / 1e12:.0f} TFLOP/s a device ({peak[1]})"
+        if peak
+        else f"peak     unknown for {m.device_kind!r}: no MFU",
+        f"data     {c.data.path}; {c.data.global_batch_size} x {c.data.seq_len} = "
+        f"{format_count(tokens)} tokens a step",
+        f"steps    {c.train.steps}, continuing from step {start}"
+        if start
+        else f"steps    {c.train.steps}, from {c.train.init_from or 'the beginning'}",
+    ):
+        say(line, primary=m.is_primary)
+
+
+def num_trained(config: RunConfig) -> int:
+    """Number of weights that updates change."""
+    if config.lora.rank:
+        return num_adapter_parameters(config.model, config.lora)
+    return num_parameters(config.model)
+
+
+def previous(checkpointer: Checkpointer) -> str:
+    """The checkpoint that a rerun continues from."""
+    steps = checkpointer.steps()
+    return f"{checkpointer.directory / str(steps[-1])}" if steps else "none yet, it starts anew"
+
+
+def rates(session: Session) -> Callable[[float], dict[str, float | None]]:
+    """Both MFUs as fractions from tokens/s; null where the peak of the device is not known."""
+    config, machine = session.config, session.machine
+    peak = backends.peak_flops(machine.device_kind, config.train.dtype)
+
+    def rates(tokens_per_s: float) -> dict[str, float | None]:
+        found: dict[str, float | None] = {}
+        for name, causal in (("mfu_full", False), ("mfu_causal", True)):
+            flops = flops_per_token(
+                config.model, config.data.seq_len, causal=causal, frozen=config.lora.rank > 0
+            )
+            total = peak and peak[0] * machine.num_devices
+            found[name] = total and tokens_per_s * flops / total
+        return found
+
+    return rates
+
+
+def facts(session: Session) -> dict[str, Any]:
+    """What `run.json` says of a run that has begun."""
+    machine = session.machine
+    peak = backends.peak_flops(machine.device_kind, session.config.train.dtype)
+    facts = dataclasses.asdict(machine)
+    del facts["process_id"]
+    return facts | {
+        "status": "running",
+        "mesh": dict(session.mesh.shape),
+        "attention": session.compute.attention,
+        "num_parameters": num_parameters(session.config.model),
+        "num_trained_parameters": num_trained(session.config),
+        "peak_flops": peak[0] if peak else None,
+        "peak_source": peak[1] if peak else None,
+        "unigram_entropy": session.held_out.unigram_loss if session.held_out else None,
+    }
+
+
+def conclude(session: Session, loop: Loop, workdir: Path, code: int) -> None:
+    """Write the last facts and the report; say where things are."""
+    facts = {
+        "status": "finished" if code == 0 else "stopped",
+        "time_breakdown": loop.timer.breakdown(),
+        "tokens_per_s": loop.timer.mean_tokens_per_s,
+        "peak_memory_bytes": backends.peak_memory_bytes(),
+    }
+    try:
+        write_run_facts(workdir, facts)
+        write_report(workdir)
+    except OSError as error:
+        say(f"warning: no report was written: {error.strerror}")
+        return
+    word = "finished" if code == 0 else "stopped; rerun the same command to continue"
+    say(f"{word}. Checkpoint {previous(loop.checkpointer)}, report {workdir / 'report.html'}")

@@ -1,0 +1,111 @@
+"""Where the weights of a run come from: `train.init_from`, checked against the run that asks.
+
+A run imports once. Afterwards its own checkpoints hold everything, but for the frozen weights of a
+run with adapters: those are read again from where they were, and must be the same ones.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llamajax import data
+from llamajax.checkpoint.weights import Weights, open_base, open_weights
+from llamajax.config import from_json_dict
+from llamajax.config.flags import show
+from llamajax.config.schema import LoraConfig, ModelConfig, RunConfig
+from llamajax.data.agreement import same_tokens
+from llamajax.errors import combine
+
+# Keys that change neither the arrays nor the function that they compute.
+_HARMLESS = ("name", "init_std", "max_seq_len")
+# What must not change in a run with adapters: the function, or the arrays of its checkpoints.
+_FIXED = ("rank", "alpha", "targets", "base_dtype")
+
+
+def open_origin(config: RunConfig, meta: Mapping[str, Any] | None) -> Weights | None:
+    """The weights to import before the first or next step; None where there are none to import.
+
+    meta: of the checkpoint that the run continues from, if it does. Raises one UserError with
+    everything that does not fit: architecture, tokenizer, the base of earlier adapters.
+    """
+    if meta is None:
+        if config.train.init_from is None:
+            return None
+        return _checked(open_weights(Path(config.train.init_from)), config)
+    before = from_json_dict(meta["config"], source="the config of the newest checkpoint")
+    _check_adapters(before.lora, config.lora)
+    if not config.lora.rank:
+        return None
+    moved = before.train.init_from != config.train.init_from
+    path = Path(config.train.init_from).absolute() if moved else None
+    return open_base(meta["base"], path=path, adapters=Path("this --workdir"))
+
+
+def base_record(origin: Weights) -> dict[str, str]:
+    """What checkpoints of adapters say of the weights that they belong to."""
+    return {"path": str(origin.path), "fingerprint": origin.fingerprint()}
+
+
+def _checked(weights: Weights, config: RunConfig) -> Weights:
+    problems = model_differences(weights.model, config.model)
+    if weights.tokenizer is not None:
+        problems += _token_differences(weights.tokenizer, config)
+    if problems:
+        raise combine(
+            problems, title=f"train.init_from = {config.train.init_from}: its weights do not fit:"
+        )
+    return weights
+
+
+def model_differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
+    """Every key of the architecture in which weights differ from the run that wants them."""
+    old, new = (_flat(dataclasses.asdict(model)) for model in (stored, wanted))
+    return [
+        f"model.{key}: the weights have {show(old.get(key))}, this run {show(new.get(key))}; "
+        f"use --config.model.{key}={show(old.get(key))}"
+        for key in (*new, *(key for key in old if key not in new))
+        if key not in _HARMLESS and not _equal(old.get(key), new.get(key))
+    ]
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Equal, but for what is lost where a format stores numbers in float32."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return one == other
+
+
+def _token_differences(tokenizer: Path, config: RunConfig) -> list[str]:
+    path = config.data.path.split(",")[0].strip()
+    ours, theirs = data.load_tokenizer(path), data.load_tokenizer(tokenizer)
+    if same_tokens(ours, theirs):
+        return []
+    return [
+        f"data.path: {path} was prepared with another tokenizer ({ours.kind}, {ours.vocab_size} "
+        f"tokens) than the weights' own, {tokenizer} ({theirs.kind}, {theirs.vocab_size} tokens); "
+        f"prepare the text again with --tokenizer={tokenizer}"
+    ]
+
+
+def _check_adapters(old: LoraConfig, new: LoraConfig) -> None:
+    """Raise UserError when the run that continues has other adapters than the one that it was."""
+    keys = _FIXED if old.rank and new.rank else ("rank",)
+    pairs = {key: (show(getattr(old, key)), show(getattr(new, key))) for key in keys}
+    problems = [f"lora.{k}: it was {a}, now it is {b}" for k, (a, b) in pairs.items() if a != b]
+    if problems:
+        raise combine(
+            problems,
+            title="the checkpoints in --workdir are of other adapters; choose another --workdir, "
+            "or go back to what it was:",
+        )
