@@ -23,6 +23,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
 _LISTED = 10
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_EMBEDDING = ROWS["embedding"].theirs
 # Buffers that old versions of transformers stored beside the weights.
 _IGNORED = ("rotary_emb.inv_freq",)
 
@@ -74,9 +76,6 @@ def recognise(path: Path) -> Foreign | None:
         raise combine(problems, title=f"{path} cannot be read as a Llama of Hugging Face:")
     tokenizer = next((path / n for n in _TOKENIZERS if (path / n).is_file()), None)
     return Foreign(model=model, tokenizer=tokenizer, source=source)
-
-
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 def read_config_json(path: Path) -> dict[str, Any] | None:
@@ -183,9 +182,6 @@ def check_tied_head(source: TensorSource, model: ModelConfig) -> None:
             )
 
 
-_EMBEDDING = ROWS["embedding"].theirs
-
-
 def load_tensors(source: TensorSource, model: ModelConfig, abstract_model: Any) -> Any:
     """A model like `abstract_model` (ShapeDtypeStructs with shardings), each leaf read from source.
 
@@ -254,6 +250,7 @@ def read_weight(
 
 
 def _read_layer(source, row, layer, dims, index, out, model) -> None:
+    """Fill `out` with the part `index` of one layer; padding rows stay as they are."""
     theirs = source.read(row.theirs.format(layer), their_index(row, dims, index, model))
     ours = to_ours(theirs, row, dims, model)
     out[: ours.shape[0]] = ours.astype(out.dtype, copy=False)
