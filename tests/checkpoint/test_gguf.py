@@ -209,7 +209,7 @@ def byte_level(*, pre: str, model="gpt2") -> dict:
     from tokenizers import pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merged = ["th", "the", "11", "Ġ<", "Ġthe"]
+    merged = ["th", "the", "11", "Ġ<", "Ġthe", "xyz"]  # no merges lead to the last
     names = [*letters, *merged, "<|begin_of_text|>", "<|end_of_text|>"]
     return {
         "tokenizer.ggml.model": model,
@@ -228,6 +228,7 @@ def test_byte_level_tokenizers(tmp_path, arrays, pre, ones):
     weights = open_weights(store(tmp_path / "x.gguf", arrays, GROUPED, more=byte_level(pre=pre)))
     tokenizer = load_tokenizer(weights.tokenizer)
     assert len(tokenizer.encode("1111")) == ones
+    assert len(tokenizer.encode("xyz")) == (1 if pre == "llama-bpe" else 3)
     names = byte_level(pre=pre)["tokenizer.ggml.tokens"]
     assert [names[i] for i in tokenizer.encode("the the")] == ["the", "Ġthe"]
     assert [names[i] for i in (tokenizer.bos_id, tokenizer.eos_id)] == names[-2:]
