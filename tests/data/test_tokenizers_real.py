@@ -1,4 +1,4 @@
-"""The real Llama-2 and Llama-3 tokenizers on the real texts, beside the libraries they come from."""
+"""The real Llama-2 and Llama-3 tokenizers on real texts, beside the libraries they come from."""
 
 import gzip
 import json
