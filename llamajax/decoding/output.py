@@ -32,6 +32,7 @@ def write_text(
     waiting, shown = list(range(len(prompts))), 0
     if with_prompt:
         out.write(_prompt_text(session, prompts[0]))
+        out.flush()
     for update in session.generate(prompts):
         for ids, more in zip(new_ids, update, strict=True):
             ids += more
@@ -42,7 +43,8 @@ def write_text(
             if not prompts[row].is_complete(new_ids[row], session.stop_ids):
                 break
             out.write(streams[row].finish() + "\n")
-            shown = waiting.pop(0) * 0
+            waiting.pop(0)
+            shown = 0
             if waiting and with_prompt:
                 out.write("\n" + _prompt_text(session, prompts[waiting[0]]))
         out.flush()
