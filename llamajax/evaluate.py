@@ -16,7 +16,8 @@ _FLAGS = (
         annotation=str | None,
         default=None,
         doc="directory written by llamajax.prepare, packed with document masks as in training: "
-        "every token of a document but its BOS is a target once",
+        "every token of a document but its BOS is a target once (of instruction data, those of "
+        "the answers)",
     ),
     Flag(
         name="split",

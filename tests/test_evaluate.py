@@ -40,6 +40,7 @@ MISTAKES = {
     "--token_ids=ids.npy --per_token_nll=prepared": "is a directory",
     "--token_ids=ids.npy --per_token_nll=out.npy --max_batches=1": "--max_batches",
     "--token_ids=ids.npy --mesh=fsdp=3": "does not make 8 devices",
+    "--token_ids=ids.npy --mesh=sequence=8": "sequence must be 1",
     "--text=empty.txt": "is empty",
     "--text=latin1.txt": "not UTF-8",
     "--text=lines.jsonl": "not plain text",

@@ -42,9 +42,9 @@ class PackedRows:
         self.num_rows = self._source.num_eval_samples(seq_len)
 
     @property
-    def text_bytes(self) -> int:
-        """UTF-8 bytes of the text of the whole split."""
-        return self._source.stats["text_bytes"]
+    def text_bytes(self) -> int | None:
+        """UTF-8 bytes of the text of the whole split; None where only answers are scored."""
+        return None if self._source.masked else self._source.stats["text_bytes"]
 
     def batch(self, rows: range) -> dict[str, np.ndarray]:
         """These samples; those from `num_rows` on are padding."""
