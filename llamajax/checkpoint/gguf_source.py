@@ -56,6 +56,7 @@ class GgufSource:
         heads = {"self_attn.q_proj": num_heads, "self_attn.k_proj": num_kv_heads}
         self._path = header.path
         self._matrices: dict[str, _Matrix] = {}
+        _must_have_gguf(header)
         problems = []
         for tensor in header.tensors.values():
             if tensor.name == ROPE_FACTORS:
@@ -111,19 +112,19 @@ def hugging_face_name(name: str) -> str | None:
     return _WHOLE.get(name)
 
 
-def _gguf(header: Header) -> Any:
+def _must_have_gguf(header: Header) -> None:
     try:
-        import gguf
+        import gguf  # noqa: F401
     except ImportError as error:
         raise UserError(
             f"{header.path}: GGUF files need the gguf package: pip install 'llamajax[gguf]'"
         ) from error
-    return gguf
 
 
 def _matrix(header: Header, tensor: StoredTensor, num_heads: int | None) -> _Matrix:
     """The mapped bytes of one tensor. ValueError says why it cannot be read."""
-    gguf = _gguf(header)
+    import gguf
+
     known = {kind.value: kind for kind in gguf.GGMLQuantizationType}
     kind = known.get(tensor.type_id)
     name = f"number {tensor.type_id}" if kind is None else kind.name
