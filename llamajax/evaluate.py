@@ -1,5 +1,6 @@
 """`python -m llamajax.evaluate`: measure how well a checkpoint predicts a text."""
 
+from llamajax.backends import with_huge_pages
 from llamajax.config import CHECKPOINT, DTYPE, MACHINE_FLAGS, Flag, parse_command_line
 from llamajax.config.flags import backend_config
 from llamajax.errors import run_verb
@@ -125,4 +126,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    with_huge_pages()
     run_verb(main)

@@ -3,6 +3,7 @@
 import os
 import sys
 
+from llamajax.backends import with_huge_pages
 from llamajax.config import CHECKPOINT, DTYPE, MACHINE_FLAGS, Flag, parse_command_line
 from llamajax.config.flags import backend_config
 from llamajax.decoding.request import Request, Sampling, check
@@ -155,4 +156,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    with_huge_pages()
     run_verb(main)

@@ -57,7 +57,8 @@ WORKDIR = Flag(
 CHECKPOINT = Flag(
     name="checkpoint",
     metavar="DIR",
-    doc="weights: a --workdir of train, one of its checkpoints/STEP, or a Hugging Face directory",
+    doc="weights: a --workdir of train, one of its checkpoints/STEP, a Hugging Face directory, a "
+    "GGUF file, or a directory of Meta's",
 )
 DTYPE = Flag(
     name="dtype",
