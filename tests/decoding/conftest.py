@@ -35,7 +35,6 @@ CONFIGS = {
     "odd sizes": dataclasses.replace(
         GROUPED, hidden_size=33, num_heads=3, num_kv_heads=1, intermediate_size=55, num_layers=1
     ),
-    "whole rows of 128": dataclasses.replace(GROUPED, vocab_size=128, num_kv_heads=4),
 }
 
 
