@@ -106,6 +106,13 @@ def test_generation_ends_at_stop_tokens_and_at_the_context(workdir, capsys):
     assert stopped["output_ids"] == free["output_ids"][: free["output_ids"].index(stop) + 1]
 
 
+def test_each_prompt_of_a_batch_has_the_room_that_its_own_length_leaves(workdir, tmp_path, capsys):
+    lengths = (3, 120, 60)
+    (tmp_path / "p.txt").write_text("\n".join("x" * n for n in lengths))
+    found = rows(capsys, workdir, f"--prompts_file={tmp_path / 'p.txt'}", "--ignore_eos")
+    assert [len(row["output_ids"]) for row in found] == [CONTEXT - n - 1 for n in lengths]
+
+
 def test_prompts_are_typed_until_the_input_ends(workdir, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"Call me\n\n{'x' * 200}\nIshmael"))
     printed = run(capsys, workdir, "--interactive", "--max_new_tokens=5", "--json")

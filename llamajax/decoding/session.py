@@ -55,7 +55,7 @@ class Session:
         total = [0] * len(prompts)
         for update in self.engine.generate(prompts, seed=self.request.seed, interval_s=interval_s):
             yield [
-                ids[: prompt.max_new_tokens - n]
+                ids[: max(0, prompt.max_new_tokens - n)]
                 for ids, prompt, n in zip(update, prompts, total, strict=True)
             ]
             total = [n + len(ids) for n, ids in zip(total, update, strict=True)]
