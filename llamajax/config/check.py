@@ -265,8 +265,8 @@ def _lora_targets(v: _Values) -> Iterator[str]:
     targets = v["lora.targets"]
     for name in dict.fromkeys(targets):
         if name not in LORA_TARGETS:
-            hint = did_you_mean(nearest(name, LORA_TARGETS)) or ";"
-            yield f"lora.targets: unknown matrix {name!r}{hint} they are {', '.join(LORA_TARGETS)}"
+            hint = did_you_mean(nearest(name, LORA_TARGETS)) or "."
+            yield f"lora.targets: unknown matrix {name!r}{hint} They are {', '.join(LORA_TARGETS)}"
         elif targets.count(name) > 1:
             yield f"lora.targets: {name} is there {targets.count(name)} times; name it once"
     if not targets and v["lora.rank"] > 0:

@@ -52,9 +52,10 @@ class Adapter(nnx.Module):
         """What is added to the product of `x` with the adapted matrix; dtype of `x`."""
         inputs = self.a.axes[:-1]
         if keys_BT is not None and self.dropout:
-            own = fold_in(keys_BT, zlib.crc32(self.target.encode()))
+            # One mask an input: query, key and value read the same one, gate and up as well.
+            number = zlib.crc32(f"{MODULES[self.target]}/{inputs}".encode())
             split = "tensor" in axes_of(WEIGHTS.get(inputs[0]))
-            x = dropout(x, own, rate=self.dropout, split=split)
+            x = dropout(x, fold_in(keys_BT, number, word=1), rate=self.dropout, split=split)
         x_BTR = linear(x, self.a[...], contract=len(inputs))
         return linear(x_BTR, self.b[...]) * self.scale
 
@@ -80,11 +81,18 @@ def drops_out(adapters: Adapters | None) -> bool:
     return any(adapter.dropout for adapter in (adapters or {}).values())
 
 
-def fold_in(keys_BT: jax.Array | None, number: Any) -> jax.Array | None:
-    """New keys from keys and a number; no keys stay none."""
+def fold_in(keys_BT: jax.Array | None, number: Any, *, word: int = 0) -> jax.Array | None:
+    """Other keys for each number (layers in word 0, inputs in word 1); no keys stay none.
+
+    By exclusive or: the keys are random already, and the generator mixes them with each counter.
+    `jax.random.fold_in` would run the generator once more for each mask.
+    """
     if keys_BT is None:
         return None
-    return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(keys_BT)
+    data = jax.random.key_data(keys_BT)  # (B, T, words)
+    here = jnp.arange(data.shape[-1]) == word
+    folded = data ^ jnp.where(here, jnp.uint32(number), jnp.uint32(0)).reshape(1, 1, -1)
+    return jax.random.wrap_key_data(folded)
 
 
 def init_adapters(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Adapters:

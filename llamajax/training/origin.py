@@ -16,7 +16,7 @@ from llamajax.config import from_json_dict
 from llamajax.config.flags import show
 from llamajax.config.schema import LoraConfig, ModelConfig, RunConfig
 from llamajax.data.agreement import same_tokens
-from llamajax.errors import combine
+from llamajax.errors import UserError, combine
 
 # Keys that change neither the arrays nor the function that they compute.
 _HARMLESS = ("name", "init_std", "max_seq_len")
@@ -33,7 +33,11 @@ def open_origin(config: RunConfig, meta: Mapping[str, Any] | None) -> Weights | 
     if meta is None:
         if config.train.init_from is None:
             return None
-        return _checked(open_weights(Path(config.train.init_from)), config)
+        try:
+            weights = open_weights(Path(config.train.init_from))
+        except UserError as error:
+            raise UserError(f"train.init_from = {config.train.init_from}: {error}") from None
+        return _checked(weights, config)
     before = from_json_dict(meta["config"], source="the config of the newest checkpoint")
     _check_adapters(before.lora, config.lora)
     if not config.lora.rank:

@@ -1,0 +1,220 @@
+"""Adapters: nothing at the start, the merged formula afterwards, the same on every mesh."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llamajax import optim, sharding
+from llamajax.config.schema import (
+    LORA_TARGETS,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from llamajax.models.llama import Compute, Llama, plain_batch
+from llamajax.models.lora import attach, detach, init_adapters, merge, num_adapter_parameters
+from llamajax.ops.dropout import dropout
+from llamajax.training.state import state_around
+from llamajax.training.step import train_step
+
+MODEL = ModelConfig(
+    vocab_size=97,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=6,
+    rope_theta=12_345.0,
+    norm_eps=1e-5,
+    tie_embeddings=False,
+    init_std=0.2,
+    max_seq_len=64,
+)
+LORA = LoraConfig(rank=3, alpha=6.0)
+# Split by columns (N, and K), by rows (N, and F): one of each, to compile less.
+TARGETS = ("query", "value", "out", "down")
+# An epsilon far above the gradients: updates are then proportional to them, see test_step.py.
+OPTIM = OptimConfig(
+    learning_rate=0.1,
+    warmup_steps=0,
+    schedule="constant",
+    final_learning_rate=0.1,
+    beta1=0.9,
+    beta2=0.95,
+    epsilon=0.1,
+    weight_decay=0.1,
+    clip_norm=1.0,
+)
+COMPUTE = Compute(dtype=jnp.dtype("float32"), remat="none", attention="xla", loss_chunk_tokens=12)
+B, T, STEPS = 8, 8, 5
+
+
+def batch(seed: int) -> dict[str, np.ndarray]:
+    tokens = np.random.default_rng(seed).integers(0, MODEL.vocab_size, (B, T + 1))
+    return plain_batch(tokens)
+
+
+def drawn(shapes, seed: int, *, std: float):
+    """Arrays of these shapes from NumPy: compiling JAX's own random numbers takes seconds."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(std * rng.normal(size=x.shape), x.dtype), shapes)
+
+
+@functools.cache
+def base_model() -> Llama:
+    return drawn(jax.eval_shape(lambda key: Llama(MODEL, key), jax.random.key(0)), 3, std=0.2)
+
+
+def trained_adapters(lora: LoraConfig = LORA):
+    """Adapters with a B that is not zero."""
+    init = functools.partial(init_adapters, MODEL, lora)
+    return drawn(jax.eval_shape(init, jax.random.key(0)), 6, std=0.3)
+
+
+def logits(model: Llama) -> np.ndarray:
+    return np.asarray(jax.jit(lambda m: m.logits(batch(0), COMPUTE))(model))
+
+
+@functools.cache
+def run(mesh_shape, *, dropout=0.0, accumulation=1, base_dtype="float32"):
+    """Losses and gradient norms of five steps, the state after them, the base before them."""
+    data, fsdp, tensor = mesh_shape
+    devices = jax.devices()[: data * fsdp * tensor]
+    mesh = sharding.build_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
+    lora = dataclasses.replace(LORA, dropout=dropout, base_dtype=base_dtype, targets=TARGETS)
+    optimizer = optim.build(OPTIM, steps=10)
+    base = jax.tree.map(lambda x: x.astype(base_dtype) if x.ndim > 2 else x, base_model())
+    before = jax.tree.map(np.asarray, base)
+    model = jax.device_put(base, sharding.shardings(base, mesh))
+    state = state_around(model, optimizer, mesh, lora=lora, seed=4)
+    train = TrainConfig(steps=10, seed=7, dtype="float32", accumulation_steps=accumulation)
+    step = train_step(optimizer, OPTIM, train, COMPUTE, mesh)
+    rows = []
+    for n in range(STEPS):
+        state, metrics = step(state, sharding.place(batch(n), mesh))
+        rows.append([metrics["loss"].item(), metrics["grad_norm"].item()])
+    return np.array(rows), state, before, step._cache_size()
+
+
+def assert_same(found, expected):
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    ours, theirs = (jax.tree.map(np.asarray, x[1].adapters) for x in (found, expected))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+def test_fresh_adapters_leave_the_model_exactly_as_it_is():
+    model = base_model()
+    lora = dataclasses.replace(LORA, targets=TARGETS)
+    adapters = jax.jit(functools.partial(init_adapters, MODEL, lora))(jax.random.key(5))
+    assert np.abs(adapters["out"].a[...]).max() == pytest.approx(24**-0.5, rel=0.1)  # N x H inputs
+    np.testing.assert_array_equal(logits(attach(model, adapters)), logits(model))
+    assert np.abs(logits(attach(model, trained_adapters())) - logits(model)).max() > 0.1
+
+
+def test_attaching_changes_no_other_model_and_can_be_undone():
+    model = base_model()
+    adapters = trained_adapters()
+    base, found = detach(attach(model, adapters))
+    assert jax.tree.structure(base) == jax.tree.structure(model)
+    assert jax.tree.structure(found) == jax.tree.structure(adapters)
+    assert model.blocks.mlp.down_lora is None
+
+
+def test_merged_weights_compute_the_same_and_have_the_same_gradients():
+    """Of every A and B, against plain autodiff of W + alpha / r A B on one device."""
+    model, adapters = base_model(), trained_adapters()
+
+    def beside(adapters):
+        return attach(model, adapters).loss_terms(batch(0), COMPUTE).objective
+
+    def merged(adapters):
+        whole = merge(attach(model, adapters), dtype=jnp.dtype("float32"))
+        return whole.loss_terms(batch(0), COMPUTE).objective
+
+    (loss, grads), (expected, expected_grads) = (
+        jax.jit(jax.value_and_grad(f))(adapters) for f in (beside, merged)
+    )
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [((2, 2, 2), {}), ((1, 2, 2), {"accumulation": 2})],
+    ids=["all axes", "microbatches"],
+)
+def test_every_mesh_drops_the_same_and_trains_the_same_adapters(shape, options):
+    assert_same(run(shape, dropout=0.3, **options), run((1, 1, 1), dropout=0.3))
+
+
+def test_every_mesh_trains_the_same_adapters_on_a_bfloat16_base():
+    assert_same(run((2, 2, 2), base_dtype="bfloat16"), run((1, 1, 1), base_dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("options", [{"dropout": 0.3}, {"base_dtype": "bfloat16"}], ids=str)
+def test_only_adapters_change_and_only_they_have_an_optimizer(options):
+    rows, state, before, traces = run((2, 2, 2), **options)
+    assert rows[-1, 0] != rows[0, 0]
+    for now, then in zip(jax.tree.leaves(state.model), jax.tree.leaves(before), strict=True):
+        assert now.dtype == then.dtype
+        np.testing.assert_array_equal(np.asarray(now), then)
+    sizes = [leaf.size for leaf in jax.tree.leaves(state.adapters)]
+    lora = dataclasses.replace(LORA, targets=TARGETS)
+    assert sum(sizes) == num_adapter_parameters(MODEL, lora)
+    moments = [leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert sorted(moments) == sorted(2 * sizes)
+    assert traces == 1
+
+
+def test_dropout_needs_keys_and_follows_them():
+    lora = dataclasses.replace(LORA, dropout=0.3, targets=("up",))
+    model = attach(base_model(), trained_adapters(lora))
+    plain = attach(base_model(), trained_adapters(dataclasses.replace(lora, dropout=0.0)))
+
+    @jax.jit
+    def nll(model, keys):
+        found = {} if keys is None else {"dropout_keys": keys}
+        return model.loss_terms(batch(0) | found, COMPUTE).nll
+
+    def loss(model, seed=None):
+        keys = None if seed is None else jax.random.split(jax.random.key(seed), (B, T))
+        return nll(model, keys).item()
+
+    assert loss(model) == loss(plain) == loss(plain, 0)
+    assert loss(model, 0) == loss(model, 0)
+    assert len({loss(model, seed) for seed in (0, 1)} | {loss(plain)}) == 3
+
+
+def test_dropout_keeps_the_mean_and_depends_on_the_token_alone():
+    keys = jax.random.split(jax.random.key(0), (2, 3))
+    x = jnp.ones((2, 3, 4, 500))
+    kept = np.asarray(dropout(x, keys, rate=0.25, split=False))
+    assert set(np.unique(kept)) == {0.0, np.float32(1 / 0.75)}
+    assert kept.mean() == pytest.approx(1.0, abs=0.02)
+    one = np.asarray(dropout(x[:, 1:], keys[:, 1:], rate=0.25, split=False))
+    np.testing.assert_array_equal(one, kept[:, 1:])
+
+
+def test_a_target_is_adapted_alone():
+    for target in LORA_TARGETS:
+        lora = dataclasses.replace(LORA, targets=(target,))
+        model = base_model()
+        changed = merge(attach(model, trained_adapters(lora)), dtype=jnp.dtype("float32"))
+        differing = [
+            jax.tree_util.keystr(path)
+            for (path, a), b in zip(
+                jax.tree_util.tree_leaves_with_path(model), jax.tree.leaves(changed), strict=True
+            )
+            if not np.array_equal(a, b)
+        ]
+        assert len(differing) == 1
+        assert f".{target}" in differing[0]
