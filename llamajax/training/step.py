@@ -52,6 +52,14 @@ def _gradients(model: Llama, batch: Batch, *, compute: Compute, accumulation: in
     return total(grads, "data"), total(tuple(scalars), BATCH_AXES)
 
 
+def _dropout_keys(seed: int, step: jax.Array, tokens_BT: jax.Array, mesh: Mesh) -> jax.Array:
+    """A key for each token of the global batch of a step, the same on every mesh."""
+    key = jax.random.fold_in(named_key(jax.random.key(seed), "dropout"), step)
+    number_BT = jnp.arange(tokens_BT.size, dtype=jnp.int32).reshape(tokens_BT.shape)
+    number_BT = jax.sharding.reshard(number_BT, batch_sharding(mesh))
+    return jax.vmap(jax.vmap(lambda number: jax.random.fold_in(key, number)))(number_BT)
+
+
 def train_step(
     optimizer: optax.GradientTransformation,
     optim_config: OptimConfig,
@@ -63,13 +71,6 @@ def train_step(
     rate = optim.schedule(optim_config, steps=train_config.steps)
     accumulation = train_config.accumulation_steps
 
-    def keys(step: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        """A key for each token of the global batch of a step, on every mesh the same."""
-        key = jax.random.fold_in(named_key(jax.random.key(train_config.seed), "dropout"), step)
-        number_BT = jnp.arange(tokens_BT.size, dtype=jnp.int32).reshape(tokens_BT.shape)
-        number_BT = jax.sharding.reshard(number_BT, batch_sharding(mesh))
-        return jax.vmap(jax.vmap(lambda number: jax.random.fold_in(key, number)))(number_BT)
-
     def local(model: Llama, batch: Batch) -> Any:
         with precision(compute):
             return _gradients(model, batch, compute=compute, accumulation=accumulation)
@@ -77,18 +78,20 @@ def train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         model, out = state.whole, (specs(state.trained, mesh), PartitionSpec())
         if drops_out(state.adapters):
-            batch = dict(batch) | {"dropout_keys": keys(state.step, batch["tokens"])}
+            keys = _dropout_keys(train_config.seed, state.step, batch["tokens"], mesh)
+            batch = dict(batch) | {"dropout_keys": keys}
         sums, (nll, z, count) = sharded(local, mesh, model, out, compute)(model, batch)
-        grads = jax.tree.map(lambda g: g / count, sums)
+        divisor = jnp.maximum(count, 1.0)  # a batch of prompts alone has no target: no gradient
+        grads = jax.tree.map(lambda g: g / divisor, sums)
         trained, opt_state = optim.apply(optimizer, grads, state.opt_state, state.trained)
         metrics = {
-            "loss": nll / count,
+            "loss": nll / divisor,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(state.step + 1),
             "target_tokens": count,
         }
         if compute.z_weight:
-            metrics["z_loss"] = compute.z_weight * z / count
+            metrics["z_loss"] = compute.z_weight * z / divisor
         return state.updated(trained, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)
