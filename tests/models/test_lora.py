@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from llamajax.config.schema import (
     OptimConfig,
     TrainConfig,
 )
+from llamajax.models import sharded
 from llamajax.models.llama import Compute, Llama, plain_batch
 from llamajax.models.lora import attach, detach, init_adapters, merge, num_adapter_parameters
 from llamajax.ops.dropout import dropout
@@ -54,6 +56,7 @@ OPTIM = OptimConfig(
 )
 COMPUTE = Compute(dtype=jnp.dtype("float32"), remat="none", attention="xla", loss_chunk_tokens=12)
 B, T, STEPS = 8, 8, 5
+UNCHECKED = {"base_dtype": "bfloat16", "checked": False}
 
 
 def batch(seed: int) -> dict[str, np.ndarray]:
@@ -83,7 +86,7 @@ def logits(model: Llama) -> np.ndarray:
 
 
 @functools.cache
-def run(mesh_shape, *, dropout=0.0, accumulation=1, base_dtype="float32"):
+def run(mesh_shape, *, dropout=0.0, accumulation=1, base_dtype="float32", checked=True):
     """Losses and gradient norms of five steps, the state after them, the base before them."""
     data, fsdp, tensor = mesh_shape
     devices = jax.devices()[: data * fsdp * tensor]
@@ -97,9 +100,10 @@ def run(mesh_shape, *, dropout=0.0, accumulation=1, base_dtype="float32"):
     train = TrainConfig(steps=10, seed=7, dtype="float32", accumulation_steps=accumulation)
     step = train_step(optimizer, OPTIM, train, COMPUTE, mesh)
     rows = []
-    for n in range(STEPS):
-        state, metrics = step(state, sharding.place(batch(n), mesh))
-        rows.append([metrics["loss"].item(), metrics["grad_norm"].item()])
+    with mock.patch.object(sharded, "NEEDS_UNCHECKED", () if checked else ("xla",)):
+        for n in range(STEPS):
+            state, metrics = step(state, sharding.place(batch(n), mesh))
+            rows.append([metrics["loss"].item(), metrics["grad_norm"].item()])
     return np.array(rows), state, before, step._cache_size()
 
 
@@ -156,11 +160,12 @@ def test_every_mesh_drops_the_same_and_trains_the_same_adapters(shape, options):
     assert_same(run(shape, dropout=0.3, **options), run((1, 1, 1), dropout=0.3))
 
 
-def test_every_mesh_trains_the_same_adapters_on_a_bfloat16_base():
-    assert_same(run((2, 2, 2), base_dtype="bfloat16"), run((1, 1, 1), base_dtype="bfloat16"))
+def test_every_mesh_trains_the_same_adapters_where_varying_axes_are_not_checked():
+    """As with a fused kernel: JAX then inserts no sum of a gradient that was forgotten."""
+    assert_same(run((2, 2, 2), **UNCHECKED), run((1, 1, 1), **UNCHECKED))
 
 
-@pytest.mark.parametrize("options", [{"dropout": 0.3}, {"base_dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("options", [{"dropout": 0.3}, UNCHECKED], ids=str)
 def test_only_adapters_change_and_only_they_have_an_optimizer(options):
     rows, state, before, traces = run((2, 2, 2), **options)
     assert rows[-1, 0] != rows[0, 0]
