@@ -1,0 +1,150 @@
+"""`train.init_from`: the first loss is that of the weights, and what does not fit is named."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from llamajax import data, sharding
+from llamajax.checkpoint import restore_state
+from llamajax.config.schema import MeshConfig
+from llamajax.errors import UserError
+from llamajax.models.abstract import abstract_model
+from llamajax.prepare import main as prepare
+from llamajax.training.origin import model_differences, open_origin
+
+UNMASKED = {"data__mask_documents": False}
+
+
+@pytest.fixture(scope="module")
+def hugging_face(short_config, tmp_path_factory) -> Path:
+    """A Llama of transformers with the tiny architecture, saved."""
+    m = short_config(train__steps=3).model
+    config = transformers.LlamaConfig(
+        vocab_size=m.vocab_size,
+        hidden_size=m.hidden_size,
+        intermediate_size=m.intermediate_size,
+        num_hidden_layers=m.num_layers,
+        num_attention_heads=m.num_heads,
+        num_key_value_heads=m.num_kv_heads,
+        head_dim=m.head_size,
+        rope_parameters={"rope_type": "default", "rope_theta": m.rope_theta},
+        rms_norm_eps=m.norm_eps,
+        tie_word_embeddings=m.tie_embeddings,
+        max_position_embeddings=m.max_seq_len,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("hugging_face")
+    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def test_the_first_loss_is_that_of_transformers(
+    short_run, short_config, logged, hugging_face, tmp_path
+):
+    options = {"train__init_from": str(hugging_face), "train__steps": 3} | UNMASKED
+    assert short_run(tmp_path, **options) == 0
+    batch = first_batch(short_config(**options))
+    model = transformers.LlamaForCausalLM.from_pretrained(hugging_face, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor(batch["tokens"]).long()).logits
+    nll = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.tensor(batch["targets"]).long().flatten(), reduction="none"
+    )
+    expected = nll.numpy()[batch["loss_mask"].flatten()].mean()
+    first = logged(tmp_path)[0]
+    assert first["step"] == 1
+    assert first["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def first_batch(config) -> dict[str, np.ndarray]:
+    mixture = data.open_mixture(config.data, split="train", vocab_size=config.model.vocab_size)
+    position = data.Position.start(
+        batch_size=config.data.global_batch_size,
+        seq_len=config.data.seq_len,
+        mixture_hash=mixture.hash,
+    )
+    rows = range(config.data.global_batch_size)
+    options = {"rows": rows, "num_threads": 1, "prefetch": 1}
+    return next(data.train_batches(mixture, position, first_step=0, **options))
+
+
+def test_weights_of_ours_are_taken_bit_by_bit_and_once(short_run, short_config, logged, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    assert short_run(source, train__steps=3) == 0
+    options = {"train__init_from": str(source), "train__steps": 4}
+    config = short_config(**options)
+    mesh = sharding.build_mesh(MeshConfig(fsdp=4, tensor=2), jax.devices())
+    weights = open_origin(config, None)
+    assert weights.tokenizer == source / "tokenizer" / "tokenizer.byte"
+    loaded = weights.load(abstract_model(config.model, mesh))
+    path = source / "checkpoints" / "3"
+    saved = restore_state(path, {"model": abstract_model(config.model, mesh)}, partial=True)
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(saved["model"]), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert short_run(target, stop_after=2, **options) == 143
+    shutil.rmtree(source)  # a rerun has its own checkpoints
+    assert short_run(target, **options) == 0
+    found = [row for row in logged(target) if "loss" in row]
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
+    assert found[0]["learning_rate"] < found[2]["learning_rate"]  # warm-up began anew
+
+
+def test_every_mismatch_is_named(short_config, hugging_face):
+    other = {
+        "model__vocab_size": 300,
+        "model__hidden_size": 32,
+        "model__num_layers": 2,
+        "model__num_kv_heads": 6,
+        "model__rope_theta": 10_000.0,
+        "model__norm_eps": 1e-6,
+        "model__tie_embeddings": True,
+        "model__max_seq_len": 4096,
+        "model__init_std": 0.5,
+        "model__rope_scaling__factor": 8.0,
+        "model__rope_scaling__low_freq_factor": 1.0,
+        "model__rope_scaling__high_freq_factor": 4.0,
+        "model__rope_scaling__original_max_seq_len": 32,
+    }
+    config = short_config(train__init_from=str(hugging_face), train__steps=3, **other)
+    with pytest.raises(UserError) as caught:
+        open_origin(config, None)
+    lines = str(caught.value).splitlines()[1:]
+    found = {line.strip(" -").partition(":")[0] for line in lines}
+    named = {key.replace("__", ".") for key in other}
+    harmless = {"model.max_seq_len", "model.init_std"}
+    assert found - {"model.rope_scaling"} == named - harmless
+    assert "this run 32; use --config.model.hidden_size=48" in str(caught.value)
+
+
+def test_an_epsilon_in_float32_is_the_same(short_config):
+    model = short_config(train__steps=3).model
+    stored = dataclasses.replace(model, norm_eps=float(np.float32(model.norm_eps)))
+    assert stored != model
+    assert model_differences(stored, model) == []
+
+
+def test_another_tokenizer_is_refused(short_config, short_data, hugging_face, tmp_path):
+    """The weights were trained on pieces, and the data are bytes."""
+    text, other = short_data.parent / "corpus.jsonl", tmp_path / "other"
+    prepare([f"--input={text}", "--tokenizer=train:260", "--workers=1", f"--output={other}"])
+    source = Path(shutil.copytree(hugging_face, tmp_path / "source"))
+    shutil.copy(other / "tokenizer.model", source)
+    config = short_config(train__init_from=str(source), train__steps=3)
+    with pytest.raises(UserError, match="was prepared with another tokenizer") as caught:
+        open_origin(config, None)
+    assert f"--tokenizer={source / 'tokenizer.model'}" in str(caught.value)
+
+
+def test_what_holds_no_weights_is_refused(short_config, tmp_path):
+    for path, words in ((tmp_path / "nothing", "no such"), (tmp_path, "holds no weights")):
+        config = short_config(train__init_from=str(path), train__steps=3)
+        with pytest.raises(UserError, match=words) as caught:
+            open_origin(config, None)
+        assert f"train.init_from = {path}" in str(caught.value)

@@ -1,0 +1,134 @@
+"""Runs that train adapters: what they save, how they resume, what leaves them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from llamajax import sharding
+from llamajax.checkpoint import read_arrays_index, read_meta
+from llamajax.checkpoint.adapters import read_factors
+from llamajax.checkpoint.weights import open_base, open_weights
+from llamajax.config.schema import MeshConfig
+from llamajax.errors import UserError
+from llamajax.models.abstract import abstract_model
+from llamajax.training.origin import open_origin
+
+LORA = {
+    "lora__rank": 3,
+    "lora__alpha": 6.0,
+    "lora__dropout": 0.1,
+    "lora__targets": "query,out,down",
+}
+STEPS = {"train__steps": 6, "optim__learning_rate": 0.02}
+
+
+@pytest.fixture(scope="module")
+def base(short_run, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("base")
+    assert short_run(workdir, train__steps=3) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def adapted(short_run, base, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("adapted")
+    export = {"checkpoint__export_hf_every": 4}
+    assert short_run(workdir, train__init_from=str(base), **LORA, **STEPS, **export) == 0
+    return workdir
+
+
+def loaded(path: Path) -> dict[str, np.ndarray]:
+    weights = open_weights(path)
+    mesh = sharding.build_mesh(MeshConfig(fsdp=4, tensor=2), jax.devices())
+    model = weights.load(abstract_model(weights.model, mesh, dtype=jnp.dtype("float32")))
+    leaves = jax.tree_util.tree_leaves_with_path(model)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def test_a_checkpoint_holds_adapters_and_names_their_base(adapted, base):
+    names = list(read_arrays_index(adapted / "checkpoints" / "6"))
+    assert not [name for name in names if name.startswith("model/")]
+    assert len([name for name in names if name.startswith("adapters/")]) == 6
+    meta = json.loads((adapted / "checkpoints" / "6" / "meta.json").read_text())
+    assert meta["base"]["path"] == str(base / "checkpoints" / "3")
+
+
+def test_reading_it_gives_the_merged_model(adapted, base):
+    before, after = loaded(base), loaded(adapted)
+    factors = read_factors(adapted / "checkpoints" / "6")
+    for name, value in after.items():
+        target = next((t for t in factors if f".{t}" in name), None)
+        if target is None:
+            np.testing.assert_array_equal(value, before[name])
+            continue
+        a, b = factors[target].a.astype(float), factors[target].b.astype(float)
+        added = np.stack([np.tensordot(x, y, 1) for x, y in zip(a, b, strict=True)])
+        assert np.abs(added).max() > 1e-3
+        np.testing.assert_allclose(value, before[name] + 2.0 * added, rtol=0, atol=1e-6)
+
+
+def test_it_exports_what_it_is(adapted):
+    assert sorted(path.name for path in (adapted / "hf").iterdir()) == ["4", "6"]
+    merged = loaded(adapted)
+    for name, value in loaded(adapted / "hf" / "6").items():
+        np.testing.assert_allclose(value, merged[name], rtol=0, atol=1e-6, err_msg=name)
+    assert open_weights(adapted / "hf" / "6").tokenizer is not None
+
+
+def test_peft_has_the_factors_under_its_own_names(adapted, base):
+    config = json.loads((adapted / "peft" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 6.0)
+    assert config["target_modules"] == ["q_proj", "o_proj", "down_proj"]
+    assert config["base_model_name_or_path"] == str(base / "checkpoints" / "3")
+    tensors = load_file(adapted / "peft" / "adapter_model.safetensors")
+    ours = read_factors(adapted / "checkpoints" / "6")["out"]
+    name = "base_model.model.model.layers.0.self_attn.o_proj"
+    a, b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
+    np.testing.assert_array_equal(a.T.reshape(ours.a[0].shape), ours.a[0])
+    np.testing.assert_array_equal(b.T, ours.b[0])
+    assert len(tensors) == 6
+
+
+def test_an_interrupted_run_continues_bit_by_bit(short_run, logged, adapted, base, tmp_path):
+    options = {"train__init_from": str(base), **LORA, **STEPS}
+    assert short_run(tmp_path, stop_after=4, **options) == 143
+    assert not (tmp_path / "peft").exists()
+    assert short_run(tmp_path, **options) == 0
+    assert logged(tmp_path) == logged(adapted)
+    ours, theirs = (read_factors(path / "checkpoints" / "6") for path in (tmp_path, adapted))
+    for target, factors in theirs.items():
+        np.testing.assert_array_equal(ours[target].a, factors.a)
+        np.testing.assert_array_equal(ours[target].b, factors.b)
+
+
+def test_other_adapters_do_not_continue(short_run, adapted, base):
+    with pytest.raises(UserError) as caught:
+        short_run(adapted, train__init_from=str(base), **(LORA | STEPS | {"lora__alpha": 3.0}))
+    assert "lora.alpha: it was 6.0, now it is 3.0" in str(caught.value)
+    with pytest.raises(UserError, match=r"lora.rank: it was 3, now it is 0"):
+        short_run(adapted, train__init_from=str(base), **STEPS)
+
+
+def test_the_base_may_move_but_not_change(short_config, adapted, base, tmp_path):
+    meta = read_meta(adapted / "checkpoints" / "6")
+    moved = shutil.copytree(base, tmp_path / "moved")
+    config = short_config(train__init_from=str(moved), **LORA, **STEPS)
+    assert open_origin(config, meta).path == moved / "checkpoints" / "3"
+    shutil.rmtree(moved / "checkpoints" / "3")  # the one of step 2 is left
+    with pytest.raises(UserError, match="has other weights than those"):
+        open_origin(config, meta)
+    shutil.rmtree(moved)
+    with pytest.raises(UserError, match="are gone"):
+        open_origin(config, meta)
+
+
+def test_a_workdir_without_its_base_cannot_be_read(adapted, tmp_path):
+    meta = read_meta(adapted / "checkpoints" / "6")["base"] | {"path": str(tmp_path / "nowhere")}
+    with pytest.raises(UserError, match=r"are gone: there is no .*nowhere"):
+        open_base(meta, path=None, adapters=adapted)
