@@ -25,6 +25,7 @@ from typing import Any, get_args
 import numpy as np
 from train_step import arguments, compiled, random_rows, run_config  # the script beside this one
 
+from llamajax.backends import with_huge_pages
 from llamajax.checkpoint.hf_write import ModelSource
 from llamajax.config import RunConfig
 from llamajax.config.schema import ComputeDtype, Remat
@@ -190,7 +191,8 @@ def report(
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} CPUs, {versions}",
         f"{flags.preset}, {flags.batch} x {flags.seq_len} tokens, {flags.dtype}, "
         f"remat {flags.remat}, loss in chunks of {flags.loss_chunk_tokens}, "
-        f"torch {'eager' if flags.no_compile else 'compiled'}; "
+        f"torch {'eager' if flags.no_compile else 'compiled'}"
+        f"{' with huge pages' if flags.torch_huge_pages else ''}; "
         f"medians of {flags.steps} steps",
         "",
         "| round | llamajax s | torch s | llamajax / torch |",
@@ -233,11 +235,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=3, help="steps of each system a round")
     parser.add_argument("--no_compile", action="store_true", help="torch without torch.compile")
+    parser.add_argument(
+        "--torch_huge_pages", action="store_true", help="give torch the pages that llamajax takes"
+    )
     parser.add_argument("--worker", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
     if flags.rounds < 1 or flags.steps < 1:
         raise UserError(f"--rounds={flags.rounds} --steps={flags.steps}: both at least 1")
+    if flags.worker == "llamajax" or (flags.worker and flags.torch_huge_pages):
+        with_huge_pages()
     config = workload(flags)
     if config.model.tie_embeddings:
         raise UserError(f"--preset={flags.preset}: has a tied head; choose one without")
