@@ -1,13 +1,22 @@
-"""Llama-2 7B finetuned on instructions, all its weights, on 8 devices.
+"""Llama-2 7B finetuned on 8 devices, all its weights.
 
-Hardware: 8 accelerators of 40 GB or more in one node (about 14 GB a device of weights, gradients
-          and optimizer state, planned by hand, before activations).
-Command:  python -m llamajax.prepare --input=chats.jsonl --format=instructions \
-              --chat_template=llama2 --tokenizer=hf/llama2_7b/tokenizer.model --output=data/chats
-          python -m llamajax.train --config=configs/llama2_7b_finetune.py --workdir=runs/chats
-Start:    hf/llama2_7b, the published weights as a Hugging Face directory.
+Hardware: 8 accelerators of 40 GB or more in one node; weights, gradients and optimizer state are
+          sharded over all of them (about 14 GB a device, planned by hand, before activations).
+Command:  python -m llamajax.prepare --input='text/*.jsonl' --tokenizer=hf/llama2_7b \
+              --output=data/finetune
+          python -m llamajax.train --config=configs/llama2_7b_finetune.py \
+              --workdir=runs/llama2_7b_finetune --config.train.init_from=hf/llama2_7b \
+              --config.data.path=data/finetune
+Start:    a Hugging Face directory of Llama-2 7B, or any checkpoint of that architecture.
+Batch:    64 sequences of 4096: 262,144 tokens a step. Set --config.train.steps to two or three
+          readings of your text.
+Export:   runs/llama2_7b_finetune/hf/STEP, every 200 steps and at the end.
 Speed:    unmeasured.
-Loss:     unmeasured; depends on the data, of which answers alone count.
+Loss:     unmeasured; depends on the text.
+
+A low learning rate (Llama 2 was finetuned with 2e-5, arXiv:2307.09288, section 3.1) and a short
+warm-up keep what the model knows. Adam's moments are fp32; bfloat16 weights would lose such small
+updates, so the masters are fp32 as in pretraining.
 """
 
 from ml_collections import ConfigDict
@@ -21,28 +30,30 @@ def get_config() -> ConfigDict:
     config.model = preset("llama2-7b")
     config.mesh.fsdp = 8
 
-    config.data.path = "data/chats"
+    config.data.path = "data/finetune"
     config.data.seq_len = 4096
-    config.data.global_batch_size = 16
+    config.data.global_batch_size = 64
     config.data.seed = 0
 
     config.train.init_from = "hf/llama2_7b"
-    config.train.steps = 500
+    config.train.steps = 1000
     config.train.seed = 0
     config.train.dtype = "bfloat16"
+    config.train.accumulation_steps = 8
     config.train.remat = "full"
     config.train.eval_every = 100
 
-    config.optim.learning_rate = 1e-5
+    config.optim.learning_rate = 2e-5
     config.optim.warmup_steps = config.train.get_ref("steps") * 3 // 100
     config.optim.schedule = "cosine"
     config.optim.final_learning_rate = 0.0
     config.optim.beta1 = 0.9
     config.optim.beta2 = 0.95
     config.optim.epsilon = 1e-8
-    config.optim.weight_decay = 0.0
+    config.optim.weight_decay = 0.1
     config.optim.clip_norm = 1.0
 
     config.checkpoint.every_steps = 100
     config.checkpoint.keep = 2
+    config.checkpoint.export_hf_every = 200
     return config

@@ -1,13 +1,23 @@
-"""Llama-2 7B finetuned on instructions through adapters of rank 16, on one device or a few.
+"""Llama-2 7B with low-rank adapters on one accelerator, its weights frozen in bfloat16.
 
-Hardware: one accelerator of 40 GB or more: 13.5 GB of frozen bf16 weights and 0.6 GB of adapters
-          with gradients and moments, planned by hand, before activations; or several, as fsdp.
-Command:  python -m llamajax.prepare --input=chats.jsonl --format=instructions \
-              --chat_template=llama2 --tokenizer=hf/llama2_7b/tokenizer.model --output=data/chats
-          python -m llamajax.train --config=configs/llama2_7b_lora.py --workdir=runs/chats_lora
-Start:    hf/llama2_7b, the published weights as a Hugging Face directory.
+Hardware: one accelerator of 40 GB or more: 13.5 GB of frozen weights, 0.6 GB of adapters (40 M
+          weights) with gradients and optimizer state, planned by the compiler; activations come on
+          top, less with a higher --config.train.accumulation_steps. More devices share all of it.
+Command:  python -m llamajax.prepare --input='text/*.jsonl' --tokenizer=hf/llama2_7b \
+              --output=data/finetune
+          python -m llamajax.train --config=configs/llama2_7b_lora.py \
+              --workdir=runs/llama2_7b_lora --config.train.init_from=hf/llama2_7b \
+              --config.data.path=data/finetune
+Start:    a Hugging Face directory of Llama-2 7B, or any checkpoint of that architecture. It must
+          stay where it is: checkpoints of this run hold the adapters alone.
+Batch:    16 sequences of 2048: 32,768 tokens a step, 8 sequences at a time.
+Result:   the merged model by `llamajax.convert --from=runs/llama2_7b_lora`, the adapters for
+          Hugging Face's PEFT in runs/llama2_7b_lora/peft.
 Speed:    unmeasured.
-Loss:     unmeasured; depends on the data, of which answers alone count.
+Loss:     unmeasured; depends on the text.
+
+Adapters on every matrix, learning rate 2e-4 and constant scale alpha / rank = 1 after the recipe of
+QLoRA (arXiv:2305.14314, appendix B), whose 4-bit weights are bfloat16 here.
 """
 
 from ml_collections import ConfigDict
@@ -21,21 +31,21 @@ def get_config() -> ConfigDict:
     config.model = preset("llama2-7b")
     config.mesh.fsdp = -1
 
-    config.data.path = "data/chats"
-    config.data.seq_len = 4096
+    config.data.path = "data/finetune"
+    config.data.seq_len = 2048
     config.data.global_batch_size = 16
     config.data.seed = 0
 
     config.train.init_from = "hf/llama2_7b"
-    config.train.steps = 500
+    config.train.steps = 1000
     config.train.seed = 0
     config.train.dtype = "bfloat16"
+    config.train.accumulation_steps = 2
     config.train.remat = "full"
     config.train.eval_every = 100
-    config.train.accumulation_steps = 2
 
     config.lora.rank = 16
-    config.lora.alpha = 32.0
+    config.lora.alpha = 16.0
     config.lora.dropout = 0.05
     config.lora.base_dtype = "bfloat16"
 

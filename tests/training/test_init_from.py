@@ -133,7 +133,7 @@ def test_an_epsilon_in_float32_is_the_same(short_config):
 def test_another_tokenizer_is_refused(short_config, short_data, hugging_face, tmp_path):
     """The weights were trained on pieces, and the data are bytes."""
     text, other = short_data.parent / "corpus.jsonl", tmp_path / "other"
-    prepare([f"--input={text}", "--tokenizer=train:260", "--workers=1", f"--output={other}"])
+    prepare([f"--input={text}", "--tokenizer=train:300", "--workers=1", f"--output={other}"])
     source = Path(shutil.copytree(hugging_face, tmp_path / "source"))
     shutil.copy(other / "tokenizer.model", source)
     config = short_config(train__init_from=str(source), train__steps=3)
