@@ -144,11 +144,12 @@ def open_base(record: Mapping[str, str], *, path: Path | None, adapters: Path) -
             f"there is no {where}; put them back, or link that path to where they are"
         )
     base = open_weights(where)
-    if base.fingerprint() != record["fingerprint"]:
+    found = base.fingerprint()
+    if found != record["fingerprint"]:
         raise UserError(
             f"{adapters} holds adapters only, and {base.path} has other weights than those that "
             f"they were trained on ({record['path']}, fingerprint {record['fingerprint'][:12]}, "
-            f"now {base.fingerprint()[:12]}); put those back"
+            f"now {found[:12]}); put those back"
         )
     return base
 

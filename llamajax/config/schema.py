@@ -145,7 +145,7 @@ class TrainConfig:
     """How the step computes, and how long it runs."""
 
     steps: int = key("optimizer steps of the whole run")
-    seed: int = key("seed of the initial weights")
+    seed: int = key("seed of the initial weights, of adapters and of their dropout")
     dtype: ComputeDtype = key(
         "dtype of the matrix products; weights, moments, norms, softmax and loss stay fp32"
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llamajax import optim, sharding
+from llamajax.config.presets import PRESETS
 from llamajax.config.schema import (
     LORA_TARGETS,
     LoraConfig,
@@ -19,6 +20,7 @@ from llamajax.config.schema import (
     TrainConfig,
 )
 from llamajax.models import sharded
+from llamajax.models.counts import flops_per_token
 from llamajax.models.llama import Compute, Llama, plain_batch
 from llamajax.models.lora import attach, detach, init_adapters, merge, num_adapter_parameters
 from llamajax.ops.dropout import dropout
@@ -207,6 +209,17 @@ def test_dropout_keeps_the_mean_and_depends_on_the_token_alone():
     assert kept.mean() == pytest.approx(1.0, abs=0.02)
     one = np.asarray(dropout(x[:, 1:], keys[:, 1:], rate=0.25, split=False))
     np.testing.assert_array_equal(one, kept[:, 1:])
+
+
+def test_the_published_number_of_weights():
+    """Rank 16 on every matrix of Llama-2 7B; PEFT counts as many."""
+    assert num_adapter_parameters(PRESETS["llama2-7b"], LoraConfig(rank=16)) == 39_976_960
+
+
+def test_frozen_weights_cost_two_products_of_three():
+    trained, frozen = (flops_per_token(MODEL, 8, causal=False, frozen=f) for f in (False, True))
+    attention = 3 * 4 * 8 * MODEL.num_heads * MODEL.head_size * MODEL.num_layers
+    assert (frozen - attention) * 3 == (trained - attention) * 2
 
 
 def test_a_target_is_adapted_alone():
