@@ -2,10 +2,12 @@
 
 import os
 import sys
+from typing import Literal
 
 from llamajax.backends import with_huge_pages
 from llamajax.config import CHECKPOINT, DTYPE, MACHINE_FLAGS, Flag, parse_command_line
 from llamajax.config.flags import backend_config
+from llamajax.data.chat import CHAT_TEMPLATES
 from llamajax.decoding.request import Request, Sampling, check
 from llamajax.errors import run_verb
 
@@ -42,6 +44,13 @@ _FLAGS = (
         annotation=bool,
         default=False,
         doc="read prompts from the terminal or a pipe, one a line, each on its own; Ctrl-D leaves",
+    ),
+    Flag(
+        name="chat_template",
+        metavar="NAME",
+        annotation=Literal[CHAT_TEMPLATES],
+        default="none",
+        doc="not none: each prompt is the user's message in a chat of this form",
     ),
     Flag(
         name="max_new_tokens",

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from llamajax.config.schema import ModelConfig
 from llamajax.data import Tokenizer
+from llamajax.data.chat import encode_chat
 from llamajax.data.sources import checked, json_object, numbered_lines
 from llamajax.decoding.request import Request
 from llamajax.errors import UserError, combine
@@ -32,12 +33,13 @@ def read_prompts(request: Request, model: ModelConfig, tokenizer: Tokenizer | No
     if request.prompt_ids is not None:
         named = [("--prompt_ids", list(request.prompt_ids))]
     elif request.prompt is not None:
-        named = [("--prompt", text_ids(request.prompt, tokenizer))]
+        named = [("--prompt", text_ids(request.prompt, tokenizer, request.chat_template))]
     else:
         texts = list(_file_texts(Path(request.prompts_file)))
         if not texts:
             raise UserError(f"--prompts_file={request.prompts_file}: holds no prompt")
-        named = [(place, text_ids(text, tokenizer)) for place, text in texts]
+        template = request.chat_template
+        named = [(place, text_ids(text, tokenizer, template)) for place, text in texts]
     prompts, problems = [], []
     for number, (name, ids) in enumerate(named):
         try:
@@ -53,14 +55,16 @@ def read_prompts(request: Request, model: ModelConfig, tokenizer: Tokenizer | No
     return prompts
 
 
-def text_ids(text: str, tokenizer: Tokenizer | None) -> list[int]:
-    """BOS and the tokens of a text."""
+def text_ids(text: str, tokenizer: Tokenizer | None, chat_template: str) -> list[int]:
+    """BOS and the tokens of a text; with a template, a chat in which it is the user's message."""
     if tokenizer is None:
         raise UserError(
             "this checkpoint has no tokenizer, so that text cannot be read: put its tokenizer file "
             "into the checkpoint's directory, or give token ids with --prompt_ids=1,2,3"
         )
-    return [tokenizer.bos_id, *tokenizer.encode(text)]
+    if chat_template == "none":
+        return [tokenizer.bos_id, *tokenizer.encode(text)]
+    return encode_chat(tokenizer, chat_template, [{"role": "user", "content": text}])
 
 
 def as_prompt(

@@ -38,6 +38,7 @@ class Request:
     prompts_file: str | None = None
     prompt_ids: tuple[int, ...] | None = None
     interactive: bool = False
+    chat_template: str = "none"  # whose user says the prompt
     max_new_tokens: int | None = None
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -62,6 +63,8 @@ def check(request: Request) -> None:
         )
     if request.prompt_ids == ():
         problems.append("--prompt_ids is empty: name at least one token id; none is added to them")
+    if request.prompt_ids is not None and request.chat_template != "none":
+        problems.append("--chat_template is for texts: --prompt_ids are taken as they are")
     if request.prompts_file is not None:
         file = Path(request.prompts_file)
         if not file.exists() or file.is_dir():

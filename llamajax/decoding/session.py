@@ -14,7 +14,7 @@ from llamajax import backends, sharding
 from llamajax.checkpoint.weights import Weights, open_weights
 from llamajax.config.flags import mesh_config
 from llamajax.config.schema import MeshConfig, ModelConfig
-from llamajax.data import Tokenizer, load_tokenizer
+from llamajax.data import Tokenizer, chat, load_tokenizer
 from llamajax.decoding.engine import Engine, attention_chooser
 from llamajax.decoding.prompts import Prompt, as_prompt, eos_ids, read_prompts, text_ids
 from llamajax.decoding.request import Request, check
@@ -39,7 +39,7 @@ class Session:
 
     def typed(self, text: str, *, number: int) -> Prompt:
         """The prompt of a line that somebody typed. UserError when it is too long."""
-        ids = text_ids(text, self.tokenizer)
+        ids = text_ids(text, self.tokenizer, self.request.chat_template)
         return as_prompt(
             ids, self.model, self.request.max_new_tokens, number=number, name="this prompt"
         )
@@ -79,7 +79,7 @@ def open_session(request: Request) -> Session:
     tokenizer = None if weights.tokenizer is None else load_tokenizer(weights.tokenizer)
     _check_vocabulary(weights, tokenizer)
     if request.interactive:
-        text_ids("", tokenizer)  # refuses a checkpoint without one
+        text_ids("", tokenizer, request.chat_template)  # refuses a checkpoint without one
     prompts = [] if request.interactive else read_prompts(request, weights.model, tokenizer)
     stop_ids = _stop_ids(request, weights, tokenizer)
     machine = backends.start(request.backend)
@@ -148,6 +148,8 @@ def _stop_ids(request: Request, weights: Weights, tokenizer: Tokenizer | None) -
     if wrong := [i for i in request.stop_ids if not 0 <= i < size]:
         raise UserError(f"--stop_ids: {wrong[0]} is outside the model's vocabulary, 0..{size - 1}")
     ends = () if request.ignore_eos else eos_ids(weights.path, tokenizer)
+    if ends and tokenizer is not None and request.chat_template != "none":
+        ends = (*ends, *chat.stop_ids(tokenizer, request.chat_template))
     return tuple(sorted({*request.stop_ids, *ends}))
 
 
