@@ -110,7 +110,7 @@ MACHINE_FLAGS = (MESH, NUM_CPU_DEVICES, *BACKEND_FLAGS)
 def mesh_config(text: str | None, *, rest: str) -> MeshConfig:
     """The mesh that `fsdp=4,tensor=2` asks for; axis `rest` takes all devices where it is None.
 
-    Raises UserError when it is not written like that.
+    Raises UserError when it is not written like that, or splits over a reserved axis.
     """
     axes = [field.name for field in dataclasses.fields(MeshConfig)]
     sizes: dict[str, int] = {}
@@ -122,6 +122,8 @@ def mesh_config(text: str | None, *, rest: str) -> MeshConfig:
                 f"each of {', '.join(axes)} at most once, one size may be -1: all that are left"
             )
         sizes[axis] = int(size)
+    if unused := [axis for axis in ("sequence", "stage") if sizes.get(axis, 1) != 1]:
+        raise UserError(f"--mesh={text}: {unused[0]} must be 1; split over data, fsdp and tensor")
     return MeshConfig(**sizes)
 
 

@@ -127,10 +127,6 @@ def _mesh(request: Request, model: ModelConfig) -> Mesh:
     if request.mesh is None:
         return sharding.build_mesh(default_mesh(model, len(devices)), devices)
     config = mesh_config(request.mesh, rest="tensor")
-    if unused := [axis for axis in ("sequence", "stage") if getattr(config, axis) != 1]:
-        raise UserError(
-            f"--mesh={request.mesh}: {unused[0]} must be 1; split over data, fsdp and tensor"
-        )
     return sharding.build_mesh(config, devices)
 
 

@@ -75,10 +75,6 @@ def _mesh(request: Request, weights: Weights) -> Mesh:
     devices = jax.devices()
     divides = weights.model.hidden_size % len(devices) == 0
     config = mesh_config(request.mesh, rest="fsdp" if divides else "data")
-    if unused := [axis for axis in ("sequence", "stage") if getattr(config, axis) != 1]:
-        raise UserError(
-            f"--mesh={request.mesh}: {unused[0]} must be 1; split over data, fsdp and tensor"
-        )
     return sharding.build_mesh(config, devices)
 
 
