@@ -197,7 +197,10 @@ def test_a_stopped_run_leaves_nothing_that_looks_finished(tmp_path, number, form
     fifo = tmp_path / ("in.txt" if form == "text" else "in.jsonl")
     os.mkfifo(fifo)
     args = (f"--output={tmp_path / 'out'}", "--tokenizer=byte", f"--format={form}")
+    # What a shell starts in the background ignores Ctrl-C, and so would its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command(f"--input={fifo}", *args), cwd=REPOSITORY)
+    signal.signal(signal.SIGINT, before)
     with process, fifo.open("w"):  # opens when the other side reads: it is at work
         process.send_signal(number)
         code = process.wait(timeout=60)
