@@ -52,4 +52,4 @@ def peak_flops(device_kind: str, dtype: ComputeDtype) -> tuple[float, str] | Non
 def attention_preferences(platform: str) -> tuple[str, ...]:
     """Attention kernels to try on a platform, best first."""
     fused = {"gpu": ("cudnn",), "cuda": ("cudnn",), "tpu": ("splash",)}
-    return (*fused.get(platform, ()), "blocked", "xla")
+    return (*fused.get(platform, ()), "blocked", "split", "xla")

@@ -2,7 +2,9 @@
 
 Arrays here are one device's part when the model runs inside the sharded step, and whole arrays when
 it is called on one device; the code is the same. Weights are stored in float32 and split over
-`fsdp`; `gather` at the top of the scanned block brings one layer's into use.
+`fsdp`; `gather` at the top of the scanned block brings one layer's into use. A batch comes with all
+tokens of its rows; those that a device embeds, and has the loss of, are its *own*: along `sequence`
+a part of each row, along `stage` every so manieth microbatch.
 """
 
 import dataclasses
@@ -17,9 +19,18 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llamajax.config.schema import ModelConfig
 from llamajax.models.lora import fold_in, project
+from llamajax.models.pipeline import (
+    Layers,
+    credited,
+    gathered_once,
+    num_stages,
+    own_rows,
+    pipelined,
+)
 from llamajax.models.remat import rematerialised
 from llamajax.models.weights import named_key, normal, ones
 from llamajax.ops.attention import attention
+from llamajax.ops.attention_split import own_tokens
 from llamajax.ops.cross_entropy import LossTerms, cross_entropy, token_nll
 from llamajax.ops.embedding import embed
 from llamajax.ops.linear import linear
@@ -43,6 +54,20 @@ class Compute:
     attention: str
     loss_chunk_tokens: int
     z_weight: float = 0.0
+    split_tokens: bool = False  # between the blocks, over `tensor`; T must divide
+    microbatch_size: int = 1  # pipeline: rows of a microbatch on a device
+    rounds: int = 1  # pipeline: groups of layers a stage
+    remat_stage: bool = True  # pipeline: keep a stage's input alone
+
+
+# What the layers see of each token, beside its activation; the other arrays of a batch are seen
+# where tokens are embedded and where their loss is.
+_PER_TOKEN = ("positions", "dropout_keys")
+
+
+def own(x_BT: jax.Array, compute: Compute) -> jax.Array:
+    """The part of a batch's array whose embedding and loss are this device's."""
+    return own_rows(own_tokens(x_BT), microbatch_size=compute.microbatch_size)
 
 
 class Attention(nnx.Module):
@@ -89,12 +114,14 @@ class Block(nnx.Module):
         self.mlp_norm = ones(config, "D")
         self.mlp = FeedForward(config, named_key(key, "mlp"))
 
-    def __call__(self, x_BTD, cos_sin, attend: Callable, keys_BT, *, eps: float):
-        h_BTD = enter_tensor(rms_norm(x_BTD, self.attention_norm[...], eps=eps))
+    def __call__(self, x_BTD, cos_sin, attend: Callable, keys_BT, *, eps: float, split: bool):
+        h_BTD = rms_norm(x_BTD, self.attention_norm[...], eps=eps)
+        h_BTD = enter_tensor(h_BTD, split_tokens=split)
         h_BTD, kept = self.attention(h_BTD, cos_sin, attend, keys_BT)
-        x_BTD = x_BTD + leave_tensor(h_BTD)
-        h_BTD = self.mlp(enter_tensor(rms_norm(x_BTD, self.mlp_norm[...], eps=eps)), keys_BT)
-        return x_BTD + leave_tensor(h_BTD), kept
+        x_BTD = x_BTD + leave_tensor(h_BTD, split_tokens=split)
+        h_BTD = rms_norm(x_BTD, self.mlp_norm[...], eps=eps)
+        h_BTD = self.mlp(enter_tensor(h_BTD, split_tokens=split), keys_BT)
+        return x_BTD + leave_tensor(h_BTD, split_tokens=split), kept
 
 
 class Llama(nnx.Module):
@@ -109,46 +136,88 @@ class Llama(nnx.Module):
         self.head = None if config.tie_embeddings else normal(config, "VD", key, "head")
 
     def hidden(self, batch: Batch, compute: Compute) -> jax.Array:
-        """Normalised last hidden states (B, T, D), in the compute dtype.
+        """Normalised last hidden states (B, T, D) of the own tokens, in the compute dtype.
 
         `batch` holds int32 (B, T) `tokens`, `positions` and `segment_ids`; without the last, tokens
         see every earlier one. `dropout_keys`, one a token, if the adapters' dropout is to happen.
+        With `split_tokens` each device along `tensor` has its part of the own tokens.
         """
+        size, dtype, split = compute.microbatch_size, compute.dtype, compute.split_tokens
+        columns = {k: own_tokens(v) for k, v in batch.items() if k in _PER_TOKEN}
+        columns |= {k: v for k, v in batch.items() if k == "segment_ids"}
+        tokens_BT = own(batch["tokens"], compute)
+        x_BTD = embed(self.embedding[...], tokens_BT, dtype, split)
+        if num_stages() == 1:
+            bring = lambda layer: gather(layer, dtype, split_tokens=split)  # noqa: E731
+            numbered = (self.blocks, jnp.arange(self.config.num_layers))
+            x_BTD = self._layers(numbered, x_BTD, columns, compute, bring)
+        else:
+            columns = {k: v.reshape(-1, size, *v.shape[1:]) for k, v in columns.items()}
+
+            def stage(layers: Layers, x_BTD, numbers, microbatch) -> jax.Array:
+                mine = {k: v[microbatch] for k, v in columns.items()}
+                return self._layers((layers, numbers), x_BTD, mine, compute, credited)
+
+            x_BTD = pipelined(
+                stage,
+                gathered_once(self.blocks, dtype, split_tokens=split),
+                x_BTD.reshape(-1, size, *x_BTD.shape[1:]),
+                rounds=compute.rounds,
+                remat_stage=compute.remat_stage,
+            ).reshape(x_BTD.shape)
+        return self._normed(x_BTD, compute)
+
+    def _layers(self, numbered, x_BTD, batch: Batch, compute: Compute, bring: Callable):
+        """`x` after these numbered layers, each of which sees the batch's own documents."""
         segment_ids_BT = batch.get("segment_ids")
 
         def attend(q, k, v, kept, _):
             return attention(q, k, v, impl=compute.attention, segment_ids_BT=segment_ids_BT), kept
 
-        return self.attended(batch, compute, attend, None)[0]
+        return self._scanned(numbered, (x_BTD, None), batch, compute, attend, bring)[0]
+
+    def _scanned(self, numbered, carry, batch, compute: Compute, attend: Attend, bring: Callable):
+        """(x, cache) after a stack of layers and their numbers; `bring` brings one into use."""
+        c, split = self.config, compute.split_tokens
+        frequency = frequencies(c.head_size, theta=c.rope_theta, scaling=c.rope_scaling)
+        cos_sin, keys_BT = angles(batch["positions"], frequency), batch.get("dropout_keys")
+
+        def block(carry: tuple[jax.Array, Any], numbered: tuple[Any, jax.Array]):
+            (x_BTD, cache), (layer, number) = carry, numbered
+            own = lambda q, k, v: attend(q, k, v, cache, number)  # noqa: E731
+            keys = fold_in(keys_BT, number)
+            return bring(layer)(x_BTD, cos_sin, own, keys, eps=c.norm_eps, split=split), None
+
+        return jax.lax.scan(rematerialised(block, compute.remat), carry, numbered)[0]
 
     def attended(self, batch: Batch, compute: Compute, attend: Attend, cache: Any):
-        """`hidden` with the attention that the caller defines, and the cache as it left it."""
-        c = self.config
-        frequency = frequencies(c.head_size, theta=c.rope_theta, scaling=c.rope_scaling)
-        cos_sin = angles(batch["positions"], frequency)
+        """`hidden` with the attention that the caller defines, and the cache as it left it.
 
-        def block(carry: tuple[jax.Array, Any], numbered: tuple[Block, jax.Array]):
-            (x_BTD, cache), number = carry, numbered[1]
-            layer, keys_BT = gather(numbered[0], compute.dtype), batch.get("dropout_keys")
-            own = lambda q, k, v: attend(q, k, v, cache, number)  # noqa: E731
-            return layer(x_BTD, cos_sin, own, fold_in(keys_BT, number), eps=c.norm_eps), None
+        For decoding: tokens and layers are not split.
+        """
+        assert not compute.split_tokens
+        assert num_stages() == 1
+        x_BTD = embed(self.embedding[...], batch["tokens"], compute.dtype, False)
+        bring = lambda layer: gather(layer, compute.dtype)  # noqa: E731
+        numbered = (self.blocks, jnp.arange(self.config.num_layers))
+        x_BTD, cache = self._scanned(numbered, (x_BTD, cache), batch, compute, attend, bring)
+        return self._normed(x_BTD, compute), cache
 
-        x_BTD = embed(self.embedding[...], batch["tokens"], compute.dtype)
-        numbered = (self.blocks, jnp.arange(c.num_layers))
-        carry = (x_BTD, cache)
-        (x_BTD, cache), _ = jax.lax.scan(rematerialised(block, compute.remat), carry, numbered)
-        return rms_norm(x_BTD, gather(self.norm, compute.dtype)[...], eps=c.norm_eps), cache
+    def _normed(self, x_BTD: jax.Array, compute: Compute) -> jax.Array:
+        norm = gather(self.norm, compute.dtype, split_tokens=compute.split_tokens)
+        return rms_norm(x_BTD, norm[...], eps=self.config.norm_eps)
 
     def loss_terms(self, batch: Batch, compute: Compute) -> LossTerms:
-        """Summed losses over the batch's `targets` where its `loss_mask` is true."""
+        """Summed losses over the own ones of the batch's `targets` with a true `loss_mask`."""
         return cross_entropy(
             self.hidden(batch, compute),
             self._head()[...],
-            batch["targets"],
-            batch["loss_mask"],
+            own(batch["targets"], compute),
+            own(batch["loss_mask"], compute),
             vocab_size=self.config.vocab_size,
             chunk_tokens=compute.loss_chunk_tokens,
             z_weight=compute.z_weight,
+            split_tokens=compute.split_tokens,
         )
 
     def token_nll(self, batch: Batch, compute: Compute) -> jax.Array:

@@ -5,8 +5,10 @@
   wherever no fused kernel exists. Any platform.
 - `cudnn`: NVIDIA's fused kernel, with the documents given as offsets (`attention_kernels.py`).
 - `splash`: the Pallas kernel for TPUs, with segment ids (`attention_kernels.py`).
+- `split`: for a sequence that is split over the mesh axis `sequence`, and for very long ones: never
+  more scores than those of 512 x 512 tokens a head (`attention_split.py`). Any platform.
 
-All of them see local arrays: they work the same outside and inside `jax.shard_map`, where batch and
+All the others see local arrays: they work the same outside and inside `jax.shard_map`, where batch and
 heads may be split, and communicate nothing. The output (and the fused kernels' row statistics) is
 tagged "attention" with `jax.ad_checkpoint.checkpoint_name`: under `jax.checkpoint` with
 `save_only_these_names("attention")` the backward pass finds both and does not run the forward
@@ -24,9 +26,10 @@ from llamajax.backends import cudnn
 from llamajax.errors import combine
 from llamajax.ops.attention_blocked import blocked_attention
 from llamajax.ops.attention_kernels import cudnn_attention, splash_attention
+from llamajax.ops.attention_split import split_attention
 from llamajax.sharding import collectives
 
-SUPPORTED = ("xla", "blocked", "cudnn", "splash")
+SUPPORTED = ("xla", "blocked", "split", "cudnn", "splash")
 
 # pass check_vma=False to the `jax.shard_map` around these: JAX's Splash kernel does not say along
 # which mesh axes its outputs vary
@@ -43,7 +46,8 @@ def attention(
 ) -> jax.Array:
     """Causal attention of each query over the earlier keys of its own document, (B, T, N, H).
 
-    T equals S; N is a multiple of K and query head n uses kv head n // (N / K). Scores are scaled
+    T equals S, but for `split` inside `shard_map`: there q, k and v are those of the device's own
+    tokens and the segment ids those of the whole sequence. N is a multiple of K and query head n uses kv head n // (N / K). Scores are scaled
     by H**-0.5, the softmax is float32, the output has the dtype of q. `segment_ids` (int32) numbers
     the documents packed in a row, each of them contiguous; 0 is padding, which attends to itself
     only and so stays finite. Without segment ids a row is one document.
@@ -66,6 +70,7 @@ def check_supported(
     head_size: int,
     seq_len: int,
     compute_capability: str | None = None,
+    sequence_parts: int = 1,
 ) -> list[str]:
     """Why `impl` cannot train such a model on `platform`, in words; empty where it can.
 
@@ -76,6 +81,11 @@ def check_supported(
     if impl not in SUPPORTED:
         return [
             f"{impl!r} is not an attention implementation: choose one of {', '.join(SUPPORTED)}"
+        ]
+    if sequence_parts > 1 and impl != "split":
+        return [
+            f"{impl} attention sees one device's tokens only, and mesh.sequence = {sequence_parts} "
+            "splits them: use split"
         ]
     if impl == "cudnn":
         hopper = compute_capability is None or float(compute_capability) >= 9.0
@@ -139,6 +149,7 @@ def xla_attention(
 _IMPLEMENTATIONS = {
     "xla": xla_attention,
     "blocked": blocked_attention,
+    "split": split_attention,
     "cudnn": cudnn_attention,
     "splash": splash_attention,
 }

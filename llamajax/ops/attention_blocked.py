@@ -25,15 +25,15 @@ def block_starts(seq_len: int) -> range:
     return range(0, seq_len, block)
 
 
-def _queries(x_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
+def queries(x_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
     """(B, T, K*G, H) -> (B*K, G, T, H)."""
     B, T, N, H = x_BTNH.shape
     x = x_BTNH.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
     return x.transpose(0, 2, 3, 1, 4).reshape(B * num_kv_heads, N // num_kv_heads, T, H)
 
 
-def _as_queries(x_XGTH: jax.Array, shape_BTNH: tuple[int, ...]) -> jax.Array:
-    """The inverse of `_queries`."""
+def as_queries(x_XGTH: jax.Array, shape_BTNH: tuple[int, ...]) -> jax.Array:
+    """The inverse of `queries`."""
     B, T, N, H = shape_BTNH
     G = x_XGTH.shape[1]
     return x_XGTH.reshape(B, N // G, G, T, H).transpose(0, 3, 1, 2, 4).reshape(shape_BTNH)
@@ -68,7 +68,7 @@ def _after(x: jax.Array, *previous: jax.Array) -> jax.Array:
     return x
 
 
-def _matmul(a: jax.Array, b: jax.Array, *, transpose_a: bool = False) -> jax.Array:
+def matmul(a: jax.Array, b: jax.Array, *, transpose_a: bool = False) -> jax.Array:
     """Batched product (X, m, k) (X, k, n) in float32; with `transpose_a`, `a` is (X, k, m)."""
     dims = (((1 if transpose_a else 2,), (1,)), ((0,), (0,)))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
@@ -77,7 +77,7 @@ def _matmul(a: jax.Array, b: jax.Array, *, transpose_a: bool = False) -> jax.Arr
 def _scores(q_XRH, kT_XHS, segment_ids_BT, batch: int, start: int, end: int) -> jax.Array:
     """Scaled and masked scores (X, R, end) of the queries [start, end), float32."""
     X, R, H = q_XRH.shape
-    s = _matmul(q_XRH, kT_XHS[:, :, :end]) * H**-0.5
+    s = matmul(q_XRH, kT_XHS[:, :, :end]) * H**-0.5
     allowed = (jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :])[None]
     if segment_ids_BT is not None:
         same = segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end]
@@ -100,7 +100,7 @@ def blocked_attention(
 def forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
     """The output, and what `backward` wants: the inputs, the output, log-sum-exp (B*K, G, T)."""
     B, T, _, H = q_BTNH.shape
-    q_XGTH = _queries(q_BTNH, k_BSKH.shape[2])
+    q_XGTH = queries(q_BTNH, k_BSKH.shape[2])
     (_, kT_XHS), (v_XSH, _) = _keys(k_BSKH), _keys(v_BSKH)
     X, G = q_XGTH.shape[:2]
     outputs, statistics = [], []
@@ -114,10 +114,10 @@ def forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
         top = jnp.max(s, axis=-1, keepdims=True)
         p = jnp.exp(s - top)
         total = jnp.sum(p, axis=-1, keepdims=True)
-        o = _matmul(p.astype(v_XSH.dtype), v_XSH[:, :end]) / total
+        o = matmul(p.astype(v_XSH.dtype), v_XSH[:, :end]) / total
         outputs.append(o.astype(q_BTNH.dtype).reshape(X, G, end - start, H))
         statistics.append((top + jnp.log(total)).reshape(X, G, end - start))
-    o_BTNH = _as_queries(jnp.concatenate(outputs, axis=2), q_BTNH.shape)
+    o_BTNH = as_queries(jnp.concatenate(outputs, axis=2), q_BTNH.shape)
     lse_XGT = jnp.concatenate(statistics, axis=2)
     return o_BTNH, (q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, o_BTNH, lse_XGT)
 
@@ -133,12 +133,12 @@ def backward(saved, do_BTNH):
     q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, o_BTNH, lse_XGT = saved
     B, T, _, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    q_XGTH, do_XGTH = _queries(q_BTNH, K), _queries(do_BTNH, K)
+    q_XGTH, do_XGTH = queries(q_BTNH, K), queries(do_BTNH, K)
     (k_XSH, kT_XHS), (_, vT_XHS) = _keys(k_BSKH), _keys(v_BSKH)
     X, G = q_XGTH.shape[:2]
     # sum over keys of p * dp, from the output alone
     inner = jnp.sum(o_BTNH.astype(jnp.float32) * do_BTNH.astype(jnp.float32), -1, keepdims=True)
-    inner_XGT1, lse_XGT1 = _queries(inner, K), lse_XGT[..., None]
+    inner_XGT1, lse_XGT1 = queries(inner, K), lse_XGT[..., None]
     dq, dkT, dvT = [], None, None
     starts = block_starts(T)
     for start in reversed(starts):  # the last block first: its keys are all keys
@@ -148,12 +148,12 @@ def backward(saved, do_BTNH):
             q, do = (_after(x, dq[-1], dkT, dvT) for x in (q, do))
         s = _scores(q, kT_XHS, segment_ids_BT, B, start, end)
         p = jnp.exp(s - _rows(lse_XGT1, start, end))
-        dp = _matmul(do, vT_XHS[:, :, :end])
+        dp = matmul(do, vT_XHS[:, :, :end])
         ds = (p * (dp - _rows(inner_XGT1, start, end)) * H**-0.5).astype(q.dtype)
-        dq.append(_matmul(ds, k_XSH[:, :end]).astype(q.dtype).reshape(X, G, end - start, H))
-        dkT = _added(dkT, _matmul(q, ds, transpose_a=True))
-        dvT = _added(dvT, _matmul(do, p.astype(do.dtype), transpose_a=True))
-    dq_BTNH = _as_queries(jnp.concatenate(dq[::-1], axis=2), q_BTNH.shape)
+        dq.append(matmul(ds, k_XSH[:, :end]).astype(q.dtype).reshape(X, G, end - start, H))
+        dkT = _added(dkT, matmul(q, ds, transpose_a=True))
+        dvT = _added(dvT, matmul(do, p.astype(do.dtype), transpose_a=True))
+    dq_BTNH = as_queries(jnp.concatenate(dq[::-1], axis=2), q_BTNH.shape)
     return dq_BTNH, _as_keys(dkT, k_BSKH), _as_keys(dvT, v_BSKH), None
 
 

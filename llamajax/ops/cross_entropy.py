@@ -26,6 +26,7 @@ class _Settings(NamedTuple):
     chunk: int
     z_weight: float
     dtype: jnp.dtype
+    split_tokens: bool  # the gradient of x is left as this device's part of a sum over tensor
 
 
 def cross_entropy(
@@ -37,21 +38,25 @@ def cross_entropy(
     vocab_size: int,
     chunk_tokens: int,
     z_weight: float,
+    split_tokens: bool = False,
 ) -> LossTerms:
     """Summed losses of the tokens where `mask` is true.
 
     `head_VD` is the float32 head as it is stored: this device's part, V over `tensor` and D over
     `fsdp`; it is gathered over `fsdp` once, in the dtype of `x`. Maximum, sum and target logit are
     reduced over `tensor`. The head's gradient is accumulated over chunks in float32 and reduced
-    once. Rows of the head from `vocab_size` on are padding: their logits are -inf.
+    once. Rows of the head from `vocab_size` on are padding: their logits are -inf. With
+    `split_tokens`, T of `x` alone is split over `tensor`: all are gathered first.
     """
+    if split_tokens:
+        x_BTD = collectives.enter_tensor(x_BTD, split_tokens=True)
     tokens, width = targets_BT.size, x_BTD.shape[-1]
     chunk = min(chunk_tokens, tokens)
     pad = -tokens % chunk
     x = jnp.pad(x_BTD.reshape(tokens, width), ((0, pad), (0, 0)))
     targets = jnp.pad(targets_BT.reshape(tokens), (0, pad))
     mask = jnp.pad(mask_BT.reshape(tokens).astype(jnp.float32), (0, pad))
-    settings = _Settings(vocab_size, chunk, z_weight, x_BTD.dtype)
+    settings = _Settings(vocab_size, chunk, z_weight, x_BTD.dtype, split_tokens)
     return LossTerms(*_summed(x, head_VD, targets, mask, settings))
 
 
@@ -73,7 +78,7 @@ def token_nll(
     pad = -tokens % chunk
     x = jnp.pad(x_BTD.reshape(tokens, width), ((0, pad), (0, 0)))
     targets = jnp.pad(targets_BT.reshape(tokens), (0, pad))
-    settings = _Settings(vocab_size, chunk, 0.0, x_BTD.dtype)
+    settings = _Settings(vocab_size, chunk, 0.0, x_BTD.dtype, False)
     head = _gathered_head(head_VD, settings)
 
     def body(carry, part):
@@ -121,6 +126,11 @@ def _chunks(array: jax.Array, chunk: int) -> jax.Array:
     return array.reshape(array.shape[0] // chunk, chunk, *array.shape[1:])
 
 
+def _zero(x: jax.Array) -> jax.Array:
+    """What sums start from: of whole rows of logits, they are the same along `tensor`."""
+    return collectives.varying(jnp.float32(0), tuple(collectives.varies(x) - {"tensor"}))
+
+
 def _objective(nll: jax.Array, z: jax.Array, settings: _Settings) -> tuple[jax.Array, ...]:
     return nll + settings.z_weight * z, nll, z
 
@@ -134,7 +144,7 @@ def _summed(x, head_VD, targets, mask, settings: _Settings):
         return (sums[0] + nll, sums[1] + z), None
 
     parts = [_chunks(a, settings.chunk) for a in (x, targets, mask)]
-    zero = collectives.varying_like(jnp.float32(0), x)
+    zero = _zero(x)
     (nll, z), _ = jax.lax.scan(body, (zero, zero), parts)
     return _objective(nll, z, settings)
 
@@ -157,15 +167,15 @@ def _summed_forward(x, head_VD, targets, mask, settings: _Settings):
         scale = (1.0 + 2.0 * settings.z_weight * log_partition) / partition * mask_C
         grad = odds * scale[:, None] - jnp.where(is_target, mask_C[:, None], 0.0)
         grad = grad.astype(settings.dtype)
-        grad_x = collectives.total(
-            jnp.dot(grad, head, preferred_element_type=settings.dtype), "tensor"
-        )
+        grad_x = jnp.dot(grad, head, preferred_element_type=settings.dtype)
+        if not settings.split_tokens:
+            grad_x = collectives.total(grad_x, "tensor")
         if train_head:
             grad_head += jnp.dot(grad.T, x_CD, preferred_element_type=jnp.float32)
         return (nll + sums[0], z + sums[1], grad_head), grad_x
 
     parts = [_chunks(a, settings.chunk) for a in (x, targets, mask)]
-    zero = collectives.varying_like(jnp.float32(0), x)
+    zero = _zero(x)
     zeros = None
     if train_head:
         zeros = collectives.varying_like(jnp.zeros(head.shape, jnp.float32), head, x)

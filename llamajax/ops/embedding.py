@@ -15,28 +15,36 @@ def _rows(tokens: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
     return jnp.where(here, row, 0), here
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def embed(
+    table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, split_tokens: bool
+) -> jax.Array:
     """Embeddings (B, T, D) in `dtype` of local tokens; `table_VD` is this device's float32 part.
+
+    With `split_tokens` each device along `tensor` keeps its part of T.
 
     The table never moves: tokens (small) are gathered over `fsdp`, each device looks up its slice
     of the width for all of them, and an all-to-all brings the slices of the own tokens together.
     That moves B x T x D values instead of V x D, and in backward the gradient of a frequent token
     is summed in float32 without a rounding in between.
     """
-    return _embed_forward(table_VD, tokens_BT, dtype)[0]
+    return _embed_forward(table_VD, tokens_BT, dtype, split_tokens)[0]
 
 
-def _embed_forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype):
+def _embed_forward(table_VD, tokens_BT, dtype: jnp.dtype, split_tokens: bool):
     tokens = collectives.all_gathered(tokens_BT, "fsdp", dim=0)
     rows, here = _rows(tokens, table_VD.shape[0])
     x = jnp.where(here[:, :, None], table_VD[rows].astype(dtype), jnp.zeros((), dtype))
     x = collectives.exchanged(x, "fsdp", split=0, join=2)
+    if split_tokens:
+        return collectives.sum_scattered(x, "tensor", dim=1), (table_VD, tokens)
     return collectives.total(x, "tensor"), (table_VD, tokens)
 
 
-def _embed_backward(dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array], grad: jax.Array):
+def _embed_backward(dtype: jnp.dtype, split_tokens: bool, saved: tuple, grad: jax.Array):
     table_VD, tokens = saved
+    if split_tokens:
+        grad = collectives.all_gathered(grad, "tensor", dim=1)
     rows, here = _rows(tokens, table_VD.shape[0])
     grad = collectives.exchanged(grad, "fsdp", split=2, join=0).astype(jnp.float32)
     grad = jnp.where(here[:, :, None], grad, 0.0)

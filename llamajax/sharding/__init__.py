@@ -1,15 +1,25 @@
 """Sharding: the mesh, the two axis maps, what crosses devices, and shardings of whole trees."""
 
-from llamajax.sharding.axes import ACTIVATIONS, AXES, BATCH_AXES, WEIGHTS, axes_of, spec
+from llamajax.sharding.axes import ACTIVATIONS, AXES, BATCH_AXES, TOKEN_AXES, WEIGHTS, axes_of, spec
 from llamajax.sharding.batch import batch_sharding, local_rows, place
 from llamajax.sharding.mesh import axis_sizes, batch_shards, build_mesh, check_divides, describe
-from llamajax.sharding.tree import is_weight, letters, map_weights, shardings, specs
+from llamajax.sharding.tree import (
+    at_rest,
+    is_stacked,
+    is_weight,
+    letters,
+    map_weights,
+    shardings,
+    specs,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "AXES",
     "BATCH_AXES",
+    "TOKEN_AXES",
     "WEIGHTS",
+    "at_rest",
     "axes_of",
     "axis_sizes",
     "batch_sharding",
@@ -17,6 +27,7 @@ __all__ = [
     "build_mesh",
     "check_divides",
     "describe",
+    "is_stacked",
     "is_weight",
     "letters",
     "local_rows",

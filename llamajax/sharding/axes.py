@@ -2,7 +2,8 @@
 
 Letters: B batch, T query position, S key position, D model, F feed-forward, N query heads,
 K key-value heads, H head size, V vocabulary, L layers, R rank of an adapter (never split). An
-*axis* is a mesh axis, a *dim* a letter.
+*axis* is a mesh axis, a *dim* a letter. Tokens are split inside the step alone: over `sequence`
+everywhere, and between the blocks over `tensor` as well.
 
 WEIGHTS says where a weight lives, ACTIVATIONS where an activation flows. What a weight is split
 over in the first and not in use is gathered on use: that difference is FSDP.
@@ -17,9 +18,17 @@ AXES = ("data", "stage", "fsdp", "sequence", "tensor")
 
 BATCH_AXES = ("data", "fsdp")
 
+# Along these the targets of a step are split: sums over all tokens go over all of them.
+TOKEN_AXES = ("data", "fsdp", "sequence", "stage")
+
 Table = Mapping[str, str | tuple[str, ...]]
 
-WEIGHTS: Table = {"V": "tensor", "D": "fsdp", "F": "tensor", "N": "tensor", "K": "tensor"}
+WEIGHTS: Table = {
+    "L": "stage", "V": "tensor", "D": "fsdp", "F": "tensor", "N": "tensor", "K": "tensor",
+}  # fmt: skip
+
+# Where layers rest that do not divide over `stage`: on disk, and while they come from or go there.
+WEIGHTS_AT_REST: Table = {k: v for k, v in WEIGHTS.items() if k != "L"} | {"D": ("fsdp", "stage")}
 
 ACTIVATIONS: Table = {"B": BATCH_AXES, "V": "tensor", "F": "tensor", "N": "tensor", "K": "tensor"}
 

@@ -11,7 +11,7 @@ from llamajax.sharding.axes import ACTIVATIONS, spec
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of a (B, T) array of samples."""
+    """Sharding of a (B, T) array of samples: whole rows; the step itself splits tokens."""
     return NamedSharding(mesh, spec("BT", ACTIVATIONS, mesh))
 
 

@@ -6,8 +6,13 @@ every collective is visible. The pairs below are the whole communication of the 
 - `gather`: a weight in its stored layout -> the weight in use (FSDP). Backward: the gradient is
   reduced and scattered in float32; a plain cast-then-gather would transpose to a reduction in
   bfloat16 and float32 accumulators would then sum rounded values.
-- `enter_tensor` / `leave_tensor`: around a pair of matrices split over `tensor` (Megatron-LM's f
-  and g, arXiv:1909.08053): identity forward and sum backward, and the reverse.
+- `enter_tensor` / `leave_tensor`: around a pair of matrices split over `tensor`. Where tokens are
+  split between the blocks (training): all tokens are gathered before the pair, and the sum of the
+  partial products is scattered over tokens after it (sequence parallelism, arXiv:2205.05198). Where
+  they are not (one token at a time): identity forward and sum backward, and the reverse
+  (Megatron-LM's f and g, arXiv:1909.08053).
+- `shared`: a weight that every device along an axis holds whole and uses for other tokens.
+- `passed`: a boundary activation from one pipeline stage to the next.
 
 Derivatives are written by hand so that they are the same with and without the check of varying
 axes, which some fused kernels cannot pass. Where an axis splits nothing (one device, or outside
@@ -24,7 +29,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llamajax.sharding.axes import WEIGHTS, axes_of
-from llamajax.sharding.tree import map_weights
+from llamajax.sharding.tree import is_stacked, map_weights
 
 
 def is_split(axis: str) -> bool:
@@ -88,6 +93,21 @@ def varying_like(x: jax.Array, *others: jax.Array) -> jax.Array:
     return varying(x, tuple({a for other in others for a in varies(other)}))
 
 
+def _copies(weight: nnx.Variable) -> tuple[str, ...]:
+    """Axes along which devices hold the same part of a weight and see different tokens."""
+    return ("data", "sequence") if is_stacked(weight) else ("data", "sequence", "stage")
+
+
+def varied(tree: Any) -> Any:
+    """Weights marked as used differently by each device that holds a copy."""
+    return map_weights(lambda w: w.replace(varying(w.get_value(), _copies(w))), tree)
+
+
+def summed(grads: Any) -> Any:
+    """Gradients of weights that were `varied`, summed over the devices that hold a copy."""
+    return map_weights(lambda g: g.replace(total(g.get_value(), _copies(g))), grads)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x: jax.Array, dim: int | None, dtype: jnp.dtype) -> jax.Array:
     x = x.astype(dtype)
@@ -106,7 +126,7 @@ def _gather_backward(dim: int | None, dtype: jnp.dtype, _: None, grad: jax.Array
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def gather(tree: Any, dtype: jnp.dtype) -> Any:
+def gather(tree: Any, dtype: jnp.dtype, *, split_tokens: bool = False) -> Any:
     """Weights as they are used: float32 storage layout -> `dtype`, whole along `fsdp`.
 
     Vectors (norm scales) stay float32: rounding 1.003 to bfloat16 would lose it. Tagged
@@ -114,36 +134,70 @@ def gather(tree: Any, dtype: jnp.dtype) -> Any:
 
     A factor of an adapter may have no dim on `fsdp`: it is whole already, and its gradient is
     summed. One that has none on `tensor` meets activations that differ there, in the middle of a
-    pair of split matrices, where no `enter_tensor` is: its gradient is summed here.
+    pair of split matrices, where no `enter_tensor` is: its gradient is summed here. So is that of a
+    norm scale where `split_tokens` says that each device along `tensor` normalises other tokens.
     """
 
     def one(weight: nnx.Variable) -> nnx.Variable:
         value = weight.get_value()
         assert value.ndim == len(weight.axes), "gather inside the scan over layers, not outside"
-        keep = jnp.float32 if value.ndim == 1 else dtype
-        dims = [i for i, d in enumerate(weight.axes) if "fsdp" in axes_of(WEIGHTS.get(d))]
-        assert len(dims) == 1 or "R" in weight.axes, f"a weight is split over fsdp: {weight.axes}"
-        if "R" in weight.axes and not any("tensor" in axes_of(WEIGHTS.get(d)) for d in weight.axes):
-            value = enter_tensor(value)
-        value = _gather(value, dims[0] if dims else None, keep)
+        value = in_use(value, weight.axes, dtype, split_tokens=split_tokens)
         return weight.replace(checkpoint_name(value, "gathered_weight"))
 
     return map_weights(one, tree)
 
 
+def in_use(value: jax.Array, axes: str, dtype: jnp.dtype, *, split_tokens: bool) -> jax.Array:
+    """One weight of dims `axes`, or a stack of such, as `gather` says."""
+    if is_shared(axes, split_tokens=split_tokens):
+        value = shared(value)
+    keep = jnp.float32 if len(axes) == 1 else dtype
+    return _gather(value, fsdp_dim(value, axes), keep)
+
+
+def is_shared(axes: str, *, split_tokens: bool) -> bool:
+    """Whether a weight that is whole along `tensor` meets other values on each device there."""
+    on_tensor = any("tensor" in axes_of(WEIGHTS.get(d)) for d in axes)
+    return not on_tensor and ("R" in axes or split_tokens)
+
+
+def fsdp_dim(value: jax.Array, axes: str) -> int | None:
+    """Which dimension of a (stacked) weight is split over `fsdp`."""
+    dims = [i for i, d in enumerate(axes) if "fsdp" in axes_of(WEIGHTS.get(d))]
+    assert len(dims) == 1 or "R" in axes, f"a weight is split over fsdp: {axes}"
+    return dims[0] + value.ndim - len(axes) if dims else None
+
+
 @jax.custom_vjp
-def enter_tensor(x: jax.Array) -> jax.Array:
-    """An activation that is equal along `tensor`, about to meet a matrix split by its outputs."""
+def shared(x: jax.Array) -> jax.Array:
+    """`x`, equal along `tensor` and used differently there: its gradient is the sum."""
     return varying(x, "tensor")
 
 
-enter_tensor.defvjp(lambda x: (enter_tensor(x), None), lambda _, grad: (total(grad, "tensor"),))
+shared.defvjp(lambda x: (shared(x), None), lambda _, grad: (total(grad, "tensor"),))
 
 
 @jax.custom_vjp
-def leave_tensor(x: jax.Array) -> jax.Array:
-    """The sum along `tensor` of partial products with a matrix split by its inputs."""
+def _summed(x: jax.Array) -> jax.Array:
     return total(x, "tensor")
 
 
-leave_tensor.defvjp(lambda x: (leave_tensor(x), None), lambda _, grad: (varying(grad, "tensor"),))
+_summed.defvjp(lambda x: (_summed(x), None), lambda _, grad: (varying(grad, "tensor"),))
+
+
+def enter_tensor(x_BTD: jax.Array, *, split_tokens: bool) -> jax.Array:
+    """An activation about to meet a matrix split over `tensor` by its outputs: with all tokens."""
+    return all_gathered(x_BTD, "tensor", dim=1) if split_tokens else shared(x_BTD)
+
+
+def leave_tensor(x_BTD: jax.Array, *, split_tokens: bool) -> jax.Array:
+    """The sum along `tensor` of partial products with a matrix split by its inputs."""
+    return sum_scattered(x_BTD, "tensor", dim=1) if split_tokens else _summed(x_BTD)
+
+
+def passed(x: jax.Array, axis: str, *, by: int) -> jax.Array:
+    """What the device `by` places before has, in a ring along `axis`."""
+    if not is_split(axis):
+        return x
+    size = jax.lax.axis_size(axis)
+    return jax.lax.ppermute(x, axis, [(i, (i + by) % size) for i in range(size)])

@@ -12,6 +12,7 @@ from llamajax.config.schema import LoraConfig, ModelConfig
 from llamajax.models.abstract import abstract_model
 from llamajax.models.llama import Llama
 from llamajax.models.lora import Adapters, attach, init_adapters
+from llamajax.models.order import arranged, is_natural, natural
 from llamajax.sharding import shardings
 
 
@@ -65,23 +66,63 @@ def abstract_state(
     mesh: Mesh,
     *,
     lora: LoraConfig | None = None,
+    rounds: int | None = 1,
 ) -> TrainState:
     """Shapes, dtypes and shardings of the whole state; nothing is allocated.
 
-    With `lora`, adapters train and the model is frozen in `lora.base_dtype`.
+    With `lora`, adapters train and the model is frozen in `lora.base_dtype`. Layers are stored as a
+    pipeline of so many rounds wants them; with none in their natural order, as they are on disk.
     """
     model = abstract_model(config, mesh, dtype=jnp.dtype(lora.base_dtype if lora else "float32"))
-    key = jax.random.key(0)
-    shapes = jax.eval_shape(lambda m, k: _around(m, optimizer, lora, k), model, key)
-    return _placed(shapes, mesh)
+
+    def whole(model: Llama, key: jax.Array) -> TrainState:
+        state = _around(model, optimizer, lora, key)
+        return state if rounds is None else _piped(state, config, mesh, rounds)
+
+    return _placed(jax.eval_shape(whole, model, jax.random.key(0)), mesh)
+
+
+def _piped(tree: Any, config: ModelConfig, mesh: Mesh, rounds: int) -> Any:
+    """Stacks in natural order -> in the order of the mesh's pipeline."""
+    if is_natural(config.num_layers, stages=mesh.shape["stage"], rounds=rounds):
+        return tree
+    return arranged(tree, mesh, rounds=rounds)
+
+
+def to_pipeline(tree: Any, config: ModelConfig, mesh: Mesh, *, rounds: int) -> Any:
+    """A state (or part of one) in natural order -> in the order of the mesh's pipeline."""
+    return _rearranged(tree, config, mesh, rounds, lambda t: _piped(t, config, mesh, rounds))
+
+
+def to_natural(tree: Any, config: ModelConfig, mesh: Mesh, *, rounds: int) -> Any:
+    """The reverse. Both give back what they got where the pipeline stores layers in their order."""
+    back = lambda t: natural(t, config.num_layers, mesh, rounds=rounds)  # noqa: E731
+    return _rearranged(tree, config, mesh, rounds, back)
+
+
+def _rearranged(tree: Any, config: ModelConfig, mesh: Mesh, rounds: int, function: Any) -> Any:
+    if is_natural(config.num_layers, stages=mesh.shape["stage"], rounds=rounds):
+        return tree
+    placed = shardings(jax.eval_shape(function, tree), mesh)
+    return jax.jit(function, out_shardings=placed)(tree)
 
 
 def init_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    seed: int,
+    rounds: int = 1,
 ) -> TrainState:
     """Random initial state, born sharded. The same seed gives the same weights on every mesh."""
-    placed = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
-    fresh = lambda key: _around(Llama(config, key), optimizer, None, key)  # noqa: E731
+    abstract = abstract_state(config, optimizer, mesh, rounds=rounds)
+    placed = jax.tree.map(lambda x: x.sharding, abstract)
+
+    def fresh(key: jax.Array) -> TrainState:
+        state = _around(Llama(config, key), optimizer, None, key)
+        return _piped(state, config, mesh, rounds)
+
     init: Any = jax.jit(fresh, out_shardings=placed)
     return init(jax.random.key(seed))
 
@@ -94,8 +135,11 @@ def state_around(
     lora: LoraConfig | None,
     seed: int,
 ) -> TrainState:
-    """State of step 0 around given weights, which are taken over and not copied."""
-    abstract = abstract_state(model.config, optimizer, mesh, lora=lora)
+    """State of step 0 around given weights, which are taken over and not copied.
+
+    Layers are in their natural order, as in `model`.
+    """
+    abstract = abstract_state(model.config, optimizer, mesh, lora=lora, rounds=None)
     rest = abstract.replace(model=None)
     placed = jax.tree.map(lambda x: x.sharding, rest)
 

@@ -10,12 +10,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from llamajax import optim
 from llamajax.config.schema import OptimConfig, TrainConfig
-from llamajax.models.llama import Batch, Compute, Llama
+from llamajax.models.llama import Batch, Compute, Llama, own
 from llamajax.models.lora import drops_out, trainable
 from llamajax.models.sharded import precision, sharded
 from llamajax.models.weights import named_key
-from llamajax.sharding import BATCH_AXES, batch_sharding, specs
-from llamajax.sharding.collectives import total, varying, varying_like
+from llamajax.sharding import TOKEN_AXES, batch_sharding, specs
+from llamajax.sharding.collectives import summed, total, varied, varying, varying_like
 from llamajax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -25,23 +25,24 @@ def _gradients(model: Llama, batch: Batch, *, compute: Compute, accumulation: in
     """Summed gradient, loss terms and target count of a batch, on one device's part of both.
 
     Microbatches add up in float32 and nothing is divided here. Gradients are reduced over `fsdp`
-    by `gather` (weights are gathered for every microbatch) and over `data` once, at the end. Only
-    what is trained has a gradient: the adapters, where there are some.
+    by `gather` (weights are gathered for every microbatch) and over the axes along which weights
+    are copies once, at the end. Only what is trained has a gradient: the adapters, where there are
+    some.
     """
     trained, joined = trainable(model)
-    varied = varying(trained, "data")
+    weights = varied(trained)
 
     def add(sums: Any, microbatch: Batch) -> tuple[Any, None]:
-        def objective(weights: Any) -> Any:
-            terms = joined(weights).loss_terms(microbatch, compute)
+        def objective(trained: Any) -> Any:
+            terms = joined(trained).loss_terms(microbatch, compute)
             return terms.objective, (terms.nll, terms.z)
 
-        (_, (nll, z)), grads = jax.value_and_grad(objective, has_aux=True)(varied)
-        count = jnp.sum(microbatch["loss_mask"], dtype=jnp.float32)
+        (_, (nll, z)), grads = jax.value_and_grad(objective, has_aux=True)(weights)
+        count = jnp.sum(own(microbatch["loss_mask"], compute), dtype=jnp.float32)
         return jax.tree.map(jnp.add, sums, (grads, nll, z, count)), None
 
-    zero = varying_like(jnp.float32(0), batch["tokens"])
-    zeros = jax.tree.map(lambda x: varying_like(jnp.zeros_like(x), x), varied)
+    zero = varying(varying_like(jnp.float32(0), batch["tokens"]), TOKEN_AXES)
+    zeros = jax.tree.map(lambda x: varying_like(jnp.zeros_like(x), x), weights)
     split = lambda x: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:])  # noqa: E731
     sums = (zeros, zero, zero, zero)
     if accumulation == 1:
@@ -49,7 +50,7 @@ def _gradients(model: Llama, batch: Batch, *, compute: Compute, accumulation: in
     else:
         sums, _ = jax.lax.scan(add, sums, jax.tree.map(split, dict(batch)))
     grads, *scalars = sums
-    return total(grads, "data"), total(tuple(scalars), BATCH_AXES)
+    return summed(grads), total(tuple(scalars), TOKEN_AXES)
 
 
 def _dropout_keys(seed: int, step: jax.Array, tokens_BT: jax.Array, mesh: Mesh) -> jax.Array:
@@ -104,9 +105,9 @@ def eval_step(
 
     def local(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
         with precision(compute):
-            nll = varying(model, "data").loss_terms(batch, compute).nll
-        count = jnp.sum(batch["loss_mask"], dtype=jnp.float32)
-        return total((nll, count), BATCH_AXES)
+            nll = varied(model).loss_terms(batch, compute).nll
+        count = jnp.sum(own(batch["loss_mask"], compute), dtype=jnp.float32)
+        return total((nll, count), TOKEN_AXES)
 
     def step(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
         out = (PartitionSpec(), PartitionSpec())
