@@ -1,8 +1,10 @@
 """`python -m llamajax.train`: pretrain or finetune, or continue where the same command stopped."""
 
+import faulthandler
+import signal
 from pathlib import Path
 
-from llamajax.backends import with_huge_pages
+from llamajax.backends import follow_launcher, with_huge_pages
 from llamajax.config import WORKDIR, parse_command_line
 from llamajax.errors import run_verb
 from llamajax.training.shutdown import Shutdown
@@ -16,6 +18,8 @@ EXAMPLE = "python -m llamajax.train --config=configs/quickstart.py --workdir=run
 def main(argv: list[str]) -> int:
     """Exit code: 0 finished, 143 stopped by a signal after saving."""
     shutdown = Shutdown().install()  # before anything slow, so that no signal is lost
+    follow_launcher()
+    faulthandler.register(signal.SIGUSR1)  # shows where every thread is; a launcher asks for it
     command = parse_command_line(
         argv, verb="train", flags=(WORKDIR,), summary=SUMMARY, example=EXAMPLE
     )

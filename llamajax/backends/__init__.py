@@ -8,9 +8,15 @@ from typing import Any
 
 _HOME = {
     "Machine": "runtime",
+    "Target": "topologies",
+    "absent_devices": "topologies",
     "attention_preferences": "devices",
+    "cache_directory": "topologies",
+    "child_environment": "children",
+    "follow_launcher": "children",
     "peak_flops": "devices",
     "peak_memory_bytes": "runtime",
+    "show_alive": "children",
     "start": "runtime",
     "with_huge_pages": "hugepages",
 }

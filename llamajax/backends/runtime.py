@@ -12,10 +12,14 @@ import tempfile
 
 import jax
 
+from llamajax.backends.place import Place, find_place, several_are_indicated
+from llamajax.backends.rollcall import call_roll
 from llamajax.config.schema import BackendConfig
 from llamajax.errors import UserError
 
 PLUGIN_VARIABLE = "LLAMAJAX_PJRT_PLUGIN"
+# A process that stays silent so long is dead to the others; JAX's own 100 s waste a pod's time.
+_HEARTBEAT_S = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +56,12 @@ def start(config: BackendConfig) -> Machine:
         # The CPU stays available to the host side; being first, the wanted one must come up.
         names = (config.name,) if config.name == "cpu" else (config.name, "cpu")
         jax.config.update("jax_platforms", ",".join(names))
-    if config.coordinator_address is not None:
-        _join(config)
+    place = find_place(config)
+    scheduler = several_are_indicated() if place is None else None
+    if place is not None and place.num_processes > 1:
+        _join(place, timeout_s=config.timeout_s)
+    elif scheduler:
+        _join_as_detected(scheduler, timeout_s=config.timeout_s)
     try:
         devices = jax.devices()
     except RuntimeError as error:
@@ -63,9 +71,9 @@ def start(config: BackendConfig) -> Machine:
             f"backend {wanted!r} did not come up: {reason}. Install its JAX plugin, or choose "
             "another backend (cpu always works)"
         ) from None
-    if config.num_processes is not None and jax.process_count() != config.num_processes:
+    if place is not None and jax.process_count() != place.num_processes:
         raise UserError(
-            f"backend.num_processes = {config.num_processes}, but {jax.process_count()} came: "
+            f"{place.num_processes} processes were asked for, but {jax.process_count()} came: "
             f"platform {devices[0].platform!r} does not join processes"
         )
     return Machine(
@@ -111,19 +119,42 @@ def _register_plugin(config: BackendConfig) -> None:
     os.environ["PJRT_NAMES_AND_LIBRARY_PATHS"] = f"{config.name}:{target}"
 
 
-def _join(config: BackendConfig) -> None:
+def _join(place: Place, *, timeout_s: int) -> None:
+    """Join the processes of the run, after making sure that all of them are there."""
+    call_roll(
+        place.coordinator_address,
+        num_processes=place.num_processes,
+        process_id=place.process_id,
+        timeout_s=timeout_s,
+    )
     try:
         jax.distributed.initialize(
-            coordinator_address=config.coordinator_address,
-            num_processes=config.num_processes,
-            process_id=config.process_id,
-            initialization_timeout=config.timeout_s,
+            coordinator_address=place.coordinator_address,
+            num_processes=place.num_processes,
+            process_id=place.process_id,
+            local_device_ids=place.local_device_ids,
+            cluster_detection_method="deactivate",  # a launcher's workers are no scheduler's tasks
+            initialization_timeout=timeout_s,
+            heartbeat_timeout_seconds=_HEARTBEAT_S,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"process {config.process_id} of {config.num_processes} could not join the coordinator "
-            f"{config.coordinator_address} within backend.timeout_s = {config.timeout_s}: "
-            f"{str(error).splitlines()[0]}"
+            f"process {place.process_id} of {place.num_processes} could not join the coordinator "
+            f"{place.coordinator_address}: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def _join_as_detected(scheduler: str, *, timeout_s: int) -> None:
+    """Let JAX ask the scheduler for coordinator, number and rank."""
+    try:
+        jax.distributed.initialize(
+            initialization_timeout=timeout_s, heartbeat_timeout_seconds=_HEARTBEAT_S
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{scheduler} started several processes, but JAX could not join them: "
+            f"{str(error).splitlines()[0]}. Set backend.coordinator_address, num_processes and "
+            "process_id, or start them with llamajax.launch"
         ) from None
 
 

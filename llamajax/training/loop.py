@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from llamajax.backends import show_alive
 from llamajax.checkpoint import Checkpointer, CheckpointError
 from llamajax.config.schema import CheckpointConfig, TrainConfig
 from llamajax.monitoring import MetricsWriter, Progress, StepTime, StepTimer
@@ -32,7 +33,8 @@ class Loop:
     rates: Callable[[float], dict[str, float | None]]  # tokens/s -> both MFUs
     tokens_seen: Callable[[int], int]
     meta: Callable[[int], dict[str, Any]]
-    export: Callable[[int, TrainState], None]  # to hf/STEP
+    at_rest: Callable[[TrainState], TrainState]  # as it is saved: layers in their own order
+    export: Callable[[int, TrainState], None]  # of a state at rest, to hf/STEP
     checkpointer: Checkpointer
     metrics: MetricsWriter
     progress: Progress
@@ -54,6 +56,7 @@ class Loop:
                 self._log(*pending)  # waits for step - 1 while this one runs
             pending = (step, metrics)
             stop = agreed(step, self.shutdown)
+            show_alive()
             save = stop or step == last or self._save_is_due(step, saved_at_s)
             evaluate = self.eval_is_due(step)
             if save or evaluate:
@@ -64,7 +67,7 @@ class Loop:
                 saved_at_s = time.monotonic()
             if self.export_is_due(step) and not stop:
                 with self.timer.pause("export"):
-                    self.export(step, state)
+                    self.export(step, self.at_rest(state))
             if stop:
                 return step
             if evaluate and not self.evaluate(step, state):
@@ -95,6 +98,7 @@ class Loop:
                 if pending is not None:
                     sums += np.array(jax.device_get(pending), np.float64)
                 pending = current
+                show_alive()
                 if agreed(step, self.shutdown):
                     return False
             if pending is None:
@@ -134,7 +138,8 @@ class Loop:
         """Save; a failure costs the checkpoint and a warning, never the run, but for the last."""
         try:
             with self.timer.pause("checkpoint"):
-                self.checkpointer.save(step, state.to_save, meta=self.meta(step), wait=final)
+                saved = self.at_rest(state.to_save)
+                self.checkpointer.save(step, saved, meta=self.meta(step), wait=final)
         except CheckpointError as error:
             if final:
                 raise

@@ -19,6 +19,8 @@ from llamajax.config import RunConfig, diff, from_json_dict, to_json_dict
 from llamajax.errors import UserError
 from llamajax.models.abstract import abstract_model
 from llamajax.monitoring import MetricsWriter, Progress, StepTimer, load_metrics, write_run_facts
+from llamajax.training.agreement import decided_by_primary
+from llamajax.training.departure import LeavingAtOnce
 from llamajax.training.export import exporter, is_exported, write_adapters
 from llamajax.training.feed import Feed
 from llamajax.training.loop import Loop
@@ -26,17 +28,35 @@ from llamajax.training.narration import conclude, facts, greet, previous, rates
 from llamajax.training.origin import base_record, open_origin
 from llamajax.training.session import Session, prepare
 from llamajax.training.shutdown import EXIT_CODE, Shutdown
-from llamajax.training.state import TrainState, abstract_state, init_state, state_around
+from llamajax.training.state import (
+    TrainState,
+    abstract_state,
+    init_state,
+    state_around,
+    to_natural,
+    to_pipeline,
+)
 from llamajax.training.step import eval_step, train_step
-from llamajax.training.workdir import keep_tokenizer, opened, say, write_config
+from llamajax.training.workdir import (
+    check_shared,
+    keep_tokenizer,
+    opened,
+    say,
+    write_config,
+)
 
 
 def train(config: RunConfig, *, workdir: Path, shutdown: Shutdown) -> int:
     """Run to the end or to a signal; the exit code. Continues from the newest checkpoint."""
-    session = prepare(config)
-    with contextlib.ExitStack() as stack:
+    with LeavingAtOnce():
+        session = prepare(config)
+    if session.machine.num_processes > 1:
+        shutdown.take_back()
+    with LeavingAtOnce(), contextlib.ExitStack() as stack:
         stack.enter_context(opened(workdir, process_id=session.machine.process_id))
+        check_shared(workdir)
         checkpointer = stack.enter_context(_checkpointer(config, workdir))
+        stack.enter_context(LeavingAtOnce())  # before the checkpointer waits for the others
         shutdown.name_previous(lambda: previous(checkpointer))
         start = _where_to_start(session, checkpointer)
         if session.machine.is_primary:
@@ -60,7 +80,7 @@ def _run(loop: Loop, state: TrainState, start: int, workdir: Path) -> int:
     if start and loop.eval_is_due(start) and not _is_evaluated(workdir, start):
         loop.evaluate(start, state)  # a signal or a crash came between the save and this
     if start and loop.export_is_due(start) and not is_exported(workdir, start):
-        loop.export(start, state)
+        loop.export(start, loop.at_rest(state))
     step = loop.run(state, start)
     return 0 if step == loop.train.steps and not loop.shutdown.requested else EXIT_CODE
 
@@ -101,7 +121,7 @@ def _where_to_start(session: Session, checkpointer: Checkpointer) -> _Start:
         "seq_len": config.data.seq_len,
         "mixture_hash": mixture.hash,
     }
-    start = checkpointer.latest()
+    start = decided_by_primary(checkpointer.latest)
     meta = None if start is None else checkpointer.read_meta(start)
     origin = open_origin(config, meta)
     base = base_record(origin) if config.lora.rank else None
@@ -167,6 +187,9 @@ def _build(
         rates=rates(session),
         tokens_seen=start.position.tokens_seen,
         meta=lambda step: _meta(config, start),
+        at_rest=lambda state: to_natural(
+            state, config.model, session.mesh, rounds=config.train.pipeline_rounds
+        ),
         export=exporter(config, workdir, progress),
         checkpointer=checkpointer,
         metrics=metrics,
@@ -185,18 +208,20 @@ def _meta(config: RunConfig, start: _Start) -> dict[str, Any]:
 def _state(session: Session, checkpointer: Checkpointer, start: _Start) -> TrainState:
     """The state to continue with: random, imported, restored, or adapters on imported weights."""
     config, where = session.config, (session.optimizer, session.mesh)
-    lora = config.lora if config.lora.rank else None
+    lora, rounds = config.lora if config.lora.rank else None, config.train.pipeline_rounds
     model = None
     if start.origin is not None:
         dtype = jnp.dtype(lora.base_dtype if lora else "float32")
         model = start.origin.load(abstract_model(config.model, session.mesh, dtype=dtype))
     if start.step:
-        abstract = abstract_state(config.model, *where, lora=lora).to_save
+        abstract = abstract_state(config.model, *where, lora=lora, rounds=None).to_save
         saved = checkpointer.restore(abstract, start.step, model=to_json_dict(config)["model"])[0]
-        return saved if model is None else saved.replace(model=model)
-    if model is None:
-        return init_state(config.model, *where, seed=config.train.seed)
-    return state_around(model, *where, lora=lora, seed=config.train.seed)
+        state = saved if model is None else saved.replace(model=model)
+    elif model is None:
+        return init_state(config.model, *where, seed=config.train.seed, rounds=rounds)
+    else:
+        state = state_around(model, *where, lora=lora, seed=config.train.seed)
+    return to_pipeline(state, config.model, session.mesh, rounds=rounds)
 
 
 def _compiled(session: Session, feed: Feed, state: TrainState) -> tuple[Callable, Callable]:

@@ -4,6 +4,7 @@ Python runs signal handlers only between bytecodes of the main thread, so none r
 compiles. The C-level wake-up descriptor is written at once: a thread reads it and decides.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 
 EXIT_CODE = 143  # 128 + SIGTERM, whichever of the two signals came
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGACTION_BYTES = 256  # more than the C library's struct has on any platform
 
 
 class Shutdown:
@@ -27,6 +29,8 @@ class Shutdown:
         self._updating = False
         self._previous: Callable[[], str] = lambda: "nothing was saved yet"
         self._in = -1
+        self._of_jax: ctypes.Array | None = None
+        self._questions = 0
 
     @property
     def requested(self) -> bool:
@@ -44,6 +48,28 @@ class Shutdown:
             signal.signal(number, lambda *_: None)  # the thread acts; this keeps the default off
         return self
 
+    def take_back(self) -> None:
+        """Catch the signals again after `jax.distributed` took SIGTERM for itself.
+
+        Its handler, which lets all processes agree on a step, gets the signal only once there are
+        updates to save; before, it would be swallowed until the first step is compiled and done.
+        """
+        self._of_jax = ctypes.create_string_buffer(_SIGACTION_BYTES)
+        ctypes.CDLL(None).sigaction(signal.SIGTERM, None, self._of_jax)
+        self.install()
+
+    def next_question(self) -> int:
+        """Number of this question to the others, the same on all processes.
+
+        A step would not do: an evaluation asks many times within one.
+        """
+        self._questions += 1
+        return self._questions
+
+    def request(self) -> None:
+        """Stop as if the signal had come here: all processes agreed on it."""
+        self._event.set()
+
     def name_previous(self, describe: Callable[[], str]) -> None:
         """How to name the checkpoint that a rerun continues from, when leaving at once."""
         self._previous = describe
@@ -60,6 +86,9 @@ class Shutdown:
                 self._leave()
             self._event.set()
             print("\nstopping: finishing this step, then saving", file=sys.stderr, flush=True)
+            if self._of_jax is not None:
+                ctypes.CDLL(None).sigaction(signal.SIGTERM, self._of_jax, None)
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def _leave(self) -> None:
         when = "while saving" if self._updating else "before the first update"

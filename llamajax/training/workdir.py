@@ -3,16 +3,27 @@
 import contextlib
 import fcntl
 import json
+import os
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from llamajax import data
+from llamajax.checkpoint.agreement import agree
 from llamajax.checkpoint.directory import replaced
 from llamajax.checkpoint.weights import TOKENIZER
 from llamajax.config import RunConfig, to_json_dict
 from llamajax.data.tokenizer_export import copy_companions
 from llamajax.errors import UserError
+
+# Network file systems show a new file to other hosts only after their caches' time.
+_SHARED_WITHIN_S = 30
 
 
 def say(text: str, *, primary: bool = True) -> None:
@@ -42,6 +53,34 @@ def opened(workdir: Path, *, process_id: int) -> Iterator[Path]:
                 f"--workdir={workdir}: another run is using it; stop that one or choose another"
             ) from None
         yield workdir
+
+
+def check_shared(workdir: Path) -> None:
+    """UserError on all processes unless all see the same `workdir`. To be called by all.
+
+    Process 0 leaves a random token in it, which every other one must find there.
+    """
+    if jax.process_count() == 1:
+        return
+    told = multihost_utils.broadcast_one_to_all(np.frombuffer(os.urandom(8), np.uint8))
+    token, problem = bytes(np.asarray(told)).hex(), None
+    file = workdir / f".shared_{token}"
+    if jax.process_index() == 0:
+        file.touch()
+    agree(None)  # it is there now
+    deadline = time.monotonic() + _SHARED_WITHIN_S
+    while not (found := file.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if not found:
+        problem = (
+            f"--workdir={workdir} on {socket.gethostname()} (process {jax.process_index()}) is "
+            "not the directory of process 0: checkpoints need storage that all nodes share"
+        )
+    problem = agree(problem)
+    if jax.process_index() == 0:
+        file.unlink(missing_ok=True)
+    if problem:
+        raise UserError(problem)
 
 
 def write_config(workdir: Path, config: RunConfig) -> None:

@@ -1,0 +1,121 @@
+"""What a launcher tells its workers through the environment, and how a worker follows it.
+
+Written by `child_environment` in the launcher, read in the worker: its place among the processes of
+the run, its share of the node's devices, and a pipe that ends when the launcher does.
+"""
+
+import glob
+import os
+import stat
+import sys
+import threading
+from pathlib import Path
+
+from llamajax.errors import UserError
+
+COORDINATOR = "LLAMAJAX_COORDINATOR"  # HOST:PORT of process 0
+NUM_PROCESSES = "LLAMAJAX_NUM_PROCESSES"
+PROCESS_ID = "LLAMAJAX_PROCESS_ID"
+_LIFELINE = "LLAMAJAX_LIFELINE"  # FD:INODE of a pipe of which the launcher holds the other end
+
+# What limits a process to some of the node's devices, and where the kernel shows how many it has.
+_VISIBLE = (
+    ("CUDA_VISIBLE_DEVICES", "/dev/nvidia[0-9]*"),
+    ("ROCR_VISIBLE_DEVICES", None),  # the kernel's nodes do not tell GPUs of computation apart
+    ("ASCEND_RT_VISIBLE_DEVICES", "/dev/davinci[0-9]*"),
+)
+
+
+def child_environment(
+    *,
+    coordinator_address: str,
+    num_processes: int,
+    process_id: int,
+    local: tuple[int, int],
+    lifeline: int,
+) -> dict[str, str]:
+    """The environment of one worker: this process's own, its place, and its share of devices.
+
+    local: (i, n), the i-th of the n workers on this node. lifeline: reading end of a pipe that the
+    worker inherits. UserError when the node's devices cannot be shared out equally.
+    """
+    environment = dict(os.environ)
+    environment |= {
+        COORDINATOR: coordinator_address,
+        NUM_PROCESSES: str(num_processes),
+        PROCESS_ID: str(process_id),
+        _LIFELINE: f"{lifeline}:{os.fstat(lifeline).st_ino}",
+        "PYTHONUNBUFFERED": "1",  # else the last words of a dying worker are lost
+    }
+    if local[1] > 1 and os.environ.get("JAX_PLATFORMS", "").split(",")[0] != "cpu":
+        for variable, nodes in _VISIBLE:
+            devices = _devices(variable, nodes)
+            if devices:
+                environment[variable] = ",".join(_share(devices, local, variable))
+    return environment
+
+
+def _devices(variable: str, nodes: str | None) -> list[str]:
+    """Ids of the devices of one kind that may be used here; empty where there are none."""
+    if os.environ.get(variable):
+        return os.environ[variable].split(",")
+    found = glob.glob(nodes) if nodes else []
+    return [str(number) for number in range(len(found))]
+
+
+def _share(devices: list[str], local: tuple[int, int], variable: str) -> list[str]:
+    index, count = local
+    size, rest = divmod(len(devices), count)
+    if rest or not size:
+        raise UserError(
+            f"{len(devices)} devices ({variable}={','.join(devices)}) cannot be shared by "
+            f"{count} workers: choose --processes_per_node among the divisors of {len(devices)}, "
+            "or set JAX_PLATFORMS=cpu to leave them alone"
+        )
+    return devices[index * size : (index + 1) * size]
+
+
+def follow_launcher() -> None:
+    """End this process at once when the launcher that started it is gone, however it died.
+
+    A worker that goes on alone would hold the devices and the workdir against the next launch. It
+    does nothing in a process that no launcher started.
+    """
+    descriptor, _, inode = os.environ.get(_LIFELINE, "").partition(":")
+    if not (descriptor.isdigit() and inode.isdigit()):
+        return
+    try:
+        status = os.fstat(int(descriptor))
+    except OSError:
+        return  # a process that a worker started, which inherited the variable only
+    if not stat.S_ISFIFO(status.st_mode) or status.st_ino != int(inode):
+        return
+    os.set_inheritable(int(descriptor), False)
+    threading.Thread(
+        target=_watch, args=(int(descriptor),), name="follow_launcher", daemon=True
+    ).start()
+
+
+def _watch(descriptor: int) -> None:
+    while os.read(descriptor, 1):
+        pass
+    print("\nthe launcher is gone: leaving at once", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def show_alive() -> None:
+    """Tell a launcher that this process gets on, also where it prints nothing for long.
+
+    Touches the log that stderr goes to, if it is a file; the launcher looks at its time.
+    """
+    try:
+        descriptor = sys.stderr.fileno()
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.utime(descriptor)
+    except (OSError, ValueError):
+        return  # no stderr, or none with a descriptor
+
+
+def seen_alive(log: Path) -> float:
+    """When a worker last wrote to its log or showed itself alive, in the file system's seconds."""
+    return log.stat().st_mtime
