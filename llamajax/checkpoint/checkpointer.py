@@ -172,7 +172,7 @@ class Checkpointer:
         if step is None:
             raise UserError(f"there is no checkpoint in {self.directory}")
         directory = self.directory / str(step)
-        state = restore_state(directory, abstract_state, model=model)
+        state = restore_state(directory, abstract_state, model=model, donated=True)
         return state, read_meta(directory), step
 
     def save(self, step: int, state: Any, *, meta: Mapping[str, Any], wait: bool = False) -> None:

@@ -14,6 +14,7 @@ from llamajax.checkpoint.hf_config import read_model_config
 from llamajax.checkpoint.hf_names import ROWS, Row, tensors, their_index, to_ours
 from llamajax.checkpoint.hf_safetensors import DamagedFile, Entry, read_header, read_part
 from llamajax.checkpoint.names import named_leaves, rebuild
+from llamajax.checkpoint.parts import aligned_zeros, placed
 from llamajax.checkpoint.tensor_source import Foreign, Index, TensorSource
 from llamajax.config.schema import ModelConfig
 from llamajax.errors import UserError, combine
@@ -193,7 +194,7 @@ def load_tensors(source: TensorSource, model: ModelConfig, abstract_model: Any) 
     _check_shapes(weights, model)
     check_tied_head(source, model)
     leaves = {
-        name: _placed(source, ROWS[name], letters(weight), weight.get_value(), model)
+        name: _read_placed(source, ROWS[name], letters(weight), weight.get_value(), model)
         for name, weight in weights.items()
     }
     return rebuild(abstract_model, leaves)
@@ -219,28 +220,17 @@ def named_weights(model: Any) -> dict[str, Any]:
     return dict(zip(named_leaves(model), weights, strict=True))
 
 
-def _placed(
+def _read_placed(
     source: TensorSource, row: Row, dims: str, wanted: jax.ShapeDtypeStruct, model: ModelConfig
 ) -> jax.Array:
-    devices_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
-    held = wanted.sharding.addressable_devices_indices_map(wanted.shape)
-    for device, index in held.items():
-        bounds = [s.indices(n)[:2] for s, n in zip(index, wanted.shape, strict=True)]
-        devices_of.setdefault(tuple(bounds), []).append(device)
-    parts: list[jax.Array] = []
-    for bounds, devices in devices_of.items():
-        index = tuple(slice(*b) for b in bounds)
-        part = read_weight(source, row, dims, index, wanted.dtype, model)
-        parts += [jax.device_put(part, device) for device in devices]
-        jax.block_until_ready(parts)
-    return jax.make_array_from_single_device_arrays(wanted.shape, wanted.sharding, parts)
+    return placed(wanted, lambda index: read_weight(source, row, dims, index, wanted.dtype, model))
 
 
 def read_weight(
     source: TensorSource, row: Row, dims: str, index: Index, dtype: np.dtype, model: ModelConfig
 ) -> np.ndarray:
     """The part `index` (slices with bounds) of our weight with dims `dims`; padding rows are 0."""
-    part = _aligned_zeros(tuple(s.stop - s.start for s in index), dtype)
+    part = aligned_zeros(tuple(s.stop - s.start for s in index), dtype)
     if dims[0] != "L":
         _read_layer(source, row, None, dims, index, part, model)
         return part
@@ -254,11 +244,3 @@ def _read_layer(source, row, layer, dims, index, out, model) -> None:
     theirs = source.read(row.theirs.format(layer), their_index(row, dims, index, model))
     ours = to_ours(theirs, row, dims, model)
     out[: ours.shape[0]] = ours.astype(out.dtype, copy=False)
-
-
-def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Zeros that JAX's CPU backend takes over without a copy: aligned to 64 bytes."""
-    count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    raw = np.zeros(count + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + count].view(dtype).reshape(shape)

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 
 from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.agreement import agree
 from llamajax.checkpoint.manifest import DamagedError
 from llamajax.checkpoint.names import named_leaves, rebuild
+from llamajax.checkpoint.parts import StoredArray, placed
 from llamajax.errors import UserError, combine
 
 _LISTED = 10
@@ -159,12 +158,11 @@ def _verify(directory: Path) -> None:
         raise damaged(directory, problem)
 
 
-def _restore_args(leaf: Any) -> ocp.RestoreArgs:
+def _restored(state: Path, name: str, leaf: Any, *, donated: bool) -> Any:
+    stored = StoredArray(state, name)
     if leaf.sharding is None:
-        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
-    return ocp.ArrayRestoreArgs(
-        sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True
-    )
+        return stored.read(tuple(slice(0, n) for n in leaf.shape), leaf.dtype)
+    return placed(leaf, lambda index: stored.read(index, leaf.dtype), donated=donated)
 
 
 def restore_state(
@@ -174,6 +172,7 @@ def restore_state(
     model: Mapping[str, Any] | None = None,
     partial: bool = False,
     cast: bool = False,
+    donated: bool = False,
 ) -> Any:
     """A tree like `abstract_state` filled from one checkpoint (`checkpoints/STEP`), bit for bit.
 
@@ -182,18 +181,20 @@ def restore_state(
     array. model: the model section of the config, compared with the one in `meta["config"]`.
     partial: the checkpoint may hold more arrays than are wanted (weights without optimizer).
     cast: arrays of another dtype are converted to the wanted one, part by part as they are read.
+    donated: the arrays will be donated to a jitted function. Without it the CPU's are the very
+    memory that was read into, which XLA would copy then. Where devices have memory of their own,
+    the host holds one part of one array at a time.
     Raises UserError, before reading, when the checkpoint is damaged or of another model. To be
     called by all processes.
     """
     abstract = named_leaves(abstract_state)
     check_same_model(directory, abstract, model=model, partial=partial, cast=cast)
     _verify(directory)
-    item = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in abstract.items()}
-    arguments = ocp.args.PyTreeRestore(
-        item=item,
-        restore_args={name: _restore_args(leaf) for name, leaf in abstract.items()},
-        partial_restore=partial,
-    )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        leaves = reader.restore(directory / manifests.STATE, args=arguments)
+    state = directory / manifests.STATE
+    try:
+        leaves = {
+            name: _restored(state, name, leaf, donated=donated) for name, leaf in abstract.items()
+        }
+    except DamagedError as error:
+        raise damaged(directory, str(error)) from None
     return rebuild(abstract_state, leaves)

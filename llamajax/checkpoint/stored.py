@@ -20,6 +20,7 @@ from llamajax.checkpoint.directory import check_target, replaced
 from llamajax.checkpoint.hf_names import ROWS, Tensor, tensors, to_theirs
 from llamajax.checkpoint.hf_read import check_tied_head, named_weights, read_weight
 from llamajax.checkpoint.manifest import DamagedError
+from llamajax.checkpoint.parts import StoredArray, array_spec
 from llamajax.checkpoint.restore import check_same_model, damaged, read_arrays_index
 from llamajax.checkpoint.tensor_source import Index, TensorSource
 from llamajax.config.schema import ModelConfig
@@ -83,8 +84,7 @@ def write_llamajax(
 class StoredSource:
     """The weights of one checkpoint of ours as tensors of Hugging Face; a TensorSource.
 
-    Holds as many layers of one weight as are stored together: one where `write_checkpoint` wrote
-    them, all of them in a checkpoint of training. Asked weight by weight, it reads each once.
+    Holds one layer of one weight, also where all its layers are stored together.
     """
 
     def __init__(self, directory: Path, model: ModelConfig, leaves: Mapping[str, Leaf]):
@@ -98,7 +98,7 @@ class StoredSource:
         self._directory, self._model, self._leaves = directory, model, leaves
         self._tensors = {tensor.name: tensor for tensor in tensors(model)}
         self._index = read_arrays_index(directory)
-        self._block: tuple[str, range, np.ndarray] | None = None
+        self._opened: dict[str, StoredArray] = {}
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -119,32 +119,19 @@ class StoredSource:
         return theirs if index is None else theirs[index]
 
     def close(self) -> None:
-        self._block = None
+        self._opened.clear()
 
     def _layer(self, tensor: Tensor) -> np.ndarray:
         """Our array of one tensor: a layer of a stacked weight, or a whole one."""
         ours, layer = tensor.row.ours, tensor.layer
+        if ours not in self._opened:
+            state = self._directory / manifests.STATE
+            self._opened[ours] = StoredArray(state, _PREFIX + ours)
+        stored = self._opened[ours]
+        index = [slice(0, n) for n in stored.shape]
         if layer is None:
-            return self._opened(ours).read().result()
-        if self._block is None or self._block[0] != ours or layer not in self._block[1]:
-            self._block = None  # let go before the next is read
-            array = self._opened(ours)
-            depth = array.chunk_layout.read_chunk.shape[0]
-            start = layer // depth * depth
-            layers = range(start, min(start + depth, array.shape[0]))
-            self._block = (ours, layers, array[layers.start : layers.stop].read().result())
-        return self._block[2][layer - self._block[1].start]
-
-    def _opened(self, ours: str) -> ts.TensorStore:
-        state = self._directory / manifests.STATE
-        return ts.open(_spec(state, _PREFIX + ours), open=True, read=True).result()
-
-
-def _spec(state: Path, name: str) -> dict[str, Any]:
-    metadata = state / "_METADATA"
-    zarr3 = metadata.is_file() and json.loads(metadata.read_text("utf-8")).get("use_zarr3")
-    store = {"driver": "ocdbt", "base": f"file://{state}", "path": f"{name}/"}
-    return {"driver": "zarr3" if zarr3 else "zarr", "kvstore": store}
+            return stored.read(tuple(index), stored.dtype)
+        return stored.read((slice(layer, layer + 1), *index[1:]), stored.dtype)[0]
 
 
 def write_checkpoint(
@@ -202,7 +189,7 @@ def _create(state: Path, name: str, leaf: Leaf) -> ts.TensorStore:
         "dtype": "bfloat16" if leaf.dtype.name == "bfloat16" else leaf.dtype.str,
         "compressor": None,
     }
-    spec = _spec(state, name) | {"metadata": metadata, "store_data_equal_to_fill_value": True}
+    spec = array_spec(state, name) | {"metadata": metadata, "store_data_equal_to_fill_value": True}
     return ts.open(spec, create=True).result()
 
 
