@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llamajax import data, sharding
-from llamajax.config.schema import RunConfig
+from llamajax.config.schema import DataConfig, RunConfig
 
 
 class Feed:
@@ -59,21 +59,29 @@ class Feed:
 
     def abstract(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a batch, for compiling ahead."""
-        shape = (batch_size, self._data.seq_len)
-        placed = sharding.batch_sharding(self._mesh)
-        names = self._wanted(dict.fromkeys(data.BATCH_KEYS))
-        dtypes = {name: np.bool_ if name == "loss_mask" else np.int32 for name in names}
-        return {n: jax.ShapeDtypeStruct(shape, t, sharding=placed) for n, t in dtypes.items()}
+        return abstract_batch(self._data, self._mesh, batch_size=batch_size)
 
     @property
     def eval_batch_size(self) -> int:
         """Rows of an evaluation batch, over all processes."""
         return self._eval_batch
 
-    def _wanted(self, batch: Mapping) -> dict:
-        """Without document masks the attention is told so by the absence of segment ids."""
-        drop = () if self._data.mask_documents else ("segment_ids",)
-        return {name: value for name, value in batch.items() if name not in drop}
-
     def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        return sharding.place(self._wanted(batch), self._mesh)
+        return sharding.place(_wanted(self._data, batch), self._mesh)
+
+
+def abstract_batch(
+    config: DataConfig, mesh: Mesh, *, batch_size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a batch, for compiling ahead."""
+    shape = (batch_size, config.seq_len)
+    placed = sharding.batch_sharding(mesh)
+    names = _wanted(config, dict.fromkeys(data.BATCH_KEYS))
+    dtypes = {name: np.bool_ if name == "loss_mask" else np.int32 for name in names}
+    return {n: jax.ShapeDtypeStruct(shape, t, sharding=placed) for n, t in dtypes.items()}
+
+
+def _wanted(config: DataConfig, batch: Mapping) -> dict:
+    """Without document masks the attention is told so by the absence of segment ids."""
+    drop = () if config.mask_documents else ("segment_ids",)
+    return {name: value for name, value in batch.items() if name not in drop}

@@ -1,0 +1,259 @@
+"""Devices that are not here, to compile for: from `v5p:4x4x4` or `h200:64` to JAX device objects.
+
+TPUs through the libtpu wheel, NVIDIA GPUs through the compile-only path of JAX's CUDA plugin (no
+driver, no NVIDIA library, no GPU), any number of virtual CPU devices, and whatever other PJRT plugin
+implements topologies. Nothing here runs a program.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from llamajax.backends import devices, runtime
+from llamajax.config import did_you_mean, nearest
+from llamajax.config.schema import BackendConfig
+from llamajax.errors import UserError
+
+GPUS_A_NODE = 8
+TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+GPUS = ("a100", "h100", "h200", "b200")
+
+# The chips that share a host, which a topology's shape must be a multiple of; smaller slices are
+# one host.
+_HOST = (2, 2, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Devices to plan for. `entry` is theirs in the device table, None where they are unknown."""
+
+    text: str
+    platform: str  # "tpu", "gpu", "cpu" or a plugin's
+    device_kind: str
+    devices: tuple[Any, ...]
+    entry: devices.Device | None
+    compute_capability: str | None
+    versions: dict[str, str]  # of what compiles for it
+
+    def machine(self) -> runtime.Machine:
+        """The facts that a run would see there."""
+        return runtime.Machine(
+            platform=self.platform,
+            device_kind=self.device_kind,
+            num_devices=len(self.devices),
+            num_processes=len({device.process_index for device in self.devices}),
+            process_id=0,
+            compute_capability=self.compute_capability,
+            versions=self.versions,
+        )
+
+
+def absent_devices(text: str, backend: BackendConfig) -> Target:
+    """The devices that `text` (KIND:SHAPE) means; `backend` names a plugin's library, if any.
+
+    JAX itself is started on the CPU. Raises UserError for a kind or shape that nothing here can
+    compile for, naming the nearest kind or what is to be installed.
+    """
+    kind, colon, shape = (part.strip().lower() for part in text.partition(":"))
+    example = "write KIND:SHAPE, for example v5p:4x4x4, h200:64, h100:8x8 or cpu:8"
+    if not (kind and colon and shape):
+        raise UserError(f"--devices={text}: {example}")
+    is_plugin = kind not in (*TPUS, *GPUS, "cpu")
+    sizes = [int(n) for n in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
+    if not is_plugin and (not sizes or 0 in sizes):
+        raise UserError(f"--devices={text}: {shape!r} is not a shape; {example}")
+    num_cpu_devices = sizes[0] if kind == "cpu" else None
+    if kind == "cpu" and len(sizes) != 1:
+        raise UserError(f"--devices={text}: cpu takes one number, for example cpu:8")
+    if is_plugin and not (backend.plugin and backend.name == kind):
+        backend = BackendConfig()
+    with _quiet_libtpu():
+        _start_host(backend, num_cpu_devices=num_cpu_devices or 1)
+        if kind == "cpu":
+            found, versions = jax.devices()[: sizes[0]], ("jaxlib",)
+        elif kind in TPUS:
+            found, versions = _tpus(text, kind, sizes), ("jax", "jaxlib", "libtpu")
+        elif kind in GPUS:
+            packages = ("jax", "jaxlib", "jax-cuda13-plugin")
+            found, versions = _gpus(text, kind, sizes), packages
+        else:
+            found, versions = _of_plugin(text, kind, shape), ("jax", "jaxlib")
+    first = found[0]
+    return Target(
+        text=f"{kind}:{shape}",
+        platform=first.platform,
+        device_kind=first.device_kind,
+        devices=tuple(found),
+        entry=devices.find(first.device_kind),
+        compute_capability=_GPU[kind].capability if kind in GPUS else None,
+        versions={name: importlib.metadata.version(name) for name in versions},
+    )
+
+
+def cache_directory(name: str) -> pathlib.Path:
+    """The user's directory for results that can be computed again; it may not exist yet."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "llamajax" / name
+
+
+def _start_host(backend: BackendConfig, *, num_cpu_devices: int) -> None:
+    """Start JAX on the CPU, which lowers for every target, with that many devices at least."""
+    jax.config.update("jax_platforms", "cpu")
+    if backend.plugin:
+        runtime._register_plugin(backend)
+    if jax.config.jax_num_cpu_devices < num_cpu_devices:
+        jax.config.update("jax_num_cpu_devices", num_cpu_devices)
+
+
+@contextlib.contextmanager
+def _quiet_libtpu() -> Iterator[None]:
+    """libtpu asks the cloud's metadata server who it is, waits, and complains; no need here."""
+    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+        os.environ.setdefault(name, value)
+    yield
+
+
+def _tpus(text: str, kind: str, sizes: list[int]) -> list[Any]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--devices={text}: compiling for TPUs needs the libtpu wheel of this jax release; no "
+            "TPU is needed. Install it with: pip install -e '.[plan-tpu]'"
+        )
+    flat = kind in ("v5e", "v6e")
+    if len(sizes) != (2 if flat else 3):
+        example = "2x4" if flat else "4x4x4"
+        words = "two" if flat else "three"
+        raise UserError(
+            f"--devices={text}: a slice of {kind} has {words} sides, counted in chips, for example "
+            f"{kind}:{example}"
+        )
+    options: dict[str, Any] = {}
+    host = (*_HOST[: len(sizes)],)
+    if any(size % side for size, side in zip(sizes, host, strict=True)):
+        if max(sizes) > 2:  # not a part of one host
+            raise UserError(
+                f"--devices={text}: chips come in hosts of {'x'.join(map(str, host))}; each side "
+                "must be a multiple of the host's"
+            )
+        options["chips_per_host_bounds"] = [*sizes, *([1] * (3 - len(sizes)))]
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"  # one device a chip, as on the hardware
+    name = f"{kind}:{'x'.join(map(str, sizes))}"
+    try:
+        return list(topologies.get_topology_desc(name, "tpu", **options).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--devices={text}: libtpu has no such slice: {_first_line(error)}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gpu:
+    """What XLA's GPU compiler must know of a chip, beside the device table."""
+
+    description: str
+    capability: str
+    cores: int
+    fpus_per_core: int
+    clock_ghz: float
+    l2_bytes: int
+    shared_bytes_per_core: int
+    shared_bytes_per_block: int
+
+
+# Figures: NVIDIA's architecture white papers and CUDA's tables of compute capabilities.
+_HOPPER = {"capability": "9.0", "cores": 132, "fpus_per_core": 128, "clock_ghz": 1.98,
+           "l2_bytes": 52_428_800, "shared_bytes_per_core": 233_472,
+           "shared_bytes_per_block": 232_448}  # fmt: skip
+_GPU = {
+    "a100": _Gpu("NVIDIA A100-SXM4-80GB", "8.0", 108, 64, 1.41, 41_943_040, 167_936, 166_912),
+    "h100": _Gpu("NVIDIA H100 80GB HBM3", **_HOPPER),
+    "h200": _Gpu("NVIDIA H200", **_HOPPER),
+    "b200": _Gpu("NVIDIA B200", "10.0", 148, 128, 1.965, 132_644_864, 233_472, 232_448),
+}
+
+
+def _gpus(text: str, kind: str, sizes: list[int]) -> list[Any]:
+    found = importlib.util.find_spec("jax_plugins")
+    if found is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        version = jax.__version__
+        raise UserError(
+            f"--devices={text}: compiling for NVIDIA GPUs needs JAX's CUDA plugin; neither a GPU nor "
+            "NVIDIA's libraries are needed. Install it with: pip install --no-deps "
+            f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} "
+            "(pip install -e '.[plan-gpu]' brings NVIDIA's libraries as well)"
+        )
+    if len(sizes) > 2:
+        raise UserError(
+            f"--devices={text}: write {kind}:N, or {kind}:HxD for hosts x devices a host"
+        )
+    if len(sizes) == 1:
+        count = sizes[0]
+        if count > GPUS_A_NODE and count % GPUS_A_NODE:
+            below = count // GPUS_A_NODE * GPUS_A_NODE
+            raise UserError(
+                f"--devices={text}: {kind}:N means nodes of {GPUS_A_NODE}; choose N = {below} or "
+                f"{below + GPUS_A_NODE}, or write {kind}:HOSTSxDEVICES"
+            )
+        sizes = [-(-count // GPUS_A_NODE), min(count, GPUS_A_NODE)]
+    shape = f"1x{sizes[0]}x{sizes[1]}"  # partitions, hosts, devices a host
+    config = _gpu_target(kind)
+    desc = topologies.get_topology_desc("", "cuda", topology=shape, target_config=config)
+    return list(desc.devices)
+
+
+def _gpu_target(kind: str) -> str:
+    """A `GpuTargetConfigProto` of XLA in text form."""
+    gpu, entry = _GPU[kind], next(d for d in devices.DEVICES if d.name == kind)
+    major, minor = gpu.capability.split(".")
+    return f"""gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {gpu.shared_bytes_per_core}
+  shared_memory_per_block_optin: {gpu.shared_bytes_per_block}
+  threads_per_core_limit: 2048
+  core_count: {gpu.cores}
+  fpus_per_core: {gpu.fpus_per_core}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {int(entry.hbm_bytes_per_s)}
+  l2_cache_size: {gpu.l2_bytes}
+  clock_rate_ghz: {gpu.clock_ghz}
+  device_memory_size: {entry.xla_bytes}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{gpu.description}"
+"""
+
+
+def _of_plugin(text: str, kind: str, shape: str) -> list[Any]:
+    known = (*TPUS, *GPUS, "cpu")
+    try:
+        return list(topologies.get_topology_desc(shape, kind).devices)
+    except NotImplementedError:
+        raise UserError(
+            f"--devices={text}: no compiler here knows {kind!r}"
+            f"{did_you_mean(nearest(kind, known)) or '.'} Kinds: {', '.join(known)}, and any "
+            "installed PJRT plugin that implements topologies"
+        ) from None
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"--devices={text}: plugin {kind!r} has no topology {shape!r}: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
