@@ -16,6 +16,7 @@ _HOME = {
     "follow_launcher": "children",
     "peak_flops": "devices",
     "peak_memory_bytes": "runtime",
+    "seen_alive": "children",
     "show_alive": "children",
     "start": "runtime",
     "with_huge_pages": "hugepages",

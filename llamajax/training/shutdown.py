@@ -21,7 +21,7 @@ class Shutdown:
 
     Until `begin_updates` there is nothing to save: a signal ends the process at once, naming the
     checkpoint to continue from. After it, the first signal sets `requested`, which the loop reads
-    between steps and between batches of an evaluation; a second one ends the process at once.
+    between steps and between batches of an evaluation; a second Ctrl-C ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -82,8 +82,10 @@ class Shutdown:
         while number := os.read(self._in, 1):
             if number[0] not in _SIGNALS:  # other handlers of this process write here as well
                 continue
-            if not self._updating or self._event.is_set():
+            if not self._updating or (self._event.is_set() and number[0] == signal.SIGINT):
                 self._leave()
+            if self._event.is_set():  # a launcher's SIGTERM often follows a scheduler's
+                continue
             self._event.set()
             print("\nstopping: finishing this step, then saving", file=sys.stderr, flush=True)
             if self._of_jax is not None:

@@ -1,0 +1,29 @@
+"""`python -m llamajax.launch`: start a command as several workers, watch them, start them again."""
+
+from llamajax.config import parse_command_line
+from llamajax.errors import run_verb
+from llamajax.supervision.launcher import launch
+from llamajax.supervision.request import FLAGS, request_of, split_command
+
+SUMMARY = (
+    "Run COMMAND (after --) as several workers on this node and on others; when one fails, end all "
+    "and start them again from the newest checkpoint. One log a worker and attempt."
+)
+EXAMPLE = (
+    "python -m llamajax.launch --processes_per_node=8 --nodes=8 --node_rank=0 "
+    "--coordinator=node0:8476 -- python -m llamajax.train --config=configs/llama3_70b.py "
+    "--workdir=/shared/llama3_70b"
+)
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0 finished, 143 stopped by a signal, else that of the worker that failed."""
+    own, command = split_command(argv)
+    flags = parse_command_line(
+        own, verb="launch", flags=FLAGS, takes_config=False, summary=SUMMARY, example=EXAMPLE
+    )
+    return launch(request_of(flags, command))
+
+
+if __name__ == "__main__":
+    run_verb(main)

@@ -1,0 +1,231 @@
+"""The launcher of one node: starts an attempt when told, tells what happens, ends it when told."""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+from llamajax.backends import seen_alive
+from llamajax.supervision.logs import last_lines, next_attempt
+from llamajax.supervision.referee import Message
+from llamajax.supervision.request import Request, make_log_dir
+from llamajax.supervision.wire import Hub, Spoke
+from llamajax.supervision.workers import STOPPED, Team, culprit, exit_code
+
+STALLED = 124  # as timeout(1) says it
+_LOOK_EVERY_S = 0.1
+_SHOWN_LINES = 20
+_STACKS_WITHIN_S = 1.0
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def launch(request: Request) -> int:
+    """Run the command on all workers until it is done, stopped or given up; the exit code."""
+    make_log_dir(request.log_dir)
+    wire = Hub(request) if request.node_rank == 0 else Spoke(request)
+    with contextlib.closing(wire), _caught() as signals, _lifeline() as lifeline:
+        launcher = Launcher(request, wire, lifeline)
+        try:
+            return launcher.run(signals)
+        finally:
+            launcher.leave()
+
+
+def say(text: str) -> None:
+    """One line of the launcher's own."""
+    print(f"launch: {text}", file=sys.stderr, flush=True)
+
+
+class Launcher:
+    """What one node does; `wire` leads to all of them."""
+
+    def __init__(self, request: Request, wire: Hub | Spoke, lifeline: int):
+        self._request, self._wire, self._lifeline = request, wire, lifeline
+        self._team: Team | None = None
+        self._again_at: float | None = None
+        self._asked_to_stop = 0
+        self._told_to_stop = False
+        self._reported = False
+        self._codes: list[int] = []
+
+    def run(self, signals: int) -> int:
+        """The loop. signals: descriptor that gives the number of each caught signal."""
+        self._be_ready()
+        while True:
+            for order in self._wire.orders():
+                code = self._obey(order)
+                if code is not None:
+                    return code
+            if self._again_at is not None and time.monotonic() >= self._again_at:
+                self._again_at = None
+                self._be_ready()
+            if self._team is not None:
+                self._look()
+            wakers = [signals, *self._wire.wakers, *(self._team.wakers if self._team else ())]
+            if signals in select.select(wakers, [], [], _LOOK_EVERY_S)[0]:
+                os.read(signals, 64)
+                code = self._stop()
+                if code is not None:
+                    return code
+
+    def leave(self) -> None:
+        """Whatever happened: leave no worker behind."""
+        if self._team is not None:
+            self._team.end()
+            self._team = None
+
+    def _be_ready(self) -> None:
+        self._wire.say(
+            {
+                "say": "ready",
+                "attempt": next_attempt(self._request.log_dir, self._request.ranks),
+                "nodes": self._request.nodes,
+                "processes_per_node": self._request.processes_per_node,
+            }
+        )
+
+    def _obey(self, order: Message) -> int | None:
+        """Do what node 0 decided; the exit code when that is to leave."""
+        match order["order"]:
+            case "start":
+                self._start(order["attempt"])
+            case "stop":
+                self._tell_to_stop()
+            case "end":
+                self.leave()
+                return self._end(order)
+        return None
+
+    def _start(self, attempt: int) -> None:
+        request = self._request
+        host, port = request.coordinator or ("127.0.0.1", _free_port())
+        self._reported, self._told_to_stop, self._codes = False, False, []
+        self._team = Team(
+            request, attempt=attempt, address=f"{host}:{port}", lifeline=self._lifeline
+        )
+        ranks = request.ranks
+        say(
+            f"attempt {attempt}: workers {ranks[0]} to {ranks[-1]} of {request.num_processes} "
+            f"started, logs in {request.log_dir}"
+        )
+
+    def _end(self, order: Message) -> int | None:
+        say(order["why"])
+        for line in order["lines"]:
+            print(f"  | {line}", file=sys.stderr, flush=True)
+        if order["again_in_s"] is None:
+            return order["code"]
+        say(f"starting all workers again in {order['again_in_s']:g} s (restart {order['restart']})")
+        self._again_at = time.monotonic() + order["again_in_s"]
+        return None
+
+    def _look(self) -> None:
+        """See what the workers do: their output, their ends, their silence."""
+        team = self._team
+        assert team is not None
+        team.echo()
+        ended = team.ended()
+        self._codes += [exit_code(code) for code in ended.values()]
+        failed = {r: c for r, c in ended.items() if c and exit_code(c) != STOPPED}
+        # One that SIGTERM killed outright stopped, if it was told to; else somebody killed it.
+        if not self._told_to_stop and STOPPED not in ended.values():
+            failed |= {r: c for r, c in ended.items() if c == -signal.SIGTERM}
+        if self._reported:
+            return
+        if failed:
+            self._report_failure(failed)
+        elif ended and not team.running:
+            self._reported = True
+            code = STOPPED if STOPPED in self._codes else 0
+            self._wire.say({"say": "ended", "attempt": team.attempt, "code": code})
+        elif STOPPED in ended.values():
+            self._wire.say({"say": "stopping"})
+        elif team.idle_s({r: seen_alive(team.log(r)) for r in team.running}) > (
+            self._request.timeout_s
+        ):
+            self._report_stall()
+
+    def _report_failure(self, failed: dict[int, int]) -> None:
+        rank = culprit(failed)
+        code = failed[rank]
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed: code {code}"
+        self._report(exit_code(code), f"worker {rank} {how}", rank)
+
+    def _report_stall(self) -> None:
+        assert self._team is not None
+        self._team.send(signal.SIGUSR1)  # workers of ours answer with the stacks of their threads
+        select.select([], [], [], _STACKS_WITHIN_S)
+        rank = self._team.running[0]
+        self._report(STALLED, f"no progress within {self._request.timeout_s:g} s", rank)
+
+    def _report(self, code: int, what: str, rank: int) -> None:
+        assert self._team is not None
+        self._reported = True
+        log = self._team.log(rank)
+        lines = last_lines(log, _SHOWN_LINES)
+        node = f" (node {self._request.node_rank})" if self._request.nodes > 1 else ""
+        rest = f"the last lines of {log}:" if lines else f"{log} is empty"
+        self._wire.say(
+            {
+                "say": "failed",
+                "attempt": self._team.attempt,
+                "code": code,
+                "why": f"{what}{node}; {rest}",
+                "lines": lines,
+            }
+        )
+
+    def _stop(self) -> int | None:
+        """A signal came: the first lets the workers save, the second ends them."""
+        self._asked_to_stop += 1
+        self._wire.say({"say": "stopping"})
+        if self._team is None or self._asked_to_stop > 1:
+            say("stopped at once")
+            return STOPPED
+        say("stopping: waiting for the workers to save; a second signal ends them at once")
+        self._tell_to_stop()
+        return None
+
+    def _tell_to_stop(self) -> None:
+        """SIGTERM to the workers, once."""
+        if self._team is not None and not self._told_to_stop:
+            self._told_to_stop = True
+            self._team.send(signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _caught() -> Iterator[int]:
+    """A descriptor that gives the numbers of the signals that ask the launcher to stop."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    wanted = [n for n in _FORWARDED if signal.getsignal(n) is not signal.SIG_IGN]  # nohup
+    before = {n: signal.signal(n, lambda *_: None) for n in wanted}
+    waker = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    try:
+        yield reading
+    finally:
+        signal.set_wakeup_fd(waker)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(reading)
+        os.close(writing)
+
+
+@contextlib.contextmanager
+def _lifeline() -> Iterator[int]:
+    """The reading end of a pipe whose writing end this process alone holds, till it ends."""
+    reading, writing = os.pipe()
+    try:
+        yield reading
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]

@@ -1,0 +1,128 @@
+"""The workers of one attempt on this node: started, watched, signalled, ended."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from llamajax.backends import child_environment
+from llamajax.supervision.logs import Echo, log_path, open_log
+from llamajax.supervision.request import Request
+
+STOPPED = 128 + signal.SIGTERM  # the code of a worker that saved and left
+_REAP_S = 10  # a killed process that the kernel cannot end (stuck in I/O) is left behind
+
+
+def exit_code(returncode: int) -> int:
+    """A shell's code: 128 + N for a process that signal N ended."""
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+def culprit(returncodes: Mapping[int, int]) -> int:
+    """The rank to blame among workers that failed at one time.
+
+    An abort is how JAX answers the loss of another process: seldom the cause.
+    """
+    return min(returncodes, key=lambda rank: (returncodes[rank] == -signal.SIGABRT, rank))
+
+
+class Team:
+    """Workers with one attempt number; each in a process group of its own."""
+
+    def __init__(self, request: Request, *, attempt: int, address: str, lifeline: int):
+        self._request = request
+        self.attempt = attempt
+        self._processes: dict[int, subprocess.Popen] = {}
+        self._pidfds: dict[int, int] = {}
+        self._seen: dict[int, float] = {}
+        self._progress_at = time.monotonic()
+        self._echo: Echo | None = None
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.end)
+            for local, rank in enumerate(request.ranks):
+                environment = child_environment(
+                    coordinator_address=address,
+                    num_processes=request.num_processes,
+                    process_id=rank,
+                    local=(local, request.processes_per_node),
+                    lifeline=lifeline,
+                )
+                self._begin(rank, environment, lifeline)
+            undo.pop_all()
+        if 0 in self._processes:
+            self._echo = Echo(self.log(0), sys.stdout.buffer)
+
+    def _begin(self, rank: int, environment: dict[str, str], lifeline: int) -> None:
+        with open_log(self._request.log_dir, rank, self.attempt) as log:
+            process = subprocess.Popen(
+                self._request.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                pass_fds=(lifeline,),
+                start_new_session=True,  # Ctrl-C reaches the launcher alone, which forwards it
+            )
+        self._processes[rank] = process
+        self._pidfds[rank] = os.pidfd_open(process.pid)
+
+    def log(self, rank: int) -> Path:
+        """The log of one worker."""
+        return log_path(self._request.log_dir, rank, self.attempt)
+
+    @property
+    def running(self) -> list[int]:
+        """Ranks of the workers that were not yet seen to end."""
+        return list(self._pidfds)
+
+    @property
+    def wakers(self) -> list[int]:
+        """Descriptors that become readable when a worker ends."""
+        return list(self._pidfds.values())
+
+    def ended(self) -> dict[int, int]:
+        """Return codes of the workers that ended since the last call, by rank."""
+        found = {}
+        for rank in self.running:
+            returncode = self._processes[rank].poll()
+            if returncode is not None:
+                found[rank] = returncode
+                os.close(self._pidfds.pop(rank))
+        return found
+
+    def idle_s(self, alive_at: dict[int, float]) -> float:
+        """Seconds since any worker got on; `alive_at`: times of their logs, by rank."""
+        now = time.monotonic()
+        if alive_at != self._seen:
+            self._seen, self._progress_at = dict(alive_at), now
+        return now - self._progress_at
+
+    def echo(self) -> None:
+        """Show what worker 0 wrote since the last call."""
+        if self._echo is not None:
+            self._echo.copy()
+
+    def send(self, number: int) -> None:
+        """Signal the running workers."""
+        for rank in self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._processes[rank].pid, number)
+
+    def end(self) -> None:
+        """Kill what still runs, children of workers included."""
+        for process in self._processes.values():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self._processes.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=_REAP_S)
+        for descriptor in self._pidfds.values():
+            os.close(descriptor)
+        self._pidfds.clear()
+        if self._echo is not None:
+            self._echo.close()
+            self._echo = None

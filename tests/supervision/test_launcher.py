@@ -1,0 +1,208 @@
+"""A launcher of one node, with fake workers: codes, logs, restarts, signals, silence."""
+
+import os
+import re
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from llamajax.supervision.workers import culprit
+
+
+def log(tmp_path: Path, rank: int, attempt: int | None = None) -> str:
+    name = f"worker_{rank}.log" if attempt is None else f"worker_{rank}.{attempt}.log"
+    return (tmp_path / "logs" / name).read_text()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def signal_when(text: str, log: Path, *numbers: int) -> threading.Thread:
+    """Sends the signals to this process, which is the launcher, once `text` is in the log."""
+
+    def watch() -> None:
+        poll = threading.Event()
+        for number in numbers:
+            while not log.exists() or text not in log.read_text():
+                poll.wait(0.01)
+            os.kill(os.getpid(), number)
+            text_after = f"got {number}"
+            while len(numbers) > 1 and text_after not in log.read_text():
+                poll.wait(0.01)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_all_finish(launched, tmp_path, capfdbinary):
+    lines = "print('place', rank, os.environ['LLAMAJAX_NUM_PROCESSES'])"
+    assert launched(lines, processes_per_node=3) == 0
+    assert [log(tmp_path, rank) for rank in range(3)] == [f"place {r} 3\n" for r in range(3)]
+    out, err = capfdbinary.readouterr()
+    assert out == b"place 0 3\n"  # worker 0 on the terminal, the others in their logs only
+    assert b"finished" in err
+
+
+def test_the_first_failure_ends_the_siblings_and_gives_its_code(launched, tmp_path, capfd):
+    lines = """
+print("pid", os.getpid(), flush=True)
+if rank == 1:
+    print("I give up", flush=True)
+    os._exit(7)
+wait_for_ever()"""
+    assert launched(lines) == 7
+    pid = int(re.search(r"pid (\d+)", log(tmp_path, 0)).group(1))
+    assert not is_running(pid)
+    err = capfd.readouterr().err
+    assert "worker 1 failed: code 7" in err
+    assert "  | I give up" in err
+
+
+def test_children_of_workers_end_as_well(launched, tmp_path):
+    lines = """
+siblings_log = Path(os.readlink("/proc/self/fd/1")).with_name("worker_0.0.log")
+if rank == 1:
+    while "child" not in siblings_log.read_text():
+        pass
+    os._exit(7)
+child = os.fork()
+if child:
+    print("child", child, flush=True)
+wait_for_ever()"""
+    assert launched(lines) == 7
+    child = int(re.search(r"child (\d+)", log(tmp_path, 0)).group(1))
+    poll = threading.Event()
+    for _ in range(1000):  # it was killed; the kernel may take a moment
+        if not is_running(child):
+            return
+        poll.wait(0.01)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("a worker's child outlived the launch")
+
+
+def test_failures_are_restarted_and_every_log_is_kept(launched, tmp_path, capfd):
+    lines = "print('attempt', attempt, flush=True)\nif attempt < 2 and rank == 1: os._exit(1)"
+    assert launched(lines, max_restarts=3) == 0
+    kept = sorted(p.name for p in (tmp_path / "logs").glob("worker_1.*.log"))
+    assert kept == ["worker_1.0.log", "worker_1.1.log", "worker_1.2.log"]
+    assert log(tmp_path, 1) == log(tmp_path, 1, 2) == "attempt 2\n"
+    assert "restart 2 of 3" in capfd.readouterr().err
+
+
+def test_restarts_are_counted(launched, tmp_path):
+    assert launched("os._exit(5)", max_restarts=2) == 5
+    assert len(list((tmp_path / "logs").glob("worker_0.*.log"))) == 3
+
+
+def test_a_mistake_of_the_users_is_not_restarted(launched, tmp_path):
+    assert launched("print('error: no such key', flush=True); os._exit(2)", max_restarts=5) == 2
+    assert len(list((tmp_path / "logs").glob("worker_0.*.log"))) == 1
+
+
+def test_an_earlier_launchs_logs_stay(launched, tmp_path):
+    assert launched("print('first')") == 0
+    assert launched("print('second', attempt)") == 0
+    assert log(tmp_path, 0, 0) == "first\n"
+    assert log(tmp_path, 0, 1) == "second 1\n"
+
+
+def test_a_killed_worker_is_named(launched, capfd):
+    lines = "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\nwait_for_ever()"
+    assert launched(lines) == 137
+    assert "worker 1 was killed by SIGKILL" in capfd.readouterr().err
+
+
+def test_not_the_worker_is_blamed_that_aborts_for_the_loss_of_another():
+    assert culprit({0: -signal.SIGABRT, 2: -signal.SIGKILL, 3: 1}) == 2
+    assert culprit({0: -signal.SIGABRT, 1: -signal.SIGABRT}) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_forwarded_once_and_ends_in_143(launched, tmp_path, number):
+    lines = """
+count = 0
+def stop(*_):
+    global count
+    count += 1
+    print("saved", count, flush=True)
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+signal.pause()
+signal.setitimer(signal.ITIMER_REAL, 0.3)  # time for a second one, which must not come
+signal.signal(signal.SIGALRM, lambda *_: os._exit(143))
+wait_for_ever()"""
+    thread = signal_when("ready", tmp_path / "logs" / "worker_0.log", number)
+    assert launched(lines, processes_per_node=1, max_restarts=3) == 143
+    thread.join()
+    assert log(tmp_path, 0) == "ready\nsaved 1\n"
+
+
+def test_a_second_signal_ends_workers_that_do_not_listen(launched, tmp_path):
+    lines = """
+signal.signal(signal.SIGTERM, lambda *_: print("got 15", flush=True))
+print("ready", flush=True)
+wait_for_ever()"""
+    log0 = tmp_path / "logs" / "worker_0.log"
+    thread = signal_when("ready", log0, signal.SIGTERM, signal.SIGTERM)
+    # The watcher waits for the worker's word between the two.
+    assert launched(lines, processes_per_node=1) == 143
+    thread.join()
+
+
+def test_a_worker_that_stopped_by_itself_stops_the_others(launched, tmp_path):
+    lines = """
+if rank == 1:
+    os._exit(143)
+signal.signal(signal.SIGTERM, lambda *_: (print("told", flush=True), os._exit(143)))
+print("x", flush=True)
+wait_for_ever()"""
+    assert launched(lines, max_restarts=3) == 143
+    assert len(list((tmp_path / "logs").glob("worker_1.*.log"))) == 1
+
+
+def test_a_worker_killed_by_somebodys_sigterm_is_a_failure(launched, tmp_path):
+    lines = "if rank == 1 and attempt == 0: os.kill(os.getpid(), signal.SIGTERM)\n"
+    lines += "if attempt == 0: wait_for_ever()"
+    assert launched(lines, max_restarts=1) == 0
+    assert (tmp_path / "logs" / "worker_1.1.log").exists()
+
+
+def test_silence_is_a_failure_and_the_stacks_are_in_the_log(launched, tmp_path, capfd):
+    lines = """
+import faulthandler
+faulthandler.register(signal.SIGUSR1)
+def where_it_hangs():
+    wait_for_ever()
+if attempt == 0:
+    where_it_hangs()"""
+    assert launched(lines, max_restarts=1, timeout_s=4.0) == 0
+    assert "no progress within 4 s" in capfd.readouterr().err
+    assert "where_it_hangs" in log(tmp_path, 0, 0)
+
+
+def test_without_restarts_silence_ends_with_a_code_of_its_own(launched):
+    assert launched("wait_for_ever()", timeout_s=0.5) == 124
+
+
+def test_a_worker_that_shows_itself_alive_is_left_alone(launched):
+    """It never prints; it runs twice as long as the limit."""
+    lines = """
+import time
+for _ in range(50):
+    os.utime(2)
+    time.sleep(0.1)"""
+    assert launched(lines, processes_per_node=1, timeout_s=2.5) == 0
+
+
+def test_the_environment_survives_and_ports_differ_between_attempts(launched, tmp_path):
+    lines = "print(os.environ['LLAMAJAX_COORDINATOR'], flush=True)\nos._exit(1)"
+    launched(lines, max_restarts=1)
+    assert log(tmp_path, 0, 0) == log(tmp_path, 1, 0)
+    assert re.fullmatch(r"127\.0\.0\.1:\d+\n", log(tmp_path, 0, 0))
