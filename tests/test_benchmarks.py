@@ -55,6 +55,37 @@ def test_a_mistake_is_one_message_and_exit_code_2(flags: tuple[str, ...], words:
     assert not done.stdout
 
 
+def test_decode_prints_one_table():
+    done = run(
+        "decode.py", "--preset=tiny", "--batch=2", "--prompt_len=4", "--new_tokens=4",
+        "--rounds=1", "--dtype=float32",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", done.stdout, re.MULTILINE))
+    assert rows["machine"] == "cpu, cpu, one device (1 device)"
+    assert rows["work"] == ("2 prompts of 4 tokens, 4 new ones each, float32, median of 1 rounds")
+    assert rows["compiling"].endswith("for 2 programs")
+    assert float(rows["decoding, tokens/s"].split()[0].replace(",", "")) > 0
+    assert float(rows["time to first token"].split()[0].replace(",", "")) > 0
+    assert "transformers, tokens/s" not in rows
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--new_tokens=1",), "--new_tokens=1: two at least"),
+        (("--rounds=0",), "--rounds=0: must be at least 1"),
+        (("--preset=tiny", "--prompt_len=4096"), "are more than the"),
+    ],
+)
+def test_a_mistake_with_decode_is_one_message(flags: tuple[str, ...], words: str):
+    done = run("decode.py", *flags)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+
+
 def test_torch_does_the_same_work():
     pytest.importorskip("transformers")
     done = run(

@@ -23,8 +23,8 @@ from llamajax.checkpoint.manifest import DamagedError
 from llamajax.checkpoint.tensor_source import Index
 
 # Most bytes that are read at once, and how many such reads are under way.
-SLAB_BYTES = 1 << 23
-_IN_FLIGHT = 4
+SLAB_BYTES = 1 << 22
+_IN_FLIGHT = 8
 # Below this a read costs more than the bytes around it.
 _WORTH_A_READ_BYTES = 1 << 20
 

@@ -90,7 +90,7 @@ def test_restoring_reads_a_few_slabs_of_a_weight_at_a_time(tmp_path: Path, monke
     restored = restore_state(tmp_path / "1", wanted)["w"]
     np.testing.assert_array_equal(restored, value)
     assert seen == [64] * (value.nbytes // 64)
-    assert most <= 5  # four under way, one about to be
+    assert most <= 9  # eight under way, one about to be
 
 
 @pytest.mark.parametrize("donated", [False, True])
