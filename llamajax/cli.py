@@ -5,7 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from llamajax.config import did_you_mean, nearest, show_help
+from llamajax.config import did_you_mean, nearest
 from llamajax.errors import UserError, run_verb
 
 _NOT_VERBS = ("__init__", "__main__", "cli", "errors")
@@ -40,7 +40,7 @@ def dispatch(argv: list[str]) -> int:
         UserError: no verb, or none of this name.
     """
     if argv[:1] in (["--help"], ["-h"], ["help"]):
-        show_help(help_text())
+        print(help_text())
         return 0
     known = verbs()
     if not argv:

@@ -1,6 +1,5 @@
 """`python -m llamajax.generate`: continue prompts with a checkpoint, or talk to it."""
 
-import os
 import sys
 from typing import Literal
 
@@ -154,8 +153,6 @@ def main(argv: list[str]) -> int:
             else:
                 sys.stdout.write("\n" * (n > 0))
                 write_text(session, prompts, sys.stdout, with_prompt=True)
-    except BrokenPipeError:  # whoever read stdout has enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         code = 130
         print(file=sys.stderr)

@@ -12,7 +12,7 @@ from llamajax.config.flags import (
     backend_config,
     mesh_config,
 )
-from llamajax.config.help import help_text, show_help
+from llamajax.config.help import help_text
 from llamajax.config.load import freeze, load
 from llamajax.config.nearest import did_you_mean, nearest
 from llamajax.config.presets import PRESETS, preset
@@ -62,6 +62,5 @@ __all__ = [
     "new_config",
     "parse_command_line",
     "preset",
-    "show_help",
     "to_json_dict",
 ]

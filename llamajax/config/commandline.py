@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llamajax.config.flags import REQUIRED, Flag
-from llamajax.config.help import help_text, show_help
+from llamajax.config.help import help_text
 from llamajax.config.keys import all_keys
 from llamajax.config.load import resolve
 from llamajax.config.nearest import did_you_mean, nearest
@@ -48,7 +48,7 @@ def parse_command_line(
         UserError: every problem of the command line and of the config file.
     """
     if any(token in ("--help", "-h", "-help") for token in argv):
-        show_help(
+        print(
             help_text(
                 verb, flags=flags, takes_config=takes_config, summary=summary, example=example
             )

@@ -1,7 +1,5 @@
 """The text of `--help`: what a verb does, its flags, every config key with its doc."""
 
-import os
-import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 
@@ -50,15 +48,6 @@ _KEYS = (
     "Config keys: set in the config file, overridden by --config.SECTION.KEY=VALUE. "
     "`none` clears an optional key; `required` ones have no default."
 )
-
-
-def show_help(text: str) -> None:
-    """Print a help text, also into a pipe whose reader has seen enough (`--help | head`)."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # The interpreter flushes once more at exit and would complain then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _bracketed(flag: Flag) -> str:

@@ -120,17 +120,6 @@ def test_help_wins_over_mistakes_and_exits_0(flag, capsys):
     assert "--workdir=DIR" in capsys.readouterr().out
 
 
-def test_help_into_a_pipe_that_closes_says_nothing():
-    program = "from llamajax.config import parse_command_line as p; p(['--help'], verb='train')"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    process.stderr.close()
-    assert process.wait() == 0
-
-
 def test_help_lists_every_section_and_key_with_type_default_and_doc():
     text = help_text("train", flags=[WORKDIR], summary="pretrains")
     one_line = " ".join(text.split())
