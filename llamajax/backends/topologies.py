@@ -151,7 +151,9 @@ def _tpus(text: str, kind: str, sizes: list[int]) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(name, "tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"--devices={text}: libtpu has no such slice: {_first_line(error)}") from None
+        raise UserError(
+            f"--devices={text}: libtpu has no such slice: {_first_line(error)}"
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True)

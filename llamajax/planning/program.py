@@ -156,15 +156,10 @@ def _start(loop: Instruction, index: int, around: dict[str, Instruction]) -> int
     return int(found.operands[0]) if found and found.operation == "constant" else 0
 
 
-def _collectives_of(
-    name: str, instructions: list[Instruction], count: int
-) -> Iterator[Collective]:
+def _collectives_of(name: str, instructions: list[Instruction], count: int) -> Iterator[Collective]:
     types = {i.name: i.result for i in instructions}
     starts = {
-        operand
-        for i in instructions
-        if _STARTS_CHAIN in i.attributes
-        for operand in i.operands
+        operand for i in instructions if _STARTS_CHAIN in i.attributes for operand in i.operands
     }
     for i in instructions:
         kind = i.operation.removesuffix("-start")

@@ -1,0 +1,89 @@
+"""`python -m llamajax.plan`: what a run takes on devices that are not here: memory, traffic, time."""
+
+import json
+import sys
+from pathlib import Path
+
+from llamajax.config import Flag, parse_command_line
+from llamajax.errors import UserError, run_verb
+
+SUMMARY = (
+    "Compile the step that train would run, for devices that need not be here, and tell its memory, "
+    "its communication and its predicted time."
+)
+EXAMPLE = """python -m llamajax.plan --config=configs/llama3_70b.py --devices=v5p:4x4x4
+python -m llamajax.plan --config=configs/llama2_7b.py --devices=h100:8 --search"""
+
+_FLAGS = (
+    Flag(
+        name="devices",
+        metavar="KIND:SHAPE",
+        doc="v4, v5p, tpu7x:AxBxC and v5e, v6e:AxB in chips; a100, h100, h200, b200:N in nodes of 8, "
+        "or :HxD for hosts x devices a host; cpu:N virtual devices; or PLUGIN:TOPOLOGY",
+    ),
+    Flag(
+        name="search",
+        annotation=bool,
+        default=False,
+        doc="try other meshes, recomputation and accumulation, and rank what fits by predicted speed",
+    ),
+    Flag(
+        name="candidates",
+        metavar="N",
+        annotation=int,
+        default=4,
+        doc="with --search: how many that fit to compile, the most promising first",
+    ),
+    Flag(
+        name="json",
+        metavar="OUT",
+        annotation=str | None,
+        default=None,
+        doc="also write the plan as one JSON object; with --search the best one, and all in `search`",
+    ),
+    Flag(
+        name="fresh",
+        annotation=bool,
+        default=False,
+        doc="compile again even where an earlier plan of the same program is stored",
+    ),
+)
+
+
+def main(argv: list[str]) -> int:
+    """Print the plan; exit code 0 whenever one was computed, also where it does not fit."""
+    flags = parse_command_line(argv, verb="plan", flags=_FLAGS, summary=SUMMARY, example=EXAMPLE)
+    if flags.candidates < 1:
+        raise UserError(f"--candidates={flags.candidates}: must be 1 or more")
+    if flags.json and not Path(flags.json).absolute().parent.is_dir():
+        raise UserError(f"--json={flags.json}: there is no directory to write it in")
+    # JAX takes seconds to import: --help and mistakes are answered without it.
+    from llamajax import backends
+    from llamajax.planning import output
+    from llamajax.planning.plan import make_plan
+    from llamajax.planning.search import search
+
+    target = backends.absent_devices(flags.devices, flags.config.backend)
+    cache = None if flags.fresh else backends.cache_directory("plans")
+    if flags.search:
+        plans = search(flags.config, target, cache=cache, wanted=flags.candidates)
+        print(output.search_text(plans), end="\n\n")
+    else:
+        print(f"compiling for {target.text} ...", file=sys.stderr, flush=True)
+        plans = [make_plan(flags.config, target, cache=cache)]
+    print(output.to_text(plans[0]))
+    if flags.json:
+        rows = [output.to_json(plan, config_file=flags.config_file) for plan in plans]
+        found = rows[0] | ({"search": rows} if flags.search else {})
+        _write(Path(flags.json), json.dumps(found, indent=1))
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    hidden = path.with_name(f".{path.name}.tmp")
+    hidden.write_text(text + "\n", encoding="utf-8")
+    hidden.replace(path)
+
+
+if __name__ == "__main__":
+    run_verb(main)

@@ -1,0 +1,201 @@
+"""The step that `train` runs, compiled for a target, and the facts that its compiler gives.
+
+Facts are kept on disk by a hash of the lowered program and of what compiles it: the same program
+is never compiled twice.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from llamajax import optim, sharding
+from llamajax.backends import Target
+from llamajax.config import RunConfig
+from llamajax.planning.groups import axes_of_groups, device_groups, sent_bytes
+from llamajax.planning.program import collectives
+from llamajax.training.feed import abstract_batch
+from llamajax.training.session import check_mesh, how_to_compute
+from llamajax.training.state import TrainState, abstract_state
+from llamajax.training.step import train_step
+
+# Attention for a GPU that is not here: cuDNN's kernel is built by cuDNN on a GPU. These hold
+# no T x S matrix either, so that the memory of a step is alike.
+_WITHOUT_CUDNN = ("split", "blocked")
+_FORMAT = 1  # of the stored facts
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind along the same axes: calls a step, and bytes that a device sends."""
+
+    kind: str
+    axes: tuple[str, ...]
+    dtype: str
+    calls: int
+    sent_bytes: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the compiler says of one device's part of the program; bytes.
+
+    temporary_bytes is None where the compiler refused the program for its memory: needed_bytes is
+    then what it wanted, if it said so, and traffic is None.
+    """
+
+    arguments_bytes: int | None
+    temporary_bytes: int | None
+    needed_bytes: int | None
+    limit_bytes: int | None
+    traffic: tuple[Traffic, ...] | None
+    compile_s: float
+    cached: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """A step on a mesh of the target's devices, before it is lowered.
+
+    runs_attention: the kernel that `train` would use there; attention: the one that is compiled.
+    """
+
+    config: RunConfig
+    mesh: Mesh
+    target: Target
+    runs_attention: str
+    attention: str
+    state: TrainState
+
+    @property
+    def node_of(self) -> list[int]:
+        """Number of the node that holds each device, in the program's numbering."""
+        return [device.process_index for device in self.mesh.devices.flat]
+
+
+def abstract_step(config: RunConfig, target: Target) -> Step:
+    """The step and its state, with nothing allocated.
+
+    Raises UserError where model, batch and mesh do not fit, as `train` would.
+    """
+    mesh = sharding.build_mesh(config.mesh, target.devices)
+    check_mesh(config, mesh)
+    optimizer = optim.build(config.optim, steps=config.train.steps)
+    lora = config.lora if config.lora.rank else None
+    return Step(
+        config=config,
+        mesh=mesh,
+        target=target,
+        runs_attention=how_to_compute(config, target.machine(), mesh).attention,
+        attention=_compute(config, target, mesh).attention,
+        state=abstract_state(config.model, optimizer, mesh, lora=lora),
+    )
+
+
+def _compute(config: RunConfig, target: Target, mesh: Mesh) -> Any:
+    """How `train` would compute there; cuDNN's attention exchanged for one that compiles here."""
+    wanted = how_to_compute(config, target.machine(), mesh)
+    if wanted.attention != "cudnn":
+        return wanted
+    return dataclasses.replace(wanted, attention=_WITHOUT_CUDNN[0])
+
+
+def compiled_facts(step: Step, *, cache: Path | None) -> Facts:
+    """Lower and compile the step, or read what an earlier compilation of this program gave."""
+    config = step.config
+    optimizer = optim.build(config.optim, steps=config.train.steps)
+    compute = _compute(config, step.target, step.mesh)
+    update = train_step(optimizer, config.optim, config.train, compute, step.mesh)
+    batch = abstract_batch(config.data, step.mesh, batch_size=config.data.global_batch_size)
+    lowered = update.lower(step.state, batch)
+    file = None if cache is None else cache / f"{_fingerprint(lowered, step)}.json"
+    if file is not None and (stored := _read(file)):
+        return stored
+    began = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        facts = _refused(str(error), time.perf_counter() - began)
+    else:
+        facts = _facts(compiled, step, time.perf_counter() - began)
+    if file is not None:
+        _write(file, facts)
+    return facts
+
+
+def _facts(compiled: Any, step: Step, compile_s: float) -> Facts:
+    memory = compiled.memory_analysis()
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    temporary = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + kept
+    return Facts(
+        arguments_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=temporary,
+        needed_bytes=memory.argument_size_in_bytes + temporary,
+        limit_bytes=None,
+        traffic=traffic(compiled.as_text(), step.mesh),
+        compile_s=compile_s,
+    )
+
+
+def traffic(text: str, mesh: Mesh) -> tuple[Traffic, ...]:
+    """What a compiled program communicates in one run, by kind, axes and dtype; most first."""
+    found: dict[tuple, tuple[int, float]] = {}
+    for collective in collectives(text):
+        groups = device_groups(collective.groups, mesh.size)
+        axes = axes_of_groups(groups, mesh.shape)
+        if axes:
+            sent = sent_bytes(collective, groups, mesh.size) * collective.count
+            key = (collective.kind, axes, collective.dtype)
+            calls, total = found.get(key, (0, 0.0))
+            found[key] = (calls + collective.count, total + sent)
+    ordered = sorted(found.items(), key=lambda item: -item[1][1])
+    return tuple(Traffic(*key, calls, total) for key, (calls, total) in ordered)
+
+
+def _refused(message: str, compile_s: float) -> Facts:
+    """A program that libtpu refused for its memory, with the figures of its message."""
+    sizes = [float(n) * 2 ** {"K": 10, "M": 20, "G": 30}[u]
+             for n, u in re.findall(r"\b(\d+(?:\.\d+)?)([KMG])\b", message)]  # fmt: skip
+    used = re.search(r"Used .* of .* hbm", message) or "exceeds available" in message
+    needed, limit = sizes[:2] if used and len(sizes) >= 2 else (None, None)
+    return Facts(
+        arguments_bytes=None,
+        temporary_bytes=None,
+        needed_bytes=None if needed is None else int(needed),
+        limit_bytes=None if limit is None else int(limit),
+        traffic=None,
+        compile_s=compile_s,
+    )
+
+
+def _fingerprint(lowered: Any, step: Step) -> str:
+    parts = [lowered.as_text(), step.target.text, step.target.versions, _FORMAT]
+    parts += [[device.id for device in step.mesh.devices.flat]]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _read(file: Path) -> Facts | None:
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    rows = stored.pop("traffic")
+    kinds = None if rows is None else tuple(
+        Traffic(**{**row, "axes": tuple(row["axes"])}) for row in rows
+    )  # fmt: skip
+    return Facts(**{**stored, "traffic": kinds, "cached": True})
+
+
+def _write(file: Path, facts: Facts) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(dataclasses.asdict(facts)), encoding="utf-8")
+    temporary.replace(file)

@@ -1,0 +1,213 @@
+"""How long a step takes, from its operations, its memory traffic and what it sends: a roofline.
+
+What no compiler says is estimated here with figures of the device table. Assumptions, all of them:
+
+- matrix products run at `Device.efficiency` of the peak, attention's at a part of that which depends
+  on the kernel; recomputation is counted, and only the causal half of attention;
+- element-wise work and the optimizer are bound by the bandwidth of the device's memory and hide
+  behind nothing;
+- what `fsdp` sends hides behind the matrix products as far as it takes no longer than they do; all
+  else is waited for;
+- a pipeline stands still for its bubble.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from llamajax.backends import Device
+from llamajax.config import ModelConfig, RunConfig
+from llamajax.models.counts import flops_per_token, num_parameters
+from llamajax.models.pipeline import bubble
+
+# Speed of attention's products relative to large ones: fused kernels, and blocks of plain XLA.
+_ATTENTION = {"cudnn": 0.6, "splash": 0.6, "blocked": 0.15, "split": 0.15, "xla": 0.15}
+_HALF, _SINGLE = 2, 4  # bytes of a value in the compute dtype and in float32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Seconds of one step on every device, and the terms that add up to them.
+
+    links_s: by mesh axes, all that they send. hidden_s: how much of it matrix products hide.
+    bubble: share of the step in which a stage stands still.
+    """
+
+    products_s: float
+    attention_s: float
+    memory_s: float
+    links_s: dict[str, float]
+    hidden_s: float
+    bubble: float
+    step_time_s: float
+    tokens_per_s: float
+    mfu_full: float
+    mfu_causal: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """What one device has of a step: rows at a time, rows a step, tokens of a row, and parts."""
+
+    sizes: Mapping[str, int]
+    rows: int
+    microbatch: int
+    tokens: float
+
+    @classmethod
+    def of(cls, config: RunConfig, sizes: Mapping[str, int]) -> "Shares":
+        """The shares of a run on a mesh of these axis sizes."""
+        rows = config.data.global_batch_size // (sizes["data"] * sizes["fsdp"])
+        at_a_time = rows // config.train.accumulation_steps
+        return cls(sizes, rows, at_a_time, config.data.seq_len / sizes["sequence"])
+
+    @property
+    def weights(self) -> int:
+        """Parts of a matrix in a block, all layers."""
+        return self.sizes["fsdp"] * self.sizes["tensor"] * self.sizes["stage"]
+
+
+def predict(
+    config: RunConfig,
+    sizes: Mapping[str, int],
+    device: Device,
+    sent: Mapping[tuple[str, ...], float],
+    *,
+    attention: str,
+    node_of: Sequence[int],
+) -> Prediction | None:
+    """The step's time on a mesh of `sizes`; None where the device's peak in this dtype is unknown.
+
+    `sent` holds bytes a device sends in a step, by mesh axes. `node_of` numbers the node of each
+    device in the mesh's order.
+    """
+    peak = getattr(device, config.train.dtype)
+    if peak is None:
+        return None
+    c, model, devices = config.data, config.model, math.prod(sizes.values())
+    tokens = c.global_batch_size * c.seq_len
+    forward = _forward_flops(model, c.seq_len)
+    recomputed = _recomputed_flops(model, c.seq_len, config.train.remat)
+    trained = 2 if config.lora.rank else 3
+    blocks, scores, head = (
+        trained * forward["blocks"] + recomputed["blocks"],
+        # fused kernels compute the scores once more in their backward pass
+        3.5 * forward["scores"] + recomputed["scores"],
+        trained * forward["head"],
+    )
+    rate = peak * device.efficiency
+    products_s = tokens * (blocks + head) / devices / rate
+    attention_s = tokens * scores / devices / (rate * _ATTENTION[attention])
+    memory_s = memory_bytes(config, sizes) / device.hbm_bytes_per_s
+    links_s = {
+        axes: amount / _bandwidth(axes, sizes, device, node_of) for axes, amount in sent.items()
+    }
+    hideable_s = sum(s for axes, s in links_s.items() if "fsdp" in axes)
+    hidden_s = min(hideable_s, products_s)
+    idle = _bubble(config, sizes)
+    busy_s = products_s + attention_s + memory_s + sum(links_s.values()) - hidden_s
+    step_s = busy_s / (1 - idle)
+    mfu = {
+        causal: tokens
+        * flops_per_token(model, c.seq_len, causal=causal)
+        / (step_s * peak * devices)
+        for causal in (False, True)
+    }
+    return Prediction(
+        products_s=products_s,
+        attention_s=attention_s,
+        memory_s=memory_s,
+        links_s={"+".join(axes): s for axes, s in links_s.items()},
+        hidden_s=hidden_s,
+        bubble=idle,
+        step_time_s=step_s,
+        tokens_per_s=tokens / step_s,
+        mfu_full=mfu[False],
+        mfu_causal=mfu[True],
+    )
+
+
+def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """Bytes that a device reads and writes besides its matrix products, a step.
+
+    The update reads and writes weights, gradients and two moments; each microbatch adds to the
+    gradients; products read the gathered weights twice or three times; and a block writes and reads
+    about 12 times the residual, 8 times queries, keys and values and 10 times the feed-forward.
+    """
+    m, share = config.model, Shares.of(config, sizes)
+    held = num_parameters(m) / share.weights
+    accumulation = config.train.accumulation_steps
+    update = held * 7 * _SINGLE + held * 2 * _SINGLE * accumulation
+    layers = m.num_layers / sizes["stage"]
+    passes = 2 if config.train.remat in ("none", "dots") else 3
+    weights = matrices_per_layer(m) / sizes["tensor"] * layers * passes * accumulation * _HALF
+    heads = (m.num_heads + 2 * m.num_kv_heads) * m.head_size
+    width = 12 * m.hidden_size + 8 * heads + 10 * m.intermediate_size
+    recompute = 1.0 if config.train.remat in ("none", "dots") else 4 / 3
+    tokens = share.rows * share.tokens / sizes["tensor"]
+    return update + weights + tokens * width * layers * recompute * _HALF
+
+
+def matrices_per_layer(model: ModelConfig) -> int:
+    """Number of weights in the matrices of one block."""
+    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_size
+    return model.hidden_size * (heads + 3 * model.intermediate_size)
+
+
+def _forward_flops(model: ModelConfig, seq_len: int) -> dict[str, float]:
+    """Operations of the forward pass a token: products with weights, causal scores, head."""
+    blocks = 2.0 * model.num_layers * matrices_per_layer(model)
+    head = 2.0 * model.vocab_size * model.hidden_size
+    return {
+        "blocks": blocks,
+        "head": head,
+        "scores": flops_per_token(model, seq_len, causal=True) / 3 - blocks - head,
+    }
+
+
+def _recomputed_flops(model: ModelConfig, seq_len: int, remat: str) -> dict[str, float]:
+    """Operations of the forward pass that the backward pass runs again."""
+    forward = _forward_flops(model, seq_len)
+    attention = 2.0 * model.num_layers * model.hidden_size * model.head_size
+    qkv = attention * (model.num_heads + 2 * model.num_kv_heads)
+    match remat:
+        case "full":
+            return {"blocks": forward["blocks"], "scores": forward["scores"]}
+        case "save_attention":
+            return {"blocks": forward["blocks"], "scores": 0.0}
+        case "save_qkv":
+            return {"blocks": forward["blocks"] - qkv, "scores": 0.0}
+        case _:
+            return {"blocks": 0.0, "scores": 0.0}
+
+
+def _bubble(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    stages, t = sizes["stage"], config.train
+    if stages == 1:
+        return 0.0
+    count = Shares.of(config, sizes).microbatch // t.microbatch_size
+    return bubble(stages=stages, microbatches=count, rounds=t.pipeline_rounds)
+
+
+def _bandwidth(
+    axes: Sequence[str], sizes: Mapping[str, int], device: Device, node_of: Sequence[int]
+) -> float:
+    """Bytes/s that a device can send to the others of its group along `axes`.
+
+    A group across nodes is bound by the network adapters of its devices in one node together.
+    """
+    nodes = [node_of[number] for number in _first_group(axes, sizes)]
+    if len(set(nodes)) == 1 or device.slow_bytes_per_s is None:
+        return device.fast_bytes_per_s
+    in_a_node = max(nodes.count(node) for node in nodes)
+    return min(device.fast_bytes_per_s, device.slow_bytes_per_s * in_a_node)
+
+
+def _first_group(axes: Sequence[str], sizes: Mapping[str, int]) -> list[int]:
+    """Numbers of the devices that share the first one's coordinates except along `axes`."""
+    numbers, stride = [0], 1
+    for axis in reversed(list(sizes)):
+        if axis in axes:
+            numbers = [n + i * stride for n in numbers for i in range(sizes[axis])]
+        stride *= sizes[axis]
+    return numbers

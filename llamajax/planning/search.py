@@ -1,0 +1,160 @@
+"""Other ways to run a config on the same devices, ranked by predicted speed.
+
+Every mesh, every policy of recomputation and every number of microbatches that the config and the
+model allow is estimated by the formulas of `estimate` and `roofline`; what cannot fit is dropped; the
+most promising are compiled, until as many as wanted fit.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+from jax.sharding import AbstractMesh
+from tqdm import tqdm
+
+from llamajax import sharding
+from llamajax.backends import Target
+from llamajax.config import MeshConfig, RunConfig, from_json_dict, to_json_dict
+from llamajax.config.schema import Remat
+from llamajax.errors import UserError
+from llamajax.planning.estimate import held_bytes, sent_bytes
+from llamajax.planning.plan import Plan, make_plan
+from llamajax.planning.roofline import predict
+from llamajax.training.session import check_mesh, how_to_compute
+
+_MOST_ROWS = 8  # of a microbatch on a device: more changes little but memory
+_MOST_REFUSED = 3  # compilations that do not fit, for each one wanted
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A variant of the run, with its estimates: bytes that a device cannot do without, tokens/s."""
+
+    config: RunConfig
+    sizes: dict[str, int]
+    held_bytes: float
+    tokens_per_s: float
+
+
+def search(config: RunConfig, target: Target, *, cache: Path | None, wanted: int) -> list[Plan]:
+    """Compiled plans, those that fit first, each group by predicted speed.
+
+    Raises UserError where the device is unknown to the table, or nothing can fit.
+    """
+    if target.entry is None or getattr(target.entry, config.train.dtype) is None:
+        raise UserError(
+            f"--search ranks by predicted speed, and the {config.train.dtype} peak of "
+            f"{target.device_kind!r} is not in the device table: plan without --search"
+        )
+    ranked = candidates(config, target)
+    plans: list[Plan] = []
+    with tqdm(total=wanted, unit="plan", file=sys.stderr, disable=None) as bar:
+        for candidate in ranked:
+            fitting = sum(plan.fits is not False for plan in plans)
+            if fitting >= wanted or len(plans) >= wanted * (1 + _MOST_REFUSED):
+                break
+            t = candidate.config.train
+            words = _words(candidate.sizes)
+            _say(bar, f"compiling {words}, accumulation {t.accumulation_steps}, remat {t.remat}")
+            plans.append(make_plan(candidate.config, target, cache=cache))
+            bar.update(plans[-1].fits is not False)
+    return sorted(plans, key=_rank)
+
+
+def candidates(config: RunConfig, target: Target) -> list[Candidate]:
+    """All variants that are allowed and may fit, the fastest by estimate first."""
+    limit = target.entry.limit_bytes
+    found = [c for c in _estimated(config, target) if c.held_bytes <= limit]
+    if not found:
+        raise UserError(
+            f"no mesh, accumulation and recomputation makes this run fit on {target.text} "
+            f"({limit / 2**30:.1f} GiB a device): use more or larger devices"
+        )
+    return sorted(found, key=lambda c: -c.tokens_per_s)
+
+
+def meshes(num_devices: int) -> Iterator[dict[str, int]]:
+    """Every way to write a number of devices as a product of axis sizes."""
+
+    def split(rest: int, axes: tuple[str, ...]) -> Iterator[dict[str, int]]:
+        if len(axes) == 1:
+            yield {axes[0]: rest}
+            return
+        for size in range(1, rest + 1):
+            if rest % size == 0:
+                for others in split(rest // size, axes[1:]):
+                    yield {axes[0]: size, **others}
+
+    yield from split(num_devices, sharding.AXES)
+
+
+def _estimated(config: RunConfig, target: Target) -> Iterator[Candidate]:
+    node_of = [device.process_index for device in target.devices]
+    for sizes in meshes(len(target.devices)):
+        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+        for variant in _variants(config, sizes):
+            try:
+                checked = from_json_dict(to_json_dict(variant))
+                check_mesh(checked, mesh)
+                compute = how_to_compute(checked, target.machine(), mesh)
+            except UserError:
+                continue
+            prediction = predict(
+                checked,
+                sizes,
+                target.entry,
+                sent_bytes(checked, sizes),
+                attention=compute.attention,
+                node_of=node_of,
+            )
+            yield Candidate(
+                config=checked,
+                sizes=sizes,
+                held_bytes=held_bytes(checked, sizes),
+                tokens_per_s=prediction.tokens_per_s,
+            )
+
+
+def _variants(config: RunConfig, sizes: dict[str, int]) -> Iterator[RunConfig]:
+    parts = sizes["data"] * sizes["fsdp"]
+    rows, left = divmod(config.data.global_batch_size, parts)
+    if left or not rows:
+        return
+    wanted = config.train.attention
+    for accumulation in (n for n in range(1, rows + 1) if rows % n == 0):
+        # a pipeline takes all its rows at once, a microbatch at a time
+        if sizes["stage"] == 1 and rows // accumulation > _MOST_ROWS:
+            continue
+        if sizes["stage"] > 1 and accumulation > 1:
+            continue
+        for remat in get_args(Remat):
+            yield dataclasses.replace(
+                config,
+                mesh=MeshConfig(**sizes),
+                train=dataclasses.replace(
+                    config.train,
+                    accumulation_steps=accumulation,
+                    remat=remat,
+                    attention=wanted if sizes["sequence"] == 1 else "auto",
+                ),
+            )
+
+
+def _rank(plan: Plan) -> tuple[bool, float]:
+    speed = plan.prediction.tokens_per_s if plan.prediction else 0.0
+    return plan.fits is False, -speed
+
+
+def _words(sizes: dict[str, int]) -> str:
+    used = [f"{axis} {size}" for axis, size in sizes.items() if size > 1]
+    return " x ".join(used) or f"{math.prod(sizes.values())} device"
+
+
+def _say(bar: tqdm, text: str) -> None:
+    if bar.disable:
+        print(text, file=sys.stderr, flush=True)
+    else:
+        bar.set_postfix_str(text)
