@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "Device": "devices",
     "Machine": "runtime",
     "Target": "topologies",
     "absent_devices": "topologies",
