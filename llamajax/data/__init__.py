@@ -12,7 +12,9 @@ from llamajax.data.tokenizers import Tokenizer, load_tokenizer
 
 _READING = {
     "BATCH_KEYS": "batches",
+    "Ledger": "ledger",
     "Mixture": "mixture",
+    "check_ledger": "ledger",
     "has_split": "mixture",
     "open_mixture": "mixture",
     "eval_batches": "batches",

@@ -40,6 +40,7 @@ class Loop:
     progress: Progress
     timer: StepTimer
     shutdown: Shutdown
+    saw: Callable[[int], None]  # enters the samples of a step in the ledger
     times: list[StepTime] = dataclasses.field(default_factory=list)  # since the last row
 
     def run(self, state: TrainState, start: int) -> int:
@@ -51,6 +52,7 @@ class Loop:
             state, metrics = self.step(state, batch)
             self.shutdown.begin_updates()
             self.timer.mark_dispatched(step)
+            self.saw(step)
             batch = next(self.train_batches) if step < last else None
             if pending is not None:
                 self._log(*pending)  # waits for step - 1 while this one runs

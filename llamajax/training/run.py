@@ -77,12 +77,17 @@ def train(config: RunConfig, *, workdir: Path, shutdown: Shutdown) -> int:
 
 
 def _run(loop: Loop, state: TrainState, start: int, workdir: Path) -> int:
-    if start and loop.eval_is_due(start) and not _is_evaluated(workdir, start):
+    if start and loop.eval_is_due(start) and not _told(_is_evaluated, workdir, start):
         loop.evaluate(start, state)  # a signal or a crash came between the save and this
-    if start and loop.export_is_due(start) and not is_exported(workdir, start):
+    if start and loop.export_is_due(start) and not _told(is_exported, workdir, start):
         loop.export(start, loop.at_rest(state))
     step = loop.run(state, start)
     return 0 if step == loop.train.steps and not loop.shutdown.requested else EXIT_CODE
+
+
+def _told(question: Callable[[Path, int], bool], workdir: Path, step: int) -> bool:
+    """Process 0's answer: all must do the same, whatever their file systems show them."""
+    return bool(decided_by_primary(lambda: int(question(workdir, step))))
 
 
 def _is_evaluated(workdir: Path, step: int) -> bool:
@@ -111,6 +116,7 @@ class _Start:
     position: data.Position
     origin: Weights | None
     base: dict[str, str] | None
+    ledger: data.Ledger
 
 
 def _where_to_start(session: Session, checkpointer: Checkpointer) -> _Start:
@@ -127,7 +133,8 @@ def _where_to_start(session: Session, checkpointer: Checkpointer) -> _Start:
     base = base_record(origin) if config.lora.rank else None
     if meta is None:
         position = data.Position.start(**now)
-        return _Start(step=0, position=position, origin=origin, base=base)
+        ledger = data.Ledger(mixture, position, step=0, saved=None)
+        return _Start(step=0, position=position, origin=origin, base=base, ledger=ledger)
     if start > config.train.steps:
         raise UserError(
             f"the newest checkpoint is of step {start}, beyond train.steps = {config.train.steps}: "
@@ -135,8 +142,12 @@ def _where_to_start(session: Session, checkpointer: Checkpointer) -> _Start:
         )
     for change in diff(from_json_dict(meta["config"]), config):
         say(f"changed since step {start}: {change}", primary=session.machine.is_primary)
-    position = data.Position.from_json(meta["position"]).continued(step=start, **now)
-    return _Start(step=start, position=position, origin=origin, base=base)
+    before, saved = data.Position.from_json(meta["position"]), meta.get("ledger")
+    if saved and start:
+        data.check_ledger(saved, mixture, before, step=start)
+    position = before.continued(step=start, **now)
+    ledger = data.Ledger(mixture, position, step=start, saved=saved)
+    return _Start(step=start, position=position, origin=origin, base=base, ledger=ledger)
 
 
 def _build(
@@ -196,12 +207,14 @@ def _build(
         progress=progress,
         timer=timer,
         shutdown=shutdown,
+        saw=start.ledger.add,
     ), state
 
 
 def _meta(config: RunConfig, start: _Start) -> dict[str, Any]:
     """What is saved with every checkpoint, besides the arrays."""
     meta = {"config": to_json_dict(config), "position": start.position.to_json()}
+    meta["ledger"] = start.ledger.to_json()
     return meta | ({"base": start.base} if start.base else {})
 
 

@@ -1,0 +1,76 @@
+"""The ledger of samples: one digest for every way to a step; another order is noticed."""
+
+import json
+
+import pytest
+
+from llamajax.data import Ledger, Position, check_ledger, open_mixture
+from llamajax.data import ledger as module
+from llamajax.errors import UserError
+
+STEPS = 70  # more than are checked; several epochs
+
+
+@pytest.fixture
+def opened(prepared, documents, config):
+    """The mixture of the documents in another order of samples for each seed."""
+    path = prepared("data", documents)
+
+    def open_it(seed: int = 11):
+        return open_mixture(config(path, seed=seed), split="train", vocab_size=258)
+
+    return open_it
+
+
+def begin(mixture, batch_size: int = 4) -> Position:
+    return Position.start(batch_size=batch_size, seq_len=100, mixture_hash=mixture.hash)
+
+
+def entered(mixture, position, steps: int, *, start: int = 0, saved=None):
+    ledger = Ledger(mixture, position, step=start, saved=saved)
+    for step in range(start + 1, steps + 1):
+        ledger.add(step)
+    return json.loads(json.dumps(ledger.to_json()))
+
+
+def test_a_resumed_ledger_equals_an_undisturbed_one(opened):
+    mixture = opened()
+    whole = entered(mixture, begin(mixture), STEPS)
+    half = entered(mixture, begin(mixture), 41)
+    assert entered(mixture, begin(mixture), STEPS, start=41, saved=half) == whole
+    assert whole["digest"] != half["digest"]
+
+
+def test_the_same_order_is_confirmed(opened):
+    mixture = opened()
+    assert check_ledger(entered(mixture, begin(mixture), 3), mixture, begin(mixture), step=3) == 3
+    saved = entered(mixture, begin(mixture), STEPS)
+    assert check_ledger(saved, mixture, begin(mixture), step=STEPS) == 32
+
+
+def test_another_order_of_the_same_data_is_refused(opened, monkeypatch):
+    mixture = opened()
+    saved = entered(mixture, begin(mixture), STEPS)
+    shuffled = module.sample_ids
+    monkeypatch.setattr(module, "sample_ids", lambda *args: shuffled(*args)[::-1])
+    with pytest.raises(UserError, match="samples of steps 39 to 70 are not those"):
+        check_ledger(saved, mixture, begin(mixture), step=STEPS)
+
+
+def test_changes_that_the_position_knows_are_no_error(opened):
+    mixture = opened()
+    saved = entered(mixture, begin(mixture), 10)
+    assert check_ledger(saved, opened(seed=12), begin(mixture), step=10) == 0
+    # A larger batch from step 10 on: what was read before is checked as it was read.
+    changed = begin(mixture).continued(
+        step=10, batch_size=6, seq_len=100, mixture_hash=mixture.hash
+    )
+    later = entered(mixture, changed, 14, start=10, saved=saved)
+    assert check_ledger(later, mixture, changed, step=14) == 4
+
+
+def test_steps_are_entered_one_after_the_other(opened):
+    mixture = opened()
+    ledger = Ledger(mixture, begin(mixture), step=5, saved=None)
+    with pytest.raises(ValueError, match="step 7 does not follow step 5"):
+        ledger.add(7)
