@@ -101,17 +101,18 @@ def compiled(config: RunConfig, *, document_masks: bool = True) -> Run:
 
     from llamajax import backends, optim, sharding
     from llamajax.models.llama import plain_batch
-    from llamajax.training.session import how_to_compute
+    from llamajax.training.session import check_mesh, how_to_compute
     from llamajax.training.state import init_state
     from llamajax.training.step import train_step
 
     machine = backends.start(config.backend)
     mesh = sharding.build_mesh(config.mesh, jax.devices())
-    rows, parts = config.data.global_batch_size, config.train.accumulation_steps
-    sharding.check_divides(config.model.dims, mesh, batch=rows, accumulation=parts)
-    compute = how_to_compute(config, machine)
+    check_mesh(config, mesh)
+    compute = how_to_compute(config, machine, mesh)
     optimizer = optim.build(config.optim, steps=config.train.steps)
-    state = jax.block_until_ready(init_state(config.model, optimizer, mesh, seed=config.train.seed))
+    seed, rounds = config.train.seed, config.train.pipeline_rounds
+    state = init_state(config.model, optimizer, mesh, seed=seed, rounds=rounds)
+    state = jax.block_until_ready(state)
     batch = plain_batch(random_rows(config))
     if not document_masks:
         del batch["segment_ids"]

@@ -1,6 +1,6 @@
 """Configuration, floor 0, free of jax: what a run is, how it is given, what is wrong with it."""
 
-from llamajax.config.commandline import parse_command_line
+from llamajax.config.commandline import parse_command_line, parse_weights_command
 from llamajax.config.draft import new_config
 from llamajax.config.flags import (
     BACKEND_FLAGS,
@@ -61,6 +61,7 @@ __all__ = [
     "nearest",
     "new_config",
     "parse_command_line",
+    "parse_weights_command",
     "preset",
     "to_json_dict",
 ]

@@ -44,6 +44,8 @@ _AT_LEAST: dict[str, float] = {
     "optim.weight_decay": 0,
     "train.steps": 1,
     "train.accumulation_steps": 1,
+    "train.microbatch_size": 1,
+    "train.pipeline_rounds": 1,
     "train.loss_chunk_tokens": 1,
     "train.z_loss": 0,
     "train.log_every": 1,
@@ -143,7 +145,8 @@ def _context(v: _Values) -> Iterator[str]:
 
 
 def _mesh_sizes(v: _Values) -> Iterator[str]:
-    sizes = {axis: v[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor")}
+    axes = ("data", "fsdp", "sequence", "tensor", "stage")
+    sizes = {axis: v[f"mesh.{axis}"] for axis in axes}
     for axis, size in sizes.items():
         if size != -1 and size < 1:
             yield (
@@ -152,15 +155,6 @@ def _mesh_sizes(v: _Values) -> Iterator[str]:
     rest = [f"mesh.{axis}" for axis, size in sizes.items() if size == -1]
     if len(rest) > 1:
         yield f"{' and '.join(rest)} are -1: only one axis can take the devices that are left"
-
-
-def _mesh_reserved(v: _Values) -> Iterator[str]:
-    for axis in ("sequence", "stage"):
-        if v[f"mesh.{axis}"] != 1:
-            yield (
-                f"mesh.{axis} = {v[f'mesh.{axis}']}: must be 1, the axis is not yet available in "
-                "this version; use mesh.fsdp and mesh.tensor"
-            )
 
 
 def _accumulation(v: _Values) -> Iterator[str]:
@@ -333,7 +327,7 @@ def _list(items: tuple[float, ...]) -> str:
 
 
 _RULES: tuple[Rule, ...] = (
-    _even_head, _kv_heads, _rope_scaling, _context, _mesh_sizes, _mesh_reserved, _accumulation,
+    _even_head, _kv_heads, _rope_scaling, _context, _mesh_sizes, _accumulation,
     _paths, _weights, _warmup, _decay, _final_rate, _init_from, _lora_base, _lora_targets,
     _lora_rank, _plugin, _plugin_options, _processes,
 )  # fmt: skip

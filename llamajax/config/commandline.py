@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from llamajax.config.flags import REQUIRED, Flag
+from llamajax.config.flags import (
+    CHECKPOINT,
+    DTYPE,
+    MACHINE_FLAGS,
+    REQUIRED,
+    Flag,
+    backend_config,
+)
 from llamajax.config.help import help_text
 from llamajax.config.keys import all_keys
 from llamajax.config.load import resolve
@@ -68,6 +75,26 @@ def parse_command_line(
         title = f"{count} problem{'s' * (count > 1)} with this command"
         raise combine(scan.problems, title=f"{title} (python -m llamajax.{verb} --help shows all):")
     return SimpleNamespace(**found)
+
+
+def parse_weights_command(
+    argv: Sequence[str], *, verb: str, flags: Sequence[Flag], summary: str, example: str
+) -> dict[str, Any]:
+    """What a verb that computes with weights is asked for: its own flags, and those of all such.
+
+    By name: the verb's `flags`, `checkpoint`, `dtype`, `mesh`, and `backend` as a BackendConfig.
+    Raises UserError as `parse_command_line` and `backend_config` do.
+    """
+    found = parse_command_line(
+        argv,
+        verb=verb,
+        takes_config=False,
+        flags=(CHECKPOINT, *flags, DTYPE, *MACHINE_FLAGS),
+        summary=summary,
+        example=example,
+    )
+    names = ["checkpoint", *(flag.name for flag in flags), "dtype", "mesh"]
+    return {name: getattr(found, name) for name in names} | {"backend": backend_config(found)}
 
 
 def _flag_values(scan: _Scan, *, flags: Sequence[Flag]) -> dict[str, Any]:

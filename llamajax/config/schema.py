@@ -15,7 +15,7 @@ from typing import Any, Literal
 ComputeDtype = Literal["bfloat16", "float32"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 Remat = Literal["none", "full", "dots", "save_attention", "save_qkv"]
-AttentionImpl = Literal["auto", "xla", "blocked", "cudnn", "splash"]
+AttentionImpl = Literal["auto", "xla", "blocked", "split", "cudnn", "splash"]
 
 
 def key(doc: str, **default: Any) -> Any:
@@ -86,12 +86,16 @@ class MeshConfig:
         "shards of parameters, gradients and optimizer state; also splits the batch", default=1
     )
     sequence: int = key(
-        "shards of the sequence (context parallelism); reserved: must be 1", default=1
+        "shards of each sample (context parallelism), for long ones; weights are copied along it",
+        default=1,
     )
     tensor: int = key(
         "shards of heads, feed-forward and vocabulary; keep it inside a node", default=1
     )
-    stage: int = key("pipeline stages; reserved: must be 1", default=1)
+    stage: int = key(
+        "pipeline stages, each with a part of the layers; moves least, so it may cross nodes",
+        default=1,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,6 +160,19 @@ class TrainConfig:
     )
     accumulation_steps: int = key(
         "microbatches a step; the loss is that of the whole batch", default=1
+    )
+    microbatch_size: int = key(
+        "pipeline: samples that a device takes at a time; small ones idle less, large ones "
+        "multiply faster",
+        default=1,
+    )
+    pipeline_rounds: int = key(
+        "pipeline: groups of layers a stage (interleaved schedule); more idle less and move more",
+        default=1,
+    )
+    remat_stage: bool = key(
+        "pipeline: whether a stage keeps its input alone, for one more forward pass of its layers",
+        default=True,
     )
     remat: Remat = key(
         "what a block keeps for the backward pass; changes memory and speed only", default="full"

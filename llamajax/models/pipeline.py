@@ -69,9 +69,7 @@ def _receiver_backward(dim: int | None, _: None, grad: jax.Array):
     return collectives.sum_scattered(grad, "fsdp", dim=dim), None
 
 
-_receiver.defvjp(
-    lambda x, dim, like: (_receiver(x, dim, like), None), _receiver_backward
-)
+_receiver.defvjp(lambda x, dim, like: (_receiver(x, dim, like), None), _receiver_backward)
 
 
 @jax.custom_vjp

@@ -8,11 +8,11 @@
 - `split`: for a sequence that is split over the mesh axis `sequence`, and for very long ones: never
   more scores than those of 512 x 512 tokens a head (`attention_split.py`). Any platform.
 
-All the others see local arrays: they work the same outside and inside `jax.shard_map`, where batch and
-heads may be split, and communicate nothing. The output (and the fused kernels' row statistics) is
-tagged "attention" with `jax.ad_checkpoint.checkpoint_name`: under `jax.checkpoint` with
-`save_only_these_names("attention")` the backward pass finds both and does not run the forward
-kernel again; q, k and v alone are recomputed.
+All the others see local arrays: they work the same outside and inside `jax.shard_map`, where batch
+and heads may be split, and communicate nothing. The output (and the row statistics of those that do
+not hold the whole matrix) is tagged "attention" with `jax.ad_checkpoint.checkpoint_name`: under
+`jax.checkpoint` with `save_only_these_names("attention")` the backward pass finds both and does not
+run the forward kernel again; q, k and v alone are recomputed.
 """
 
 from collections.abc import Sequence
@@ -46,11 +46,12 @@ def attention(
 ) -> jax.Array:
     """Causal attention of each query over the earlier keys of its own document, (B, T, N, H).
 
-    T equals S, but for `split` inside `shard_map`: there q, k and v are those of the device's own
-    tokens and the segment ids those of the whole sequence. N is a multiple of K and query head n uses kv head n // (N / K). Scores are scaled
-    by H**-0.5, the softmax is float32, the output has the dtype of q. `segment_ids` (int32) numbers
-    the documents packed in a row, each of them contiguous; 0 is padding, which attends to itself
-    only and so stays finite. Without segment ids a row is one document.
+    T equals S; for `split` inside `shard_map` q, k and v are those of the device's own tokens, and
+    the segment ids those of the whole sequence. N is a multiple of K and query head n uses kv head
+    n // (N / K). Scores are scaled by H**-0.5, the softmax is float32, the output has the dtype of
+    q. `segment_ids` (int32) numbers the documents packed in a row, each of them contiguous; 0 is
+    padding, which attends to itself only and so stays finite. Without segment ids a row is one
+    document.
     """
     assert q_BTNH.shape[1] == k_BSKH.shape[1], "self-attention: as many queries as keys"
     assert q_BTNH.shape[2] % k_BSKH.shape[2] == 0, (q_BTNH.shape, k_BSKH.shape)

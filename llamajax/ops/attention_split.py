@@ -31,7 +31,7 @@ def parts() -> int:
 
 
 def own_tokens(x_BT: jax.Array) -> jax.Array:
-    """This device's columns of an array over all tokens: (B, T) -> (B, T / parts)."""
+    """This device's columns of an array over all tokens: (B, T, ...) -> (B, T / parts, ...)."""
     count = parts()
     if count == 1:
         return x_BT
@@ -47,7 +47,7 @@ def all_tokens(x_BT: jax.Array) -> jax.Array:
     if count == 1:
         return x_BT
     piece = x_BT.shape[1] // 2
-    whole = jnp.zeros((x_BT.shape[0], x_BT.shape[1] * count), x_BT.dtype)
+    whole = jnp.zeros((x_BT.shape[0], x_BT.shape[1] * count, *x_BT.shape[2:]), x_BT.dtype)
     whole = collectives.varying_like(collectives.varying(whole, AXIS), x_BT)
     for number, start in enumerate(_pieces(count)):
         own = x_BT[:, number * piece : (number + 1) * piece]
@@ -154,7 +154,6 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BS):
     X, G, _, H = q.shape
 
     def visit(carry, pair):
-        o, total, top = carry
         s = _scores(_rows_of(q, pair[0], block), k, segment_ids_BS, pair, block, B)
         old_o, old_total, old_top = (_rows_of(a, pair[0], block) for a in carry)
         new_top = jnp.maximum(old_top, jnp.max(s, axis=-1, keepdims=True))
@@ -212,7 +211,7 @@ def _backward(saved, do_BTNH):
 
 
 def _own_keys(x_XSH: jax.Array, count: int, like_BTKH: jax.Array) -> jax.Array:
-    """Gradients of all keys -> the sum over devices of those of the own ones, float32 on the way."""
+    """Gradients of all keys -> of the own ones, summed over devices in float32."""
     B, _, K, H = like_BTKH.shape
     x = x_XSH.reshape(B, K, x_XSH.shape[1], H).transpose(0, 2, 1, 3)
     own = collectives.sum_scattered(_by_device(x, count, dim=1), AXIS, dim=1)

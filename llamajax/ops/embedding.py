@@ -17,7 +17,7 @@ def _rows(tokens: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def embed(
-    table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, split_tokens: bool
+    table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, split_tokens: bool = False
 ) -> jax.Array:
     """Embeddings (B, T, D) in `dtype` of local tokens; `table_VD` is this device's float32 part.
 

@@ -2,7 +2,8 @@
 
 from llamajax.sharding.axes import ACTIVATIONS, AXES, BATCH_AXES, TOKEN_AXES, WEIGHTS, axes_of, spec
 from llamajax.sharding.batch import batch_sharding, local_rows, place
-from llamajax.sharding.mesh import axis_sizes, batch_shards, build_mesh, check_divides, describe
+from llamajax.sharding.fit import check_divides
+from llamajax.sharding.mesh import axis_sizes, batch_shards, build_mesh, describe
 from llamajax.sharding.tree import (
     at_rest,
     is_stacked,

@@ -1,14 +1,15 @@
-"""The device mesh of a run, and whether a model and a batch divide over it."""
+"""The device mesh of a run."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from llamajax.config.schema import MeshConfig
-from llamajax.errors import UserError, combine
-from llamajax.sharding.axes import AXES, BATCH_AXES, WEIGHTS, axes_of
+from llamajax.errors import UserError
+from llamajax.sharding.axes import AXES, BATCH_AXES
 
 
 def axis_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
@@ -31,46 +32,21 @@ def axis_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """Mesh over `devices` with all AXES (size 1 where unused), Explicit axis types."""
+    """Mesh over `devices` with all AXES (size 1 where unused), Explicit axis types.
+
+    On a torus an axis may be laid over a part of a physical one: 8 devices along `tensor` on
+    v5p:4x4x4 are 2 x 4 of its chips.
+    """
     sizes = axis_sizes(config, num_devices=len(devices))
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Explicit,) * len(sizes),
-        devices=devices,
+    placed = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
     )
+    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
 
 
 def batch_shards(mesh: Mesh) -> int:
     """Number of parts that the batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-
-
-def check_divides(dims: Mapping[str, int], mesh: Mesh, *, batch: int, accumulation: int) -> None:
-    """Raise one UserError naming every size that the mesh does not divide.
-
-    `dims` is ModelConfig.dims; `batch` counts samples a step. Nothing is padded or replicated
-    silently: a size that does not divide is an error.
-    """
-    names = {"V": "vocabulary (padded)", "D": "model.hidden_size", "F": "model.intermediate_size"}
-    names |= {"N": "model.num_heads", "K": "model.num_kv_heads"}
-    problems = []
-    for letter, entry in WEIGHTS.items():
-        parts = math.prod(mesh.shape[axis] for axis in axes_of(entry))
-        if dims[letter] % parts:
-            where = " x ".join(f"mesh.{axis}" for axis in axes_of(entry))
-            problems.append(
-                f"{names[letter]} = {dims[letter]} does not divide over {where} = {parts}; "
-                f"choose {where} among the divisors of {dims[letter]}"
-            )
-    parts = batch_shards(mesh) * accumulation
-    if batch % parts:
-        problems.append(
-            f"data.global_batch_size = {batch} does not divide by mesh.data x mesh.fsdp x "
-            f"train.accumulation_steps = {parts}; use a multiple of {parts}"
-        )
-    if problems:
-        raise combine(problems, title="this model and batch do not divide over this mesh:")
 
 
 def describe(mesh: Mesh) -> str:

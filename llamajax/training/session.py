@@ -31,17 +31,29 @@ def prepare(config: RunConfig) -> Session:
     """Start the machine and check everything against it. UserError for what a user can mend."""
     machine = backends.start(config.backend)
     mesh = sharding.build_mesh(config.mesh, jax.devices())
-    batch, accumulation = config.data.global_batch_size, config.train.accumulation_steps
-    sharding.check_divides(config.model.dims, mesh, batch=batch, accumulation=accumulation)
+    check_mesh(config, mesh)
     vocab_size = config.model.vocab_size
     return Session(
         config=config,
         machine=machine,
         mesh=mesh,
-        compute=how_to_compute(config, machine),
+        compute=how_to_compute(config, machine, mesh),
         optimizer=optim.build(config.optim, steps=config.train.steps),
         mixture=data.open_mixture(config.data, split="train", vocab_size=vocab_size),
         held_out=_held_out(config),
+    )
+
+
+def check_mesh(config: RunConfig, mesh: Mesh) -> None:
+    """Raise one UserError with everything about the run that its mesh does not divide."""
+    sharding.check_divides(
+        config.model.dims,
+        mesh,
+        batch=config.data.global_batch_size,
+        accumulation=config.train.accumulation_steps,
+        seq_len=config.data.seq_len,
+        microbatch_size=config.train.microbatch_size,
+        rounds=config.train.pipeline_rounds,
     )
 
 
@@ -52,25 +64,31 @@ def _held_out(config: RunConfig) -> data.Mixture | None:
     return data.open_mixture(config.data, split="validation", vocab_size=config.model.vocab_size)
 
 
-def how_to_compute(config: RunConfig, machine: backends.Machine) -> Compute:
+def how_to_compute(config: RunConfig, machine: backends.Machine, mesh: Mesh) -> Compute:
     """The computation that the config asks for; `auto` attention is resolved for the machine."""
+    t = config.train
     facts = {
         "platform": machine.platform,
         "compute_capability": machine.compute_capability,
-        "dtype": config.train.dtype,
+        "dtype": t.dtype,
         "head_size": config.model.head_size,
         "seq_len": config.data.seq_len,
+        "sequence_parts": mesh.shape["sequence"],
     }
-    impl = config.train.attention
+    impl = t.attention
     if impl == "auto":
         impl = first_supported(backends.attention_preferences(machine.platform), **facts)
     problems = check_supported(impl, **facts)
     if problems:
         raise combine(problems, title=f"train.attention = {impl!r} cannot run here:")
     return Compute(
-        dtype=jnp.dtype(config.train.dtype),
-        remat=config.train.remat,
+        dtype=jnp.dtype(t.dtype),
+        remat=t.remat,
         attention=impl,
-        loss_chunk_tokens=config.train.loss_chunk_tokens,
-        z_weight=config.train.z_loss,
+        loss_chunk_tokens=t.loss_chunk_tokens,
+        z_weight=t.z_loss,
+        split_tokens=mesh.shape["tensor"] > 1,
+        microbatch_size=t.microbatch_size,
+        rounds=t.pipeline_rounds,
+        remat_stage=t.remat_stage,
     )

@@ -1,0 +1,132 @@
+"""A few training steps of a small packed model on any mesh, with NumPy's weights; for tests."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llamajax import optim, sharding
+from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from llamajax.models.llama import Compute
+from llamajax.training.state import TrainState, abstract_state, to_natural, to_pipeline
+from llamajax.training.step import train_step
+
+MODEL = ModelConfig(
+    vocab_size=97,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=16,
+    num_kv_heads=8,
+    head_size=4,
+    rope_theta=10_000.0,
+    norm_eps=1e-5,
+    tie_embeddings=False,
+    init_std=0.2,
+    max_seq_len=64,
+)
+# An epsilon far above the gradients makes Adam's updates proportional to them: with a small one
+# the update of a gradient that is nearly zero would be its sign, and rounding would show.
+OPTIM = OptimConfig(
+    learning_rate=0.1,
+    warmup_steps=0,
+    schedule="constant",
+    final_learning_rate=0.1,
+    beta1=0.9,
+    beta2=0.95,
+    epsilon=0.1,
+    weight_decay=0.1,
+    clip_norm=1.0,
+)
+TRAIN = TrainConfig(steps=10, seed=0, dtype="float32")
+COMPUTE = Compute(dtype=jnp.dtype("float32"), remat="full", attention="xla", loss_chunk_tokens=20)
+B, T, STEPS = 16, 16, 2
+# Half the time of these tests; what is compared is the partitioned program, not LLVM's work on it.
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+def packed_batch(seed: int = 0) -> dict[str, np.ndarray]:
+    """Two documents a row and padding, with very unequal numbers of targets in the rows."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, MODEL.vocab_size, (B, T + 1)).astype(np.int32)
+    border = rng.integers(1, T, (B, 1))
+    after, at = np.arange(T) >= border, np.arange(T)
+    used = at < np.where(np.arange(B) < 5, 1, T)[:, None]  # one token in the first five rows
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": np.where(after, at - border, at).astype(np.int32),
+        "segment_ids": np.where(used, 1 + after, 0).astype(np.int32),
+        "loss_mask": used & (at != border - 1),
+    }
+
+
+def drawn_state(model: ModelConfig, optimizer, mesh, *, rounds: int = 1) -> TrainState:
+    """A state whose weights NumPy draws: a program that does takes longer to compile than a step.
+
+    That `init_state` gives every mesh the same weights is in `test_init.py`.
+    """
+    abstract = abstract_state(model, optimizer, mesh, rounds=None)
+    rng = np.random.default_rng(3)
+
+    def draw(leaf):
+        rows = leaf.shape[0] == model.padded_vocab_size
+        value = rng.normal(0.0 if rows or leaf.ndim > 2 else 1.0, model.init_std, leaf.shape)
+        if rows:
+            value[model.vocab_size :] = 0
+        return value.astype(np.float32)
+
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+    state = zeros.replace(model=jax.tree.map(draw, abstract.model))
+    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
+    return to_pipeline(state, model, mesh, rounds=rounds)
+
+
+@functools.cache
+def run(*axes, accumulation=1, steps=STEPS, fast=True, rounds=1, layers=2, tied=False, **options):
+    """Metrics of each step, the weights after the last by name, and the number of traces.
+
+    `axes` are pairs of a mesh axis and its size.
+    """
+    sizes = dict(axes)
+    devices = jax.devices()[: int(np.prod([*sizes.values(), 1]))]
+    mesh = sharding.build_mesh(MeshConfig(**sizes), devices)
+    model = dataclasses.replace(MODEL, tie_embeddings=tied, num_layers=layers)
+    size = options.get("microbatch_size", 1)
+    sharding.check_divides(
+        model.dims, mesh, batch=B, accumulation=accumulation, seq_len=T, rounds=rounds,
+        microbatch_size=size,
+    )  # fmt: skip
+    optimizer = optim.build(OPTIM, steps=TRAIN.steps)
+    state = drawn_state(model, optimizer, mesh, rounds=rounds)
+    train = dataclasses.replace(TRAIN, accumulation_steps=accumulation)
+    split = {"split_tokens": mesh.shape["tensor"] > 1}
+    if mesh.shape["sequence"] > 1:
+        split["attention"] = "split"
+    compute = dataclasses.replace(COMPUTE, **{"rounds": rounds, **split, **options})
+    step = jitted = train_step(optimizer, OPTIM, train, compute, mesh)
+    batches, rows = [sharding.place(packed_batch(n), mesh) for n in range(steps)], []
+    if fast:
+        step = jitted.lower(state, batches[0]).compile(compiler_options=FAST_COMPILE)
+    for batch in batches:
+        state, metrics = step(state, batch)
+        rows.append({name: value.item() for name, value in metrics.items()})
+    weights = {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            to_natural(state.model, model, mesh, rounds=rounds)
+        )
+    }
+    return rows, weights, jitted._cache_size()
+
+
+def assert_same(found, expected, *, rtol=1e-5):
+    for row, wanted in zip(found[0], expected[0], strict=True):
+        for name, value in wanted.items():
+            assert row[name] == pytest.approx(value, rel=rtol), name
+    for name, value in expected[1].items():
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(found[1][name], value, rtol=0, atol=rtol * scale, err_msg=name)
