@@ -1,8 +1,7 @@
 """`python -m llamajax.evaluate`: measure how well a checkpoint predicts a text."""
 
 from llamajax.backends import with_huge_pages
-from llamajax.config import CHECKPOINT, DTYPE, MACHINE_FLAGS, Flag, parse_command_line
-from llamajax.config.flags import backend_config
+from llamajax.config import Flag, parse_weights_command
 from llamajax.errors import run_verb
 from llamajax.evaluation.request import Protocol, Request, check
 
@@ -100,22 +99,10 @@ _FLAGS = (
 
 def main(argv: list[str]) -> int:
     """Print one JSON object on the last line of stdout; exit code 0."""
-    flags = parse_command_line(
-        argv,
-        verb="evaluate",
-        takes_config=False,
-        flags=(CHECKPOINT, *_FLAGS, DTYPE, *MACHINE_FLAGS),
-        summary=SUMMARY,
-        example=EXAMPLE,
+    asked = parse_weights_command(
+        argv, verb="evaluate", flags=_FLAGS, summary=SUMMARY, example=EXAMPLE
     )
-    own = {flag.name: getattr(flags, flag.name) for flag in _FLAGS}
-    request = Request(
-        checkpoint=flags.checkpoint,
-        dtype=flags.dtype,
-        mesh=flags.mesh,
-        backend=backend_config(flags),
-        **own,
-    )
+    request = Request(**asked)
     check(request)
     # JAX takes seconds to import: --help and mistakes are answered without it.
     from llamajax.evaluation.session import evaluate

@@ -4,8 +4,7 @@ import sys
 from typing import Literal
 
 from llamajax.backends import with_huge_pages
-from llamajax.config import CHECKPOINT, DTYPE, MACHINE_FLAGS, Flag, parse_command_line
-from llamajax.config.flags import backend_config
+from llamajax.config import Flag, parse_weights_command
 from llamajax.data.chat import CHAT_TEMPLATES
 from llamajax.decoding.request import Request, Sampling, check
 from llamajax.errors import run_verb
@@ -121,23 +120,11 @@ _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 def main(argv: list[str]) -> int:
     """Texts or JSON lines on stdout, speed on stderr; exit code 0, or 130 after Ctrl-C."""
-    flags = parse_command_line(
-        argv,
-        verb="generate",
-        takes_config=False,
-        flags=(CHECKPOINT, *_FLAGS, DTYPE, *MACHINE_FLAGS),
-        summary=SUMMARY,
-        example=EXAMPLE,
+    asked = parse_weights_command(
+        argv, verb="generate", flags=_FLAGS, summary=SUMMARY, example=EXAMPLE
     )
-    own = {flag.name: getattr(flags, flag.name) for flag in _FLAGS}
-    request = Request(
-        checkpoint=flags.checkpoint,
-        backend=backend_config(flags),
-        sampling=Sampling(**{name: own.pop(name) for name in _SAMPLING}),
-        dtype=flags.dtype,
-        mesh=flags.mesh,
-        **own,
-    )
+    sampling = Sampling(**{name: asked.pop(name) for name in _SAMPLING})
+    request = Request(sampling=sampling, **asked)
     check(request)
     # JAX takes seconds to import: --help and mistakes are answered without it.
     from llamajax.decoding.output import converse, write_json, write_text
