@@ -1,0 +1,51 @@
+"""`python -m llamajax.verify_resume`: prove that a run of this config can be killed at any time."""
+
+from pathlib import Path
+
+from llamajax.config import parse_command_line
+from llamajax.config.flags import Flag
+from llamajax.errors import UserError, run_verb
+from llamajax.supervision.resume_proof import Request, prove, train_arguments
+
+SUMMARY = (
+    "Train a few steps undisturbed, again with SIGKILL at random moments (also in a save), and "
+    "resume on this mesh and on another: the losses must agree, bit by bit on the same mesh."
+)
+EXAMPLE = "python -m llamajax.verify_resume --config=configs/quickstart.py --workdir=runs/proof"
+FLAGS = (
+    Flag(name="workdir", metavar="DIR", doc="new directory for the runs of the proof"),
+    Flag(name="kills", metavar="N", annotation=int, default=3, doc="how often it is killed"),
+    Flag(name="seed", metavar="S", annotation=int, default=0, doc="seed of the moments"),
+    Flag(name="steps", metavar="N", annotation=int, default=12, doc="steps of each run"),
+    Flag(
+        name="other",
+        metavar="KEY=VALUE,...",
+        annotation=str | None,
+        default=None,
+        doc="config keys of the other mesh, as mesh.fsdp=4,mesh.tensor=2; none: chosen here",
+    ),
+)
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0 proven, 1 not proven, 2 the config does not train."""
+    command = parse_command_line(
+        argv, verb="verify_resume", flags=FLAGS, summary=SUMMARY, example=EXAMPLE
+    )
+    for name, least in (("kills", 1), ("steps", 6)):
+        if getattr(command, name) < least:
+            raise UserError(f"--{name}={getattr(command, name)}: must be at least {least}")
+    request = Request(
+        train=train_arguments(argv, [flag.name for flag in FLAGS]),
+        config=command.config,
+        workdir=Path(command.workdir),
+        steps=command.steps,
+        kills=command.kills,
+        seed=command.seed,
+        other=command.other,
+    )
+    return 0 if prove(request) else 1
+
+
+if __name__ == "__main__":
+    run_verb(main)
