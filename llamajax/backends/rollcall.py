@@ -38,7 +38,8 @@ def _preside(
 ) -> None:
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listening(place[1]))
-        came: dict[int, tuple[str, socket.socket]] = {}
+        came: dict[int, str] = {}
+        connections: list[socket.socket] = []
         problem = None
         while problem is None and len(came) < num_processes - 1:
             listener.settimeout(max(0.01, deadline - time.monotonic()))
@@ -52,11 +53,12 @@ def _preside(
             if who is None or not who.keys() >= {"process_id", "num_processes", "host"}:
                 continue  # a stranger, or a process that died at once
             problem = _contradiction(who, peer[0], came, num_processes)
-            came.setdefault(who["process_id"], (who["host"], connection))
-        for _, connection in came.values():
+            came.setdefault(who["process_id"], who["host"])
+            connections.append(connection)
+        for connection in connections:
             with contextlib.suppress(OSError):
                 _send(connection, {"problem": problem})
-        for _, connection in came.values():
+        for connection in connections:
             _receive(connection, time.monotonic() + 1)  # they hang up first: the port stays free
     if problem:
         raise UserError(problem)
@@ -106,9 +108,9 @@ def _listening(port: int) -> socket.socket:
         ) from None
 
 
-def _missing(came: dict[int, Any], num_processes: int, timeout_s: float) -> str:
+def _missing(came: dict[int, str], num_processes: int, timeout_s: float) -> str:
     absent = [str(rank) for rank in range(1, num_processes) if rank not in came]
-    hosts = ", ".join(f"{rank} from {came[rank][0]}" for rank in sorted(came)) or "none"
+    hosts = ", ".join(f"{rank} from {came[rank]}" for rank in sorted(came)) or "none"
     return (
         f"of {num_processes} processes {len(came) + 1} came within backend.timeout_s = "
         f"{timeout_s:g}; missing: process {', '.join(absent)}. Came besides process 0: {hosts}. "
@@ -117,7 +119,7 @@ def _missing(came: dict[int, Any], num_processes: int, timeout_s: float) -> str:
 
 
 def _contradiction(
-    who: dict[str, Any], host: str, came: dict[int, Any], num_processes: int
+    who: dict[str, Any], host: str, came: dict[int, str], num_processes: int
 ) -> str | None:
     rank, count = who["process_id"], who["num_processes"]
     if count != num_processes:
@@ -127,7 +129,7 @@ def _contradiction(
         )
     if rank in came:
         return (
-            f"two processes came as number {rank}, from {came[rank][0]} and {who['host']}: give "
+            f"two processes came as number {rank}, from {came[rank]} and {who['host']}: give "
             "each its own rank"
         )
     return None
