@@ -1,4 +1,4 @@
-"""`python -m llamajax.plan`: what a run takes on devices that are not here: memory, traffic, time."""
+"""`python -m llamajax.plan`: what a run takes on devices that need not be here: memory, speed."""
 
 import json
 import sys
@@ -8,8 +8,8 @@ from llamajax.config import Flag, parse_command_line
 from llamajax.errors import UserError, run_verb
 
 SUMMARY = (
-    "Compile the step that train would run, for devices that need not be here, and tell its memory, "
-    "its communication and its predicted time."
+    "Compile the step that train would run, for devices that need not be here, and tell its "
+    "memory, its communication and its predicted time."
 )
 EXAMPLE = """python -m llamajax.plan --config=configs/llama3_70b.py --devices=v5p:4x4x4
 python -m llamajax.plan --config=configs/llama2_7b.py --devices=h100:8 --search"""
@@ -18,14 +18,14 @@ _FLAGS = (
     Flag(
         name="devices",
         metavar="KIND:SHAPE",
-        doc="v4, v5p, tpu7x:AxBxC and v5e, v6e:AxB in chips; a100, h100, h200, b200:N in nodes of 8, "
-        "or :HxD for hosts x devices a host; cpu:N virtual devices; or PLUGIN:TOPOLOGY",
+        doc="v4, v5p, tpu7x:AxBxC and v5e, v6e:AxB in chips; a100, h100, h200, b200:N in nodes of "
+        "8, or :HxD for hosts x devices a host; cpu:N virtual devices; or PLUGIN:TOPOLOGY",
     ),
     Flag(
         name="search",
         annotation=bool,
         default=False,
-        doc="try other meshes, recomputation and accumulation, and rank what fits by predicted speed",
+        doc="try other meshes, recomputation and accumulation; rank what fits by predicted speed",
     ),
     Flag(
         name="candidates",
@@ -39,7 +39,7 @@ _FLAGS = (
         metavar="OUT",
         annotation=str | None,
         default=None,
-        doc="also write the plan as one JSON object; with --search the best one, and all in `search`",
+        doc="also write the plan as a JSON object; with --search the best one, and all in `search`",
     ),
     Flag(
         name="fresh",

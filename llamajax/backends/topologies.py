@@ -1,8 +1,8 @@
 """Devices that are not here, to compile for: from `v5p:4x4x4` or `h200:64` to JAX device objects.
 
 TPUs through the libtpu wheel, NVIDIA GPUs through the compile-only path of JAX's CUDA plugin (no
-driver, no NVIDIA library, no GPU), any number of virtual CPU devices, and whatever other PJRT plugin
-implements topologies. Nothing here runs a program.
+driver, no NVIDIA library, no GPU), any number of virtual CPU devices, and whatever other PJRT
+plugin implements topologies. Nothing here runs a program.
 """
 
 import contextlib
@@ -187,8 +187,8 @@ def _gpus(text: str, kind: str, sizes: list[int]) -> list[Any]:
     if found is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
         version = jax.__version__
         raise UserError(
-            f"--devices={text}: compiling for NVIDIA GPUs needs JAX's CUDA plugin; neither a GPU nor "
-            "NVIDIA's libraries are needed. Install it with: pip install --no-deps "
+            f"--devices={text}: compiling for NVIDIA GPUs needs JAX's CUDA plugin, but neither a "
+            "GPU nor NVIDIA's libraries. Install it with: pip install --no-deps "
             f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} "
             "(pip install -e '.[plan-gpu]' brings NVIDIA's libraries as well)"
         )

@@ -7,9 +7,9 @@ the two against each other.
 from collections.abc import Mapping
 
 from llamajax.config import RunConfig
-from llamajax.planning.roofline import Shares, matrices_per_layer
+from llamajax.planning.roofline import Shares, matrices_per_layer, width
 
-_HALF, _SINGLE = 2, 4
+_SINGLE = 4
 
 
 def sent_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[tuple[str, ...], float]:
@@ -21,7 +21,8 @@ def sent_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[tuple[str, .
       backward pass, and their gradients scattered in float32, each microbatch; the head once each.
       In a pipeline, once each accumulation step and the forward pass alone.
     - tensor: the residual is gathered before and scattered after attention and the feed-forward, in
-      both directions (8 times a block); recomputing a block gathers twice and scatters once more.
+      both directions (8 times a block); recomputing a block gathers twice and scatters once more;
+      around embedding and head together 4 times.
     - sequence: keys and values of all tokens, forward, backward and recomputed.
     - stage: a boundary activation forward and one backward, each microbatch.
     - data: the gradients in float32, summed once a step.
@@ -34,8 +35,8 @@ def sent_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[tuple[str, .
     matrices = matrices_per_layer(m) / sizes["tensor"] * layers
     table = m.padded_vocab_size * m.hidden_size / sizes["tensor"]
     gathers = 1 if sizes["stage"] > 1 else 2
-    weights = matrices * (gathers * _HALF + _SINGLE) + table * (_HALF + _SINGLE)
-    residual = share.rows * share.tokens * m.hidden_size * _HALF
+    weights = matrices * (gathers * width(config) + _SINGLE) + table * (width(config) + _SINGLE)
+    residual = share.rows * share.tokens * m.hidden_size * width(config)
     keys = share.rows * share.tokens * sizes["sequence"] * 2 * m.num_kv_heads * m.head_size
     held = (m.num_layers * matrices_per_layer(m) / sizes["stage"] + 2 * table * sizes["tensor"]) / (
         sizes["fsdp"] * sizes["tensor"]
@@ -44,9 +45,9 @@ def sent_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[tuple[str, .
         "data": 2 * held * _SINGLE * part("data"),
         "stage": 2 * residual / sizes["tensor"] * (config.train.pipeline_rounds + 1),
         "fsdp": weights * accumulation * part("fsdp"),
-        "sequence": keys / sizes["tensor"] * layers * _HALF
+        "sequence": keys / sizes["tensor"] * layers * width(config)
         * (3 if remat == "none" else 4) * part("sequence"),
-        "tensor": residual * layers * exchanges * part("tensor"),
+        "tensor": residual * (layers * exchanges + 4) * part("tensor"),
     }  # fmt: skip
     return {(axis,): amount for axis, amount in found.items() if sizes[axis] > 1}
 
@@ -61,22 +62,25 @@ def held_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     blocks = m.num_layers * matrices_per_layer(m) / share.weights
     table = m.padded_vocab_size * m.hidden_size / (sizes["fsdp"] * sizes["tensor"])
     held = blocks + table * (1 if m.tie_embeddings else 2)
-    moment = _SINGLE if config.optim.moment_dtype == "float32" else _HALF
+    moment = _SINGLE if config.optim.moment_dtype == "float32" else 2
     state = held * (3 * _SINGLE + moment)
-    block = matrices_per_layer(m) / sizes["tensor"] * (_HALF + _SINGLE)
+    # a pipeline gathers all layers of its stage at once
+    gathered = m.num_layers / sizes["stage"] if sizes["stage"] > 1 else 1
+    block = matrices_per_layer(m) / sizes["tensor"] * gathered * (width(config) + _SINGLE)
     logits = config.train.loss_chunk_tokens * m.padded_vocab_size / sizes["tensor"] * _SINGLE
     return state + block + logits + _kept_activations(config, sizes, share)
 
 
 def _kept_activations(config: RunConfig, sizes: Mapping[str, int], share: Shares) -> float:
     m, t = config.model, config.train
-    layers = m.num_layers / sizes["stage"]
+    layers, rows = m.num_layers / sizes["stage"], share.microbatch
     tokens = share.tokens / sizes["tensor"]
-    residual = tokens * m.hidden_size * _HALF
+    residual = tokens * m.hidden_size * width(config)
+    inputs = 0.0
     if sizes["stage"] > 1 and t.remat_stage:
-        # a stage's inputs, and inside one stage at a time the inputs of its layers
-        ticks = share.microbatch * t.pipeline_rounds
-        return residual * (ticks + layers / t.pipeline_rounds * t.microbatch_size)
+        # a stage's inputs of all ticks, and what its layers keep for one microbatch
+        inputs = residual * rows * t.pipeline_rounds
+        layers, rows = layers / t.pipeline_rounds, t.microbatch_size
     attended = m.num_heads * m.head_size
     qkv = attended + 2 * m.num_kv_heads * m.head_size
     products = qkv + attended + 2 * m.hidden_size + 2 * m.intermediate_size
@@ -87,4 +91,4 @@ def _kept_activations(config: RunConfig, sizes: Mapping[str, int], share: Shares
         "dots": products,
         "none": 1.5 * products + 4 * m.hidden_size,
     }
-    return share.microbatch * layers * (residual + tokens * kept.get(t.remat, 0) * _HALF)
+    return inputs + rows * layers * (residual + tokens * kept.get(t.remat, 0) * width(config))

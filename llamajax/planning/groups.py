@@ -1,7 +1,7 @@
 """Which mesh axes a collective runs along, and what each device sends for it.
 
-A program numbers its devices as the mesh lists them, the last axis fastest; the devices of one group
-differ in their coordinates along the axes that are communicated over.
+A program numbers its devices as the mesh lists them, the last axis fastest; the devices of one
+group differ in their coordinates along the axes that are communicated over.
 """
 
 import math

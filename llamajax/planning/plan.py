@@ -20,8 +20,7 @@ class Plan:
     """What a config takes on a target; None where it cannot be known.
 
     Bytes are of one device. gradients and activations are parts of the compiler's temporary memory:
-    float32 sums of what is trained, and the rest. FLOPs are of a step of all devices. traffic is what
-    a device sends in a step.
+    float32 sums of what is trained, and the rest. FLOPs are of a step of all devices.
     """
 
     step: Step
@@ -43,7 +42,7 @@ class Plan:
         return self.step.config
 
     def collective_bytes(self) -> dict[str, float] | None:
-        """Bytes that a device sends in a step by mesh axis; `a+b` where it is along both at once."""
+        """Bytes that a device sends in a step by mesh axis; `a+b` where along both at once."""
         if self.facts.traffic is None:
             return None
         found = dict.fromkeys(self.step.mesh.axis_names, 0.0)
@@ -134,8 +133,8 @@ def _notes(step: Step, facts: Facts) -> list[str]:
     if step.attention != step.runs_attention:
         notes.append(
             f"attention: compiled with {step.attention!r}, because {step.runs_attention!r}, which "
-            "train uses there, is built on the hardware alone; neither holds a T x S matrix, so that "
-            f"memory is alike, and time is predicted for {step.runs_attention!r}"
+            "train uses there, is built on the hardware alone; neither holds a T x S matrix, so "
+            f"that memory is alike, and time is predicted for {step.runs_attention!r}"
         )
     if step.target.platform == "cpu":
         notes.append("cpu: temporary memory of a CPU's program predicts no accelerator's; no peak")

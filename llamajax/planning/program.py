@@ -45,9 +45,10 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of the program. operand_bytes: of one device and one call; count: calls a step.
+    """One collective of the program.
 
-    groups: the text of its replica groups or of its source-target pairs.
+    operand_bytes: of one device and one call; count: calls a step; groups: the text of its replica
+    groups or of its source-target pairs.
     """
 
     kind: str

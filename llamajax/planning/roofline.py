@@ -2,8 +2,8 @@
 
 What no compiler says is estimated here with figures of the device table. Assumptions, all of them:
 
-- matrix products run at `Device.efficiency` of the peak, attention's at a part of that which depends
-  on the kernel; recomputation is counted, and only the causal half of attention;
+- matrix products run at `Device.efficiency` of the peak, attention's at a part of that which
+  depends on the kernel; recomputation is counted, and only the causal half of attention;
 - element-wise work and the optimizer are bound by the bandwidth of the device's memory and hide
   behind nothing;
 - what `fsdp` sends hides behind the matrix products as far as it takes no longer than they do; all
@@ -22,7 +22,7 @@ from llamajax.models.pipeline import bubble
 
 # Speed of attention's products relative to large ones: fused kernels, and blocks of plain XLA.
 _ATTENTION = {"cudnn": 0.6, "splash": 0.6, "blocked": 0.15, "split": 0.15, "xla": 0.15}
-_HALF, _SINGLE = 2, 4  # bytes of a value in the compute dtype and in float32
+_SINGLE = 4  # bytes of a value in float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ def predict(
     c, model, devices = config.data, config.model, math.prod(sizes.values())
     tokens = c.global_batch_size * c.seq_len
     forward = _forward_flops(model, c.seq_len)
-    recomputed = _recomputed_flops(model, c.seq_len, config.train.remat)
+    recomputed = _recomputed_flops(config, sizes)
     trained = 2 if config.lora.rank else 3
     blocks, scores, head = (
         trained * forward["blocks"] + recomputed["blocks"],
@@ -140,12 +140,19 @@ def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     update = held * 7 * _SINGLE + held * 2 * _SINGLE * accumulation
     layers = m.num_layers / sizes["stage"]
     passes = 2 if config.train.remat in ("none", "dots") else 3
-    weights = matrices_per_layer(m) / sizes["tensor"] * layers * passes * accumulation * _HALF
+    weights = (
+        matrices_per_layer(m) / sizes["tensor"] * layers * passes * accumulation * width(config)
+    )
     heads = (m.num_heads + 2 * m.num_kv_heads) * m.head_size
-    width = 12 * m.hidden_size + 8 * heads + 10 * m.intermediate_size
+    values = 12 * m.hidden_size + 8 * heads + 10 * m.intermediate_size
     recompute = 1.0 if config.train.remat in ("none", "dots") else 4 / 3
     tokens = share.rows * share.tokens / sizes["tensor"]
-    return update + weights + tokens * width * layers * recompute * _HALF
+    return update + weights + tokens * values * layers * recompute * width(config)
+
+
+def width(config: RunConfig) -> int:
+    """Bytes of a value in the compute dtype."""
+    return 2 if config.train.dtype == "bfloat16" else _SINGLE
 
 
 def matrices_per_layer(model: ModelConfig) -> int:
@@ -165,20 +172,26 @@ def _forward_flops(model: ModelConfig, seq_len: int) -> dict[str, float]:
     }
 
 
-def _recomputed_flops(model: ModelConfig, seq_len: int, remat: str) -> dict[str, float]:
-    """Operations of the forward pass that the backward pass runs again."""
-    forward = _forward_flops(model, seq_len)
+def _recomputed_flops(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Operations of the forward pass that the backward pass runs again.
+
+    A pipeline that keeps a stage's input alone runs the stage once more, and then what the policy
+    of each block says.
+    """
+    model = config.model
+    forward = _forward_flops(model, config.data.seq_len)
     attention = 2.0 * model.num_layers * model.hidden_size * model.head_size
     qkv = attention * (model.num_heads + 2 * model.num_kv_heads)
-    match remat:
-        case "full":
-            return {"blocks": forward["blocks"], "scores": forward["scores"]}
-        case "save_attention":
-            return {"blocks": forward["blocks"], "scores": 0.0}
-        case "save_qkv":
-            return {"blocks": forward["blocks"] - qkv, "scores": 0.0}
-        case _:
-            return {"blocks": 0.0, "scores": 0.0}
+    blocks, scores = {
+        "full": (forward["blocks"], forward["scores"]),
+        "save_attention": (forward["blocks"], 0.0),
+        "save_qkv": (forward["blocks"] - qkv, 0.0),
+    }.get(config.train.remat, (0.0, 0.0))
+    again = float(sizes["stage"] > 1 and config.train.remat_stage)
+    return {
+        "blocks": blocks + again * forward["blocks"],
+        "scores": scores + again * forward["scores"],
+    }
 
 
 def _bubble(config: RunConfig, sizes: Mapping[str, int]) -> float:

@@ -1,8 +1,8 @@
 """Other ways to run a config on the same devices, ranked by predicted speed.
 
 Every mesh, every policy of recomputation and every number of microbatches that the config and the
-model allow is estimated by the formulas of `estimate` and `roofline`; what cannot fit is dropped; the
-most promising are compiled, until as many as wanted fit.
+model allow is estimated by the formulas of `estimate` and `roofline`; what cannot fit is dropped;
+the most promising are compiled, until as many as wanted fit.
 """
 
 import dataclasses

@@ -1,0 +1,155 @@
+"""Plans for the virtual CPU devices, from the command line to the JSON, against hand formulas."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from llamajax import optim, plan, sharding
+from llamajax.backends import absent_devices, devices
+from llamajax.config import load
+from llamajax.errors import UserError
+from llamajax.models.counts import flops_per_token
+from llamajax.planning import estimate
+from llamajax.planning.compilation import _refused
+from llamajax.planning.plan import make_plan
+from llamajax.training.feed import abstract_batch
+from llamajax.training.state import init_state
+
+CONFIG = str(Path(__file__).with_name("small_run.py"))
+CONTRACT = {
+    "config", "devices", "num_devices", "mesh", "params_bytes", "optimizer_bytes", "peak_bytes",
+    "limit_bytes", "fits", "flops_per_step_full", "flops_per_step_causal", "collective_bytes",
+    "step_time_s", "tokens_per_s", "compile_s",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A home for stored plans, as a user's cache directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        yield home
+
+
+@pytest.fixture(scope="module")
+def planned(cache, tmp_path_factory):
+    """The JSON of the plan of the small run on cpu:8."""
+    out = tmp_path_factory.mktemp("plan") / "plan.json"
+    assert plan.main([f"--config={CONFIG}", "--devices=cpu:8", f"--json={out}"]) == 0
+    return json.loads(out.read_text())
+
+
+def sent(planned, kind, axes):
+    return sum(
+        row["sent_bytes"]
+        for row in planned["collectives"]
+        if row["kind"] == kind and row["axes"] == axes and row["dtype"] == "f32"
+    )
+
+
+def test_the_json_has_the_keys_of_the_contract(planned):
+    assert set(planned) >= CONTRACT
+    assert planned["config"] == CONFIG
+    assert (planned["devices"], planned["num_devices"]) == ("cpu:8", 8)
+    assert planned["mesh"] == {"data": 1, "stage": 1, "fsdp": 4, "sequence": 1, "tensor": 2}
+    config = load(CONFIG)
+    for key, causal in (("flops_per_step_full", False), ("flops_per_step_causal", True)):
+        assert planned[key] == 16 * 64 * flops_per_token(config.model, 64, causal=causal)
+    for unknowable in ("peak_bytes", "limit_bytes", "fits", "step_time_s", "tokens_per_s"):
+        assert planned[unknowable] is None  # of a CPU
+
+
+def test_arguments_are_the_bytes_of_the_real_state_and_batch(planned):
+    config = load(CONFIG)
+    mesh = sharding.build_mesh(config.mesh, jax.devices())
+    optimizer = optim.build(config.optim, steps=config.train.steps)
+    state = init_state(config.model, optimizer, mesh, seed=0)
+    held = lambda tree: sum(  # noqa: E731
+        x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree)
+    )
+    assert planned["params_bytes"] == held(state.model)
+    assert planned["optimizer_bytes"] == held(state.opt_state)
+    batch = abstract_batch(config.data, mesh, batch_size=16)
+    tokens = sum(16 * 64 * x.dtype.itemsize for x in batch.values()) // 4  # rows on fsdp 4
+    assert planned["arguments_bytes"] == held(state) + tokens
+
+
+def test_fsdp_scatters_every_gradient_once_a_microbatch(planned):
+    D, F, L, heads, V = 48, 88, 3, (6 + 2) * 2 * 10, 256
+    layer = D * (heads + 3 * F) / 2 + 2 * D  # matrices on tensor 2, two norms
+    once = L * layer + V * D / 2 + D  # and the head with its norm
+    # 2 microbatches, 4 bytes, 3 of 4 parts; the embedding's table has gradients of its own device
+    assert sent(planned, "reduce-scatter", ["fsdp"]) == 2 * 4 * 3 / 4 * once
+
+
+def test_tensor_moves_the_residual_eleven_times_a_block_and_four_around(planned):
+    rows, T, D, L = 16 / 4, 64, 48, 3
+    moved = sent(planned, "all-gather", ["tensor"]) + sent(planned, "reduce-scatter", ["tensor"])
+    assert moved == (11 * L + 4) * rows * T * D * 4 / 2
+
+
+def test_the_formulas_of_a_search_agree_with_the_compiled_program(planned):
+    found = estimate.sent_bytes(load(CONFIG), planned["mesh"])
+    assert set(found) == {("fsdp",), ("tensor",)}
+    # left out: norms, token ids and their embeddings
+    assert found[("fsdp",)] == pytest.approx(planned["collective_bytes"]["fsdp"], rel=0.15)
+    assert found[("tensor",)] == pytest.approx(planned["collective_bytes"]["tensor"], rel=0.05)
+
+
+def test_the_same_program_is_not_compiled_twice(planned, cache, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise AssertionError("compiled again")
+
+    assert list((cache / "llamajax" / "plans").glob("*.json"))
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    assert plan.main([f"--config={CONFIG}", "--devices=cpu:8"]) == 0
+    assert "stored from an earlier plan" in capsys.readouterr().out
+
+
+def with_limit(target, limit):
+    """The target as if its device were in the table, with so much memory."""
+    h100 = next(d for d in devices.DEVICES if d.name == "h100")
+    entry = dataclasses.replace(h100, kind="cpu", name="cpu", xla_bytes=limit)
+    return dataclasses.replace(target, entry=entry)
+
+
+def test_what_does_not_fit_is_no_error(planned, cache):
+    config = load(CONFIG)
+    target = absent_devices("cpu:8", config.backend)
+    store = cache / "llamajax" / "plans"
+    arguments = planned["arguments_bytes"]
+    assert make_plan(config, with_limit(target, arguments - 1), cache=store).fits is False
+    # the rest of a CPU's memory is unknown, so that more than the arguments proves nothing
+    roomy = make_plan(config, with_limit(target, arguments), cache=store)
+    assert roomy.fits is None
+    assert roomy.prediction is not None
+    assert roomy.prediction.step_time_s > 0
+
+
+def test_a_wrong_mesh_or_path_is_one_message(tmp_path):
+    with pytest.raises(UserError, match=r"mesh: fsdp 4 x tensor 2 does not make 4 devices"):
+        plan.main([f"--config={CONFIG}", "--devices=cpu:4"])
+    with pytest.raises(UserError, match="no directory"):
+        plan.main([f"--config={CONFIG}", "--devices=cpu:8", f"--json={tmp_path}/a/b.json"])
+    with pytest.raises(UserError, match="device table"):
+        plan.main([f"--config={CONFIG}", "--devices=cpu:8", "--search"])
+
+
+@pytest.mark.parametrize(
+    ("message", "needed", "limit"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.00G of 15.75G hbm. "
+         "Exceeded hbm capacity by 2.25G.", 18 * 2**30, int(15.75 * 2**30)),
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+         "temporaries (320.00G) exceeds available HBM (15.75G).", 320 * 2**30,
+         int(15.75 * 2**30)),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.", None, None),
+    ],
+)  # fmt: skip
+def test_a_refusal_is_read(message, needed, limit):
+    facts = _refused(message, 1.0)
+    assert (facts.needed_bytes, facts.limit_bytes, facts.traffic) == (needed, limit, None)

@@ -1,0 +1,70 @@
+"""A search: every mesh that is allowed, none that is not, what fits first."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from llamajax import sharding
+from llamajax.backends import absent_devices, devices
+from llamajax.config import load
+from llamajax.errors import UserError
+from llamajax.planning.search import candidates, meshes, search
+from llamajax.training.session import check_mesh
+
+CONFIG = str(Path(__file__).with_name("small_run.py"))
+
+
+def target(config, limit=2**33):
+    """cpu:8, as if it were in the device table with so much memory."""
+    h100 = next(d for d in devices.DEVICES if d.name == "h100")
+    entry = dataclasses.replace(h100, kind="cpu", name="cpu", xla_bytes=limit, float32=50e12)
+    return dataclasses.replace(absent_devices("cpu:8", config.backend), entry=entry)
+
+
+def test_meshes_are_all_products_and_each_once():
+    found = [tuple(sizes.items()) for sizes in meshes(8)]
+    # 8 = 2**3: ways to deal 3 factors to 5 axes
+    assert len(found) == len(set(found)) == math.comb(3 + 4, 4)
+    assert all(math.prod(n for _, n in sizes) == 8 for sizes in found)
+    assert all(tuple(axis for axis, _ in sizes) == sharding.AXES for sizes in found)
+
+
+def test_candidates_are_runs_that_train_would_accept():
+    config = load(CONFIG)
+    where = target(config)
+    found = candidates(config, where)
+    for candidate in found:
+        check_mesh(candidate.config, sharding.build_mesh(candidate.config.mesh, where.devices))
+        assert candidate.held_bytes <= where.entry.limit_bytes
+    speeds = [c.tokens_per_s for c in found]
+    assert speeds == sorted(speeds, reverse=True)
+    assert {c.config.train.remat for c in found} >= {"none", "full", "dots"}
+    used = {axis for c in found for axis, size in c.sizes.items() if size > 1}
+    assert used == set(sharding.AXES)
+    # 2 kv heads cannot be split in 4, nor 16 samples in 32 microbatches
+    assert max(c.sizes["tensor"] for c in found) == 2
+    assert max(c.config.train.accumulation_steps for c in found) == 16
+
+
+def test_memory_decides_what_is_tried():
+    config = load(CONFIG)
+    every = candidates(config, target(config))
+    sizes = sorted(c.held_bytes for c in every)
+    middle = sizes[len(sizes) // 2]
+    fewer = candidates(config, target(config, limit=int(middle) + 1))
+    assert 0 < len(fewer) < len(every)
+    assert max(c.held_bytes for c in fewer) <= middle + 1
+    with pytest.raises(UserError, match="use more or larger devices"):
+        candidates(config, target(config, limit=1000))
+
+
+def test_a_search_returns_compiled_plans(tmp_path):
+    config = load(CONFIG)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=1))
+    where = target(config)
+    (found,) = search(config, where, cache=tmp_path, wanted=1)
+    assert found.config == candidates(config, where)[0].config
+    assert found.facts.arguments_bytes > 0
+    assert found.prediction.tokens_per_s > 0

@@ -1,0 +1,66 @@
+"""KIND:SHAPE, read: what is there, what is not, and what is said of it."""
+
+import importlib.util
+
+import pytest
+
+from llamajax.backends import absent_devices
+from llamajax.backends.devices import DEVICES, GPU_MEMORY_FRACTION
+from llamajax.config import BackendConfig
+from llamajax.errors import UserError
+
+
+def has_cuda_plugin():
+    parent = importlib.util.find_spec("jax_plugins")
+    return bool(parent and importlib.util.find_spec("jax_plugins.xla_cuda13"))
+
+
+def message(text):
+    with pytest.raises(UserError) as caught:
+        absent_devices(text, BackendConfig())
+    return str(caught.value)
+
+
+def test_cpu_devices_are_virtual_ones():
+    target = absent_devices("cpu:4", BackendConfig())
+    assert (len(target.devices), target.platform, target.entry) == (4, "cpu", None)
+    assert target.machine().num_devices == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("h10:8", "did you mean h100?"),
+        ("v5x:4x4", "did you mean v5"),
+        ("cpu", "write KIND:SHAPE"),
+        ("cpu:", "write KIND:SHAPE"),
+        ("cpu:x", "is not a shape"),
+        ("cpu:0", "is not a shape"),
+        ("cpu:2x4", "cpu takes one number"),
+    ],
+)
+def test_a_kind_or_shape_that_is_none_is_named(text, words):
+    found = message(text)
+    assert f"--devices={text}" in found
+    assert words in found
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_libtpu_it_says_what_to_install():
+    assert "plan-tpu" in message("v5p:4x4x4")
+
+
+@pytest.mark.skipif(has_cuda_plugin(), reason="the CUDA plugin is installed")
+def test_without_the_cuda_plugin_it_says_what_to_install():
+    assert "jax-cuda13-plugin" in message("h100:8")
+
+
+def test_a_gpu_program_may_take_what_the_environment_says(monkeypatch):
+    h100 = next(d for d in DEVICES if d.name == "h100")
+    v5p = next(d for d in DEVICES if d.name == "v5p")
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    assert h100.limit_bytes == int(h100.xla_bytes * GPU_MEMORY_FRACTION)
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+    assert h100.limit_bytes == h100.xla_bytes // 2
+    assert v5p.limit_bytes == v5p.xla_bytes
