@@ -107,10 +107,10 @@ class Launcher:
         self._team = Team(
             request, attempt=attempt, address=f"{host}:{port}", lifeline=self._lifeline
         )
-        ranks = request.ranks
+        ranks, pids = request.ranks, ", ".join(map(str, self._team.pids))
         say(
             f"attempt {attempt}: workers {ranks[0]} to {ranks[-1]} of {request.num_processes} "
-            f"started, logs in {request.log_dir}"
+            f"started (pids {pids}), logs in {request.log_dir}"
         )
 
     def _end(self, order: Message) -> int | None:

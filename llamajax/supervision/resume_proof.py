@@ -61,7 +61,7 @@ def prove(request: Request) -> bool:
     if other is not None:
         _tell(f"killed run: resumed with {' '.join(other)}")
         _finish(request, moved, *other)
-    return _judge(request, undisturbed, killed, moved if other is not None else None)
+    return judge(request, undisturbed, killed, moved if other is not None else None)
 
 
 def shortened(config: RunConfig, steps: int) -> list[str]:
@@ -118,13 +118,13 @@ def _finish(request: Request, workdir: Path, *overrides: str) -> None:
     """Run or resume to the end."""
     log = request.workdir / f"{workdir.name}.log"
     outcome = start(_command(request, workdir, *overrides), workdir=workdir, log=log)
-    if outcome.code == 0:
-        return
+    if outcome.code != 0:
+        raise _failed(outcome, log)
+
+
+def _failed(outcome: Outcome, log: Path) -> UserError:
     lines = "\n".join(f"  | {line}" for line in last_lines(log, _SHOWN_LINES))
-    raise UserError(
-        f"the run in {workdir} ended with code {outcome.code} instead of 0; the last lines of "
-        f"{log}:\n{lines}"
-    )
+    return UserError(f"a run ended with code {outcome.code}; the last lines of {log}:\n{lines}")
 
 
 def _kill_repeatedly(request: Request, workdir: Path, undisturbed: Path) -> bool:
@@ -142,8 +142,10 @@ def _kill_repeatedly(request: Request, workdir: Path, undisturbed: Path) -> bool
         command = _command(request, workdir)
         outcome = start(command, workdir=workdir, log=log, kill_at=moment)
         words = f"kill {number} of {request.kills} ({kind.replace('_', ' ')})"
-        if outcome.code is not None:
-            _tell(f"{words}: the run ended first, with code {outcome.code}; see {log}")
+        if outcome.code:
+            raise _failed(outcome, log)
+        if outcome.code == 0:
+            _tell(f"{words}: the run came to its end first")
             return False
         saved = f"step {outcome.checkpoint}" if outcome.checkpoint else "none"
         _tell(f"{words}: after step {outcome.step}; newest complete checkpoint: {saved}")
@@ -171,7 +173,8 @@ def _moment(
     return at_step(workdir, max(step, before.step + 1), delay_s=rng.uniform(0, step_s))
 
 
-def _judge(request: Request, undisturbed: Path, killed: Path, moved: Path | None) -> bool:
+def judge(request: Request, undisturbed: Path, killed: Path, moved: Path | None) -> bool:
+    """Compare the three finished runs and print the verdict; `moved` None: no other mesh."""
     theirs = values(undisturbed)
     platform = read_run_facts(undisturbed)["platform"]
     same = largest_difference(theirs, values(killed))

@@ -75,6 +75,11 @@ class Team:
         return log_path(self._request.log_dir, rank, self.attempt)
 
     @property
+    def pids(self) -> list[int]:
+        """Process ids of all workers, by rank."""
+        return [process.pid for process in self._processes.values()]
+
+    @property
     def running(self) -> list[int]:
         """Ranks of the workers that were not yet seen to end."""
         return list(self._pidfds)
