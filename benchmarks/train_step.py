@@ -101,7 +101,7 @@ def compiled(config: RunConfig, *, document_masks: bool = True) -> Run:
 
     from llamajax import backends, optim, sharding
     from llamajax.models.llama import plain_batch
-    from llamajax.training.session import check_mesh, how_to_compute
+    from llamajax.training.session import check_mesh, how_to_compute, layout_of
     from llamajax.training.state import init_state
     from llamajax.training.step import train_step
 
@@ -110,8 +110,8 @@ def compiled(config: RunConfig, *, document_masks: bool = True) -> Run:
     check_mesh(config, mesh)
     compute = how_to_compute(config, machine, mesh)
     optimizer = optim.build(config.optim, steps=config.train.steps)
-    seed, rounds = config.train.seed, config.train.pipeline_rounds
-    state = init_state(config.model, optimizer, mesh, seed=seed, rounds=rounds)
+    seed, layout = config.train.seed, layout_of(config)
+    state = init_state(config.model, optimizer, mesh, seed=seed, layout=layout)
     state = jax.block_until_ready(state)
     batch = plain_batch(random_rows(config))
     if not document_masks:

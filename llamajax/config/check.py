@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llamajax.config.nearest import did_you_mean, nearest
-from llamajax.config.schema import LORA_TARGETS
+from llamajax.config.schema import LORA_TARGETS, REMAT_NAMES
 
 
 class _Absent(LookupError):
@@ -242,6 +242,19 @@ def _final_rate(v: _Values) -> Iterator[str]:
         )
 
 
+def _remat_names(v: _Values) -> Iterator[str]:
+    for key in ("train.remat_keep", "train.remat_offload"):
+        for name in v[key]:
+            if name not in REMAT_NAMES:
+                hint = did_you_mean(nearest(name, REMAT_NAMES)) or "."
+                yield f"{key}: unknown tensor {name!r}{hint} They are {', '.join(REMAT_NAMES)}"
+        if v[key] and v["train.remat"] in ("none", "dots"):
+            yield (
+                f"{key} = {','.join(v[key])}: train.remat = {v['train.remat']} keeps more than "
+                "names can say; set train.remat to full, save_attention or save_qkv"
+            )
+
+
 def _init_from(v: _Values) -> Iterator[str]:
     if v["train.init_from"] is not None and not v["train.init_from"].strip():
         yield "train.init_from = '': is empty; name a directory of weights, or set it to none"
@@ -327,7 +340,7 @@ def _list(items: tuple[float, ...]) -> str:
 
 
 _RULES: tuple[Rule, ...] = (
-    _even_head, _kv_heads, _rope_scaling, _context, _mesh_sizes, _accumulation,
-    _paths, _weights, _warmup, _decay, _final_rate, _init_from, _lora_base, _lora_targets,
-    _lora_rank, _plugin, _plugin_options, _processes,
+    _even_head, _kv_heads, _rope_scaling, _context, _mesh_sizes, _accumulation, _paths, _weights,
+    _warmup, _decay, _final_rate, _remat_names, _init_from, _lora_base, _lora_targets, _lora_rank,
+    _plugin, _plugin_options, _processes,
 )  # fmt: skip

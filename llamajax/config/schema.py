@@ -15,6 +15,8 @@ from typing import Any, Literal
 ComputeDtype = Literal["bfloat16", "float32"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 Remat = Literal["none", "full", "dots", "save_attention", "save_qkv"]
+# Tensors of a block that train.remat_keep and train.remat_offload can name.
+REMAT_NAMES = ("block_input", "qkv", "attention", "mlp_input", "gate", "up")
 AttentionImpl = Literal["auto", "xla", "blocked", "split", "cudnn", "splash"]
 
 
@@ -142,6 +144,11 @@ class OptimConfig:
     moment_dtype: ComputeDtype = key(
         "dtype of Adam's first moment (the second is always fp32)", default="float32"
     )
+    offload: bool = key(
+        "whether both moments rest in the host's memory between updates; slower, and 8 bytes a "
+        "weight less on the device",
+        default=False,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,6 +183,13 @@ class TrainConfig:
     )
     remat: Remat = key(
         "what a block keeps for the backward pass; changes memory and speed only", default="full"
+    )
+    remat_keep: tuple[str, ...] = key(
+        f"tensors of a block to keep besides, among {','.join(REMAT_NAMES)}", default=()
+    )
+    remat_offload: tuple[str, ...] = key(
+        "such tensors to keep in the host's memory; for accelerators with a fast link to it",
+        default=(),
     )
     attention: AttentionImpl = key(
         "attention kernel; auto: the first that this backend supports", default="auto"

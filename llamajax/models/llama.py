@@ -27,7 +27,7 @@ from llamajax.models.pipeline import (
     own_rows,
     pipelined,
 )
-from llamajax.models.remat import rematerialised
+from llamajax.models.remat import policy, rematerialised
 from llamajax.models.weights import named_key, normal, ones
 from llamajax.ops.attention import attention
 from llamajax.ops.attention_split import own_tokens
@@ -54,6 +54,8 @@ class Compute:
     attention: str
     loss_chunk_tokens: int
     z_weight: float = 0.0
+    remat_keep: tuple[str, ...] = ()
+    remat_offload: tuple[str, ...] = ()
     split_tokens: bool = False  # between the blocks, over `tensor`; T must divide
     microbatch_size: int = 1  # pipeline: rows of a microbatch on a device
     rounds: int = 1  # pipeline: groups of layers a stage
@@ -100,9 +102,10 @@ class FeedForward(nnx.Module):
         self.gate_lora = self.up_lora = self.down_lora = nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array, keys_BT: jax.Array | None) -> jax.Array:
-        gate_BTF = jax.nn.silu(project(x_BTD, self.gate, self.gate_lora, keys_BT))
-        up_BTF = project(x_BTD, self.up, self.up_lora, keys_BT)
-        return project(gate_BTF * up_BTF, self.down, self.down_lora, keys_BT)
+        gate_BTF = checkpoint_name(project(x_BTD, self.gate, self.gate_lora, keys_BT), "gate")
+        up_BTF = checkpoint_name(project(x_BTD, self.up, self.up_lora, keys_BT), "up")
+        h_BTF = jax.nn.silu(gate_BTF) * up_BTF
+        return project(h_BTF, self.down, self.down_lora, keys_BT)
 
 
 class Block(nnx.Module):
@@ -115,10 +118,12 @@ class Block(nnx.Module):
         self.mlp = FeedForward(config, named_key(key, "mlp"))
 
     def __call__(self, x_BTD, cos_sin, attend: Callable, keys_BT, *, eps: float, split: bool):
+        x_BTD = checkpoint_name(x_BTD, "block_input")
         h_BTD = rms_norm(x_BTD, self.attention_norm[...], eps=eps)
         h_BTD = enter_tensor(h_BTD, split_tokens=split)
         h_BTD, kept = self.attention(h_BTD, cos_sin, attend, keys_BT)
         x_BTD = x_BTD + leave_tensor(h_BTD, split_tokens=split)
+        x_BTD = checkpoint_name(x_BTD, "mlp_input")
         h_BTD = rms_norm(x_BTD, self.mlp_norm[...], eps=eps)
         h_BTD = self.mlp(enter_tensor(h_BTD, split_tokens=split), keys_BT)
         return x_BTD + leave_tensor(h_BTD, split_tokens=split), kept
@@ -188,7 +193,8 @@ class Llama(nnx.Module):
             keys = fold_in(keys_BT, number)
             return bring(layer)(x_BTD, cos_sin, own, keys, eps=c.norm_eps, split=split), None
 
-        return jax.lax.scan(rematerialised(block, compute.remat), carry, numbered)[0]
+        kept = policy(compute.remat, keep=compute.remat_keep, offload=compute.remat_offload)
+        return jax.lax.scan(rematerialised(block, kept), carry, numbered)[0]
 
     def attended(self, batch: Batch, compute: Compute, attend: Attend, cache: Any):
         """`hidden` with the attention that the caller defines, and the cache as it left it.

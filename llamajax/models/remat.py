@@ -9,6 +9,8 @@
 | `save_attention` | the attention output (and a kernel's row statistics) | all but attention      |
 | `full`           | nothing                                              | the whole block        |
 
+Besides these, single tensors can be kept by name, on the device or in the host's memory (`NAMES`),
+where the host has room and the link to it has time: a block's `block_input` is what `full` keeps.
 Gathered weights are never kept: that would undo FSDP.
 """
 
@@ -18,17 +20,33 @@ import jax
 
 _POLICIES = jax.checkpoint_policies
 
+_KEPT = {
+    "save_qkv": ("qkv", "attention"),
+    "save_attention": ("attention",),
+    "full": (),
+}
+
 REMAT: dict[str, Callable] = {
     "none": _POLICIES.save_anything_except_these_names("gathered_weight"),
     "dots": _POLICIES.save_from_both_policies(
         _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names("attention")
     ),
-    "save_qkv": _POLICIES.save_only_these_names("qkv", "attention"),
-    "save_attention": _POLICIES.save_only_these_names("attention"),
-    "full": _POLICIES.nothing_saveable,
-}
+} | {name: _POLICIES.save_only_these_names(*kept) for name, kept in _KEPT.items()}
 
 
-def rematerialised(block: Callable, name: str) -> Callable:
-    """`block` keeping for its derivative only what policy `name` says; the same values."""
-    return jax.checkpoint(block, policy=REMAT[name], prevent_cse=False)
+def policy(name: str, *, keep: tuple[str, ...] = (), offload: tuple[str, ...] = ()) -> Callable:
+    """What policy `name` keeps, and these tensors: on the device, or in pinned host memory."""
+    if not keep and not offload:
+        return REMAT[name]
+    kept = {*_KEPT[name], *keep} - {*offload}
+    return _POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=sorted(kept),
+        names_which_can_be_offloaded=list(offload),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
+def rematerialised(block: Callable, policy: Callable) -> Callable:
+    """`block` keeping for its derivative only what `policy` says; the same values."""
+    return jax.checkpoint(block, policy=policy, prevent_cse=False)

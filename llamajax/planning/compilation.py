@@ -21,7 +21,7 @@ from llamajax.config import RunConfig
 from llamajax.planning.groups import axes_of_groups, device_groups, sent_bytes
 from llamajax.planning.program import collectives
 from llamajax.training.feed import abstract_batch
-from llamajax.training.session import check_mesh, how_to_compute
+from llamajax.training.session import check_mesh, how_to_compute, layout_of
 from llamajax.training.state import TrainState, abstract_state
 from llamajax.training.step import train_step
 
@@ -94,7 +94,7 @@ def abstract_step(config: RunConfig, target: Target) -> Step:
         target=target,
         runs_attention=how_to_compute(config, target.machine(), mesh).attention,
         attention=_compute(config, target, mesh).attention,
-        state=abstract_state(config.model, optimizer, mesh, lora=lora),
+        state=abstract_state(config.model, optimizer, mesh, lora=lora, layout=layout_of(config)),
     )
 
 

@@ -4,6 +4,7 @@ from llamajax.sharding.axes import ACTIVATIONS, AXES, BATCH_AXES, TOKEN_AXES, WE
 from llamajax.sharding.batch import batch_sharding, local_rows, place
 from llamajax.sharding.fit import check_divides
 from llamajax.sharding.mesh import axis_sizes, batch_shards, build_mesh, describe
+from llamajax.sharding.placement import table as placement_table
 from llamajax.sharding.tree import (
     at_rest,
     is_stacked,
@@ -34,6 +35,7 @@ __all__ = [
     "local_rows",
     "map_weights",
     "place",
+    "placement_table",
     "shardings",
     "spec",
     "specs",

@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 
 import jax
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from llamajax.config.schema import MeshConfig
 from llamajax.errors import UserError
 from llamajax.sharding.axes import AXES, BATCH_AXES
+from llamajax.sharding.placement import placed
 
 
 def axis_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
@@ -32,16 +32,9 @@ def axis_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """Mesh over `devices` with all AXES (size 1 where unused), Explicit axis types.
-
-    On a torus an axis may be laid over a part of a physical one: 8 devices along `tensor` on
-    v5p:4x4x4 are 2 x 4 of its chips.
-    """
+    """Mesh over `devices` with all AXES (size 1 where unused), Explicit axis types."""
     sizes = axis_sizes(config, num_devices=len(devices))
-    placed = mesh_utils.create_device_mesh(
-        tuple(sizes.values()), devices, allow_split_physical_axes=True
-    )
-    return Mesh(placed, tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
+    return Mesh(placed(sizes, devices), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -29,6 +29,7 @@ def greet(session: Session, start: int) -> None:
         f"model    {c.model.name or 'custom'}, {format_count(num_parameters(c.model))} parameters"
         + trained,
         f"machine  {m.platform}, {m.device_kind}; mesh {sharding.describe(session.mesh)}",
+        *(f"layout   {line}" for line in sharding.placement_table(session.mesh)),
         f"compute  {c.train.dtype}, attention {session.compute.attention}, remat {c.train.remat}",
         f"peak     {peak[0] / 1e12:.0f} TFLOP/s a device ({peak[1]})"
         if peak

@@ -6,6 +6,7 @@ weights and the checkpoint, and only then memory and compilation.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,8 +199,8 @@ def _build(
         rates=rates(session),
         tokens_seen=start.position.tokens_seen,
         meta=lambda step: _meta(config, start),
-        at_rest=lambda state: to_natural(
-            state, config.model, session.mesh, rounds=config.train.pipeline_rounds
+        at_rest=functools.partial(
+            to_natural, config=config.model, mesh=session.mesh, layout=session.layout
         ),
         export=exporter(config, workdir, progress),
         checkpointer=checkpointer,
@@ -221,20 +222,20 @@ def _meta(config: RunConfig, start: _Start) -> dict[str, Any]:
 def _state(session: Session, checkpointer: Checkpointer, start: _Start) -> TrainState:
     """The state to continue with: random, imported, restored, or adapters on imported weights."""
     config, where = session.config, (session.optimizer, session.mesh)
-    lora, rounds = config.lora if config.lora.rank else None, config.train.pipeline_rounds
+    lora, layout = config.lora if config.lora.rank else None, session.layout
     model = None
     if start.origin is not None:
         dtype = jnp.dtype(lora.base_dtype if lora else "float32")
         model = start.origin.load(abstract_model(config.model, session.mesh, dtype=dtype))
     if start.step:
-        abstract = abstract_state(config.model, *where, lora=lora, rounds=None).to_save
+        abstract = abstract_state(config.model, *where, lora=lora, layout=layout.at_rest).to_save
         saved = checkpointer.restore(abstract, start.step, model=to_json_dict(config)["model"])[0]
         state = saved if model is None else saved.replace(model=model)
     elif model is None:
-        return init_state(config.model, *where, seed=config.train.seed, rounds=rounds)
+        return init_state(config.model, *where, seed=config.train.seed, layout=layout)
     else:
-        state = state_around(model, *where, lora=lora, seed=config.train.seed)
-    return to_pipeline(state, config.model, session.mesh, rounds=rounds)
+        state = state_around(model, *where, lora=lora, seed=config.train.seed, layout=layout)
+    return to_pipeline(state, config.model, session.mesh, layout=layout)
 
 
 def _compiled(session: Session, feed: Feed, state: TrainState) -> tuple[Callable, Callable]:

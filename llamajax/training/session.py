@@ -12,6 +12,7 @@ from llamajax.config import RunConfig
 from llamajax.errors import combine
 from llamajax.models.llama import Compute
 from llamajax.ops.attention import check_supported, first_supported
+from llamajax.training.state import Layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,16 @@ class Session:
     optimizer: optax.GradientTransformation
     mixture: data.Mixture
     held_out: data.Mixture | None
+
+    @property
+    def layout(self) -> Layout:
+        """How the state is stored."""
+        return layout_of(self.config)
+
+
+def layout_of(config: RunConfig) -> Layout:
+    """How the state of a run is stored."""
+    return Layout(rounds=config.train.pipeline_rounds, offload=config.optim.offload)
 
 
 def prepare(config: RunConfig) -> Session:
@@ -87,6 +98,8 @@ def how_to_compute(config: RunConfig, machine: backends.Machine, mesh: Mesh) -> 
         attention=impl,
         loss_chunk_tokens=t.loss_chunk_tokens,
         z_weight=t.z_loss,
+        remat_keep=t.remat_keep,
+        remat_offload=t.remat_offload,
         split_tokens=mesh.shape["tensor"] > 1,
         microbatch_size=t.microbatch_size,
         rounds=t.pipeline_rounds,

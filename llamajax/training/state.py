@@ -1,5 +1,6 @@
 """The state of a run: what a step takes and returns, and all that a checkpoint must hold."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -55,9 +56,46 @@ def _around(
         return state.replace(opt_state=optimizer.init(state.trained))
 
 
-def _placed(shapes: Any, mesh: Mesh) -> Any:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a state is stored on its mesh; changes no value.
+
+    rounds: layers stand as a pipeline of so many rounds wants them; none: in their natural order,
+    as they do on disk. offload: the moments rest in pinned host memory.
+    """
+
+    rounds: int | None = 1
+    offload: bool = False
+
+    @property
+    def at_rest(self) -> "Layout":
+        """The same with layers in their natural order."""
+        return dataclasses.replace(self, rounds=None)
+
+
+def fetched(opt_state: optax.OptState) -> optax.OptState:
+    """Moments in the memory of the device, to compute with; inside `jax.jit`."""
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), opt_state)
+
+
+def stowed(opt_state: optax.OptState) -> optax.OptState:
+    """Moments back in the memory of the host; counts stay. Inside `jax.jit`."""
+    return jax.tree.map(
+        lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x, opt_state
+    )
+
+
+def _placements(shapes: TrainState, mesh: Mesh, layout: Layout) -> TrainState:
+    placed = shardings(shapes, mesh)
+    if not layout.offload:
+        return placed
+    stow = lambda x, s: s.with_memory_kind("pinned_host") if x.ndim else s  # noqa: E731
+    return placed.replace(opt_state=jax.tree.map(stow, shapes.opt_state, placed.opt_state))
+
+
+def _placed(shapes: TrainState, mesh: Mesh, layout: Layout) -> TrainState:
     one = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-    return jax.tree.map(one, shapes, shardings(shapes, mesh))
+    return jax.tree.map(one, shapes, _placements(shapes, mesh, layout))
 
 
 def abstract_state(
@@ -66,45 +104,54 @@ def abstract_state(
     mesh: Mesh,
     *,
     lora: LoraConfig | None = None,
-    rounds: int | None = 1,
+    layout: Layout = Layout(),
 ) -> TrainState:
     """Shapes, dtypes and shardings of the whole state; nothing is allocated.
 
-    With `lora`, adapters train and the model is frozen in `lora.base_dtype`. Layers are stored as a
-    pipeline of so many rounds wants them; with none in their natural order, as they are on disk.
+    With `lora`, adapters train and the model is frozen in `lora.base_dtype`.
     """
     model = abstract_model(config, mesh, dtype=jnp.dtype(lora.base_dtype if lora else "float32"))
 
     def whole(model: Llama, key: jax.Array) -> TrainState:
-        state = _around(model, optimizer, lora, key)
-        return state if rounds is None else _piped(state, config, mesh, rounds)
+        return _piped(_around(model, optimizer, lora, key), config, mesh, layout)
 
-    return _placed(jax.eval_shape(whole, model, jax.random.key(0)), mesh)
-
-
-def _piped(tree: Any, config: ModelConfig, mesh: Mesh, rounds: int) -> Any:
-    """Stacks in natural order -> in the order of the mesh's pipeline."""
-    if is_natural(config.num_layers, stages=mesh.shape["stage"], rounds=rounds):
-        return tree
-    return arranged(tree, mesh, rounds=rounds)
+    return _placed(jax.eval_shape(whole, model, jax.random.key(0)), mesh, layout)
 
 
-def to_pipeline(tree: Any, config: ModelConfig, mesh: Mesh, *, rounds: int) -> Any:
-    """A state (or part of one) in natural order -> in the order of the mesh's pipeline."""
-    return _rearranged(tree, config, mesh, rounds, lambda t: _piped(t, config, mesh, rounds))
+def _is_natural(config: ModelConfig, mesh: Mesh, layout: Layout) -> bool:
+    """Whether layers stand in their natural order."""
+    stages, rounds = mesh.shape["stage"], layout.rounds
+    return rounds is None or is_natural(config.num_layers, stages=stages, rounds=rounds)
 
 
-def to_natural(tree: Any, config: ModelConfig, mesh: Mesh, *, rounds: int) -> Any:
-    """The reverse. Both give back what they got where the pipeline stores layers in their order."""
-    back = lambda t: natural(t, config.num_layers, mesh, rounds=rounds)  # noqa: E731
-    return _rearranged(tree, config, mesh, rounds, back)
+def _piped(state: TrainState, config: ModelConfig, mesh: Mesh, layout: Layout) -> TrainState:
+    """Layers in natural order -> in that of the layout."""
+    if _is_natural(config, mesh, layout):
+        return state
+    return arranged(state, mesh, rounds=layout.rounds)
 
 
-def _rearranged(tree: Any, config: ModelConfig, mesh: Mesh, rounds: int, function: Any) -> Any:
-    if is_natural(config.num_layers, stages=mesh.shape["stage"], rounds=rounds):
-        return tree
-    placed = shardings(jax.eval_shape(function, tree), mesh)
-    return jax.jit(function, out_shardings=placed)(tree)
+def to_pipeline(
+    state: TrainState, config: ModelConfig, mesh: Mesh, *, layout: Layout
+) -> TrainState:
+    """A state at rest -> in its layout; the same one where that is how it rests."""
+    return _rearranged(state, config, mesh, layout, lambda s: _piped(s, config, mesh, layout))
+
+
+def to_natural(state: TrainState, config: ModelConfig, mesh: Mesh, *, layout: Layout) -> TrainState:
+    """The reverse: for a while there are two."""
+    back = lambda s: natural(s, config.num_layers, mesh, rounds=layout.rounds)  # noqa: E731
+    return _rearranged(state, config, mesh, layout, back)
+
+
+def _rearranged(
+    state: TrainState, config: ModelConfig, mesh: Mesh, layout: Layout, function: Any
+) -> TrainState:
+    if _is_natural(config, mesh, layout):
+        return state
+    moved = lambda s: function(s.replace(opt_state=fetched(s.opt_state)))  # noqa: E731
+    placed = _placements(jax.eval_shape(moved, state), mesh, layout)
+    return jax.jit(moved, out_shardings=placed)(state)
 
 
 def init_state(
@@ -113,15 +160,15 @@ def init_state(
     mesh: Mesh,
     *,
     seed: int,
-    rounds: int = 1,
+    layout: Layout = Layout(),
 ) -> TrainState:
     """Random initial state, born sharded. The same seed gives the same weights on every mesh."""
-    abstract = abstract_state(config, optimizer, mesh, rounds=rounds)
+    abstract = abstract_state(config, optimizer, mesh, layout=layout)
     placed = jax.tree.map(lambda x: x.sharding, abstract)
 
     def fresh(key: jax.Array) -> TrainState:
         state = _around(Llama(config, key), optimizer, None, key)
-        return _piped(state, config, mesh, rounds)
+        return _piped(state, config, mesh, layout)
 
     init: Any = jax.jit(fresh, out_shardings=placed)
     return init(jax.random.key(seed))
@@ -134,12 +181,11 @@ def state_around(
     *,
     lora: LoraConfig | None,
     seed: int,
+    layout: Layout = Layout(),
 ) -> TrainState:
-    """State of step 0 around given weights, which are taken over and not copied.
-
-    Layers are in their natural order, as in `model`.
-    """
-    abstract = abstract_state(model.config, optimizer, mesh, lora=lora, rounds=None)
+    """State of step 0, at rest, around given weights, which are taken over and not copied."""
+    layout = layout.at_rest
+    abstract = abstract_state(model.config, optimizer, mesh, lora=lora, layout=layout)
     rest = abstract.replace(model=None)
     placed = jax.tree.map(lambda x: x.sharding, rest)
 

@@ -16,7 +16,7 @@ from llamajax.models.sharded import precision, sharded
 from llamajax.models.weights import named_key
 from llamajax.sharding import TOKEN_AXES, batch_sharding, specs
 from llamajax.sharding.collectives import summed, total, varied, varying, varying_like
-from llamajax.training.state import TrainState
+from llamajax.training.state import TrainState, fetched, stowed
 
 Metrics = dict[str, jax.Array]
 
@@ -84,7 +84,9 @@ def train_step(
         sums, (nll, z, count) = sharded(local, mesh, model, out, compute)(model, batch)
         divisor = jnp.maximum(count, 1.0)  # a batch of prompts alone has no target: no gradient
         grads = jax.tree.map(lambda g: g / divisor, sums)
-        trained, opt_state = optim.apply(optimizer, grads, state.opt_state, state.trained)
+        opt_state = fetched(state.opt_state) if optim_config.offload else state.opt_state
+        trained, opt_state = optim.apply(optimizer, grads, opt_state, state.trained)
+        opt_state = stowed(opt_state) if optim_config.offload else opt_state
         metrics = {
             "loss": nll / divisor,
             "grad_norm": optax.tree.norm(grads),

@@ -11,7 +11,7 @@ import pytest
 from llamajax import optim, sharding
 from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from llamajax.models.llama import Compute
-from llamajax.training.state import TrainState, abstract_state, to_natural, to_pipeline
+from llamajax.training.state import Layout, TrainState, abstract_state, to_natural, to_pipeline
 from llamajax.training.step import train_step
 
 MODEL = ModelConfig(
@@ -48,6 +48,9 @@ B, T, STEPS = 16, 16, 2
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 
+PLAIN = Layout()
+
+
 def packed_batch(seed: int = 0) -> dict[str, np.ndarray]:
     """Two documents a row and padding, with very unequal numbers of targets in the rows."""
     rng = np.random.default_rng(seed)
@@ -64,12 +67,12 @@ def packed_batch(seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def drawn_state(model: ModelConfig, optimizer, mesh, *, rounds: int = 1) -> TrainState:
+def drawn_state(model: ModelConfig, optimizer, mesh, *, layout=PLAIN) -> TrainState:
     """A state whose weights NumPy draws: a program that does takes longer to compile than a step.
 
     That `init_state` gives every mesh the same weights is in `test_init.py`.
     """
-    abstract = abstract_state(model, optimizer, mesh, rounds=None)
+    abstract = abstract_state(model, optimizer, mesh, layout=layout.at_rest)
     rng = np.random.default_rng(3)
 
     def draw(leaf):
@@ -82,11 +85,21 @@ def drawn_state(model: ModelConfig, optimizer, mesh, *, rounds: int = 1) -> Trai
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
     state = zeros.replace(model=jax.tree.map(draw, abstract.model))
     state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
-    return to_pipeline(state, model, mesh, rounds=rounds)
+    return to_pipeline(state, model, mesh, layout=layout)
 
 
 @functools.cache
-def run(*axes, accumulation=1, steps=STEPS, fast=True, rounds=1, layers=2, tied=False, **options):
+def run(
+    *axes,
+    accumulation=1,
+    steps=STEPS,
+    fast=True,
+    rounds=1,
+    layers=2,
+    tied=False,
+    offload=False,
+    **options,
+):
     """Metrics of each step, the weights after the last by name, and the number of traces.
 
     `axes` are pairs of a mesh axis and its size.
@@ -101,13 +114,15 @@ def run(*axes, accumulation=1, steps=STEPS, fast=True, rounds=1, layers=2, tied=
         microbatch_size=size,
     )  # fmt: skip
     optimizer = optim.build(OPTIM, steps=TRAIN.steps)
-    state = drawn_state(model, optimizer, mesh, rounds=rounds)
+    layout = Layout(rounds=rounds, offload=offload)
+    state = drawn_state(model, optimizer, mesh, layout=layout)
     train = dataclasses.replace(TRAIN, accumulation_steps=accumulation)
     split = {"split_tokens": mesh.shape["tensor"] > 1}
     if mesh.shape["sequence"] > 1:
         split["attention"] = "split"
     compute = dataclasses.replace(COMPUTE, **{"rounds": rounds, **split, **options})
-    step = jitted = train_step(optimizer, OPTIM, train, compute, mesh)
+    config = dataclasses.replace(OPTIM, offload=offload)
+    step = jitted = train_step(optimizer, config, train, compute, mesh)
     batches, rows = [sharding.place(packed_batch(n), mesh) for n in range(steps)], []
     if fast:
         step = jitted.lower(state, batches[0]).compile(compiler_options=FAST_COMPILE)
@@ -117,7 +132,7 @@ def run(*axes, accumulation=1, steps=STEPS, fast=True, rounds=1, layers=2, tied=
     weights = {
         jax.tree_util.keystr(path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(
-            to_natural(state.model, model, mesh, rounds=rounds)
+            to_natural(state, model, mesh, layout=layout).model
         )
     }
     return rows, weights, jitted._cache_size()

@@ -1,6 +1,5 @@
 """One step in microbatches, under every remat policy, in bfloat16; evaluation."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +31,21 @@ def test_microbatches_add_up_to_the_batch():
 @pytest.mark.parametrize("remat", sorted(set(REMAT) - {"full", "save_attention"}))
 def test_what_is_recomputed_changes_nothing(remat):
     assert_same(run(("fsdp", 2), remat=remat), run())
+
+
+@pytest.mark.parametrize(
+    ("remat", "keep", "offload"),
+    [("full", ("gate",), ("block_input", "qkv")), ("save_qkv", (), ("attention", "up"))],
+)
+def test_what_is_kept_by_name_changes_nothing(remat, keep, offload):
+    found = run(("fsdp", 2), remat=remat, remat_keep=keep, remat_offload=offload)
+    assert_same(found, run())
+
+
+def test_moments_in_host_memory_change_nothing():
+    assert_same(run(("fsdp", 2), offload=True), run())
+    found = run(("stage", 2), layers=3, offload=True, accumulation=2)
+    assert_same(found, run(layers=3))
 
 
 def test_blocked_attention_is_the_same_attention():
