@@ -41,7 +41,7 @@ WRONG = [
     ({"mesh.fsdp": -1, "mesh.data": -1}, "mesh.data and mesh.fsdp are -1: only one axis"),
     ({"mesh.fsdp": 0}, "mesh.fsdp = 0: must be at least 1, or -1"),
     ({"mesh.tensor": -2}, "mesh.tensor = -2: must be at least 1, or -1"),
-    ({"train.remat_keep": ("qvk",)}, "train.remat_keep: unknown tensor 'qvk', did you mean 'qkv'?"),
+    ({"train.remat_keep": ("qvk",)}, "train.remat_keep: unknown tensor 'qvk'; did you mean qkv?"),
     ({"train.remat": "dots", "train.remat_offload": ("up",)}, "train.remat_offload = up: train.re"),
     ({"mesh.sequence": 0}, "mesh.sequence = 0: must be at least 1"),
     ({"mesh.stage": -2}, "mesh.stage = -2: must be at least 1"),
