@@ -123,11 +123,6 @@ def _quiet_libtpu() -> Iterator[None]:
 
 
 def _tpus(text: str, kind: str, sizes: list[int]) -> list[Any]:
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            f"--devices={text}: compiling for TPUs needs the libtpu wheel of this jax release; no "
-            "TPU is needed. Install it with: pip install -e '.[plan-tpu]'"
-        )
     flat = kind in ("v5e", "v6e")
     if len(sizes) != (2 if flat else 3):
         example = "2x4" if flat else "4x4x4"
@@ -145,6 +140,11 @@ def _tpus(text: str, kind: str, sizes: list[int]) -> list[Any]:
                 "must be a multiple of the host's"
             )
         options["chips_per_host_bounds"] = [*sizes, *([1] * (3 - len(sizes)))]
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--devices={text}: compiling for TPUs needs the libtpu wheel of this jax release; no "
+            "TPU is needed. Install it with: pip install -e '.[plan-tpu]'"
+        )
     if kind == "v4":
         options["chip_config_name"] = "megacore"  # one device a chip, as on the hardware
     name = f"{kind}:{'x'.join(map(str, sizes))}"
@@ -183,15 +183,6 @@ _GPU = {
 
 
 def _gpus(text: str, kind: str, sizes: list[int]) -> list[Any]:
-    found = importlib.util.find_spec("jax_plugins")
-    if found is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-        version = jax.__version__
-        raise UserError(
-            f"--devices={text}: compiling for NVIDIA GPUs needs JAX's CUDA plugin, but neither a "
-            "GPU nor NVIDIA's libraries. Install it with: pip install --no-deps "
-            f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} "
-            "(pip install -e '.[plan-gpu]' brings NVIDIA's libraries as well)"
-        )
     if len(sizes) > 2:
         raise UserError(
             f"--devices={text}: write {kind}:N, or {kind}:HxD for hosts x devices a host"
@@ -205,6 +196,12 @@ def _gpus(text: str, kind: str, sizes: list[int]) -> list[Any]:
                 f"{below + GPUS_A_NODE}, or write {kind}:HOSTSxDEVICES"
             )
         sizes = [-(-count // GPUS_A_NODE), min(count, GPUS_A_NODE)]
+    parent = importlib.util.find_spec("jax_plugins")
+    if parent is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        raise UserError(
+            f"--devices={text}: compiling for NVIDIA GPUs needs JAX's CUDA plugin, but neither a "
+            "GPU nor NVIDIA's libraries. Install it with: pip install -e '.[plan-gpu]'"
+        )
     shape = f"1x{sizes[0]}x{sizes[1]}"  # partitions, hosts, devices a host
     config = _gpu_target(kind)
     desc = topologies.get_topology_desc("", "cuda", topology=shape, target_config=config)

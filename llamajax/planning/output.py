@@ -117,7 +117,7 @@ def _traffic(plan: Plan) -> Iterator[str]:
 def _time(plan: Plan) -> Iterator[str]:
     p = plan.prediction
     yield ""
-    yield "predicted time of a step, not measured (python -m llamajax.plan --help: assumptions)"
+    yield "predicted time of a step, not measured"
     rows = [
         ("matrix products", p.products_s),
         ("attention", p.attention_s),
@@ -130,6 +130,11 @@ def _time(plan: Plan) -> Iterator[str]:
     for name, seconds in rows:
         yield f"  {name:<32}{seconds:>10.3f} s"
     each = p.tokens_per_s / plan.step.mesh.size
+    entry = plan.step.target.entry
+    yield (
+        f"  assumed: products at {entry.efficiency:.0%} of the peak; what fsdp sends hides behind "
+        "them, all else is waited for"
+    )
     yield (
         f"  {p.tokens_per_s:,.0f} tokens/s, {each:,.0f} a device; MFU {p.mfu_full:.1%} full, "
         f"{p.mfu_causal:.1%} causal"

@@ -37,6 +37,11 @@ def test_cpu_devices_are_virtual_ones():
         ("cpu:x", "is not a shape"),
         ("cpu:0", "is not a shape"),
         ("cpu:2x4", "cpu takes one number"),
+        ("h100:12", "choose N = 8 or 16"),
+        ("h200:2x2x2", "hosts x devices"),
+        ("v5e:8", "two sides"),
+        ("v5p:2x4", "three sides"),
+        ("v5e:3x3", "hosts of 2x2"),
     ],
 )
 def test_a_kind_or_shape_that_is_none_is_named(text, words):
@@ -52,7 +57,7 @@ def test_without_libtpu_it_says_what_to_install():
 
 @pytest.mark.skipif(has_cuda_plugin(), reason="the CUDA plugin is installed")
 def test_without_the_cuda_plugin_it_says_what_to_install():
-    assert "jax-cuda13-plugin" in message("h100:8")
+    assert "plan-gpu" in message("h100:8")
 
 
 def test_a_gpu_program_may_take_what_the_environment_says(monkeypatch):

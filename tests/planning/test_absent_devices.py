@@ -1,0 +1,74 @@
+"""Plans for TPUs and GPUs that are not here, by their own compilers, as a user runs them."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIG = str(Path(__file__).with_name("small_run.py"))
+BF16 = (
+    "--config.train.dtype=bfloat16", "--config.model.hidden_size=256",
+    "--config.model.num_heads=4", "--config.model.head_size=64", "--config.data.seq_len=128",
+    "--config.train.attention=auto",
+)  # fmt: skip
+pytestmark = pytest.mark.slow
+
+
+def has(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def planned(tmp_path, devices, *overrides):
+    out = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "llamajax.plan", f"--config={CONFIG}", f"--devices={devices}"]
+    done = subprocess.run(
+        [*command, f"--json={out}", *overrides],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.skipif(not has("libtpu"), reason="needs the extra plan-tpu")
+def test_a_tpu_step_is_compiled_with_its_own_attention(tmp_path):
+    plan = planned(tmp_path, "v5e:2x4", *BF16)
+    assert (plan["device_kind"], plan["attention"]) == ("TPU v5 lite", "splash")
+    assert plan["fits"] is True
+    assert plan["limit_bytes"] == int(15.75 * 2**30)
+    assert plan["arguments_bytes"] < plan["peak_bytes"] < plan["limit_bytes"]
+    kinds = {(row["kind"], *row["axes"], row["dtype"]) for row in plan["collectives"]}
+    assert ("all-gather", "fsdp", "bf16") in kinds
+    assert ("reduce-scatter", "fsdp", "f32") in kinds
+    assert plan["tokens_per_s"] > 0
+
+
+@pytest.mark.skipif(not has("libtpu"), reason="needs the extra plan-tpu")
+def test_libtpus_refusal_is_a_plan_that_does_not_fit(tmp_path):
+    plan = planned(
+        tmp_path, "v5e:1x1", *BF16, "--config.mesh.fsdp=1", "--config.mesh.tensor=1",
+        "--config.model.vocab_size=4000000",
+    )  # fmt: skip
+    assert plan["fits"] is False
+    assert plan["peak_bytes"] is None or plan["peak_bytes"] > plan["limit_bytes"]
+    assert plan["limit_bytes"] == int(15.75 * 2**30)
+
+
+@pytest.mark.skipif(not has("jax_plugins.xla_cuda13"), reason="needs JAX's CUDA plugin")
+def test_a_gpu_step_is_compiled_and_judged_by_the_device_table(tmp_path):
+    plan = planned(tmp_path, "h100:8", *BF16)
+    assert plan["device_kind"].startswith("NVIDIA H100")
+    assert (plan["attention"], plan["attention_compiled"]) == ("cudnn", "split")
+    assert plan["fits"] is True
+    assert plan["arguments_bytes"] < plan["peak_bytes"] < plan["limit_bytes"]
+    assert plan["collective_bytes"]["fsdp"] > 0
+    assert plan["collective_bytes"]["tensor"] > 0
