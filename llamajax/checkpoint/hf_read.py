@@ -112,7 +112,7 @@ def _open_files(directory: Path) -> tuple[SafetensorsSource | None, list[str]]:
         try:
             found |= {name: (file, entry) for name, entry in read_header(file).items()}
         except FileNotFoundError:
-            problems.append(f"{file} is missing: {INDEX} names it")
+            problems.append(f"{file} is missing, and {INDEX} names it; copy or download it")
         except OSError as error:
             problems.append(f"cannot read {file}: {error.strerror}")
         except DamagedFile as error:

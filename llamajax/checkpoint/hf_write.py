@@ -163,7 +163,8 @@ def check_vocabulary(tokenizer: ExportableTokenizer | None, model: ModelConfig) 
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model's vocabulary only "
-            f"{model.vocab_size:,}: they do not belong together"
+            f"{model.vocab_size:,}: they do not belong together; put the model's own beside the "
+            "weights, or take it away to convert without one"
         )
 
 
