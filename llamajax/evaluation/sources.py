@@ -173,7 +173,7 @@ def _tokenizer(weights: Weights) -> Tokenizer:
     if tokenizer.vocab_size > weights.model.vocab_size:
         raise UserError(
             f"the tokenizer {weights.tokenizer} has {tokenizer.vocab_size} tokens, the model only "
-            f"{weights.model.vocab_size}: it is another model's; put the model's own tokenizer there"
+            f"{weights.model.vocab_size}: it is another model's; put the model's own there"
         )
     return tokenizer
 
