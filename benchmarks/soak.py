@@ -35,7 +35,8 @@ FAULTS = {
     "SIGTERM the launcher": (None, signal.SIGTERM),
     "SIGSTOP a worker": (1, signal.SIGSTOP),
 }
-MOMENTS = ("import", "compile or restore", "step", "save", "evaluation")
+EARLY = ("import", "compile or restore")
+LATE = ("step", "save", "evaluation")
 _POLL = threading.Event()
 
 
@@ -115,7 +116,8 @@ def soak(run: Run, *, faults: int, rng: random.Random, steps: int) -> int:
     done = 0
     while done < faults and last_step(run.workdir) < steps - 1:
         run.ensure()
-        fault, kind = rng.choice(list(FAULTS)), rng.choice(MOMENTS)
+        begun = "ready " in run.log()
+        fault, kind = rng.choice(list(FAULTS)), rng.choice(LATE if begun else EARLY)
         come = moment(run, kind, rng)
         give_up = time.monotonic() + 300
         while not come() and run.process.poll() is None and time.monotonic() < give_up:
@@ -124,6 +126,10 @@ def soak(run: Run, *, faults: int, rng: random.Random, steps: int) -> int:
             continue
         at, began = last_step(run.workdir), time.monotonic()
         done += 1
+        if rng.random() < 0.4:  # the next fault meets it while it starts again
+            print(f"| {done} | {fault} | {kind} | {at} | hurt again |", flush=True)
+            run.ensure()
+            continue
         rows = (run.workdir / "metrics.jsonl").stat().st_mtime_ns if at else 0
         while last_step(run.workdir) < steps - 1:
             run.ensure()

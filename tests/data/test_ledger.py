@@ -41,6 +41,12 @@ def test_a_resumed_ledger_equals_an_undisturbed_one(opened):
     assert whole["digest"] != half["digest"]
 
 
+def test_a_digest_holds_all_that_came_before(opened):
+    mixture = opened()
+    whole = entered(mixture, begin(mixture), 8)
+    assert entered(mixture, begin(mixture), 8, start=5)["digest"] != whole["digest"]
+
+
 def test_the_same_order_is_confirmed(opened):
     mixture = opened()
     assert check_ledger(entered(mixture, begin(mixture), 3), mixture, begin(mixture), step=3) == 3

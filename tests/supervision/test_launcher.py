@@ -5,9 +5,11 @@ import re
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from llamajax.supervision.launcher import Launcher
 from llamajax.supervision.workers import culprit
 
 
@@ -142,6 +144,18 @@ wait_for_ever()"""
     assert launched(lines, processes_per_node=1, max_restarts=3) == 143
     thread.join()
     assert log(tmp_path, 0) == "ready\nsaved 1\n"
+
+
+def test_workers_are_told_to_stop_once_however_many_say_so():
+    """Two SIGTERMs at once are one to the kernel, but not always: a worker may count them."""
+    sent: list[int] = []
+    wire = SimpleNamespace(say=lambda message: None)
+    launcher = Launcher(SimpleNamespace(), wire, lifeline=0)
+    launcher._team = SimpleNamespace(send=sent.append)
+    assert launcher._stop() is None
+    launcher._obey({"order": "stop"})
+    launcher._obey({"order": "stop"})
+    assert sent == [signal.SIGTERM]
 
 
 def test_a_second_signal_ends_workers_that_do_not_listen(launched, tmp_path):

@@ -84,12 +84,21 @@ def test_a_start_is_killed_at_a_step(tmp_path):
     assert outcome == trial.Outcome(code=None, step=3, checkpoint=2)
 
 
-def test_a_start_is_killed_in_a_save_but_not_in_an_earlier_one(tmp_path):
+def test_a_start_is_killed_in_a_save(tmp_path):
     command = fake_train(tmp_path, "save(2); done(2); row(4); save(4)\nsignal.pause()")
     moment = trial.in_save(tmp_path, earliest=3)
     outcome = trial.start(command, workdir=tmp_path, log=tmp_path / "log", kill_at=moment)
     assert outcome == trial.Outcome(code=None, step=4, checkpoint=2)
     assert (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp-7").is_dir()
+
+
+def test_an_earlier_or_a_finished_save_is_not_the_moment(tmp_path):
+    moment = trial.in_save(tmp_path, earliest=3)
+    for name, come in (("2.orbax-checkpoint-tmp-7", False), ("3", False), ("x", False)):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        assert moment() is come
+    (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp-7").mkdir()
+    assert moment() is True
 
 
 def test_a_start_is_killed_before_its_first_step(tmp_path):
