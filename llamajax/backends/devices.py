@@ -114,6 +114,12 @@ DEVICES = (
 )  # fmt: skip
 
 
+def give_gpu_memory() -> None:
+    """Let XLA have GPU_MEMORY_FRACTION of a GPU, as plans assume, unless the user decided."""
+    if not any(os.environ.get(name) for name in _FRACTION_VARIABLES):
+        os.environ[_FRACTION_VARIABLES[0]] = str(GPU_MEMORY_FRACTION)
+
+
 def find(device_kind: str) -> Device | None:
     """The entry of a device kind, or None when it is not known."""
     return next((d for d in DEVICES if device_kind.startswith(d.kind)), None)

@@ -12,6 +12,7 @@ import tempfile
 
 import jax
 
+from llamajax.backends.devices import give_gpu_memory
 from llamajax.backends.place import Place, find_place, several_are_indicated
 from llamajax.backends.rollcall import call_roll
 from llamajax.config.schema import BackendConfig
@@ -48,6 +49,7 @@ def start(config: BackendConfig) -> Machine:
     the CPU.
     """
     config = _with_environment(config)
+    give_gpu_memory()  # before JAX's CUDA plugin reads it; elsewhere it means nothing
     if config.num_cpu_devices is not None:
         jax.config.update("jax_num_cpu_devices", config.num_cpu_devices)
     if config.plugin:
