@@ -17,6 +17,7 @@ _HOME = {
     "follow_launcher": "children",
     "peak_flops": "devices",
     "peak_memory_bytes": "runtime",
+    "program_bytes": "runtime",
     "seen_alive": "children",
     "show_alive": "children",
     "start": "runtime",

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import tempfile
+from typing import Any
 
 import jax
 
@@ -158,6 +159,15 @@ def _join_as_detected(scheduler: str, *, timeout_s: int) -> None:
             f"{str(error).splitlines()[0]}. Set backend.coordinator_address, num_processes and "
             "process_id, or start them with llamajax.launch"
         ) from None
+
+
+def program_bytes(compiled: Any) -> int | None:
+    """Memory of one device that a compiled program asks for; None where the backend is silent."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept
 
 
 def peak_memory_bytes() -> int | None:

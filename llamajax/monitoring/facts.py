@@ -24,7 +24,8 @@ def write_run_facts(workdir: Path, facts: Mapping[str, Any]) -> None:
       initial_eval_loss    held-out loss before the first update
       time_breakdown       `StepTimer.breakdown()`: wall_s, steps_s, compile_s, ..., goodput
       tokens_per_s         mean over the steps of this process
-      peak_memory_bytes    of one device
+      program_bytes        memory of one device that the compiled step asks for
+      peak_memory_bytes    most that one device has used
       samples              [{"prompt": ..., "text": ...}, ...] generated at the end
 
     Raises OSError where the disk refuses.

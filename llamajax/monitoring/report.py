@@ -1,7 +1,7 @@
 """`report.html`: a run on one page that needs nothing else, also while it goes on.
 
-Made only from files of the workdir: `config.json`, `metrics.jsonl`, `run.json`. Anything missing
-or null is left out or shown as unknown.
+Made only from files of the workdir: `config.json`, `metrics.jsonl`, `run.json`, `plan.json`.
+Anything missing or null is left out or shown as unknown.
 """
 
 import html
@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from llamajax.errors import UserError
+from llamajax.monitoring import planned
 from llamajax.monitoring.charts import Series, line_chart, smooth
 from llamajax.monitoring.facts import read_run_facts
 from llamajax.monitoring.metrics import METRICS, load_metrics
@@ -259,6 +260,7 @@ def render_report(workdir: Path) -> str:
             _tiles(rows, config, facts),
             _charts(rows, facts),
             _time(facts),
+            planned.section(workdir, facts, rows),
             _samples(facts),
             _config_table(config),
         ]

@@ -74,8 +74,8 @@ def rates(session: Session) -> Callable[[float], dict[str, float | None]]:
     return rates
 
 
-def facts(session: Session) -> dict[str, Any]:
-    """What `run.json` says of a run that has begun."""
+def facts(session: Session, step: Any) -> dict[str, Any]:
+    """What `run.json` says of a run that has begun, with its compiled step."""
     machine = session.machine
     peak = backends.peak_flops(machine.device_kind, session.config.train.dtype)
     facts = dataclasses.asdict(machine)
@@ -86,6 +86,7 @@ def facts(session: Session) -> dict[str, Any]:
         "attention": session.compute.attention,
         "num_parameters": num_parameters(session.config.model),
         "num_trained_parameters": num_trained(session.config),
+        "program_bytes": backends.program_bytes(step),
         "peak_flops": peak[0] if peak else None,
         "peak_source": peak[1] if peak else None,
         "unigram_entropy": session.held_out.unigram_loss if session.held_out else None,

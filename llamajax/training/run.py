@@ -187,7 +187,7 @@ def _build(
     stack.callback(metrics.close)
     stack.callback(progress.close)
     if primary:
-        write_run_facts(workdir, facts(session))
+        write_run_facts(workdir, facts(session, steps[0]))
     batches = feed.train(start.step)
     return Loop(
         train=config.train,
