@@ -1,7 +1,7 @@
 """What was planned beside what was measured: the section of a run's report that compares them.
 
-The plan is `plan.json` in the run's directory, which `llamajax plan --json=WORKDIR/plan.json` writes;
-the memory of the compiled step (`program_bytes`) is known of every run.
+The plan is `plan.json` in the run's directory (`llamajax plan --json=WORKDIR/plan.json`); the memory
+of the compiled step (`program_bytes`) is known of every run.
 """
 
 import html
@@ -65,9 +65,11 @@ def section(workdir: Path, facts: Mapping[str, Any], rows: Sequence[Mapping[str,
         "<tr><td>" + '</td><td class="number">'.join(map(html.escape, row)) + "</td></tr>"
         for row in found
     )
-    source = f"planned for {plan['devices']}" if plan.get("devices") else "the compiled program"
+    source = "of the compiled program"
+    if plan.get("peak_bytes") or plan.get("step_time_s"):
+        source = f"for {plan['devices']}"
     head = "".join(f"<th>{name}</th>" for name in ("", "planned", "measured", "ratio"))
     return (
         f"<section><h2>Planned and measured</h2><table><tr>{head}</tr>{lines}</table>"
-        f'<p class="none">Planned: {html.escape(source)}.</p></section>'
+        f'<p class="none">Planned {html.escape(source)}.</p></section>'
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from unittest import mock
 
 import jax
@@ -90,9 +91,14 @@ def logits(model: Llama) -> np.ndarray:
 @functools.cache
 def run(mesh_shape, *, dropout=0.0, accumulation=1, base_dtype="float32", checked=True):
     """Losses and gradient norms of five steps, the state after them, the base before them."""
-    data, fsdp, tensor = mesh_shape
-    devices = jax.devices()[: data * fsdp * tensor]
-    mesh = sharding.build_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
+    axes = ("data", "fsdp", "tensor", "sequence", "stage")
+    sizes = dict(zip(axes, mesh_shape, strict=False))
+    mesh = sharding.build_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(mesh_shape)])
+    compute = dataclasses.replace(
+        COMPUTE,
+        split_tokens=mesh.shape["tensor"] > 1,
+        attention="split" if mesh.shape["sequence"] > 1 else "xla",
+    )
     lora = dataclasses.replace(LORA, dropout=dropout, base_dtype=base_dtype, targets=TARGETS)
     optimizer = optim.build(OPTIM, steps=10)
     base = jax.tree.map(lambda x: x.astype(base_dtype) if x.ndim > 2 else x, base_model())
@@ -100,9 +106,9 @@ def run(mesh_shape, *, dropout=0.0, accumulation=1, base_dtype="float32", checke
     model = jax.device_put(base, sharding.shardings(base, mesh))
     state = state_around(model, optimizer, mesh, lora=lora, seed=4)
     train = TrainConfig(steps=10, seed=7, dtype="float32", accumulation_steps=accumulation)
-    step = train_step(optimizer, OPTIM, train, COMPUTE, mesh)
+    step = train_step(optimizer, OPTIM, train, compute, mesh)
     rows = []
-    with mock.patch.object(sharded, "NEEDS_UNCHECKED", () if checked else ("xla",)):
+    with mock.patch.object(sharded, "NEEDS_UNCHECKED", () if checked else ("xla", "split")):
         for n in range(STEPS):
             state, metrics = step(state, sharding.place(batch(n), mesh))
             rows.append([metrics["loss"].item(), metrics["grad_norm"].item()])
@@ -155,8 +161,8 @@ def test_merged_weights_compute_the_same_and_have_the_same_gradients():
 
 @pytest.mark.parametrize(
     ("shape", "options"),
-    [((2, 2, 2), {}), ((1, 2, 2), {"accumulation": 2})],
-    ids=["all axes", "microbatches"],
+    [((2, 2, 2), {}), ((1, 2, 2), {"accumulation": 2}), ((1, 1, 2, 2, 2), {})],
+    ids=["batch and width", "microbatches", "tokens and layers"],
 )
 def test_every_mesh_drops_the_same_and_trains_the_same_adapters(shape, options):
     assert_same(run(shape, dropout=0.3, **options), run((1, 1, 1), dropout=0.3))
@@ -164,7 +170,8 @@ def test_every_mesh_drops_the_same_and_trains_the_same_adapters(shape, options):
 
 def test_every_mesh_trains_the_same_adapters_where_varying_axes_are_not_checked():
     """As with a fused kernel: JAX then inserts no sum of a gradient that was forgotten."""
-    assert_same(run((2, 2, 2), **UNCHECKED), run((1, 1, 1), **UNCHECKED))
+    for shape in ((2, 2, 2), (1, 1, 2, 2, 2)):
+        assert_same(run(shape, **UNCHECKED), run((1, 1, 1), **UNCHECKED))
 
 
 @pytest.mark.parametrize("options", [{"dropout": 0.3}, UNCHECKED], ids=str)

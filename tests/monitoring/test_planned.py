@@ -16,12 +16,12 @@ def test_a_plan_stands_beside_what_was_measured(tmp_path):
         ("tokens/s", "1,000", "1,100", "1.100"),
     ]
     (tmp_path / "plan.json").write_text(json.dumps(PLAN))
-    assert "planned for h200:8" in section(tmp_path, FACTS, ROWS)
+    assert "Planned for h200:8" in section(tmp_path, FACTS, ROWS)
 
 
 def test_without_a_plan_the_compiled_program_is_one(tmp_path):
     assert compared({}, FACTS, ROWS) == [("memory of a device", "4.000 GiB", "5.000 GiB", "1.250")]
-    assert "the compiled program" in section(tmp_path, FACTS, ROWS)
+    assert "Planned of the compiled program" in section(tmp_path, FACTS, ROWS)
 
 
 def test_nothing_planned_or_measured_shows_nothing_wrong(tmp_path):
