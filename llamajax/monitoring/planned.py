@@ -1,6 +1,6 @@
 """What was planned beside what was measured: the section of a run's report that compares them.
 
-The plan is `plan.json` in the run's directory (`llamajax plan --json=WORKDIR/plan.json`); the memory
+The plan is `plan.json` in the run's directory (`plan --json=WORKDIR/plan.json`); the memory
 of the compiled step (`program_bytes`) is known of every run.
 """
 
