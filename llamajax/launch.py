@@ -10,7 +10,7 @@ SUMMARY = (
     "and start them again from the newest checkpoint. One log a worker and attempt."
 )
 EXAMPLE = (
-    "python -m llamajax.launch --processes_per_node=8 --nodes=8 --node_rank=0 "
+    "python -m llamajax.launch --processes_per_node=1 --nodes=8 --node_rank=0 "
     "--coordinator=node0:8476 -- python -m llamajax.train --config=configs/llama3_70b.py "
     "--workdir=/shared/llama3_70b"
 )

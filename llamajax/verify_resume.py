@@ -13,7 +13,7 @@ SUMMARY = (
 )
 EXAMPLE = "python -m llamajax.verify_resume --config=configs/quickstart.py --workdir=runs/proof"
 FLAGS = (
-    Flag(name="workdir", metavar="DIR", doc="new directory for the runs of the proof"),
+    Flag(name="workdir", metavar="DIR", doc="directory for the runs of the proof alone"),
     Flag(name="kills", metavar="N", annotation=int, default=3, doc="how often it is killed"),
     Flag(name="seed", metavar="S", annotation=int, default=0, doc="seed of the moments"),
     Flag(name="steps", metavar="N", annotation=int, default=12, doc="steps of each run"),

@@ -22,6 +22,7 @@ from llamajax.supervision.logs import last_lines
 from llamajax.supervision.trial import Moment, Outcome, at_start, at_step, in_save, read_meta, start
 
 _KINDS = ("in_save", "at_step", "at_start")
+_RUNS = ("undisturbed", "killed", "other_mesh")
 _SHOWN_LINES = 15
 
 
@@ -43,14 +44,11 @@ def prove(request: Request) -> bool:
 
     Raises UserError when the config does not train at all, or the directory is in use.
     """
-    if request.workdir.exists() and any(request.workdir.iterdir()):
-        raise UserError(f"--workdir={request.workdir}: is not empty; choose a new directory")
-    request.workdir.mkdir(parents=True, exist_ok=True)
+    _make_room(request.workdir)
     _tell(f"undisturbed: {request.steps} steps")
-    undisturbed = request.workdir / "undisturbed"
+    undisturbed, killed, moved = (request.workdir / name for name in _RUNS)
     _finish(request, undisturbed)
     other = other_mesh(request, undisturbed)
-    killed, moved = request.workdir / "killed", request.workdir / "other_mesh"
     if not _kill_repeatedly(request, killed, undisturbed):
         print("verdict: not proven; raise --steps or choose another --seed")
         return False
@@ -62,6 +60,16 @@ def prove(request: Request) -> bool:
         _tell(f"killed run: resumed with {' '.join(other)}")
         _finish(request, moved, *other)
     return judge(request, undisturbed, killed, moved if other is not None else None)
+
+
+def _make_room(workdir: Path) -> None:
+    """The directory, empty of an earlier proof; UserError where something else is in it."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    for path in workdir.iterdir():
+        if path.name.partition(".")[0] not in _RUNS:
+            raise UserError(f"--workdir={workdir}: holds {path.name}; choose a new directory")
+    for path in workdir.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def shortened(config: RunConfig, steps: int) -> list[str]:
