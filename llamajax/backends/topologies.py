@@ -5,14 +5,12 @@ driver, no NVIDIA library, no GPU), any number of virtual CPU devices, and whate
 plugin implements topologies. Nothing here runs a program.
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
 import os
 import pathlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,6 +24,8 @@ from llamajax.errors import UserError
 GPUS_A_NODE = 8
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 GPUS = ("a100", "h100", "h200", "b200")
+
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 # The chips that share a host, which a topology's shape must be a multiple of; smaller slices are
 # one host.
@@ -42,7 +42,7 @@ class Target:
     devices: tuple[Any, ...]
     entry: devices.Device | None
     compute_capability: str | None
-    versions: dict[str, str]  # of what compiles for it
+    versions: dict[str, str]  # of what compiles for it, and the flags that change what it does
 
     def machine(self) -> runtime.Machine:
         """The facts that a run would see there."""
@@ -63,11 +63,13 @@ def absent_devices(text: str, backend: BackendConfig) -> Target:
     JAX itself is started on the CPU. Raises UserError for a kind or shape that nothing here can
     compile for, naming the nearest kind or what is to be installed.
     """
-    kind, colon, shape = (part.strip().lower() for part in text.partition(":"))
+    kind, colon, shape = (part.strip() for part in text.partition(":"))
     example = "write KIND:SHAPE, for example v5p:4x4x4, h200:64, h100:8x8 or cpu:8"
     if not (kind and colon and shape):
         raise UserError(f"--devices={text}: {example}")
-    is_plugin = kind not in (*TPUS, *GPUS, "cpu")
+    is_plugin = kind.lower() not in (*TPUS, *GPUS, "cpu")
+    if not is_plugin:
+        kind, shape = kind.lower(), shape.lower()
     sizes = [int(n) for n in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
     if not is_plugin and (not sizes or 0 in sizes):
         raise UserError(f"--devices={text}: {shape!r} is not a shape; {example}")
@@ -76,17 +78,17 @@ def absent_devices(text: str, backend: BackendConfig) -> Target:
         raise UserError(f"--devices={text}: cpu takes one number, for example cpu:8")
     if is_plugin and not (backend.plugin and backend.name == kind):
         backend = BackendConfig()
-    with _quiet_libtpu():
-        _start_host(backend, num_cpu_devices=num_cpu_devices or 1)
-        if kind == "cpu":
-            found, versions = jax.devices()[: sizes[0]], ("jaxlib",)
-        elif kind in TPUS:
-            found, versions = _tpus(text, kind, sizes), ("jax", "jaxlib", "libtpu")
-        elif kind in GPUS:
-            packages = ("jax", "jaxlib", "jax-cuda13-plugin")
-            found, versions = _gpus(text, kind, sizes), packages
-        else:
-            found, versions = _of_plugin(text, kind, shape), ("jax", "jaxlib")
+    _quiet_libtpu()
+    _start_host(backend, num_cpu_devices=num_cpu_devices or 1)
+    if kind == "cpu":
+        found, versions = jax.devices()[: sizes[0]], ("jaxlib",)
+    elif kind in TPUS:
+        found, versions = _tpus(text, kind, sizes), ("jax", "jaxlib", "libtpu")
+    elif kind in GPUS:
+        packages = ("jax", "jaxlib", "jax-cuda13-plugin")
+        found, versions = _gpus(text, kind, sizes), packages
+    else:
+        found, versions = _of_plugin(text, kind, shape), ("jax", "jaxlib")
     first = found[0]
     return Target(
         text=f"{kind}:{shape}",
@@ -95,7 +97,8 @@ def absent_devices(text: str, backend: BackendConfig) -> Target:
         devices=tuple(found),
         entry=devices.find(first.device_kind),
         compute_capability=_GPU[kind].capability if kind in GPUS else None,
-        versions={name: importlib.metadata.version(name) for name in versions},
+        versions={name: importlib.metadata.version(name) for name in versions}
+        | {name: os.environ[name] for name in _FLAGS if os.environ.get(name)},
     )
 
 
@@ -114,12 +117,10 @@ def _start_host(backend: BackendConfig, *, num_cpu_devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", num_cpu_devices)
 
 
-@contextlib.contextmanager
-def _quiet_libtpu() -> Iterator[None]:
+def _quiet_libtpu() -> None:
     """libtpu asks the cloud's metadata server who it is, waits, and complains; no need here."""
     for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
         os.environ.setdefault(name, value)
-    yield
 
 
 def _tpus(text: str, kind: str, sizes: list[int]) -> list[Any]:

@@ -138,6 +138,8 @@ def _notes(step: Step, facts: Facts) -> list[str]:
         )
     if step.target.platform == "cpu":
         notes.append("cpu: temporary memory of a CPU's program predicts no accelerator's; no peak")
+        if step.config.train.dtype == "bfloat16":
+            notes.append("cpu: XLA moves float32 there where an accelerator moves bfloat16")
     if facts.traffic is None:
         notes.append("the compiler refused the program for its memory: nothing else is known of it")
     return notes
