@@ -130,8 +130,13 @@ def pipelined(
     rank, in_group = collectives.index(AXIS), rounds * P
     grouped = jax.tree.map(lambda w: w.reshape(rounds, -1, *w.shape[1:]), layers)
     size = jax.tree.leaves(grouped)[0].shape[1]
-    if remat_stage:
-        stage = jax.checkpoint(stage, prevent_cse=False)
+
+    def turned(grouped, turn, x, numbers, microbatch):
+        mine = jax.tree.map(lambda w: _at(w, turn) if rounds > 1 else w[0], grouped)
+        return stage(mine, x, numbers, microbatch)
+
+    if remat_stage:  # around the choice of a group: one chosen outside would be kept at every tick
+        turned = jax.checkpoint(turned, prevent_cse=False)
 
     def tick(carry, clock):
         ring, feed, done, finished = carry
@@ -140,9 +145,8 @@ def pipelined(
         fresh = jnp.minimum(clock // in_group, Q - 1)
         feed = jnp.where(clock % in_group == 0, _at(x_QBTD, fresh), feed)
         x = jnp.where((rank == 0) & (turn == 0), feed, ring)
-        mine = jax.tree.map(lambda w: _at(w, turn), grouped)
         numbers = (turn * P + rank) * size + jnp.arange(size)
-        y = stage(mine, x, numbers, group * P + place)
+        y = turned(grouped, turn, x, numbers, group * P + place)
         done = jnp.where(rank == P - 1, y, collectives.passed(done, AXIS, by=-1))
         ended = clock + 2 - P  # all P microbatches of a group are done when it is a multiple
         slot = jnp.clip(ended // in_group - 1, 0, Q - 1)
