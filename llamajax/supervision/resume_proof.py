@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llamajax.config import RunConfig
 from llamajax.config.schema import MeshConfig
-from llamajax.errors import UserError
+from llamajax.errors import UserError, combine
 from llamajax.monitoring import read_run_facts
 from llamajax.supervision.comparison import TOLERANCES, largest_difference, values
 from llamajax.supervision.logs import last_lines
@@ -126,6 +126,11 @@ def _finish(request: Request, workdir: Path, *overrides: str) -> None:
     """Run or resume to the end."""
     log = request.workdir / f"{workdir.name}.log"
     outcome = start(_command(request, workdir, *overrides), workdir=workdir, log=log)
+    if outcome.code != 0 and overrides:
+        raise combine(
+            [str(_failed(outcome, log))],
+            title="the other mesh does not train; --other=KEY=VALUE,... chooses another:",
+        )
     if outcome.code != 0:
         raise _failed(outcome, log)
 
