@@ -1,5 +1,6 @@
 """A plan for people and for scripts."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ from llamajax import sharding
 from llamajax.models.counts import num_parameters
 from llamajax.monitoring.progress import format_count
 from llamajax.planning.plan import Plan
+from llamajax.planning.roofline import pipeline_facts
 
 _GIB = 2**30
 
@@ -14,7 +16,7 @@ _GIB = 2**30
 def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
     """The plan as JSON values, null where something is unknowable."""
     p, config, facts = plan.prediction, plan.config, plan.facts
-    sent = plan.collective_bytes()
+    sent, pipe = plan.collective_bytes(), pipeline_facts(config, plan.step.mesh.shape)
     return {
         "config": config_file,
         "devices": plan.step.target.text,
@@ -50,6 +52,7 @@ def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
             "products_s": p.products_s, "attention_s": p.attention_s, "memory_s": p.memory_s,
             "links_s": p.links_s, "hidden_s": p.hidden_s, "bubble": p.bubble,
         },
+        "pipeline": pipe and dataclasses.asdict(pipe),
         "compile_s": facts.compile_s,
         "cached": facts.cached,
         "versions": plan.step.target.versions,
@@ -89,6 +92,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     for words, causal in (("whole attention matrix", False), ("causal half of it", True)):
         yield f"  FLOPs a step, {words:<24}{plan.flops[causal]:>12.4g}"
+    yield from _pipeline(plan)
     if plan.facts.traffic is not None:
         yield from _traffic(plan)
     if plan.prediction is not None:
@@ -98,6 +102,23 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"  compiled in {plan.facts.compile_s:.1f} s{again}"
     for note in plan.notes:
         yield f"  note: {note}"
+
+
+def _pipeline(plan: Plan) -> Iterator[str]:
+    facts = pipeline_facts(plan.config, plan.step.mesh.shape)
+    if facts is None:
+        return
+    yield ""
+    yield (
+        f"pipeline of {facts.stages} stages, {facts.microbatches} microbatches, rounds "
+        f"{facts.rounds}: {facts.bubble:.1%} of the ticks idle"
+    )
+    kept = plan.config.train.remat_stage
+    for words, size, marked in (
+        ("inputs of the stage", facts.stage_inputs_bytes, kept),
+        ("inputs of its layers", facts.layer_inputs_bytes, not kept),
+    ):
+        yield f"  {words:<26}{_gib(size):>14}{'  kept for the backward pass' if marked else ''}"
 
 
 def _traffic(plan: Plan) -> Iterator[str]:

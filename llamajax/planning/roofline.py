@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from llamajax.backends import Device
 from llamajax.config import ModelConfig, RunConfig
 from llamajax.models.counts import flops_per_token, num_parameters
-from llamajax.models.pipeline import bubble
+from llamajax.models.order import padded_layers
+from llamajax.models.pipeline import bubble, num_ticks
 
 # Speed of attention's products relative to large ones: fused kernels, and blocks of plain XLA.
 _ATTENTION = {"cudnn": 0.6, "splash": 0.6, "blocked": 0.15, "split": 0.15, "xla": 0.15}
@@ -194,12 +195,48 @@ def _recomputed_flops(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, 
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class PipelineFacts:
+    """A pipeline's idle share, and what it keeps of its microbatches in two ways, bytes a device.
+
+    stage_inputs_bytes: one activation a tick, kept with train.remat_stage; layer_inputs_bytes: one
+    a tick and layer, kept without. Outputs that wait for their loss come on top in both.
+    """
+
+    stages: int
+    microbatches: int
+    rounds: int
+    bubble: float
+    stage_inputs_bytes: float
+    layer_inputs_bytes: float
+
+
+def pipeline_facts(config: RunConfig, sizes: Mapping[str, int]) -> PipelineFacts | None:
+    """The pipeline of a run on a mesh of these axis sizes; None where there is none."""
+    t, share = config.train, Shares.of(config, sizes)
+    if sizes["stage"] == 1:
+        return None
+    schedule = {
+        "stages": sizes["stage"],
+        "microbatches": share.microbatch // t.microbatch_size,
+        "rounds": t.pipeline_rounds,
+    }
+    tokens = t.microbatch_size * share.tokens / sizes["tensor"]
+    kept = num_ticks(**schedule) * tokens * config.model.hidden_size * width(config)
+    layers = padded_layers(
+        config.model.num_layers, stages=sizes["stage"], rounds=t.pipeline_rounds
+    ) // (sizes["stage"] * t.pipeline_rounds)
+    return PipelineFacts(
+        **schedule,
+        bubble=bubble(**schedule),
+        stage_inputs_bytes=kept,
+        layer_inputs_bytes=kept * layers,
+    )
+
+
 def _bubble(config: RunConfig, sizes: Mapping[str, int]) -> float:
-    stages, t = sizes["stage"], config.train
-    if stages == 1:
-        return 0.0
-    count = Shares.of(config, sizes).microbatch // t.microbatch_size
-    return bubble(stages=stages, microbatches=count, rounds=t.pipeline_rounds)
+    facts = pipeline_facts(config, sizes)
+    return facts.bubble if facts else 0.0
 
 
 def _bandwidth(

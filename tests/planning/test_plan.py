@@ -15,6 +15,7 @@ from llamajax.models.counts import flops_per_token
 from llamajax.planning import estimate
 from llamajax.planning.compilation import _refused
 from llamajax.planning.plan import make_plan
+from llamajax.planning.roofline import pipeline_facts
 from llamajax.training.feed import abstract_batch
 from llamajax.training.state import init_state
 
@@ -153,3 +154,14 @@ def test_a_wrong_mesh_or_path_is_one_message(tmp_path):
 def test_a_refusal_is_read(message, needed, limit):
     facts = _refused(message, 1.0)
     assert (facts.needed_bytes, facts.limit_bytes, facts.traffic) == (needed, limit, None)
+
+
+def test_a_pipeline_tells_what_it_idles_and_keeps():
+    """70B as the ancestor splits it: 263 ticks of 16 MiB, ten times that without `remat_stage`."""
+    config = load(str(Path(__file__).parents[2] / "configs/llama3_70b.py:pipeline"), {})
+    sizes = {"data": 1, "stage": 8, "fsdp": 1, "sequence": 1, "tensor": 8}
+    facts = pipeline_facts(config, sizes)
+    assert facts.bubble == pytest.approx(7 / 263)
+    assert facts.stage_inputs_bytes == 263 * 2**24
+    assert facts.layer_inputs_bytes == 10 * facts.stage_inputs_bytes
+    assert pipeline_facts(config, sizes | {"stage": 1}) is None
