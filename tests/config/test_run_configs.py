@@ -37,7 +37,9 @@ def test_its_docstring_states_hardware_command_speed_and_loss(path):
 def test_the_cluster_configs_are_the_practices_they_name():
     small = load(str(FOLDER / "llama2_7b.py"))
     assert small.data.seq_len * small.data.global_batch_size == 262_144
-    assert (small.mesh.fsdp, small.train.accumulation_steps) == (8, 8)
+    assert (small.mesh.fsdp, small.train.accumulation_steps) == (8, 4)
     large = load(str(FOLDER / "llama3_70b.py"))
     assert large.data.seq_len * large.data.global_batch_size == 2_097_152
     assert large.mesh.fsdp * large.mesh.tensor == 64
+    piped = load(str(FOLDER / "llama3_70b.py") + ":pipeline")
+    assert (piped.mesh.tensor, piped.mesh.stage, piped.train.microbatch_size) == (8, 8, 1)

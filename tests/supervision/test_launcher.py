@@ -140,8 +140,13 @@ signal.pause()
 signal.setitimer(signal.ITIMER_REAL, 0.3)  # time for a second one, which must not come
 signal.signal(signal.SIGALRM, lambda *_: os._exit(143))
 wait_for_ever()"""
+    # what a shell starts in the background ignores Ctrl-C, and the launcher would leave it so
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = signal_when("ready", tmp_path / "logs" / "worker_0.log", number)
-    assert launched(lines, processes_per_node=1, max_restarts=3) == 143
+    try:
+        assert launched(lines, processes_per_node=1, max_restarts=3) == 143
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     assert log(tmp_path, 0) == "ready\nsaved 1\n"
 
