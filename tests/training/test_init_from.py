@@ -7,8 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from llamajax import data, sharding
 from llamajax.checkpoint import restore_state
@@ -17,6 +15,9 @@ from llamajax.errors import UserError
 from llamajax.models.abstract import abstract_model
 from llamajax.prepare import main as prepare
 from llamajax.training.origin import model_differences, open_origin
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 UNMASKED = {"data__mask_documents": False}
 
