@@ -1,13 +1,14 @@
 """Llama-3 70B on 64 devices, after MindFormers' `pretrain_llama3_70b.yaml`, its traps corrected.
 
 Hardware: 8 nodes of 8 accelerators with 80 GB or more. Planned (`llamajax plan`, 2026-11-25) for
-          h100:8x8: 60.6 of 72.8 GiB a device; the pipeline 35.3 GiB with remat `full`.
+          h100:8x8: 60.6 of 72.8 GiB a device, as a pipeline 36.3; for v5p:4x4x4: 72.0 of 95.7.
 Command:  one process a node, with its own rank in --config.backend.process_id:
           python -m llamajax.train --config=configs/llama3_70b.py --workdir=/shared/llama3_70b \
               --config.data.path=/shared/data/llama3 --config.backend.num_processes=8 \
               --config.backend.coordinator_address=node0:8476 --config.backend.process_id=RANK
-Speed:    planned for h100:8x8: 1,156 tokens/s a device (MFU 56 % full). Unmeasured. Published
-          elsewhere: 337 tokens/s a device with the original, 1,053 with MaxText on H100.
+Speed:    planned for h100:8x8: 1,156 tokens/s a device (MFU 56 % full), as a pipeline 733; for
+          v5p:4x4x4: 660. Unmeasured. Published elsewhere: 337 tokens/s a device with the
+          original, 1,053 with MaxText on H100.
 Loss:     unmeasured.
 
 Kept from the original: sequences of 8192; 256 of them (2.1 M tokens) a step; cosine from 1e-4 to 0
