@@ -12,6 +12,7 @@ import pytest
 
 from llamajax import optim, sharding
 from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from llamajax.models.counts import num_parameters
 from llamajax.models.llama import Compute
 from llamajax.models.pipeline import num_ticks
 from llamajax.planning.groups import axes_of_groups, device_groups
@@ -124,6 +125,9 @@ def test_a_sequence_moves_keys_and_values_and_holds_no_square():
     assert {m[3] for m in gathered if m[2] != "s32"} == {keys}
     scattered = along(moved, "sequence", "reduce-scatter")
     assert {m[3] for m in scattered} == {4 * keys}, "gradients of keys and values, in float32"
+    both = 2 * MODEL.num_layers
+    assert sum(m[4] for m in gathered if m[2] != "s32") == 2 * both, "forward and backward"
+    assert sum(m[4] for m in scattered) == both
     piece = T // 8
     assert re.search(rf"\[\d+,\d+,{piece},{piece}\]|\[\d+,\d+,{piece}\]", text)
     assert not re.search(rf"{T},{T}\]|{T // 4},{T}\]", text), "no scores of all tokens"
@@ -133,6 +137,8 @@ def test_data_is_summed_once():
     _, moved = compiled(("data", 2), ("fsdp", 2))
     assert {m[1] for m in along(moved, "data")} == {"all-reduce"}
     assert all(m[4] == 1 for m in along(moved, "data"))
+    held = num_parameters(MODEL) / 2 * FLOAT  # half of each weight, by fsdp
+    assert sum(m[3] for m in along(moved, "data")) == pytest.approx(held, rel=1e-3)
 
 
 def test_a_tensor_axis_that_sums_activations_is_seen():
