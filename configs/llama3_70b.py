@@ -15,9 +15,9 @@ Kept from the original: sequences of 8192; 256 of them (2.1 M tokens) a step; co
 with 3 % warm-up; clipping at norm 1; bfloat16 products, fp32 weights, norms, softmax and rotary.
 
 Changed, with the reason:
-- Mesh fsdp 16 x tensor 4 instead of tensor 8 x pipeline 8: no bubble, no stage to balance. It is the
-  best that `--search --candidates=3` found for h100:8x8: at fsdp 8 x tensor 8 with 32 microbatches weights are
-  gathered so often that the network between nodes, and not the products, takes the time.
+- Mesh fsdp 16 x tensor 4 instead of tensor 8 x pipeline 8: no bubble, no stage to balance. It is
+  the best that `--search --candidates=3` found for h100:8x8 (2026-11-25): at fsdp 8 x tensor 8 with
+  32 microbatches weights are gathered so often that the network between nodes takes the time.
   The original's own layout is there as well, --config=configs/llama3_70b.py:pipeline: a stage a
   node, 256 microbatches of one sample, 2.7 % of the ticks idle; for nodes with slow links.
 - Adam's beta2 is 0.95 instead of 0.999, as Llama 2 was trained: it forgets a spike in 20 steps.
