@@ -24,3 +24,14 @@ def agree(problem: str | None) -> str | None:
         if found := bytes(row).rstrip(b"\0").decode(errors="replace"):
             return found
     return None
+
+
+def told(number: int | None) -> int | None:
+    """What process 0 says (a number from 0, or None), told to all. A collective, as `agree`.
+
+    For what is read from a shared directory: two processes may see it a moment apart.
+    """
+    if jax.process_count() == 1:
+        return number
+    found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if number is None else number)))
+    return None if found < 0 else found

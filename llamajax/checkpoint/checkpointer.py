@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 
 from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.agreement import agree
+from llamajax.checkpoint.fallback import newest_whole
 from llamajax.checkpoint.names import named_leaves
 from llamajax.checkpoint.restore import newest_step, read_meta, restore_state
 from llamajax.errors import UserError
@@ -118,6 +119,7 @@ class Checkpointer:
         self._failure: str | None = None
         self._unsettled = False
         self._saving: int | None = None
+        self._verified: int | None = None
         self._pending: tuple[int, dict[str, tuple[str, tuple[int, ...]]], str] | None = None
         self._filter = _DropOrbaxRecords()
         for name in _NOISY:
@@ -152,6 +154,11 @@ class Checkpointer:
         """The newest checkpoint, or None. UserError when the newest is damaged."""
         return newest_step(self.directory)
 
+    def newest_whole(self) -> tuple[int | None, list[str]]:
+        """Where to continue and what to say loudly, past damaged ones; see `fallback`."""
+        self._verified, words = newest_whole(self.directory)
+        return self._verified, words
+
     def read_meta(self, step: int) -> dict[str, Any]:
         """What `save` was given as `meta`; cheap, needs no model. UserError when damaged."""
         return read_meta(self.directory / str(step))
@@ -172,7 +179,11 @@ class Checkpointer:
         if step is None:
             raise UserError(f"there is no checkpoint in {self.directory}")
         directory = self.directory / str(step)
-        state = restore_state(directory, abstract_state, model=model, donated=True)
+        # Files that `newest_whole` has read are not read twice.
+        verified, self._verified = step == self._verified, None
+        state = restore_state(
+            directory, abstract_state, model=model, donated=True, verified=verified
+        )
         return state, read_meta(directory), step
 
     def save(self, step: int, state: Any, *, meta: Mapping[str, Any], wait: bool = False) -> None:

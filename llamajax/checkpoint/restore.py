@@ -4,6 +4,7 @@ Reading never writes, so it is safe beside a run that is saving. Everything that
 refused before the first array is read: damage, another model, another tree.
 """
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,15 +24,19 @@ _LISTED = 10
 _HARMLESS = ("name", "init_std", "max_seq_len")
 
 
-def damaged(directory: Path, problem: str) -> UserError:
-    """The refusal of a damaged checkpoint: names the file, the previous complete one, the fix."""
+def damaged(directory: Path, problem: str, *, hopeless: bool = False) -> UserError:
+    """The refusal of a damaged checkpoint: names the file, the previous complete one, the fix.
+
+    hopeless: the earlier ones are known to be damaged as well.
+    """
     step = int(directory.name)
     others = [n for n in manifests.complete_steps(directory.parent) if n < step]
+    others = [] if hopeless else others
     away = f"mv {directory} {directory}.damaged"
     if others:
         fix = (
             f"The previous complete checkpoint is {directory.parent / str(others[-1])}. "
-            f"To continue from it, move the damaged one away and run the same command again: {away}"
+            f"To use that one, move the damaged one away and run the same command again: {away}"
         )
     else:
         fix = f"There is no earlier complete checkpoint. To start over, move it away: {away}"
@@ -41,7 +46,7 @@ def damaged(directory: Path, problem: str) -> UserError:
 def newest_step(directory: Path) -> int | None:
     """The newest checkpoint under `directory`, or None where there is none.
 
-    Raises UserError when the newest is damaged: a run must not silently go back.
+    Raises UserError when the newest is damaged: nobody shall take older weights for the newest.
     """
     found = manifests.step_directories(directory)
     if not found:
@@ -146,16 +151,25 @@ def check_same_model(
         )
 
 
-def _verify(directory: Path) -> None:
-    problem = None
+def damage_anywhere(directory: Path) -> str | None:
+    """What is wrong with one checkpoint as any process sees it, the same on all; None if nothing.
+
+    Raises UserError on all where one cannot read it for another reason than damage.
+    """
+    problem = refusal = None
     try:
         share = (jax.process_index(), jax.process_count())
         manifests.check_contents(directory, share=share)
     except DamagedError as error:
         problem = str(error)
-    problem = agree(problem)
-    if problem is not None:
-        raise damaged(directory, problem)
+    except OSError as error:
+        if error.errno == errno.EIO:  # the disk itself gives up on these bytes
+            problem = f"{error.filename or directory} cannot be read: {error.strerror}"
+        else:
+            refusal = f"cannot read checkpoint {directory}: {error.strerror}: {error.filename}"
+    if refusal := agree(refusal):
+        raise UserError(refusal)
+    return agree(problem)
 
 
 def _restored(state: Path, name: str, leaf: Any, *, donated: bool) -> Any:
@@ -173,6 +187,7 @@ def restore_state(
     partial: bool = False,
     cast: bool = False,
     donated: bool = False,
+    verified: bool = False,
 ) -> Any:
     """A tree like `abstract_state` filled from one checkpoint (`checkpoints/STEP`), bit for bit.
 
@@ -183,13 +198,14 @@ def restore_state(
     cast: arrays of another dtype are converted to the wanted one, part by part as they are read.
     donated: the arrays will be donated to a jitted function. Without it the CPU's are the very
     memory that was read into, which XLA would copy then. Where devices have memory of their own,
-    the host holds one part of one array at a time.
+    the host holds one part of one array at a time. verified: its files were just read in full.
     Raises UserError, before reading, when the checkpoint is damaged or of another model. To be
     called by all processes.
     """
     abstract = named_leaves(abstract_state)
     check_same_model(directory, abstract, model=model, partial=partial, cast=cast)
-    _verify(directory)
+    if not verified and (problem := damage_anywhere(directory)):
+        raise damaged(directory, problem)
     state = directory / manifests.STATE
     try:
         leaves = {

@@ -121,14 +121,16 @@ class _Start:
 
 
 def _where_to_start(session: Session, checkpointer: Checkpointer) -> _Start:
-    """Prints what changed since the newest checkpoint. UserError for weights that do not fit."""
+    """Says what changed since the newest whole checkpoint. UserError where weights do not fit."""
     config, mixture = session.config, session.mixture
     now = {
         "batch_size": config.data.global_batch_size,
         "seq_len": config.data.seq_len,
         "mixture_hash": mixture.hash,
     }
-    start = decided_by_primary(checkpointer.latest)
+    start, words = checkpointer.newest_whole()
+    for line in words:
+        say(line, primary=session.machine.is_primary)
     meta = None if start is None else checkpointer.read_meta(start)
     origin = open_origin(config, meta)
     base = base_record(origin) if config.lora.rank else None

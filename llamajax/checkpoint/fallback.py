@@ -1,0 +1,68 @@
+"""Where a run continues when its newest checkpoint is damaged: at the newest that is whole.
+
+Only the run itself goes back like this, since going back costs steps and not truth: they are done
+again. Whoever reads a run's weights is refused instead (`restore.newest_step`).
+"""
+
+import os
+from pathlib import Path
+
+import jax
+
+from llamajax.checkpoint import manifest as manifests
+from llamajax.checkpoint.agreement import agree, told
+from llamajax.checkpoint.restore import damage_anywhere, damaged
+from llamajax.errors import UserError
+
+_SIGN = "!" * 12
+
+
+def newest_whole(directory: Path) -> tuple[int | None, list[str]]:
+    """The step of the newest checkpoint whose every file is whole, and what to say loudly.
+
+    None where there is no checkpoint at all. Every file is read, each by one process. Damaged ones
+    that are newer are set aside as `STEP.damaged`, so that their steps can be saved again; the
+    words are empty when there were none. UserError when all are damaged: then nothing is renamed.
+    To be called by all processes, which get the same answer whoever of them saw the damage.
+    """
+    found: list[tuple[Path, str]] = []
+    steps = [int(path.name) for path in manifests.step_directories(directory)]
+    step = told(steps.pop() if steps else None)
+    while step is not None:
+        path = directory / str(step)
+        problem = damage_anywhere(path)
+        if problem is None:
+            return step, _set_aside(found, step)
+        found.append((path, problem))
+        older = [number for number in steps if number < step]
+        step = told(older[-1] if older else None)
+    if found:
+        raise damaged(*found[0], hopeless=True)
+    return None, []
+
+
+def _set_aside(found: list[tuple[Path, str]], step: int) -> list[str]:
+    """Rename damaged checkpoints (process 0 does it), and say so."""
+    if not found:
+        return []
+    words, problem = [], None
+    for path, what in found:
+        target = _free_name(path)
+        words.append(f"{_SIGN} checkpoint {path} is damaged: {what}; kept aside as {target.name}")
+        try:
+            if jax.process_index() == 0:
+                path.rename(target)
+        except OSError as error:
+            problem = f"{path} is damaged ({what}) and cannot be renamed: {error.strerror}"
+    if problem := agree(problem):
+        raise UserError(problem)
+    last = int(found[0][0].name)
+    again = f"step {last} is" if last == step + 1 else f"steps {step + 1} to {last} are"
+    where = found[0][0].with_name(str(step))
+    words.append(f"{_SIGN} falling back to {where}, the newest that is whole: {again} done again")
+    return words
+
+
+def _free_name(path: Path) -> Path:
+    names = (f"{path.name}.damaged{suffix}" for suffix in ("", *(f".{n}" for n in range(2, 1000))))
+    return next(path.with_name(name) for name in names if not os.path.lexists(path.parent / name))

@@ -1,0 +1,64 @@
+"""A damaged newest checkpoint costs its steps, never the run, and is kept aside."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_damage import edit_meta, empty, flip, remove, remove_manifest, truncate
+from tiny_state import abstract, assert_same_bits, checkpointer, make_mesh, make_state
+
+from llamajax.errors import UserError
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, remove, remove_manifest, edit_meta, empty])
+def test_the_newest_whole_checkpoint_is_found_and_the_damaged_kept_aside(copy: Path, damage):
+    path, mesh = damage(copy / "20"), make_mesh((1, 1))
+    with checkpointer(copy, keep=1) as run:
+        step, words = run.newest_whole()
+        assert step == 10
+        assert f"{path} " in words[0]
+        assert "steps 11 to 20 are done again" in words[1]
+        assert sorted(os.listdir(copy)) == ["10", "20.damaged"]
+        restored = run.restore(abstract(make_state(mesh), mesh), step)[0]
+        assert_same_bits(restored, make_state(mesh, seed=1))
+        run.save(20, {"x": np.int32(1)}, meta={})
+    assert sorted(os.listdir(copy)) == ["20", "20.damaged"]
+
+
+def test_nothing_is_said_or_moved_where_all_is_well(copy: Path, tmp_path: Path):
+    with checkpointer(copy) as run:
+        assert run.newest_whole() == (20, [])
+    assert sorted(os.listdir(copy)) == ["10", "20"]
+    with checkpointer(tmp_path / "none") as run:
+        assert run.newest_whole() == (None, [])
+
+
+def test_all_damaged_is_an_error_and_nothing_is_moved(copy: Path):
+    flip(copy / "20")
+    flip(copy / "10")
+    with checkpointer(copy) as run, pytest.raises(UserError, match="no earlier complete"):
+        run.newest_whole()
+    assert sorted(os.listdir(copy)) == ["10", "20"]
+
+
+def test_a_second_damage_of_the_same_step_takes_another_name(copy: Path):
+    (copy / "20.damaged").mkdir()
+    truncate(copy / "20")
+    with checkpointer(copy) as run:
+        assert run.newest_whole()[0] == 10
+    assert sorted(os.listdir(copy)) == ["10", "20.damaged", "20.damaged.2"]
+
+
+def test_the_files_that_were_verified_are_not_read_twice(copy: Path, monkeypatch):
+    read = []
+    from llamajax.checkpoint import manifest
+
+    real = manifest.checksum_file
+    monkeypatch.setattr(manifest, "checksum_file", lambda p, **k: read.append(p) or real(p, **k))
+    mesh = make_mesh((1, 1))
+    with checkpointer(copy) as run:
+        step = run.newest_whole()[0]
+        run.restore(abstract(make_state(mesh), mesh), step)
+    state = [path for path in read if path.name != "meta.json"]
+    assert len(state) == len(set(state)) > 1
