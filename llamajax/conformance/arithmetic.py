@@ -1,0 +1,112 @@
+"""Probes of matrix products: their error against float64 on the host, and their speed."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llamajax.conformance.outcome import Bench, UnsupportedError, WrongError
+
+# Odd on purpose: what is wrong at the edges of tiles shows.
+_ROWS, _INNER, _COLUMNS = 129, 515, 67
+_SPEED_SIZES = (512, 1024, 2048, 4096, 8192)
+_LONG_ENOUGH_S = 0.03
+_REPEATS = 3
+
+
+def matmul_float32(bench: Bench) -> str:
+    """Asked for exactly ("highest"), and at the default precision for the record."""
+    text = _measured(bench, "float32", precision="highest")
+    left, right = _operands("float32")
+    found = _product(left, right, precision="default", device=bench.devices[0])
+    exact = left.astype(np.float64) @ right.astype(np.float64)
+    return f"{text}; at default precision error {_largest(found, exact):.1e}"
+
+
+def matmul_bfloat16(bench: Bench) -> str:
+    """Inputs and output rounded to bfloat16, sums in float32."""
+    return _measured(bench, "bfloat16")
+
+
+def matmul_float16(bench: Bench) -> str:
+    """The same in float16."""
+    return _measured(bench, "float16")
+
+
+def matmul_float8(bench: Bench) -> str:
+    """Inputs in e4m3, output float32; the error is told and not judged: units sum in few bits."""
+    left, right = _operands("float8_e4m3fn")
+    exact = left.astype(np.float64) @ right.astype(np.float64)
+    multiply = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
+    found = np.asarray(multiply(*jax.device_put((left, right), bench.devices[0])))
+    error = _largest(found, exact)
+    if not error < 0.1:
+        raise WrongError(f"error {error:.1e} of the largest value")
+    return f"error {error:.1e} of the largest value, {_speed(bench, 'float8_e4m3fn')}"
+
+
+def _measured(bench: Bench, dtype: str, *, precision: str = "default") -> str:
+    left, right = _operands(dtype)
+    found = _product(left, right, precision=precision, device=bench.devices[0])
+    exact = left.astype(np.float64) @ right.astype(np.float64)
+    excess = np.max(np.abs(found - exact) / bound(left, right, exact, dtype=dtype))
+    error = _largest(found, exact)
+    if not excess <= 1:
+        raise WrongError(
+            f"error {error:.1e} of the largest value, {excess:.3g} times what products of {dtype} "
+            f"summed in float32 may have ({_ROWS} x {_INNER} x {_COLUMNS})"
+        )
+    return f"error {error:.1e} of the largest value, {_speed(bench, dtype, precision=precision)}"
+
+
+def bound(left: np.ndarray, right: np.ndarray, exact: np.ndarray, *, dtype: str) -> np.ndarray:
+    """Largest error that each element may have, however the sums are ordered.
+
+    A product of n terms summed in precision u is wrong by at most n u / (1 - n u) times the product
+    of the absolute values (Higham, Accuracy and Stability, section 3.1), here with float32's u;
+    rounding the result to `dtype` adds half a unit in its last place.
+    """
+    unit = float(np.finfo(np.float32).eps) / 2
+    terms = left.shape[1] * unit
+    sums = np.abs(left.astype(np.float64)) @ np.abs(right.astype(np.float64))
+    return terms / (1 - terms) * sums + float(jnp.finfo(dtype).eps) / 2 * np.abs(exact)
+
+
+def _operands(dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.RandomState(2)
+    shapes = ((_ROWS, _INNER), (_INNER, _COLUMNS))
+    return tuple(rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes)
+
+
+def _product(left: np.ndarray, right: np.ndarray, *, precision: str, device: jax.Device):
+    multiply = jax.jit(lambda a, b: jnp.dot(a, b, precision=precision))
+    found = multiply(*jax.device_put((left, right), device))
+    if found.dtype != left.dtype:
+        raise UnsupportedError(f"the product of {left.dtype} comes out as {found.dtype}")
+    return np.asarray(found).astype(np.float64)
+
+
+def _largest(found: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.max(np.abs(found - exact)) / np.max(np.abs(exact)))
+
+
+def _speed(bench: Bench, dtype: str, *, precision: str = "default") -> str:
+    """TFLOP/s of square products, as large as it takes to be timed."""
+    for size in _SPEED_SIZES:
+        x = jnp.ones((size, size), dtype, device=bench.devices[0])
+        out = jnp.float32 if dtype.startswith("float8") else jnp.dtype(dtype)
+        multiply = jax.jit(
+            lambda a, out=out: jnp.dot(a, a, precision=precision, preferred_element_type=out)
+        )
+        jax.block_until_ready(multiply(x))
+        best = min(_timed(multiply, x) for _ in range(_REPEATS))
+        if best > _LONG_ENOUGH_S:
+            break
+    return f"{2 * size**3 / best / 1e12:.3g} TFLOP/s ({size} x {size})"
+
+
+def _timed(function, x: jax.Array) -> float:
+    begun = time.monotonic()
+    jax.block_until_ready(function(x))
+    return time.monotonic() - begun

@@ -1,0 +1,94 @@
+"""The process in which probes run: `python -m llamajax.conformance.child FD`.
+
+It reads what to do from standard input and writes one JSON object a line to file descriptor FD. A
+probe that dies takes this process with it; the parent then knows which one it was.
+"""
+
+import dataclasses
+import faulthandler
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from llamajax.backends import follow_launcher
+from llamajax.config.schema import BackendConfig
+from llamajax.conformance.outcome import Bench, UnsupportedError, WrongError
+from llamajax.errors import UserError
+
+_MESSAGE_CHARACTERS = 400
+
+
+def main() -> int:
+    """Run the probes that standard input names, in order; 2 where the backend refuses to start."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # the parent asks where a probe hangs
+    follow_launcher()
+    request = json.load(sys.stdin)
+    with os.fdopen(int(sys.argv[1]), "w", buffering=1, encoding="utf-8") as pipe:
+
+        def tell(**facts: Any) -> None:
+            print(json.dumps(facts), file=pipe, flush=True)
+
+        from llamajax import backends
+
+        try:
+            machine = backends.start(BackendConfig(**request["backend"]))
+        except UserError as error:
+            tell(refused=str(error))
+            return 2
+        tell(machine=dataclasses.asdict(machine))
+        _run_all(request["probes"], machine, Path(request["folder"]), tell)
+    return 0
+
+
+def _run_all(probes: list[dict[str, str]], machine: Any, folder: Path, tell: Any) -> None:
+    import jax
+
+    for probe in probes:
+        own = folder / probe["name"]
+        own.mkdir(parents=True)
+        bench = Bench(devices=jax.devices(), machine=machine, folder=own)
+        module, _, name = probe["function"].partition(":")
+        function = getattr(importlib.import_module(f"llamajax.conformance.{module}"), name)
+        tell(begins=probe["name"])
+        begun = time.monotonic()
+        status, message, healthy = _outcome(function, bench)
+        tell(
+            ends=probe["name"],
+            status=status,
+            message=message,
+            time_s=round(time.monotonic() - begun, 3),
+        )
+        if not healthy:  # what failed may leave the runtime in disorder: the rest gets a new one
+            return
+
+
+def _outcome(function: Any, bench: Bench) -> tuple[str, str, bool]:
+    """Status, message, and whether this process may go on; other exceptions end it."""
+    import jax
+
+    try:
+        return "pass", function(bench), True
+    except (UnsupportedError, NotImplementedError) as error:
+        return "unsupported", short(str(error)), True
+    except WrongError as error:
+        return "fail", short(str(error)), True
+    except jax.errors.JaxRuntimeError as error:
+        if "UNIMPLEMENTED" in str(error):
+            return "unsupported", short(str(error)), True
+        return "fail", short(str(error)), False
+
+
+def short(text: str) -> str:
+    """A message on one line, cut where it is very long."""
+    line = " ".join(text.split())
+    return line if len(line) <= _MESSAGE_CHARACTERS else line[: _MESSAGE_CHARACTERS - 4] + " ..."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""The parent of the probes: starts processes for them, watches the clock, and says who did it."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llamajax.backends import child_environment
+from llamajax.config.schema import BackendConfig
+from llamajax.conformance.outcome import Outcome
+from llamajax.conformance.table import Probe
+from llamajax.errors import UserError
+
+# Where so many probes hang, the device does: the rest would wait for nothing.
+_MOST_HANGS = 3
+_LAST_WORDS_S = 1.0
+
+
+@dataclasses.dataclass
+class Examination:
+    """What has been found so far. machine: facts of backends.Machine, None until it came up."""
+
+    backend: BackendConfig
+    limit_s: float
+    show: Callable[[Outcome], None]
+    begin: Callable[[str], None]
+    machine: dict[str, Any] | None = None
+    outcomes: list[Outcome] = dataclasses.field(default_factory=list)
+    hangs: int = 0
+
+    def run(self, probes: Sequence[Probe]) -> None:
+        """Try all of `probes`, in as many processes as it takes.
+
+        Raises UserError where the backend cannot be started as it was asked for.
+        """
+        left = list(probes)
+        while left:
+            if reason := self._hopeless():
+                self._end(left.pop(0).name, "unsupported", f"not tried: {reason}", 0.0)
+                continue
+            batch = _batch(left)
+            before = len(self.outcomes)
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                _Child(self.backend, batch, folder=folder) as child,
+            ):
+                self._follow(child, batch)
+            done = {outcome.name for outcome in self.outcomes[before:]}
+            if not done:
+                self._end(left[0].name, "fail", f"the process for it ended: {child.words()}", 0.0)
+                done = {left[0].name}
+            left = [probe for probe in left if probe.name not in done]
+
+    def status(self, name: str) -> str | None:
+        """Of a probe that was tried."""
+        return next((o.status for o in self.outcomes if o.name == name), None)
+
+    def _hopeless(self) -> str | None:
+        """Why further probes would tell nothing."""
+        if self.status("start") == "fail":
+            return "the backend did not start"
+        if self.status("program") in ("fail", "unsupported"):
+            return "not even the smallest program runs"
+        if self.hangs >= _MOST_HANGS:
+            return f"{self.hangs} probes before it did not come back"
+        return None
+
+    def _follow(self, child: "_Child", batch: Sequence[Probe]) -> None:
+        """Read what a child says until it ends, or until its time for one probe is over."""
+        running, begun = "start", time.monotonic()
+        self.begin(running)
+        while True:
+            said = child.hear(begun + self.limit_s - time.monotonic())
+            spent = time.monotonic() - begun
+            if said is None:
+                self.hangs += 1
+                text = f"did not come back within {self.limit_s:g} s{child.where()}"
+                return self._blame(running, text, spent)
+            if not said:
+                if running is not None:
+                    self._blame(running, child.death(), spent)
+                return None
+            if "refused" in said:
+                raise UserError(said["refused"])
+            if "machine" in said:
+                self._came_up(said["machine"], spent)
+                running = None
+            elif "begins" in said:
+                running = said["begins"]
+                self.begin(running)
+            else:
+                self._end(said["ends"], said["status"], said["message"], said["time_s"])
+                running = None
+                if self._hopeless():
+                    return None
+            begun = time.monotonic()
+
+    def _came_up(self, machine: dict[str, Any], spent: float) -> None:
+        if self.machine is None:
+            self.machine = machine
+            count = machine["num_devices"]
+            text = f"{count} device{'s' * (count > 1)} of kind {machine['device_kind']}"
+            self._end("start", "pass", text, spent)
+
+    def _blame(self, name: str, text: str, spent: float) -> None:
+        if name == "start" and self.machine is not None:
+            return  # `run` blames the probe that the process was for
+        self._end(name, "fail", text, spent)
+
+    def _end(self, name: str, status: Any, message: str, time_s: float) -> None:
+        outcome = Outcome(name=name, status=status, message=message, time_s=round(time_s, 3))
+        self.outcomes.append(outcome)
+        self.show(outcome)
+
+
+def _batch(left: Sequence[Probe]) -> list[Probe]:
+    """The probes that the next process gets: one that wants to be alone, or all before such one."""
+    if left[0].alone:
+        return [left[0]]
+    alone = next((i for i, probe in enumerate(left) if probe.alone), len(left))
+    return list(left[:alone])
+
+
+class _Child:
+    """A process that runs probes, the pipe on which it tells of them, and its other output."""
+
+    def __init__(self, backend: BackendConfig, probes: Sequence[Probe], *, folder: str):
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._pipe, theirs = os.pipe()
+        lifeline, self._held = os.pipe()
+        environment = child_environment(
+            coordinator_address="",
+            num_processes=1,
+            process_id=0,
+            local=(0, 1),
+            lifeline=lifeline,
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "llamajax.conformance.child", str(theirs)],
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            pass_fds=(theirs, lifeline),
+            process_group=0,
+        )
+        os.close(theirs)
+        os.close(lifeline)
+        request = {
+            "backend": dataclasses.asdict(backend),
+            "folder": folder,
+            "probes": [{"name": p.name, "function": p.function} for p in probes],
+        }
+        with contextlib.suppress(BrokenPipeError):  # it died at once; reading from it tells
+            self._process.stdin.write(json.dumps(request))
+            self._process.stdin.close()
+        self._buffer = b""
+
+    def hear(self, patience_s: float) -> dict[str, Any] | None:
+        """What it says next; empty when it has ended, None when it says nothing in time."""
+        until = time.monotonic() + patience_s
+        while b"\n" not in self._buffer:
+            ready, _, _ = select.select([self._pipe], [], [], max(0.0, until - time.monotonic()))
+            if not ready:
+                return None
+            read = os.read(self._pipe, 65536)
+            if not read:
+                return {}
+            self._buffer += read
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
+
+    def death(self) -> str:
+        """How it ended, for people."""
+        code = self._process.wait()
+        if code >= 0:
+            return self.words()
+        name = signal.Signals(-code).name
+        return f"the process ended by {name}: {self.words()}"
+
+    def words(self) -> str:
+        """The last line of its output that says something."""
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log.read().splitlines()]
+        said = [line for line in lines if line and not line.startswith(("File ", "*", "^", "~"))]
+        fatal = [line for line in said if "Error" in line or "Check failed" in line]
+        return (fatal or said or ["(no output)"])[-1][:400]
+
+    def where(self) -> str:
+        """The innermost line of ours that it executes, as it tells on request."""
+        self._process.send_signal(signal.SIGUSR1)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # as it should be: it hangs
+            self._process.wait(timeout=_LAST_WORDS_S)
+        self._log.seek(0)
+        for line in self._log.read().splitlines():
+            if line.strip().startswith("File ") and "/conformance/" in line:
+                place = line.rpartition("/")[2].replace('", line ', ":")
+                return f", at {place}"
+        return ""
+
+    def __enter__(self) -> "_Child":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        os.close(self._pipe)
+        os.close(self._held)

@@ -1,0 +1,150 @@
+"""Probes of how programs are run: when calls return, for how long, and what may be in a program."""
+
+import contextlib
+import io
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as kernels
+from jax.experimental import topologies
+
+from llamajax.conformance.outcome import Bench, UnsupportedError, WrongError
+
+_EXECUTIONS = 2000
+_LONG_ENOUGH_S = 0.2
+_HIDDEN = 0.5  # of the time of a long computation that the call may take
+_BLOCK = (128, 128)
+
+
+def asynchronous_dispatch(bench: Bench) -> str:
+    """Whether a call returns before its long computation is done."""
+    x = jnp.full((512, 512), 1e-3, jnp.float32, device=bench.devices[0])
+    run = jax.jit(lambda x, times: jax.lax.fori_loop(0, times, lambda _, y: jnp.tanh(y @ x), x))
+    jax.block_until_ready(run(x, 1))
+    times = 8
+    while True:
+        begun = time.monotonic()
+        out = run(x, times)
+        called = time.monotonic() - begun
+        jax.block_until_ready(out)
+        whole = time.monotonic() - begun
+        if whole > _LONG_ENOUGH_S:
+            break
+        times *= 2
+    text = f"a call of {whole * 1e3:.0f} ms returned after {called * 1e3:.1f} ms"
+    if called > _HIDDEN * whole:
+        raise UnsupportedError(text)
+    return text
+
+
+def endurance(bench: Bench) -> str:
+    """Many executions, each on the result of the one before."""
+    add = jax.jit(lambda x: x + 1)
+    x = jax.device_put(np.float32(0), bench.devices[0])
+    begun, number = time.monotonic(), 0
+    try:
+        for number in range(1, _EXECUTIONS + 1):
+            x = add(x)
+            if number % 50 == 0:
+                x.block_until_ready()
+        found = float(x)
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise WrongError(f"failed by execution {number} of {_EXECUTIONS}: {reason}") from None
+    if found != _EXECUTIONS:
+        raise WrongError(f"1 added {_EXECUTIONS} times is {found:g}")
+    spent = (time.monotonic() - begun) / _EXECUTIONS
+    return f"{_EXECUTIONS} executions, {spent * 1e6:.0f} us each"
+
+
+def profiler(bench: Bench) -> str:
+    """Whether a profile shows the device."""
+    with jax.profiler.trace(bench.folder):
+        x = jnp.ones((256, 256), jnp.float32, device=bench.devices[0])
+        jax.block_until_ready(jax.jit(lambda x: x @ x)(x))
+    files = [path for path in bench.folder.rglob("*.xplane.pb") if path.stat().st_size]
+    if not files:
+        raise UnsupportedError("no profile was written")
+    planes = list(jax.profiler.ProfileData.from_file(str(files[0])).planes)
+    shown = {plane.name: sum(len(list(line.events)) for line in plane.lines) for plane in planes}
+    full = [f"{name} ({count} events)" for name, count in shown.items() if count]
+    if not full:
+        raise UnsupportedError("the profile has no event")
+    return f"profile with {', '.join(full)}"
+
+
+def callbacks(bench: Bench) -> str:
+    """A Python function called in the middle of a program."""
+    shape = jax.ShapeDtypeStruct((5,), jnp.float32)
+    called = jax.jit(lambda x: jax.pure_callback(lambda y: np.asarray(y) * 3, shape, x + 1) - 1)
+    x = np.arange(5, dtype=np.float32)
+    found = np.asarray(called(jax.device_put(x, bench.devices[0])))
+    if not np.array_equal(found, (x + 1) * 3 - 1):
+        raise WrongError(f"a callback gave {found.tolist()}")
+    return "pure_callback works"
+
+
+def debug_print(bench: Bench) -> str:
+    """`jax.debug.print` inside a program."""
+
+    def printing(x: jax.Array) -> jax.Array:
+        jax.debug.print("seen {x}", x=x)
+        return x + 1
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        jax.block_until_ready(jax.jit(printing)(jax.device_put(np.int32(41), bench.devices[0])))
+        jax.effects_barrier()
+    if "seen 41" not in out.getvalue():
+        raise WrongError(f"41 was printed as {out.getvalue()!r}")
+    return "prints"
+
+
+def pallas(bench: Bench) -> str:
+    """The smallest kernel, compiled."""
+
+    def kernel(x_ref, out_ref) -> None:
+        out_ref[...] = x_ref[...] * 2.0
+
+    x = np.random.RandomState(0).standard_normal(_BLOCK).astype(np.float32)
+    doubled = kernels.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(_BLOCK, jnp.float32))
+    try:
+        found = np.asarray(jax.jit(doubled)(jax.device_put(x, bench.devices[0])))
+    except ValueError as error:
+        raise UnsupportedError(str(error)) from None
+    if not np.array_equal(found, 2 * x):
+        raise WrongError("a kernel that doubles gives other values")
+    return "a kernel compiles and runs"
+
+
+def topology(bench: Bench) -> str:
+    """Whether its compiler works for devices that are not here."""
+    platform = bench.devices[0].platform
+    try:
+        found = topologies.get_topology_desc(platform=platform)
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+        raise UnsupportedError(str(error)) from None
+    return f"{len(found.devices)} devices of kind {found.devices[0].device_kind}"
+
+
+def host_offload(bench: Bench) -> str:
+    """Moments that rest in pinned host memory between steps, as `optim.offload` does it."""
+    device = bench.devices[0]
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    if "pinned_host" not in kinds:
+        raise UnsupportedError(f"memories are {', '.join(sorted(kinds))}; no pinned_host")
+    away = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+
+    def step(x: jax.Array) -> jax.Array:
+        x = jax.device_put(x, jax.memory.Space.Device) + 1
+        return jax.device_put(x, jax.memory.Space.Host)
+
+    x = np.arange(1013, dtype=np.float32)
+    out = jax.jit(step, out_shardings=away)(jax.device_put(x, away))
+    if out.sharding.memory_kind != "pinned_host":
+        raise WrongError(f"the result rests in {out.sharding.memory_kind}, not in pinned_host")
+    if not np.array_equal(np.asarray(out), x + 1):
+        raise WrongError("values changed on the way to the host and back")
+    return "rests in pinned_host, computes on the device"

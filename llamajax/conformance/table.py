@@ -1,0 +1,160 @@
+"""Every probe: what it needs to be for llamajax, and what llamajax does where it does not pass.
+
+Imports no JAX: the parent reads it. A probe's function is named `module:function` of this package.
+"""
+
+import dataclasses
+from typing import Literal
+
+# always: neither wrong nor missing may it be. if_there: it may be missing, and must not be wrong.
+# never: the verdict does not depend on it.
+Needed = Literal["always", "if_there", "never"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe:
+    """One probe. why: what for; otherwise: what llamajax does where it does not pass.
+
+    repair: what then takes its place, provided that the probe `by` (if any) passed. alone: in a
+    process of its own, since it changes the process or may well end it.
+    """
+
+    name: str
+    group: str
+    function: str
+    needed: Needed
+    why: str
+    otherwise: str
+    repair: str | None = None
+    by: str | None = None
+    alone: bool = False
+
+
+def _probes(group: str, module: str, *rows: tuple) -> list[Probe]:
+    found = []
+    for name, needed, why, otherwise, *options in rows:
+        extra = options[0] if options else {}
+        found.append(
+            Probe(
+                name=name,
+                group=group,
+                function=f"{module}:{name}",
+                needed=needed,
+                why=why,
+                otherwise=otherwise,
+                **extra,
+            )
+        )
+    return found
+
+
+START = Probe(
+    name="start",
+    group="machine",
+    function="",
+    needed="always",
+    why="a backend that does not come up can do nothing",
+    otherwise="nothing runs on it",
+)
+
+_MACHINE = _probes(
+    "machine", "machine",
+    ("program", "always", "compiling and running the smallest program", "nothing runs on it"),
+    ("device", "never", "the facts that a report to the vendor needs", "nothing"),
+    ("memory_stats", "never", "knowing how much memory there is and was used",
+     "reports have no memory in use; name the size by backend.device_table"),
+    ("dtypes", "always", "float32, int32, uint32 and bool are in every step",
+     "nothing trains on it"),
+    ("float64", "never", "llamajax never computes in it", "nothing"),
+    ("transfers", "always", "batches go to the device, metrics and checkpoints come back",
+     "nothing trains on it"),
+    ("out_of_memory", "never", "a model that is too large should be an error, not a crash",
+     "trust `plan`, and leave room"),
+)  # fmt: skip
+
+_ARITHMETIC = _probes(
+    "arithmetic", "arithmetic",
+    ("matmul_float32", "always", "the dtype of master weights, of reductions and of parity",
+     "nothing trains on it"),
+    ("matmul_bfloat16", "if_there", "the dtype of training on accelerators",
+     "train with train.dtype=float32 and --dtype=float32"),
+    ("matmul_float16", "never", "some checkpoints are stored in it", "nothing computes in it"),
+    ("matmul_float8", "never", "llamajax does not train in it yet", "nothing"),
+)  # fmt: skip
+
+_OPERATIONS = _probes(
+    "operations", "operations",
+    ("indexing", "always", "gathers, scatters, slices and choices are in every step",
+     "nothing trains on it"),
+    ("scan", "always", "layers and chunks are scanned, and recomputed backward",
+     "nothing trains on it"),
+    ("embedding", "always", "tokens are looked up, their gradients scattered and added",
+     "nothing trains on it"),
+    ("rms_norm", "always", "before every attention and feed-forward", "nothing trains on it"),
+    ("rope", "always", "positions turn queries and keys", "nothing trains on it"),
+    ("feed_forward", "always", "two thirds of a model's weights", "nothing trains on it"),
+    ("attention", "always", "plain attention over packed documents", "nothing trains on it"),
+    ("attention_kernel", "never", "the fastest attention that the platform has",
+     "plain attention takes its place", {"repair": "plain attention", "by": "attention"}),
+    ("cross_entropy", "always", "the loss and its gradient, in chunks", "nothing trains on it"),
+    ("adamw", "always", "the update of every weight", "nothing trains on it"),
+    ("sampling", "never", "sorting and cumulative sums choose generated tokens",
+     "generate with --temperature=0"),
+)  # fmt: skip
+
+_RANDOM = _probes(
+    "random numbers", "randomness",
+    ("random_bits", "always", "the same seed gives the same weights and data on every platform",
+     "a run would start from other weights than elsewhere"),
+    ("random_sharded", "if_there", "the same seed gives the same weights on every mesh",
+     "a run would start from other weights on another mesh"),
+)  # fmt: skip
+
+_COLLECTIVES = _probes(
+    "collectives", "communication",
+    ("all_reduce", "if_there", "sums gradients over `data`, partial products over `tensor`",
+     "use one device"),
+    ("all_gather", "if_there", "brings weights together over `fsdp`", "use one device"),
+    ("reduce_scatter", "if_there", "sums gradients into shards over `fsdp`", "use one device"),
+    ("all_to_all", "if_there", "exchanges embeddings over `fsdp`", "leave mesh.fsdp at 1"),
+    ("permute", "if_there", "passes activations to the next pipeline stage",
+     "leave mesh.stage at 1"),
+)  # fmt: skip
+
+_EXECUTION = _probes(
+    "execution", "execution",
+    ("asynchronous_dispatch", "never", "hides the host's work behind the device's",
+     "steps wait for the host; choose larger batches"),
+    ("endurance", "always", "a run executes millions of programs",
+     "the run would end; launch with --max_restarts and save often"),
+    ("profiler", "never", "shows where a step's time goes", "no profiles"),
+    ("callbacks", "never", "Python functions called by a program; training calls none", "nothing"),
+    ("debug_print", "never", "jax.debug.print; training prints nothing so", "nothing"),
+    ("pallas", "never", "hand-written kernels", "plain operations take their place"),
+    ("topology", "never", "`plan` compiles for devices that are not here",
+     "`plan` needs the device itself"),
+    ("host_offload", "never", "the optimizer's moments may rest in the host's memory",
+     "leave optim.offload and train.remat_offload off"),
+)  # fmt: skip
+
+_TRAINING = _probes(
+    "training", "training",
+    ("train_float32", "always", "twenty steps whose losses are known", "nothing trains on it"),
+    ("train_bfloat16", "if_there", "the same in the dtype of accelerators",
+     "train with train.dtype=float32"),
+    ("reproducible", "never", "the same steps twice, bit for bit",
+     "a resumed run follows the undisturbed one within rounding only"),
+    ("checkpoint_synchronous", "always", "what is saved is what comes back",
+     "nothing can be resumed"),
+    ("checkpoint_asynchronous", "never", "saves while training goes on",
+     "saves synchronously", {"repair": "synchronous checkpoints", "by": "checkpoint_synchronous"}),
+)  # fmt: skip
+
+PROBES = (
+    *_MACHINE, *_ARITHMETIC, *_OPERATIONS, *_RANDOM, *_COLLECTIVES, *_EXECUTION, *_TRAINING,
+)  # fmt: skip
+
+
+def probe(name: str) -> Probe:
+    """The probe of this name."""
+    return next(p for p in (START, *PROBES) if p.name == name)
