@@ -5,17 +5,32 @@ The only place that writes environment variables and JAX's configuration.
 
 import dataclasses
 import importlib.metadata
-import json
+import logging
 import os
-import pathlib
-import tempfile
 from typing import Any
 
 import jax
 
-from llamajax.backends.devices import give_gpu_memory
+from llamajax.backends import compile_cache
+from llamajax.backends.device_table import read_device_table
+from llamajax.backends.devices import give_gpu_memory, use_table
 from llamajax.backends.place import Place, find_place, several_are_indicated
+from llamajax.backends.platforms import attention_preferences, is_host, platform_facts
+from llamajax.backends.plugin import named_to_jax, why_not
+from llamajax.backends.repairs import (
+    COMPILE_CACHE,
+    DONATION,
+    PLAIN_ATTENTION,
+    SYNCHRONOUS_CHECKPOINTS,
+    advice,
+    as_on_first_process,
+    chosen,
+    enable_donation,
+    is_donating,
+    say_less_of_donation,
+)
 from llamajax.backends.rollcall import call_roll
+from llamajax.backends.verdict import read_verdict
 from llamajax.config.schema import BackendConfig
 from llamajax.errors import UserError
 
@@ -26,7 +41,12 @@ _HEARTBEAT_S = 20
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What came up: the facts that a run prints once and stores."""
+    """What came up: the facts that a run prints once and stores.
+
+    platform: as JAX's devices say, but AMD's GPUs are "rocm". repairs: names from `repairs.py`, of
+    what was made up for here. attention_preferences: implementations, best first. compile_cache:
+    folder of compiled programs, None where they are not kept. note: what the user should know.
+    """
 
     platform: str
     device_kind: str
@@ -35,58 +55,127 @@ class Machine:
     process_id: int
     compute_capability: str | None  # NVIDIA's, such as "9.0"
     versions: dict[str, str]
+    platform_version: str = ""
+    repairs: tuple[str, ...] = ()
+    attention_preferences: tuple[str, ...] = ("blocked", "split", "xla")
+    compile_cache: str | None = None
+    note: str | None = None
 
     @property
     def is_primary(self) -> bool:
         """Whether this process writes logs and metrics."""
         return self.process_id == 0
 
+    @property
+    def donates(self) -> bool:
+        """Whether the memory of donated arrays is used again."""
+        return is_donating(self.platform, self.repairs)
 
-def start(config: BackendConfig) -> Machine:
+    @property
+    def saves_asynchronously(self) -> bool:
+        """Whether a checkpoint may be copied off the devices while they compute."""
+        return SYNCHRONOUS_CHECKPOINTS not in self.repairs
+
+
+def start(config: BackendConfig, *, keep_programs: bool = False) -> Machine:
     """The machine, with JAX started on it (and joined with the other processes, if there are any).
 
     Precedence: config keys, the variable LLAMAJAX_PJRT_PLUGIN=name:/path.so, JAX_PLATFORMS.
-    Raises UserError when the backend that was asked for does not come up: never a silent run on
-    the CPU.
+    keep_programs: whether compiled programs are kept in `config.compile_cache`. Raises UserError
+    when the backend that was asked for does not come up: never a silent run on the CPU.
     """
     config = _with_environment(config)
+    use_table(read_device_table(config.device_table) if config.device_table else ())
     give_gpu_memory()  # before JAX's CUDA plugin reads it; elsewhere it means nothing
     if config.num_cpu_devices is not None:
         jax.config.update("jax_num_cpu_devices", config.num_cpu_devices)
-    if config.plugin:
-        _register_plugin(config)
     if config.name:
         # The CPU stays available to the host side; being first, the wanted one must come up.
-        names = (config.name,) if config.name == "cpu" else (config.name, "cpu")
+        names = (config.name,) if is_host(config.name) else (config.name, "cpu")
         jax.config.update("jax_platforms", ",".join(names))
     place = find_place(config)
     scheduler = several_are_indicated() if place is None else None
-    if place is not None and place.num_processes > 1:
-        _join(place, timeout_s=config.timeout_s)
-    elif scheduler:
-        _join_as_detected(scheduler, timeout_s=config.timeout_s)
-    try:
-        devices = jax.devices()
-    except RuntimeError as error:
-        wanted = config.name or os.environ.get("JAX_PLATFORMS") or "the default"
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"backend {wanted!r} did not come up: {reason}. Install its JAX plugin, or choose "
-            "another backend (cpu always works)"
-        ) from None
+    with named_to_jax(config):
+        if place is not None and place.num_processes > 1:
+            _join(place, timeout_s=config.timeout_s)
+        elif scheduler:
+            _join_as_detected(scheduler, timeout_s=config.timeout_s)
+        devices = _devices(config)
     if place is not None and jax.process_count() != place.num_processes:
         raise UserError(
             f"{place.num_processes} processes were asked for, but {jax.process_count()} came: "
             f"platform {devices[0].platform!r} does not join processes"
         )
+    return _with_repairs(_facts(devices), config, keep_programs=keep_programs)
+
+
+def _devices(config: BackendConfig) -> list[jax.Device]:
+    """The devices of the platform that was asked for; UserError when it does not come up."""
+    logger = logging.getLogger("jax._src.xla_bridge")
+    quiet = _NotExperimental()
+    logger.addFilter(quiet)
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        wanted = config.name or os.environ.get("JAX_PLATFORMS") or "the default"
+        raise UserError(why_not(wanted, str(error), config)) from None
+    finally:
+        logger.removeFilter(quiet)
+
+
+class _NotExperimental(logging.Filter):
+    """JAX warns of every platform that is not its own; a run says more of it than that."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "is experimental" not in record.getMessage()
+
+
+def _facts(devices: list[jax.Device]) -> Machine:
+    first = devices[0]
+    version = " ".join(str(first.client.platform_version).split())
+    is_amd = first.platform == "gpu" and "rocm" in version.lower()
     return Machine(
-        platform=devices[0].platform,
-        device_kind=devices[0].device_kind,
+        platform="rocm" if is_amd else first.platform,
+        device_kind=first.device_kind,
         num_devices=len(devices),
         num_processes=jax.process_count(),
         process_id=jax.process_index(),
-        compute_capability=getattr(devices[0], "compute_capability", None),
+        compute_capability=None if is_amd else getattr(first, "compute_capability", None),
         versions={p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax")},
+        platform_version=version,
+    )
+
+
+def _with_repairs(machine: Machine, config: BackendConfig, *, keep_programs: bool) -> Machine:
+    """The machine after what was chosen for it has been made up for."""
+    platform = machine.platform
+    verdict = read_verdict(
+        platform=platform,
+        platform_version=machine.platform_version,
+        device_kind=machine.device_kind,
+    )
+    repairs = chosen(config.repairs, platform=platform, verdict=verdict)
+    if machine.num_processes > 1:
+        repairs = as_on_first_process(repairs)
+    note = None
+    if not platform_facts(platform).is_known_to_jax and config.repairs == "auto":
+        note = advice(platform, verdict)
+    if DONATION in repairs:
+        enable_donation(platform)
+    elif not is_donating(platform, repairs):
+        say_less_of_donation()
+    kept = None
+    if keep_programs and config.compile_cache is not None:
+        force = COMPILE_CACHE in repairs
+        if force or platform_facts(platform).is_known_to_jax:
+            kept = compile_cache.enable(config.compile_cache, force=force)
+    preferences = attention_preferences(platform)
+    return dataclasses.replace(
+        machine,
+        repairs=repairs,
+        attention_preferences=preferences[-1:] if PLAIN_ATTENTION in repairs else preferences,
+        compile_cache=None if kept is None else str(kept),
+        note=note,
     )
 
 
@@ -100,26 +189,6 @@ def _with_environment(config: BackendConfig) -> BackendConfig:
     if not (name and colon and path):
         raise UserError(f"{PLUGIN_VARIABLE}={variable}: write it as NAME:/path/to/plugin.so")
     return dataclasses.replace(config, name=name, plugin=path)
-
-
-def _register_plugin(config: BackendConfig) -> None:
-    """Name a bare library to JAX by its documented variable, options in a JSON file beside it."""
-    path = pathlib.Path(config.plugin).absolute()
-    if not path.is_file():
-        raise UserError(f"backend.plugin = {config.plugin}: there is no such file")
-    options = {}
-    for item in (config.options or "").split(",") if config.options else ():
-        name, equals, value = item.partition("=")
-        if not equals or not name:
-            raise UserError(f"backend.options: {item!r} is not NAME=VALUE")
-        options[name] = int(value) if value.lstrip("-").isdigit() else value
-    target = str(path)
-    if options:
-        file = tempfile.NamedTemporaryFile("w", suffix=".json", delete=False)  # noqa: SIM115
-        with file:
-            json.dump({"library_path": target, "create_options": options}, file)
-        target = file.name
-    os.environ["PJRT_NAMES_AND_LIBRARY_PATHS"] = f"{config.name}:{target}"
 
 
 def _join(place: Place, *, timeout_s: int) -> None:

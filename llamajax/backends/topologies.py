@@ -9,7 +9,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import os
-import pathlib
 import re
 from typing import Any
 
@@ -17,6 +16,9 @@ import jax
 from jax.experimental import topologies
 
 from llamajax.backends import devices, runtime
+from llamajax.backends.device_table import read_device_table
+from llamajax.backends.platforms import attention_preferences
+from llamajax.backends.plugin import named_to_jax
 from llamajax.config import did_you_mean, nearest
 from llamajax.config.schema import BackendConfig
 from llamajax.errors import UserError
@@ -54,6 +56,7 @@ class Target:
             process_id=0,
             compute_capability=self.compute_capability,
             versions=self.versions,
+            attention_preferences=attention_preferences(self.platform),
         )
 
 
@@ -76,6 +79,7 @@ def absent_devices(text: str, backend: BackendConfig) -> Target:
     num_cpu_devices = sizes[0] if kind == "cpu" else None
     if kind == "cpu" and len(sizes) != 1:
         raise UserError(f"--devices={text}: cpu takes one number, for example cpu:8")
+    devices.use_table(read_device_table(backend.device_table) if backend.device_table else ())
     if is_plugin and not (backend.plugin and backend.name == kind):
         backend = BackendConfig()
     _quiet_libtpu()
@@ -102,19 +106,13 @@ def absent_devices(text: str, backend: BackendConfig) -> Target:
     )
 
 
-def cache_directory(name: str) -> pathlib.Path:
-    """The user's directory for results that can be computed again; it may not exist yet."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "llamajax" / name
-
-
 def _start_host(backend: BackendConfig, *, num_cpu_devices: int) -> None:
     """Start JAX on the CPU, which lowers for every target, with that many devices at least."""
     jax.config.update("jax_platforms", "cpu")
-    if backend.plugin:
-        runtime._register_plugin(backend)
     if jax.config.jax_num_cpu_devices < num_cpu_devices:
         jax.config.update("jax_num_cpu_devices", num_cpu_devices)
+    with named_to_jax(backend):
+        jax.devices()  # JAX looks for plugins now
 
 
 def _quiet_libtpu() -> None:

@@ -303,6 +303,10 @@ def _plugin(v: _Values) -> Iterator[str]:
             yield f"backend.{key} = {value}: needs backend.name, the plugin's platform"
     if name is not None and not name.strip():
         yield f"backend.name = {name!r}: is empty; name a platform, or set it to none"
+    for key, instead in (("repairs", "auto, none or names"), ("compile_cache", "auto or none")):
+        value = v[f"backend.{key}"]
+        if value is not None and not value.strip():
+            yield f"backend.{key} = {value!r}: is empty; write {instead}"
 
 
 def _plugin_options(v: _Values) -> Iterator[str]:

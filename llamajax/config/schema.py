@@ -273,6 +273,17 @@ class BackendConfig:
     num_processes: int | None = key("processes of the whole run", default=None)
     process_id: int | None = key("rank of this process, from 0", default=None)
     timeout_s: int = key("seconds to wait for the other processes", default=300)
+    device_table: str | None = key(
+        "TOML file with entries for devices that llamajax does not know", default=None
+    )
+    repairs: str = key(
+        "auto: what the doctor saw work on a new platform; none; or names of repairs",
+        default="auto",
+    )
+    compile_cache: str | None = key(
+        "folder of compiled programs; auto: in the user's cache directory; none: keep none",
+        default="auto",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -150,7 +150,7 @@ def attention_chooser(
 
     def choose(seq_len: int) -> str:
         return first_supported(
-            backends.attention_preferences(machine.platform),
+            machine.attention_preferences,
             platform=machine.platform,
             compute_capability=machine.compute_capability,
             dtype=dtype,

@@ -80,7 +80,7 @@ def _mesh(request: Request, weights: Weights) -> Mesh:
 
 def _compute(weights: Weights, source: Source, machine: backends.Machine, dtype: str) -> Compute:
     impl = first_supported(
-        backends.attention_preferences(machine.platform),
+        machine.attention_preferences,
         platform=machine.platform,
         compute_capability=machine.compute_capability,
         dtype=dtype,

@@ -56,7 +56,7 @@ def train(config: RunConfig, *, workdir: Path, shutdown: Shutdown) -> int:
     with LeavingAtOnce(), contextlib.ExitStack() as stack:
         stack.enter_context(opened(workdir, process_id=session.machine.process_id))
         check_shared(workdir)
-        checkpointer = stack.enter_context(_checkpointer(config, workdir))
+        checkpointer = stack.enter_context(_checkpointer(session, workdir))
         stack.enter_context(LeavingAtOnce())  # before the checkpointer waits for the others
         shutdown.name_previous(lambda: previous(checkpointer))
         start = _where_to_start(session, checkpointer)
@@ -95,13 +95,13 @@ def _is_evaluated(workdir: Path, step: int) -> bool:
     return any(row["step"] == step and "eval_loss" in row for row in load_metrics(workdir))
 
 
-def _checkpointer(config: RunConfig, workdir: Path) -> Checkpointer:
-    c = config.checkpoint
+def _checkpointer(session: Session, workdir: Path) -> Checkpointer:
+    c = session.config.checkpoint
     return Checkpointer(
         workdir / "checkpoints",
         keep=c.keep,
         keep_every=c.keep_every,
-        asynchronous=c.asynchronous,
+        asynchronous=c.asynchronous and session.machine.saves_asynchronously,
     )
 
 

@@ -40,7 +40,7 @@ def layout_of(config: RunConfig) -> Layout:
 
 def prepare(config: RunConfig) -> Session:
     """Start the machine and check everything against it. UserError for what a user can mend."""
-    machine = backends.start(config.backend)
+    machine = backends.start(config.backend, keep_programs=True)
     mesh = sharding.build_mesh(config.mesh, jax.devices())
     check_mesh(config, mesh)
     vocab_size = config.model.vocab_size
@@ -88,7 +88,7 @@ def how_to_compute(config: RunConfig, machine: backends.Machine, mesh: Mesh) -> 
     }
     impl = t.attention
     if impl == "auto":
-        impl = first_supported(backends.attention_preferences(machine.platform), **facts)
+        impl = first_supported(machine.attention_preferences, **facts)
     problems = check_supported(impl, **facts)
     if problems:
         raise combine(problems, title=f"train.attention = {impl!r} cannot run here:")

@@ -1,0 +1,158 @@
+"""What is known of each platform of JAX, as data, and every decision that hangs on its name.
+
+The rest of the code asks here for properties ("does its memory belong to the host?") and never for
+a name; a contract test looks for that. Kinds of devices, with peaks and memory, are in `devices`.
+"""
+
+import dataclasses
+
+from llamajax.config.schema import ComputeDtype
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Platform:
+    """One platform of JAX, or what is assumed of one that is not known.
+
+    names: what JAX calls it, the first being what its devices say. lends_host_memory: arrays may
+    share memory with NumPy's, so that what is donated must be copied first. is_host: computes on
+    the host itself, where virtual devices can be had and memory of programs predicts nothing.
+    repeats_bits: the same program on the same arguments gives the same bits. fused_attention:
+    kernels built for it, best first. dtype: what to compute in when nobody says. memory_kinds: as
+    JAX names them, the default first. start_up: what joins several processes. xla_options: worth
+    setting in XLA_FLAGS or LIBTPU_INIT_ARGS; never set by us, XLA aborts on a flag it does not
+    know. tested: what of llamajax ran there. source: who says all this.
+    """
+
+    names: tuple[str, ...]
+    fused_attention: tuple[str, ...] = ()
+    dtype: ComputeDtype = "bfloat16"
+    lends_host_memory: bool = False
+    is_host: bool = False
+    repeats_bits: bool = False
+    is_known_to_jax: bool = True
+    memory_kinds: tuple[str, ...] = ("device", "pinned_host")
+    start_up: str = "llamajax.launch, or a scheduler that JAX knows; coordinator over TCP"
+    xla_options: tuple[str, ...] = ()
+    tested: str = "no"
+    source: str = ""
+
+
+_GPU_OPTIONS = (
+    "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "--xla_gpu_enable_command_buffer=",
+    "--xla_gpu_all_gather_combine_threshold_bytes=1073741824",
+    "--xla_gpu_reduce_scatter_combine_threshold_bytes=134217728",
+)
+
+# An unknown platform is taken for a plugin of an accelerator with memory of its own, of which
+# nothing is sure: it may lend host memory, and it may not repeat its bits.
+UNKNOWN = Platform(
+    names=(),
+    lends_host_memory=True,
+    is_known_to_jax=False,
+    start_up="node_id and num_nodes are passed to the plugin; checked that all came",
+    source="nothing is known of it: run `python -m llamajax.doctor` there",
+)
+PLATFORMS = (
+    Platform(
+        names=("cpu",),
+        dtype="float32",
+        lends_host_memory=True,
+        is_host=True,
+        repeats_bits=True,
+        memory_kinds=("device", "pinned_host", "unpinned_host"),
+        tested="everything, in every change",
+        source="JAX's own backend",
+    ),
+    Platform(
+        names=("gpu", "cuda"),
+        fused_attention=("cudnn",),
+        xla_options=_GPU_OPTIONS,
+        tested="lowering and compilation; see LOG.md for runs on hardware",
+        source="JAX's CUDA plugin",
+    ),
+    Platform(
+        names=("tpu",),
+        fused_attention=("splash",),
+        xla_options=("--xla_tpu_scoped_vmem_limit_kib=98304",),
+        tested="compilation for absent TPUs; no run on hardware",
+        source="Cloud TPU documentation, libtpu",
+    ),
+    Platform(
+        names=("rocm",),
+        source="AMD's jax-rocm7-plugin: platform `rocm`, its devices say `gpu`; read, not run",
+    ),
+    Platform(
+        names=("sycl", "oneapi", "xpu"),
+        is_known_to_jax=False,
+        memory_kinds=("device",),
+        source="intel-extension-for-openxla 0.7.0 registers `sycl` with options allocator and "
+        "visible_devices; jax 0.12 lists `oneapi`; read, not run",
+    ),
+    Platform(
+        names=("tt",),
+        is_known_to_jax=False,
+        memory_kinds=("device",),
+        start_up="one process",
+        source="tt-xla's jax_plugin_tt registers `tt`; read, not run",
+    ),
+    Platform(
+        names=("neuron",),
+        memory_kinds=("device",),
+        start_up="NEURON_RT_ROOT_COMM_ID, NEURON_PJRT_PROCESSES_NUM_DEVICES and "
+        "NEURON_PJRT_PROCESS_INDEX in each process, set by whoever launches",
+        source="AWS's libneuronxla: `neuron`, in JAX's lists of donation and cache; documentation "
+        "read, not run",
+    ),
+    Platform(
+        names=("METAL", "mps"),
+        is_known_to_jax=False,
+        memory_kinds=("device",),
+        lends_host_memory=True,
+        dtype="float32",
+        start_up="one process",
+        source="jax-metal registers `METAL`; made for jax 0.4 only; not run",
+    ),
+)
+
+
+def platform_facts(name: str) -> Platform:
+    """What is known of the platform that JAX calls `name`; `UNKNOWN`, so named, of any other."""
+    found = [entry for entry in PLATFORMS if name in entry.names]
+    return found[0] if found else dataclasses.replace(UNKNOWN, names=(name,))
+
+
+def attention_preferences(platform: str) -> tuple[str, ...]:
+    """Attention implementations to try on a platform, best first."""
+    return (*platform_facts(platform).fused_attention, "blocked", "split", "xla")
+
+
+def platform_of_attention(impl: str) -> str | None:
+    """The platform that an implementation is built for; None where it runs anywhere."""
+    found = [entry for entry in PLATFORMS if impl in entry.fused_attention]
+    return found[0].names[-1] if found else None
+
+
+def computes_attention(platform: str, impl: str) -> bool:
+    """Whether an implementation is built for this platform."""
+    return impl in attention_preferences(platform)
+
+
+def default_dtype(platform: str) -> ComputeDtype:
+    """What to compute in where nobody says."""
+    return platform_facts(platform).dtype
+
+
+def is_host(platform: str) -> bool:
+    """Whether its devices are the host's own processor."""
+    return platform_facts(platform).is_host
+
+
+def lends_host_memory(platform: str) -> bool:
+    """Whether an array put there may go on living in the memory of the NumPy array it came from."""
+    return platform_facts(platform).lends_host_memory
+
+
+def repeats_bits(platform: str) -> bool:
+    """Whether the same program gives the same bits each time, so that a difference is an error."""
+    return platform_facts(platform).repeats_bits

@@ -1,0 +1,181 @@
+"""Bare PJRT plugin libraries: looked at before JAX sees them, then named to JAX with their options.
+
+Not here: plugins that are installed as Python packages, which JAX finds itself.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from llamajax.config.schema import BackendConfig
+from llamajax.errors import UserError, combine
+
+Option = int | float | bool | str
+_JAX_VARIABLE = "PJRT_NAMES_AND_LIBRARY_PATHS"  # JAX's one public route for a bare library
+# What jaxlib 0.10.2 and 0.12.0.1 take, seen with libraries that claim other versions. A newer
+# minor version is taken as well: functions are only ever added.
+_MAJOR, _OLDEST_MINOR = 0, 29
+
+
+class _Version(ctypes.Structure):
+    """PJRT_Api_Version of pjrt_c_api.h."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_size_t),
+        ("extensions", ctypes.c_void_p),
+        ("major", ctypes.c_int),
+        ("minor", ctypes.c_int),
+    )
+
+
+class _Head(ctypes.Structure):
+    """The beginning of PJRT_Api, the same in every version."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_size_t),
+        ("extensions", ctypes.c_void_p),
+        ("version", _Version),
+    )
+
+
+def typed_options(text: str | None) -> dict[str, Option]:
+    """The options that `k=v,k=v` means, typed as PJRT wants them.
+
+    `true` and `false` are bools, 8 is an int, 0.5 and 1e9 are floats, anything else a string; in
+    quotes ("8") everything is one. UserError with every part that is no k=v or comes twice.
+    """
+    found: dict[str, Option] = {}
+    problems = []
+    for part in text.split(",") if text else ():
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (name and equals):
+            problems.append(f"backend.options: {part!r} is not k=v; write k=v,k=v")
+        elif name in found:
+            problems.append(f"backend.options: {name} is there twice; name it once")
+        found[name] = _typed(value)
+    if problems:
+        raise combine(problems, title="the plugin's options cannot be read:")
+    return found
+
+
+def _typed(text: str) -> Option:
+    if text in ("true", "false"):
+        return text == "true"
+    if re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?", text):
+        return float(text)
+    quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"
+    return text[1:-1] if quoted else text
+
+
+def api_version(library: Path) -> tuple[int, int]:
+    """Version of the PJRT C API that a library offers, read from its table; loads the library.
+
+    UserError for a file that is missing, no shared library, without `GetPjrtApi`, or of a version
+    that this JAX does not take.
+    """
+    if not library.is_file():
+        raise UserError(
+            f"backend.plugin = {library}: there is no such file; give the path of the vendor's "
+            "PJRT library (often libpjrt_NAME.so)"
+        )
+    try:
+        loaded = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise UserError(f"backend.plugin = {library}: {_not_loaded(library, error)}") from None
+    try:
+        get = loaded.GetPjrtApi
+    except AttributeError:
+        raise UserError(
+            f"backend.plugin = {library}: is a shared library without the function GetPjrtApi, so "
+            "it is no PJRT plugin; ask the vendor which of its libraries is"
+        ) from None
+    get.restype = ctypes.POINTER(_Head)
+    table = get()
+    if not table:
+        raise UserError(f"backend.plugin = {library}: GetPjrtApi gave no table of functions")
+    major, minor = table.contents.version.major, table.contents.version.minor
+    if major != _MAJOR or minor < _OLDEST_MINOR:
+        raise UserError(
+            f"backend.plugin = {library}: offers version {major}.{minor} of the PJRT C API, but "
+            f"this JAX takes {_MAJOR}.{_OLDEST_MINOR} or later of major version {_MAJOR}; install "
+            "a plugin that was built for a JAX of about the same age, or a JAX that fits it"
+        )
+    return major, minor
+
+
+def _not_loaded(library: Path, error: OSError) -> str:
+    with library.open("rb") as file:
+        is_elf = file.read(4) == b"\x7fELF"
+    if not is_elf:
+        return "is no shared library; give the path of the vendor's PJRT library"
+    reason = str(error).removeprefix(f"{library}: ")
+    if "cannot open shared object file" in reason:
+        return (
+            f"needs a library that is not found ({reason}); install the vendor's runtime, or add "
+            "its folder to LD_LIBRARY_PATH"
+        )
+    return f"cannot be loaded: {reason}; it may be built for another processor or system"
+
+
+@contextlib.contextmanager
+def named_to_jax(config: BackendConfig) -> Iterator[None]:
+    """Within it JAX, when it first looks for its backends, finds the config's library and options.
+
+    Does nothing without `backend.plugin`. The variable that says it is put back afterwards, so that
+    processes started later are not told of a file that is gone.
+    """
+    if not config.plugin:
+        yield
+        return
+    library = Path(config.plugin).absolute()
+    options = typed_options(config.options)
+    api_version(library)
+    before = os.environ.get(_JAX_VARIABLE)
+    with tempfile.TemporaryDirectory(prefix="llamajax_plugin_") as folder:
+        file = Path(folder) / "plugin.json"
+        file.write_text(json.dumps({"library_path": str(library), "create_options": options}))
+        os.environ[_JAX_VARIABLE] = f"{config.name}:{file}"
+        try:
+            yield
+        finally:
+            del os.environ[_JAX_VARIABLE]
+            if before is not None:
+                os.environ[_JAX_VARIABLE] = before
+
+
+def why_not(name: str, reason: str, config: BackendConfig) -> str:
+    """What to tell a user whose backend did not come up, from JAX's own words."""
+    reason = reason.splitlines()[0].removeprefix(f"Unable to initialize backend '{name}': ")
+    reason = re.sub(r"\s*\(set JAX_PLATFORMS=.*\)$", "", reason)
+    said = f"backend {name!r} did not come up: {reason}"
+    if "list of known backends" in reason:
+        return (
+            f"backend {name!r} did not come up: no plugin of that name is installed"
+            f"{_known(reason)}. Install its JAX plugin, give a bare library with backend.plugin, "
+            "or choose another backend (cpu always works)"
+        )
+    if "INVALID_ARGUMENT" in reason and config.options:
+        return f"{said}. Correct backend.options = {config.options}; the plugin refused it"
+    if "NOT_FOUND" in reason or "provides no devices" in reason:
+        return (
+            f"{said}. Is a device there, its driver loaded, and is it visible to this process? "
+            "Choose another backend otherwise (cpu always works)"
+        )
+    return (
+        f"{said}. Check the vendor's driver and runtime (its own tool should list the device), or "
+        "choose another backend (cpu always works)"
+    )
+
+
+def _known(reason: str) -> str:
+    found = re.search(r"\[(.*)\]", reason)
+    names = [name.strip(" '") for name in found[1].split(",")] if found else []
+    usable = [name for name in names if name not in ("interpreter", "fake", "METAL")]
+    return f" (JAX knows {', '.join(usable)})" if usable else ""

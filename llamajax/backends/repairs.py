@@ -1,0 +1,116 @@
+"""What JAX takes from a platform that it does not know, given back; and what is done without.
+
+JAX 0.10.2 and 0.12.0.1 keep two lists of platforms, of those that may reuse donated memory and of
+those whose executables may be kept on disk; a new platform is in neither and is told so at most in
+a warning. The two lists are private, so each repair stands behind a check of JAX's version and a
+test on both releases. `config.backend.repairs` says which: `auto` those that the doctor saw work on
+this platform, `none`, or names.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from llamajax.backends.platforms import platform_facts
+from llamajax.backends.verdict import NOT_READY, Verdict
+from llamajax.config import did_you_mean, nearest
+from llamajax.errors import combine
+
+DONATION = "donation"
+COMPILE_CACHE = "compile_cache"
+SYNCHRONOUS_CHECKPOINTS = "synchronous_checkpoints"
+PLAIN_ATTENTION = "plain_attention"
+REPAIRS = {
+    DONATION: "memory of donated arrays is used again: else weights and optimizer live twice",
+    COMPILE_CACHE: "compiled programs are kept on disk: else every start compiles anew",
+    SYNCHRONOUS_CHECKPOINTS: "a checkpoint is on disk before the next step: no copies beside it",
+    PLAIN_ATTENTION: "attention as the plain operations of the reference, no blocks, no kernel",
+}
+# What a platform that JAX does not know loses without the first two.
+LOST = "no reuse of donated memory (weights and optimizer live twice), no compile cache"
+
+# Releases of JAX whose private lists were read.
+CHECKED_RELEASES = ((0, 10, 2), (0, 12, 0))
+
+
+def chosen(text: str, *, platform: str, verdict: Verdict | None) -> tuple[str, ...]:
+    """The repairs that `backend.repairs` asks for on this platform, in the order of REPAIRS.
+
+    UserError for a name that is none, or for one that this release of JAX does not allow.
+    """
+    if text == "none":
+        return ()
+    if text == "auto":
+        seen = () if verdict is None else verdict.repairs
+        return tuple(name for name in REPAIRS if name in seen and not _obstacle(name, platform))
+    names = [name.strip() for name in text.split(",")]
+    problems = [
+        f"backend.repairs: there is no repair {name!r}{did_you_mean(nearest(name, REPAIRS)) or '.'}"
+        f" They are {', '.join(REPAIRS)}; or auto, or none"
+        for name in names
+        if name not in REPAIRS
+    ]
+    problems += [
+        f"backend.repairs: {name}: {why}" for name in names if (why := _obstacle(name, platform))
+    ]
+    if problems:
+        raise combine(problems, title="the repairs cannot be made:")
+    return tuple(name for name in REPAIRS if name in names)
+
+
+def _obstacle(name: str, platform: str) -> str | None:
+    """Why a repair that touches JAX's private lists cannot be made under this release."""
+    private = name in (DONATION, COMPILE_CACHE) and not platform_facts(platform).is_known_to_jax
+    if not private or release() in CHECKED_RELEASES:
+        return None
+    known = ", ".join(".".join(map(str, version)) for version in CHECKED_RELEASES)
+    return f"it was checked with jax {known}, not with {jax.__version__}; install one of those"
+
+
+def release() -> tuple[int, ...]:
+    """Release of JAX without its fourth number."""
+    return tuple(int(part) for part in jax.__version__.split(".")[:3] if part.isdigit())
+
+
+def enable_donation(platform: str) -> None:
+    """Let JAX reuse the memory of what is donated on a platform that is not in its list.
+
+    Before anything was traced for it: what is already lowered stays as it is.
+    """
+    from jax._src.interpreters import mlir
+
+    if platform not in mlir._platforms_with_donation:
+        mlir._platforms_with_donation.append(platform)
+
+
+def is_donating(platform: str, repairs: Sequence[str]) -> bool:
+    """Whether donated memory is used again there, with these repairs."""
+    return platform_facts(platform).is_known_to_jax or DONATION in repairs
+
+
+def as_on_first_process(repairs: Sequence[str]) -> tuple[str, ...]:
+    """What process 0 chose: all must run the same programs, whatever lies in their caches."""
+    mine = sum(1 << i for i, name in enumerate(REPAIRS) if name in repairs)
+    bits = int(multihost_utils.broadcast_one_to_all(np.int32(mine)))
+    return tuple(name for i, name in enumerate(REPAIRS) if bits >> i & 1)
+
+
+def advice(platform: str, verdict: Verdict | None) -> str | None:
+    """What to tell the user of a platform that JAX does not know; None where all is well."""
+    if verdict is None:
+        return (
+            f"{platform} is new to JAX and was not examined: run `python -m llamajax.doctor` with "
+            f"the same backend first. Until then: {LOST}"
+        )
+    if verdict.verdict == NOT_READY:
+        failed = [probe.name for probe in verdict.probes if probe.status == "fail"]
+        return f"the doctor calls {platform} not ready: {', '.join(failed) or 'see its table'}"
+    return None
+
+
+def say_less_of_donation() -> None:
+    """Not one warning a program about what the start of a run says once."""
+    warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
