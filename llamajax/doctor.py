@@ -1,6 +1,5 @@
 """`python -m llamajax.doctor`: what a backend can do, and what llamajax will do about the rest."""
 
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -54,31 +53,32 @@ def main(argv: list[str]) -> int:
         out = getattr(flags, name)
         if out and not Path(out).absolute().parent.is_dir():
             raise UserError(f"--{name}={out}: there is no directory to write it in")
-    from llamajax.conformance import output
+    backend = backend_config(flags)
+    # JAX takes seconds to import: --help and mistakes are answered without it.
+    from llamajax.backends.verdict import NOT_READY, write_verdict
+    from llamajax.conformance import output, page
     from llamajax.conformance.examination import Examination
     from llamajax.conformance.table import PROBES
-    from llamajax.conformance.verdict import NOT_READY, judge
+    from llamajax.conformance.verdict import verdict_on
 
     live = output.Live()
     begun = time.monotonic()
     examination = Examination(
-        backend=backend_config(flags), limit_s=flags.timeout_s, show=live.show, begin=live.begin
+        backend=backend, limit_s=flags.timeout_s, show=live.show, begin=live.begin
     )
     examination.run(PROBES)
-    verdict = judge(examination.outcomes)
     total_s = time.monotonic() - begun
-    machine, outcomes = examination.machine, examination.outcomes
-    print(output.to_text(machine, outcomes, verdict, total_s=total_s))
+    machine = examination.machine
+    num_devices = None if machine is None else machine["num_devices"]
+    verdict = verdict_on(machine, examination.outcomes, asked_for=backend.name)
+    print(output.to_text(verdict, num_devices=num_devices, total_s=total_s))
+    if machine is not None:
+        print(f"kept for train and the other verbs: {write_verdict(verdict)}")
     if flags.json:
-        found = {
-            "platform": machine and machine["platform"],
-            "device_kind": machine and machine["device_kind"],
-            "verdict": verdict.word,
-            "repairs": list(verdict.repairs),
-            "probes": [dataclasses.asdict(outcome) for outcome in outcomes],
-        }
-        _write(Path(flags.json), json.dumps(found, indent=1))
-    return int(verdict.word == NOT_READY)
+        _write(Path(flags.json), json.dumps(verdict.to_json(), indent=1))
+    if flags.html:
+        _write(Path(flags.html), page.to_html(verdict, machine=machine, total_s=total_s))
+    return int(verdict.verdict == NOT_READY)
 
 
 def _write(path: Path, text: str) -> None:

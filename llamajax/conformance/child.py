@@ -37,7 +37,9 @@ def main() -> int:
         from llamajax import backends
 
         try:
-            machine = backends.start(BackendConfig(**request["backend"]))
+            machine = backends.start(
+                BackendConfig(**request["backend"]), keep_programs=request["keep_programs"]
+            )
         except UserError as error:
             tell(refused=str(error))
             return 2

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import select
@@ -13,10 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from llamajax.backends import Probe as Outcome
 from llamajax.backends import child_environment
 from llamajax.config.schema import BackendConfig
-from llamajax.conformance.outcome import Outcome
 from llamajax.conformance.table import Probe
+from llamajax.conformance.verdict import judge
 from llamajax.errors import UserError
 
 # Where so many probes hang, the device does: the rest would wait for nothing.
@@ -46,11 +48,14 @@ class Examination:
             if reason := self._hopeless():
                 self._end(left.pop(0).name, "unsupported", f"not tried: {reason}", 0.0)
                 continue
+            if left[0].instead_of and self.status(left[0].instead_of) == "pass":
+                left.pop(0)  # there is nothing to repair
+                continue
             batch = _batch(left)
             before = len(self.outcomes)
             with (
                 tempfile.TemporaryDirectory() as folder,
-                _Child(self.backend, batch, folder=folder) as child,
+                _Child(self._request(batch, folder)) as child,
             ):
                 self._follow(child, batch)
             done = {outcome.name for outcome in self.outcomes[before:]}
@@ -58,6 +63,24 @@ class Examination:
                 self._end(left[0].name, "fail", f"the process for it ended: {child.words()}", 0.0)
                 done = {left[0].name}
             left = [probe for probe in left if probe.name not in done]
+
+    def _request(self, batch: Sequence[Probe], folder: str) -> dict[str, Any]:
+        """What a child is told: its backend as these probes want it, their names, a folder."""
+        first = batch[0]
+        forced = [first.repair] if first.instead_of else []
+        if first.repaired:
+            forced = judge(self.outcomes).repairs
+        backend = dataclasses.replace(
+            self.backend,
+            repairs=",".join(forced) or "none",
+            compile_cache=f"{folder}/programs" if first.keeps_programs else None,
+        )
+        return {
+            "backend": dataclasses.asdict(backend),
+            "keep_programs": first.keeps_programs,
+            "folder": folder,
+            "probes": [{"name": p.name, "function": p.function} for p in batch],
+        }
 
     def status(self, name: str) -> str | None:
         """Of a probe that was tried."""
@@ -89,7 +112,7 @@ class Examination:
                     self._blame(running, child.death(), spent)
                 return None
             if "refused" in said:
-                raise UserError(said["refused"])
+                return self._refused(said["refused"], batch)
             if "machine" in said:
                 self._came_up(said["machine"], spent)
                 running = None
@@ -110,6 +133,13 @@ class Examination:
             text = f"{count} device{'s' * (count > 1)} of kind {machine['device_kind']}"
             self._end("start", "pass", text, spent)
 
+    def _refused(self, reason: str, batch: Sequence[Probe]) -> None:
+        """The backend was not started: a mistake in the command, unless it started before."""
+        if self.machine is None:
+            raise UserError(reason)
+        for probe in batch:
+            self._end(probe.name, "unsupported", reason, 0.0)
+
     def _blame(self, name: str, text: str, spent: float) -> None:
         if name == "start" and self.machine is not None:
             return  # `run` blames the probe that the process was for
@@ -122,17 +152,23 @@ class Examination:
 
 
 def _batch(left: Sequence[Probe]) -> list[Probe]:
-    """The probes that the next process gets: one that wants to be alone, or all before such one."""
-    if left[0].alone:
+    """The probes that the next process gets: as many as want the same one."""
+    kind = _kind(left[0])
+    if kind[0]:
         return [left[0]]
-    alone = next((i for i, probe in enumerate(left) if probe.alone), len(left))
-    return list(left[:alone])
+    return list(itertools.takewhile(lambda probe: _kind(probe) == kind, left))
+
+
+def _kind(probe: Probe) -> tuple[bool, bool]:
+    """Whether a probe wants a process of its own, and one with all repairs."""
+    own = probe.alone or probe.keeps_programs or probe.instead_of is not None
+    return own, probe.repaired
 
 
 class _Child:
     """A process that runs probes, the pipe on which it tells of them, and its other output."""
 
-    def __init__(self, backend: BackendConfig, probes: Sequence[Probe], *, folder: str):
+    def __init__(self, request: dict[str, Any]):
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._pipe, theirs = os.pipe()
         lifeline, self._held = os.pipe()
@@ -155,11 +191,6 @@ class _Child:
         )
         os.close(theirs)
         os.close(lifeline)
-        request = {
-            "backend": dataclasses.asdict(backend),
-            "folder": folder,
-            "probes": [{"name": p.name, "function": p.function} for p in probes],
-        }
         with contextlib.suppress(BrokenPipeError):  # it died at once; reading from it tells
             self._process.stdin.write(json.dumps(request))
             self._process.stdin.close()

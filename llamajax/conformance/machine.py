@@ -1,4 +1,4 @@
-"""Probes of what the machine is: its facts, its memory, its dtypes, and whether it runs at all."""
+"""Probes of what the machine is: its facts, its dtypes, and whether it runs at all."""
 
 import time
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.conformance.outcome import Bench, UnsupportedError, WrongError
+from llamajax.conformance.outcome import Bench, WrongError
 
 _TRANSFER_BYTES = 64 << 20
 _NEEDED_DTYPES = ("float32", "int32", "uint32", "bool")
@@ -35,22 +35,6 @@ def device(bench: Bench) -> str:
         f"platform {first.platform}, kind {first.device_kind}, {len(bench.devices)} devices"
         f"{processes}; version {version or '(none)'}; memories {', '.join(kinds)}"
     )
-
-
-def memory_stats(bench: Bench) -> str:
-    """Limit and use, and that use follows what is allocated."""
-    first = bench.devices[0]
-    stats = first.memory_stats()
-    if not stats:
-        raise UnsupportedError("the backend tells nothing of its memory")
-    missing = [name for name in ("bytes_in_use", "bytes_limit") if name not in stats]
-    if missing:
-        raise UnsupportedError(f"the backend does not tell {' nor '.join(missing)}")
-    block = jax.block_until_ready(jax.device_put(np.zeros(16 << 20, np.uint8), first))
-    grown = first.memory_stats()["bytes_in_use"] - stats["bytes_in_use"]
-    if not block.nbytes <= grown <= 2 * block.nbytes:
-        raise WrongError(f"bytes_in_use grew by {grown} for an array of {block.nbytes} bytes")
-    return f"limit {stats['bytes_limit'] / 2**30:.2f} GiB, in use {stats['bytes_in_use']} bytes"
 
 
 def dtypes(bench: Bench) -> str:
@@ -101,21 +85,3 @@ def transfers(bench: Bench) -> str:
         f"{_TRANSFER_BYTES >> 20} MiB: {_TRANSFER_BYTES / there_s / 1e9:.2f} GB/s to the device, "
         f"{_TRANSFER_BYTES / back_s / 1e9:.2f} GB/s back"
     )
-
-
-def out_of_memory(bench: Bench) -> str:
-    """An array larger than the memory is refused, and the device goes on."""
-    stats = bench.devices[0].memory_stats() or {}
-    if "bytes_limit" not in stats:
-        raise UnsupportedError("its limit is not known")
-    size = int(stats["bytes_limit"] * 1.5) // 4
-    x = jax.device_put(np.float32(1), bench.devices[0])
-    try:
-        jax.block_until_ready(jax.jit(lambda x: jnp.broadcast_to(x, (size,)) + 0)(x))
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:120]
-    else:
-        raise WrongError(f"an array of {4 * size} bytes was given, more than its limit")
-    if float(x + 1) != 2.0:
-        raise WrongError("after a refusal 1 + 1 is not 2")
-    return f"refused as an error, and the device goes on: {reason}"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llamajax import backends, optim
+from llamajax import optim
 from llamajax.config.schema import OptimConfig
 from llamajax.conformance import references
 from llamajax.conformance.comparison import compare
@@ -86,7 +86,7 @@ def attention(bench: Bench) -> str:
 
 def attention_kernel(bench: Bench) -> str:
     """The platform's preferred one that can run here, at a size that kernels take."""
-    preferences = backends.attention_preferences(bench.machine.platform)
+    preferences = bench.machine.attention_preferences
     texts = []
     for dtype in ("bfloat16", "float32"):
         facts = {"dtype": dtype, "head_size": 64, "seq_len": 256}

@@ -1,20 +1,8 @@
-"""What a probe says, and the two ways in which it says no."""
+"""What a probe works with, and its two ways of saying no; what it says is a `backends.Probe`."""
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
-
-Status = Literal["pass", "fail", "unsupported"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What became of one probe; time_s is wall time, compilation included."""
-
-    name: str
-    status: Status
-    message: str
-    time_s: float
+from typing import Any
 
 
 class UnsupportedError(Exception):

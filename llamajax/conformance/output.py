@@ -1,13 +1,15 @@
 """What the doctor prints: a line a probe while it runs, then the verdict and what follows."""
 
+import collections
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from typing import TextIO
 
-from llamajax.conformance.outcome import Outcome
+from llamajax.backends import Probe as Outcome
+from llamajax.backends import Verdict
 from llamajax.conformance.table import probe
-from llamajax.conformance.verdict import Verdict, blocks, repaired
+from llamajax.conformance.verdict import consequence
 
 _NAME, _STATUS = 24, 12
 _WIDTH = 100
@@ -49,43 +51,31 @@ def line(outcome: Outcome) -> str:
     )
 
 
-def to_text(
-    machine: dict[str, Any] | None, outcomes: Sequence[Outcome], verdict: Verdict, *, total_s: float
-) -> str:
+def to_text(verdict: Verdict, *, num_devices: int | None, total_s: float) -> str:
     """Platform, verdict, and a line for everything that did not pass."""
-    return "\n".join(_lines(machine, outcomes, verdict, total_s))
+    return "\n".join(_lines(verdict, num_devices, total_s))
 
 
-def _lines(
-    machine: dict[str, Any] | None, outcomes: Sequence[Outcome], verdict: Verdict, total_s: float
-) -> Iterator[str]:
-    if machine is None:
-        yield "platform: did not come up"
+def _lines(verdict: Verdict, num_devices: int | None, total_s: float) -> Iterator[str]:
+    if num_devices is None:
+        yield f"platform: {verdict.platform}, which did not start"
     else:
-        yield (
-            f"platform: {machine['platform']}, {machine['num_devices']} x {machine['device_kind']}"
-        )
-    yield f"verdict: {verdict.word}"
-    counts = [
-        f"{sum(o.status == s for o in outcomes)} {s}" for s in ("pass", "fail", "unsupported")
-    ]
-    yield f"probes: {', '.join(counts)}, in {total_s:.0f} s"
-    for outcome, consequence in consequences(outcomes):
-        yield f"  {outcome.name} ({outcome.status}): {consequence}"
+        yield f"platform: {verdict.platform}, {num_devices} x {verdict.device_kind}"
+    yield f"verdict: {verdict.verdict}"
+    yield f"repairs: {', '.join(verdict.repairs) or 'none'}"
+    yield f"probes: {counts(verdict)}, in {total_s:.0f} s"
+    for outcome, text in consequences(verdict.probes):
+        yield f"  {outcome.name} ({outcome.status}): {text}"
+
+
+def counts(verdict: Verdict) -> str:
+    """How many probes came out how."""
+    found = collections.Counter(outcome.status for outcome in verdict.probes)
+    return ", ".join(f"{found[status]} {status}" for status in _MARKS)
 
 
 def consequences(outcomes: Sequence[Outcome]) -> list[tuple[Outcome, str]]:
-    """Everything that did not pass, what must be mended first, with what follows from it."""
+    """Everything that did not pass with what follows from it; what must be mended comes first."""
     passed = {o.name for o in outcomes if o.status == "pass"}
-    rows = []
-    for outcome in outcomes:
-        asked = probe(outcome.name)
-        if outcome.status == "pass":
-            continue
-        if blocks(asked, outcome):
-            rows.append((0, outcome, f"not ready: {asked.why}; {asked.otherwise}"))
-        elif repaired(asked, outcome, passed=passed):
-            rows.append((1, outcome, f"repaired: {asked.otherwise}"))
-        else:
-            rows.append((2, outcome, f"no matter: {asked.otherwise}"))
-    return [(outcome, text) for _, outcome, text in sorted(rows, key=lambda row: row[0])]
+    rows = [(consequence(o, passed=passed), o) for o in outcomes if o.status != "pass"]
+    return [(o, text) for (_, text), o in sorted(rows, key=lambda row: row[0][0])]

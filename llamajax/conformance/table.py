@@ -13,10 +13,13 @@ Needed = Literal["always", "if_there", "never"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Probe:
-    """One probe. why: what for; otherwise: what llamajax does where it does not pass.
+    """One probe. why: what for; otherwise: what happens where it does not pass.
 
-    repair: what then takes its place, provided that the probe `by` (if any) passed. alone: in a
-    process of its own, since it changes the process or may well end it.
+    repair: name in `backends.repairs` of what is then made up for, provided that probe `by` (if
+    any) passed. With `instead_of` it is the other way round: the probe is tried where that other
+    one did not pass, with the repair in force, and the repair is made where it passes. repaired:
+    tried with all repairs in force. keeps_programs: with a folder for compiled programs. alone: in
+    a process of its own, as it may well end it.
     """
 
     name: str
@@ -27,24 +30,19 @@ class Probe:
     otherwise: str
     repair: str | None = None
     by: str | None = None
+    instead_of: str | None = None
+    repaired: bool = False
+    keeps_programs: bool = False
     alone: bool = False
 
 
 def _probes(group: str, module: str, *rows: tuple) -> list[Probe]:
+    """Rows: name, needed, why, otherwise, and further fields as a dict."""
     found = []
-    for name, needed, why, otherwise, *options in rows:
-        extra = options[0] if options else {}
-        found.append(
-            Probe(
-                name=name,
-                group=group,
-                function=f"{module}:{name}",
-                needed=needed,
-                why=why,
-                otherwise=otherwise,
-                **extra,
-            )
-        )
+    for name, needed, why, otherwise, *more in rows:
+        fields = {"name": name, "needed": needed, "why": why, "otherwise": otherwise}
+        fields |= {"group": group, "function": f"{module}:{name}"}
+        found.append(Probe(**fields | (more[0] if more else {})))
     return found
 
 
@@ -61,15 +59,11 @@ _MACHINE = _probes(
     "machine", "machine",
     ("program", "always", "compiling and running the smallest program", "nothing runs on it"),
     ("device", "never", "the facts that a report to the vendor needs", "nothing"),
-    ("memory_stats", "never", "knowing how much memory there is and was used",
-     "reports have no memory in use; name the size by backend.device_table"),
     ("dtypes", "always", "float32, int32, uint32 and bool are in every step",
      "nothing trains on it"),
     ("float64", "never", "llamajax never computes in it", "nothing"),
     ("transfers", "always", "batches go to the device, metrics and checkpoints come back",
      "nothing trains on it"),
-    ("out_of_memory", "never", "a model that is too large should be an error, not a crash",
-     "trust `plan`, and leave room"),
 )  # fmt: skip
 
 _ARITHMETIC = _probes(
@@ -95,11 +89,26 @@ _OPERATIONS = _probes(
     ("feed_forward", "always", "two thirds of a model's weights", "nothing trains on it"),
     ("attention", "always", "plain attention over packed documents", "nothing trains on it"),
     ("attention_kernel", "never", "the fastest attention that the platform has",
-     "plain attention takes its place", {"repair": "plain attention", "by": "attention"}),
+     "plain attention takes its place", {"repair": "plain_attention", "by": "attention"}),
     ("cross_entropy", "always", "the loss and its gradient, in chunks", "nothing trains on it"),
     ("adamw", "always", "the update of every weight", "nothing trains on it"),
     ("sampling", "never", "sorting and cumulative sums choose generated tokens",
      "generate with --temperature=0"),
+)  # fmt: skip
+
+_MEMORY = _probes(
+    "memory", "memory",
+    ("memory_stats", "never", "knowing how much memory there is and was used",
+     "reports do not show memory in use; name the size in a backend.device_table"),
+    ("out_of_memory", "never", "a model that is too large should be an error, not a crash",
+     "trust `plan`, and leave room"),
+    ("donation", "never", "weights and optimizer are updated where they lie",
+     "a step takes their memory twice; `plan` counts it"),
+    ("donation_by_name", "never", "the same where JAX does not know the platform",
+     "a step takes the memory of weights and optimizer twice; `plan` counts it",
+     {"function": "memory:donation", "instead_of": "donation", "repair": "donation"}),
+    ("host_offload", "never", "the optimizer's moments may rest in the host's memory",
+     "leave optim.offload and train.remat_offload off"),
 )  # fmt: skip
 
 _RANDOM = _probes(
@@ -127,31 +136,39 @@ _EXECUTION = _probes(
      "steps wait for the host; choose larger batches"),
     ("endurance", "always", "a run executes millions of programs",
      "the run would end; launch with --max_restarts and save often"),
+    ("compile_cache", "never", "the second start of a run does not compile",
+     "every start compiles anew", {"keeps_programs": True}),
+    ("compile_cache_by_name", "never", "the same where JAX does not know the platform",
+     "every start compiles anew",
+     {"function": "execution:compile_cache", "instead_of": "compile_cache",
+      "repair": "compile_cache", "keeps_programs": True}),
     ("profiler", "never", "shows where a step's time goes", "no profiles"),
     ("callbacks", "never", "Python functions called by a program; training calls none", "nothing"),
     ("debug_print", "never", "jax.debug.print; training prints nothing so", "nothing"),
     ("pallas", "never", "hand-written kernels", "plain operations take their place"),
     ("topology", "never", "`plan` compiles for devices that are not here",
      "`plan` needs the device itself"),
-    ("host_offload", "never", "the optimizer's moments may rest in the host's memory",
-     "leave optim.offload and train.remat_offload off"),
 )  # fmt: skip
 
 _TRAINING = _probes(
     "training", "training",
-    ("train_float32", "always", "twenty steps whose losses are known", "nothing trains on it"),
+    ("train_float32", "always", "twenty steps whose losses are known", "nothing trains on it",
+     {"repaired": True}),
     ("train_bfloat16", "if_there", "the same in the dtype of accelerators",
-     "train with train.dtype=float32"),
+     "train with train.dtype=float32", {"repaired": True}),
     ("reproducible", "never", "the same steps twice, bit for bit",
-     "a resumed run follows the undisturbed one within rounding only"),
+     "a resumed run follows the undisturbed one within rounding only",
+     {"repaired": True}),
     ("checkpoint_synchronous", "always", "what is saved is what comes back",
-     "nothing can be resumed"),
+     "nothing can be resumed", {"repaired": True}),
     ("checkpoint_asynchronous", "never", "saves while training goes on",
-     "saves synchronously", {"repair": "synchronous checkpoints", "by": "checkpoint_synchronous"}),
+     "a checkpoint is on disk before the next step",
+     {"repair": "synchronous_checkpoints", "by": "checkpoint_synchronous", "repaired": True}),
 )  # fmt: skip
 
 PROBES = (
-    *_MACHINE, *_ARITHMETIC, *_OPERATIONS, *_RANDOM, *_COLLECTIVES, *_EXECUTION, *_TRAINING,
+    *_MACHINE, *_ARITHMETIC, *_OPERATIONS, *_RANDOM, *_MEMORY, *_COLLECTIVES, *_EXECUTION,
+    *_TRAINING,
 )  # fmt: skip
 
 

@@ -1,37 +1,37 @@
 """From the outcomes of all probes to one word, and to what llamajax will do about each failure."""
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Sequence
+from typing import Any
 
-from llamajax.conformance.outcome import Outcome
-from llamajax.conformance.table import Probe, probe
-
-READY = "ready"
-REPAIRED = "ready with repairs"
-NOT_READY = "not ready"
+from llamajax.backends import Probe as Outcome
+from llamajax.backends import Verdict
+from llamajax.backends.verdict import NOT_READY, READY, READY_WITH_REPAIRS
+from llamajax.conformance.table import PROBES, Probe, probe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """`word` is READY, REPAIRED or NOT_READY; blockers: names of the probes that made it so."""
+class Judgement:
+    """`word` is one of the three of a verdict; `blockers` are the probes that say not ready.
+
+    repairs: names in `backends.repairs` of what llamajax makes up for on this backend.
+    """
 
     word: str
     repairs: tuple[str, ...]
     blockers: tuple[str, ...]
 
 
-def judge(outcomes: Sequence[Outcome]) -> Verdict:
-    """The verdict on a backend whose probes came out like this."""
+def judge(outcomes: Sequence[Outcome]) -> Judgement:
+    """The judgement on a backend whose probes came out like this, so far."""
     passed = {o.name for o in outcomes if o.status == "pass"}
-    blockers, repairs = [], []
-    for outcome in outcomes:
-        asked = probe(outcome.name)
-        if blocks(asked, outcome):
-            blockers.append(outcome.name)
-        elif repaired(asked, outcome, passed=passed):
-            repairs.append(asked.repair)
-    word = NOT_READY if blockers else REPAIRED if repairs else READY
-    return Verdict(word=word, repairs=tuple(repairs), blockers=tuple(blockers))
+    blockers = tuple(o.name for o in outcomes if blocks(probe(o.name), o))
+    repairs = tuple(
+        asked.repair for o in outcomes if makes_repair(asked := probe(o.name), o, passed=passed)
+    )
+    word = NOT_READY if blockers else READY_WITH_REPAIRS if repairs else READY
+    return Judgement(word=word, repairs=repairs, blockers=blockers)
 
 
 def blocks(asked: Probe, outcome: Outcome) -> bool:
@@ -41,8 +41,43 @@ def blocks(asked: Probe, outcome: Outcome) -> bool:
     return asked.needed == "if_there" and outcome.status == "fail"
 
 
-def repaired(asked: Probe, outcome: Outcome, *, passed: set[str]) -> bool:
-    """Whether something that was seen to work takes the place of what did not pass."""
-    if asked.repair is None or outcome.status == "pass":
+def makes_repair(asked: Probe, outcome: Outcome, *, passed: set[str]) -> bool:
+    """Whether this outcome says that a repair is to be made, one that was seen to work."""
+    if asked.repair is None:
         return False
-    return asked.by is None or asked.by in passed
+    if asked.instead_of is not None:
+        return outcome.status == "pass"
+    return outcome.status != "pass" and (asked.by is None or asked.by in passed)
+
+
+def consequence(outcome: Outcome, *, passed: set[str]) -> tuple[int, str]:
+    """What follows from an outcome that is no pass, after how much it matters: 0 is the most."""
+    asked = probe(outcome.name)
+    if blocks(asked, outcome):
+        return 0, f"not ready: {asked.why}; {asked.otherwise}"
+    if makes_repair(asked, outcome, passed=passed):
+        return 1, f"repaired: {asked.otherwise}"
+    instead = [p for p in PROBES if p.instead_of == outcome.name and p.name in passed]
+    if instead:
+        return 1, f"repaired: {instead[0].repair}, see {instead[0].name}"
+    return 2, asked.otherwise
+
+
+def verdict_on(
+    machine: dict[str, Any] | None, outcomes: Sequence[Outcome], *, asked_for: str | None
+) -> Verdict:
+    """What is kept of an examination. machine: facts of `backends.Machine`; None: it did not start.
+
+    asked_for: the platform's name in the command, if any.
+    """
+    judgement = judge(outcomes)
+    facts = machine or {"platform": asked_for or "unknown", "device_kind": "unknown"}
+    return Verdict(
+        platform=facts["platform"],
+        platform_version=facts.get("platform_version", ""),
+        device_kind=facts["device_kind"],
+        jax=importlib.metadata.version("jax"),
+        verdict=judgement.word,
+        repairs=judgement.repairs,
+        probes=tuple(outcomes),
+    )
