@@ -118,7 +118,7 @@ def compiled(config: RunConfig, *, document_masks: bool = True) -> Run:
         del batch["segment_ids"]
     batch = sharding.place(batch, mesh)
     start = time.perf_counter()
-    update = train_step(optimizer, config.optim, config.train, compute, mesh)
+    update = train_step(optimizer, config.optim, config.train, compute, mesh, config.guard)
     update = update.lower(state, batch).compile()
     compile_s = time.perf_counter() - start
     return Run(config, machine, mesh, compute.attention, compile_s, update, state, batch)

@@ -52,6 +52,11 @@ _AT_LEAST: dict[str, float] = {
     "train.eval_every": 0,
     "train.eval_batches": 1,
     "lora.rank": 0,
+    "guard.spike_window": 8,
+    "guard.max_in_a_row": 1,
+    "guard.max_rollbacks": 0,
+    "guard.hang_timeout_s": 1,
+    "guard.blackbox_steps": 1,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,
     "checkpoint.keep_every": 1,
@@ -71,6 +76,7 @@ _ABOVE_ZERO = (
     "optim.epsilon",
     "optim.clip_norm",
     "lora.alpha",
+    "guard.spike_factor",
     "checkpoint.every_minutes",
 )
 # JAX keys and grain shuffles are seeded with 32 bits.
@@ -309,6 +315,15 @@ def _plugin(v: _Values) -> Iterator[str]:
             yield f"backend.{key} = {value!r}: is empty; write {instead}"
 
 
+def _spikes(v: _Values) -> Iterator[str]:
+    factor = v["guard.spike_factor"]
+    if factor is not None and v["guard.nonfinite"] == "off":
+        yield (
+            f"guard.spike_factor = {factor}: needs guard.nonfinite = skip or stop, as a loss that "
+            "is not finite would enter the median"
+        )
+
+
 def _plugin_options(v: _Values) -> Iterator[str]:
     if v["backend.options"] is None:
         return
@@ -346,5 +361,5 @@ def _list(items: tuple[float, ...]) -> str:
 _RULES: tuple[Rule, ...] = (
     _even_head, _kv_heads, _rope_scaling, _context, _mesh_sizes, _accumulation, _paths, _weights,
     _warmup, _decay, _final_rate, _remat_names, _init_from, _lora_base, _lora_targets, _lora_rank,
-    _plugin, _plugin_options, _processes,
+    _spikes, _plugin, _plugin_options, _processes,
 )  # fmt: skip

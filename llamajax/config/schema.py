@@ -235,6 +235,42 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What happens when an update is not to be trusted, or none comes (docs/guards.md)."""
+
+    nonfinite: Literal["skip", "stop", "off"] = key(
+        "an update whose loss or gradient is not finite: leave it out, end the run, or apply it",
+        default="skip",
+    )
+    # No default: whether a large loss is to be left out depends on the data, and changes the loss.
+    spike_factor: float | None = key(
+        "also leave out updates whose loss or gradient norm is so many deviations above the median "
+        "of the last ones applied; 10 is mild, 5 strict; none: never",
+        default=None,
+    )
+    spike_window: int = key(
+        "updates applied that the median is of; spikes are judged once there are as many",
+        default=128,
+    )
+    max_in_a_row: int | None = key(
+        "updates left out one after the other until `then` happens; none: never", default=8
+    )
+    then: Literal["rollback", "stop"] = key(
+        "return to the last checkpoint before them and go on after their data, or end the run",
+        default="rollback",
+    )
+    max_rollbacks: int = key("returns to one and the same checkpoint; then the run ends", default=3)
+    hang_timeout_s: int | None = key(
+        "seconds without a finished step or evaluation batch until all stacks are written and the "
+        "process ends; none: never",
+        default=1800,
+    )
+    blackbox_steps: int = key(
+        "steps kept for blackbox/, written when something goes wrong", default=64
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When the state is saved, and which checkpoints are kept."""
 
@@ -306,6 +342,7 @@ class RunConfig:
     optim: OptimConfig
     train: TrainConfig
     lora: LoraConfig
+    guard: GuardConfig
     checkpoint: CheckpointConfig
     backend: BackendConfig
     monitoring: MonitoringConfig

@@ -38,9 +38,27 @@ def build(config: OptimConfig, *, steps: int) -> optax.GradientTransformation:
 
 
 def apply(
-    optimizer: optax.GradientTransformation, grads: Any, opt_state: optax.OptState, weights: Any
+    optimizer: optax.GradientTransformation,
+    grads: Any,
+    opt_state: optax.OptState,
+    weights: Any,
+    *,
+    step: jax.Array | None = None,
 ) -> tuple[Any, optax.OptState]:
-    """Updated weights and optimizer state. optax mixes weak types, hence the looser promotion."""
+    """Updated weights and optimizer state. optax mixes weak types, hence the looser promotion.
+
+    step: global batches before this one, which the learning rate follows. Without it, it follows
+    the updates, which are fewer where a guard left some out.
+    """
+    if step is not None:
+        opt_state = _scheduled(opt_state, step)
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimizer.update(grads, opt_state, weights)
         return optax.apply_updates(weights, updates), opt_state
+
+
+def _scheduled(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:
+    """The state with the schedule at `step`; Adam goes on counting its own updates."""
+    is_schedule = lambda part: isinstance(part, optax.ScaleByScheduleState)  # noqa: E731
+    move = lambda part: part._replace(count=step) if is_schedule(part) else part  # noqa: E731
+    return jax.tree.map(move, opt_state, is_leaf=is_schedule)

@@ -112,7 +112,8 @@ def compiled_facts(step: Step, *, cache: Path | None) -> Facts:
     config = step.config
     optimizer = optim.build(config.optim, steps=config.train.steps)
     compute = _compute(config, step.target, step.mesh)
-    update = train_step(optimizer, config.optim, config.train, compute, step.mesh)
+    where = (compute, step.mesh, config.guard)
+    update = train_step(optimizer, config.optim, config.train, *where)
     batch = abstract_batch(config.data, step.mesh, batch_size=config.data.global_batch_size)
     lowered = update.lower(step.state, batch)
     file = None if cache is None else cache / f"{_fingerprint(lowered, step)}.json"

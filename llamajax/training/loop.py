@@ -14,6 +14,8 @@ from llamajax.checkpoint import Checkpointer, CheckpointError
 from llamajax.config.schema import CheckpointConfig, TrainConfig
 from llamajax.monitoring import MetricsWriter, Progress, StepTime, StepTimer
 from llamajax.training.agreement import agreed
+from llamajax.training.guardian import Guardian
+from llamajax.training.hang import HangWatch
 from llamajax.training.shutdown import Shutdown
 from llamajax.training.state import TrainState
 
@@ -41,7 +43,10 @@ class Loop:
     timer: StepTimer
     shutdown: Shutdown
     saw: Callable[[int], None]  # enters the samples of a step in the ledger
+    guardian: Guardian
+    hang: HangWatch
     times: list[StepTime] = dataclasses.field(default_factory=list)  # since the last row
+    failed_checkpoints: list[str] = dataclasses.field(default_factory=list)  # of this start
 
     def run(self, state: TrainState, start: int) -> int:
         """Train from step `start` to the end or to a signal; the step of the last checkpoint."""
@@ -58,7 +63,7 @@ class Loop:
                 self._log(*pending)  # waits for step - 1 while this one runs
             pending = (step, metrics)
             stop = agreed(step, self.shutdown)
-            show_alive()
+            self._show_alive()
             save = stop or step == last or self._save_is_due(step, saved_at_s)
             evaluate = self.eval_is_due(step)
             if save or evaluate:
@@ -68,7 +73,7 @@ class Loop:
                 self._save(step, state, final=stop or step == last)
                 saved_at_s = time.monotonic()
             if self.export_is_due(step) and not stop:
-                with self.timer.pause("export"):
+                with self.timer.pause("export"), self.hang.paused():
                     self.export(step, self.at_rest(state))
             if stop:
                 return step
@@ -100,7 +105,7 @@ class Loop:
                 if pending is not None:
                     sums += np.array(jax.device_get(pending), np.float64)
                 pending = current
-                show_alive()
+                self._show_alive()
                 if agreed(step, self.shutdown):
                     return False
             if pending is None:
@@ -115,19 +120,30 @@ class Loop:
 
     def _log(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Wait for the metrics of `step`; write them where a row is due, times as means since."""
-        values = {key: value.item() for key, value in jax.device_get(metrics).items()}
+        fetched = jax.device_get(metrics)
         self.times.append(self.timer.mark_fetched(step))
-        if step % self.train.log_every and step != self.train.steps:
-            return
+        values = self.guardian.look(step, fetched)
+        due = step % self.train.log_every == 0 or step == self.train.steps
+        if due or "update_skipped" in values:
+            self._write(step, values)
+        self.guardian.act(step, fetched)
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
         seconds = [t.step_time_s for t in self.times]
         rate = len(seconds) / sum(1 / t.tokens_per_s for t in self.times)
         self.times.clear()
         row = {"step": step} | values | {"step_time_s": sum(seconds) / len(seconds)}
         row |= {"tokens_per_s": rate, "tokens_seen": self.tokens_seen(step)} | self.rates(rate)
+        if self.failed_checkpoints:
+            row["failed_checkpoints"] = len(self.failed_checkpoints)
         self.metrics.write(row)
         self.progress.show(row)
-        if not math.isfinite(values["loss"]):
+        if not math.isfinite(values["loss"]) and "update_skipped" not in values:
             self.progress.note(f"warning: the loss of step {step} is {values['loss']}")
+
+    def _show_alive(self) -> None:
+        show_alive()
+        self.hang.beat()
 
     def _save_is_due(self, step: int, saved_at_s: float) -> bool:
         steps, minutes = self.checkpoint.every_steps, self.checkpoint.every_minutes
@@ -138,14 +154,22 @@ class Loop:
 
     def _save(self, step: int, state: TrainState, *, final: bool) -> None:
         """Save; a failure costs the checkpoint and a warning, never the run, but for the last."""
-        try:
-            with self.timer.pause("checkpoint"):
+        with self.timer.pause("checkpoint"), self.hang.paused():
+            try:
+                self.checkpointer.wait()  # the one before, which may have failed meanwhile
+            except CheckpointError as error:
+                self._lack(error)
+            try:
                 saved = self.at_rest(state.to_save)
                 self.checkpointer.save(step, saved, meta=self.meta(step), wait=final)
-        except CheckpointError as error:
-            if final:
-                raise
-            self.progress.note(f"warning: {error}; training goes on, the next one is tried in turn")
+            except CheckpointError as error:
+                if final:
+                    raise
+                self._lack(error)
+
+    def _lack(self, error: CheckpointError) -> None:
+        self.failed_checkpoints.append(str(error))
+        self.progress.note(f"warning: {error}; training goes on, the next one is tried in turn")
 
 
 def _perplexity(loss: float) -> float:

@@ -14,19 +14,24 @@ from typing import Any
 import jax.numpy as jnp
 
 from llamajax import data
-from llamajax.checkpoint import Checkpointer, CheckpointError
+from llamajax.checkpoint import Checkpointer, CheckpointError, named_leaves, read_arrays_index
 from llamajax.checkpoint.weights import Weights
 from llamajax.config import RunConfig, diff, from_json_dict, to_json_dict
 from llamajax.errors import UserError
 from llamajax.models.abstract import abstract_model
 from llamajax.monitoring import MetricsWriter, Progress, StepTimer, load_metrics, write_run_facts
+from llamajax.monitoring.blackbox import BLACKBOX, BlackBox
 from llamajax.training.agreement import decided_by_primary
+from llamajax.training.audit import Audit
 from llamajax.training.departure import LeavingAtOnce
 from llamajax.training.export import exporter, is_exported, write_adapters
 from llamajax.training.feed import Feed
+from llamajax.training.guardian import Guardian, RolledBack, Stopped
+from llamajax.training.hang import HangWatch
 from llamajax.training.loop import Loop
 from llamajax.training.narration import conclude, facts, greet, previous, rates
 from llamajax.training.origin import base_record, open_origin
+from llamajax.training.rollback import roll_back
 from llamajax.training.session import Session, prepare
 from llamajax.training.shutdown import EXIT_CODE, Shutdown
 from llamajax.training.state import (
@@ -36,6 +41,8 @@ from llamajax.training.state import (
     state_around,
     to_natural,
     to_pipeline,
+    with_own_guard,
+    with_stored_guard,
 )
 from llamajax.training.step import eval_step, train_step
 from llamajax.training.workdir import (
@@ -59,25 +66,82 @@ def train(config: RunConfig, *, workdir: Path, shutdown: Shutdown) -> int:
         checkpointer = stack.enter_context(_checkpointer(session, workdir))
         stack.enter_context(LeavingAtOnce())  # before the checkpointer waits for the others
         shutdown.name_previous(lambda: previous(checkpointer))
-        start = _where_to_start(session, checkpointer)
+        audit = Audit(workdir, primary=session.machine.is_primary)
+        start = _where_to_start(session, checkpointer, audit)
         if session.machine.is_primary:
             write_config(workdir, config)
             keep_tokenizer(workdir, config)
         greet(session, start.step)
-        loop, state = _build(session, checkpointer, start, workdir, shutdown, stack)
-        try:
-            code = _run(loop, state, start.step, workdir)
-            if code == 0 and config.lora.rank:
-                write_adapters(config, start.base, workdir)
-        except CheckpointError as error:
-            say(f"error: {error}. Make room or mend the directory; a rerun continues from the last")
-            code = 2
+        steps, primary = config.guard.blackbox_steps, session.machine.is_primary
+        run = _Run(
+            session=session,
+            checkpointer=checkpointer,
+            workdir=workdir,
+            shutdown=shutdown,
+            audit=audit,
+            box=stack.enter_context(BlackBox(workdir, steps=steps, primary=primary)),
+        )
+        loop, code = _trained(run, start)
+        if code == 0 and config.lora.rank:
+            write_adapters(config, start.base, workdir)
     if session.machine.is_primary:
         conclude(session, loop, workdir, code)
     return code
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What a run has from its start to its end, however often it is rolled back between."""
+
+    session: Session
+    checkpointer: Checkpointer
+    workdir: Path
+    shutdown: Shutdown
+    audit: Audit
+    box: BlackBox
+
+
+def _trained(run: _Run, start: "_Start") -> tuple[Loop, int]:
+    """Train, from an earlier step again where the guard asks for it: the last loop, the code."""
+    compiled, primary = None, run.session.machine.is_primary
+    while True:
+        with contextlib.ExitStack() as stack:
+            loop, state = _build(run, start, stack, compiled)
+            compiled = (loop.step, loop.eval_step)
+            try:
+                return loop, _run(loop, state, start.step, run.workdir)
+            except Stopped as error:
+                problem: Exception = error.with_traceback(None)  # it would hold the state
+            except RolledBack as error:
+                problem = error.with_traceback(None)
+            except CheckpointError as error:
+                fix = "Make room or mend the directory; a rerun continues from the last"
+                say(f"error: {error}. {fix}")
+                return loop, 2
+        del state
+        box = loop.guardian.write("stop", step=run.box.newest_step, cause=str(problem))
+        try:
+            if isinstance(problem, Stopped):
+                raise problem
+            told = roll_back(problem, run.checkpointer, run.audit, loop.guardian)
+        except Stopped as error:
+            say(
+                f"error: {error}. Nothing was saved since; the black box is {box}, and "
+                f"`python -m llamajax.replay --workdir={run.workdir} --step={run.box.newest_step}` "
+                "looks into the step (docs/guards.md)",
+                primary=primary,
+            )
+            return loop, 1
+        say(told, primary=primary)
+        start = _where_to_start(run.session, run.checkpointer, run.audit)
+
+
 def _run(loop: Loop, state: TrainState, start: int, workdir: Path) -> int:
+    with loop.hang:
+        return _watched(loop, state, start, workdir)
+
+
+def _watched(loop: Loop, state: TrainState, start: int, workdir: Path) -> int:
     if start and loop.eval_is_due(start) and not _told(_is_evaluated, workdir, start):
         loop.evaluate(start, state)  # a signal or a crash came between the save and this
     if start and loop.export_is_due(start) and not _told(is_exported, workdir, start):
@@ -120,7 +184,7 @@ class _Start:
     ledger: data.Ledger
 
 
-def _where_to_start(session: Session, checkpointer: Checkpointer) -> _Start:
+def _where_to_start(session: Session, checkpointer: Checkpointer, audit: Audit) -> _Start:
     """Says what changed since the newest whole checkpoint. UserError where weights do not fit."""
     config, mixture = session.config, session.mixture
     now = {
@@ -128,6 +192,7 @@ def _where_to_start(session: Session, checkpointer: Checkpointer) -> _Start:
         "seq_len": config.data.seq_len,
         "mixture_hash": mixture.hash,
     }
+    decided_by_primary(lambda: audit.remove_superseded(checkpointer))
     start, words = checkpointer.newest_whole()
     for line in words:
         say(line, primary=session.machine.is_primary)
@@ -135,7 +200,8 @@ def _where_to_start(session: Session, checkpointer: Checkpointer) -> _Start:
     origin = open_origin(config, meta)
     base = base_record(origin) if config.lora.rank else None
     if meta is None:
-        position = data.Position.start(**now)
+        position = audit.position(data.Position.start(**now), step=0, rollbacks=0)
+        position = position.continued(step=0, **now)
         ledger = data.Ledger(mixture, position, step=0, saved=None)
         return _Start(step=0, position=position, origin=origin, base=base, ledger=ledger)
     if start > config.train.steps:
@@ -148,20 +214,23 @@ def _where_to_start(session: Session, checkpointer: Checkpointer) -> _Start:
     before, saved = data.Position.from_json(meta["position"]), meta.get("ledger")
     if saved and start:
         data.check_ledger(saved, mixture, before, step=start)
-    position = before.continued(step=start, **now)
+    later = audit.position(before, step=start, rollbacks=meta.get("rollbacks", 0))
+    position = later.continued(step=start, **now)
     ledger = data.Ledger(mixture, position, step=start, saved=saved)
     return _Start(step=start, position=position, origin=origin, base=base, ledger=ledger)
 
 
 def _build(
-    session: Session,
-    checkpointer: Checkpointer,
+    run: _Run,
     start: _Start,
-    workdir: Path,
-    shutdown: Shutdown,
     stack: contextlib.ExitStack,
+    compiled: tuple[Callable, Callable] | None,
 ) -> tuple[Loop, TrainState]:
-    """Memory and compilation: the state, the two steps, and the loop around them."""
+    """Memory and compilation: the state, the two steps, and the loop around them.
+
+    compiled: the steps, if this process has compiled them before.
+    """
+    session, checkpointer, workdir = run.session, run.checkpointer, run.workdir
     config, primary = session.config, session.machine.is_primary
     tokens = config.data.global_batch_size * config.data.seq_len
     timer = StepTimer(tokens_per_step=tokens)
@@ -175,7 +244,7 @@ def _build(
     with timer.pause("restore" if start.step else "import" if start.origin else "init"):
         state = _state(session, checkpointer, start)
     with timer.pause("compile"):
-        steps = _compiled(session, feed, state)
+        steps = compiled or _compiled(session, feed, state)
     say(f"ready    compiled in {timer.breakdown()['compile_s']:.1f} s", primary=primary)
     metrics = MetricsWriter(
         workdir, tensorboard=config.monitoring.tensorboard, resume_step=start.step, primary=primary
@@ -191,6 +260,15 @@ def _build(
     if primary:
         write_run_facts(workdir, facts(session, steps[0]))
     batches = feed.train(start.step)
+    guardian = Guardian(
+        config=config.guard,
+        box=run.box,
+        mixture=session.mixture,
+        position=start.position,
+        seed=config.train.seed,
+        weights=tuple(named_leaves(state.trained)),
+        note=progress.note,
+    )
     return Loop(
         train=config.train,
         checkpoint=config.checkpoint,
@@ -200,7 +278,7 @@ def _build(
         eval_batches=feed.evaluation,
         rates=rates(session),
         tokens_seen=start.position.tokens_seen,
-        meta=lambda step: _meta(config, start),
+        meta=lambda step: _meta(config, start, run.audit),
         at_rest=functools.partial(
             to_natural, config=config.model, mesh=session.mesh, layout=session.layout
         ),
@@ -209,15 +287,22 @@ def _build(
         metrics=metrics,
         progress=progress,
         timer=timer,
-        shutdown=shutdown,
+        shutdown=run.shutdown,
         saw=start.ledger.add,
+        guardian=guardian,
+        hang=HangWatch(
+            config.guard.hang_timeout_s,
+            file=workdir / BLACKBOX / f"hang_process{session.machine.process_id}.txt",
+            farewell=lambda text: guardian.write("hang", step=run.box.newest_step, cause=text),
+        ),
     ), state
 
 
-def _meta(config: RunConfig, start: _Start) -> dict[str, Any]:
+def _meta(config: RunConfig, start: _Start, audit: Audit) -> dict[str, Any]:
     """What is saved with every checkpoint, besides the arrays."""
     meta = {"config": to_json_dict(config), "position": start.position.to_json()}
     meta["ledger"] = start.ledger.to_json()
+    meta["rollbacks"] = len(audit.rollbacks)
     return meta | ({"base": start.base} if start.base else {})
 
 
@@ -231,7 +316,10 @@ def _state(session: Session, checkpointer: Checkpointer, start: _Start) -> Train
         model = start.origin.load(abstract_model(config.model, session.mesh, dtype=dtype))
     if start.step:
         abstract = abstract_state(config.model, *where, lora=lora, layout=layout.at_rest).to_save
+        stored = read_arrays_index(checkpointer.directory / str(start.step))
+        abstract = with_stored_guard(abstract, stored)
         saved = checkpointer.restore(abstract, start.step, model=to_json_dict(config)["model"])[0]
+        saved = with_own_guard(saved, layout)
         state = saved if model is None else saved.replace(model=model)
     elif model is None:
         return init_state(config.model, *where, seed=config.train.seed, layout=layout)
@@ -244,7 +332,12 @@ def _compiled(session: Session, feed: Feed, state: TrainState) -> tuple[Callable
     """Both steps, compiled before the first update, so that no signal meets a compiler later."""
     config = session.config
     update = train_step(
-        session.optimizer, config.optim, config.train, session.compute, session.mesh
+        session.optimizer,
+        config.optim,
+        config.train,
+        session.compute,
+        session.mesh,
+        config.guard,
     )
     evaluate = eval_step(session.compute, session.mesh)
     batch, held_out = (

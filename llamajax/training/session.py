@@ -35,7 +35,12 @@ class Session:
 
 def layout_of(config: RunConfig) -> Layout:
     """How the state of a run is stored."""
-    return Layout(rounds=config.train.pipeline_rounds, offload=config.optim.offload)
+    guarded = config.guard.nonfinite != "off" or config.guard.spike_factor is not None
+    return Layout(
+        rounds=config.train.pipeline_rounds,
+        offload=config.optim.offload,
+        guard_window=config.guard.spike_window if guarded else None,
+    )
 
 
 def prepare(config: RunConfig) -> Session:

@@ -1,6 +1,7 @@
 """The state of a run: what a step takes and returns, and all that a checkpoint must hold."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,17 +15,22 @@ from llamajax.models.abstract import abstract_model
 from llamajax.models.llama import Llama
 from llamajax.models.lora import Adapters, attach, init_adapters
 from llamajax.models.order import arranged, is_natural, natural
+from llamajax.optim.guard import GuardState, new_state
 from llamajax.sharding import shardings
 
 
 @struct.dataclass
 class TrainState:
-    """Step n means n updates applied."""
+    """Step n means n global batches read, each with one update unless a guard left it out.
+
+    So a step is the same place in the data and in the schedule whatever was left out.
+    """
 
     step: jax.Array  # int32 scalar
     model: Llama  # float32 master weights; frozen where there are adapters
     opt_state: optax.OptState  # of what is trained
     adapters: Adapters | None = None
+    guard: GuardState | None = None  # none: every update is applied
 
     @property
     def trained(self) -> Any:
@@ -41,17 +47,25 @@ class TrainState:
         """What a checkpoint holds: frozen weights are read again from where they came from."""
         return self if self.adapters is None else self.replace(model=None)
 
-    def updated(self, trained: Any, opt_state: optax.OptState) -> "TrainState":
-        """The state after one more update."""
+    def updated(
+        self, trained: Any, opt_state: optax.OptState, guard: GuardState | None
+    ) -> "TrainState":
+        """The state after one more step."""
         name = "model" if self.adapters is None else "adapters"
-        return self.replace(step=self.step + 1, opt_state=opt_state, **{name: trained})
+        parts = {name: trained, "opt_state": opt_state, "guard": guard}
+        return self.replace(step=self.step + 1, **parts)
 
 
 def _around(
-    model: Llama, optimizer: optax.GradientTransformation, lora: LoraConfig | None, key: jax.Array
+    model: Llama,
+    optimizer: optax.GradientTransformation,
+    lora: LoraConfig | None,
+    layout: "Layout",
+    key: jax.Array,
 ) -> TrainState:
     adapters = init_adapters(model.config, lora, key) if lora else None
-    state = TrainState(step=jnp.int32(0), model=model, opt_state=(), adapters=adapters)
+    guard = None if layout.guard_window is None else new_state(layout.guard_window)
+    state = TrainState(step=jnp.int32(0), model=model, opt_state=(), adapters=adapters, guard=guard)
     with jax.numpy_dtype_promotion("standard"):
         return state.replace(opt_state=optimizer.init(state.trained))
 
@@ -61,16 +75,40 @@ class Layout:
     """How a state is stored on its mesh; changes no value.
 
     rounds: layers stand as a pipeline of so many rounds wants them; none: in their natural order,
-    as they do on disk. offload: the moments rest in pinned host memory.
+    as they do on disk. offload: the moments rest in pinned host memory. guard_window: updates that
+    the guard remembers; none: there is no guard.
     """
 
     rounds: int | None = 1
     offload: bool = False
+    guard_window: int | None = None
 
     @property
     def at_rest(self) -> "Layout":
         """The same with layers in their natural order."""
         return dataclasses.replace(self, rounds=None)
+
+
+def with_stored_guard(state: TrainState, stored: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
+    """An abstract state with the guard that a checkpoint holds, by the names of its arrays.
+
+    That may be none (of a run without, or older than guards), or one with another window.
+    """
+    names = {field.name: f"guard/{field.name}" for field in dataclasses.fields(GuardState)}
+    if not all(name in stored for name in names.values()):
+        return state.replace(guard=None)
+    one = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=state.step.sharding)  # noqa: E731
+    return state.replace(guard=GuardState(**{f: one(stored[n]) for f, n in names.items()}))
+
+
+def with_own_guard(state: TrainState, layout: Layout) -> TrainState:
+    """A restored state with a guard as the layout wants it; a new window begins empty."""
+    window, found = layout.guard_window, state.guard
+    if window is None or (found is not None and found.loss_W.shape == (window,)):
+        return state if window is not None else state.replace(guard=None)
+    make: Any = jax.jit(new_state, static_argnums=0, out_shardings=state.step.sharding)
+    fresh = make(window)
+    return state.replace(guard=fresh if found is None else fresh.replace(skipped=found.skipped))
 
 
 def fetched(opt_state: optax.OptState) -> optax.OptState:
@@ -113,7 +151,7 @@ def abstract_state(
     model = abstract_model(config, mesh, dtype=jnp.dtype(lora.base_dtype if lora else "float32"))
 
     def whole(model: Llama, key: jax.Array) -> TrainState:
-        return _piped(_around(model, optimizer, lora, key), config, mesh, layout)
+        return _piped(_around(model, optimizer, lora, layout, key), config, mesh, layout)
 
     return _placed(jax.eval_shape(whole, model, jax.random.key(0)), mesh, layout)
 
@@ -167,7 +205,7 @@ def init_state(
     placed = jax.tree.map(lambda x: x.sharding, abstract)
 
     def fresh(key: jax.Array) -> TrainState:
-        state = _around(Llama(config, key), optimizer, None, key)
+        state = _around(Llama(config, key), optimizer, None, layout, key)
         return _piped(state, config, mesh, layout)
 
     init: Any = jax.jit(fresh, out_shardings=placed)
@@ -191,6 +229,6 @@ def state_around(
 
     def make(key: jax.Array) -> TrainState:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract.model)
-        return _around(zeros, optimizer, lora, key).replace(model=None)
+        return _around(zeros, optimizer, lora, layout, key).replace(model=None)
 
     return jax.jit(make, out_shardings=placed)(jax.random.key(seed)).replace(model=model)

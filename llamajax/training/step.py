@@ -9,11 +9,13 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from llamajax import optim
-from llamajax.config.schema import OptimConfig, TrainConfig
+from llamajax.checkpoint import named_leaves
+from llamajax.config.schema import GuardConfig, OptimConfig, TrainConfig
 from llamajax.models.llama import Batch, Compute, Llama, own
 from llamajax.models.lora import drops_out, trainable
 from llamajax.models.sharded import precision, sharded
 from llamajax.models.weights import named_key
+from llamajax.optim import guard as guards
 from llamajax.sharding import TOKEN_AXES, batch_sharding, specs
 from llamajax.sharding.collectives import summed, total, varied, varying, varying_like
 from llamajax.training.state import TrainState, fetched, stowed
@@ -67,8 +69,12 @@ def train_step(
     train_config: TrainConfig,
     compute: Compute,
     mesh: Mesh,
+    guard: GuardConfig | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The update of one global batch, jitted, its state donated."""
+    """The update of one global batch, jitted, its state donated; guarded if the state has a guard.
+
+    A step whose update is left out returns weights and optimizer state bit for bit as they were.
+    """
     rate = optim.schedule(optim_config, steps=train_config.steps)
     accumulation = train_config.accumulation_steps
 
@@ -85,19 +91,37 @@ def train_step(
         divisor = jnp.maximum(count, 1.0)  # a batch of prompts alone has no target: no gradient
         grads = jax.tree.map(lambda g: g / divisor, sums)
         opt_state = fetched(state.opt_state) if optim_config.offload else state.opt_state
-        trained, opt_state = optim.apply(optimizer, grads, opt_state, state.trained)
+        loss, norm = nll / divisor, optax.tree.norm(grads)
+        metrics = {"loss": loss, "grad_norm": norm, "target_tokens": count}
+        metrics["learning_rate"] = rate(state.step + 1)
+        old = (state.trained, opt_state)
+        new = optim.apply(optimizer, grads, opt_state, state.trained, step=state.step)
+        memory = state.guard
+        if memory is not None:
+            seen = {"loss": loss, "grad_norm": norm}
+            verdict = guards.judge(memory, **seen, config=guard)
+            memory, new = guards.after(memory, verdict, **seen), guards.chosen(verdict, new, old)
+            metrics |= _of_guard(verdict, memory, grads)
+        trained, opt_state = new
         opt_state = stowed(opt_state) if optim_config.offload else opt_state
-        metrics = {
-            "loss": nll / divisor,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": rate(state.step + 1),
-            "target_tokens": count,
-        }
         if compute.z_weight:
             metrics["z_loss"] = compute.z_weight * z / divisor
-        return state.updated(trained, opt_state), metrics
+        return state.updated(trained, opt_state, memory), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _of_guard(verdict: guards.Verdict, memory: guards.GuardState, grads: Any) -> Metrics:
+    """What the host is told of a guarded step; the norms, one a weight, are part of `grad_norm`."""
+    norms = [optax.tree.norm(g) for g in named_leaves(grads).values()]
+    return {
+        "update_skipped": verdict.reason,
+        "skipped_updates": memory.skipped,
+        "skipped_in_a_row": memory.in_a_row,
+        "loss_limit": verdict.loss_limit,
+        "grad_norm_limit": verdict.grad_norm_limit,
+        "weight_norms": jnp.stack(norms),
+    }
 
 
 def eval_step(

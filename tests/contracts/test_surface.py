@@ -19,7 +19,8 @@ CONTRACT = [
 
 def test_the_sections_stand_in_their_order():
     assert list(sections()) == [
-        "model", "mesh", "data", "optim", "train", "lora", "checkpoint", "backend", "monitoring",
+        "model", "mesh", "data", "optim", "train", "lora", "guard", "checkpoint", "backend",
+        "monitoring",
     ]  # fmt: skip
 
 

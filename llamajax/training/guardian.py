@@ -1,0 +1,97 @@
+"""What the guard decided in the step, read by the host one step later: told, kept, acted upon.
+
+All numbers here are replicated and all processes read the same, so they act alike without asking.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from llamajax import data
+from llamajax.config.schema import GuardConfig
+from llamajax.monitoring.blackbox import BlackBox
+from llamajax.optim.guard import REASONS
+
+_SHOWN_IDS = 8
+
+
+class Stopped(Exception):
+    """The run is to end here, without saving; says why and what to do."""
+
+
+class RolledBack(Exception):
+    """The run is to go on from before step `first_skipped_step`, after the data of `step`."""
+
+    def __init__(self, *, step: int, first_skipped_step: int, reason: str):
+        super().__init__(f"step {step}: {reason}")
+        self.step, self.first_skipped_step, self.reason = step, first_skipped_step, reason
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guardian:
+    """Reads the metrics of each step: `look` before its row is written, `act` after."""
+
+    config: GuardConfig
+    box: BlackBox
+    mixture: data.Mixture
+    position: data.Position
+    seed: int  # train.seed
+    weights: tuple[str, ...]  # names of what is trained, in the order of its norms
+    note: Callable[[str], None]
+
+    def look(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """What the row of `step` says of it; warns of an update that was left out."""
+        plain = {name: value.item() for name, value in metrics.items() if value.ndim == 0}
+        segment = self.position.segment(step - 1)
+        norms = zip(self.weights, metrics.get("weight_norms", np.zeros(0)), strict=False)
+        row = {"step": step, "first_sample": self.position.first_sample(step - 1)}
+        row |= {"batch_size": segment.batch_size, "seed": self.seed} | plain
+        self.box.add(row | {f"norm/{name}": norm.item() for name, norm in norms})
+        reason = plain.pop("update_skipped", None)
+        for internal in ("skipped_in_a_row", "loss_limit", "grad_norm_limit"):
+            plain.pop(internal, None)
+        if not reason:
+            return plain
+        self._warn(step, reason, metrics)
+        return plain | {"update_skipped": REASONS[reason]}
+
+    def act(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Raise Stopped or RolledBack where the config asks for it."""
+        reason = int(metrics.get("update_skipped", 0))
+        if not reason:
+            return
+        in_a_row, config = int(metrics["skipped_in_a_row"]), self.config
+        if config.nonfinite == "stop" and reason <= 2:
+            raise Stopped(
+                f"the update of step {step} was left out, {REASONS[reason]}, and guard.nonfinite "
+                "= stop"
+            )
+        if config.max_in_a_row is None or in_a_row < config.max_in_a_row:
+            return
+        what = f"{in_a_row} updates in a row were left out, the last because {REASONS[reason]}"
+        if config.then == "stop":
+            raise Stopped(f"step {step}: {what}, and guard.then = stop")
+        raise RolledBack(step=step, first_skipped_step=step - in_a_row + 1, reason=what)
+
+    def write(self, reason: str, *, step: int, **facts: Any) -> str:
+        """Write the black box, and say where it is."""
+        file = self.box.write(reason, step=step, position=self.position.to_json(), **facts)
+        return f"{file}" if file else "not written"
+
+    def _warn(self, step: int, reason: int, metrics: Mapping[str, Any]) -> None:
+        ids = data.sample_ids(self.mixture, self.position, step - 1).tolist()
+        file = self.write("skip" if reason <= 2 else "spike", step=step, sample_ids=ids)
+        shown = ", ".join(map(str, ids[:_SHOWN_IDS]))
+        more = f" and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else ""
+        numbers = []
+        for key, name in (("loss", "loss"), ("grad_norm", "gradient norm")):
+            limit = float(metrics[f"{key}_limit"])
+            allowed = f" (limit {limit:.4g})" if np.isfinite(limit) else ""
+            numbers.append(f"{name} {float(metrics[key]):.4g}{allowed}")
+        self.note(
+            f"warning: step {step}: update skipped, {REASONS[reason]}: {', '.join(numbers)}; "
+            f"{int(metrics['skipped_in_a_row'])} in a row, {int(metrics['skipped_updates'])} in "
+            f"all; samples {shown}{more}; black box {file}"
+        )

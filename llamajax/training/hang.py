@@ -1,0 +1,90 @@
+"""A step that never ends: the stacks of all threads are written, and the process leaves."""
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+EXIT_CODE = 1
+_TICKS_A_LIMIT = 20
+_LONGEST_TICK_S = 5.0
+
+
+class HangWatch:
+    """Watches a block for `limit_s` seconds without a `beat`; None: not at all.
+
+    Time is counted in ticks of this process's own, so that one that was stopped (SIGSTOP, a closed
+    laptop) does not find itself hung when it goes on. A thread that holds the interpreter for ever
+    cannot be seen from here; the launcher's `--timeout_s` sees it. file: for the stacks, which go
+    to stderr as well. farewell: called before the process leaves, with what to say.
+    """
+
+    def __init__(
+        self,
+        limit_s: float | None,
+        *,
+        file: Path,
+        farewell: Callable[[str], None],
+        leave: Callable[[int], None] = os._exit,
+    ):
+        self._limit_s = limit_s
+        self._file, self._farewell, self._leave = file, farewell, leave
+        self._quiet_s, self._pauses = 0.0, 0
+        self._done = threading.Event()
+
+    def beat(self) -> None:
+        """Something was finished: a step, or a batch of an evaluation."""
+        self._quiet_s = 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Not watched: what has a limit of its own, such as a save."""
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._quiet_s = 0.0
+            self._pauses -= 1
+
+    def __enter__(self) -> "HangWatch":
+        self._quiet_s = 0.0
+        if self._limit_s is not None:
+            self._done.clear()
+            threading.Thread(target=self._watch, name="hang_watch", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+
+    def _watch(self) -> None:
+        tick_s = min(_LONGEST_TICK_S, self._limit_s / _TICKS_A_LIMIT)
+        while not self._done.wait(tick_s):
+            self.tick(tick_s)
+
+    def tick(self, seconds: float) -> None:
+        """So much time has passed."""
+        if self._pauses:
+            return
+        self._quiet_s += seconds
+        if self._quiet_s >= self._limit_s:
+            self._quiet_s = 0.0
+            self._end()
+
+    def _end(self) -> None:
+        text = f"no step was finished within {self._limit_s:g} s (guard.hang_timeout_s)"
+        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        with contextlib.suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("w") as stream:
+                faulthandler.dump_traceback(file=stream, all_threads=True)
+        self._farewell(text)
+        print(
+            f"error: {text}: this process ends with code {EXIT_CODE}; its stacks are "
+            f"above and in {self._file}. A rerun continues from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._leave(EXIT_CODE)
