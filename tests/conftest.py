@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+# Programs kept by an earlier session, or in the home of whoever tests, must decide nothing here.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
 import jax
 import pytest
 

@@ -162,7 +162,10 @@ def why_not(name: str, reason: str, config: BackendConfig) -> str:
             "or choose another backend (cpu always works)"
         )
     if "INVALID_ARGUMENT" in reason and config.options:
-        return f"{said}. Correct backend.options = {config.options}; the plugin refused it"
+        return (
+            f"{said}. Correct backend.options = {config.options} (8 is an int, 8.0 a float, true a "
+            'bool, "8" in quotes a string)'
+        )
     if "NOT_FOUND" in reason or "provides no devices" in reason:
         return (
             f"{said}. Is a device there, its driver loaded, and is it visible to this process? "

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
+from llamajax.backends import lends_host_memory
 from llamajax.checkpoint.manifest import DamagedError
 from llamajax.checkpoint.tensor_source import Index
 
@@ -167,7 +168,7 @@ def placed(
 def _put(part: np.ndarray, device: jax.Device, *, owned: bool) -> jax.Array:
     array = jax.device_put(part, device)
     # The CPU backend takes over aligned memory of NumPy's, and can't reuse that when it is donated.
-    return jnp.copy(array) if owned and device.platform == "cpu" else array
+    return jnp.copy(array) if owned and lends_host_memory(device.platform) else array
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

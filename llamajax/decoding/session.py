@@ -111,7 +111,7 @@ def open_session(request: Request) -> Session:
 
 def default_dtype(machine: backends.Machine) -> str:
     """Of weights, computation and cache."""
-    return "float32" if machine.platform == "cpu" else "bfloat16"
+    return backends.default_dtype(machine.platform)
 
 
 def default_mesh(model: ModelConfig, num_devices: int) -> MeshConfig:

@@ -16,6 +16,7 @@ def write_run_facts(workdir: Path, facts: Mapping[str, Any]) -> None:
       platform             JAX platform, e.g. "cpu"
       device_kind          e.g. "NVIDIA H200"
       num_devices, num_processes
+      profile              all that is known and was decided of the machine (backends.machine_profile)
       mesh                 {axis: size}
       versions             {"llamajax": ..., "jax": ..., "python": ...}
       num_parameters       integer

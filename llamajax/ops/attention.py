@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llamajax.backends import cudnn
+from llamajax.backends import computes_attention, cudnn, platform_of_attention
 from llamajax.errors import combine
 from llamajax.ops.attention_blocked import blocked_attention
 from llamajax.ops.attention_kernels import cudnn_attention, splash_attention
@@ -91,7 +91,9 @@ def check_supported(
     if impl == "cudnn":
         hopper = compute_capability is None or float(compute_capability) >= 9.0
         facts = {
-            f"needs platform cuda, this is {platform}": platform in ("cuda", "gpu"),
+            f"needs platform {platform_of_attention(impl)}, this is {platform}": (
+                computes_attention(platform, impl)
+            ),
             f"needs bfloat16 or float16, not {dtype}": dtype in (jnp.bfloat16, jnp.float16),
             f"needs a head size that is a multiple of 8, at most 128; it is {head_size}": (
                 head_size % 8 == 0 and head_size <= 128
@@ -102,7 +104,9 @@ def check_supported(
         problems = cudnn.version_problems(jax.__version__)
     elif impl == "splash":
         facts = {
-            f"needs platform tpu, this is {platform}": platform == "tpu",
+            f"needs platform {platform_of_attention(impl)}, this is {platform}": (
+                computes_attention(platform, impl)
+            ),
             f"needs bfloat16 or float32, not {dtype}": dtype in (jnp.bfloat16, jnp.float32),
             f"needs a head size that is a multiple of 64; it is {head_size}": head_size % 64 == 0,
             f"needs a sequence length that is a multiple of 128; it is {seq_len}": (

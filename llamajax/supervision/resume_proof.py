@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llamajax.backends import is_host, repeats_bits
 from llamajax.config import RunConfig
 from llamajax.config.schema import MeshConfig
 from llamajax.errors import UserError, combine
@@ -101,7 +102,7 @@ def other_mesh(request: Request, undisturbed: Path) -> list[str] | None:
     facts = read_run_facts(undisturbed)
     axes = {field.name: 1 for field in dataclasses.fields(MeshConfig)}
     devices = facts["num_devices"]
-    if facts["platform"] == "cpu":
+    if is_host(facts["platform"]):
         devices = devices // 2 if devices > 1 and devices % 2 == 0 else devices * 2
         mesh = axes | {"fsdp": devices}
     elif devices == 1:
@@ -111,7 +112,7 @@ def other_mesh(request: Request, undisturbed: Path) -> list[str] | None:
     else:
         mesh = axes | {"fsdp": devices}
     found = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
-    if facts["platform"] == "cpu":
+    if is_host(facts["platform"]):
         found.append(f"--config.backend.num_cpu_devices={devices}")
     return found
 
@@ -214,7 +215,7 @@ def judge(request: Request, undisturbed: Path, killed: Path, moved: Path | None)
     print(f"samples      {words} (ledger {', '.join(dict.fromkeys(ledgers))})")
     if good:
         print(f"verdict: proven; {request.kills} kills cost no step on {platform}")
-    elif same is not None and math.isfinite(same.relative) and platform != "cpu":
+    elif same is not None and math.isfinite(same.relative) and not repeats_bits(platform):
         print(
             "verdict: NOT proven. If the samples agree and the differences are small, operations "
             "of this accelerator are not deterministic; compare two undisturbed runs"

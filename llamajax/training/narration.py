@@ -29,9 +29,10 @@ def greet(session: Session, start: int) -> None:
         f"model    {c.model.name or 'custom'}, {format_count(num_parameters(c.model))} parameters"
         + trained,
         f"machine  {m.platform}, {m.device_kind}; mesh {sharding.describe(session.mesh)}",
+        *backends.profile_lines(backends.machine_profile(m), m.note),
         *(f"layout   {line}" for line in sharding.placement_table(session.mesh)),
         f"compute  {c.train.dtype}, attention {session.compute.attention}, remat {c.train.remat}",
-        f"peak     {peak[0] / 1e12:.0f} TFLOP/s a device ({peak[1]})"
+        f"peak     {peak[0] / 1e12:g} TFLOP/s a device ({peak[1]})"
         if peak
         else f"peak     unknown for {m.device_kind!r}: no MFU",
         f"data     {c.data.path}; {c.data.global_batch_size} x {c.data.seq_len} = "
@@ -80,6 +81,7 @@ def facts(session: Session, step: Any) -> dict[str, Any]:
     peak = backends.peak_flops(machine.device_kind, session.config.train.dtype)
     facts = dataclasses.asdict(machine)
     del facts["process_id"]
+    facts["profile"] = backends.machine_profile(machine)
     return facts | {
         "status": "running",
         "mesh": dict(session.mesh.shape),
