@@ -11,14 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from llamajax import data
-from llamajax.checkpoint import Checkpointer, CheckpointError, named_leaves, read_arrays_index
+from llamajax.checkpoint import Checkpointer, CheckpointError, named_leaves
 from llamajax.checkpoint.weights import Weights
 from llamajax.config import RunConfig, diff, from_json_dict, to_json_dict
 from llamajax.errors import UserError
-from llamajax.models.abstract import abstract_model
 from llamajax.monitoring import MetricsWriter, Progress, StepTimer, load_metrics, write_run_facts
 from llamajax.monitoring.blackbox import BLACKBOX, BlackBox
 from llamajax.training.agreement import decided_by_primary
@@ -34,17 +31,9 @@ from llamajax.training.origin import base_record, open_origin
 from llamajax.training.rollback import roll_back
 from llamajax.training.session import Session, prepare
 from llamajax.training.shutdown import EXIT_CODE, Shutdown
-from llamajax.training.state import (
-    TrainState,
-    abstract_state,
-    init_state,
-    state_around,
-    to_natural,
-    to_pipeline,
-    with_own_guard,
-    with_stored_guard,
-)
-from llamajax.training.step import eval_step, train_step
+from llamajax.training.starting import starting_state, update_of
+from llamajax.training.state import TrainState, to_natural
+from llamajax.training.step import eval_step
 from llamajax.training.workdir import (
     check_shared,
     keep_tokenizer,
@@ -119,7 +108,8 @@ def _trained(run: _Run, start: "_Start") -> tuple[Loop, int]:
                 say(f"error: {error}. {fix}")
                 return loop, 2
         del state
-        box = loop.guardian.write("stop", step=run.box.newest_step, cause=str(problem))
+        reason = "stop" if isinstance(problem, Stopped) else "rollback"
+        box = loop.guardian.write(reason, step=run.box.newest_step, cause=str(problem))
         try:
             if isinstance(problem, Stopped):
                 raise problem
@@ -242,10 +232,12 @@ def _build(
         position=start.position,
     )
     with timer.pause("restore" if start.step else "import" if start.origin else "init"):
-        state = _state(session, checkpointer, start)
+        stored = checkpointer.directory / str(start.step) if start.step else None
+        state = starting_state(session, stored, start.origin)
     with timer.pause("compile"):
         steps = compiled or _compiled(session, feed, state)
-    say(f"ready    compiled in {timer.breakdown()['compile_s']:.1f} s", primary=primary)
+    if compiled is None:
+        say(f"ready    compiled in {timer.breakdown()['compile_s']:.1f} s", primary=primary)
     metrics = MetricsWriter(
         workdir, tensorboard=config.monitoring.tensorboard, resume_step=start.step, primary=primary
     )
@@ -306,39 +298,10 @@ def _meta(config: RunConfig, start: _Start, audit: Audit) -> dict[str, Any]:
     return meta | ({"base": start.base} if start.base else {})
 
 
-def _state(session: Session, checkpointer: Checkpointer, start: _Start) -> TrainState:
-    """The state to continue with: random, imported, restored, or adapters on imported weights."""
-    config, where = session.config, (session.optimizer, session.mesh)
-    lora, layout = config.lora if config.lora.rank else None, session.layout
-    model = None
-    if start.origin is not None:
-        dtype = jnp.dtype(lora.base_dtype if lora else "float32")
-        model = start.origin.load(abstract_model(config.model, session.mesh, dtype=dtype))
-    if start.step:
-        abstract = abstract_state(config.model, *where, lora=lora, layout=layout.at_rest).to_save
-        stored = read_arrays_index(checkpointer.directory / str(start.step))
-        abstract = with_stored_guard(abstract, stored)
-        saved = checkpointer.restore(abstract, start.step, model=to_json_dict(config)["model"])[0]
-        saved = with_own_guard(saved, layout)
-        state = saved if model is None else saved.replace(model=model)
-    elif model is None:
-        return init_state(config.model, *where, seed=config.train.seed, layout=layout)
-    else:
-        state = state_around(model, *where, lora=lora, seed=config.train.seed, layout=layout)
-    return to_pipeline(state, config.model, session.mesh, layout=layout)
-
-
 def _compiled(session: Session, feed: Feed, state: TrainState) -> tuple[Callable, Callable]:
     """Both steps, compiled before the first update, so that no signal meets a compiler later."""
     config = session.config
-    update = train_step(
-        session.optimizer,
-        config.optim,
-        config.train,
-        session.compute,
-        session.mesh,
-        config.guard,
-    )
+    update = update_of(session)
     evaluate = eval_step(session.compute, session.mesh)
     batch, held_out = (
         feed.abstract(n) for n in (config.data.global_batch_size, feed.eval_batch_size)

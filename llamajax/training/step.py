@@ -63,6 +63,32 @@ def _dropout_keys(seed: int, step: jax.Array, tokens_BT: jax.Array, mesh: Mesh) 
     return jax.vmap(jax.vmap(lambda number: jax.random.fold_in(key, number)))(number_BT)
 
 
+def mean_gradient(
+    train_config: TrainConfig, compute: Compute, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[Any, tuple[jax.Array, jax.Array, jax.Array]]]:
+    """Gradient, loss, z-loss term (means over the batch's targets) and number of targets.
+
+    To be called inside `jax.jit`.
+    """
+    accumulation = train_config.accumulation_steps
+
+    def local(model: Llama, batch: Batch) -> Any:
+        with precision(compute):
+            return _gradients(model, batch, compute=compute, accumulation=accumulation)
+
+    def gradient(state: TrainState, batch: Batch) -> Any:
+        model, out = state.whole, (specs(state.trained, mesh), PartitionSpec())
+        if drops_out(state.adapters):
+            keys = _dropout_keys(train_config.seed, state.step, batch["tokens"], mesh)
+            batch = dict(batch) | {"dropout_keys": keys}
+        sums, (nll, z, count) = sharded(local, mesh, model, out, compute)(model, batch)
+        divisor = jnp.maximum(count, 1.0)  # a batch of prompts alone has no target: no gradient
+        grads = jax.tree.map(lambda g: g / divisor, sums)
+        return grads, (nll / divisor, z / divisor, count)
+
+    return gradient
+
+
 def train_step(
     optimizer: optax.GradientTransformation,
     optim_config: OptimConfig,
@@ -76,22 +102,12 @@ def train_step(
     A step whose update is left out returns weights and optimizer state bit for bit as they were.
     """
     rate = optim.schedule(optim_config, steps=train_config.steps)
-    accumulation = train_config.accumulation_steps
-
-    def local(model: Llama, batch: Batch) -> Any:
-        with precision(compute):
-            return _gradients(model, batch, compute=compute, accumulation=accumulation)
+    gradient = mean_gradient(train_config, compute, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        model, out = state.whole, (specs(state.trained, mesh), PartitionSpec())
-        if drops_out(state.adapters):
-            keys = _dropout_keys(train_config.seed, state.step, batch["tokens"], mesh)
-            batch = dict(batch) | {"dropout_keys": keys}
-        sums, (nll, z, count) = sharded(local, mesh, model, out, compute)(model, batch)
-        divisor = jnp.maximum(count, 1.0)  # a batch of prompts alone has no target: no gradient
-        grads = jax.tree.map(lambda g: g / divisor, sums)
+        grads, (loss, z, count) = gradient(state, batch)
         opt_state = fetched(state.opt_state) if optim_config.offload else state.opt_state
-        loss, norm = nll / divisor, optax.tree.norm(grads)
+        norm = optax.tree.norm(grads)
         metrics = {"loss": loss, "grad_norm": norm, "target_tokens": count}
         metrics["learning_rate"] = rate(state.step + 1)
         old = (state.trained, opt_state)
@@ -105,7 +121,7 @@ def train_step(
         trained, opt_state = new
         opt_state = stowed(opt_state) if optim_config.offload else opt_state
         if compute.z_weight:
-            metrics["z_loss"] = compute.z_weight * z / divisor
+            metrics["z_loss"] = compute.z_weight * z
         return state.updated(trained, opt_state, memory), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,53 @@
+"""The state that a run goes on with, and its update; for the run and for whoever repeats it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from llamajax.checkpoint import read_arrays_index, restore_state
+from llamajax.checkpoint.weights import Weights
+from llamajax.config import to_json_dict
+from llamajax.models.abstract import abstract_model
+from llamajax.training.session import Session
+from llamajax.training.state import (
+    TrainState,
+    abstract_state,
+    init_state,
+    state_around,
+    to_pipeline,
+    with_own_guard,
+    with_stored_guard,
+)
+from llamajax.training.step import train_step
+
+
+def starting_state(session: Session, stored: Path | None, origin: Weights | None) -> TrainState:
+    """The state to continue with: random, imported, restored, or adapters on imported weights.
+
+    stored: the checkpoint to restore, if any. origin: weights to import. Call it on all processes.
+    """
+    config, where = session.config, (session.optimizer, session.mesh)
+    lora, layout = config.lora if config.lora.rank else None, session.layout
+    model = None
+    if origin is not None:
+        dtype = jnp.dtype(lora.base_dtype if lora else "float32")
+        model = origin.load(abstract_model(config.model, session.mesh, dtype=dtype))
+    if stored is not None:
+        abstract = abstract_state(config.model, *where, lora=lora, layout=layout.at_rest).to_save
+        abstract = with_stored_guard(abstract, read_arrays_index(stored))
+        saved = restore_state(stored, abstract, model=to_json_dict(config)["model"], donated=True)
+        saved = with_own_guard(saved, layout)
+        state = saved if model is None else saved.replace(model=model)
+    elif model is None:
+        return init_state(config.model, *where, seed=config.train.seed, layout=layout)
+    else:
+        state = state_around(model, *where, lora=lora, seed=config.train.seed, layout=layout)
+    return to_pipeline(state, config.model, session.mesh, layout=layout)
+
+
+def update_of(session: Session) -> Callable:
+    """The jitted, guarded update of a session, not yet compiled."""
+    c = session.config
+    where = (session.compute, session.mesh, c.guard)
+    return train_step(session.optimizer, c.optim, c.train, *where)
