@@ -91,6 +91,14 @@ def is_donating(platform: str, repairs: Sequence[str]) -> bool:
     return platform_facts(platform).is_known_to_jax or DONATION in repairs
 
 
+def apply_to_lowering(platform: str, repairs: Sequence[str]) -> None:
+    """Make up for what JAX lowers differently there, before anything is traced for it."""
+    if DONATION in repairs:
+        enable_donation(platform)
+    elif not is_donating(platform, repairs):
+        say_less_of_donation()
+
+
 def as_on_first_process(repairs: Sequence[str]) -> tuple[str, ...]:
     """What process 0 chose: all must run the same programs, whatever lies in their caches."""
     mine = sum(1 << i for i, name in enumerate(REPAIRS) if name in repairs)

@@ -19,15 +19,13 @@ from llamajax.backends.platforms import attention_preferences, is_host, platform
 from llamajax.backends.plugin import named_to_jax, why_not
 from llamajax.backends.repairs import (
     COMPILE_CACHE,
-    DONATION,
     PLAIN_ATTENTION,
     SYNCHRONOUS_CHECKPOINTS,
     advice,
+    apply_to_lowering,
     as_on_first_process,
     chosen,
-    enable_donation,
     is_donating,
-    say_less_of_donation,
 )
 from llamajax.backends.rollcall import call_roll
 from llamajax.backends.verdict import read_verdict
@@ -160,10 +158,7 @@ def _with_repairs(machine: Machine, config: BackendConfig, *, keep_programs: boo
     note = None
     if not platform_facts(platform).is_known_to_jax and config.repairs == "auto":
         note = advice(platform, verdict)
-    if DONATION in repairs:
-        enable_donation(platform)
-    elif not is_donating(platform, repairs):
-        say_less_of_donation()
+    apply_to_lowering(platform, repairs)
     kept = None
     if keep_programs and config.compile_cache is not None:
         force = COMPILE_CACHE in repairs

@@ -19,6 +19,8 @@ from llamajax.backends import devices, runtime
 from llamajax.backends.device_table import read_device_table
 from llamajax.backends.platforms import attention_preferences
 from llamajax.backends.plugin import named_to_jax
+from llamajax.backends.repairs import apply_to_lowering, chosen
+from llamajax.backends.verdict import read_verdict
 from llamajax.config import did_you_mean, nearest
 from llamajax.config.schema import BackendConfig
 from llamajax.errors import UserError
@@ -45,6 +47,7 @@ class Target:
     entry: devices.Device | None
     compute_capability: str | None
     versions: dict[str, str]  # of what compiles for it, and the flags that change what it does
+    repairs: tuple[str, ...] = ()  # what is made up for in programs for it
 
     def machine(self) -> runtime.Machine:
         """The facts that a run would see there."""
@@ -57,6 +60,7 @@ class Target:
             compute_capability=self.compute_capability,
             versions=self.versions,
             attention_preferences=attention_preferences(self.platform),
+            repairs=self.repairs,
         )
 
 
@@ -81,7 +85,7 @@ def absent_devices(text: str, backend: BackendConfig) -> Target:
         raise UserError(f"--devices={text}: cpu takes one number, for example cpu:8")
     devices.use_table(read_device_table(backend.device_table) if backend.device_table else ())
     if is_plugin and not (backend.plugin and backend.name == kind):
-        backend = BackendConfig()
+        backend = BackendConfig(repairs=backend.repairs)
     _quiet_libtpu()
     _start_host(backend, num_cpu_devices=num_cpu_devices or 1)
     if kind == "cpu":
@@ -94,6 +98,7 @@ def absent_devices(text: str, backend: BackendConfig) -> Target:
     else:
         found, versions = _of_plugin(text, kind, shape), ("jax", "jaxlib")
     first = found[0]
+    repairs = _repairs(first, backend)
     return Target(
         text=f"{kind}:{shape}",
         platform=first.platform,
@@ -103,7 +108,19 @@ def absent_devices(text: str, backend: BackendConfig) -> Target:
         compute_capability=_GPU[kind].capability if kind in GPUS else None,
         versions={name: importlib.metadata.version(name) for name in versions}
         | {name: os.environ[name] for name in _FLAGS if os.environ.get(name)},
+        repairs=repairs,
     )
+
+
+def _repairs(device: Any, backend: BackendConfig) -> tuple[str, ...]:
+    """What a run on such devices would make up for, made up for in the programs lowered here."""
+    version = " ".join(str(device.client.platform_version).split())
+    verdict = read_verdict(
+        platform=device.platform, platform_version=version, device_kind=device.device_kind
+    )
+    repairs = chosen(backend.repairs, platform=device.platform, verdict=verdict)
+    apply_to_lowering(device.platform, repairs)
+    return repairs
 
 
 def _start_host(backend: BackendConfig, *, num_cpu_devices: int) -> None:

@@ -140,6 +140,12 @@ def _notes(step: Step, facts: Facts) -> list[str]:
         notes.append("cpu: temporary memory of a CPU's program predicts no accelerator's; no peak")
         if step.config.train.dtype == "bfloat16":
             notes.append("cpu: XLA moves float32 there where an accelerator moves bfloat16")
+    if not step.target.machine().donates:
+        notes.append(
+            f"donation: JAX gives {step.target.platform!r} none, so weights and optimizer live "
+            "twice in a step; run the doctor there, or see it repaired with backend.repairs = "
+            "donation"
+        )
     if facts.traffic is None:
         notes.append("the compiler refused the program for its memory: nothing else is known of it")
     return notes

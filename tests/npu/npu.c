@@ -145,10 +145,27 @@ static PJRT_Error* take(const PJRT_NamedValue* value) {
   return fail(PJRT_Error_Code_INVALID_ARGUMENT, "the NPU has no option %s", name);
 }
 
-static PJRT_Error* client_create(PJRT_Client_Create_Args* args) {
+static void use_defaults(void) {
   options = (Options){.num_devices = 1, .kind = "Test NPU", .memory_stats = true, .float64 = true,
                       .asynchronous = true, .donation = "honour", .fail_after = -1,
                       .hang_after = -1, .crash_after = -1};
+}
+
+/* Calls the backing plugin for a client of that many devices. */
+static PJRT_Error* create(PJRT_Client_Create_Args* args, int64_t num_devices) {
+  PJRT_NamedValue count = {.struct_size = PJRT_NamedValue_STRUCT_SIZE};
+  count.name = "cpu_device_count";
+  count.name_size = strlen(count.name);
+  count.type = PJRT_NamedValue_kInt64;
+  count.int64_value = num_devices;
+  count.value_size = 1;
+  args->create_options = &count;
+  args->num_options = 1;
+  return backing->PJRT_Client_Create(args);
+}
+
+static PJRT_Error* client_create(PJRT_Client_Create_Args* args) {
+  use_defaults();
   for (size_t i = 0; i < args->num_options; i++) {
     PJRT_Error* error = take(&args->create_options[i]);
     if (error) return error;
@@ -158,15 +175,7 @@ static PJRT_Error* client_create(PJRT_Client_Create_Args* args) {
   if (!faults_have_donation_mode())
     return fail(PJRT_Error_Code_INVALID_ARGUMENT,
                 "option donation is honour, ignore or refuse, not %s", options.donation);
-  PJRT_NamedValue count = {.struct_size = PJRT_NamedValue_STRUCT_SIZE};
-  count.name = "cpu_device_count";
-  count.name_size = strlen(count.name);
-  count.type = PJRT_NamedValue_kInt64;
-  count.int64_value = options.num_devices;
-  count.value_size = 1;
-  args->create_options = &count;
-  args->num_options = 1;
-  return backing->PJRT_Client_Create(args);
+  return create(args, options.num_devices);
 }
 
 /* ---- identity ---- */
@@ -180,6 +189,29 @@ static PJRT_Error* platform_name(PJRT_Client_PlatformName_Args* args) {
 static PJRT_Error* platform_version(PJRT_Client_PlatformVersion_Args* args) {
   args->platform_version = PLATFORM_VERSION;
   args->platform_version_size = strlen(PLATFORM_VERSION);
+  return NULL;
+}
+
+/* Absent devices: the topology of a client that is kept for it. Its name is their number. */
+static PJRT_Error* topology_create(PJRT_TopologyDescription_Create_Args* args) {
+  char name[16];
+  snprintf(name, sizeof name, "%.*s", (int)args->topology_name_size, args->topology_name);
+  int64_t num_devices = atoll(name);
+  if (num_devices < 1 || num_devices > 4096)
+    return fail(PJRT_Error_Code_INVALID_ARGUMENT, "topology %s is no number of NPUs", name);
+  if (!options.num_devices) use_defaults();
+  ARGS(PJRT_Client_Create, client);
+  PJRT_Error* error = create(&client, num_devices);
+  if (error) return error;
+  ARGS(PJRT_Client_TopologyDescription, get);
+  get.client = client.client;
+  error = backing->PJRT_Client_TopologyDescription(&get);
+  args->topology = get.topology;
+  return error;
+}
+
+static PJRT_Error* topology_destroy(PJRT_TopologyDescription_Destroy_Args* args) {
+  (void)args; /* it belongs to its client */
   return NULL;
 }
 
@@ -242,6 +274,8 @@ const PJRT_Api* GetPjrtApi(void) {
     table.api.PJRT_Client_Create = client_create;
     table.api.PJRT_Client_PlatformName = platform_name;
     table.api.PJRT_Client_PlatformVersion = platform_version;
+    table.api.PJRT_TopologyDescription_Create = topology_create;
+    table.api.PJRT_TopologyDescription_Destroy = topology_destroy;
     table.api.PJRT_TopologyDescription_PlatformName = topology_name;
     table.api.PJRT_TopologyDescription_PlatformVersion = topology_version;
     table.api.PJRT_DeviceDescription_Kind = device_kind;
