@@ -26,6 +26,16 @@ def agree(problem: str | None) -> str | None:
     return None
 
 
+def gathered(number: int) -> list[int]:
+    """What each process says, by process. A collective, as `agree`."""
+    if jax.process_count() == 1:
+        return [number]
+    # As two halves: JAX's integers have 32 bits.
+    halves = np.array(divmod(number, 1 << 31), np.int32)
+    rows = np.asarray(multihost_utils.process_allgather(halves))
+    return [(int(high) << 31) + int(low) for high, low in rows]
+
+
 def told(number: int | None) -> int | None:
     """What process 0 says (a number from 0, or None), told to all. A collective, as `agree`.
 

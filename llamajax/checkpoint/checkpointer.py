@@ -6,15 +6,12 @@ called by all processes; the files that belong to all are written by process 0.
 """
 
 import contextlib
-import errno
+import dataclasses
 import json
 import logging
-import os
-import re
-import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +20,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from llamajax.checkpoint import manifest as manifests
-from llamajax.checkpoint.agreement import agree
+from llamajax.checkpoint.agreement import agree, told
 from llamajax.checkpoint.fallback import newest_whole
 from llamajax.checkpoint.names import named_leaves
+from llamajax.checkpoint.rendezvous import Rendezvous
 from llamajax.checkpoint.restore import newest_step, read_meta, restore_state
+from llamajax.checkpoint.room import here, make_sure_of_room, reason, see_all_parts
 from llamajax.errors import UserError
 
 # Orbax's own default (20 minutes) is less than a 70B state takes on a slow disk.
 _TIMEOUT_S = 3 * 3600
-# How long a process that is done waits for the slowest; it then counts the save as failed.
-_BARRIER_TIMEOUT_MS = 600_000
 # Loggers that Orbax (and its tasks, when they fail unobserved) writes tracebacks to.
 _NOISY = ("absl", "asyncio")
 _SAVE_FAILURES = (OSError, ValueError, RuntimeError)
@@ -45,6 +42,14 @@ class CheckpointError(RuntimeError):
     """
 
 
+@dataclasses.dataclass(frozen=True)
+class _Failure:
+    """Why a save failed here; of_others: it did so on another process."""
+
+    text: str
+    of_others: bool = False
+
+
 class _DropOrbaxRecords(logging.Filter):
     """Orbax logs each error, with tracebacks, from several threads; we report it once ourselves."""
 
@@ -52,37 +57,8 @@ class _DropOrbaxRecords(logging.Filter):
         return "orbax" not in record.pathname and "orbax" not in record.getMessage()
 
 
-def _reason(error: BaseException) -> str:
-    """The cause of a failed save on one line, in the system's own words where it has some."""
-    if isinstance(error, TimeoutError):
-        return "another process failed, or did not finish in time"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {error.filename}" if error.filename else "")
-    # TensorStore: `...: No space left on device [os_error_code='28']`.
-    if found := re.search(r"os_error_code='(\d+)'", str(error)):
-        return os.strerror(int(found.group(1)))
-    lines = str(error).splitlines()
-    return lines[0][:300] if lines else type(error).__name__
-
-
-def _barrier() -> ocp.multihost.BarrierSyncFn:
-    wait_for_all = ocp.multihost.get_barrier_sync_fn()
-
-    def barrier(*, key: str, timeout_ms: int) -> None:
-        wait_for_all(key=key, timeout_ms=min(timeout_ms, _BARRIER_TIMEOUT_MS))
-
-    return barrier
-
-
 def _describe(leaf: Any) -> tuple[str, tuple[int, ...]]:
     return str(leaf.dtype), tuple(leaf.shape)
-
-
-def _local_bytes(leaf: Any) -> int:
-    """Bytes of a leaf that this process writes: each part of an array is written once."""
-    if not isinstance(leaf, jax.Array):
-        return leaf.nbytes
-    return sum(shard.data.nbytes for shard in leaf.addressable_shards if shard.replica_id == 0)
 
 
 def _storable(name: str, leaf: Any) -> Any:
@@ -116,7 +92,8 @@ class Checkpointer:
         self._asynchronous = asynchronous
         self._is_primary = jax.process_index() == 0
         self._thread: threading.Thread | None = None
-        self._failure: str | None = None
+        self._failure: _Failure | None = None
+        self._writers: list[int] = []
         self._unsettled = False
         self._saving: int | None = None
         self._verified: int | None = None
@@ -127,6 +104,7 @@ class Checkpointer:
         if self._is_primary:
             manifests.remove_leftovers(self.directory)
         ocp.multihost.sync_global_processes("llamajax:checkpointer_start")
+        self._rendezvous = Rendezvous()
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
                 # Trained weights are noise to a compressor: 10 % smaller for twice the time.
@@ -134,7 +112,7 @@ class Checkpointer:
             ),
             async_options=ocp.AsyncOptions(
                 timeout_secs=_TIMEOUT_S,
-                barrier_sync_fn=_barrier(),
+                barrier_sync_fn=self._rendezvous,
                 post_finalization_callback=self._seal,
                 # An unwritable directory is then an error of save() itself.
                 create_directories_asynchronously=False,
@@ -197,8 +175,7 @@ class Checkpointer:
         started = time.monotonic()
         try:
             self.wait()
-            if (self.directory / str(step)).exists():
-                self._accept_existing(step)
+            if self._is_there(step):
                 return
             self._start(step, state, meta)
             if wait or not self._asynchronous:
@@ -220,9 +197,13 @@ class Checkpointer:
         failure, self._failure = self._failure, None
         if self._unsettled:
             self._unsettled = False
-            failure = agree(failure)
-        if failure is not None:
-            raise CheckpointError(failure)
+            # What happened on a process first, and only then what others saw of it.
+            first = agree(None if failure is None or failure.of_others else failure.text)
+            text = first or agree(failure.text if failure else None)
+        else:
+            text = failure.text if failure else None
+        if text is not None:
+            raise CheckpointError(text)
 
     def close(self) -> None:
         """Wait for the save in progress, then release the threads. Raises its CheckpointError."""
@@ -252,12 +233,18 @@ class Checkpointer:
             self._join()
             self._release()
 
-    def _accept_existing(self, step: int) -> None:
-        problem = manifests.find_damage(self.directory / str(step))
-        if problem is not None:
-            raise CheckpointError(
-                f"checkpoint of step {step} was not saved: a damaged one is in the way ({problem})"
-            )
+    def _is_there(self, step: int) -> bool:
+        """Process 0's answer, on all; CheckpointError on all where it is there, and damaged."""
+        problem = None
+        try:
+            found = int((self.directory / str(step)).exists()) if self._is_primary else 0
+            if found and (damage := manifests.find_damage(self.directory / str(step))):
+                problem = f"a damaged one is in the way ({damage})"
+        except OSError as error:
+            problem = reason(error)
+        if problem := agree(problem):
+            raise CheckpointError(f"checkpoint of step {step} was not saved: {problem}")
+        return bool(told(found))
 
     def _start(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         leaves = {name: _storable(name, leaf) for name, leaf in named_leaves(state).items()}
@@ -266,68 +253,77 @@ class Checkpointer:
         self._pending = (step, arrays, text)
         self._unsettled = True
         with self._reporting(step):
-            self._make_sure_of_room(leaves)
+            self._writers = make_sure_of_room(self.directory, leaves)
+            self._rendezvous.begin()
             self._orbax.save(
                 self.directory / str(step),
                 args=ocp.args.Composite(state=ocp.args.PyTreeSave(leaves)),
             )
         if self._failure is None:
             self._saving = step
-            self._thread = threading.Thread(
-                target=self._finish, args=(step,), name=f"checkpoint_{step}"
-            )
-            self._thread.start()
+            self._in_background(self._finish, step)
         elif jax.process_count() == 1:
+            self._clear()
             self.wait()
-
-    def _make_sure_of_room(self, leaves: Mapping[str, Any]) -> None:
-        """OSError on all processes when the disk of one cannot take what it would write.
-
-        A disk that fills half-way is survived as well, but TensorStore's threads then print a
-        traceback for every array.
-        """
-        needed = sum(_local_bytes(leaf) for leaf in leaves.values())
-        self.directory.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.directory).free
-        lacking = needed > free
-        problem = f"{needed:,} bytes are needed, {free:,} are free" if lacking else None
-        if problem := agree(problem):
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {problem}")
+        else:
+            self._in_background(self._give_up, step)
 
     def _seal(self) -> None:
         """Called by Orbax on process 0 after all files are written, before the rename."""
         assert self._pending is not None
         step, arrays, meta = self._pending
         (directory,) = self.directory.glob(f"{step}.orbax-checkpoint-tmp*")
+        see_all_parts(directory / manifests.STATE, self._writers)
         manifests.write_durably(directory / manifests.META, meta)
         manifests.seal(directory, step=step, arrays=arrays)
 
+    def _in_background(self, work: Callable[[int], None], step: int) -> None:
+        self._thread = threading.Thread(target=work, args=(step,), name=f"checkpoint_{step}")
+        self._thread.start()
+
+    def _give_up(self, step: int) -> None:
+        """In the background, where a save failed before anything was written in it."""
+        self._rendezvous.failed()
+        self._clear()
+
+    def _clear(self) -> None:
+        """Remove what a failed save left, now that nobody writes there any more."""
+        if self._is_primary:
+            with contextlib.suppress(OSError):
+                manifests.remove_leftovers(self.directory)
+
     def _finish(self, step: int) -> None:
         """In the background: wait for the commit, then delete what need not be kept."""
-        self._failure = f"checkpoint of step {step} was not saved: its thread died"
+        self._failure = _Failure(f"checkpoint of step {step} was not saved: its thread died")
         with self._reporting(step):
             self._orbax.wait_until_finished()
             if self._is_primary:
                 manifests.check_sizes(self.directory / str(step))
             self._failure = None
-        if self._failure is None and self._is_primary:
+        if self._failure is not None:
+            self._give_up(step)
+        elif self._is_primary:
             # What can't be deleted now is tried again after the next save.
             with contextlib.suppress(OSError):
                 self._prune(step)
 
     @contextlib.contextmanager
     def _reporting(self, step: int) -> Iterator[None]:
-        """Turn the failure of a save into `self._failure`, and clear its leftovers."""
+        """Turn the failure of a save into `self._failure`."""
         try:
             yield
         except (*_SAVE_FAILURES, manifests.DamagedError) as error:
-            if self._is_primary:
-                manifests.remove_leftovers(self.directory)
-            steps = self.steps()
-            newest = (
-                f"the newest complete one is step {steps[-1]}" if steps else "there is none yet"
+            try:
+                steps = self.steps()
+                newest = (
+                    f"the newest complete one is step {steps[-1]}" if steps else "there is none yet"
+                )
+            except OSError as another:
+                newest = f"earlier ones cannot be seen: {reason(another)}"
+            self._failure = _Failure(
+                f"checkpoint of step {step} was not saved: {here(reason(error))}; {newest}",
+                of_others=isinstance(error, TimeoutError),
             )
-            self._failure = f"checkpoint of step {step} was not saved: {_reason(error)}; {newest}"
 
     def _prune(self, newest: int) -> None:
         """Delete old checkpoints, now that the one of step `newest` is complete."""

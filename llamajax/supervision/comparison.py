@@ -7,8 +7,8 @@ from typing import Any
 
 from llamajax.monitoring import load_metrics
 
-# They depend on the clock alone; everything else in a row is the run's.
-_TIMES = ("step_time_s", "tokens_per_s", "mfu_full", "mfu_causal")
+# They depend on the clock and the disk alone; everything else in a row is the run's.
+_TIMES = ("step_time_s", "tokens_per_s", "mfu_full", "mfu_causal", "failed_checkpoints")
 # Sums in another order: allowed relative differences on another mesh. Rounding of the products
 # dominates in bfloat16 (8 bits); in float32 the order of sums over a batch does.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
