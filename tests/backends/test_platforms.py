@@ -1,0 +1,39 @@
+"""Properties of platforms, of those that are known and of those that are not."""
+
+from llamajax import backends
+from llamajax.backends.platforms import PLATFORMS, platform_facts
+
+
+def test_fused_kernels_come_first_where_they_are_built_for_the_platform():
+    plain = ("blocked", "split", "xla")
+    assert backends.attention_preferences("gpu") == ("cudnn", *plain)
+    assert backends.attention_preferences("cuda") == ("cudnn", *plain)
+    assert backends.attention_preferences("tpu") == ("splash", *plain)
+    for name in ("cpu", "rocm", "npu"):
+        assert backends.attention_preferences(name) == plain
+    assert backends.computes_attention("tpu", "splash")
+    assert not backends.computes_attention("rocm", "cudnn")
+    assert backends.platform_of_attention("cudnn") == "cuda"
+    assert backends.platform_of_attention("blocked") is None
+
+
+def test_nothing_is_taken_for_granted_of_an_unknown_platform():
+    found = platform_facts("npu")
+    assert found.names == ("npu",)
+    assert not found.is_known_to_jax
+    assert backends.lends_host_memory("npu")
+    assert not backends.repeats_bits("npu")
+    assert not backends.is_host("npu")
+    assert backends.default_dtype("npu") == "bfloat16"
+
+
+def test_the_cpu_is_the_host():
+    assert backends.is_host("cpu")
+    assert backends.default_dtype("cpu") == "float32"
+    assert backends.repeats_bits("cpu")
+
+
+def test_each_name_belongs_to_one_platform_and_each_says_its_source():
+    names = [name for entry in PLATFORMS for name in entry.names]
+    assert len(names) == len(set(names))
+    assert all(entry.source and entry.tested for entry in PLATFORMS)

@@ -1,0 +1,129 @@
+"""Bare PJRT libraries: typed options, what is wrong with a file, and what JAX is told."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamajax.backends.plugin import api_version, named_to_jax, typed_options, why_not
+from llamajax.config.schema import BackendConfig
+from llamajax.errors import UserError
+
+_TABLE = """
+#include <stddef.h>
+struct { size_t size; void* more; struct { size_t size; void* more; int v[2]; } version; }
+  table = {40, NULL, {24, NULL, {%d, %d}}};
+void* GetPjrtApi(void) { return &table; }
+"""
+
+
+@pytest.fixture
+def compiled(tmp_path):
+    """A function from C source to the path of a library made of it."""
+    if shutil.which("gcc") is None:
+        pytest.skip("these libraries are made by gcc, which is not here")
+
+    def build(source: str, name: str = "libpjrt_x.so", *flags: str) -> Path:
+        library = tmp_path / name
+        command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library), *flags]
+        subprocess.run(command, input=source, text=True, check=True)
+        return library
+
+    return build
+
+
+def test_options_have_the_types_that_pjrt_wants():
+    found = typed_options('a=8,b=-1,c=2.0,d=1e9,e=true,f=false,g=fast,h="8",i=True,j=1.5.2,k=')
+    assert found == {
+        "a": 8, "b": -1, "c": 2.0, "d": 1e9, "e": True, "f": False, "g": "fast", "h": "8",
+        "i": "True", "j": "1.5.2", "k": "",
+    }  # fmt: skip
+    types = [type(found[name]) for name in "acdeg"]
+    assert types == [int, float, float, bool, str]
+    assert typed_options(None) == {}
+
+
+def test_options_that_cannot_be_read_are_all_named():
+    with pytest.raises(UserError) as raised:
+        typed_options("a=1,b,=3,a=2")
+    assert "'b' is not k=v" in str(raised.value)
+    assert "'=3' is not k=v" in str(raised.value)
+    assert "a is there twice" in str(raised.value)
+
+
+def test_the_version_is_read_before_jax_sees_the_library(compiled):
+    assert api_version(compiled(_TABLE % (0, 81))) == (0, 81)
+
+
+@pytest.mark.parametrize("version", [(0, 28), (1, 0)])
+def test_a_version_that_jax_refuses_is_named(compiled, version):
+    library = compiled(_TABLE % version)
+    with pytest.raises(UserError, match=rf"offers version {version[0]}\.{version[1]} of the PJRT"):
+        api_version(library)
+
+
+def test_a_library_without_the_function_is_named():
+    library = next((Path(np.__file__).parent / "_core").glob("_multiarray_umath*.so"))
+    with pytest.raises(UserError, match="without the function GetPjrtApi"):
+        api_version(library)
+
+
+def test_a_missing_file_and_one_that_is_no_library_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.so: there is no such file"):
+        api_version(tmp_path / "absent.so")
+    (tmp_path / "text.so").write_text("hello")
+    with pytest.raises(UserError, match="is no shared library"):
+        api_version(tmp_path / "text.so")
+
+
+def test_a_library_that_lacks_another_is_told_where_to_look(compiled, tmp_path):
+    compiled("int runtime(void) { return 1; }", "libvendor_runtime.so")
+    source = "int runtime(void); int call(void) { return runtime(); }"
+    library = compiled(source, "libpjrt_y.so", f"-L{tmp_path}", "-lvendor_runtime")
+    (tmp_path / "libvendor_runtime.so").unlink()
+    with pytest.raises(
+        UserError, match=r"needs a library .*libvendor_runtime\.so.*LD_LIBRARY_PATH"
+    ):
+        api_version(library)
+
+
+def test_jax_is_told_only_while_it_looks(compiled, monkeypatch):
+    monkeypatch.setenv("PJRT_NAMES_AND_LIBRARY_PATHS", "other:/x.so")
+    library = compiled(_TABLE % (0, 90))
+    config = BackendConfig(name="npu", plugin=str(library), options="n=2,level=0.5,fast=true,k=v")
+    with named_to_jax(config):
+        name, _, file = os.environ["PJRT_NAMES_AND_LIBRARY_PATHS"].partition(":")
+        told = json.loads(Path(file).read_text())
+    assert name == "npu"
+    options = {"n": 2, "level": 0.5, "fast": True, "k": "v"}
+    assert told == {"library_path": str(library), "create_options": options}
+    assert os.environ["PJRT_NAMES_AND_LIBRARY_PATHS"] == "other:/x.so"
+    assert not Path(file).exists()
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        (
+            "Backend 'npu' is not in the list of known backends: ['cpu', 'tpu'].",
+            "JAX knows cpu, tpu",
+        ),
+        (
+            "INVALID_ARGUMENT: no option level (set JAX_PLATFORMS='' to ...)",
+            "Correct backend.options",
+        ),
+        ("NOT_FOUND: no NPU", "is it visible to this process"),
+        ("Backend 'npu' provides no devices.", "is it visible to this process"),
+        ("INTERNAL: driver 12", "driver and runtime"),
+    ],
+)
+def test_what_to_do_follows_from_the_reason(reason, words):
+    config = BackendConfig(name="npu", plugin="/x.so", options="level=1")
+    said = why_not("npu", f"Unable to initialize backend 'npu': {reason}", config)
+    assert words in said
+    assert said.startswith("backend 'npu' did not come up: ")
+    assert "JAX_PLATFORMS" not in said

@@ -1,0 +1,115 @@
+"""Which repairs are chosen, from a verdict or by name, and what the doctor's file holds."""
+
+import dataclasses
+import json
+
+import pytest
+
+from llamajax.backends import repairs, verdict
+from llamajax.backends.verdict import Probe, Verdict, read_verdict, verdict_path, write_verdict
+from llamajax.errors import UserError
+
+NPU = {"platform": "npu", "platform_version": "1.0", "device_kind": "Test NPU"}
+FOUND = Verdict(
+    **NPU,
+    jax="0.10.2",
+    verdict=verdict.READY_WITH_REPAIRS,
+    repairs=("compile_cache", "donation"),
+    probes=(
+        Probe(name="donation", status="fail", message="not reused", time_s=0.5),
+        Probe(name="matmul", status="pass", message="fine", time_s=0.1),
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache directory of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_a_verdict_is_read_as_it_was_written():
+    assert read_verdict(**NPU) is None
+    path = write_verdict(FOUND)
+    assert path == verdict_path(**NPU)
+    assert read_verdict(**NPU) == FOUND
+    assert [file.name for file in path.parent.iterdir()] == ["doctor.json"]
+    assert (FOUND.passed("matmul"), FOUND.passed("donation"), FOUND.passed("x")) == (
+        True, False, None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [{"platform_version": "1.1"}, {"device_kind": "Test NPU 2"}])
+def test_another_version_or_kind_was_not_examined(change):
+    write_verdict(FOUND)
+    assert read_verdict(**NPU | change) is None
+
+
+def test_another_release_of_jax_was_not_examined(monkeypatch):
+    write_verdict(FOUND)
+    monkeypatch.setattr(verdict.jax, "__version__", "0.99.0")
+    assert read_verdict(**NPU) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"probes": []}', '{"probes": [{"name": "x"}]}'])
+def test_a_damaged_file_is_no_verdict(text):
+    write_verdict(FOUND).write_text(text)
+    assert read_verdict(**NPU) is None
+
+
+def test_a_file_lists_what_the_contract_names():
+    found = json.loads(write_verdict(FOUND).read_text())
+    assert {"platform", "device_kind", "verdict", "repairs", "probes"} <= set(found)
+    assert set(found["probes"][0]) == {"name", "status", "message", "time_s"}
+
+
+def test_auto_makes_the_repairs_that_the_doctor_saw_work():
+    assert repairs.chosen("auto", platform="npu", verdict=None) == ()
+    assert repairs.chosen("auto", platform="npu", verdict=FOUND) == ("donation", "compile_cache")
+    assert repairs.chosen("none", platform="npu", verdict=FOUND) == ()
+    forced = repairs.chosen("plain_attention, donation", platform="npu", verdict=None)
+    assert forced == ("donation", "plain_attention")
+
+
+def test_every_name_that_is_no_repair_is_told():
+    with pytest.raises(UserError) as raised:
+        repairs.chosen("donatoin,foo,compile_cache", platform="npu", verdict=None)
+    assert "'donatoin'; did you mean donation?" in str(raised.value)
+    assert "'foo'" in str(raised.value)
+
+
+def test_a_release_of_jax_that_was_not_read_is_left_alone(monkeypatch):
+    monkeypatch.setattr(repairs.jax, "__version__", "0.99.0")
+    assert repairs.chosen("auto", platform="npu", verdict=FOUND) == ()
+    with pytest.raises(
+        UserError, match=r"donation: it was checked with jax 0\.10\.2, 0\.12\.0, not"
+    ):
+        repairs.chosen("donation", platform="npu", verdict=None)
+    assert repairs.chosen("donation", platform="cpu", verdict=None) == ("donation",)
+    assert repairs.chosen("plain_attention", platform="npu", verdict=None) == ("plain_attention",)
+
+
+def test_this_release_of_jax_is_one_that_was_read():
+    assert repairs.release() in repairs.CHECKED_RELEASES
+
+
+def test_the_user_is_told_of_a_platform_that_nobody_examined():
+    said = repairs.advice("npu", None)
+    assert "run `python -m llamajax.doctor`" in said
+    assert "live twice" in said
+    assert repairs.advice("npu", FOUND) is None
+    failed = dataclasses.replace(FOUND, verdict=verdict.NOT_READY)
+    assert "not ready: donation" in repairs.advice("npu", failed)
+
+
+def test_donation_is_allowed_by_name(monkeypatch):
+    from jax._src.interpreters import mlir
+
+    monkeypatch.setattr(mlir, "_platforms_with_donation", ["cpu"])
+    repairs.enable_donation("npu")
+    repairs.enable_donation("npu")
+    assert mlir._platforms_with_donation == ["cpu", "npu"]
+    assert repairs.is_donating("npu", ("donation",))
+    assert not repairs.is_donating("npu", ())
+    assert repairs.is_donating("cpu", ())
