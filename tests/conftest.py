@@ -1,5 +1,6 @@
 """What every test runs under: 8 CPU devices, no implicit promotion, warnings as errors."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -25,6 +26,17 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make every warning an error; the later lines take precedence."""
     for line in ("error", *_NOT_OURS):
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session")
+def npu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of the test NPU (tests/npu), built once; skips without gcc, but never in CI."""
+    spec = importlib.util.spec_from_file_location(
+        "build_npu", REPOSITORY / "tests" / "npu" / "build.py"
+    )
+    builder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(builder)
+    return builder.build_npu(tmp_path_factory.mktemp("npu"))
 
 
 @pytest.fixture(scope="session")

@@ -74,11 +74,11 @@ PJRT_Error* memory_track(PJRT_Buffer* buffer) {
   if (usage[i].in_use > usage[i].peak) usage[i].peak = usage[i].in_use;
   int64_t in_use = usage[i].in_use;
   pthread_mutex_unlock(&lock);
-  if (limit_bytes() && in_use > limit_bytes())
-    return fail(PJRT_Error_Code_RESOURCE_EXHAUSTED,
-                "out of memory: %lld bytes in use, the limit is %lld", (long long)in_use,
-                (long long)limit_bytes());
-  return NULL;
+  if (!limit_bytes() || in_use <= limit_bytes()) return NULL;
+  memory_forget(buffer); /* whoever asked for it gets the error instead */
+  return fail(PJRT_Error_Code_RESOURCE_EXHAUSTED,
+              "out of memory: %lld bytes in use, the limit is %lld", (long long)in_use,
+              (long long)limit_bytes());
 }
 
 PJRT_Error* memory_fits(PJRT_LoadedExecutable* loaded) {
