@@ -37,6 +37,13 @@ _FLAGS = (
         default=120.0,
         doc="seconds that one probe may take, compilation included, before it counts as hanging",
     ),
+    Flag(
+        name="only",
+        metavar="PROBE,...",
+        annotation=str | None,
+        default=None,
+        doc="try these probes alone, by their names in the table; such a verdict is not kept",
+    ),
     NUM_CPU_DEVICES,
     *BACKEND_FLAGS,
 )
@@ -58,7 +65,7 @@ def main(argv: list[str]) -> int:
     from llamajax.backends.verdict import NOT_READY, write_verdict
     from llamajax.conformance import output, page
     from llamajax.conformance.examination import Examination
-    from llamajax.conformance.table import PROBES
+    from llamajax.conformance.table import chosen
     from llamajax.conformance.verdict import verdict_on
 
     live = output.Live()
@@ -66,13 +73,13 @@ def main(argv: list[str]) -> int:
     examination = Examination(
         backend=backend, limit_s=flags.timeout_s, show=live.show, begin=live.begin
     )
-    examination.run(PROBES)
+    examination.run(chosen(flags.only))
     total_s = time.monotonic() - begun
     machine = examination.machine
     num_devices = None if machine is None else machine["num_devices"]
     verdict = verdict_on(machine, examination.outcomes, asked_for=backend.name)
     print(output.to_text(verdict, num_devices=num_devices, total_s=total_s))
-    if machine is not None:
+    if machine is not None and flags.only is None:
         print(f"kept for train and the other verbs: {write_verdict(verdict)}")
     if flags.json:
         _write(Path(flags.json), json.dumps(verdict.to_json(), indent=1))

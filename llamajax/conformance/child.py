@@ -52,12 +52,12 @@ def _run_all(probes: list[dict[str, str]], machine: Any, folder: Path, tell: Any
     import jax
 
     for probe in probes:
+        tell(begins=probe["name"])
         own = folder / probe["name"]
         own.mkdir(parents=True)
         bench = Bench(devices=jax.devices(), machine=machine, folder=own)
         module, _, name = probe["function"].partition(":")
-        function = getattr(importlib.import_module(f"llamajax.conformance.{module}"), name)
-        tell(begins=probe["name"])
+        function = getattr(importlib.import_module(module), name)
         begun = time.monotonic()
         status, message, healthy = _outcome(function, bench)
         tell(

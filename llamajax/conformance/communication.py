@@ -113,7 +113,7 @@ def _tried(
     """
     if len(bench.devices) == 1:
         raise UnsupportedError("one device: there is nobody to exchange anything with")
-    texts = []
+    rates: dict[str, float] = {}
     for sizes in layouts(len(bench.devices)):
         mesh = sharding.build_mesh(MeshConfig(**sizes), bench.devices)
         for axis, size in sizes.items():
@@ -122,8 +122,9 @@ def _tried(
                 seconds = _run(mesh, axis, function, expected, dtype=dtype, large=large)
             if sent is not None:
                 rate = sent(size) * _BYTES / seconds / 1e9
-                texts.append(f"{axis} {size}: {rate:.2g} GB/s")
-    return "right on " + ", ".join(texts)
+                name = f"{axis} {size}"
+                rates[name] = min(rate, rates.get(name, rate))
+    return "right on " + ", ".join(f"{name}: {rate:.2g} GB/s" for name, rate in rates.items())
 
 
 def _run(

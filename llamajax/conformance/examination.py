@@ -17,13 +17,16 @@ from typing import Any
 from llamajax.backends import Probe as Outcome
 from llamajax.backends import child_environment
 from llamajax.config.schema import BackendConfig
-from llamajax.conformance.table import Probe
+from llamajax.conformance.table import NOT_TRIED, Probe
 from llamajax.conformance.verdict import judge
 from llamajax.errors import UserError
 
 # Where so many probes hang, the device does: the rest would wait for nothing.
 _MOST_HANGS = 3
 _LAST_WORDS_S = 1.0
+# A process imports JAX and starts the backend before its first probe: that takes no account of
+# how short the probes are.
+_START_S = 120.0
 
 
 @dataclasses.dataclass
@@ -46,7 +49,7 @@ class Examination:
         left = list(probes)
         while left:
             if reason := self._hopeless():
-                self._end(left.pop(0).name, "unsupported", f"not tried: {reason}", 0.0)
+                self._end(left.pop(0).name, "unsupported", NOT_TRIED + reason, 0.0)
                 continue
             if left[0].instead_of and self.status(left[0].instead_of) == "pass":
                 left.pop(0)  # there is nothing to repair
@@ -58,10 +61,10 @@ class Examination:
                 _Child(self._request(batch, folder)) as child,
             ):
                 self._follow(child, batch)
+                if len(self.outcomes) == before:
+                    text = f"the process for it ended: {child.words()}"
+                    self._end(left[0].name, "fail", text, 0.0)
             done = {outcome.name for outcome in self.outcomes[before:]}
-            if not done:
-                self._end(left[0].name, "fail", f"the process for it ended: {child.words()}", 0.0)
-                done = {left[0].name}
             left = [probe for probe in left if probe.name not in done]
 
     def _request(self, batch: Sequence[Probe], folder: str) -> dict[str, Any]:
@@ -98,14 +101,16 @@ class Examination:
 
     def _follow(self, child: "_Child", batch: Sequence[Probe]) -> None:
         """Read what a child says until it ends, or until its time for one probe is over."""
-        running, begun = "start", time.monotonic()
-        self.begin(running)
+        running: str | None = "start"
+        begun = time.monotonic()
+        self.begin("start")
         while True:
-            said = child.hear(begun + self.limit_s - time.monotonic())
+            limit_s = max(self.limit_s, _START_S) if running == "start" else self.limit_s
+            said = child.hear(begun + limit_s - time.monotonic())
             spent = time.monotonic() - begun
             if said is None:
                 self.hangs += 1
-                text = f"did not come back within {self.limit_s:g} s{child.where()}"
+                text = f"did not come back within {limit_s:g} s{child.where()}"
                 return self._blame(running, text, spent)
             if not said:
                 if running is not None:
@@ -140,8 +145,8 @@ class Examination:
         for probe in batch:
             self._end(probe.name, "unsupported", reason, 0.0)
 
-    def _blame(self, name: str, text: str, spent: float) -> None:
-        if name == "start" and self.machine is not None:
+    def _blame(self, name: str | None, text: str, spent: float) -> None:
+        if name is None or (name == "start" and self.machine is not None):
             return  # `run` blames the probe that the process was for
         self._end(name, "fail", text, spent)
 
@@ -216,27 +221,26 @@ class _Child:
         if code >= 0:
             return self.words()
         name = signal.Signals(-code).name
-        return f"the process ended by {name}: {self.words()}"
+        return f"the process ended by {name}{_place(self._text())}: {self.words()}"
 
     def words(self) -> str:
         """The last line of its output that says something."""
-        self._log.seek(0)
-        lines = [line.strip() for line in self._log.read().splitlines()]
+        before, _, _ = self._text().partition("Fatal Python error")
+        lines = [line.strip() for line in before.splitlines()]
         said = [line for line in lines if line and not line.startswith(("File ", "*", "^", "~"))]
         fatal = [line for line in said if "Error" in line or "Check failed" in line]
-        return (fatal or said or ["(no output)"])[-1][:400]
+        return (fatal or said or ["it left no message"])[-1][:400]
 
     def where(self) -> str:
-        """The innermost line of ours that it executes, as it tells on request."""
+        """What it executes just now, as it tells on request."""
         self._process.send_signal(signal.SIGUSR1)
         with contextlib.suppress(subprocess.TimeoutExpired):  # as it should be: it hangs
             self._process.wait(timeout=_LAST_WORDS_S)
+        return _place(self._text())
+
+    def _text(self) -> str:
         self._log.seek(0)
-        for line in self._log.read().splitlines():
-            if line.strip().startswith("File ") and "/conformance/" in line:
-                place = line.rpartition("/")[2].replace('", line ', ":")
-                return f", at {place}"
-        return ""
+        return self._log.read()
 
     def __enter__(self) -> "_Child":
         return self
@@ -245,5 +249,14 @@ class _Child:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._log.close()
         os.close(self._pipe)
         os.close(self._held)
+
+
+def _place(text: str) -> str:
+    """The innermost line of a probe in a traceback that `faulthandler` wrote; empty without one."""
+    for line in text.splitlines():
+        if line.strip().startswith("File ") and "/conformance/" in line:
+            return ", at " + line.rpartition("/")[2].replace('", line ', ":")
+    return ""

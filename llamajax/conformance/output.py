@@ -8,7 +8,7 @@ from typing import TextIO
 
 from llamajax.backends import Probe as Outcome
 from llamajax.backends import Verdict
-from llamajax.conformance.table import probe
+from llamajax.conformance.table import NOT_TRIED, probe
 from llamajax.conformance.verdict import consequence
 
 _NAME, _STATUS = 24, 12
@@ -30,7 +30,9 @@ class Live:
             print(f"  {name} ...", end="\r", file=self._stream, flush=True)
 
     def show(self, outcome: Outcome) -> None:
-        """A probe has ended."""
+        """A probe has ended; one that was not tried is counted at the end alone."""
+        if outcome.message.startswith(NOT_TRIED):
+            return
         group = probe(outcome.name).group
         if group != self._group:
             self._group = group
@@ -66,6 +68,9 @@ def _lines(verdict: Verdict, num_devices: int | None, total_s: float) -> Iterato
     yield f"probes: {counts(verdict)}, in {total_s:.0f} s"
     for outcome, text in consequences(verdict.probes):
         yield f"  {outcome.name} ({outcome.status}): {text}"
+    untried = [o for o in verdict.probes if o.message.startswith(NOT_TRIED)]
+    if untried:
+        yield f"  {len(untried)} more {untried[0].message}"
 
 
 def counts(verdict: Verdict) -> str:
@@ -76,6 +81,7 @@ def counts(verdict: Verdict) -> str:
 
 def consequences(outcomes: Sequence[Outcome]) -> list[tuple[Outcome, str]]:
     """Everything that did not pass with what follows from it; what must be mended comes first."""
-    passed = {o.name for o in outcomes if o.status == "pass"}
-    rows = [(consequence(o, passed=passed), o) for o in outcomes if o.status != "pass"]
+    tried = [o for o in outcomes if not o.message.startswith(NOT_TRIED)]
+    passed = {o.name for o in tried if o.status == "pass"}
+    rows = [(consequence(o, passed=passed), o) for o in tried if o.status != "pass"]
     return [(o, text) for (_, text), o in sorted(rows, key=lambda row: row[0][0])]

@@ -1,14 +1,20 @@
 """Every probe: what it needs to be for llamajax, and what llamajax does where it does not pass.
 
-Imports no JAX: the parent reads it. A probe's function is named `module:function` of this package.
+Imports no JAX: the parent reads it. A probe's function is named `module:function`.
 """
 
 import dataclasses
 from typing import Literal
 
+from llamajax.config import did_you_mean, nearest
+from llamajax.errors import combine
+
+_HERE = __name__.rpartition(".")[0]
+
 # always: neither wrong nor missing may it be. if_there: it may be missing, and must not be wrong.
 # never: the verdict does not depend on it.
 Needed = Literal["always", "if_there", "never"]
+NOT_TRIED = "not tried: "  # begins the message of a probe that the ones before made pointless
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +47,7 @@ def _probes(group: str, module: str, *rows: tuple) -> list[Probe]:
     found = []
     for name, needed, why, otherwise, *more in rows:
         fields = {"name": name, "needed": needed, "why": why, "otherwise": otherwise}
-        fields |= {"group": group, "function": f"{module}:{name}"}
+        fields |= {"group": group, "function": f"{_HERE}.{module}:{name}"}
         found.append(Probe(**fields | (more[0] if more else {})))
     return found
 
@@ -58,10 +64,10 @@ START = Probe(
 _MACHINE = _probes(
     "machine", "machine",
     ("program", "always", "compiling and running the smallest program", "nothing runs on it"),
-    ("device", "never", "the facts that a report to the vendor needs", "nothing"),
+    ("device", "never", "the facts that a report to the vendor needs", "llamajax does without"),
     ("dtypes", "always", "float32, int32, uint32 and bool are in every step",
      "nothing trains on it"),
-    ("float64", "never", "llamajax never computes in it", "nothing"),
+    ("float64", "never", "llamajax never computes in it", "llamajax does without"),
     ("transfers", "always", "batches go to the device, metrics and checkpoints come back",
      "nothing trains on it"),
 )  # fmt: skip
@@ -73,7 +79,7 @@ _ARITHMETIC = _probes(
     ("matmul_bfloat16", "if_there", "the dtype of training on accelerators",
      "train with train.dtype=float32 and --dtype=float32"),
     ("matmul_float16", "never", "some checkpoints are stored in it", "nothing computes in it"),
-    ("matmul_float8", "never", "llamajax does not train in it yet", "nothing"),
+    ("matmul_float8", "never", "llamajax does not train in it yet", "llamajax does without"),
 )  # fmt: skip
 
 _OPERATIONS = _probes(
@@ -106,7 +112,7 @@ _MEMORY = _probes(
      "a step takes their memory twice; `plan` counts it"),
     ("donation_by_name", "never", "the same where JAX does not know the platform",
      "a step takes the memory of weights and optimizer twice; `plan` counts it",
-     {"function": "memory:donation", "instead_of": "donation", "repair": "donation"}),
+     {"function": f"{_HERE}.memory:donation", "instead_of": "donation", "repair": "donation"}),
     ("host_offload", "never", "the optimizer's moments may rest in the host's memory",
      "leave optim.offload and train.remat_offload off"),
 )  # fmt: skip
@@ -140,11 +146,13 @@ _EXECUTION = _probes(
      "every start compiles anew", {"keeps_programs": True}),
     ("compile_cache_by_name", "never", "the same where JAX does not know the platform",
      "every start compiles anew",
-     {"function": "execution:compile_cache", "instead_of": "compile_cache",
+     {"function": f"{_HERE}.execution:compile_cache", "instead_of": "compile_cache",
       "repair": "compile_cache", "keeps_programs": True}),
     ("profiler", "never", "shows where a step's time goes", "no profiles"),
-    ("callbacks", "never", "Python functions called by a program; training calls none", "nothing"),
-    ("debug_print", "never", "jax.debug.print; training prints nothing so", "nothing"),
+    ("callbacks", "never", "Python functions called by a program; training calls none",
+     "llamajax does without"),
+    ("debug_print", "never", "jax.debug.print; training prints nothing so",
+     "llamajax does without"),
     ("pallas", "never", "hand-written kernels", "plain operations take their place"),
     ("topology", "never", "`plan` compiles for devices that are not here",
      "`plan` needs the device itself"),
@@ -175,3 +183,22 @@ PROBES = (
 def probe(name: str) -> Probe:
     """The probe of this name."""
     return next(p for p in (START, *PROBES) if p.name == name)
+
+
+def chosen(names: str | None) -> list[Probe]:
+    """The probes of a list with commas, in their order; all where it is None.
+
+    The smallest program is always among them. Raises UserError with every name that is none.
+    """
+    if names is None:
+        return list(PROBES)
+    wanted = [name.strip() for name in names.split(",")]
+    known = [p.name for p in PROBES]
+    problems = [
+        f"--only: there is no probe {name!r}{did_you_mean(nearest(name, known))}"
+        for name in wanted
+        if name not in known
+    ]
+    if problems:
+        raise combine(problems, title=f"the probes are {', '.join(known)}; but:")
+    return [p for p in PROBES if p.name in {"program", *wanted}]

@@ -13,25 +13,24 @@ from llamajax.conformance.table import PROBES, Probe, probe
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """`word` is one of the three of a verdict; `blockers` are the probes that say not ready.
+    """`word` is one of the three of a verdict.
 
     repairs: names in `backends.repairs` of what llamajax makes up for on this backend.
     """
 
     word: str
     repairs: tuple[str, ...]
-    blockers: tuple[str, ...]
 
 
 def judge(outcomes: Sequence[Outcome]) -> Judgement:
     """The judgement on a backend whose probes came out like this, so far."""
     passed = {o.name for o in outcomes if o.status == "pass"}
-    blockers = tuple(o.name for o in outcomes if blocks(probe(o.name), o))
+    blocked = any(blocks(probe(o.name), o) for o in outcomes)
     repairs = tuple(
         asked.repair for o in outcomes if makes_repair(asked := probe(o.name), o, passed=passed)
     )
-    word = NOT_READY if blockers else READY_WITH_REPAIRS if repairs else READY
-    return Judgement(word=word, repairs=repairs, blockers=blockers)
+    word = NOT_READY if blocked else READY_WITH_REPAIRS if repairs else READY
+    return Judgement(word=word, repairs=repairs)
 
 
 def blocks(asked: Probe, outcome: Outcome) -> bool:

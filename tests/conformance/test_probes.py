@@ -1,0 +1,122 @@
+"""Probes can fail: what they allow is little more than what is right."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llamajax.backends import Probe as Outcome
+from llamajax.conformance import arithmetic, communication, randomness, references
+from llamajax.conformance.comparison import compare
+from llamajax.conformance.outcome import Bench, WrongError
+from llamajax.conformance.table import PROBES, START, chosen
+from llamajax.conformance.verdict import judge
+from llamajax.errors import UserError
+from llamajax.ops.norm import rms_norm
+from llamajax.sharding import AXES
+
+WORK = {"x": np.random.RandomState(0).standard_normal((5, 27)), "scale": np.ones(27)}
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(devices=jax.devices(), machine=SimpleNamespace(platform="cpu"), folder=tmp_path)
+
+
+def normed(bench, function, **options) -> str:
+    reference = functools.partial(references.rms_norm, eps=1e-5)
+    return compare(bench, function, reference, list(WORK.values()), **options)
+
+
+def test_the_right_operation_passes(bench):
+    normed(bench, functools.partial(rms_norm, eps=1e-5))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda x, s: rms_norm(x, s, eps=2e-4), "float32 error .* is allowed"),
+        (lambda x, s: rms_norm(jax.lax.stop_gradient(x), s, eps=1e-5), "backward"),
+        (lambda x, s: rms_norm(x, s, eps=1e-5) * jnp.asarray(jnp.nan, x.dtype), "nan"),
+    ],
+    ids=["value", "gradient", "nan"],
+)
+def test_a_wrong_operation_is_found(bench, wrong, said):
+    with pytest.raises(WrongError, match=said):
+        normed(bench, wrong)
+
+
+def test_products_that_sum_in_bfloat16_break_the_bound():
+    left, right = arithmetic._operands("bfloat16")
+    exact = left.astype(np.float64) @ right.astype(np.float64)
+    allowed = arithmetic.bound(left, right, exact, dtype="bfloat16")
+    total = np.zeros(exact.shape, jnp.bfloat16)
+    for k in range(left.shape[1]):
+        total = total + left[:, k : k + 1] * right[k : k + 1]
+    assert np.max(np.abs(total.astype(np.float64) - exact) / allowed) > 2
+    rounded = exact.astype(np.float32).astype(jnp.bfloat16).astype(np.float64)
+    assert np.max(np.abs(rounded - exact) / allowed) <= 1
+
+
+def test_a_collective_that_swaps_two_members_is_found(bench):
+    def swapped(x, axis):
+        y = jax.lax.all_gather(x, axis, axis=0, tiled=True)
+        return jnp.concatenate([y[x.shape[0] :], y[: x.shape[0]]])
+
+    def joined(blocks):
+        return np.stack([np.concatenate(blocks, axis=1)] * len(blocks))
+
+    with pytest.raises(WrongError, match=r"wrong over fsdp of \{'fsdp': 8\} in bfloat16"):
+        communication._tried(bench, swapped, joined, sent=None)
+
+
+@pytest.mark.parametrize("count", [4, 8, 12, 64])
+def test_every_axis_has_devices_on_some_layout(count):
+    layouts = communication.layouts(count)
+    assert {axis for sizes in layouts for axis in sizes} == set(AXES)
+    assert {int(np.prod(list(sizes.values()))) for sizes in layouts} == {count}
+    assert all(size > 1 for sizes in layouts for size in sizes.values())
+
+
+def test_the_reference_bits_are_those_of_this_release():
+    assert randomness.checksums(jax.devices()[0]) == randomness.REFERENCE_CRC
+
+
+def outcomes(**statuses: str) -> list[Outcome]:
+    """All probes pass but these."""
+    return [
+        Outcome(name=p.name, status=statuses.get(p.name, "pass"), message="", time_s=0.0)
+        for p in (START, *PROBES)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "word", "repairs"),
+    [
+        ({"donation_by_name": "unsupported", "compile_cache_by_name": "fail"}, "ready", ()),
+        ({"donation": "unsupported", "compile_cache_by_name": "fail"},
+         "ready with repairs", ("donation",)),
+        ({"matmul_bfloat16": "fail"}, "not ready", ("donation", "compile_cache")),
+        ({"matmul_bfloat16": "unsupported", "donation_by_name": "fail",
+          "compile_cache_by_name": "fail"}, "ready", ()),
+        ({"scan": "unsupported"}, "not ready", ("donation", "compile_cache")),
+        ({"attention_kernel": "fail", "checkpoint_asynchronous": "fail",
+          "donation_by_name": "fail", "compile_cache_by_name": "fail"},
+         "ready with repairs", ("plain_attention", "synchronous_checkpoints")),
+        ({"attention_kernel": "fail", "attention": "fail", "donation_by_name": "fail",
+          "compile_cache_by_name": "fail"}, "not ready", ()),
+    ],
+)  # fmt: skip
+def test_the_verdict(statuses, word, repairs):
+    found = judge(outcomes(**statuses))
+    assert (found.word, found.repairs) == (word, repairs)
+
+
+def test_unknown_names_of_probes_are_all_named():
+    with pytest.raises(UserError, match="'scna'; did you mean scan") as error:
+        chosen("scna,rope,nothing")
+    assert "'nothing'" in str(error.value)
+    assert [p.name for p in chosen("rope")] == ["program", "rope"]
