@@ -251,9 +251,12 @@ class Checkpointer:
         arrays = {name: _describe(leaf) for name, leaf in leaves.items()}
         text = json.dumps(meta, indent=1, allow_nan=False)
         self._pending = (step, arrays, text)
-        self._unsettled = True
         with self._reporting(step):
             self._writers = make_sure_of_room(self.directory, leaves)
+        if self._failure is not None:  # on all processes
+            self.wait()
+        self._unsettled = True
+        with self._reporting(step):
             self._rendezvous.begin()
             self._orbax.save(
                 self.directory / str(step),
