@@ -18,6 +18,7 @@ _HOME = {
     "child_environment": "children",
     "computes_attention": "platforms",
     "default_dtype": "platforms",
+    "donated_bytes": "runtime",
     "follow_launcher": "children",
     "is_host": "platforms",
     "lends_host_memory": "platforms",

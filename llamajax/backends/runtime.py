@@ -6,6 +6,7 @@ The only place that writes environment variables and JAX's configuration.
 import dataclasses
 import importlib.metadata
 import logging
+import math
 import os
 from typing import Any
 
@@ -113,12 +114,16 @@ def _devices(config: BackendConfig) -> list[jax.Device]:
     quiet = _NotExperimental()
     logger.addFilter(quiet)
     try:
-        return jax.devices()
+        devices = jax.devices()
     except RuntimeError as error:
         wanted = config.name or os.environ.get("JAX_PLATFORMS") or "the default"
         raise UserError(why_not(wanted, str(error), config)) from None
     finally:
         logger.removeFilter(quiet)
+    # JAX 0.10.2 leaves cuda and rocm out where the host has no such device, and says nothing
+    if config.name and is_host(devices[0].platform) and not is_host(config.name):
+        raise UserError(why_not(config.name, f"{config.name} provides no devices", config))
+    return devices
 
 
 class _NotExperimental(logging.Filter):
@@ -232,6 +237,26 @@ def program_bytes(compiled: Any) -> int | None:
         return None
     kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept
+
+
+def donated_bytes(compiled: Any) -> tuple[int, int] | None:
+    """Bytes of one device that a compiled program was given to use again, and those it does use.
+
+    None where the backend is silent.
+    """
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    infos, shardings = (
+        jax.tree.leaves(compiled.args_info),
+        jax.tree.leaves(compiled.input_shardings),
+    )
+    given = sum(
+        math.prod(sharding.shard_shape(info.shape)) * info.dtype.itemsize
+        for info, sharding in zip(infos, shardings, strict=True)
+        if info.donated
+    )
+    return given, memory.alias_size_in_bytes
 
 
 def peak_memory_bytes() -> int | None:

@@ -16,7 +16,7 @@ def write_run_facts(workdir: Path, facts: Mapping[str, Any]) -> None:
       platform             JAX platform, e.g. "cpu"
       device_kind          e.g. "NVIDIA H200"
       num_devices, num_processes
-      profile              all that is known and was decided of the machine (backends.machine_profile)
+      profile              what is known and was decided of the machine: backends.machine_profile
       mesh                 {axis: size}
       versions             {"llamajax": ..., "jax": ..., "python": ...}
       num_parameters       integer
@@ -26,6 +26,7 @@ def write_run_facts(workdir: Path, facts: Mapping[str, Any]) -> None:
       time_breakdown       `StepTimer.breakdown()`: wall_s, steps_s, compile_s, ..., goodput
       tokens_per_s         mean over the steps of this process
       program_bytes        memory of one device that the compiled step asks for
+      donated_bytes, reused_bytes   of the state on one device, given to the step, and used again
       peak_memory_bytes    most that one device has used
       samples              [{"prompt": ..., "text": ...}, ...] generated at the end
 

@@ -44,6 +44,18 @@ def greet(session: Session, start: int) -> None:
         say(line, primary=m.is_primary)
 
 
+def say_of_donation(session: Session, step: Any) -> None:
+    """Say how much of the state a compiled step keeps a second time, if any of it."""
+    donated = backends.donated_bytes(step)
+    if donated and donated[1] < donated[0]:
+        twice = (donated[0] - donated[1]) / 2**30
+        say(
+            f"warning: the step does not reuse {twice:.3g} GiB of its state on each device, which "
+            "lives twice",
+            primary=session.machine.is_primary,
+        )
+
+
 def num_trained(config: RunConfig) -> int:
     """Number of weights that updates change."""
     if config.lora.rank:
@@ -82,6 +94,7 @@ def facts(session: Session, step: Any) -> dict[str, Any]:
     facts = dataclasses.asdict(machine)
     del facts["process_id"]
     facts["profile"] = backends.machine_profile(machine)
+    donated = backends.donated_bytes(step)
     return facts | {
         "status": "running",
         "mesh": dict(session.mesh.shape),
@@ -89,6 +102,8 @@ def facts(session: Session, step: Any) -> dict[str, Any]:
         "num_parameters": num_parameters(session.config.model),
         "num_trained_parameters": num_trained(session.config),
         "program_bytes": backends.program_bytes(step),
+        "donated_bytes": donated and donated[0],
+        "reused_bytes": donated and donated[1],
         "peak_flops": peak[0] if peak else None,
         "peak_source": peak[1] if peak else None,
         "unigram_entropy": session.held_out.unigram_loss if session.held_out else None,

@@ -26,7 +26,14 @@ from llamajax.training.feed import Feed
 from llamajax.training.guardian import Guardian, RolledBack, Stopped
 from llamajax.training.hang import HangWatch
 from llamajax.training.loop import Loop
-from llamajax.training.narration import conclude, facts, greet, previous, rates
+from llamajax.training.narration import (
+    conclude,
+    facts,
+    greet,
+    previous,
+    rates,
+    say_of_donation,
+)
 from llamajax.training.origin import base_record, open_origin
 from llamajax.training.rollback import roll_back
 from llamajax.training.session import Session, prepare
@@ -238,6 +245,7 @@ def _build(
         steps = compiled or _compiled(session, feed, state)
     if compiled is None:
         say(f"ready    compiled in {timer.breakdown()['compile_s']:.1f} s", primary=primary)
+        say_of_donation(session, steps[0])
     metrics = MetricsWriter(
         workdir, tensorboard=config.monitoring.tensorboard, resume_step=start.step, primary=primary
     )
