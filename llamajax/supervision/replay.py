@@ -66,7 +66,7 @@ def replay(request: Request) -> Evidence:
     whole = range(session.config.data.global_batch_size)
     probe = prober(session, state, place(whole))
     first, second = probe(), probe()
-    first_odd, pieces = _forward(session, state, batch, ids)
+    first_odd, pieces, median = _forward(session, state, batch, ids)
     return Evidence(
         step=record.step,
         base=None if record.base is None else str(record.base),
@@ -80,6 +80,7 @@ def replay(request: Request) -> Evidence:
         weights=nonfinite_weights(state),
         first_nonfinite=first_odd,
         pieces=pieces,
+        median=median,
         tokenizer=_tokenizer(session),
         dtype=session.config.train.dtype,
     )
@@ -153,13 +154,14 @@ def _wanted(session: Session, batch: dict, rows: range) -> dict[str, np.ndarray]
 
 def _forward(
     session: Session, state: TrainState, batch: dict[str, np.ndarray], ids: np.ndarray
-) -> tuple[tuple[str, list[int]] | None, list[Piece] | None]:
-    """The first activation that is not finite, with its rows; and the documents by their loss.
+) -> tuple[tuple[str, list[int]] | None, list[Piece] | None, float]:
+    """The first activation that is not finite, with its rows; the documents by their loss, and
+    its median over all of them.
 
     A microbatch at a time. Neither on a mesh with stages or parts of sequences.
     """
     if not can_walk(session.mesh):
-        return None, None
+        return None, None, 0.0
     c = session.config
     natural = to_natural(state, c.model, session.mesh, layout=session.layout)
     compute = dataclasses.replace(session.compute, split_tokens=False, remat="none")
@@ -178,7 +180,7 @@ def _forward(
         named += [(f"layer {layer}: {n}", r) for n, r in zip(IN_A_LAYER, odd_5B, strict=True)]
     named += [("last hidden states", last), ("token losses", ~np.isfinite(nll_BT).all(axis=1))]
     found = next(((name, np.flatnonzero(odd).tolist()) for name, odd in named if odd.any()), None)
-    return found, largest(session.mixture, ids, batch, nll_BT)
+    return found, *largest(session.mixture, ids, batch, nll_BT)
 
 
 def _is_same_machine(record: Record, session: Session) -> bool:

@@ -34,8 +34,9 @@ class Piece:
 
 def largest(
     mixture: data.Mixture, ids: np.ndarray, batch: Mapping[str, np.ndarray], nll_BT: np.ndarray
-) -> list[Piece]:
-    """The pieces that add most to the loss of a batch, those that are not finite first.
+) -> tuple[list[Piece], float]:
+    """The pieces that add most to the loss of a batch, those that are not finite first; and the
+    median loss a token of all its pieces.
 
     ids: of the samples, one a row; nll_BT: 0 where there is no target.
     """
@@ -67,4 +68,5 @@ def largest(
                 )
             )
     rank = lambda piece: (np.isfinite(piece.excess), -piece.excess)  # noqa: E731
-    return sorted(found, key=rank)[:_LISTED]
+    median = float(np.median([piece.loss for piece in found])) if found else 0.0
+    return sorted(found, key=rank)[:_LISTED], median

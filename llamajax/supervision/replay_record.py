@@ -13,6 +13,7 @@ from llamajax.errors import UserError
 from llamajax.monitoring import load_metrics
 from llamajax.monitoring.blackbox import boxes, read_box
 from llamajax.monitoring.facts import read_run_facts
+from llamajax.optim.guard import REASONS
 from llamajax.training.audit import Audit
 
 
@@ -29,7 +30,7 @@ class Record:
     base: Path | None
     meta: Mapping[str, Any] | None  # of `base`
     position: data.Position | None  # of the step, None: what follows from `meta` and the audit
-    numbers: Mapping[int, Mapping[str, float]]
+    numbers: Mapping[int, Mapping[str, Any]]
     machine: Mapping[str, Any]
 
     @property
@@ -55,14 +56,16 @@ class Record:
         later = audit.position(saved, step=max(step, self.first_step), rollbacks=rollbacks)
         return later.continued(step=max(self.first_step, later.segments[-1].first_step), **now)
 
-    def recorded(self, step: int, position: data.Position) -> Mapping[str, float] | None:
-        """Loss and gradient norm of a step that read what `position` says, if on record."""
+    def recorded(self, step: int, position: data.Position) -> Mapping[str, Any] | None:
+        """Loss and gradient norm of a step that read what `position` says, if on record, and why
+        its update was left out, if it was."""
         row = self.numbers.get(step)
         if row is None or row.get("first_sample", position.first_sample(step - 1)) != (
             position.first_sample(step - 1)
         ):
             return None
-        return row
+        reason = row.get("update_skipped", 0)  # a number in a box, words in metrics.jsonl
+        return row | {"update_skipped": REASONS[reason] if isinstance(reason, int) else reason}
 
 
 def read_record(workdir: Path, step: int, *, box: Path | None) -> Record:
@@ -123,7 +126,7 @@ def _numbers(
 
 def _of(rows: Any) -> dict[int, dict[str, float]]:
     """Later rows of a step replace earlier ones."""
-    wanted = ("loss", "grad_norm", "first_sample")
+    wanted = ("loss", "grad_norm", "first_sample", "update_skipped")
     return {
         row["step"]: {name: row[name] for name in wanted if name in row}
         for row in rows

@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 
 from llamajax import data
+from llamajax.optim.guard import REASONS
 from llamajax.supervision.replay_documents import Piece
 from llamajax.supervision.replay_probe import Probe
 
-# A document so much above the mean of its batch stands out: three times the nats a token.
-_STANDS_OUT = 3.0
+# A piece of a document stands out with twice the nats a token of the median piece, over so many
+# tokens: short ones differ by more.
+_STANDS_OUT = 2.0
+_LEAST_TOKENS = 16
 _LISTED_ROWS = 8
 
 
@@ -34,13 +37,14 @@ class Evidence:
     sample_ids: list[int]  # by row of the batch
     first: Probe
     second: Probe
-    recorded: Mapping[str, float] | None
+    recorded: Mapping[str, Any] | None
     same_machine: bool
     tolerance: float
     earlier: str | None
     weights: Mapping[str, np.ndarray]
     first_nonfinite: tuple[str, list[int]] | None
     pieces: list[Piece] | None
+    median: float  # loss a token, of all pieces
     tokenizer: data.Tokenizer
     dtype: str
 
@@ -81,16 +85,18 @@ class Evidence:
             )
         if not self.finite:
             return "numerics", self._why_not_finite()
-        if self.pieces and self._stands_out(self.pieces[0]):
-            piece = self.pieces[0]
+        if out := [piece for piece in self.pieces or () if self._stands_out(piece)]:
             return "data", (
-                f"a document of {piece.num_targets} tokens has {piece.loss:.3g} nats a token, the "
-                f"batch {self.first.loss:.3g}"
+                f"{len(out)} of the documents stand out: {out[0].loss:.3g} nats a token over "
+                f"{out[0].num_targets} tokens, where the batch's median is {self.median:.3g}"
             )
+        skipped = (self.recorded or {}).get("update_skipped", REASONS[0])
+        if skipped != REASONS[0]:
+            return "data", f"{skipped} beyond what the run allows: it is the batch, and it repeats"
         return "unremarkable", "finite, repeats bit by bit, and no document stands out"
 
     def _stands_out(self, piece: Piece) -> bool:
-        return piece.loss > _STANDS_OUT * self.first.loss
+        return piece.num_targets >= _LEAST_TOKENS and piece.loss > _STANDS_OUT * self.median
 
     def _why_not_finite(self) -> str:
         if self.weights:
@@ -138,8 +144,8 @@ class Evidence:
         for piece in self.pieces or ():
             found.append(
                 f"document sample {piece.sample_id} (row {piece.row}), from token "
-                f"{piece.first_token} of {piece.source}: {piece.loss:.3f} nats x {piece.num_targets}: "
-                f"{piece.excerpt(self.tokenizer)!r}"
+                f"{piece.first_token} of {piece.source}: {piece.loss:.3f} nats x "
+                f"{piece.num_targets}: {piece.excerpt(self.tokenizer)!r}"
             )
         if self.pieces is None:
             found.append(
@@ -176,7 +182,8 @@ class Evidence:
             "loss": _plain(self.first.loss),
             "grad_norm": _plain(self.first.grad_norm),
             "recorded": self.recorded
-            and {name: _plain(value) for name, value in self.recorded.items()},
+            and {name: _plain(self.recorded[name]) for name in ("loss", "grad_norm")},
+            "update_skipped": self.recorded and self.recorded["update_skipped"],
             "matches_record": self.matches_record,
             "same_machine": self.same_machine,
             "repeats": self.repeats,
