@@ -67,7 +67,7 @@ def _lines(verdict: Verdict, num_devices: int | None, total_s: float) -> Iterato
     yield f"repairs: {', '.join(verdict.repairs) or 'none'}"
     yield f"probes: {counts(verdict)}, in {total_s:.0f} s"
     for outcome, text in consequences(verdict.probes):
-        yield f"  {outcome.name} ({outcome.status}): {text}"
+        yield f"  {outcome.name:<{_NAME}}{_MARKS[outcome.status]:<{_STATUS}}{text}"
     untried = [o for o in verdict.probes if o.message.startswith(NOT_TRIED)]
     if untried:
         yield f"  {len(untried)} more {untried[0].message}"

@@ -14,7 +14,7 @@ from llamajax.monitoring.page import PAGE
 
 _STYLE = """<style>
 .status.bad { color: var(--bad); }
-table.probes td { border-top: 1px solid var(--rule); padding: 7px 18px 7px 0; }
+table.probes td { border-top: 1px solid var(--rule); padding: 7px 14px; }
 table.probes { background: var(--card); }
 .probes .name { white-space: nowrap; font-weight: 600; width: 15em; }
 .probes .word { white-space: nowrap; width: 7em; }
@@ -57,7 +57,8 @@ def _body(verdict: Verdict, machine: dict[str, Any] | None, total_s: float) -> I
         yield "<h2>What did not pass, and what follows</h2>"
         yield '<table class="probes">'
         for outcome, text in rows:
-            yield _row(outcome, html.escape(text))
+            told = f'{html.escape(outcome.message)}<div class="why">{html.escape(text)}</div>'
+            yield _row(outcome, told)
         yield "</table>"
     for group, outcomes in itertools.groupby(verdict.probes, key=lambda o: probe(o.name).group):
         yield f'<h2>{html.escape(group)}</h2><table class="probes">'

@@ -1,0 +1,145 @@
+"""The verb as a user runs it: on a plain CPU, and on the test NPU with each of its faults."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llamajax.backends.verdict import read_verdict
+
+
+@pytest.fixture
+def doctor(tmp_path):
+    """Runs the verb with flags; its exit code, what it printed, and its JSON (None without)."""
+
+    def run(*flags: str) -> tuple[int, str, dict | None]:
+        out = tmp_path / "doctor.json"
+        done = subprocess.run(
+            [sys.executable, "-m", "llamajax.doctor", f"--json={out}", *flags],
+            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        found = json.loads(out.read_text()) if out.exists() else None
+        return done.returncode, done.stdout + done.stderr, found
+
+    return run
+
+
+def by_name(found: dict) -> dict[str, tuple[str, str]]:
+    return {p["name"]: (p["status"], p["message"]) for p in found["probes"]}
+
+
+def test_some_probes_of_a_cpu(doctor, tmp_path):
+    page = tmp_path / "page.html"
+    names = "dtypes,matmul_float32,cross_entropy,donation,all_reduce,random_sharded"
+    code, text, found = doctor(
+        "--backend=cpu", "--num_cpu_devices=4", f"--only={names}", f"--html={page}"
+    )
+    assert code == 0, text
+    assert (found["platform"], found["device_kind"], found["verdict"]) == ("cpu", "cpu", "ready")
+    assert found["repairs"] == []
+    assert {status for status, _ in by_name(found).values()} == {"pass"}
+    assert set(by_name(found)) == {"start", "program", *names.split(",")}
+    assert all(set(p) == {"name", "status", "message", "time_s"} for p in found["probes"])
+    html = page.read_text()
+    assert "cross_entropy" in html
+    assert "<script" not in html
+    assert not (tmp_path / "llamajax").exists()  # a part of a verdict is not kept
+
+
+def test_mistakes_cost_a_second(doctor):
+    flags = ("--plugin=x.so", "--timeout_s=0", "--html=/not/there/x", "--only=ropes")
+    for flag in flags:
+        code, text, found = doctor(flag)
+        assert (code, found) == (2, None), text
+        assert "Traceback" not in text
+        assert flag.partition("=")[0] in text
+
+
+def test_several_faults_at_once(doctor, npu):
+    code, text, found = doctor(
+        "--backend=npu", f"--plugin={npu}",
+        "--options=memory_stats=false,wrong_matmul=bfloat16,refuse=sort,crash=tanh",
+        "--only=memory_stats,matmul_float32,matmul_bfloat16,sampling,scan,donation,"
+        "donation_by_name",
+    )  # fmt: skip
+    probes = by_name(found)
+    assert (code, found["verdict"], found["repairs"]) == (1, "not ready", ["donation"]), text
+    assert probes["memory_stats"] == ("unsupported", "the backend tells nothing of its memory")
+    assert probes["matmul_float32"][0] == "pass"
+    assert "times what products of bfloat16" in probes["matmul_bfloat16"][1]
+    assert "operation sort is not supported" in probes["sampling"][1]
+    assert "ended by SIGABRT" in probes["scan"][1]
+    assert probes["donation"] == ("unsupported", "JAX does not donate on platform npu")
+    assert "of the state" not in text
+
+
+@pytest.mark.slow  # 5 s each on an idle machine
+@pytest.mark.parametrize(
+    ("options", "probe", "status", "said", "ready"),
+    [
+        ("float64=false", "float64", "unsupported", "float64 is not supported", True),
+        ("asynchronous=false", "asynchronous_dispatch", "unsupported", "returned after", True),
+        ("memory_gib=0.2", "out_of_memory", "pass", "RESOURCE_EXHAUSTED", True),
+        ("donation=ignore", "donation_by_name", "fail", "ignores donation", True),
+        ("donation=refuse", "donation_by_name", "unsupported", "donated arguments", True),
+        ("newest_program=1.0.0", "program", "fail", "newest supported is 1.0.0", False),
+        ("wrong_matmul=float32", "matmul_float32", "fail", "products of float32", False),
+        ("refuse=scatter", "indexing", "unsupported", "scatter is not supported", False),
+        ("refuse=scatter", "embedding", "unsupported", "scatter is not supported", False),
+        ("wrong=all_reduce", "all_reduce", "fail", "wrong over fsdp", False),
+        ("wrong=all_gather", "all_gather", "fail", "wrong over fsdp", False),
+        ("wrong=reduce_scatter", "reduce_scatter", "fail", "wrong over fsdp", False),
+        ("wrong=all_to_all", "all_to_all", "fail", "wrong over fsdp", False),
+        ("wrong=collective_permute", "permute", "fail", "wrong over fsdp", False),
+        ("wrong=sort", "sampling", "fail", "sort of", True),
+        ("hang=scatter", "embedding", "fail", "did not come back within 9 s, at", False),
+        ("crash=scatter", "embedding", "fail", "ended by SIGABRT, at", False),
+        ("fail_after=500", "endurance", "fail", "NPU error 507035", False),
+        ("hang_after=500", "endurance", "fail", "did not come back", False),
+        ("crash_after=500", "endurance", "fail", "SIGABRT", False),
+    ],
+)
+def test_a_fault_is_found_and_named(doctor, npu, options, probe, status, said, ready):
+    only = f"{probe},donation,rope" if probe.startswith("donation") else f"{probe},rope"
+    code, text, found = doctor(
+        "--backend=npu", f"--plugin={npu}", f"--options=num_devices=2,{options}",
+        f"--only={only}", "--timeout_s=9",
+    )  # fmt: skip
+    probes = by_name(found)
+    assert probes[probe][0] == status, text
+    assert said in probes[probe][1], text
+    assert (code == 0) == ready, text
+    if probe != "program":
+        assert probes["rope"][0] == "pass", text
+
+
+@pytest.mark.slow  # a minute and a half each
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_plain_cpu_is_ready(doctor, devices):
+    code, text, found = doctor("--backend=cpu", f"--num_cpu_devices={devices}")
+    assert (code, found["verdict"], found["repairs"]) == (0, "ready", []), text
+    assert "fail" not in {status for status, _ in by_name(found).values()}, text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_test_npu_is_ready_with_repairs_that_runs_then_make(
+    doctor, npu, devices, tmp_path, monkeypatch
+):
+    code, text, found = doctor(
+        "--backend=npu", f"--plugin={npu}", f"--options=num_devices={devices},memory_gib=2.0"
+    )
+    assert (code, found["verdict"]) == (0, "ready with repairs"), text
+    assert found["repairs"] == ["donation", "compile_cache"]
+    assert "100% of the state aliased" in by_name(found)["train_float32"][1]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept = read_verdict(
+        platform="npu",
+        platform_version=found["platform_version"],
+        device_kind=found["device_kind"],
+    )
+    assert kept.repairs == ("donation", "compile_cache")
