@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from llamajax.data import tasks
 from llamajax.data.chat import CHAT_TEMPLATES
 from llamajax.data.preparation import FORMATS, Settings, prepare
 from llamajax.errors import UserError, run_verb
@@ -77,6 +78,17 @@ def _parser() -> argparse.ArgumentParser:
         help="processes; changes speed only (default: the processors, here %(default)s)",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    array = parser.add_argument_group(
+        "on many machines",
+        "The same command with --num_tasks=N and each of --task_index=0..N-1, in any order, and"
+        " again after any failure; then once with --merge. Files are divided among tasks; the"
+        " result is that of one process, byte for byte.",
+    )
+    array.add_argument("--num_tasks", type=int, metavar="N", help="number of tasks")
+    array.add_argument("--task_index", type=int, metavar="I", help="do this one, into DIR.parts")
+    array.add_argument(
+        "--merge", action="store_true", help="make DIR of all parts, and remove DIR.parts"
+    )
     return parser
 
 
@@ -157,20 +169,46 @@ def _leaving_on_sigterm() -> Iterator[None]:
 
 def main(argv: list[str]) -> int:
     """Exit code of the verb with these arguments. Raises UserError."""
-    args = _parser().parse_args(argv)
-    settings = Settings(**(vars(args) | {"output": Path(args.output)}))
+    given = vars(_parser().parse_args(argv))
+    how = {name: given.pop(name) for name in ("num_tasks", "task_index", "merge")}
+    settings = Settings(**(given | {"output": Path(given["output"])}))
     progress, start = _Progress(), time.monotonic()
     try:
         with _leaving_on_sigterm():
-            manifest = prepare(settings, progress)
+            manifest = _carried_out(settings, progress, **how)
     except KeyboardInterrupt:
         progress.close()
         print(f"interrupted: nothing was written to {settings.output}", file=sys.stderr)
         return 130
     finally:
         progress.close()
-    print(_summary(manifest, settings.output, time.monotonic() - start), flush=True)
+    if isinstance(manifest, str):
+        print(manifest, flush=True)
+    else:
+        print(_summary(manifest, settings.output, time.monotonic() - start), flush=True)
     return 0
+
+
+def _carried_out(
+    settings: Settings,
+    progress: _Progress,
+    *,
+    num_tasks: int | None,
+    task_index: int | None,
+    merge: bool,
+) -> dict[str, Any] | str:
+    """The manifest of what was made; of one task, what to say of it."""
+    if num_tasks is None:
+        if task_index is not None or merge:
+            raise UserError("--task_index and --merge need --num_tasks, the same in all commands")
+        return prepare(settings, progress)
+    if (task_index is not None) == merge:
+        raise UserError(
+            f"--num_tasks={num_tasks} needs one of --task_index=0..{num_tasks - 1} and --merge"
+        )
+    if merge:
+        return tasks.merge(settings, num_tasks=num_tasks, progress=progress)
+    return tasks.run_task(settings, index=task_index, num_tasks=num_tasks, progress=progress)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 
 from llamajax.data.instructions import Example
 from llamajax.errors import UserError
@@ -29,8 +30,11 @@ class Holdout:
     never cut: the first of them is held out whole, if there is another.
     """
 
-    def __init__(self, documents: Iterable[str | Example], fraction: float) -> None:
-        """Walks the documents only until there are many."""
+    def __init__(self, documents: Iterable[Sized], fraction: float, *, whole: bool = False) -> None:
+        """Walks the documents only until there are many.
+
+        Documents may be anything with their lengths in characters; whole: they are examples'.
+        """
         self._fraction = fraction
         self._group = math.ceil(_GROUP_HELD / fraction) if fraction else 0
         self._held: frozenset[int] = frozenset()
@@ -39,10 +43,9 @@ class Holdout:
         if not fraction:
             return
         sizes: list[int] = []
-        whole = False
         for document in documents:
             sizes.append(len(document))
-            whole = isinstance(document, Example)
+            whole = whole or isinstance(document, Example)
             if len(sizes) == self._group:
                 return
         self.few = True
@@ -65,21 +68,34 @@ class Holdout:
 
     def split(self, documents: Iterable[str | Example]) -> Iterator[Part]:
         """The parts of all documents, in order."""
+        for number, (document, held) in enumerate(zip(documents, self.held(), strict=False)):
+            if number == self.cut:
+                yield from self.halves(document)
+            else:
+                yield Part("validation" if held else "train", document)
+
+    def held(self) -> Iterator[bool]:
+        """Of each document in turn, without end, whether it is held out; apart from `cut`."""
         in_group: frozenset[int] = frozenset()
-        for number, document in enumerate(documents):
-            if self._cut is not None and number == self._cut[0]:
-                at = _paragraph_start(document, self._cut[1])
-                yield Part("train", document[:at])
-                yield Part("validation", document[at:])
-                continue
+        for number in itertools.count():
             if self._group and not self.few:
                 if number % self._group == 0:
                     members = range(number, number + self._group)
                     in_group = frozenset(sorted(members, key=_hash)[:_GROUP_HELD])
-                held = number in in_group
+                yield number in in_group
             else:
-                held = number in self._held
-            yield Part("validation" if held else "train", document)
+                yield number in self._held
+
+    @property
+    def cut(self) -> int | None:
+        """Number of the document that is held out in part, if one is."""
+        return None if self._cut is None else self._cut[0]
+
+    def halves(self, document: str) -> list[Part]:
+        """Both parts of the document `cut`."""
+        assert self._cut is not None
+        at = _paragraph_start(document, self._cut[1])
+        return [Part("train", document[:at]), Part("validation", document[at:])]
 
 
 def _hash(number: int) -> bytes:

@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from llamajax.data.tokenizers import MANIFEST, Tokenizer, load_tokenizer
 from llamajax.data.workers import Tokens, tokenize_all
 from llamajax.errors import UserError
 
+# Name of a tokenizer that was trained on the input.
+TRAINED = "tokenizer.model"
 SPLITS = ("train", "validation")
 FORMATS = ("text", "instructions")
 
@@ -47,6 +49,13 @@ Progress = Callable[[str, int, int], None]
 
 def prepare(settings: Settings, progress: Progress) -> dict[str, Any]:
     """The manifest of the directory written. Raises UserError, and leaves nothing behind then."""
+    files = checked_input(settings)
+    corpus = corpus_of(settings, files)
+    return written(settings, files, lambda directory: _write(settings, corpus, directory, progress))
+
+
+def checked_input(settings: Settings) -> list[Path]:
+    """The files to prepare. Raises UserError for settings that cannot be carried out."""
     if not 0 <= settings.validation_fraction <= 0.5:
         raise UserError(f"--validation_fraction={settings.validation_fraction}: must lie in 0..0.5")
     if settings.workers < 1:
@@ -56,15 +65,21 @@ def prepare(settings: Settings, progress: Progress) -> dict[str, Any]:
     tokenizer = load_tokenizer(settings.tokenizer) if num_pieces is None else None
     check_template(settings.chat_template, tokenizer)
     files = find_files(settings.input)
-    _check_output(settings.output, overwrite=settings.overwrite)
-    corpus = _corpus(settings, files)
+    check_output(settings.output, overwrite=settings.overwrite)
+    return files
+
+
+def written(
+    settings: Settings, files: list[Path], write: Callable[[Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """The manifest of what `write` leaves in a hidden directory, which becomes the output."""
     try:
-        with _unfinished(settings.output) as directory:
-            manifest = _write(settings, corpus, directory, num_pieces, progress)
+        with unfinished(settings.output) as directory:
+            manifest = write(directory)
             manifest["input"] |= {"files": [f.name for f in files]}
             text = json.dumps(manifest, indent=2) + "\n"
             (directory / MANIFEST).write_text(text, encoding="utf-8")
-            _publish(directory, settings.output)
+            publish(directory, settings.output)
     except OSError as error:
         raise UserError(f"cannot write {settings.output}: {error.strerror or error}") from error
     return manifest
@@ -81,13 +96,15 @@ def _check_format(settings: Settings) -> None:
         raise UserError(f"--format={settings.format} has no use for {', '.join(useless)}")
 
 
-def _corpus(settings: Settings, files: list[Path]) -> Corpus:
+def corpus_of(settings: Settings, files: list[Path]) -> Corpus:
+    """The documents of some of the files."""
     if settings.format == "instructions":
         return InstructionCorpus(files, template=settings.chat_template)
     return Corpus(files, text_key=settings.text_key, clean=settings.clean)
 
 
-def _check_output(output: Path, *, overwrite: bool) -> None:
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """UserError where something is in the way."""
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() and not (output / MANIFEST).is_file():
@@ -97,7 +114,7 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def _unfinished(output: Path) -> Iterator[Path]:
+def unfinished(output: Path) -> Iterator[Path]:
     """A hidden directory beside `output`, removed at the end unless it was published.
 
     Locked, so that what a killed run left is told from what a running one writes.
@@ -119,7 +136,7 @@ def _unfinished(output: Path) -> Iterator[Path]:
             lock_path.unlink(missing_ok=True)
 
 
-def _publish(directory: Path, output: Path) -> None:
+def publish(directory: Path, output: Path) -> None:
     """Put the finished directory in its place, on disk before it has its name."""
     for file in (*directory.iterdir(), directory):
         descriptor = os.open(file, os.O_RDONLY)
@@ -137,35 +154,53 @@ def _write(
     settings: Settings,
     corpus: Corpus,
     directory: Path,
-    num_pieces: int | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    def watched(phase: str) -> Iterable[str | Example]:
-        for document in corpus:
-            yield document
-            progress(phase, corpus.bytes_read, corpus.total_bytes)
-
-    masked = settings.format == "instructions"
-    if masked:  # every bad line is told before any work is done
-        collections.deque(watched("checking examples"), maxlen=0)
-    holdout = Holdout(watched("counting documents"), settings.validation_fraction)
+    if settings.format == "instructions":  # every bad line is told before any work is done
+        collections.deque(watched(corpus, "checking examples", progress), maxlen=0)
+    documents = watched(corpus, "counting documents", progress)
+    holdout = Holdout(documents, settings.validation_fraction)
     path = settings.tokenizer
-    if num_pieces is not None:
-        path = str(directory / "tokenizer.model")
-        parts = holdout.split(watched("reading for the tokenizer"))
-        # Compressed English is about a quarter of its text.
-        expected = corpus.total_bytes * (1 + 3 * corpus.compressed_share)
-        share = min(1.0, MAX_BYTES / max(1.0, expected))
-        train_tokenizer(parts, num_pieces=num_pieces, share=share, output=Path(path))
-    tokenizer = load_tokenizer(path)
-    stored = "tokenizer.model" if num_pieces is not None else tokenizer.save(directory)
-    parts = holdout.split(watched("tokenising"))
+    if parse_train(settings.tokenizer) is not None:
+        path = str(directory / TRAINED)
+        train_on(settings, corpus, holdout, Path(path), progress)
     results = tokenize_all(
-        parts,
+        holdout.split(watched(corpus, "tokenising", progress)),
         tokenizer_path=path,
         template=settings.chat_template,
         num_workers=settings.workers,
     )
+    return write_results(settings, results, directory, path)
+
+
+def watched(corpus: Corpus, phase: str, progress: Progress) -> Iterator[str | Example]:
+    """The documents, with progress told."""
+    for document in corpus:
+        yield document
+        progress(phase, corpus.bytes_read, corpus.total_bytes)
+
+
+def train_on(
+    settings: Settings, corpus: Corpus, holdout: Holdout, output: Path, progress: Progress
+) -> None:
+    """Train the tokenizer that `train:N` asks for; the same bytes wherever it is done."""
+    num_pieces = parse_train(settings.tokenizer)
+    assert num_pieces is not None
+    parts = holdout.split(watched(corpus, "reading for the tokenizer", progress))
+    # Compressed English is about a quarter of its text.
+    expected = corpus.total_bytes * (1 + 3 * corpus.compressed_share)
+    share = min(1.0, MAX_BYTES / max(1.0, expected))
+    train_tokenizer(parts, num_pieces=num_pieces, share=share, output=output)
+
+
+def write_results(
+    settings: Settings, results: Generator[Tokens], directory: Path, tokenizer_path: str
+) -> dict[str, Any]:
+    """Write shards and tokenizer; the manifest, which lacks the names of the input files."""
+    masked = settings.format == "instructions"
+    tokenizer = load_tokenizer(tokenizer_path)
+    is_stored = Path(tokenizer_path) == directory / TRAINED
+    stored = TRAINED if is_stored else tokenizer.save(directory)
     splits = _write_splits(results, directory, tokenizer, masked=masked)
     _check_splits(splits, settings)
     version = shards.MASKED_FORMAT_VERSION if masked else shards.FORMAT_VERSION
