@@ -1,0 +1,206 @@
+"""Whole runs on the test NPU: as on the CPU, there and back, with what JAX takes away repaired.
+
+Each child is one process that carries out several commands one after the other, as a process has
+one NPU; compiled programs are kept in a folder of this module, so that only the first of a kind
+compiles.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llamajax.backends import Probe, Verdict, write_verdict
+
+CONFIG = Path(__file__).parents[1] / "training" / "tiny_run.py"
+_CHILD = """
+import importlib, json, sys
+for line in sys.stdin:
+    verb, arguments = json.loads(line)
+    code = importlib.import_module(f"llamajax.{verb}").main(arguments)
+    assert code == 0, (verb, code)
+"""
+_EIGHT = "num_devices=8,memory_gib=2.5"
+_MESH = ("mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Prepared text, runs and caches of this module."""
+    from llamajax.prepare import main
+
+    folder = tmp_path_factory.mktemp("npu_runs")
+    text = "\n".join(f"line {i} of a small corpus {'abcdefgh' * (i % 7)}." for i in range(300))
+    (folder / "corpus.txt").write_text(text)
+    arguments = [f"--input={folder / 'corpus.txt'}", "--tokenizer=byte", "--workers=1"]
+    assert main([*arguments, f"--output={folder / 'data'}", "--validation_fraction=0.1"]) == 0
+    return folder
+
+
+def train(folder: Path, run: str, steps: int, *overrides: str) -> tuple[str, list[str]]:
+    """A command of `train` that goes on to `steps`, whatever the number it began with."""
+    keys = (
+        *overrides, f"train.steps={steps}", "optim.schedule=constant", "train.eval_every=0",
+        "checkpoint.every_steps=3",
+    )  # fmt: skip
+    keys = tuple(f"--config.{key}" for key in keys)
+    return "train", [f"--config={CONFIG}:{folder / 'data'}", f"--workdir={folder / run}", *keys]
+
+
+def carry_out(folder: Path, cache: str, *commands: tuple[str, list[str]]) -> tuple[str, str]:
+    """Stdout and stderr of one process that carries out these commands."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder / cache)}
+    del environment["JAX_ENABLE_COMPILATION_CACHE"]
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD],
+        input="".join(json.dumps(command) + "\n" for command in commands),
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def on_npu(library: Path, options: str) -> tuple[str, ...]:
+    return "backend.name=npu", f"backend.plugin={library}", f"backend.options={options}"
+
+
+def losses(folder: Path, run: str) -> list[float]:
+    rows = (folder / run / "metrics.jsonl").read_text().splitlines()
+    return [row["loss"] for row in map(json.loads, rows) if "loss" in row]
+
+
+def facts(folder: Path, run: str) -> dict:
+    return json.loads((folder / run / "run.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def first(folder, npu):
+    """Three steps on 8 NPUs, with donation and cache forced."""
+    repairs = ("backend.repairs=donation,compile_cache",)
+    command = train(folder, "npu", 3, *on_npu(npu, _EIGHT), *_MESH, *repairs)
+    stderr = carry_out(folder, "cache", command)[1]
+    kept = sorted(path.name for path in (folder / "cache").rglob("*.program"))
+    for copy in ("npu_then_cpu", "npu_then_one"):
+        shutil.copytree(folder / "npu", folder / copy)
+    return stderr, kept, facts(folder, "npu")
+
+
+@pytest.fixture(scope="module")
+def cpu(folder, first):
+    """Three steps on 8 CPU devices, and the NPUs' run continued there."""
+    machine = ("backend.name=cpu", "backend.num_cpu_devices=8", *_MESH)
+    here = train(folder, "cpu", 3, *machine)
+    stderr = carry_out(folder, "cpu_cache", here, train(folder, "npu_then_cpu", 5, *machine))[1]
+    shutil.copytree(folder / "cpu", folder / "cpu_then_npu")
+    return stderr
+
+
+@pytest.fixture(scope="module")
+def second(folder, npu, first, cpu, monkeypatch_module):
+    """The same command again, to step 5, after the doctor was there; and the CPU's run."""
+    monkeypatch_module.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    profile = first[2]["profile"]
+    write_verdict(
+        Verdict(
+            **{name: profile[name] for name in ("platform", "platform_version", "device_kind")},
+            jax=first[2]["versions"]["jax"],
+            verdict="ready with repairs",
+            repairs=("donation", "compile_cache", "synchronous_checkpoints"),
+            probes=(Probe(name="donation", status="fail", message="", time_s=0.0),),
+        )
+    )
+    machine = (*on_npu(npu, _EIGHT), *_MESH)
+    commands = (train(folder, "npu", 5, *machine), train(folder, "cpu_then_npu", 5, *machine))
+    return carry_out(folder, "cache", *commands)[1]
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def one_device(folder, npu, first):
+    """On one NPU that nobody examined: the run continued, evaluated, and text made of it."""
+    (folder / "devices.toml").write_text(
+        '[[device]]\nkind = "Test NPU"\nbfloat16 = 2e12\nfloat32 = 1e12\nmemory_gib = 2.5\n'
+        'hbm_bytes_per_s = 1e11\nfast_bytes_per_s = 1e10\nsource = "a data sheet"\n'
+    )
+    table = f"backend.device_table={folder / 'devices.toml'}"
+    command = train(folder, "npu_then_one", 5, *on_npu(npu, "num_devices=1"), table)
+    machine = ["--backend=npu", f"--plugin={npu}", "--options=num_devices=1", "--dtype=float32"]
+    weights = f"--checkpoint={folder / 'npu_then_one'}"
+    prompt = ["--prompt=line 1", "--max_new_tokens=4", "--ignore_eos", "--json"]
+    return carry_out(
+        folder,
+        "other_cache",
+        command,
+        ("evaluate", [weights, f"--data={folder / 'data'}", *machine]),
+        ("generate", [weights, *prompt, *machine]),
+    )
+
+
+def test_the_losses_are_those_of_the_cpu(folder, first, cpu):
+    assert len(losses(folder, "npu")) >= 3
+    assert losses(folder, "npu")[:3] == pytest.approx(losses(folder, "cpu"), rel=1e-5)
+
+
+def test_a_run_goes_on_from_there_to_the_cpu_and_back(folder, second):
+    expected = losses(folder, "npu")
+    assert len(expected) == 5
+    assert losses(folder, "npu_then_cpu") == pytest.approx(expected, rel=1e-5)
+    assert losses(folder, "cpu_then_npu") == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_device_goes_on_with_the_run_of_eight(folder, second, one_device):
+    assert losses(folder, "npu_then_one") == pytest.approx(losses(folder, "npu"), rel=2e-5)
+
+
+def test_the_step_reuses_the_whole_state_once_donation_is_repaired(folder, first, one_device):
+    repaired, plain = first[2], facts(folder, "npu_then_one")
+    parameters, moments = 4 * repaired["num_parameters"], 8 * repaired["num_parameters"]
+    assert repaired["reused_bytes"] == repaired["donated_bytes"] > (parameters + moments) / 8
+    assert plain["donated_bytes"] > parameters + moments
+    assert plain["reused_bytes"] == 0
+    assert plain["profile"]["donates"] is False
+    assert "lives twice" in one_device[1]
+    assert "lives twice" not in first[0]
+
+
+def test_the_second_start_compiles_neither_step_again(folder, first, second):
+    kept = {path.name for path in (folder / "cache").rglob("*.program")}
+    before = set(first[1])
+    assert before < kept  # what restores is new
+    steps = {name for name in before if name.startswith("jit_step-")}
+    assert len(steps) == 2  # of training and of evaluation
+    assert {name for name in kept if name.startswith("jit_step-")} == steps
+
+
+def test_the_profile_is_said_and_stored(first, second, one_device, folder):
+    assert "llamajax test NPU 1.0; 2.50 GiB a device" in first[0]
+    assert "repairs  donation, compile_cache (doctor: none)" in first[0]
+    assert "(doctor: ready with repairs)" in second
+    assert "was not examined: run `python -m llamajax.doctor`" in one_device[1]
+    assert "donation OFF; programs not kept" in one_device[1]
+    found = facts(folder, "npu")["profile"]
+    assert found["repairs"] == ["donation", "compile_cache", "synchronous_checkpoints"]
+    assert found["saves_asynchronously"] is False
+    assert found["doctor"] == "ready with repairs"
+    assert facts(folder, "npu_then_one")["profile"]["device"]["source"] == "a data sheet"
+    assert facts(folder, "npu_then_one")["peak_flops"] == 1e12
+
+
+def test_evaluate_and_generate_run_there(one_device, folder):
+    evaluated, generated = map(json.loads, one_device[0].splitlines()[-2:])
+    assert (evaluated["platform"], evaluated["num_devices"]) == ("npu", 1)
+    assert 0 < evaluated["loss"] < 6
+    assert len(generated["output_ids"]) == 4
