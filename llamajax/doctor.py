@@ -78,8 +78,9 @@ def main(argv: list[str]) -> int:
     machine = examination.machine
     num_devices = None if machine is None else machine["num_devices"]
     verdict = verdict_on(machine, examination.outcomes, asked_for=backend.name)
-    print(output.to_text(verdict, num_devices=num_devices, total_s=total_s))
-    if machine is not None and flags.only is None:
+    partial = flags.only is not None
+    print(output.to_text(verdict, num_devices=num_devices, total_s=total_s, partial=partial))
+    if machine is not None and not partial:
         print(f"kept for train and the other verbs: {write_verdict(verdict)}")
     if flags.json:
         _write(Path(flags.json), json.dumps(verdict.to_json(), indent=1))

@@ -22,17 +22,18 @@ def program(bench: Bench) -> str:
         found = np.asarray(double(jax.device_put(x, device)))
         if not np.array_equal(found, 2 * x + 1):
             raise WrongError(f"2 x + 1 for x = {x.tolist()} is {found.tolist()} on {device}")
-    return f"compiled and run on {len(bench.devices)} in {time.monotonic() - begun:.2f} s"
+    return f"compiled, and run on each device, in {time.monotonic() - begun:.2f} s"
 
 
 def device(bench: Bench) -> str:
     """What the vendor and we need to know of it."""
     first = bench.devices[0]
     kinds = sorted({memory.kind for memory in first.addressable_memories()})
+    count = len(bench.devices)
     processes = f", {bench.machine.num_processes} processes" * (bench.machine.num_processes > 1)
     version = " ".join(str(first.client.platform_version).split())
     return (
-        f"platform {first.platform}, kind {first.device_kind}, {len(bench.devices)} devices"
+        f"platform {first.platform}, kind {first.device_kind}, {count} device{'s' * (count > 1)}"
         f"{processes}; version {version or '(none)'}; memories {', '.join(kinds)}"
     )
 

@@ -53,17 +53,19 @@ def line(outcome: Outcome) -> str:
     )
 
 
-def to_text(verdict: Verdict, *, num_devices: int | None, total_s: float) -> str:
-    """Platform, verdict, and a line for everything that did not pass."""
-    return "\n".join(_lines(verdict, num_devices, total_s))
+def to_text(verdict: Verdict, *, num_devices: int | None, total_s: float, partial: bool) -> str:
+    """Platform, verdict, and a line for everything that did not pass; partial: of some probes."""
+    return "\n".join(_lines(verdict, num_devices, total_s, partial))
 
 
-def _lines(verdict: Verdict, num_devices: int | None, total_s: float) -> Iterator[str]:
+def _lines(
+    verdict: Verdict, num_devices: int | None, total_s: float, partial: bool
+) -> Iterator[str]:
     if num_devices is None:
         yield f"platform: {verdict.platform}, which did not start"
     else:
         yield f"platform: {verdict.platform}, {num_devices} x {verdict.device_kind}"
-    yield f"verdict: {verdict.verdict}"
+    yield f"verdict: {verdict.verdict}{', as far as these probes go' * partial}"
     yield f"repairs: {', '.join(verdict.repairs) or 'none'}"
     yield f"probes: {counts(verdict)}, in {total_s:.0f} s"
     for outcome, text in consequences(verdict.probes):
