@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from llamajax.data import tasks
+from llamajax.data.beam import prepare_on_beam
 from llamajax.data.chat import CHAT_TEMPLATES
 from llamajax.data.preparation import FORMATS, Settings, prepare
 from llamajax.errors import UserError, run_verb
@@ -28,6 +29,8 @@ a line of instructions, of which only the completion or the assistant's answers 
   {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
 """
 _LOG_EVERY_S = 10.0
+# Flags that say where the work is done, not what comes of it.
+_HOW = ("num_tasks", "task_index", "merge", "runner", "beam_options")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -89,6 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     array.add_argument(
         "--merge", action="store_true", help="make DIR of all parts, and remove DIR.parts"
     )
+    array.add_argument(
+        "--runner", default="local", choices=("local", "beam"),
+        help="beam: the tasks (one a file, or --num_tasks) as a pipeline of Apache Beam; storage is"
+        " shared with its workers",
+    )  # fmt: skip
+    array.add_argument(
+        "--beam_options", default="", metavar="K=V,...",
+        help="options of the pipeline, as runner=FlinkRunner,parallelism=8 (default: Beam's own"
+        " local runner)",
+    )  # fmt: skip
     return parser
 
 
@@ -170,7 +183,7 @@ def _leaving_on_sigterm() -> Iterator[None]:
 def main(argv: list[str]) -> int:
     """Exit code of the verb with these arguments. Raises UserError."""
     given = vars(_parser().parse_args(argv))
-    how = {name: given.pop(name) for name in ("num_tasks", "task_index", "merge")}
+    how = {name: given.pop(name) for name in _HOW}
     settings = Settings(**(given | {"output": Path(given["output"])}))
     progress, start = _Progress(), time.monotonic()
     try:
@@ -196,8 +209,20 @@ def _carried_out(
     num_tasks: int | None,
     task_index: int | None,
     merge: bool,
+    runner: str,
+    beam_options: str,
 ) -> dict[str, Any] | str:
     """The manifest of what was made; of one task, what to say of it."""
+    if runner == "beam":
+        if task_index is not None or merge:
+            raise UserError(
+                "--runner=beam runs all tasks and merges: no --task_index, no --merge"
+            )
+        return prepare_on_beam(
+            settings, num_tasks=num_tasks, options=beam_options, progress=progress
+        )
+    if beam_options:
+        raise UserError("--beam_options needs --runner=beam")
     if num_tasks is None:
         if task_index is not None or merge:
             raise UserError("--task_index and --merge need --num_tasks, the same in all commands")

@@ -82,6 +82,13 @@ def share_out(files: list[Path], num_tasks: int) -> list[Task]:
     return [Task(index=i, num_tasks=num_tasks, files=own) for i, own in enumerate(shares)]
 
 
+def ready_tokenizer(settings: Settings, files: list[Path], progress: Progress) -> None:
+    """Train the tokenizer of `train:N` before any task asks for it."""
+    parts = parts_of(settings.output)
+    parts.mkdir(parents=True, exist_ok=True)
+    _tokenizer(settings, files, parts, progress)
+
+
 def run_task(settings: Settings, *, index: int, num_tasks: int, progress: Progress) -> str:
     """Do one task, unless it is done; what to say of it. UserError leaves nothing behind."""
     files = checked_input(settings)
