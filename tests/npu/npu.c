@@ -192,14 +192,15 @@ static PJRT_Error* platform_version(PJRT_Client_PlatformVersion_Args* args) {
   return NULL;
 }
 
-/* Absent devices: the topology of a client that is kept for it. Its name is their number. */
+/* Absent devices: the topology of a client that is kept for it. Its name is their number, an
+ * empty one means as many as the client has. */
 static PJRT_Error* topology_create(PJRT_TopologyDescription_Create_Args* args) {
   char name[16];
   snprintf(name, sizeof name, "%.*s", (int)args->topology_name_size, args->topology_name);
-  int64_t num_devices = atoll(name);
+  if (!options.num_devices) use_defaults();
+  int64_t num_devices = name[0] ? atoll(name) : options.num_devices;
   if (num_devices < 1 || num_devices > 4096)
     return fail(PJRT_Error_Code_INVALID_ARGUMENT, "topology %s is no number of NPUs", name);
-  if (!options.num_devices) use_defaults();
   ARGS(PJRT_Client_Create, client);
   PJRT_Error* error = create(&client, num_devices);
   if (error) return error;
