@@ -246,29 +246,11 @@ def _build(
     if compiled is None:
         say(f"ready    compiled in {timer.breakdown()['compile_s']:.1f} s", primary=primary)
         say_of_donation(session, steps[0])
-    metrics = MetricsWriter(
-        workdir, tensorboard=config.monitoring.tensorboard, resume_step=start.step, primary=primary
-    )
-    progress = Progress(
-        total_steps=config.train.steps,
-        start_step=start.step,
-        mode=config.monitoring.progress,
-        primary=primary,
-    )
-    stack.callback(metrics.close)
-    stack.callback(progress.close)
+    metrics, progress = _logs(run, start, stack)
     if primary:
         write_run_facts(workdir, facts(session, steps[0]))
+    guardian, hang = _watchers(run, start, state, progress)
     batches = feed.train(start.step)
-    guardian = Guardian(
-        config=config.guard,
-        box=run.box,
-        mixture=session.mixture,
-        position=start.position,
-        seed=config.train.seed,
-        weights=tuple(named_leaves(state.trained)),
-        note=progress.note,
-    )
     return Loop(
         train=config.train,
         checkpoint=config.checkpoint,
@@ -290,12 +272,50 @@ def _build(
         shutdown=run.shutdown,
         saw=start.ledger.add,
         guardian=guardian,
-        hang=HangWatch(
-            config.guard.hang_timeout_s,
-            file=workdir / BLACKBOX / f"hang_process{session.machine.process_id}.txt",
-            farewell=lambda text: guardian.write("hang", step=run.box.newest_step, cause=text),
-        ),
+        hang=hang,
     ), state
+
+
+def _logs(run: _Run, start: _Start, stack: contextlib.ExitStack) -> tuple[MetricsWriter, Progress]:
+    """What rows are written to and shown on, until the stack ends."""
+    config, primary = run.session.config, run.session.machine.is_primary
+    metrics = MetricsWriter(
+        run.workdir,
+        tensorboard=config.monitoring.tensorboard,
+        resume_step=start.step,
+        primary=primary,
+    )
+    progress = Progress(
+        total_steps=config.train.steps,
+        start_step=start.step,
+        mode=config.monitoring.progress,
+        primary=primary,
+    )
+    stack.callback(metrics.close)
+    stack.callback(progress.close)
+    return metrics, progress
+
+
+def _watchers(
+    run: _Run, start: _Start, state: TrainState, progress: Progress
+) -> tuple[Guardian, HangWatch]:
+    """What looks at the numbers of every step, and at whether there is one."""
+    session = run.session
+    guardian = Guardian(
+        config=session.config.guard,
+        box=run.box,
+        mixture=session.mixture,
+        position=start.position,
+        seed=session.config.train.seed,
+        weights=tuple(named_leaves(state.trained)),
+        note=progress.note,
+    )
+    hang = HangWatch(
+        session.config.guard.hang_timeout_s,
+        file=run.workdir / BLACKBOX / f"hang_process{session.machine.process_id}.txt",
+        farewell=lambda text: guardian.write("hang", step=run.box.newest_step, cause=text),
+    )
+    return guardian, hang
 
 
 def _meta(config: RunConfig, start: _Start, audit: Audit) -> dict[str, Any]:
