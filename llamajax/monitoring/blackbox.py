@@ -9,10 +9,11 @@ first says what happened, each other one is a step.
 """
 
 import collections
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,20 +39,19 @@ class BlackBox:
         self._descriptor: int | None = None
         self._lines = 0
         if primary:
-            self._keep_leftovers()
+            with self._reporting():
+                self._keep_leftovers()
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Enter a step; `row` has `step` and flat JSON values."""
         if not self._primary:
             return
         self._rows.append(dict(row))
-        try:
+        with self._reporting():
             if self._descriptor is None or self._lines >= self._rows.maxlen:
                 self._turn_over()
             os.write(self._descriptor, f"{encode_row(row)}\n".encode())
             self._lines += 1
-        except OSError as error:
-            self._warn(error)
 
     @property
     def newest_step(self) -> int:
@@ -64,13 +64,11 @@ class BlackBox:
             return None
         file = self._directory / f"{step}_{reason}.jsonl"
         head = {"step": step, "reason": reason, "time": time.time(), **facts}
-        try:
+        with self._reporting():
             _write(file, [encode_row(row) for row in (head, *self._rows)])
             self._prune()
-        except OSError as error:
-            self._warn(error)
-            return None
-        return file
+            return file
+        return None
 
     def __enter__(self) -> "BlackBox":
         return self
@@ -85,8 +83,9 @@ class BlackBox:
             self.write("crash", step=self.newest_step, error=f"{kind.__name__}: {error}")
         self._close()
         if self._primary:
-            for name in (_RECENT, _OLDER):
-                (self._directory / name).unlink(missing_ok=True)
+            with self._reporting():
+                for name in (_RECENT, _OLDER):
+                    (self._directory / name).unlink(missing_ok=True)
 
     def _turn_over(self) -> None:
         """Start a new file of recent rows; the last one's are kept beside it."""
@@ -119,11 +118,16 @@ class BlackBox:
         for file in boxes[:-_BOXES_KEPT]:
             file.unlink(missing_ok=True)
 
-    def _warn(self, error: OSError) -> None:
-        if not self._warned:
-            self._warned = True
-            text = f"warning: {self._directory} cannot be written: {error.strerror}"
-            print(f"{text}; training goes on", file=sys.stderr, flush=True)
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Turn what the disk refuses into one warning."""
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                text = f"warning: {self._directory} cannot be written: {error.strerror}"
+                print(f"{text}; training goes on", file=sys.stderr, flush=True)
 
 
 def read_box(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -1,0 +1,76 @@
+"""The guard's decisions, and what it remembers of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llamajax.config.schema import GuardConfig
+from llamajax.optim.guard import REASONS, after, chosen, judge, new_state
+
+WINDOW = 8
+
+
+def seen(values, config, *, state=None):
+    """Reasons and final state of updates with these losses, and gradient norms of twice that."""
+    state, reasons = new_state(WINDOW) if state is None else state, []
+    for value in values:
+        numbers = {"loss": jnp.float32(value), "grad_norm": jnp.float32(2 * value)}
+        verdict = judge(state, **numbers, config=config)
+        state = after(state, verdict, **numbers)
+        reasons.append(REASONS[int(verdict.reason)])
+    return reasons, state
+
+
+def test_what_is_not_finite_is_left_out_and_forgotten():
+    reasons, state = seen([1.0, np.nan, np.inf, 2.0, np.nan], GuardConfig())
+    odd = "the loss is not finite"
+    assert reasons == ["applied", odd, odd, "applied", odd]
+    assert (int(state.applied), int(state.skipped), int(state.in_a_row)) == (2, 3, 1)
+    np.testing.assert_array_equal(state.loss_W, [1, 2, 0, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(state.grad_norm_W, [2, 4, 0, 0, 0, 0, 0, 0])
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_though_the_loss_is():
+    numbers = {"loss": jnp.float32(1), "grad_norm": jnp.float32(np.inf)}
+    verdict = judge(new_state(WINDOW), **numbers, config=GuardConfig())
+    assert REASONS[int(verdict.reason)] == "the gradient is not finite"
+
+
+def test_off_applies_everything():
+    assert seen([np.nan], GuardConfig(nonfinite="off"))[0] == ["applied"]
+
+
+def test_a_spike_is_judged_by_median_and_deviation_once_the_window_is_full():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(5.0, 0.2, WINDOW)
+    config = GuardConfig(spike_factor=6.0)
+    median = np.sort(noise)[WINDOW // 2]
+    deviation = 1.4826 * np.sort(np.abs(noise - median))[WINDOW // 2]
+    limit = median + 6.0 * deviation
+    assert set(seen([*noise[:-1], 100.0], config)[0]) == {"applied"}, "judged too early"
+    below, _ = seen([*noise, limit - 0.01], config)
+    above, state = seen([*noise, limit + 0.01], config)
+    assert below[-1] == "applied"
+    assert above[-1] == "the loss spikes"
+    assert float(np.max(state.loss_W)) < limit, "a spike entered the median"
+    assert seen([limit + 0.01] * 20, config, state=state)[0] == ["the loss spikes"] * 20
+
+
+def test_the_norm_alone_spikes_and_equal_values_leave_room_for_noise():
+    config = GuardConfig(spike_factor=5.0)
+    _, state = seen([1.0] * WINDOW, config)
+    for norm, reason in ((2.09, "applied"), (2.11, "the gradient norm spikes")):
+        numbers = {"loss": jnp.float32(1), "grad_norm": jnp.float32(norm)}
+        assert REASONS[int(judge(state, **numbers, config=config).reason)] == reason
+
+
+@pytest.mark.parametrize("loss", [1.0, np.nan])
+def test_what_is_chosen_is_the_old_bit_for_bit_or_the_new(loss):
+    old = {"a": jnp.array([1.0, -0.0, np.nan]), "b": jnp.arange(3)}
+    new = {"a": jnp.array([2.0, np.nan, 3.0]), "b": jnp.arange(3) + 1}
+    numbers = {"loss": jnp.float32(loss), "grad_norm": jnp.float32(1)}
+    verdict = judge(new_state(WINDOW), **numbers, config=GuardConfig())
+    found, wanted = jax.jit(chosen)(verdict, new, old), old if np.isnan(loss) else new
+    for name in wanted:
+        assert np.asarray(found[name]).tobytes() == np.asarray(wanted[name]).tobytes()
