@@ -20,8 +20,8 @@ from llamajax.backends.repairs import CHECKED_RELEASES, release
 
 _DIGEST_BYTES = 32
 _SUFFIX = ".program"
-# Programs that take less to compile are not kept; 10 GiB are kept at most, the latest used.
-_LEAST_COMPILE_S = 0.05
+# All programs are kept, small ones too, as a start compiles many; 10 GiB at most, the latest used.
+_LEAST_COMPILE_S = 0.0
 _MOST_BYTES = 10 * 2**30
 
 
