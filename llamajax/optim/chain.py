@@ -60,5 +60,10 @@ def apply(
 def _scheduled(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:
     """The state with the schedule at `step`; Adam goes on counting its own updates."""
     is_schedule = lambda part: isinstance(part, optax.ScaleByScheduleState)  # noqa: E731
-    move = lambda part: part._replace(count=step) if is_schedule(part) else part  # noqa: E731
+
+    def move(part: Any) -> Any:
+        # Its own count is never ahead. One that is not read at all would be no argument of the
+        # compiled step, and its memory not reused.
+        return part._replace(count=jnp.maximum(part.count, step)) if is_schedule(part) else part
+
     return jax.tree.map(move, opt_state, is_leaf=is_schedule)
