@@ -22,8 +22,8 @@ def roll_back(
         checkpointer.wait()
     except CheckpointError as error:
         guardian.note(f"warning: {error}")
-    to_step = decided_by_primary(lambda: _newest_before(checkpointer, cause.first_skipped_step))
-    to_step = to_step or 0
+    to_step = decided_by_primary(lambda: target(checkpointer.steps(), cause.first_skipped_step))
+    to_step = to_step or 0  # no checkpoint at all: the beginning
     where = f"the checkpoint of step {to_step}" if to_step else "the beginning"
     times, most = audit.returns_to(to_step), guardian.config.max_rollbacks
     if times >= most:
@@ -49,5 +49,10 @@ def roll_back(
     )
 
 
-def _newest_before(checkpointer: Checkpointer, step: int) -> int | None:
-    return max((found for found in checkpointer.steps() if found < step), default=None)
+def target(steps: list[int], first_skipped_step: int) -> int | None:
+    """The newest of the checkpoints before the updates that were left out.
+
+    Where none is kept, the oldest after: its weights are the same, as nothing was applied since.
+    """
+    earlier = [step for step in steps if step < first_skipped_step]
+    return max(earlier) if earlier else min(steps, default=None)

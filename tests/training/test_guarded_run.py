@@ -22,6 +22,7 @@ from llamajax.monitoring.metrics import encode_row
 from llamajax.prepare import main as prepare
 from llamajax.supervision.replay import Request, replay
 from llamajax.training import run as run_module
+from llamajax.training.rollback import target
 
 RARE = ord("Z")
 STEPS = 12
@@ -185,6 +186,14 @@ def test_a_rollback_leaves_the_data_out_and_outlives_a_kill(guarded, tmp_path):
     (two / "audit.jsonl").write_text(f"\n{line}\n\n" + line[:40])
     assert guarded(two, **options) == 0
     assert same(rows(two), found)
+
+
+@pytest.mark.parametrize(
+    ("steps", "wanted"), [([2, 4, 6], 4), ([5, 6], 5), ([6, 7, 8], 6), ([], None)]
+)
+def test_a_rollback_goes_to_a_checkpoint_with_the_weights_from_before(steps, wanted):
+    """Step 6 is the first that was left out; a long stretch may outlast all that were kept."""
+    assert target(steps, 6) == wanted
 
 
 def test_rollbacks_to_one_checkpoint_end_and_stop_is_code_1(guarded, tmp_path, capsys):
