@@ -6,11 +6,26 @@ queue then blocks the training loop for ever. Its event file writer, used here d
 
 import contextlib
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 _FLUSH_EVERY_S = 20.0
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Within it torch counts as not installed, unless it is imported already.
+
+    tensorboardX imports it for what is not used here: 3 s before the first step.
+    """
+    absent = sys.modules.setdefault("torch", None) is None
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules["torch"]
 
 
 class TensorBoard:
@@ -20,9 +35,9 @@ class TensorBoard:
     """
 
     def __init__(self, directory: Path, *, resume_step: int):
-        # Heavy: tensorboardX imports torch where it is installed.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2, summary_pb2
+        with _without_torch():
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2, summary_pb2
 
         self._event = event_pb2.Event
         self._summary = summary_pb2.Summary
