@@ -24,6 +24,13 @@ FLAGS = (
         default=None,
         doc="config keys of the other mesh, as mesh.fsdp=4,mesh.tensor=2; none: chosen here",
     ),
+    Flag(
+        name="processes",
+        metavar="N",
+        annotation=int | None,
+        default=None,
+        doc="resume the run with the other mesh as N processes of this machine; none: as one",
+    ),
 )
 
 
@@ -35,6 +42,8 @@ def main(argv: list[str]) -> int:
     for name, least in (("kills", 1), ("steps", 6)):
         if getattr(command, name) < least:
             raise UserError(f"--{name}={getattr(command, name)}: must be at least {least}")
+    if command.processes is not None and command.processes < 2:
+        raise UserError(f"--processes={command.processes}: must be at least 2; leave it out for 1")
     request = Request(
         train=train_arguments(argv, [flag.name for flag in FLAGS]),
         config=command.config,
@@ -43,6 +52,7 @@ def main(argv: list[str]) -> int:
         kills=command.kills,
         seed=command.seed,
         other=command.other,
+        processes=command.processes,
     )
     return 0 if prove(request) else 1
 

@@ -29,7 +29,10 @@ _SHOWN_LINES = 15
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """train: the command line of `train` without its --workdir. other: overrides, or None."""
+    """train: the command line of `train` without its --workdir. other: overrides, or None.
+
+    processes: into how many the other run is split, by `launch`; None: as the first one.
+    """
 
     train: tuple[str, ...]
     config: RunConfig
@@ -38,6 +41,7 @@ class Request:
     kills: int
     seed: int
     other: str | None
+    processes: int | None = None
 
 
 def prove(request: Request) -> bool:
@@ -58,8 +62,9 @@ def prove(request: Request) -> bool:
     _tell("killed run: resumed to the end")
     _finish(request, killed)
     if other is not None:
-        _tell(f"killed run: resumed with {' '.join(other)}")
-        _finish(request, moved, *other)
+        split = "" if request.processes is None else f"{request.processes} processes and "
+        _tell(f"killed run: resumed with {split}{' '.join(other)}")
+        _finish(request, moved, *other, processes=request.processes)
     return judge(request, undisturbed, killed, moved if other is not None else None)
 
 
@@ -99,10 +104,13 @@ def other_mesh(request: Request, undisturbed: Path) -> list[str] | None:
     """
     if request.other is not None:
         return [f"--config.{part.strip()}" for part in request.other.split(",")]
-    facts = read_run_facts(undisturbed)
+    facts, processes = read_run_facts(undisturbed), request.processes
     axes = {field.name: 1 for field in dataclasses.fields(MeshConfig)}
     devices = facts["num_devices"]
-    if is_host(facts["platform"]):
+    if is_host(facts["platform"]) and processes is not None:
+        devices = processes * max(1, devices // processes)
+        mesh = axes | {"fsdp": devices}
+    elif is_host(facts["platform"]):
         devices = devices // 2 if devices > 1 and devices % 2 == 0 else devices * 2
         mesh = axes | {"fsdp": devices}
     elif devices == 1:
@@ -113,7 +121,7 @@ def other_mesh(request: Request, undisturbed: Path) -> list[str] | None:
         mesh = axes | {"fsdp": devices}
     found = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
     if is_host(facts["platform"]):
-        found.append(f"--config.backend.num_cpu_devices={devices}")
+        found.append(f"--config.backend.num_cpu_devices={devices // (processes or 1)}")
     return found
 
 
@@ -123,10 +131,14 @@ def _command(request: Request, workdir: Path, *overrides: str) -> list[str]:
     return [*python, f"--workdir={workdir}", *short, *overrides]
 
 
-def _finish(request: Request, workdir: Path, *overrides: str) -> None:
+def _finish(request: Request, workdir: Path, *overrides: str, processes: int | None = None) -> None:
     """Run or resume to the end."""
     log = request.workdir / f"{workdir.name}.log"
-    outcome = start(_command(request, workdir, *overrides), workdir=workdir, log=log)
+    command = _command(request, workdir, *overrides)
+    if processes is not None:
+        launch = [sys.executable, "-m", "llamajax.launch", f"--processes_per_node={processes}"]
+        command = [*launch, "--max_restarts=0", "--", *command]
+    outcome = start(command, workdir=workdir, log=log)
     if outcome.code != 0 and overrides:
         raise combine(
             [str(_failed(outcome, log))],
@@ -207,7 +219,8 @@ def judge(request: Request, undisturbed: Path, killed: Path, moved: Path | None)
         relative = 0.0 if most is None else most.relative
         good &= relative <= limit
         where = "" if most is None else f" ({most.what})"
-        print(f"other mesh   largest relative difference {relative:.1e}, allowed {limit:g}{where}")
+        print(f"other mesh   {_described(moved)}")
+        print(f"             largest relative difference {relative:.1e}, allowed {limit:g}{where}")
     ledgers = [read_meta(run, request.steps)["ledger"]["digest"] for run in runs]
     one = len(set(ledgers)) == 1
     good &= one
@@ -223,6 +236,14 @@ def judge(request: Request, undisturbed: Path, killed: Path, moved: Path | None)
     else:
         print("verdict: NOT proven")
     return good
+
+
+def _described(run: Path) -> str:
+    """Mesh and processes of a run, as it noted them."""
+    facts = read_run_facts(run)
+    mesh = ", ".join(f"{axis} {size}" for axis, size in facts["mesh"].items() if size > 1)
+    count = facts["num_processes"]
+    return f"{mesh or 'one device'}; {count} {'process' if count == 1 else 'processes'}"
 
 
 def _tell(text: str) -> None:

@@ -1,5 +1,6 @@
 """The parts of the proof: moments, comparison, the other mesh; and one whole proof, slow."""
 
+import dataclasses
 import json
 import math
 import os
@@ -169,6 +170,16 @@ def test_the_other_mesh(request_of, tmp_path, facts, mesh):
         assert {key: int(chosen[key]) for key in mesh} == mesh
 
 
+@pytest.mark.parametrize(("devices", "processes", "each"), [(1, 2, 1), (8, 4, 2), (2, 4, 1)])
+def test_the_other_run_as_several_processes(request_of, tmp_path, devices, processes, each):
+    facts = {"platform": "cpu", "num_devices": devices, "mesh": {}}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    request = dataclasses.replace(request_of(), processes=processes)
+    found = resume_proof.other_mesh(request, tmp_path)
+    assert f"--config.backend.num_cpu_devices={each}" in found
+    assert f"--config.mesh.fsdp={each * processes}" in found
+
+
 def test_only_an_earlier_proof_makes_room(request_of, tmp_path):
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed.1.log").touch()
@@ -196,12 +207,15 @@ def test_the_verdict(request_of, tmp_path, capsys, killed, moved, ledger, proven
     runs = []
     for name, loss, digest in (("u", 2.0, "aa"), ("k", killed, "aa"), ("m", moved, ledger)):
         runs.append(write_rows(tmp_path / name, {"step": 12, "loss": loss}))
-        (runs[-1] / "run.json").write_text('{"platform": "cpu"}')
+        facts = {"platform": "cpu", "mesh": {"fsdp": 2}, "num_processes": 2}
+        (runs[-1] / "run.json").write_text(json.dumps(facts))
         meta = runs[-1] / "checkpoints" / "12" / "meta.json"
         meta.parent.mkdir(parents=True)
         meta.write_text(json.dumps({"ledger": {"digest": digest}}))
     assert resume_proof.judge(request_of(), *runs) is proven
-    assert words in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert words in printed
+    assert "other mesh   fsdp 2; 2 processes" in printed
 
 
 @pytest.mark.slow
@@ -213,11 +227,12 @@ def test_a_whole_proof_holds(tmp_path):
     subprocess.run([sys.executable, "-m", "llamajax.prepare", *prepare], check=True)
     command = [sys.executable, "-m", "llamajax.verify_resume", f"--config={CONFIG}:{data}"]
     command += ["--config.model.num_layers=1", "--config.train.eval_every=0", "--kills=2"]
-    command += ["--steps=6", f"--workdir={tmp_path / 'proof'}"]
+    command += ["--steps=6", "--processes=2", f"--workdir={tmp_path / 'proof'}"]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
     cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     environment = dict(os.environ) | cache  # five starts of one program
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "verdict: proven; 2 kills" in done.stdout
+    assert "fsdp 2; 2 processes" in done.stdout
     assert {step for step, _ in values(tmp_path / "proof" / "killed")} == set(range(1, 7))
