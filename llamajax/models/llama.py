@@ -196,16 +196,24 @@ class Llama(nnx.Module):
         kept = policy(compute.remat, keep=compute.remat_keep, offload=compute.remat_offload)
         return jax.lax.scan(rematerialised(block, kept), carry, numbered)[0]
 
-    def attended(self, batch: Batch, compute: Compute, attend: Attend, cache: Any):
+    def attended(
+        self,
+        batch: Batch,
+        compute: Compute,
+        attend: Attend,
+        cache: Any,
+        *,
+        probe: Callable[[Block], Callable] = lambda layer: layer,
+    ) -> tuple[jax.Array, Any]:
         """`hidden` with the attention that the caller defines, and the cache as it left it.
 
-        For decoding: tokens and layers are not split.
+        For decoding: tokens and layers are not split. `probe` makes of a layer in use what is
+        called in its place. Where layers are split after all, those of this device alone are used.
         """
         assert not compute.split_tokens
-        assert num_stages() == 1
         x_BTD = embed(self.embedding[...], batch["tokens"], compute.dtype, False)
-        bring = lambda layer: gather(layer, compute.dtype)  # noqa: E731
-        numbered = (self.blocks, jnp.arange(self.config.num_layers))
+        bring = lambda layer: probe(gather(layer, compute.dtype))  # noqa: E731
+        numbered = (self.blocks, jnp.arange(self.blocks.mlp_norm[...].shape[0]))
         x_BTD, cache = self._scanned(numbered, (x_BTD, cache), batch, compute, attend, bring)
         return self._normed(x_BTD, compute), cache
 
@@ -217,7 +225,7 @@ class Llama(nnx.Module):
         """Summed losses over the own ones of the batch's `targets` with a true `loss_mask`."""
         return cross_entropy(
             self.hidden(batch, compute),
-            self._head()[...],
+            self.head_or_embedding[...],
             own(batch["targets"], compute),
             own(batch["loss_mask"], compute),
             vocab_size=self.config.vocab_size,
@@ -230,7 +238,7 @@ class Llama(nnx.Module):
         """Negative log-likelihood of each of the batch's `targets`, nats, float32 (B, T)."""
         return token_nll(
             self.hidden(batch, compute),
-            self._head()[...],
+            self.head_or_embedding[...],
             batch["targets"],
             vocab_size=self.config.vocab_size,
             chunk_tokens=compute.loss_chunk_tokens,
@@ -239,7 +247,7 @@ class Llama(nnx.Module):
     def logits(self, batch: Batch, compute: Compute) -> jax.Array:
         """Float32 logits (B, T, V) of every token; for tests, never for training."""
         x_BTD = self.hidden(batch, compute)
-        head_VD = gather(self._head(), compute.dtype)[...]
+        head_VD = gather(self.head_or_embedding, compute.dtype)[...]
         logits_BTV = linear(x_BTD, head_VD.T).astype(jnp.float32)
         return logits_BTV[:, :, : self.config.vocab_size]
 
@@ -249,11 +257,13 @@ class Llama(nnx.Module):
         The head is used where it lies, V over `tensor`; its logits are then gathered, so that
         every device has all of V.
         """
-        head_VD = gather(self._head(), compute.dtype)[...]
+        head_VD = gather(self.head_or_embedding, compute.dtype)[...]
         logits_BV = jnp.dot(x_BD, head_VD.T, preferred_element_type=jnp.float32)
         return all_gathered(logits_BV, "tensor", dim=1)[:, : self.config.vocab_size]
 
-    def _head(self) -> nnx.Param:
+    @property
+    def head_or_embedding(self) -> nnx.Param:
+        """The matrix (V, D) that makes logits: the embedding where the two are tied."""
         return self.embedding if self.head is None else self.head
 
 

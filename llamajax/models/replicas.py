@@ -1,0 +1,93 @@
+"""What the copies of a model compute and hold, each as a few numbers that must be the same bits.
+
+Devices that see the same tokens with the same weights run the same program on the same numbers:
+one whose digest differs is broken. Nothing that is compared here has been summed over the copies,
+which would make one device's mistake everyone's.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llamajax.models.llama import Compute, Llama
+from llamajax.ops.attention import attention
+from llamajax.ops.cross_entropy import cross_entropy
+from llamajax.sharding import TOKEN_AXES
+from llamajax.sharding.collectives import varied, varying
+
+_ODD = 2654435761  # of Knuth's multiplicative hash; odd, so that one flipped bit changes the sum
+
+
+def digest(tree: Any) -> jax.Array:
+    """A uint32 of the bits of all arrays of a tree, in order; any single flipped bit changes it.
+
+    A sum of integers: the same however it is summed.
+    """
+    total = jnp.uint32(0)
+    for x in jax.tree.leaves(tree):
+        kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, kind).reshape(-1).astype(jnp.uint32)
+        weights = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(_ODD) * 2 + 1
+        total = total * jnp.uint32(31) + jnp.sum(bits * weights, dtype=jnp.uint32)
+    return total
+
+
+def computed(model: Llama, tokens_BT: jax.Array, compute: Compute) -> jax.Array:
+    """uint32 (2,): digests of all blocks, forward and backward, and of the loss, on one device.
+
+    The tokens are the same on all. Each block's gradients, of its input and of its weights before
+    any reduction, are those for its own output as the gradient that comes in: the same products as
+    in training, and a backward pass that keeps nothing for later. Where stages split the layers,
+    each device runs those that it has.
+    """
+    compute = dataclasses.replace(
+        compute,
+        split_tokens=False,
+        remat="none",
+        remat_keep=(),
+        remat_offload=(),
+        attention="blocked" if compute.attention == "split" else compute.attention,
+    )
+    model, tokens_BT = varied(model), varying(tokens_BT, TOKEN_AXES)
+    positions_BT = varying(
+        jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape),
+        TOKEN_AXES,
+    )
+
+    def attend(q, k, v, seen, _):
+        return attention(q, k, v, impl=compute.attention, segment_ids_BT=None), seen
+
+    def probe(layer: Any) -> Any:
+        def called(x_BTD, cos_sin, own, keys_BT, **settings):
+            def run(layer: Any, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+                return layer(x_BTD, cos_sin, own, keys_BT, **settings)
+
+            out_BTD, back, seen = jax.vjp(run, layer, x_BTD, has_aux=True)
+            return out_BTD, seen * jnp.uint32(31) + digest((out_BTD, back(out_BTD)))
+
+        return called
+
+    batch = {"tokens": tokens_BT, "positions": positions_BT}
+    zero = varying(jnp.uint32(0), tuple(jax.sharding.get_abstract_mesh().manual_axes))
+    x_BTD, blocks = model.attended(batch, compute, attend, zero, probe=probe)
+
+    def loss(x_BTD: jax.Array) -> jax.Array:
+        return cross_entropy(
+            x_BTD,
+            jax.lax.stop_gradient(model.head_or_embedding[...]),
+            tokens_BT,
+            jnp.ones_like(tokens_BT, dtype=bool),
+            vocab_size=model.config.vocab_size,
+            chunk_tokens=compute.loss_chunk_tokens,
+            z_weight=compute.z_weight,
+            split_tokens=False,
+        ).objective
+
+    return jnp.stack([blocks, digest(jax.value_and_grad(loss)(x_BTD))])
+
+
+def stored(tree: Any) -> jax.Array:
+    """uint32 (n,): a digest of this device's part of each array of a tree, in tree order."""
+    return jnp.stack([digest(leaf) for leaf in jax.tree.leaves(tree)])
