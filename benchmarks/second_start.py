@@ -12,6 +12,7 @@ it at its first step, and starts it again. A time is from the command to that st
 import argparse
 import datetime
 import os
+import resource
 import signal
 import statistics
 import subprocess
@@ -21,12 +22,12 @@ import time
 from pathlib import Path
 
 
-def time_to_first_step(arguments: list[str], folder: Path, name: str) -> float:
-    """Seconds from starting `train` to its first step; the run is then killed."""
+def time_to_first_step(arguments: list[str], folder: Path, name: str) -> tuple[float, float]:
+    """Seconds from starting `train` to its first step, and of processors; it is then killed."""
     command = [sys.executable, "-m", "llamajax.train", *arguments]
     command += [f"--workdir={folder / name}", f"--config.backend.compile_cache={folder / 'kept'}"]
     command += ["--config.train.log_every=1"]
-    began = time.perf_counter()
+    began, used = time.perf_counter(), processor_s()
     said = []
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
@@ -34,8 +35,15 @@ def time_to_first_step(arguments: list[str], folder: Path, name: str) -> float:
             if line.startswith("step 1/"):
                 took = time.perf_counter() - began
                 process.send_signal(signal.SIGKILL)
-                return took
+                process.wait()
+                return took, processor_s() - used
     raise SystemExit("".join(said[-5:]) + "the run ended before its first step")
+
+
+def processor_s() -> float:
+    """Seconds of processors that ended children have used; other load changes them little."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -50,16 +58,17 @@ def main() -> None:
             first, second = (
                 time_to_first_step(flags.arguments, Path(folder), name) for name in ("a", "b")
             )
-        rows.append((first, second))
-        print(
-            f"round {number}: first {first:.1f} s, second {second:.1f} s, {first / second:.2f}",
-            file=sys.stderr,
-        )
-    firsts, seconds = zip(*rows, strict=True)
-    ratio = statistics.median(first / second for first, second in rows)
+        rows.append((*first, *second))
+        print(f"round {number}: {' '.join(f'{value:.1f}' for value in rows[-1])}", file=sys.stderr)
+    first, first_cpu, second, second_cpu = (
+        statistics.median(column) for column in zip(*rows, strict=True)
+    )
+    ratio = statistics.median(row[0] / row[2] for row in rows)
+    ratio_cpu = statistics.median(row[1] / row[3] for row in rows)
     print(f"{datetime.date.today()}, {os.cpu_count()} cores, {flags.rounds} rounds, medians")
-    print("| first start s | second start s | ratio |\n| ---: | ---: | ---: |")
-    print(f"| {statistics.median(firsts):.1f} | {statistics.median(seconds):.1f} | {ratio:.2f} |")
+    print("| seconds | first start | second start | ratio |\n| --- | ---: | ---: | ---: |")
+    print(f"| to the first step | {first:.1f} | {second:.1f} | {ratio:.2f} |")
+    print(f"| of processors | {first_cpu:.1f} | {second_cpu:.1f} | {ratio_cpu:.2f} |")
 
 
 if __name__ == "__main__":
