@@ -1,8 +1,10 @@
 """`python -m llamajax.doctor`: what a backend can do, and what llamajax will do about the rest."""
 
 import json
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from llamajax.config import Flag, parse_command_line
 from llamajax.config.flags import BACKEND_FLAGS, NUM_CPU_DEVICES, backend_config
@@ -62,7 +64,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--{name}={out}: there is no directory to write it in")
     backend = backend_config(flags)
     # JAX takes seconds to import: --help and mistakes are answered without it.
-    from llamajax.backends.verdict import NOT_READY, write_verdict
+    from llamajax.backends.verdict import NOT_READY
     from llamajax.conformance import output, page
     from llamajax.conformance.examination import Examination
     from llamajax.conformance.table import chosen
@@ -81,18 +83,34 @@ def main(argv: list[str]) -> int:
     partial = flags.only is not None
     print(output.to_text(verdict, num_devices=num_devices, total_s=total_s, partial=partial))
     if machine is not None and not partial:
-        print(f"kept for train and the other verbs: {write_verdict(verdict)}")
+        _keep(verdict)
     if flags.json:
-        _write(Path(flags.json), json.dumps(verdict.to_json(), indent=1))
+        _write("json", flags.json, json.dumps(verdict.to_json(), indent=1))
     if flags.html:
-        _write(Path(flags.html), page.to_html(verdict, machine=machine, total_s=total_s))
+        _write("html", flags.html, page.to_html(verdict, machine=machine, total_s=total_s))
     return int(verdict.verdict == NOT_READY)
 
 
-def _write(path: Path, text: str) -> None:
+def _keep(verdict: Any) -> None:
+    """Keep the verdict where runs look for it, or say that it is not."""
+    from llamajax.backends import write_verdict
+
+    try:
+        print(f"kept for train and the other verbs: {write_verdict(verdict)}")
+    except OSError as error:
+        print(f"warning: runs will not know of this verdict: {error}", file=sys.stderr)
+
+
+def _write(flag: str, out: str, text: str) -> None:
+    """Write a file that was asked for, whole or not at all; UserError where that is refused."""
+    path = Path(out)
     hidden = path.with_name(f".{path.name}.tmp")
-    hidden.write_text(text + "\n", encoding="utf-8")
-    hidden.replace(path)
+    try:
+        hidden.write_text(text + "\n", encoding="utf-8")
+        hidden.replace(path)
+    except OSError as error:
+        hidden.unlink(missing_ok=True)
+        raise UserError(f"--{flag}={out} cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llamajax import backends
 from llamajax.conformance.outcome import Bench, UnsupportedError, WrongError
 
 # Odd on purpose: what is wrong at the edges of tiles shows.
@@ -103,7 +104,11 @@ def _speed(bench: Bench, dtype: str, *, precision: str = "default") -> str:
         best = min(_timed(multiply, x) for _ in range(_REPEATS))
         if best > _LONG_ENOUGH_S:
             break
-    return f"{2 * size**3 / best / 1e12:.3g} TFLOP/s ({size} x {size})"
+    rate = 2 * size**3 / best
+    text = f"{rate / 1e12:.3g} TFLOP/s ({size} x {size})"
+    known = dtype in ("bfloat16", "float32")
+    peak = backends.peak_flops(bench.machine.device_kind, dtype) if known else None
+    return text if peak is None else f"{text}, {rate / peak[0]:.0%} of the peak"
 
 
 def _timed(function, x: jax.Array) -> float:

@@ -7,15 +7,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llamajax import sharding
 from llamajax.config.schema import MeshConfig
 from llamajax.conformance.outcome import Bench, UnsupportedError, WrongError
 from llamajax.sharding import AXES, collectives
 
-_WIDTH = 1024  # float32 values in a row of a device's block
-_BYTES = 1 << 20  # of a device's block, for the speed
+_ROWS, _COLUMNS = 5, 24  # of a block whose values are checked; columns times the axis' size
+_WIDTH = 1024  # float32 values in a row of a block that is timed
+_BLOCK_BYTES = (1 << 20, 8 << 20, 64 << 20)
+_LONG_ENOUGH_S = 1e-3
 _REPEATS = 3
 # The largest integer below which bfloat16 has them all: sums are then exact in any order.
 _EXACT = 256
@@ -118,52 +120,64 @@ def _tried(
         mesh = sharding.build_mesh(MeshConfig(**sizes), bench.devices)
         for axis, size in sizes.items():
             for dtype in ("bfloat16", "float32"):
-                large = dtype == "float32" and sent is not None
-                seconds = _run(mesh, axis, function, expected, dtype=dtype, large=large)
+                _check(mesh, axis, function, expected, dtype=dtype)
             if sent is not None:
-                rate = sent(size) * _BYTES / seconds / 1e9
+                rate = sent(size) * _bytes_per_s(mesh, axis, function) / 1e9
                 name = f"{axis} {size}"
                 rates[name] = min(rate, rates.get(name, rate))
     return "right on " + ", ".join(f"{name}: {rate:.2g} GB/s" for name, rate in rates.items())
 
 
-def _run(
-    mesh: Mesh, axis: str, function: Callable, expected: Callable, *, dtype: str, large: bool
-) -> float:
-    """Seconds of one call; WrongError where a value is wrong."""
-    used = tuple(a for a in mesh.axis_names if mesh.shape[a] > 1)
-    sizes = tuple(mesh.shape[a] for a in used)
-    columns = _WIDTH if large else 8 * mesh.shape[axis]
-    columns -= columns % mesh.shape[axis]
-    rows = _BYTES // 4 // columns if large else 3
+def _check(mesh: Mesh, axis: str, function: Callable, expected: Callable, *, dtype: str) -> None:
+    """Raise WrongError where a value is wrong."""
+    placed = _placed(mesh)
+    sizes = tuple(mesh.shape[a] for a in mesh.axis_names if mesh.shape[a] > 1)
+    rows, columns = _ROWS, _COLUMNS * mesh.shape[axis]
     blocks = _blocks(sizes, rows, columns)
-    spec = PartitionSpec(used)
-    moved = jax.jit(
+    x = jax.device_put(blocks.reshape(-1, columns).astype(jnp.dtype(dtype)), placed)
+    found = np.asarray(_moved(mesh, axis, function)(x)).astype(np.float64)
+    where = [a for a in mesh.axis_names if mesh.shape[a] > 1].index(axis)
+    front = np.moveaxis(blocks, where, 0)
+    wanted = expected(front.reshape(front.shape[0], -1, rows, columns))
+    wanted = wanted.reshape(*front.shape[: len(sizes)], *wanted.shape[2:])
+    wanted = np.moveaxis(wanted, 0, where).reshape(-1, wanted.shape[-1])
+    name = f"wrong over {axis} on {sharding.describe(mesh)} in {dtype}"
+    if found.shape != wanted.shape:
+        raise WrongError(f"{name}: {found.shape} values instead of {wanted.shape}")
+    if not np.array_equal(found, wanted):
+        bad = tuple(np.argwhere(found != wanted)[0])
+        raise WrongError(
+            f"{name}: {np.sum(found != wanted)} of {wanted.size} values, for example "
+            f"{found[bad]:g} instead of {wanted[bad]:g}"
+        )
+
+
+def _bytes_per_s(mesh: Mesh, axis: str, function: Callable) -> float:
+    """Bytes of a device's block over the time of a call, of blocks as large as it takes."""
+    moved = _moved(mesh, axis, function)
+    for size in _BLOCK_BYTES:
+        rows = size // 4 // _WIDTH * mesh.size
+        columns = _WIDTH - _WIDTH % mesh.shape[axis]
+        x = jnp.ones((rows, columns), jnp.float32, device=_placed(mesh))
+        jax.block_until_ready(moved(x))
+        best = min(_timed(moved, x) for _ in range(_REPEATS))
+        if best > _LONG_ENOUGH_S:
+            break
+    return x.nbytes / mesh.size / best
+
+
+def _placed(mesh: Mesh) -> NamedSharding:
+    """Rows over all devices, in the order of the mesh."""
+    return NamedSharding(mesh, PartitionSpec(tuple(a for a in AXES if mesh.shape[a] > 1)))
+
+
+def _moved(mesh: Mesh, axis: str, function: Callable) -> Callable:
+    spec = _placed(mesh).spec
+    return jax.jit(
         jax.shard_map(
             lambda x: function(x, axis), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
         )
     )
-    x = blocks.reshape(-1, columns).astype(jnp.dtype(dtype))
-    x = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
-    found = np.asarray(moved(x)).astype(np.float64)
-    where = used.index(axis)
-    front = np.moveaxis(blocks, where, 0)
-    flat = front.reshape(front.shape[0], -1, rows, columns)
-    wanted = expected(flat)
-    wanted = wanted.reshape(*front.shape[: len(sizes)], *wanted.shape[2:])
-    wanted = np.moveaxis(wanted, 0, where).reshape(-1, wanted.shape[-1])
-    if found.shape != wanted.shape or not np.array_equal(found, wanted):
-        bad = np.argwhere(found != wanted)[0] if found.shape == wanted.shape else None
-        told = f"{found.shape} values instead of {wanted.shape}"
-        if bad is not None:
-            told = (
-                f"{np.sum(found != wanted)} of {wanted.size} values, for example "
-                f"{found[tuple(bad)]:g} instead of {wanted[tuple(bad)]:g}"
-            )
-        raise WrongError(
-            f"wrong over {axis} of {dict(zip(used, sizes, strict=True))} in {dtype}: {told}"
-        )
-    return min(_timed(moved, x) for _ in range(_REPEATS)) if large else math.nan
 
 
 def _blocks(sizes: tuple[int, ...], rows: int, columns: int) -> np.ndarray:

@@ -111,10 +111,10 @@ class Examination:
             if said is None:
                 self.hangs += 1
                 text = f"did not come back within {limit_s:g} s{child.where()}"
-                return self._blame(running, text, spent)
+                return self._blame(running, batch, text, spent)
             if not said:
                 if running is not None:
-                    self._blame(running, child.death(), spent)
+                    self._blame(running, batch, child.death(), spent)
                 return None
             if "refused" in said:
                 return self._refused(said["refused"], batch)
@@ -145,10 +145,12 @@ class Examination:
         for probe in batch:
             self._end(probe.name, "unsupported", reason, 0.0)
 
-    def _blame(self, name: str | None, text: str, spent: float) -> None:
-        if name is None or (name == "start" and self.machine is not None):
-            return  # `run` blames the probe that the process was for
-        self._end(name, "fail", text, spent)
+    def _blame(self, running: str | None, batch: Sequence[Probe], text: str, spent: float) -> None:
+        """Say who was running when a process hung or ended; None: nobody, it was between two."""
+        if running == "start" and self.machine is not None:
+            running, text = batch[0].name, f"the backend did not start again: {text}"
+        if running is not None:
+            self._end(running, "fail", text, spent)
 
     def _end(self, name: str, status: Any, message: str, time_s: float) -> None:
         outcome = Outcome(name=name, status=status, message=message, time_s=round(time_s, 3))
