@@ -29,7 +29,6 @@ a line of instructions, of which only the completion or the assistant's answers 
   {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
 """
 _LOG_EVERY_S = 10.0
-# Flags that say where the work is done, not what comes of it.
 _HOW = ("num_tasks", "task_index", "merge", "runner", "beam_options")
 
 
@@ -81,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
         help="processes; changes speed only (default: the processors, here %(default)s)",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    _add_array(parser)
+    return parser
+
+
+def _add_array(parser: argparse.ArgumentParser) -> None:
+    """Flags that say where the work is done, not what comes of it: those of `_HOW`."""
     array = parser.add_argument_group(
         "on many machines",
         "The same command with --num_tasks=N and each of --task_index=0..N-1, in any order, and"
@@ -102,7 +107,6 @@ def _parser() -> argparse.ArgumentParser:
         help="options of the pipeline, as runner=FlinkRunner,parallelism=8 (default: Beam's own"
         " local runner)",
     )  # fmt: skip
-    return parser
 
 
 class _Progress:
@@ -215,9 +219,7 @@ def _carried_out(
     """The manifest of what was made; of one task, what to say of it."""
     if runner == "beam":
         if task_index is not None or merge:
-            raise UserError(
-                "--runner=beam runs all tasks and merges: no --task_index, no --merge"
-            )
+            raise UserError("--runner=beam runs all tasks and merges: no --task_index, no --merge")
         return prepare_on_beam(
             settings, num_tasks=num_tasks, options=beam_options, progress=progress
         )
