@@ -69,7 +69,7 @@ def test_a_collective_that_swaps_two_members_is_found(bench):
     def joined(blocks):
         return np.stack([np.concatenate(blocks, axis=1)] * len(blocks))
 
-    with pytest.raises(WrongError, match="wrong over fsdp on fsdp 8 .* in bfloat16"):
+    with pytest.raises(WrongError, match=r"wrong over fsdp on fsdp 8 .* in bfloat16"):
         communication._tried(bench, swapped, joined, sent=None)
 
 
