@@ -56,6 +56,7 @@ _AT_LEAST: dict[str, float] = {
     "guard.max_in_a_row": 1,
     "guard.max_rollbacks": 0,
     "guard.hang_timeout_s": 1,
+    "guard.canary_every": 1,
     "guard.blackbox_steps": 1,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,

@@ -265,6 +265,10 @@ class GuardConfig:
         "process ends; none: never",
         default=1800,
     )
+    canary_every: int | None = key(
+        "steps between checks that all replicas compute and hold the same bits; none: never",
+        default=None,
+    )
     blackbox_steps: int = key(
         "steps kept for blackbox/, written when something goes wrong", default=64
     )

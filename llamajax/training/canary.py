@@ -19,7 +19,9 @@ from llamajax.models import replicas
 from llamajax.models.llama import Compute, Llama
 from llamajax.models.sharded import precision
 from llamajax.ops.attention import NEEDS_UNCHECKED
+from llamajax.sharding import batch_shards
 from llamajax.training.guardian import Stopped
+from llamajax.training.session import Session
 from llamajax.training.state import TrainState
 
 REPLICA_AXES = ("data", "fsdp", "sequence")  # along these devices compute the same of other tokens
@@ -36,11 +38,13 @@ class Canary:
         mesh: Mesh,
         compute: Compute,
         *,
+        every: int,
         rows: int,
         seq_len: int,
         vocab_size: int,
     ):
-        """`state`: a real or abstract one; rows: samples of a device's microbatch."""
+        """every: steps between checks; rows: samples of a device's microbatch."""
+        self._every = every
         self._mesh = mesh
         self._names = list(named_leaves(state.whole))
         shape = (rows, seq_len)
@@ -49,6 +53,10 @@ class Canary:
         tables = jax.jit(_tables(state.whole, mesh, compute))
         self._tables: Callable = tables.lower(state.whole, tokens).compile()
         self._clean_at: int | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether a check belongs to `step`."""
+        return step % self._every == 0
 
     def check(self, step: int, state: TrainState) -> None:
         """Raise Stopped where bits differ. Waits for the devices; all processes see the same."""
@@ -102,6 +110,23 @@ class Canary:
             f"step {step}: silent data corruption: {shown}. Take that device's node out and start "
             f"again; all was well at {since}, checkpoints after it may be wrong: move them away"
         )
+
+
+def canary_of(session: Session, state: TrainState) -> Canary | None:
+    """The canary that the config asks for, on microbatches of the size that training has."""
+    config, mesh = session.config, session.mesh
+    if config.guard.canary_every is None:
+        return None
+    parts = config.train.accumulation_steps * batch_shards(mesh)
+    return Canary(
+        state,
+        mesh,
+        session.compute,
+        every=config.guard.canary_every,
+        rows=max(config.data.global_batch_size // parts, 1),
+        seq_len=config.data.seq_len,
+        vocab_size=config.model.vocab_size,
+    )
 
 
 _WHOLE = PartitionSpec()

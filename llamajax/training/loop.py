@@ -14,6 +14,7 @@ from llamajax.checkpoint import Checkpointer, CheckpointError
 from llamajax.config.schema import CheckpointConfig, TrainConfig
 from llamajax.monitoring import MetricsWriter, Progress, StepTime, StepTimer
 from llamajax.training.agreement import agreed
+from llamajax.training.canary import Canary
 from llamajax.training.guardian import Guardian
 from llamajax.training.hang import HangWatch
 from llamajax.training.shutdown import Shutdown
@@ -45,6 +46,7 @@ class Loop:
     saw: Callable[[int], None]  # enters the samples of a step in the ledger
     guardian: Guardian
     hang: HangWatch
+    canary: Canary | None
     times: list[StepTime] = dataclasses.field(default_factory=list)  # since the last row
     failed_checkpoints: list[str] = dataclasses.field(default_factory=list)  # of this start
 
@@ -66,9 +68,12 @@ class Loop:
             self._show_alive()
             save = stop or step == last or self._save_is_due(step, saved_at_s)
             evaluate = self.eval_is_due(step)
-            if save or evaluate:
+            examine = self.canary is not None and self.canary.is_due(step)
+            if save or evaluate or examine:
                 self._log(*pending)
                 pending = None
+            if examine:
+                self._examine(step, state)  # before a save: what is saved was found sound
             if save:
                 self._save(step, state, final=stop or step == last)
                 saved_at_s = time.monotonic()
@@ -140,6 +145,11 @@ class Loop:
         self.progress.show(row)
         if not math.isfinite(values["loss"]) and "update_skipped" not in values:
             self.progress.note(f"warning: the loss of step {step} is {values['loss']}")
+
+    def _examine(self, step: int, state: TrainState) -> None:
+        with self.timer.pause("canary"):
+            self.canary.check(step, state)
+        self._show_alive()
 
     def _show_alive(self) -> None:
         show_alive()

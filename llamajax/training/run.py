@@ -20,6 +20,7 @@ from llamajax.monitoring import MetricsWriter, Progress, StepTimer, load_metrics
 from llamajax.monitoring.blackbox import BLACKBOX, BlackBox
 from llamajax.training.agreement import decided_by_primary
 from llamajax.training.audit import Audit
+from llamajax.training.canary import Canary, canary_of
 from llamajax.training.departure import LeavingAtOnce
 from llamajax.training.export import exporter, is_exported, write_adapters
 from llamajax.training.feed import Feed
@@ -103,7 +104,7 @@ def _trained(run: _Run, start: "_Start") -> tuple[Loop, int]:
     while True:
         with contextlib.ExitStack() as stack:
             loop, state = _build(run, start, stack, compiled)
-            compiled = (loop.step, loop.eval_step)
+            compiled = (loop.step, loop.eval_step, loop.canary)
             try:
                 return loop, _run(loop, state, start.step, run.workdir)
             except Stopped as error:
@@ -221,7 +222,7 @@ def _build(
     run: _Run,
     start: _Start,
     stack: contextlib.ExitStack,
-    compiled: tuple[Callable, Callable] | None,
+    compiled: tuple[Callable, Callable, Canary | None] | None,
 ) -> tuple[Loop, TrainState]:
     """Memory and compilation: the state, the two steps, and the loop around them.
 
@@ -273,6 +274,7 @@ def _build(
         saw=start.ledger.add,
         guardian=guardian,
         hang=hang,
+        canary=steps[2],
     ), state
 
 
@@ -326,12 +328,15 @@ def _meta(config: RunConfig, start: _Start, audit: Audit) -> dict[str, Any]:
     return meta | ({"base": start.base} if start.base else {})
 
 
-def _compiled(session: Session, feed: Feed, state: TrainState) -> tuple[Callable, Callable]:
-    """Both steps, compiled before the first update, so that no signal meets a compiler later."""
+def _compiled(
+    session: Session, feed: Feed, state: TrainState
+) -> tuple[Callable, Callable, Canary | None]:
+    """Both steps, and the canary: before the first update, so that no signal meets a compiler."""
     config = session.config
     update = update_of(session)
     evaluate = eval_step(session.compute, session.mesh)
     batch, held_out = (
         feed.abstract(n) for n in (config.data.global_batch_size, feed.eval_batch_size)
     )
-    return update.lower(state, batch).compile(), evaluate.lower(state.whole, held_out).compile()
+    lowered = update.lower(state, batch), evaluate.lower(state.whole, held_out)
+    return lowered[0].compile(), lowered[1].compile(), canary_of(session, state)
