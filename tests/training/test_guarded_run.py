@@ -132,10 +132,11 @@ def test_a_skipped_update_leaves_weights_and_moments_bit_for_bit(skipping, guard
     changed = {n for n in after if before[n].tobytes() != after[n].tobytes()}
     assert changed == {"step", "guard/skipped", "guard/in_a_row"}
     last = arrays(skipping, STEPS)
-    counts = {int(v) for n, v in last.items() if n.startswith("opt_state") and not v.ndim}
-    assert STEPS - len(hit) in counts, "Adam counts its own updates"
+    counts = [int(v) for n, v in last.items() if n.startswith("opt_state") and not v.ndim]
+    applied = [n for n in range(1, STEPS + 1) if n not in hit]
+    # Adam counts its own updates; the schedule follows the batches.
+    assert sorted(counts) == [len(applied), applied[-1]]
     assert int(last["step"]) == STEPS
-    assert found[-1]["learning_rate"] == 0.0, "the schedule follows the batches"
 
 
 def test_a_box_names_the_samples_of_a_skipped_step(skipping, guarded):
