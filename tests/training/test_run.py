@@ -148,7 +148,7 @@ def test_mistakes_exit_2_with_one_message(prepared, undisturbed, tmp_path):
         assert "Traceback" not in text
 
 
-def test_a_damaged_checkpoint_is_kept_aside_and_the_previous_continued(prepared, undisturbed, tmp_path):
+def test_a_damaged_checkpoint_is_kept_aside_for_the_previous(prepared, undisturbed, tmp_path):
     code, _ = interrupted(prepared, tmp_path, signal.SIGTERM, after_step=9)
     assert code == 143
     steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
