@@ -1,9 +1,10 @@
-"""Two processes that train under launch: a worker is killed, and nothing shows it but the logs."""
+"""Two and four processes that train: a worker is killed, and nothing shows it but the logs."""
 
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -124,3 +125,94 @@ def test_workdirs_that_are_not_shared_are_refused(data, environment, tmp_path):
     assert done.returncode == 2, done.stderr
     assert "checkpoints need storage that all nodes share" in done.stderr
     assert "restart" not in done.stderr
+
+
+# Without a decay, so that a run may be continued by raising train.steps.
+KEYS = {"optim.schedule": "constant", "optim.warmup_steps": 1, "train.eval_every": 2}
+
+
+def four(data, workdir, *, steps: int, devices: int, fsdp: int = 4) -> list[str]:
+    keys = KEYS | {"train.steps": steps, "mesh.fsdp": fsdp}
+    return [*train(data, workdir, devices), *(f"--config.{k}={v}" for k, v in keys.items())]
+
+
+def finished(commands: list[list[str]], environments: list[dict]) -> None:
+    started = [
+        subprocess.Popen(c, env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for c, e in zip(commands, environments, strict=True)
+    ]
+    texts = [process.communicate(timeout=300)[0] for process in started]
+    assert {process.returncode for process in started} == {0}, "\n".join(texts)
+
+
+def same(workdir, other, *, step: int) -> None:
+    """Losses within the tolerance of float32, and the same samples."""
+    difference = largest_difference(values(workdir), values(other))
+    assert difference is None or difference.relative < 1e-5, difference
+    digests = {read_meta(run, step)["ledger"]["digest"] for run in (workdir, other)}
+    assert len(digests) == 1
+
+
+@pytest.fixture(scope="module")
+def alone(data, environment, tmp_path_factory):
+    """One process with four devices, six steps."""
+    workdir = tmp_path_factory.mktemp("alone")
+    finished([four(data, workdir, steps=6, devices=4)], [environment])
+    return workdir
+
+
+def started_by_hand(command: list[str], environment: dict, port: int):
+    place = {"coordinator_address": f"127.0.0.1:{port}", "num_processes": 4}
+    flags = [f"--config.backend.{key}={value}" for key, value in place.items()]
+    ranks = range(4)
+    return [[*command, *flags, f"--config.backend.process_id={r}"] for r in ranks], [
+        environment
+    ] * 4
+
+
+def started_by_slurm(command: list[str], environment: dict, port: int):
+    """The variables of `srun`; the port follows from the number of the job."""
+    job = {"SLURM_JOB_ID": str(port - 61440), "SLURM_STEP_NUM_TASKS": "4"}
+    job["SLURM_STEP_NODELIST"] = "localhost"
+    return [command] * 4, [environment | job | {"SLURM_PROCID": str(r)} for r in range(4)]
+
+
+@pytest.fixture
+def port() -> int:
+    """A free port among those that jobs of SLURM take."""
+    for number in range(61440 + os.getpid() % 4000, 65536):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", number)):
+                return number
+    raise AssertionError("no port is free")
+
+
+@pytest.mark.parametrize("start", [started_by_hand, started_by_slurm])
+def test_four_ranks_without_a_launcher(data, environment, alone, tmp_path, port, start):
+    command = four(data, tmp_path, steps=6, devices=1)
+    finished(*start(command, environment, port))
+    same(tmp_path, alone, step=6)
+
+
+def launched(command: list[str], processes: int) -> list[str]:
+    start = launch("", "")[:3]  # python -m llamajax.launch
+    return [*start, f"--processes_per_node={processes}", "--max_restarts=0", "--", *command]
+
+
+def test_launched_and_resumed_on_one_two_and_four_processes(
+    data,
+    environment,
+    alone,
+    tmp_path,
+):
+    for steps, processes in ((2, 1), (4, 2), (6, 4)):
+        command = four(data, tmp_path, steps=steps, devices=1, fsdp=processes)
+        finished([launched(command, processes)], [environment])
+    same(tmp_path, alone, step=6)
+
+
+def test_resumed_on_eight_four_and_eight_devices(data, environment, alone, tmp_path):
+    for steps, devices in ((2, 8), (4, 4), (6, 8)):
+        command = four(data, tmp_path, steps=steps, devices=devices, fsdp=devices)
+        finished([command], [environment])
+    same(tmp_path, alone, step=6)
