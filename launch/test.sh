@@ -8,6 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 # The pinned torch that parity is tested with is smallest on 3.11.
 PREFERRED=python3.11
 make_venv "$ROOT/.venv" ".[test]"
+add_pjrt_cpu "$ROOT/.venv"
 cd "$ROOT"
 say "running the tests"
 exec "$ROOT/.venv/bin/python" -m pytest "$@"

@@ -44,3 +44,9 @@ make_venv() {
     --editable "$requirement")
   printf '%s\n' "$wanted" >"$stamp"
 }
+
+# What the test NPU (tests/npu) is made of. Their own wishes are left out: one would hold JAX back.
+add_pjrt_cpu() {
+  "$1/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+    xla-cpu-pjrt==0.0.1 lammps-jax-pjrt-cpu==0.11.2 || say "no PJRT CPU plugin here: tests/npu skips itself"
+}
