@@ -3,7 +3,10 @@
 Peaks are dense (no sparsity), in FLOP/s, from the makers' data sheets; `source` says which. A chip
 of TPU v7x is two devices to JAX, an MI250X two, a Trainium1 two, a Trainium2 four: their figures
 are those of one device. Entries whose `tested` is false never met a device of their kind here: the
-name that JAX gives it is the maker's, as far as it could be read. What is looked up how: `devices`.
+name that JAX gives it is the maker's, as far as it could be read. Figures of the MI300X and of
+Trainium were checked against the makers' pages on 2026-11-25; links and the other untested entries
+are as remembered from data sheets. What is published in contradictory ways (Tenstorrent's
+Blackhole) is left out: no peak is better than a wrong one. What is looked up how: `devices`.
 """
 
 import dataclasses
@@ -165,7 +168,4 @@ DEVICES = (
     _untested("Wormhole", name="n150", peaks=(74e12, None), gib=12, hbm=288e9,
               links=(25e9, None), efficiency=0.4,
               source="Tenstorrent Wormhole n150 specification, FP16"),
-    _untested("Blackhole", name="p150", peaks=(194e12, None), gib=32, hbm=512e9,
-              links=(50e9, None), efficiency=0.4,
-              source="Tenstorrent Blackhole p150 specification, half of FP8"),
 )  # fmt: skip
