@@ -247,14 +247,13 @@ def donated_bytes(compiled: Any) -> tuple[int, int] | None:
     memory = compiled.memory_analysis()
     if memory is None:
         return None
-    infos, shardings = (
-        jax.tree.leaves(compiled.args_info),
-        jax.tree.leaves(compiled.input_shardings),
-    )
+    infos = jax.tree.leaves(compiled.args_info)
+    # An argument that the program does not read has no sharding: it is not passed at all.
+    shardings = jax.tree.leaves(compiled.input_shardings, is_leaf=lambda x: x is None)
     given = sum(
         math.prod(sharding.shard_shape(info.shape)) * info.dtype.itemsize
         for info, sharding in zip(infos, shardings, strict=True)
-        if info.donated
+        if info.donated and sharding is not None
     )
     return given, memory.alias_size_in_bytes
 

@@ -1,5 +1,8 @@
 """Properties of platforms, of those that are known and of those that are not."""
 
+import jax
+import jax.numpy as jnp
+
 from llamajax import backends
 from llamajax.backends.platforms import PLATFORMS, platform_facts
 
@@ -37,3 +40,10 @@ def test_each_name_belongs_to_one_platform_and_each_says_its_source():
     names = [name for entry in PLATFORMS for name in entry.names]
     assert len(names) == len(set(names))
     assert all(entry.source and entry.tested for entry in PLATFORMS)
+
+
+def test_an_argument_that_is_not_read_is_not_counted_as_donated():
+    step = jax.jit(lambda a, b: a + 1, donate_argnums=(0, 1))
+    compiled = step.lower(jnp.ones(4), jnp.ones(8)).compile()
+    given, _ = backends.donated_bytes(compiled)
+    assert given == 16
