@@ -19,6 +19,7 @@ def main(argv: list[str]) -> int:
     """Exit code: 0 finished, 143 stopped by a signal after saving."""
     shutdown = Shutdown().install()  # before anything slow, so that no signal is lost
     follow_launcher()
+    faulthandler.enable()  # a crash below Python says where every thread was
     faulthandler.register(signal.SIGUSR1)  # shows where every thread is; a launcher asks for it
     command = parse_command_line(
         argv, verb="train", flags=(WORKDIR,), summary=SUMMARY, example=EXAMPLE

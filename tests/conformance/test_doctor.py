@@ -18,7 +18,9 @@ def doctor(tmp_path):
         out = tmp_path / "doctor.json"
         done = subprocess.run(
             [sys.executable, "-m", "llamajax.doctor", f"--json={out}", *flags],
-            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+            env=os.environ
+            | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+            | {"JAX_ENABLE_COMPILATION_CACHE": "true"},  # other tests are without
             capture_output=True,
             text=True,
         )
