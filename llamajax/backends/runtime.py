@@ -247,13 +247,15 @@ def donated_bytes(compiled: Any) -> tuple[int, int] | None:
     memory = compiled.memory_analysis()
     if memory is None:
         return None
-    infos = jax.tree.leaves(compiled.args_info)
     # An argument that the program does not read has no sharding: it is not passed at all.
-    shardings = jax.tree.leaves(compiled.input_shardings, is_leaf=lambda x: x is None)
+    infos, shardings = (
+        jax.tree.leaves(tree, is_leaf=lambda x: x is None)
+        for tree in (compiled.args_info, compiled.input_shardings)
+    )
     given = sum(
         math.prod(sharding.shard_shape(info.shape)) * info.dtype.itemsize
         for info, sharding in zip(infos, shardings, strict=True)
-        if info.donated and sharding is not None
+        if sharding is not None and info.donated
     )
     return given, memory.alias_size_in_bytes
 

@@ -43,7 +43,7 @@ def test_each_name_belongs_to_one_platform_and_each_says_its_source():
 
 
 def test_an_argument_that_is_not_read_is_not_counted_as_donated():
-    step = jax.jit(lambda a, b: a + 1, donate_argnums=(0, 1))
-    compiled = step.lower(jnp.ones(4), jnp.ones(8)).compile()
+    step = jax.jit(lambda a, nothing, b, c: (a + 1, c), donate_argnums=(0, 1, 2))
+    compiled = step.lower(jnp.ones(4), None, jnp.ones(8), jnp.ones(2)).compile()
     given, _ = backends.donated_bytes(compiled)
     assert given == 16
