@@ -17,6 +17,7 @@ from llamajax.planning.compilation import _refused
 from llamajax.planning.plan import make_plan
 from llamajax.planning.roofline import pipeline_facts
 from llamajax.training.feed import abstract_batch
+from llamajax.training.session import layout_of
 from llamajax.training.state import init_state
 
 CONFIG = str(Path(__file__).with_name("small_run.py"))
@@ -68,7 +69,7 @@ def test_arguments_are_the_bytes_of_the_real_state_and_batch(planned):
     config = load(CONFIG)
     mesh = sharding.build_mesh(config.mesh, jax.devices())
     optimizer = optim.build(config.optim, steps=config.train.steps)
-    state = init_state(config.model, optimizer, mesh, seed=0)
+    state = init_state(config.model, optimizer, mesh, seed=0, layout=layout_of(config))
     held = lambda tree: sum(  # noqa: E731
         x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree)
     )
@@ -114,7 +115,8 @@ def test_the_same_program_is_not_compiled_twice(planned, cache, monkeypatch, cap
 def with_limit(target, limit):
     """The target as if its device were in the table, with so much memory."""
     h100 = next(d for d in devices.DEVICES if d.name == "h100")
-    entry = dataclasses.replace(h100, kind="cpu", name="cpu", xla_bytes=limit)
+    whole = {"has_share": False, "xla_bytes": limit}
+    entry = dataclasses.replace(h100, kind="cpu", name="cpu", **whole)
     return dataclasses.replace(target, entry=entry)
 
 
