@@ -4,11 +4,11 @@ Neither has run on its hardware yet: both are checked by lowering for the platfo
 program; Splash also numerically, interpreted on a CPU, and compiled for absent TPUs.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from llamajax.backends import cudnn
 from llamajax.ops import attention_blocked
@@ -144,6 +144,7 @@ def splash_attention(
     _, T, N, H = q_BTNH.shape
     kernel = _splash_kernel(T, N, interpret)
     scaled = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
+    splash, _ = _splash()
     q_BNTH = jnp.swapaxes(scaled, 1, 2)
     k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
     ids = None if segment_ids_BT is None else splash.SegmentIds(segment_ids_BT, segment_ids_BT)
@@ -151,7 +152,16 @@ def splash_attention(
     return jnp.swapaxes(o_BNTH, 1, 2)
 
 
-def _splash_kernel(seq_len: int, num_heads: int, interpret: bool) -> splash.SplashAttentionKernel:
+def _splash() -> tuple[Any, Any]:
+    """The kernel's modules, on use: they are for TPUs, and importing them takes 0.2 s a start."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    return kernel, masks
+
+
+def _splash_kernel(seq_len: int, num_heads: int, interpret: bool) -> Any:
+    splash, masks = _splash()
     block = next(b for b in (SPLASH_BLOCK, 384, 256, 128) if seq_len % b == 0)
     sizes = splash.BlockSizes(
         block_q=block,
