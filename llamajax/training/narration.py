@@ -124,5 +124,6 @@ def conclude(session: Session, loop: Loop, workdir: Path, code: int) -> None:
     except OSError as error:
         say(f"warning: no report was written: {error.strerror}")
         return
-    word = "finished" if code == 0 else "stopped; rerun the same command to continue"
+    again = "stopped; rerun the same command to continue"
+    word = {0: "finished", 1: "ended for the reason above"}.get(code, again)
     say(f"{word}. Checkpoint {previous(loop.checkpointer)}, report {workdir / 'report.html'}")
