@@ -2,29 +2,17 @@
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
-from pathlib import Path
 
 import pytest
+from real_runs import interrupted, keeping_programs, launch, train
 
 from llamajax.supervision.comparison import largest_difference, values
-from llamajax.supervision.trial import last_step, newest_checkpoint, read_meta
+from llamajax.supervision.trial import last_step, read_meta
 
-CONFIG = Path(__file__).parents[1] / "training" / "tiny_run.py"
-SHORT = {
-    "model.num_layers": 1,
-    "train.steps": 10,
-    "train.eval_every": 5,
-    "train.eval_batches": 1,
-    "checkpoint.every_steps": 2,
-    "backend.name": "cpu",
-    "mesh.fsdp": 2,
-}
 pytestmark = pytest.mark.slow
 
 
@@ -42,21 +30,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(data):
-    """Compiled programs are kept from one start to the next: a restart takes seconds."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(data.parent / "compiled")}
-    return dict(os.environ) | cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-
-
-def train(data, workdir, devices: int) -> list[str]:
-    keys = SHORT | {"backend.num_cpu_devices": devices}
-    command = [sys.executable, "-m", "llamajax.train", f"--config={CONFIG}:{data}"]
-    return [*command, f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in keys.items())]
-
-
-def launch(data, workdir) -> list[str]:
-    """Two processes with a device each."""
-    command = [sys.executable, "-m", "llamajax.launch", "--processes_per_node=2", "--backoff_s=0"]
-    return [*command, "--", *train(data, workdir, 1)]
+    return keeping_programs(data.parent)
 
 
 @pytest.fixture(scope="module")
@@ -66,21 +40,6 @@ def undisturbed(data, environment, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert last_step(workdir) == 10
     return workdir
-
-
-def interrupted(command, environment, workdir, *, rank: int | None, number: int):
-    """Exit code and words of a launch that gets a signal after step 4, itself or one worker."""
-    poll = threading.Event()
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
-        first = process.stderr.readline()
-        pids = [int(pid) for pid in re.search(r"pids ([\d, ]+)", first).group(1).split(",")]
-        while newest_checkpoint(workdir) < 4 and process.poll() is None:
-            poll.wait(0.005)
-        os.kill(process.pid if rank is None else pids[rank], number)
-        text = process.stderr.read()
-    return process.returncode, text
 
 
 def test_two_processes_are_one_process_with_two_devices(data, environment, undisturbed, tmp_path):
