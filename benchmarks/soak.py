@@ -5,7 +5,7 @@
 Faults, all equally often: SIGKILL of a worker, of the coordinator, of the launcher; SIGTERM of a
 worker and of the launcher; SIGSTOP of a worker. Moments: import, compilation or restore, a step, a
 save, an evaluation. A launcher that ended is started again with the same command. Prints one row a
-fault and, last, whether the run's metrics equal those of an undisturbed one. On the CPU, with a tiny
+fault and, last, whether the metrics equal those of an undisturbed run. On the CPU, with a tiny
 model and the book of the quickstart.
 """
 
