@@ -12,6 +12,7 @@ SUMMARY = (
     "memory, its communication and its predicted time."
 )
 EXAMPLE = """python -m llamajax.plan --config=configs/llama3_70b.py --devices=v5p:4x4x4
+python -m llamajax.plan --config=configs/llama2_7b.py --devices='2*v5p:2x2x2' --config.mesh.data=2
 python -m llamajax.plan --config=configs/llama2_7b.py --devices=h100:8 --search"""
 
 _FLAGS = (
@@ -19,7 +20,8 @@ _FLAGS = (
         name="devices",
         metavar="KIND:SHAPE",
         doc="v4, v5p, tpu7x:AxBxC and v5e, v6e:AxB in chips; a100, h100, h200, b200:N in nodes of "
-        "8, or :HxD for hosts x devices a host; cpu:N virtual devices; or PLUGIN:TOPOLOGY",
+        "8, or :HxD for hosts x devices a host; cpu:N virtual devices; or PLUGIN:TOPOLOGY. "
+        "'N*KIND:SHAPE' for N slices of TPUs, or N NVLink domains of so many GPUs",
     ),
     Flag(
         name="search",

@@ -27,9 +27,9 @@ class Device:
     xla_bytes: what XLA sees of it, for programs and their arguments (a TPU's own compiler says so
     when it refuses a program; a GPU's is the size that CUDA reports, of which XLA gets a share).
     hbm_bytes_per_s: from the data sheet. fast_bytes_per_s, slow_bytes_per_s: what a device can send
-    within its node or torus, and between nodes, in one direction. efficiency: share of the peak
-    that large matrix products of training reach; an assumption of predictions, never of an MFU.
-    has_share: XLA gets a share of the memory only, as the environment says (NVIDIA's and AMD's
+    within its node or torus, and between nodes or slices, in one direction. efficiency: share of
+    the peak that large matrix products of training reach; an assumption of predictions, never of an
+    MFU. has_share: XLA gets a share of the memory only, as the environment says (NVIDIA's and AMD's
     GPUs). tested: llamajax was compiled for it or ran there.
     """
 
@@ -58,7 +58,10 @@ class Device:
 
 _GIB = 2**30
 _NVLINK = "NVLink and one network adapter a GPU from the DGX data sheet"
-_ICI = "ICI from the Cloud TPU documentation: both directions of a ring over one link each"
+_ICI = (
+    "ICI from the Cloud TPU documentation: both directions of a ring over one link each; between "
+    "slices the data-centre network's share of a chip, from there as well"
+)
 
 
 def _nvidia(kind: str, *, name: str, peaks: tuple[float, float], **facts: float) -> Device:
@@ -69,8 +72,11 @@ def _nvidia(kind: str, *, name: str, peaks: tuple[float, float], **facts: float)
 
 
 def _tpu(kind: str, *, name: str, peak: float, gib: tuple[float, float], hbm: float, link: float,
-         efficiency: float) -> Device:  # fmt: skip
-    """`gib`: memory, and what XLA sees of it; `link`: bytes/s of one ICI link in one direction."""
+         network: float | None, efficiency: float) -> Device:  # fmt: skip
+    """`gib`: memory, and what XLA sees of it; `link`: bytes/s of one ICI link in one direction.
+
+    `network`: bytes/s between slices, None where that is not published.
+    """
     return Device(
         kind=f"TPU {kind}" if kind.startswith("v") else kind,
         name=name,
@@ -80,7 +86,7 @@ def _tpu(kind: str, *, name: str, peak: float, gib: tuple[float, float], hbm: fl
         xla_bytes=int(gib[1] * _GIB),
         hbm_bytes_per_s=hbm,
         fast_bytes_per_s=2 * link,
-        slow_bytes_per_s=None,
+        slow_bytes_per_s=network,
         efficiency=efficiency,
         source=f"Cloud TPU documentation of {name}, per device; {_ICI}",
     )
@@ -116,11 +122,11 @@ def _amd(kind: str, **facts: Any) -> Device:
 # H100, v5p, v6e; benchmarks/results says which); v4, v5e, A100, B200 and v7x are guesses by these.
 _HOPPER = {"efficiency": 0.66, "fast_bytes_per_s": 450e9, "slow_bytes_per_s": 50e9}
 _V5E = {"name": "v5e", "peak": 197e12, "gib": (16, 15.75), "hbm": 0.819e12, "link": 45e9,
-        "efficiency": 0.7}  # fmt: skip
+        "network": 3.125e9, "efficiency": 0.7}  # fmt: skip
 _V5P = {"name": "v5p", "peak": 459e12, "gib": (95, 95.74), "hbm": 2.765e12, "link": 90e9,
-        "efficiency": 0.85}  # fmt: skip
+        "network": 6.25e9, "efficiency": 0.85}  # fmt: skip
 _V6E = {"name": "v6e", "peak": 918e12, "gib": (32, 31.25), "hbm": 1.64e12, "link": 90e9,
-        "efficiency": 0.68}  # fmt: skip
+        "network": 12.5e9, "efficiency": 0.68}  # fmt: skip
 
 DEVICES = (
     _nvidia("A100", name="a100", peaks=(312e12, 19.5e12), memory_bytes=80 * _GIB,
@@ -136,7 +142,8 @@ DEVICES = (
     _nvidia("B200", name="b200", peaks=(2250e12, 75e12), memory_bytes=180 * _GIB,
             xla_bytes=191_514_411_008, hbm_bytes_per_s=7.672e12, fast_bytes_per_s=900e9,
             slow_bytes_per_s=50e9, efficiency=0.6),
-    _tpu("v4", name="v4", peak=275e12, gib=(32, 30.75), hbm=1.2e12, link=45e9, efficiency=0.7),
+    _tpu("v4", name="v4", peak=275e12, gib=(32, 30.75), hbm=1.2e12, link=45e9, network=None,
+         efficiency=0.7),
     _tpu("v5 lite", **_V5E),
     _tpu("v5e", **_V5E),
     _tpu("v5p", **_V5P),
@@ -144,7 +151,7 @@ DEVICES = (
     _tpu("v6 lite", **_V6E),
     _tpu("v6e", **_V6E),
     _tpu("TPU7x", name="tpu7x", peak=1153.5e12, gib=(96, 94.75), hbm=3.69e12, link=90e9,
-         efficiency=0.6),
+         network=6.25e9, efficiency=0.6),
     # One device is one of the two dies (GCDs) of an MI250X.
     _amd("MI250X", name="mi250x", peaks=(191.5e12, 47.9e12), gib=64, hbm=1.638e12,
          links=(100e9, 25e9), efficiency=0.6),

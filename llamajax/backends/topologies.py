@@ -1,5 +1,8 @@
 """Devices that are not here, to compile for: from `v5p:4x4x4` or `h200:64` to JAX device objects.
 
+`2*v5p:4x4x4` is two slices of TPUs joined by the data-centre network, `2*b200:9x8` two NVLink
+domains of 9 hosts; without a number before it each host of GPUs is a domain of its own.
+
 TPUs through the libtpu wheel, NVIDIA GPUs through the compile-only path of JAX's CUDA plugin (no
 driver, no NVIDIA library, no GPU), any number of virtual CPU devices, and whatever other PJRT
 plugin implements topologies. Nothing here runs a program.
@@ -10,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -38,7 +42,10 @@ _HOST = (2, 2, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Devices to plan for. `entry` is theirs in the device table, None where they are unknown."""
+    """Devices to plan for. `entry` is theirs in the device table, None where they are unknown.
+
+    devices_a_node: how many in a row fast links join, where JAX's devices do not tell.
+    """
 
     text: str
     platform: str  # "tpu", "gpu", "cpu" or a plugin's
@@ -48,6 +55,7 @@ class Target:
     compute_capability: str | None
     versions: dict[str, str]  # of what compiles for it, and the flags that change what it does
     repairs: tuple[str, ...] = ()  # what is made up for in programs for it
+    devices_a_node: int | None = None
 
     def machine(self) -> runtime.Machine:
         """The facts that a run would see there."""
@@ -55,13 +63,17 @@ class Target:
             platform=self.platform,
             device_kind=self.device_kind,
             num_devices=len(self.devices),
-            num_processes=len({device.process_index for device in self.devices}),
+            num_processes=_num_processes(self.devices),
             process_id=0,
             compute_capability=self.compute_capability,
             versions=self.versions,
             attention_preferences=attention_preferences(self.platform),
             repairs=self.repairs,
         )
+
+
+def _num_processes(devices: Sequence[Any]) -> int:
+    return len({device.process_index for device in devices})
 
 
 def absent_devices(text: str, backend: BackendConfig) -> Target:
@@ -71,9 +83,10 @@ def absent_devices(text: str, backend: BackendConfig) -> Target:
     compile for, naming the nearest kind or what is to be installed.
     """
     kind, colon, shape = (part.strip() for part in text.partition(":"))
-    example = "write KIND:SHAPE, for example v5p:4x4x4, h200:64, h100:8x8 or cpu:8"
+    example = "write KIND:SHAPE, for example v5p:4x4x4, 2*v5p:4x4x4, h200:64, h100:8x8 or cpu:8"
     if not (kind and colon and shape):
         raise UserError(f"--devices={text}: {example}")
+    count, kind = _count(text, kind, shape)
     is_plugin = kind.lower() not in (*TPUS, *GPUS, "cpu")
     if not is_plugin:
         kind, shape = kind.lower(), shape.lower()
@@ -91,16 +104,16 @@ def absent_devices(text: str, backend: BackendConfig) -> Target:
     if kind == "cpu":
         found, versions = jax.devices()[: sizes[0]], ("jaxlib",)
     elif kind in TPUS:
-        found, versions = _tpus(text, kind, sizes), ("jax", "jaxlib", "libtpu")
+        found, versions = _tpus(text, kind, sizes, slices=count or 1), ("jax", "jaxlib", "libtpu")
     elif kind in GPUS:
         packages = ("jax", "jaxlib", "jax-cuda13-plugin")
-        found, versions = _gpus(text, kind, sizes), packages
+        found, versions = _gpus(text, kind, sizes, domains=count), packages
     else:
         found, versions = _of_plugin(text, kind, shape), ("jax", "jaxlib")
     first = found[0]
     repairs = _repairs(first, backend)
     return Target(
-        text=f"{kind}:{shape}",
+        text=f"{count}*{kind}:{shape}" if count else f"{kind}:{shape}",
         platform=first.platform,
         device_kind=first.device_kind,
         devices=tuple(found),
@@ -109,7 +122,27 @@ def absent_devices(text: str, backend: BackendConfig) -> Target:
         versions={name: importlib.metadata.version(name) for name in versions}
         | {name: os.environ[name] for name in _FLAGS if os.environ.get(name)},
         repairs=repairs,
+        # of GPUs that are not here JAX gives all the same slice_index
+        devices_a_node=len(found) // (count or _num_processes(found)) if kind in GPUS else None,
     )
+
+
+def _count(text: str, kind: str, shape: str) -> tuple[int | None, str]:
+    """The number before `*`, if any, and the kind behind it."""
+    number, star, rest = (part.strip() for part in kind.partition("*"))
+    if not star:
+        return None, kind
+    if rest.lower() not in (*TPUS, *GPUS):
+        raise UserError(
+            f"--devices={text}: N* counts slices of TPUs or NVLink domains of GPUs, and {rest!r} "
+            f"is neither ({', '.join((*TPUS, *GPUS))}); write {rest}:{shape}"
+        )
+    if not re.fullmatch(r"[1-9]\d*", number):
+        raise UserError(
+            f"--devices={text}: {number!r} is not a number of slices or domains; write for example "
+            f"2*{rest}:{shape}"
+        )
+    return int(number), rest
 
 
 def _repairs(device: Any, backend: BackendConfig) -> tuple[str, ...]:
@@ -133,12 +166,20 @@ def _start_host(backend: BackendConfig, *, num_cpu_devices: int) -> None:
 
 
 def _quiet_libtpu() -> None:
-    """libtpu asks the cloud's metadata server who it is, waits, and complains; no need here."""
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+    """libtpu asks the cloud's metadata server who it is, waits, and complains; no need here.
+
+    Nor does one that only compiles need to be the only one on the machine.
+    """
+    settings = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
 
 
-def _tpus(text: str, kind: str, sizes: list[int]) -> list[Any]:
+def _tpus(text: str, kind: str, sizes: list[int], *, slices: int) -> list[Any]:
     flat = kind in ("v5e", "v6e")
     if len(sizes) != (2 if flat else 3):
         example = "2x4" if flat else "4x4x4"
@@ -147,7 +188,7 @@ def _tpus(text: str, kind: str, sizes: list[int]) -> list[Any]:
             f"--devices={text}: a slice of {kind} has {words} sides, counted in chips, for example "
             f"{kind}:{example}"
         )
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     host = (*_HOST[: len(sizes)],)
     if any(size % side for size, side in zip(sizes, host, strict=True)):
         if max(sizes) > 2:  # not a part of one host
@@ -198,7 +239,7 @@ _GPU = {
 }
 
 
-def _gpus(text: str, kind: str, sizes: list[int]) -> list[Any]:
+def _gpus(text: str, kind: str, sizes: list[int], *, domains: int | None) -> list[Any]:
     if len(sizes) > 2:
         raise UserError(
             f"--devices={text}: write {kind}:N, or {kind}:HxD for hosts x devices a host"
@@ -218,7 +259,8 @@ def _gpus(text: str, kind: str, sizes: list[int]) -> list[Any]:
             f"--devices={text}: compiling for NVIDIA GPUs needs JAX's CUDA plugin, but neither a "
             "GPU nor NVIDIA's libraries. Install it with: pip install -e '.[plan-gpu]'"
         )
-    shape = f"1x{sizes[0]}x{sizes[1]}"  # partitions, hosts, devices a host
+    # domains of fast links, hosts in one of them, devices a host
+    shape = f"{domains}x{sizes[0]}x{sizes[1]}" if domains else f"{sizes[0]}x1x{sizes[1]}"
     config = _gpu_target(kind)
     desc = topologies.get_topology_desc("", "cuda", topology=shape, target_config=config)
     return list(desc.devices)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,13 @@ from jax.sharding import Mesh
 from llamajax import optim, sharding
 from llamajax.backends import Target
 from llamajax.config import RunConfig
-from llamajax.planning.groups import axes_of_groups, device_groups, sent_bytes
+from llamajax.planning.groups import (
+    axes_of_groups,
+    device_groups,
+    sent_bytes,
+    slice_groups,
+    slow_share,
+)
 from llamajax.planning.program import collectives
 from llamajax.training.feed import abstract_batch
 from llamajax.training.session import check_mesh, how_to_compute, layout_of
@@ -29,18 +36,22 @@ from llamajax.training.step import train_step
 # T x S matrix either, so that the memory of a step is alike, and compiles three times as fast as
 # `blocked`.
 _WITHOUT_CUDNN = "split"
-_FORMAT = 1  # of the stored facts
+_FORMAT = 2  # of the stored facts
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind along the same axes: calls a step, and bytes that a device sends."""
+    """Collectives of one kind along the same axes: calls a step, and bytes that a device sends.
+
+    slow_bytes: the part of them that goes from one node, or slice of TPUs, to another.
+    """
 
     kind: str
     axes: tuple[str, ...]
     dtype: str
     calls: int
     sent_bytes: float
+    slow_bytes: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,11 +84,6 @@ class Step:
     runs_attention: str
     attention: str
     state: TrainState
-
-    @property
-    def node_of(self) -> list[int]:
-        """Number of the node that holds each device, in the program's numbering."""
-        return [device.process_index for device in self.mesh.devices.flat]
 
 
 def abstract_step(config: RunConfig, target: Target) -> Step:
@@ -142,24 +148,38 @@ def _facts(compiled: Any, step: Step, compile_s: float) -> Facts:
         temporary_bytes=temporary,
         needed_bytes=memory.argument_size_in_bytes + temporary,
         limit_bytes=None,
-        traffic=traffic(compiled.as_text(), step.mesh),
+        traffic=traffic(compiled.as_text(), step.mesh, node_of(step.target)),
         compile_s=compile_s,
     )
 
 
-def traffic(text: str, mesh: Mesh) -> tuple[Traffic, ...]:
+def node_of(target: Target) -> Callable[[Any], int]:
+    """The function from a device of the target to the number of its node."""
+    each = target.devices_a_node
+    return sharding.node_of if each is None else lambda device: device.id // each
+
+
+def traffic(
+    text: str, mesh: Mesh, node_of: Callable[[Any], int] = sharding.node_of
+) -> tuple[Traffic, ...]:
     """What a compiled program communicates in one run, by kind, axes and dtype; most first."""
-    found: dict[tuple, tuple[int, float]] = {}
+    nodes = [node_of(device) for device in mesh.devices.flat]
+    places = {device.id: place for place, device in enumerate(mesh.devices.flat)}
+    found: dict[tuple, tuple[int, float, float]] = {}
     for collective in collectives(text):
-        groups = device_groups(collective.groups, mesh.size)
+        if collective.between_slices:
+            groups = slice_groups(collective.groups, places)
+        else:
+            groups = device_groups(collective.groups, mesh.size)
         axes = axes_of_groups(groups, mesh.shape)
         if axes:
             sent = sent_bytes(collective, groups, mesh.size) * collective.count
+            slow = sent * slow_share(collective.kind, groups, nodes)
             key = (collective.kind, axes, collective.dtype)
-            calls, total = found.get(key, (0, 0.0))
-            found[key] = (calls + collective.count, total + sent)
+            calls, total, between = found.get(key, (0, 0.0, 0.0))
+            found[key] = (calls + collective.count, total + sent, between + slow)
     ordered = sorted(found.items(), key=lambda item: -item[1][1])
-    return tuple(Traffic(*key, calls, total) for key, (calls, total) in ordered)
+    return tuple(Traffic(*key, *sums) for key, sums in ordered)
 
 
 def _refused(message: str, compile_s: float) -> Facts:

@@ -4,7 +4,8 @@ They order and prune a search; a plan's own figures come from the compiled progr
 the two against each other.
 """
 
-from collections.abc import Mapping
+import collections
+from collections.abc import Mapping, Sequence
 
 from llamajax.config import RunConfig
 from llamajax.planning.roofline import Shares, matrices_per_layer, width
@@ -50,6 +51,20 @@ def sent_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[tuple[str, .
         "tensor": residual * (layers * exchanges + 4) * part("tensor"),
     }  # fmt: skip
     return {(axis,): amount for axis, amount in found.items() if sizes[axis] > 1}
+
+
+def axes_slow_share(axes: Sequence[str], sizes: Mapping[str, int], nodes: Sequence[int]) -> float:
+    """Part of what is sent along `axes` that goes from one node to another, by `slow_share`.
+
+    `nodes`: number of the node at each place of a mesh of `sizes`, in its order.
+    """
+    places, stride = [0], 1
+    for axis in reversed(list(sizes)):
+        if axis in axes:
+            places = [n + i * stride for n in places for i in range(sizes[axis])]
+        stride *= sizes[axis]
+    counts = collections.Counter(nodes[place] for place in places)
+    return 0.0 if len(counts) == 1 else 1 / max(counts.values())
 
 
 def held_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:

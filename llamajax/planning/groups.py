@@ -4,9 +4,10 @@ A program numbers its devices as the mesh lists them, the last axis fastest; the
 group differ in their coordinates along the axes that are communicated over.
 """
 
+import collections
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,6 +17,8 @@ _IOTA = re.compile(r"^\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"^mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{(.*)\}")
 _MESH_AXIS = re.compile(r"'([^']+)'=(\d+)")
 _USED_AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
+_SLICES = re.compile(r"^\{([\d,]+)\}x\{([\d,:]+)\}")
+_IDS_A_SLICE = 100_000  # libtpu numbers device 3 of the first of several slices 100003
 
 
 def device_groups(text: str, num_devices: int) -> list[list[int]]:
@@ -36,6 +39,23 @@ def device_groups(text: str, num_devices: int) -> list[list[int]]:
     groups = re.findall(r"\{([\d,\s]+)\}", text)
     assert groups, f"replica groups of an unknown form: {text[:80]}"
     return [_numbers(group) for group in groups]
+
+
+def slice_groups(text: str, places: Mapping[int, int]) -> list[list[int]]:
+    """The groups that `text` means, which tells hosts of several slices of TPUs who exchanges.
+
+    `{1,2}x{0:3}`: each of devices 0 to 3 of slice 1 with its like in slice 2;
+    `{{100000,200000},{100001,200001}}`: ids of devices; `{{100000->200000}}`: pairs of such.
+    `places`: where in the mesh each id is.
+    """
+    if found := _SLICES.match(text):
+        bounds = [part.split(":") for part in found[2].split(",")]
+        members = [n for b in bounds for n in range(int(b[0]), int(b[-1]) + 1)]
+        ids = [[s * _IDS_A_SLICE + n for s in _numbers(found[1])] for n in members]
+    else:
+        ids = [_numbers(g.replace("->", ",")) for g in re.findall(r"\{([\d,>\-]+)\}", text)]
+        assert ids, f"exchange between slices of an unknown form: {text[:80]}"
+    return [[places[n] for n in group] for group in ids]
 
 
 def axes_of_groups(groups: list[list[int]], sizes: Mapping[str, int]) -> tuple[str, ...]:
@@ -67,6 +87,20 @@ def sent_bytes(collective: Collective, groups: list[list[int]], num_devices: int
             return b
         case _:
             return (n - 1) / n * b
+
+
+def slow_share(kind: str, groups: Sequence[Sequence[int]], nodes: Sequence[int]) -> float:
+    """Part of what devices send in a collective that goes from one node to another.
+
+    `nodes`: number of the node at each place of the mesh. Of a permutation it is the pairs that
+    cross. All else are rings, each of which leaves a node once: of k devices that a group has in a
+    node, each sends 1 / k to another one.
+    """
+    if kind == "collective-permute":
+        moves = [(nodes[a], nodes[b]) for a, b in groups if a != b]
+        return sum(a != b for a, b in moves) / max(1, len(moves))
+    counts = [collections.Counter(nodes[n] for n in group) for group in groups]
+    return max((1 / max(c.values()) for c in counts if len(c) > 1), default=0.0)
 
 
 def _numbers(text: str) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 from llamajax import sharding
 from llamajax.models.counts import num_parameters
 from llamajax.monitoring.progress import format_count
+from llamajax.planning.compilation import node_of
 from llamajax.planning.plan import Plan
 from llamajax.planning.roofline import pipeline_facts
 
@@ -16,7 +17,8 @@ _GIB = 2**30
 def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
     """The plan as JSON values, null where something is unknowable."""
     p, config, facts = plan.prediction, plan.config, plan.facts
-    sent, pipe = plan.collective_bytes(), pipeline_facts(config, plan.step.mesh.shape)
+    sent, slow = plan.collective_bytes(), plan.collective_bytes(slow=True)
+    pipe = pipeline_facts(config, plan.step.mesh.shape)
     return {
         "config": config_file,
         "devices": plan.step.target.text,
@@ -38,9 +40,10 @@ def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
         "flops_per_step_full": plan.flops[False],
         "flops_per_step_causal": plan.flops[True],
         "collective_bytes": None if sent is None else {a: round(b) for a, b in sent.items()},
+        "slow_bytes": None if slow is None else {a: round(b) for a, b in slow.items()},
         "collectives": None if facts.traffic is None else [
             {"kind": t.kind, "axes": list(t.axes), "dtype": t.dtype, "calls": t.calls,
-             "sent_bytes": round(t.sent_bytes)}
+             "sent_bytes": round(t.sent_bytes), "slow_bytes": round(t.slow_bytes)}
             for t in facts.traffic
         ],
         "step_time_s": p and p.step_time_s,
@@ -77,6 +80,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         f"{c.train.accumulation_steps} accumulated; {c.train.dtype}, remat {c.train.remat}, "
         f"attention {step.runs_attention}"
     )
+    for line in sharding.placement_table(step.mesh, node_of(target)):
+        yield f"  {line}"
     yield ""
     yield "memory of a device"
     for name, size in (
@@ -129,10 +134,18 @@ def _traffic(plan: Plan) -> Iterator[str]:
             axes = " x ".join(row.axes)
             yield (
                 f"  {axes:<18}{row.kind:<20}{row.dtype:<6}{row.calls:>8} calls"
-                f"{_gib(row.sent_bytes):>14}"
+                f"{_gib(row.sent_bytes):>14}{_between(plan, row.slow_bytes)}"
             )
     if not plan.facts.traffic:
         yield "  nothing"
+
+
+def _between(plan: Plan, slow_bytes: float) -> str:
+    """How much of what a collective sends leaves the node or slice; nothing where none does."""
+    if not slow_bytes:
+        return ""
+    words = "DCN, the rest ICI" if plan.step.target.platform == "tpu" else "between nodes"
+    return f"  {_gib(slow_bytes)} of it {words}"
 
 
 def _time(plan: Plan) -> Iterator[str]:

@@ -12,7 +12,7 @@ from llamajax.backends import Target, is_host
 from llamajax.config import RunConfig
 from llamajax.models.counts import flops_per_token
 from llamajax.planning.compilation import Facts, Step, abstract_step, compiled_facts
-from llamajax.planning.roofline import Prediction, predict
+from llamajax.planning.roofline import Prediction, link_seconds, predict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,14 +41,17 @@ class Plan:
         """The run that was planned."""
         return self.step.config
 
-    def collective_bytes(self) -> dict[str, float] | None:
-        """Bytes that a device sends in a step by mesh axis; `a+b` where along both at once."""
+    def collective_bytes(self, *, slow: bool = False) -> dict[str, float] | None:
+        """Bytes that a device sends in a step by mesh axis; `a+b` where along both at once.
+
+        slow: only those from one node or slice to another.
+        """
         if self.facts.traffic is None:
             return None
         found = dict.fromkeys(self.step.mesh.axis_names, 0.0)
         for row in self.facts.traffic:
             name = "+".join(row.axes)
-            found[name] = found.get(name, 0.0) + row.sent_bytes
+            found[name] = found.get(name, 0.0) + (row.slow_bytes if slow else row.sent_bytes)
         return found
 
 
@@ -114,18 +117,14 @@ def _flops(config: RunConfig) -> dict[bool, float]:
 def _prediction(step: Step, facts: Facts) -> Prediction | None:
     if facts.traffic is None or step.target.entry is None:
         return None
-    sent: dict[tuple[str, ...], float] = {}
+    entry = step.target.entry
+    links_s: dict[tuple[str, ...], float | None] = {}
     for row in facts.traffic:
-        sent[row.axes] = sent.get(row.axes, 0.0) + row.sent_bytes
+        seconds = link_seconds(row.sent_bytes, row.slow_bytes, entry)
+        before = links_s.get(row.axes, 0.0)
+        links_s[row.axes] = None if None in (before, seconds) else before + seconds
     sizes: Mapping[str, int] = dict(step.mesh.shape)
-    return predict(
-        step.config,
-        sizes,
-        step.target.entry,
-        sent,
-        attention=step.runs_attention,
-        node_of=step.node_of,
-    )
+    return predict(step.config, sizes, entry, links_s, attention=step.runs_attention)
 
 
 def _notes(step: Step, facts: Facts) -> list[str]:
@@ -145,6 +144,13 @@ def _notes(step: Step, facts: Facts) -> list[str]:
             f"donation: JAX gives {step.target.platform!r} none, so weights and optimizer live "
             "twice in a step; run the doctor there, or see it repaired with backend.repairs = "
             "donation"
+        )
+    entry = step.target.entry
+    crosses = any(row.slow_bytes for row in facts.traffic or ())
+    if crosses and entry is not None and entry.slow_bytes_per_s is None:
+        notes.append(
+            f"time: how fast {entry.name} sends between nodes is not in the device table, so that "
+            "none is predicted"
         )
     if facts.traffic is None:
         notes.append("the compiler refused the program for its memory: nothing else is known of it")

@@ -30,6 +30,12 @@ _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 # starts it.
 _CHAINED = re.compile(r'chain_id="')
 _STARTS_CHAIN = 'custom_call_target="AsyncCollectiveStart"'
+# Between slices of TPUs libtpu hands an array to the hosts, which are told what to do with it.
+_BY_HOSTS = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_HOSTS_KINDS = {
+    "ALL_GATHER": "all-gather", "ALL_REDUCE": "all-reduce", "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +54,8 @@ class Collective:
     """One collective of the program.
 
     operand_bytes: of one device and one call; count: calls a step; groups: the text of its replica
-    groups or of its source-target pairs.
+    groups or of its source-target pairs. between_slices: it goes over the network between slices of
+    TPUs, and its groups are of devices' ids, not of places in the mesh.
     """
 
     kind: str
@@ -56,6 +63,7 @@ class Collective:
     dtype: str
     operand_bytes: int
     count: int
+    between_slices: bool = False
 
 
 def collectives(text: str) -> list[Collective]:
@@ -163,7 +171,8 @@ def _collectives_of(name: str, instructions: list[Instruction], count: int) -> I
         operand for i in instructions if _STARTS_CHAIN in i.attributes for operand in i.operands
     }
     for i in instructions:
-        kind = i.operation.removesuffix("-start")
+        by_hosts = _BY_HOSTS.search(i.attributes) if i.operation == "send" else None
+        kind = _HOSTS_KINDS[by_hosts[1]] if by_hosts else i.operation.removesuffix("-start")
         if kind not in KINDS:
             continue
         if _CHAINED.search(i.attributes) and i.name not in starts:
@@ -171,7 +180,8 @@ def _collectives_of(name: str, instructions: list[Instruction], count: int) -> I
         # libtpu writes a reduce-scatter as an all-reduce in a fusion of this name
         if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
-        operands = " ".join(types[operand] for operand in i.operands)
+        sent = i.operands[:1] if by_hosts else i.operands  # the other one orders sends
+        operands = " ".join(types[operand] for operand in sent)
         dtypes = {dtype: bytes_of(f"{dtype}[{dims}]") for dtype, dims in _ARRAY.findall(operands)}
         yield Collective(
             kind=kind,
@@ -179,11 +189,14 @@ def _collectives_of(name: str, instructions: list[Instruction], count: int) -> I
             dtype=max(dtypes, key=dtypes.get),
             operand_bytes=bytes_of(operands),
             count=count,
+            between_slices=by_hosts is not None,
         )
 
 
 def _groups(attributes: str) -> str:
-    """The text of the groups: lists, an iota, a mesh with axes, or pairs."""
+    """The text of the groups: lists, an iota, a mesh with axes, pairs, or what hosts are told."""
+    if found := re.search(r'_xla_megascale_target=("[^"]*"|\{\{.*?\}\})', attributes):
+        return found[1].strip('"')
     for key in ("replica_groups=", "source_target_pairs="):
         begin = attributes.find(key)
         if begin >= 0:

@@ -7,13 +7,13 @@ What no compiler says is estimated here with figures of the device table. Assump
 - element-wise work and the optimizer are bound by the bandwidth of the device's memory and hide
   behind nothing;
 - what `fsdp` sends hides behind the matrix products as far as it takes no longer than they do; all
-  else is waited for;
+  else is waited for; links inside a node and between nodes work at the same time;
 - a pipeline stands still for its bubble.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from llamajax.backends import Device
 from llamajax.config import ModelConfig, RunConfig
@@ -72,18 +72,17 @@ def predict(
     config: RunConfig,
     sizes: Mapping[str, int],
     device: Device,
-    sent: Mapping[tuple[str, ...], float],
+    links_s: Mapping[tuple[str, ...], float | None],
     *,
     attention: str,
-    node_of: Sequence[int],
 ) -> Prediction | None:
     """The step's time on a mesh of `sizes`; None where the device's peak in this dtype is unknown.
 
-    `sent` holds bytes a device sends in a step, by mesh axes. `node_of` numbers the node of each
-    device in the mesh's order.
+    `links_s` holds the seconds in which a device sends all of a step, by mesh axes; None among them
+    makes the prediction None.
     """
     peak = getattr(device, config.train.dtype)
-    if peak is None:
+    if peak is None or None in links_s.values():
         return None
     c, model, devices = config.data, config.model, math.prod(sizes.values())
     tokens = c.global_batch_size * c.seq_len
@@ -100,9 +99,6 @@ def predict(
     products_s = tokens * (blocks + head) / devices / rate
     attention_s = tokens * scores / devices / (rate * _ATTENTION[attention])
     memory_s = memory_bytes(config, sizes) / device.hbm_bytes_per_s
-    links_s = {
-        axes: amount / _bandwidth(axes, sizes, device, node_of) for axes, amount in sent.items()
-    }
     hideable_s = sum(s for axes, s in links_s.items() if "fsdp" in axes)
     hidden_s = min(hideable_s, products_s)
     idle = _bubble(config, sizes)
@@ -239,25 +235,13 @@ def _bubble(config: RunConfig, sizes: Mapping[str, int]) -> float:
     return facts.bubble if facts else 0.0
 
 
-def _bandwidth(
-    axes: Sequence[str], sizes: Mapping[str, int], device: Device, node_of: Sequence[int]
-) -> float:
-    """Bytes/s that a device can send to the others of its group along `axes`.
+def link_seconds(sent: float, slow: float, device: Device) -> float | None:
+    """Seconds in which a device sends so many bytes, of which `slow` go to other nodes.
 
-    A group across nodes is bound by the network adapters of its devices in one node together.
+    None where the table does not say how fast those are.
     """
-    nodes = [node_of[number] for number in _first_group(axes, sizes)]
-    if len(set(nodes)) == 1 or device.slow_bytes_per_s is None:
-        return device.fast_bytes_per_s
-    in_a_node = max(nodes.count(node) for node in nodes)
-    return min(device.fast_bytes_per_s, device.slow_bytes_per_s * in_a_node)
-
-
-def _first_group(axes: Sequence[str], sizes: Mapping[str, int]) -> list[int]:
-    """Numbers of the devices that share the first one's coordinates except along `axes`."""
-    numbers, stride = [0], 1
-    for axis in reversed(list(sizes)):
-        if axis in axes:
-            numbers = [n + i * stride for n in numbers for i in range(sizes[axis])]
-        stride *= sizes[axis]
-    return numbers
+    if slow == 0:
+        return sent / device.fast_bytes_per_s
+    if device.slow_bytes_per_s is None:
+        return None
+    return max(sent / device.fast_bytes_per_s, slow / device.slow_bytes_per_s)

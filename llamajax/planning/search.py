@@ -20,9 +20,10 @@ from llamajax.backends import Target
 from llamajax.config import MeshConfig, RunConfig, from_json_dict, to_json_dict
 from llamajax.config.schema import Remat
 from llamajax.errors import UserError
-from llamajax.planning.estimate import held_bytes, sent_bytes
+from llamajax.planning.compilation import node_of
+from llamajax.planning.estimate import axes_slow_share, held_bytes, sent_bytes
 from llamajax.planning.plan import Plan, make_plan
-from llamajax.planning.roofline import predict
+from llamajax.planning.roofline import link_seconds, predict
 from llamajax.training.session import check_mesh, how_to_compute
 
 _MOST_ROWS = 8  # of a microbatch on a device: more changes little but memory
@@ -48,6 +49,12 @@ def search(config: RunConfig, target: Target, *, cache: Path | None, wanted: int
         raise UserError(
             f"--search ranks by predicted speed, and the {config.train.dtype} peak of "
             f"{target.device_kind!r} is not in the device table: plan without --search"
+        )
+    nodes = set(map(node_of(target), target.devices))
+    if target.entry.slow_bytes_per_s is None and len(nodes) > 1:
+        raise UserError(
+            f"--search ranks by predicted speed, and how fast {target.entry.name} sends between "
+            "nodes is not in the device table: plan without --search"
         )
     ranked = candidates(config, target)
     plans: list[Plan] = []
@@ -92,9 +99,13 @@ def meshes(num_devices: int) -> Iterator[dict[str, int]]:
 
 
 def _estimated(config: RunConfig, target: Target) -> Iterator[Candidate]:
-    node_of = [device.process_index for device in target.devices]
     for sizes in meshes(len(target.devices)):
         mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+        try:
+            sharding.check_slices(sizes, target.devices)
+        except UserError:
+            continue
+        nodes = sharding.node_numbers(sizes, target.devices, node_of(target))
         for variant in _variants(config, sizes):
             try:
                 checked = from_json_dict(to_json_dict(variant))
@@ -102,20 +113,18 @@ def _estimated(config: RunConfig, target: Target) -> Iterator[Candidate]:
                 compute = how_to_compute(checked, target.machine(), mesh)
             except UserError:
                 continue
-            prediction = predict(
-                checked,
-                sizes,
-                target.entry,
-                sent_bytes(checked, sizes),
-                attention=compute.attention,
-                node_of=node_of,
-            )
-            yield Candidate(
-                config=checked,
-                sizes=sizes,
-                held_bytes=held_bytes(checked, sizes),
-                tokens_per_s=prediction.tokens_per_s,
-            )
+            links_s = {
+                axes: link_seconds(sent, sent * axes_slow_share(axes, sizes, nodes), target.entry)
+                for axes, sent in sent_bytes(checked, sizes).items()
+            }
+            prediction = predict(checked, sizes, target.entry, links_s, attention=compute.attention)
+            if prediction is not None:
+                yield Candidate(
+                    config=checked,
+                    sizes=sizes,
+                    held_bytes=held_bytes(checked, sizes),
+                    tokens_per_s=prediction.tokens_per_s,
+                )
 
 
 def _variants(config: RunConfig, sizes: dict[str, int]) -> Iterator[RunConfig]:

@@ -4,6 +4,7 @@ from llamajax.sharding.axes import ACTIVATIONS, AXES, BATCH_AXES, TOKEN_AXES, WE
 from llamajax.sharding.batch import batch_sharding, local_rows, place
 from llamajax.sharding.fit import check_divides
 from llamajax.sharding.mesh import axis_sizes, batch_shards, build_mesh, describe
+from llamajax.sharding.placement import check_slices, node_numbers, node_of
 from llamajax.sharding.placement import table as placement_table
 from llamajax.sharding.tree import (
     at_rest,
@@ -28,12 +29,15 @@ __all__ = [
     "batch_shards",
     "build_mesh",
     "check_divides",
+    "check_slices",
     "describe",
     "is_stacked",
     "is_weight",
     "letters",
     "local_rows",
     "map_weights",
+    "node_numbers",
+    "node_of",
     "place",
     "placement_table",
     "shardings",

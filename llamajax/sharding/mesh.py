@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh
 from llamajax.config.schema import MeshConfig
 from llamajax.errors import UserError
 from llamajax.sharding.axes import AXES, BATCH_AXES
-from llamajax.sharding.placement import placed
+from llamajax.sharding.placement import check_slices, placed
 
 
 def axis_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
@@ -32,8 +32,13 @@ def axis_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """Mesh over `devices` with all AXES (size 1 where unused), Explicit axis types."""
+    """Mesh over `devices` with all AXES (size 1 where unused), Explicit axis types.
+
+    Raises UserError when they do not make the axes, or slices of TPUs would have to share one of
+    those that talk in every layer.
+    """
     sizes = axis_sizes(config, num_devices=len(devices))
+    check_slices(sizes, devices)
     return Mesh(placed(sizes, devices), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
 
 

@@ -8,42 +8,93 @@ the devices of one process.
 
 import collections
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
+from llamajax.errors import UserError
 from llamajax.sharding.axes import AXES
+
+# What may go over the network between slices of TPUs: once a step, or one activation a microbatch.
+SLOW_AXES = ("data", "stage")
 
 
 def node_of(device: jax.Device) -> int:
     """Number of the node of a device."""
     slice_index = getattr(device, "slice_index", None)
-    return device.process_index if slice_index is None else slice_index
+    if slice_index is not None:
+        return slice_index
+    # the hosts of a slice are joined by the links of its chips: none of them is a node
+    return 0 if device.platform == "tpu" else device.process_index
 
 
-def placed(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+def placed(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
     """The devices as an array with one dimension an axis of `sizes`, in its order.
 
     Inside a node JAX chooses, which knows how chips are wired; on a torus an axis may be laid over
     a part of a physical one: 8 devices along `tensor` on v5p:4x4x4 are 2 x 4 of its chips.
     """
+
+    def as_wired(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+    return _arranged(sizes, devices, as_wired)
+
+
+def node_numbers(
+    sizes: Mapping[str, int],
+    devices: Sequence[jax.Device],
+    node_of: Callable[[jax.Device], int] = node_of,
+) -> list[int]:
+    """Number of the node at each place of the mesh, in its order; cheaper than placing devices."""
+
+    def as_listed(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+        return np.asarray(devices, object).reshape(shape)
+
+    return [node_of(device) for device in _arranged(sizes, devices, as_listed).flat]
+
+
+def check_slices(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> None:
+    """Raise UserError where an axis other than SLOW_AXES would lie across slices of TPUs."""
+    slices = len({node_of(d) for d in devices})
+    outer = math.prod(sizes[axis] for axis in SLOW_AXES)
+    if slices == 1 or devices[0].platform != "tpu" or outer % slices == 0:
+        return
+    missing = slices // math.gcd(slices, outer)
+    inner = {axis: n for axis, n in sizes.items() if axis not in SLOW_AXES and n > 1}
+    shown = " x ".join(f"{axis} {n}" for axis, n in inner.items())
+    nearest = "choose another number of slices"
+    for axis in inner:
+        if inner[axis] % missing == 0:
+            data = sizes["data"] * missing
+            nearest = f"for example mesh.data={data} mesh.{axis}={inner[axis] // missing}"
+            break
+    raise UserError(
+        f"mesh: {shown} does not fit into one of {slices} slices of {len(devices) // slices} "
+        f"devices, and only {' and '.join(SLOW_AXES)} may go over the network between slices; make "
+        f"mesh.data x mesh.stage a multiple of {slices}: {nearest}"
+    )
+
+
+def _arranged(
+    sizes: Mapping[str, int],
+    devices: Sequence[jax.Device],
+    inside_a_node: Callable[[tuple[int, ...], Sequence[jax.Device]], np.ndarray],
+) -> np.ndarray:
     shape = tuple(sizes.values())
     nodes = collections.Counter(node_of(d) for d in devices)
     if len(nodes) == 1:
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return inside_a_node(shape, devices)
     across = _across(shape, len(nodes))
     if across is None or len(set(nodes.values())) > 1:
         ordered = sorted(devices, key=lambda d: (node_of(d), d.id))
         return np.asarray(ordered, object).reshape(shape)
     inside = tuple(n // a for n, a in zip(shape, across, strict=True))
     rows = [
-        mesh_utils.create_device_mesh(
-            inside, [d for d in devices if node_of(d) == node], allow_split_physical_axes=True
-        )
-        for node in sorted(nodes)
+        inside_a_node(inside, [d for d in devices if node_of(d) == node]) for node in sorted(nodes)
     ]
     whole = np.asarray(rows, object).reshape(*across, *inside)
     order = [i + offset for i in range(len(shape)) for offset in (0, len(shape))]
@@ -59,7 +110,7 @@ def _across(shape: Sequence[int], nodes: int) -> tuple[int, ...] | None:
     return tuple(spans) if nodes == 1 else None
 
 
-def spans(mesh: Mesh) -> dict[str, int]:
+def spans(mesh: Mesh, node_of: Callable[[jax.Device], int] = node_of) -> dict[str, int]:
     """For each axis with more than one device, the number of nodes along it."""
     found = {}
     for number, axis in enumerate(AXES):
@@ -69,16 +120,18 @@ def spans(mesh: Mesh) -> dict[str, int]:
     return found
 
 
-def table(mesh: Mesh) -> list[str]:
+def table(mesh: Mesh, node_of: Callable[[jax.Device], int] = node_of) -> list[str]:
     """Lines for people, one an axis that is in use: its size, and whether it crosses nodes."""
     num_nodes = len({node_of(d) for d in mesh.devices.flat})
     if num_nodes == 1:
         return []
     lines = []
-    for axis, nodes in spans(mesh).items():
+    word = "slice" if mesh.devices.flat[0].platform == "tpu" else "node"
+    for axis, nodes in spans(mesh, node_of).items():
         size = mesh.shape[axis]
-        where = "inside a node" if nodes == 1 else f"across {nodes} nodes, {size // nodes} in each"
+        inside = nodes == 1
+        where = f"inside a {word}" if inside else f"across {nodes} {word}s, {size // nodes} in each"
         if nodes > 1 and axis in ("tensor", "sequence"):
-            where += "; it talks in every layer: slow, make it fit into a node"
+            where += "; it talks in every layer: slow, make it fit into one"
         lines.append(f"{axis:<9}{size:<4} {where}")
     return lines

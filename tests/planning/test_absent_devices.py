@@ -63,6 +63,27 @@ def test_libtpus_refusal_is_a_plan_that_does_not_fit(tmp_path):
     assert plan["limit_bytes"] == int(15.75 * 2**30)
 
 
+@pytest.mark.skipif(not has("libtpu"), reason="needs the extra plan-tpu")
+def test_between_slices_of_tpus_only_data_and_stages_talk(tmp_path):
+    plan = planned(
+        tmp_path, "4*v5e:2x2", *BF16, "--config.mesh.data=2", "--config.mesh.stage=2",
+        "--config.mesh.tensor=1", "--config.data.global_batch_size=32",
+    )  # fmt: skip
+    between = {row["axes"][0] for row in plan["collectives"] if row["slow_bytes"]}
+    assert between == {"data", "stage"}
+    assert plan["slow_bytes"]["data"] == plan["collective_bytes"]["data"] > 0
+    assert plan["slow_bytes"]["stage"] == plan["collective_bytes"]["stage"] > 0
+    assert plan["slow_bytes"]["fsdp"] == 0 < plan["collective_bytes"]["fsdp"]
+    assert plan["terms"]["links_s"]["data"] == pytest.approx(plan["slow_bytes"]["data"] / 3.125e9)
+
+
+@pytest.mark.skipif(not has("jax_plugins.xla_cuda13"), reason="needs JAX's CUDA plugin")
+def test_between_nodes_of_gpus_goes_what_crosses_them(tmp_path):
+    plan = planned(tmp_path, "h100:2x4", *BF16)  # fsdp 4 x tensor 2: two of fsdp in each node
+    assert plan["slow_bytes"]["tensor"] == 0 < plan["collective_bytes"]["tensor"]
+    assert plan["slow_bytes"]["fsdp"] == pytest.approx(plan["collective_bytes"]["fsdp"] / 2)
+
+
 @pytest.mark.skipif(not has("jax_plugins.xla_cuda13"), reason="needs JAX's CUDA plugin")
 def test_a_gpu_step_is_compiled_and_judged_by_the_device_table(tmp_path):
     plan = planned(tmp_path, "h100:8", *BF16)

@@ -2,7 +2,13 @@
 
 import pytest
 
-from llamajax.planning.groups import axes_of_groups, device_groups, sent_bytes
+from llamajax.planning.groups import (
+    axes_of_groups,
+    device_groups,
+    sent_bytes,
+    slice_groups,
+    slow_share,
+)
 from llamajax.planning.program import Collective
 
 SIZES = {"data": 2, "fsdp": 4, "tensor": 2}
@@ -60,3 +66,31 @@ def test_a_permutation_sends_from_its_sources_alone():
     collective = Collective("collective-permute", "", "f32", operand_bytes=100, count=1)
     assert sent_bytes(collective, [[0, 1], [1, 2], [2, 3], [3, 0]], 4) == 100
     assert sent_bytes(collective, [[0, 1], [1, 2], [2, 3], [3, 3]], 4) == 75
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("{1,2}x{0:1}", [[0, 2], [1, 3]]),
+        ("{1,2}x{0,1}", [[0, 2], [1, 3]]),
+        ("{{100000,200001},{100001,200000}}", [[0, 3], [1, 2]]),
+        ("{{100000->200000},{200000->100000}}", [[0, 2], [2, 0]]),
+    ],
+)
+def test_what_hosts_of_slices_are_told_is_read(text, groups):
+    places = {100000: 0, 100001: 1, 200000: 2, 200001: 3}
+    assert slice_groups(text, places) == groups
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "share"),
+    [
+        ("all-gather", [[0, 1], [2, 3]], 0),
+        ("all-gather", [[0, 2], [1, 3]], 1),
+        ("all-reduce", [[0, 1, 2, 3]], 1 / 2),
+        ("collective-permute", [[0, 1], [1, 2], [2, 3], [3, 0]], 1 / 2),
+        ("collective-permute", [[0, 0], [1, 1]], 0),
+    ],
+)
+def test_rings_leave_a_node_once(kind, groups, share):
+    assert slow_share(kind, groups, [0, 0, 1, 1]) == share

@@ -94,6 +94,54 @@ ENTRY %main (x: bf16[1,128]) -> bf16[4,128] {
 """  # noqa: E501
 
 
+# Between slices libtpu hands arrays to the hosts; what they do stands in an attribute.
+SLICES = """HloModule jit_step, is_scheduled=true
+
+%body (p: (s32[], f32[2,128])) -> (s32[], f32[2,128]) {
+  %p = (s32[]{:T(128)}, f32[2,128]{1,0:T(2,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = f32[2,128]{1,0:T(2,128)} get-tuple-element(%p), index=1
+  %after = token[] after-all(), frontend_attributes={MegascaleRendezvousKeyName="psum.1_0"}
+  %send = (f32[2,128]{1,0:T(2,128)}, u32[], token[]) send(%x, %after), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="psum.1_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target=TARGET,_xla_megascale_transfer_type="KIND"}, backend_config={}
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %recv = (f32[2,128]{1,0:T(2,128)}, u32[], token[]) recv(%after), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="psum.1_0",_xla_megascale_target=TARGET,_xla_megascale_transfer_type="KIND"}
+  %done = (f32[2,128]{1,0:T(2,128)}, token[]) recv-done(%recv), channel_id=3, is_host_transfer=true
+  %y = f32[2,128]{1,0:T(2,128)} get-tuple-element(%done), index=0
+  ROOT %t = (s32[]{:T(128)}, f32[2,128]{1,0:T(2,128)}) tuple(%i, %y)
+}
+
+%condition (p: (s32[], f32[2,128])) -> pred[] {
+  %p = (s32[]{:T(128)}, f32[2,128]{1,0:T(2,128)}) parameter(0)
+  %limit = s32[]{:T(128)} constant(3)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (x: f32[2,128]) -> f32[2,128] {
+  %x = f32[2,128]{1,0:T(2,128)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %start = (s32[]{:T(128)}, f32[2,128]{1,0:T(2,128)}) tuple(%zero, %x)
+  %loop = (s32[]{:T(128)}, f32[2,128]{1,0:T(2,128)}) while(%start), condition=%condition, body=%body
+  ROOT %r = f32[2,128]{1,0:T(2,128)} get-tuple-element(%loop), index=1
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("target", "told", "kind", "groups"),
+    [
+        ('"{1,2}x{0:3}"', "ALL_REDUCE", "all-reduce", "{1,2}x{0:3}"),
+        ("{{100000,300000},{100001,300001}}", "REDUCE_SCATTER", "reduce-scatter", None),
+        ("{{100000->200000},{200000->100000}}", "ONE_TO_ONE", "collective-permute", None),
+    ],
+)
+def test_what_hosts_send_between_slices_is_a_collective(target, told, kind, groups):
+    (found,) = collectives(SLICES.replace("TARGET", target).replace("KIND", told))
+    assert (found.kind, found.dtype, found.operand_bytes, found.count) == (kind, "f32", 1024, 3)
+    assert found.between_slices
+    assert found.groups == (groups or target)
+
+
 def test_nested_loops_without_trip_counts_are_read_from_their_conditions():
     (found,) = collectives(NESTED)
     assert (found.kind, found.dtype, found.operand_bytes) == ("all-reduce", "bf16", 2048)

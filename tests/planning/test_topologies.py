@@ -4,10 +4,12 @@ import importlib.util
 
 import pytest
 
+from llamajax import sharding
 from llamajax.backends import absent_devices
 from llamajax.backends.devices import DEVICES, GPU_MEMORY_FRACTION
 from llamajax.config import BackendConfig
 from llamajax.errors import UserError
+from llamajax.planning.compilation import node_of
 
 
 def has_cuda_plugin():
@@ -42,6 +44,10 @@ def test_cpu_devices_are_virtual_ones():
         ("v5e:8", "two sides"),
         ("v5p:2x4", "three sides"),
         ("v5e:3x3", "hosts of 2x2"),
+        ("2*cpu:4", "write cpu:4"),
+        ("2*npu:4", "write npu:4"),
+        ("0*v5p:2x2x2", "write for example 2*v5p:2x2x2"),
+        ("two*h100:8", "write for example 2*h100:8"),
     ],
 )
 def test_a_kind_or_shape_that_is_none_is_named(text, words):
@@ -69,3 +75,21 @@ def test_a_gpu_program_may_take_what_the_environment_says(monkeypatch):
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
     assert h100.limit_bytes == h100.xla_bytes // 2
     assert v5p.limit_bytes == v5p.xla_bytes
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra plan-tpu")
+def test_slices_of_tpus_are_nodes():
+    target = absent_devices("2*v5e:2x2", BackendConfig())
+    assert (target.text, len(target.devices)) == ("2*v5e:2x2", 8)
+    assert [sharding.node_of(d) for d in target.devices] == [0] * 4 + [1] * 4
+    assert {sharding.node_of(d) for d in absent_devices("v5e:2x4", BackendConfig()).devices} == {0}
+
+
+@pytest.mark.skipif(not has_cuda_plugin(), reason="needs JAX's CUDA plugin")
+@pytest.mark.parametrize(
+    ("text", "nodes"), [("h100:2x4", 2), ("2*h100:2x2", 2), ("1*h100:2x4", 1), ("h100:8", 1)]
+)
+def test_hosts_of_gpus_are_nodes_unless_a_domain_joins_them(text, nodes):
+    target = absent_devices(text, BackendConfig())
+    numbers = [node_of(target)(device) for device in target.devices]
+    assert numbers == [n for n in range(nodes) for _ in range(8 // nodes)]

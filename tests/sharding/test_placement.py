@@ -3,10 +3,19 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from jax.sharding import Mesh
 
+from llamajax.errors import UserError
 from llamajax.sharding.axes import AXES
-from llamajax.sharding.placement import placed, spans, table
+from llamajax.sharding.placement import (
+    check_slices,
+    node_numbers,
+    node_of,
+    placed,
+    spans,
+    table,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,3 +71,61 @@ def test_nodes_of_unlike_size_keep_neighbours_together():
 
 def test_one_node_needs_no_table():
     assert table(mesh_over(nodes_of(1, 8), fsdp=8)) == []
+
+
+def test_hosts_of_one_slice_of_tpus_are_one_node():
+    """JAX says no slice where there is one only; its hosts are joined by the links of its chips."""
+    devices = [Device(i, i // 4, platform="tpu", device_kind="TPU v5p") for i in range(8)]
+    assert {node_of(d) for d in devices} == {0}
+    assert len({node_of(dataclasses.replace(d, platform="gpu")) for d in devices}) == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "each", "sizes"),
+    [
+        (2, 4, {"data": 2, "tensor": 4}),
+        (2, 4, {"fsdp": 4, "tensor": 2}),
+        (4, 4, {"data": 2, "stage": 2, "fsdp": 4}),
+        (2, 4, {"tensor": 8}),
+        (3, 4, {"data": 2, "fsdp": 6}),
+        (1, 8, {"fsdp": 8}),
+    ],
+)
+def test_nodes_are_known_without_placing_devices(count, each, sizes):
+    devices = nodes_of(count, each, slices=True)
+    whole = {axis: sizes.get(axis, 1) for axis in AXES}
+    assert node_numbers(whole, devices) == [node_of(d) for d in placed(whole, devices).flat]
+
+
+def slices_of_tpus(count, each):
+    return [
+        Device((1 + s) * 100_000 + i, s * each // 4 + i // 4, s, "tpu", "TPU v5p")
+        for s in range(count)
+        for i in range(each)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "each", "sizes", "words"),
+    [
+        (2, 8, {"fsdp": 16}, "fsdp 16 does not fit into one of 2 slices of 8 .*data=2 mesh.fsdp=8"),
+        (2, 8, {"fsdp": 4, "tensor": 4}, "multiple of 2: for example mesh.data=2 mesh.fsdp=2"),
+        (
+            4,
+            4,
+            {"data": 2, "sequence": 8},
+            "for example mesh.data=4 mesh.sequence=4",
+        ),
+        (3, 4, {"data": 2, "tensor": 2}, "multiple of 3: choose another number of slices"),
+    ],
+)
+def test_what_talks_in_every_layer_stays_inside_a_slice(count, each, sizes, words):
+    whole = {axis: sizes.get(axis, 1) for axis in AXES}
+    with pytest.raises(UserError, match=words):
+        check_slices(whole, slices_of_tpus(count, each))
+
+
+def test_what_may_cross_slices_does():
+    for sizes in ({"data": 2, "fsdp": 8}, {"stage": 2, "tensor": 8}, {"data": 4, "tensor": 4}):
+        check_slices({axis: sizes.get(axis, 1) for axis in AXES}, slices_of_tpus(2, 8))
+    check_slices({axis: 16 if axis == "fsdp" else 1 for axis in AXES}, nodes_of(2, 8, slices=True))
