@@ -83,7 +83,7 @@ def _convert(flags: SimpleNamespace) -> None:
 
     started, target = time.monotonic(), Path(flags.to)
     backends.start(BackendConfig(name="cpu"))  # an accelerator would be taken for nothing
-    weights = open_weights(Path(getattr(flags, "from")))
+    weights = open_weights(getattr(flags, "from"))
     kind = flags.format or ("hf" if weights.kind == "llamajax" else "llamajax")
     _check_apart(flags, weights)
     if kind == "llamajax" and flags.dtype == "float16":

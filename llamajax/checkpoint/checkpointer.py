@@ -12,7 +12,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from llamajax.checkpoint.names import named_leaves
 from llamajax.checkpoint.rendezvous import Rendezvous
 from llamajax.checkpoint.restore import newest_step, read_meta, restore_state
 from llamajax.checkpoint.room import here, make_sure_of_room, reason, see_all_parts
+from llamajax.checkpoint.storage import Place, failures, is_remote, place, remove_tree
 from llamajax.errors import UserError
 
 # Orbax's own default (20 minutes) is less than a 70B state takes on a slow disk.
@@ -74,22 +74,33 @@ def _storable(name: str, leaf: Any) -> Any:
 class Checkpointer:
     """Saves the state of one run under a directory, one subdirectory a step.
 
-    directory: `checkpoints/`. keep: newest checkpoints kept. keep_every: checkpoints whose step is
-    a multiple of this are kept as well. asynchronous: whether `save` returns before the files are
-    written. Removes at once what a killed save left behind, so only the run itself may make one;
-    to read another run's checkpoints use `restore_state`.
+    directory: `checkpoints/`, or a URL in an object store. keep: newest checkpoints kept.
+    keep_every: checkpoints whose step is a multiple of this are kept as well. asynchronous: whether
+    `save` returns before the files are written. check_owner: asked by process 0 before each save;
+    raises OSError where the directory is another run's by now. Removes at once what a killed save
+    left behind, so only the run itself may make one; to read another run's checkpoints use
+    `restore_state`.
     """
 
-    def __init__(self, directory: Path, *, keep: int, keep_every: int | None, asynchronous: bool):
+    def __init__(
+        self,
+        directory: Place,
+        *,
+        keep: int,
+        keep_every: int | None,
+        asynchronous: bool,
+        check_owner: Callable[[], None] = lambda: None,
+    ):
         if keep < 1:
             raise UserError(f"checkpoint.keep is {keep}; at least 1 checkpoint must be kept")
         if keep_every is not None and keep_every < 1:
             raise UserError(f"checkpoint.keep_every is {keep_every}; it must be positive or none")
-        self.directory = Path(directory).absolute()
+        self.directory = place(directory)
         self.last_stall_s = 0.0
         self._keep = keep
         self._keep_every = keep_every
         self._asynchronous = asynchronous
+        self._check_owner = check_owner
         self._is_primary = jax.process_index() == 0
         self._thread: threading.Thread | None = None
         self._failure: _Failure | None = None
@@ -101,8 +112,14 @@ class Checkpointer:
         self._filter = _DropOrbaxRecords()
         for name in _NOISY:
             logging.getLogger(name).addFilter(self._filter)
-        if self._is_primary:
-            manifests.remove_leftovers(self.directory)
+        problem = None
+        try:
+            if self._is_primary:
+                manifests.remove_leftovers(self.directory)
+        except failures(self.directory) as error:
+            problem = f"cannot clear {self.directory}: {reason(error)}"
+        if problem := agree(problem):
+            raise UserError(problem)
         ocp.multihost.sync_global_processes("llamajax:checkpointer_start")
         self._rendezvous = Rendezvous()
         self._orbax = ocp.AsyncCheckpointer(
@@ -237,14 +254,25 @@ class Checkpointer:
         """Process 0's answer, on all; CheckpointError on all where it is there, and damaged."""
         problem = None
         try:
-            found = int((self.directory / str(step)).exists()) if self._is_primary else 0
+            found = self._found(step) if self._is_primary else 0
             if found and (damage := manifests.find_damage(self.directory / str(step))):
                 problem = f"a damaged one is in the way ({damage})"
-        except OSError as error:
+        except failures(self.directory) as error:
             problem = reason(error)
         if problem := agree(problem):
             raise CheckpointError(f"checkpoint of step {step} was not saved: {problem}")
         return bool(told(found))
+
+    def _found(self, step: int) -> int:
+        """1 where this step is there; in an object store, what is no checkpoint gives way."""
+        self._check_owner()
+        directory = self.directory / str(step)
+        if not directory.exists():
+            return 0
+        if not manifests.is_committed(directory):
+            remove_tree(directory)
+            return 0
+        return 1
 
     def _start(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         leaves = {name: _storable(name, leaf) for name, leaf in named_leaves(state).items()}
@@ -275,7 +303,9 @@ class Checkpointer:
         """Called by Orbax on process 0 after all files are written, before the rename."""
         assert self._pending is not None
         step, arrays, meta = self._pending
-        (directory,) = self.directory.glob(f"{step}.orbax-checkpoint-tmp*")
+        directory = self.directory / str(step)  # where an object store has it from the start
+        if not is_remote(directory):
+            (directory,) = self.directory.glob(f"{step}.orbax-checkpoint-tmp*")
         see_all_parts(directory / manifests.STATE, self._writers)
         manifests.write_durably(directory / manifests.META, meta)
         manifests.seal(directory, step=step, arrays=arrays)
@@ -292,7 +322,7 @@ class Checkpointer:
     def _clear(self) -> None:
         """Remove what a failed save left, now that nobody writes there any more."""
         if self._is_primary:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*failures(self.directory)):
                 manifests.remove_leftovers(self.directory)
 
     def _finish(self, step: int) -> None:
@@ -307,7 +337,7 @@ class Checkpointer:
             self._give_up(step)
         elif self._is_primary:
             # What can't be deleted now is tried again after the next save.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*failures(self.directory)):
                 self._prune(step)
 
     @contextlib.contextmanager
@@ -315,13 +345,13 @@ class Checkpointer:
         """Turn the failure of a save into `self._failure`."""
         try:
             yield
-        except (*_SAVE_FAILURES, manifests.DamagedError) as error:
+        except (*_SAVE_FAILURES, *failures(self.directory), manifests.DamagedError) as error:
             try:
                 steps = self.steps()
                 newest = (
                     f"the newest complete one is step {steps[-1]}" if steps else "there is none yet"
                 )
-            except OSError as another:
+            except failures(self.directory) as another:
                 newest = f"earlier ones cannot be seen: {reason(another)}"
             self._failure = _Failure(
                 f"checkpoint of step {step} was not saved: {here(reason(error))}; {newest}",

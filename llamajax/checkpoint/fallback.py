@@ -12,20 +12,22 @@ import jax
 from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.agreement import agree, told
 from llamajax.checkpoint.restore import damage_anywhere, damaged
+from llamajax.checkpoint.storage import Place, failures, is_remote
 from llamajax.errors import UserError
 
 _SIGN = "!" * 12
 
 
-def newest_whole(directory: Path) -> tuple[int | None, list[str]]:
+def newest_whole(directory: Place) -> tuple[int | None, list[str]]:
     """The step of the newest checkpoint whose every file is whole, and what to say loudly.
 
     None where there is no checkpoint at all. Every file is read, each by one process. Damaged ones
-    that are newer are set aside as `STEP.damaged`, so that their steps can be saved again; the
-    words are empty when there were none. UserError when all are damaged: then nothing is renamed.
+    that are newer are set aside as `STEP.damaged` (in an object store: marked, and kept until that
+    step is saved again), so that their steps can be saved again; the words are empty when there
+    were none. UserError when all are damaged: then nothing is renamed.
     To be called by all processes, which get the same answer whoever of them saw the damage.
     """
-    found: list[tuple[Path, str]] = []
+    found: list[tuple[Place, str]] = []
     steps = [int(path.name) for path in manifests.step_directories(directory)]
     step = told(steps.pop() if steps else None)
     while step is not None:
@@ -41,19 +43,27 @@ def newest_whole(directory: Path) -> tuple[int | None, list[str]]:
     return None, []
 
 
-def _set_aside(found: list[tuple[Path, str]], step: int) -> list[str]:
+def _set_aside(found: list[tuple[Place, str]], step: int) -> list[str]:
     """Rename damaged checkpoints (process 0 does it), and say so."""
     if not found:
         return []
     words, problem = [], None
     for path, what in found:
-        target = _free_name(path)
-        words.append(f"{_SIGN} checkpoint {path} is damaged: {what}; kept aside as {target.name}")
+        remote = is_remote(path)
+        kept = (
+            f"marked by {manifests.ASIDE}, and kept until its step is saved again"
+            if remote
+            else f"kept aside as {_free_name(path).name}"
+        )
+        words.append(f"{_SIGN} checkpoint {path} is damaged: {what}; {kept}")
         try:
-            if jax.process_index() == 0:
-                path.rename(target)
-        except OSError as error:
-            problem = f"{path} is damaged ({what}) and cannot be renamed: {error.strerror}"
+            if jax.process_index() == 0 and remote:
+                manifests.set_aside(path)
+            elif jax.process_index() == 0:
+                path.rename(_free_name(path))
+        except failures(path) as error:
+            why = error if remote else error.strerror
+            problem = f"{path} is damaged ({what}) and cannot be renamed: {why}"
     if problem := agree(problem):
         raise UserError(problem)
     last = int(found[0][0].name)

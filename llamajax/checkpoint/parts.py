@@ -11,7 +11,6 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ import tensorstore as ts
 
 from llamajax.backends import lends_host_memory
 from llamajax.checkpoint.manifest import DamagedError
+from llamajax.checkpoint.storage import Place, kvstore
 from llamajax.checkpoint.tensor_source import Index
 
 # Most bytes that are read at once, and how many such reads are under way.
@@ -30,11 +30,11 @@ _IN_FLIGHT = 8
 _WORTH_A_READ_BYTES = 1 << 20
 
 
-def array_spec(state: Path, name: str) -> dict[str, Any]:
+def array_spec(state: Place, name: str) -> dict[str, Any]:
     """TensorStore's spec of one array under the directory that Orbax wrote, or is to read."""
     metadata = state / "_METADATA"
-    zarr3 = metadata.is_file() and json.loads(metadata.read_text("utf-8")).get("use_zarr3")
-    store = {"driver": "ocdbt", "base": f"file://{state}", "path": f"{name}/"}
+    zarr3 = metadata.exists() and json.loads(metadata.read_bytes()).get("use_zarr3")
+    store = {"driver": "ocdbt", "base": kvstore(state), "path": f"{name}/"}
     return {"driver": "zarr3" if zarr3 else "zarr", "kvstore": store}
 
 
@@ -52,7 +52,7 @@ class _Slab(NamedTuple):
 class StoredArray:
     """One array of a checkpoint, of which any part can be read."""
 
-    def __init__(self, state: Path, name: str):
+    def __init__(self, state: Place, name: str):
         self._array = ts.open(array_spec(state, name), open=True, read=True).result()
         self._name = name
         self.shape: tuple[int, ...] = self._array.shape

@@ -7,7 +7,6 @@ refused before the first array is read: damage, another model, another tree.
 import errno
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from llamajax.checkpoint.agreement import agree
 from llamajax.checkpoint.manifest import DamagedError
 from llamajax.checkpoint.names import named_leaves, rebuild
 from llamajax.checkpoint.parts import StoredArray, placed
+from llamajax.checkpoint.storage import Place, failures, how_to_mend, is_remote
 from llamajax.errors import UserError, combine
 
 _LISTED = 10
@@ -24,7 +24,7 @@ _LISTED = 10
 _HARMLESS = ("name", "init_std", "max_seq_len")
 
 
-def damaged(directory: Path, problem: str, *, hopeless: bool = False) -> UserError:
+def damaged(directory: Place, problem: str, *, hopeless: bool = False) -> UserError:
     """The refusal of a damaged checkpoint: names the file, the previous complete one, the fix.
 
     hopeless: the earlier ones are known to be damaged as well.
@@ -33,6 +33,8 @@ def damaged(directory: Path, problem: str, *, hopeless: bool = False) -> UserErr
     others = [n for n in manifests.complete_steps(directory.parent) if n < step]
     others = [] if hopeless else others
     away = f"mv {directory} {directory}.damaged"
+    if is_remote(directory):
+        away = f"rename {directory / manifests.MANIFEST} to {manifests.ASIDE}"
     if others:
         fix = (
             f"The previous complete checkpoint is {directory.parent / str(others[-1])}. "
@@ -43,7 +45,7 @@ def damaged(directory: Path, problem: str, *, hopeless: bool = False) -> UserErr
     return UserError(f"checkpoint {directory} is damaged: {problem}\n{fix}")
 
 
-def newest_step(directory: Path) -> int | None:
+def newest_step(directory: Place) -> int | None:
     """The newest checkpoint under `directory`, or None where there is none.
 
     Raises UserError when the newest is damaged: nobody shall take older weights for the newest.
@@ -57,7 +59,7 @@ def newest_step(directory: Path) -> int | None:
     return int(found[-1].name)
 
 
-def _existing(directory: Path) -> Path:
+def _existing(directory: Place) -> Place:
     if not directory.is_dir():
         steps = manifests.complete_steps(directory.parent)
         have = f"complete ones are {', '.join(map(str, steps))}" if steps else "there is none"
@@ -65,16 +67,16 @@ def _existing(directory: Path) -> Path:
     return directory
 
 
-def read_meta(directory: Path) -> dict[str, Any]:
+def read_meta(directory: Place) -> dict[str, Any]:
     """The JSON dict saved with one checkpoint (`checkpoints/STEP`); cheap. UserError if damaged."""
     try:
         manifests.check_contents(_existing(directory), only=[manifests.META])
-        return json.loads((directory / manifests.META).read_text(encoding="utf-8"))
+        return json.loads((directory / manifests.META).read_bytes())
     except DamagedError as error:
         raise damaged(directory, str(error)) from None
 
 
-def read_arrays_index(directory: Path) -> dict[str, jax.ShapeDtypeStruct]:
+def read_arrays_index(directory: Place) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every array of one checkpoint by name, without reading any."""
     try:
         arrays = manifests.check_sizes(_existing(directory)).arrays
@@ -124,7 +126,7 @@ def _array_differences(
 
 
 def check_same_model(
-    directory: Path,
+    directory: Place,
     abstract: Mapping[str, Any],
     *,
     model: Mapping[str, Any] | None,
@@ -151,7 +153,7 @@ def check_same_model(
         )
 
 
-def damage_anywhere(directory: Path) -> str | None:
+def damage_anywhere(directory: Place) -> str | None:
     """What is wrong with one checkpoint as any process sees it, the same on all; None if nothing.
 
     Raises UserError on all where one cannot read it for another reason than damage.
@@ -162,8 +164,10 @@ def damage_anywhere(directory: Path) -> str | None:
         manifests.check_contents(directory, share=share)
     except DamagedError as error:
         problem = str(error)
-    except OSError as error:
-        if error.errno == errno.EIO:  # the disk itself gives up on these bytes
+    except failures(directory) as error:
+        if is_remote(directory):
+            refusal = f"cannot read checkpoint {directory}: {error}; {how_to_mend(directory)}"
+        elif error.errno == errno.EIO:  # the disk itself gives up on these bytes
             problem = f"{error.filename or directory} cannot be read: {error.strerror}"
         else:
             refusal = f"cannot read checkpoint {directory}: {error.strerror}: {error.filename}"
@@ -172,7 +176,7 @@ def damage_anywhere(directory: Path) -> str | None:
     return agree(problem)
 
 
-def _restored(state: Path, name: str, leaf: Any, *, donated: bool) -> Any:
+def _restored(state: Place, name: str, leaf: Any, *, donated: bool) -> Any:
     stored = StoredArray(state, name)
     if leaf.sharding is None:
         return stored.read(tuple(slice(0, n) for n in leaf.shape), leaf.dtype)
@@ -180,7 +184,7 @@ def _restored(state: Path, name: str, leaf: Any, *, donated: bool) -> Any:
 
 
 def restore_state(
-    directory: Path,
+    directory: Place,
     abstract_state: Any,
     *,
     model: Mapping[str, Any] | None = None,

@@ -6,19 +6,19 @@ import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.agreement import agree, gathered, told
+from llamajax.checkpoint.storage import Place, failures, files, is_remote
 
 # Network file systems show a new directory to other hosts only after their caches' time.
 _SHOWN_WITHIN_S = 30
 
 
-def make_sure_of_room(directory: Path, leaves: Mapping[str, Any]) -> list[int]:
+def make_sure_of_room(directory: Place, leaves: Mapping[str, Any]) -> list[int]:
     """The processes that have something to write; each has the room for it.
 
     OSError on all processes when the disk of one cannot take what it would write. A disk that fills
@@ -31,32 +31,36 @@ def make_sure_of_room(directory: Path, leaves: Mapping[str, Any]) -> list[int]:
         # Orbax would wait for hours for a directory that this process cannot see.
         if oldest is not None and not (directory / str(oldest)).is_dir():
             raise OSError(0, f"there is no {directory / str(oldest)}; is the mount gone?")
-        directory.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(directory).free
-        if needed > free:
-            what = f"{needed:,} bytes are needed, {free:,} are free"
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {what}")
+        if not is_remote(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(directory).free
+            if needed > free:
+                what = f"{needed:,} bytes are needed, {free:,} are free"
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {what}")
         _try_to_write(directory)
-    except OSError as error:
+    except failures(directory) as error:
         problem = here(reason(error))
     if problem := agree(problem):
         raise OSError(0, problem)
     return [rank for rank, size in enumerate(gathered(needed)) if size]
 
 
-def _oldest(directory: Path) -> int | None:
+def _oldest(directory: Place) -> int | None:
     """A checkpoint that all processes see, if the directory is still the one that they share: it
     is there for so long that no file system's cache hides it."""
     try:
         return next((int(path.name) for path in manifests.step_directories(directory)), None)
-    except OSError:
+    except failures(directory):
         return None  # said below
 
 
-def see_all_parts(state: Path, writers: Sequence[int]) -> None:
+def see_all_parts(state: Place, writers: Sequence[int]) -> None:
     """OSError unless the part of each process is there: one whose mount is gone may write into an
     empty directory of its own, and see nothing wrong."""
     missing = [state / f"ocdbt.process_{rank}" for rank in writers]
+    if is_remote(state):  # shown at once, or not there
+        there = {name.partition("/")[0] for name in files(state)}
+        missing = [path for path in missing if path.name not in there]
     deadline = time.monotonic() + _SHOWN_WITHIN_S
     while missing := [path for path in missing if not path.is_dir()]:
         if time.monotonic() > deadline:
@@ -74,7 +78,7 @@ def reason(error: BaseException) -> str:
     # TensorStore: `...: No space left on device [os_error_code='28']`.
     if found := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(found.group(1)))
-    lines = str(error).splitlines()
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
 
 
@@ -85,8 +89,8 @@ def here(problem: str) -> str:
     return f"process {jax.process_index()}: {problem}"
 
 
-def _try_to_write(directory: Path) -> None:
-    """OSError where this process cannot write: read only, no inode left, a mount that is gone."""
+def _try_to_write(directory: Place) -> None:
+    """One of `failures` where this process cannot write: read only, no inode left, no mount."""
     probe = directory / f".probe_{jax.process_index()}"
     probe.write_bytes(b"x")
     probe.unlink()

@@ -22,6 +22,7 @@ from llamajax.checkpoint.hf_read import check_tied_head, named_weights, read_wei
 from llamajax.checkpoint.manifest import DamagedError
 from llamajax.checkpoint.parts import StoredArray, array_spec
 from llamajax.checkpoint.restore import check_same_model, damaged, read_arrays_index
+from llamajax.checkpoint.storage import Place
 from llamajax.checkpoint.tensor_source import Index, TensorSource
 from llamajax.config.schema import ModelConfig
 from llamajax.sharding import letters
@@ -87,7 +88,7 @@ class StoredSource:
     Holds one layer of one weight, also where all its layers are stored together.
     """
 
-    def __init__(self, directory: Path, model: ModelConfig, leaves: Mapping[str, Leaf]):
+    def __init__(self, directory: Place, model: ModelConfig, leaves: Mapping[str, Leaf]):
         """leaves: the model's. Raises UserError for damage, and for another model's checkpoint."""
         wanted = {_PREFIX + name: leaf for name, leaf in leaves.items()}
         check_same_model(directory, wanted, model=None, partial=True, cast=True)

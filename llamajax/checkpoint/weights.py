@@ -6,7 +6,7 @@ foreign format in the order of RECOGNISERS. A foreign format is one function mor
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from llamajax.checkpoint import gguf_config, hf_read, meta_config
@@ -17,7 +17,9 @@ from llamajax.checkpoint.adapters import (
     fingerprint_tensors,
     read_factors,
 )
+from llamajax.checkpoint.owner import recorded
 from llamajax.checkpoint.restore import newest_step, read_meta, restore_state
+from llamajax.checkpoint.storage import Place, failures, how_to_mend, is_remote, place
 from llamajax.checkpoint.stored import Leaf, StoredSource, leaves_of
 from llamajax.checkpoint.tensor_source import Foreign, TensorSource
 from llamajax.config.build import build_model
@@ -47,7 +49,7 @@ class Weights:
     """
 
     kind: str
-    path: Path
+    path: Place
     model: ModelConfig
     tokenizer: Path | None
     step: int | None
@@ -87,19 +89,22 @@ class Weights:
         return restore_state(self.path, wanted, partial=True, cast=True)["model"]
 
 
-def open_weights(path: Path) -> Weights:
+def open_weights(path: str | PurePath) -> Weights:
     """The weights that `path` holds.
 
-    A --workdir of train (its newest checkpoint), one checkpoints/STEP, a directory that `convert`
-    wrote, a Hugging Face directory, or another kind of RECOGNISERS. Raises UserError when it is
-    none of these, or when it is one that is damaged or not supported.
+    A --workdir of train (its newest checkpoint), one checkpoints/STEP, a directory of checkpoints
+    (of these two also the URL), a directory that `convert` wrote, a Hugging Face directory, or
+    another kind of RECOGNISERS. Raises UserError when it is none of these, or when it is one that
+    is damaged or not supported.
     """
-    path = Path(path).absolute()
+    path = place(path)
+    if is_remote(path):
+        return _of_url(path)
     if not path.exists():
         raise UserError(f"{path}: there is no such file or directory")
     step = _checkpoint_in(path)
     if step is not None:
-        return _of_checkpoint(step)
+        return _of_checkpoint(step, run=path)
     for kind, recognise in RECOGNISERS.items():
         found = recognise(path)
         if found is not None:
@@ -119,11 +124,26 @@ def open_weights(path: Path) -> Weights:
     )
 
 
-def _checkpoint_in(path: Path) -> Path | None:
+def _of_url(path: Place) -> Weights:
+    try:
+        if (step := _checkpoint_in(path)) is not None:
+            return _of_checkpoint(step)
+    except failures(path) as error:
+        raise UserError(f"{path} cannot be read: {error}; {how_to_mend(path)}") from None
+    raise UserError(
+        f"{path}: there is no checkpoint of llamajax (weights in other formats are read from local "
+        f"paths); {how_to_mend(path)}"
+    )
+
+
+def _checkpoint_in(path: Place) -> Place | None:
     """The directory of one checkpoint of ours: `path` itself, or the newest under it."""
     if path.name.isdecimal() and (path / manifests.STATE).is_dir():
         return path
-    for directory in (path / "checkpoints", path):
+    places = [path / "checkpoints", path]
+    if not is_remote(path) and recorded(path) not in places:
+        places.insert(0, recorded(path))
+    for directory in places:
         step = newest_step(directory)
         if step is not None:
             return directory / str(step)
@@ -132,12 +152,12 @@ def _checkpoint_in(path: Path) -> Path | None:
     return None
 
 
-def open_base(record: Mapping[str, str], *, path: Path | None, adapters: Path) -> Weights:
+def open_base(record: Mapping[str, str], *, path: Place | None, adapters: PurePath) -> Weights:
     """The weights that adapters were trained on, which `record` (of their checkpoint) describes.
 
     path: where they are now, None: where they were. Raises UserError when they are gone or others.
     """
-    where = Path(record["path"]) if path is None else path
+    where = place(record["path"]) if path is None else path
     if not where.exists():
         raise UserError(
             f"{adapters} holds adapters only, and the weights that they were trained on are gone: "
@@ -154,7 +174,8 @@ def open_base(record: Mapping[str, str], *, path: Path | None, adapters: Path) -
     return base
 
 
-def _of_checkpoint(directory: Path) -> Weights:
+def _of_checkpoint(directory: Place, *, run: Path | None = None) -> Weights:
+    """Opened. run: the --workdir whose checkpoint it is, where that was named."""
     meta = read_meta(directory)
     config, base, lora = meta.get("config") or {}, None, None
     if "model" not in config:
@@ -169,7 +190,7 @@ def _of_checkpoint(directory: Path) -> Weights:
         kind="llamajax",
         path=directory,
         model=model,
-        tokenizer=_tokenizer_of(directory, config),
+        tokenizer=_tokenizer_of(directory, config, run),
         step=int(directory.name),
         source=None,
         base=base,
@@ -177,10 +198,11 @@ def _of_checkpoint(directory: Path) -> Weights:
     )
 
 
-def _tokenizer_of(directory: Path, config: dict[str, Any]) -> Path | None:
+def _tokenizer_of(directory: Place, config: dict[str, Any], run: Path | None) -> Path | None:
     """The tokenizer beside the checkpoints, else that of the first data set of the run."""
-    beside = directory.parent.parent
-    for folder in (beside, beside / TOKENIZER):
+    beside = [] if is_remote(directory) else [directory.parent.parent]
+    beside += [] if run is None else [run]
+    for folder in (each for path in beside for each in (path, path / TOKENIZER)):
         for name in _TOKENIZERS:
             if (folder / name).is_file():
                 return folder / name

@@ -5,6 +5,7 @@ reported as such) is passed over, so that one mistake never hides another.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -88,6 +89,9 @@ _BELOW = {
     "data.seed": 2**32,
     "train.seed": 2**32,
 }
+
+
+_GS_FOLDER = re.compile(r"gs://[^/]+/.*[^/].*")
 
 
 def check(values: Mapping[str, Any]) -> list[str]:
@@ -267,6 +271,19 @@ def _init_from(v: _Values) -> Iterator[str]:
         yield "train.init_from = '': is empty; name a directory of weights, or set it to none"
 
 
+def _directory(v: _Values) -> Iterator[str]:
+    directory = v["checkpoint.directory"]
+    if directory is None:
+        return
+    if not directory.strip():
+        yield "checkpoint.directory = '': is empty; name a directory, or set it to none"
+    elif "://" in directory and not _GS_FOLDER.fullmatch(directory):
+        yield (
+            f"checkpoint.directory = {directory}: is not a path, nor gs://BUCKET/FOLDER (of URLs "
+            "Orbax takes gs:// only)"
+        )
+
+
 def _lora_base(v: _Values) -> Iterator[str]:
     if v["lora.rank"] > 0 and v["train.init_from"] is None:
         yield (
@@ -362,5 +379,5 @@ def _list(items: tuple[float, ...]) -> str:
 _RULES: tuple[Rule, ...] = (
     _even_head, _kv_heads, _rope_scaling, _context, _mesh_sizes, _accumulation, _paths, _weights,
     _warmup, _decay, _final_rate, _remat_names, _init_from, _lora_base, _lora_targets, _lora_rank,
-    _spikes, _plugin, _plugin_options, _processes,
+    _directory, _spikes, _plugin, _plugin_options, _processes,
 )  # fmt: skip

@@ -276,8 +276,13 @@ class GuardConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the state is saved, and which checkpoints are kept."""
+    """When and where the state is saved, and which checkpoints are kept."""
 
+    directory: str | None = key(
+        "where checkpoints are kept: a path that all processes share, or gs://BUCKET/FOLDER; none: "
+        "WORKDIR/checkpoints",
+        default=None,
+    )
     every_steps: int | None = key(
         "steps between checkpoints; none: by minutes and at the end", default=None
     )

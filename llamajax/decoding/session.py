@@ -4,7 +4,6 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +74,7 @@ class Session:
 def open_session(request: Request) -> Session:
     """Everything up to the first token. UserError for what a user can mend."""
     check(request)
-    weights = open_weights(Path(request.checkpoint))
+    weights = open_weights(request.checkpoint)
     tokenizer = None if weights.tokenizer is None else load_tokenizer(weights.tokenizer)
     _check_vocabulary(weights, tokenizer)
     if request.interactive:

@@ -31,7 +31,7 @@ _CHUNK_TOKENS = 512
 def evaluate(request: Request) -> dict[str, Any]:
     """The result as the verb prints it; writes the losses of the tokens if asked. UserError."""
     check(request)
-    weights = open_weights(Path(request.checkpoint))
+    weights = open_weights(request.checkpoint)
     source = open_source(request, weights)
     machine = backends.start(request.backend)
     mesh = _mesh(request, weights)

@@ -8,6 +8,7 @@ from typing import Any
 
 from llamajax import data
 from llamajax.checkpoint import complete_steps, read_meta
+from llamajax.checkpoint.owner import recorded
 from llamajax.config import RunConfig, from_json_dict
 from llamajax.errors import UserError
 from llamajax.monitoring import load_metrics
@@ -76,7 +77,7 @@ def read_record(workdir: Path, step: int, *, box: Path | None) -> Record:
     config_file = workdir / "config.json"
     if not config_file.is_file():
         raise UserError(f"--workdir={workdir}: there is no run in it (no config.json)")
-    checkpoints = workdir.absolute() / "checkpoints"
+    checkpoints = recorded(workdir)
     steps = complete_steps(checkpoints)
     numbers, place = _numbers(workdir, step, box)
     newest = max([*numbers, *steps], default=0)

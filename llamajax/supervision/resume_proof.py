@@ -88,6 +88,7 @@ def shortened(config: RunConfig, steps: int) -> list[str]:
         "optim.warmup_steps": min(config.optim.warmup_steps, third),
         "checkpoint.every_steps": max(1, steps // 6),
         "checkpoint.every_minutes": "none",
+        "checkpoint.directory": "none",  # three runs, each with its own
         "checkpoint.export_hf_every": "none",
         "monitoring.tensorboard": "false",
     }

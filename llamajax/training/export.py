@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from llamajax import data
 from llamajax.checkpoint import newest_step
 from llamajax.checkpoint.hf_write import export_hf
+from llamajax.checkpoint.owner import checkpoints_of
 from llamajax.checkpoint.peft import write_peft
+from llamajax.checkpoint.storage import place
 from llamajax.checkpoint.weights import TOKENIZER
 from llamajax.config import RunConfig
 from llamajax.errors import UserError
@@ -61,6 +63,6 @@ def exporter(
 
 def write_adapters(config: RunConfig, base: dict[str, str], workdir: Path) -> None:
     """Write the newest adapters as `peft/`. To be called by all processes."""
-    checkpoints = workdir.absolute() / "checkpoints"
+    checkpoints = checkpoints_of(workdir, config.checkpoint.directory)
     newest = checkpoints / str(newest_step(checkpoints))
-    write_peft(newest, workdir / "peft", lora=config.lora, base=Path(base["path"]))
+    write_peft(newest, workdir / "peft", lora=config.lora, base=place(base["path"]))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llamajax import data
+from llamajax.checkpoint.storage import place
 from llamajax.checkpoint.weights import Weights, open_base, open_weights
 from llamajax.config import from_json_dict
 from llamajax.config.flags import show
@@ -34,7 +35,7 @@ def open_origin(config: RunConfig, meta: Mapping[str, Any] | None) -> Weights | 
         if config.train.init_from is None:
             return None
         try:
-            weights = open_weights(Path(config.train.init_from))
+            weights = open_weights(config.train.init_from)
         except UserError as error:
             raise UserError(f"train.init_from = {config.train.init_from}: {error}") from None
         return _checked(weights, config)
@@ -43,7 +44,7 @@ def open_origin(config: RunConfig, meta: Mapping[str, Any] | None) -> Weights | 
     if not config.lora.rank:
         return None
     moved = before.train.init_from != config.train.init_from
-    path = Path(config.train.init_from).absolute() if moved else None
+    path = place(config.train.init_from) if moved else None
     return open_base(meta["base"], path=path, adapters=Path("this --workdir"))
 
 

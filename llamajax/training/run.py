@@ -13,6 +13,8 @@ from typing import Any
 
 from llamajax import data
 from llamajax.checkpoint import Checkpointer, CheckpointError, named_leaves
+from llamajax.checkpoint.owner import check_owner, checkpoints_of, claim
+from llamajax.checkpoint.storage import Place
 from llamajax.checkpoint.weights import Weights
 from llamajax.config import RunConfig, diff, from_json_dict, to_json_dict
 from llamajax.errors import UserError
@@ -60,7 +62,10 @@ def train(config: RunConfig, *, workdir: Path, shutdown: Shutdown) -> int:
     with LeavingAtOnce(), contextlib.ExitStack() as stack:
         stack.enter_context(opened(workdir, process_id=session.machine.process_id))
         check_shared(workdir)
-        checkpointer = stack.enter_context(_checkpointer(session, workdir))
+        checkpoints = checkpoints_of(workdir, config.checkpoint.directory)
+        if words := claim(checkpoints, workdir):
+            say(words, primary=session.machine.is_primary)
+        checkpointer = stack.enter_context(_checkpointer(session, workdir, checkpoints))
         stack.enter_context(LeavingAtOnce())  # before the checkpointer waits for the others
         shutdown.name_previous(lambda: previous(checkpointer))
         audit = Audit(workdir, primary=session.machine.is_primary)
@@ -157,13 +162,15 @@ def _is_evaluated(workdir: Path, step: int) -> bool:
     return any(row["step"] == step and "eval_loss" in row for row in load_metrics(workdir))
 
 
-def _checkpointer(session: Session, workdir: Path) -> Checkpointer:
+def _checkpointer(session: Session, workdir: Path, directory: Place) -> Checkpointer:
     c = session.config.checkpoint
+    mine = functools.partial(check_owner, directory, workdir)
     return Checkpointer(
-        workdir / "checkpoints",
+        directory,
         keep=c.keep,
         keep_every=c.keep_every,
         asynchronous=c.asynchronous and session.machine.saves_asynchronously,
+        check_owner=mine if c.directory is not None else lambda: None,
     )
 
 

@@ -1,0 +1,136 @@
+"""A Google Cloud Storage of one bucket on this machine; a script, and what tests start it with.
+
+    python object_store.py PORT
+
+gcp-storage-emulator with what TensorStore needs besides: the generation of what is read, and reads
+and writes that are conditional on it.
+"""
+
+import contextlib
+import io
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from http import HTTPStatus
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlparse
+
+import pytest
+
+BUCKET = "bucket"
+
+
+def serve(port: int) -> None:
+    """Serve requests, one at a time, until killed."""
+    from gcp_storage_emulator import server
+
+    class Handler(server.RequestHandler):
+        """The emulator's, with generations and preconditions."""
+
+        generation: str | None = None
+
+        def _current(self, bucket: str, name: str) -> str:
+            from gcp_storage_emulator.exceptions import NotFound
+
+            try:
+                return self.storage.get_file_obj(bucket, name)["generation"]
+            except NotFound:
+                return "0"
+
+        def _refused(self) -> bool:
+            """Answer a request whose precondition does not hold."""
+            url = urlparse(self.path)
+            query = {key: values[0] for key, values in parse_qs(url.query).items()}
+            bucket, _, rest = url.path.partition("/b/")[2].partition("/o")
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.rfile = io.BytesIO(body)
+            name = query.get("name") or unquote(rest.removeprefix("/"))
+            if found := re.search(rb'"name": *"([^"]+)"', body if not name else b""):
+                name = found.group(1).decode()  # of an upload in several parts
+            current = self._current(bucket, name)
+            self.generation = current if query.get("alt") == "media" else None
+            if query.get("ifGenerationMatch", current) != current:
+                status = HTTPStatus.PRECONDITION_FAILED
+            elif query.get("ifGenerationNotMatch") == current:
+                status = HTTPStatus.NOT_MODIFIED
+            else:
+                return False
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return True
+
+        def end_headers(self) -> None:
+            if self.generation not in (None, "0"):
+                self.send_header("x-goog-generation", self.generation)
+            super().end_headers()
+
+        def do_GET(self) -> None:
+            if not self._refused():
+                super().do_GET()
+
+        def do_POST(self) -> None:
+            if not self._refused():
+                super().do_POST()
+
+        def do_DELETE(self) -> None:
+            if not self._refused():
+                super().do_DELETE()
+
+    server.RequestHandler = Handler
+    server.create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET).run()
+
+
+def environment(port: int) -> dict[str, str]:
+    """What tells the two clients (fsspec's, TensorStore's) where the store is."""
+    url = f"http://127.0.0.1:{port}"
+    return {
+        "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks a service that is not here
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(port: int) -> Iterator[subprocess.Popen]:
+    """A store in a process of its own, which is killed at the end."""
+    command = [sys.executable, str(Path(__file__)), str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not _listens(port):
+            assert process.poll() is None, f"{command} ended with {process.returncode}"
+            assert time.monotonic() < deadline, f"{command} does not answer"
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
+def need_packages() -> None:
+    """Skip where the client or the emulator is not installed; never in CI."""
+    for name in ("gcsfs", "gcp_storage_emulator"):
+        if os.environ.get("LLAMAJAX_CI") == "1":
+            __import__(name)
+        else:
+            pytest.importorskip(name, reason=f"{name} is not installed: pip install '.[test]'")
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))
