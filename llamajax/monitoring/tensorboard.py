@@ -14,18 +14,20 @@ from pathlib import Path
 _FLUSH_EVERY_S = 20.0
 
 
-@contextlib.contextmanager
-def _without_torch() -> Iterator[None]:
-    """Within it torch counts as not installed, unless it is imported already.
+# tensorboardX imports these, where they are installed, for what is not used here: torch takes 3 s,
+# the clients of object stores another one, all before the first step.
+_NOT_NEEDED = ("torch", "boto3", "google.cloud.storage")
 
-    tensorboardX imports it for what is not used here: 3 s before the first step.
-    """
-    absent = sys.modules.setdefault("torch", None) is None
+
+@contextlib.contextmanager
+def _without_the_rest() -> Iterator[None]:
+    """Within it those count as not installed, unless they are imported already."""
+    absent = [name for name in _NOT_NEEDED if sys.modules.setdefault(name, None) is None]
     try:
         yield
     finally:
-        if absent:
-            del sys.modules["torch"]
+        for name in absent:
+            del sys.modules[name]
 
 
 class TensorBoard:
@@ -35,7 +37,7 @@ class TensorBoard:
     """
 
     def __init__(self, directory: Path, *, resume_step: int):
-        with _without_torch():
+        with _without_the_rest():
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto import event_pb2, summary_pb2
 

@@ -1,6 +1,9 @@
 """The TensorBoard sink writes real event files, and a full disk never stops the run."""
 
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +53,19 @@ def test_a_full_disk_ends_tensorboard_only(
     metrics.close()
     assert len(load_metrics(tmp_path)) == 29
     assert capsys.readouterr().err.count("tensorboard/ is no longer written") == 1
+
+
+def test_no_package_is_imported_that_is_not_needed(tmp_path: Path):
+    """Stand-ins of what tensorboardX would import end the process."""
+    for name in ("torch", "boto3", "google/cloud/storage"):
+        stand_in = tmp_path / "site" / f"{name}.py"
+        stand_in.parent.mkdir(parents=True, exist_ok=True)
+        stand_in.write_text(f"raise SystemExit('{name} was imported')")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom llamajax.monitoring import MetricsWriter\n"
+        "MetricsWriter(Path(sys.argv[1]), tensorboard=True, resume_step=0, primary=True).close()\n"
+        "assert not {'torch', 'boto3', 'google.cloud.storage'} & set(sys.modules)\n"
+    )
+    path = os.pathsep.join([str(tmp_path / "site"), *sys.path])
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path})
