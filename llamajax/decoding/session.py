@@ -81,7 +81,7 @@ def open_session(request: Request) -> Session:
         text_ids("", tokenizer, request.chat_template)  # refuses a checkpoint without one
     prompts = [] if request.interactive else read_prompts(request, weights.model, tokenizer)
     stop_ids = _stop_ids(request, weights, tokenizer)
-    machine = backends.start(request.backend)
+    machine = backends.start(request.backend, keep_programs=True)
     mesh = _mesh(request, weights.model)
     dtype = request.dtype or default_dtype(machine)
     sharding.check_divides(

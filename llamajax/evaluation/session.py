@@ -33,7 +33,7 @@ def evaluate(request: Request) -> dict[str, Any]:
     check(request)
     weights = open_weights(request.checkpoint)
     source = open_source(request, weights)
-    machine = backends.start(request.backend)
+    machine = backends.start(request.backend, keep_programs=True)
     mesh = _mesh(request, weights)
     dtype = request.dtype or backends.default_dtype(machine.platform)
     compute = _compute(weights, source, machine, dtype)
