@@ -91,7 +91,8 @@ _BELOW = {
 }
 
 
-_GS_FOLDER = re.compile(r"gs://[^/]+/.*[^/].*")
+# Without the characters that fsspec takes for patterns when it deletes.
+_GS_FOLDER = re.compile(r"gs://[^/*?\[\]]+/[^*?\[\]]*[^/*?\[\]]/?")
 
 
 def check(values: Mapping[str, Any]) -> list[str]:
@@ -279,8 +280,8 @@ def _directory(v: _Values) -> Iterator[str]:
         yield "checkpoint.directory = '': is empty; name a directory, or set it to none"
     elif "://" in directory and not _GS_FOLDER.fullmatch(directory):
         yield (
-            f"checkpoint.directory = {directory}: is not a path, nor gs://BUCKET/FOLDER (of URLs "
-            "Orbax takes gs:// only)"
+            f"checkpoint.directory = {directory}: is not a path, nor gs://BUCKET/FOLDER without "
+            "*?[] (of URLs, Orbax takes gs:// only)"
         )
 
 

@@ -1,12 +1,14 @@
 """A Google Cloud Storage of one bucket on this machine; a script, and what tests start it with.
 
-    python object_store.py PORT
+    python object_store.py PORT [HOLD]
 
 gcp-storage-emulator with what TensorStore needs besides: the generation of what is read, and reads
-and writes that are conditional on it.
+and writes that are conditional on it. HOLD: a file; an upload whose name ends as its text says is
+not answered until the file is gone, and a file HOLD.held says that there is one.
 """
 
 import contextlib
+import importlib.util
 import io
 import os
 import re
@@ -24,7 +26,7 @@ import pytest
 BUCKET = "bucket"
 
 
-def serve(port: int) -> None:
+def serve(port: int, hold: Path | None) -> None:
     """Serve requests, one at a time, until killed."""
     from gcp_storage_emulator import server
 
@@ -51,7 +53,7 @@ def serve(port: int) -> None:
             name = query.get("name") or unquote(rest.removeprefix("/"))
             if found := re.search(rb'"name": *"([^"]+)"', body if not name else b""):
                 name = found.group(1).decode()  # of an upload in several parts
-            current = self._current(bucket, name)
+            current, self.name = self._current(bucket, name), name
             self.generation = current if query.get("alt") == "media" else None
             if query.get("ifGenerationMatch", current) != current:
                 status = HTTPStatus.PRECONDITION_FAILED
@@ -64,6 +66,11 @@ def serve(port: int) -> None:
             self.end_headers()
             return True
 
+        def _wait(self) -> None:
+            while hold and hold.exists() and self.name.endswith(hold.read_text()):
+                hold.with_suffix(".held").touch()
+                time.sleep(0.05)
+
         def end_headers(self) -> None:
             if self.generation not in (None, "0"):
                 self.send_header("x-goog-generation", self.generation)
@@ -75,6 +82,7 @@ def serve(port: int) -> None:
 
         def do_POST(self) -> None:
             if not self._refused():
+                self._wait()
                 super().do_POST()
 
         def do_DELETE(self) -> None:
@@ -102,9 +110,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(port: int) -> Iterator[subprocess.Popen]:
+def running(port: int, hold: Path | None = None) -> Iterator[subprocess.Popen]:
     """A store in a process of its own, which is killed at the end."""
-    command = [sys.executable, str(Path(__file__)), str(port)]
+    command = [sys.executable, str(Path(__file__)), str(port), *([str(hold)] if hold else [])]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
@@ -126,11 +134,11 @@ def _listens(port: int) -> bool:
 def need_packages() -> None:
     """Skip where the client or the emulator is not installed; never in CI."""
     for name in ("gcsfs", "gcp_storage_emulator"):
-        if os.environ.get("LLAMAJAX_CI") == "1":
-            __import__(name)
-        else:
-            pytest.importorskip(name, reason=f"{name} is not installed: pip install '.[test]'")
+        # Not imported here: gcsfs looks at the environment when it is.
+        if importlib.util.find_spec(name) is None:
+            assert os.environ.get("LLAMAJAX_CI") != "1", f"{name} is not installed"
+            pytest.skip(f"{name} is not installed: pip install '.[test]'")
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

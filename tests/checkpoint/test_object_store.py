@@ -1,0 +1,148 @@
+"""Checkpoints at a URL: what a disk promises, an object store keeps as well."""
+
+import jax
+import pytest
+from object_store import BUCKET, environment, free_port, need_packages, running
+from tiny_state import META, abstract, assert_same_bits, checkpointer, make_mesh, make_state
+
+from llamajax.checkpoint import CheckpointError, complete_steps, manifest, newest_step, storage
+from llamajax.checkpoint.owner import OWNER, check_owner, claim
+from llamajax.checkpoint.weights import open_weights
+from llamajax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def store():
+    """The URL of a bucket that is empty at first."""
+    need_packages()
+    port = free_port()
+    with pytest.MonkeyPatch.context() as patch, running(port):
+        for name, value in environment(port).items():
+            patch.setenv(name, value)
+        yield f"gs://{BUCKET}"
+
+
+@pytest.fixture
+def folder(store, request):
+    name = "".join(c for c in request.node.name if c.isalnum())  # no pattern of fsspec's
+    return storage.place(f"{store}/{name}")
+
+
+def tops(folder):
+    return sorted({name.partition("/")[0] for name in storage.files(folder)})
+
+
+def saved(folder, *steps, **options):
+    mesh = make_mesh((4, 2))
+    with checkpointer(folder, **options) as run:
+        for step in steps:
+            run.save(step, make_state(mesh, seed=step), meta=META, wait=True)
+        return run.steps()
+
+
+def restored(run, step):
+    mesh = make_mesh((2, 1))
+    return run.restore(abstract(make_state(mesh), mesh), step)
+
+
+def largest(folder):
+    """The object that holds most of the arrays."""
+    found = {n: size for n, size in storage.files(folder).items() if "/d/" in n}
+    return folder / max(found, key=found.get)
+
+
+def test_what_was_saved_is_restored_and_old_ones_are_removed(folder):
+    assert saved(folder, 10, 20, 30, keep=2) == [20, 30]
+    assert tops(folder) == ["20", "30"]
+    with checkpointer(folder) as run:
+        assert run.newest_whole() == (30, [])
+        state, meta, step = restored(run, None)
+    assert_same_bits(state, make_state(make_mesh((1, 1)), seed=30))
+    assert (meta, step) == (META, 30)
+
+
+def test_a_save_is_complete_with_its_manifest_and_not_before(folder, monkeypatch):
+    seen = []
+    real = manifest.write_durably
+
+    def watched(path, text):
+        if path.name == manifest.MANIFEST:
+            seen.append((tops(folder), complete_steps(folder), newest_step(folder)))
+        real(path, text)
+
+    monkeypatch.setattr(manifest, "write_durably", watched)
+    assert saved(folder, 1, 2) == [1, 2]
+    assert seen == [(["1"], [], None), (["1", "2"], [1], 1)]
+
+
+def test_what_killed_saves_and_removals_leave_is_removed_and_nothing_else(folder):
+    saved(folder, 10, 20, 30)
+    (folder / "20" / "manifest.json").unlink()  # the first act of a removal, the last of a save
+    (folder / "40" / "_CHECKPOINT_METADATA").write_text("{}")
+    (folder / "2024" / "photo.jpg").write_text("somebody's")
+    assert newest_step(folder) == 30
+    with checkpointer(folder) as run:
+        assert run.steps() == [10, 30]
+    assert tops(folder) == ["10", "2024", "30"]
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, lambda path: path.unlink()])
+def test_a_damaged_newest_is_marked_and_its_step_saved_again(folder, damage):
+    saved(folder, 10, 20)
+    path = largest(folder / "20")
+    damage(path)
+    with checkpointer(folder) as run:
+        step, words = run.newest_whole()
+        assert step == 10
+        assert f"{path} " in words[0]
+        assert manifest.ASIDE in words[0]
+        assert run.steps() == [10]
+        assert_same_bits(restored(run, 10)[0], make_state(make_mesh((1, 1)), seed=10))
+    with checkpointer(folder) as run:  # a rerun leaves the marked one where it is
+        assert (folder / "20" / manifest.ASIDE).exists()
+        assert run.newest_whole() == (10, [])
+        run.save(20, make_state(make_mesh((4, 2)), seed=20), meta=META)
+    with checkpointer(folder) as run:
+        assert run.newest_whole() == (20, [])
+        assert_same_bits(restored(run, 20)[0], make_state(make_mesh((1, 1)), seed=20))
+    assert not (folder / "20" / manifest.ASIDE).exists()
+
+
+def test_two_runs_cannot_share_a_url(folder, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir(), other.mkdir()
+    assert claim(folder, one) is None
+    assert claim(folder, one) is None
+    with pytest.raises(UserError, match=rf"is of the run in {one} .*delete {folder}/{OWNER}"):
+        claim(folder, other)
+    check_owner(folder, one)
+    (one / ".run_id").unlink()  # a new machine, on which the same path is empty
+    assert "taken over" in claim(folder, one)
+    (one / ".run_id").write_text("of the old machine")
+    with checkpointer(folder, check_owner=lambda: check_owner(folder, one)) as run:
+        with pytest.raises(CheckpointError, match="taken over by the run"):
+            run.save(1, {"x": jax.numpy.ones(3)}, meta={})
+        assert run.steps() == []
+
+
+def test_mistakes_are_one_message(store, tmp_path, monkeypatch):
+    nowhere = storage.place("gs://no-such-bucket/run")
+    with pytest.raises(UserError, match=r"no-such-bucket/run cannot be used.*credentials"):
+        claim(nowhere, tmp_path)
+    with pytest.raises(UserError, match=r"no-such-bucket/run: there is no checkpoint"):
+        open_weights("gs://no-such-bucket/run")
+    with pytest.raises(UserError, match="not at ftp://"):
+        open_weights("ftp://host/run")
+    monkeypatch.setitem(storage._CLIENTS, "gs", ("no_such_module", "gcs", ""))
+    with pytest.raises(UserError, match=r"pip install 'llamajax\[gcs\]'"):
+        storage.place("gs://bucket/run")

@@ -1,0 +1,74 @@
+"""A run whose checkpoints are at a URL, started from the shell: killed in a save, and resumed."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from object_store import BUCKET, environment, free_port, need_packages, running
+
+CONFIG = Path(__file__).parents[1] / "training" / "tiny_run.py"
+FIELDS = ("step", "loss", "grad_norm", "learning_rate", "tokens_seen", "eval_loss")
+HELD_WITHIN_S = 240
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    text = "\n\n".join(f"{'abcdefgh' * (i % 7)} line {i} of a small corpus." for i in range(900))
+    (folder / "corpus.txt").write_text(text)
+    arguments = [f"--input={folder / 'corpus.txt'}", "--tokenizer=byte", "--workers=1"]
+    arguments += [f"--output={folder / 'data'}", "--validation_fraction=0.1"]
+    subprocess.run([sys.executable, "-m", "llamajax.prepare", *arguments], check=True)
+    return folder / "data"
+
+
+def train(prepared, workdir, *overrides):
+    keys = ("train.steps=12", "train.log_every=1", "train.eval_every=6", *overrides)
+    found = [sys.executable, "-m", "llamajax.train", f"--config={CONFIG}:{prepared}"]
+    return [*found, f"--workdir={workdir}", *(f"--config.{key}" for key in keys)]
+
+
+def rows(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    kept = [{k: v for k, v in json.loads(line).items() if k in FIELDS} for line in lines]
+    return sorted(kept, key=lambda row: (row["step"], "eval_loss" in row))
+
+
+def said(command, environ):
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_a_save_resumes_bit_by_bit(prepared, tmp_path):
+    need_packages()
+    port, hold = free_port(), tmp_path / "hold"
+    environ = os.environ | environment(port)
+    here, there, url = tmp_path / "here", tmp_path / "there", f"gs://{BUCKET}/run"
+    elsewhere = train(prepared, there, f"checkpoint.directory={url}")
+    assert said(train(prepared, here), environ)[0] == 0
+    with running(port, hold):
+        hold.write_text("run/8/meta.json")
+        with subprocess.Popen(elsewhere, env=environ, stderr=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + HELD_WITHIN_S
+            while not hold.with_suffix(".held").exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.kill()
+        hold.unlink()
+        code, _, text = said(elsewhere, environ)
+        assert code == 0
+        assert "from step 4" in text
+        assert f"Checkpoint {url}/12" in text
+        assert rows(there) == rows(here)
+        evaluate = [sys.executable, "-m", "llamajax.evaluate", f"--data={prepared}"]
+        scores = [
+            json.loads(said([*evaluate, f"--checkpoint={where}"], environ)[1].splitlines()[-1])
+            for where in (url, there)
+        ]
+        assert scores[0]["loss"] == scores[1]["loss"]
