@@ -5,6 +5,10 @@ place and renamed, and carries a digest, so that several processes and killed on
 that is read as a program. For a platform that JAX keeps no programs of, its check is answered
 before it is asked (a repair, see `repairs`). The private parts of JAX that this needs are those of
 the releases named there; under another release JAX's own files are used, for its own platforms.
+
+JAX writes what process 0 compiles and nothing else. On GPUs its keys are made to be the same on all
+processes (read in its code, not run), which find the program if they see that folder. A CPU's key
+holds the process as well, so the others compile at each start; no setting of JAX changes this.
 """
 
 import hashlib

@@ -1,9 +1,12 @@
 """Files of compiled programs: whole or not there, however a process ends, and bounded."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +79,57 @@ def test_a_user_who_forbids_it_is_obeyed(tmp_path):
     """The tests themselves run without: see conftest.py."""
     assert enable(str(tmp_path / "programs"), force=True) is None
     assert not (tmp_path / "programs").exists()
+
+
+_ONE_OF_TWO = """
+import json, sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from llamajax import backends
+from llamajax.config.schema import BackendConfig
+rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
+backends.start(
+    BackendConfig(name="cpu", num_cpu_devices=1, compile_cache=folder, process_id=rank,
+                  num_processes=2, coordinator_address=f"localhost:{port}"),
+    keep_programs=True,
+)
+placed = NamedSharding(jax.make_mesh((2,), ("x",)), PartitionSpec("x"))
+x = jax.make_array_from_process_local_data(placed, np.float32([rank + 1]))
+value = float(jax.jit(lambda x: (3 * x).sum())(x))
+print(json.dumps([value, sum(name.endswith("/cache_hits") for name in hits)]))
+"""
+
+
+def _two_processes(folder: Path) -> list[list[float]]:
+    """Of each: a sum over both, and how many programs it found."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", _ONE_OF_TWO, rank, port, str(folder)],
+            stdout=subprocess.PIPE, text=True, env=env,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    try:
+        printed = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [json.loads(text.splitlines()[-1]) for text in printed]
+
+
+def test_of_two_cpu_processes_the_first_finds_its_programs_and_the_other_is_not_misled(tmp_path):
+    """JAX keeps the programs of process 0 alone; on a CPU the other's have keys of their own."""
+    first = _two_processes(tmp_path)
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert first == [[9.0, 0], [9.0, 0]]
+    (value, hits), other = _two_processes(tmp_path)
+    assert value == 9.0
+    assert hits == len(kept) > 0
+    assert other == [9.0, 0]
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
