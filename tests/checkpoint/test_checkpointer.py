@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,19 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path):
         (tmp_path / "checkpoints").unlink()
         saver.save(1, {"x": np.int32(1)}, meta={}, wait=True)
         assert complete_steps(tmp_path / "checkpoints") == [1]
+
+
+def test_a_save_that_the_disk_has_no_room_for_does_not_begin(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+):
+    usage = shutil.disk_usage(copy)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=399))
+    with checkpointer(copy) as saver:
+        with pytest.raises(CheckpointError, match=r"400 bytes are needed, 399 are free.*20"):
+            saver.save(30, {"x": np.zeros(100, np.float32)}, meta={})
+        assert sorted(p.name for p in copy.iterdir()) == ["10", "20"]
+        saver.save(30, {"x": np.zeros(99, np.float32)}, meta={}, wait=True)
+        assert saver.steps() == [10, 20, 30]
 
 
 def test_meta_and_state_commit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
