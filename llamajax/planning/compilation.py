@@ -113,15 +113,20 @@ def _compute(config: RunConfig, target: Target, mesh: Mesh) -> Any:
     return dataclasses.replace(wanted, attention=_WITHOUT_CUDNN)
 
 
-def compiled_facts(step: Step, *, cache: Path | None) -> Facts:
-    """Lower and compile the step, or read what an earlier compilation of this program gave."""
+def lowered_step(step: Step) -> jax.stages.Lowered:
+    """The step as a program, not yet compiled."""
     config = step.config
     optimizer = optim.build(config.optim, steps=config.train.steps)
     compute = _compute(config, step.target, step.mesh)
     where = (compute, step.mesh, config.guard)
     update = train_step(optimizer, config.optim, config.train, *where)
     batch = abstract_batch(config.data, step.mesh, batch_size=config.data.global_batch_size)
-    lowered = update.lower(step.state, batch)
+    return update.lower(step.state, batch)
+
+
+def compiled_facts(step: Step, *, cache: Path | None) -> Facts:
+    """Lower and compile the step, or read what an earlier compilation of this program gave."""
+    lowered = lowered_step(step)
     file = None if cache is None else cache / f"{_fingerprint(lowered, step)}.json"
     if file is not None and (stored := _read(file)):
         return stored

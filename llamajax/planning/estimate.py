@@ -5,52 +5,74 @@ the two against each other.
 """
 
 import collections
+import math
 from collections.abc import Mapping, Sequence
 
 from llamajax.config import RunConfig
-from llamajax.planning.roofline import Shares, matrices_per_layer, width
+from llamajax.models.order import padded_layers
+from llamajax.models.pipeline import num_ticks
+from llamajax.planning.roofline import Shares, matrices_per_layer, pipeline_facts, width
 
 _SINGLE = 4
 
 
 def sent_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[tuple[str, ...], float]:
-    """Bytes that a device sends in a step by mesh axis, those of weights and activations.
+    """Bytes that a device sends in a step by mesh axes, those of weights and activations.
 
-    n devices on an axis send (n - 1) / n of what they gather or scatter.
+    n devices on an axis send (n - 1) / n of what they gather or scatter, twice that of what they
+    sum. A block works on every row that passes it; in a pipeline also on what idle ticks carry.
 
     - fsdp: a block's weights in the compute dtype are gathered for the forward and again for the
       backward pass, and their gradients scattered in float32, each microbatch; the head once each.
-      In a pipeline, once each accumulation step and the forward pass alone.
+      In a pipeline, once each accumulation step and the forward pass alone; without recomputation
+      they are kept. Embedded tokens are exchanged in both directions.
     - tensor: the residual is gathered before and scattered after attention and the feed-forward, in
-      both directions (8 times a block); recomputing a block gathers twice and scatters once more;
-      around embedding and head together 4 times.
-    - sequence: keys and values of all tokens, forward, backward and recomputed.
-    - stage: a boundary activation forward and one backward, each microbatch.
-    - data: the gradients in float32, summed once a step.
+      both directions (8 times a block); recomputing a block gathers twice and scatters once more,
+      recomputing a stage 4 times more; around embedding and head together 4 times.
+    - sequence: keys and values of all tokens, forward and backward, and once more where a stage is
+      recomputed; their gradients in float32.
+    - stage: in a tick an activation to the next stage, one from the embedding and one to the loss,
+      forward and backward.
+    - wherever weights are copies of one another, their gradients in float32 are summed once a step:
+      those of blocks along data and sequence, of embedding and head along stage as well.
     """
-    m, share = config.model, Shares.of(config, sizes)
-    part = lambda axis: (sizes[axis] - 1) / sizes[axis]  # noqa: E731
-    remat = config.train.remat
-    exchanges = {"none": 8, "dots": 10}.get(remat, 11)
-    accumulation, layers = config.train.accumulation_steps, m.num_layers / sizes["stage"]
+    m, t, share = config.model, config.train, Shares.of(config, sizes)
+    value, pipe = width(config), pipeline_facts(config, sizes)
+    layers, rows = _layers(config, sizes), share.rows / sizes["stage"]
+    again = pipe is not None and t.remat_stage
+    if pipe is None:
+        ticks, passed = 0, share.rows * layers
+    else:
+        ticks = t.accumulation_steps * num_ticks(
+            stages=pipe.stages, microbatches=pipe.microbatches, rounds=pipe.rounds
+        )
+        passed = ticks * t.microbatch_size * layers / pipe.rounds
+
     matrices = matrices_per_layer(m) / sizes["tensor"] * layers
     table = m.padded_vocab_size * m.hidden_size / sizes["tensor"]
-    gathers = 1 if sizes["stage"] > 1 else 2
-    weights = matrices * (gathers * width(config) + _SINGLE) + table * (width(config) + _SINGLE)
-    residual = share.rows * share.tokens * m.hidden_size * width(config)
-    keys = share.rows * share.tokens * sizes["sequence"] * 2 * m.num_kv_heads * m.head_size
-    held = (m.num_layers * matrices_per_layer(m) / sizes["stage"] + 2 * table * sizes["tensor"]) / (
-        sizes["fsdp"] * sizes["tensor"]
-    )
-    found = {
-        "data": 2 * held * _SINGLE * part("data"),
-        "stage": 2 * residual / sizes["tensor"] * (config.train.pipeline_rounds + 1),
-        "fsdp": weights * accumulation * part("fsdp"),
-        "sequence": keys / sizes["tensor"] * layers * width(config)
-        * (3 if remat == "none" else 4) * part("sequence"),
-        "tensor": residual * (layers * exchanges + 4) * part("tensor"),
-    }  # fmt: skip
-    return {(axis,): amount for axis, amount in found.items() if sizes[axis] > 1}
+    gathers = 1 if pipe is not None or t.remat == "none" else 2
+    weights = matrices * (gathers * value + _SINGLE) + table * (value + _SINGLE)
+    residual = share.tokens * m.hidden_size * value  # of a row
+    keys = config.data.seq_len * 2 * m.num_kv_heads * m.head_size / sizes["tensor"]
+    exchanges = (8 if t.remat == "none" else 11) + 4 * again
+    tables = table * (1 if m.tie_embeddings else 2)
+    found = [
+        (("fsdp",), weights * t.accumulation_steps + 2 * rows * residual),
+        (("tensor",), residual * (passed * exchanges + 4 * rows)),
+        (("sequence",), passed * keys * ((2 + again) * value + _SINGLE)),
+        (("data", "sequence"), 2 * _SINGLE * matrices / sizes["fsdp"]),
+        (("data", "stage", "sequence"), 2 * _SINGLE * tables / sizes["fsdp"]),
+    ]
+    sent: dict[tuple[str, ...], float] = {}
+    for along, amount in found:
+        axes = tuple(axis for axis in along if sizes[axis] > 1)
+        part = 1 - 1 / math.prod(sizes[axis] for axis in axes)
+        if axes:
+            sent[axes] = sent.get(axes, 0.0) + amount * part
+    if pipe is not None:
+        moved = 6 * ticks * t.microbatch_size * residual / sizes["tensor"]
+        sent[("stage",)] = sent.get(("stage",), 0.0) + moved
+    return sent
 
 
 def axes_slow_share(axes: Sequence[str], sizes: Mapping[str, int], nodes: Sequence[int]) -> float:
@@ -67,28 +89,49 @@ def axes_slow_share(axes: Sequence[str], sizes: Mapping[str, int], nodes: Sequen
     return 0.0 if len(counts) == 1 else 1 / max(counts.values())
 
 
-def held_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
-    """Bytes that a device cannot do without: a lower bound of the peak.
-
-    Weights, moments and gradients; what the policy of recomputation keeps of each block for one
-    microbatch; one block's gathered weights and their gradients; one chunk of logits.
-    """
-    m, share = config.model, Shares.of(config, sizes)
-    blocks = m.num_layers * matrices_per_layer(m) / share.weights
+def state_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """Bytes of the weights and both moments that a device holds, norms left out."""
+    m = config.model
+    blocks = matrices_per_layer(m) * _layers(config, sizes) / (sizes["fsdp"] * sizes["tensor"])
     table = m.padded_vocab_size * m.hidden_size / (sizes["fsdp"] * sizes["tensor"])
     held = blocks + table * (1 if m.tie_embeddings else 2)
     moment = _SINGLE if config.optim.moment_dtype == "float32" else 2
-    state = held * (3 * _SINGLE + moment)
-    # a pipeline gathers all layers of its stage at once
-    gathered = m.num_layers / sizes["stage"] if sizes["stage"] > 1 else 1
-    block = matrices_per_layer(m) / sizes["tensor"] * gathered * (width(config) + _SINGLE)
+    return held * (2 * _SINGLE + moment)
+
+
+def held_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """Bytes that a device cannot do without: less than the peak, as a rule.
+
+    Weights, moments and gradients; what the policy of recomputation keeps of each block for one
+    microbatch; the gathered weights of one block, or of all of them where they are kept, and one
+    block's gradients; one chunk of logits.
+    """
+    m, share = config.model, Shares.of(config, sizes)
+    state = state_bytes(config, sizes)
+    moment = _SINGLE if config.optim.moment_dtype == "float32" else 2
+    state *= 1 + _SINGLE / (2 * _SINGLE + moment)  # the gradients
+    # a pipeline gathers all layers of its stage at once, and `none` keeps what was gathered
+    whole = sizes["stage"] > 1 or config.train.remat == "none"
+    layers = _layers(config, sizes) if whole else 1
+    gradients = layers if sizes["stage"] > 1 else 1
+    matrices = matrices_per_layer(m) / sizes["tensor"]
+    block = matrices * (layers * width(config) + gradients * _SINGLE)
     logits = config.train.loss_chunk_tokens * m.padded_vocab_size / sizes["tensor"] * _SINGLE
     return state + block + logits + _kept_activations(config, sizes, share)
 
 
+def _layers(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """Layers that a device holds, with those that fill up the last stages."""
+    stages = sizes["stage"]
+    rounds = config.train.pipeline_rounds
+    return padded_layers(config.model.num_layers, stages=stages, rounds=rounds) / stages
+
+
 def _kept_activations(config: RunConfig, sizes: Mapping[str, int], share: Shares) -> float:
+    """Bytes kept for the backward pass. What `none` keeps, and whole tokens of a sum that `tensor`
+    scatters, were fitted to compiled programs for GPUs (benchmarks/results, 2026-11-28)."""
     m, t = config.model, config.train
-    layers, rows = m.num_layers / sizes["stage"], share.microbatch
+    layers, rows = _layers(config, sizes), share.microbatch
     tokens = share.tokens / sizes["tensor"]
     residual = tokens * m.hidden_size * width(config)
     inputs = 0.0
@@ -98,12 +141,15 @@ def _kept_activations(config: RunConfig, sizes: Mapping[str, int], share: Shares
         layers, rows = layers / t.pipeline_rounds, t.microbatch_size
     attended = m.num_heads * m.head_size
     qkv = attended + 2 * m.num_kv_heads * m.head_size
-    products = qkv + attended + 2 * m.hidden_size + 2 * m.intermediate_size
+    whole = m.hidden_size * (sizes["tensor"] - 1)
+    everything = 1.5 * (qkv + attended) + 3 * m.hidden_size + 5 * m.intermediate_size + whole
     kept = {
         "full": 0,
         "save_attention": attended,
         "save_qkv": attended + qkv,
-        "dots": products,
-        "none": 1.5 * products + 4 * m.hidden_size,
-    }
-    return inputs + rows * layers * (residual + tokens * kept.get(t.remat, 0) * width(config))
+        "dots": qkv + attended + 2 * m.hidden_size + 2 * m.intermediate_size + whole,
+        "none": everything,
+    }.get(t.remat, 0)
+    working = 0 if t.remat in ("dots", "none") else everything  # one block, recomputed
+    values = layers * kept + working
+    return inputs + rows * (layers * residual + tokens * values * width(config))

@@ -54,6 +54,7 @@ def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
         "terms": None if p is None else {
             "products_s": p.products_s, "attention_s": p.attention_s, "memory_s": p.memory_s,
             "links_s": p.links_s, "hidden_s": p.hidden_s, "bubble": p.bubble,
+            "bubble_s": p.bubble_s,
         },
         "pipeline": pipe and dataclasses.asdict(pipe),
         "compile_s": facts.compile_s,
@@ -158,7 +159,7 @@ def _time(plan: Plan) -> Iterator[str]:
         ("memory traffic", p.memory_s),
         *((f"links: {axes}", seconds) for axes, seconds in p.links_s.items() if seconds > 1e-4),
         ("hidden behind products", -p.hidden_s),
-        ("pipeline bubble", p.step_time_s * p.bubble),
+        ("pipeline bubble", p.bubble_s),
         ("step", p.step_time_s),
     ]
     for name, seconds in rows:

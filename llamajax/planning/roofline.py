@@ -8,7 +8,7 @@ What no compiler says is estimated here with figures of the device table. Assump
   behind nothing;
 - what `fsdp` sends hides behind the matrix products as far as it takes no longer than they do; all
   else is waited for; links inside a node and between nodes work at the same time;
-- a pipeline stands still for its bubble.
+- a pipeline's blocks stand still for its bubble; what idle ticks send is among what is sent.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Prediction:
     """Seconds of one step on every device, and the terms that add up to them.
 
     links_s: by mesh axes, all that they send. hidden_s: how much of it matrix products hide.
-    bubble: share of the step in which a stage stands still.
+    bubble: share of its ticks in which a stage has nothing to do; bubble_s: the time of these.
     """
 
     products_s: float
@@ -40,6 +40,7 @@ class Prediction:
     links_s: dict[str, float]
     hidden_s: float
     bubble: float
+    bubble_s: float
     step_time_s: float
     tokens_per_s: float
     mfu_full: float
@@ -88,11 +89,15 @@ def predict(
     tokens = c.global_batch_size * c.seq_len
     forward = _forward_flops(model, c.seq_len)
     recomputed = _recomputed_flops(config, sizes)
+    layers = padded_layers(
+        model.num_layers, stages=sizes["stage"], rounds=config.train.pipeline_rounds
+    )
+    filled = layers / model.num_layers  # layers of zeros take as long as others
     trained = 2 if config.lora.rank else 3
     blocks, scores, head = (
-        trained * forward["blocks"] + recomputed["blocks"],
+        filled * (trained * forward["blocks"] + recomputed["blocks"]),
         # fused kernels compute the scores once more in their backward pass
-        3.5 * forward["scores"] + recomputed["scores"],
+        filled * (3.5 * forward["scores"] + recomputed["scores"]),
         trained * forward["head"],
     )
     rate = peak * device.efficiency
@@ -102,8 +107,9 @@ def predict(
     hideable_s = sum(s for axes, s in links_s.items() if "fsdp" in axes)
     hidden_s = min(hideable_s, products_s)
     idle = _bubble(config, sizes)
-    busy_s = products_s + attention_s + memory_s + sum(links_s.values()) - hidden_s
-    step_s = busy_s / (1 - idle)
+    stage_s = tokens * blocks / devices / rate + attention_s  # head and loss are in no stage
+    bubble_s = stage_s * idle / (1 - idle)
+    step_s = products_s + attention_s + memory_s + sum(links_s.values()) - hidden_s + bubble_s
     mfu = {
         causal: tokens
         * flops_per_token(model, c.seq_len, causal=causal)
@@ -117,6 +123,7 @@ def predict(
         links_s={"+".join(axes): s for axes, s in links_s.items()},
         hidden_s=hidden_s,
         bubble=idle,
+        bubble_s=bubble_s,
         step_time_s=step_s,
         tokens_per_s=tokens / step_s,
         mfu_full=mfu[False],
@@ -127,9 +134,10 @@ def predict(
 def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     """Bytes that a device reads and writes besides its matrix products, a step.
 
-    The update reads and writes weights, gradients and two moments; each microbatch adds to the
-    gradients; products read the gathered weights twice or three times; and a block writes and reads
-    about 12 times the residual, 8 times queries, keys and values and 10 times the feed-forward.
+    The update reads and writes weights, gradients and two moments; each accumulation step adds to
+    the gradients; products read the gathered weights twice or three times, in a pipeline in every
+    tick and once more where a stage is recomputed; and a block writes and reads about 12 times the
+    residual, 8 times queries, keys and values and 10 times the feed-forward.
     """
     m, share = config.model, Shares.of(config, sizes)
     held = num_parameters(m) / share.weights
@@ -137,9 +145,11 @@ def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     update = held * 7 * _SINGLE + held * 2 * _SINGLE * accumulation
     layers = m.num_layers / sizes["stage"]
     passes = 2 if config.train.remat in ("none", "dots") else 3
-    weights = (
-        matrices_per_layer(m) / sizes["tensor"] * layers * passes * accumulation * width(config)
-    )
+    turns, pipe = accumulation, pipeline_facts(config, sizes)
+    if pipe is not None:
+        turns *= pipe.microbatches / (1 - pipe.bubble)
+        passes += config.train.remat_stage
+    weights = matrices_per_layer(m) / sizes["tensor"] * layers * passes * turns * width(config)
     heads = (m.num_heads + 2 * m.num_kv_heads) * m.head_size
     values = 12 * m.hidden_size + 8 * heads + 10 * m.intermediate_size
     recompute = 1.0 if config.train.remat in ("none", "dots") else 4 / 3
@@ -172,23 +182,25 @@ def _forward_flops(model: ModelConfig, seq_len: int) -> dict[str, float]:
 def _recomputed_flops(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
     """Operations of the forward pass that the backward pass runs again.
 
-    A pipeline that keeps a stage's input alone runs the stage once more, and then what the policy
-    of each block says.
+    Nothing needs a block's last product again. A pipeline that keeps a stage's input alone runs the
+    stage once more, and then what the policy of each block says; where a stage's group is a single
+    block, the compiler makes one of the two.
     """
-    model = config.model
+    model, train = config.model, config.train
     forward = _forward_flops(model, config.data.seq_len)
     attention = 2.0 * model.num_layers * model.hidden_size * model.head_size
     qkv = attention * (model.num_heads + 2 * model.num_kv_heads)
+    last = 2.0 * model.num_layers * model.hidden_size * model.intermediate_size
     blocks, scores = {
-        "full": (forward["blocks"], forward["scores"]),
-        "save_attention": (forward["blocks"], 0.0),
-        "save_qkv": (forward["blocks"] - qkv, 0.0),
-    }.get(config.train.remat, (0.0, 0.0))
-    again = float(sizes["stage"] > 1 and config.train.remat_stage)
-    return {
-        "blocks": blocks + again * forward["blocks"],
-        "scores": scores + again * forward["scores"],
-    }
+        "full": (forward["blocks"] - last, forward["scores"]),
+        "save_attention": (forward["blocks"] - last, 0.0),
+        "save_qkv": (forward["blocks"] - last - qkv, 0.0),
+    }.get(train.remat, (0.0, 0.0))
+    if sizes["stage"] > 1 and train.remat_stage:
+        if model.num_layers <= sizes["stage"] * train.pipeline_rounds:
+            return {"blocks": max(blocks, forward["blocks"] - last), "scores": forward["scores"]}
+        return {"blocks": blocks + forward["blocks"], "scores": scores + forward["scores"]}
+    return {"blocks": blocks, "scores": scores}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,105 @@
+"""The formulas that a search ranks by, against compiled programs: bytes sent, state, products."""
+
+import dataclasses
+import functools
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from llamajax.backends import absent_devices
+from llamajax.backends.devices import DEVICES
+from llamajax.config import MeshConfig, load
+from llamajax.planning import compilation, estimate, program, roofline
+
+CONFIG = load(str(Path(__file__).with_name("small_run.py")))
+# (axes, remat, accumulation steps, rounds, microbatch size)
+CASES = {
+    "sequence": ({"fsdp": 4, "sequence": 2}, "full", 1, 1, 1),
+    "sequence-tensor": ({"data": 2, "sequence": 2, "tensor": 2}, "none", 1, 1, 1),
+    "stage": ({"stage": 2, "fsdp": 4}, "dots", 1, 1, 1),
+    "stage-uneven": ({"stage": 4, "data": 2}, "full", 1, 1, 1),
+    "stage-rounds": ({"stage": 2, "data": 4}, "full", 1, 2, 1),
+    "stage-tensor": ({"stage": 2, "fsdp": 2, "tensor": 2}, "full", 1, 1, 2),
+    "stage-sequence": ({"stage": 2, "fsdp": 2, "sequence": 2}, "full", 1, 1, 1),
+    "tensor-dots": ({"fsdp": 4, "tensor": 2}, "dots", 1, 1, 1),
+    "fsdp-none": ({"fsdp": 8}, "none", 2, 1, 1),
+}
+
+
+@functools.cache
+def compiled(name):
+    """(config, axis sizes, step, text, bytes of arguments) of a case on virtual CPU devices."""
+    axes, remat, accumulation, rounds, microbatch_size = CASES[name]
+    layers = 6 if name == "stage-uneven" else 4
+    attention = "auto" if "sequence" in axes else "xla"
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, num_layers=layers),
+        mesh=MeshConfig(**axes),
+        train=dataclasses.replace(
+            CONFIG.train, remat=remat, accumulation_steps=accumulation, attention=attention,
+            pipeline_rounds=rounds, microbatch_size=microbatch_size,
+        ),
+    )  # fmt: skip
+    step = compilation.abstract_step(config, absent_devices("cpu:8", config.backend))
+    found = compilation.lowered_step(step).compile({"xla_backend_optimization_level": 0})
+    arguments = found.memory_analysis().argument_size_in_bytes
+    return config, dict(step.mesh.shape), step, found.as_text(), arguments
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bytes_sent_along_every_axis_are_those_of_the_program(name):
+    config, sizes, step, text, _ = compiled(name)
+    real: dict[tuple[str, ...], float] = {}
+    for row in compilation.traffic(text, step.mesh):
+        real[row.axes] = real.get(row.axes, 0.0) + row.sent_bytes
+    # left out: norms, token ids, the sums of scalars
+    told = {axes: sent for axes, sent in real.items() if sent > 0.002 * sum(real.values())}
+    found = estimate.sent_bytes(config, sizes)
+    assert set(found) == set(told)
+    for axes, sent in found.items():
+        assert sent == pytest.approx(told[axes], rel=0.03), axes
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state_is_what_the_program_takes(name):
+    config, sizes, _, _, arguments = compiled(name)
+    parts = sizes["data"] * sizes["fsdp"]
+    batch = config.data.global_batch_size * config.data.seq_len / parts * (4 * 4 + 1)
+    assert estimate.state_bytes(config, sizes) == pytest.approx(arguments - batch, rel=0.03)
+    assert estimate.held_bytes(config, sizes) > estimate.state_bytes(config, sizes)
+
+
+def sizes_of(text):
+    return [int(n) for n in re.search(r"\[([\d,]+)\]", text)[1].split(",")]
+
+
+def product_flops(text):
+    """Operations of one device's products with weights: those without a batch dimension."""
+    computations, entry = program._parse(text)
+    counts = {}
+    program._visit(computations, entry, 1, counts)
+    total = 0
+    for name, times in counts.items():
+        types = {i.name: i.result for i in computations[name]}
+        for i in computations[name]:
+            if i.operation == "dot" and "lhs_batch_dims" not in i.attributes:
+                left = sizes_of(types[i.operands[0]])
+                summed = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", i.attributes)[1]
+                each = math.prod(left[int(n)] for n in summed.split(","))
+                total += 2 * times * math.prod(sizes_of(i.result)) * each
+    return total
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_are_those_of_the_program(name):
+    """With the blocks that idle ticks of a pipeline run on nothing."""
+    config, sizes, _, text, _ = compiled(name)
+    h100 = dataclasses.replace(
+        next(d for d in DEVICES if d.name == "h100"), float32=1.0, efficiency=1.0
+    )
+    found = roofline.predict(config, sizes, h100, {}, attention="xla")
+    idle = found.bubble_s - found.attention_s * found.bubble / (1 - found.bubble)
+    assert product_flops(text) == pytest.approx(found.products_s + idle, rel=0.03)
