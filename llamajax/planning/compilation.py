@@ -59,7 +59,8 @@ class Facts:
     """What the compiler says of one device's part of the program; bytes.
 
     temporary_bytes is None where the compiler refused the program for its memory: needed_bytes is
-    then what it wanted, if it said so, and traffic is None.
+    then what it wanted, if it said so, and traffic is None. host_bytes: what rests in the host's
+    memory (optim.offload, train.remat_offload), in none of the others.
     """
 
     arguments_bytes: int | None
@@ -68,6 +69,7 @@ class Facts:
     limit_bytes: int | None
     traffic: tuple[Traffic, ...] | None
     compile_s: float
+    host_bytes: int | None = None
     cached: bool = False
 
 
@@ -155,6 +157,7 @@ def _facts(compiled: Any, step: Step, compile_s: float) -> Facts:
         limit_bytes=None,
         traffic=traffic(compiled.as_text(), step.mesh, node_of(step.target)),
         compile_s=compile_s,
+        host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
     )
 
 

@@ -34,6 +34,7 @@ def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
         "gradients_bytes": plan.gradients_bytes,
         "activations_bytes": plan.activations_bytes,
         "arguments_bytes": facts.arguments_bytes,
+        "host_bytes": facts.host_bytes,
         "peak_bytes": plan.peak_bytes,
         "limit_bytes": plan.limit_bytes,
         "fits": plan.fits,
@@ -95,6 +96,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     ):
         yield f"  {name:<26}{_gib(size):>14}"
     yield f"  {'fits':<26}{_verdict(plan.fits):>14}"
+    if plan.facts.host_bytes:
+        yield f"  {'in the host instead':<26}{_gib(plan.facts.host_bytes):>14}"
     yield ""
     for words, causal in (("whole attention matrix", False), ("causal half of it", True)):
         yield f"  FLOPs a step, {words:<24}{plan.flops[causal]:>12.4g}"

@@ -53,6 +53,15 @@ def test_a_tpu_step_is_compiled_with_its_own_attention(tmp_path):
 
 
 @pytest.mark.skipif(not has("libtpu"), reason="needs the extra plan-tpu")
+def test_offloaded_moments_rest_in_the_host_of_a_tpu(tmp_path):
+    here = planned(tmp_path, "v5e:2x4", *BF16)
+    there = planned(tmp_path, "v5e:2x4", *BF16, "--config.optim.offload=true")
+    assert here["host_bytes"] == 0
+    assert there["host_bytes"] >= there["optimizer_bytes"] - 4096  # counters stay on the device
+    assert here["arguments_bytes"] - there["arguments_bytes"] == there["host_bytes"]
+
+
+@pytest.mark.skipif(not has("libtpu"), reason="needs the extra plan-tpu")
 def test_libtpus_refusal_is_a_plan_that_does_not_fit(tmp_path):
     plan = planned(
         tmp_path, "v5e:1x1", *BF16, "--config.mesh.fsdp=1", "--config.mesh.tensor=1",

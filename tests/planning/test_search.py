@@ -10,6 +10,7 @@ from llamajax import sharding
 from llamajax.backends import absent_devices, devices
 from llamajax.config import load
 from llamajax.errors import UserError
+from llamajax.planning.estimate import held_bytes
 from llamajax.planning.search import candidates, meshes, search
 from llamajax.training.session import check_mesh
 
@@ -68,3 +69,25 @@ def test_a_search_returns_compiled_plans(tmp_path):
     assert found.config == candidates(config, where)[0].config
     assert found.facts.arguments_bytes > 0
     assert found.prediction.tokens_per_s > 0
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("llama2_7b.py", "h100"),
+        ("llama2_7b.py", "a100"),
+        ("llama3_70b.py", "h100"),
+        ("llama3_70b.py", "a100"),
+        ("llama3_70b.py", "v5p"),
+        ("llama3_70b.py:pipeline", "h100"),
+        ("llama3_70b.py:h200", "h200"),
+        ("llama3_70b.py:slices", "v5p"),
+    ],
+)
+def test_what_configs_recommend_would_be_tried_on_that_hardware(file, kind):
+    config = load(str(Path(__file__).parents[2] / "configs" / file), {})
+    sizes = {axis: getattr(config.mesh, axis) for axis in sharding.AXES}
+    entry = next(d for d in devices.DEVICES if d.name == kind)
+    held = held_bytes(config, sizes)
+    assert held <= entry.limit_bytes
+    assert held > 0.3 * entry.limit_bytes, "a layout for this hardware uses it"
