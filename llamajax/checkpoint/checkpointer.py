@@ -25,13 +25,20 @@ from llamajax.checkpoint.names import named_leaves
 from llamajax.checkpoint.rendezvous import Rendezvous
 from llamajax.checkpoint.restore import newest_step, read_meta, restore_state
 from llamajax.checkpoint.room import here, make_sure_of_room, reason, see_all_parts
-from llamajax.checkpoint.storage import Place, failures, is_remote, place, remove_tree
+from llamajax.checkpoint.storage import (
+    Place,
+    failures,
+    is_remote,
+    limit_retries,
+    place,
+    remove_tree,
+)
 from llamajax.errors import UserError
 
 # Orbax's own default (20 minutes) is less than a 70B state takes on a slow disk.
 _TIMEOUT_S = 3 * 3600
-# Loggers that Orbax (and its tasks, when they fail unobserved) writes tracebacks to.
-_NOISY = ("absl", "asyncio")
+# Loggers that Orbax (and its tasks, when they fail unobserved) and gcsfs write tracebacks to.
+_NOISY = ("absl", "asyncio", "gcsfs")
 _SAVE_FAILURES = (OSError, ValueError, RuntimeError)
 
 
@@ -54,7 +61,8 @@ class _DropOrbaxRecords(logging.Filter):
     """Orbax logs each error, with tracebacks, from several threads; we report it once ourselves."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname and "orbax" not in record.getMessage()
+        told = "orbax" in record.pathname or "orbax" in record.getMessage()
+        return not told and record.name != "gcsfs"
 
 
 def _describe(leaf: Any) -> tuple[str, tuple[int, ...]]:
@@ -109,6 +117,8 @@ class Checkpointer:
         self._saving: int | None = None
         self._verified: int | None = None
         self._pending: tuple[int, dict[str, tuple[str, tuple[int, ...]]], str] | None = None
+        if is_remote(self.directory):
+            limit_retries()
         self._filter = _DropOrbaxRecords()
         for name in _NOISY:
             logging.getLogger(name).addFilter(self._filter)
@@ -267,12 +277,12 @@ class Checkpointer:
         """1 where this step is there; in an object store, what is no checkpoint gives way."""
         self._check_owner()
         directory = self.directory / str(step)
-        if not directory.exists():
-            return 0
-        if not manifests.is_committed(directory):
-            remove_tree(directory)
-            return 0
-        return 1
+        if not is_remote(directory):
+            return int(directory.exists())
+        if manifests.is_committed(directory):
+            return 1
+        remove_tree(directory)
+        return 0
 
     def _start(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         leaves = {name: _storable(name, leaf) for name, leaf in named_leaves(state).items()}

@@ -170,13 +170,17 @@ def step_directories(directory: Place) -> list[Place]:
 
 def is_committed(directory: Place) -> bool:
     """Whether what is named like a checkpoint was one when its save ended."""
-    return not is_remote(directory) or (directory / MANIFEST).exists()
+    return not is_remote(directory) or MANIFEST in storage.names(directory)
 
 
 def _named_like_steps(directory: Place) -> list[Place]:
-    if not directory.is_dir():
+    if is_remote(directory):
+        found = [directory / name for name in storage.names(directory) if _STEP.fullmatch(name)]
+    elif not directory.is_dir():
         return []
-    found = [path for path in directory.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()]
+    else:
+        named = (path for path in directory.iterdir() if _STEP.fullmatch(path.name))
+        found = [path for path in named if path.is_dir()]
     return sorted(found, key=lambda path: int(path.name))
 
 
@@ -211,7 +215,7 @@ def remove_leftovers(directory: Place) -> list[str]:
 
 def _is_leftover(directory: Place) -> bool:
     """Whether a remote directory is of a save that did not end, or a removal that did not."""
-    names = {path.name for path in directory.iterdir()}
+    names = storage.names(directory)
     return bool(names) and names <= _OURS and ASIDE not in names
 
 

@@ -15,7 +15,15 @@ import jax
 
 from llamajax.checkpoint.agreement import agree
 from llamajax.checkpoint.room import reason
-from llamajax.checkpoint.storage import Place, create, failures, how_to_mend, is_remote, place
+from llamajax.checkpoint.storage import (
+    Place,
+    create,
+    failures,
+    how_to_mend,
+    is_remote,
+    names,
+    place,
+)
 from llamajax.errors import UserError
 
 OWNER = "owner.json"
@@ -51,7 +59,7 @@ def claim(directory: Place, workdir: Path) -> str | None:
                 directory.mkdir(parents=True, exist_ok=True)
             words = _claimed(directory, workdir)
         else:
-            directory.exists()
+            names(directory)
     except UserError as error:
         problem = str(error)
     except failures(directory) as error:

@@ -32,8 +32,10 @@ _WORTH_A_READ_BYTES = 1 << 20
 
 def array_spec(state: Place, name: str) -> dict[str, Any]:
     """TensorStore's spec of one array under the directory that Orbax wrote, or is to read."""
-    metadata = state / "_METADATA"
-    zarr3 = metadata.exists() and json.loads(metadata.read_bytes()).get("use_zarr3")
+    try:
+        zarr3 = json.loads((state / "_METADATA").read_bytes()).get("use_zarr3")
+    except FileNotFoundError:
+        zarr3 = False
     store = {"driver": "ocdbt", "base": kvstore(state), "path": f"{name}/"}
     return {"driver": "zarr3" if zarr3 else "zarr", "kvstore": store}
 

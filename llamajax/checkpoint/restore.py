@@ -16,7 +16,7 @@ from llamajax.checkpoint.agreement import agree
 from llamajax.checkpoint.manifest import DamagedError
 from llamajax.checkpoint.names import named_leaves, rebuild
 from llamajax.checkpoint.parts import StoredArray, placed
-from llamajax.checkpoint.storage import Place, failures, how_to_mend, is_remote
+from llamajax.checkpoint.storage import Place, failures, how_to_mend, is_directory, is_remote
 from llamajax.errors import UserError, combine
 
 _LISTED = 10
@@ -60,7 +60,7 @@ def newest_step(directory: Place) -> int | None:
 
 
 def _existing(directory: Place) -> Place:
-    if not directory.is_dir():
+    if not is_directory(directory):
         steps = manifests.complete_steps(directory.parent)
         have = f"complete ones are {', '.join(map(str, steps))}" if steps else "there is none"
         raise UserError(f"no checkpoint {directory}; in {directory.parent} {have}")

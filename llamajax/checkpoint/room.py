@@ -12,7 +12,7 @@ import jax
 
 from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.agreement import agree, gathered, told
-from llamajax.checkpoint.storage import Place, failures, files, is_remote
+from llamajax.checkpoint.storage import Place, failures, files, is_directory, is_remote
 
 # Network file systems show a new directory to other hosts only after their caches' time.
 _SHOWN_WITHIN_S = 30
@@ -29,7 +29,7 @@ def make_sure_of_room(directory: Place, leaves: Mapping[str, Any]) -> list[int]:
     oldest = told(_oldest(directory) if jax.process_index() == 0 else None)
     try:
         # Orbax would wait for hours for a directory that this process cannot see.
-        if oldest is not None and not (directory / str(oldest)).is_dir():
+        if oldest is not None and not is_directory(directory / str(oldest)):
             raise OSError(0, f"there is no {directory / str(oldest)}; is the mount gone?")
         if not is_remote(directory):
             directory.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import fsspec
 from etils import epath
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from llamajax.errors import UserError
 
@@ -84,12 +85,38 @@ def how_to_mend(path: PurePath) -> str:
     return f"check the bucket's name, the network, and the credentials ({_CLIENTS[scheme][2]})"
 
 
+def limit_retries() -> None:
+    """Make Orbax give up on an object store that is gone within a minute, as we do.
+
+    Orbax has no option for it: what it opens TensorStore with is a private table of its own.
+    """
+    for table in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"):
+        vars(tensorstore_utils).get(table, {})["gcs_request_retries"] = RETRIES
+
+
 def kvstore(directory: PurePath) -> dict[str, Any] | str:
     """TensorStore's name of a directory."""
     if not is_remote(directory):
         return f"file://{directory}"
     bucket, _, key = str(directory).partition("://")[2].partition("/")
     return {"driver": "gcs", "bucket": bucket, "path": f"{key}/", "gcs_request_retries": RETRIES}
+
+
+def names(directory: Place) -> set[str]:
+    """What is in a directory, none where it is not there. Raises one of `failures`.
+
+    fsspec's `exists` and `isdir` answer no where the network fails, and what is not there may be
+    removed or passed over; so these are never asked.
+    """
+    try:
+        return {path.name for path in directory.iterdir()}
+    except FileNotFoundError:
+        return set()
+
+
+def is_directory(path: Place) -> bool:
+    """Whether there is such a directory; of an object store: one with something in it."""
+    return bool(names(path)) if is_remote(path) else path.is_dir()
 
 
 def files(directory: Place) -> dict[str, int]:

@@ -19,7 +19,7 @@ from llamajax.checkpoint.adapters import (
 )
 from llamajax.checkpoint.owner import recorded
 from llamajax.checkpoint.restore import newest_step, read_meta, restore_state
-from llamajax.checkpoint.storage import Place, failures, how_to_mend, is_remote, place
+from llamajax.checkpoint.storage import Place, failures, how_to_mend, is_directory, is_remote, place
 from llamajax.checkpoint.stored import Leaf, StoredSource, leaves_of
 from llamajax.checkpoint.tensor_source import Foreign, TensorSource
 from llamajax.config.build import build_model
@@ -138,7 +138,7 @@ def _of_url(path: Place) -> Weights:
 
 def _checkpoint_in(path: Place) -> Place | None:
     """The directory of one checkpoint of ours: `path` itself, or the newest under it."""
-    if path.name.isdecimal() and (path / manifests.STATE).is_dir():
+    if path.name.isdecimal() and is_directory(path / manifests.STATE):
         return path
     places = [path / "checkpoints", path]
     if not is_remote(path) and recorded(path) not in places:
@@ -147,7 +147,7 @@ def _checkpoint_in(path: Place) -> Place | None:
         step = newest_step(directory)
         if step is not None:
             return directory / str(step)
-    if (path / "checkpoints").is_dir():
+    if is_directory(path / "checkpoints"):
         raise UserError(f"{path} holds a run without a finished checkpoint yet")
     return None
 

@@ -1,7 +1,17 @@
 """Checkpoints at a URL: what a disk promises, an object store keeps as well."""
 
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import fsspec
 import jax
 import pytest
+from etils import epath
 from object_store import BUCKET, environment, free_port, need_packages, running
 from tiny_state import META, abstract, assert_same_bits, checkpointer, make_mesh, make_state
 
@@ -135,6 +145,45 @@ def test_two_runs_cannot_share_a_url(folder, tmp_path):
         assert run.steps() == []
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """The clients try again at once, and not for long."""
+    need_packages()
+    import gcsfs.retry
+
+    async def at_once(_):
+        pass
+
+    shortly = {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"}
+    monkeypatch.setattr(storage, "RETRIES", shortly)
+    monkeypatch.setattr(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=at_once))
+
+
+def test_a_store_that_goes_away_in_a_save_costs_that_checkpoint(tmp_path, impatient, monkeypatch):
+    port, hold = free_port(), tmp_path / "hold"
+    for name, value in environment(port).items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("gs").clear_instance_cache()
+    epath.backend.fsspec_backend._get_filesystem.cache_clear()
+    folder, state = storage.place(f"gs://{BUCKET}/run"), make_state(make_mesh((4, 2)))
+    with running(port, hold):
+        run = checkpointer(folder)
+        run.save(1, state, meta=META, wait=True)
+        hold.write_text("run/2/meta.json")
+        run.save(2, state, meta=META)
+        while not hold.with_suffix(".held").exists():
+            assert run.in_flight == 2
+            time.sleep(0.01)
+    with pytest.raises(CheckpointError, match=r"step 2 was not saved: .*earlier ones cannot be"):
+        run.wait()
+    with pytest.raises(CheckpointError, match=r"step 3 was not saved: .*Connect call failed"):
+        run.save(3, state, meta=META, wait=True)
+    with running(port):  # another one, which is empty
+        run.save(4, state, meta=META, wait=True)
+        assert run.steps() == [4]
+        run.close()
+
+
 def test_mistakes_are_one_message(store, tmp_path, monkeypatch):
     nowhere = storage.place("gs://no-such-bucket/run")
     with pytest.raises(UserError, match=r"no-such-bucket/run cannot be used.*credentials"):
@@ -146,3 +195,30 @@ def test_mistakes_are_one_message(store, tmp_path, monkeypatch):
     monkeypatch.setitem(storage._CLIENTS, "gs", ("no_such_module", "gcs", ""))
     with pytest.raises(UserError, match=r"pip install 'llamajax\[gcs\]'"):
         storage.place("gs://bucket/run")
+
+
+def test_two_processes_save_one_checkpoint_and_agree_on_damage(folder):
+    script, port = Path(__file__).with_name("two_url_savers.py"), free_port()
+    environ = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    environ.pop("XLA_FLAGS", None)
+    both = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(port), str(folder)],
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        texts = [process.communicate(timeout=120) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], texts[0][1] + texts[1][1]
+    seen = [json.loads(out.splitlines()[-1]) for out, _ in texts]
+    assert seen[0] == seen[1]
+    assert seen[0]["saves"] == [["saved", [1]], ["saved", [1, 2]], ["saved", [2, 3]]]
+    assert seen[0]["flipped"] == [2, 2, 2.0]
+    assert seen[0]["again"] == ["saved", [2, 3]]
