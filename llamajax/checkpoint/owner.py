@@ -63,8 +63,10 @@ def claim(directory: Place, workdir: Path) -> str | None:
     except UserError as error:
         problem = str(error)
     except failures(directory) as error:
+        gone = is_remote(directory) and isinstance(error, FileNotFoundError)
+        why = "there is no such bucket" if gone else reason(error)
         fix = how_to_mend(directory) if is_remote(directory) else "choose another"
-        problem = f"checkpoint.directory = {directory} cannot be used: {reason(error)}; {fix}"
+        problem = f"checkpoint.directory = {directory} cannot be used: {why}; {fix}"
     if problem := agree(problem):
         raise UserError(problem)
     return words

@@ -13,7 +13,6 @@ from typing import Any
 
 import fsspec
 from etils import epath
-from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from llamajax.errors import UserError
 
@@ -90,6 +89,8 @@ def limit_retries() -> None:
 
     Orbax has no option for it: what it opens TensorStore with is a private table of its own.
     """
+    from orbax.checkpoint._src.serialization import tensorstore_utils  # for URLs only
+
     for table in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"):
         vars(tensorstore_utils).get(table, {})["gcs_request_retries"] = RETRIES
 
