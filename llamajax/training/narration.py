@@ -7,6 +7,7 @@ from typing import Any
 
 from llamajax import backends, sharding
 from llamajax.checkpoint import Checkpointer
+from llamajax.checkpoint.storage import failures
 from llamajax.config import RunConfig
 from llamajax.models.counts import flops_per_token, num_parameters
 from llamajax.models.lora import num_adapter_parameters
@@ -65,7 +66,10 @@ def num_trained(config: RunConfig) -> int:
 
 def previous(checkpointer: Checkpointer) -> str:
     """The checkpoint that a rerun continues from."""
-    steps = checkpointer.steps()
+    try:
+        steps = checkpointer.steps()
+    except failures(checkpointer.directory):
+        return f"the newest in {checkpointer.directory}, which cannot be read now"
     return f"{checkpointer.directory / str(steps[-1])}" if steps else "none yet, it starts anew"
 
 

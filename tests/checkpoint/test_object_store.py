@@ -19,6 +19,7 @@ from llamajax.checkpoint import CheckpointError, complete_steps, manifest, newes
 from llamajax.checkpoint.owner import OWNER, check_owner, claim
 from llamajax.checkpoint.weights import open_weights
 from llamajax.errors import UserError
+from llamajax.training.narration import previous
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +179,7 @@ def test_a_store_that_goes_away_in_a_save_costs_that_checkpoint(tmp_path, impati
         run.wait()
     with pytest.raises(CheckpointError, match=r"step 3 was not saved: .*Connect call failed"):
         run.save(3, state, meta=META, wait=True)
+    assert "cannot be read now" in previous(run)
     with running(port):  # another one, which is empty
         run.save(4, state, meta=META, wait=True)
         assert run.steps() == [4]
