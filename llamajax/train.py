@@ -1,11 +1,11 @@
 """`python -m llamajax.train`: pretrain or finetune, or continue where the same command stopped."""
 
 import faulthandler
+import gc
 import signal
 from pathlib import Path
 
 from llamajax.backends import follow_launcher, with_huge_pages
-from llamajax.config import WORKDIR, parse_command_line
 from llamajax.errors import run_verb
 from llamajax.training.shutdown import Shutdown
 
@@ -21,6 +21,9 @@ def main(argv: list[str]) -> int:
     follow_launcher()
     faulthandler.enable()  # a crash below Python says where every thread was
     faulthandler.register(signal.SIGUSR1)  # shows where every thread is; a launcher asks for it
+    # Not before `with_huge_pages`, which would have it imported twice.
+    from llamajax.config import WORKDIR, parse_command_line
+
     command = parse_command_line(
         argv, verb="train", flags=(WORKDIR,), summary=SUMMARY, example=EXAMPLE
     )
@@ -32,4 +35,5 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     with_huge_pages()
+    gc.disable()  # what a start makes stays; the loop turns it on again behind its first step
     run_verb(main)

@@ -1,6 +1,7 @@
 """The loop: draw batch n, update, read the metrics of step n-1 meanwhile; evaluate, save, stop."""
 
 import dataclasses
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -58,6 +59,7 @@ class Loop:
         for step in range(start + 1, last + 1):
             state, metrics = self.step(state, batch)
             self.shutdown.begin_updates()
+            gc.enable()  # off while starting (train.py); the device is busy now
             self.timer.mark_dispatched(step)
             self.saw(step)
             batch = next(self.train_batches) if step < last else None
