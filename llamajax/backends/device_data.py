@@ -3,10 +3,12 @@
 Peaks are dense (no sparsity), in FLOP/s, from the makers' data sheets; `source` says which. A chip
 of TPU v7x is two devices to JAX, an MI250X two, a Trainium1 two, a Trainium2 four: their figures
 are those of one device. Entries whose `tested` is false never met a device of their kind here: the
-name that JAX gives it is the maker's, as far as it could be read. Figures of the MI300X and of
-Trainium were checked against the makers' pages on 2026-11-25; links and the other untested entries
-are as remembered from data sheets. What is published in contradictory ways (Tenstorrent's
-Blackhole) is left out: no peak is better than a wrong one. What is looked up how: `devices`.
+name that JAX gives it is the maker's, as far as it could be read. Figures of the MI300X, of
+Trainium (links too) and of the n150 were checked against the makers' pages on 2026-11-25 and 28,
+the Max 1550's cores, clock and memory against what others cite of Intel's; other links and the
+other untested entries are as remembered from data sheets. Gaudi has no entry: no PJRT plugin for
+it was found. What is published in contradictory ways (Tenstorrent's Blackhole) is left out: no peak
+is better than a wrong one. What is looked up how: `devices`.
 """
 
 import dataclasses
@@ -164,15 +166,17 @@ DEVICES = (
     # One device is one of the two stacks, as the oneAPI runtime shows them by default.
     _untested("Intel(R) Data Center GPU Max 1550", name="max1550", peaks=(419e12, 26.2e12), gib=64,
               hbm=1.638e12, links=(185e9, 25e9), efficiency=0.5,
-              source="Intel Data Center GPU Max 1550 product page, halved: one stack"),
+              source="Intel Data Center GPU Max 1550, 128 Xe cores at 1.6 GHz, halved: one stack"),
     # One device is one NeuronCore of two, or one logical core of four.
     _untested("NC_v2", name="trn1", peaks=(95e12, 23.75e12), gib=16, hbm=410e9,
               links=(192e9, 12.5e9), efficiency=0.5,
-              source="AWS Trainium1 documentation, halved: one NeuronCore-v2"),
+              source="AWS Neuron documentation, Trainium architecture, halved: one NeuronCore-v2"),
     _untested("NC_v3", name="trn2", peaks=(166.75e12, 45.25e12), gib=24, hbm=725e9,
               links=(320e9, 6.25e9), efficiency=0.5,
-              source="AWS Trainium2 documentation, a quarter: a logical core of two cores"),
+              source="AWS Neuron documentation, Trainium2 architecture, a quarter: a logical "
+              "core of two cores"),
     _untested("Wormhole", name="n150", peaks=(74e12, None), gib=12, hbm=288e9,
               links=(25e9, None), efficiency=0.4,
-              source="Tenstorrent Wormhole n150 specification, FP16"),
+              source="Tenstorrent Wormhole specifications, n150s, FP16; "
+              "a link of 200 Gbit/s assumed"),
 )  # fmt: skip
