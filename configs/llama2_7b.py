@@ -10,8 +10,10 @@ Command:  python -m llamajax.prepare --input='text/*.jsonl' --tokenizer=llama2.m
 Speed:    planned for h100:8: 13,047 tokens/s a device, the best of `--search` but for one that
           takes 66.4 GiB (13,148). Searched as well (2026-11-25): for h200:8 13,454 and for b200:8
           27,393 with --config.train.accumulation_steps=2, 66.6 GiB; for a100:8 3,261 as it stands,
-          43.9 GiB. Unmeasured. Published elsewhere: 3,484 (fp16) to 4,160 (bf16) tokens/s a device
-          with the original, 11,361 with MaxText on 8 H100.
+          43.9 GiB. On 2026-11-28 for v5e:4x4 2,448, 15.2 of 15.75 GiB, with --config.mesh.tensor=2
+          --config.train.accumulation_steps=8. Unmeasured. Published elsewhere:
+          3,484 (fp16) to 4,160 (bf16) tokens/s a device with the original, 11,361 with MaxText on
+          8 H100.
 Loss:     unmeasured.
 
 Kept from the original: sequences of 4096; 64 of them (262,144 tokens) a step, in 4 microbatches;

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -13,7 +14,7 @@ from llamajax.config import load
 from llamajax.errors import UserError
 from llamajax.models.counts import flops_per_token
 from llamajax.planning import estimate
-from llamajax.planning.compilation import _refused
+from llamajax.planning.compilation import _refused, temporary_bytes
 from llamajax.planning.plan import make_plan
 from llamajax.planning.roofline import pipeline_facts
 from llamajax.training.feed import abstract_batch
@@ -156,6 +157,18 @@ def test_a_wrong_mesh_or_path_is_one_message(tmp_path):
 def test_a_refusal_is_read(message, needed, limit):
     facts = _refused(message, 1.0)
     assert (facts.needed_bytes, facts.limit_bytes, facts.traffic) == (needed, limit, None)
+
+
+def test_the_peak_of_a_tpu_is_its_compilers_own():
+    memory = SimpleNamespace(
+        argument_size_in_bytes=47, output_size_in_bytes=46, alias_size_in_bytes=45,
+        temp_size_in_bytes=141, generated_code_size_in_bytes=3, peak_memory_in_bytes=152,
+    )  # fmt: skip
+    assert temporary_bytes(memory, "tpu") == 152 - 47
+    assert temporary_bytes(memory, "gpu") == 141 + 3 + 46 - 45
+    assert (
+        temporary_bytes(SimpleNamespace(**vars(memory) | {"peak_memory_in_bytes": 0}), "tpu") == 145
+    )
 
 
 def test_a_pipeline_tells_what_it_idles_and_keeps():
