@@ -6,9 +6,9 @@ are those of one device. Entries whose `tested` is false never met a device of t
 name that JAX gives it is the maker's, as far as it could be read. Figures of the MI300X, of
 Trainium (links too) and of the n150 were checked against the makers' pages on 2026-11-25 and 28,
 the Max 1550's cores, clock and memory against what others cite of Intel's; other links and the
-other untested entries are as remembered from data sheets. Gaudi has no entry: no PJRT plugin for
-it was found. What is published in contradictory ways (Tenstorrent's Blackhole) is left out: no peak
-is better than a wrong one. What is looked up how: `devices`.
+other untested entries are as remembered from data sheets. Gaudi has no entry: what JAX calls it is
+not known here. What is published in contradictory ways (Tenstorrent's Blackhole) is left out: no
+peak is better than a wrong one. What is looked up how: `devices`.
 """
 
 import dataclasses

@@ -18,21 +18,22 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from llamajax.backends.orbax_retries import limit_gcs_retries
 from llamajax.checkpoint import manifest as manifests
+from llamajax.checkpoint import storage
 from llamajax.checkpoint.agreement import agree, told
 from llamajax.checkpoint.fallback import newest_whole
 from llamajax.checkpoint.names import named_leaves
 from llamajax.checkpoint.rendezvous import Rendezvous
 from llamajax.checkpoint.restore import newest_step, read_meta, restore_state
-from llamajax.checkpoint.room import here, make_sure_of_room, reason, see_all_parts
-from llamajax.checkpoint.storage import (
-    Place,
-    failures,
-    is_remote,
-    limit_retries,
-    place,
-    remove_tree,
+from llamajax.checkpoint.room import (
+    here,
+    make_sure_of_room,
+    reached,
+    reason,
+    see_all_parts,
 )
+from llamajax.checkpoint.storage import Place, failures, is_remote, place, remove_tree
 from llamajax.errors import UserError
 
 # Orbax's own default (20 minutes) is less than a 70B state takes on a slow disk.
@@ -118,7 +119,7 @@ class Checkpointer:
         self._verified: int | None = None
         self._pending: tuple[int, dict[str, tuple[str, tuple[int, ...]]], str] | None = None
         if is_remote(self.directory):
-            limit_retries()
+            limit_gcs_retries(storage.RETRIES)
         self._filter = _DropOrbaxRecords()
         for name in _NOISY:
             logging.getLogger(name).addFilter(self._filter)
@@ -152,7 +153,11 @@ class Checkpointer:
         return self._saving if self._thread is not None and self._thread.is_alive() else None
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
+        """Steps of the complete checkpoints, ascending. UserError: the store cannot be reached."""
+        with reached(self.directory):
+            return self._steps()
+
+    def _steps(self) -> list[int]:
         return manifests.complete_steps(self.directory)
 
     def latest(self) -> int | None:
@@ -161,7 +166,8 @@ class Checkpointer:
 
     def newest_whole(self) -> tuple[int | None, list[str]]:
         """Where to continue and what to say loudly, past damaged ones; see `fallback`."""
-        self._verified, words = newest_whole(self.directory)
+        with reached(self.directory):
+            self._verified, words = newest_whole(self.directory)
         return self._verified, words
 
     def read_meta(self, step: int) -> dict[str, Any]:
@@ -357,7 +363,7 @@ class Checkpointer:
             yield
         except (*_SAVE_FAILURES, *failures(self.directory), manifests.DamagedError) as error:
             try:
-                steps = self.steps()
+                steps = self._steps()
                 newest = (
                     f"the newest complete one is step {steps[-1]}" if steps else "there is none yet"
                 )
@@ -370,7 +376,7 @@ class Checkpointer:
 
     def _prune(self, newest: int) -> None:
         """Delete old checkpoints, now that the one of step `newest` is complete."""
-        earlier = [step for step in self.steps() if step < newest]
+        earlier = [step for step in self._steps() if step < newest]
         for step in earlier[: max(0, len(earlier) - (self._keep - 1))]:
             if self._keep_every is None or step % self._keep_every != 0:
                 manifests.remove_checkpoint(self.directory / str(step))

@@ -1,18 +1,27 @@
 """What the disk of each process says to a save: room, permission, and whether it is one disk."""
 
+import contextlib
 import errno
 import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.agreement import agree, gathered, told
-from llamajax.checkpoint.storage import Place, failures, files, is_directory, is_remote
+from llamajax.checkpoint.storage import (
+    Place,
+    failures,
+    files,
+    how_to_mend,
+    is_directory,
+    is_remote,
+)
+from llamajax.errors import UserError
 
 # Network file systems show a new directory to other hosts only after their caches' time.
 _SHOWN_WITHIN_S = 30
@@ -80,6 +89,18 @@ def reason(error: BaseException) -> str:
         return os.strerror(int(found.group(1)))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def reached(directory: Place) -> Iterator[None]:
+    """An object store that fails in here is a UserError with what to check."""
+    try:
+        yield
+    except failures(directory) as error:
+        if not is_remote(directory):
+            raise
+        problem = here(f"{directory} cannot be reached: {reason(error)}")
+        raise UserError(f"{problem}; {how_to_mend(directory)}") from None
 
 
 def here(problem: str) -> str:

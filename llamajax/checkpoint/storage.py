@@ -84,17 +84,6 @@ def how_to_mend(path: PurePath) -> str:
     return f"check the bucket's name, the network, and the credentials ({_CLIENTS[scheme][2]})"
 
 
-def limit_retries() -> None:
-    """Make Orbax give up on an object store that is gone within a minute, as we do.
-
-    Orbax has no option for it: what it opens TensorStore with is a private table of its own.
-    """
-    from orbax.checkpoint._src.serialization import tensorstore_utils  # for URLs only
-
-    for table in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"):
-        vars(tensorstore_utils).get(table, {})["gcs_request_retries"] = RETRIES
-
-
 def kvstore(directory: PurePath) -> dict[str, Any] | str:
     """TensorStore's name of a directory."""
     if not is_remote(directory):

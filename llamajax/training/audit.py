@@ -14,6 +14,7 @@ from typing import Any
 from llamajax import data
 from llamajax.checkpoint import Checkpointer
 from llamajax.checkpoint.manifest import remove_checkpoint
+from llamajax.checkpoint.room import reached
 from llamajax.data.position import Segment
 from llamajax.errors import UserError
 
@@ -62,10 +63,11 @@ class Audit:
         """Remove checkpoints that a rollback went back before; how many. For process 0."""
         if not self.rollbacks:
             return 0
-        later = [s for s in checkpointer.steps() if s > self.rollbacks[-1].to_step]
-        doomed = [s for s in later if self._is_superseded(checkpointer, s)]
-        for step in doomed:
-            remove_checkpoint(checkpointer.directory / str(step))
+        with reached(checkpointer.directory):
+            later = [s for s in checkpointer.steps() if s > self.rollbacks[-1].to_step]
+            doomed = [s for s in later if self._is_superseded(checkpointer, s)]
+            for step in doomed:
+                remove_checkpoint(checkpointer.directory / str(step))
         return len(doomed)
 
     def _is_superseded(self, checkpointer: Checkpointer, step: int) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 
 from llamajax import backends, sharding
 from llamajax.checkpoint import Checkpointer
-from llamajax.checkpoint.storage import failures
 from llamajax.config import RunConfig
+from llamajax.errors import UserError
 from llamajax.models.counts import flops_per_token, num_parameters
 from llamajax.models.lora import num_adapter_parameters
 from llamajax.monitoring import write_report, write_run_facts
@@ -68,7 +68,7 @@ def previous(checkpointer: Checkpointer) -> str:
     """The checkpoint that a rerun continues from."""
     try:
         steps = checkpointer.steps()
-    except failures(checkpointer.directory):
+    except (UserError, OSError):
         return f"the newest in {checkpointer.directory}, which cannot be read now"
     return f"{checkpointer.directory / str(steps[-1])}" if steps else "none yet, it starts anew"
 

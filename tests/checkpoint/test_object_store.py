@@ -180,6 +180,10 @@ def test_a_store_that_goes_away_in_a_save_costs_that_checkpoint(tmp_path, impati
     with pytest.raises(CheckpointError, match=r"step 3 was not saved: .*Connect call failed"):
         run.save(3, state, meta=META, wait=True)
     assert "cannot be read now" in previous(run)
+    gone = r"cannot be reached: .*Connect.*check the bucket's name"
+    for look in (run.steps, run.newest_whole):
+        with pytest.raises(UserError, match=gone):
+            look()
     with running(port):  # another one, which is empty
         run.save(4, state, meta=META, wait=True)
         assert run.steps() == [4]

@@ -1,0 +1,29 @@
+"""Orbax gives up on a store that is gone when we say so."""
+
+import pytest
+import tensorstore as ts
+from orbax.checkpoint._src.serialization import tensorstore_utils
+
+from llamajax.backends import orbax_retries
+
+RETRIES = {"max_retries": 3, "initial_delay": "2s", "max_delay": "3s"}
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch):
+    for name in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"):
+        monkeypatch.setattr(tensorstore_utils, name, dict(getattr(tensorstore_utils, name)))
+
+
+@pytest.mark.parametrize("use_ocdbt", [False, True])
+def test_the_installed_orbax_opens_tensorstore_with_our_limit(use_ocdbt):
+    assert orbax_retries.limit_gcs_retries(RETRIES)
+    context = tensorstore_utils.get_ts_context(use_ocdbt=use_ocdbt)
+    assert isinstance(context, ts.Context)
+    assert context["gcs_request_retries"].to_json() == RETRIES
+
+
+def test_a_release_that_was_not_read_is_left_alone(monkeypatch):
+    monkeypatch.setattr(orbax_retries, "version", lambda _: "0.13.0")
+    assert not orbax_retries.limit_gcs_retries(RETRIES)
+    assert "gcs_request_retries" not in tensorstore_utils._BASE_TS_CONTEXT
