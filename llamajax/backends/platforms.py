@@ -20,7 +20,9 @@ class Platform:
     kernels built for it, best first. dtype: what to compute in when nobody says. memory_kinds: as
     JAX names them, the default first. start_up: what joins several processes. xla_options: worth
     setting in XLA_FLAGS or LIBTPU_INIT_ARGS; never set by us, XLA aborts on a flag it does not
-    know. tested: what of llamajax ran there. source: who says all this.
+    know. says_peak: a program's `memory_analysis` says the most that is in use at any time, its
+    arguments included. slow_link: words for what leaves a node or slice. tested: what of llamajax
+    ran there. source: who says all this.
     """
 
     names: tuple[str, ...]
@@ -33,6 +35,8 @@ class Platform:
     memory_kinds: tuple[str, ...] = ("device", "pinned_host")
     start_up: str = "llamajax.launch, or a scheduler that JAX knows; coordinator over TCP"
     xla_options: tuple[str, ...] = ()
+    says_peak: bool = False
+    slow_link: str = "between nodes"
     tested: str = "no"
     source: str = ""
 
@@ -75,6 +79,8 @@ PLATFORMS = (
         names=("tpu",),
         fused_attention=("splash",),
         xla_options=("--xla_tpu_scoped_vmem_limit_kib=98304",),
+        says_peak=True,
+        slow_link="over DCN, the rest over ICI",
         tested="compilation for absent TPUs; no run on hardware",
         source="Cloud TPU documentation, libtpu",
     ),

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from llamajax import optim, sharding
 from llamajax.backends import Target
+from llamajax.backends.platforms import platform_facts
 from llamajax.config import RunConfig
 from llamajax.planning.groups import (
     axes_of_groups,
@@ -167,7 +168,7 @@ def temporary_bytes(memory: Any, platform: str) -> int:
     any time (2026-11-28: 14.1 GiB beside 4.7 of arguments in a program with a peak of 15.2).
     Others say no peak, or the sum.
     """
-    if platform == "tpu" and memory.peak_memory_in_bytes:
+    if platform_facts(platform).says_peak and memory.peak_memory_in_bytes:
         return memory.peak_memory_in_bytes - memory.argument_size_in_bytes
     kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + kept

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llamajax import sharding
+from llamajax.backends.platforms import platform_facts
 from llamajax.models.counts import num_parameters
 from llamajax.monitoring.progress import format_count
 from llamajax.planning.compilation import node_of
@@ -148,8 +149,7 @@ def _between(plan: Plan, slow_bytes: float) -> str:
     """How much of what a collective sends leaves the node or slice; nothing where none does."""
     if not slow_bytes:
         return ""
-    words = "DCN, the rest ICI" if plan.step.target.platform == "tpu" else "between nodes"
-    return f"  {_gib(slow_bytes)} of it {words}"
+    return f"  {_gib(slow_bytes)} of it {platform_facts(plan.step.target.platform).slow_link}"
 
 
 def _time(plan: Plan) -> Iterator[str]:

@@ -22,13 +22,18 @@ from llamajax.sharding.axes import AXES
 SLOW_AXES = ("data", "stage")
 
 
+def in_slice(device: jax.Device) -> bool:
+    """Whether it is a core of a chip in a slice of TPUs, whose own links join all its hosts."""
+    return hasattr(device, "core_on_chip")  # GPUs have `coords` as well
+
+
 def node_of(device: jax.Device) -> int:
     """Number of the node of a device."""
     slice_index = getattr(device, "slice_index", None)
     if slice_index is not None:
         return slice_index
     # the hosts of a slice are joined by the links of its chips: none of them is a node
-    return 0 if device.platform == "tpu" else device.process_index
+    return 0 if in_slice(device) else device.process_index
 
 
 def placed(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
@@ -61,7 +66,7 @@ def check_slices(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Non
     """Raise UserError where an axis other than SLOW_AXES would lie across slices of TPUs."""
     slices = len({node_of(d) for d in devices})
     outer = math.prod(sizes[axis] for axis in SLOW_AXES)
-    if slices == 1 or devices[0].platform != "tpu" or outer % slices == 0:
+    if slices == 1 or not in_slice(devices[0]) or outer % slices == 0:
         return
     missing = slices // math.gcd(slices, outer)
     inner = {axis: n for axis, n in sizes.items() if axis not in SLOW_AXES and n > 1}
@@ -126,7 +131,7 @@ def table(mesh: Mesh, node_of: Callable[[jax.Device], int] = node_of) -> list[st
     if num_nodes == 1:
         return []
     lines = []
-    word = "slice" if mesh.devices.flat[0].platform == "tpu" else "node"
+    word = "slice" if in_slice(mesh.devices.flat[0]) else "node"
     for axis, nodes in spans(mesh, node_of).items():
         size = mesh.shape[axis]
         inside = nodes == 1
