@@ -5,6 +5,7 @@ a name; a contract test looks for that. Kinds of devices, with peaks and memory,
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 from llamajax.config.schema import ComputeDtype
 
@@ -21,8 +22,9 @@ class Platform:
     JAX names them, the default first. start_up: what joins several processes. xla_options: worth
     setting in XLA_FLAGS or LIBTPU_INIT_ARGS; never set by us, XLA aborts on a flag it does not
     know. says_peak: a program's `memory_analysis` says the most that is in use at any time, its
-    arguments included. slow_link: words for what leaves a node or slice. tested: what of llamajax
-    ran there. source: who says all this.
+    arguments included. slow_link: words for what leaves a node or slice. exact_options:
+    of the compiler, with which the bits of an element do not depend on the shape of its array.
+    tested: what of llamajax ran there. source: who says all this.
     """
 
     names: tuple[str, ...]
@@ -37,6 +39,7 @@ class Platform:
     xla_options: tuple[str, ...] = ()
     says_peak: bool = False
     slow_link: str = "between nodes"
+    exact_options: Mapping[str, int] = dataclasses.field(default_factory=dict)
     tested: str = "no"
     source: str = ""
 
@@ -64,6 +67,9 @@ PLATFORMS = (
         lends_host_memory=True,
         is_host=True,
         repeats_bits=True,
+        # Else vectors and the rest of a loop may be computed by different formulas (jax 0.12.0.1
+        # with AVX-512: log1p, and products fused with sums).
+        exact_options={"xla_backend_optimization_level": 0},
         memory_kinds=("device", "pinned_host", "unpinned_host"),
         tested="everything, in every change",
         source="JAX's own backend",
@@ -157,6 +163,11 @@ def is_host(platform: str) -> bool:
 def lends_host_memory(platform: str) -> bool:
     """Whether an array put there may go on living in the memory of the NumPy array it came from."""
     return platform_facts(platform).lends_host_memory
+
+
+def exact_options(platform: str) -> dict[str, int]:
+    """Compiler options for what must have the same bits however it is sharded, such as weights."""
+    return dict(platform_facts(platform).exact_options)
 
 
 def repeats_bits(platform: str) -> bool:

@@ -10,6 +10,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
+from llamajax.backends.platforms import exact_options
 from llamajax.config.schema import LoraConfig, ModelConfig
 from llamajax.models.abstract import abstract_model
 from llamajax.models.llama import Llama
@@ -208,7 +209,8 @@ def init_state(
         state = _around(Llama(config, key), optimizer, None, layout, key)
         return _piped(state, config, mesh, layout)
 
-    init: Any = jax.jit(fresh, out_shardings=placed)
+    options = exact_options(mesh.devices.flat[0].platform)
+    init: Any = jax.jit(fresh, out_shardings=placed, compiler_options=options)
     return init(jax.random.key(seed))
 
 

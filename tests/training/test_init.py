@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from llamajax import optim, sharding
+from llamajax.backends.platforms import exact_options
 from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig
 from llamajax.models.weights import normal, ones
 from llamajax.training.state import init_state
@@ -63,7 +64,9 @@ def mesh_of(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
 def initialised(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     abstract = jax.eval_shape(EveryKind, jax.random.key(0))
     placed = sharding.shardings(abstract, mesh_of(shape))
-    return named(jax.jit(EveryKind, out_shardings=placed)(jax.random.key(5)))
+    options = exact_options(jax.default_backend())
+    init = jax.jit(EveryKind, out_shardings=placed, compiler_options=options)
+    return named(init(jax.random.key(5)))
 
 
 def named(tree) -> dict[str, np.ndarray]:
