@@ -7,6 +7,8 @@ a name; a contract test looks for that. Kinds of devices, with peaks and memory,
 import dataclasses
 from collections.abc import Mapping
 
+import jax
+
 from llamajax.config.schema import ComputeDtype
 
 
@@ -166,8 +168,11 @@ def lends_host_memory(platform: str) -> bool:
 
 
 def exact_options(platform: str) -> dict[str, int]:
-    """Compiler options for what must have the same bits however it is sharded, such as weights."""
-    return dict(platform_facts(platform).exact_options)
+    """Compiler options for what must have the same bits however it is sharded, such as weights.
+
+    None with jax 0.10, whose compiler gives them anyhow: a program made so runs more slowly.
+    """
+    return {} if jax.__version_info__ < (0, 11) else dict(platform_facts(platform).exact_options)
 
 
 def repeats_bits(platform: str) -> bool:
