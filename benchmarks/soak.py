@@ -3,13 +3,15 @@
     python benchmarks/soak.py --faults=30 --workdir=runs/soak [--seed=0] [--steps=360]
 
 Faults, all equally often: SIGKILL of a worker, of the coordinator, of the launcher; SIGTERM of a
-worker and of the launcher; SIGSTOP of a worker. Moments: import, compilation or restore, a step, a
-save, an evaluation. A launcher that ended is started again with the same command. Prints one row a
-fault and, last, whether the metrics equal those of an undisturbed run. On the CPU, with a tiny
-model and the book of the quickstart.
+worker and of the launcher; SIGSTOP of a worker. Moments, all equally often where they come: import,
+restore, compilation, a step, a save, an evaluation; what a run is at is read from its log, its
+files and what it has open. A launcher that ended is started again with the same command. Prints
+one row a fault, then how often each moment was hit and whether the metrics equal those of an
+undisturbed run. On Linux, on the CPU, with a tiny model and the book of the quickstart.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -18,7 +20,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from llamajax.supervision.comparison import largest_difference, values
@@ -35,8 +38,10 @@ FAULTS = {
     "SIGTERM the launcher": (None, signal.SIGTERM),
     "SIGSTOP a worker": (1, signal.SIGSTOP),
 }
-EARLY = ("import", "compile or restore")
+EARLY = ("import", "restore", "compilation")  # before the first step of an attempt
 LATE = ("step", "save", "evaluation")
+# What an attempt is at once worker 0's log has such a line; none is needed for the first.
+PHASES = {"import": "", "restore or compilation": "\nsteps ", "steps": "\nready "}
 _POLL = threading.Event()
 
 
@@ -49,9 +54,11 @@ class Run:
         train += [f"--workdir={workdir}", f"--config.train.steps={steps}"]
         train += ["--config.backend.name=cpu", "--config.backend.num_cpu_devices=1"]
         train += ["--config.mesh.fsdp=2", "--config.train.eval_batches=4"]
+        train += ["--config.backend.timeout_s=60"]  # for one that was stopped as it started
         launch = [sys.executable, "-m", "llamajax.launch", "--processes_per_node=2"]
         self.command = [*launch, "--max_restarts=1000", "--backoff_s=0", "--", *train]
         self.process: subprocess.Popen | None = None
+        self._ended = self._log()  # of the attempt that was hurt last
 
     def ensure(self) -> None:
         """Start the launcher unless it runs."""
@@ -72,24 +79,63 @@ class Run:
         found = re.findall(r"pids ([\d, ]+)", self.said.read_text())
         return [int(pid) for pid in found[-1].split(",")] if found else []
 
-    def log(self) -> str:
-        """What worker 0 wrote in this attempt."""
-        path = self.workdir / "logs" / "worker_0.log"
-        return path.read_text(errors="replace") if path.exists() else ""
+    @property
+    def phase(self) -> str:
+        """What worker 0 is at by its log: "" (between attempts), or one of PHASES."""
+        log = self._log()
+        if log == self._ended:
+            return ""
+        text = log.read_text(errors="replace")
+        for phase, line in reversed(PHASES.items()):
+            if line in text:
+                return phase
+        return ""
+
+    def _log(self) -> Path:
+        """The log of worker 0's newest attempt: a file an attempt, to which a link points."""
+        return (self.workdir / "logs" / "worker_0.log").resolve()
+
+    def reads_checkpoint(self) -> bool:
+        """Whether a worker has a file of a checkpoint open."""
+        for link in (link for pid in self.pids for link in Path(f"/proc/{pid}/fd").glob("*")):
+            with contextlib.suppress(OSError):  # closed, or the process is gone
+                if re.search(r"/checkpoints/\d+/", str(link.readlink())):
+                    return True
+        return False
+
+    def hurt(self, fault: str) -> bool:
+        """Signal its target; False where that is gone already."""
+        rank, number = FAULTS[fault]
+        ended = self._log()
+        try:
+            os.kill(self.process.pid if rank is None else self.pids[rank], number)
+        except (ProcessLookupError, IndexError):
+            return False
+        self._ended = ended
+        if rank is None:
+            self.process.wait()
+        return True
 
 
-def moment(run: Run, kind: str, rng: random.Random) -> Callable[[], bool]:
-    """Whether a moment of this kind has come in what runs now."""
+def moment(run: Run, kind: str, rng: random.Random) -> Callable[[], bool | None]:
+    """Whether a moment of this kind has come in what runs now; None: it is over."""
     before = last_step(run.workdir)
+    wait = _Wait(rng.uniform(0, 2 if kind == "import" else 0.5))
+
+    def early(here: bool, over: bool) -> bool | None:
+        return None if over else here
+
     match kind:
         case "import":
-            until = time.monotonic() + rng.uniform(0.5, 4)
-            return lambda: time.monotonic() > until
-        case "compile or restore":
-            return lambda: "\nsteps " in run.log() and "ready " not in run.log()
+            return lambda: early(wait.over(run.phase == "import"), run.phase not in ("", "import"))
+        case "restore":
+            return lambda: early(run.phase != "" and run.reads_checkpoint(), run.phase == "steps")
+        case "compilation":
+            here = "restore or compilation"
+            return lambda: early(wait.over(run.phase == here), run.phase == "steps")
         case "step":
             wanted = before + rng.randint(1, 7)
-            return lambda: last_step(run.workdir) >= wanted and "ready " in run.log()
+            return lambda: run.phase == "steps" and last_step(run.workdir) >= wanted
         case "save":
             folder = run.workdir / "checkpoints"
             return lambda: any(folder.glob("*.orbax-checkpoint-tmp*"))
@@ -98,49 +144,77 @@ def moment(run: Run, kind: str, rng: random.Random) -> Callable[[], bool]:
             return lambda: last_step(run.workdir) >= after
 
 
-def hurt(run: Run, fault: str) -> bool:
-    """Signal its target; False where that is gone already."""
-    rank, number = FAULTS[fault]
-    try:
-        pid = run.process.pid if rank is None else run.pids[rank]
-        os.kill(pid, number)
-    except (ProcessLookupError, IndexError):
-        return False
-    if rank is None:
-        run.process.wait()
-    return True
+class _Wait:
+    """A time after something first held."""
+
+    def __init__(self, seconds: float):
+        self._seconds, self._since = seconds, None
+
+    def over(self, holds: bool) -> bool:
+        """Whether it holds, and has for so long."""
+        if self._since is None and holds:
+            self._since = time.monotonic()
+        return holds and time.monotonic() - self._since >= self._seconds
 
 
-def soak(run: Run, *, faults: int, rng: random.Random, steps: int) -> int:
-    """Hurt the run so often, or till it is done; the number of faults."""
-    done, deck = 0, []
-    while done < faults and last_step(run.workdir) < steps - 1:
+class Deck:
+    """Draws each of some things equally often, in random order."""
+
+    def __init__(self, things: Iterable[str], rng: random.Random):
+        self._all, self._rng, self._left = list(things), rng, []
+
+    def top(self) -> str:
+        """What comes next."""
+        self._left = self._left or self._rng.sample(self._all, len(self._all))
+        return self._left[-1]
+
+    def take(self) -> None:
+        """Go on to the one after it."""
+        self._left.pop()
+
+
+def soak(run: Run, *, faults: int, rng: random.Random, steps: int) -> Counter[str]:
+    """Hurt the run so often, or till it is done; how often at each moment."""
+    hit: Counter[str] = Counter()
+    what, early, late = Deck(FAULTS, rng), Deck(EARLY, rng), Deck(LATE, rng)
+    after_start = False  # whether the next fault comes before the run has started again
+    while hit.total() < faults and last_step(run.workdir) < steps - 1:
         run.ensure()
-        deck = deck or rng.sample(list(FAULTS), len(FAULTS))
-        fault, kind = deck[-1], rng.choice(LATE if "ready " in run.log() else EARLY)
-        come = moment(run, kind, rng)
-        give_up = time.monotonic() + 300
-        while not come() and run.process.poll() is None and time.monotonic() < give_up:
-            _POLL.wait(0.005)
-        if run.process.poll() is not None or not come() or not hurt(run, fault):
+        deck = early if after_start else late
+        if not come(run, moment(run, deck.top(), rng)) or not run.hurt(what.top()):
+            after_start = False  # too late for this moment: it stays on top
             continue
-        at, began = last_step(run.workdir), time.monotonic()
-        done += 1
-        deck.pop()
-        if rng.random() < 0.4:  # the next fault meets it while it starts again
-            print(f"| {done} | {fault} | {kind} | {at} | hurt again |", flush=True)
-            run.ensure()
-            continue
-        rows = (run.workdir / "metrics.jsonl").stat().st_mtime_ns if at else 0
-        while last_step(run.workdir) < steps - 1:
-            run.ensure()
-            path = run.workdir / "metrics.jsonl"
-            if path.exists() and path.stat().st_mtime_ns != rows and "ready " in run.log():
-                break
-            _POLL.wait(0.05)
-        took = time.monotonic() - began
-        print(f"| {done} | {fault} | {kind} | {at} | {took:.0f} |", flush=True)
-    return done
+        at, began, kind = last_step(run.workdir), time.monotonic(), deck.top()
+        hit[kind] += 1
+        row = f"| {hit.total()} | {what.top()} | {kind} | {at} |"
+        what.take(), deck.take()
+        after_start = rng.random() < 0.5
+        if not after_start:
+            took = seconds_to_next_step(run, steps, began)
+        print(row, "hurt again |" if after_start else f"{took:.0f} |", flush=True)
+    return hit
+
+
+def come(run: Run, has: Callable[[], bool | None]) -> bool:
+    """Wait for a moment; False where it is missed or the launcher ends first."""
+    give_up = time.monotonic() + 300
+    while run.process.poll() is None and time.monotonic() < give_up:
+        if (now := has()) is None or now:
+            return bool(now)
+        _POLL.wait(0.002)
+    return False
+
+
+def seconds_to_next_step(run: Run, steps: int, began: float) -> float:
+    """Wait till the run, started again where need be, has logged a step after a fault."""
+    path = run.workdir / "metrics.jsonl"
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    while last_step(run.workdir) < steps - 1:
+        run.ensure()
+        if run.phase == "steps" and path.exists() and path.stat().st_mtime_ns != before:
+            break
+        _POLL.wait(0.05)
+    return time.monotonic() - began
 
 
 def main() -> int:
@@ -163,14 +237,15 @@ def main() -> int:
     print("| fault | what | when | after step | seconds to the next step |")
     print("| ---: | --- | --- | ---: | ---: |")
     rng = random.Random(arguments.seed)
-    faults = soak(run, faults=arguments.faults, rng=rng, steps=steps)
+    hit = soak(run, faults=arguments.faults, rng=rng, steps=steps)
     code = run.finish()
     difference = largest_difference(values(undisturbed.workdir), values(run.workdir))
     same = code == 0 and difference is None
     words = "all logged values are those of the undisturbed run" if same else f"{difference}"
-    asked = f" (the run ended before all {arguments.faults})" * (faults < arguments.faults)
-    print(f"\n{faults} faults{asked}, exit code {code}: {words}")
-    return 0 if same and not asked else 1
+    early = f" (the run ended before all {arguments.faults})" * (hit.total() < arguments.faults)
+    print("\nmoments hit: " + ", ".join(f"{kind} {hit[kind]}" for kind in EARLY + LATE))
+    print(f"{hit.total()} faults{early}, exit code {code}: {words}")
+    return 0 if same and not early else 1
 
 
 if __name__ == "__main__":
