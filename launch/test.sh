@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with the test extra and runs the tests; arguments go to pytest.
+# Makes .venv with the test extra and runs the tests, two files at a time; arguments go to pytest.
 #   ./launch/test.sh                 everything
 #   ./launch/test.sh -m 'not slow'   without the heavy compile checks
 set -euo pipefail
@@ -11,4 +11,4 @@ make_venv "$ROOT/.venv" ".[test]"
 add_pjrt_cpu "$ROOT/.venv"
 cd "$ROOT"
 say "running the tests"
-exec "$ROOT/.venv/bin/python" -m pytest "$@"
+exec "$ROOT/.venv/bin/python" -m pytest --numprocesses=2 --dist=loadfile "$@"

@@ -12,19 +12,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
-from llamajax.backends.orbax_retries import limit_gcs_retries
 from llamajax.checkpoint import manifest as manifests
-from llamajax.checkpoint import storage
 from llamajax.checkpoint.agreement import agree, told
 from llamajax.checkpoint.fallback import newest_whole
 from llamajax.checkpoint.names import named_leaves
-from llamajax.checkpoint.rendezvous import Rendezvous
 from llamajax.checkpoint.restore import newest_step, read_meta, restore_state
 from llamajax.checkpoint.room import (
     here,
@@ -36,8 +32,9 @@ from llamajax.checkpoint.room import (
 from llamajax.checkpoint.storage import Place, failures, is_remote, place, remove_tree
 from llamajax.errors import UserError
 
-# Orbax's own default (20 minutes) is less than a 70B state takes on a slow disk.
-_TIMEOUT_S = 3 * 3600
+if TYPE_CHECKING:
+    from llamajax.checkpoint.orbax_writer import OrbaxWriter
+
 # Loggers that Orbax (and its tasks, when they fail unobserved) and gcsfs write tracebacks to.
 _NOISY = ("absl", "asyncio", "gcsfs")
 _SAVE_FAILURES = (OSError, ValueError, RuntimeError)
@@ -111,6 +108,7 @@ class Checkpointer:
         self._asynchronous = asynchronous
         self._check_owner = check_owner
         self._is_primary = jax.process_index() == 0
+        self._orbax: OrbaxWriter | None = None
         self._thread: threading.Thread | None = None
         self._failure: _Failure | None = None
         self._writers: list[int] = []
@@ -118,8 +116,6 @@ class Checkpointer:
         self._saving: int | None = None
         self._verified: int | None = None
         self._pending: tuple[int, dict[str, tuple[str, tuple[int, ...]]], str] | None = None
-        if is_remote(self.directory):
-            limit_gcs_retries(storage.RETRIES)
         self._filter = _DropOrbaxRecords()
         for name in _NOISY:
             logging.getLogger(name).addFilter(self._filter)
@@ -131,21 +127,20 @@ class Checkpointer:
             problem = f"cannot clear {self.directory}: {reason(error)}"
         if problem := agree(problem):
             raise UserError(problem)
-        ocp.multihost.sync_global_processes("llamajax:checkpointer_start")
-        self._rendezvous = Rendezvous()
-        self._orbax = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(
-                # Trained weights are noise to a compressor: 10 % smaller for twice the time.
-                state=ocp.PyTreeCheckpointHandler(use_compression=False)
-            ),
-            async_options=ocp.AsyncOptions(
-                timeout_secs=_TIMEOUT_S,
-                barrier_sync_fn=self._rendezvous,
-                post_finalization_callback=self._seal,
-                # An unwritable directory is then an error of save() itself.
-                create_directories_asynchronously=False,
-            ),
-        )
+
+    def get_ready(self) -> None:
+        """Have the first save find everything made; to be called by all processes, or by none.
+
+        For a moment at which nothing waits for this process. Cheap when it is repeated.
+        """
+        self._writer()
+
+    def _writer(self) -> "OrbaxWriter":
+        if self._orbax is None:
+            from llamajax.checkpoint.orbax_writer import OrbaxWriter  # takes long to import
+
+            self._orbax = OrbaxWriter(self.directory, seal=self._seal)
+        return self._orbax
 
     @property
     def in_flight(self) -> int | None:
@@ -251,7 +246,8 @@ class Checkpointer:
             self._thread = None
 
     def _release(self) -> None:
-        self._orbax.close()
+        if self._orbax is not None:
+            self._orbax.close()
         for name in _NOISY:
             logging.getLogger(name).removeFilter(self._filter)
 
@@ -295,17 +291,14 @@ class Checkpointer:
         arrays = {name: _describe(leaf) for name, leaf in leaves.items()}
         text = json.dumps(meta, indent=1, allow_nan=False)
         self._pending = (step, arrays, text)
+        writer = self._writer()
         with self._reporting(step):
             self._writers = make_sure_of_room(self.directory, leaves)
         if self._failure is not None:  # on all processes
             self.wait()
         self._unsettled = True
         with self._reporting(step):
-            self._rendezvous.begin()
-            self._orbax.save(
-                self.directory / str(step),
-                args=ocp.args.Composite(state=ocp.args.PyTreeSave(leaves)),
-            )
+            writer.save(self.directory / str(step), leaves)
         if self._failure is None:
             self._saving = step
             self._in_background(self._finish, step)
@@ -332,7 +325,7 @@ class Checkpointer:
 
     def _give_up(self, step: int) -> None:
         """In the background, where a save failed before anything was written in it."""
-        self._rendezvous.failed()
+        self._writer().rendezvous.failed()
         self._clear()
 
     def _clear(self) -> None:
@@ -345,7 +338,7 @@ class Checkpointer:
         """In the background: wait for the commit, then delete what need not be kept."""
         self._failure = _Failure(f"checkpoint of step {step} was not saved: its thread died")
         with self._reporting(step):
-            self._orbax.wait_until_finished()
+            self._writer().wait()
             if self._is_primary:
                 manifests.check_sizes(self.directory / str(step))
             self._failure = None

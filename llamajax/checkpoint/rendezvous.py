@@ -8,8 +8,7 @@ second one know that the others are already past the first, so they need not wai
 """
 
 import contextlib
-
-import orbax.checkpoint as ocp
+from typing import Protocol
 
 # How long a process that is done waits for the slowest to finish writing.
 _FINISHED_MS = 600_000
@@ -20,11 +19,17 @@ _SOUND_MS = 20_000
 _MEETINGS = 2
 
 
+class Barrier(Protocol):
+    """Returns when all processes have called it with this key; an error after so long."""
+
+    def __call__(self, *, key: str, timeout_ms: int) -> None: ...
+
+
 class Rendezvous:
     """The barrier that Orbax is given. `begin` before each save, `failed` after one that failed."""
 
-    def __init__(self) -> None:
-        self._barrier = ocp.multihost.get_barrier_sync_fn()
+    def __init__(self, barrier: Barrier):
+        self._barrier = barrier
         self._save = 0
         self._meeting = _MEETINGS
 

@@ -13,9 +13,9 @@ With `mask_documents` off a sample is one segment, and the next document's first
 
 from collections.abc import Sequence
 
-import grain
 import numpy as np
 
+from llamajax.data.bare_grain import grain
 from llamajax.data.mixture import Mixture, PreparedSplit
 from llamajax.data.position import Position
 from llamajax.data.shards import BLOCK_TOKENS

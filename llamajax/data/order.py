@@ -4,7 +4,8 @@ import functools
 import hashlib
 
 import numpy as np
-from grain.experimental import index_shuffle
+
+from llamajax.data.bare_grain import index_shuffle
 
 # Up to here an epoch's permutation is drawn whole (8 MB, 80 ms): exactly uniform. Beyond it grain's
 # index_shuffle computes single entries; on a short range it would take 60 us each.

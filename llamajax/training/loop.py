@@ -59,7 +59,8 @@ class Loop:
         for step in range(start + 1, last + 1):
             state, metrics = self.step(state, batch)
             self.shutdown.begin_updates()
-            gc.enable()  # off while starting (train.py); the device is busy now
+            gc.enable()  # off while starting (train.py); the device is busy now,
+            self.checkpointer.get_ready()  # and nothing waits for this
             self.timer.mark_dispatched(step)
             self.saw(step)
             batch = next(self.train_batches) if step < last else None

@@ -14,7 +14,7 @@ from typing import Any
 from llamajax import data
 from llamajax.checkpoint import Checkpointer, CheckpointError, named_leaves
 from llamajax.checkpoint.owner import check_owner, checkpoints_of, claim
-from llamajax.checkpoint.storage import Place
+from llamajax.checkpoint.storage import Place, is_remote
 from llamajax.checkpoint.weights import Weights
 from llamajax.config import RunConfig, diff, from_json_dict, to_json_dict
 from llamajax.errors import UserError
@@ -61,10 +61,12 @@ def train(config: RunConfig, *, workdir: Path, shutdown: Shutdown) -> int:
         shutdown.take_back()
     with LeavingAtOnce(), contextlib.ExitStack() as stack:
         stack.enter_context(opened(workdir, process_id=session.machine.process_id))
-        check_shared(workdir)
+        check_shared(workdir, key="--workdir")
         checkpoints = checkpoints_of(workdir, config.checkpoint.directory)
         if words := claim(checkpoints, workdir):
             say(words, primary=session.machine.is_primary)
+        if not is_remote(checkpoints) and workdir.absolute() not in checkpoints.parents:
+            check_shared(checkpoints, key="checkpoint.directory")
         checkpointer = stack.enter_context(_checkpointer(session, workdir, checkpoints))
         stack.enter_context(LeavingAtOnce())  # before the checkpointer waits for the others
         shutdown.name_previous(lambda: previous(checkpointer))

@@ -55,8 +55,8 @@ def opened(workdir: Path, *, process_id: int) -> Iterator[Path]:
         yield workdir
 
 
-def check_shared(workdir: Path) -> None:
-    """UserError on all processes unless all see the same `workdir`. To be called by all.
+def check_shared(directory: Path, *, key: str) -> None:
+    """UserError on all processes unless all see the same directory. To be called by all.
 
     Process 0 leaves a random token in it, which every other one must find there.
     """
@@ -64,7 +64,7 @@ def check_shared(workdir: Path) -> None:
         return
     told = multihost_utils.broadcast_one_to_all(np.frombuffer(os.urandom(8), np.uint8))
     token, problem = bytes(np.asarray(told)).hex(), None
-    file = workdir / f".shared_{token}"
+    file = directory / f".shared_{token}"
     if jax.process_index() == 0:
         file.touch()
     agree(None)  # it is there now
@@ -73,7 +73,7 @@ def check_shared(workdir: Path) -> None:
         time.sleep(0.1)
     if not found:
         problem = (
-            f"--workdir={workdir} on {socket.gethostname()} (process {jax.process_index()}) is "
+            f"{key}={directory} on {socket.gethostname()} (process {jax.process_index()}) is "
             "not the directory of process 0: checkpoints need storage that all nodes share"
         )
     problem = agree(problem)

@@ -12,7 +12,9 @@ RETRIES = {"max_retries": 3, "initial_delay": "2s", "max_delay": "3s"}
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch):
     for name in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"):
-        monkeypatch.setattr(tensorstore_utils, name, dict(getattr(tensorstore_utils, name)))
+        table = dict(getattr(tensorstore_utils, name))
+        table.pop("gcs_request_retries", None)  # of a test before this one
+        monkeypatch.setattr(tensorstore_utils, name, table)
 
 
 @pytest.mark.parametrize("use_ocdbt", [False, True])

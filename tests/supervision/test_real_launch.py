@@ -73,15 +73,17 @@ def test_sigterm_to_one_worker_stops_all_at_one_step(data, environment, undistur
     assert largest_difference(values(undisturbed), values(tmp_path)) is None
 
 
-def test_workdirs_that_are_not_shared_are_refused(data, environment, tmp_path):
+@pytest.mark.parametrize("key", ["--workdir", "--config.checkpoint.directory"])
+def test_directories_that_are_not_shared_are_refused(data, environment, tmp_path, key):
     """Each worker has a directory of its own, as on nodes without shared storage."""
-    command = launch(data, "WORKDIR")
-    script = f'exec "$@" --workdir={tmp_path}/$LLAMAJAX_PROCESS_ID'
+    command = launch(data, tmp_path / "run")
+    script = f'exec "$@" {key}={tmp_path}/$LLAMAJAX_PROCESS_ID'
     place = command.index("--") + 1
     command[place:place] = ["sh", "-c", script, "sh"]
     command.insert(3, f"--log_dir={tmp_path / 'logs'}")
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
+    assert f"{key.removeprefix('--config.')}={tmp_path}" in done.stderr
     assert "checkpoints need storage that all nodes share" in done.stderr
     assert "restart" not in done.stderr
 
