@@ -59,9 +59,9 @@ class Loop:
         for step in range(start + 1, last + 1):
             state, metrics = self.step(state, batch)
             self.shutdown.begin_updates()
+            self.timer.mark_dispatched(step)
             gc.enable()  # off while starting (train.py); the device is busy now,
             self.checkpointer.get_ready()  # and nothing waits for this
-            self.timer.mark_dispatched(step)
             self.saw(step)
             batch = next(self.train_batches) if step < last else None
             if pending is not None:
