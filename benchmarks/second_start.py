@@ -6,7 +6,9 @@
         --config.backend.repairs=donation,compile_cache
 
 Each round takes an empty folder of programs, starts `llamajax.train` with what follows `--`, ends
-it at its first step, and starts it again. A time is from the command to that step, with imports.
+it when its first step is shown, and starts it again. Seconds from the command, imports included,
+until the first step begins (the line `ready`) and until its row is shown: the step itself takes as
+long in both starts.
 """
 
 import argparse
@@ -22,21 +24,23 @@ import time
 from pathlib import Path
 
 
-def time_to_first_step(arguments: list[str], folder: Path, name: str) -> tuple[float, float]:
-    """Seconds from starting `train` to its first step, and of processors; it is then killed."""
+def start(arguments: list[str], folder: Path, name: str) -> tuple[float, float, float]:
+    """Seconds from starting `train` until its first step begins and is shown, and of processors."""
     command = [sys.executable, "-m", "llamajax.train", *arguments]
     command += [f"--workdir={folder / name}", f"--config.backend.compile_cache={folder / 'kept'}"]
     command += ["--config.train.log_every=1"]
-    began, used = time.perf_counter(), processor_s()
+    began, used, ready = time.perf_counter(), processor_s(), 0.0
     said = []
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             said.append(line)
+            if line.startswith("ready "):
+                ready = time.perf_counter() - began
             if line.startswith("step 1/"):
                 took = time.perf_counter() - began
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-                return took, processor_s() - used
+                return ready, took, processor_s() - used
     raise SystemExit("".join(said[-5:]) + "the run ended before its first step")
 
 
@@ -55,20 +59,17 @@ def main() -> None:
     rows = []
     for number in range(1, flags.rounds + 1):
         with tempfile.TemporaryDirectory() as folder:
-            first, second = (
-                time_to_first_step(flags.arguments, Path(folder), name) for name in ("a", "b")
-            )
-        rows.append((*first, *second))
-        print(f"round {number}: {' '.join(f'{value:.1f}' for value in rows[-1])}", file=sys.stderr)
-    first, first_cpu, second, second_cpu = (
-        statistics.median(column) for column in zip(*rows, strict=True)
-    )
-    ratio = statistics.median(row[0] / row[2] for row in rows)
-    ratio_cpu = statistics.median(row[1] / row[3] for row in rows)
+            rows.append([start(flags.arguments, Path(folder), name) for name in ("a", "b")])
+        took = " | ".join(" ".join(f"{value:.1f}" for value in row) for row in rows[-1])
+        print(f"round {number}: {took}", file=sys.stderr)
     print(f"{datetime.date.today()}, {os.cpu_count()} cores, {flags.rounds} rounds, medians")
     print("| seconds | first start | second start | ratio |\n| --- | ---: | ---: | ---: |")
-    print(f"| to the first step | {first:.1f} | {second:.1f} | {ratio:.2f} |")
-    print(f"| of processors | {first_cpu:.1f} | {second_cpu:.1f} | {ratio_cpu:.2f} |")
+    names = ("until the first step begins", "until the first step is shown", "of processors")
+    for column, name in enumerate(names):
+        first, second = ([row[which][column] for row in rows] for which in (0, 1))
+        ratio = statistics.median(a / b for a, b in zip(first, second, strict=True))
+        medians = (statistics.median(values) for values in (first, second))
+        print("| {} | {:.1f} | {:.1f} | {:.2f} |".format(name, *medians, ratio))
 
 
 if __name__ == "__main__":

@@ -60,12 +60,12 @@ class Loop:
             state, metrics = self.step(state, batch)
             self.shutdown.begin_updates()
             self.timer.mark_dispatched(step)
-            gc.enable()  # off while starting (train.py); the device is busy now,
-            self.checkpointer.get_ready()  # and nothing waits for this
+            gc.enable()  # off while starting (train.py)
             self.saw(step)
             batch = next(self.train_batches) if step < last else None
             if pending is not None:
                 self._log(*pending)  # waits for step - 1 while this one runs
+                self.checkpointer.get_ready()  # not before a step was shown; the device is busy
             pending = (step, metrics)
             stop = agreed(step, self.shutdown)
             self._show_alive()
