@@ -11,7 +11,9 @@ Speed:    planned for h100:8: 13,047 tokens/s a device, the best of `--search` b
           takes 66.4 GiB (13,148). Searched as well (2026-11-25): for h200:8 13,454 and for b200:8
           27,393 with --config.train.accumulation_steps=2, 66.6 GiB; for a100:8 3,261 as it stands,
           43.9 GiB. On 2026-11-28 for v5e:4x4 2,448, 15.2 of 15.75 GiB, with --config.mesh.tensor=2
-          --config.train.accumulation_steps=8. Unmeasured. Published elsewhere:
+          --config.train.accumulation_steps=8; on 2026-11-29 for v6e:4x4 10,940, 30.0 of 31.25 GiB,
+          with --config.mesh.data=2, and for v5p:2x2x2 8,025, 66.5 of 95.7 GiB, with
+          --config.train.accumulation_steps=2. Unmeasured. Published elsewhere:
           3,484 (fp16) to 4,160 (bf16) tokens/s a device with the original, 11,361 with MaxText on
           8 H100.
 Loss:     unmeasured.

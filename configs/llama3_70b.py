@@ -4,15 +4,16 @@ Hardware: 8 nodes of 8 accelerators with 80 GB or more. Planned (`llamajax plan`
           h100:8x8: 60.6 of 72.8 GiB a device, as a pipeline 36.3.
           Planned on 2026-11-28: for a100:8x8 60.9 of 72.9; for h200:8x8, with :h200, 88.9 of 129.7;
           for b200:8x8, with :b200, 142.4 of 164.1; for v5p:4x4x4, with :v5p, 89.0 of 95.7;
-          for two slices of v5p, '2*v5p:4x4x4' with :slices, 72.5 of 95.7.
+          for two slices of v5p, '2*v5p:4x4x4' with :slices, 72.5 of 95.7. On 2026-11-29 for
+          v6e:8x8, with :v6e, 31.0 of 31.25: the only one that fits, and just so.
 Command:  one process a node, with its own rank in --config.backend.process_id:
           python -m llamajax.train --config=configs/llama3_70b.py --workdir=/shared/llama3_70b \
               --config.data.path=/shared/data/llama3 --config.backend.num_processes=8 \
               --config.backend.coordinator_address=node0:8476 --config.backend.process_id=RANK
-Speed:    planned for h100:8x8: 1,156 tokens/s a device (MFU 56 % full), as a pipeline 733. By
+Speed:    planned for h100:8x8: 1,156 tokens/s a device (MFU 56 % full), as a pipeline 731. By
           `--search` on 2026-11-28: for a100:8x8 307 as it stands, for h200:8x8 with :h200 1,266,
-          for v5p:4x4x4 with :v5p 741 and (search cut off) for b200:8x8 with :b200 2,705; planned
-          for '2*v5p:4x4x4' with :slices 642. Unmeasured.
+          for v5p:4x4x4 with :v5p 741 and for b200:8x8 with :b200 2,705; planned
+          for '2*v5p:4x4x4' with :slices 642, for v6e:8x8 with :v6e 787. Unmeasured.
           Published elsewhere: 337 tokens/s a device with the original, 1,053 with MaxText on H100.
 Loss:     unmeasured.
 
@@ -39,12 +40,13 @@ from llamajax.config import new_config, preset
 # pipeline a stage keeps its input alone and recomputes the rest for one microbatch at a time, which
 # may then keep much: that makes one more forward pass, as `full` does without stages.
 # Two H200, or chips of v5p, hold a sample's activations, where it takes four H100, and send less to
-# one another. Only `data` goes over the network between two slices of TPUs.
+# one another. A v6e has 32 GB and must recompute more. Only `data` goes over the network between two slices of TPUs.
 LAYOUTS = {
     "fsdp": ({"fsdp": 16, "tensor": 4}, 16, "dots"),
     "b200": ({"fsdp": 64}, 4, "dots"),
     "h200": ({"fsdp": 32, "tensor": 2}, 8, "dots"),
     "v5p": ({"fsdp": 32, "tensor": 2}, 8, "dots"),
+    "v6e": ({"fsdp": 16, "tensor": 4}, 16, "save_attention"),
     "slices": ({"data": 2, "fsdp": 16, "tensor": 4}, 8, "dots"),
     "pipeline": ({"tensor": 8, "stage": 8}, 1, "dots"),
 }

@@ -83,6 +83,7 @@ def test_a_search_returns_compiled_plans(tmp_path):
         ("llama3_70b.py:b200", "b200"),
         ("llama3_70b.py:h200", "h200"),
         ("llama3_70b.py:v5p", "v5p"),
+        ("llama3_70b.py:v6e", "v6e"),
         ("llama3_70b.py:slices", "v5p"),
     ],
 )
