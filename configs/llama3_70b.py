@@ -40,7 +40,8 @@ from llamajax.config import new_config, preset
 # pipeline a stage keeps its input alone and recomputes the rest for one microbatch at a time, which
 # may then keep much: that makes one more forward pass, as `full` does without stages.
 # Two H200, or chips of v5p, hold a sample's activations, where it takes four H100, and send less to
-# one another. A v6e has 32 GB and must recompute more. Only `data` goes over the network between two slices of TPUs.
+# one another. A v6e has 32 GB and must recompute more. Only `data` goes over the network between
+# two slices of TPUs.
 LAYOUTS = {
     "fsdp": ({"fsdp": 16, "tensor": 4}, 16, "dots"),
     "b200": ({"fsdp": 64}, 4, "dots"),

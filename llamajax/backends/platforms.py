@@ -24,9 +24,11 @@ class Platform:
     JAX names them, the default first. start_up: what joins several processes. xla_options: worth
     setting in XLA_FLAGS or LIBTPU_INIT_ARGS; never set by us, XLA aborts on a flag it does not
     know. says_peak: a program's `memory_analysis` says the most that is in use at any time, its
-    arguments included. slow_link: words for what leaves a node or slice. exact_options:
-    of the compiler, with which the bits of an element do not depend on the shape of its array.
-    tested: what of llamajax ran there. source: who says all this.
+    arguments included. host_branches: a condition may hold arrays in the host's memory (compiled
+    2026-11-29; XLA for GPUs refuses the copies of such a one). slow_link: words
+    for what leaves a node or slice. exact_options: of the compiler, with which the bits of an
+    element do not depend on the shape of its array. tested: what of llamajax ran there. source:
+    who says all this.
     """
 
     names: tuple[str, ...]
@@ -40,6 +42,7 @@ class Platform:
     start_up: str = "llamajax.launch, or a scheduler that JAX knows; coordinator over TCP"
     xla_options: tuple[str, ...] = ()
     says_peak: bool = False
+    host_branches: bool = False
     slow_link: str = "between nodes"
     exact_options: Mapping[str, int] = dataclasses.field(default_factory=dict)
     tested: str = "no"
@@ -88,6 +91,7 @@ PLATFORMS = (
         fused_attention=("splash",),
         xla_options=("--xla_tpu_scoped_vmem_limit_kib=98304",),
         says_peak=True,
+        host_branches=True,
         slow_link="over DCN, the rest over ICI",
         tested="compilation for absent TPUs; no run on hardware",
         source="Cloud TPU documentation, libtpu",

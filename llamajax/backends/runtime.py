@@ -257,7 +257,7 @@ def donated_bytes(compiled: Any) -> tuple[int, int] | None:
         for info, sharding in zip(infos, shardings, strict=True)
         if sharding is not None and info.donated
     )
-    return given, memory.alias_size_in_bytes
+    return given, memory.alias_size_in_bytes + memory.host_alias_size_in_bytes
 
 
 def peak_memory_bytes() -> int | None:

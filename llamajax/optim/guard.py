@@ -93,9 +93,9 @@ def after(
     )
 
 
-def chosen(verdict: Verdict, new: Any, old: Any) -> Any:
+def chosen(applied: jax.Array, new: Any, old: Any) -> Any:
     """`new` where the update is applied, else `old` bit for bit: trees of the same arrays."""
-    return jax.tree.map(lambda n, o: jax.lax.select(verdict.reason == 0, n, o), new, old)
+    return jax.tree.map(lambda n, o: jax.lax.select(applied, n, o), new, old)
 
 
 def _limit(values_W: jax.Array, factor: float) -> jax.Array:

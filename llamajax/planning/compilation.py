@@ -37,7 +37,7 @@ from llamajax.training.step import train_step
 # T x S matrix either, so that the memory of a step is alike, and compiles three times as fast as
 # `blocked`.
 _WITHOUT_CUDNN = "split"
-_FORMAT = 3  # of the stored facts
+_FORMAT = 4  # of the stored facts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,11 +165,13 @@ def temporary_bytes(memory: Any, platform: str) -> int:
     """Bytes that a program needs beside its arguments, from its `memory_analysis()`.
 
     libtpu's peak is what it holds against the limit; its temporary memory is more than is in use at
-    any time (2026-11-28: 14.1 GiB beside 4.7 of arguments in a program with a peak of 15.2).
-    Others say no peak, or the sum.
+    any time (2026-11-28: 14.1 GiB beside 4.7 of arguments in a program with a peak of 15.2). It
+    counts arguments in the host's memory as well (2026-11-29: 1,048 MiB with 1,024 there and 24 on
+    the device). Others say no peak, or the sum.
     """
     if platform_facts(platform).says_peak and memory.peak_memory_in_bytes:
-        return memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+        arguments = memory.argument_size_in_bytes + memory.host_argument_size_in_bytes
+        return memory.peak_memory_in_bytes - arguments
     kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + kept
 

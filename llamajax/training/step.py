@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from llamajax import optim
+from llamajax.backends.platforms import platform_facts
 from llamajax.checkpoint import named_leaves
 from llamajax.config.schema import GuardConfig, OptimConfig, TrainConfig
 from llamajax.models.llama import Batch, Compute, Llama, own
@@ -103,28 +104,69 @@ def train_step(
     """
     rate = optim.schedule(optim_config, steps=train_config.steps)
     gradient = mean_gradient(train_config, compute, mesh)
+    offload = optim_config.offload
+    behind = offload and platform_facts(mesh.devices.flat[0].platform).host_branches
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, (loss, z, count) = gradient(state, batch)
-        opt_state = fetched(state.opt_state) if optim_config.offload else state.opt_state
         norm = optax.tree.norm(grads)
         metrics = {"loss": loss, "grad_norm": norm, "target_tokens": count}
         metrics["learning_rate"] = rate(state.step + 1)
-        old = (state.trained, opt_state)
-        new = optim.apply(optimizer, grads, opt_state, state.trained, step=state.step)
-        memory = state.guard
+        memory, applied = state.guard, None
         if memory is not None:
             seen = {"loss": loss, "grad_norm": norm}
             verdict = guards.judge(memory, **seen, config=guard)
-            memory, new = guards.after(memory, verdict, **seen), guards.chosen(verdict, new, old)
+            memory, applied = guards.after(memory, verdict, **seen), verdict.reason == 0
             metrics |= _of_guard(verdict, memory, grads)
-        trained, opt_state = new
-        opt_state = stowed(opt_state) if optim_config.offload else opt_state
+        if behind:
+            trained, opt_state = _updated_behind(optimizer, grads, state, norm, applied)
+        else:
+            trained, opt_state = _updated(optimizer, grads, state, applied, offload=offload)
         if compute.z_weight:
             metrics["z_loss"] = compute.z_weight * z
         return state.updated(trained, opt_state, memory), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _updated(
+    optimizer: optax.GradientTransformation,
+    grads: Any,
+    state: TrainState,
+    applied: jax.Array | None,
+    *,
+    offload: bool,
+) -> tuple[Any, optax.OptState]:
+    """Weights and optimizer state after the update; as they were where it is not `applied`."""
+    old = (state.trained, fetched(state.opt_state) if offload else state.opt_state)
+    new = optim.apply(optimizer, grads, old[1], state.trained, step=state.step)
+    trained, opt_state = new if applied is None else guards.chosen(applied, new, old)
+    return trained, stowed(opt_state) if offload else opt_state
+
+
+def _updated_behind(
+    optimizer: optax.GradientTransformation,
+    grads: Any,
+    state: TrainState,
+    norm: jax.Array,
+    applied: jax.Array | None,
+) -> tuple[Any, optax.OptState]:
+    """`_updated` with moments that are fetched from the host's memory behind the gradients.
+
+    Left to itself, libtpu fetches the largest before the forward pass, where they take the memory
+    that was to be saved; at a barrier it has all of them fetched by then. What a branch needs
+    comes when it is taken: the update is one, on a condition that only the gradients can tell.
+    """
+
+    def update(trained: Any, resting: optax.OptState) -> tuple[Any, optax.OptState]:
+        new, moments = optim.apply(optimizer, grads, fetched(resting), trained, step=state.step)
+        return new, stowed(moments)
+
+    def leave(trained: Any, resting: optax.OptState) -> tuple[Any, optax.OptState]:
+        return trained, stowed(resting)  # where they are: it makes the two branches' types alike
+
+    taken = ~(norm < 0) if applied is None else applied  # a norm is never negative
+    return jax.lax.cond(taken, update, leave, state.trained, state.opt_state)
 
 
 def _of_guard(verdict: guards.Verdict, memory: guards.GuardState, grads: Any) -> Metrics:

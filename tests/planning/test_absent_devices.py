@@ -54,11 +54,16 @@ def test_a_tpu_step_is_compiled_with_its_own_attention(tmp_path):
 
 @pytest.mark.skipif(not has("libtpu"), reason="needs the extra plan-tpu")
 def test_offloaded_moments_rest_in_the_host_of_a_tpu(tmp_path):
-    here = planned(tmp_path, "v5e:2x4", *BF16)
-    there = planned(tmp_path, "v5e:2x4", *BF16, "--config.optim.offload=true")
+    # enough of activations that the backward pass needs the most
+    long = (*BF16, "--config.data.seq_len=1024", "--config.model.max_seq_len=1024")
+    here = planned(tmp_path, "v5e:2x4", *long)
+    there = planned(tmp_path, "v5e:2x4", *long, "--config.optim.offload=true")
     assert here["host_bytes"] == 0
-    assert there["host_bytes"] >= there["optimizer_bytes"] - 4096  # counters stay on the device
-    assert here["arguments_bytes"] - there["arguments_bytes"] == there["host_bytes"]
+    moments = there["optimizer_bytes"] - 4096  # counters stay on the device
+    assert there["host_bytes"] >= moments
+    assert here["arguments_bytes"] - there["arguments_bytes"] >= moments
+    # fetched behind the backward pass, whose memory they then use again
+    assert here["peak_bytes"] - there["peak_bytes"] > 0.8 * moments
 
 
 @pytest.mark.skipif(not has("libtpu"), reason="needs the extra plan-tpu")

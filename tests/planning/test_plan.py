@@ -163,8 +163,9 @@ def test_the_peak_of_a_tpu_is_its_compilers_own():
     memory = SimpleNamespace(
         argument_size_in_bytes=47, output_size_in_bytes=46, alias_size_in_bytes=45,
         temp_size_in_bytes=141, generated_code_size_in_bytes=3, peak_memory_in_bytes=152,
+        host_argument_size_in_bytes=11,
     )  # fmt: skip
-    assert temporary_bytes(memory, "tpu") == 152 - 47
+    assert temporary_bytes(memory, "tpu") == 152 - 47 - 11
     assert temporary_bytes(memory, "gpu") == 141 + 3 + 46 - 45
     assert (
         temporary_bytes(SimpleNamespace(**vars(memory) | {"peak_memory_in_bytes": 0}), "tpu") == 145

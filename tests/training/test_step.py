@@ -1,15 +1,30 @@
 """One step in microbatches, under every remat policy, in bfloat16; evaluation."""
 
+import dataclasses
+
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stepping import COMPUTE, MODEL, OPTIM, STEPS, assert_same, drawn_state, packed_batch, run
+from stepping import (
+    COMPUTE,
+    MODEL,
+    OPTIM,
+    STEPS,
+    TRAIN,
+    assert_same,
+    drawn_state,
+    packed_batch,
+    run,
+)
 
 from llamajax import optim, sharding
-from llamajax.config.schema import MeshConfig
+from llamajax.backends.platforms import platform_facts
+from llamajax.config.schema import GuardConfig, MeshConfig
 from llamajax.models.remat import REMAT
-from llamajax.training.step import eval_step
+from llamajax.training.state import Layout
+from llamajax.training.step import eval_step, train_step
 
 
 def test_a_tied_model_takes_the_step_of_one_device():
@@ -46,6 +61,41 @@ def test_moments_in_host_memory_change_nothing():
     assert_same(run(("fsdp", 2), offload=True), run())
     found = run(("stage", 2), layers=3, offload=True, accumulation=2)
     assert_same(found, run(layers=3))
+
+
+@pytest.fixture
+def host_branches(monkeypatch):
+    """The CPU taken for a platform on which a condition may hold arrays in the host's memory."""
+    facts = dataclasses.replace(platform_facts("cpu"), host_branches=True)
+    monkeypatch.setattr("llamajax.training.step.platform_facts", lambda platform: facts)
+
+
+def test_moments_fetched_in_a_branch_change_nothing(host_branches):
+    assert_same(run.__wrapped__(("fsdp", 2), offload=True), run())
+
+
+@pytest.mark.parametrize("guard", [None, GuardConfig()])
+def test_moments_are_fetched_behind_the_gradients_alone(host_branches, guard):
+    mesh = sharding.build_mesh(MeshConfig(), jax.devices()[:1])
+    optimizer = optim.build(OPTIM, steps=TRAIN.steps)
+    layout = Layout(offload=True, guard_window=guard and guard.spike_window)
+    state = drawn_state(MODEL, optimizer, mesh, layout=layout)
+    config = dataclasses.replace(OPTIM, offload=True)
+    step = train_step(optimizer, config, TRAIN, COMPUTE, mesh, guard)
+    jaxpr = step.trace(state, sharding.place(packed_batch(0), mesh)).jaxpr
+    moved = {inside: 0 for inside in (False, True)}
+    for inside, name in primitives(jaxpr, inside=False):
+        moved[inside] += name == "device_put"
+    assert moved[True] >= 4 * len(jax.tree.leaves(state.trained))  # both, there and back
+    assert moved[False] == 0
+
+
+def primitives(jaxpr, *, inside):
+    """(whether within a condition, name) of every operation of a program."""
+    for eqn in jaxpr.eqns:
+        yield inside, eqn.primitive.name
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from primitives(inner, inside=inside or eqn.primitive.name == "cond")
 
 
 def test_blocked_attention_is_the_same_attention():
