@@ -4,8 +4,8 @@ Hardware: 8 nodes of 8 accelerators with 80 GB or more. Planned (`llamajax plan`
           h100:8x8: 60.6 of 72.8 GiB a device, as a pipeline 36.3.
           Planned on 2026-11-28: for a100:8x8 60.9 of 72.9; for h200:8x8, with :h200, 88.9 of 129.7;
           for b200:8x8, with :b200, 142.4 of 164.1; for v5p:4x4x4, with :v5p, 89.0 of 95.7;
-          for two slices of v5p, '2*v5p:4x4x4' with :slices, 72.5 of 95.7. On 2026-11-29 for
-          v6e:8x8, with :v6e, 31.0 of 31.25: the only one that fits, and just so.
+          for two slices of v5p, '2*v5p:4x4x4' with :slices, 60.0 of 95.7. On 2026-11-29 for
+          v6e:8x8, with :v6e, 31.0 of 31.25; 22.3 with --config.optim.offload=true.
 Command:  one process a node, with its own rank in --config.backend.process_id:
           python -m llamajax.train --config=configs/llama3_70b.py --workdir=/shared/llama3_70b \
               --config.data.path=/shared/data/llama3 --config.backend.num_processes=8 \
