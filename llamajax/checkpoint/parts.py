@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
+from jax.sharding import SingleDeviceSharding
 
 from llamajax.backends import lends_host_memory
 from llamajax.checkpoint.manifest import DamagedError
@@ -160,17 +161,19 @@ def placed(
         bounds = [s.indices(n)[:2] for s, n in zip(index, wanted.shape, strict=True)]
         devices_of.setdefault(tuple(bounds), []).append(device)
     parts: list[jax.Array] = []
+    kind = wanted.sharding.memory_kind  # moments may rest in the host's memory
     for bounds, devices in devices_of.items():
         part = read(tuple(slice(*b) for b in bounds))
-        parts += [_put(part, device, owned=donated) for device in devices]
+        parts += [_put(part, device, kind, owned=donated) for device in devices]
         jax.block_until_ready(parts)
     return jax.make_array_from_single_device_arrays(wanted.shape, wanted.sharding, parts)
 
 
-def _put(part: np.ndarray, device: jax.Device, *, owned: bool) -> jax.Array:
-    array = jax.device_put(part, device)
-    # The CPU backend takes over aligned memory of NumPy's, and can't reuse that when it is donated.
-    return jnp.copy(array) if owned and lends_host_memory(device.platform) else array
+def _put(part: Any, device: jax.Device, kind: str | None, *, owned: bool) -> jax.Array:
+    if owned and lends_host_memory(device.platform):
+        # The CPU backend takes over aligned memory of NumPy's, and can't reuse that when donated.
+        part = jnp.copy(jax.device_put(part, device))
+    return jax.device_put(part, SingleDeviceSharding(device, memory_kind=kind))
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -127,3 +127,14 @@ def test_a_part_is_read_once_for_all_its_devices():
     np.testing.assert_array_equal(array, whole)
     assert sorted(s.start for (s,) in reads) == [0, 2, 4, 6]
     assert len(array.addressable_shards) == 8
+
+
+@pytest.mark.parametrize("donated", [False, True])
+@pytest.mark.parametrize("kind", ["device", "pinned_host"])
+def test_a_part_lands_in_the_memory_that_is_wanted(kind: str, donated: bool):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=kind)
+    wanted = jax.ShapeDtypeStruct((4, 3), jnp.float32, sharding=sharding)
+    whole = np.arange(12, dtype=np.float32).reshape(4, 3)
+    found = placed(wanted, lambda index: whole[index], donated=donated)
+    assert found.sharding.memory_kind == kind
+    np.testing.assert_array_equal(np.asarray(found), whole)
