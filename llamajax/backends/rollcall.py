@@ -1,8 +1,9 @@
 """Who is there: a roll call of all processes before JAX joins them.
 
 JAX's own start-up ends a process with an abort when another one is missing, and names nobody. Here
-process 0 listens on the coordinator's port, every other process says who it is, and all get one
-answer: go on, or who is missing. JAX takes the same port afterwards.
+process 0 listens on the coordinator's port, every other process says who it is and what it was
+started with, and all get one answer: go on, or who is missing or differs. JAX takes the same port
+afterwards.
 """
 
 import contextlib
@@ -11,34 +12,40 @@ import socket
 import time
 from typing import Any
 
+from llamajax.backends.process_facts import Facts, difference
 from llamajax.errors import UserError
 
 _RETRY_S = 0.2
 _PATIENCE_S = 5.0  # with one that connected and says nothing
-_MAX_BYTES = 65536
+_MAX_BYTES = 1 << 20
 
 
-def call_roll(address: str, *, num_processes: int, process_id: int, timeout_s: float) -> None:
+def call_roll(
+    address: str, *, num_processes: int, process_id: int, timeout_s: float, facts: Facts
+) -> None:
     """Return once all `num_processes` processes have come to `address` (HOST:PORT of process 0).
 
-    Raises UserError, the same for all that came, after `timeout_s` seconds or when two processes
-    contradict each other.
+    facts: what this process was started with (`process_facts`). Raises UserError, the same for all
+    that came, after `timeout_s` seconds or when two processes contradict each other.
     """
     deadline = time.monotonic() + timeout_s
     host, _, port = address.rpartition(":")
     place = (host.strip("[]"), int(port))
+    me = {"process_id": process_id, "num_processes": num_processes, "host": socket.gethostname()}
+    me["facts"] = dict(facts)
     if process_id == 0:
-        _preside(place, num_processes=num_processes, deadline=deadline, timeout_s=timeout_s)
+        _preside(place, me, deadline=deadline, timeout_s=timeout_s)
     else:
-        _attend(place, num_processes, process_id, deadline=deadline, timeout_s=timeout_s)
+        _attend(place, me, deadline=deadline, timeout_s=timeout_s)
 
 
 def _preside(
-    place: tuple[str, int], *, num_processes: int, deadline: float, timeout_s: float
+    place: tuple[str, int], me: dict[str, Any], *, deadline: float, timeout_s: float
 ) -> None:
+    num_processes = me["num_processes"]
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listening(place[1]))
-        came: dict[int, str] = {}
+        came: dict[int, dict[str, Any]] = {}
         connections: list[socket.socket] = []
         problem = None
         while problem is None and len(came) < num_processes - 1:
@@ -53,8 +60,12 @@ def _preside(
             if who is None or not who.keys() >= {"process_id", "num_processes", "host"}:
                 continue  # a stranger, or a process that died at once
             problem = _contradiction(who, peer[0], came, num_processes)
-            came.setdefault(who["process_id"], who["host"])
+            came.setdefault(who["process_id"], who)
             connections.append(connection)
+        if problem is None:
+            everyone = [me, *(came[rank] for rank in range(1, num_processes))]
+            facts = [who.get("facts", {}) for who in everyone]
+            problem = difference(facts, [who["host"] for who in everyone])
         for connection in connections:
             with contextlib.suppress(OSError):
                 _send(connection, {"problem": problem})
@@ -65,14 +76,8 @@ def _preside(
 
 
 def _attend(
-    place: tuple[str, int],
-    num_processes: int,
-    process_id: int,
-    *,
-    deadline: float,
-    timeout_s: float,
+    place: tuple[str, int], me: dict[str, Any], *, deadline: float, timeout_s: float
 ) -> None:
-    me = {"process_id": process_id, "num_processes": num_processes, "host": socket.gethostname()}
     reason = "nothing listens there"
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -88,9 +93,9 @@ def _attend(
             return
         time.sleep(_RETRY_S)
     raise UserError(
-        f"process {process_id} of {num_processes} found no process 0 at {place[0]}:{place[1]} "
-        f"within backend.timeout_s = {timeout_s:g} ({reason}): start it there, or correct the "
-        "coordinator's address"
+        f"process {me['process_id']} of {me['num_processes']} found no process 0 at "
+        f"{place[0]}:{place[1]} within backend.timeout_s = {timeout_s:g} ({reason}): start it "
+        "there, or correct the coordinator's address"
     )
 
 
@@ -108,9 +113,9 @@ def _listening(port: int) -> socket.socket:
         ) from None
 
 
-def _missing(came: dict[int, str], num_processes: int, timeout_s: float) -> str:
+def _missing(came: dict[int, dict[str, Any]], num_processes: int, timeout_s: float) -> str:
     absent = [str(rank) for rank in range(1, num_processes) if rank not in came]
-    hosts = ", ".join(f"{rank} from {came[rank]}" for rank in sorted(came)) or "none"
+    hosts = ", ".join(f"{rank} from {came[rank]['host']}" for rank in sorted(came)) or "none"
     return (
         f"of {num_processes} processes {len(came) + 1} came within backend.timeout_s = "
         f"{timeout_s:g}; missing: process {', '.join(absent)}. Came besides process 0: {hosts}. "
@@ -119,7 +124,7 @@ def _missing(came: dict[int, str], num_processes: int, timeout_s: float) -> str:
 
 
 def _contradiction(
-    who: dict[str, Any], host: str, came: dict[int, str], num_processes: int
+    who: dict[str, Any], host: str, came: dict[int, dict[str, Any]], num_processes: int
 ) -> str | None:
     rank, count = who["process_id"], who["num_processes"]
     if count != num_processes:
@@ -129,8 +134,8 @@ def _contradiction(
         )
     if rank in came:
         return (
-            f"two processes came as number {rank}, from {came[rank]} and {who['host']}: give "
-            "each its own rank"
+            f"two processes came as number {rank}, from {came[rank]['host']} and {who['host']}: "
+            "give each its own rank"
         )
     return None
 
@@ -146,7 +151,7 @@ def _receive(connection: socket.socket, deadline: float) -> dict[str, Any] | Non
     try:
         while not text.endswith(b"\n") and len(text) < _MAX_BYTES:
             connection.settimeout(max(0.01, deadline - time.monotonic()))
-            part = connection.recv(4096)
+            part = connection.recv(65536)
             if not part:
                 return None
             text += part

@@ -8,11 +8,12 @@ import importlib.metadata
 import logging
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from llamajax.backends import compile_cache
+from llamajax.backends import compile_cache, process_facts
 from llamajax.backends.device_table import read_device_table
 from llamajax.backends.devices import give_gpu_memory, use_table
 from llamajax.backends.place import Place, find_place, several_are_indicated
@@ -76,12 +77,19 @@ class Machine:
         return SYNCHRONOUS_CHECKPOINTS not in self.repairs
 
 
-def start(config: BackendConfig, *, keep_programs: bool = False) -> Machine:
+def start(
+    config: BackendConfig,
+    *,
+    keep_programs: bool = False,
+    facts: Callable[[], process_facts.Facts] = dict,
+) -> Machine:
     """The machine, with JAX started on it (and joined with the other processes, if there are any).
 
     Precedence: config keys, the variable LLAMAJAX_PJRT_PLUGIN=name:/path.so, JAX_PLATFORMS.
-    keep_programs: whether compiled programs are kept in `config.compile_cache`. Raises UserError
-    when the backend that was asked for does not come up: never a silent run on the CPU.
+    keep_programs: whether compiled programs are kept in `config.compile_cache`. facts: called where
+    there are several processes, for what must be the same in all of them (`process_facts`). Raises
+    UserError when it is not, and when the backend that was asked for does not come up: never a
+    silent run on the CPU.
     """
     config = _with_environment(config)
     use_table(read_device_table(config.device_table) if config.device_table else ())
@@ -96,7 +104,7 @@ def start(config: BackendConfig, *, keep_programs: bool = False) -> Machine:
     scheduler = several_are_indicated() if place is None else None
     with named_to_jax(config):
         if place is not None and place.num_processes > 1:
-            _join(place, timeout_s=config.timeout_s)
+            _join(place, timeout_s=config.timeout_s, facts=facts())
         elif scheduler:
             _join_as_detected(scheduler, timeout_s=config.timeout_s)
         devices = _devices(config)
@@ -105,6 +113,8 @@ def start(config: BackendConfig, *, keep_programs: bool = False) -> Machine:
             f"{place.num_processes} processes were asked for, but {jax.process_count()} came: "
             f"platform {devices[0].platform!r} does not join processes"
         )
+    if place is None and jax.process_count() > 1:
+        process_facts.compare(facts())
     return _with_repairs(_facts(devices), config, keep_programs=keep_programs)
 
 
@@ -191,13 +201,14 @@ def _with_environment(config: BackendConfig) -> BackendConfig:
     return dataclasses.replace(config, name=name, plugin=path)
 
 
-def _join(place: Place, *, timeout_s: int) -> None:
+def _join(place: Place, *, timeout_s: int, facts: process_facts.Facts) -> None:
     """Join the processes of the run, after making sure that all of them are there."""
     call_roll(
         place.coordinator_address,
         num_processes=place.num_processes,
         process_id=place.process_id,
         timeout_s=timeout_s,
+        facts=facts,
     )
     try:
         jax.distributed.initialize(

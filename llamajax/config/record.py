@@ -5,9 +5,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from llamajax.config.build import build
+from llamajax.config.flags import show
 from llamajax.config.keys import all_keys
 from llamajax.config.schema import RunConfig
 from llamajax.errors import combine
+
+# Keys in which the processes of one run may differ, and why.
+PER_PROCESS = {
+    "data.num_threads": "changes speed only",
+    "data.prefetch_batches": "changes speed only",
+    "backend.plugin": "each host may keep the library elsewhere",
+    "backend.options": "may name this process's own devices",
+    "backend.coordinator_address": "one host has several names; the processes meet, or end",
+    "backend.num_processes": "compared when they meet; a scheduler's variables also give it",
+    "backend.process_id": "each process has its own",
+    "backend.timeout_s": "changes waiting only",
+    "backend.device_table": "each host may keep the file elsewhere; changes the logged MFU only",
+    "backend.compile_cache": "each host may have its own folder",
+    "monitoring.tensorboard": "process 0 alone writes",
+    "monitoring.progress": "process 0 alone shows it",
+}
 
 
 def to_json_dict(run: RunConfig) -> dict[str, Any]:
@@ -27,11 +44,24 @@ def from_json_dict(tree: Mapping[str, Any], *, source: str = "config.json") -> R
     return run
 
 
-def diff(old: RunConfig, new: RunConfig) -> list[str]:
-    """The paths whose values differ, in the schema's order; only the deepest ones."""
+def diff(old: RunConfig, new: RunConfig) -> dict[str, tuple[str, str]]:
+    """Return the old and the new value, as written on the command line, of each key that differs.
+
+    By path, in the schema's order; only the deepest paths.
+    """
     before, after = _leaves(old), _leaves(new)
-    changed = [path for path in all_keys() if before.get(path) != after.get(path)]
-    return [path for path in changed if not any(p.startswith(f"{path}.") for p in changed)]
+    changed = [path for path in all_keys() if before[path] != after[path]]
+    return {
+        path: (show(before[path]), show(after[path]))
+        for path in changed
+        if not any(p.startswith(f"{path}.") for p in changed)
+    }
+
+
+def common_values(run: RunConfig) -> dict[str, str]:
+    """Return the values, by path, that all processes of a run must have in common."""
+    values = {path: show(value) for path, value in _leaves(run).items()}
+    return {path: value for path, value in values.items() if path not in PER_PROCESS}
 
 
 def _leaves(run: RunConfig) -> dict[str, Any]:

@@ -91,6 +91,11 @@ class Mixture:
         data = [s.fingerprint for s in self.sources]
         return _digest([data, self.weights, self.seed, self.shuffle])
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Identity of the tokens of all sources, whatever is drawn of them."""
+        return _digest([s.fingerprint for s in self.sources])
+
     @property
     def tokenizer_fingerprint(self) -> str:
         """Identity of the one tokenizer of all sources."""

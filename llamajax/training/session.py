@@ -8,8 +8,9 @@ import optax
 from jax.sharding import Mesh
 
 from llamajax import backends, data, optim, sharding
-from llamajax.config import RunConfig
-from llamajax.errors import combine
+from llamajax.backends import process_facts
+from llamajax.config import RunConfig, common_values
+from llamajax.errors import UserError, combine
 from llamajax.models.llama import Compute
 from llamajax.ops.attention import check_supported, first_supported
 from llamajax.training.state import Layout
@@ -45,19 +46,52 @@ def layout_of(config: RunConfig) -> Layout:
 
 def prepare(config: RunConfig) -> Session:
     """Start the machine and check everything against it. UserError for what a user can mend."""
-    machine = backends.start(config.backend, keep_programs=True)
+    opened, refusal = (None, None), None
+    try:
+        opened = _open_data(config)
+    except UserError as error:
+        refusal = error  # raised below: the other processes must hear of it first
+    machine = backends.start(
+        config.backend, keep_programs=True, facts=lambda: _facts(config, *opened, refusal)
+    )
     mesh = sharding.build_mesh(config.mesh, jax.devices())
     check_mesh(config, mesh)
-    vocab_size = config.model.vocab_size
+    if refusal is not None:
+        raise refusal
     return Session(
         config=config,
         machine=machine,
         mesh=mesh,
         compute=how_to_compute(config, machine, mesh),
         optimizer=optim.build(config.optim, steps=config.train.steps),
-        mixture=data.open_mixture(config.data, split="train", vocab_size=vocab_size),
-        held_out=_held_out(config),
+        mixture=opened[0],
+        held_out=opened[1],
     )
+
+
+def _open_data(config: RunConfig) -> tuple[data.Mixture, data.Mixture | None]:
+    """Open the train and the validation split; None where no path was prepared with the latter."""
+    size = config.model.vocab_size
+    mixture = data.open_mixture(config.data, split="train", vocab_size=size)
+    if not data.has_split(config.data, "validation"):
+        return mixture, None
+    return mixture, data.open_mixture(config.data, split="validation", vocab_size=size)
+
+
+def _facts(
+    config: RunConfig,
+    mixture: data.Mixture | None,
+    held_out: data.Mixture | None,
+    refusal: UserError | None,
+) -> dict[str, str | None]:
+    """Describe what all processes of a run must have in common."""
+    facts = {**common_values(config), "problem": refusal and str(refusal)}
+    for name, split in (("train", mixture), ("validation", held_out)):
+        facts[f"the {name} data in data.path"] = split and (
+            f"{split.num_tokens:,} tokens with fingerprint {split.fingerprint[:12]}"
+        )
+    facts["the tokenizer in data.path"] = mixture and mixture.tokenizer_fingerprint[:12]
+    return facts | process_facts.versions()
 
 
 def check_mesh(config: RunConfig, mesh: Mesh) -> None:
@@ -71,13 +105,6 @@ def check_mesh(config: RunConfig, mesh: Mesh) -> None:
         microbatch_size=config.train.microbatch_size,
         rounds=config.train.pipeline_rounds,
     )
-
-
-def _held_out(config: RunConfig) -> data.Mixture | None:
-    """The validation split; None where none of the paths was prepared with one."""
-    if not data.has_split(config.data, "validation"):
-        return None
-    return data.open_mixture(config.data, split="validation", vocab_size=config.model.vocab_size)
 
 
 def how_to_compute(config: RunConfig, machine: backends.Machine, mesh: Mesh) -> Compute:

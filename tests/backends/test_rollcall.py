@@ -16,13 +16,24 @@ def address():
     return f"127.0.0.1:{port}"
 
 
-def called(address: str, *processes: tuple[int, int], timeout_s: float = 30) -> dict[int, str]:
+def called(
+    address: str,
+    *processes: tuple[int, int],
+    timeout_s: float = 30,
+    facts: dict[int, dict[str, str]] | None = None,
+) -> dict[int, str]:
     """What each (process_id, num_processes) is told: its error's text, or nothing."""
     told: dict[int, str] = {}
 
     def come(place: int, rank: int, count: int) -> None:
         try:
-            call_roll(address, num_processes=count, process_id=rank, timeout_s=timeout_s)
+            call_roll(
+                address,
+                num_processes=count,
+                process_id=rank,
+                timeout_s=timeout_s,
+                facts=(facts or {}).get(rank, {}),
+            )
             told[place] = ""
         except UserError as error:
             told[place] = str(error)
@@ -89,3 +100,25 @@ def test_strangers_do_no_harm(address):
     assert called(address, (1, 2)) == {0: ""}
     first.join()
     assert told == {0: ""}
+
+
+def test_a_key_that_differs_is_named_with_who_has_which_value(address):
+    facts = {rank: {"optim.beta1": "0.9", "optim.learning_rate": "0.1"} for rank in range(3)}
+    facts[2] = {"optim.beta1": "0.9", "optim.learning_rate": "0.2", "data.seed": "1"}
+    told = called(address, (2, 3), (0, 3), (1, 3), facts=facts)
+    assert set(told.values()) == {told[0]}
+    host = socket.gethostname()
+    assert (
+        f"differ in optim.learning_rate: 0.1 in process 0 on {host}, 1 on {host}; "
+        f"0.2 in process 2 on {host}. They also differ in data.seed."
+    ) in told[0]
+
+
+def test_a_process_that_cannot_start_tells_the_others_why(address):
+    told = called(address, (1, 2), (0, 2), facts={0: {"problem": None}, 1: {"problem": "no data"}})
+    assert told == dict.fromkeys((0, 1), f"process 1 on {socket.gethostname()}: no data")
+
+
+def test_equal_facts_pass(address):
+    facts = {"optim.beta1": "0.9", "problem": None}
+    assert called(address, (0, 2), (1, 2), facts={0: facts, 1: facts}) == {0: "", 1: ""}

@@ -5,7 +5,10 @@ import json
 
 import pytest
 
-from llamajax.config import diff, freeze, from_json_dict, load, preset, to_json_dict
+from llamajax.config import common_values, diff, freeze, from_json_dict, load, preset, to_json_dict
+from llamajax.config.flags import show
+from llamajax.config.keys import all_keys
+from llamajax.config.record import PER_PROCESS
 from llamajax.errors import UserError
 
 
@@ -39,9 +42,13 @@ def test_a_damaged_record_names_every_problem(valid):
 def test_diff_names_changed_paths_in_order(config_file):
     path = config_file()
     old = load(path)
-    assert diff(old, old) == []
+    assert diff(old, old) == {}
     new = load(path, {"train.steps": "200", "data.seed": "1"})
-    assert diff(old, new) == ["data.seed", "optim.warmup_steps", "train.steps"]
+    assert list(diff(old, new).items()) == [
+        ("data.seed", ("0", "1")),
+        ("optim.warmup_steps", ("10", "20")),
+        ("train.steps", ("100", "200")),
+    ]
 
 
 def test_diff_names_the_keys_inside_rope_scaling(valid):
@@ -50,8 +57,16 @@ def test_diff_names_the_keys_inside_rope_scaling(valid):
     model = dataclasses.replace(
         scaled.model, rope_scaling=dataclasses.replace(scaled.model.rope_scaling, factor=32.0)
     )
-    assert diff(scaled, dataclasses.replace(scaled, model=model)) == ["model.rope_scaling.factor"]
+    changed = diff(scaled, dataclasses.replace(scaled, model=model))
+    assert changed == {"model.rope_scaling.factor": ("8.0", "32.0")}
     unscaled = dataclasses.replace(scaled.model, rope_scaling=None)
     changed = diff(scaled, dataclasses.replace(scaled, model=unscaled))
     assert len(changed) == 4
     assert all(path.startswith("model.rope_scaling.") for path in changed)
+
+
+def test_keys_that_may_differ_between_processes_exist(valid):
+    assert set(PER_PROCESS) < set(all_keys())
+    values = common_values(freeze(valid))
+    assert not set(PER_PROCESS) & set(values)
+    assert values["optim.learning_rate"] == show(valid.optim.learning_rate)

@@ -1,0 +1,79 @@
+"""Refuse a run whose processes differ in config, data or packages.
+
+Each process describes itself as flat facts: a JSON value by key, in the order in which differences
+are to be named. Processes that meet in a roll call compare them there, before JAX starts; those
+that JAX's own cluster detection joins compare them with a collective.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.experimental import multihost_utils
+
+from llamajax.errors import UserError
+
+Facts = Mapping[str, Any]
+# The fact that names why this process cannot start; absent or None where it can.
+PROBLEM = "problem"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "grain")
+_LISTED = 8
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that decide about a run's numbers."""
+    found = {f"version of {name}": importlib.metadata.version(name) for name in _PACKAGES}
+    root = Path(__file__).parents[1]
+    # Names and sizes find another revision, and read no file.
+    files = sorted((str(f.relative_to(root)), f.stat().st_size) for f in root.rglob("*.py"))
+    return found | {"code of llamajax": hashlib.sha256(repr(files).encode()).hexdigest()[:12]}
+
+
+def difference(facts: Sequence[Facts], hosts: Sequence[str]) -> str | None:
+    """Describe the first fact in which processes differ and who has which value; None if none.
+
+    facts, hosts: by process.
+    """
+    keys = dict.fromkeys(key for each in facts for key in each)
+    differing = [k for k in keys if any(each.get(k) != facts[0].get(k) for each in facts)]
+    if not differing:
+        return None
+    key, by_value = differing[0], {}
+    for process, each in enumerate(facts):
+        by_value.setdefault(each.get(key), []).append(f"{process} on {hosts[process]}")
+    if key == PROBLEM:
+        del by_value[None]
+        return "; ".join(f"process {_listed(who)}: {text}" for text, who in by_value.items())
+    named = "; ".join(f"{value} in process {_listed(who)}" for value, who in by_value.items())
+    others = [k for k in differing[1:] if k != PROBLEM]
+    also = f" They also differ in {_listed(others)}." if others else ""
+    return (
+        f"the processes of this run differ in {key}: {named}.{also} Start all with the same "
+        "command, config, data and packages"
+    )
+
+
+def compare(facts: Facts) -> None:
+    """Raise the same UserError on all processes where their facts differ. A collective."""
+    text = json.dumps([facts, socket.gethostname()]).encode()
+    digest = hashlib.sha256(json.dumps(facts).encode()).digest()
+    # JAX's integers have 32 bits without x64, so the digest travels as bytes.
+    mine = np.frombuffer(digest + len(text).to_bytes(8, "little"), np.uint8)
+    rows = [bytes(row) for row in np.asarray(multihost_utils.process_allgather(mine))]
+    if len({row[:32] for row in rows}) == 1:
+        return
+    padded = np.zeros(max(int.from_bytes(row[32:], "little") for row in rows), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    found = np.asarray(multihost_utils.process_allgather(padded))
+    everyone = [json.loads(bytes(row).rstrip(b"\0")) for row in found]
+    raise UserError(difference([f for f, _ in everyone], [host for _, host in everyone]))
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
