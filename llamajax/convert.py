@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from llamajax.checkpoint.stored import Leaf
     from llamajax.checkpoint.tensor_source import TensorSource
     from llamajax.checkpoint.weights import Weights
-    from llamajax.data import Tokenizer
 
 SUMMARY = "Convert weights: Hugging Face, GGUF, Meta or llamajax to Hugging Face or llamajax."
 EXAMPLE = """python -m llamajax.convert --from=runs/quickstart --to=hf/quickstart
@@ -90,6 +89,8 @@ def _convert(flags: SimpleNamespace) -> None:
         raise UserError("--dtype=float16 is for --format=hf; llamajax takes bfloat16 or float32")
     tokenizer = None if weights.tokenizer is None else data.load_tokenizer(weights.tokenizer)
     check_vocabulary(tokenizer, weights.model)
+    for line in () if tokenizer is None else tokenizer.warnings:
+        _say(f"warning: {line}")
     if tokenizer is None:
         _say(f"warning: {weights.path} has no tokenizer: the weights are converted without one")
     source, leaves = _tensors(weights, flags.dtype)
@@ -103,7 +104,7 @@ def _convert(flags: SimpleNamespace) -> None:
                 _say(f"warning: {line}")
         else:
             options |= {"leaves": leaves, "step": weights.step or 0}
-            options |= {"write_tokenizer": _keeping(tokenizer)}
+            options |= {"write_tokenizer": tokenizer.save if tokenizer else lambda _: None}
             write_llamajax(source, weights.model, target, **options)
     print(
         f"{weights.kind} -> {kind}: {progress.total:,} bytes of {flags.dtype} weights in {target}, "
@@ -140,19 +141,6 @@ def _note_rounding(source: "TensorSource", dtype: str) -> None:
     if rounded := sorted(stored - set(keeps_all_of.get(dtype, (dtype,)))):
         words = " and ".join(rounded)
         _say(f"note: {words} weights are rounded to {dtype}; --dtype=float32 keeps every bit")
-
-
-def _keeping(tokenizer: "Tokenizer | None") -> Callable[[Path], None]:
-    """What writes a tokenizer as it is, with the files that belong to it."""
-    from llamajax.data.tokenizer_export import copy_companions
-
-    def write(directory: Path) -> None:
-        if tokenizer is not None:
-            tokenizer.save(directory)
-            for file in tokenizer.files[:1]:
-                copy_companions(file.parent, directory)
-
-    return write
 
 
 class _Progress:

@@ -49,9 +49,10 @@ _FLAGS = (
         default=None,
         doc="with --text. non_overlapping: window j reads tokens j*L to j*L + L - 1 of the text "
         "(L = --seq_len) and predicts the token after each, so that its first token, the last "
-        "target of the window before, is context alone (lm-evaluation-harness's rolling "
-        "log-likelihood; figures in the manner of GPTQ leave out the last target of every window "
-        "and the last, shorter window). sliding_window: windows of L tokens begin every --stride "
+        "target of the window before, is context alone; the last window reads the last L tokens "
+        "and scores those that are left (lm-evaluation-harness's rolling log-likelihood; figures "
+        "in the manner of GPTQ leave out the last target of every window, and what is left). "
+        "sliding_window: windows of L tokens begin every --stride "
         "tokens, and each scores only what no window before it scored, with at least L - stride "
         "tokens of context (Hugging Face's guide to perplexity of fixed-length models). "
         "none: non_overlapping",

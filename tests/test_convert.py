@@ -145,8 +145,12 @@ def test_companions_of_a_tokenizer_survive_both_ways(source, tmp_path):
     (own / "chat_template.jinja").write_text("{{ messages }}")
     run(f"--from={own}", f"--to={tmp_path / 'ours'}", "--dtype=float32")
     run(f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'back'}", "--dtype=float32")
-    for name in ("generation_config.json", "chat_template.jinja", "tokenizer_config.json"):
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
         assert (own / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
+    generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": [257, 3], "top_p": 0.9, "bos_token_id": 256}
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (256, [257, 3])
 
 
 def test_without_a_tokenizer_it_warns(source, tmp_path, capsys):

@@ -104,9 +104,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return {"rope_theta": theta, "rope_scaling": scaling}, problems
 
 
-def write_model_config(
-    model: ModelConfig, *, dtype: str, bos_id: int | None, eos_id: int | None
-) -> dict[str, Any]:
+def write_model_config(model: ModelConfig, *, dtype: str, ids: Mapping[str, Any]) -> dict[str, Any]:
     """The `config.json` of an architecture: every key, so that no version fills in its own default.
 
     Both spellings of what transformers 5 renamed; it reads `rope_scaling` first where that is not
@@ -131,9 +129,7 @@ def write_model_config(
         "rope_theta": model.rope_theta,
         "rope_scaling": None if model.rope_scaling is None else rope,
         "rope_parameters": rope | {"rope_theta": model.rope_theta},
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
-        "pad_token_id": None,
+        **{key: ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
         "use_cache": True,
         "torch_dtype": dtype,
         "dtype": dtype,

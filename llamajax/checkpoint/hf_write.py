@@ -34,12 +34,10 @@ GENERATION = "generation_config.json"
 class ExportableTokenizer(Protocol):
     """What an export asks of a tokenizer; those of `data` have it."""
 
-    bos_id: int
-    eos_id: int
     vocab_size: int
 
     def export(self, directory: Path) -> list[str]:
-        """Write its files; returns warnings."""
+        """Write its files and generation_config.json with its ids; returns warnings."""
 
 
 class Progress(Protocol):
@@ -253,15 +251,12 @@ def _write_rest(
     directory: Path, model: ModelConfig, *, dtype: str, tokenizer: ExportableTokenizer | None
 ) -> list[str]:
     """config.json, generation_config.json and the tokenizer; returns warnings."""
-    ends = {"bos_id": None, "eos_id": None}
+    ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     warnings = []
     if tokenizer is not None:
-        ends = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
         warnings = tokenizer.export(directory)
-    write_json(directory / "config.json", write_model_config(model, dtype=dtype, **ends))
-    if not (directory / GENERATION).exists():  # the one that came with the tokenizer
-        ids = {"bos_token_id": ends["bos_id"], "eos_token_id": ends["eos_id"]}
-        write_json(directory / GENERATION, {k: v for k, v in ids.items() if v is not None})
+        ids = json.loads((directory / GENERATION).read_text("utf-8"))
+    write_json(directory / "config.json", write_model_config(model, dtype=dtype, ids=ids))
     return warnings
 
 

@@ -42,7 +42,7 @@ def _plain(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece]
         if message.role == "assistant":
             yield [*tokenizer.encode_continuation(message.content), tokenizer.eos_id], True
         else:
-            yield [tokenizer.bos_id, *tokenizer.encode(message.content)], False
+            yield [*tokenizer.start_ids, *tokenizer.encode(message.content)], False
 
 
 def _llama2(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece]:
@@ -53,7 +53,7 @@ def _llama2(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece
             system = f"<<SYS>>\n{content}\n<</SYS>>\n\n"
         elif role == "user":
             text, system = f"[INST] {(system + content).strip()} [/INST]", ""
-            yield [tokenizer.bos_id, *tokenizer.encode(text)], False
+            yield [*tokenizer.start_ids, *tokenizer.encode(text)], False
         else:
             # A space on either side, as Meta has it; the one before EOS is learned with the answer.
             answer = tokenizer.encode_continuation(f" {content.strip()} ")

@@ -7,9 +7,12 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from llamajax.data import shards
 from llamajax.data.chat import check_template
@@ -63,6 +66,8 @@ def checked_input(settings: Settings) -> list[Path]:
     _check_format(settings)
     num_pieces = parse_train(settings.tokenizer)
     tokenizer = load_tokenizer(settings.tokenizer) if num_pieces is None else None
+    for line in () if tokenizer is None else tokenizer.warnings:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
     check_template(settings.chat_template, tokenizer)
     files = find_files(settings.input)
     check_output(settings.output, overwrite=settings.overwrite)
@@ -239,15 +244,15 @@ def _write_splits(
         with contextlib.closing(results):
             for r in results:
                 writers[r.split].add(r.tokens, r.lengths, text_bytes=r.text_bytes, answer=r.answer)
+                if not masked:  # the first token of a text is no target
+                    first = r.tokens[np.cumsum([0, *r.lengths[:-1]])]
+                    np.subtract.at(writers[r.split].counts, first, 1)
         splits = {s: w.close() for s, w in writers.items() if w.documents}
     except BaseException:
         for writer in writers.values():
             writer.abandon()
         raise
-    # These are figures about targets: of an example only those that carry loss were counted, and
-    # the first token of a text, BOS, is none.
-    for writer in () if masked else writers.values():
-        writer.counts[tokenizer.bos_id] -= writer.documents
+    # These are figures about targets: of an example only those that carry loss were counted.
     train = writers["train"].counts
     for name, split in splits.items():
         split["unigram_entropy"] = shards.unigram_entropy(writers[name].counts)

@@ -13,18 +13,11 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from llamajax.data.tokenizer_facts import carry_companions, write_model_ids
+
 if TYPE_CHECKING:
     from llamajax.data.tokenizers import Tokenizer
 
-# Files that may stand beside a tokenizer of Hugging Face and belong to it, and the one that says
-# how a model is sampled by default.
-COMPANIONS = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 _SPACE = "\u2581"
 
 
@@ -32,13 +25,15 @@ def export(tokenizer: "Tokenizer", directory: Path) -> list[str]:
     """Write into `directory` what transformers makes this tokenizer of; returns warnings."""
     warnings: list[str] = []
     if tokenizer.files:
-        copy_companions(tokenizer.files[0].parent, directory)
+        carry_companions(tokenizer.files[0], directory)
+    stops, pad = tokenizer.stop_ids, tokenizer.facts.pad_id
+    write_model_ids(directory, bos_id=tokenizer.bos_id, eos_ids=stops, pad_id=pad)
     match tokenizer.kind:
         case "huggingface":
             shutil.copyfile(tokenizer.files[0], directory / "tokenizer.json")
         case "sentencepiece":
             shutil.copyfile(tokenizer.files[0], directory / "tokenizer.model")
-            spec = _sentencepiece(tokenizer.files[0])
+            spec = _sentencepiece(tokenizer)
             if spec is None:
                 warnings.append(
                     f"{tokenizer.files[0]} is not a BPE without normalisation: it is exported as "
@@ -46,18 +41,16 @@ def export(tokenizer: "Tokenizer", directory: Path) -> list[str]:
                 )
                 _write_config(tokenizer, directory, kind="LlamaTokenizer")
                 return warnings
+            if set(tokenizer.facts.added) - set(tokenizer.control_ids):
+                warnings.append(
+                    "transformers puts a space before text that follows an added token: the tokens "
+                    "there differ"
+                )
             spec.save(str(directory / "tokenizer.json"))
         case _:
             _byte_level(tokenizer).save(str(directory / "tokenizer.json"))
     _write_config(tokenizer, directory, kind="PreTrainedTokenizerFast")
     return warnings
-
-
-def copy_companions(source: Path, directory: Path) -> None:
-    """Copy the files of COMPANIONS that stand in `source`."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
 
 
 def _write_config(tokenizer: "Tokenizer", directory: Path, *, kind: str) -> None:
@@ -74,15 +67,17 @@ def _write_config(tokenizer: "Tokenizer", directory: Path, *, kind: str) -> None
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _piece(tokenizer: "Tokenizer", directory: Path, token_id: int) -> str:
+def _piece(tokenizer: "Tokenizer", directory: Path, token_id: int | None) -> str | None:
     """The name of a control token in the exported files."""
+    if token_id is None:
+        return None
     named = {i: name for name, i in tokenizer.control_ids.items()}
     if token_id in named:
         return named[token_id]
     return tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")).id_to_token(token_id)
 
 
-def _sentencepiece(path: Path) -> tokenizers.Tokenizer | None:
+def _sentencepiece(tokenizer: "Tokenizer") -> tokenizers.Tokenizer | None:
     """The BPE of a SentencePiece model, or None for one that normalises or is no BPE.
 
     SentencePiece joins the neighbours that give the piece of the highest score; here a merge for
@@ -90,7 +85,7 @@ def _sentencepiece(path: Path) -> tokenizers.Tokenizer | None:
     """
     from sentencepiece import sentencepiece_model_pb2 as proto
 
-    model = proto.ModelProto.FromString(path.read_bytes())
+    model = proto.ModelProto.FromString(tokenizer.files[0].read_bytes())
     trainer, normalizer, kinds = model.trainer_spec, model.normalizer_spec, proto.ModelProto
     bare = not normalizer.precompiled_charsmap and not normalizer.remove_extra_whitespaces
     if trainer.model_type != proto.TrainerSpec.BPE or not bare:
@@ -128,7 +123,16 @@ def _sentencepiece(path: Path) -> tokenizers.Tokenizer | None:
             if p.type in chosen
         ]
     )
-    _start_with(spec, model.pieces[trainer.bos_id].piece, trainer.bos_id)
+    more = sorted((i, name, special) for name, (i, special) in tokenizer.facts.added.items())
+    spec.add_tokens(
+        [
+            tokenizers.AddedToken(name, special=special or name in tokenizer.control_ids)
+            for i, name, special in more
+            if i >= len(model.pieces)
+        ]
+    )
+    if tokenizer.bos_id is not None:
+        _start_with(spec, spec.id_to_token(tokenizer.bos_id), tokenizer.bos_id)
     return spec
 
 

@@ -6,15 +6,19 @@ ordinary tokens only: BOS and EOS are placed by those who know where a document 
 
 import base64
 import binascii
-import hashlib
+import dataclasses
+import itertools
 import json
 import re
-import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
-from llamajax.data.tokenizer_json import find_ends, without_control
+from llamajax.data.tokenizer_base import Tokenizer, fingerprint_of
+from llamajax.data.tokenizer_facts import (
+    CHAT_CONTROL,
+    find_ends,
+    read_facts,
+)
+from llamajax.data.tokenizer_json import ends_of_template, without_control
 from llamajax.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -35,83 +39,12 @@ _LLAMA3_MAX_CHARS = 400_000
 _LLAMA3_MAX_RUN = 25_000
 
 
-class Tokenizer:
-    """Text to token ids and back; `fingerprint` is a sha256 of all that decides about both.
-
-    Half surrogates in a text (a broken JSON escape) become U+FFFD: no tokenizer can encode them.
-    """
-
-    kind: str
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-    fingerprint: str
-    control_ids: Mapping[str, int] = MappingProxyType({})  # by name; no text encodes to them
-    files: tuple[Path, ...] = ()
-    # Number of tokens of a newline that starts a text, where a space is put before texts.
-    _after_newline: int | None = None
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text: no BOS, no EOS; what looks like a control token is encoded as text."""
-        if not text.isascii():
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError:
-                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self._encode(text)
-
-    def encode_continuation(self, text: str) -> list[int]:
-        """Tokens of a text that follows others: without the space that SentencePiece models put
-        before a text, so that `encode(a) + encode_continuation(b)` reads as a + b."""
-        if not self._after_newline:
-            return self.encode(text)
-        return self.encode("\n" + text)[self._after_newline :]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of tokens; control tokens give nothing, broken UTF-8 gives U+FFFD."""
-        ids = [int(i) for i in ids]
-        if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
-            raise UserError(
-                f"token id {bad[0]} is outside the tokenizer's 0..{self.vocab_size - 1}"
-            )
-        return self._decode(ids)
-
-    def save(self, directory: Path) -> str:
-        """Name of the file, in `directory`, from which `load_tokenizer` makes this tokenizer."""
-        for file in self.files:
-            shutil.copyfile(file, directory / _stored_name(file, self.kind))
-        return _stored_name(self.files[0], self.kind)
-
-    def export(self, directory: Path) -> list[str]:
-        """Write the files from which transformers makes this tokenizer; returns warnings."""
-        from llamajax.data.tokenizer_export import export
-
-        return export(self, directory)
-
-    def _encode(self, text: str) -> list[int]:
-        raise NotImplementedError
-
-    def _decode(self, ids: list[int]) -> str:
-        raise NotImplementedError
-
-
-def _stored_name(file: Path, kind: str) -> str:
-    if kind in ("sentencepiece", "tiktoken"):
-        return "tokenizer.model"
-    return file.name if file.name == "tokenizer_config.json" else "tokenizer.json"
-
-
-def _fingerprint(kind: str, content: bytes, *facts: int) -> str:
-    head = json.dumps([kind, *facts]).encode() + b"\n"
-    return hashlib.sha256(head + content).hexdigest()
-
-
 class ByteTokenizer(Tokenizer):
     """The 256 byte values, then BOS 256 and EOS 257; every text survives a round trip."""
 
     kind = "byte"
     vocab_size, bos_id, eos_id = 258, 256, 257
-    fingerprint = _fingerprint("byte", b"", 258, 256, 257)
+    fingerprint = fingerprint_of("byte", b"", 258, 256, 257)
 
     def _encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -146,16 +79,35 @@ class SentencePieceTokenizer(Tokenizer):
                 f"{path}: neither a SentencePiece model nor a tiktoken rank file"
             ) from error
         self.files = (path,)
-        self.vocab_size = self._model.vocab_size()
-        self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise UserError(f"{path}: the model has no BOS or no EOS piece; documents need both")
-        self.fingerprint = _fingerprint(self.kind, content, self.bos_id, self.eos_id)
-        self.control_ids = {
-            self._model.id_to_piece(i): i
-            for i in range(self.vocab_size)
-            if self._model.is_control(i)
+        self.facts = read_facts(path)
+        size = self._model.vocab_size()
+        pieces = {self._model.id_to_piece(i): i for i in range(size)}
+        added = {name: i for name, (i, _) in self.facts.added.items() if i >= size}
+        self.vocab_size = size + len(added)
+        if sorted(added.values()) != list(range(size, self.vocab_size)):
+            raise UserError(
+                f"{path}: the added tokens beside it have the ids {sorted(added.values())}, and "
+                f"not those that follow the {size} pieces: they belong to another model"
+            )
+        own = tuple(i if i >= 0 else None for i in (self._model.bos_id(), self._model.eos_id()))
+        facts = self.facts
+        if own[0] is None:
+            facts = dataclasses.replace(facts, named={"bos_token": None, **facts.named})
+        self.bos_id, self.eos_id, self.warnings = find_ends(
+            path, facts, pieces | added, own=own, added=added
+        )
+        self.control_ids = {name: i for name, i in pieces.items() if self._model.is_control(i)}
+        self.control_ids |= {
+            name: i
+            for name, i in added.items()
+            if facts.added[name][1] or name in CHAT_CONTROL or i in (self.bos_id, self.eos_id)
         }
+        self._added = {name: i for name, i in added.items() if name not in self.control_ids}
+        self._added_names = {i: name for name, i in self._added.items()}
+        self._splitter = re.compile("|".join(map(re.escape, sorted(self._added, reverse=True))))
+        self.fingerprint = fingerprint_of(
+            self.kind, content, self.bos_id, self.eos_id, *([self._added] if self._added else [])
+        )
         self._line_start = self._tokens_before_a_line()
         if self._line_start:
             self._after_newline = self._line_start + 1
@@ -167,7 +119,7 @@ class SentencePieceTokenizer(Tokenizer):
         faster than a whole book, with the same tokens.
         """
         encode = self._model.encode
-        if any("\n" in self._model.id_to_piece(i) for i in range(self.vocab_size)):
+        if any("\n" in self._model.id_to_piece(i) for i in range(self._model.vocab_size())):
             return None
         extra = len(encode("\n")) - 1
         for left, right in (("a", "\nb"), ("a  ", "\n  b"), ("\n", "\n\n "), ("a\r", "\n<s>")):
@@ -176,6 +128,22 @@ class SentencePieceTokenizer(Tokenizer):
         return extra
 
     def _encode(self, text: str) -> list[int]:
+        if not self._added:
+            return self._encode_pieces(text)
+        ids, start = [], 0
+        for match in self._splitter.finditer(text):
+            ids += self._encode_part(text[start : match.start()], start)
+            ids.append(self._added[match[0]])
+            start = match.end()
+        return ids + self._encode_part(text[start:], start)
+
+    def _encode_part(self, text: str, start: int) -> list[int]:
+        """Tokens of what follows an added token, or of the start of a text."""
+        if not text or not start or not self._after_newline:
+            return self._encode_pieces(text)
+        return self._encode_pieces("\n" + text)[self._after_newline :]
+
+    def _encode_pieces(self, text: str) -> list[int]:
         if self._line_start is None or len(text) < 2000:
             return self._model.encode(text)
         first, *rest = _cut_at_newlines(text, 1000)
@@ -185,7 +153,19 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def _decode(self, ids: list[int]) -> str:
-        return self._model.decode(ids)
+        """Text of each run of pieces, and of the added tokens between them.
+
+        Only the first run starts a text, whose space SentencePiece put there: "a" precedes others.
+        """
+        size, text = self._model.vocab_size(), ""
+        for is_piece, run in itertools.groupby(ids, lambda i: i < size):
+            if not is_piece:
+                text += "".join(self._added_names.get(i, "") for i in run)
+            elif text:
+                text += self._model.decode([*self._model.encode("a"), *run])[1:]
+            else:
+                text = self._model.decode(list(run))
+        return text
 
 
 def _cut_at_newlines(text: str, size: int) -> list[str]:
@@ -221,9 +201,12 @@ class TiktokenTokenizer(Tokenizer):
             raise UserError(f"{path}: ranks are not 0..{size - 1} over all 256 bytes: damaged file")
         self.files = (path,)
         self.vocab_size = size + _LLAMA3_NUM_SPECIALS
-        self.bos_id, self.eos_id = size, size + 1
-        self.fingerprint = _fingerprint(self.kind, content, self.bos_id, self.eos_id)
+        self.facts = read_facts(path)
         self.control_ids = {name: size + i for i, name in _LLAMA3_CONTROL.items()}
+        self.bos_id, self.eos_id, _ = find_ends(
+            path, self.facts, self.control_ids, own=(size, size + 1), added=()
+        )
+        self.fingerprint = fingerprint_of(self.kind, content, self.bos_id, self.eos_id)
         self._num_ranks = size
         self.ranks, self.words = ranks, _LLAMA3_WORDS
         self._encoding = tiktoken.Encoding(
@@ -253,10 +236,10 @@ def cut_long_runs(text: str, size: int) -> list[str]:
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A Hugging Face `tokenizer.json`, and `tokenizer_config.json` beside it for BOS and EOS.
+    """A Hugging Face `tokenizer.json`, and the files beside it for BOS, EOS and added tokens.
 
-    A round trip holds as far as the file's own normaliser loses nothing. With one control token
-    for both ends (GPT-2, SmolLM2), it serves as BOS and as EOS.
+    A round trip holds as far as the file's own normaliser loses nothing. Added tokens that are not
+    special are encoded and decoded like any other.
     """
 
     kind = "huggingface"
@@ -272,27 +255,51 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(
                 f"{path}: not a Hugging Face tokenizer.json ({str(error)[:200]})"
             ) from error
-        config = path.parent / "tokenizer_config.json"
-        self.files = (path, config) if config.is_file() else (path,)
+        self.files = (path,)
+        self.facts = read_facts(path)
         vocab = full.get_vocab(with_added_tokens=True)
+        more = sorted((i, n, s) for n, (i, s) in self.facts.added.items() if n not in vocab)
+        if more and [i for i, *_ in more] == list(range(len(vocab), len(vocab) + len(more))):
+            full.add_tokens(
+                [tokenizers.AddedToken(n, special=s, normalized=False) for _, n, s in more]
+            )
+            spec, vocab = json.loads(full.to_str()), full.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
-        self.bos_id, self.eos_id = find_ends(path, spec, config, vocab)
-        self.fingerprint = _fingerprint(self.kind, content, self.bos_id, self.eos_id)
-        self.control_ids = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
-        self._control = set(self.control_ids.values())
-        self._control |= {self.bos_id, self.eos_id}
+        listed = spec.get("added_tokens") or []
+        ends = ends_of_template(spec.get("post_processor"))
+        self.bos_id, self.eos_id, self.warnings = find_ends(
+            path,
+            self.facts,
+            vocab,
+            own=tuple(vocab.get(end or "") for end in ends),
+            added={t["content"] for t in listed},
+        )
+        of_ends = {name for name, i in vocab.items() if i in (self.bos_id, self.eos_id)}
+        self.control_ids = {
+            t["content"]: t["id"]
+            for t in listed
+            if t["special"] or t["content"] in {*CHAT_CONTROL, *of_ends}
+        }
+        self._control = {*self.control_ids.values(), self.bos_id, self.eos_id}
+        names = of_ends | set(self.control_ids)
+        others = {t["content"]: t["id"] for t in listed if t["content"] not in names}
+        self.fingerprint = fingerprint_of(
+            self.kind, content, self.bos_id, self.eos_id, *([others] if others else [])
+        )
         full.no_truncation()
         full.no_padding()
         self._decoder = full
-        names = {t["content"] for t in spec.get("added_tokens") or []}
-        names |= {name for name, i in vocab.items() if i in (self.bos_id, self.eos_id)}
         self._encoder = tokenizers.Tokenizer.from_str(json.dumps(without_control(spec, names)))
+        # The ids of added tokens that the encoder counts otherwise, since it lacks some.
+        pairs = [(self._encoder.token_to_id(name), i) for name, i in others.items()]
+        self._renumbered = {theirs: i for theirs, i in pairs if theirs != i}
         newline = self._encode("\n")
         if len(newline) == 2 and full.id_to_token(newline[0]) == "\u2581":
             self._after_newline = 2
 
     def _encode(self, text: str) -> list[int]:
-        return self._encoder.encode(text, add_special_tokens=False).ids
+        ids = self._encoder.encode(text, add_special_tokens=False).ids
+        return [self._renumbered.get(i, i) for i in ids] if self._renumbered else ids
 
     def _decode(self, ids: list[int]) -> str:
         plain = [i for i in ids if i not in self._control]

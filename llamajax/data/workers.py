@@ -57,7 +57,7 @@ def tokenize(parts: list[Part], tokenizer: Tokenizer, template: str) -> list[Tok
             if part.split != split:
                 continue
             if isinstance(part.document, str):
-                ids = [tokenizer.bos_id, *tokenizer.encode(part.document), tokenizer.eos_id]
+                ids = [*tokenizer.start_ids, *tokenizer.encode(part.document), tokenizer.eos_id]
                 texts = [part.document]
             else:
                 ids, answer = encode_example(tokenizer, template, part.document.messages)

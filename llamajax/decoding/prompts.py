@@ -1,6 +1,5 @@
 """From texts, files and ids to prompts that the model can take; wrong ones are refused here."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +8,7 @@ from llamajax.config.schema import ModelConfig
 from llamajax.data import Tokenizer
 from llamajax.data.chat import encode_chat
 from llamajax.data.sources import checked, json_object, numbered_lines
+from llamajax.data.tokenizer_facts import model_ids
 from llamajax.decoding.request import Request
 from llamajax.errors import UserError, combine
 
@@ -63,7 +63,7 @@ def text_ids(text: str, tokenizer: Tokenizer | None, chat_template: str) -> list
             "into the checkpoint's directory, or give token ids with --prompt_ids=1,2,3"
         )
     if chat_template == "none":
-        return [tokenizer.bos_id, *tokenizer.encode(text)]
+        return [*tokenizer.start_ids, *tokenizer.encode(text)]
     return encode_chat(tokenizer, chat_template, [{"role": "user", "content": text}])
 
 
@@ -76,6 +76,8 @@ def as_prompt(
             f"{name}: token id {wrong[0]} is outside the model's vocabulary, "
             f"0..{model.vocab_size - 1}"
         )
+    if not ids:
+        raise UserError(f"{name}: is empty, and texts of this tokenizer begin without a BOS token")
     room = model.max_seq_len - len(ids)
     if room < (max_new_tokens or 1):
         wanted = f"{max_new_tokens} new ones" if max_new_tokens else "a new one"
@@ -91,17 +93,9 @@ def as_prompt(
 
 
 def eos_ids(path: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """The tokens that end a text: as transformers takes them from a directory, generation_config
-    before config; where neither names any, the tokenizer's EOS; none without a tokenizer."""
-    for name in ("generation_config.json", "config.json"):
-        try:
-            config = json.loads((path / name).read_text("utf-8"))
-        except (OSError, ValueError):
-            continue
-        found = config.get("eos_token_id") if isinstance(config, dict) else None
-        if found is not None:
-            return tuple(found) if isinstance(found, list) else (found,)
-    return () if tokenizer is None else (tokenizer.eos_id,)
+    """The tokens that end a text: those that the model's directory states, else the tokenizer's;
+    none without either."""
+    return model_ids(path)[1] or (() if tokenizer is None else tokenizer.stop_ids)
 
 
 def _file_texts(file: Path) -> Iterator[tuple[str, str]]:

@@ -76,7 +76,9 @@ def _text(request: Request, weights: Weights) -> Source:
     seq_len = _seq_len(request, weights, default=None)
     stride = _stride(request, seq_len) if protocol == "sliding_window" else None
     tokenizer, text = _tokenizer(weights), read_text(path)
-    ids = np.array([tokenizer.bos_id, *tokenizer.encode(text)], np.int32)
+    # Without a BOS token EOS precedes the first target, as in the harness.
+    first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    ids = np.array([first, *tokenizer.encode(text)], np.int32)
     if len(ids) < 2:
         raise UserError(f"--text={path}: is empty; there is nothing to predict")
     if stride is None:

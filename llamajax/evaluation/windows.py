@@ -13,11 +13,13 @@ Batch = dict[str, np.ndarray]
 def non_overlapping(num_tokens: int, seq_len: int) -> np.ndarray:
     """Windows (R, 3) that share one token: each reads `seq_len` tokens and predicts the next ones.
 
-    The first token of a window is context alone; it was the last target of the window before. This
-    is the rolling log-likelihood of EleutherAI's lm-evaluation-harness with a context of one.
+    The first token of a window is context alone; it was the last target of the window before. The
+    last window is filled with context from before it. This is the rolling log-likelihood of
+    EleutherAI's lm-evaluation-harness with a context of one.
     """
-    begin = np.arange(0, num_tokens - 1, seq_len)
-    return np.stack([begin, begin + 1, np.minimum(begin + seq_len + 1, num_tokens)], axis=1)
+    first = np.arange(0, num_tokens - 1, seq_len)
+    end = np.minimum(first + seq_len + 1, num_tokens)
+    return np.stack([np.maximum(end - seq_len - 1, 0), first + 1, end], axis=1)
 
 
 def sliding_window(num_tokens: int, seq_len: int, stride: int) -> np.ndarray:

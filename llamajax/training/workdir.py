@@ -19,7 +19,6 @@ from llamajax.checkpoint.agreement import agree
 from llamajax.checkpoint.directory import replaced
 from llamajax.checkpoint.weights import TOKENIZER
 from llamajax.config import RunConfig, to_json_dict
-from llamajax.data.tokenizer_export import copy_companions
 from llamajax.errors import UserError
 
 # Network file systems show a new file to other hosts only after their caches' time.
@@ -101,5 +100,3 @@ def keep_tokenizer(workdir: Path, config: RunConfig) -> None:
         return
     with replaced(target) as hidden:
         tokenizer.save(hidden)
-        for file in tokenizer.files[:1]:
-            copy_companions(file.parent, hidden)

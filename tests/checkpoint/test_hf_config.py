@@ -77,7 +77,7 @@ def test_absent_keys_mean_what_transformers_takes():
     ids=["both", "old keys", "new keys"],
 )
 def test_what_is_written_is_read_whole_or_by_either_half(model, dropped):
-    config = write_model_config(model, dtype="float32", bos_id=1, eos_id=2)
+    config = write_model_config(model, dtype="float32", ids={"bos_token_id": 1, "eos_token_id": 2})
     assert (config["bos_token_id"], config["eos_token_id"], config["dtype"]) == (1, 2, "float32")
     assert read(config, **dict.fromkeys(dropped, ...)) == (model, [])
 

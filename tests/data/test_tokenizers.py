@@ -185,7 +185,6 @@ def test_hugging_face_ends_from_config_template_names_or_not_at_all(tmp_path):
     model = byte_level(["<a>", "<b>", "</s>", "<|endoftext|>"])
     config = {"bos_token": {"content": "<a>"}, "eos_token": "<b>"}
     assert ends(model, "config", config) == ["<a>", "<b>"]
-    assert ends(model, "one", {"bos_token": None, "eos_token": "<b>"}) == ["<b>", "<b>"]
     assert ends(byte_level(["<|endoftext|>"]), "gpt2") == ["<|endoftext|>"] * 2
     model.post_processor = processors.TemplateProcessing(
         single="<b> $A <a>", special_tokens=[("<a>", model.token_to_id("<a>")),

@@ -44,15 +44,29 @@ def test_sliding_windows_are_those_of_hugging_faces_guide(num_tokens, seq_len, s
     assert [target for target, _ in found] == ids[1:].tolist()
 
 
-@pytest.mark.parametrize("num_tokens", [2, 7, 8, 9, 10, 17, 41])
-@pytest.mark.parametrize("seq_len", [1, 8, 64])
-def test_windows_that_do_not_overlap_share_one_token(num_tokens, seq_len):
+# Tokens with the prefix, window, and (begin, first target, end) of each of the harness's windows:
+# get_rolling_token_windows(context_len=1) of lm-evaluation-harness 0.4.13, 2026-11-29.
+HARNESS = [
+    (100, 64, [(0, 1, 65), (35, 65, 100)]),
+    (10, 8, [(0, 1, 9), (1, 9, 10)]),
+    (9, 8, [(0, 1, 9)]),
+    (18, 8, [(0, 1, 9), (8, 9, 17), (9, 17, 18)]),
+    (6, 8, [(0, 1, 6)]),
+    (4, 1, [(0, 1, 2), (1, 2, 3), (2, 3, 4)]),
+]
+
+
+@pytest.mark.parametrize(("num_tokens", "seq_len", "windows"), HARNESS)
+def test_windows_that_do_not_overlap_are_the_harness_rolling_ones(num_tokens, seq_len, windows):
+    assert non_overlapping(num_tokens, seq_len).tolist() == [list(w) for w in windows]
     ids = np.arange(100, 100 + num_tokens)
     found = scored(WindowRows(ids, non_overlapping(num_tokens, seq_len)), batch_size=3)
-    for number, (target, seen) in enumerate(found, start=1):
-        begin = (number - 1) // seq_len * seq_len
-        assert (target, seen) == (100 + number, tuple(range(100 + begin, 100 + number)))
-    assert len(found) == num_tokens - 1
+    expected = [
+        (100 + place, tuple(range(100 + begin, 100 + place)))
+        for begin, first, end in windows
+        for place in range(first, end)
+    ]
+    assert found == expected
 
 
 def test_rows_of_an_array_are_separate():
