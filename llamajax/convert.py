@@ -75,10 +75,11 @@ def main(argv: list[str]) -> int:
 
 def _convert(flags: SimpleNamespace) -> None:
     # JAX takes seconds to import: --help and mistakes are answered without it.
-    from llamajax import backends, data
+    from llamajax import backends
     from llamajax.checkpoint.hf_write import check_vocabulary, write_hf
     from llamajax.checkpoint.stored import write_llamajax
     from llamajax.checkpoint.weights import open_weights
+    from llamajax.data.agreement import load_recorded
 
     started, target = time.monotonic(), Path(flags.to)
     backends.start(BackendConfig(name="cpu"))  # an accelerator would be taken for nothing
@@ -87,7 +88,7 @@ def _convert(flags: SimpleNamespace) -> None:
     _check_apart(flags, weights)
     if kind == "llamajax" and flags.dtype == "float16":
         raise UserError("--dtype=float16 is for --format=hf; llamajax takes bfloat16 or float32")
-    tokenizer = None if weights.tokenizer is None else data.load_tokenizer(weights.tokenizer)
+    tokenizer = load_recorded(weights.tokenizer, weights.tokenizer_record, of=weights.path)
     check_vocabulary(tokenizer, weights.model)
     for line in () if tokenizer is None else tokenizer.warnings:
         _say(f"warning: {line}")

@@ -3,7 +3,7 @@
 In an object store there is no rename: there the manifest itself is the commit.
 
     checkpoints/STEP/state/**        the arrays, as Orbax writes them
-    checkpoints/STEP/meta.json       data position, resolved config, versions
+    checkpoints/STEP/meta.json       data position, resolved config, tokenizer, data
     checkpoints/STEP/manifest.json   the arrays' names, shapes, dtypes; the files' sizes, CRC-32
 
 A directory is a complete checkpoint when its name is a step number and every file of its manifest

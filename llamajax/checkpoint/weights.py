@@ -43,7 +43,8 @@ class Weights:
     """Weights on a disk, checked as far as headers tell; nothing is read yet.
 
     kind: llamajax, or one of RECOGNISERS. path: what was opened; for llamajax the checkpoint of one
-    step. tokenizer: what `data.load_tokenizer` takes, None where there is none. step: of llamajax
+    step. tokenizer: what `data.load_tokenizer` takes, None where there is none. tokenizer_record:
+    what a checkpoint says of the tokenizer that it was trained with, if it does. step: of llamajax
     checkpoints. source: the tensors of a foreign kind, None for llamajax. base and lora: of a
     checkpoint of adapters, what those are added to; it is read as the merged model.
     """
@@ -54,6 +55,7 @@ class Weights:
     tokenizer: Path | None
     step: int | None
     source: TensorSource | None
+    tokenizer_record: Mapping[str, Any] | None = None
     base: "Weights | None" = None
     lora: LoraConfig | None = None
 
@@ -191,6 +193,7 @@ def _of_checkpoint(directory: Place, *, run: Path | None = None) -> Weights:
         path=directory,
         model=model,
         tokenizer=_tokenizer_of(directory, config, run),
+        tokenizer_record=meta.get("tokenizer"),
         step=int(directory.name),
         source=None,
         base=base,

@@ -1,6 +1,13 @@
 """Whether two tokenizers are one, although their files may be of two formats."""
 
-from llamajax.data.tokenizers import Tokenizer
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from llamajax.data.tokenizers import Tokenizer, load_tokenizer
+from llamajax.errors import UserError
 
 # Two tokenizers that agree on this read the same text into the same tokens.
 _PROBE = (
@@ -15,7 +22,42 @@ def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
     By what they do and not by their files alone: Llama's tokenizer.model and the tokenizer.json
     beside it are the same tokenizer with two fingerprints.
     """
-    if one.fingerprint == other.fingerprint:
+    return is_recorded(one, tokenizer_record(other))
+
+
+def tokenizer_record(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Describe a tokenizer, for a checkpoint to be compared with later ones."""
+    ids = json.dumps([tokenizer.bos_id, tokenizer.eos_id, tokenizer.encode(_PROBE)])
+    return {
+        "kind": tokenizer.kind,
+        "vocab_size": tokenizer.vocab_size,
+        "fingerprint": tokenizer.fingerprint,
+        "probe": hashlib.sha256(ids.encode()).hexdigest(),
+    }
+
+
+def is_recorded(tokenizer: Tokenizer, record: Mapping[str, Any]) -> bool:
+    """Return whether a tokenizer reads text into the same ids as the one of `record`."""
+    if tokenizer.fingerprint == record["fingerprint"]:
         return True
-    found = [(t.bos_id, t.eos_id, t.encode(_PROBE)) for t in (one, other)]
-    return found[0] == found[1]
+    return tokenizer_record(tokenizer)["probe"] == record["probe"]
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """Name a tokenizer in a message."""
+    size, fingerprint = record["vocab_size"], record["fingerprint"][:12]
+    return f"{record['kind']}, {size} tokens, fingerprint {fingerprint}"
+
+
+def load_recorded(
+    path: Path | None, record: Mapping[str, Any] | None, *, of: PurePath
+) -> Tokenizer | None:
+    """Load the tokenizer at `path`; UserError where `record`, of checkpoint `of`, names another."""
+    tokenizer = None if path is None else load_tokenizer(path)
+    if tokenizer is None or record is None or is_recorded(tokenizer, record):
+        return tokenizer
+    raise UserError(
+        f"{path} is another tokenizer ({describe(tokenizer_record(tokenizer))}) than the one that "
+        f"checkpoint {of} was trained with ({describe(record)}): its token ids mean other text; "
+        "put that tokenizer back"
+    )

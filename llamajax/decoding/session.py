@@ -13,7 +13,8 @@ from llamajax import backends, sharding
 from llamajax.checkpoint.weights import Weights, open_weights
 from llamajax.config.flags import mesh_config
 from llamajax.config.schema import MeshConfig, ModelConfig
-from llamajax.data import Tokenizer, chat, load_tokenizer
+from llamajax.data import Tokenizer, chat
+from llamajax.data.agreement import load_recorded
 from llamajax.decoding.engine import Engine, attention_chooser
 from llamajax.decoding.prompts import Prompt, as_prompt, eos_ids, read_prompts, text_ids
 from llamajax.decoding.request import Request, check
@@ -75,7 +76,7 @@ def open_session(request: Request) -> Session:
     """Everything up to the first token. UserError for what a user can mend."""
     check(request)
     weights = open_weights(request.checkpoint)
-    tokenizer = None if weights.tokenizer is None else load_tokenizer(weights.tokenizer)
+    tokenizer = load_recorded(weights.tokenizer, weights.tokenizer_record, of=weights.path)
     _check_vocabulary(weights, tokenizer)
     if request.interactive:
         text_ids("", tokenizer, request.chat_template)  # refuses a checkpoint without one

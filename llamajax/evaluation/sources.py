@@ -9,7 +9,7 @@ import numpy as np
 from llamajax.checkpoint import read_meta
 from llamajax.checkpoint.weights import Weights
 from llamajax.data import Tokenizer, load_tokenizer
-from llamajax.data.agreement import same_tokens
+from llamajax.data.agreement import load_recorded, same_tokens
 from llamajax.data.sources import format_of, read_text
 from llamajax.data.tokenizers import MANIFEST
 from llamajax.errors import UserError
@@ -62,7 +62,7 @@ def _prepared(request: Request, weights: Weights) -> Source:
         vocab_size=weights.model.vocab_size,
     )
     if weights.tokenizer is not None:
-        _check_same(load_tokenizer(path), load_tokenizer(weights.tokenizer), path, weights)
+        _check_same(load_tokenizer(path), _load(weights), path, weights)
     return Source(rows=rows, protocol="packed", seq_len=seq_len, num_bytes=rows.text_bytes)
 
 
@@ -171,13 +171,17 @@ def _tokenizer(weights: Weights) -> Tokenizer:
             f"{weights.path} has no tokenizer, and --text needs one: put the tokenizer.json or "
             "tokenizer.model of the model there, or give --token_ids"
         )
-    tokenizer = load_tokenizer(weights.tokenizer)
+    tokenizer = _load(weights)
     if tokenizer.vocab_size > weights.model.vocab_size:
         raise UserError(
             f"the tokenizer {weights.tokenizer} has {tokenizer.vocab_size} tokens, the model only "
             f"{weights.model.vocab_size}: it is another model's; put the model's own there"
         )
     return tokenizer
+
+
+def _load(weights: Weights) -> Tokenizer:
+    return load_recorded(weights.tokenizer, weights.tokenizer_record, of=weights.path)
 
 
 def _check_same(ours: Tokenizer, theirs: Tokenizer, path: Path, weights: Weights) -> None:

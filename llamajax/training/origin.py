@@ -16,7 +16,7 @@ from llamajax.checkpoint.weights import Weights, open_base, open_weights
 from llamajax.config import from_json_dict
 from llamajax.config.flags import show
 from llamajax.config.schema import LoraConfig, ModelConfig, RunConfig
-from llamajax.data.agreement import same_tokens
+from llamajax.data.agreement import load_recorded, same_tokens
 from llamajax.errors import UserError, combine
 
 # Keys that change neither the arrays nor the function that they compute.
@@ -56,7 +56,7 @@ def base_record(origin: Weights) -> dict[str, str]:
 def _checked(weights: Weights, config: RunConfig) -> Weights:
     problems = model_differences(weights.model, config.model)
     if weights.tokenizer is not None:
-        problems += _token_differences(weights.tokenizer, config)
+        problems += _token_differences(weights, config)
     if problems:
         raise combine(
             problems, title=f"train.init_from = {config.train.init_from}: its weights do not fit:"
@@ -91,9 +91,10 @@ def _equal(one: Any, other: Any) -> bool:
     return one == other
 
 
-def _token_differences(tokenizer: Path, config: RunConfig) -> list[str]:
-    path = config.data.path.split(",")[0].strip()
-    ours, theirs = data.load_tokenizer(path), data.load_tokenizer(tokenizer)
+def _token_differences(weights: Weights, config: RunConfig) -> list[str]:
+    path, tokenizer = config.data.path.split(",")[0].strip(), weights.tokenizer
+    ours = data.load_tokenizer(path)
+    theirs = load_recorded(tokenizer, weights.tokenizer_record, of=weights.path)
     if same_tokens(ours, theirs):
         return []
     return [

@@ -16,13 +16,14 @@ from llamajax.checkpoint import Checkpointer, CheckpointError, named_leaves
 from llamajax.checkpoint.owner import check_owner, checkpoints_of, claim
 from llamajax.checkpoint.storage import Place, is_remote
 from llamajax.checkpoint.weights import Weights
-from llamajax.config import RunConfig, diff, from_json_dict, to_json_dict
+from llamajax.config import RunConfig, to_json_dict
 from llamajax.errors import UserError
 from llamajax.monitoring import MetricsWriter, Progress, StepTimer, load_metrics, write_run_facts
 from llamajax.monitoring.blackbox import BLACKBOX, BlackBox
 from llamajax.training.agreement import decided_by_primary
 from llamajax.training.audit import Audit
 from llamajax.training.canary import Canary, canary_of
+from llamajax.training.changes import changes, data_record, run_tokenizer
 from llamajax.training.departure import LeavingAtOnce
 from llamajax.training.export import exporter, is_exported, write_adapters
 from llamajax.training.feed import Feed
@@ -71,10 +72,10 @@ def train(config: RunConfig, *, workdir: Path, shutdown: Shutdown) -> int:
         stack.enter_context(LeavingAtOnce())  # before the checkpointer waits for the others
         shutdown.name_previous(lambda: previous(checkpointer))
         audit = Audit(workdir, primary=session.machine.is_primary)
-        start = _where_to_start(session, checkpointer, audit)
+        start = _where_to_start(session, checkpointer, audit, workdir)
         if session.machine.is_primary:
             write_config(workdir, config)
-            keep_tokenizer(workdir, config)
+            keep_tokenizer(workdir, config, start.tokenizer)
         greet(session, start.step)
         steps, primary = config.guard.blackbox_steps, session.machine.is_primary
         run = _Run(
@@ -138,7 +139,7 @@ def _trained(run: _Run, start: "_Start") -> tuple[Loop, int]:
             )
             return loop, 1
         say(told, primary=primary)
-        start = _where_to_start(run.session, run.checkpointer, run.audit)
+        start = _where_to_start(run.session, run.checkpointer, run.audit, run.workdir)
 
 
 def _run(loop: Loop, state: TrainState, start: int, workdir: Path) -> int:
@@ -182,6 +183,7 @@ class _Start:
 
     step: updates already applied; position: where in the data they ended. origin: weights to
     import. base: of a run with adapters, what its checkpoints say of the frozen weights.
+    tokenizer: what they say of the tokenizer.
     """
 
     step: int
@@ -189,9 +191,12 @@ class _Start:
     origin: Weights | None
     base: dict[str, str] | None
     ledger: data.Ledger
+    tokenizer: dict[str, Any]
 
 
-def _where_to_start(session: Session, checkpointer: Checkpointer, audit: Audit) -> _Start:
+def _where_to_start(
+    session: Session, checkpointer: Checkpointer, audit: Audit, workdir: Path
+) -> _Start:
     """Says what changed since the newest whole checkpoint. UserError where weights do not fit."""
     config, mixture = session.config, session.mixture
     now = {
@@ -206,25 +211,26 @@ def _where_to_start(session: Session, checkpointer: Checkpointer, audit: Audit) 
     meta = None if start is None else checkpointer.read_meta(start)
     origin = open_origin(config, meta)
     base = base_record(origin) if config.lora.rank else None
+    found = {"origin": origin, "base": base, "tokenizer": run_tokenizer(session, meta, workdir)}
     if meta is None:
         position = audit.position(data.Position.start(**now), step=0, rollbacks=0)
         position = position.continued(step=0, **now)
         ledger = data.Ledger(mixture, position, step=0, saved=None)
-        return _Start(step=0, position=position, origin=origin, base=base, ledger=ledger)
+        return _Start(step=0, position=position, ledger=ledger, **found)
     if start > config.train.steps:
         raise UserError(
             f"the newest checkpoint is of step {start}, beyond train.steps = {config.train.steps}: "
             "raise train.steps, or choose another --workdir"
         )
-    for change in diff(from_json_dict(meta["config"]), config):
-        say(f"changed since step {start}: {change}", primary=session.machine.is_primary)
+    for line in changes(session, meta, start):
+        say(line, primary=session.machine.is_primary)
     before, saved = data.Position.from_json(meta["position"]), meta.get("ledger")
     if saved and start:
         data.check_ledger(saved, mixture, before, step=start)
     later = audit.position(before, step=start, rollbacks=meta.get("rollbacks", 0))
     position = later.continued(step=start, **now)
     ledger = data.Ledger(mixture, position, step=start, saved=saved)
-    return _Start(step=start, position=position, origin=origin, base=base, ledger=ledger)
+    return _Start(step=start, position=position, ledger=ledger, **found)
 
 
 def _build(
@@ -270,7 +276,7 @@ def _build(
         eval_batches=feed.evaluation,
         rates=rates(session),
         tokens_seen=start.position.tokens_seen,
-        meta=lambda step: _meta(config, start, run.audit),
+        meta=lambda step: _meta(session, start, run.audit),
         at_rest=functools.partial(
             to_natural, config=config.model, mesh=session.mesh, layout=session.layout
         ),
@@ -329,9 +335,10 @@ def _watchers(
     return guardian, hang
 
 
-def _meta(config: RunConfig, start: _Start, audit: Audit) -> dict[str, Any]:
+def _meta(session: Session, start: _Start, audit: Audit) -> dict[str, Any]:
     """What is saved with every checkpoint, besides the arrays."""
-    meta = {"config": to_json_dict(config), "position": start.position.to_json()}
+    meta = {"config": to_json_dict(session.config), "position": start.position.to_json()}
+    meta |= {"tokenizer": start.tokenizer, "data": data_record(session)}
     meta["ledger"] = start.ledger.to_json()
     meta["rollbacks"] = len(audit.rollbacks)
     return meta | ({"base": start.base} if start.base else {})

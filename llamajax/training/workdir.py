@@ -7,8 +7,9 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,11 +93,14 @@ def write_config(workdir: Path, config: RunConfig) -> None:
         raise UserError(f"cannot write {workdir / 'config.json'}: {error.strerror}") from None
 
 
-def keep_tokenizer(workdir: Path, config: RunConfig) -> None:
-    """Copy the tokenizer of the data, so that the workdir is complete wherever it is taken."""
-    tokenizer = data.load_tokenizer(config.data.path.split(",")[0].strip())
+def keep_tokenizer(workdir: Path, config: RunConfig, record: Mapping[str, Any]) -> None:
+    """Copy the tokenizer of the data, so that the workdir is complete wherever it is taken.
+
+    record: of the run's tokenizer; one that is already kept stays.
+    """
     target = workdir / TOKENIZER
-    if target.is_dir() and data.load_tokenizer(target).fingerprint == tokenizer.fingerprint:
+    if target.is_dir() and data.load_tokenizer(target).fingerprint == record["fingerprint"]:
         return
+    tokenizer = data.load_tokenizer(config.data.path.split(",")[0].strip())
     with replaced(target) as hidden:
         tokenizer.save(hidden)

@@ -1,0 +1,153 @@
+"""A run that is resumed with another tokenizer is refused; other data and keys are reported."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from llamajax import convert, evaluate, generate
+from llamajax.checkpoint import read_meta
+from llamajax.data import load_tokenizer, open_mixture
+from llamajax.errors import UserError
+from llamajax.optim import schedule
+from llamajax.prepare import main as prepare
+from llamajax.training.changes import changes, run_tokenizer
+
+PIECES = 300
+KEYS = {"model.vocab_size": PIECES, "train.steps": 6, "optim.warmup_steps": 1}
+TEXTS = ("abcdefgh ijkl the quick brown fox", "zyxwvuts mnop what jumps over lazy dogs")
+
+
+def prepared(folder: Path, text: str, *, tokenizer: str, repeats: int = 60) -> Path:
+    """Data in the same place each time."""
+    lines = (json.dumps({"text": f"{text} number {i}"}) + "\n" for i in range(repeats))
+    (folder / "text.jsonl").write_text("".join(lines))
+    arguments = [f"--input={folder / 'text.jsonl'}", f"--output={folder / 'data'}", "--workers=1"]
+    prepare([*arguments, f"--tokenizer={tokenizer}", "--validation_fraction=0.1", "--overwrite"])
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory) -> list[Path]:
+    """Two tokenizers of the same size."""
+    folders = [tmp_path_factory.mktemp(f"tokenizer_{n}") for n in (0, 1)]
+    pairs = zip(folders, TEXTS, strict=True)
+    return [prepared(f, text, tokenizer=f"train:{PIECES}") / "tokenizer.model" for f, text in pairs]
+
+
+@pytest.fixture(scope="module")
+def begun(short_run, tokenizers, tmp_path_factory) -> Path:
+    """A folder with `data`, and a `run` of it that stopped at step 2."""
+    folder = tmp_path_factory.mktemp("begun")
+    data = prepared(folder, TEXTS[0], tokenizer=str(tokenizers[0]))
+    assert short_run(folder / "run", stop_after=2, **KEYS, **{"data.path": str(data)}) == 143
+    return folder
+
+
+@pytest.fixture
+def resumed(begun, short_run, tmp_path):
+    """Resumes a copy of the run, with data that may have been prepared again in its place."""
+    shutil.copytree(begun / "run", tmp_path / "run")
+
+    def run(**keys) -> Path:
+        try:
+            keys = KEYS | {"data.path": str(begun / "data")} | keys
+            short_run(tmp_path / "run", stop_after=1, **keys)
+        finally:
+            prepared(begun, TEXTS[0], tokenizer=str(begun / "run" / "tokenizer"))
+        return tmp_path / "run"
+
+    return run
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(begun, tokenizers, resumed, tmp_path):
+    kept = files_of(tmp_path / "run" / "tokenizer")
+    prepared(begun, TEXTS[0], tokenizer=str(tokenizers[1]))
+    with pytest.raises(UserError) as refusal:
+        resumed()
+    for tokenizer in map(load_tokenizer, tokenizers):
+        words = f"(sentencepiece, {PIECES} tokens, fingerprint {tokenizer.fingerprint[:12]})"
+        assert words in str(refusal.value)
+    assert f"with --tokenizer={tmp_path / 'run' / 'tokenizer'}" in str(refusal.value)
+    assert files_of(tmp_path / "run" / "tokenizer") == kept
+
+
+def test_without_a_record_the_kept_tokenizer_decides(begun, tokenizers, short_config, tmp_path):
+    other = prepared(tmp_path, TEXTS[0], tokenizer=str(tokenizers[1]))
+    data = short_config(**KEYS, **{"data.path": str(other)}).data
+    mixture = open_mixture(data, split="train", vocab_size=PIECES)
+    session = SimpleNamespace(mixture=mixture)
+    with pytest.raises(UserError, match="another tokenizer"):
+        run_tokenizer(session, {}, begun / "run")
+    fresh = run_tokenizer(session, {}, tmp_path / "no_run")
+    assert fresh["fingerprint"] == load_tokenizer(tokenizers[1]).fingerprint
+    assert run_tokenizer(session, None, begun / "run") == fresh  # a run that begins
+
+
+def test_other_data_and_keys_are_reported_and_the_run_goes_on(
+    begun, tokenizers, resumed, short_config, capsys
+):
+    prepared(begun, TEXTS[0], tokenizer=str(tokenizers[0]), repeats=80)
+    workdir = resumed(**{"train.steps": 12, "optim.clip_norm": None})
+    told = [line for line in capsys.readouterr().err.splitlines() if "changed" in line]
+    optim = short_config(**KEYS).optim
+    old, new = (f"{float(schedule(optim, steps=steps)(3)):.6g}" for steps in (6, 12))
+    assert old != new
+    assert told[:3] == [
+        "changed since step 2: optim.clip_norm: 1.0 -> none",
+        "changed since step 2: train.steps: 6 -> 12",
+        f"changed since step 2: learning rate of step 3: {old} -> {new}",
+    ]
+    data = begun / "data"
+    assert told[3].startswith(f"data changed since step 2: train split: {data} (54 documents, ")
+    assert f" -> {data} (72 documents, " in told[3]
+    assert told[4].startswith("data changed since step 2: validation split: ")
+    assert len(told) == 5
+    assert (workdir / "checkpoints" / "3").is_dir()
+
+
+def test_nothing_is_reported_where_nothing_changed(begun, short_config):
+    config = short_config(**KEYS, **{"data.path": str(begun / "data")})
+    splits = (open_mixture(config.data, split=s, vocab_size=300) for s in ("train", "validation"))
+    mixture, held_out = splits
+    session = SimpleNamespace(config=config, mixture=mixture, held_out=held_out)
+    meta = read_meta(begun / "run" / "checkpoints" / "2")
+    assert list(changes(session, meta, 2)) == []
+    del meta["data"]  # as in checkpoints of older versions
+    assert list(changes(session, meta, 2)) == []
+    meta["position"]["segments"][-1]["mixture_hash"] = "another"
+    assert "data changed since step 2; " in next(changes(session, meta, 2))
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags"),
+    [
+        (generate, ["--checkpoint={run}", "--prompt=a"]),
+        (evaluate, ["--checkpoint={run}", "--text={text}"]),
+        (convert, ["--from={run}", "--to={out}"]),
+    ],
+)
+def test_weights_with_another_tokenizer_are_not_used(begun, tokenizers, tmp_path, verb, flags):
+    run = shutil.copytree(begun / "run", tmp_path / "run")
+    shutil.copy(tokenizers[1], run / "tokenizer" / "tokenizer.model")
+    names = {"run": run, "text": tmp_path / "plain.txt", "out": tmp_path / "out"}
+    names["text"].write_text("some text")
+    with pytest.raises(UserError, match="put that tokenizer back"):
+        verb.main([flag.format(**names) for flag in flags])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_does_not_begin_from_weights_with_another_tokenizer(
+    begun, tokenizers, tmp_path, short_run
+):
+    run = shutil.copytree(begun / "run", tmp_path / "run")
+    shutil.copy(tokenizers[1], run / "tokenizer" / "tokenizer.model")
+    keys = KEYS | {"data.path": str(begun / "data"), "train.init_from": run}
+    with pytest.raises(UserError, match="put that tokenizer back"):
+        short_run(tmp_path / "new", **keys)
