@@ -1,11 +1,20 @@
 #!/usr/bin/env bash
 # From nothing to a trained Llama in minutes: makes .venv, installs, prepares the bundled book,
 # trains, and prints what was learnt. Rerun it at any time: it continues where it was.
+#   ./launch/quickstart.sh               on the CPU, or on what the installed JAX sees
+#   ./launch/quickstart.sh --extra=cuda  installs JAX for NVIDIA GPUs first; tpu: for Cloud TPUs
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
 RUN=runs/quickstart
-make_venv "$ROOT/.venv" "."
+REQUIREMENT="."
+for argument in "$@"; do
+  case "$argument" in
+    --extra=cuda | --extra=tpu) REQUIREMENT=".[${argument#--extra=}]" ;;
+    *) die "$argument: quickstart.sh takes --extra=cuda or --extra=tpu, and nothing else" ;;
+  esac
+done
+make_venv "$ROOT/.venv" "$REQUIREMENT"
 cd "$ROOT"
 PYTHON="$ROOT/.venv/bin/python"
 

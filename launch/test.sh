@@ -5,8 +5,6 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
-# The pinned torch that parity is tested with is smallest on 3.11.
-PREFERRED=python3.11
 make_venv "$ROOT/.venv" ".[test]"
 add_pjrt_cpu "$ROOT/.venv"
 cd "$ROOT"

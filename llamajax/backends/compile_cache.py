@@ -3,8 +3,8 @@
 JAX has such a cache; here are its folder, and files that survive a kill: each is written beside its
 place and renamed, and carries a digest, so that several processes and killed ones leave nothing
 that is read as a program. For a platform that JAX keeps no programs of, its check is answered
-before it is asked (a repair, see `repairs`). The private parts of JAX that this needs are those of
-the releases named there; under another release JAX's own files are used, for its own platforms.
+before it is asked (a repair, see `repairs`). Where JAX lacks the private parts that this needs
+(`jax_private.cache_hook`), its own files are used, for its own platforms.
 
 JAX writes what process 0 compiles and nothing else. On GPUs its keys are made to be the same on all
 processes (read in its code, not run), which find the program if they see that folder. A CPU's key
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from llamajax.backends.folders import cache_directory
-from llamajax.backends.repairs import CHECKED_RELEASES, release
+from llamajax.backends.jax_private import cache_hook
 
 _DIGEST_BYTES = 32
 _SUFFIX = ".program"
@@ -46,14 +46,8 @@ def enable(folder: str, *, force: bool) -> Path | None:
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_COMPILE_S)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-    if release() in CHECKED_RELEASES:
-        from jax._src import compilation_cache
-
-        compilation_cache.reset_cache()
-        compilation_cache.get_file_cache = _open
-        if force:
-            compilation_cache._cache_checked = True
-            compilation_cache._cache_used = True
+    if not cache_hook.problem():
+        cache_hook.install(_open, force=force)
     return path
 
 

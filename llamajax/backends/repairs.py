@@ -1,19 +1,18 @@
 """What JAX takes from a platform that it does not know, given back; and what is done without.
 
-JAX 0.10.2 and 0.12.0.1 keep two lists of platforms, of those that may reuse donated memory and of
-those whose executables may be kept on disk; a new platform is in neither and is told so at most in
-a warning. The two lists are private, so each repair stands behind a check of JAX's version and a
-test on both releases. `config.backend.repairs` says which: `auto` those that the doctor saw work on
-this platform, `none`, or names.
+JAX keeps two lists of platforms, of those that may reuse donated memory and of those whose
+executables may be kept on disk; a new platform is in neither and is told so at most in a warning.
+The two lists are private: `jax_private` checks that they are as expected. `config.backend.repairs`
+says which: `auto` those that the doctor saw work on this platform, `none`, or names.
 """
 
 import warnings
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from llamajax.backends.jax_private import TESTED, cache_hook, donation
 from llamajax.backends.platforms import platform_facts
 from llamajax.backends.verdict import NOT_READY, Verdict
 from llamajax.config import did_you_mean, nearest
@@ -29,11 +28,9 @@ REPAIRS = {
     SYNCHRONOUS_CHECKPOINTS: "a checkpoint is on disk before the next step: no copies beside it",
     PLAIN_ATTENTION: "attention as the plain operations of the reference, no blocks, no kernel",
 }
+_PRIVATE = {DONATION: donation, COMPILE_CACHE: cache_hook}
 # What a platform that JAX does not know loses without the first two.
 LOST = "no reuse of donated memory (weights and optimizer live twice), no compile cache"
-
-# Releases of JAX whose private lists were read.
-CHECKED_RELEASES = ((0, 10, 2), (0, 12, 0))
 
 
 def chosen(text: str, *, platform: str, verdict: Verdict | None) -> tuple[str, ...]:
@@ -62,28 +59,11 @@ def chosen(text: str, *, platform: str, verdict: Verdict | None) -> tuple[str, .
 
 
 def _obstacle(name: str, platform: str) -> str | None:
-    """Why a repair that touches JAX's private lists cannot be made under this release."""
-    private = name in (DONATION, COMPILE_CACHE) and not platform_facts(platform).is_known_to_jax
-    if not private or release() in CHECKED_RELEASES:
+    """Return why a repair that needs a private part of JAX cannot be made; None if it can."""
+    part = _PRIVATE.get(name)
+    if part is None or platform_facts(platform).is_known_to_jax or not (why := part.problem()):
         return None
-    known = ", ".join(".".join(map(str, version)) for version in CHECKED_RELEASES)
-    return f"it was checked with jax {known}, not with {jax.__version__}; install one of those"
-
-
-def release() -> tuple[int, ...]:
-    """Release of JAX without its fourth number."""
-    return tuple(int(part) for part in jax.__version__.split(".")[:3] if part.isdigit())
-
-
-def enable_donation(platform: str) -> None:
-    """Let JAX reuse the memory of what is donated on a platform that is not in its list.
-
-    Before anything was traced for it: what is already lowered stays as it is.
-    """
-    from jax._src.interpreters import mlir
-
-    if platform not in mlir._platforms_with_donation:
-        mlir._platforms_with_donation.append(platform)
+    return f"{why}; install a release of jax that was tested: {', '.join(TESTED['jax'])}"
 
 
 def is_donating(platform: str, repairs: Sequence[str]) -> bool:
@@ -93,8 +73,8 @@ def is_donating(platform: str, repairs: Sequence[str]) -> bool:
 
 def apply_to_lowering(platform: str, repairs: Sequence[str]) -> None:
     """Make up for what JAX lowers differently there, before anything is traced for it."""
-    if DONATION in repairs:
-        enable_donation(platform)
+    if DONATION in repairs and not platform_facts(platform).is_known_to_jax:
+        donation.enable(platform)
     elif not is_donating(platform, repairs):
         say_less_of_donation()
 

@@ -5,7 +5,6 @@ The only place that writes environment variables and JAX's configuration.
 
 import dataclasses
 import importlib.metadata
-import logging
 import math
 import os
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import jax
 from llamajax.backends import compile_cache, process_facts
 from llamajax.backends.device_table import read_device_table
 from llamajax.backends.devices import give_gpu_memory, use_table
+from llamajax.backends.jax_private.experimental_warning import no_experimental_warning
 from llamajax.backends.place import Place, find_place, several_are_indicated
 from llamajax.backends.platforms import attention_preferences, is_host, platform_facts
 from llamajax.backends.plugin import named_to_jax, why_not
@@ -120,27 +120,16 @@ def start(
 
 def _devices(config: BackendConfig) -> list[jax.Device]:
     """The devices of the platform that was asked for; UserError when it does not come up."""
-    logger = logging.getLogger("jax._src.xla_bridge")
-    quiet = _NotExperimental()
-    logger.addFilter(quiet)
     try:
-        devices = jax.devices()
+        with no_experimental_warning():
+            devices = jax.devices()
     except RuntimeError as error:
         wanted = config.name or os.environ.get("JAX_PLATFORMS") or "the default"
         raise UserError(why_not(wanted, str(error), config)) from None
-    finally:
-        logger.removeFilter(quiet)
     # JAX 0.10.2 leaves cuda and rocm out where the host has no such device, and says nothing
     if config.name and is_host(devices[0].platform) and not is_host(config.name):
         raise UserError(why_not(config.name, f"{config.name} provides no devices", config))
     return devices
-
-
-class _NotExperimental(logging.Filter):
-    """JAX warns of every platform that is not its own; a run says more of it than that."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "is experimental" not in record.getMessage()
 
 
 def _facts(devices: list[jax.Device]) -> Machine:

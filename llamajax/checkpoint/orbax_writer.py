@@ -5,7 +5,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from llamajax.backends.orbax_retries import limit_gcs_retries
+from llamajax.backends.jax_private.orbax_retries import limit_gcs_retries
 from llamajax.checkpoint.rendezvous import Rendezvous
 from llamajax.checkpoint.storage import RETRIES, Place, is_remote
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llamajax.data.bare_grain import grain
+from llamajax.backends.jax_private.bare_grain import grain
 from llamajax.data.mixture import Mixture, PreparedSplit
 from llamajax.data.position import Position
 from llamajax.data.shards import BLOCK_TOKENS

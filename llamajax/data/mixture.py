@@ -14,9 +14,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from llamajax.backends.jax_private.bare_grain import grain
 from llamajax.config.schema import DataConfig
 from llamajax.data import shards
-from llamajax.data.bare_grain import grain
 from llamajax.data.order import EndlessOrder
 from llamajax.data.tokenizers import MANIFEST
 from llamajax.errors import UserError, combine

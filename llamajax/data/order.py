@@ -5,7 +5,7 @@ import hashlib
 
 import numpy as np
 
-from llamajax.data.bare_grain import index_shuffle
+from llamajax.backends.jax_private.bare_grain import index_shuffle
 
 # Up to here an epoch's permutation is drawn whole (8 MB, 80 ms): exactly uniform. Beyond it grain's
 # index_shuffle computes single entries; on a short range it would take 60 us each.

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llamajax.backends import computes_attention, cudnn, platform_of_attention
+from llamajax.backends import computes_attention, platform_of_attention
+from llamajax.backends.jax_private import cudnn
 from llamajax.errors import combine
 from llamajax.ops.attention_blocked import blocked_attention
 from llamajax.ops.attention_kernels import cudnn_attention, splash_attention
@@ -101,7 +102,7 @@ def check_supported(
             "needs a GPU of compute capability 9.0 (Hopper) or later for packed documents, "
             f"this one has {compute_capability}": hopper,
         }
-        problems = cudnn.version_problems(jax.__version__)
+        problems = [why] if (why := cudnn.problem()) else []
     elif impl == "splash":
         facts = {
             f"needs platform {platform_of_attention(impl)}, this is {platform}": (

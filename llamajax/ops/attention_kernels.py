@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llamajax.backends import cudnn
+from llamajax.backends.jax_private import cudnn
 from llamajax.ops import attention_blocked
 
 # cuDNN wants a bound on the documents of a batch, and its row statistics take 4 bytes for each of

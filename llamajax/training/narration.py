@@ -7,6 +7,7 @@ from typing import Any
 
 from llamajax import backends, sharding
 from llamajax.checkpoint import Checkpointer
+from llamajax.checkpoint.storage import is_url
 from llamajax.config import RunConfig
 from llamajax.errors import UserError
 from llamajax.models.counts import flops_per_token, num_parameters
@@ -31,6 +32,7 @@ def greet(session: Session, start: int) -> None:
         + trained,
         f"machine  {m.platform}, {m.device_kind}; mesh {sharding.describe(session.mesh)}",
         *backends.profile_lines(backends.machine_profile(m), m.note),
+        *lines_of_loss(lost_features(session)),
         *(f"layout   {line}" for line in sharding.placement_table(session.mesh)),
         f"compute  {c.train.dtype}, attention {session.compute.attention}, remat {c.train.remat}",
         f"peak     {peak[0] / 1e12:g} TFLOP/s a device ({peak[1]})"
@@ -43,6 +45,18 @@ def greet(session: Session, start: int) -> None:
         else f"steps    {c.train.steps}, from {c.train.init_from or 'the beginning'}",
     ):
         say(line, primary=m.is_primary)
+
+
+def lost_features(session: Session) -> dict[str, str]:
+    """Return what the run does without because a private part of a library has changed, and why."""
+    uses_gcs = is_url(session.config.checkpoint.directory)
+    return backends.lost_features(session.machine.platform, uses_gcs=uses_gcs)
+
+
+def lines_of_loss(lost: dict[str, str]) -> list[str]:
+    """Return the warning that a run prints about them, or nothing."""
+    reasons = "; ".join(f"{feature}: {reason}" for feature, reason in lost.items())
+    return [f"warning: this run does without {reasons}"] if lost else []
 
 
 def say_of_donation(session: Session, step: Any) -> None:
@@ -110,6 +124,8 @@ def facts(session: Session, step: Any) -> dict[str, Any]:
         "reused_bytes": donated and donated[1],
         "peak_flops": peak[0] if peak else None,
         "peak_source": peak[1] if peak else None,
+        "lost_features": lost_features(session),
+        "untested_versions": backends.untested_versions(),
         "unigram_entropy": session.held_out.unigram_loss if session.held_out else None,
     }
 

@@ -4,7 +4,7 @@ import pytest
 import tensorstore as ts
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from llamajax.backends import orbax_retries
+from llamajax.backends.jax_private import orbax_retries
 
 RETRIES = {"max_retries": 3, "initial_delay": "2s", "max_delay": "3s"}
 
@@ -25,7 +25,9 @@ def test_the_installed_orbax_opens_tensorstore_with_our_limit(use_ocdbt):
     assert context["gcs_request_retries"].to_json() == RETRIES
 
 
-def test_a_release_that_was_not_read_is_left_alone(monkeypatch):
-    monkeypatch.setattr(orbax_retries, "version", lambda _: "0.13.0")
+def test_tables_that_have_changed_are_left_alone(monkeypatch):
+    assert orbax_retries.problem() is None
+    monkeypatch.delattr(tensorstore_utils, "_DEFAULT_OCDBT_TS_CONTEXT")
+    assert "takes minutes to give up" in orbax_retries.problem()
     assert not orbax_retries.limit_gcs_retries(RETRIES)
     assert "gcs_request_retries" not in tensorstore_utils._BASE_TS_CONTEXT

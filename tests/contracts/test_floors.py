@@ -4,6 +4,7 @@ Each rule is a function from a module's syntax tree to complaints, and is itself
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,9 @@ OTHER_LIMITS = {"training/step.py": 40, "training/loop.py": 100}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
 # A module mutated inside these and not returned is lost without an error.
 FORBIDDEN_NNX = {"jit", "scan", "split", "merge", "Optimizer", "remat", "grad", "value_and_grad"}
+
+# These begin with an underscore and are public nevertheless.
+OPEN_NAMES = {"_asdict", "_exit", "_fields", "_make", "_replace"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -107,6 +111,26 @@ def check_environment(tree: ast.AST, name: str) -> Iterator[str]:
                 yield f"{name}:{node.lineno} imports jax.config; only backends/ may"
 
 
+def check_private(tree: ast.AST, name: str) -> Iterator[str]:
+    """Private names of other packages outside backends/jax_private/, as text as well."""
+    if name.startswith("backends/jax_private/"):
+        return
+    for node in ast.walk(tree):
+        named = []
+        if isinstance(node, ast.Import):
+            named = [alias.name for alias in node.names if "._" in alias.name]
+        elif isinstance(node, ast.ImportFrom):
+            named = [f"{node.module}.{alias.name}" for alias in node.names]
+            named = [module for module in named if "._" in module]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            named = re.findall(r"^\w[\w.]*\._src\b\S*", node.value)
+        elif isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            named = [ast.unparse(node)] if not own and node.attr not in OPEN_NAMES else []
+        for text in named:
+            yield f"{name}:{node.lineno} uses {text}; only backends/jax_private/ may"
+
+
 def check_functions(tree: ast.AST, name: str) -> Iterator[str]:
     """Functions that don't fit on a screen."""
     limit = OTHER_LIMITS.get(name, FUNCTION_LINES)
@@ -127,7 +151,7 @@ def check_transforms(tree: ast.AST, name: str) -> Iterator[str]:
             yield f"{name}:{node.lineno} imports from flax.nnx; write nnx.NAME"
 
 
-CHECKS = [check_floor, check_environment, check_functions, check_transforms]
+CHECKS = [check_floor, check_environment, check_private, check_functions, check_transforms]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -153,6 +177,11 @@ def test_the_package_keeps_the_rule(check):
         (check_environment, "train.py", "from os import getenv"),
         (check_environment, "training/x.py", "import jax\njax.config.update('a', 1)"),
         (check_environment, "training/x.py", "from jax import config"),
+        (check_private, "data/x.py", "from grain._src.core import transforms"),
+        (check_private, "ops/x.py", "def f():\n    from jax import _src"),
+        (check_private, "ops/x.py", "import jax._src.config"),
+        (check_private, "backends/x.py", "logging.getLogger('jax._src.xla_bridge')"),
+        (check_private, "checkpoint/x.py", "self._orbax._handler"),
         (check_functions, "ops/x.py", "def f():\n" + "    pass\n" * 60),
         (check_functions, "training/step.py", "def f():\n" + "    pass\n" * 40),
         (check_transforms, "training/x.py", "nnx.jit(f)"),
@@ -170,6 +199,12 @@ def test_the_rule_complains(check, name, source):
         (check_floor, "data/x.py", "from .shards import y\nfrom llamajax.data import z"),
         (check_floor, "train.py", "from llamajax.training import loop"),
         (check_environment, "backends/x.py", "import jax, os\nos.environ\njax.config.update(1)"),
+        (check_private, "backends/jax_private/x.py", "from jax._src import config\nconfig._x"),
+        (
+            check_private,
+            "data/x.py",
+            "self._x\ncls._y\nrow._replace(a=1)\nimport jax.numpy\n'a._srcs'",
+        ),
         (check_functions, "ops/x.py", "def f():\n" + "    pass\n" * 59),
         (check_transforms, "models/x.py", "nnx.Module, nnx.Param, jax.jit"),
     ],

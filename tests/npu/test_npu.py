@@ -65,11 +65,11 @@ found["freed"] = device.memory_stats()["bytes_in_use"] - found["before"]["bytes_
 big = jax.ShapeDtypeStruct((1024, 1024, 80), jnp.float32)
 found["program"] = told(lambda: jax.jit(lambda x: x + 1).lower(big).compile())
 found["array"] = told(lambda: jax.device_put(np.zeros((1024, 1024, 80), np.float32), device))
-from llamajax.backends import repairs
+from llamajax.backends.jax_private import donation
 double = lambda: jax.jit(lambda x: 2 * x, donate_argnums=0)
 shape = jax.ShapeDtypeStruct((256,), jnp.float32)
 found["alias"] = [double().lower(shape).compile().memory_analysis().alias_size_in_bytes]
-repairs.enable_donation("npu")
+donation.enable("npu")
 jax.clear_caches()
 found["alias"] += [double().lower(shape).compile().memory_analysis().alias_size_in_bytes]
 given = jax.device_put(np.ones(256, np.float32), device)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamajax.backends import cudnn
+from llamajax.backends.jax_private import cudnn
 from llamajax.errors import UserError
 from llamajax.ops import attention_kernels
 from llamajax.ops.attention import attention
@@ -93,20 +93,56 @@ def test_grouped_queries_over_packed_documents_equal_xla(monkeypatch, num_docume
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("version", ["0.10.2", "0.12.0.1", "0.12.0"])
-def test_releases_that_were_read_are_accepted(version):
-    assert cudnn.version_problems(version) == []
+def test_the_installed_jax_has_the_primitives():
+    assert cudnn.problem() is None
 
 
-@pytest.mark.parametrize("version", ["0.9.9", "0.11.0", "0.12.1", "0.13.0.dev20270101", "1.0"])
-def test_unknown_releases_of_jax_are_refused_with_the_fix(version):
-    (problem,) = cudnn.version_problems(version)
-    assert version in problem
-    assert "--config.train.attention=blocked" in problem
+def lowering_rule(taken):
+    """A CUDA lowering rule of a made-up release, with these parameters."""
+    namespace: dict = {}
+    exec(f"def rule({', '.join(taken)}): ...", namespace)
+    return namespace["rule"]
 
 
-def test_binding_on_an_unknown_release_is_a_user_error(monkeypatch):
+def with_rule(monkeypatch, direction, *, added=(), without=()):
+    from jax._src.cudnn import fused_attention_stablehlo as module
+
+    taken = [name for name in ("ctx", *cudnn._EXPECTED[direction], *added) if name not in without]
+    name = f"_dot_product_attention_{direction}_cuda_lowering"
+    monkeypatch.setattr(module, name, lowering_rule(taken))
     monkeypatch.setattr(jax, "__version__", "9.9.9")
+
+
+@pytest.mark.parametrize("added", [(), ("score_mod_name", "score_mod_jaxpr")])
+def test_an_unknown_release_with_the_known_parameters_is_accepted(monkeypatch, added):
+    with_rule(monkeypatch, "fwd", added=added)
+    assert cudnn.problem() is None
+    assert cudnn._parts().unused.keys() >= set(added)
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize(
+    "change",
+    [{"added": ("paged",)}, {"without": ("seed",)}, {"without": ("q_offsets",)}],
+    ids=["new", "gone", "operand-gone"],
+)
+def test_other_parameters_are_refused_by_name_with_the_fix(monkeypatch, direction, change):
+    with_rule(monkeypatch, direction, **change)
+    (name,) = next(iter(change.values()))
+    problem = cudnn.problem()
+    assert f"jax 9.9.9 is not as in the releases that were tested (parameters of {direction}: " in (
+        problem
+    )
+    assert f": {name})" in problem
+    assert "--config.train.attention=blocked" in problem
     q = jnp.zeros((1, 8, 1, 8), jnp.bfloat16)
-    with pytest.raises(UserError, match=r"9\.9\.9"):
+    with pytest.raises(UserError, match=name):
         cudnn.forward(q, q, q, None)
+
+
+@pytest.mark.parametrize("gone", ["_dot_product_attention_bwd_p", "MaskType"])
+def test_a_part_that_is_gone_is_named(monkeypatch, gone):
+    from jax._src.cudnn import fused_attention_stablehlo as module
+
+    monkeypatch.delattr(module, gone)
+    assert gone in cudnn.problem()

@@ -83,6 +83,8 @@ def test_a_run_learns_and_leaves_what_the_contract_says(undisturbed):
     assert (undisturbed / "checkpoints" / "60").is_dir()
     assert (undisturbed / "report.html").is_file()
     assert json.loads((undisturbed / "config.json").read_text())["train"]["steps"] == 60
+    facts = json.loads((undisturbed / "run.json").read_text())
+    assert (facts["lost_features"], facts["untested_versions"]) == ({}, [])
 
 
 def test_finished_runs_are_left_alone(prepared, undisturbed):

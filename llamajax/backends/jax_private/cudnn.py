@@ -1,0 +1,183 @@
+"""cuDNN's fused attention over packed documents, by two private primitives of JAX.
+
+JAX's public `jax.nn.dot_product_attention` can say "causal", but a document mask becomes a bias
+tensor of T x S. cuDNN itself takes documents as lengths and offsets; JAX passes them on only in
+`jax._src.cudnn.fused_attention_stablehlo`. We bind the two primitives of that module directly:
+
+- its wrapper in jax 0.10 scales the offsets of keys by the number of *query* heads, which silently
+  reads wrong tokens when queries are grouped (fixed later, jax-ml/jax pull request 39521); here we
+  compute the offsets, for every version alike;
+- its wrapper looks for a GPU while tracing, so that nothing could be lowered or planned without.
+
+The parameters of these primitives change from release to release: `problem` compares them.
+Checked by lowering for CUDA and reading the program; not yet run on a GPU.
+"""
+
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llamajax.backends.jax_private import TESTED
+from llamajax.errors import UserError
+
+# Operands and parameters as the CUDA lowering rules name them. The last two came with jax 0.12 and
+# are passed as None where they exist; any other new parameter is one whose meaning we don't know.
+_OPERANDS = ("query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets",
+             "page_table_k", "page_table_v")  # fmt: skip
+_RESIDUALS = ("activation", "fwd_output", "grad_output")
+_PARAMETERS = ("scale", "seed", "dropout_rate", "variadic_args", "mask_type", "layout",
+               "sliding_window_length")  # fmt: skip
+_OPTIONAL = ("score_mod_name", "score_mod_jaxpr")
+_EXPECTED = {
+    "fwd": [*_OPERANDS, *_PARAMETERS, "is_training"],
+    "bwd": [*_OPERANDS, *_RESIDUALS, *_PARAMETERS],
+}
+
+
+class Documents(NamedTuple):
+    """Where the documents of all rows lie, compacted to the left over the whole batch, int32.
+
+    `lengths` (B, M): tokens, 0 where unused. `q_offsets`, `kv_offsets` (B, M + 1): the first
+    element of each in the flattened queries and keys, one past the end where unused.
+    """
+
+    lengths: jax.Array
+    q_offsets: jax.Array
+    kv_offsets: jax.Array
+
+
+def problem() -> str | None:
+    """Return why this release of JAX cannot do cuDNN attention over documents; None if it can."""
+    found = _parts()
+    return _refusal(found) if isinstance(found, str) else None
+
+
+def _refusal(difference: str) -> str:
+    return (
+        f"cudnn attention over packed documents uses a private part of JAX, which in jax "
+        f"{jax.__version__} is not as in the releases that were tested ({difference}); install "
+        f"one of those ({', '.join(TESTED['jax'])}), or choose --config.train.attention=blocked"
+    )
+
+
+class _Parts(NamedTuple):
+    """JAX's two primitives, and what goes into their parameters."""
+
+    forward: Any
+    backward: Any
+    causal: Any
+    padding_causal: Any
+    layout: Any
+    unused: dict[str, None]
+
+
+def _parts() -> _Parts | str:
+    """Return JAX's private parts, or the first thing about them that is not as expected."""
+    unused: dict[str, None] = {}
+    try:
+        from jax._src.cudnn import fused_attention_stablehlo as module
+
+        for direction, expected in _EXPECTED.items():
+            rule = getattr(module, f"_dot_product_attention_{direction}_cuda_lowering")
+            taken = inspect.signature(rule).parameters
+            names = [name for name, p in taken.items() if p.kind is not p.VAR_POSITIONAL]
+            unused |= {name: None for name in names if name in _OPTIONAL}
+            found = [name for name in names[1:] if name not in _OPTIONAL]  # names[0]: the context
+            if found != expected:
+                changed = sorted(set(found) ^ set(expected)) or ["their order"]
+                return f"parameters of {direction}: {', '.join(changed)}"
+        return _Parts(
+            forward=module._dot_product_attention_fwd_p,
+            backward=module._dot_product_attention_bwd_p,
+            causal=module.MaskType.CAUSAL,
+            padding_causal=module.MaskType.PADDING_CAUSAL,
+            layout=module.AttentionLayout.BTNH.value,
+            unused=unused,
+        )
+    except (ImportError, AttributeError) as error:
+        return str(error)
+
+
+def documents(segment_ids_BT: jax.Array, *, max_documents: int, q_stride: int, kv_stride: int):
+    """`Documents` of the packed rows, and whether they fit into B * `max_documents` places.
+
+    A document is a run of equal ids within a row; the padding at the end is one, too. Strides are
+    the array elements of one token: heads times head size.
+    """
+    B, T = segment_ids_BT.shape
+    assert B * T * q_stride < 2**31, "cuDNN's offsets are 32-bit: use a smaller local batch"
+    before = jnp.concatenate([segment_ids_BT[:, :1] - 1, segment_ids_BT[:, :-1]], axis=1)
+    is_start = (segment_ids_BT != before).reshape(B * T)
+    places = B * (max_documents + 1)
+    (starts,) = jnp.nonzero(is_start, size=places, fill_value=B * T)
+    starts = starts.astype(jnp.int32)
+    lengths = jnp.diff(starts)[: B * max_documents]
+    shape = (B, max_documents + 1)
+    found = Documents(
+        lengths.reshape(B, max_documents),
+        (starts * q_stride).reshape(shape),
+        (starts * kv_stride).reshape(shape),
+    )
+    return found, jnp.sum(is_start, dtype=jnp.int32) <= B * max_documents
+
+
+def forward(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, docs: Documents | None
+) -> tuple[jax.Array, jax.Array]:
+    """Output (B, T, N, H) and float32 row statistics (B * M, N, T) of causal attention."""
+    parts, parameters = _bound(q_BTNH, docs)
+    operands = (q_BTNH, k_BSKH, v_BSKH, *_operands(q_BTNH, docs))
+    o, statistics = parts.forward.bind(*operands, is_training=True, **parameters)
+    return _varying_like(o, q_BTNH), _varying_like(statistics, q_BTNH)
+
+
+def backward(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    docs: Documents | None,
+    statistics: jax.Array,
+    o_BTNH: jax.Array,
+    do_BTNH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k and v, from what `forward` returned and the gradient of its output."""
+    parts, parameters = _bound(q_BTNH, docs)
+    operands = (q_BTNH, k_BSKH, v_BSKH, *_operands(q_BTNH, docs), statistics, o_BTNH, do_BTNH)
+    grads = parts.backward.bind(*operands, **parameters)
+    dq, dk, dv = (_varying_like(g, x) for g, x in zip(grads, operands[:3], strict=True))
+    return dq, dk, dv
+
+
+def _varying_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Mark `x` as varying along the axes of `like`: until jax 0.10.1 the primitives do not."""
+    wanted, found = (jax.typeof(y).manual_axis_type.varying for y in (like, x))
+    missing = tuple(sorted(wanted - found))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _operands(q_BTNH: jax.Array, docs: Documents | None) -> tuple[jax.Array, ...]:
+    """bias, lengths and offsets of queries and keys, two page tables; empty arrays where unused."""
+    unused = jnp.zeros(0, q_BTNH.dtype)
+    if docs is None:
+        return (unused,) * 7
+    lengths = docs.lengths
+    return (unused, lengths, lengths, docs.q_offsets, docs.kv_offsets, unused, unused)
+
+
+def _bound(q_BTNH: jax.Array, docs: Documents | None) -> tuple[_Parts, dict[str, Any]]:
+    """Return JAX's private parts and the parameters common to both primitives."""
+    parts = _parts()
+    if isinstance(parts, str):
+        raise UserError(_refusal(parts))
+    return parts, {
+        "scale": q_BTNH.shape[-1] ** -0.5,
+        "seed": 42,
+        "dropout_rate": 0.0,
+        "variadic_args": (False, False),  # no bias, no gradient of it
+        "mask_type": parts.causal if docs is None else parts.padding_causal,
+        "layout": parts.layout,
+        "sliding_window_length": None,
+        **parts.unused,
+    }

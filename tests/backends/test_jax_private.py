@@ -1,0 +1,106 @@
+"""What a run does without when a private part has changed, and the table of tested releases."""
+
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax._src import compilation_cache
+from jax._src.cudnn import fused_attention_stablehlo
+from jax._src.interpreters import mlir
+from orbax.checkpoint._src.serialization import tensorstore_utils
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from llamajax.backends import jax_private
+from llamajax.backends.jax_private import cache_hook, donation
+from llamajax.training import narration
+
+PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+PLATFORMS = ("cpu", "gpu", "tpu", "npu")
+
+
+def test_every_private_part_is_there_in_the_installed_releases():
+    assert jax_private.untested_versions() == []
+    for platform in PLATFORMS:
+        assert jax_private.lost_features(platform, uses_gcs=True) == {}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "feature", "platforms"),
+    [
+        (compilation_cache, "_cache_used", "atomic_compile_cache", PLATFORMS),
+        (compilation_cache, "get_file_cache", "atomic_compile_cache", PLATFORMS),
+        (fused_attention_stablehlo, "MaskType", "cudnn_attention", ("gpu",)),
+        (mlir, "_platforms_with_donation", "donation", ("npu",)),
+        (tensorstore_utils, "_BASE_TS_CONTEXT", "gcs_retries", PLATFORMS),
+    ],
+)
+def test_what_is_lost_is_named_on_the_platforms_that_lose_it(
+    monkeypatch, module, name, feature, platforms
+):
+    monkeypatch.delattr(module, name)
+    for platform in PLATFORMS:
+        lost = jax_private.lost_features(platform, uses_gcs=True)
+        assert list(lost) == [feature] * (platform in platforms)
+        assert all(version("jax") in why or "orbax" in why for why in lost.values())
+    assert "gcs_retries" not in jax_private.lost_features("cpu", uses_gcs=False)
+
+
+def test_a_run_says_in_one_warning_what_it_does_without(monkeypatch):
+    monkeypatch.delattr(mlir, "_platforms_with_donation")
+    monkeypatch.delattr(compilation_cache, "reset_cache")
+    checkpoint = SimpleNamespace(directory=None)
+    session = SimpleNamespace(
+        config=SimpleNamespace(checkpoint=checkpoint), machine=SimpleNamespace(platform="npu")
+    )
+    lost = narration.lost_features(session)
+    assert list(lost) == ["atomic_compile_cache", "donation"]
+    (line,) = narration.lines_of_loss(lost)
+    assert line.startswith("warning: this run does without atomic_compile_cache: jax ")
+    assert "; donation: jax " in line
+    assert narration.lines_of_loss({}) == []
+    checkpoint.directory = "gs://bucket/run"
+    monkeypatch.delattr(tensorstore_utils, "get_ts_context")
+    assert list(narration.lost_features(session)) == [*lost, "gcs_retries"]
+
+
+def test_a_cache_that_opens_in_another_way_is_left_alone(monkeypatch):
+    monkeypatch.setattr(compilation_cache, "get_file_cache", lambda path, backend: None)
+    assert "JAX's own files" in cache_hook.problem()
+
+
+def test_an_untested_release_is_named(monkeypatch):
+    monkeypatch.setattr(jax_private, "version", lambda name: "0.12.01")
+    assert jax_private.untested_versions() == [
+        "jax 0.12.01", "orbax-checkpoint 0.12.01", "grain 0.12.01",
+    ]  # fmt: skip
+
+
+def test_the_bounds_of_the_requirements_are_the_tested_releases():
+    requirements = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
+    specifiers = {r.name: r.specifier for r in map(Requirement, requirements)}
+    for name, tested in jax_private.TESTED.items():
+        newest = max(map(Version, tested))
+        assert all(specifiers[name].contains(v) for v in tested)
+        assert not specifiers[name].contains(f"{newest.major}.{newest.minor + 1}")
+    assert specifiers["jax"].contains("0.12.0.1")
+    assert not specifiers["jax"].contains("0.9.2")
+
+
+def test_donated_memory_is_reused_on_a_platform_that_jax_does_not_know(monkeypatch):
+    monkeypatch.setattr(mlir, "_platforms_with_donation", list(mlir._platforms_with_donation))
+    shape = jax.ShapeDtypeStruct((8,), jnp.float32)
+
+    def is_donated():
+        double = jax.jit(lambda x: 2 * x, donate_argnums=0)
+        text = double.trace(shape).lower(lowering_platforms=("npu",)).as_text()
+        return "tf.aliasing_output" in text or "jax.buffer_donor" in text
+
+    with pytest.warns(UserWarning, match="donated buffers were not usable"):
+        assert not is_donated()
+    donation.enable("npu")
+    assert is_donated()
