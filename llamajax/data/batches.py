@@ -24,11 +24,18 @@ Batch = dict[str, np.ndarray]
 BATCH_KEYS = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
 
 
-def sample_ids(mixture: Mixture, position: Position, step: int) -> np.ndarray:
-    """Ids (B,), int64, of the samples of the global batch of `step`, in the order of its rows."""
+def sample_ids(
+    mixture: Mixture, position: Position, step: int, *, at_most: int | None = None
+) -> np.ndarray:
+    """Return the ids (B,), int64, of the samples in the global batch of `step`, in row order.
+
+    at_most: return the ids of every n-th row only, with the least n that gives no more than that.
+    """
     segment = position.segment(step)
     order, first = mixture.order(segment.seq_len), position.first_sample(step)
-    return np.array([order[i] for i in range(first, first + segment.batch_size)], np.int64)
+    stride = -(-segment.batch_size // at_most) if at_most else 1
+    rows = range(first, first + segment.batch_size, stride)
+    return np.array([order[i] for i in rows], np.int64)
 
 
 def train_batches(

@@ -4,12 +4,11 @@ from llamajax.monitoring.facts import read_run_facts, write_run_facts
 from llamajax.monitoring.metrics import MetricsWriter, load_metrics
 from llamajax.monitoring.progress import Progress
 from llamajax.monitoring.report import write_report
-from llamajax.monitoring.timing import StepTime, StepTimer
+from llamajax.monitoring.timing import StepTimer
 
 __all__ = [
     "MetricsWriter",
     "Progress",
-    "StepTime",
     "StepTimer",
     "load_metrics",
     "read_run_facts",

@@ -18,6 +18,10 @@ from llamajax.errors import UserError
 from llamajax.monitoring.tensorboard import TensorBoard
 
 METRICS = "metrics.jsonl"
+# These depend on the machine, the clock and the disk; all else in a row is the same in each run.
+MEASURED = frozenset(
+    ("step_time_s", "data_wait_s", "tokens_per_s", "mfu_full", "mfu_causal", "failed_checkpoints")
+)
 _NONFINITE = "nonfinite"
 
 

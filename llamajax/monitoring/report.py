@@ -24,10 +24,11 @@ REPORT = "report.html"
 _SMOOTH_FROM = 100
 _PHASES = {
     "steps_s": "training steps",
+    "redone_s": "steps done again",
+    "data_wait_s": "waiting for data",
     "compile_s": "compiling",
     "evaluation_s": "evaluation",
     "checkpoint_s": "checkpoints",
-    "data_s": "waiting for data",
     "other_s": "everything else",
 }
 

@@ -1,117 +1,172 @@
 """Where the time of a run goes, measured so that it never flatters.
 
-A step is dispatched long before it is done; it is done when its metrics have been fetched. So step
-times are taken between fetches. What the loop does besides (compiling, evaluating, saving) is
-taken out and accounted under its own name, but only while no step is in flight: time during which
-the device also worked on a step stays in the step's time.
+A step is dispatched long before it is done. Its time is from the end of the step before it to its
+own end, without what the loop did between the two while no step was in flight: waiting for a batch,
+evaluating, saving. Each of those is accounted under its own name. What a running step hides stays
+in the step's time.
 """
 
 import contextlib
 import dataclasses
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Mean over the steps between two fetches: seconds a step, tokens a second."""
+    """Means over some steps.
+
+    step_time_s: seconds a step. data_wait_s: seconds a step that the devices waited for its batch,
+    which are not in step_time_s. tokens_per_s: tokens a second of step time.
+    """
 
     step_time_s: float
+    data_wait_s: float
     tokens_per_s: float
 
 
 class StepTimer:
     """Accounts every second of a run from its creation on.
 
-        timer.mark_dispatched(n)        after the call of the jitted step n returns
-        timer.mark_fetched(n)           after the metrics of step n arrived: a StepTime
+        timer.mark_dispatched(n)        before the jitted step n is called
+        timer.watch(n, wait)            after; `wait` blocks until step n is done
+        timer.mark_fetched(n)           after the metrics of step n arrived
+        timer.take()                    a StepTime over the steps fetched since the last call
         with timer.pause("evaluation"): anything that is not a step
 
-    tokens_per_step: tokens of the global batch. clock: seconds, monotonic.
+    A step that is not watched counts as done when it is fetched. tokens_per_step: tokens of the
+    global batch. done_before: steps up to this one were done by this run before it went back; they
+    are accounted as `redone`. clock: seconds, monotonic.
     """
 
-    def __init__(self, *, tokens_per_step: int, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        *,
+        tokens_per_step: int,
+        done_before: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._tokens_per_step = tokens_per_step
+        self._done_before = done_before
         self._clock = clock
         self._created_s = clock()
-        self._fetched_s: float | None = None
         self._fetched_step: int | None = None
         self._dispatched_step: int | None = None
-        self._paused_s = 0.0
+        self._done_s: dict[int, float] = {}  # by step: the fetched one, and those in flight
+        self._before: dict[int, tuple[float, float]] = {}  # by step: idle, and waiting for data
+        self._idle_s, self._wait_s = 0.0, 0.0  # since the last dispatch
         self._depth = 0
-        self._steps = 0
-        self._step_s = 0.0
+        self._steps, self._step_s, self._redone_s = 0, 0.0, 0.0
+        self._taken = (0, 0.0)  # steps and their seconds when `take` was called
+        self._data_wait_s = 0.0  # before the steps fetched since
         self._pauses_s: dict[str, float] = {}
-        self._overlapped_s: dict[str, float] = {}
+        self._watched: queue.SimpleQueue | None = None
 
     def mark_dispatched(self, step: int) -> None:
-        """Step `step` (n for the n-th update) has been handed to the device."""
-        if self._fetched_s is None:
-            self._fetched_s, self._fetched_step = self._clock(), step - 1
-            self._paused_s = 0.0
+        """Step `step` (n for the n-th update) is about to be handed to the device."""
+        if self._fetched_step is None:
+            self._fetched_step = step - 1
+            self._done_s[step - 1] = self._clock()
+            self._idle_s = 0.0
+        self._before[step] = self._idle_s, self._wait_s
+        self._idle_s, self._wait_s = 0.0, 0.0
         self._dispatched_step = step
 
-    def mark_fetched(self, step: int) -> StepTime:
-        """The metrics of `step` are on the host: the mean time of the steps since the last call."""
-        assert self._fetched_s is not None
+    def watch(self, step: int, wait: Callable[[], object]) -> None:
+        """Note in a thread when `wait` returns: from then on no step is in flight."""
+        if self._watched is None:
+            self._watched = queue.SimpleQueue()
+            threading.Thread(target=self._watch, name="step_timer", daemon=True).start()
+        self._watched.put((step, wait))
+
+    def _watch(self) -> None:
+        while entry := self._watched.get():
+            step, wait = entry
+            with contextlib.suppress(RuntimeError):  # raised where the metrics are fetched, too
+                wait()
+                self.mark_done(step)
+
+    def close(self) -> None:
+        """End the thread that watches."""
+        if self._watched is not None:
+            self._watched.put(None)
+
+    def mark_done(self, step: int) -> None:
+        """Step `step` is done now, unless that is known already."""
+        self._done_s.setdefault(step, self._clock())
+
+    def mark_fetched(self, step: int) -> None:
+        """The metrics of `step` are on the host."""
         assert self._fetched_step is not None
-        if step <= self._fetched_step:
+        first = self._fetched_step + 1
+        if step < first:
             raise ValueError(f"step {step} is fetched after step {self._fetched_step}")
-        now = self._clock()
-        count = step - self._fetched_step
-        elapsed = now - self._fetched_s - self._paused_s
+        self.mark_done(step)
+        before = [self._before.pop(n) for n in range(first, step + 1)]
+        idle_s, wait_s = map(sum, zip(*before, strict=True))
+        elapsed = max(0.0, self._done_s[step] - self._done_s[first - 1] - idle_s)
+        for done in [n for n in list(self._done_s) if n < step]:
+            del self._done_s[done]
+        count = step - first + 1
+        redone = min(count, max(0, self._done_before - first + 1))
+        self._fetched_step = step
         self._steps += count
         self._step_s += elapsed
-        self._fetched_s, self._fetched_step, self._paused_s = now, step, 0.0
-        rate = count * self._tokens_per_step / elapsed if elapsed > 0 else 0.0
-        return StepTime(step_time_s=elapsed / count, tokens_per_s=rate)
+        self._data_wait_s += wait_s
+        self._redone_s += elapsed * redone / count
 
-    @property
-    def in_flight(self) -> bool:
-        """Whether a step was dispatched whose metrics have not been fetched."""
-        return self._dispatched_step is not None and self._dispatched_step != self._fetched_step
+    def take(self) -> StepTime:
+        """Means over the steps fetched since the last call, of which there must be one."""
+        count, elapsed = self._steps - self._taken[0], self._step_s - self._taken[1]
+        time = StepTime(
+            step_time_s=elapsed / count,
+            data_wait_s=self._data_wait_s / count,
+            tokens_per_s=count * self._tokens_per_step / elapsed if elapsed > 0 else 0.0,
+        )
+        self._taken, self._data_wait_s = (self._steps, self._step_s), 0.0
+        return time
 
     @contextlib.contextmanager
     def pause(self, kind: str) -> Iterator[None]:
-        """Account the time inside as `kind`: compile, evaluation, checkpoint, data, ...
+        """Account the time inside as `kind`: compile, evaluation, checkpoint, data_wait, ...
 
-        Taken out of the step time only where no step is in flight. A pause inside another counts
-        as the outer one.
+        Only the part in which no step is in flight; the rest is the step's time. A pause inside
+        another counts as the outer one.
         """
-        in_flight = self.in_flight
         started = self._clock()
         self._depth += 1
         try:
             yield
         finally:
             self._depth -= 1
-            elapsed = self._clock() - started
             if self._depth == 0:
-                account = self._overlapped_s if in_flight else self._pauses_s
-                account[kind] = account.get(kind, 0.0) + elapsed
-                if not in_flight:
-                    self._paused_s += elapsed
+                now = self._clock()
+                if self._dispatched_step is not None:
+                    started = max(started, self._done_s.get(self._dispatched_step, now))
+                idle = max(0.0, now - started)
+                self._idle_s += idle
+                self._wait_s += idle if kind == "data_wait" else 0.0
+                self._pauses_s[kind] = self._pauses_s.get(kind, 0.0) + idle
 
     def breakdown(self) -> dict[str, float]:
         """Seconds since creation by kind, for `run.json`: they add up to `wall_s`.
 
-        Keys: `wall_s`, `steps_s`, one `KIND_s` a kind of pause, `other_s`; and, not seconds,
-        `goodput`: the share of the wall time that was spent in steps.
+        Keys: `wall_s`, `steps_s`, `redone_s` (steps that were done before), one `KIND_s` a kind of
+        pause, `other_s`; and, not seconds, `goodput`: the share of `steps_s` in the wall time.
         """
-        wall = self._clock() - self._created_s
+        wall, good = self._clock() - self._created_s, self._step_s - self._redone_s
         kinds = {f"{kind}_s": seconds for kind, seconds in self._pauses_s.items()}
         other = wall - self._step_s - sum(kinds.values())
         return {
             "wall_s": wall,
-            "steps_s": self._step_s,
+            "steps_s": good,
+            "redone_s": self._redone_s,
             **kinds,
             "other_s": max(0.0, other),
-            "goodput": self._step_s / wall if wall > 0 else 0.0,
+            "goodput": good / wall if wall > 0 else 0.0,
         }
-
-    def overlapped(self) -> dict[str, float]:
-        """Seconds by kind of the pauses that a step in flight hid, wholly or in part."""
-        return dict(self._overlapped_s)
 
     @property
     def mean_tokens_per_s(self) -> float | None:

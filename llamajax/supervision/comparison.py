@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from llamajax.monitoring import load_metrics
+from llamajax.monitoring.metrics import MEASURED
 
-# They depend on the clock and the disk alone; everything else in a row is the run's.
-_TIMES = ("step_time_s", "tokens_per_s", "mfu_full", "mfu_causal", "failed_checkpoints")
 # Sums in another order: allowed relative differences on another mesh. Rounding of the products
 # dominates in bfloat16 (8 bits); in float32 the order of sums over a batch does.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -28,7 +27,7 @@ def values(workdir: Path) -> dict[tuple[int, str], Any]:
         (row["step"], name): value
         for row in load_metrics(workdir)
         for name, value in row.items()
-        if name != "step" and name not in _TIMES
+        if name != "step" and name not in MEASURED
     }
 
 

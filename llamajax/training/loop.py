@@ -1,6 +1,7 @@
 """The loop: draw batch n, update, read the metrics of step n-1 meanwhile; evaluate, save, stop."""
 
 import dataclasses
+import functools
 import gc
 import math
 import time
@@ -13,7 +14,7 @@ import numpy as np
 from llamajax.backends import show_alive
 from llamajax.checkpoint import Checkpointer, CheckpointError
 from llamajax.config.schema import CheckpointConfig, TrainConfig
-from llamajax.monitoring import MetricsWriter, Progress, StepTime, StepTimer
+from llamajax.monitoring import MetricsWriter, Progress, StepTimer
 from llamajax.training.agreement import agreed
 from llamajax.training.canary import Canary
 from llamajax.training.guardian import Guardian
@@ -48,21 +49,21 @@ class Loop:
     guardian: Guardian
     hang: HangWatch
     canary: Canary | None
-    times: list[StepTime] = dataclasses.field(default_factory=list)  # since the last row
     failed_checkpoints: list[str] = dataclasses.field(default_factory=list)  # of this start
 
     def run(self, state: TrainState, start: int) -> int:
         """Train from step `start` to the end or to a signal; the step of the last checkpoint."""
         pending: tuple[int, dict[str, jax.Array]] | None = None
         saved_at_s, last = time.monotonic(), self.train.steps
-        batch = next(self.train_batches) if start < last else None
+        batch = self._next_batch() if start < last else None
         for step in range(start + 1, last + 1):
-            state, metrics = self.step(state, batch)
-            self.shutdown.begin_updates()
             self.timer.mark_dispatched(step)
+            state, metrics = self.step(state, batch)
+            self.timer.watch(step, functools.partial(jax.block_until_ready, metrics))
+            self.shutdown.begin_updates()
             gc.enable()  # off while starting (train.py)
             self.saw(step)
-            batch = next(self.train_batches) if step < last else None
+            batch = self._next_batch() if step < last else None
             if pending is not None:
                 self._log(*pending)  # waits for step - 1 while this one runs
                 self.checkpointer.get_ready()  # not before a step was shown; the device is busy
@@ -89,6 +90,10 @@ class Loop:
                 self._save(step, state, final=True)
                 return step
         return last
+
+    def _next_batch(self) -> DeviceBatch:
+        with self.timer.pause("data_wait"):
+            return next(self.train_batches)
 
     def eval_is_due(self, step: int) -> bool:
         """Whether an evaluation belongs to `step`."""
@@ -129,7 +134,7 @@ class Loop:
     def _log(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Wait for the metrics of `step`; write them where a row is due, times as means since."""
         fetched = jax.device_get(metrics)
-        self.times.append(self.timer.mark_fetched(step))
+        self.timer.mark_fetched(step)
         values = self.guardian.look(step, fetched)
         due = step % self.train.log_every == 0 or step == self.train.steps
         if due or "update_skipped" in values:
@@ -137,11 +142,9 @@ class Loop:
         self.guardian.act(step, fetched)
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
-        seconds = [t.step_time_s for t in self.times]
-        rate = len(seconds) / sum(1 / t.tokens_per_s for t in self.times)
-        self.times.clear()
-        row = {"step": step} | values | {"step_time_s": sum(seconds) / len(seconds)}
-        row |= {"tokens_per_s": rate, "tokens_seen": self.tokens_seen(step)} | self.rates(rate)
+        times = dataclasses.asdict(self.timer.take())
+        row = {"step": step} | values | times | {"tokens_seen": self.tokens_seen(step)}
+        row |= self.rates(times["tokens_per_s"])
         if self.failed_checkpoints:
             row["failed_checkpoints"] = len(self.failed_checkpoints)
         self.metrics.write(row)

@@ -245,8 +245,8 @@ def _build(
     """
     session, checkpointer, workdir = run.session, run.checkpointer, run.workdir
     config, primary = session.config, session.machine.is_primary
-    tokens = config.data.global_batch_size * config.data.seq_len
-    timer = StepTimer(tokens_per_step=tokens)
+    timer = _timer(run)
+    stack.callback(timer.close)
     feed = Feed(
         config,
         session.mesh,
@@ -291,6 +291,16 @@ def _build(
         hang=hang,
         canary=steps[2],
     ), state
+
+
+def _timer(run: _Run) -> StepTimer:
+    """A timer that knows the last step that this run has done so far."""
+    data, rows = run.session.config.data, load_metrics(run.workdir)
+    newest = max((row["step"] for row in rows), default=0)
+    return StepTimer(
+        tokens_per_step=data.global_batch_size * data.seq_len,
+        done_before=max(newest, run.box.newest_step),
+    )
 
 
 def _logs(run: _Run, start: _Start, stack: contextlib.ExitStack) -> tuple[MetricsWriter, Progress]:

@@ -1,5 +1,6 @@
 """The ledger of samples: one digest for every way to a step; another order is noticed."""
 
+import hashlib
 import json
 
 import pytest
@@ -47,6 +48,39 @@ def test_a_digest_holds_all_that_came_before(opened):
     assert entered(mixture, begin(mixture), 8, start=5)["digest"] != whole["digest"]
 
 
+def test_a_large_batch_is_hashed_by_rows_spread_over_it(opened, monkeypatch):
+    asked, sample_ids = [], module.sample_ids
+    mixture = opened()
+
+    def recorded(*args, **kwargs):
+        asked.append(sample_ids(*args, **kwargs))
+        return asked[-1]
+
+    monkeypatch.setattr(module, "sample_ids", recorded)
+    saved = entered(mixture, begin(mixture, 400), 3)
+    assert [len(ids) for ids in asked] == [58, 58, 58]
+    assert asked[2].tolist() == sample_ids(mixture, begin(mixture, 400), 2)[::7].tolist()
+    assert check_ledger(saved, mixture, begin(mixture, 400), step=3) == 3
+
+
+def test_a_ledger_of_an_earlier_release_is_checked_by_all_rows_and_continued(opened):
+    """Its steps hashed every row, whatever the batch size, and it did not say so."""
+    mixture = opened()
+    position = begin(mixture, 400)
+    digests = [""]
+    for step in range(9):
+        ids = module.sample_ids(mixture, position, step).astype("<i8").tobytes()
+        before = bytes.fromhex(digests[-1])
+        digests.append(hashlib.blake2b(before + ids, digest_size=16).hexdigest())
+    old = {"digest": digests[-1], "recent": [list(entry) for entry in enumerate(digests[:-1])]}
+    assert check_ledger(old, mixture, position, step=9) == 9
+    continued = entered(mixture, position, 12, start=9, saved=old)
+    assert check_ledger(continued, mixture, position, step=12) == 12
+    spoiled = old | {"digest": digests[-2]}
+    with pytest.raises(UserError, match="samples of steps 1 to 9 are not those"):
+        check_ledger(spoiled, mixture, position, step=9)
+
+
 def test_the_same_order_is_confirmed(opened):
     mixture = opened()
     assert check_ledger(entered(mixture, begin(mixture), 3), mixture, begin(mixture), step=3) == 3
@@ -58,7 +92,7 @@ def test_another_order_of_the_same_data_is_refused(opened, monkeypatch):
     mixture = opened()
     saved = entered(mixture, begin(mixture), STEPS)
     shuffled = module.sample_ids
-    monkeypatch.setattr(module, "sample_ids", lambda *args: shuffled(*args)[::-1])
+    monkeypatch.setattr(module, "sample_ids", lambda *a, **k: shuffled(*a, **k)[::-1])
     with pytest.raises(UserError, match="samples of steps 39 to 70 are not those"):
         check_ledger(saved, mixture, begin(mixture), step=STEPS)
 

@@ -18,7 +18,7 @@ from llamajax.data.batches import make_batch
 from llamajax.errors import UserError
 from llamajax.monitoring import load_metrics
 from llamajax.monitoring.blackbox import boxes, read_box
-from llamajax.monitoring.metrics import encode_row
+from llamajax.monitoring.metrics import MEASURED, encode_row
 from llamajax.prepare import main as prepare
 from llamajax.supervision.replay import Request, replay
 from llamajax.training import run as run_module
@@ -27,7 +27,6 @@ from llamajax.training.rollback import target
 RARE = ord("Z")
 STEPS = 12
 COMMON = {"train__steps": STEPS, "checkpoint__every_steps": 1, "checkpoint__keep": 99}
-TIMES = ("step_time_s", "tokens_per_s")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,7 +99,7 @@ def skipping(guarded, tmp_path_factory):
 
 
 def rows(workdir):
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in load_metrics(workdir)]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in load_metrics(workdir)]
 
 
 def same(one, other) -> bool:
