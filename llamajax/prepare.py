@@ -47,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--input", required=True, metavar="GLOB[,GLOB]",
-        help="files, globs or directories: .txt, .jsonl, .parquet, .tokens, each also .gz or .zst",
+        help="files, globs or directories: .txt, .jsonl, .json (lines), .parquet, .tokens, .raw,"
+        " each also .gz or .zst",
     )  # fmt: skip
     parser.add_argument(
         "--tokenizer", required=True, metavar="TOK",

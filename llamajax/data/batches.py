@@ -32,7 +32,7 @@ def sample_ids(
     at_most: return the ids of every n-th row only, with the least n that gives no more than that.
     """
     segment = position.segment(step)
-    order, first = mixture.order(segment.seq_len), position.first_sample(step)
+    order, first = mixture.order(segment.seq_len, segment.rounds), position.first_sample(step)
     stride = -(-segment.batch_size // at_most) if at_most else 1
     rows = range(first, first + segment.batch_size, stride)
     return np.array([order[i] for i in rows], np.int64)
@@ -94,15 +94,17 @@ class _TrainSteps:
     def __init__(self, mixture: Mixture, position: Position, first_step: int, rows: range) -> None:
         self._mixture, self._position = mixture, position
         self._first_step, self._rows = first_step, rows
-        mixture.order(position.segment(first_step).seq_len)  # a set too small is refused here
+        segment = position.segment(first_step)
+        mixture.order(segment.seq_len, segment.rounds)  # a set too small is refused here
 
     def __len__(self) -> int:
         return 2**62
 
     def __getitem__(self, index: int) -> Batch:
         step = self._first_step + index
-        seq_len = self._position.segment(step).seq_len
-        order, first = self._mixture.order(seq_len), self._position.first_sample(step)
+        segment = self._position.segment(step)
+        seq_len, first = segment.seq_len, self._position.first_sample(step)
+        order = self._mixture.order(seq_len, segment.rounds)
         samples = [self._mixture.locate(int(order[first + r]), seq_len) for r in self._rows]
         return make_batch(samples, seq_len, mask_documents=self._mixture.mask_documents)
 

@@ -18,15 +18,24 @@ ROLES = ("system", "user", "assistant")
 # Llama 2 writes its marks as ordinary text, so a message that holds one cannot be told from them.
 _LLAMA2_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
+# Keys of OpenAI's format for what a text template here cannot express.
+_LOST = ("tools", "tool_calls", "tool_call_id", "functions", "function_call", "images", "audio")
+
 # Token ids of a part of a conversation, and whether they carry loss.
 Piece = tuple[list[int], bool]
 
 
 class Message(NamedTuple):
-    """What one side said; `role` is one of ROLES."""
+    """What one side said; `role` is one of ROLES. An answer of weight 0 carries no loss."""
 
     role: str
     content: str
+    weight: float = 1
+
+    @property
+    def learned(self) -> bool:
+        """Whether its tokens carry loss."""
+        return self.role == "assistant" and self.weight > 0
 
 
 class _Template(NamedTuple):
@@ -40,7 +49,8 @@ def _plain(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece]
     """BOS prompt completion EOS, the two texts as they are."""
     for message in messages:
         if message.role == "assistant":
-            yield [*tokenizer.encode_continuation(message.content), tokenizer.eos_id], True
+            ids = tokenizer.encode_continuation(message.content)
+            yield [*ids, tokenizer.eos_id], message.learned
         else:
             yield [*tokenizer.start_ids, *tokenizer.encode(message.content)], False
 
@@ -48,7 +58,8 @@ def _plain(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece]
 def _llama2(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece]:
     """BOS [INST] user [/INST] answer EOS a turn; the system's words stand in the first user's."""
     system = ""
-    for role, content in messages:
+    for message in messages:
+        role, content, _ = message
         if role == "system":
             system = f"<<SYS>>\n{content}\n<</SYS>>\n\n"
         elif role == "user":
@@ -57,17 +68,17 @@ def _llama2(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece
         else:
             # A space on either side, as Meta has it; the one before EOS is learned with the answer.
             answer = tokenizer.encode_continuation(f" {content.strip()} ")
-            yield [*answer, tokenizer.eos_id], True
+            yield [*answer, tokenizer.eos_id], message.learned
 
 
 def _llama3(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece]:
     """A header with the role, an empty line, the message, end of turn."""
     control = tokenizer.control_ids
     yield [control["<|begin_of_text|>"]], False
-    for role, content in messages:
-        yield _llama3_header(tokenizer, role), False
-        text = tokenizer.encode_continuation(content.strip())
-        yield [*text, control["<|eot_id|>"]], role == "assistant"
+    for message in messages:
+        yield _llama3_header(tokenizer, message.role), False
+        text = tokenizer.encode_continuation(message.content.strip())
+        yield [*text, control["<|eot_id|>"]], message.learned
 
 
 def _llama3_header(tokenizer: Tokenizer, role: str = "assistant") -> list[int]:
@@ -79,9 +90,9 @@ def _llama3_header(tokenizer: Tokenizer, role: str = "assistant") -> list[int]:
 def _chatml(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece]:
     """A line with the role, the message as it is, end of turn, a newline (never learned)."""
     end, newline = tokenizer.control_ids["<|im_end|>"], tokenizer.encode_continuation("\n")
-    for role, content in messages:
-        yield _chatml_header(tokenizer, role), False
-        yield [*tokenizer.encode_continuation(content), end], role == "assistant"
+    for message in messages:
+        yield _chatml_header(tokenizer, message.role), False
+        yield [*tokenizer.encode_continuation(message.content), end], message.learned
         yield newline, False
 
 
@@ -185,9 +196,11 @@ def parse_messages(
         wrong = problems_of_message(item, template)
         problems += [f"message {number}: {problem}" for problem in wrong]
         if not wrong:
-            messages.append(Message(item["role"], item["content"]))
+            messages.append(Message(item["role"], item["content"], item.get("weight", 1)))
     if not problems:
         problems = _problems_of_order([m.role for m in messages], template, last)
+    if not problems and last == "assistant" and not any(m.learned for m in messages):
+        problems.append("every answer has weight 0, so nothing to learn")
     return tuple(messages), problems
 
 
@@ -196,6 +209,7 @@ def problems_of_message(item: Any, template: str) -> list[str]:
     if not isinstance(item, Mapping):
         return [f"a {type(item).__name__}, not an object with role and content"]
     problems = [f"no key {key!r}" for key in ("role", "content") if key not in item]
+    problems += problems_of_keys(item)
     role, content = item.get("role", "user"), item.get("content", "")
     if role not in ROLES:
         problems.append(f"role {role!r} is none of {', '.join(ROLES)}")
@@ -206,6 +220,16 @@ def problems_of_message(item: Any, template: str) -> list[str]:
         problems.append("an answer without text")
     if template == "llama2":
         problems += [f"its text holds {m}, a mark of llama2" for m in _LLAMA2_MARKS if m in content]
+    return problems
+
+
+def problems_of_keys(item: Mapping[str, Any]) -> list[str]:
+    """What stands in a message or an example that would be lost, and changes what it means."""
+    problems = [
+        f"{key!r} is not supported: no template writes it" for key in _LOST if item.get(key)
+    ]
+    if item.get("weight", 1) not in (0, 1):
+        problems.append(f"weight {item['weight']!r} is neither 0 nor 1")
     return problems
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llamajax.data.chat import Message, parse_messages, problems_of_message
+from llamajax.data.chat import Message, parse_messages, problems_of_keys, problems_of_message
 from llamajax.data.sources import (
     COMPRESSIONS,
     Corpus,
@@ -40,7 +40,7 @@ class Example:
     @property
     def answers(self) -> list[str]:
         """What is to be learned of it."""
-        return [m.content for m in self.messages if m.role == "assistant"]
+        return [m.content for m in self.messages if m.learned]
 
 
 class InstructionCorpus(Corpus):
@@ -87,6 +87,10 @@ class InstructionCorpus(Corpus):
 def parse_example(value: dict[str, Any], template: str) -> tuple[tuple[Message, ...], list[str]]:
     """The messages of a line's object, and all that is wrong with it."""
     pair = [key for key in ("prompt", "completion") if key in value]
+    if wrong := problems_of_keys(value):
+        return (), wrong
+    if value.get("weight", 1) == 0:
+        return (), ["an example of weight 0 has nothing to learn: leave it out"]
     if "messages" in value:
         if pair:
             return (), [f"both messages and {' and '.join(pair)}: keep one of the two forms"]

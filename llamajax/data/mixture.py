@@ -17,7 +17,7 @@ from typing import Any
 from llamajax.backends.jax_private.bare_grain import grain
 from llamajax.config.schema import DataConfig
 from llamajax.data import shards
-from llamajax.data.order import EndlessOrder
+from llamajax.data.order import ROUNDS, EndlessOrder
 from llamajax.data.tokenizers import MANIFEST
 from llamajax.errors import UserError, combine
 
@@ -81,7 +81,7 @@ class Mixture:
     shuffle: bool
     mask_documents: bool
     vocab_size: int
-    _orders: dict[int, EndlessOrder | grain.MapDataset] = dataclasses.field(
+    _orders: dict[tuple[int, int], EndlessOrder | grain.MapDataset] = dataclasses.field(
         default_factory=dict, repr=False
     )
 
@@ -135,20 +135,20 @@ class Mixture:
             sample_id -= count
         raise IndexError(f"sample id beyond the {self.num_samples(seq_len)} of this mixture")
 
-    def order(self, seq_len: int) -> EndlessOrder | grain.MapDataset:
+    def order(self, seq_len: int, rounds: int = ROUNDS) -> EndlessOrder | grain.MapDataset:
         """The endless sequence of sample ids of this length: `order[i]` is the i-th sample's."""
-        if seq_len not in self._orders:
-            self._orders[seq_len] = self._make_order(seq_len)
-        return self._orders[seq_len]
+        if (seq_len, rounds) not in self._orders:
+            self._orders[seq_len, rounds] = self._make_order(seq_len, rounds)
+        return self._orders[seq_len, rounds]
 
-    def _make_order(self, seq_len: int) -> EndlessOrder | grain.MapDataset:
+    def _make_order(self, seq_len: int, rounds: int) -> EndlessOrder | grain.MapDataset:
         parts, first = [], 0
         for source in self.sources:
             count = source.num_samples(seq_len)
             if count == 0:
                 raise UserError(_too_short(source, seq_len))
             key = _digest([self.seed, source.fingerprint]) if self.shuffle else None
-            parts.append(EndlessOrder(first, count, key=key))
+            parts.append(EndlessOrder(first, count, key=key, rounds=rounds))
             first += count
         if len(parts) == 1:
             return parts[0]
@@ -160,23 +160,31 @@ class Mixture:
 
 def has_split(data: DataConfig, split: str) -> bool:
     """Whether any of the paths was prepared with tokens in this split."""
-    paths = [Path(p.strip()) for p in data.path.split(",") if p.strip()]
-    stats = [read_manifest(path)["splits"].get(split) for path in paths]
-    return any(s and s["tokens"] for s in stats)
+    return bool(_with_split(_paths(data), split))
+
+
+def _paths(data: DataConfig) -> list[Path]:
+    return [Path(p.strip()) for p in data.path.split(",") if p.strip()]
+
+
+def _with_split(paths: list[Path], split: str) -> list[Path]:
+    return [p for p in paths if read_manifest(p)["splits"].get(split, {}).get("tokens")]
 
 
 def open_mixture(data: DataConfig, *, split: str, vocab_size: int, verify: bool = False) -> Mixture:
     """The mixture that `data` describes, checked: format, completeness, sizes of the shards, one
     tokenizer, its vocabulary within the model's `vocab_size`, at least one sample a source.
 
-    `verify` also reads every shard once to compare its checksum. Raises UserError.
+    Of the validation split it has the paths that were prepared with one. `verify` also reads every
+    shard once to compare its checksum. Raises UserError.
     """
-    paths = [Path(p.strip()) for p in data.path.split(",") if p.strip()]
+    paths = _paths(data)
     if not paths:
         raise UserError("data.path is empty; name a directory written by llamajax.prepare")
     if len({p.resolve() for p in paths}) < len(paths):
         raise UserError(f"data.path names a directory twice: {data.path}; use data.weights instead")
-    sources = tuple(_open(p, split, verify=verify) for p in paths)
+    kept = (_with_split(paths, split) if split == "validation" else None) or paths
+    sources = tuple(_open(p, split, verify=verify) for p in kept)
     problems = []
     first = sources[0].manifest["tokenizer"]
     for source in sources:
@@ -194,7 +202,7 @@ def open_mixture(data: DataConfig, *, split: str, vocab_size: int, verify: bool 
             )
         if split == "train" and source.num_samples(data.seq_len) == 0:
             problems.append(_too_short(source, data.seq_len))
-    weights, weight_problems = _weights(data, sources)
+    weights, weight_problems = _weights(data, paths, sources)
     if problems := problems + weight_problems:
         raise combine(problems, title=f"the data cannot be used (data.path = {data.path}):")
     return Mixture(sources, weights, data.seed, data.shuffle, data.mask_documents, vocab_size)
@@ -208,12 +216,14 @@ def _too_short(source: PreparedSplit, seq_len: int) -> str:
 
 
 def _weights(
-    data: DataConfig, sources: tuple[PreparedSplit, ...]
+    data: DataConfig, paths: list[Path], sources: tuple[PreparedSplit, ...]
 ) -> tuple[tuple[float, ...], list[str]]:
-    """Shares that sum to 1, and what is wrong with those asked for."""
-    weights = data.weights or tuple(s.num_tokens for s in sources)
-    if len(weights) != len(sources):
-        return (), [f"data.weights has {len(weights)} values for {len(sources)} paths in data.path"]
+    """Shares of the sources that sum to 1, and what is wrong with those asked for."""
+    if data.weights and len(data.weights) != len(paths):
+        count = len(data.weights)
+        return (), [f"data.weights has {count} values for {len(paths)} paths in data.path"]
+    given = dict(zip(paths, data.weights or (), strict=False))
+    weights = tuple(given.get(s.path, s.num_tokens) for s in sources)
     if not all(math.isfinite(w) and w > 0 for w in weights):
         return (), [
             f"data.weights = {weights}: every weight must be above 0; drop the path instead"

@@ -9,16 +9,22 @@ import bisect
 import dataclasses
 from typing import Any
 
+from llamajax.data.order import FIRST_ROUNDS, ROUNDS
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Steps from `first_step` on, until the next segment starts."""
+    """Steps from `first_step` on, until the next segment starts.
+
+    rounds: of the shuffle; positions saved before it was a choice do not say it.
+    """
 
     first_step: int
     first_sample: int
     batch_size: int
     seq_len: int
     mixture_hash: str
+    rounds: int = FIRST_ROUNDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Position:
             batch_size=batch_size,
             seq_len=seq_len,
             mixture_hash=mixture_hash,
+            rounds=ROUNDS,
         )
         return cls((first,))
 
@@ -72,6 +79,7 @@ class Position:
             batch_size=batch_size,
             seq_len=seq_len,
             mixture_hash=mixture_hash,
+            rounds=last.rounds,
         )
         return Position((*self.segments, segment))
 

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,7 @@ def checked_input(settings: Settings) -> list[Path]:
     _check_format(settings)
     num_pieces = parse_train(settings.tokenizer)
     tokenizer = load_tokenizer(settings.tokenizer) if num_pieces is None else None
-    for line in () if tokenizer is None else tokenizer.warnings:
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+    warn(() if tokenizer is None else tokenizer.warnings)
     check_template(settings.chat_template, tokenizer)
     files = find_files(settings.input)
     check_output(settings.output, overwrite=settings.overwrite)
@@ -175,7 +174,15 @@ def _write(
         template=settings.chat_template,
         num_workers=settings.workers,
     )
-    return write_results(settings, results, directory, path)
+    manifest = write_results(settings, results, directory, path)
+    warn(corpus.warnings)
+    return manifest
+
+
+def warn(lines: Iterable[str]) -> None:
+    """Print warnings for the user."""
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def watched(corpus: Corpus, phase: str, progress: Progress) -> Iterator[str | Example]:

@@ -7,6 +7,8 @@ import glob
 import gzip
 import io
 import json
+import os
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +17,8 @@ from typing import Any, BinaryIO
 from llamajax.data import wikitext
 from llamajax.errors import UserError
 
-FORMATS = (".txt", ".jsonl", ".parquet", ".tokens")
+FORMATS = (".txt", ".jsonl", ".parquet", ".tokens", ".raw")
+_WIKITEXT = (".tokens", ".raw")
 COMPRESSIONS = (".gz", ".zst")
 _BOM = "\ufeff"
 
@@ -30,10 +33,15 @@ def find_files(patterns: str) -> list[Path]:
     for pattern in (p.strip() for p in patterns.split(",") if p.strip()):
         path = Path(pattern)
         if path.is_dir():
-            files = sorted(f for f in path.rglob("*") if f.is_file() and format_of(f))
-            files = [
-                f for f in files if not any(p.startswith(".") for p in f.parts[len(path.parts) :])
-            ]
+            files, others = _files_in(path)
+            if others:
+                shown = ", ".join(others[:10]) + (", ..." if len(others) > 10 else "")
+                print(
+                    f"note: --input: {len(others)} files in {pattern} are of no kind that is read "
+                    f"from a directory and are left out: {shown}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             if not files:
                 raise UserError(f"--input: no {', '.join(FORMATS)} files in directory {pattern}")
         elif path.exists():
@@ -56,11 +64,35 @@ def find_files(patterns: str) -> list[Path]:
     return list(found.values())
 
 
+def _files_in(directory: Path) -> tuple[list[Path], list[str]]:
+    """The files to read in a directory at any depth, sorted, and the names of the others.
+
+    Symbolic links are followed. Hidden files are ignored. A plain `.json` is most often no data.
+    """
+    files, others, seen = [], [], set()
+    for folder, folders, names in os.walk(directory, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else [f for f in folders if not f.startswith(".")]
+        visible = [] if real in seen else [Path(folder, n) for n in names if not n.startswith(".")]
+        seen.add(real)
+        for file in (f for f in visible if f.is_file()):
+            if format_of(file) and file.suffix.lower() != ".json":
+                files.append(file)
+            else:
+                others.append(str(file.relative_to(directory)))
+    return sorted(files), sorted(others)
+
+
 def format_of(path: Path) -> str | None:
-    """The extension that says how a file is read, compression apart; None if it is unknown."""
+    """The extension that says how a file is read, compression apart; None if it is unknown.
+
+    `.json` holds JSON lines, as C4 and Dolma name them (`.json.gz`).
+    """
     name = path.name.lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
+    if name.endswith(".json"):
+        return ".jsonl"
     return next((f for f in FORMATS if name.endswith(f)), None)
 
 
@@ -86,7 +118,7 @@ class Corpus:
     def __init__(self, files: Sequence[Path], *, text_key: str, clean: str) -> None:
         self._files, self._text_key, self._clean = files, text_key, clean
         self.total_bytes = sum(f.stat().st_size for f in files)
-        self._done_bytes = 0
+        self._done_bytes = self._articles = 0
         self._stream: BinaryIO | None = None
 
     @property
@@ -102,9 +134,19 @@ class Corpus:
         stream = self._stream
         return self._done_bytes + (stream.tell() if stream and not stream.closed else 0)
 
+    @property
+    def warnings(self) -> list[str]:
+        """What the last whole walk found to be strange."""
+        if self._clean != "wikitext" or self._articles != 1:
+            return []
+        return [
+            "--clean=wikitext found a single article in all files: no line ` = Title = ` follows a "
+            "blank line; is this WikiText?"
+        ]
+
     def __iter__(self) -> Iterator[str]:
         """Texts that are more than white space. Raises UserError naming file and line."""
-        self._done_bytes = 0
+        self._done_bytes = self._articles = 0
         for file in self._files:
             try:
                 with file.open("rb") as self._stream:
@@ -131,9 +173,10 @@ class Corpus:
             return
         else:
             rows = _lines(file, stream)
-        if form == ".tokens" or self._clean == "wikitext":
-            lines = (line for row in rows for line in row.splitlines(keepends=True))
+        if form in _WIKITEXT or self._clean == "wikitext":
+            lines = wikitext.lines_of(rows) if form in (".parquet", ".jsonl") else rows
             for article in wikitext.articles(lines):
+                self._articles += not article.isspace()
                 yield wikitext.clean(article) if self._clean == "wikitext" else article
         else:
             yield from rows

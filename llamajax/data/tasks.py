@@ -31,6 +31,7 @@ from llamajax.data.preparation import (
     publish,
     train_on,
     unfinished,
+    warn,
     watched,
     write_results,
     written,
@@ -235,6 +236,7 @@ def _write_part(
     columns = (lengths, [size for size, _ in sizes], [length for _, length in sizes])
     for name, column in zip(_COLUMNS, columns, strict=True):
         np.array(column, "<i8").tofile(directory / name)
+    warn(corpus.warnings)
     return len(lengths)
 
 

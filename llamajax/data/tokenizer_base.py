@@ -42,12 +42,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text: no BOS, no EOS; what looks like a control token is encoded as text."""
-        if not text.isascii():
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError:
-                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self._encode(text)
+        return self._encode(well_formed(text))
 
     def encode_continuation(self, text: str) -> list[int]:
         """Tokens of a text that follows others: without the space that SentencePiece models put
@@ -90,3 +85,13 @@ def fingerprint_of(kind: str, content: bytes, *facts: Any) -> str:
     """Hash of a tokenizer's file and of the facts that its ids depend on besides."""
     head = json.dumps([kind, *facts]).encode() + b"\n"
     return hashlib.sha256(head + content).hexdigest()
+
+
+def well_formed(text: str) -> str:
+    """The text with U+FFFD for half surrogates (a broken JSON escape), which have no UTF-8."""
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from llamajax.data.holdout import Part
+from llamajax.data.tokenizer_base import well_formed
 from llamajax.errors import UserError
 
 # Enough for a vocabulary of 128 k pieces; SentencePiece holds about 10 bytes of memory a byte.
 MAX_BYTES = 256 << 20
+_MAX_LINE_BYTES = 1 << 20
 # Control pieces and bytes come first, and a vocabulary of single characters is no tokenizer.
 MIN_PIECES = 260
 
@@ -48,7 +50,7 @@ def train_tokenizer(parts: Iterable[Part], *, num_pieces: int, share: float, out
             allow_whitespace_only_pieces=True,
             split_digits=True,
             character_coverage=0.9995,
-            max_sentence_length=1 << 20,
+            max_sentence_length=_MAX_LINE_BYTES,
             num_threads=1,
             minloglevel=2,
         )
@@ -81,4 +83,18 @@ def _lines(parts: Iterable[Part], share: float) -> Iterator[str]:
             return
         texts = [part.document] if isinstance(part.document, str) else part.document.texts
         for text in texts:
-            yield from (line for line in text.split("\n") if line)
+            # SentencePiece passes over a line with U+2585, which marks borders in its trainer.
+            for line in re.split("[\n\u2585]", well_formed(text)):
+                yield from _short(line)
+
+
+def _short(line: str) -> Iterator[str]:
+    """A line in pieces that SentencePiece does not pass over, cut at spaces if it has any."""
+    size = _MAX_LINE_BYTES // 4  # characters of at most four bytes
+    while len(line) > size and len(line.encode()) > _MAX_LINE_BYTES:
+        cut = line.rfind(" ", 1, size)
+        cut = size if cut < 0 else cut
+        yield line[:cut]
+        line = line[cut:]
+    if line:
+        yield line

@@ -108,6 +108,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.fingerprint = fingerprint_of(
             self.kind, content, self.bos_id, self.eos_id, *([self._added] if self._added else [])
         )
+        if (back := self._model.decode(self._model.encode("a\nb"))) != "a\nb":
+            self.warnings += (
+                f"{path}: this model loses newlines ('a\\nb' comes back as {back!r}): it "
+                "normalizes white space, or has no byte fallback; no line ends can be learned",
+            )
         self._line_start = self._tokens_before_a_line()
         if self._line_start:
             self._after_newline = self._line_start + 1
@@ -119,6 +124,8 @@ class SentencePieceTokenizer(Tokenizer):
         faster than a whole book, with the same tokens.
         """
         encode = self._model.encode
+        if not self._model.is_byte((encode("\n") or [self._model.unk_id()])[-1]):
+            return None  # a newline is part of a word, or lost: lines are not encoded on their own
         if any("\n" in self._model.id_to_piece(i) for i in range(self._model.vocab_size())):
             return None
         extra = len(encode("\n")) - 1

@@ -1,4 +1,4 @@
-"""WikiText's `.tokens` format: its articles, and how its tokenisation marks are undone.
+"""WikiText's `.tokens` and `.raw` format: its articles, and how its tokenisation marks are undone.
 
 A line is a paragraph or a heading, its words separated by spaces: ` = Title = ` starts an article,
 ` = = Section = = ` stays inside. Marks: `@-@`, `@,@`, `@.@` join what they stand between.
@@ -10,6 +10,15 @@ from collections.abc import Iterable, Iterator
 # Only one `=` on either side: ` = = Section = = ` belongs to the article.
 _TITLE = re.compile(r"\s*= (?!=)(?:.*[^=\s] )?=\s*")
 _HEADING = re.compile(r"(?:= )+[^=](?:.* )?=(?: =)*")
+
+
+def lines_of(rows: Iterable[str]) -> Iterator[str]:
+    """The lines of a data set whose rows are lines (blank ones as empty strings) or articles."""
+    for row in rows:
+        lines = row.removesuffix("\n").split("\n")
+        if len(lines) > 1:  # an article of its own; its title starts it
+            yield "\n"
+        yield from (f"{line}\n" for line in lines)
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:

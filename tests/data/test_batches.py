@@ -1,5 +1,6 @@
 """Batches against a loop over tokens; the order of samples; rows, threads, padding."""
 
+import dataclasses
 import threading
 
 import numpy as np
@@ -13,6 +14,8 @@ from llamajax.data import (
     sample_ids,
     train_batches,
 )
+from llamajax.data import order as order_module
+from llamajax.data.batches import make_batch
 
 BOS, EOS = 256, 257
 
@@ -203,3 +206,20 @@ def test_weights_decide_the_shares_and_each_source_has_its_own_epochs(prepared, 
     source, number = mixture.locate(int(ids[ids >= 20][0]), 100)
     assert source.path == b
     assert number < 90
+
+
+def test_an_old_position_reads_in_the_old_order(config, prepared, documents, monkeypatch):
+    monkeypatch.setattr(order_module, "_WHOLE_UP_TO", 0)
+    mixture = open_mixture(config(prepared("a", documents)), split="train", vocab_size=258)
+    new = Position.start(batch_size=8, seq_len=100, mixture_hash=mixture.hash)
+    old = Position((dataclasses.replace(new.segments[0], rounds=4),))
+    found = [sample_ids(mixture, position, 0).tolist() for position in (old, new)]
+    expected = [[mixture.order(100, rounds)[i] for i in range(8)] for rounds in (4, 8)]
+    assert found == expected
+    assert found[0] != found[1]
+    for position, ids in zip((old, new), found, strict=True):
+        batch = next(train_batches(mixture, position, first_step=0, rows=range(8), num_threads=1,
+                                   prefetch=1))  # fmt: skip
+        starts = [mixture.locate(i, 100) for i in ids]
+        wanted = make_batch(starts, 100, mask_documents=True)
+        assert (batch["tokens"] == wanted["tokens"]).all()

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +13,15 @@ import numpy as np
 import pytest
 
 from llamajax import prepare
-from llamajax.data import Position, eval_batches, open_mixture, sample_ids, train_batches
-from llamajax.data.chat import Message
+from llamajax.data import (
+    Position,
+    eval_batches,
+    load_tokenizer,
+    open_mixture,
+    sample_ids,
+    train_batches,
+)
+from llamajax.data.chat import Message, encode_example
 from llamajax.data.holdout import Holdout
 from llamajax.data.instructions import Example, InstructionCorpus, parse_example
 from llamajax.data.mixture import PreparedSplit, read_manifest
@@ -236,3 +244,49 @@ def test_a_bad_line_is_told_before_anything_is_tokenised(prepared_pairs, monkeyp
     lines = [{"prompt": "a", "completion": "b"}] * 1010 + [{"prompt": "a"}]
     with pytest.raises(UserError, match=r"a\.jsonl:1011: neither"):
         prepared_pairs("a", lines, "--validation_fraction=0.01")
+
+
+def chat(*answers: dict[str, Any]) -> list[dict[str, Any]]:
+    turns = []
+    for answer in answers:
+        turns += [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **answer}]
+    return turns
+
+
+@pytest.mark.parametrize("template", ["llama2", "chatml"])
+def test_an_answer_of_weight_0_carries_no_loss(template):
+    tokenizer = load_tokenizer("byte")
+    tokenizer.control_ids = {"<|im_start|>": 256, "<|im_end|>": 257}
+    lines = chat({"weight": 0}, {"weight": 1}, {})
+    messages, problems = parse_example({"messages": lines}, template)
+    assert problems == []
+    ids, learned = encode_example(tokenizer, template, messages)
+    assert len(ids) == len(learned)
+    both, all_learned = encode_example(
+        tokenizer, template, [m._replace(weight=1) for m in messages]
+    )
+    assert ids == both
+    assert 3 * sum(learned) == 2 * sum(all_learned)
+    assert not any(learned[: len(learned) // 3])
+    assert Example(messages).answers == ["a", "a"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"messages": chat({"weight": 0})}, "every answer has weight 0"),
+        ({"messages": chat({"weight": 0.5})}, r"weight 0\.5 is neither 0 nor 1"),
+        ({"messages": chat({}), "tools": [{"type": "function"}]}, "'tools' is not supported"),
+        ({"messages": chat({"tool_calls": [{"id": "x"}]})}, "message 2: 'tool_calls' is not"),
+        ({"prompt": "a", "completion": "b", "weight": 0}, "weight 0 has nothing to learn"),
+    ],
+)
+def test_keys_that_change_the_meaning_are_refused(line, message):
+    _, problems = parse_example(line, "chatml")
+    assert len(problems) == 1
+    assert re.search(message, problems[0])
+
+
+def test_keys_that_are_empty_or_of_no_meaning_are_ignored():
+    line = {"messages": chat({"tool_calls": None, "name": "x"}), "tools": [], "id": 3}
+    assert parse_example(line, "chatml")[1] == []

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from llamajax.data import open_mixture
+from llamajax.data import has_split, open_mixture
 from llamajax.errors import UserError
 
 
@@ -102,3 +102,15 @@ def test_the_loss_to_beat_is_weighted_by_tokens(config, prepared, documents):
     assert both.unigram_loss == pytest.approx(expected)
     assert parts[0].unigram_loss == parts[0].manifests[0]["splits"]["validation"]["unigram_loss"]
     assert open_mixture(config(a), split="train", vocab_size=258).unigram_loss is None
+
+
+def test_paths_without_a_validation_split_leave_the_others_evaluated(config, prepared, documents):
+    a = prepared("a", documents, "--validation_fraction=0.3")
+    b = prepared("b", ["b" * 300])
+    alone = open_mixture(config(a), split="validation", vocab_size=258)
+    for weights in ((), (1.0, 2.0)):
+        both = config(b, a, weights=weights)
+        assert has_split(both, "validation")
+        mixture = open_mixture(both, split="validation", vocab_size=258)
+        assert [s.path for s in mixture.sources] == [a]
+        assert (mixture.weights, mixture.num_tokens) == ((1.0,), alone.num_tokens)

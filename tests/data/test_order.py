@@ -39,3 +39,11 @@ def test_the_order_of_a_key_never_changes():
 
 
 GOLDEN = [3, 7, 1, 5, 9, 4, 6, 8, 2, 0, 2, 5, 9, 8, 1, 7, 4, 0, 3, 6]
+
+
+@pytest.mark.parametrize("count", [7_000_000, 244_000_000, 3_700_000_000])
+def test_successive_samples_of_very_large_sets_have_nothing_in_common(count):
+    """4 rounds of the shuffle gave correlations of 0.08, 0.32 and 0.64 here."""
+    ids = EndlessOrder(0, count, key="k")
+    drawn = np.array([ids[i] for i in range(20_000)], float)
+    assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 0.02

@@ -75,3 +75,14 @@ def test_the_past_cannot_be_changed():
         continued(position, 9, batch_size=5)
     with pytest.raises(ValueError, match="cannot skip"):
         position.skipped(9, 1)
+
+
+def test_a_run_keeps_the_rounds_of_the_shuffle_that_it_began_with():
+    new, old = start(), start().to_json()
+    del old["segments"][0]["rounds"]  # as saved before the number was a choice
+    old = Position.from_json(old)
+    assert (new.segments[0].rounds, old.segments[0].rounds) == (8, 4)
+    for position in (new, old):
+        later = continued(position, 10, seq_len=64).skipped(20, 3)
+        assert {s.rounds for s in later.segments} == {position.segments[0].rounds}
+        assert Position.from_json(json.loads(json.dumps(later.to_json()))) == later

@@ -73,7 +73,7 @@ def test_patterns_name_files_in_order_and_once(tmp_path, monkeypatch):
         "none.txt": "no such file: none.txt",
         "none*.txt": "no file matches none",
         "d/README.md": "unknown kind of file",
-        "empty": "no .txt, .jsonl, .parquet, .tokens files in directory empty",
+        "empty": "no .txt, .jsonl, .parquet, .tokens, .raw files in directory empty",
         " , ": "--input is empty",
     }.items():
         with pytest.raises(UserError, match=message):
@@ -146,3 +146,47 @@ def test_cleaning_joins_rows_to_articles(tmp_path):
     (tmp_path / "f.tokens").write_text(WIKI)
     cleaned = ["= A =\n\na, b\n\n== S ==\nx\n", "= B =\n\nb1\n"]
     assert read(tmp_path, clean="wikitext") == cleaned * 3
+
+
+def test_wikitext_as_hugging_face_ships_it(tmp_path):
+    """Rows of Parquet and of JSON lines, one a line of the raw file, blank lines empty."""
+    raw = WIKI.replace(" \n", "\n")
+    rows = ["" if line == "\n" else line for line in raw.splitlines(keepends=True)]
+    parquet(tmp_path / "rows.parquet", rows)
+    lines = "".join(json.dumps({"text": row}) + "\n" for row in rows)
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "wiki.train.raw").write_text(WIKI)
+    wanted = read(tmp_path / "wiki.train.raw", clean="wikitext")
+    assert len(wanted) == 2
+    for name in ("rows.parquet", "rows.json.gz"):
+        assert read(tmp_path / name, clean="wikitext") == wanted
+    articles = [f" = {c} = \n\n text {c} .\n" for c in "AB"]  # an article a row
+    parquet(tmp_path / "articles.parquet", articles)
+    assert len(read(tmp_path / "articles.parquet", clean="wikitext")) == 2
+
+
+def test_a_single_article_is_a_warning(tmp_path):
+    (tmp_path / "a.txt").write_text("no title\n\nanywhere\n")
+    corpus = Corpus([tmp_path / "a.txt"], text_key="text", clean="wikitext")
+    assert list(corpus)
+    assert "a single article" in corpus.warnings[0]
+    (tmp_path / "a.txt").write_text(WIKI)
+    assert list(corpus)
+    assert corpus.warnings == []
+
+
+def test_a_directory_is_read_whole_and_what_is_not_is_named(tmp_path, capsys):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "c.txt").write_text("c")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "round").symlink_to(folder)
+    line = json.dumps({"text": "b"}).encode()
+    (folder / "c4-train.00000-of-01024.json.gz").write_bytes(gzip.compress(line))
+    for name in ("dataset_infos.json", "README.md", ".hidden.txt"):
+        (folder / name).write_text("{}")
+    assert sorted(read(folder)) == ["b", "c"]
+    assert "2 files in" in (said := capsys.readouterr().err)
+    assert "README.md, dataset_infos.json" in said

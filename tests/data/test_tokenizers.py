@@ -231,3 +231,43 @@ def test_paths_that_lead_nowhere(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match=r"only llamajax\.prepare trains"):
         load_tokenizer("train:100")
+
+
+def test_training_reads_lines_that_sentencepiece_passes_over(tmp_path):
+    """Lines over its limit of 1 MiB and with U+2585 are learned from."""
+    from llamajax.data.holdout import Part
+    from llamajax.data.tokenizer_training import train_tokenizer
+
+    long = " ".join(["abracadabra"] * 100_000)
+    plain = "\n".join(f"line {i} of the text that is short" for i in range(200))
+    marked = "\n".join(f"zyzzyva {i} \u2585 zyzzyva" for i in range(200))
+    parts = [Part("train", text) for text in (long, plain, marked, "half \ud83d surrogate")]
+    train_tokenizer(parts, num_pieces=360, share=1.0, output=tmp_path / "tokenizer.model")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
+    assert len(tokenizer.encode("abracadabra")) == 1
+    assert len(tokenizer.encode("zyzzyva")) == 1
+
+
+def user_model(path: Path, **settings: object) -> Path:
+    import sentencepiece
+
+    lines = [f"the {w} fox number {i} says hello" for i, w in enumerate(["red", "old"] * 99)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(path), minloglevel=2, **settings
+    )
+    return path.with_suffix(".model")
+
+
+def test_a_word_model_reads_long_texts_as_its_library_does(tmp_path):
+    import sentencepiece
+
+    path = user_model(tmp_path / "w", model_type="word", vocab_size=30)
+    text = ("the red fox\nnumber old  \n says hello red\n\n" * 100)[:-1]
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    assert load_tokenizer(path).encode(text) == model.encode(text)
+
+
+def test_a_model_that_loses_newlines_is_named(tmp_path, trained):
+    lossy = load_tokenizer(user_model(tmp_path / "l", model_type="bpe", vocab_size=60))
+    assert "loses newlines ('a\\nb' comes back as" in lossy.warnings[0]
+    assert load_tokenizer(trained).warnings == ()
