@@ -251,7 +251,7 @@ def test_training_reads_lines_that_sentencepiece_passes_over(tmp_path):
 def user_model(path: Path, **settings: object) -> Path:
     import sentencepiece
 
-    lines = [f"the {w} fox number {i} says hello" for i, w in enumerate(["red", "old"] * 99)]
+    lines = [f"a {w} b number {i} says hello" for i, w in enumerate(["red", "old"] * 99)]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(path), minloglevel=2, **settings
     )
@@ -262,7 +262,7 @@ def test_a_word_model_reads_long_texts_as_its_library_does(tmp_path):
     import sentencepiece
 
     path = user_model(tmp_path / "w", model_type="word", vocab_size=30)
-    text = ("the red fox\nnumber old  \n says hello red\n\n" * 100)[:-1]
+    text = ("a red b\nnumber old  \n says hello red\n\n" * 100)[:-1]
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     assert load_tokenizer(path).encode(text) == model.encode(text)
 
