@@ -1,12 +1,22 @@
 #!/usr/bin/env bash
-# Makes .venv with the test extra and runs the tests, two files at a time; arguments go to pytest.
-#   ./launch/test.sh                 everything
-#   ./launch/test.sh -m 'not slow'   without the heavy compile checks
+# Makes .venv with the test extra and runs the tests, two at a time; other arguments go to pytest.
+#   ./launch/test.sh         each kind of claim at least once: about ten minutes on two cores
+#   ./launch/test.sh --all   everything: about half an hour
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+
+SELECTION=(-m "not slow")
+ARGUMENTS=()
+for argument in "$@"; do
+  case "$argument" in
+    --all) SELECTION=() ;;
+    *) ARGUMENTS+=("$argument") ;;
+  esac
+done
 
 make_venv "$ROOT/.venv" ".[test]"
 add_pjrt_cpu "$ROOT/.venv"
 cd "$ROOT"
 say "running the tests"
-exec "$ROOT/.venv/bin/python" -m pytest --numprocesses=2 --dist=loadfile "$@"
+exec "$ROOT/.venv/bin/python" -m pytest --numprocesses=2 --dist=worksteal --durations=20 \
+  "${SELECTION[@]}" "${ARGUMENTS[@]}"

@@ -1,19 +1,31 @@
 """What every test runs under: 8 CPU devices, no implicit promotion, warnings as errors."""
 
+import atexit
 import importlib.util
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
-# Programs kept by an earlier session, or in the home of whoever tests, must decide nothing here.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Compiled programs are shared by the processes of this session: the workers of xdist, which find
+# the variable set, and all that tests start. Programs of an earlier session, or in the home of
+# whoever tests, must decide nothing here.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llamajax-programs-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest
+import warm  # noqa: F401 (now, for the environment of what it starts)
+
+from llamajax.backends.compile_cache import enable
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+enable("auto", force=False)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Warnings that other people's packages raise while they are imported; ours are errors.

@@ -7,16 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def run(script: str, *flags: str) -> subprocess.CompletedProcess:
     """The finished script, on one CPU device."""
-    return subprocess.run(
+    return warm.run(
         [sys.executable, f"benchmarks/{script}", *flags],
         cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,

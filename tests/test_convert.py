@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import warm
 from llamas import BASE, assert_same, edit_config, mesh, random_model
 
 from llamajax import convert
@@ -234,7 +235,7 @@ def test_an_interrupted_conversion_leaves_what_was_there(form, source, tmp_path)
         "convert.run_verb(convert.main)\n"
     )
     flags = [f"--from={source}", f"--to={target}", f"--format={form}", "--overwrite"]
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "-c", script, *flags],
         capture_output=True,
         text=True,

@@ -3,7 +3,6 @@
 import gzip
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import warm
 
 from llamajax import data, evaluate, prepare, sharding
 from llamajax.checkpoint import Checkpointer
@@ -279,12 +279,12 @@ def test_mistakes_are_told(grouped, wrong, args, monkeypatch):
 def test_from_the_shell(grouped, wrong):
     command = [sys.executable, "-m", "llamajax.evaluate", f"--checkpoint={grouped[0]}"]
     command.append(f"--token_ids={wrong / 'ids.npy'}")
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
     assert last["tokens"] == 8
     assert last["platform"] == "cpu"
-    done = subprocess.run([*command, "--text=x"], capture_output=True, text=True)
+    done = warm.run([*command, "--text=x"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr

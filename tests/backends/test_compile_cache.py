@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+import warm
 
 from llamajax.backends.compile_cache import FileCache, enable
 
@@ -76,8 +78,11 @@ def test_the_least_recently_used_make_room(cache, tmp_path):
 
 
 def test_a_user_who_forbids_it_is_obeyed(tmp_path):
-    """The tests themselves run without: see conftest.py."""
-    assert enable(str(tmp_path / "programs"), force=True) is None
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        assert enable(str(tmp_path / "programs"), force=True) is None
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
     assert not (tmp_path / "programs").exists()
 
 
@@ -109,7 +114,7 @@ def _two_processes(folder: Path) -> list[list[float]]:
         port = str(free.getsockname()[1])
     env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true"}
     started = [
-        subprocess.Popen(
+        warm.Popen(
             [sys.executable, "-c", _ONE_OF_TWO, rank, port, str(folder)],
             stdout=subprocess.PIPE, text=True, env=env,
         )

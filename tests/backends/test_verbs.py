@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import warm
 
 from llamajax.checkpoint import Checkpointer
 from llamajax.config.presets import PRESETS
@@ -46,9 +47,7 @@ def commands(workdir) -> dict[str, list[str]]:
 
 def run(arguments: list[str], **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", f"llamajax.{arguments[0]}", *arguments[1:]]
-    return subprocess.run(
-        command, check=False, capture_output=True, text=True, env=dict(os.environ) | env
-    )
+    return warm.run(command, capture_output=True, text=True, env=os.environ | env)
 
 
 @pytest.mark.parametrize(
@@ -78,9 +77,10 @@ def test_a_platform_of_the_environment_is_no_less_wanted(workdir):
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "generate"])
-def test_programs_are_kept_for_the_next_time(workdir, tmp_path, verb):
+def test_programs_are_kept_for_the_next_time(workdir, tmp_path, verb, monkeypatch):
     arguments = [*commands(workdir)[verb], "--backend=cpu"]
-    env = {"JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(tmp_path)}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")  # that of all tests
+    env = {"XDG_CACHE_HOME": str(tmp_path)}
     first = run(arguments, **env)
     kept = sorted((tmp_path / "llamajax" / "programs").glob("*/*.program"))
     assert kept, first.stderr

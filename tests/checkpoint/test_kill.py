@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import warm
 from tiny_state import checkpointer
 
 # A different remainder of the 121 operations each: 1 walks through all of them, by hand.
@@ -17,10 +17,9 @@ _STRIDE = 9
 
 def test_killed_at_any_file_operation(tmp_path: Path):
     script = Path(__file__).with_name("kill_saves.py")
-    result = subprocess.run(
+    result = warm.run(
         [sys.executable, str(script), str(tmp_path), str(_STRIDE)],
-        env=os.environ
-        | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         check=True,

@@ -11,6 +11,7 @@ from pathlib import Path
 import fsspec
 import jax
 import pytest
+import warm
 from etils import epath
 from object_store import BUCKET, environment, free_port, need_packages, running
 from tiny_state import META, abstract, assert_same_bits, checkpointer, make_mesh, make_state
@@ -208,7 +209,7 @@ def test_two_processes_save_one_checkpoint_and_agree_on_damage(folder):
     environ = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     environ.pop("XLA_FLAGS", None)
     both = [
-        subprocess.Popen(
+        warm.Popen(
             [sys.executable, str(script), str(rank), str(port), str(folder)],
             env=environ,
             stdout=subprocess.PIPE,

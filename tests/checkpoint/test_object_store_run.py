@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from object_store import BUCKET, environment, free_port, need_packages, running
 
 CONFIG = Path(__file__).parents[1] / "training" / "tiny_run.py"
@@ -22,7 +23,7 @@ def prepared(tmp_path_factory):
     (folder / "corpus.txt").write_text(text)
     arguments = [f"--input={folder / 'corpus.txt'}", "--tokenizer=byte", "--workers=1"]
     arguments += [f"--output={folder / 'data'}", "--validation_fraction=0.1"]
-    subprocess.run([sys.executable, "-m", "llamajax.prepare", *arguments], check=True)
+    warm.run([sys.executable, "-m", "llamajax.prepare", *arguments], check=True)
     return folder / "data"
 
 
@@ -39,7 +40,7 @@ def rows(workdir):
 
 
 def said(command, environ):
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240)
+    done = warm.run(command, env=environ, capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -53,7 +54,7 @@ def test_a_run_killed_in_a_save_resumes_bit_by_bit(prepared, tmp_path):
     assert said(train(prepared, here), environ)[0] == 0
     with running(port, hold):
         hold.write_text("run/8/meta.json")
-        with subprocess.Popen(elsewhere, env=environ, stderr=subprocess.DEVNULL) as process:
+        with warm.Popen(elsewhere, env=environ, stderr=subprocess.DEVNULL) as process:
             deadline = time.monotonic() + HELD_WITHIN_S
             while not hold.with_suffix(".held").exists():
                 assert process.poll() is None

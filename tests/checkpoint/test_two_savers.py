@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 SCRIPT = Path(__file__).with_name("two_savers.py")
 
@@ -21,7 +22,7 @@ def seen(tmp_path_factory) -> list[dict]:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     environment.pop("XLA_FLAGS", None)
     both = [
-        subprocess.Popen(
+        warm.Popen(
             [sys.executable, str(SCRIPT), str(rank), str(port), str(directory)],
             env=environment,
             stdout=subprocess.PIPE,

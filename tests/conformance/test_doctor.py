@@ -2,25 +2,24 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
+import warm
 
 from llamajax.backends.verdict import read_verdict
 
 
 @pytest.fixture
-def doctor(tmp_path):
+def doctor(tmp_path, monkeypatch):
     """Runs the verb with flags; its exit code, what it printed, and its JSON (None without)."""
 
     def run(*flags: str) -> tuple[int, str, dict | None]:
         out = tmp_path / "doctor.json"
-        done = subprocess.run(
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)  # that of all tests
+        done = warm.run(
             [sys.executable, "-m", "llamajax.doctor", f"--json={out}", *flags],
-            env=os.environ
-            | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
-            | {"JAX_ENABLE_COMPILATION_CACHE": "true"},  # other tests are without
+            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"},
             capture_output=True,
             text=True,
         )

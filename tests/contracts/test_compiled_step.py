@@ -5,11 +5,11 @@ Each compilation has a process of its own, for its number of virtual devices.
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +59,7 @@ print(json.dumps(found))
 def built(config, num_devices, overrides, *, compiled):
     arguments = [f"{ROOT / 'configs' / config}", str(num_devices), json.dumps(overrides)]
     arguments.append("compile" if compiled else "lower")
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-2000:]

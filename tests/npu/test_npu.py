@@ -6,11 +6,11 @@ poisons a process has one of its own.
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 _START = """
 import json, sys
@@ -89,8 +89,8 @@ print(json.dumps(found), flush=True)
 def in_child(code: str, plugin: Path, options: str) -> tuple[dict, int]:
     """What a program says of the NPU in its last line, and its exit code."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_PLATFORMS")}
-    command = [sys.executable, "-W", "ignore", "-c", _START + code, str(plugin), options]
-    done = subprocess.run(
+    command = [sys.executable, "-c", _START + code, str(plugin), options]
+    done = warm.run(
         command, capture_output=True, text=True, env=environment, check=False, timeout=120
     )
     assert done.stdout, done.stderr

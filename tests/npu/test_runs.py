@@ -8,11 +8,11 @@ compiles.
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from llamajax.backends import Probe, Verdict, write_verdict
 
@@ -54,8 +54,8 @@ def train(folder: Path, run: str, steps: int, *overrides: str) -> tuple[str, lis
 def carry_out(folder: Path, cache: str, *commands: tuple[str, list[str]]) -> tuple[str, str]:
     """Stdout and stderr of one process that carries out these commands."""
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / cache)}
-    del environment["JAX_ENABLE_COMPILATION_CACHE"]
-    done = subprocess.run(
+    del environment["JAX_COMPILATION_CACHE_DIR"]  # that of all tests
+    done = warm.run(
         [sys.executable, "-c", _CHILD],
         input="".join(json.dumps(command) + "\n" for command in commands),
         capture_output=True,

@@ -3,11 +3,11 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 CONFIG = str(Path(__file__).with_name("small_run.py"))
 BF16 = (
@@ -28,7 +28,7 @@ def has(name):
 def planned(tmp_path, devices, *overrides):
     out = tmp_path / "plan.json"
     command = [sys.executable, "-m", "llamajax.plan", f"--config={CONFIG}", f"--devices={devices}"]
-    done = subprocess.run(
+    done = warm.run(
         [*command, f"--json={out}", *overrides],
         capture_output=True,
         text=True,

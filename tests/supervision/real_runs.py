@@ -7,6 +7,8 @@ import sys
 import threading
 from pathlib import Path
 
+import warm
+
 from llamajax.supervision.trial import newest_checkpoint
 
 CONFIG = Path(__file__).parents[1] / "training" / "tiny_run.py"
@@ -19,12 +21,6 @@ SHORT = {
     "backend.name": "cpu",
     "mesh.fsdp": 2,
 }
-
-
-def keeping_programs(folder: Path) -> dict[str, str]:
-    """An environment in which compiled programs are kept: a restart takes seconds."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-    return dict(os.environ) | cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 def train(data, workdir, devices: int) -> list[str]:
@@ -42,7 +38,7 @@ def launch(data, workdir) -> list[str]:
 def interrupted(command, environment, workdir, *, rank: int | None, number: int):
     """Exit code and words of a launch that gets a signal after step 4, itself or one worker."""
     poll = threading.Event()
-    with subprocess.Popen(
+    with warm.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
         first = process.stderr.readline()

@@ -13,7 +13,8 @@ import threading
 
 import numpy as np
 import pytest
-from real_runs import keeping_programs, launch, train
+import warm
+from real_runs import launch, train
 from safetensors.numpy import load_file, save_file
 
 from llamajax.supervision.comparison import largest_difference, values
@@ -38,13 +39,13 @@ def data(tmp_path_factory):
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
     arguments = [f"--input={folder / 'a.jsonl'}", "--tokenizer=byte", "--workers=1"]
     arguments += [f"--output={folder / 'data'}", "--validation_fraction=0"]
-    subprocess.run([sys.executable, "-m", "llamajax.prepare", *arguments], check=True)
+    warm.run([sys.executable, "-m", "llamajax.prepare", *arguments], check=True)
     return folder / "data"
 
 
 @pytest.fixture(scope="module")
-def environment(data):
-    return keeping_programs(data.parent)
+def environment():
+    return dict(os.environ)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +54,9 @@ def flags(data, environment):
     folder = data.parent
     given = [f"--config.{key}={value}" for key, value in KEYS.items()]
     first = [*train(data, folder / "first", 2), *given]  # its program serves the next run, too
-    subprocess.run(first, env=environment, check=True, capture_output=True)
+    warm.run(first, env=environment, check=True, capture_output=True)
     convert = [f"--from={folder / 'first'}", f"--to={folder / 'hf'}", "--dtype=float32"]
-    subprocess.run([sys.executable, "-m", "llamajax.convert", *convert], check=True)
+    warm.run([sys.executable, "-m", "llamajax.convert", *convert], check=True)
     (file,) = (folder / "hf").glob("*.safetensors")
     tensors = load_file(file)
     tensors["model.embed_tokens.weight"][ord(RARE)] = np.nan
@@ -66,7 +67,7 @@ def flags(data, environment):
 def killed_while_it_rolls_back(command, environment, workdir) -> str:
     """What a launch says whose worker 1 is killed as soon as the first rollback is noted."""
     audit, poll = workdir / "audit.jsonl", threading.Event()
-    with subprocess.Popen(
+    with warm.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
         first = process.stderr.readline()
@@ -86,7 +87,7 @@ def rollbacks(workdir) -> list[dict]:
 
 def test_a_rollback_of_two_is_that_of_one_and_outlives_a_kill(data, environment, flags, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = subprocess.run([*train(data, one, 2), *flags], env=environment, capture_output=True)
+    alone = warm.run([*train(data, one, 2), *flags], env=environment, capture_output=True)
     assert alone.returncode == 0, alone.stderr
     assert last_step(one) == 10
     assert len(rollbacks(one)) >= 2

@@ -8,12 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from real_runs import interrupted, keeping_programs, launch, train
+import warm
+from real_runs import interrupted, launch, train
 
 from llamajax.supervision.comparison import largest_difference, values
 from llamajax.supervision.trial import last_step, read_meta
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -24,26 +23,26 @@ def data(tmp_path_factory):
     (folder / "corpus.jsonl").write_text(text)
     prepare = [f"--input={folder / 'corpus.jsonl'}", "--tokenizer=byte", "--workers=1"]
     prepare += [f"--output={folder / 'data'}", "--validation_fraction=0.05"]
-    subprocess.run([sys.executable, "-m", "llamajax.prepare", *prepare], check=True)
+    warm.run([sys.executable, "-m", "llamajax.prepare", *prepare], check=True)
     return folder / "data"
 
 
 @pytest.fixture(scope="module")
-def environment(data):
-    return keeping_programs(data.parent)
+def environment():
+    return dict(os.environ)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(data, environment, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    done = subprocess.run(launch(data, workdir), env=environment, capture_output=True, text=True)
+    done = warm.run(launch(data, workdir), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert last_step(workdir) == 10
     return workdir
 
 
 def test_two_processes_are_one_process_with_two_devices(data, environment, undisturbed, tmp_path):
-    done = subprocess.run(train(data, tmp_path, 2), env=environment, capture_output=True, text=True)
+    done = warm.run(train(data, tmp_path, 2), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     difference = largest_difference(values(undisturbed), values(tmp_path))
     assert difference is None or difference.relative < 1e-6
@@ -61,6 +60,7 @@ def test_a_killed_worker_costs_no_step(data, environment, undisturbed, tmp_path)
     assert largest_difference(values(undisturbed), values(tmp_path)) is None
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_worker_stops_all_at_one_step(data, environment, undisturbed, tmp_path):
     command = launch(data, tmp_path)
     code, text = interrupted(command, environment, tmp_path, rank=1, number=signal.SIGTERM)
@@ -68,11 +68,12 @@ def test_sigterm_to_one_worker_stops_all_at_one_step(data, environment, undistur
     stopped_at = last_step(tmp_path)
     assert (tmp_path / "checkpoints" / str(stopped_at)).is_dir()
     assert not (tmp_path / "logs" / "worker_0.1.log").exists()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = warm.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert largest_difference(values(undisturbed), values(tmp_path)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["--workdir", "--config.checkpoint.directory"])
 def test_directories_that_are_not_shared_are_refused(data, environment, tmp_path, key):
     """Each worker has a directory of its own, as on nodes without shared storage."""
@@ -81,7 +82,7 @@ def test_directories_that_are_not_shared_are_refused(data, environment, tmp_path
     place = command.index("--") + 1
     command[place:place] = ["sh", "-c", script, "sh"]
     command.insert(3, f"--log_dir={tmp_path / 'logs'}")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = warm.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert f"{key.removeprefix('--config.')}={tmp_path}" in done.stderr
     assert "checkpoints need storage that all nodes share" in done.stderr
@@ -99,7 +100,7 @@ def four(data, workdir, *, steps: int, devices: int, fsdp: int = 4) -> list[str]
 
 def finished(commands: list[list[str]], environments: list[dict]) -> None:
     started = [
-        subprocess.Popen(c, env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        warm.Popen(c, env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for c, e in zip(commands, environments, strict=True)
     ]
     texts = [process.communicate(timeout=300)[0] for process in started]
@@ -148,6 +149,7 @@ def port() -> int:
     raise AssertionError("no port is free")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [started_by_hand, started_by_slurm])
 def test_four_ranks_without_a_launcher(data, environment, alone, tmp_path, port, start):
     command = four(data, tmp_path, steps=6, devices=1)
@@ -160,6 +162,7 @@ def launched(command: list[str], processes: int) -> list[str]:
     return [*start, f"--processes_per_node={processes}", "--max_restarts=0", "--", *command]
 
 
+@pytest.mark.slow
 def test_launched_and_resumed_on_one_two_and_four_processes(
     data,
     environment,
@@ -172,6 +175,7 @@ def test_launched_and_resumed_on_one_two_and_four_processes(
     same(tmp_path, alone, step=6)
 
 
+@pytest.mark.slow
 def test_resumed_on_eight_four_and_eight_devices(data, environment, alone, tmp_path):
     for steps, devices in ((2, 8), (4, 4), (6, 8)):
         command = four(data, tmp_path, steps=steps, devices=devices, fsdp=devices)

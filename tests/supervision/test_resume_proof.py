@@ -3,12 +3,11 @@
 import dataclasses
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from llamajax.config import load
 from llamajax.errors import UserError
@@ -224,14 +223,11 @@ def test_a_whole_proof_holds(tmp_path):
     (tmp_path / "corpus.jsonl").write_text(text)
     data = tmp_path / "data"
     prepare = [f"--input={tmp_path / 'corpus.jsonl'}", "--tokenizer=byte", f"--output={data}"]
-    subprocess.run([sys.executable, "-m", "llamajax.prepare", *prepare], check=True)
+    warm.run([sys.executable, "-m", "llamajax.prepare", *prepare], check=True)
     command = [sys.executable, "-m", "llamajax.verify_resume", f"--config={CONFIG}:{data}"]
     command += ["--config.model.num_layers=1", "--config.train.eval_every=0", "--kills=2"]
     command += ["--steps=6", "--processes=2", f"--workdir={tmp_path / 'proof'}"]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
-    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment = dict(os.environ) | cache  # five starts of one program
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = warm.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "verdict: proven; 2 kills" in done.stdout
     assert "fsdp 2; 2 processes" in done.stdout

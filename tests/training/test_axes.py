@@ -27,8 +27,11 @@ from llamajax.ops.attention_split import all_tokens, own_tokens, pair_table
 AXES = ("data", "fsdp", "sequence", "tensor", "stage")
 STEPS = 5
 SIZES = [n for n in itertools.product((1, 2, 4, 8), repeat=len(AXES)) if math.prod(n) == 8]
-# In every run of the tests; the others are in the whole suite.
-FIRST = {(2, 2, 2, 1, 1), (1, 2, 1, 2, 2), (1, 1, 2, 2, 2), (1, 1, 4, 2, 1), (2, 1, 1, 1, 4)}
+# In every run of the tests: each pair of axes is in one of them. The others are in the whole suite.
+FIRST = {
+    (2, 2, 2, 1, 1), (2, 2, 1, 2, 1), (1, 2, 1, 2, 2), (1, 1, 2, 2, 2), (1, 1, 4, 2, 1),
+    (2, 1, 1, 1, 4),
+}  # fmt: skip
 
 
 def mesh_case(sizes):
@@ -52,12 +55,20 @@ def test_every_mesh_takes_the_steps_of_one_device(axes):
 @pytest.mark.parametrize(
     ("axes", "options"),
     [
-        ((("stage", 2), ("fsdp", 2), ("tensor", 2)), {"rounds": 2, "layers": 4}),
-        ((("stage", 4), ("data", 2)), {"layers": 8, "rounds": 2, "accumulation": 1}),
         ((("stage", 2), ("sequence", 2)), {"layers": 3}),
-        ((("stage", 4), ("fsdp", 2)), {"layers": 5, "microbatch_size": 2, "accumulation": 1}),
-        ((("stage", 2), ("tensor", 2)), {"remat_stage": False, "remat": "dots"}),
         ((("stage", 2), ("fsdp", 2)), {"rounds": 2, "layers": 5, "remat": "none", "tied": True}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ((("stage", 2), ("fsdp", 2), ("tensor", 2)), {"rounds": 2, "layers": 4}),
+                ((("stage", 4), ("data", 2)), {"layers": 8, "rounds": 2, "accumulation": 1}),
+                (
+                    (("stage", 4), ("fsdp", 2)),
+                    {"layers": 5, "microbatch_size": 2, "accumulation": 1},
+                ),
+                ((("stage", 2), ("tensor", 2)), {"remat_stage": False, "remat": "dots"}),
+            )
+        ),
     ],
     ids=str,
 )
@@ -67,18 +78,23 @@ def test_every_pipeline_takes_the_steps_of_one_device(axes, options):
     assert_same(found, run(steps=2, **same))
 
 
-def test_the_same_without_the_check_of_varying_axes(monkeypatch):
+@pytest.mark.parametrize(
+    "axes",
+    [
+        (("stage", 2), ("sequence", 2), ("tensor", 2)),
+        pytest.param((("stage", 2), ("fsdp", 2), ("data", 2)), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_same_without_the_check_of_varying_axes(axes, monkeypatch):
     """Kernels that cannot be checked run so: no derivative may rest on what the check inserts."""
     unchecked = frozenset({"xla", "split"})
     monkeypatch.setattr(llamajax.models.sharded, "NEEDS_UNCHECKED", unchecked)
-    axes = (("stage", 2), ("sequence", 2), ("tensor", 2))
-    assert_same(run(*axes, steps=2, layers=4, loss_chunk_tokens=21), run(steps=2, layers=4))
-    axes = (("stage", 2), ("fsdp", 2), ("data", 2))
     assert_same(run(*axes, steps=2, layers=4, loss_chunk_tokens=21), run(steps=2, layers=4))
 
 
 def test_layers_of_zeros_stay_zeros():
-    _, weights, _ = run(("stage", 2), steps=2, layers=3, accumulation=2)
+    _, weights, _ = run(("stage", 2), ("sequence", 2), steps=2, layers=3, accumulation=2)
     assert all(value.shape[0] == 3 for name, value in weights.items() if "blocks" in name)
     assert positions(3, stages=2, rounds=1).tolist() == [0, 1, 2, 3]
     assert positions(4, stages=2, rounds=2).tolist() == [0, 2, 1, 3]

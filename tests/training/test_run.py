@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import warm
 
 CONFIG = Path(__file__).with_name("tiny_run.py")
 FIELDS = ("step", "loss", "grad_norm", "learning_rate", "tokens_seen", "eval_loss")
@@ -24,7 +25,7 @@ def prepared(tmp_path_factory):
     (folder / "corpus.jsonl").write_text(lines)
     arguments = [f"--input={folder / 'corpus.jsonl'}", "--tokenizer=byte"]
     arguments += [f"--output={folder / 'data'}", "--validation_fraction=0.05", "--workers=1"]
-    subprocess.run([sys.executable, "-m", "llamajax.prepare", *arguments], check=True)
+    warm.run([sys.executable, "-m", "llamajax.prepare", *arguments], check=True)
     return folder / "data"
 
 
@@ -34,7 +35,7 @@ def command(prepared, workdir, *overrides):
 
 
 def run(prepared, workdir, *overrides):
-    done = subprocess.run(
+    done = warm.run(
         command(prepared, workdir, *overrides), stderr=subprocess.PIPE, text=True, timeout=300
     )
     return done.returncode, done.stderr
@@ -43,7 +44,7 @@ def run(prepared, workdir, *overrides):
 def interrupted(prepared, workdir, number, *overrides, after_step):
     """Exit code and stderr of a run that gets signal `number` once `after_step` is logged."""
     metrics, poll = workdir / "metrics.jsonl", threading.Event()
-    with subprocess.Popen(
+    with warm.Popen(
         command(prepared, workdir, *overrides), stderr=subprocess.PIPE, text=True
     ) as process:
         while process.poll() is None:
@@ -108,9 +109,7 @@ def test_an_interrupted_run_continues_bit_by_bit(prepared, undisturbed, tmp_path
 
 
 def test_a_signal_before_the_first_update_names_the_previous_checkpoint(prepared, tmp_path):
-    with subprocess.Popen(
-        command(prepared, tmp_path), stderr=subprocess.PIPE, text=True
-    ) as process:
+    with warm.Popen(command(prepared, tmp_path), stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if line.startswith("steps"):  # printed before compilation
                 process.terminate()

@@ -43,14 +43,23 @@ def test_microbatches_add_up_to_the_batch():
     assert_same(run(("fsdp", 2), ("tensor", 2), accumulation=4), run())
 
 
-@pytest.mark.parametrize("remat", sorted(set(REMAT) - {"full", "save_attention"}))
+@pytest.mark.parametrize(
+    "remat",
+    [
+        pytest.param(name, marks=[] if name in ("none", "save_qkv") else [pytest.mark.slow])
+        for name in sorted(set(REMAT) - {"full", "save_attention"})
+    ],
+)
 def test_what_is_recomputed_changes_nothing(remat):
     assert_same(run(("fsdp", 2), remat=remat), run())
 
 
 @pytest.mark.parametrize(
     ("remat", "keep", "offload"),
-    [("full", ("gate",), ("block_input", "qkv")), ("save_qkv", (), ("attention", "up"))],
+    [
+        ("full", ("gate",), ("block_input", "qkv")),
+        pytest.param("save_qkv", (), ("attention", "up"), marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_kept_by_name_changes_nothing(remat, keep, offload):
     found = run(("fsdp", 2), remat=remat, remat_keep=keep, remat_offload=offload)
@@ -59,6 +68,10 @@ def test_what_is_kept_by_name_changes_nothing(remat, keep, offload):
 
 def test_moments_in_host_memory_change_nothing():
     assert_same(run(("fsdp", 2), offload=True), run())
+
+
+@pytest.mark.slow
+def test_moments_of_a_pipeline_in_host_memory_change_nothing():
     found = run(("stage", 2), layers=3, offload=True, accumulation=2)
     assert_same(found, run(layers=3))
 

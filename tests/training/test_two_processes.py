@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import warm
 
 from llamajax import sharding
 from llamajax.checkpoint.weights import open_weights
@@ -35,7 +36,7 @@ def started(rank: int, port: int, *flags: str) -> subprocess.Popen:
     place = {"num_cpu_devices": 2, "num_processes": 2, "process_id": rank}
     place["coordinator_address"] = f"127.0.0.1:{port}"
     flags += tuple(f"--config.backend.{key}={value}" for key, value in place.items())
-    return subprocess.Popen(
+    return warm.Popen(
         [sys.executable, *program, *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
