@@ -1,18 +1,15 @@
 """`python -m llamajax.convert`: weights from one format to another, in little memory."""
 
 import contextlib
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from llamajax.config import Flag, parse_command_line
 from llamajax.config.schema import BackendConfig, MeshConfig
-from llamajax.errors import UserError, run_verb
+from llamajax.errors import UserError, run_verb, say
 
 if TYPE_CHECKING:
     from llamajax.checkpoint.stored import Leaf
@@ -58,18 +55,13 @@ _LOG_EVERY_S = 10.0
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0 written, 130 and 143 interrupted, with nothing written."""
+    """Write the weights; return 0. A signal leaves what was there."""
     flags = parse_command_line(
         argv, verb="convert", takes_config=False, flags=_FLAGS, summary=SUMMARY, example=EXAMPLE
     )
     if flags.max_shard_bytes < 1:
         raise UserError(f"--max_shard_bytes={flags.max_shard_bytes}: must be at least 1")
-    with _leaving_on_sigterm():
-        try:
-            _convert(flags)
-        except KeyboardInterrupt:
-            _say(f"interrupted: nothing was written to {flags.to}")
-            return 130
+    _convert(flags)
     return 0
 
 
@@ -91,9 +83,9 @@ def _convert(flags: SimpleNamespace) -> None:
     tokenizer = load_recorded(weights.tokenizer, weights.tokenizer_record, of=weights.path)
     check_vocabulary(tokenizer, weights.model)
     for line in () if tokenizer is None else tokenizer.warnings:
-        _say(f"warning: {line}")
+        say(f"warning: {line}")
     if tokenizer is None:
-        _say(f"warning: {weights.path} has no tokenizer: the weights are converted without one")
+        say(f"warning: {weights.path} has no tokenizer: the weights are converted without one")
     source, leaves = _tensors(weights, flags.dtype)
     _note_rounding(source, flags.dtype)
     progress = _Progress()
@@ -102,7 +94,7 @@ def _convert(flags: SimpleNamespace) -> None:
         if kind == "hf":
             options |= {"max_shard_bytes": flags.max_shard_bytes, "tokenizer": tokenizer}
             for line in write_hf(source, weights.model, target, dtype=flags.dtype, **options):
-                _say(f"warning: {line}")
+                say(f"warning: {line}")
         else:
             options |= {"leaves": leaves, "step": weights.step or 0}
             options |= {"write_tokenizer": tokenizer.save if tokenizer else lambda _: None}
@@ -141,7 +133,7 @@ def _note_rounding(source: "TensorSource", dtype: str) -> None:
     stored = {source.dtype(n).name for n in source.names() if len(source.shape(n)) > 1}
     if rounded := sorted(stored - set(keeps_all_of.get(dtype, (dtype,)))):
         words = " and ".join(rounded)
-        _say(f"note: {words} weights are rounded to {dtype}; --dtype=float32 keeps every bit")
+        say(f"note: {words} weights are rounded to {dtype}; --dtype=float32 keeps every bit")
 
 
 class _Progress:
@@ -163,7 +155,7 @@ class _Progress:
         elif time.monotonic() - self._last > _LOG_EVERY_S:
             self._last = time.monotonic()
             rate = done / (self._last - self._start)
-            _say(
+            say(
                 f"weights: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate / 1e6:,.0f} MB/s, "
                 f"{(total - done) / rate:,.0f} s left"
             )
@@ -171,23 +163,6 @@ class _Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _leaving_on_sigterm() -> Iterator[None]:
-    """SIGTERM unwinds as an exit with 143, so that what is half done is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set a handler
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -109,8 +109,9 @@ def _write(flag: str, out: str, text: str) -> None:
         hidden.write_text(text + "\n", encoding="utf-8")
         hidden.replace(path)
     except OSError as error:
-        hidden.unlink(missing_ok=True)
         raise UserError(f"--{flag}={out} cannot be written: {error.strerror}") from None
+    finally:
+        hidden.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

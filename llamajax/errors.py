@@ -1,14 +1,63 @@
-"""The error that a user can fix. Every verb turns it into one message and exit code 2."""
+"""How a verb ends: its errors, exit codes and signals, and output that nobody takes."""
 
+import contextlib
+import enum
+import faulthandler
 import gc
 import os
+import select
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO
 
 # JAX's import and the tracing of a step make half a million objects that stay: at the usual 700,
 # looking through them for rubbish takes an eighth of what a second start needs to its first step.
 _OBJECTS_BETWEEN_COLLECTIONS = 50_000
+# Ask a process to end. SIGUSR2 is what some schedulers send before a job's time limit.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+# For removing half-written output; a kernel that compiles or a full NFS may take longer.
+_UNWIND_WITHIN_S = 10.0
+
+
+class ExitCode(enum.IntEnum):
+    """Every exit code of a verb: number, meaning, whether starting the same command again can help.
+
+    75 is EX_TEMPFAIL of sysexits.h, 124 that of timeout(1); 79 and 80 are free in both. A worker
+    that a signal ended has 128 + its number, as in a shell.
+    """
+
+    def __new__(cls, code: int, meaning: str, restart_helps: bool) -> "ExitCode":
+        self = int.__new__(cls, code)
+        self._value_ = code
+        self.meaning, self.restart_helps = meaning, restart_helps
+        return self
+
+    meaning: str
+    restart_helps: bool
+    FINISHED = 0, "The verb has done what it was asked for.", False
+    FAILED = 1, "An internal failure. `doctor`: not ready; `verify_resume`: not proven.", True
+    USER_ERROR = 2, "A mistake of the user's. One message says what, where and the fix.", False
+    TRANSIENT = (
+        75,
+        "Something that passes: a busy port, a lock that another process holds, a bucket that "
+        "cannot be reached.",
+        True,
+    )
+    GUARD_STOP = 79, "A guard stopped `train` (docs/guards.md).", False
+    BAD_DEVICE = 80, "The canary of `train` found a device that computes wrongly.", False
+    STALLED = 124, "`launch`: no worker made progress within `--timeout_s`.", True
+    STOPPED = (
+        143,
+        "SIGTERM, SIGINT, SIGHUP or SIGUSR2 ended it; `train` saves first, and continues there.",
+        True,
+    )
+
+
+def restart_helps(code: int) -> bool:
+    """Return whether starting again can help after `code`; True for a code that is not ours."""
+    return all(known.restart_helps for known in ExitCode if known == code)
 
 
 class UserError(ValueError):
@@ -17,20 +66,49 @@ class UserError(ValueError):
     The message is printed as it is, without a traceback. Never raise it for a bug of ours.
     """
 
+    exit_code = ExitCode.USER_ERROR
+
+
+class TransientError(UserError):
+    """Something that passes by itself: the same command may work later, and is started again."""
+
+    exit_code = ExitCode.TRANSIENT
+
 
 def combine(problems: Sequence[str], *, title: str) -> UserError:
     """One error that lists every problem found, so that a user fixes them all in one go."""
     return UserError("\n".join([title, *(f"  - {p}" for p in problems)]))
 
 
-def run_verb(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Run a verb on the command line's arguments and exit: its own code, or 2 for a UserError.
+def say(text: str) -> None:
+    """Print a line to standard error; never raise, for a broken terminal must not end a run."""
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stderr is not None:  # print would take standard output instead
+            print(text, file=sys.stderr, flush=True)
 
-    All that was printed has then left. Where standard output refuses it (a full disk), that is one
-    message and 2 as well; a reader that has seen enough (`| head`) ends the verb in silence.
+
+def caught_signals() -> list[signal.Signals]:
+    """Return the stop signals that are not ignored from the start, as SIGHUP is under nohup."""
+    return [n for n in STOP_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+
+
+def run_verb(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Run a verb on the command line's arguments and exit: its own code, or that of a UserError.
+
+    A stop signal unwinds `main`, so that half-written output is removed, and ends it with 143;
+    SIGUSR1 writes the stacks of all threads. All that was printed has then left. Where standard
+    output refuses it (a full disk), that is one message and 2; a reader that has seen enough
+    (`| head`) ends the verb in silence. Standard error may refuse what it likes.
     """
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
+    _open_closed_descriptors()
+    faulthandler.enable(file=2)  # a crash below Python says where every thread was
+    if signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN:
+        faulthandler.register(signal.SIGUSR1, file=2)
     out = sys.stdout = _Output(sys.stdout)
+    if not isinstance(sys.stderr, _Output):  # stays: the interpreter flushes it once more at exit
+        sys.stderr = _Output(sys.stderr, raises=False)
+    interruption = _Interruption()
     code: Any = 0
     try:
         try:
@@ -39,24 +117,84 @@ def run_verb(main: Callable[[list[str]], int | None]) -> NoReturn:
             code = left.code
         out.flush()
     except UserError as error:
-        _complain(str(error))
-        code = 2
+        say(f"error: {error}")
+        code = error.exit_code
     except OSError as error:
         if error is not out.refusal:
             raise
         refused = _given_up(out)
         code = code or refused
     finally:
+        interruption.disarm()
         sys.stdout = out.stream
+    if interruption.number is not None:
+        say(f"stopped by {interruption.number.name}")
     sys.exit(code or 0)
 
 
-class _Output:
-    """Standard output, which remembers why it refused something."""
+class _Interruption:
+    """Turns the first stop signal into a SystemExit in the main thread.
 
-    def __init__(self, stream: TextIO | None):
+    A handler runs between bytecodes of the main thread only, and what it raises may be swallowed.
+    So a thread, woken by the C-level descriptor, ends the process when it has not ended in time,
+    or at a second Ctrl-C. `train` and `launch` put handlers of their own in this one's place.
+    """
+
+    def __init__(self) -> None:
+        self.number: signal.Signals | None = None
+        self._armed = True
+        if threading.current_thread() is not threading.main_thread():
+            return  # only the main thread may set a handler
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        numbers = caught_signals()
+        for number in numbers:
+            signal.signal(number, self._on_signal)
+        threading.Thread(
+            target=_end_in_time, args=(reading, numbers), name="signals", daemon=True
+        ).start()
+
+    def disarm(self) -> None:
+        """Raise nothing from here on: the verb has ended."""
+        self._armed = False
+
+    def _on_signal(self, number: int, _: object) -> None:
+        if self._armed:
+            self._armed = False
+            self.number = signal.Signals(number)
+            raise SystemExit(ExitCode.STOPPED)
+
+
+def _end_in_time(reading: int, numbers: Sequence[int]) -> None:
+    """Wait for a stop signal and give the process its time to end by itself; then end it."""
+    while (first := os.read(reading, 1)[0]) not in numbers:  # other handlers write here as well
+        pass
+    while select.select([reading], [], [], _UNWIND_WITHIN_S)[0]:
+        if os.read(reading, 1)[0] == signal.SIGINT:
+            break
+    # Not `say`: the interpreter may be past it.
+    with contextlib.suppress(OSError):
+        os.write(2, f"stopped by {signal.Signals(first).name}\n".encode())
+    os._exit(ExitCode.STOPPED)
+
+
+def _open_closed_descriptors() -> None:
+    """Give closed standard streams to /dev/null: else the next file opened would be written to."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number is this one
+
+
+class _Output:
+    """A standard stream that remembers why it refused something; raises: and lets it be known."""
+
+    def __init__(self, stream: TextIO | None, *, raises: bool = True):
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
         self.refusal: OSError | None = None
+        self._raises = raises
 
     def write(self, text: str) -> int:
         return self._asked(self.stream.write, text)
@@ -69,7 +207,9 @@ class _Output:
             return action(*args)
         except OSError as error:
             self.refusal = error
-            raise
+            if self._raises:
+                raise
+            return sum(map(len, args))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -80,13 +220,9 @@ def _given_up(out: _Output) -> int:
     # The interpreter flushes once more at exit and would complain then.
     os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
     if isinstance(out.refusal, BrokenPipeError):
-        return 0
-    _complain(
-        f"standard output could not be written: {out.refusal.strerror}; free some space, or send "
-        "it elsewhere"
+        return ExitCode.FINISHED
+    say(
+        f"error: standard output could not be written: {out.refusal.strerror}; free some space, or "
+        "send it elsewhere"
     )
-    return 2
-
-
-def _complain(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    return ExitCode.USER_ERROR

@@ -7,7 +7,7 @@ from llamajax.backends import with_huge_pages
 from llamajax.config import Flag, parse_weights_command
 from llamajax.data.chat import CHAT_TEMPLATES
 from llamajax.decoding.request import Request, Sampling, check
-from llamajax.errors import run_verb
+from llamajax.errors import run_verb, say
 
 SUMMARY = "Continue prompts with a checkpoint: greedily, or drawing tokens at random."
 EXAMPLE = """python -m llamajax.generate --checkpoint=runs/quickstart --prompt="Call me"
@@ -119,7 +119,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
 def main(argv: list[str]) -> int:
-    """Texts or JSON lines on stdout, speed on stderr; exit code 0, or 130 after Ctrl-C."""
+    """Texts or JSON lines on stdout, speed on stderr."""
     asked = parse_weights_command(
         argv, verb="generate", flags=_FLAGS, summary=SUMMARY, example=EXAMPLE
     )
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> int:
     from llamajax.decoding.output import converse, write_json, write_text
     from llamajax.decoding.session import open_session
 
-    session, code = open_session(request), 0
+    session = open_session(request)
     try:
         if request.interactive:
             converse(session, sys.stdin, sys.stdout)
@@ -140,12 +140,10 @@ def main(argv: list[str]) -> int:
             else:
                 sys.stdout.write("\n" * (n > 0))
                 write_text(session, prompts, sys.stdout, with_prompt=True)
-    except KeyboardInterrupt:
-        code = 130
-        print(file=sys.stderr)
-    if session.engine.times.batches:
-        print(session.summary(), file=sys.stderr, flush=True)
-    return code
+    finally:  # a signal as well
+        if session.engine.times.batches:
+            say(session.summary())
+    return 0
 
 
 if __name__ == "__main__":

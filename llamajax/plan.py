@@ -83,8 +83,13 @@ def main(argv: list[str]) -> int:
 
 def _write(path: Path, text: str) -> None:
     hidden = path.with_name(f".{path.name}.tmp")
-    hidden.write_text(text + "\n", encoding="utf-8")
-    hidden.replace(path)
+    try:
+        hidden.write_text(text + "\n", encoding="utf-8")
+        hidden.replace(path)
+    except OSError as error:
+        raise UserError(f"--json={path} cannot be written: {error.strerror}") from None
+    finally:
+        hidden.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,9 @@
 """The verb `prepare`: text files to a directory of token shards that `train` reads."""
 
 import argparse
-import contextlib
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -172,19 +168,6 @@ def _summary(manifest: dict[str, Any], output: Path, seconds: float) -> str:
     return "\n".join([*lines, f"wrote       {output} in {seconds:.1f} s"])
 
 
-@contextlib.contextmanager
-def _leaving_on_sigterm() -> Iterator[None]:
-    """SIGTERM unwinds as an exit with 143, so that what is half done is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set a handler
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def main(argv: list[str]) -> int:
     """Exit code of the verb with these arguments. Raises UserError."""
     given = vars(_parser().parse_args(argv))
@@ -192,12 +175,7 @@ def main(argv: list[str]) -> int:
     settings = Settings(**(given | {"output": Path(given["output"])}))
     progress, start = _Progress(), time.monotonic()
     try:
-        with _leaving_on_sigterm():
-            manifest = _carried_out(settings, progress, **how)
-    except KeyboardInterrupt:
-        progress.close()
-        print(f"interrupted: nothing was written to {settings.output}", file=sys.stderr)
-        return 130
+        manifest = _carried_out(settings, progress, **how)
     finally:
         progress.close()
     if isinstance(manifest, str):

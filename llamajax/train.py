@@ -1,8 +1,6 @@
 """`python -m llamajax.train`: pretrain or finetune, or continue where the same command stopped."""
 
-import faulthandler
 import gc
-import signal
 from pathlib import Path
 
 from llamajax.backends import follow_launcher, with_huge_pages
@@ -16,11 +14,9 @@ EXAMPLE = "python -m llamajax.train --config=configs/quickstart.py --workdir=run
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0 finished, 143 stopped by a signal after saving."""
+    """Return an ExitCode: finished, stopped by a signal after saving, or by a guard."""
     shutdown = Shutdown().install()  # before anything slow, so that no signal is lost
     follow_launcher()
-    faulthandler.enable()  # a crash below Python says where every thread was
-    faulthandler.register(signal.SIGUSR1)  # shows where every thread is; a launcher asks for it
     # Not before `with_huge_pages`, which would have it imported twice.
     from llamajax.config import WORKDIR, parse_command_line
 

@@ -1,14 +1,17 @@
 """How a verb ends: exit codes, and what becomes of standard output that nobody takes."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from llamajax import cli
 from llamajax.config import parse_command_line
-from llamajax.errors import UserError, run_verb
+from llamajax.errors import STOP_SIGNALS, ExitCode, TransientError, UserError, run_verb
 
 needs_full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 
@@ -20,6 +23,18 @@ _ENDS = {
     "as it leaves": "print('x'); sys.exit(0)",
     "with its help": "from llamajax.config import parse_command_line as p; p(['--help'], verb='x')",
 }
+
+
+@pytest.fixture
+def handlers():
+    """Run a verb in this process: afterwards, signals do what they did before."""
+    numbers = (*STOP_SIGNALS, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    waker = signal.set_wakeup_fd(-1)
+    yield
+    signal.set_wakeup_fd(waker)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -72,6 +87,7 @@ def test_an_exit_code_of_its_own_stays():
     assert done.stderr.startswith("error: standard output could not be written")
 
 
+@pytest.mark.usefixtures("handlers")
 def test_other_refusals_of_the_system_stay_failures_of_ours(capsys):
     def main(argv: list[str]) -> int:
         raise OSError(28, "No space left on device")
@@ -82,8 +98,16 @@ def test_other_refusals_of_the_system_stay_failures_of_ours(capsys):
 
 
 @pytest.mark.parametrize(
-    ("outcome", "code"), [(0, 0), (None, 0), (130, 130), (UserError("no x; write y"), 2)]
+    ("outcome", "code"),
+    [
+        (0, 0),
+        (None, 0),
+        (79, 79),
+        (UserError("no x; write y"), 2),
+        (TransientError("no x; write y"), 75),
+    ],
 )
+@pytest.mark.usefixtures("handlers")
 def test_exit_codes(outcome, code: int, capsys):
     def main(argv: list[str]) -> int:
         if isinstance(outcome, UserError):
@@ -93,7 +117,7 @@ def test_exit_codes(outcome, code: int, capsys):
     with pytest.raises(SystemExit) as left:
         run_verb(main)
     assert left.value.code == code
-    assert capsys.readouterr().err == ("error: no x; write y\n" if code == 2 else "")
+    assert capsys.readouterr().err == ("error: no x; write y\n" if code in (2, 75) else "")
 
 
 def test_standard_output_may_be_closed():
@@ -102,6 +126,7 @@ def test_standard_output_may_be_closed():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.usefixtures("handlers")
 def test_help_exits_with_0(capsys):
     with pytest.raises(SystemExit) as left:
         run_verb(lambda argv: parse_command_line(["--help"], verb="train"))
@@ -115,3 +140,128 @@ def test_a_verb_does_not_look_for_rubbish_all_the_time():
     body = f"{one}; print(gc.get_stats()[0]['collections'] - before)"
     done = subprocess.run(verb(body), check=True, capture_output=True, text=True)
     assert done.stdout == "0\n"
+
+
+def test_the_documented_exit_codes_are_those_of_the_code():
+    text = (Path(__file__).parents[1] / "docs" / "launching.md").read_text()
+    table = re.findall(r"^\| (\d+) \| (.+) \| (yes|no) \|$", text, re.MULTILINE)
+    yes = {True: "yes", False: "no"}
+    assert table == [(str(int(c)), c.meaning, yes[c.restart_helps]) for c in ExitCode]
+
+
+@pytest.mark.parametrize("name", cli.verbs())
+def test_every_verb_ends_by_run_verb(name: str):
+    source = (Path(cli.__file__).parent / f"{name}.py").read_text()
+    main = source.partition('if __name__ == "__main__":\n')[2]
+    assert main.endswith("    run_verb(main)\n")
+
+
+_HALF_WRITTEN = """
+    import os, signal, time
+    from pathlib import Path
+    hidden = Path(argv[0])
+    try:
+        hidden.write_text("half")
+        os.kill(os.getpid(), int(argv[1]))
+        time.sleep(60)
+    finally:
+        hidden.unlink()
+"""
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_stop_signal_unwinds_and_ends_in_143(tmp_path: Path, number: int):
+    hidden = tmp_path / "hidden"
+    done = ended([*verb(_HALF_WRITTEN), str(hidden), str(int(number))])
+    assert done == (143, "", f"stopped by {signal.Signals(number).name}\n")
+    assert not hidden.exists()
+
+
+def ended(command: list[str]) -> tuple[int, str, str]:
+    """Exit code, standard output and error of a command that ignores no signal."""
+    # What a shell starts in the background ignores Ctrl-C, and so would its children.
+    before = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_that_was_ignored_from_the_start_stays_ignored(number: int):
+    body = f"import os; os.kill(os.getpid(), {int(number)}); print('goes on')"
+    ignore = f"import signal, os, sys; signal.signal({int(number)}, signal.SIG_IGN); "
+    command = [sys.executable, "-c", ignore + "os.execv(sys.argv[1], sys.argv[1:])", *verb(body)]
+    assert ended(command) == (0, "goes on\n", "")
+
+
+def test_a_verb_that_does_not_unwind_is_ended():
+    """As in a compiler, which runs no handler; here the exception is swallowed."""
+    body = """
+    import llamajax.errors, os, signal, time
+    llamajax.errors._UNWIND_WITHIN_S = 0.1
+    while True:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except SystemExit:
+            pass
+"""
+    assert ended(verb(body)) == (143, "", "stopped by SIGTERM\n")
+
+
+def test_a_second_ctrl_c_waits_for_nothing():
+    body = """
+    import llamajax.errors, os, signal, time
+    llamajax.errors._UNWIND_WITHIN_S = 1000
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+"""
+    assert ended(verb(body)) == (143, "", "stopped by SIGINT\n")
+
+
+def test_sigusr1_writes_the_stacks_and_ends_nothing():
+    body = """
+    import os, signal
+    def where_it_is():
+        os.kill(os.getpid(), signal.SIGUSR1)
+    where_it_is()
+    print("goes on")
+"""
+    code, out, err = ended(verb(body))
+    assert (code, out) == (0, "goes on\n")
+    assert "where_it_is" in err
+
+
+_TELLS = {
+    "0": "print('x' * 9000, file=sys.stderr, flush=True)",
+    "2": "from llamajax.errors import UserError; raise UserError('no')",
+    "1": "raise RuntimeError('ours')",
+    "143": "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)",
+}
+
+
+@needs_full_disk
+@pytest.mark.parametrize("env", [BUFFERED, BUFFERED | {"PYTHONUNBUFFERED": "1"}])
+@pytest.mark.parametrize("where", ["2>/dev/full", "2>&-", "2>&1 | true"])
+@pytest.mark.parametrize("code", _TELLS)
+def test_standard_error_that_refuses_changes_no_exit_code(where: str, code: str, env):
+    script = f'set -o pipefail; "$@" {where}'
+    command = ["bash", "-c", script, "bash", *verb(_TELLS[code])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, env=env)
+    assert (done.returncode, done.stdout) == (int(code), b"")
+
+
+def test_no_file_takes_the_place_of_a_closed_stream():
+    """Libraries write to descriptors 1 and 2, whatever file has them."""
+    body = """
+    import os
+    sys.exit(sum(os.readlink(f"/proc/self/fd/{n}") == "/dev/null" for n in range(3)))
+"""
+    assert subprocess.run(["sh", "-c", '"$@" 2>&- >&- <&-', "sh", *verb(body)]).returncode == 3

@@ -31,6 +31,7 @@ _HOME = {
     "program_bytes": "runtime",
     "read_verdict": "verdict",
     "repeats_bits": "platforms",
+    "report_checkpoint": "children",
     "seen_alive": "children",
     "show_alive": "children",
     "start": "runtime",

@@ -4,6 +4,7 @@ Written by `child_environment` in the launcher, read in the worker: its place am
 the run, its share of the node's devices, and a pipe that ends when the launcher does.
 """
 
+import contextlib
 import glob
 import os
 import stat
@@ -11,12 +12,15 @@ import sys
 import threading
 from pathlib import Path
 
-from llamajax.errors import UserError
+from llamajax.errors import ExitCode, UserError, say
 
 COORDINATOR = "LLAMAJAX_COORDINATOR"  # HOST:PORT of process 0
 NUM_PROCESSES = "LLAMAJAX_NUM_PROCESSES"
 PROCESS_ID = "LLAMAJAX_PROCESS_ID"
-_LIFELINE = "LLAMAJAX_LIFELINE"  # FD:INODE of a pipe of which the launcher holds the other end
+# FD:INODE of a pipe of which the launcher holds the other end: one that ends with the launcher, and
+# one on which process 0 reports its newest complete checkpoint, a step a line.
+_LIFELINE = "LLAMAJAX_LIFELINE"
+_CHECKPOINTS = "LLAMAJAX_CHECKPOINTS"
 
 # What limits a process to some of the node's devices, and where the kernel shows how many it has.
 _VISIBLE = (
@@ -33,18 +37,21 @@ def child_environment(
     process_id: int,
     local: tuple[int, int],
     lifeline: int,
+    checkpoints: int | None = None,
 ) -> dict[str, str]:
     """The environment of one worker: this process's own, its place, and its share of devices.
 
     local: (i, n), the i-th of the n workers on this node. lifeline: reading end of a pipe that the
-    worker inherits. UserError when the node's devices cannot be shared out equally.
+    worker inherits; checkpoints: writing end of one for `report_checkpoint`. UserError when the
+    node's devices cannot be shared out equally.
     """
     environment = dict(os.environ)
     environment |= {
         COORDINATOR: coordinator_address,
         NUM_PROCESSES: str(num_processes),
         PROCESS_ID: str(process_id),
-        _LIFELINE: f"{lifeline}:{os.fstat(lifeline).st_ino}",
+        _LIFELINE: _named(lifeline),
+        _CHECKPOINTS: "" if checkpoints is None else _named(checkpoints),
         "PYTHONUNBUFFERED": "1",  # else the last words of a dying worker are lost
     }
     if local[1] > 1 and os.environ.get("JAX_PLATFORMS", "").split(",")[0] != "cpu":
@@ -81,26 +88,48 @@ def follow_launcher() -> None:
     A worker that goes on alone would hold the devices and the workdir against the next launch. It
     does nothing in a process that no launcher started.
     """
-    descriptor, _, inode = os.environ.get(_LIFELINE, "").partition(":")
+    descriptor = _inherited(_LIFELINE)
+    if descriptor is not None:
+        threading.Thread(
+            target=_watch, args=(descriptor,), name="follow_launcher", daemon=True
+        ).start()
+
+
+def report_checkpoint(step: int) -> None:
+    """Tell the launcher, if there is one, the step of the newest complete checkpoint.
+
+    To be called by process 0 when it starts (0: there is none) and after each save.
+    """
+    descriptor = _inherited(_CHECKPOINTS)
+    if descriptor is not None:
+        with contextlib.suppress(OSError):  # the pipe is full: the launcher was stopped
+            os.write(descriptor, f"{step}\n".encode())
+
+
+def _named(descriptor: int) -> str:
+    return f"{descriptor}:{os.fstat(descriptor).st_ino}"
+
+
+def _inherited(variable: str) -> int | None:
+    """The descriptor of a pipe that the launcher named, or None; later children do not get it."""
+    descriptor, _, inode = os.environ.get(variable, "").partition(":")
     if not (descriptor.isdigit() and inode.isdigit()):
-        return
+        return None
     try:
         status = os.fstat(int(descriptor))
     except OSError:
-        return  # a process that a worker started, which inherited the variable only
+        return None  # a process that a worker started, which inherited the variable only
     if not stat.S_ISFIFO(status.st_mode) or status.st_ino != int(inode):
-        return
+        return None
     os.set_inheritable(int(descriptor), False)
-    threading.Thread(
-        target=_watch, args=(int(descriptor),), name="follow_launcher", daemon=True
-    ).start()
+    return int(descriptor)
 
 
 def _watch(descriptor: int) -> None:
     while os.read(descriptor, 1):
         pass
-    print("\nthe launcher is gone: leaving at once", file=sys.stderr, flush=True)
-    os._exit(1)
+    say("\nthe launcher is gone: leaving at once")
+    os._exit(ExitCode.FAILED)
 
 
 def show_alive() -> None:

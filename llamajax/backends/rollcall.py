@@ -7,13 +7,14 @@ afterwards.
 """
 
 import contextlib
+import errno
 import json
 import socket
 import time
 from typing import Any
 
 from llamajax.backends.process_facts import Facts, difference
-from llamajax.errors import UserError
+from llamajax.errors import TransientError, UserError
 
 _RETRY_S = 0.2
 _PATIENCE_S = 5.0  # with one that connected and says nothing
@@ -107,7 +108,8 @@ def _listening(port: int) -> socket.socket:
             )
         return socket.create_server(("", port), backlog=1024)
     except OSError as error:
-        raise UserError(
+        kind = TransientError if error.errno == errno.EADDRINUSE else UserError
+        raise kind(
             f"process 0 cannot listen on port {port}: {error.strerror}; choose another port for "
             "the coordinator, or end what uses it"
         ) from None

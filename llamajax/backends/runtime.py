@@ -32,7 +32,7 @@ from llamajax.backends.repairs import (
 from llamajax.backends.rollcall import call_roll
 from llamajax.backends.verdict import read_verdict
 from llamajax.config.schema import BackendConfig
-from llamajax.errors import UserError
+from llamajax.errors import TransientError, UserError
 
 PLUGIN_VARIABLE = "LLAMAJAX_PJRT_PLUGIN"
 # A process that stays silent so long is dead to the others; JAX's own 100 s waste a pod's time.
@@ -210,7 +210,9 @@ def _join(place: Place, *, timeout_s: int, facts: process_facts.Facts) -> None:
             heartbeat_timeout_seconds=_HEARTBEAT_S,
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(
+        # A RuntimeError is that of the network, or of a port taken since the roll call.
+        kind = TransientError if isinstance(error, RuntimeError) else UserError
+        raise kind(
             f"process {place.process_id} of {place.num_processes} could not join the coordinator "
             f"{place.coordinator_address}: {str(error).splitlines()[0]}"
         ) from None

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from llamajax.errors import ExitCode, TransientError, UserError
+
 _MESSAGE_BYTES = 1024
 
 
@@ -24,6 +26,17 @@ def agree(problem: str | None) -> str | None:
         if found := bytes(row).rstrip(b"\0").decode(errors="replace"):
             return found
     return None
+
+
+def raise_together(error: UserError | None) -> None:
+    """Raise on all processes the first error that any of them has. A collective, as `agree`."""
+    if jax.process_count() == 1:
+        if error is not None:
+            raise error
+        return
+    if found := agree(None if error is None else f"{error.exit_code:d} {error}"):
+        code, _, text = found.partition(" ")
+        raise (TransientError if int(code) == ExitCode.TRANSIENT else UserError)(text)
 
 
 def gathered(number: int) -> list[int]:

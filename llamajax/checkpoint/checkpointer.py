@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from llamajax.checkpoint import manifest as manifests
-from llamajax.checkpoint.agreement import agree, told
+from llamajax.checkpoint.agreement import agree, raise_together, told
 from llamajax.checkpoint.fallback import newest_whole
 from llamajax.checkpoint.names import named_leaves
 from llamajax.checkpoint.restore import newest_step, read_meta, restore_state
@@ -29,7 +29,7 @@ from llamajax.checkpoint.room import (
     reason,
     see_all_parts,
 )
-from llamajax.checkpoint.storage import Place, failures, is_remote, place, remove_tree
+from llamajax.checkpoint.storage import Place, error_type, failures, is_remote, place, remove_tree
 from llamajax.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,8 +83,9 @@ class Checkpointer:
     directory: `checkpoints/`, or a URL in an object store. keep: newest checkpoints kept.
     keep_every: checkpoints whose step is a multiple of this are kept as well. asynchronous: whether
     `save` returns before the files are written. check_owner: asked by process 0 before each save;
-    raises OSError where the directory is another run's by now. Removes at once what a killed save
-    left behind, so only the run itself may make one; to read another run's checkpoints use
+    raises OSError where the directory is another run's by now. on_complete: called by process 0,
+    in a thread, with the step of each checkpoint that is complete. Removes at once what a killed
+    save left behind, so only the run itself may make one; to read another run's checkpoints use
     `restore_state`.
     """
 
@@ -96,6 +97,7 @@ class Checkpointer:
         keep_every: int | None,
         asynchronous: bool,
         check_owner: Callable[[], None] = lambda: None,
+        on_complete: Callable[[int], None] = lambda step: None,
     ):
         if keep < 1:
             raise UserError(f"checkpoint.keep is {keep}; at least 1 checkpoint must be kept")
@@ -107,6 +109,7 @@ class Checkpointer:
         self._keep_every = keep_every
         self._asynchronous = asynchronous
         self._check_owner = check_owner
+        self._on_complete = on_complete
         self._is_primary = jax.process_index() == 0
         self._orbax: OrbaxWriter | None = None
         self._thread: threading.Thread | None = None
@@ -124,9 +127,9 @@ class Checkpointer:
             if self._is_primary:
                 manifests.remove_leftovers(self.directory)
         except failures(self.directory) as error:
-            problem = f"cannot clear {self.directory}: {reason(error)}"
-        if problem := agree(problem):
-            raise UserError(problem)
+            kind = error_type(error, self.directory)
+            problem = kind(f"cannot clear {self.directory}: {reason(error)}")
+        raise_together(problem)
 
     def get_ready(self) -> None:
         """Have the first save find everything made; to be called by all processes, or by none.
@@ -345,6 +348,7 @@ class Checkpointer:
         if self._failure is not None:
             self._give_up(step)
         elif self._is_primary:
+            self._on_complete(step)
             # What can't be deleted now is tried again after the next save.
             with contextlib.suppress(*failures(self.directory)):
                 self._prune(step)

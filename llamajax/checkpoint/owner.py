@@ -13,11 +13,12 @@ from pathlib import Path
 
 import jax
 
-from llamajax.checkpoint.agreement import agree
+from llamajax.checkpoint.agreement import raise_together
 from llamajax.checkpoint.room import reason
 from llamajax.checkpoint.storage import (
     Place,
     create,
+    error_type,
     failures,
     how_to_mend,
     is_remote,
@@ -61,14 +62,14 @@ def claim(directory: Place, workdir: Path) -> str | None:
         else:
             names(directory)
     except UserError as error:
-        problem = str(error)
+        problem = error
     except failures(directory) as error:
         gone = is_remote(directory) and isinstance(error, FileNotFoundError)
         why = "there is no such bucket" if gone else reason(error)
         fix = how_to_mend(directory) if is_remote(directory) else "choose another"
-        problem = f"checkpoint.directory = {directory} cannot be used: {why}; {fix}"
-    if problem := agree(problem):
-        raise UserError(problem)
+        kind = error_type(error, directory)
+        problem = kind(f"checkpoint.directory = {directory} cannot be used: {why}; {fix}")
+    raise_together(problem)
     return words
 
 

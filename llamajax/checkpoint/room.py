@@ -15,13 +15,13 @@ from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.agreement import agree, gathered, told
 from llamajax.checkpoint.storage import (
     Place,
+    error_type,
     failures,
     files,
     how_to_mend,
     is_directory,
     is_remote,
 )
-from llamajax.errors import UserError
 
 # Network file systems show a new directory to other hosts only after their caches' time.
 _SHOWN_WITHIN_S = 30
@@ -100,7 +100,7 @@ def reached(directory: Place) -> Iterator[None]:
         if not is_remote(directory):
             raise
         problem = here(f"{directory} cannot be reached: {reason(error)}")
-        raise UserError(f"{problem}; {how_to_mend(directory)}") from None
+        raise error_type(error, directory)(f"{problem}; {how_to_mend(directory)}") from None
 
 
 def here(problem: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import fsspec
 from etils import epath
 
-from llamajax.errors import UserError
+from llamajax.errors import TransientError, UserError
 
 # Scheme -> module of the client library, the extra that installs it, where credentials come from.
 _CLIENTS = {
@@ -76,6 +76,20 @@ def failures(path: PurePath) -> tuple[type[Exception], ...]:
         gcsfs.retry.HttpError,
         google.auth.exceptions.GoogleAuthError,
     )
+
+
+def error_type(error: BaseException, path: PurePath) -> type[UserError]:
+    """Return what one of `failures` is to the user: TransientError where the network failed."""
+    if not is_remote(path):
+        return UserError
+    import google.auth.exceptions as google
+
+    if isinstance(error, google.GoogleAuthError):
+        return TransientError if isinstance(error, google.TransportError) else UserError
+    # gcsfs makes a plain OSError of 403.
+    denied = isinstance(error, FileNotFoundError | PermissionError) or "Forbidden" in str(error)
+    denied |= getattr(error, "code", None) in (400, 401, 403, 404)
+    return UserError if denied else TransientError
 
 
 def how_to_mend(path: PurePath) -> str:

@@ -23,7 +23,7 @@ from llamajax.data.chat import encode_example
 from llamajax.data.holdout import Part
 from llamajax.data.shards import token_dtype
 from llamajax.data.tokenizers import Tokenizer, load_tokenizer
-from llamajax.errors import UserError
+from llamajax.errors import STOP_SIGNALS, UserError
 
 _BATCH_CHARS = 500_000
 _BATCH_PARTS = 2_000
@@ -160,7 +160,8 @@ class _Pool:
 def serve(tokenizer_path: str, template: str) -> None:
     """A worker's life: batches from stdin, tokens to stdout, until stdin ends."""
     # Ctrl-C reaches the whole process group; the parent decides, and its pipe ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
     tokenizer = load_tokenizer(tokenizer_path)

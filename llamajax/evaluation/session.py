@@ -133,5 +133,6 @@ def _write(path: Path, array: np.ndarray) -> None:
             np.save(file, array)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"--per_token_nll={path}: cannot be written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -287,6 +287,7 @@ def write_report(workdir: Path) -> Path:
         temporary.write_text(render_report(workdir), encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
     return path

@@ -10,25 +10,25 @@ import time
 from collections.abc import Iterator
 
 from llamajax.backends import seen_alive
+from llamajax.errors import ExitCode, caught_signals
 from llamajax.supervision.logs import last_lines, next_attempt
 from llamajax.supervision.referee import Message
 from llamajax.supervision.request import Request, make_log_dir
 from llamajax.supervision.wire import Hub, Spoke
-from llamajax.supervision.workers import STOPPED, Team, culprit, exit_code
+from llamajax.supervision.workers import Team, culprit, exit_code
 
-STALLED = 124  # as timeout(1) says it
 _LOOK_EVERY_S = 0.1
 _SHOWN_LINES = 20
 _STACKS_WITHIN_S = 1.0
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def launch(request: Request) -> int:
     """Run the command on all workers until it is done, stopped or given up; the exit code."""
     make_log_dir(request.log_dir)
     wire = Hub(request) if request.node_rank == 0 else Spoke(request)
-    with contextlib.closing(wire), _caught() as signals, _lifeline() as lifeline:
-        launcher = Launcher(request, wire, lifeline)
+    with contextlib.closing(wire), _caught() as signals, _pipe() as lifeline, _pipe() as reports:
+        os.set_blocking(reports[1], False)  # a worker never waits for its launcher
+        launcher = Launcher(request, wire, lifeline=lifeline[0], reports=reports)
         try:
             return launcher.run(signals)
         finally:
@@ -43,8 +43,12 @@ def say(text: str) -> None:
 class Launcher:
     """What one node does; `wire` leads to all of them."""
 
-    def __init__(self, request: Request, wire: Hub | Spoke, lifeline: int):
+    def __init__(
+        self, request: Request, wire: Hub | Spoke, *, lifeline: int, reports: tuple[int, int]
+    ):
+        """lifeline: reading end of a pipe. reports: both ends of that which worker 0 writes to."""
         self._request, self._wire, self._lifeline = request, wire, lifeline
+        self._reports = reports
         self._team: Team | None = None
         self._again_at: float | None = None
         self._asked_to_stop = 0
@@ -56,6 +60,7 @@ class Launcher:
         """The loop. signals: descriptor that gives the number of each caught signal."""
         self._be_ready()
         while True:
+            self._pass_on_reports()
             for order in self._wire.orders():
                 code = self._obey(order)
                 if code is not None:
@@ -105,7 +110,11 @@ class Launcher:
         host, port = request.coordinator or ("127.0.0.1", _free_port())
         self._reported, self._told_to_stop, self._codes = False, False, []
         self._team = Team(
-            request, attempt=attempt, address=f"{host}:{port}", lifeline=self._lifeline
+            request,
+            attempt=attempt,
+            address=f"{host}:{port}",
+            lifeline=self._lifeline,
+            reports=self._reports[1],
         )
         ranks, pids = request.ranks, ", ".join(map(str, self._team.pids))
         say(
@@ -117,11 +126,19 @@ class Launcher:
         say(order["why"])
         for line in order["lines"]:
             print(f"  | {line}", file=sys.stderr, flush=True)
+        if order["then"]:
+            say(order["then"])
         if order["again_in_s"] is None:
             return order["code"]
-        say(f"starting all workers again in {order['again_in_s']:g} s (restart {order['restart']})")
         self._again_at = time.monotonic() + order["again_in_s"]
         return None
+
+    def _pass_on_reports(self) -> None:
+        """Tell node 0 which checkpoints are complete, before it hears of a failure."""
+        reading = self._reports[0]
+        if select.select([reading], [], [], 0)[0]:
+            for step in os.read(reading, 1 << 16).split():
+                self._wire.say({"say": "checkpoint", "step": int(step)})
 
     def _look(self) -> None:
         """See what the workers do: their output, their ends, their silence."""
@@ -130,9 +147,9 @@ class Launcher:
         team.echo()
         ended = team.ended()
         self._codes += [exit_code(code) for code in ended.values()]
-        failed = {r: c for r, c in ended.items() if c and exit_code(c) != STOPPED}
+        failed = {r: c for r, c in ended.items() if c and exit_code(c) != ExitCode.STOPPED}
         # One that SIGTERM killed outright stopped, if it was told to; else somebody killed it.
-        if not self._told_to_stop and STOPPED not in ended.values():
+        if not self._told_to_stop and ExitCode.STOPPED not in ended.values():
             failed |= {r: c for r, c in ended.items() if c == -signal.SIGTERM}
         if self._reported:
             return
@@ -140,9 +157,9 @@ class Launcher:
             self._report_failure(failed)
         elif ended and not team.running:
             self._reported = True
-            code = STOPPED if STOPPED in self._codes else 0
+            code = ExitCode.STOPPED if ExitCode.STOPPED in self._codes else 0
             self._wire.say({"say": "ended", "attempt": team.attempt, "code": code})
-        elif STOPPED in ended.values():
+        elif ExitCode.STOPPED in ended.values():
             self._wire.say({"say": "stopping"})
         elif team.idle_s({r: seen_alive(team.log(r)) for r in team.running}) > (
             self._request.timeout_s
@@ -160,10 +177,11 @@ class Launcher:
         self._team.send(signal.SIGUSR1)  # workers of ours answer with the stacks of their threads
         select.select([], [], [], _STACKS_WITHIN_S)
         rank = self._team.running[0]
-        self._report(STALLED, f"no progress within {self._request.timeout_s:g} s", rank)
+        self._report(ExitCode.STALLED, f"no progress within {self._request.timeout_s:g} s", rank)
 
     def _report(self, code: int, what: str, rank: int) -> None:
         assert self._team is not None
+        self._pass_on_reports()
         self._reported = True
         log = self._team.log(rank)
         lines = last_lines(log, _SHOWN_LINES)
@@ -185,7 +203,7 @@ class Launcher:
         self._wire.say({"say": "stopping"})
         if self._team is None or self._asked_to_stop > 1:
             say("stopped at once")
-            return STOPPED
+            return ExitCode.STOPPED
         say("stopping: waiting for the workers to save; a second signal ends them at once")
         self._tell_to_stop()
         return None
@@ -202,8 +220,7 @@ def _caught() -> Iterator[int]:
     """A descriptor that gives the numbers of the signals that ask the launcher to stop."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    wanted = [n for n in _FORWARDED if signal.getsignal(n) is not signal.SIG_IGN]  # nohup
-    before = {n: signal.signal(n, lambda *_: None) for n in wanted}
+    before = {n: signal.signal(n, lambda *_: None) for n in caught_signals()}
     waker = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     try:
         yield reading
@@ -216,11 +233,11 @@ def _caught() -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _lifeline() -> Iterator[int]:
-    """The reading end of a pipe whose writing end this process alone holds, till it ends."""
+def _pipe() -> Iterator[tuple[int, int]]:
+    """A pipe's reading and writing end."""
     reading, writing = os.pipe()
     try:
-        yield reading
+        yield reading, writing
     finally:
         os.close(reading)
         os.close(writing)

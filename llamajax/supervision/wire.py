@@ -5,14 +5,15 @@
 """
 
 import contextlib
+import errno
 import json
 import select
 import socket
 import time
 from typing import Any
 
-from llamajax.errors import UserError
-from llamajax.supervision.referee import USER_ERROR, Message, Referee, leave
+from llamajax.errors import ExitCode, TransientError, UserError
+from llamajax.supervision.referee import Message, Referee, leave
 from llamajax.supervision.request import Request
 
 _BEAT_EVERY_S = 2.0
@@ -146,7 +147,7 @@ class Hub:
             node = messages[0].get("node") if messages else None
             if node in self._lines:
                 why = f"there is a launcher of node {node} already: give each its own --node_rank"
-                line.send(leave(USER_ERROR, why))
+                line.send(leave(ExitCode.USER_ERROR, why))
             elif isinstance(node, int) and line.alive:
                 self._lines[node] = line
                 for message in messages:
@@ -192,7 +193,7 @@ class Spoke:
             if not any(m["order"] == "end" for m in found) and self._ready is None:
                 why = "the launcher of node 0 is gone; waiting for it to come back"
                 found.append({"order": "end", "code": 1, "why": why, "lines": []})
-                found[-1] |= {"again_in_s": 0.0, "restart": "by node 0"}
+                found[-1] |= {"again_in_s": 0.0, "then": ""}
         return found
 
     def close(self) -> None:
@@ -206,7 +207,7 @@ class Spoke:
                 f"no launcher of node 0 at {self._place[0]}:{self._place[1]} within --timeout_s = "
                 f"{self._timeout_s:g}: start it there, or correct --coordinator"
             )
-            return [leave(USER_ERROR, why)]
+            return [leave(ExitCode.USER_ERROR, why)]
         if now - self._tried_at > _RETRY_EVERY_S and self._ready is not None:
             self._tried_at = now
             with contextlib.suppress(OSError):
@@ -221,7 +222,8 @@ def _listen(port: int) -> socket.socket:
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
         return socket.create_server(("", port))
     except OSError as error:
-        raise UserError(
+        kind = TransientError if error.errno == errno.EADDRINUSE else UserError
+        raise kind(
             f"the launcher cannot listen on port {port} (that of --coordinator + 1): "
             f"{error.strerror}; choose another, or end the launcher that runs already"
         ) from None

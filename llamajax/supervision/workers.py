@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llamajax.backends import child_environment
+from llamajax.errors import restart_helps
 from llamajax.supervision.logs import Echo, log_path, open_log
 from llamajax.supervision.request import Request
 
-STOPPED = 128 + signal.SIGTERM  # the code of a worker that saved and left
 _REAP_S = 10  # a killed process that the kernel cannot end (stuck in I/O) is left behind
 
 
@@ -25,15 +25,22 @@ def exit_code(returncode: int) -> int:
 def culprit(returncodes: Mapping[int, int]) -> int:
     """The rank to blame among workers that failed at one time.
 
-    An abort is how JAX answers the loss of another process: seldom the cause.
+    An abort is how JAX answers the loss of another process: seldom the cause. A code after which
+    a restart cannot help always is one.
     """
-    return min(returncodes, key=lambda rank: (returncodes[rank] == -signal.SIGABRT, rank))
+
+    def key(rank: int) -> tuple[bool, bool, int]:
+        return returncodes[rank] == -signal.SIGABRT, restart_helps(returncodes[rank]), rank
+
+    return min(returncodes, key=key)
 
 
 class Team:
     """Workers with one attempt number; each in a process group of its own."""
 
-    def __init__(self, request: Request, *, attempt: int, address: str, lifeline: int):
+    def __init__(
+        self, request: Request, *, attempt: int, address: str, lifeline: int, reports: int
+    ):
         self._request = request
         self.attempt = attempt
         self._processes: dict[int, subprocess.Popen] = {}
@@ -50,13 +57,14 @@ class Team:
                     process_id=rank,
                     local=(local, request.processes_per_node),
                     lifeline=lifeline,
+                    checkpoints=reports if rank == 0 else None,
                 )
-                self._begin(rank, environment, lifeline)
+                self._begin(rank, environment, (lifeline, reports)[: 1 + (rank == 0)])
             undo.pop_all()
         if 0 in self._processes:
             self._echo = Echo(self.log(0), sys.stdout.buffer)
 
-    def _begin(self, rank: int, environment: dict[str, str], lifeline: int) -> None:
+    def _begin(self, rank: int, environment: dict[str, str], pipes: tuple[int, ...]) -> None:
         with open_log(self._request.log_dir, rank, self.attempt) as log:
             process = subprocess.Popen(
                 self._request.command,
@@ -64,7 +72,7 @@ class Team:
                 stdout=log,
                 stderr=log,
                 env=environment,
-                pass_fds=(lifeline,),
+                pass_fds=pipes,
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, which forwards it
             )
         self._processes[rank] = process

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llamajax.checkpoint.agreement import agree
+from llamajax.checkpoint.agreement import raise_together
 from llamajax.errors import UserError
 from llamajax.training.shutdown import Shutdown
 
@@ -44,8 +44,7 @@ def decided_by_primary(decide: Callable[[], int | None]) -> int | None:
         try:
             found = decide()
         except UserError as error:
-            problem = str(error)
-    if problem := agree(problem):
-        raise UserError(problem)
+            problem = error
+    raise_together(problem)
     told = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
     return None if told < 0 else told

@@ -20,7 +20,7 @@ from llamajax.models.llama import Compute, Llama
 from llamajax.models.sharded import precision
 from llamajax.ops.attention import NEEDS_UNCHECKED
 from llamajax.sharding import batch_shards
-from llamajax.training.guardian import Stopped
+from llamajax.training.guardian import BadDevice
 from llamajax.training.session import Session
 from llamajax.training.state import TrainState
 
@@ -30,7 +30,7 @@ _SEED = 20250703
 
 
 class Canary:
-    """Compiled once; `check` compares, and raises Stopped naming the devices that differ."""
+    """Compiled once; `check` compares, and raises BadDevice naming the devices that differ."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Canary:
         return step % self._every == 0
 
     def check(self, step: int, state: TrainState) -> None:
-        """Raise Stopped where bits differ. Waits for the devices; all processes see the same."""
+        """Raise BadDevice where bits differ. Waits for the devices; all processes see the same."""
         computed, stored = self._run(state)
         if self._num_replicas == 1:
             again, _ = self._run(state)
@@ -68,7 +68,7 @@ class Canary:
             problems = self._odd_ones(computed, REPLICA_AXES, ("blocks", "loss"), _COMPUTED)
         problems += self._odd_ones(stored, _COPY_AXES, self._names, _STORED)
         if problems:
-            raise Stopped(self._report(step, problems))
+            raise BadDevice(self._report(step, problems))
         self._clean_at = step
 
     def _run(self, state: TrainState) -> list[np.ndarray]:

@@ -1,5 +1,6 @@
 """How a process leaves a run of several when something went wrong in it."""
 
+import contextlib
 import os
 import sys
 import traceback
@@ -7,7 +8,7 @@ from types import TracebackType
 
 import jax
 
-from llamajax.errors import UserError
+from llamajax.errors import ExitCode, UserError, say
 
 
 class LeavingAtOnce:
@@ -15,7 +16,7 @@ class LeavingAtOnce:
 
     Leaving in the usual way would wait for the others (JAX's shutdown is a barrier, and so is the
     end of a save), which wait for this one in a collective. The message is written first; the exit
-    code is 2 for a UserError, else 1. A process on its own is left to the usual way.
+    code is that of a UserError, else 1. A process on its own is left to the usual way.
     """
 
     def __enter__(self) -> None:
@@ -30,9 +31,9 @@ class LeavingAtOnce:
         if error is None or not jax.distributed.is_initialized():
             return
         if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}")
         else:
-            traceback.print_exception(kind, error, trace)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2 if isinstance(error, UserError) else 1)
+            say("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"))
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(error.exit_code if isinstance(error, UserError) else ExitCode.FAILED)

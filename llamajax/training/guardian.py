@@ -11,6 +11,7 @@ import numpy as np
 
 from llamajax import data
 from llamajax.config.schema import GuardConfig
+from llamajax.errors import ExitCode
 from llamajax.monitoring.blackbox import BlackBox
 from llamajax.optim.guard import REASONS
 
@@ -19,6 +20,14 @@ _SHOWN_IDS = 8
 
 class Stopped(Exception):
     """The run is to end here, without saving; says why and what to do."""
+
+    exit_code = ExitCode.GUARD_STOP
+
+
+class BadDevice(Stopped):
+    """A device computes wrongly: the same devices would do so again."""
+
+    exit_code = ExitCode.BAD_DEVICE
 
 
 class RolledBack(Exception):

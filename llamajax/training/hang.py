@@ -3,12 +3,12 @@
 import contextlib
 import faulthandler
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-EXIT_CODE = 1
+from llamajax.errors import ExitCode, say
+
 _TICKS_A_LIMIT = 20
 _LONGEST_TICK_S = 5.0
 
@@ -75,16 +75,14 @@ class HangWatch:
 
     def _end(self) -> None:
         text = f"no step was finished within {self._limit_s:g} s (guard.hang_timeout_s)"
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(file=2, all_threads=True)
         with contextlib.suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("w") as stream:
                 faulthandler.dump_traceback(file=stream, all_threads=True)
         self._farewell(text)
-        print(
-            f"error: {text}: this process ends with code {EXIT_CODE}; its stacks are "
-            f"above and in {self._file}. A rerun continues from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
+        say(
+            f"error: {text}: this process ends with code {ExitCode.FAILED:d}; its stacks are "
+            f"above and in {self._file}. A rerun continues from the last checkpoint"
         )
-        self._leave(EXIT_CODE)
+        self._leave(ExitCode.FAILED)

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from llamajax import data
+from llamajax.backends import report_checkpoint
 from llamajax.checkpoint import Checkpointer, CheckpointError, named_leaves
 from llamajax.checkpoint.owner import check_owner, checkpoints_of, claim
 from llamajax.checkpoint.storage import Place, is_remote
 from llamajax.checkpoint.weights import Weights
 from llamajax.config import RunConfig, to_json_dict
-from llamajax.errors import UserError
+from llamajax.errors import ExitCode, UserError
 from llamajax.monitoring import MetricsWriter, Progress, StepTimer, load_metrics, write_run_facts
 from llamajax.monitoring.blackbox import BLACKBOX, BlackBox
 from llamajax.training.agreement import decided_by_primary
@@ -41,7 +42,7 @@ from llamajax.training.narration import (
 from llamajax.training.origin import base_record, open_origin
 from llamajax.training.rollback import roll_back
 from llamajax.training.session import Session, prepare
-from llamajax.training.shutdown import EXIT_CODE, Shutdown
+from llamajax.training.shutdown import Shutdown
 from llamajax.training.starting import starting_state, update_of
 from llamajax.training.state import TrainState, to_natural
 from llamajax.training.step import eval_step
@@ -74,6 +75,7 @@ def train(config: RunConfig, *, workdir: Path, shutdown: Shutdown) -> int:
         audit = Audit(workdir, primary=session.machine.is_primary)
         start = _where_to_start(session, checkpointer, audit, workdir)
         if session.machine.is_primary:
+            report_checkpoint(start.step)
             write_config(workdir, config)
             keep_tokenizer(workdir, config, start.tokenizer)
         greet(session, start.step)
@@ -122,7 +124,8 @@ def _trained(run: _Run, start: "_Start") -> tuple[Loop, int]:
             except CheckpointError as error:
                 fix = "Make room or mend the directory; a rerun continues from the last"
                 say(f"error: {error}. {fix}")
-                return loop, 2
+                passes = is_remote(run.checkpointer.directory)
+                return loop, ExitCode.TRANSIENT if passes else ExitCode.USER_ERROR
         del state
         reason = "stop" if isinstance(problem, Stopped) else "rollback"
         box = loop.guardian.write(reason, step=run.box.newest_step, cause=str(problem))
@@ -137,7 +140,7 @@ def _trained(run: _Run, start: "_Start") -> tuple[Loop, int]:
                 "looks into the step (docs/guards.md)",
                 primary=primary,
             )
-            return loop, 1
+            return loop, error.exit_code
         say(told, primary=primary)
         start = _where_to_start(run.session, run.checkpointer, run.audit, run.workdir)
 
@@ -153,7 +156,7 @@ def _watched(loop: Loop, state: TrainState, start: int, workdir: Path) -> int:
     if start and loop.export_is_due(start) and not _told(is_exported, workdir, start):
         loop.export(start, loop.at_rest(state))
     step = loop.run(state, start)
-    return 0 if step == loop.train.steps and not loop.shutdown.requested else EXIT_CODE
+    return 0 if step == loop.train.steps and not loop.shutdown.requested else ExitCode.STOPPED
 
 
 def _told(question: Callable[[Path, int], bool], workdir: Path, step: int) -> bool:
@@ -174,6 +177,7 @@ def _checkpointer(session: Session, workdir: Path, directory: Place) -> Checkpoi
         keep_every=c.keep_every,
         asynchronous=c.asynchronous and session.machine.saves_asynchronously,
         check_owner=mine if c.directory is not None else lambda: None,
+        on_complete=report_checkpoint,
     )
 
 

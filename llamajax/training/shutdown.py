@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: finish the step, save, leave with 143; or leave at once when that is right.
+"""A stop signal: finish the step, save, leave with 143; or leave at once when that is right.
 
 Python runs signal handlers only between bytecodes of the main thread, so none runs while XLA
 compiles. The C-level wake-up descriptor is written at once: a thread reads it and decides.
@@ -7,12 +7,11 @@ compiles. The C-level wake-up descriptor is written at once: a thread reads it a
 import ctypes
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 
-EXIT_CODE = 143  # 128 + SIGTERM, whichever of the two signals came
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from llamajax.errors import STOP_SIGNALS, ExitCode, caught_signals, say
+
 _SIGACTION_BYTES = 256  # more than the C library's struct has on any platform
 
 
@@ -44,7 +43,7 @@ class Shutdown:
             os.set_blocking(out, False)
             signal.set_wakeup_fd(out, warn_on_full_buffer=False)
             threading.Thread(target=self._watch, name="shutdown", daemon=True).start()
-        for number in _SIGNALS:
+        for number in caught_signals():
             signal.signal(number, lambda *_: None)  # the thread acts; this keeps the default off
         return self
 
@@ -80,14 +79,14 @@ class Shutdown:
 
     def _watch(self) -> None:
         while number := os.read(self._in, 1):
-            if number[0] not in _SIGNALS:  # other handlers of this process write here as well
+            if number[0] not in STOP_SIGNALS:  # other handlers of this process write here as well
                 continue
             if not self._updating or (self._event.is_set() and number[0] == signal.SIGINT):
                 self._leave()
             if self._event.is_set():  # a launcher's SIGTERM often follows a scheduler's
                 continue
             self._event.set()
-            print("\nstopping: finishing this step, then saving", file=sys.stderr, flush=True)
+            say("\nstopping: finishing this step, then saving")
             if self._of_jax is not None:
                 ctypes.CDLL(None).sigaction(signal.SIGTERM, self._of_jax, None)
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -95,5 +94,5 @@ class Shutdown:
     def _leave(self) -> None:
         when = "while saving" if self._updating else "before the first update"
         message = f"\nstopped {when}; a rerun continues from the last checkpoint: "
-        print(message + self._previous(), file=sys.stderr, flush=True)
-        os._exit(EXIT_CODE)
+        say(message + self._previous())
+        os._exit(ExitCode.STOPPED)

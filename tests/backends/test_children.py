@@ -86,6 +86,26 @@ def test_a_worker_ends_with_its_launcher(pipe):
         assert process.returncode == 1
 
 
+def test_checkpoints_are_reported_and_never_waited_for(pipe, monkeypatch):
+    reading, writing = pipe
+    os.set_blocking(writing, False)
+    environment = child_environment(
+        coordinator_address="a:1",
+        num_processes=1,
+        process_id=0,
+        local=(0, 1),
+        lifeline=reading,
+        checkpoints=writing,
+    )
+    monkeypatch.setenv("LLAMAJAX_CHECKPOINTS", environment["LLAMAJAX_CHECKPOINTS"])
+    children.report_checkpoint(7)
+    assert os.read(reading, 100) == b"7\n"
+    os.write(writing, b"1\n" * (1 << 20))  # as much as the pipe takes
+    children.report_checkpoint(8)
+    monkeypatch.setenv("LLAMAJAX_CHECKPOINTS", "")
+    children.report_checkpoint(9)  # no launcher
+
+
 def test_a_process_without_the_pipe_does_not_follow(pipe, monkeypatch):
     """The variable is inherited further than the pipe; the number may be another file's then."""
     for value in (f"{pipe[0]}:1", "999:1", "x", ""):

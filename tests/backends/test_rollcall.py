@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from llamajax.backends.rollcall import call_roll
-from llamajax.errors import UserError
+from llamajax.errors import TransientError, UserError
 
 
 @pytest.fixture
@@ -65,6 +65,12 @@ def test_the_missing_are_named_to_all_that_came(address):
 def test_without_process_0_its_address_is_named(address):
     told = called(address, (1, 2), timeout_s=0.5)
     assert f"process 1 of 2 found no process 0 at {address}" in told[0]
+
+
+def test_a_busy_port_passes(address):
+    taken = socket.create_server(("", int(address.rpartition(":")[2])))
+    with taken, pytest.raises(TransientError, match="process 0 cannot listen on port"):
+        call_roll(address, num_processes=2, process_id=0, timeout_s=1, facts={})
 
 
 def test_different_numbers_are_told_to_both(address):

@@ -19,7 +19,7 @@ from tiny_state import META, abstract, assert_same_bits, checkpointer, make_mesh
 from llamajax.checkpoint import CheckpointError, complete_steps, manifest, newest_step, storage
 from llamajax.checkpoint.owner import OWNER, check_owner, claim
 from llamajax.checkpoint.weights import open_weights
-from llamajax.errors import UserError
+from llamajax.errors import TransientError, UserError
 from llamajax.training.narration import previous
 
 
@@ -183,7 +183,7 @@ def test_a_store_that_goes_away_in_a_save_costs_that_checkpoint(tmp_path, impati
     assert "cannot be read now" in previous(run)
     gone = r"cannot be reached: .*Connect.*check the bucket's name"
     for look in (run.steps, run.newest_whole):
-        with pytest.raises(UserError, match=gone):
+        with pytest.raises(TransientError, match=gone):
             look()
     with running(port):  # another one, which is empty
         run.save(4, state, meta=META, wait=True)

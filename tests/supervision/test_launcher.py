@@ -108,6 +108,32 @@ def test_a_mistake_of_the_users_is_not_restarted(launched, tmp_path):
     assert len(list((tmp_path / "logs").glob("worker_0.*.log"))) == 1
 
 
+# Attempt n starts at checkpoint n, completes the next one, and fails.
+_SAVES = """
+pipe = os.environ["LLAMAJAX_CHECKPOINTS"].partition(":")[0]
+if rank == 0:
+    os.write(int(pipe), b"%d\\n%d\\n" % (attempt, attempt + 1))
+"""
+
+
+def test_a_launch_goes_on_as_long_as_its_attempts_make_progress(launched, tmp_path, capfd):
+    lines = _SAVES + "os._exit(1 if attempt < 4 else 0)"
+    assert launched(lines, processes_per_node=1, max_restarts=1) == 0
+    assert len(list((tmp_path / "logs").glob("worker_0.*.log"))) == 5
+    assert capfd.readouterr().err.count("this failure does not count") == 4
+
+
+def test_a_run_that_a_guard_stopped_is_not_started_again(launched, tmp_path, capfd):
+    assert launched(_SAVES + "os._exit(79)", max_restarts=5) == 79
+    assert len(list((tmp_path / "logs").glob("worker_0.*.log"))) == 1
+    assert "not started again: after code 79 that would not help" in capfd.readouterr().err
+
+
+def test_what_passes_is_started_again(launched, tmp_path):
+    assert launched("os._exit(75 if attempt == 0 else 0)", max_restarts=1) == 0
+    assert len(list((tmp_path / "logs").glob("worker_0.*.log"))) == 2
+
+
 def test_an_earlier_launchs_logs_stay(launched, tmp_path):
     assert launched("print('first')") == 0
     assert launched("print('second', attempt)") == 0
@@ -124,6 +150,7 @@ def test_a_killed_worker_is_named(launched, capfd):
 def test_not_the_worker_is_blamed_that_aborts_for_the_loss_of_another():
     assert culprit({0: -signal.SIGABRT, 2: -signal.SIGKILL, 3: 1}) == 2
     assert culprit({0: -signal.SIGABRT, 1: -signal.SIGABRT}) == 0
+    assert culprit({0: 1, 1: 79}) == 1  # the others of a stopped run may see it leave
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -155,7 +182,7 @@ def test_workers_are_told_to_stop_once_however_many_say_so():
     """Two SIGTERMs at once are one to the kernel, but not always: a worker may count them."""
     sent: list[int] = []
     wire = SimpleNamespace(say=lambda message: None)
-    launcher = Launcher(SimpleNamespace(), wire, lifeline=0)
+    launcher = Launcher(SimpleNamespace(), wire, lifeline=0, reports=(0, 0))
     launcher._team = SimpleNamespace(send=sent.append)
     assert launcher._stop() is None
     launcher._obey({"order": "stop"})

@@ -2,6 +2,7 @@
 
 import pytest
 
+from llamajax.errors import ExitCode
 from llamajax.supervision.referee import Referee
 
 
@@ -53,11 +54,69 @@ def test_the_longest_wait_is_a_minute():
     assert order["again_in_s"] == 60.0
 
 
+def reported(referee, *steps: int) -> None:
+    for step in steps:
+        assert referee.hear(0, {"say": "checkpoint", "step": step}, 0.0) == []
+
+
+def test_failures_after_progress_do_not_count(referee):
+    started(referee)
+    for step in range(0, 40, 10):  # each starts where the one before came to
+        reported(referee, step, step + 10)
+        (order,) = referee.hear(1, failed(referee.attempt), 0.0)
+        assert order["again_in_s"] == 1.0
+        assert f"checkpoint {step + 10} was reached" in order["then"]
+        started(referee)
+    for wait in (1.0, 2.0, None):
+        reported(referee, 40)  # it starts there, and completes none
+        (order,) = referee.hear(1, failed(referee.attempt), 0.0)
+        assert order["again_in_s"] == wait
+        if wait:
+            started(referee)
+    assert order["then"] == "given up: 3 failures without progress"
+
+
+def test_a_checkpoint_that_was_there_before_is_no_progress(referee):
+    started(referee)
+    reported(referee, 100)  # of an earlier launch
+    referee.hear(1, failed(referee.attempt), 0.0)
+    started(referee)
+    reported(referee, 90, 100)  # the newest was damaged, and is done again
+    referee.hear(1, failed(referee.attempt), 0.0)
+    assert referee.without_progress == 2
+
+
+@pytest.mark.parametrize("code", [ExitCode.USER_ERROR, ExitCode.GUARD_STOP, ExitCode.BAD_DEVICE])
+def test_what_a_restart_cannot_help_is_not_started_again(referee, code):
+    (order,) = referee.hear(1, failed(started(referee), code=code), 0.0)
+    assert (order["code"], order["again_in_s"]) == (code, None)
+    assert f"after code {code} that would not help" in order["then"]
+
+
+def test_without_restarts_progress_changes_nothing():
+    referee = Referee(
+        nodes=2, processes_per_node=4, max_restarts=0, backoff_s=1.0, timeout_s=1.0, now=0.0
+    )
+    started(referee)
+    reported(referee, 0, 5)
+    (order,) = referee.hear(1, failed(referee.attempt), 0.0)
+    assert order["again_in_s"] is None
+
+
+def test_the_wait_stays_a_minute_however_often_it_fails():
+    referee = Referee(
+        nodes=2, processes_per_node=4, max_restarts=5000, backoff_s=1.0, timeout_s=1.0, now=0.0
+    )
+    referee.without_progress = 2000
+    (order,) = referee.hear(1, failed(started(referee)), 0.0)
+    assert order["again_in_s"] == 60.0
+
+
 def test_only_the_first_failure_of_an_attempt_counts(referee):
     attempt = started(referee)
     assert referee.hear(1, failed(attempt, code=9), 0.0)[0]["code"] == 9
     assert referee.hear(0, failed(attempt, code=134), 0.0) == []
-    assert referee.restarts == 1
+    assert referee.without_progress == 1
 
 
 def test_a_failure_while_stopping_is_a_stop(referee):

@@ -196,16 +196,16 @@ def test_a_rollback_goes_to_a_checkpoint_with_the_weights_from_before(steps, wan
     assert target(steps, 6) == wanted
 
 
-def test_rollbacks_to_one_checkpoint_end_and_stop_is_code_1(guarded, tmp_path, capsys):
+def test_rollbacks_to_one_checkpoint_end_and_a_stop_has_its_own_code(guarded, tmp_path, capsys):
     first = guarded.hit[0]
     options = {"guard__max_in_a_row": 1, "guard__max_rollbacks": 0}
-    assert guarded(tmp_path / "a", **options) == 1
+    assert guarded(tmp_path / "a", **options) == 79
     assert "the run has gone back to" in capsys.readouterr().err
     for name, options in {
         "b": {"guard__nonfinite": "stop"},
         "c": {"guard__max_in_a_row": 1, "guard__then": "stop"},
     }.items():
-        assert guarded(tmp_path / name, **options) == 1
+        assert guarded(tmp_path / name, **options) == 79
         error = capsys.readouterr().err
         assert f"step {first}" in error
         assert "llamajax.replay" in error
