@@ -5,6 +5,7 @@ import enum
 import faulthandler
 import gc
 import os
+import re
 import select
 import signal
 import sys
@@ -112,7 +113,7 @@ def run_verb(main: Callable[[list[str]], int | None]) -> NoReturn:
     code: Any = 0
     try:
         try:
-            code = main(sys.argv[1:])
+            code = main([_with_home(arg) for arg in sys.argv[1:]])
         except SystemExit as left:
             code = left.code
         out.flush()
@@ -130,6 +131,13 @@ def run_verb(main: Callable[[list[str]], int | None]) -> NoReturn:
     if interruption.number is not None:
         say(f"stopped by {interruption.number.name}")
     sys.exit(code or 0)
+
+
+def _with_home(arg: str) -> str:
+    """A flag whose paths may start with `~`, which shells leave alone after `=` and `,`."""
+    if not arg.startswith("--") or arg.startswith("--prompt="):
+        return arg
+    return re.sub(r"(?<=[=,])~(?=/|$)", lambda _: os.path.expanduser("~"), arg)
 
 
 class _Interruption:

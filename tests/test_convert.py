@@ -259,3 +259,18 @@ def test_mistakes_exit_with_2_and_no_traceback(source, tmp_path):
     assert "attention_bias" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(value, source, tmp_path):
+    import safetensors.numpy
+
+    bad = Path(shutil.copytree(source, tmp_path / "bad"))
+    stored = safetensors.numpy.load_file(bad / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    stored[name][3, 2] = value
+    safetensors.numpy.save_file(stored, bad / "model.safetensors")
+    message = refused(tmp_path, f"--from={bad}", f"--to={tmp_path / 'out'}")
+    assert f"{name} holds 1 values that are NaN or infinite" in message
+    with pytest.raises(UserError, match=f"{name} holds 1 values"):
+        open_weights(bad).load(abstract_model(CONFIG, mesh(fsdp=2)))

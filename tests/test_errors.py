@@ -265,3 +265,12 @@ def test_no_file_takes_the_place_of_a_closed_stream():
     sys.exit(sum(os.readlink(f"/proc/self/fd/{n}") == "/dev/null" for n in range(3)))
 """
     assert subprocess.run(["sh", "-c", '"$@" 2>&- >&- <&-', "sh", *verb(body)]).returncode == 3
+
+
+def test_a_tilde_in_a_path_is_the_home_directory(monkeypatch):
+    seen = []
+    monkeypatch.setenv("HOME", "/home/x")
+    monkeypatch.setattr(sys, "argv", ["verb", "--output=~/a", "--input=b,~/c", "--prompt=~/d", "~"])
+    with pytest.raises(SystemExit):
+        run_verb(seen.extend)
+    assert seen == ["--output=/home/x/a", "--input=b,/home/x/c", "--prompt=~/d", "~"]

@@ -15,7 +15,7 @@ from llamajax.checkpoint.hf_names import ROWS, Row, tensors, their_index, to_our
 from llamajax.checkpoint.hf_safetensors import DamagedFile, Entry, read_header, read_part
 from llamajax.checkpoint.names import named_leaves, rebuild
 from llamajax.checkpoint.parts import aligned_zeros, placed
-from llamajax.checkpoint.tensor_source import Foreign, Index, TensorSource
+from llamajax.checkpoint.tensor_source import Foreign, Index, TensorSource, check_finite
 from llamajax.config.schema import ModelConfig
 from llamajax.errors import UserError, combine
 from llamajax.sharding import is_weight, letters
@@ -241,6 +241,8 @@ def read_weight(
 
 def _read_layer(source, row, layer, dims, index, out, model) -> None:
     """Fill `out` with the part `index` of one layer; padding rows stay as they are."""
-    theirs = source.read(row.theirs.format(layer), their_index(row, dims, index, model))
+    name = row.theirs.format(layer)
+    theirs = source.read(name, their_index(row, dims, index, model))
+    check_finite(theirs, source, name)
     ours = to_ours(theirs, row, dims, model)
     out[: ours.shape[0]] = ours.astype(out.dtype, copy=False)

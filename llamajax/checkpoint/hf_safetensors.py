@@ -54,7 +54,9 @@ def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a file by name. Raises DamagedFile; OSError when it cannot be read."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        length = int.from_bytes(start := file.read(8), "little")
+        if start == b"version ":
+            raise DamagedFile("is a pointer of git-lfs: run `git lfs pull`")
         if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
             raise DamagedFile(f"is cut off or not safetensors ({size:,} bytes)")
         try:

@@ -22,7 +22,7 @@ from llamajax.checkpoint.hf_config import write_model_config
 from llamajax.checkpoint.hf_names import TABLE, Tensor, tensors, to_theirs
 from llamajax.checkpoint.hf_read import INDEX, SINGLE, check_tied_head, named_weights
 from llamajax.checkpoint.hf_safetensors import write_file
-from llamajax.checkpoint.tensor_source import Index, TensorSource
+from llamajax.checkpoint.tensor_source import Index, TensorSource, check_finite
 from llamajax.config.schema import ModelConfig
 from llamajax.errors import UserError
 from llamajax.sharding import letters
@@ -149,8 +149,11 @@ def write_hf(
                 warnings += _write_rest(hidden, model, dtype=dtype, tokenizer=tokenizer)
         except UserError as error:
             failure = str(error)
-    if jax.process_count() > 1:
-        collections.deque(arrays, maxlen=0)  # the other processes wait in gathers for this one
+    try:
+        if jax.process_count() > 1:
+            collections.deque(arrays, maxlen=0)  # the other processes wait in gathers for this one
+    except UserError as error:
+        failure = str(error)  # the first process met it too: no one is left waiting
     if problem := agree(failure):
         raise UserError(problem)
     return warnings
@@ -214,7 +217,9 @@ def _arrays(
     done, total = 0, sum(file.num_bytes for file in files)
     for file in files:
         for tensor in file.tensors:
-            array = _converted(source.read(tensor.name), file.dtype, tensor.name)
+            stored = source.read(tensor.name)
+            check_finite(stored, source, tensor.name)
+            array = _converted(stored, file.dtype, tensor.name)
             yield array
             done += array.nbytes
             if progress is not None:

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from llamajax.config.schema import ModelConfig
+from llamajax.errors import UserError
 
 Index = tuple[slice, ...]
 
@@ -48,3 +49,14 @@ class Foreign:
     model: ModelConfig
     tokenizer: Path | None
     source: TensorSource
+
+
+def check_finite(array: np.ndarray, source: TensorSource, name: str) -> None:
+    """Raise UserError where (a part of) a tensor of weights holds a NaN or an infinity."""
+    with np.errstate(all="ignore"):
+        if np.isfinite(array.sum(dtype=np.float32)) or np.isfinite(array).all():
+            return
+    raise UserError(
+        f"{source.where(name)}: {name} holds {np.count_nonzero(~np.isfinite(array)):,} values that "
+        "are NaN or infinite; convert or download the weights again, or take an earlier checkpoint"
+    )

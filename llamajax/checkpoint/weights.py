@@ -103,7 +103,10 @@ def open_weights(path: str | PurePath) -> Weights:
     if is_remote(path):
         return _of_url(path)
     if not path.exists():
-        raise UserError(f"{path}: there is no such file or directory")
+        raise UserError(
+            f"{path}: there is no such file or directory; a model of the Hugging Face hub is "
+            "downloaded first: hf download ORGANIZATION/NAME --local-dir DIRECTORY"
+        )
     step = _checkpoint_in(path)
     if step is not None:
         return _of_checkpoint(step, run=path)
@@ -119,6 +122,8 @@ def open_weights(path: str | PurePath) -> Weights:
                 step=None,
                 source=found.source,
             )
+    if revisions := sorted(path.glob("snapshots/*")):
+        raise UserError(f"{path} is the root of a hub cache; name a revision in it: {revisions[0]}")
     raise UserError(
         f"{path} holds no weights that llamajax knows: give a --workdir of train with a finished "
         "checkpoint, one of its checkpoints/STEP, a Hugging Face directory (config.json and "

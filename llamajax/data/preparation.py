@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from llamajax.data.sources import Corpus, find_files
 from llamajax.data.tokenizer_training import MAX_BYTES, parse_train, train_tokenizer
 from llamajax.data.tokenizers import MANIFEST, Tokenizer, load_tokenizer
 from llamajax.data.workers import Tokens, tokenize_all
-from llamajax.errors import UserError
+from llamajax.errors import UserError, say
 
 # Name of a tokenizer that was trained on the input.
 TRAINED = "tokenizer.model"
@@ -182,7 +181,7 @@ def _write(
 def warn(lines: Iterable[str]) -> None:
     """Print warnings for the user."""
     for line in lines:
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        say(f"warning: {line}")
 
 
 def watched(corpus: Corpus, phase: str, progress: Progress) -> Iterator[str | Example]:

@@ -8,14 +8,13 @@ import gzip
 import io
 import json
 import os
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from llamajax.data import wikitext
-from llamajax.errors import UserError
+from llamajax.errors import UserError, say
 
 FORMATS = (".txt", ".jsonl", ".parquet", ".tokens", ".raw")
 _WIKITEXT = (".tokens", ".raw")
@@ -36,11 +35,9 @@ def find_files(patterns: str) -> list[Path]:
             files, others = _files_in(path)
             if others:
                 shown = ", ".join(others[:10]) + (", ..." if len(others) > 10 else "")
-                print(
+                say(
                     f"note: --input: {len(others)} files in {pattern} are of no kind that is read "
-                    f"from a directory and are left out: {shown}",
-                    file=sys.stderr,
-                    flush=True,
+                    f"from a directory and are left out: {shown}"
                 )
             if not files:
                 raise UserError(f"--input: no {', '.join(FORMATS)} files in directory {pattern}")
@@ -245,8 +242,10 @@ class _Zstd:
         return data
 
 
-def _decompressed(file: Path, raw: BinaryIO) -> Any:
+def _decompressed(file: Path, raw: io.BufferedReader) -> Any:
     name = file.name.lower()
+    if raw.peek(100).startswith(b"version https://git-lfs"):
+        raise UserError(f"{file}: is a pointer of git-lfs, not the file itself; run `git lfs pull`")
     if name.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)
     return _Zstd(raw) if name.endswith(".zst") else raw
@@ -261,6 +260,10 @@ def _decode(file: Path, data: bytes, offset: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
+        if not offset and data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise UserError(
+                f"{file}: is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {file.name} > utf8.txt"
+            ) from error
         raise UserError(
             f"{file}: not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start}"
             " (of the decompressed text); convert the file to UTF-8"
@@ -326,16 +329,28 @@ def _parquet(file: Path, raw: BinaryIO, stream: _Checked, text_key: str) -> Iter
                 f"{file}: no column {text_key!r} (it has {', '.join(table.schema_arrow.names)});"
                 " name the right one with --text_key"
             )
+        if table.schema_arrow.names.count(text_key) > 1:
+            raise UserError(f"{file}: two columns are named {text_key!r}; drop one of them")
         kind = table.schema_arrow.field(text_key).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if str(kind) not in ("string", "large_string", "string_view", "binary", "large_binary"):
             raise UserError(f"{file}: column {text_key!r} holds {kind}, not strings")
         row = 0
         for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
-            for text in batch.column(0).to_pylist():
+            column = batch.column(0)
+            if pa.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            column = column.cast(pa.large_binary())  # Parquet promises UTF-8 and checks nothing
+            for text in column.to_pylist():
                 row += 1
                 if text is None:
                     raise UserError(f"{file}: row {row}: {text_key!r} is null, not a string")
-                yield text
+                try:
+                    yield text.decode() if isinstance(text, bytes) else text
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{file}: row {row}: {text_key!r} is not UTF-8 ({error.reason} at byte "
+                        f"{error.start}); convert the column"
+                    ) from error
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: truncated or damaged Parquet: {str(error)[:200]}") from error

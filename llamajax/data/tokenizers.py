@@ -324,13 +324,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if file.is_dir():
         file = _file_in(file)
     if not file.is_file():
-        raise UserError(f"tokenizer {path}: no such file; give a file, a directory or `byte`")
+        raise UserError(
+            f"tokenizer {path}: no such file; give a file, a directory or `byte`; a model of the"
+            " Hugging Face hub is downloaded first"
+        )
     if file.suffix == ".byte":
         return ByteTokenizer()
-    if file.suffix == ".json":
-        return HuggingFaceTokenizer(file)
     with file.open("rb") as stream:
         first_line = stream.readline(4096)
+    if first_line.startswith(b"version https://git-lfs"):
+        raise UserError(f"{file}: is a pointer of git-lfs, not the file itself; run `git lfs pull`")
+    if file.suffix == ".json":
+        return HuggingFaceTokenizer(file)
     if re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\r?\n?", first_line):
         return TiktokenTokenizer(file)
     return SentencePieceTokenizer(file)

@@ -96,6 +96,12 @@ def test_patterns_name_files_in_order_and_once(tmp_path, monkeypatch):
         ("f.txt.zst", b"abcdefgh", "f.txt.zst: truncated or damaged"),
         ("f.parquet", b"PAR1abcdefgh", "f.parquet: truncated or damaged Parquet"),
         ("f.parquet", b"", "f.parquet: truncated or damaged Parquet"),
+        ("f.txt", "abc".encode("utf-16"), "f.txt: is UTF-16; convert it"),
+        ("f.jsonl", "{}".encode("utf-16"), "f.jsonl: is UTF-16; convert it"),
+        *(
+            (name, b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull")
+            for name in ("f.txt", "f.jsonl", "f.parquet", "f.txt.gz")
+        ),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, content, message):
@@ -110,12 +116,20 @@ def test_broken_files_are_named(tmp_path, name, content, message):
         (["a"], "body", r"no column 'text' \(it has body, n\)"),
         ([1, 2], "text", "holds int64, not strings"),
         (["a", None], "text", "row 2: 'text' is null"),
+        ([b"a", b"\xff"], "text", r"row 2: 'text' is not UTF-8 \(invalid start byte at byte 0"),
+        (
+            pa.array([b"a", b"\xff"]).view(pa.string()),
+            "text",
+            "row 2: 'text' is not UTF-8",
+        ),
+        (["a"], "n", "two columns are named 'n'"),
     ],
 )
 def test_parquet_of_the_wrong_shape(tmp_path, column, name, message):
-    parquet(tmp_path / "f.parquet", column, name)
+    table = pa.Table.from_arrays([pa.array(column), pa.array([0] * len(column))], [name, "n"])
+    pa.parquet.write_table(table, tmp_path / "f.parquet")
     with pytest.raises(UserError, match=message):
-        read(tmp_path / "f.parquet")
+        read(tmp_path / "f.parquet", text_key="n" if name == "n" else "text")
 
 
 def test_a_truncated_parquet_file(tmp_path):
@@ -126,7 +140,9 @@ def test_a_truncated_parquet_file(tmp_path):
 
 
 def test_other_string_columns(tmp_path):
-    for i, kind in enumerate((pa.large_string(), pa.dictionary(pa.int8(), pa.string()))):
+    kinds = (pa.large_string(), pa.dictionary(pa.int8(), pa.string()))
+    kinds += (pa.string_view(), pa.binary(), pa.large_binary())
+    for i, kind in enumerate(kinds):
         parquet(tmp_path / f"{i}.parquet", pa.array(TEXTS).cast(kind), "body")
         assert read(tmp_path / f"{i}.parquet", text_key="body") == TEXTS
 
