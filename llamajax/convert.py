@@ -12,13 +12,11 @@ from llamajax.config.schema import BackendConfig, MeshConfig
 from llamajax.errors import UserError, run_verb, say
 
 if TYPE_CHECKING:
-    from llamajax.checkpoint.stored import Leaf
     from llamajax.checkpoint.tensor_source import TensorSource
     from llamajax.checkpoint.weights import Weights
 
-SUMMARY = "Convert weights: Hugging Face, GGUF, Meta or llamajax to Hugging Face or llamajax."
-EXAMPLE = """python -m llamajax.convert --from=runs/quickstart --to=hf/quickstart
-python -m llamajax.convert --from=hf/llama2_7b --to=models/llama2_7b"""
+SUMMARY = "Convert weights of any known kind to a Hugging Face directory."
+EXAMPLE = "python -m llamajax.convert --from=runs/quickstart --to=hf/quickstart"
 
 _FLAGS = (
     Flag(
@@ -31,23 +29,23 @@ _FLAGS = (
     Flag(
         name="format",
         metavar="NAME",
-        annotation=Literal["hf", "llamajax"] | None,
-        default=None,
-        doc="what to write; none: hf from a llamajax checkpoint, llamajax from anything else",
+        annotation=Literal["hf"],
+        default="hf",
+        doc="what to write: a Hugging Face directory, which every verb takes",
     ),
     Flag(
         name="dtype",
         metavar="NAME",
         annotation=Literal["bfloat16", "float32", "float16"],
         default="bfloat16",
-        doc="dtype of the written weights (llamajax keeps norm scales in float32)",
+        doc="dtype of the written weights",
     ),
     Flag(
         name="max_shard_bytes",
         metavar="N",
         annotation=int,
         default=4_000_000_000,
-        doc="hf: largest size of one safetensors file, in bytes",
+        doc="largest size of one safetensors file, in bytes",
     ),
     Flag(name="overwrite", annotation=bool, default=False, doc="replace --to if it exists"),
 )
@@ -69,38 +67,37 @@ def _convert(flags: SimpleNamespace) -> None:
     # JAX takes seconds to import: --help and mistakes are answered without it.
     from llamajax import backends
     from llamajax.checkpoint.hf_write import check_vocabulary, write_hf
-    from llamajax.checkpoint.stored import write_llamajax
     from llamajax.checkpoint.weights import open_weights
     from llamajax.data.agreement import load_recorded
 
     started, target = time.monotonic(), Path(flags.to)
     backends.start(BackendConfig(name="cpu"))  # an accelerator would be taken for nothing
     weights = open_weights(getattr(flags, "from"))
-    kind = flags.format or ("hf" if weights.kind == "llamajax" else "llamajax")
     _check_apart(flags, weights)
-    if kind == "llamajax" and flags.dtype == "float16":
-        raise UserError("--dtype=float16 is for --format=hf; llamajax takes bfloat16 or float32")
     tokenizer = load_recorded(weights.tokenizer, weights.tokenizer_record, of=weights.path)
     check_vocabulary(tokenizer, weights.model)
     for line in () if tokenizer is None else tokenizer.warnings:
         say(f"warning: {line}")
     if tokenizer is None:
         say(f"warning: {weights.path} has no tokenizer: the weights are converted without one")
-    source, leaves = _tensors(weights, flags.dtype)
+    source = _tensors(weights)
     _note_rounding(source, flags.dtype)
     progress = _Progress()
-    options = {"overwrite": flags.overwrite, "progress": progress}
     with contextlib.closing(source), contextlib.closing(progress):
-        if kind == "hf":
-            options |= {"max_shard_bytes": flags.max_shard_bytes, "tokenizer": tokenizer}
-            for line in write_hf(source, weights.model, target, dtype=flags.dtype, **options):
-                say(f"warning: {line}")
-        else:
-            options |= {"leaves": leaves, "step": weights.step or 0}
-            options |= {"write_tokenizer": tokenizer.save if tokenizer else lambda _: None}
-            write_llamajax(source, weights.model, target, **options)
+        warnings = write_hf(
+            source,
+            weights.model,
+            target,
+            dtype=flags.dtype,
+            tokenizer=tokenizer,
+            max_shard_bytes=flags.max_shard_bytes,
+            overwrite=flags.overwrite,
+            progress=progress,
+        )
+    for line in warnings:
+        say(f"warning: {line}")
     print(
-        f"{weights.kind} -> {kind}: {progress.total:,} bytes of {flags.dtype} weights in {target}, "
+        f"{weights.kind} -> hf: {progress.total:,} bytes of {flags.dtype} weights in {target}, "
         f"{time.monotonic() - started:.1f} s",
         flush=True,
     )
@@ -114,8 +111,8 @@ def _check_apart(flags: SimpleNamespace, weights: "Weights") -> None:
             raise UserError(f"--to={flags.to} holds what is read, {read}; name another directory")
 
 
-def _tensors(weights: "Weights", dtype: str) -> "tuple[TensorSource, dict[str, Leaf]]":
-    """The tensors that are read, and the leaves that a llamajax checkpoint makes of them."""
+def _tensors(weights: "Weights") -> "TensorSource":
+    """The tensors that are read."""
     import jax
 
     from llamajax import sharding
@@ -123,8 +120,7 @@ def _tensors(weights: "Weights", dtype: str) -> "tuple[TensorSource, dict[str, L
     from llamajax.models.abstract import abstract_model
 
     mesh = sharding.build_mesh(MeshConfig(), jax.devices()[:1])
-    leaves = leaves_of(abstract_model(weights.model, mesh, dtype=jax.numpy.dtype(dtype)))
-    return weights.tensors(leaves), leaves
+    return weights.tensors(leaves_of(abstract_model(weights.model, mesh)))
 
 
 def _note_rounding(source: "TensorSource", dtype: str) -> None:

@@ -7,17 +7,22 @@ configs stay strangers here.
 from llamajax.checkpoint.checkpointer import Checkpointer, CheckpointError
 from llamajax.checkpoint.manifest import complete_steps, find_damage
 from llamajax.checkpoint.names import named_leaves, rebuild
-from llamajax.checkpoint.restore import newest_step, read_arrays_index, read_meta, restore_state
+from llamajax.checkpoint.restore import (
+    Checkpoint,
+    newest_checkpoint,
+    open_checkpoint,
+    restore_state,
+)
 
 __all__ = [
+    "Checkpoint",
     "CheckpointError",
     "Checkpointer",
     "complete_steps",
     "find_damage",
     "named_leaves",
-    "newest_step",
-    "read_arrays_index",
-    "read_meta",
+    "newest_checkpoint",
+    "open_checkpoint",
     "rebuild",
     "restore_state",
 ]

@@ -8,14 +8,12 @@ memory. The formula of one matrix is that of `ops.lora.merged`.
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.hf_names import Row, tensors, to_theirs
-from llamajax.checkpoint.restore import read_arrays_index, restore_state
+from llamajax.checkpoint.restore import Checkpoint, restore_state
 from llamajax.checkpoint.tensor_source import Index, TensorSource
 from llamajax.config.schema import LORA_TARGETS, LoraConfig, ModelConfig
 
@@ -32,12 +30,12 @@ class Factors:
     b: np.ndarray
 
 
-def read_factors(directory: Path) -> dict[str, Factors]:
+def read_factors(checkpoint: Checkpoint) -> dict[str, Factors]:
     """The adapters of one checkpoint on the host, by target; to be called by all processes."""
-    index = {n: x for n, x in read_arrays_index(directory).items() if n.startswith(PREFIX)}
+    index = {n: x for n, x in checkpoint.arrays.items() if n.startswith(PREFIX)}
     targets = dict.fromkeys(name.split("/")[1] for name in index)
     wanted = {t: {side: index[f"{PREFIX}{t}/{side}"] for side in "ab"} for t in targets}
-    found = restore_state(directory, {"adapters": wanted}, partial=True)["adapters"]
+    found = restore_state(checkpoint, {"adapters": wanted}, partial=True)["adapters"]
     return {target: Factors(**found[target]) for target in targets}
 
 
@@ -92,11 +90,6 @@ def _product(factors: Factors, layer: int, row: Row, model: ModelConfig) -> np.n
     product = a.reshape(-1, a.shape[-1]) @ b.reshape(b.shape[0], -1)
     inputs, outputs = LORA_TARGETS[row.ours.rpartition("/")[2]]
     return to_theirs(product.reshape(*a.shape[:-1], *b.shape[1:]), row, inputs + outputs, model)
-
-
-def fingerprint_checkpoint(directory: Path) -> str:
-    """Identity of one of our checkpoints: of its manifest, which has the checksums of all files."""
-    return hashlib.sha256((directory / manifests.MANIFEST).read_bytes()).hexdigest()
 
 
 def fingerprint_tensors(source: TensorSource, model: ModelConfig) -> str:

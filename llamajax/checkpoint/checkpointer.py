@@ -21,7 +21,7 @@ from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.agreement import agree, raise_together, told
 from llamajax.checkpoint.fallback import newest_whole
 from llamajax.checkpoint.names import named_leaves
-from llamajax.checkpoint.restore import newest_step, read_meta, restore_state
+from llamajax.checkpoint.restore import Checkpoint
 from llamajax.checkpoint.room import (
     here,
     make_sure_of_room,
@@ -85,8 +85,8 @@ class Checkpointer:
     `save` returns before the files are written. check_owner: asked by process 0 before each save;
     raises OSError where the directory is another run's by now. on_complete: called by process 0,
     in a thread, with the step of each checkpoint that is complete. Removes at once what a killed
-    save left behind, so only the run itself may make one; to read another run's checkpoints use
-    `restore_state`.
+    save left behind, so only the run itself may make one; to read checkpoints use
+    `open_checkpoint`.
     """
 
     def __init__(
@@ -117,7 +117,6 @@ class Checkpointer:
         self._writers: list[int] = []
         self._unsettled = False
         self._saving: int | None = None
-        self._verified: int | None = None
         self._pending: tuple[int, dict[str, tuple[str, tuple[int, ...]]], str] | None = None
         self._filter = _DropOrbaxRecords()
         for name in _NOISY:
@@ -158,42 +157,10 @@ class Checkpointer:
     def _steps(self) -> list[int]:
         return manifests.complete_steps(self.directory)
 
-    def latest(self) -> int | None:
-        """The newest checkpoint, or None. UserError when the newest is damaged."""
-        return newest_step(self.directory)
-
-    def newest_whole(self) -> tuple[int | None, list[str]]:
+    def newest_whole(self) -> tuple[Checkpoint | None, list[str]]:
         """Where to continue and what to say loudly, past damaged ones; see `fallback`."""
         with reached(self.directory):
-            self._verified, words = newest_whole(self.directory)
-        return self._verified, words
-
-    def read_meta(self, step: int) -> dict[str, Any]:
-        """What `save` was given as `meta`; cheap, needs no model. UserError when damaged."""
-        return read_meta(self.directory / str(step))
-
-    def restore(
-        self,
-        abstract_state: Any,
-        step: int | None = None,
-        *,
-        model: Mapping[str, Any] | None = None,
-    ) -> tuple[Any, dict[str, Any], int]:
-        """The state, the meta and the step of one checkpoint, the newest by default.
-
-        See `restore_state`. UserError when there is none, it is damaged, or of another model.
-        """
-        self.wait()
-        step = self.latest() if step is None else step
-        if step is None:
-            raise UserError(f"there is no checkpoint in {self.directory}")
-        directory = self.directory / str(step)
-        # Files that `newest_whole` has read are not read twice.
-        verified, self._verified = step == self._verified, None
-        state = restore_state(
-            directory, abstract_state, model=model, donated=True, verified=verified
-        )
-        return state, read_meta(directory), step
+            return newest_whole(self.directory)
 
     def save(self, step: int, state: Any, *, meta: Mapping[str, Any], wait: bool = False) -> None:
         """Save `state` and `meta` together as the checkpoint of `step`.

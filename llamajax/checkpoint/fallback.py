@@ -1,7 +1,7 @@
 """Where a run continues when its newest checkpoint is damaged: at the newest that is whole.
 
 Only the run itself goes back like this, since going back costs steps and not truth: they are done
-again. Whoever reads a run's weights is refused instead (`restore.newest_step`).
+again. Whoever reads a run's weights is refused instead (`restore.newest_checkpoint`).
 """
 
 import os
@@ -11,15 +11,15 @@ import jax
 
 from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.agreement import agree, told
-from llamajax.checkpoint.restore import damage_anywhere, damaged
+from llamajax.checkpoint.restore import Checkpoint, damaged, open_verified
 from llamajax.checkpoint.storage import Place, failures, is_remote
 from llamajax.errors import UserError
 
 _SIGN = "!" * 12
 
 
-def newest_whole(directory: Place) -> tuple[int | None, list[str]]:
-    """The step of the newest checkpoint whose every file is whole, and what to say loudly.
+def newest_whole(directory: Place) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose every file is whole, verified, and what to say loudly.
 
     None where there is no checkpoint at all. Every file is read, each by one process. Damaged ones
     that are newer are set aside as `STEP.damaged` (in an object store: marked, and kept until that
@@ -32,9 +32,9 @@ def newest_whole(directory: Place) -> tuple[int | None, list[str]]:
     step = told(steps.pop() if steps else None)
     while step is not None:
         path = directory / str(step)
-        problem = damage_anywhere(path)
-        if problem is None:
-            return step, _set_aside(found, step)
+        checkpoint, problem = open_verified(path)
+        if checkpoint is not None:
+            return checkpoint, _set_aside(found, step)
         found.append((path, problem))
         older = [number for number in steps if number < step]
         step = told(older[-1] if older else None)

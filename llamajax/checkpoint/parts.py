@@ -7,7 +7,6 @@ one part of one array and little more, whatever wrote it.
 """
 
 import itertools
-import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -31,12 +30,8 @@ _IN_FLIGHT = 8
 _WORTH_A_READ_BYTES = 1 << 20
 
 
-def array_spec(state: Place, name: str) -> dict[str, Any]:
-    """TensorStore's spec of one array under the directory that Orbax wrote, or is to read."""
-    try:
-        zarr3 = json.loads((state / "_METADATA").read_bytes()).get("use_zarr3")
-    except FileNotFoundError:
-        zarr3 = False
+def array_spec(state: Place, name: str, *, zarr3: bool = False) -> dict[str, Any]:
+    """TensorStore's spec of one array under the directory that Orbax wrote."""
     store = {"driver": "ocdbt", "base": kvstore(state), "path": f"{name}/"}
     return {"driver": "zarr3" if zarr3 else "zarr", "kvstore": store}
 
@@ -55,8 +50,9 @@ class _Slab(NamedTuple):
 class StoredArray:
     """One array of a checkpoint, of which any part can be read."""
 
-    def __init__(self, state: Place, name: str):
-        self._array = ts.open(array_spec(state, name), open=True, read=True).result()
+    def __init__(self, state: Place, name: str, *, zarr3: bool = False):
+        spec = array_spec(state, name, zarr3=zarr3)
+        self._array = ts.open(spec, open=True, read=True).result()
         self._name = name
         self.shape: tuple[int, ...] = self._array.shape
         self.dtype = np.dtype(self._array.dtype.numpy_dtype)

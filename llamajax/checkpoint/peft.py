@@ -15,12 +15,13 @@ from llamajax.checkpoint.directory import replaced
 from llamajax.checkpoint.hf_names import TABLE
 from llamajax.checkpoint.hf_safetensors import write_file
 from llamajax.checkpoint.hf_write import write_json
+from llamajax.checkpoint.restore import Checkpoint
 from llamajax.config.schema import LoraConfig
 
 _PREFIX = "base_model.model."
 
 
-def write_peft(checkpoint: Path, target: Path, *, lora: LoraConfig, base: Path) -> None:
+def write_peft(checkpoint: Checkpoint, target: Path, *, lora: LoraConfig, base: Path) -> None:
     """Write the adapters of one of our checkpoints as a PEFT directory, whole or not at all.
 
     base: directory of the weights that they belong to, which PEFT loads with transformers. To be

@@ -1,12 +1,13 @@
-"""Reading checkpoints: which is newest, what it holds, and its arrays onto any mesh.
+"""Reading checkpoints: open one, verify it once, restore its arrays onto any mesh.
 
 Reading never writes, so it is safe beside a run that is saving. Everything that can be refused is
 refused before the first array is read: damage, another model, another tree.
 """
 
 import errno
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -45,44 +46,120 @@ def damaged(directory: Place, problem: str, *, hopeless: bool = False) -> UserEr
     return UserError(f"checkpoint {directory} is damaged: {problem}\n{fix}")
 
 
-def newest_step(directory: Place) -> int | None:
-    """The newest checkpoint under `directory`, or None where there is none.
+class Checkpoint:
+    """One checkpoint that is open for reading: manifest and meta are read once, here.
 
-    Raises UserError when the newest is damaged: nobody shall take older weights for the newest.
+    Opening compares the sizes of all files. `verify` compares their contents, at most once, before
+    anything is restored. Everything that reads a checkpoint shares one of these.
     """
-    found = manifests.step_directories(directory)
-    if not found:
+
+    def __init__(self, directory: Place):
+        """Raises DamagedError when a file is missing, or has another size."""
+        self.directory = directory
+        self.manifest = manifests.check_sizes(directory)
+        self.meta: dict[str, Any] = manifests.read_meta(directory, self.manifest)
+        self._verified = False
+
+    def __str__(self) -> str:
+        return str(self.directory)
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every array by name."""
+        stored = self.manifest.arrays.items()
+        return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in stored}
+
+    def array(self, name: str) -> StoredArray:
+        """Open one array, of which any part can be read."""
+        return StoredArray(self.directory / manifests.STATE, name, zarr3=self._uses_zarr3)
+
+    @functools.cached_property
+    def _uses_zarr3(self) -> bool:
+        file = self.directory / manifests.STATE / "_METADATA"
+        if f"{manifests.STATE}/_METADATA" not in self.manifest.files:
+            return False
+        return bool(json.loads(file.read_bytes()).get("use_zarr3"))
+
+    def verify(self) -> None:
+        """Read all files once, divided among the processes; UserError on all if one is damaged.
+
+        To be called by all processes.
+        """
+        if problem := self.find_damage():
+            raise damaged(self.directory, problem)
+
+    def find_damage(self) -> str | None:
+        """As `verify`, but return what is wrong with the checkpoint, or None."""
+        if not self._verified:
+            files = sorted(self.manifest.files.keys() - {manifests.META})
+            share = files[jax.process_index() :: jax.process_count()]
+            problem = _agreed_damage(
+                self.directory,
+                lambda: manifests.check_contents(self.directory, self.manifest, share),
+            )
+            if problem:
+                return problem
+            self._verified = True
         return None
-    problem = manifests.find_damage(found[-1])
-    if problem is not None:
-        raise damaged(found[-1], problem)
-    return int(found[-1].name)
 
 
-def _existing(directory: Place) -> Place:
+def open_checkpoint(directory: Place) -> Checkpoint:
+    """Open one checkpoint (`checkpoints/STEP`); cheap. Raises UserError if it is damaged."""
     if not is_directory(directory):
         steps = manifests.complete_steps(directory.parent)
         have = f"complete ones are {', '.join(map(str, steps))}" if steps else "there is none"
         raise UserError(f"no checkpoint {directory}; in {directory.parent} {have}")
-    return directory
-
-
-def read_meta(directory: Place) -> dict[str, Any]:
-    """The JSON dict saved with one checkpoint (`checkpoints/STEP`); cheap. UserError if damaged."""
     try:
-        manifests.check_contents(_existing(directory), only=[manifests.META])
-        return json.loads((directory / manifests.META).read_bytes())
+        return Checkpoint(directory)
     except DamagedError as error:
         raise damaged(directory, str(error)) from None
 
 
-def read_arrays_index(directory: Place) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every array of one checkpoint by name, without reading any."""
+def newest_checkpoint(directory: Place) -> Checkpoint | None:
+    """Open the newest checkpoint under `directory`; None where there is none.
+
+    Raises UserError when the newest is damaged: nobody shall take older weights for the newest.
+    """
+    found = manifests.step_directories(directory)
+    return open_checkpoint(found[-1]) if found else None
+
+
+def open_verified(directory: Place) -> tuple[Checkpoint | None, str | None]:
+    """Open a checkpoint and verify it; if it is damaged, None and what is wrong.
+
+    To be called by all processes, which get the same answer whoever of them saw the damage. Raises
+    UserError on all where one cannot read it for another reason than damage.
+    """
+    opened: list[Checkpoint] = []
+    problem = _agreed_damage(directory, lambda: opened.append(Checkpoint(directory)))
+    problem = problem or opened[0].find_damage()
+    return (None, problem) if problem else (opened[0], None)
+
+
+def _agreed_damage(directory: Place, read: Callable[[], None]) -> str | None:
+    """Return the damage that `read` finds on any process, the same on all; None if there is none.
+
+    Raises UserError on all where one cannot read for another reason than damage.
+    """
+    problem = refusal = None
     try:
-        arrays = manifests.check_sizes(_existing(directory)).arrays
+        read()
     except DamagedError as error:
-        raise damaged(directory, str(error)) from None
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in arrays.items()}
+        problem = str(error)
+    except failures(directory) as error:
+        if is_remote(directory):
+            refusal = f"cannot read checkpoint {directory}: {error}; {how_to_mend(directory)}"
+        elif error.errno == errno.EIO:  # the disk itself gives up on these bytes
+            problem = f"{error.filename or directory} cannot be read: {error.strerror}"
+        else:
+            refusal = f"cannot read checkpoint {directory}: {error.strerror}: {error.filename}"
+    if refusal := agree(refusal):
+        raise UserError(refusal)
+    return agree(problem)
 
 
 def _flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -126,7 +203,7 @@ def _array_differences(
 
 
 def check_same_model(
-    directory: Place,
+    checkpoint: Checkpoint,
     abstract: Mapping[str, Any],
     *,
     model: Mapping[str, Any] | None,
@@ -138,83 +215,56 @@ def check_same_model(
     abstract: leaves by name with `.shape` and `.dtype`. model: the model section of the config.
     """
     problems = []
-    saved_config = read_meta(directory).get("config") or {}
+    saved_config = checkpoint.meta.get("config") or {}
     if model is not None and "model" in saved_config:
         problems += _config_differences(saved_config["model"], model)
-    stored = read_arrays_index(directory)
-    problems += _array_differences(stored, abstract, partial=partial, cast=cast)
+    problems += _array_differences(checkpoint.arrays, abstract, partial=partial, cast=cast)
     if problems:
         more = len(problems) - _LISTED
         shown = problems[:_LISTED] + ([f"and {more} more"] if more > 0 else [])
         raise combine(
             shown,
-            title=f"checkpoint {directory} is of another model than this run's; choose another "
+            title=f"checkpoint {checkpoint} is of another model than this run's; choose another "
             "--workdir, or the config that it was saved with:",
         )
 
 
-def damage_anywhere(directory: Place) -> str | None:
-    """What is wrong with one checkpoint as any process sees it, the same on all; None if nothing.
-
-    Raises UserError on all where one cannot read it for another reason than damage.
-    """
-    problem = refusal = None
-    try:
-        share = (jax.process_index(), jax.process_count())
-        manifests.check_contents(directory, share=share)
-    except DamagedError as error:
-        problem = str(error)
-    except failures(directory) as error:
-        if is_remote(directory):
-            refusal = f"cannot read checkpoint {directory}: {error}; {how_to_mend(directory)}"
-        elif error.errno == errno.EIO:  # the disk itself gives up on these bytes
-            problem = f"{error.filename or directory} cannot be read: {error.strerror}"
-        else:
-            refusal = f"cannot read checkpoint {directory}: {error.strerror}: {error.filename}"
-    if refusal := agree(refusal):
-        raise UserError(refusal)
-    return agree(problem)
-
-
-def _restored(state: Place, name: str, leaf: Any, *, donated: bool) -> Any:
-    stored = StoredArray(state, name)
+def _restored(stored: StoredArray, leaf: Any, *, donated: bool) -> Any:
     if leaf.sharding is None:
         return stored.read(tuple(slice(0, n) for n in leaf.shape), leaf.dtype)
     return placed(leaf, lambda index: stored.read(index, leaf.dtype), donated=donated)
 
 
 def restore_state(
-    directory: Place,
+    checkpoint: Checkpoint,
     abstract_state: Any,
     *,
     model: Mapping[str, Any] | None = None,
     partial: bool = False,
     cast: bool = False,
     donated: bool = False,
-    verified: bool = False,
 ) -> Any:
-    """A tree like `abstract_state` filled from one checkpoint (`checkpoints/STEP`), bit for bit.
+    """A tree like `abstract_state` filled from one checkpoint, bit for bit.
 
     abstract_state: leaves are `jax.ShapeDtypeStruct`; each array is read straight into the
     leaf's sharding, whatever mesh or device count saved it; without a sharding it becomes a NumPy
-    array. model: the model section of the config, compared with the one in `meta["config"]`.
+    array. model: the model section of the config, compared with the one in the meta.
     partial: the checkpoint may hold more arrays than are wanted (weights without optimizer).
     cast: arrays of another dtype are converted to the wanted one, part by part as they are read.
     donated: the arrays will be donated to a jitted function. Without it the CPU's are the very
     memory that was read into, which XLA would copy then. Where devices have memory of their own,
-    the host holds one part of one array at a time. verified: its files were just read in full.
+    the host holds one part of one array at a time.
     Raises UserError, before reading, when the checkpoint is damaged or of another model. To be
     called by all processes.
     """
     abstract = named_leaves(abstract_state)
-    check_same_model(directory, abstract, model=model, partial=partial, cast=cast)
-    if not verified and (problem := damage_anywhere(directory)):
-        raise damaged(directory, problem)
-    state = directory / manifests.STATE
+    check_same_model(checkpoint, abstract, model=model, partial=partial, cast=cast)
+    checkpoint.verify()
     try:
         leaves = {
-            name: _restored(state, name, leaf, donated=donated) for name, leaf in abstract.items()
+            name: _restored(checkpoint.array(name), leaf, donated=donated)
+            for name, leaf in abstract.items()
         }
     except DamagedError as error:
-        raise damaged(directory, str(error)) from None
+        raise damaged(checkpoint.directory, str(error)) from None
     return rebuild(abstract_state, leaves)

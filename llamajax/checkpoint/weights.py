@@ -11,14 +11,14 @@ from typing import Any
 
 from llamajax.checkpoint import gguf_config, hf_read, meta_config
 from llamajax.checkpoint import manifest as manifests
-from llamajax.checkpoint.adapters import (
-    MergedSource,
-    fingerprint_checkpoint,
-    fingerprint_tensors,
-    read_factors,
-)
+from llamajax.checkpoint.adapters import MergedSource, fingerprint_tensors, read_factors
 from llamajax.checkpoint.owner import recorded
-from llamajax.checkpoint.restore import newest_step, read_meta, restore_state
+from llamajax.checkpoint.restore import (
+    Checkpoint,
+    newest_checkpoint,
+    open_checkpoint,
+    restore_state,
+)
 from llamajax.checkpoint.storage import Place, failures, how_to_mend, is_directory, is_remote, place
 from llamajax.checkpoint.stored import Leaf, StoredSource, leaves_of
 from llamajax.checkpoint.tensor_source import Foreign, TensorSource
@@ -44,26 +44,31 @@ class Weights:
 
     kind: llamajax, or one of RECOGNISERS. path: what was opened; for llamajax the checkpoint of one
     step. tokenizer: what `data.load_tokenizer` takes, None where there is none. tokenizer_record:
-    what a checkpoint says of the tokenizer that it was trained with, if it does. step: of llamajax
-    checkpoints. source: the tensors of a foreign kind, None for llamajax. base and lora: of a
-    checkpoint of adapters, what those are added to; it is read as the merged model.
+    what a checkpoint says of the tokenizer that it was trained with, if it does. checkpoint: None
+    for a foreign kind. source: the tensors of a foreign kind, None for llamajax. base and lora: of
+    a checkpoint of adapters, what those are added to; it is read as the merged model.
     """
 
     kind: str
     path: Place
     model: ModelConfig
     tokenizer: Path | None
-    step: int | None
+    checkpoint: Checkpoint | None
     source: TensorSource | None
     tokenizer_record: Mapping[str, Any] | None = None
     base: "Weights | None" = None
     lora: LoraConfig | None = None
 
+    @property
+    def step(self) -> int | None:
+        """Step of a llamajax checkpoint."""
+        return None if self.checkpoint is None else self.checkpoint.step
+
     def fingerprint(self) -> str:
         """Identity of these weights: equal on a copy, another after any training."""
         if self.source is not None:
             return fingerprint_tensors(self.source, self.model)
-        return fingerprint_checkpoint(self.path)
+        return self.checkpoint.manifest.fingerprint
 
     def tensors(self, leaves: Mapping[str, Leaf]) -> TensorSource:
         """All weights as tensors of Hugging Face, adapters merged; `leaves` are the model's.
@@ -73,8 +78,8 @@ class Weights:
         if self.source is not None:
             return self.source
         if self.base is None:
-            return StoredSource(self.path, self.model, leaves)
-        factors = read_factors(self.path)
+            return StoredSource(self.checkpoint, self.model, leaves)
+        factors = read_factors(self.checkpoint)
         return MergedSource(self.base.tensors(leaves), self.model, factors, self.lora)
 
     def load(self, abstract_model: Any) -> Any:
@@ -88,16 +93,15 @@ class Weights:
             source = self.tensors(leaves_of(abstract_model))
             return hf_read.load_tensors(source, self.model, abstract_model)
         wanted = {"model": abstract_model}
-        return restore_state(self.path, wanted, partial=True, cast=True)["model"]
+        return restore_state(self.checkpoint, wanted, partial=True, cast=True)["model"]
 
 
 def open_weights(path: str | PurePath) -> Weights:
     """The weights that `path` holds.
 
     A --workdir of train (its newest checkpoint), one checkpoints/STEP, a directory of checkpoints
-    (of these two also the URL), a directory that `convert` wrote, a Hugging Face directory, or
-    another kind of RECOGNISERS. Raises UserError when it is none of these, or when it is one that
-    is damaged or not supported.
+    (of these two also the URL), a Hugging Face directory, or another kind of RECOGNISERS. Raises
+    UserError when it is none of these, or when it is one that is damaged or not supported.
     """
     path = place(path)
     if is_remote(path):
@@ -107,9 +111,9 @@ def open_weights(path: str | PurePath) -> Weights:
             f"{path}: there is no such file or directory; a model of the Hugging Face hub is "
             "downloaded first: hf download ORGANIZATION/NAME --local-dir DIRECTORY"
         )
-    step = _checkpoint_in(path)
-    if step is not None:
-        return _of_checkpoint(step, run=path)
+    checkpoint = _checkpoint_in(path)
+    if checkpoint is not None:
+        return _of_checkpoint(checkpoint, run=path)
     for kind, recognise in RECOGNISERS.items():
         found = recognise(path)
         if found is not None:
@@ -119,7 +123,7 @@ def open_weights(path: str | PurePath) -> Weights:
                 path=path,
                 model=found.model,
                 tokenizer=found.tokenizer,
-                step=None,
+                checkpoint=None,
                 source=found.source,
             )
     if revisions := sorted(path.glob("snapshots/*")):
@@ -133,8 +137,8 @@ def open_weights(path: str | PurePath) -> Weights:
 
 def _of_url(path: Place) -> Weights:
     try:
-        if (step := _checkpoint_in(path)) is not None:
-            return _of_checkpoint(step)
+        if (checkpoint := _checkpoint_in(path)) is not None:
+            return _of_checkpoint(checkpoint)
     except failures(path) as error:
         raise UserError(f"{path} cannot be read: {error}; {how_to_mend(path)}") from None
     raise UserError(
@@ -143,17 +147,17 @@ def _of_url(path: Place) -> Weights:
     )
 
 
-def _checkpoint_in(path: Place) -> Place | None:
-    """The directory of one checkpoint of ours: `path` itself, or the newest under it."""
+def _checkpoint_in(path: Place) -> Checkpoint | None:
+    """Open one checkpoint of ours: `path` itself, or the newest under it."""
     if path.name.isdecimal() and is_directory(path / manifests.STATE):
-        return path
+        return open_checkpoint(path)
     places = [path / "checkpoints", path]
     if not is_remote(path) and recorded(path) not in places:
         places.insert(0, recorded(path))
     for directory in places:
-        step = newest_step(directory)
-        if step is not None:
-            return directory / str(step)
+        checkpoint = newest_checkpoint(directory)
+        if checkpoint is not None:
+            return checkpoint
     if is_directory(path / "checkpoints"):
         raise UserError(f"{path} holds a run without a finished checkpoint yet")
     return None
@@ -181,9 +185,9 @@ def open_base(record: Mapping[str, str], *, path: Place | None, adapters: PurePa
     return base
 
 
-def _of_checkpoint(directory: Place, *, run: Path | None = None) -> Weights:
-    """Opened. run: the --workdir whose checkpoint it is, where that was named."""
-    meta = read_meta(directory)
+def _of_checkpoint(checkpoint: Checkpoint, *, run: Path | None = None) -> Weights:
+    """The weights of a checkpoint. run: its --workdir, where that was named."""
+    directory, meta = checkpoint.directory, checkpoint.meta
     config, base, lora = meta.get("config") or {}, None, None
     if "model" not in config:
         raise UserError(f"checkpoint {directory} does not say which model it is of")
@@ -199,7 +203,7 @@ def _of_checkpoint(directory: Place, *, run: Path | None = None) -> Weights:
         model=model,
         tokenizer=_tokenizer_of(directory, config, run),
         tokenizer_record=meta.get("tokenizer"),
-        step=int(directory.name),
+        checkpoint=checkpoint,
         source=None,
         base=base,
         lora=lora,

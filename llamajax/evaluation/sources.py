@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from llamajax.checkpoint import read_meta
 from llamajax.checkpoint.weights import Weights
 from llamajax.data import Tokenizer, load_tokenizer
 from llamajax.data.agreement import load_recorded, same_tokens
@@ -160,9 +159,9 @@ def _stride(request: Request, seq_len: int) -> int:
 
 def _trained_on(weights: Weights) -> dict[str, Any]:
     """The data section of the run that made a checkpoint of ours; empty where unknown."""
-    if weights.kind != "llamajax":
+    if weights.checkpoint is None:
         return {}
-    return (read_meta(weights.path).get("config") or {}).get("data") or {}
+    return (weights.checkpoint.meta.get("config") or {}).get("data") or {}
 
 
 def _tokenizer(weights: Weights) -> Tokenizer:

@@ -112,7 +112,8 @@ def _before(
     session: Session, record: Record, position: data.Position
 ) -> tuple[TrainState, str | None]:
     """The state before the step, and the first step on the way that was not as recorded."""
-    state = starting_state(session, record.base, open_origin(session.config, record.meta))
+    meta = None if record.base is None else record.base.meta
+    state = starting_state(session, record.base, open_origin(session.config, meta))
     start, apart = record.first_step, None
     if start + 1 == record.step:
         return state, None

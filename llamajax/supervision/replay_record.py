@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llamajax import data
-from llamajax.checkpoint import complete_steps, read_meta
+from llamajax.checkpoint import Checkpoint, complete_steps, open_checkpoint
 from llamajax.checkpoint.owner import recorded
 from llamajax.config import RunConfig, from_json_dict
 from llamajax.errors import UserError
@@ -28,16 +28,15 @@ class Record:
 
     step: int
     config: RunConfig
-    base: Path | None
-    meta: Mapping[str, Any] | None  # of `base`
-    position: data.Position | None  # of the step, None: what follows from `meta` and the audit
+    base: Checkpoint | None
+    position: data.Position | None  # of the step, None: what follows from `base` and the audit
     numbers: Mapping[int, Mapping[str, Any]]
     machine: Mapping[str, Any]
 
     @property
     def first_step(self) -> int:
         """Steps that `base` comes after."""
-        return int(self.base.name) if self.base else 0
+        return self.base.step if self.base else 0
 
     def place(self, mixture: data.Mixture, audit: Audit) -> data.Position:
         """Where the steps from `base` to this one read."""
@@ -48,11 +47,11 @@ class Record:
             "seq_len": self.config.data.seq_len,
             "mixture_hash": mixture.hash,
         }
-        if self.meta is None:
+        if self.base is None:
             saved, rollbacks = data.Position.start(**now), 0
         else:
-            saved = data.Position.from_json(self.meta["position"])
-            rollbacks = self.meta.get("rollbacks", 0)
+            saved = data.Position.from_json(self.base.meta["position"])
+            rollbacks = self.base.meta.get("rollbacks", 0)
         step = audit.rollbacks[-1].to_step if audit.rollbacks else 0
         later = audit.position(saved, step=max(step, self.first_step), rollbacks=rollbacks)
         return later.continued(step=max(self.first_step, later.segments[-1].first_step), **now)
@@ -87,10 +86,9 @@ def read_record(workdir: Path, step: int, *, box: Path | None) -> Record:
             if newest
             else f"--step={step}: {workdir} has made no step yet"
         )
-    base = max((n for n in steps if n < step), default=None)
-    meta = read_meta(checkpoints / str(base)) if base is not None else None
+    before = max((n for n in steps if n < step), default=None)
     later = min((n for n in steps if n >= step), default=None)
-    after = read_meta(checkpoints / str(later)) if later is not None else None
+    after = open_checkpoint(checkpoints / str(later)).meta if later is not None else None
     config = from_json_dict(
         after["config"] if after and box is None else json.loads(config_file.read_text("utf-8")),
         source=str(config_file),
@@ -100,8 +98,7 @@ def read_record(workdir: Path, step: int, *, box: Path | None) -> Record:
     return Record(
         step=step,
         config=config,
-        base=None if base is None else checkpoints / str(base),
-        meta=meta,
+        base=None if before is None else open_checkpoint(checkpoints / str(before)),
         position=data.Position.from_json(place) if place else None,
         numbers=numbers,
         machine=read_run_facts(workdir),

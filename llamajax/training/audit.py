@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llamajax import data
-from llamajax.checkpoint import Checkpointer
+from llamajax.checkpoint import Checkpointer, open_checkpoint
 from llamajax.checkpoint.manifest import remove_checkpoint
 from llamajax.checkpoint.room import reached
 from llamajax.data.position import Segment
@@ -72,7 +72,8 @@ class Audit:
 
     def _is_superseded(self, checkpointer: Checkpointer, step: int) -> bool:
         try:
-            return checkpointer.read_meta(step).get("rollbacks", 0) < len(self.rollbacks)
+            meta = open_checkpoint(checkpointer.directory / str(step)).meta
+            return meta.get("rollbacks", 0) < len(self.rollbacks)
         except UserError:
             return False  # damaged: restoring puts it aside
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from llamajax import data
-from llamajax.checkpoint import newest_step
+from llamajax.checkpoint import newest_checkpoint
 from llamajax.checkpoint.hf_write import export_hf
 from llamajax.checkpoint.owner import checkpoints_of
 from llamajax.checkpoint.peft import write_peft
@@ -64,5 +64,5 @@ def exporter(
 def write_adapters(config: RunConfig, base: dict[str, str], workdir: Path) -> None:
     """Write the newest adapters as `peft/`. To be called by all processes."""
     checkpoints = checkpoints_of(workdir, config.checkpoint.directory)
-    newest = checkpoints / str(newest_step(checkpoints))
+    newest = newest_checkpoint(checkpoints)
     write_peft(newest, workdir / "peft", lora=config.lora, base=place(base["path"]))

@@ -13,7 +13,7 @@ from typing import Any
 
 from llamajax import data
 from llamajax.backends import report_checkpoint
-from llamajax.checkpoint import Checkpointer, CheckpointError, named_leaves
+from llamajax.checkpoint import Checkpoint, Checkpointer, CheckpointError, named_leaves
 from llamajax.checkpoint.owner import check_owner, checkpoints_of, claim
 from llamajax.checkpoint.storage import Place, is_remote
 from llamajax.checkpoint.weights import Weights
@@ -185,17 +185,22 @@ def _checkpointer(session: Session, workdir: Path, directory: Place) -> Checkpoi
 class _Start:
     """Where a run takes up.
 
-    step: updates already applied; position: where in the data they ended. origin: weights to
-    import. base: of a run with adapters, what its checkpoints say of the frozen weights.
+    checkpoint: what is restored, if anything. position: where in the data it ended. origin: weights
+    to import. base: of a run with adapters, what its checkpoints say of the frozen weights.
     tokenizer: what they say of the tokenizer.
     """
 
-    step: int
+    checkpoint: Checkpoint | None
     position: data.Position
     origin: Weights | None
     base: dict[str, str] | None
     ledger: data.Ledger
     tokenizer: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Updates already applied."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
 
 
 def _where_to_start(
@@ -209,10 +214,10 @@ def _where_to_start(
         "mixture_hash": mixture.hash,
     }
     decided_by_primary(lambda: audit.remove_superseded(checkpointer))
-    start, words = checkpointer.newest_whole()
+    checkpoint, words = checkpointer.newest_whole()
     for line in words:
         say(line, primary=session.machine.is_primary)
-    meta = None if start is None else checkpointer.read_meta(start)
+    meta = None if checkpoint is None else checkpoint.meta
     origin = open_origin(config, meta)
     base = base_record(origin) if config.lora.rank else None
     found = {"origin": origin, "base": base, "tokenizer": run_tokenizer(session, meta, workdir)}
@@ -220,7 +225,8 @@ def _where_to_start(
         position = audit.position(data.Position.start(**now), step=0, rollbacks=0)
         position = position.continued(step=0, **now)
         ledger = data.Ledger(mixture, position, step=0, saved=None)
-        return _Start(step=0, position=position, ledger=ledger, **found)
+        return _Start(checkpoint=None, position=position, ledger=ledger, **found)
+    start = checkpoint.step
     if start > config.train.steps:
         raise UserError(
             f"the newest checkpoint is of step {start}, beyond train.steps = {config.train.steps}: "
@@ -234,7 +240,7 @@ def _where_to_start(
     later = audit.position(before, step=start, rollbacks=meta.get("rollbacks", 0))
     position = later.continued(step=start, **now)
     ledger = data.Ledger(mixture, position, step=start, saved=saved)
-    return _Start(step=start, position=position, ledger=ledger, **found)
+    return _Start(checkpoint=checkpoint, position=position, ledger=ledger, **found)
 
 
 def _build(
@@ -259,8 +265,7 @@ def _build(
         position=start.position,
     )
     with timer.pause("restore" if start.step else "import" if start.origin else "init"):
-        stored = checkpointer.directory / str(start.step) if start.step else None
-        state = starting_state(session, stored, start.origin)
+        state = starting_state(session, start.checkpoint, start.origin)
     with timer.pause("compile"):
         steps = compiled or _compiled(session, feed, state)
     if compiled is None:

@@ -1,11 +1,10 @@
 """The state that a run goes on with, and its update; for the run and for whoever repeats it."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import jax.numpy as jnp
 
-from llamajax.checkpoint import read_arrays_index, restore_state
+from llamajax.checkpoint import Checkpoint, restore_state
 from llamajax.checkpoint.weights import Weights
 from llamajax.config import to_json_dict
 from llamajax.models.abstract import abstract_model
@@ -22,7 +21,9 @@ from llamajax.training.state import (
 from llamajax.training.step import train_step
 
 
-def starting_state(session: Session, stored: Path | None, origin: Weights | None) -> TrainState:
+def starting_state(
+    session: Session, stored: Checkpoint | None, origin: Weights | None
+) -> TrainState:
     """The state to continue with: random, imported, restored, or adapters on imported weights.
 
     stored: the checkpoint to restore, if any. origin: weights to import. Call it on all processes.
@@ -35,7 +36,7 @@ def starting_state(session: Session, stored: Path | None, origin: Weights | None
         model = origin.load(abstract_model(config.model, session.mesh, dtype=dtype))
     if stored is not None:
         abstract = abstract_state(config.model, *where, lora=lora, layout=layout.at_rest).to_save
-        abstract = with_stored_guard(abstract, read_arrays_index(stored))
+        abstract = with_stored_guard(abstract, stored.arrays)
         saved = restore_state(stored, abstract, model=to_json_dict(config)["model"], donated=True)
         saved = with_own_guard(saved, layout)
         state = saved if model is None else saved.replace(model=model)

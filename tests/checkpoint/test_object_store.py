@@ -14,9 +14,24 @@ import pytest
 import warm
 from etils import epath
 from object_store import BUCKET, environment, free_port, need_packages, running
-from tiny_state import META, abstract, assert_same_bits, checkpointer, make_mesh, make_state
+from tiny_state import (
+    META,
+    abstract,
+    assert_same_bits,
+    checkpointer,
+    make_mesh,
+    make_state,
+    newest,
+    restore,
+)
 
-from llamajax.checkpoint import CheckpointError, complete_steps, manifest, newest_step, storage
+from llamajax.checkpoint import (
+    CheckpointError,
+    complete_steps,
+    manifest,
+    newest_checkpoint,
+    storage,
+)
 from llamajax.checkpoint.owner import OWNER, check_owner, claim
 from llamajax.checkpoint.weights import open_weights
 from llamajax.errors import TransientError, UserError
@@ -52,9 +67,9 @@ def saved(folder, *steps, **options):
         return run.steps()
 
 
-def restored(run, step):
+def restored(folder, step=None):
     mesh = make_mesh((2, 1))
-    return run.restore(abstract(make_state(mesh), mesh), step)
+    return restore(folder, abstract(make_state(mesh), mesh), step)
 
 
 def largest(folder):
@@ -67,10 +82,9 @@ def test_what_was_saved_is_restored_and_old_ones_are_removed(folder):
     assert saved(folder, 10, 20, 30, keep=2) == [20, 30]
     assert tops(folder) == ["20", "30"]
     with checkpointer(folder) as run:
-        assert run.newest_whole() == (30, [])
-        state, meta, step = restored(run, None)
-    assert_same_bits(state, make_state(make_mesh((1, 1)), seed=30))
-    assert (meta, step) == (META, 30)
+        found, words = run.newest_whole()
+    assert (found.step, found.meta, words) == (30, META, [])
+    assert_same_bits(restored(folder), make_state(make_mesh((1, 1)), seed=30))
 
 
 def test_a_save_is_complete_with_its_manifest_and_not_before(folder, monkeypatch):
@@ -79,12 +93,12 @@ def test_a_save_is_complete_with_its_manifest_and_not_before(folder, monkeypatch
 
     def watched(path, text):
         if path.name == manifest.MANIFEST:
-            seen.append((tops(folder), complete_steps(folder), newest_step(folder)))
+            seen.append((tops(folder), complete_steps(folder)))
         real(path, text)
 
     monkeypatch.setattr(manifest, "write_durably", watched)
     assert saved(folder, 1, 2) == [1, 2]
-    assert seen == [(["1"], [], None), (["1", "2"], [1], 1)]
+    assert seen == [(["1"], []), (["1", "2"], [1])]
 
 
 def test_what_killed_saves_and_removals_leave_is_removed_and_nothing_else(folder):
@@ -92,7 +106,7 @@ def test_what_killed_saves_and_removals_leave_is_removed_and_nothing_else(folder
     (folder / "20" / "manifest.json").unlink()  # the first act of a removal, the last of a save
     (folder / "40" / "_CHECKPOINT_METADATA").write_text("{}")
     (folder / "2024" / "photo.jpg").write_text("somebody's")
-    assert newest_step(folder) == 30
+    assert newest_checkpoint(folder).step == 30
     with checkpointer(folder) as run:
         assert run.steps() == [10, 30]
     assert tops(folder) == ["10", "2024", "30"]
@@ -114,19 +128,19 @@ def test_a_damaged_newest_is_marked_and_its_step_saved_again(folder, damage):
     path = largest(folder / "20")
     damage(path)
     with checkpointer(folder) as run:
-        step, words = run.newest_whole()
+        step, words = newest(run)
         assert step == 10
         assert f"{path} " in words[0]
         assert manifest.ASIDE in words[0]
         assert run.steps() == [10]
-        assert_same_bits(restored(run, 10)[0], make_state(make_mesh((1, 1)), seed=10))
+        assert_same_bits(restored(folder, 10), make_state(make_mesh((1, 1)), seed=10))
     with checkpointer(folder) as run:  # a rerun leaves the marked one where it is
         assert (folder / "20" / manifest.ASIDE).exists()
-        assert run.newest_whole() == (10, [])
+        assert newest(run) == (10, [])
         run.save(20, make_state(make_mesh((4, 2)), seed=20), meta=META)
     with checkpointer(folder) as run:
-        assert run.newest_whole() == (20, [])
-        assert_same_bits(restored(run, 20)[0], make_state(make_mesh((1, 1)), seed=20))
+        assert newest(run) == (20, [])
+        assert_same_bits(restored(folder, 20), make_state(make_mesh((1, 1)), seed=20))
     assert not (folder / "20" / manifest.ASIDE).exists()
 
 

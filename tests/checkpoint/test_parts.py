@@ -12,7 +12,7 @@ from llamajax.checkpoint import parts
 from llamajax.checkpoint.checkpointer import Checkpointer
 from llamajax.checkpoint.manifest import DamagedError
 from llamajax.checkpoint.parts import StoredArray, aligned_zeros, array_spec, placed
-from llamajax.checkpoint.restore import restore_state
+from llamajax.checkpoint.restore import open_checkpoint, restore_state
 
 SHAPE = (3, 5, 4, 6)
 
@@ -87,7 +87,7 @@ def test_restoring_reads_a_few_slabs_of_a_weight_at_a_time(tmp_path: Path, monke
     with Checkpointer(tmp_path, keep=1, keep_every=None, asynchronous=False) as checkpointer:
         checkpointer.save(1, {"w": value}, meta={})
     wanted = {"w": jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding)}
-    restored = restore_state(tmp_path / "1", wanted)["w"]
+    restored = restore_state(open_checkpoint(tmp_path / "1"), wanted)["w"]
     np.testing.assert_array_equal(restored, value)
     assert seen == [64] * (value.nbytes // 64)
     assert most <= 9  # eight under way, one about to be

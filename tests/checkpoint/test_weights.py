@@ -13,8 +13,9 @@ import safetensors.numpy
 from llamas import BASE, assert_same, edit_config, mesh, random_model
 from tiny_state import checkpointer
 
-from llamajax.checkpoint.hf_write import ModelSource, export_hf
-from llamajax.checkpoint.stored import StoredSource, leaves_of, write_llamajax
+from llamajax.checkpoint.hf_write import export_hf
+from llamajax.checkpoint.restore import open_checkpoint
+from llamajax.checkpoint.stored import StoredSource, leaves_of
 from llamajax.checkpoint.weights import open_weights
 from llamajax.errors import UserError
 from llamajax.models.abstract import abstract_model
@@ -46,20 +47,6 @@ def damaged(exported, tmp_path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "damaged"))
 
 
-def converted(model, config, directory):
-    write_llamajax(
-        ModelSource(model, config),
-        config,
-        directory,
-        leaves=leaves_of(abstract_model(config, mesh())),
-        step=5,
-        write_tokenizer=lambda directory: None,
-        overwrite=False,
-        progress=lambda done, total: None,
-    )
-    return directory
-
-
 def cast(model, dtype):
     wanted = abstract_model(BASE, mesh(), dtype=dtype)
     flat = zip(*(jax.tree.leaves(m) for m in (model, wanted)), strict=True)
@@ -87,12 +74,9 @@ def test_a_run_is_opened_at_its_newest_step_and_a_step_at_itself(workdir):
     assert (earlier.step, earlier.tokenizer) == (3, workdir / "tokenizer.byte")
 
 
-def test_what_is_written_layer_by_layer_is_what_orbax_writes(workdir, tmp_path):
-    written = open_weights(converted(MODEL, BASE, tmp_path / "ours"))
-    assert written.step == 5
-    assert_same(written.load(abstract_model(BASE, mesh(fsdp=2))), MODEL)
+def test_a_checkpoint_is_read_as_tensors_of_hugging_face(workdir, exported):
     leaves = leaves_of(abstract_model(BASE, mesh()))
-    sources = [StoredSource(w.path, BASE, leaves) for w in (written, open_weights(workdir))]
+    sources = [open_weights(path).tensors(leaves) for path in (workdir, exported)]
     for name in sources[0].names():
         assert sources[0].read(name).tobytes() == sources[1].read(name).tobytes()
 
@@ -107,7 +91,7 @@ def test_a_damaged_checkpoint_is_refused(workdir, tmp_path):
     with pytest.raises(UserError, match="checksum"):
         weights.load(abstract_model(BASE, mesh()))
     with pytest.raises(UserError, match="checksum"):
-        StoredSource(copy, BASE, leaves_of(abstract_model(BASE, mesh())))
+        StoredSource(open_checkpoint(copy), BASE, leaves_of(abstract_model(BASE, mesh())))
 
 
 def test_another_architecture_is_not_filled(exported):

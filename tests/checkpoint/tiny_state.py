@@ -12,7 +12,13 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llamajax.checkpoint import Checkpointer, named_leaves
+from llamajax.checkpoint import (
+    Checkpointer,
+    named_leaves,
+    newest_checkpoint,
+    open_checkpoint,
+    restore_state,
+)
 
 META = {"config": {"model": {"hidden_size": 16, "name": "tiny"}}, "position": [[0, 0, 8, 64, "a"]]}
 
@@ -77,3 +83,15 @@ def checkpointer(directory: Path, **options: Any) -> Checkpointer:
     return Checkpointer(
         directory, **{"keep": 3, "keep_every": None, "asynchronous": True, **options}
     )
+
+
+def restore(directory: Path, wanted: Any, step: int | None = None, **options: Any) -> Any:
+    """The state of one checkpoint under `directory`, the newest by default."""
+    found = newest_checkpoint(directory) if step is None else open_checkpoint(directory / str(step))
+    return restore_state(found, wanted, **options)
+
+
+def newest(run: Checkpointer) -> tuple[int | None, list[str]]:
+    """The step at which a run continues, and what it says."""
+    found, words = run.newest_whole()
+    return (None if found is None else found.step), words

@@ -86,27 +86,27 @@ def main() -> None:
     # Only process 1 sees that the checkpoint of step 4 is damaged.
     real = restore.manifests.check_contents
 
-    def damaged_for_one(directory: Path, **rest) -> None:
+    def damaged_for_one(directory: Path, *rest) -> None:
         if RANK == 1 and directory.name == "4":
             raise manifest.DamagedError(directory / "state", "is damaged for process 1")
-        real(directory, **rest)
+        real(directory, *rest)
 
     restore.manifests.check_contents = damaged_for_one
-    step, words = saver.newest_whole()
+    found, words = saver.newest_whole()
     restore.manifests.check_contents = real
-    SEEN["damage for one"] = [step, len(words), "for process 1" in words[0]]
+    SEEN["damage for one"] = [found.step, len(words), "for process 1" in words[0]]
     # And a byte is flipped in a file that one of the two will check.
     if RANK == 0:
         largest = max((DIRECTORY / "3").rglob("d/*"), key=lambda path: path.stat().st_size)
         data = bytearray(largest.read_bytes())
         data[len(data) // 2] ^= 1
         largest.write_bytes(data)
-    step, words = saver.newest_whole()
+    found, words = saver.newest_whole()
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0)
     )
-    w = saver.restore(abstract, step)[0]["w"]
-    SEEN["flipped"] = [step, float(w.addressable_shards[0].data[0, 0])]
+    w = restore.restore_state(found, abstract)["w"]
+    SEEN["flipped"] = [found.step, float(w.addressable_shards[0].data[0, 0])]
     SEEN["names"] = sorted(path.name for path in DIRECTORY.iterdir())
     saver.close()
     print(json.dumps(SEEN))

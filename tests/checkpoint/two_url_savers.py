@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llamajax.checkpoint import Checkpointer, CheckpointError, storage
+from llamajax.checkpoint import Checkpointer, CheckpointError, restore_state, storage
 
 RANK, PORT, URL = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 
@@ -49,12 +49,12 @@ def main() -> None:
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(bytes(data))
-    step, words = saver.newest_whole()
+    found, words = saver.newest_whole()
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0)
     )
-    w = saver.restore(abstract, step)[0]["w"]
-    seen["flipped"] = [step, len(words), float(w.addressable_shards[0].data[0, 0])]
+    w = restore_state(found, abstract)["w"]
+    seen["flipped"] = [found.step, len(words), float(w.addressable_shards[0].data[0, 0])]
     seen["again"] = tried(saver, 3)
     saver.close()
     print(json.dumps(seen))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from llamajax import convert, evaluate, generate
-from llamajax.checkpoint import read_meta
+from llamajax.checkpoint import open_checkpoint
 from llamajax.data import load_tokenizer, open_mixture
 from llamajax.errors import UserError
 from llamajax.optim import schedule
@@ -117,7 +117,7 @@ def test_nothing_is_reported_where_nothing_changed(begun, short_config):
     splits = (open_mixture(config.data, split=s, vocab_size=300) for s in ("train", "validation"))
     mixture, held_out = splits
     session = SimpleNamespace(config=config, mixture=mixture, held_out=held_out)
-    meta = read_meta(begun / "run" / "checkpoints" / "2")
+    meta = open_checkpoint(begun / "run" / "checkpoints" / "2").meta
     assert list(changes(session, meta, 2)) == []
     del meta["data"]  # as in checkpoints of older versions
     assert list(changes(session, meta, 2)) == []

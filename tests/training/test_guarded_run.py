@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llamajax import data
-from llamajax.checkpoint import read_arrays_index, restore_state
+from llamajax.checkpoint import open_checkpoint, restore_state
 from llamajax.config.schema import BackendConfig
 from llamajax.convert import main as convert
 from llamajax.data.batches import make_batch
@@ -108,7 +108,8 @@ def same(one, other) -> bool:
 
 def arrays(workdir, step):
     directory = workdir / "checkpoints" / str(step)
-    found = restore_state(directory, read_arrays_index(directory))
+    checkpoint = open_checkpoint(directory)
+    found = restore_state(checkpoint, checkpoint.arrays)
     return {name: np.asarray(value) for name, value in found.items()}
 
 

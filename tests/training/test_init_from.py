@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llamajax import data, sharding
-from llamajax.checkpoint import restore_state
+from llamajax.checkpoint import open_checkpoint, restore_state
 from llamajax.config.schema import MeshConfig
 from llamajax.errors import UserError
 from llamajax.models.abstract import abstract_model
@@ -85,8 +85,8 @@ def test_weights_of_ours_are_taken_bit_by_bit_and_once(short_run, short_config, 
     weights = open_origin(config, None)
     assert weights.tokenizer == source / "tokenizer" / "tokenizer.byte"
     loaded = weights.load(abstract_model(config.model, mesh))
-    path = source / "checkpoints" / "3"
-    saved = restore_state(path, {"model": abstract_model(config.model, mesh)}, partial=True)
+    checkpoint = open_checkpoint(source / "checkpoints" / "3")
+    saved = restore_state(checkpoint, {"model": abstract_model(config.model, mesh)}, partial=True)
     for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(saved["model"]), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     assert short_run(target, stop_after=2, **options) == 143

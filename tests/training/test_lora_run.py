@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from llamajax import sharding
-from llamajax.checkpoint import read_arrays_index, read_meta
+from llamajax.checkpoint import open_checkpoint
 from llamajax.checkpoint.adapters import read_factors
 from llamajax.checkpoint.weights import open_base, open_weights
 from llamajax.config.schema import MeshConfig
@@ -52,7 +52,7 @@ def loaded(path: Path) -> dict[str, np.ndarray]:
 
 
 def test_a_checkpoint_holds_adapters_and_names_their_base(adapted, base):
-    names = list(read_arrays_index(adapted / "checkpoints" / "6"))
+    names = list(open_checkpoint(adapted / "checkpoints" / "6").arrays)
     assert not [name for name in names if name.startswith("model/")]
     assert len([name for name in names if name.startswith("adapters/")]) == 6
     meta = json.loads((adapted / "checkpoints" / "6" / "meta.json").read_text())
@@ -116,7 +116,7 @@ def test_other_adapters_do_not_continue(short_run, adapted, base):
 
 
 def test_the_base_may_move_but_not_change(short_config, adapted, base, tmp_path):
-    meta = read_meta(adapted / "checkpoints" / "6")
+    meta = open_checkpoint(adapted / "checkpoints" / "6").meta
     moved = shutil.copytree(base, tmp_path / "moved")
     config = short_config(train__init_from=str(moved), **LORA, **STEPS)
     assert open_origin(config, meta).path == moved / "checkpoints" / "3"
@@ -129,6 +129,7 @@ def test_the_base_may_move_but_not_change(short_config, adapted, base, tmp_path)
 
 
 def test_a_workdir_without_its_base_cannot_be_read(adapted, tmp_path):
-    meta = read_meta(adapted / "checkpoints" / "6")["base"] | {"path": str(tmp_path / "nowhere")}
+    meta = open_checkpoint(adapted / "checkpoints" / "6").meta["base"]
+    meta = meta | {"path": str(tmp_path / "nowhere")}
     with pytest.raises(UserError, match=r"are gone: there is no .*nowhere"):
         open_base(meta, path=None, adapters=adapted)
