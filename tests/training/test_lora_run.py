@@ -61,7 +61,7 @@ def test_a_checkpoint_holds_adapters_and_names_their_base(adapted, base):
 
 def test_reading_it_gives_the_merged_model(adapted, base):
     before, after = loaded(base), loaded(adapted)
-    factors = read_factors(adapted / "checkpoints" / "6")
+    factors = read_factors(open_checkpoint(adapted / "checkpoints" / "6"))
     for name, value in after.items():
         target = next((t for t in factors if f".{t}" in name), None)
         if target is None:
@@ -87,7 +87,7 @@ def test_peft_has_the_factors_under_its_own_names(adapted, base):
     assert config["target_modules"] == ["q_proj", "o_proj", "down_proj"]
     assert config["base_model_name_or_path"] == str(base / "checkpoints" / "3")
     tensors = load_file(adapted / "peft" / "adapter_model.safetensors")
-    ours = read_factors(adapted / "checkpoints" / "6")["out"]
+    ours = read_factors(open_checkpoint(adapted / "checkpoints" / "6"))["out"]
     name = "base_model.model.model.layers.0.self_attn.o_proj"
     a, b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
     np.testing.assert_array_equal(a.T.reshape(ours.a[0].shape), ours.a[0])
@@ -101,7 +101,9 @@ def test_an_interrupted_run_continues_bit_by_bit(short_run, logged, adapted, bas
     assert not (tmp_path / "peft").exists()
     assert short_run(tmp_path, **options) == 0
     assert logged(tmp_path) == logged(adapted)
-    ours, theirs = (read_factors(path / "checkpoints" / "6") for path in (tmp_path, adapted))
+    ours, theirs = (
+        read_factors(open_checkpoint(path / "checkpoints" / "6")) for path in (tmp_path, adapted)
+    )
     for target, factors in theirs.items():
         np.testing.assert_array_equal(ours[target].a, factors.a)
         np.testing.assert_array_equal(ours[target].b, factors.b)
