@@ -3,6 +3,7 @@
 import atexit
 import importlib.util
 import os
+import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,6 +15,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llamajax-programs-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    # What tests draw at random, such as the step at which they kill; set it to draw that again.
+    os.environ.setdefault("LLAMAJAX_TEST_SEED", str(random.SystemRandom().randrange(10**6)))
 
 import jax
 import pytest
@@ -27,6 +30,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 enable("auto", force=False)
 
+SEED = os.environ["LLAMAJAX_TEST_SEED"]
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Warnings that other people's packages raise while they are imported; ours are errors.
 _NOT_OURS = (
@@ -38,6 +42,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make every warning an error; the later lines take precedence."""
     for line in ("error", *_NOT_OURS):
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Random numbers of this test; its report names the seed when it fails."""
+    print(f"drawn with LLAMAJAX_TEST_SEED={SEED}")
+    return random.Random(f"{SEED} {request.node.name}")
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 
 from llamajax import prepare
 from llamajax.data import load_tokenizer
@@ -197,10 +198,7 @@ def test_a_stopped_run_leaves_nothing_that_looks_finished(tmp_path, number, form
     fifo = tmp_path / ("in.txt" if form == "text" else "in.jsonl")
     os.mkfifo(fifo)
     args = (f"--output={tmp_path / 'out'}", "--tokenizer=byte", f"--format={form}")
-    # What a shell starts in the background ignores Ctrl-C, and so would its children.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(command(f"--input={fifo}", *args), cwd=REPOSITORY)
-    signal.signal(signal.SIGINT, before)
+    process = warm.Popen(command(f"--input={fifo}", *args), cwd=REPOSITORY)
     with process, fifo.open("w"):  # opens when the other side reads: it is at work
         process.send_signal(number)
         code = process.wait(timeout=60)
@@ -245,7 +243,7 @@ def test_two_runs_into_one_output(corpus, tmp_path):
     fifo = tmp_path / "in.txt"
     os.mkfifo(fifo)
     args = command(f"--input={fifo}", f"--output={tmp_path / 'out'}", "--tokenizer=byte")
-    with subprocess.Popen(args, cwd=REPOSITORY) as process, fifo.open("w"):
+    with warm.Popen(args, cwd=REPOSITORY) as process, fifo.open("w"):
         with pytest.raises(UserError, match="another prepare is writing it"):
             run(corpus, tmp_path / "out")
         process.terminate()

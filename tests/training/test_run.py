@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -96,8 +95,8 @@ def test_finished_runs_are_left_alone(prepared, undisturbed):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_run_continues_bit_by_bit(prepared, undisturbed, tmp_path, number):
-    step = random.SystemRandom().randint(1, 40)
+def test_an_interrupted_run_continues_bit_by_bit(prepared, undisturbed, tmp_path, number, rng):
+    step = rng.randint(1, 40)
     code, text = interrupted(prepared, tmp_path, number, after_step=step)
     assert code == (-9 if number == signal.SIGKILL else 143), (step, text)
     if number != signal.SIGKILL:
