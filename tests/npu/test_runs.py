@@ -152,10 +152,12 @@ def one_device(folder, npu, first):
 
 
 def test_the_losses_are_those_of_the_cpu(folder, first, cpu):
+    assert first[2]["reused_bytes"] == first[2]["donated_bytes"] > 0
     assert len(losses(folder, "npu")) >= 3
     assert losses(folder, "npu")[:3] == pytest.approx(losses(folder, "cpu"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_there_to_the_cpu_and_back(folder, second):
     expected = losses(folder, "npu")
     assert len(expected) == 5
@@ -163,10 +165,12 @@ def test_a_run_goes_on_from_there_to_the_cpu_and_back(folder, second):
     assert losses(folder, "cpu_then_npu") == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_one_device_goes_on_with_the_run_of_eight(folder, second, one_device):
     assert losses(folder, "npu_then_one") == pytest.approx(losses(folder, "npu"), rel=2e-5)
 
 
+@pytest.mark.slow
 def test_the_step_reuses_the_whole_state_once_donation_is_repaired(folder, first, one_device):
     repaired, plain = first[2], facts(folder, "npu_then_one")
     parameters, moments = 4 * repaired["num_parameters"], 8 * repaired["num_parameters"]
@@ -178,6 +182,7 @@ def test_the_step_reuses_the_whole_state_once_donation_is_repaired(folder, first
     assert "lives twice" not in first[0]
 
 
+@pytest.mark.slow
 def test_the_second_start_compiles_neither_step_again(folder, first, second):
     kept = {path.name for path in (folder / "cache").rglob("*.program")}
     before = set(first[1])
@@ -187,6 +192,7 @@ def test_the_second_start_compiles_neither_step_again(folder, first, second):
     assert {name for name in kept if name.startswith("jit_step-")} == steps
 
 
+@pytest.mark.slow
 def test_the_profile_is_said_and_stored(first, second, one_device, folder):
     assert "llamajax test NPU 1.0; 2.50 GiB a device" in first[0]
     assert "repairs  donation, compile_cache (doctor: none)" in first[0]
@@ -201,6 +207,7 @@ def test_the_profile_is_said_and_stored(first, second, one_device, folder):
     assert facts(folder, "npu_then_one")["peak_flops"] == 1e12
 
 
+@pytest.mark.slow
 def test_evaluate_and_generate_run_there(one_device, folder):
     evaluated, generated = map(json.loads, one_device[0].splitlines()[-2:])
     assert (evaluated["platform"], evaluated["num_devices"]) == ("npu", 1)
