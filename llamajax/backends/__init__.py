@@ -14,6 +14,7 @@ _HOME = {
     "Verdict": "verdict",
     "absent_devices": "topologies",
     "attention_preferences": "platforms",
+    "built_for": "plugin",
     "cache_directory": "folders",
     "child_environment": "children",
     "computes_attention": "platforms",

@@ -1,21 +1,27 @@
 """Bare PJRT plugin libraries: looked at before JAX sees them, then named to JAX with their options.
 
-Not here: plugins that are installed as Python packages, which JAX finds itself.
+JAX itself finds the plugins that are installed as Python packages. Of both kinds: what they say of
+the JAX that they were built for.
 """
 
 import contextlib
 import ctypes
+import importlib.metadata
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from llamajax.backends.jax_private import STABLEHLO
+from llamajax.backends.platforms import platform_facts
 from llamajax.config.schema import BackendConfig
 from llamajax.errors import UserError, combine
 
 Option = int | float | bool | str
+_GROUP = "jax_plugins"  # of entry points
 _JAX_VARIABLE = "PJRT_NAMES_AND_LIBRARY_PATHS"  # JAX's one public route for a bare library
 # What jaxlib 0.10.2 and 0.12.0.1 take, seen with libraries that claim other versions. A newer
 # minor version is taken as well: functions are only ever added.
@@ -105,7 +111,8 @@ def api_version(library: Path) -> tuple[int, int]:
         raise UserError(
             f"backend.plugin = {library}: offers version {major}.{minor} of the PJRT C API, but "
             f"this JAX takes {_MAJOR}.{_OLDEST_MINOR} or later of major version {_MAJOR}; install "
-            "a plugin that was built for a JAX of about the same age, or a JAX that fits it"
+            "a plugin that was built for a JAX of about the same age, or a JAX that fits it "
+            f"({_package(library, ()) or _installed()})"
         )
     return major, minor
 
@@ -150,10 +157,58 @@ def named_to_jax(config: BackendConfig) -> Iterator[None]:
                 os.environ[_JAX_VARIABLE] = before
 
 
+def built_for(config: BackendConfig, client: Any) -> str | None:
+    """Return the JAX that a backend's plugin was built for, as far as it says; None if built in.
+
+    client: what JAX made of the plugin. A plugin's StableHLO is that of the JAX it was built with.
+    """
+    major, minor, *_ = getattr(client, "stablehlo_current_version", None) or (None, None)
+    if major is None:
+        return None
+    releases = STABLEHLO.get((major, minor))
+    if releases is None:
+        oldest, newest = min(STABLEHLO), max(STABLEHLO)
+        releases = (
+            f"older than {STABLEHLO[oldest]}" if (major, minor) < oldest
+            else f"newer than {STABLEHLO[newest]}" if (major, minor) > newest
+            else f"between {STABLEHLO[oldest]} and {STABLEHLO[newest]}"
+        )  # fmt: skip
+    api = f"{client.pjrt_c_api_major_version}.{client.pjrt_c_api_minor_version}"
+    library = Path(config.plugin) if config.plugin else None
+    names = (config.name or client.platform, *platform_facts(client.platform).names)
+    said = _package(library, names) or _installed()
+    return f"built for jax {releases} (StableHLO {major}.{minor}, PJRT C API {api}); {said}"
+
+
+def _installed() -> str:
+    return f"installed: jax {importlib.metadata.version('jax')}"
+
+
+def _package(library: Path | None, names: Sequence[str]) -> str | None:
+    """Return the package that a plugin comes from, what it wants of JAX, and what there is.
+
+    It holds `library`, or has an entry point for JAX that mentions one of `names`. None: unknown.
+    """
+    for package in importlib.metadata.distributions():
+        if library is None:
+            points = [f"{e.name} {e.value}" for e in package.entry_points.select(group=_GROUP)]
+            is_it = any(name in point for point in points for name in names)
+        else:
+            files = [file for file in package.files or () if file.name == library.name]
+            is_it = any(Path(file.locate()).resolve() == library.resolve() for file in files)
+        if is_it:
+            wants = [r for r in package.requires or () if re.match(r"jax(lib)?(?![\w-])", r)]
+            wants = [r for r in wants if "extra ==" not in r] or ["no particular jax"]
+            return f"{package.name} {package.version} wants {', '.join(wants)}; {_installed()}"
+    return None
+
+
 def why_not(name: str, reason: str, config: BackendConfig) -> str:
     """What to tell a user whose backend did not come up, from JAX's own words."""
     reason = reason.splitlines()[0].removeprefix(f"Unable to initialize backend '{name}': ")
     reason = re.sub(r"\s*\(set JAX_PLATFORMS=.*\)$", "", reason)
+    package = _package(Path(config.plugin) if config.plugin else None, (name,))
+    reason += f" [{package}]" if package else ""
     said = f"backend {name!r} did not come up: {reason}"
     if "list of known backends" in reason:
         return (

@@ -34,16 +34,18 @@ def main() -> int:
         def tell(**facts: Any) -> None:
             print(json.dumps(facts), file=pipe, flush=True)
 
+        import jax
+
         from llamajax import backends
 
         try:
-            machine = backends.start(
-                BackendConfig(**request["backend"]), keep_programs=request["keep_programs"]
-            )
+            config = BackendConfig(**request["backend"])
+            machine = backends.start(config, keep_programs=request["keep_programs"])
         except UserError as error:
             tell(refused=str(error))
             return 2
-        tell(machine=dataclasses.asdict(machine))
+        plugin = backends.built_for(config, jax.devices()[0].client)
+        tell(machine=dataclasses.asdict(machine), plugin=plugin)
         _run_all(request["probes"], machine, Path(request["folder"]), tell)
     return 0
 

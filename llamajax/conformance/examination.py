@@ -119,7 +119,7 @@ class Examination:
             if "refused" in said:
                 return self._refused(said["refused"], batch)
             if "machine" in said:
-                self._came_up(said["machine"], spent)
+                self._came_up(said["machine"], said["plugin"], spent)
                 running = None
             elif "begins" in said:
                 running = said["begins"]
@@ -131,11 +131,12 @@ class Examination:
                     return None
             begun = time.monotonic()
 
-    def _came_up(self, machine: dict[str, Any], spent: float) -> None:
+    def _came_up(self, machine: dict[str, Any], plugin: str | None, spent: float) -> None:
         if self.machine is None:
             self.machine = machine
             count = machine["num_devices"]
             text = f"{count} device{'s' * (count > 1)} of kind {machine['device_kind']}"
+            text += f"; plugin {plugin}" if plugin else ""
             self._end("start", "pass", text, spent)
 
     def _refused(self, reason: str, batch: Sequence[Probe]) -> None:

@@ -1,5 +1,6 @@
 """What a run does without when a private part has changed, and the table of tested releases."""
 
+import re
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from llamajax.backends import jax_private
-from llamajax.backends.jax_private import cache_hook, donation
+from llamajax.backends.jax_private import cache_hook, cudnn, donation
 from llamajax.training import narration
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
@@ -91,16 +92,38 @@ def test_the_bounds_of_the_requirements_are_the_tested_releases():
     assert not specifiers["jax"].contains("0.9.2")
 
 
+def lowered(function, platform, *shapes, **options):
+    return jax.jit(function, **options).trace(*shapes).lower(lowering_platforms=(platform,))
+
+
+@pytest.mark.parametrize("version", [jax.__version__, "9.9.9"])
+def test_the_cudnn_primitives_lower_for_cuda_whatever_the_version(monkeypatch, version):
+    monkeypatch.setattr(jax, "__version__", version)
+    shape = jax.ShapeDtypeStruct((1, 64, 2, 16), jnp.bfloat16)
+
+    def both(q, k, v):
+        o, statistics = cudnn.forward(q, k, v, None)
+        return cudnn.backward(q, k, v, None, statistics, o, o)
+
+    text = lowered(both, "cuda", shape, shape, shape).as_text()
+    for name in ("Softmax", "SoftmaxBackward"):
+        assert len(re.findall(rf"custom_call @__cudnn\$fmha{name}\b", text)) == 1
+
+
+def is_donated(platform):
+    shape = jax.ShapeDtypeStruct((8,), jnp.float32)
+    text = lowered(lambda x: 2 * x, platform, shape, donate_argnums=0).as_text()
+    return "tf.aliasing_output" in text or "jax.buffer_donor" in text
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_donated_memory_is_reused_on_the_platforms_of_jax(platform):
+    assert is_donated(platform)
+
+
 def test_donated_memory_is_reused_on_a_platform_that_jax_does_not_know(monkeypatch):
     monkeypatch.setattr(mlir, "_platforms_with_donation", list(mlir._platforms_with_donation))
-    shape = jax.ShapeDtypeStruct((8,), jnp.float32)
-
-    def is_donated():
-        double = jax.jit(lambda x: 2 * x, donate_argnums=0)
-        text = double.trace(shape).lower(lowering_platforms=("npu",)).as_text()
-        return "tf.aliasing_output" in text or "jax.buffer_donor" in text
-
     with pytest.warns(UserWarning, match="donated buffers were not usable"):
-        assert not is_donated()
+        assert not is_donated("npu")
     donation.enable("npu")
-    assert is_donated()
+    assert is_donated("npu")

@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from llamajax.backends.plugin import api_version, named_to_jax, typed_options, why_not
+from llamajax.backends.plugin import api_version, built_for, named_to_jax, typed_options, why_not
 from llamajax.config.schema import BackendConfig
 from llamajax.errors import UserError
 
@@ -128,3 +130,72 @@ def test_what_to_do_follows_from_the_reason(reason, words):
     assert words in said
     assert said.startswith("backend 'npu' did not come up: ")
     assert "JAX_PLATFORMS" not in said
+
+
+INSTALLED = f"installed: jax {version('jax')}"
+
+
+def client(stablehlo, platform="npu"):
+    """What JAX makes of a plugin with this StableHLO."""
+    return SimpleNamespace(
+        stablehlo_current_version=stablehlo,
+        pjrt_c_api_major_version=0,
+        pjrt_c_api_minor_version=90,
+        platform=platform,
+    )
+
+
+@pytest.mark.parametrize(
+    ("stablehlo", "words"),
+    [
+        ([1, 20, 5], "0.11.2 (StableHLO 1.20,"),
+        ([1, 9, 0], "older than 0.10.0 (StableHLO 1.9,"),
+        ([1, 18, 0], "between 0.10.0 and 0.12.0 (StableHLO 1.18,"),
+        ([2, 0, 0], "newer than 0.12.0 (StableHLO 2.0,"),
+    ],
+)
+def test_the_jax_that_a_plugin_was_built_for_is_told_by_its_stablehlo(stablehlo, words):
+    config = BackendConfig(name="npu", plugin="/x/libpjrt_npu.so")
+    assert built_for(config, client(stablehlo)) == (
+        f"built for jax {words} PJRT C API 0.90); {INSTALLED}"
+    )
+    assert built_for(BackendConfig(name="cpu"), SimpleNamespace()) is None
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A plugin's package on the path: its library, and its wishes."""
+    metadata = tmp_path / "npu_jax-1.2.dist-info"
+    metadata.mkdir()
+    wishes = ("jax==0.7.1", "jaxlib<=0.7.1", "jax-cuda13-plugin", 'jax; extra == "all"')
+    lines = ["Metadata-Version: 2.1", "Name: npu-jax", "Version: 1.2"]
+    lines += [f"Requires-Dist: {wish}" for wish in wishes]
+    (metadata / "METADATA").write_text("\n".join(lines))
+    (metadata / "RECORD").write_text("npu/libpjrt_npu.so,,\n")
+    (metadata / "entry_points.txt").write_text("[jax_plugins]\nvendor = npu.jax_plugin\n")
+    (tmp_path / "npu").mkdir()
+    (tmp_path / "npu/libpjrt_npu.so").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path / "npu/libpjrt_npu.so"
+
+
+def test_a_package_tells_which_jax_it_wants(package):
+    wants = f"npu-jax 1.2 wants jax==0.7.1, jaxlib<=0.7.1; {INSTALLED}"
+    for config in (
+        BackendConfig(name="npu"),
+        BackendConfig(name="other", plugin=str(package)),
+        BackendConfig(),
+    ):
+        assert built_for(config, client([1, 20, 0])).endswith(f"; {wants}")
+    assert f"did not come up: no device [{wants}]." in why_not(
+        "npu", "no device", BackendConfig(name="npu")
+    )
+    other = BackendConfig(name="npu", plugin="/elsewhere/libpjrt_npu.so")
+    assert built_for(other, client([1, 20, 0])).endswith(f"; {INSTALLED}")
+    assert "wants" not in built_for(other, client([1, 20, 0]))
+
+
+def test_a_refused_version_names_the_package(package, compiled):
+    compiled(_TABLE % (0, 28)).replace(package)
+    with pytest.raises(UserError, match=r"npu-jax 1\.2 wants jax==0\.7\.1, jaxlib<=0\.7\.1; inst"):
+        api_version(package)

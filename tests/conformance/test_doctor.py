@@ -137,6 +137,7 @@ def test_the_test_npu_is_ready_with_repairs_that_runs_then_make(
     assert (code, found["verdict"]) == (0, "ready with repairs"), text
     assert found["repairs"] == ["donation", "compile_cache"]
     assert "100% of the state aliased" in by_name(found)["train_float32"][1]
+    assert "; plugin built for jax 0.11.2 (StableHLO 1.20, " in by_name(found)["start"][1]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     kept = read_verdict(
         platform="npu",

@@ -13,6 +13,8 @@ TESTED = {
     "orbax-checkpoint": ("0.12.8",),
     "grain": ("0.2.18",),
 }
+# The StableHLO of these releases. A plugin's tells which of them it was built with.
+STABLEHLO = {(1, 16): "0.10.0", (1, 17): "0.10.2", (1, 20): "0.11.2", (1, 22): "0.12.0"}
 
 
 def untested_versions() -> list[str]:
