@@ -1,14 +1,13 @@
 """`python -m llamajax.doctor`: what a backend can do, and what llamajax will do about the rest."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from llamajax.config import Flag, parse_command_line
 from llamajax.config.flags import BACKEND_FLAGS, NUM_CPU_DEVICES, backend_config
-from llamajax.errors import UserError, run_verb
+from llamajax.errors import UserError, run_verb, say
 
 SUMMARY = (
     "Try everything that training needs on a backend, each probe by itself, and tell what works, "
@@ -98,7 +97,7 @@ def _keep(verdict: Any) -> None:
     try:
         print(f"kept for train and the other verbs: {write_verdict(verdict)}")
     except OSError as error:
-        print(f"warning: runs will not know of this verdict: {error}", file=sys.stderr)
+        say(f"warning: runs will not know of this verdict: {error}")
 
 
 def _write(flag: str, out: str, text: str) -> None:

@@ -106,9 +106,9 @@ def run_verb(main: Callable[[list[str]], int | None]) -> NoReturn:
     faulthandler.enable(file=2)  # a crash below Python says where every thread was
     if signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN:
         faulthandler.register(signal.SIGUSR1, file=2)
-    out = sys.stdout = _Output(sys.stdout)
-    if not isinstance(sys.stderr, _Output):  # stays: the interpreter flushes it once more at exit
-        sys.stderr = _Output(sys.stderr, raises=False)
+    out = sys.stdout = Output(sys.stdout)
+    if not isinstance(sys.stderr, Output):  # stays: the interpreter flushes it once more at exit
+        sys.stderr = Output(sys.stderr, raises=False)
     interruption = _Interruption()
     code: Any = 0
     try:
@@ -196,7 +196,7 @@ def _open_closed_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number is this one
 
 
-class _Output:
+class Output:
     """A standard stream that remembers why it refused something; raises: and lets it be known."""
 
     def __init__(self, stream: TextIO | None, *, raises: bool = True):
@@ -223,7 +223,7 @@ class _Output:
         return getattr(self.stream, name)
 
 
-def _given_up(out: _Output) -> int:
+def _given_up(out: Output) -> int:
     """The exit code of a verb whose output is not wanted, or finds no room."""
     # The interpreter flushes once more at exit and would complain then.
     os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())

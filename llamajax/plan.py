@@ -1,11 +1,10 @@
 """`python -m llamajax.plan`: what a run takes on devices that need not be here: memory, speed."""
 
 import json
-import sys
 from pathlib import Path
 
 from llamajax.config import Flag, parse_command_line
-from llamajax.errors import UserError, run_verb
+from llamajax.errors import UserError, run_verb, say
 
 SUMMARY = (
     "Compile the step that train would run, for devices that need not be here, and tell its "
@@ -71,7 +70,7 @@ def main(argv: list[str]) -> int:
         plans = search(flags.config, target, cache=cache, wanted=flags.candidates)
         print(output.search_text(plans), end="\n\n")
     else:
-        print(f"compiling for {target.text} ...", file=sys.stderr, flush=True)
+        say(f"compiling for {target.text} ...")
         plans = [make_plan(flags.config, target, cache=cache)]
     print(output.to_text(plans[0]))
     if flags.json:

@@ -13,7 +13,7 @@ from llamajax.data import tasks
 from llamajax.data.beam import prepare_on_beam
 from llamajax.data.chat import CHAT_TEMPLATES
 from llamajax.data.preparation import FORMATS, Settings, prepare
-from llamajax.errors import UserError, run_verb
+from llamajax.errors import UserError, run_verb, say
 
 _EXAMPLE = """example:
   python -m llamajax.prepare --input=books/ --tokenizer=train:8192 --output=data/books
@@ -127,11 +127,9 @@ class _Progress:
             self._last = time.monotonic()
             rate = done / (self._last - self._start)
             left = (total - done) / max(rate, 1.0)
-            print(
+            say(
                 f"{phase}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s,"
-                f" {left:,.0f} s left",
-                file=sys.stderr,
-                flush=True,
+                f" {left:,.0f} s left"
             )
 
     def close(self) -> None:

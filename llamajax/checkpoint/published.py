@@ -5,14 +5,13 @@ does not state the context length either; both are those of the preset that it o
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 from llamajax.config.build import build_model
 from llamajax.config.presets import PRESETS
 from llamajax.config.schema import ModelConfig
-from llamajax.errors import combine
+from llamajax.errors import combine, say
 
 # transformers' own default where a config.json states none; imported weights never use it.
 _INIT_STD = 0.02
@@ -46,4 +45,4 @@ def _context_length(model: ModelConfig) -> int:
 
 def note(path: Path, text: str) -> None:
     """One line on stderr about something that was assumed or left out."""
-    print(f"note: {path}: {text}", file=sys.stderr, flush=True)
+    say(f"note: {path}: {text}")

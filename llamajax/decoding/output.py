@@ -8,7 +8,7 @@ from typing import TextIO
 from llamajax.decoding.prompts import Prompt
 from llamajax.decoding.session import Session
 from llamajax.decoding.text import IdStream, TextStream, decoded
-from llamajax.errors import UserError
+from llamajax.errors import UserError, say
 
 
 def write_json(session: Session, prompts: Sequence[Prompt], out: TextIO) -> None:
@@ -65,7 +65,7 @@ def converse(session: Session, lines: TextIO, out: TextIO) -> None:
         try:
             prompt = session.typed(text, number=number)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            say(f"error: {error}")
             continue
         number += 1
         if session.request.json:

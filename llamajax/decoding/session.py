@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import sys
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -18,7 +17,7 @@ from llamajax.data.agreement import load_recorded
 from llamajax.decoding.engine import Engine, attention_chooser
 from llamajax.decoding.prompts import Prompt, as_prompt, eos_ids, read_prompts, text_ids
 from llamajax.decoding.request import Request, check
-from llamajax.errors import UserError
+from llamajax.errors import UserError, say
 from llamajax.models.abstract import abstract_model
 from llamajax.models.counts import num_parameters
 from llamajax.monitoring.progress import format_count
@@ -157,4 +156,4 @@ def _greet(weights: Weights, machine: backends.Machine, mesh: Mesh, dtype: str) 
         f"machine  {machine.platform}, {machine.device_kind}; mesh {sharding.describe(mesh)}",
         f"compute  {dtype}",
     ):
-        print(line, file=sys.stderr, flush=True)
+        say(line)

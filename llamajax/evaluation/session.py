@@ -1,7 +1,6 @@
 """One evaluation: what is checked, loaded, scored and written, in that order."""
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 from llamajax import backends, sharding
 from llamajax.checkpoint.weights import Weights, open_weights
 from llamajax.config.flags import mesh_config
-from llamajax.errors import UserError
+from llamajax.errors import UserError, say
 from llamajax.evaluation.request import Request, check
 from llamajax.evaluation.scoring import Score, rows_a_batch, score
 from llamajax.evaluation.sources import Source, open_source
@@ -104,7 +103,7 @@ def _greet(
         f"compute  {compute.dtype.name}, attention {compute.attention}",
         f"rows     {source.rows.num_rows} of {source.seq_len} tokens, {source.protocol}{stride}",
     ):
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
 
 def _result(source: Source, found: Score, *, complete: bool) -> dict[str, Any]:

@@ -11,13 +11,13 @@ first says what happened, each other one is a step.
 import collections
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from llamajax.errors import say
 from llamajax.monitoring.metrics import decode_row, encode_row
 
 BLACKBOX = "blackbox"
@@ -127,7 +127,7 @@ class BlackBox:
             if not self._warned:
                 self._warned = True
                 text = f"warning: {self._directory} cannot be written: {error.strerror}"
-                print(f"{text}; training goes on", file=sys.stderr, flush=True)
+                say(f"{text}; training goes on")
 
 
 def read_box(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

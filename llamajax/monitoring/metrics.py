@@ -9,12 +9,11 @@ means unknown.
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llamajax.errors import UserError
+from llamajax.errors import UserError, say
 from llamajax.monitoring.tensorboard import TensorBoard
 
 METRICS = "metrics.jsonl"
@@ -94,14 +93,15 @@ class MetricsWriter:
     """Appends rows to `workdir/metrics.jsonl` and to `workdir/tensorboard/`.
 
     resume_step: the step that training continues from (0 at the start of a run): later rows are
-    removed first, so that every step stands once. Not primary: does nothing at all. A disk that
-    fills up costs rows and one warning, never the run.
+    removed first, so that every step stands once. Not primary: does nothing at all. Rows that a
+    full disk refuses stay in memory and are written, in order, with the first one that it takes.
     """
 
     def __init__(self, workdir: Path, *, tensorboard: bool, resume_step: int, primary: bool):
         self._descriptor: int | None = None
         self._board: TensorBoard | None = None
         self._warned = False
+        self._refused: list[str] = []
         if not primary:
             return
         path = Path(workdir) / METRICS
@@ -129,21 +129,30 @@ class MetricsWriter:
         if step <= self._newest.get(kind, -1):
             return
         self._newest[kind] = step
-        try:
-            self._append(f"{encode_row(row)}\n".encode())
-        except OSError as error:
-            self._warn(f"{METRICS} lacks the row of step {step}: {error.strerror}")
+        self._refused.append(f"{encode_row(row)}\n")
+        self._write_refused()
         if self._board is not None:
             self._to_board(step, row)
 
     def close(self) -> None:
         """Release the files."""
         if self._descriptor is not None:
+            self._write_refused()
             os.close(self._descriptor)
             self._descriptor = None
+            if self._refused:
+                say(f"warning: {METRICS} lacks the last {len(self._refused)} rows")
         if self._board is not None:
             self._board.close()
             self._board = None
+
+    def _write_refused(self) -> None:
+        try:
+            if self._refused:
+                self._append("".join(self._refused).encode())
+            self._refused.clear()
+        except OSError as error:
+            self._warn(f"rows of {METRICS} wait in memory: {error.strerror}")
 
     def _append(self, data: bytes) -> None:
         """Write all of `data`, or none of it: a full disk takes a part and then refuses."""
@@ -172,4 +181,4 @@ class MetricsWriter:
     def _warn(self, message: str) -> None:
         if not self._warned:
             self._warned = True
-            print(f"warning: {message}; training goes on", file=sys.stderr, flush=True)
+            say(f"warning: {message}; training goes on")

@@ -10,6 +10,8 @@ from typing import Any, Literal, TextIO
 
 from tqdm import tqdm
 
+from llamajax.errors import Output
+
 _LINE_EVERY_S = 1.0
 # Weight of the newest interval in the estimate of the time left.
 _SMOOTHING = 0.1
@@ -75,7 +77,7 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._stream = sys.stderr if stream is None else stream
+        self._stream = Output(sys.stderr if stream is None else stream, raises=False)
         self._clock = clock
         self._total = total_steps
         if mode == "auto":

@@ -19,7 +19,7 @@ from llamajax import sharding
 from llamajax.backends import Target
 from llamajax.config import MeshConfig, RunConfig, from_json_dict, to_json_dict
 from llamajax.config.schema import Remat
-from llamajax.errors import UserError
+from llamajax.errors import UserError, say
 from llamajax.planning.compilation import node_of
 from llamajax.planning.estimate import axes_slow_share, held_bytes, sent_bytes
 from llamajax.planning.plan import Plan, make_plan
@@ -165,6 +165,6 @@ def _words(sizes: dict[str, int]) -> str:
 
 def _say(bar: tqdm, text: str) -> None:
     if bar.disable:
-        print(text, file=sys.stderr, flush=True)
+        say(text)
     else:
         bar.set_postfix_str(text)

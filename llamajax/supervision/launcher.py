@@ -5,10 +5,10 @@ import os
 import select
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 
+from llamajax import errors
 from llamajax.backends import seen_alive
 from llamajax.errors import ExitCode, caught_signals
 from llamajax.supervision.logs import last_lines, next_attempt
@@ -37,7 +37,7 @@ def launch(request: Request) -> int:
 
 def say(text: str) -> None:
     """One line of the launcher's own."""
-    print(f"launch: {text}", file=sys.stderr, flush=True)
+    errors.say(f"launch: {text}")
 
 
 class Launcher:
@@ -125,7 +125,7 @@ class Launcher:
     def _end(self, order: Message) -> int | None:
         say(order["why"])
         for line in order["lines"]:
-            print(f"  | {line}", file=sys.stderr, flush=True)
+            errors.say(f"  | {line}")
         if order["then"]:
             say(order["then"])
         if order["again_in_s"] is None:
@@ -202,10 +202,11 @@ class Launcher:
         self._asked_to_stop += 1
         self._wire.say({"say": "stopping"})
         if self._team is None or self._asked_to_stop > 1:
+            self.leave()
             say("stopped at once")
             return ExitCode.STOPPED
+        self._tell_to_stop()  # before a word: a terminal that is gone or held may take none
         say("stopping: waiting for the workers to save; a second signal ends them at once")
-        self._tell_to_stop()
         return None
 
     def _tell_to_stop(self) -> None:

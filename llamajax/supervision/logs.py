@@ -1,6 +1,9 @@
 """The log of a worker: one file an attempt, kept; the first worker's also on the terminal."""
 
+import contextlib
+import os
 import re
+import select
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -45,22 +48,20 @@ def last_lines(path: Path, count: int) -> list[str]:
 
 
 class Echo:
-    """Copies what is new in a log to a stream."""
+    """Copies what is new in a log to a descriptor, as far as that takes it; never waits for it."""
 
-    def __init__(self, path: Path, stream: BinaryIO):
-        self._file, self._stream = path.open("rb"), stream
-        self._broken = False
+    def __init__(self, path: Path, descriptor: int):
+        self._file, self._descriptor = path.open("rb"), descriptor
 
     def copy(self) -> None:
-        """Write what came since the last call."""
-        part = self._file.read()
-        if not part or self._broken:
-            return
-        try:
-            self._stream.write(part)
-            self._stream.flush()
-        except OSError:  # whoever read it is gone; the run goes on
-            self._broken = True
+        """Write what came since the last call. What is refused for good is in the log only."""
+        while select.select([], [self._descriptor], [], 0)[1]:
+            part = self._file.read(select.PIPE_BUF)  # so much a pipe takes that is writable
+            if not part:
+                return
+            with contextlib.suppress(OSError):  # a full disk; a reader that is gone
+                rest = os.write(self._descriptor, part) - len(part)
+                self._file.seek(rest, os.SEEK_CUR)
 
     def close(self) -> None:
         """Copy the rest and release the file."""

@@ -5,7 +5,6 @@ needs; a run of many processes is replayed on a mesh that one has (`--mesh`).
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from llamajax import data, sharding
 from llamajax.config.flags import mesh_config
 from llamajax.config.schema import BackendConfig
 from llamajax.data.batches import make_batch
-from llamajax.errors import UserError
+from llamajax.errors import UserError, say
 from llamajax.evaluation.scoring import token_losses
 from llamajax.monitoring import Progress
 from llamajax.supervision.comparison import TOLERANCES
@@ -58,7 +57,7 @@ def replay(request: Request) -> Evidence:
     audit = Audit(request.workdir, primary=False)
     position = record.place(session.mixture, audit)
     base = record.base or "the beginning"
-    _say(f"replay   step {record.step}, from {base}: {record.step - record.first_step} steps")
+    say(f"replay   step {record.step}, from {base}: {record.step - record.first_step} steps")
     state, apart = _before(session, record, position)
     ids = data.sample_ids(session.mixture, position, record.step - 1)
     batch = _batch(session, ids)
@@ -84,10 +83,6 @@ def replay(request: Request) -> Evidence:
         tokenizer=_tokenizer(session),
         dtype=session.config.train.dtype,
     )
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _config(record: Record, request: Request) -> Any:

@@ -16,7 +16,7 @@ from pathlib import Path
 from llamajax.backends import is_host, repeats_bits
 from llamajax.config import RunConfig
 from llamajax.config.schema import MeshConfig
-from llamajax.errors import UserError, combine
+from llamajax.errors import UserError, combine, say
 from llamajax.monitoring import read_run_facts
 from llamajax.supervision.comparison import TOLERANCES, largest_difference, values
 from llamajax.supervision.logs import last_lines
@@ -50,7 +50,7 @@ def prove(request: Request) -> bool:
     Raises UserError when the config does not train at all, or the directory is in use.
     """
     _make_room(request.workdir)
-    _tell(f"undisturbed: {request.steps} steps")
+    say(f"undisturbed: {request.steps} steps")
     undisturbed, killed, moved = (request.workdir / name for name in _RUNS)
     _finish(request, undisturbed)
     other = other_mesh(request, undisturbed)
@@ -59,11 +59,11 @@ def prove(request: Request) -> bool:
         return False
     if other is not None:
         shutil.copytree(killed, moved)
-    _tell("killed run: resumed to the end")
+    say("killed run: resumed to the end")
     _finish(request, killed)
     if other is not None:
         split = "" if request.processes is None else f"{request.processes} processes and "
-        _tell(f"killed run: resumed with {split}{' '.join(other)}")
+        say(f"killed run: resumed with {split}{' '.join(other)}")
         _finish(request, moved, *other, processes=request.processes)
     return judge(request, undisturbed, killed, moved if other is not None else None)
 
@@ -172,10 +172,10 @@ def _kill_repeatedly(request: Request, workdir: Path, undisturbed: Path) -> bool
         if outcome.code:
             raise _failed(outcome, log)
         if outcome.code == 0:
-            _tell(f"{words}: the run came to its end first")
+            say(f"{words}: the run came to its end first")
             return False
         saved = f"step {outcome.checkpoint}" if outcome.checkpoint else "none"
-        _tell(f"{words}: after step {outcome.step}; newest complete checkpoint: {saved}")
+        say(f"{words}: after step {outcome.step}; newest complete checkpoint: {saved}")
     return True
 
 
@@ -245,10 +245,6 @@ def _described(run: Path) -> str:
     mesh = ", ".join(f"{axis} {size}" for axis, size in facts["mesh"].items() if size > 1)
     count = facts["num_processes"]
     return f"{mesh or 'one device'}; {count} {'process' if count == 1 else 'processes'}"
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def train_arguments(argv: Sequence[str], own: Sequence[str]) -> tuple[str, ...]:

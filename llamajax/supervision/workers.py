@@ -62,7 +62,7 @@ class Team:
                 self._begin(rank, environment, (lifeline, reports)[: 1 + (rank == 0)])
             undo.pop_all()
         if 0 in self._processes:
-            self._echo = Echo(self.log(0), sys.stdout.buffer)
+            self._echo = Echo(self.log(0), sys.stdout.fileno())
 
     def _begin(self, rank: int, environment: dict[str, str], pipes: tuple[int, ...]) -> None:
         with open_log(self._request.log_dir, rank, self.attempt) as log:

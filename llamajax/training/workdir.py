@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llamajax import data
+from llamajax import data, errors
 from llamajax.checkpoint.agreement import agree
 from llamajax.checkpoint.directory import replaced
 from llamajax.checkpoint.weights import TOKENIZER
@@ -29,7 +28,7 @@ _SHARED_WITHIN_S = 30
 def say(text: str, *, primary: bool = True) -> None:
     """One line on stderr, from process 0 only."""
     if primary:
-        print(text, file=sys.stderr, flush=True)
+        errors.say(text)
 
 
 @contextlib.contextmanager

@@ -107,10 +107,14 @@ def test_other_processes_write_nothing(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_costs_rows_and_one_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("space_again", [True, False])
+def test_rows_that_a_full_disk_refuses_are_written_when_it_has_space(
+    space_again: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
-    """The disk takes half of a row, then nothing; later it has space again."""
+    """The disk takes half of a row, then nothing; later it may have space again."""
     metrics = writer(tmp_path)
     metrics.write({"step": 1, "loss": 1.0})
     real = os.write
@@ -125,16 +129,19 @@ def test_a_full_disk_costs_rows_and_one_warning(
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
         metrics.write({"step": 2, "loss": 1.0})
-        metrics.write({"step": 3, "loss": 1.0})
+        metrics.write({"step": 3, "eval_loss": 1.0})
+        metrics.write({"step": 3, "eval_loss": 2.0})  # stands already, in memory
+        assert state["calls"] == 4
+        if not space_again:
+            metrics.close()
     metrics.write({"step": 4, "loss": 1.0})
     metrics.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 4]
-    assert state["calls"] == 4
-    assert capsys.readouterr().err == (
-        "warning: metrics.jsonl lacks the row of step 2: No space left on device; "
-        "training goes on\n"
-    )
+    steps = [1, 2, 3, 4] if space_again else [1]
+    assert [json.loads(line)["step"] for line in lines] == steps
+    warning = "warning: rows of metrics.jsonl wait in memory: No space left on device; "
+    lack = "warning: metrics.jsonl lacks the last 2 rows\n"
+    assert capsys.readouterr().err == f"{warning}training goes on\n" + lack * (not space_again)
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path: Path):

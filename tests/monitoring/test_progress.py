@@ -110,3 +110,22 @@ def test_silence(mode: str, primary: bool):
     progress.note("text")
     progress.close()
     assert stream.getvalue() == ""
+
+
+class Refusing(io.StringIO):
+    """A terminal that is gone, or a log on a full disk."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def flush(self) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("mode", ["bar", "lines"])
+def test_a_stream_that_refuses_ends_nothing(mode: str):
+    progress = Progress(total_steps=9, start_step=0, mode=mode, primary=True, stream=Refusing())
+    progress.show({"step": 1} | ROW)
+    progress.note("warning: something")
+    progress.show({"step": 1, "eval_loss": 1.0})
+    progress.close()

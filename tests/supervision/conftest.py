@@ -30,6 +30,17 @@ def fake_worker(lines: str) -> tuple[str, ...]:
 
 
 @pytest.fixture
+def launch_command(tmp_path: Path):
+    """The command of a launch in a process of its own: one worker, logs in `tmp_path`."""
+
+    def command(lines: str) -> list[str]:
+        launch = [sys.executable, "-m", "llamajax.launch", "--processes_per_node=1"]
+        return [*launch, "--backoff_s=0", f"--log_dir={tmp_path}", "--", *fake_worker(lines)]
+
+    return command
+
+
+@pytest.fixture
 def launched(tmp_path: Path):
     """Launches workers on one node, in this process; gives the exit code."""
 

@@ -3,13 +3,16 @@
 import os
 import re
 import signal
+import subprocess
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from llamajax import errors
 from llamajax.supervision.launcher import Launcher
+from llamajax.supervision.logs import Echo
 from llamajax.supervision.workers import culprit
 
 
@@ -178,16 +181,46 @@ wait_for_ever()"""
     assert log(tmp_path, 0) == "ready\nsaved 1\n"
 
 
-def test_workers_are_told_to_stop_once_however_many_say_so():
+def test_workers_are_told_to_stop_once_however_many_say_so(monkeypatch):
     """Two SIGTERMs at once are one to the kernel, but not always: a worker may count them."""
     sent: list[int] = []
     wire = SimpleNamespace(say=lambda message: None)
+    monkeypatch.setattr(errors, "say", lambda text: sent.append(0))
     launcher = Launcher(SimpleNamespace(), wire, lifeline=0, reports=(0, 0))
     launcher._team = SimpleNamespace(send=sent.append)
     assert launcher._stop() is None
     launcher._obey({"order": "stop"})
     launcher._obey({"order": "stop"})
-    assert sent == [signal.SIGTERM]
+    assert sent == [signal.SIGTERM, 0]  # and before a word, which a terminal may hold up
+
+
+@pytest.mark.parametrize("where", [">/dev/full 2>&1", ">&- 2>&-", "2>&1 | head -n 1"])
+def test_a_launch_whose_output_nobody_takes_ends_as_it_would(launch_command, tmp_path, where):
+    lines = "print('x' * 99_999, flush=True)\nos._exit(5 if attempt == 0 else 0)"
+    script = f'set -o pipefail; "$@" {where}'
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *launch_command(lines)], stdout=subprocess.DEVNULL
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "worker_0.1.log").exists()
+
+
+def test_an_echo_never_waits_for_its_reader(tmp_path):
+    """The log keeps what a pipe has no room for; it is shown once the reader goes on."""
+    text = "".join(f"line {i}\n" for i in range(50_000)).encode()
+    (tmp_path / "log").write_bytes(text)
+    reading, writing = os.pipe()
+    echo = Echo(tmp_path / "log", writing)
+    echo.copy()
+    seen = b""
+    while len(seen) < len(text):
+        seen += os.read(reading, 1 << 20)
+        echo.copy()
+    assert seen == text
+    os.close(reading)
+    (tmp_path / "log").write_bytes(text + b"more")
+    echo.close()
+    os.close(writing)
 
 
 def test_a_second_signal_ends_workers_that_do_not_listen(launched, tmp_path):
