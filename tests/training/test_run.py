@@ -40,18 +40,25 @@ def run(prepared, workdir, *overrides):
     return done.returncode, done.stderr
 
 
-def interrupted(prepared, workdir, number, *overrides, after_step):
+def interrupted(prepared, workdir, number, *overrides, after_step, stderr=None):
     """Exit code and stderr of a run that gets signal `number` once `after_step` is logged."""
     metrics, poll = workdir / "metrics.jsonl", threading.Event()
-    with warm.Popen(
-        command(prepared, workdir, *overrides), stderr=subprocess.PIPE, text=True
-    ) as process:
+    with (
+        open("/dev/full", "w") as full,
+        warm.Popen(
+            command(prepared, workdir, *overrides),
+            stderr=full if stderr == "full" else subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        if stderr == "gone":
+            process.stderr.close()
         while process.poll() is None:
             if metrics.exists() and metrics.read_bytes().count(b'"loss"') >= after_step:
                 os.kill(process.pid, number)
                 break
             poll.wait(0.005)
-        text = process.stderr.read()
+        text = "" if stderr else process.stderr.read()
     return process.returncode, text
 
 
@@ -94,14 +101,26 @@ def test_finished_runs_are_left_alone(prepared, undisturbed):
     assert (undisturbed / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_run_continues_bit_by_bit(prepared, undisturbed, tmp_path, number, rng):
+@pytest.mark.parametrize(
+    ("number", "stderr"),
+    [
+        (signal.SIGKILL, None),
+        (signal.SIGHUP, None),
+        (signal.SIGUSR2, "full"),
+        (signal.SIGINT, "gone"),
+    ],
+)
+def test_an_interrupted_run_continues_bit_by_bit(
+    prepared, undisturbed, tmp_path, number, stderr, rng
+):
+    """stderr: a log on a full disk, or a pipe to a `tee` that is gone, as after Ctrl-C."""
     step = rng.randint(1, 40)
-    code, text = interrupted(prepared, tmp_path, number, after_step=step)
+    code, text = interrupted(prepared, tmp_path, number, after_step=step, stderr=stderr)
     assert code == (-9 if number == signal.SIGKILL else 143), (step, text)
     if number != signal.SIGKILL:
-        assert "stopping: finishing this step" in text
-        assert list((tmp_path / "checkpoints").iterdir())
+        assert stderr or "stopping: finishing this step" in text
+        newest = max(row["step"] for row in curve(tmp_path))
+        assert (tmp_path / "checkpoints" / str(newest)).is_dir()
     code, text = run(prepared, tmp_path)
     assert code == 0, text
     assert ordered(curve(tmp_path)) == ordered(curve(undisturbed))
