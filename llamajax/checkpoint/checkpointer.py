@@ -21,6 +21,7 @@ from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.agreement import agree, raise_together, told
 from llamajax.checkpoint.fallback import newest_whole
 from llamajax.checkpoint.names import named_leaves
+from llamajax.checkpoint.parts import prove_readable
 from llamajax.checkpoint.restore import Checkpoint
 from llamajax.checkpoint.room import (
     here,
@@ -286,6 +287,7 @@ class Checkpointer:
         if not is_remote(directory):
             (directory,) = self.directory.glob(f"{step}.orbax-checkpoint-tmp*")
         see_all_parts(directory / manifests.STATE, self._writers)
+        prove_readable(directory / manifests.STATE, arrays)
         manifests.write_durably(directory / manifests.META, meta)
         manifests.seal(directory, step=step, arrays=arrays)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from llamajax.backends.jax_private.literal_glob import take_directories_literally
 from llamajax.backends.jax_private.orbax_retries import limit_gcs_retries
 from llamajax.checkpoint.rendezvous import Rendezvous
 from llamajax.checkpoint.storage import RETRIES, Place, is_remote
@@ -22,6 +23,8 @@ class OrbaxWriter:
     def __init__(self, directory: Place, *, seal: Callable[[], None]):
         if is_remote(directory):
             limit_gcs_retries(RETRIES)
+        else:
+            take_directories_literally()
         self.rendezvous = Rendezvous(ocp.multihost.get_barrier_sync_fn())
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(

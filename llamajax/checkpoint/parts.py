@@ -9,7 +9,7 @@ one part of one array and little more, whatever wrote it.
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +34,18 @@ def array_spec(state: Place, name: str, *, zarr3: bool = False) -> dict[str, Any
     """TensorStore's spec of one array under the directory that Orbax wrote."""
     store = {"driver": "ocdbt", "base": kvstore(state), "path": f"{name}/"}
     return {"driver": "zarr3" if zarr3 else "zarr", "kvstore": store}
+
+
+def prove_readable(state: Place, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Read the smallest array back; ValueError or DamagedError if that is not possible.
+
+    arrays: dtype and shape by name. Orbax may commit without an error what nobody can read.
+    """
+    name, (dtype, shape) = min(arrays.items(), key=lambda entry: math.prod(entry[1][1]))
+    array = StoredArray(state, name)
+    if (str(array.dtype), array.shape) != (dtype, shape):
+        raise DamagedError(state, f"holds {name} as {array.dtype}{list(array.shape)}")
+    array.read(tuple(slice(0, n) for n in shape), array.dtype)
 
 
 class _Slab(NamedTuple):

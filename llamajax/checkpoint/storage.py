@@ -7,6 +7,7 @@ with exceptions of its client library.
 
 import asyncio
 import importlib
+import os
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 from typing import Any
@@ -59,6 +60,19 @@ def place(text: str | PurePath) -> Place:
     return epath.Path(str(text).rstrip("/"))
 
 
+def check_usable(path: PurePath) -> None:
+    """Raise UserError for a path under which TensorStore cannot write."""
+    bad = "a backslash" if "\\" in str(path) else None
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        bad = "bytes that are no UTF-8"
+    if bad:
+        raise UserError(
+            f"{str(path)!r} has {bad} in it: no checkpoint can be written there; rename it"
+        )
+
+
 def failures(path: PurePath) -> tuple[type[Exception], ...]:
     """What reading or writing at a place raises where the machine is to blame."""
     if not is_remote(path):
@@ -98,10 +112,10 @@ def how_to_mend(path: PurePath) -> str:
     return f"check the bucket's name, the network, and the credentials ({_CLIENTS[scheme][2]})"
 
 
-def kvstore(directory: PurePath) -> dict[str, Any] | str:
-    """TensorStore's name of a directory."""
+def kvstore(directory: PurePath) -> dict[str, Any]:
+    """TensorStore's name of a directory; a path and no URL, in which `%41` and `?` mean more."""
     if not is_remote(directory):
-        return f"file://{directory}"
+        return {"driver": "file", "path": f"{directory}/"}
     bucket, _, key = str(directory).partition("://")[2].partition("/")
     return {"driver": "gcs", "bucket": bucket, "path": f"{key}/", "gcs_request_retries": RETRIES}
 

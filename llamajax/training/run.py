@@ -15,7 +15,7 @@ from llamajax import data
 from llamajax.backends import report_checkpoint
 from llamajax.checkpoint import Checkpoint, Checkpointer, CheckpointError, named_leaves
 from llamajax.checkpoint.owner import check_owner, checkpoints_of, claim
-from llamajax.checkpoint.storage import Place, is_remote
+from llamajax.checkpoint.storage import Place, check_usable, is_remote
 from llamajax.checkpoint.weights import Weights
 from llamajax.config import RunConfig, to_json_dict
 from llamajax.errors import ExitCode, UserError
@@ -61,10 +61,11 @@ def train(config: RunConfig, *, workdir: Path, shutdown: Shutdown) -> int:
         session = prepare(config)
     if session.machine.num_processes > 1:
         shutdown.take_back()
+    checkpoints = checkpoints_of(workdir, config.checkpoint.directory)
+    check_usable(checkpoints)
     with LeavingAtOnce(), contextlib.ExitStack() as stack:
         stack.enter_context(opened(workdir, process_id=session.machine.process_id))
         check_shared(workdir, key="--workdir")
-        checkpoints = checkpoints_of(workdir, config.checkpoint.directory)
         if words := claim(checkpoints, workdir):
             say(words, primary=session.machine.is_primary)
         if not is_remote(checkpoints) and workdir.absolute() not in checkpoints.parents:

@@ -29,11 +29,20 @@ def untested_versions() -> list[str]:
 
 def lost_features(platform: str, *, uses_gcs: bool) -> dict[str, str]:
     """Return what a run on this platform does without, and why; empty if every part is there."""
-    from llamajax.backends.jax_private import cache_hook, cudnn, donation, orbax_retries
+    from llamajax.backends.jax_private import (
+        cache_hook,
+        cudnn,
+        donation,
+        literal_glob,
+        orbax_retries,
+    )
     from llamajax.backends.platforms import platform_facts
 
     facts = platform_facts(platform)
-    problems = {"atomic_compile_cache": cache_hook.problem()}
+    problems = {
+        "atomic_compile_cache": cache_hook.problem(),
+        "brackets_in_paths": literal_glob.problem(),
+    }
     if "cudnn" in facts.fused_attention:
         problems["cudnn_attention"] = cudnn.problem()
     if not facts.is_known_to_jax:
