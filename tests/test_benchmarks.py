@@ -87,8 +87,8 @@ def test_a_mistake_with_decode_is_one_message(flags: tuple[str, ...], words: str
     assert not done.stdout
 
 
+@pytest.mark.live
 def test_torch_does_the_same_work():
-    pytest.importorskip("transformers")
     done = run(
         "against_torch.py", "--preset=tiny", "--batch=2", "--seq_len=16",
         "--rounds=2", "--steps=2", "--no_compile",

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tokenizers
 import warm
 from llamas import BASE, assert_same, edit_config, mesh, random_model
 
@@ -25,6 +26,7 @@ from llamajax.models.abstract import abstract_model
 
 CONFIG = BASE.__class__(**(vars(BASE) | {"vocab_size": 300}))
 MODEL = random_model(CONFIG)
+READERS = ["library", pytest.param("auto_tokenizer", marks=pytest.mark.live)]
 TEXTS = ["Call me Ishmael.", "  two  spaces\n\n\tand a tab", "naïve 東京 😀", " lead", "12345"]
 
 
@@ -82,9 +84,11 @@ def test_bfloat16_comes_back_bit_for_bit_and_rounding_is_told(source, tmp_path, 
         assert stored[0].read(name).tobytes() == stored[1].read(name).tobytes()
 
 
+@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("kind", ["byte", "sentencepiece", "tiktoken", "huggingface"])
-def test_a_tokenizer_goes_along_and_transformers_reads_it_alike(kind, source, tmp_path, assets):
-    transformers = pytest.importorskip("transformers")
+def test_a_tokenizer_goes_along_and_others_read_it_alike(
+    kind, reader, source, tmp_path, assets, request
+):
     path, size = "byte", 300
     if kind == "sentencepiece":
         path, size = small_sentencepiece(tmp_path, assets), 400
@@ -95,17 +99,36 @@ def test_a_tokenizer_goes_along_and_transformers_reads_it_alike(kind, source, tm
     config = BASE.__class__(**(vars(BASE) | {"vocab_size": size}))
     tokenizer = load_tokenizer(path)
     export_hf(random_model(config), config, tmp_path / "hf", dtype="float32", tokenizer=tokenizer)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    theirs = request.getfixturevalue(reader)(tmp_path / "hf")
     again = load_tokenizer(open_weights(tmp_path / "hf").tokenizer)
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
     assert (again.bos_id, again.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
-    assert theirs.encode("a")[0] == tokenizer.bos_id
+    if reader == "auto_tokenizer":
+        assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+        assert theirs.encode("a")[0] == tokenizer.bos_id
     for text in TEXTS:
         ids = tokenizer.encode(text)
-        assert theirs.encode(text, add_special_tokens=False) == again.encode(text) == ids
+        assert ids_of(theirs, text) == again.encode(text) == ids
         assert theirs.decode(ids) == tokenizer.decode(ids)
     generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert generation == {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+
+
+@pytest.fixture
+def library():
+    """Reads the tokenizer of a directory with the library tokenizers, as transformers does."""
+    return lambda folder: tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture
+def auto_tokenizer(live):
+    """Reads the tokenizer of a directory with transformers."""
+    return live.transformers.AutoTokenizer.from_pretrained
+
+
+def ids_of(theirs, text: str) -> list[int]:
+    """The tokens of a text, no BOS before it."""
+    ids = theirs.encode(text, add_special_tokens=False)
+    return getattr(ids, "ids", ids)
 
 
 def small_sentencepiece(directory: Path, assets: Path) -> Path:
@@ -137,16 +160,16 @@ def small_ranks(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["llama2.model", "llama3.model"])
-def test_the_real_tokenizers_are_exported_exactly(name, assets, tmp_path):
-    transformers = pytest.importorskip("transformers")
+@pytest.mark.parametrize("reader", READERS)
+def test_the_real_tokenizers_are_exported_exactly(name, reader, assets, tmp_path, request):
     tokenizer = load_tokenizer(assets / "tokenizers" / name)
     assert tokenizer.export(tmp_path) == []
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs = request.getfixturevalue(reader)(tmp_path)
     book = (assets / "text" / "moby_dick.txt").read_text("utf-8")
     for text in [*TEXTS, *(book[i : i + 3001] for i in range(0, 150_000, 3001))]:
         ids = tokenizer.encode(text)
-        assert theirs.encode(text, add_special_tokens=False) == ids
+        assert ids_of(theirs, text) == ids
         assert theirs.decode(ids) == tokenizer.decode(ids)
 
 

@@ -10,7 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import stored
 import warm
+from chat_cases import save_byte_level
+from llama_cases import (
+    CONTEXT,
+    EVALUATED,
+    PROTOCOLS,
+    ROWS,
+    TEXT,
+    save_hugging_face,
+    tokens,
+    weights,
+)
 
 from llamajax import data, evaluate, prepare, sharding
 from llamajax.checkpoint import Checkpointer
@@ -21,8 +33,6 @@ from llamajax.training.step import eval_step
 
 TOLERANCE = 1e-5  # nats: float32 against float32, sums in another order
 CONTRACT = {"loss", "perplexity", "tokens", "platform", "num_devices"}
-TEXT = "Call me Ishmael. Some years ago, never mind how long precisely — I went to sea.\n" * 3
-CONTEXT = 64
 MISTAKES = {
     "--token_ids=float.npy": "is float64",
     "--token_ids=three.npy": r"shape \(1, 2, 3\)",
@@ -63,47 +73,17 @@ def run(capsys, checkpoint, *args) -> dict:
     return found
 
 
-def hugging_face(folder: Path, **options):
-    """A transformers model with a tokenizer of bytes, saved in `folder`."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    torch.set_num_threads(1)  # its threads would wait for those of XLA
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
-    config = transformers.LlamaConfig(
-        **(sizes | {"max_position_embeddings": CONTEXT, "attn_implementation": "eager"} | options)
-    )
-    model = transformers.LlamaForCausalLM(config).float().eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.normal_(std=0.2).add_(1.0 if "norm" in name else 0.0)
-    model.save_pretrained(folder)
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: i for i, character in enumerate(alphabet)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return model
-
-
-def token_nll(model, ids: np.ndarray) -> np.ndarray:
-    """Loss of tokens 1.. of rows (B, T), by transformers."""
-    import torch
-
-    with torch.no_grad():
-        logits = model(torch.tensor(ids)).logits[:, :-1].transpose(1, 2)
-    targets = torch.tensor(ids[:, 1:])
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none").numpy()
+def hugging_face(folder: Path, name: str) -> Path:
+    """A model with a tokenizer of bytes, saved in `folder`."""
+    config = EVALUATED[name]
+    save_hugging_face(folder, config, weights(config, std=0.2))
+    save_byte_level(folder / "tokenizer.json", ["<s>", "</s>"])
+    return folder
 
 
 @pytest.fixture(scope="module")
-def grouped(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("grouped")
-    return folder, hugging_face(folder)
+def grouped(tmp_path_factory) -> Path:
+    return hugging_face(tmp_path_factory.mktemp("grouped"), "grouped")
 
 
 @pytest.fixture(scope="module")
@@ -135,15 +115,14 @@ def trained(prepared, tmp_path_factory):
     return workdir, config, model
 
 
-@pytest.mark.parametrize("shape", [(5, 33), (CONTEXT,)], ids=str)
+@pytest.mark.parametrize("shape", ROWS, ids=str)
 def test_token_ids_equal_transformers(grouped, shape, tmp_path, capsys):
-    folder, model = grouped
-    ids = np.random.default_rng(0).integers(0, 258, shape)
+    ids = tokens(EVALUATED["grouped"], shape)
     np.save(tmp_path / "ids.npy", ids.astype(np.uint16))
     out = tmp_path / "out.npy"
     args = (f"--token_ids={tmp_path / 'ids.npy'}", f"--per_token_nll={out}", "--dtype=float32")
-    found = run(capsys, folder, *args)
-    expected = token_nll(model, np.atleast_2d(ids))
+    found = run(capsys, grouped, *args)
+    expected = stored.arrays("evaluated")[str(shape)]
     written = np.load(out)
     assert (written.dtype, written.shape) == (np.float32, expected.shape)
     np.testing.assert_allclose(written, expected, rtol=0, atol=TOLERANCE)
@@ -154,42 +133,28 @@ def test_token_ids_equal_transformers(grouped, shape, tmp_path, capsys):
 
 
 def test_a_width_that_does_not_divide_is_copied_to_all_devices(tmp_path, capsys):
-    model = hugging_face(tmp_path, tie_word_embeddings=True, hidden_size=36, num_key_value_heads=4)
-    ids = np.random.default_rng(1).integers(0, 258, (3, 20))
-    np.save(tmp_path / "ids.npy", ids)
+    name = "does not divide"
+    hugging_face(tmp_path, name)
+    np.save(tmp_path / "ids.npy", tokens(EVALUATED[name], (3, 20)))
     found = run(capsys, tmp_path, f"--token_ids={tmp_path / 'ids.npy'}", "--batch_size=1")
-    assert found["loss"] == pytest.approx(token_nll(model, ids).mean(), rel=TOLERANCE)
+    expected = stored.arrays("evaluated")[name]
+    assert found["loss"] == pytest.approx(expected.mean(), rel=TOLERANCE)
     assert (found["dtype"], found["num_devices"], found["step"]) == ("float32", 8, None)
 
 
-@pytest.mark.parametrize(
-    ("protocol", "seq_len", "stride"), [("sliding_window", 32, 13), ("non_overlapping", 24, None)]
-)
-def test_protocols_equal_a_loop_with_transformers(
-    grouped, protocol, seq_len, stride, tmp_path, capsys
-):
-    folder, model = grouped
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_protocols_equal_a_loop_with_transformers(grouped, protocol, tmp_path, capsys):
+    seq_len, stride = PROTOCOLS[protocol]
     (tmp_path / "text.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
-    tokenizer = data.load_tokenizer(folder)
-    ids = np.array([tokenizer.bos_id, *tokenizer.encode(TEXT)])
-    expected, scored_to, inputs = [], 1, seq_len - 1 if stride else seq_len
-    for begin in range(0, len(ids), stride or seq_len):
-        end = min(begin + inputs + 1, len(ids))
-        begin = begin if stride else max(0, end - inputs - 1)  # the harness fills its last window
-        window = ids[begin:end]
-        expected.append(token_nll(model, window[None])[0, scored_to - begin - 1 :])
-        scored_to = end
-        if scored_to == len(ids):
-            break
-    expected = np.concatenate(expected)
+    expected = stored.arrays("evaluated")[protocol]
     args = [f"--protocol={protocol}", f"--seq_len={seq_len}"] + [f"--stride={stride}"] * bool(
         stride
     )
     args += [f"--text={tmp_path / 'text.txt.gz'}", f"--per_token_nll={tmp_path / 'out.npy'}"]
-    found = run(capsys, folder, *args, "--mesh=data=2,fsdp=2,tensor=2")
+    found = run(capsys, grouped, *args, "--mesh=data=2,fsdp=2,tensor=2")
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), [expected], rtol=0, atol=TOLERANCE)
     num_bytes = len(TEXT.encode())
-    assert found["tokens"] == len(ids) - 1 == len(expected)
+    assert found["tokens"] == len(expected) == num_bytes  # the tokens are bytes, after BOS
     assert found["loss"] == pytest.approx(expected.mean(), rel=TOLERANCE)
     bits = expected.sum() / math.log(2) / num_bytes
     assert found["bits_per_byte"] == pytest.approx(bits, rel=TOLERANCE)
@@ -237,7 +202,7 @@ def test_data_of_another_tokenizer_is_refused(trained, prepared, tmp_path):
 
 
 def test_a_model_without_a_tokenizer_reads_no_text(grouped, tmp_path):
-    for file in grouped[0].iterdir():
+    for file in grouped.iterdir():
         if "tokenizer" not in file.name:
             (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "text.txt").write_text(TEXT)
@@ -272,12 +237,12 @@ def test_mistakes_are_told(grouped, wrong, args, monkeypatch):
     monkeypatch.chdir(wrong)
     before = sorted(wrong.iterdir())
     with pytest.raises(UserError, match=MISTAKES[args]):
-        evaluate.main([f"--checkpoint={grouped[0]}", *args.split()])
+        evaluate.main([f"--checkpoint={grouped}", *args.split()])
     assert sorted(wrong.iterdir()) == before
 
 
 def test_from_the_shell(grouped, wrong):
-    command = [sys.executable, "-m", "llamajax.evaluate", f"--checkpoint={grouped[0]}"]
+    command = [sys.executable, "-m", "llamajax.evaluate", f"--checkpoint={grouped}"]
     command.append(f"--token_ids={wrong / 'ids.npy'}")
     done = warm.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,5 @@
-"""Small Llamas of transformers and of ours, and what the tests of Hugging Face's format share."""
+"""Small Llamas of ours, and what the tests of weights in files share."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamajax import sharding
+from llamajax.checkpoint.weights import open_weights
 from llamajax.config.schema import MeshConfig, ModelConfig, RopeScaling
-from llamajax.models.llama import Compute, Llama, plain_batch
+from llamajax.models.abstract import abstract_model
+from llamajax.models.llama import Compute, Llama
 
+TOLERANCE = 1e-5  # largest difference over largest value: float32, sums in another order
 BASE = ModelConfig(
     vocab_size=131,
     hidden_size=24,
@@ -29,26 +31,6 @@ BASE = ModelConfig(
 )
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16)
 COMPUTE = Compute(dtype=jnp.dtype("float32"), remat="none", attention="xla", loss_chunk_tokens=16)
-
-
-def random_config(seed: int) -> ModelConfig:
-    """An architecture that nobody published: every size drawn, tied and scaled at random."""
-    draw = np.random.default_rng(seed)
-    kv_heads = int(draw.integers(1, 4))
-    heads = kv_heads * int(draw.integers(1, 4))
-    return dataclasses.replace(
-        BASE,
-        vocab_size=int(draw.integers(50, 290)),
-        hidden_size=heads * int(draw.integers(3, 8)),  # transformers wants a multiple
-        intermediate_size=int(draw.integers(9, 70)),
-        num_layers=int(draw.integers(1, 4)),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_size=2 * int(draw.integers(1, 8)),
-        rope_theta=float(draw.uniform(1e3, 1e6)),
-        rope_scaling=LLAMA3 if draw.random() < 0.5 else None,
-        tie_embeddings=bool(draw.random() < 0.5),
-    )
 
 
 def random_model(config: ModelConfig, *, seed: int = 0) -> Llama:
@@ -72,13 +54,25 @@ def mesh(**axes: int) -> jax.sharding.Mesh:
     return sharding.build_mesh(config, jax.devices()[:count])
 
 
-def tokens(config: ModelConfig) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, config.vocab_size, (2, 33))
+def load(path: Path, **axes: int) -> Llama:
+    """The model that `path` holds, on a mesh."""
+    weights = open_weights(path)
+    return weights.load(abstract_model(weights.model, mesh(**axes)))
 
 
 def logits(model: Llama, ids: np.ndarray) -> np.ndarray:
-    batch = jax.tree.map(jnp.asarray, plain_batch(ids))
-    return np.asarray(jax.jit(lambda m, b: m.logits(b, COMPUTE))(model, batch))
+    """Logits (B, T, V) of our model, wherever its weights are."""
+    whole = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), model)
+    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    batch = {"tokens": jnp.asarray(ids, jnp.int32), "positions": jnp.asarray(positions)}
+    return np.asarray(jax.jit(lambda m, b: m.logits(b, COMPUTE))(whole, batch))
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
+    """Equal shapes, and equal values to TOLERANCE of the largest."""
+    assert actual.shape == expected.shape
+    error = np.abs(actual - expected).max() / np.abs(expected).max()
+    assert error <= TOLERANCE, f"{error:.2e}"
 
 
 def assert_same(actual: Any, expected: Any) -> None:

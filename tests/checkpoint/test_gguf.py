@@ -5,30 +5,21 @@ import itertools
 import sys
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
+import stored
+from llama_cases import STORED, tokens, weights
+from llamas import assert_close, load, logits
+from meta_cases import interleaved
 
-torch = pytest.importorskip("torch")
-gguf = pytest.importorskip("gguf", reason="pip install 'llamajax[gguf]'")
-from torch_llamas import (  # noqa: E402  (needs torch)
-    GROUPED,
-    SCALED,
-    TIED,
-    assert_close,
-    interleaved,
-    load,
-    our_logits,
-    tokens,
-    torch_llama,
-    torch_logits,
-)
+from llamajax.checkpoint.weights import open_weights
+from llamajax.config.schema import ModelConfig
+from llamajax.data import load_tokenizer
+from llamajax.errors import UserError
+from llamajax.ops.rope import frequencies
 
-from llamajax.checkpoint.weights import open_weights  # noqa: E402
-from llamajax.config.schema import MeshConfig, ModelConfig  # noqa: E402
-from llamajax.data import load_tokenizer  # noqa: E402
-from llamajax.errors import UserError  # noqa: E402
-from llamajax.ops.rope import frequencies  # noqa: E402
-
+PLAIN = STORED["plain"]
 Type = gguf.GGMLQuantizationType
 LAYER = {
     "input_layernorm": "attn_norm",
@@ -48,19 +39,16 @@ WHOLE = {
 }
 
 
-def as_gguf(model, c: ModelConfig) -> dict[str, np.ndarray]:
+def as_gguf(c: ModelConfig) -> dict[str, np.ndarray]:
     """The weights under llama.cpp's names, q and k interleaved."""
     found = {}
-    for name, weight in model.state_dict().items():
-        if name == "lm_head.weight" and c.tie_embeddings:
-            continue
+    for name, weight in weights(c).items():
         if name in WHOLE:
-            found[WHOLE[name]] = weight.numpy()
+            found[WHOLE[name]] = weight
             continue
         _, _, layer, part = name.removesuffix(".weight").split(".", 3)
         heads = {"self_attn.q_proj": c.num_heads, "self_attn.k_proj": c.num_kv_heads}.get(part)
-        weight = interleaved(weight, heads) if heads else weight
-        found[f"blk.{layer}.{LAYER[part]}.weight"] = weight.numpy()
+        found[f"blk.{layer}.{LAYER[part]}.weight"] = interleaved(weight, heads) if heads else weight
     return found
 
 
@@ -106,22 +94,17 @@ def store(
 
 
 @pytest.fixture(scope="module")
-def grouped():
-    return torch_llama(GROUPED)
-
-
-@pytest.fixture(scope="module")
-def arrays(grouped) -> dict[str, np.ndarray]:
-    return as_gguf(grouped, GROUPED)
+def arrays() -> dict[str, np.ndarray]:
+    return as_gguf(PLAIN)
 
 
 @pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1])
-def test_tensors_are_half_split_and_slices_those_of_the_whole(tmp_path, grouped, arrays, kind):
-    source = open_weights(store(tmp_path / "x.gguf", arrays, GROUPED, kind=kind)).source
-    exact = grouped.state_dict()
+def test_tensors_are_half_split_and_slices_those_of_the_whole(tmp_path, arrays, kind):
+    source = open_weights(store(tmp_path / "x.gguf", arrays, PLAIN, kind=kind)).source
+    exact = weights(PLAIN)
     assert sorted(source.names()) == sorted(exact)
     for name in source.names():
-        whole, expected = source.read(name), exact[name].numpy()
+        whole, expected = source.read(name), exact[name]
         assert whole.shape == source.shape(name) == expected.shape
         assert whole.dtype == source.dtype(name)
         # A step of Q4_1 is a fifteenth of the range of its block, of Q4_0 an eighth of the largest.
@@ -134,20 +117,19 @@ def test_tensors_are_half_split_and_slices_those_of_the_whole(tmp_path, grouped,
     source.close()
 
 
-def test_logits_equal_transformers(tmp_path, grouped, arrays):
-    file = store(tmp_path / "model.gguf", arrays, GROUPED)
+def test_logits_equal_transformers(tmp_path, arrays):
+    file = store(tmp_path / "model.gguf", arrays, PLAIN)
     for path in (file, tmp_path):
-        weights = open_weights(path)
-        assert (weights.kind, weights.model) == ("gguf", GROUPED)
-    ids = tokens(GROUPED)
-    model = load(tmp_path, MeshConfig(fsdp=2, tensor=2))
-    assert_close(our_logits(model, ids), torch_logits(grouped, ids))
+        opened = open_weights(path)
+        assert (opened.kind, opened.model) == ("gguf", PLAIN)
+    ours = logits(load(tmp_path, fsdp=2, tensor=2), tokens(PLAIN))
+    assert_close(ours, stored.arrays("stored")["plain"])
 
 
-@pytest.mark.parametrize("config", [TIED, SCALED], ids=["tied", "llama31"])
-def test_tied_heads_and_scaled_rotary_embeddings(tmp_path, config):
-    reference, ids = torch_llama(config), tokens(config)
-    found = as_gguf(reference, config)
+@pytest.mark.parametrize("name", ["tied", "llama31"])
+def test_tied_heads_and_scaled_rotary_embeddings(tmp_path, name):
+    config = STORED[name]
+    found = as_gguf(config)
     if config.rope_scaling is not None:
         size, theta = config.head_size, config.rope_theta
         plain, slow = (frequencies(size, theta=theta, scaling=s)
@@ -155,7 +137,7 @@ def test_tied_heads_and_scaled_rotary_embeddings(tmp_path, config):
         found["rope_freqs.weight"] = plain / slow
     file = store(tmp_path / "x.gguf", found, config)
     assert open_weights(file).model == config
-    assert_close(our_logits(load(file, MeshConfig()), ids), torch_logits(reference, ids))
+    assert_close(logits(load(file), tokens(config)), stored.arrays("stored")[name])
     if config.rope_scaling is not None:
         found["rope_freqs.weight"] = found["rope_freqs.weight"] ** 0.9
         with pytest.raises(UserError, match=r"rope_freqs\.weight holds other factors than Llama"):
@@ -176,7 +158,7 @@ def by_hand(content: bytes, kind) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0, Type.Q4_1])
 def test_blocks_by_hand(tmp_path, arrays, kind):
-    file = store(tmp_path / "x.gguf", arrays, GROUPED, kind=kind)
+    file = store(tmp_path / "x.gguf", arrays, PLAIN, kind=kind)
     source = open_weights(file).source
     stored = gguf.quantize(arrays["blk.0.ffn_gate.weight"], kind)
     size = stored.shape[1] // 2
@@ -187,7 +169,7 @@ def test_blocks_by_hand(tmp_path, arrays, kind):
 
 def test_blocks_of_256_values(tmp_path, arrays):
     """Types that most published files have; bytes at random, as the package cannot make them."""
-    wide = dataclasses.replace(GROUPED, intermediate_size=512)
+    wide = dataclasses.replace(PLAIN, intermediate_size=512)
     stored = np.random.default_rng(0).integers(0, 60, (64, 2 * 210), np.uint8)  # no scale is NaN
     found = arrays | {
         f"blk.{i}.{part}.weight": np.zeros((512, 64), np.float32)
@@ -225,8 +207,8 @@ def byte_level(*, pre: str, model="gpt2") -> dict:
 @pytest.mark.parametrize(("pre", "ones"), [("smollm", 4), ("llama-bpe", 3), ("gpt-2", 2)])
 def test_byte_level_tokenizers(tmp_path, arrays, pre, ones):
     """How digits are split tells the three apart: one by one, by three, not at all."""
-    weights = open_weights(store(tmp_path / "x.gguf", arrays, GROUPED, more=byte_level(pre=pre)))
-    tokenizer = load_tokenizer(weights.tokenizer)
+    opened = open_weights(store(tmp_path / "x.gguf", arrays, PLAIN, more=byte_level(pre=pre)))
+    tokenizer = load_tokenizer(opened.tokenizer)
     assert len(tokenizer.encode("1111")) == ones
     assert len(tokenizer.encode("xyz")) == (1 if pre == "llama-bpe" else 3)
     names = byte_level(pre=pre)["tokenizer.ggml.tokens"]
@@ -241,12 +223,12 @@ def test_llama3s_own_ranks_as_gguf_has_them(tmp_path, arrays, assets):
     """Converted as llama.cpp does it, from the merges that the ranks imply, on a real text."""
     import base64
 
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
     file = assets / "tokenizers" / "llama3.model"
     ranks = [base64.b64decode(line.split()[0]) for line in file.read_bytes().splitlines()[:20_000]]
     order = {token: i for i, token in enumerate(ranks)}
-    letters = bytes_to_unicode()
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's letters for bytes
+    hidden = [b for b in range(256) if b not in shown]
+    letters = {b: chr(b) for b in shown} | {b: chr(256 + n) for n, b in enumerate(hidden)}
     merges = []
     for token in ranks[256:]:
         parts = [bytes([b]) for b in token]
@@ -263,13 +245,13 @@ def test_llama3s_own_ranks_as_gguf_has_them(tmp_path, arrays, assets):
         "tokenizer.ggml.bos_token_id": len(names),
         "tokenizer.ggml.eos_token_id": len(names) + 1,
     }
-    weights = open_weights(store(tmp_path / "x.gguf", arrays, GROUPED, more=more))
+    opened = open_weights(store(tmp_path / "x.gguf", arrays, PLAIN, more=more))
     small = tmp_path / "small.model"
     small.write_bytes(b"\n".join(file.read_bytes().splitlines()[:20_000]))
     text = (assets / "text" / "moby_dick.txt").read_text("utf-8")[20_000:120_000]
     text += " It's 12345 o'clock\n\n\t  and\r\n日本語 🦙 don't"
     expected = load_tokenizer(small).encode(text)
-    assert load_tokenizer(weights.tokenizer).encode(text) == expected
+    assert load_tokenizer(opened.tokenizer).encode(text) == expected
 
 
 def test_a_sentencepiece_model_taken_apart_is_put_together(tmp_path, arrays, assets):
@@ -287,8 +269,8 @@ def test_a_sentencepiece_model_taken_apart_is_put_together(tmp_path, arrays, ass
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
     }
-    weights = open_weights(store(tmp_path / "x.gguf", arrays, GROUPED, more=more))
-    found, original = load_tokenizer(weights.tokenizer), load_tokenizer(file)
+    opened = open_weights(store(tmp_path / "x.gguf", arrays, PLAIN, more=more))
+    found, original = load_tokenizer(opened.tokenizer), load_tokenizer(file)
     assert found.encode("Hello world") == [15043, 3186]
     assert (found.bos_id, found.eos_id, found.vocab_size) == (1, 2, 32_000)
     text = (assets / "text" / "moby_dick.txt").read_text("utf-8")[:200_000]
@@ -310,8 +292,8 @@ def test_a_sentencepiece_model_taken_apart_is_put_together(tmp_path, arrays, ass
 )
 def test_no_tokenizer_and_a_note_where_it_is_unknown(tmp_path, arrays, capsys, more, message):
     more = byte_level(pre="smollm") | more
-    weights = open_weights(store(tmp_path / "x.gguf", arrays, GROUPED, more=more))
-    assert weights.tokenizer is None
+    opened = open_weights(store(tmp_path / "x.gguf", arrays, PLAIN, more=more))
+    assert opened.tokenizer is None
     assert message in capsys.readouterr().err
 
 
@@ -335,22 +317,22 @@ def test_no_tokenizer_and_a_note_where_it_is_unknown(tmp_path, arrays, capsys, m
 )
 def test_metadata_of_other_models_is_refused(tmp_path, arrays, more, message):
     with pytest.raises(UserError, match=message):
-        open_weights(store(tmp_path / "x.gguf", arrays, GROUPED, more=more))
+        open_weights(store(tmp_path / "x.gguf", arrays, PLAIN, more=more))
 
 
 def test_other_tensors_and_types_are_named(tmp_path, arrays):
     odd = {"blk.0.attn_q.bias": np.ones(64, np.float32)}
     with pytest.raises(UserError, match=r"tensor blk\.0\.attn_q\.bias: no part of a Llama"):
-        open_weights(store(tmp_path / "x.gguf", arrays | odd, GROUPED))
+        open_weights(store(tmp_path / "x.gguf", arrays | odd, PLAIN))
     odd = {"blk.1.ffn_up.weight": (Type.TQ1_0, np.zeros((96, 54), np.uint8))}
     with pytest.raises(UserError, match=r"blk\.1\.ffn_up\.weight: type TQ1_0 cannot be read"):
-        open_weights(store(tmp_path / "x.gguf", arrays | odd, GROUPED))
+        open_weights(store(tmp_path / "x.gguf", arrays | odd, PLAIN))
     with pytest.raises(UserError, match="architecture 'qwen2'"):
-        open_weights(store(tmp_path / "x.gguf", arrays, GROUPED, architecture="qwen2"))
+        open_weights(store(tmp_path / "x.gguf", arrays, PLAIN, architecture="qwen2"))
 
 
 def test_damage_costs_one_message(tmp_path, arrays):
-    file = store(tmp_path / "x.gguf", arrays, GROUPED, more=byte_level(pre="smollm"))
+    file = store(tmp_path / "x.gguf", arrays, PLAIN, more=byte_level(pre="smollm"))
     content = file.read_bytes()
     for size in (4, 10, 30, 500, 3000):
         file.write_bytes(content[:size])
@@ -368,7 +350,7 @@ def test_damage_costs_one_message(tmp_path, arrays):
 
 
 def test_several_files_and_a_missing_package(tmp_path, arrays, monkeypatch):
-    file = store(tmp_path / "a.gguf", arrays, GROUPED)
+    file = store(tmp_path / "a.gguf", arrays, PLAIN)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "gguf", None)
         with pytest.raises(UserError, match=r"pip install 'llamajax\[gguf\]'") as caught:

@@ -1,115 +1,82 @@
 """Meta's consolidated files: the same logits as transformers, and no code of a pickle is run."""
 
 import dataclasses
-import io
 import json
 import os
 import pickle
+import shutil
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
+import stored
+import torch_zip
+from llama_cases import STORED, tokens, weights
+from llamas import assert_close, load, logits
+from meta_cases import HALF, meta_files, meta_params
 
-torch = pytest.importorskip("torch")
-from torch_llamas import (  # noqa: E402  (needs torch)
-    GROUPED,
-    SCALED,
-    TIED,
-    assert_close,
-    interleaved,
-    load,
-    our_logits,
-    tokens,
-    torch_llama,
-    torch_logits,
-)
+from llamajax.checkpoint.meta_pickle import read_tensors
+from llamajax.checkpoint.weights import open_weights
+from llamajax.config.schema import ModelConfig
+from llamajax.errors import UserError
 
-from llamajax.checkpoint.meta_pickle import read_tensors  # noqa: E402
-from llamajax.checkpoint.weights import open_weights  # noqa: E402
-from llamajax.config.schema import MeshConfig, ModelConfig  # noqa: E402
-from llamajax.errors import UserError  # noqa: E402
-
-LAYER = {
-    "input_layernorm": ("attention_norm", None),
-    "self_attn.q_proj": ("attention.wq", 0),
-    "self_attn.k_proj": ("attention.wk", 0),
-    "self_attn.v_proj": ("attention.wv", 0),
-    "self_attn.o_proj": ("attention.wo", 1),
-    "post_attention_layernorm": ("ffn_norm", None),
-    "mlp.gate_proj": ("feed_forward.w1", 0),
-    "mlp.down_proj": ("feed_forward.w2", 1),
-    "mlp.up_proj": ("feed_forward.w3", 0),
-}
+EVEN = STORED["even"]
+MESH = {"fsdp": 2, "tensor": 2}
+ONES = np.ones(3, np.float32)
 
 
-def as_meta(model, c: ModelConfig, *, split_rows: bool) -> dict:
-    """Their name -> (whole tensor, dimension it is split along, None for none)."""
-    found = {"rope.freqs": (torch.ones(c.head_size // 2), None)}
-    for name, weight in model.state_dict().items():
-        if name == "model.embed_tokens.weight":
-            found["tok_embeddings.weight"] = (weight, 0 if split_rows else 1)
-        elif name == "lm_head.weight":
-            found["output.weight"] = (weight, 0)
-        elif name == "model.norm.weight":
-            found["norm.weight"] = (weight, None)
-        else:
-            _, _, layer, part = name.removesuffix(".weight").split(".", 3)
-            theirs, dim = LAYER[part]
-            heads = {"attention.wq": c.num_heads, "attention.wk": c.num_kv_heads}.get(theirs)
-            weight = interleaved(weight, heads) if heads else weight
-            found[f"layers.{layer}.{theirs}.weight"] = (weight, dim)
-    return found
-
-
-def store(directory: Path, model, c: ModelConfig, *, shards=1, split_rows=True, **params) -> Path:
-    """`model` as Meta stores it, in float32, in so many files."""
+def store(
+    directory: Path, c: ModelConfig, *, shards=1, split_rows=True, more=None, **params
+) -> Path:
+    """Weights as Meta stores them, in float32, in so many files."""
     directory.mkdir(exist_ok=True)
-    whole = as_meta(model, c, split_rows=split_rows)
-    for number in range(shards):
-        part = OrderedDict(
-            (name, (w if dim is None else w.chunk(shards, dim)[number]).clone())
-            for name, (w, dim) in whole.items()
-        )
-        torch.save(part, directory / f"consolidated.{number:02d}.pth")
-    facts = {
-        "dim": c.hidden_size,
-        "n_layers": c.num_layers,
-        "n_heads": c.num_heads,
-        "n_kv_heads": c.num_kv_heads,
-        "norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,
-        "vocab_size": -1,
-        "multiple_of": 256,
-        "max_seq_len": c.max_seq_len,
-    }
-    (directory / "params.json").write_text(json.dumps(facts | params))
+    arrays = weights(c) | (more or {})
+    parts = meta_files(c, arrays, files=shards, split_rows=split_rows)
+    for number, part in enumerate(parts):
+        torch_zip.save(part, directory / f"consolidated.{number:02d}.pth")
+    (directory / "params.json").write_text(json.dumps(meta_params(c) | params))
     return directory
 
 
-@pytest.fixture(scope="module")
-def grouped():
-    return torch_llama(dataclasses.replace(GROUPED, vocab_size=98))
-
-
-EVEN = dataclasses.replace(GROUPED, vocab_size=98)
+def without(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """The tensors of a file, those of `names` left out; the file may then be written anew."""
+    return {n: np.array(a) for n, a in read_tensors(path).items() if n not in names}
 
 
 @pytest.mark.parametrize(("shards", "split_rows"), [(1, True), (2, True), (2, False)])
-def test_logits_of_joined_files_equal_transformers(tmp_path, grouped, shards, split_rows):
-    path = store(tmp_path, grouped, EVEN, shards=shards, split_rows=split_rows)
+def test_logits_of_joined_files_equal_transformers(tmp_path, shards, split_rows):
+    path = store(tmp_path, EVEN, shards=shards, split_rows=split_rows)
     assert open_weights(path).model == EVEN
     assert open_weights(path).kind == "meta"
-    ids = tokens(EVEN)
-    model = load(path, MeshConfig(fsdp=2, tensor=2))
-    assert_close(our_logits(model, ids), torch_logits(grouped, ids))
+    ours = logits(load(path, **MESH), tokens(EVEN))
+    assert_close(ours, stored.arrays("stored")["even"])
 
 
-def test_slices_are_those_of_the_whole(tmp_path, grouped):
-    whole = open_weights(store(tmp_path / "1", grouped, EVEN)).source
+def test_files_of_torch_give_the_logits_of_transformers(capsys):
+    """Two files of torch.save as they are: params.json of Llama 3.1, an OrderedDict of tensors."""
+    config, path = STORED["small"], stored.FOLDER / "small_meta"
+    assert open_weights(path).model == config
+    assert "8 is taken, that of Llama 3.1" in capsys.readouterr().err
+    assert_close(logits(load(path), tokens(config)), stored.arrays("stored")["small"])
+
+
+@pytest.mark.live
+def test_torch_reads_what_stands_for_its_files(tmp_path, live):
+    """The files that the other tests read are as good as those of torch.save."""
+    arrays = weights(STORED["small"]) | {"half": HALF.astype(np.float16)}
+    found = live.torch.load(torch_zip.save(arrays, tmp_path / "x.pth"), weights_only=True)
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].numpy().dtype == array.dtype
+        np.testing.assert_array_equal(found[name].numpy(), array, err_msg=name)
+
+
+def test_slices_are_those_of_the_whole(tmp_path):
+    whole = open_weights(store(tmp_path / "1", EVEN)).source
     for split_rows in (True, False):
-        path = store(tmp_path / "2", grouped, EVEN, shards=2, split_rows=split_rows)
+        path = store(tmp_path / "2", EVEN, shards=2, split_rows=split_rows)
         source = open_weights(path).source
         assert sorted(source.names()) == sorted(whole.names())
         for name in whole.names():
@@ -120,43 +87,35 @@ def test_slices_are_those_of_the_whole(tmp_path, grouped):
         source.close()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_bit_of_half_precision(tmp_path, dtype):
-    weight = torch.randn(6, 10).to(dtype)
-    torch.save({"a": weight, "b": weight[1:4, ::2], "empty": weight[:0]}, tmp_path / "x.pth")
-    found = read_tensors(tmp_path / "x.pth")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_bit_of_half_precision(dtype):
+    weight = HALF.astype(getattr(ml_dtypes, dtype, dtype))
+    found = read_tensors(stored.FOLDER / f"{dtype}.pth")
+    assert found.keys() == {"a", "b", "empty"}
     for name, expected in (("a", weight), ("b", weight[1:4, ::2]), ("empty", weight[:0])):
-        assert found[name].shape == tuple(expected.shape)
-        bits = expected.contiguous().view(torch.int16).numpy()
-        assert np.array_equal(np.ascontiguousarray(found[name]).view(np.int16), bits), name
+        assert found[name].shape == expected.shape
+        assert found[name].dtype == expected.dtype
+        assert found[name].tobytes() == expected.tobytes(), name
 
 
 @pytest.mark.parametrize("stored_head", [False, True])
 def test_a_tied_head_is_one_stored_twice_or_not_at_all(tmp_path, capsys, stored_head):
-    config = dataclasses.replace(
-        TIED,
-        rope_theta=500_000.0,
-        rope_scaling=dataclasses.replace(SCALED.rope_scaling, factor=32.0),
-        max_seq_len=131_072,
-    )
-    reference, ids = torch_llama(config), tokens(config)
-    path = store(tmp_path, reference, config, use_scaled_rope=True, max_seq_len=None)
-    if not stored_head:
-        tensors = torch.load(path / "consolidated.00.pth")
-        del tensors["output.weight"]
-        torch.save(tensors, path / "consolidated.00.pth")
+    config = STORED["llama32"]
+    head = {"lm_head.weight": weights(config)["model.embed_tokens.weight"]} if stored_head else {}
+    path = store(tmp_path, config, more=head, use_scaled_rope=True, max_seq_len=None)
+    assert ("output.weight" in read_tensors(path / "consolidated.00.pth")) == stored_head
     assert open_weights(path).model == config
     assert "32 is taken, that of Llama 3.2" in capsys.readouterr().err
-    assert_close(our_logits(load(path, MeshConfig()), ids), torch_logits(reference, ids))
+    assert_close(logits(load(path), tokens(config)), stored.arrays("stored")["llama32"])
 
 
 def test_rope_scaling_by_rule_or_as_stated(tmp_path, capsys):
-    reference, ids = torch_llama(SCALED), tokens(SCALED)
-    path = store(tmp_path, reference, SCALED, use_scaled_rope=True)
-    assert open_weights(path).model == SCALED
+    config = STORED["llama31"]
+    path = store(tmp_path, config, use_scaled_rope=True)
+    assert open_weights(path).model == config
     assert "8 is taken, that of Llama 3.1" in capsys.readouterr().err
-    assert_close(our_logits(load(path, MeshConfig()), ids), torch_logits(reference, ids))
-    store(path, reference, SCALED, use_scaled_rope=True, rope_scaling_factor=16)
+    assert_close(logits(load(path), tokens(config)), stored.arrays("stored")["llama31"])
+    store(path, config, use_scaled_rope=True, rope_scaling_factor=16)
     capsys.readouterr()
     assert open_weights(path).model.rope_scaling.factor == 16.0
     assert capsys.readouterr().err == ""
@@ -164,16 +123,16 @@ def test_rope_scaling_by_rule_or_as_stated(tmp_path, capsys):
 
 def test_what_llama2_does_not_state(tmp_path):
     config = dataclasses.replace(EVEN, num_kv_heads=EVEN.num_heads)
-    path = store(tmp_path / "llama-2-7b", torch_llama(config), config, max_seq_len=None)
+    path = store(tmp_path / "llama-2-7b", config, max_seq_len=None)
     params = json.loads((path / "params.json").read_text())
     for key in ("rope_theta", "n_kv_heads", "vocab_size"):
         params.pop(key)
     (path / "params.json").write_text(json.dumps(params))
     (tmp_path / "tokenizer.model").write_bytes(b"x")
-    weights = open_weights(path)
-    assert (weights.model.rope_theta, weights.model.max_seq_len) == (10_000.0, 4096)
-    assert (weights.model.num_kv_heads, weights.model.vocab_size) == (4, 98)
-    assert weights.tokenizer == tmp_path / "tokenizer.model"
+    opened = open_weights(path)
+    assert (opened.model.rope_theta, opened.model.max_seq_len) == (10_000.0, 4096)
+    assert (opened.model.num_kv_heads, opened.model.vocab_size) == (4, 98)
+    assert opened.tokenizer == tmp_path / "tokenizer.model"
 
 
 class Evil:
@@ -186,9 +145,9 @@ class Evil:
         return os.system, (f"touch {self.marker}",)
 
 
-def test_a_pickle_cannot_run_anything(tmp_path, grouped):
-    path, marker = store(tmp_path, grouped, EVEN), tmp_path / "ran"
-    torch.save({"w": torch.ones(2), "evil": Evil(marker)}, path / "consolidated.00.pth")
+def test_a_pickle_cannot_run_anything(tmp_path):
+    path, marker = store(tmp_path, EVEN), tmp_path / "ran"
+    torch_zip.save({"w": ONES, "evil": Evil(marker)}, path / "consolidated.00.pth")
     with pytest.raises(UserError, match=r"asks for posix\.system, which is not allowed"):
         open_weights(path)
     assert not marker.exists()
@@ -196,41 +155,14 @@ def test_a_pickle_cannot_run_anything(tmp_path, grouped):
     assert marker.exists()
 
 
-def zipped(path: Path, described: bytes, members: dict[str, bytes], **options) -> Path:
-    with zipfile.ZipFile(path, "w", **options) as archive:
-        archive.writestr("archive/data.pkl", described)
-        for name, content in members.items():
-            archive.writestr(f"archive/{name}", content)
-    return path
-
-
-class Fake(pickle.Pickler):
-    """Pickles tuples ("storage", ...) as torch does its storages."""
-
-    def persistent_id(self, thing):
-        is_storage = isinstance(thing, tuple) and thing[:1] == ("storage",)
-        return thing if is_storage else None
-
-
-class Rebuilt:
-    def __init__(self, *arguments) -> None:
-        self.arguments = arguments
-
-    def __reduce__(self):
-        return torch._utils._rebuild_tensor_v2, self.arguments
-
-
-def fake(offset, size, stride, *, values=4, kind=torch.FloatStorage) -> bytes:
-    stream = io.BytesIO()
-    storage = ("storage", kind, "0", "cpu", values)
-    tensor = Rebuilt(storage, offset, size, stride, False, OrderedDict())
-    Fake(stream, protocol=2).dump({"w": tensor})
-    return stream.getvalue()
+def fake(*where, values=4, kind="FloatStorage") -> bytes:
+    """The pickle of one tensor at an offset, of a size, with strides."""
+    return torch_zip.pickled({"w": torch_zip.Tensor("0", *where, values=values, kind=kind)})
 
 
 def test_a_fake_of_a_file_is_read_as_torch_would(tmp_path):
     content = np.arange(4, dtype=np.float32).tobytes()
-    file = zipped(tmp_path / "x.pth", fake(0, (2, 2), (1, 2)), {"data/0": content})
+    file = torch_zip.write_zip(tmp_path / "x.pth", fake(0, (2, 2), (1, 2)), {"data/0": content})
     assert np.array_equal(read_tensors(file)["w"], [[0, 2], [1, 3]])
 
 
@@ -242,7 +174,7 @@ def test_a_fake_of_a_file_is_read_as_torch_would(tmp_path):
         (fake(-1, (2,), (1,)), {}, "is not plain"),
         (fake(0, (2,), (-1,)), {}, "is not plain"),
         (fake(0, (2, 2), (1,)), {}, "is not plain"),
-        (fake(0, (4,), (1,), kind=torch.LongStorage), {}, r"torch\.LongStorage, which is not"),
+        (fake(0, (4,), (1,), kind="LongStorage"), {}, r"torch\.LongStorage, which is not"),
         (fake(0, (4,), (1,)), {"compression": zipfile.ZIP_DEFLATED}, "is compressed"),
         (pickle.dumps([1, 2]), {}, "holds a list, not a dict"),
         (pickle.dumps({"w": 1}), {}, "'w' is not a tensor"),
@@ -252,7 +184,7 @@ def test_a_fake_of_a_file_is_read_as_torch_would(tmp_path):
     ],
 )
 def test_files_that_are_not_plain_are_refused(tmp_path, described, options, message):
-    file = zipped(tmp_path / "x.pth", described, {"data/0": bytes(16)}, **options)
+    file = torch_zip.write_zip(tmp_path / "x.pth", described, {"data/0": bytes(16)}, **options)
     with pytest.raises(UserError, match=message) as caught:
         read_tensors(file)
     assert str(file) in str(caught.value)
@@ -260,10 +192,10 @@ def test_files_that_are_not_plain_are_refused(tmp_path, described, options, mess
 
 def test_old_truncated_and_empty_files(tmp_path):
     file = tmp_path / "x.pth"
-    torch.save({"w": torch.ones(3)}, file, _use_new_zipfile_serialization=False)
+    shutil.copy(stored.FOLDER / "before_1_6.pth", file)
     with pytest.raises(UserError, match="not a zip file as"):
         read_tensors(file)
-    torch.save({"w": torch.ones(300)}, file)
+    torch_zip.save({"w": np.ones(300, np.float32)}, file)
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(UserError, match="truncated or damaged"):
         read_tensors(file)
@@ -272,18 +204,18 @@ def test_old_truncated_and_empty_files(tmp_path):
         read_tensors(file)
 
 
-def test_wrong_directories_are_refused_with_one_message(tmp_path, grouped):
-    path = store(tmp_path / "a", grouped, EVEN, shards=2, vocab_size=98)
+def test_wrong_directories_are_refused_with_one_message(tmp_path):
+    path = store(tmp_path / "a", EVEN, shards=2, vocab_size=98)
     (path / "consolidated.01.pth").rename(path / "consolidated.02.pth")
     with pytest.raises(UserError, match=r"consolidated\.01\.pth is missing"):
         open_weights(path)
     (path / "consolidated.02.pth").unlink()
     with pytest.raises(UserError, match="a consolidated file is missing"):
         open_weights(path)
-    store(path, grouped, EVEN, shards=2, n_heads=3, norm_eps=None)
+    store(path, EVEN, shards=2, n_heads=3, norm_eps=None)
     with pytest.raises(UserError, match="norm_eps = None"):
         open_weights(path)
-    store(path, grouped, EVEN, shards=2, n_heads=5)
+    store(path, EVEN, shards=2, n_heads=5)
     with pytest.raises(UserError, match=r"wq\.weight: 64 rows are no 5 heads"):
         open_weights(path)
     (path / "params.json").write_text("{")
@@ -291,13 +223,12 @@ def test_wrong_directories_are_refused_with_one_message(tmp_path, grouped):
         open_weights(path)
 
 
-def test_tensors_of_other_models_are_named(tmp_path, grouped):
-    path = store(tmp_path, grouped, EVEN, shards=2)
-    second = torch.load(path / "consolidated.01.pth")
-    second["layers.0.attention.wq.bias"] = torch.ones(3)
-    second["norm.weight"] = torch.ones(3)
-    del second["output.weight"]
-    torch.save(second, path / "consolidated.01.pth")
+def test_tensors_of_other_models_are_named(tmp_path):
+    path = store(tmp_path, EVEN, shards=2)
+    second = without(path / "consolidated.01.pth", "output.weight")
+    second["layers.0.attention.wq.bias"] = ONES
+    second["norm.weight"] = ONES
+    torch_zip.save(second, path / "consolidated.01.pth")
     with pytest.raises(UserError) as caught:
         open_weights(path)
     for part in ("wq.bias: no part of", "norm.weight: the files hold parts of different shapes",

@@ -3,17 +3,14 @@
 import jax
 import numpy as np
 import pytest
+import stored
+from llama_cases import DECODED, NEW_TOKENS, PROMPTS, save_hugging_face, weights
 
+from llamajax.checkpoint.weights import open_weights
 from llamajax.config.schema import MeshConfig
-from llamajax.models.llama import Llama
+from llamajax.models.abstract import abstract_model
+from llamajax.sharding import build_mesh
 
-PROMPTS = {
-    0: [1, 2, 3],
-    1: list(range(7, 29)),
-    2: [96],
-    3: [5, 5, 5, 5, 9],
-    4: list(range(40, 57)),
-}
 DRAWN = {"temperature": 0.9, "top_k": 60, "top_p": 0.95, "repetition_penalty": 1.1}
 
 
@@ -97,71 +94,12 @@ def test_the_speed_counts_new_tokens_of_prompts_alone(new_engine, new_tokens):
     assert (engine.times.batches, engine.times.decode_tokens) == (1, 8)
 
 
-@pytest.mark.parametrize("name", ["tied", "llama3 rope"])
-def test_greedy_tokens_equal_transformers(configs, new_engine, new_tokens, name):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    torch.set_num_threads(1)  # its threads would wait for those of XLA
-    config = configs[name]
-    model = jax.jit(lambda key: Llama(config, key))(jax.random.key(2))
-    reference = as_transformers(torch, transformers, config, model)
-    found = new_tokens(new_engine(model=model), PROMPTS, count=30)
-    for number, ids in PROMPTS.items():
-        expected = reference.generate(
-            torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=30,
-        )
-        assert found[number] == expected[0, len(ids) :].tolist()
+@pytest.mark.parametrize("name", DECODED)
+def test_greedy_tokens_equal_transformers(new_engine, new_tokens, name, tmp_path):
+    config = DECODED[name]
+    folder = save_hugging_face(tmp_path, config, weights(config, std=0.3))
+    mesh = build_mesh(MeshConfig(), jax.devices()[:1])
+    model = open_weights(folder).load(abstract_model(config, mesh))
+    found = new_tokens(new_engine(model=model), PROMPTS, count=NEW_TOKENS)
+    assert list(found.values()) == stored.facts()["decoded"][name]
     assert len({tuple(ids) for ids in found.values()}) > 1
-
-
-def as_transformers(torch, transformers, c, model):
-    """transformers' Llama with the weights of ours."""
-    rope = {"rope_type": "default", "rope_theta": c.rope_theta}
-    if c.rope_scaling is not None:
-        names = ("factor", "low_freq_factor", "high_freq_factor")
-        rope |= {name: getattr(c.rope_scaling, name) for name in names}
-        rope["original_max_position_embeddings"] = c.rope_scaling.original_max_seq_len
-        rope["rope_type"] = "llama3"
-    reference = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.hidden_size,
-            intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.num_layers,
-            num_attention_heads=c.num_heads,
-            num_key_value_heads=c.num_kv_heads,
-            head_dim=c.head_size,
-            rope_parameters=rope,
-            rms_norm_eps=c.norm_eps,
-            tie_word_embeddings=c.tie_embeddings,
-            max_position_embeddings=c.max_seq_len,
-            eos_token_id=None,
-            bos_token_id=None,
-            pad_token_id=0,
-        )
-    ).float()
-    weights, D = dict(reference.named_parameters()), c.hidden_size
-    arrays = {"model.embed_tokens": model.embedding, "model.norm": model.norm}
-    if model.head is not None:
-        arrays["lm_head"] = model.head
-    values = {k: np.asarray(w[...])[: c.vocab_size] for k, w in arrays.items()}
-    values["model.norm"] = np.asarray(model.norm[...])
-    blocks = model.blocks
-    for i in range(c.num_layers):
-        layer = f"model.layers.{i}."
-        a, m = blocks.attention, blocks.mlp
-        for theirs, weight in (("q", a.query), ("k", a.key), ("v", a.value)):
-            values[f"{layer}self_attn.{theirs}_proj"] = np.asarray(weight[...])[i].reshape(D, -1).T
-        values[f"{layer}self_attn.o_proj"] = np.asarray(a.out[...])[i].reshape(-1, D).T
-        for theirs, weight in (("gate", m.gate), ("up", m.up), ("down", m.down)):
-            values[f"{layer}mlp.{theirs}_proj"] = np.asarray(weight[...])[i].T
-        values[f"{layer}input_layernorm"] = np.asarray(blocks.attention_norm[...])[i]
-        values[f"{layer}post_attention_layernorm"] = np.asarray(blocks.mlp_norm[...])[i]
-    assert {f"{k}.weight" for k in values} == weights.keys()
-    with torch.no_grad():
-        for key, value in values.items():
-            weights[f"{key}.weight"].copy_(torch.from_numpy(np.array(value)))
-    return reference.eval()

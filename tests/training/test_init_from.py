@@ -5,63 +5,63 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import llama_cases
 import numpy as np
 import pytest
 
 from llamajax import data, sharding
 from llamajax.checkpoint import open_checkpoint, restore_state
+from llamajax.checkpoint.weights import open_weights
 from llamajax.config.schema import MeshConfig
 from llamajax.errors import UserError
 from llamajax.models.abstract import abstract_model
+from llamajax.models.llama import Compute, plain_batch
 from llamajax.prepare import main as prepare
 from llamajax.training.origin import model_differences, open_origin
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 UNMASKED = {"data__mask_documents": False}
 
 
 @pytest.fixture(scope="module")
 def hugging_face(short_config, tmp_path_factory) -> Path:
-    """A Llama of transformers with the tiny architecture, saved."""
-    m = short_config(train__steps=3).model
-    config = transformers.LlamaConfig(
-        vocab_size=m.vocab_size,
-        hidden_size=m.hidden_size,
-        intermediate_size=m.intermediate_size,
-        num_hidden_layers=m.num_layers,
-        num_attention_heads=m.num_heads,
-        num_key_value_heads=m.num_kv_heads,
-        head_dim=m.head_size,
-        rope_parameters={"rope_type": "default", "rope_theta": m.rope_theta},
-        rms_norm_eps=m.norm_eps,
-        tie_word_embeddings=m.tie_embeddings,
-        max_position_embeddings=m.max_seq_len,
-        initializer_range=0.1,
+    """Weights of the tiny architecture, with large differences between them."""
+    model = short_config(train__steps=3).model
+    folder = tmp_path_factory.mktemp("hugging_face")
+    return llama_cases.save_hugging_face(folder, model, llama_cases.weights(model))
+
+
+def our_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
+    """Logits of the model on one device; test_hf_parity.py compares these with transformers."""
+    weights = open_weights(folder)
+    mesh = sharding.build_mesh(MeshConfig(), jax.devices()[:1])
+    model = weights.load(abstract_model(weights.model, mesh))
+    compute = Compute(
+        dtype=jnp.dtype("float32"), remat="none", attention="xla", loss_chunk_tokens=16
     )
-    torch.manual_seed(0)
-    directory = tmp_path_factory.mktemp("hugging_face")
-    transformers.LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
+    batch = plain_batch(np.pad(ids, ((0, 0), (0, 1))))  # the last is no input
+    return np.asarray(jax.jit(lambda m, b: m.logits(b, compute))(model, batch))
 
 
-def test_the_first_loss_is_that_of_transformers(
-    short_run, short_config, logged, hugging_face, tmp_path
+@pytest.mark.parametrize("by", ["llamajax", pytest.param("transformers", marks=pytest.mark.live)])
+def test_the_first_loss_is_that_of_the_weights(
+    short_run, short_config, logged, hugging_face, tmp_path, by, request
 ):
     options = {"train__init_from": str(hugging_face), "train__steps": 3} | UNMASKED
     assert short_run(tmp_path, **options) == 0
     batch = first_batch(short_config(**options))
-    model = transformers.LlamaForCausalLM.from_pretrained(hugging_face, dtype=torch.float32)
-    with torch.no_grad():
-        logits = model(torch.tensor(batch["tokens"]).long()).logits
-    nll = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), torch.tensor(batch["targets"]).long().flatten(), reduction="none"
-    )
-    expected = nll.numpy()[batch["loss_mask"].flatten()].mean()
+    if by == "llamajax":
+        logits = our_logits(hugging_face, batch["tokens"])
+    else:
+        live = request.getfixturevalue("live")
+        model = live.transformers.LlamaForCausalLM.from_pretrained(hugging_face)
+        logits = live.logits(model, batch["tokens"].astype(np.int64))
+    logits = logits.astype(np.float64)
+    chosen = np.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+    nll = np.log(np.exp(logits).sum(axis=-1)) - chosen
     first = logged(tmp_path)[0]
     assert first["step"] == 1
-    assert first["loss"] == pytest.approx(expected, rel=1e-5)
+    assert first["loss"] == pytest.approx(nll[batch["loss_mask"]].mean(), rel=1e-5)
 
 
 def first_batch(config) -> dict[str, np.ndarray]:

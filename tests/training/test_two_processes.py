@@ -54,7 +54,6 @@ def loaded(path: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 def test_both_end_and_the_first_writes_the_exports(short_run, short_data, tmp_path, monkeypatch):
-    transformers = pytest.importorskip("transformers")
     base, workdir = tmp_path / "base", tmp_path / "run"
     assert short_run(base, train__steps=3) == 0
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -89,6 +88,3 @@ def test_both_end_and_the_first_writes_the_exports(short_run, short_data, tmp_pa
     for name, value in loaded(workdir / "hf" / "4").items():
         np.testing.assert_allclose(value, merged[name], rtol=0, atol=1e-6, err_msg=name)
     assert any(np.abs(value - before[name]).max() > 1e-3 for name, value in merged.items())
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(workdir / "hf" / "4")
-    norm = theirs.model.norm.weight.detach().numpy()
-    np.testing.assert_array_equal(norm, merged[".norm.value"])

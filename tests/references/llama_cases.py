@@ -1,0 +1,240 @@
+"""The small Llamas that tests compare with transformers: architectures, weights and tokens.
+
+Weights and tokens come from a seed, so only what transformers and PyTorch compute from them is
+stored (see write_references.py). Nothing here needs either of the two.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from llamajax.config.schema import ModelConfig, OptimConfig, RopeScaling
+
+LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16)
+LLAMA31 = dataclasses.replace(LLAMA3, original_max_seq_len=8192)
+
+# Logits, gradients and updates.
+GROUPED = ModelConfig(
+    vocab_size=97,
+    hidden_size=24,
+    intermediate_size=52,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=6,
+    rope_theta=10_000.0,
+    norm_eps=1e-5,
+    tie_embeddings=False,
+    init_std=0.1,
+    max_seq_len=64,
+)
+TRAINED = {
+    "grouped": GROUPED,
+    "tied": dataclasses.replace(GROUPED, tie_embeddings=True),
+    "llama3 rope": dataclasses.replace(GROUPED, rope_scaling=LLAMA3, rope_theta=12_345.0),
+    "wide heads": dataclasses.replace(GROUPED, head_size=14, num_kv_heads=4, norm_eps=1e-3),
+    "odd sizes": dataclasses.replace(
+        GROUPED, hidden_size=33, num_heads=3, num_kv_heads=1, intermediate_size=55, num_layers=1
+    ),
+    "whole rows of 128": dataclasses.replace(GROUPED, vocab_size=128),
+}
+STEPS = 50
+UPDATES = OptimConfig(
+    learning_rate=3e-3,
+    warmup_steps=5,
+    schedule="cosine",
+    final_learning_rate=3e-4,
+    beta1=0.9,
+    beta2=0.95,
+    epsilon=1e-8,
+    weight_decay=0.1,
+    clip_norm=1.0,
+)
+
+# Greedy decoding: weights large enough that the text is no repetition of one token.
+DECODED_BASE = dataclasses.replace(GROUPED, num_layers=2, init_std=0.3, max_seq_len=96)
+DECODED = {
+    "tied": dataclasses.replace(DECODED_BASE, tie_embeddings=True),
+    "llama3 rope": dataclasses.replace(DECODED_BASE, rope_scaling=LLAMA3, rope_theta=12_345.0),
+}
+PROMPTS = {
+    0: [1, 2, 3],
+    1: list(range(7, 29)),
+    2: [96],
+    3: [5, 5, 5, 5, 9],
+    4: list(range(40, 57)),
+}
+NEW_TOKENS = 30
+
+# The verb evaluate, with a tokenizer of 256 bytes, BOS and EOS.
+CONTEXT = 64
+EVALUATED = {
+    "grouped": dataclasses.replace(
+        GROUPED,
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=44,
+        num_layers=2,
+        init_std=0.2,
+        max_seq_len=CONTEXT,
+    ),
+}
+EVALUATED["does not divide"] = dataclasses.replace(
+    EVALUATED["grouped"], hidden_size=36, num_kv_heads=4, tie_embeddings=True
+)
+ROWS = ((5, 33), (CONTEXT,))
+TEXT = "Call me Ishmael. Some years ago, never mind how long precisely — I went to sea.\n" * 3
+PROTOCOLS = {"sliding_window": (32, 13), "non_overlapping": (24, None)}  # length, stride
+
+# Logits of stored weights: GGUF, Meta's files, Hugging Face directories.
+PLAIN = dataclasses.replace(
+    GROUPED,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=2,
+    head_size=16,
+    rope_theta=12_345.0,
+    norm_eps=3e-5,
+    init_std=0.02,
+)
+STORED = {
+    "plain": PLAIN,
+    "even": dataclasses.replace(PLAIN, vocab_size=98),
+    "tied": dataclasses.replace(PLAIN, tie_embeddings=True),
+    "llama31": dataclasses.replace(
+        PLAIN, rope_theta=500_000.0, rope_scaling=LLAMA31, max_seq_len=131_072
+    ),
+    "llama32": dataclasses.replace(
+        PLAIN,
+        rope_theta=500_000.0,
+        rope_scaling=dataclasses.replace(LLAMA31, factor=32.0),
+        tie_embeddings=True,
+        max_seq_len=131_072,
+    ),
+    # Two whole directories of this one are stored as PyTorch and transformers write them.
+    "small": dataclasses.replace(
+        PLAIN,
+        vocab_size=34,
+        hidden_size=16,
+        intermediate_size=24,
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=4,
+        rope_theta=500_000.0,
+        rope_scaling=LLAMA31,
+        max_seq_len=131_072,
+    ),
+}
+
+
+class Draw:
+    """Random arrays from the bits of Philox, which stay the same with every version of NumPy."""
+
+    def __init__(self, seed: int) -> None:
+        self._bits = np.random.Philox(key=seed)
+
+    def integers(self, low: int, high: int, shape: tuple[int, ...] = ()) -> np.ndarray:
+        """Integers in low .. high - 1."""
+        raw = self._bits.random_raw(int(np.prod(shape, dtype=int)))
+        return (low + (raw % np.uint64(high - low)).astype(np.int64)).reshape(shape)
+
+    def uniform(self, shape: tuple[int, ...], *, mean: float, std: float) -> np.ndarray:
+        """Float32 values, uniform about the mean."""
+        raw = self._bits.random_raw(int(np.prod(shape)))
+        unit = (raw >> np.uint64(11)).astype(np.float64) / 2**53
+        return (mean + (unit - 0.5) * (std * 12**0.5)).astype(np.float32).reshape(shape)
+
+
+def random_config(seed: int) -> ModelConfig:
+    """Draw every size of an architecture, and whether it is tied and scaled."""
+    draw = Draw(400 + seed)
+    kv_heads = int(draw.integers(1, 4))
+    heads = kv_heads * int(draw.integers(1, 4))
+    return dataclasses.replace(
+        GROUPED,
+        vocab_size=int(draw.integers(50, 290)),
+        hidden_size=heads * int(draw.integers(3, 8)),  # transformers wants a multiple
+        intermediate_size=int(draw.integers(9, 70)),
+        num_layers=int(draw.integers(1, 4)),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_size=2 * int(draw.integers(1, 8)),
+        rope_theta=float(draw.integers(1_000, 1_000_000)),
+        rope_scaling=LLAMA3 if draw.integers(0, 2) else None,
+        tie_embeddings=bool(draw.integers(0, 2)),
+    )
+
+
+STORED |= {f"random {seed}": random_config(seed) for seed in range(6)}
+
+
+def shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a Hugging Face Llama by its name."""
+    V, D, F = c.vocab_size, c.hidden_size, c.intermediate_size
+    Q, K = c.num_heads * c.head_size, c.num_kv_heads * c.head_size
+    layer = {
+        "input_layernorm": (D,),
+        "self_attn.q_proj": (Q, D),
+        "self_attn.k_proj": (K, D),
+        "self_attn.v_proj": (K, D),
+        "self_attn.o_proj": (D, Q),
+        "post_attention_layernorm": (D,),
+        "mlp.gate_proj": (F, D),
+        "mlp.up_proj": (F, D),
+        "mlp.down_proj": (D, F),
+    }
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
+    for i in range(c.num_layers):
+        found |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    found["model.norm.weight"] = (D,)
+    return found if c.tie_embeddings else found | {"lm_head.weight": (V, D)}
+
+
+def weights(c: ModelConfig, *, std: float = 0.1) -> dict[str, np.ndarray]:
+    """Weights under Hugging Face's names; the scales of norms are about one."""
+    draw = Draw(0)
+    return {
+        name: draw.uniform(shape, mean=float(len(shape) == 1), std=std)
+        for name, shape in shapes(c).items()
+    }
+
+
+def tokens(c: ModelConfig, shape: tuple[int, ...] = (2, 13)) -> np.ndarray:
+    """Random token ids."""
+    return Draw(1).integers(0, c.vocab_size, shape)
+
+
+def hugging_face_config(c: ModelConfig) -> dict[str, Any]:
+    """The architecture in the keys of transformers' LlamaConfig."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_theta}
+    if s := c.rope_scaling:
+        rope |= {"rope_type": "llama3", "factor": s.factor}
+        rope |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
+        rope |= {"original_max_position_embeddings": s.original_max_seq_len}
+    return {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_size,
+        "rope_parameters": rope,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tie_embeddings,
+        "initializer_range": c.init_std,
+        "max_position_embeddings": c.max_seq_len,
+    }
+
+
+def save_hugging_face(folder: Path, c: ModelConfig, arrays: dict[str, np.ndarray]) -> Path:
+    """Write a Hugging Face directory with the library safetensors."""
+    folder.mkdir(exist_ok=True)
+    config = hugging_face_config(c) | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+    return folder
