@@ -8,8 +8,10 @@ for chatml the template that SmolLM2-Instruct is published with, without its def
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from llamajax.data.tokenizer_facts import add_stop_ids
 from llamajax.data.tokenizers import Tokenizer
 from llamajax.errors import UserError, combine
 
@@ -40,9 +42,10 @@ class Message(NamedTuple):
 
 class _Template(NamedTuple):
     pieces: Callable[[Tokenizer, Sequence[Message]], Iterator[Piece]]
-    header: Callable[[Tokenizer], list[int]]  # of an answer that is still to be written
+    header: Callable[[Tokenizer], list[int]] = lambda _: []  # of an answer still to be written
     control: tuple[str, ...] = ()  # the tokens it needs by name
     stop: tuple[str, ...] = ()  # those that end an answer, besides EOS
+    jinja: str = ""  # the same as Hugging Face writes it
 
 
 def _plain(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece]:
@@ -100,21 +103,32 @@ def _chatml_header(tokenizer: Tokenizer, role: str = "assistant") -> list[int]:
     return [tokenizer.control_ids["<|im_start|>"], *tokenizer.encode_continuation(f"{role}\n")]
 
 
-def _no_header(_: Tokenizer) -> list[int]:
-    return []
-
-
 _TEMPLATES = {
-    "none": _Template(_plain, _no_header),
-    "llama2": _Template(_llama2, _no_header),
+    "none": _Template(_plain),
+    "llama2": _Template(
+        _llama2,
+        jinja="{% for m in messages %}{% if m.role == 'user' %}{% set first = messages[0] %}"
+        "{{ bos_token + '[INST] ' + (('<<SYS>>\\n' + first.content + '\\n<</SYS>>\\n\\n' if"
+        " loop.index == 2 and first.role == 'system' else '') + m.content) | trim + ' [/INST]' }}"
+        "{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}"
+        "{% endfor %}",
+    ),
     "llama3": _Template(
         _llama3,
         _llama3_header,
         control=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         stop=("<|eot_id|>",),
+        jinja="<|begin_of_text|>{% for m in messages %}{{ '<|start_header_id|>' + m.role +"
+        " '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}{{"
+        " '<|start_header_id|>assistant<|end_header_id|>\\n\\n' if add_generation_prompt }}",
     ),
     "chatml": _Template(
-        _chatml, _chatml_header, control=("<|im_start|>", "<|im_end|>"), stop=("<|im_end|>",)
+        _chatml,
+        _chatml_header,
+        control=("<|im_start|>", "<|im_end|>"),
+        stop=("<|im_end|>",),
+        jinja="{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content +"
+        " '<|im_end|>\\n' }}{% endfor %}{{ '<|im_start|>assistant\\n' if add_generation_prompt }}",
     ),
 }
 assert tuple(_TEMPLATES) == CHAT_TEMPLATES
@@ -176,6 +190,13 @@ def stop_ids(tokenizer: Tokenizer, template: str) -> list[int]:
     check_template(template, tokenizer)
     ends = [tokenizer.control_ids[name] for name in _TEMPLATES[template].stop]
     return list(dict.fromkeys([*ends, tokenizer.eos_id]))
+
+
+def write_template(directory: Path, tokenizer: Tokenizer, template: str) -> None:
+    """Write a template, and the tokens that end an answer, beside the tokenizer."""
+    if template != "none":
+        (directory / "chat_template.jinja").write_text(_TEMPLATES[template].jinja, "utf-8")
+        add_stop_ids(directory, [*tokenizer.stop_ids, *stop_ids(tokenizer, template)])
 
 
 def parse_messages(

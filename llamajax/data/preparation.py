@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from llamajax.data import shards
-from llamajax.data.chat import check_template
+from llamajax.data.chat import check_template, write_template
 from llamajax.data.holdout import Holdout
 from llamajax.data.instructions import Example, InstructionCorpus
 from llamajax.data.sources import Corpus, find_files
@@ -212,6 +212,7 @@ def write_results(
     tokenizer = load_tokenizer(tokenizer_path)
     is_stored = Path(tokenizer_path) == directory / TRAINED
     stored = TRAINED if is_stored else tokenizer.save(directory)
+    write_template(directory, tokenizer, settings.chat_template)
     splits = _write_splits(results, directory, tokenizer, masked=masked)
     _check_splits(splits, settings)
     version = shards.MASKED_FORMAT_VERSION if masked else shards.FORMAT_VERSION

@@ -7,7 +7,7 @@ Hugging Face spreads these facts over `tokenizer_config.json`, `special_tokens_m
 import dataclasses
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
-# Tokens that chat templates place by id. No text encodes to them, whatever a file says.
-CHAT_CONTROL = (
-    "<|im_start|>", "<|im_end|>",
+_PAD_NAMES = ("[PAD]", "<pad>", "<PAD>", "<|pad|>")
+# Padding, and tokens that chat templates place by id. No text encodes to them.
+ALWAYS_CONTROL = (
+    "<|im_start|>", "<|im_end|>", *_PAD_NAMES,
     "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
 )  # fmt: skip
 _ENDS = ("bos_token", "eos_token")
@@ -143,6 +144,15 @@ def find_ends(
     return bos, eos, ()
 
 
+def num_used(vocab: Mapping[str, int]) -> int:
+    """Number of ids without padding at the end, which models often have no row for."""
+    names = {i: name for name, i in vocab.items()}
+    size = max(names) + 1
+    while names.get(size - 1) in _PAD_NAMES:
+        size -= 1
+    return size
+
+
 def carry_companions(file: Path, directory: Path) -> None:
     """Copy what stands beside a tokenizer's file and belongs to it.
 
@@ -168,6 +178,13 @@ def write_model_ids(
     new = {k: v for k, v in ids.items() if v is not None and given.get(k) is None}
     if new:
         file.write_text(json.dumps(given | new, indent=2) + "\n", "utf-8")
+
+
+def add_stop_ids(directory: Path, ids: Sequence[int]) -> None:
+    """Have generation_config.json name these EOS ids, whatever else it states."""
+    file = directory / "generation_config.json"
+    given = _read(file) | {"eos_token_id": list(dict.fromkeys(ids))}
+    file.write_text(json.dumps(given, indent=2) + "\n", "utf-8")
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from llamajax.data.tokenizer_base import Tokenizer, fingerprint_of
 from llamajax.data.tokenizer_facts import (
-    CHAT_CONTROL,
+    ALWAYS_CONTROL,
     find_ends,
+    num_used,
     read_facts,
 )
 from llamajax.data.tokenizer_json import ends_of_template, without_control
@@ -83,8 +84,8 @@ class SentencePieceTokenizer(Tokenizer):
         size = self._model.vocab_size()
         pieces = {self._model.id_to_piece(i): i for i in range(size)}
         added = {name: i for name, (i, _) in self.facts.added.items() if i >= size}
-        self.vocab_size = size + len(added)
-        if sorted(added.values()) != list(range(size, self.vocab_size)):
+        self.vocab_size = num_used(pieces | added)
+        if sorted(added.values()) != list(range(size, size + len(added))):
             raise UserError(
                 f"{path}: the added tokens beside it have the ids {sorted(added.values())}, and "
                 f"not those that follow the {size} pieces: they belong to another model"
@@ -100,11 +101,13 @@ class SentencePieceTokenizer(Tokenizer):
         self.control_ids |= {
             name: i
             for name, i in added.items()
-            if facts.added[name][1] or name in CHAT_CONTROL or i in (self.bos_id, self.eos_id)
+            if facts.added[name][1] or name in ALWAYS_CONTROL or i in (self.bos_id, self.eos_id)
         }
         self._added = {name: i for name, i in added.items() if name not in self.control_ids}
         self._added_names = {i: name for name, i in self._added.items()}
-        self._splitter = re.compile("|".join(map(re.escape, sorted(self._added, reverse=True))))
+        self._splitter = re.compile(
+            f"({'|'.join(map(re.escape, sorted(self._added, reverse=True)))})"
+        )
         self.fingerprint = fingerprint_of(
             self.kind, content, self.bos_id, self.eos_id, *([self._added] if self._added else [])
         )
@@ -137,18 +140,15 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         if not self._added:
             return self._encode_pieces(text)
-        ids, start = [], 0
-        for match in self._splitter.finditer(text):
-            ids += self._encode_part(text[start : match.start()], start)
-            ids.append(self._added[match[0]])
-            start = match.end()
-        return ids + self._encode_part(text[start:], start)
-
-    def _encode_part(self, text: str, start: int) -> list[int]:
-        """Tokens of what follows an added token, or of the start of a text."""
-        if not text or not start or not self._after_newline:
-            return self._encode_pieces(text)
-        return self._encode_pieces("\n" + text)[self._after_newline :]
+        ids: list[int] = []
+        for part in self._splitter.split(text):
+            if part in self._added:
+                ids.append(self._added[part])
+            elif ids and part and self._after_newline:  # no space goes before what follows a token
+                ids += self._encode_pieces("\n" + part)[self._after_newline :]
+            else:
+                ids += self._encode_pieces(part)
+        return ids
 
     def _encode_pieces(self, text: str) -> list[int]:
         if self._line_start is None or len(text) < 2000:
@@ -271,7 +271,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 [tokenizers.AddedToken(n, special=s, normalized=False) for _, n, s in more]
             )
             spec, vocab = json.loads(full.to_str()), full.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocab.values()) + 1
+        self.vocab_size = num_used(vocab)
         listed = spec.get("added_tokens") or []
         ends = ends_of_template(spec.get("post_processor"))
         self.bos_id, self.eos_id, self.warnings = find_ends(
@@ -285,7 +285,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.control_ids = {
             t["content"]: t["id"]
             for t in listed
-            if t["special"] or t["content"] in {*CHAT_CONTROL, *of_ends}
+            if t["special"] or t["content"] in {*ALWAYS_CONTROL, *of_ends}
         }
         self._control = {*self.control_ids.values(), self.bos_id, self.eos_id}
         names = of_ends | set(self.control_ids)

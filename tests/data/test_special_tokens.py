@@ -3,6 +3,7 @@
 Expected values: transformers 5.24.0 with tokenizers 0.23.3 on the same files, 2026-11-29.
 """
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from llamajax import prepare
 from llamajax.data import load_tokenizer
+from llamajax.data.chat import encode_chat
 from llamajax.errors import UserError
 
 SPECIALS = ["<|a|>", "<|b|>", "</s>", "<|endoftext|>", "<|im_end|>"]  # ids 258 to 262
@@ -162,6 +165,67 @@ def test_chatml_on_llama_2(form, assets, tmp_path):
     exported = load_tokenizer(export)
     assert (exported.bos_id, exported.eos_id, exported.vocab_size) == (1, 32000, 32004)
     assert exported.control_ids["<|im_start|>"] == 32001
+
+
+def test_padding_beyond_the_model_counts_for_nothing(assets, tmp_path):
+    """Llama 2 is published with `<pad>` as token 32000, and 32000 rows of the embedding."""
+    shutil.copyfile(assets / "tokenizers" / "llama2.model", tmp_path / "tokenizer.model")
+    write(tmp_path, added_tokens={"<pad>": 32000})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 32000
+    assert max(tokenizer.encode("a <pad> b")) < 32000
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "  Hi there\n"},
+    {"role": "assistant", "content": " Hello! "},
+    {"role": "user", "content": "2+2?"},
+]
+# Of transformers' apply_chat_template(CHAT, add_generation_prompt=True) with the template that we
+# write (of this sha256): the ids.
+IDS = {
+    "llama2": ("7c250c75082e0106", [
+        1, 518, 25580, 29962, 3532, 14816, 29903, 6778, 13, 3629, 11473, 29889, 13, 29966, 829,
+        14816, 29903, 6778, 13, 13, 29871, 6324, 727, 518, 29914, 25580, 29962, 15043, 29991,
+        29871, 2, 1, 518, 25580, 29962, 29871, 29906, 29974, 29906, 29973, 518, 29914, 25580,
+        29962,
+    ], (2,)),
+    "llama3": ("54112a6f3c2906f6", [
+        128000, 128006, 9125, 128007, 271, 3513, 10015, 13, 128009, 128006, 882, 128007, 271,
+        13347, 1070, 128009, 128006, 78191, 128007, 271, 9906, 0, 128009, 128006, 882, 128007,
+        271, 17, 10, 17, 30, 128009, 128006, 78191, 128007, 271,
+    ], (128001, 128009)),
+    "chatml": ("f0ccc12278f1261f", [
+        261, 82, 88, 82, 83, 68, 76, 198, 33, 68, 220, 65, 81, 72, 68, 69, 13, 260, 198, 261,
+        84, 82, 68, 81, 198, 220, 220, 39, 72, 220, 83, 71, 68, 81, 68, 198, 260, 198, 261, 64,
+        82, 82, 72, 82, 83, 64, 77, 83, 198, 220, 39, 68, 75, 75, 78, 0, 220, 260, 198, 261, 84,
+        82, 68, 81, 198, 17, 10, 17, 30, 260, 198, 261, 64, 82, 82, 72, 82, 83, 64, 77, 83, 198,
+    ], (258, 260)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("template", IDS)
+def test_a_template_that_was_trained_on_is_exported(template, assets, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    byte_level([*SPECIALS[2:], "<|im_start|>"]).save(str(base / "tokenizer.json"))
+    write(base, tokenizer_config=generic(bos_token=None, eos_token="</s>"))
+    path = base if template == "chatml" else assets / "tokenizers" / f"{template}.model"
+    lines = [{"messages": [*CHAT, {"role": "assistant", "content": "4"}]}] * 30
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    args = [f"--input={tmp_path / 'chat.jsonl'}", "--format=instructions", "--workers=1"]
+    args += [f"--tokenizer={path}", f"--chat_template={template}", f"--output={tmp_path / 'out'}"]
+    assert prepare.main(args) == 0
+    export = tmp_path / "export"
+    export.mkdir()
+    load_tokenizer(tmp_path / "out").export(export)
+    text = (export / "chat_template.jinja").read_bytes()
+    tokenizer = load_tokenizer(export)
+    digest, ids, stop_ids = IDS[template]
+    assert encode_chat(tokenizer, template, CHAT) == ids
+    assert hashlib.sha256(text).hexdigest()[:16] == digest
+    assert tokenizer.stop_ids == stop_ids
 
 
 @pytest.mark.parametrize(
