@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -85,9 +85,9 @@ class Checkpointer:
     keep_every: checkpoints whose step is a multiple of this are kept as well. asynchronous: whether
     `save` returns before the files are written. check_owner: asked by process 0 before each save;
     raises OSError where the directory is another run's by now. on_complete: called by process 0,
-    in a thread, with the step of each checkpoint that is complete. Removes at once what a killed
-    save left behind, so only the run itself may make one; to read checkpoints use
-    `open_checkpoint`.
+    in a thread, with the step of each checkpoint that is complete. when_accepted: makes a change to
+    the directory, perhaps later. Removes what a killed save left behind, so only the run itself may
+    make one; to read checkpoints use `open_checkpoint`.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ class Checkpointer:
         asynchronous: bool,
         check_owner: Callable[[], None] = lambda: None,
         on_complete: Callable[[int], None] = lambda step: None,
+        when_accepted: Callable[[Callable[[], None]], None] = lambda change: change(),
     ):
         if keep < 1:
             raise UserError(f"checkpoint.keep is {keep}; at least 1 checkpoint must be kept")
@@ -111,6 +112,7 @@ class Checkpointer:
         self._asynchronous = asynchronous
         self._check_owner = check_owner
         self._on_complete = on_complete
+        self._when_accepted = when_accepted
         self._is_primary = jax.process_index() == 0
         self._orbax: OrbaxWriter | None = None
         self._thread: threading.Thread | None = None
@@ -122,6 +124,9 @@ class Checkpointer:
         self._filter = _DropOrbaxRecords()
         for name in _NOISY:
             logging.getLogger(name).addFilter(self._filter)
+        when_accepted(self._remove_leftovers)
+
+    def _remove_leftovers(self) -> None:
         problem = None
         try:
             if self._is_primary:
@@ -158,10 +163,10 @@ class Checkpointer:
     def _steps(self) -> list[int]:
         return manifests.complete_steps(self.directory)
 
-    def newest_whole(self) -> tuple[Checkpoint | None, list[str]]:
+    def newest_whole(self, *, without: Collection[int] = ()) -> tuple[Checkpoint | None, list[str]]:
         """Where to continue and what to say loudly, past damaged ones; see `fallback`."""
         with reached(self.directory):
-            return newest_whole(self.directory)
+            return newest_whole(self.directory, without=without, when_accepted=self._when_accepted)
 
     def save(self, step: int, state: Any, *, meta: Mapping[str, Any], wait: bool = False) -> None:
         """Save `state` and `meta` together as the checkpoint of `step`.

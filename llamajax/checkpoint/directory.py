@@ -28,6 +28,17 @@ def check_target(target: Path, *, overwrite: bool, needed_bytes: int) -> None:
         )
 
 
+def undo_folders(folder: Path, undo: contextlib.ExitStack) -> None:
+    """Have `undo` remove `folder` and its parents if they do not exist now and are empty then."""
+    for path in reversed([f for f in (folder, *folder.parents) if not f.exists()]):
+        undo.callback(_remove_empty, path)
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 @contextlib.contextmanager
 def replaced(target: Path) -> Iterator[Path]:
     """An empty hidden directory to write into; renamed to `target` when all went well.

@@ -6,6 +6,7 @@ its own. Two runs that start at one moment from equal paths on two hosts are tol
 first saves only.
 """
 
+import contextlib
 import json
 import socket
 import uuid
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax
 
 from llamajax.checkpoint.agreement import raise_together
+from llamajax.checkpoint.directory import undo_folders
 from llamajax.checkpoint.room import reason
 from llamajax.checkpoint.storage import (
     Place,
@@ -45,20 +47,23 @@ def recorded(workdir: Path) -> Place:
         return checkpoints_of(workdir, None)  # no run of ours, or one before there was a choice
 
 
-def claim(directory: Place, workdir: Path) -> str | None:
+def claim(directory: Place, workdir: Path, undo: contextlib.ExitStack | None = None) -> str | None:
     """Make `directory` that of the run in `workdir`; what to say of it, if anything.
 
+    undo: given what undoes this, for a start that is refused later.
     Raises UserError on all processes where it is another run's, or where a process cannot use it.
     To be called by all, before anything is written or removed there.
     """
     if directory == checkpoints_of(workdir, None):
         return None
     words = problem = None
+    undo = undo or contextlib.ExitStack()
     try:
         if jax.process_index() == 0:
             if not is_remote(directory):
+                undo_folders(directory, undo)
                 directory.mkdir(parents=True, exist_ok=True)
-            words = _claimed(directory, workdir)
+            words = _claimed(directory, workdir, undo)
         else:
             names(directory)
     except UserError as error:
@@ -80,10 +85,13 @@ def check_owner(directory: Place, workdir: Path) -> None:
         raise OSError(0, f"{directory} was taken over by {_said(owner)}; stop one of the two")
 
 
-def _claimed(directory: Place, workdir: Path) -> str | None:
+def _claimed(directory: Place, workdir: Path, undo: contextlib.ExitStack) -> str | None:
+    if not (workdir / _RUN_ID).exists():
+        undo.callback((workdir / _RUN_ID).unlink, missing_ok=True)
     me = {"id": _run_id(workdir), "workdir": str(workdir.absolute()), "host": socket.gethostname()}
     text = json.dumps(me)
     if create(directory / OWNER, text):
+        undo.callback((directory / OWNER).unlink)
         return None
     owner = _read(directory)
     if owner is not None and owner.get("id") == me["id"]:
@@ -93,6 +101,7 @@ def _claimed(directory: Place, workdir: Path) -> str | None:
             f"checkpoint.directory = {directory} is of {_said(owner)}; name another directory, or "
             f"continue that run. If it is gone for good, delete {directory / OWNER}"
         )
+    undo.callback((directory / OWNER).write_text, json.dumps(owner))
     (directory / OWNER).write_text(text)
     return f"{directory} is taken over from {_said(owner)}: this --workdir is new"
 

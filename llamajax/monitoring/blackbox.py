@@ -12,7 +12,7 @@ import collections
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,19 +28,26 @@ _BOXES_KEPT = 32
 class BlackBox:
     """Keeps the rows of the last `steps` steps. Not primary: does nothing at all.
 
+    when_accepted: makes a change to the disk, perhaps later; rows may be added from then on.
     As a context manager it writes a box for an error that passes, and cleans up without one. A disk
     that fills up costs the box and one warning, never the run.
     """
 
-    def __init__(self, workdir: Path, *, steps: int, primary: bool):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        steps: int,
+        primary: bool,
+        when_accepted: Callable[[Callable[[], None]], None] = lambda change: change(),
+    ):
         self._directory = Path(workdir) / BLACKBOX
         self._rows: collections.deque[Mapping[str, Any]] = collections.deque(maxlen=steps)
-        self._primary, self._warned = primary, False
+        self._primary, self._warned, self._begun = primary, False, False
         self._descriptor: int | None = None
         self._lines = 0
         if primary:
-            with self._reporting():
-                self._keep_leftovers()
+            when_accepted(self._keep_leftovers)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Enter a step; `row` has `step` and flat JSON values."""
@@ -82,7 +89,7 @@ class BlackBox:
         if error is not None and self._rows:
             self.write("crash", step=self.newest_step, error=f"{kind.__name__}: {error}")
         self._close()
-        if self._primary:
+        if self._begun:
             with self._reporting():
                 for name in (_RECENT, _OLDER):
                     (self._directory / name).unlink(missing_ok=True)
@@ -104,14 +111,16 @@ class BlackBox:
 
     def _keep_leftovers(self) -> None:
         """Rows that a killed process left become a box of their own."""
-        files = [self._directory / name for name in (_OLDER, _RECENT)]
-        rows = [row for file in files if file.exists() for row in _rows(file)]
-        self._rows.extend(rows)
-        if self._rows:
-            self.write("killed", step=self.newest_step)
-            self._rows.clear()
-        for file in files:
-            file.unlink(missing_ok=True)
+        self._begun = True
+        with self._reporting():
+            files = [self._directory / name for name in (_OLDER, _RECENT)]
+            rows = [row for file in files if file.exists() for row in _rows(file)]
+            self._rows.extend(rows)
+            if self._rows:
+                self.write("killed", step=self.newest_step)
+                self._rows.clear()
+            for file in files:
+                file.unlink(missing_ok=True)
 
     def _prune(self) -> None:
         boxes = sorted(self._directory.glob("*_*.jsonl"), key=lambda file: file.stat().st_mtime)

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from llamajax.checkpoint.manifest import remove_checkpoint
 from llamajax.checkpoint.room import reached
 from llamajax.data.position import Segment
 from llamajax.errors import UserError
+from llamajax.training.agreement import decided_by_primary
 
 AUDIT = "audit.jsonl"
 
@@ -59,16 +61,30 @@ class Audit:
                 f"cannot write {self._file}: {error.strerror}; without it no rollback can be made"
             ) from None
 
-    def remove_superseded(self, checkpointer: Checkpointer) -> int:
-        """Remove checkpoints that a rollback went back before; how many. For process 0."""
-        if not self.rollbacks:
-            return 0
-        with reached(checkpointer.directory):
-            later = [s for s in checkpointer.steps() if s > self.rollbacks[-1].to_step]
-            doomed = [s for s in later if self._is_superseded(checkpointer, s)]
-            for step in doomed:
-                remove_checkpoint(checkpointer.directory / str(step))
-        return len(doomed)
+    def superseded(
+        self, checkpointer: Checkpointer, when_accepted: Callable[[Callable[[], None]], None]
+    ) -> list[int]:
+        """Return, on process 0, the checkpoints that a rollback went back before.
+
+        when_accepted: removes them, perhaps later. To be called by all processes.
+        """
+        found: list[int] = []
+
+        def find() -> None:
+            if not self.rollbacks:
+                return
+            with reached(checkpointer.directory):
+                later = [s for s in checkpointer.steps() if s > self.rollbacks[-1].to_step]
+                found.extend(s for s in later if self._is_superseded(checkpointer, s))
+
+        def remove() -> None:
+            with reached(checkpointer.directory):
+                for step in found:
+                    remove_checkpoint(checkpointer.directory / str(step))
+
+        decided_by_primary(find)
+        when_accepted(lambda: decided_by_primary(remove))
+        return found
 
     def _is_superseded(self, checkpointer: Checkpointer, step: int) -> bool:
         try:

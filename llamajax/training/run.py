@@ -14,13 +14,13 @@ from typing import Any
 from llamajax import data
 from llamajax.backends import report_checkpoint
 from llamajax.checkpoint import Checkpoint, Checkpointer, CheckpointError, named_leaves
-from llamajax.checkpoint.owner import check_owner, checkpoints_of, claim
-from llamajax.checkpoint.storage import Place, check_usable, is_remote
+from llamajax.checkpoint.storage import is_remote
 from llamajax.checkpoint.weights import Weights
 from llamajax.config import RunConfig, to_json_dict
 from llamajax.errors import ExitCode, UserError
 from llamajax.monitoring import MetricsWriter, Progress, StepTimer, load_metrics, write_run_facts
 from llamajax.monitoring.blackbox import BLACKBOX, BlackBox
+from llamajax.training.acceptance import Acceptance
 from llamajax.training.agreement import decided_by_primary
 from llamajax.training.audit import Audit
 from llamajax.training.canary import Canary, canary_of
@@ -49,6 +49,7 @@ from llamajax.training.step import eval_step
 from llamajax.training.workdir import (
     check_shared,
     keep_tokenizer,
+    open_checkpoints,
     opened,
     say,
     write_config,
@@ -57,38 +58,37 @@ from llamajax.training.workdir import (
 
 def train(config: RunConfig, *, workdir: Path, shutdown: Shutdown) -> int:
     """Run to the end or to a signal; the exit code. Continues from the newest checkpoint."""
+    acceptance = Acceptance(workdir)
     with LeavingAtOnce():
         session = prepare(config)
     if session.machine.num_processes > 1:
         shutdown.take_back()
-    checkpoints = checkpoints_of(workdir, config.checkpoint.directory)
-    check_usable(checkpoints)
     with LeavingAtOnce(), contextlib.ExitStack() as stack:
-        stack.enter_context(opened(workdir, process_id=session.machine.process_id))
+        undo, when_accepted = acceptance.undo, acceptance.when_accepted
+        stack.enter_context(opened(workdir, process_id=session.machine.process_id, undo=undo))
         check_shared(workdir, key="--workdir")
-        if words := claim(checkpoints, workdir):
-            say(words, primary=session.machine.is_primary)
-        if not is_remote(checkpoints) and workdir.absolute() not in checkpoints.parents:
-            check_shared(checkpoints, key="checkpoint.directory")
-        checkpointer = stack.enter_context(_checkpointer(session, workdir, checkpoints))
+        checkpointer = stack.enter_context(open_checkpoints(session, workdir, acceptance))
         stack.enter_context(LeavingAtOnce())  # before the checkpointer waits for the others
+        stack.callback(undo.close)  # before this process leaves
         shutdown.name_previous(lambda: previous(checkpointer))
         audit = Audit(workdir, primary=session.machine.is_primary)
-        start = _where_to_start(session, checkpointer, audit, workdir)
-        if session.machine.is_primary:
-            report_checkpoint(start.step)
-            write_config(workdir, config)
-            keep_tokenizer(workdir, config, start.tokenizer)
-        greet(session, start.step)
         steps, primary = config.guard.blackbox_steps, session.machine.is_primary
+        box = BlackBox(workdir, steps=steps, primary=primary, when_accepted=when_accepted)
         run = _Run(
             session=session,
             checkpointer=checkpointer,
             workdir=workdir,
             shutdown=shutdown,
             audit=audit,
-            box=stack.enter_context(BlackBox(workdir, steps=steps, primary=primary)),
+            box=stack.enter_context(box),
+            acceptance=acceptance,
         )
+        start = _where_to_start(run)
+        if primary:
+            report_checkpoint(start.step)
+            when_accepted(lambda: write_config(workdir, config))
+            when_accepted(lambda: keep_tokenizer(workdir, config, start.tokenizer))
+        greet(session, start.step)
         loop, code = _trained(run, start)
         if code == 0 and config.lora.rank:
             write_adapters(config, start.base, workdir)
@@ -107,6 +107,7 @@ class _Run:
     shutdown: Shutdown
     audit: Audit
     box: BlackBox
+    acceptance: Acceptance
 
 
 def _trained(run: _Run, start: "_Start") -> tuple[Loop, int]:
@@ -143,7 +144,7 @@ def _trained(run: _Run, start: "_Start") -> tuple[Loop, int]:
             )
             return loop, error.exit_code
         say(told, primary=primary)
-        start = _where_to_start(run.session, run.checkpointer, run.audit, run.workdir)
+        start = _where_to_start(run)
 
 
 def _run(loop: Loop, state: TrainState, start: int, workdir: Path) -> int:
@@ -169,19 +170,6 @@ def _is_evaluated(workdir: Path, step: int) -> bool:
     return any(row["step"] == step and "eval_loss" in row for row in load_metrics(workdir))
 
 
-def _checkpointer(session: Session, workdir: Path, directory: Place) -> Checkpointer:
-    c = session.config.checkpoint
-    mine = functools.partial(check_owner, directory, workdir)
-    return Checkpointer(
-        directory,
-        keep=c.keep,
-        keep_every=c.keep_every,
-        asynchronous=c.asynchronous and session.machine.saves_asynchronously,
-        check_owner=mine if c.directory is not None else lambda: None,
-        on_complete=report_checkpoint,
-    )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Start:
     """Where a run takes up.
@@ -204,18 +192,18 @@ class _Start:
         return 0 if self.checkpoint is None else self.checkpoint.step
 
 
-def _where_to_start(
-    session: Session, checkpointer: Checkpointer, audit: Audit, workdir: Path
-) -> _Start:
+def _where_to_start(run: _Run) -> _Start:
     """Says what changed since the newest whole checkpoint. UserError where weights do not fit."""
+    session, checkpointer, audit, workdir = run.session, run.checkpointer, run.audit, run.workdir
     config, mixture = session.config, session.mixture
     now = {
         "batch_size": config.data.global_batch_size,
         "seq_len": config.data.seq_len,
         "mixture_hash": mixture.hash,
     }
-    decided_by_primary(lambda: audit.remove_superseded(checkpointer))
-    checkpoint, words = checkpointer.newest_whole()
+    checkpoint, words = checkpointer.newest_whole(
+        without=audit.superseded(checkpointer, run.acceptance.when_accepted)
+    )
     for line in words:
         say(line, primary=session.machine.is_primary)
     meta = None if checkpoint is None else checkpoint.meta
@@ -269,6 +257,7 @@ def _build(
         state = starting_state(session, start.checkpoint, start.origin)
     with timer.pause("compile"):
         steps = compiled or _compiled(session, feed, state)
+    run.acceptance.accept()  # nothing can refuse the run any more
     if compiled is None:
         say(f"ready    compiled in {timer.breakdown()['compile_s']:.1f} s", primary=primary)
         say_of_donation(session, steps[0])

@@ -2,24 +2,31 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from llamajax import data, errors
+from llamajax.backends import report_checkpoint
+from llamajax.checkpoint import Checkpointer
 from llamajax.checkpoint.agreement import agree
 from llamajax.checkpoint.directory import replaced
+from llamajax.checkpoint.owner import check_owner, checkpoints_of, claim
+from llamajax.checkpoint.storage import check_usable, is_remote
 from llamajax.checkpoint.weights import TOKENIZER
 from llamajax.config import RunConfig, to_json_dict
 from llamajax.errors import UserError
+from llamajax.training.acceptance import Acceptance
+from llamajax.training.session import Session
 
 # Network file systems show a new file to other hosts only after their caches' time.
 _SHARED_WITHIN_S = 30
@@ -32,26 +39,44 @@ def say(text: str, *, primary: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def opened(workdir: Path, *, process_id: int) -> Iterator[Path]:
+def opened(workdir: Path, *, process_id: int, undo: contextlib.ExitStack) -> Iterator[Path]:
     """`workdir`, made if needed and locked against a second run in it.
 
-    The lock is the kernel's: it ends with the process, however that dies.
+    The lock is the kernel's: it ends with the process, however that dies. undo: given what removes
+    its file, if that is new; closed before the lock is released.
     """
+    file = workdir / f".lock_{process_id}"
+    is_new = not file.exists()
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / f".lock_{process_id}").open("w")
+        lock = _locked(file)
     except OSError as error:
         raise UserError(
             f"--workdir={workdir}: {error.strerror}; choose a directory that can be written"
         ) from None
-    with file:
+    with lock:
+        if is_new:
+            undo.callback(file.unlink, missing_ok=True)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield workdir
+        finally:
+            undo.close()
+
+
+def _locked(file: Path) -> IO[str]:
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            lock.close()
             raise UserError(
-                f"--workdir={workdir}: another run is using it; stop that one or choose another"
+                f"--workdir={file.parent}: another run is using it; stop that one or choose another"
             ) from None
-        yield workdir
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), file.stat()):
+                return lock
+        lock.close()  # a start that was refused has removed this file: lock the new one
 
 
 def check_shared(directory: Path, *, key: str) -> None:
@@ -80,6 +105,27 @@ def check_shared(directory: Path, *, key: str) -> None:
         file.unlink(missing_ok=True)
     if problem:
         raise UserError(problem)
+
+
+def open_checkpoints(session: Session, workdir: Path, acceptance: Acceptance) -> Checkpointer:
+    """Claim the directory of the run's checkpoints and open it. To be called by all processes."""
+    c = session.config.checkpoint
+    directory = checkpoints_of(workdir, c.directory)
+    check_usable(directory)
+    if words := claim(directory, workdir, acceptance.undo):
+        say(words, primary=session.machine.is_primary)
+    if not is_remote(directory) and workdir.absolute() not in directory.parents:
+        check_shared(directory, key="checkpoint.directory")
+    mine = functools.partial(check_owner, directory, workdir)
+    return Checkpointer(
+        directory,
+        keep=c.keep,
+        keep_every=c.keep_every,
+        asynchronous=c.asynchronous and session.machine.saves_asynchronously,
+        check_owner=mine if c.directory is not None else lambda: None,
+        on_complete=report_checkpoint,
+        when_accepted=acceptance.when_accepted,
+    )
 
 
 def write_config(workdir: Path, config: RunConfig) -> None:

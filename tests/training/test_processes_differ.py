@@ -103,6 +103,7 @@ def outcomes(short_data, other_data, tmp_path_factory):
         "contents": ({}, other),
         "gone": ({}, empty),
         "detected": ({"optim.learning_rate": 0.002}, same),
+        "refused": ({}, same),
         "exempt": ({"data.num_threads": 1, "monitoring.progress": "lines"}, same),
     }
     commands = {}
@@ -113,6 +114,8 @@ def outcomes(short_data, other_data, tmp_path_factory):
             place["coordinator_address"] = f"127.0.0.1:{port}"
             keys = SMALL | {f"backend.{key}": value for key, value in place.items()}
             keys |= own_keys if rank else {}
+            if name == "refused":  # by both, once the workdir is open
+                keys |= {"train.init_from": str(empty / "nothing")}
             if name == "detected":
                 keys = {key: value for key, value in keys.items() if key[8:] not in place}
             argv = [f"--config={CONFIG}:data", f"--workdir={folder / name}"]
@@ -149,6 +152,7 @@ def outcomes(short_data, other_data, tmp_path_factory):
         ("path", ("in data.path: data in process 0", "other0/data in process 1")),
         ("contents", ("in the train data in data.path: ", " tokens with fingerprint ")),
         ("gone", ("process 1 on", "data.path: data: no such directory")),
+        ("refused", ("train.init_from = ", "there is no such file or directory")),
         ("detected", ("in optim.learning_rate: 0.003 in process 0 on", "; 0.002 in process 1 on")),
     ],
 )
