@@ -28,6 +28,13 @@ CASES = {
 }
 
 
+# Every axis is in one of these; the others are in the whole suite.
+FIRST = ("sequence-tensor", "stage-tensor", "stage-rounds", "fsdp-none")
+PARAMETERS = [
+    pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in CASES
+]
+
+
 @functools.cache
 def compiled(name):
     """(config, axis sizes, step, text, bytes of arguments) of a case on virtual CPU devices."""
@@ -49,7 +56,7 @@ def compiled(name):
     return config, dict(step.mesh.shape), step, found.as_text(), arguments
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_bytes_sent_along_every_axis_are_those_of_the_program(name):
     config, sizes, step, text, _ = compiled(name)
     real: dict[tuple[str, ...], float] = {}
@@ -63,7 +70,7 @@ def test_bytes_sent_along_every_axis_are_those_of_the_program(name):
         assert sent == pytest.approx(told[axes], rel=0.03), axes
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_state_is_what_the_program_takes(name):
     config, sizes, _, _, arguments = compiled(name)
     parts = sizes["data"] * sizes["fsdp"]
@@ -93,7 +100,7 @@ def product_flops(text):
     return total
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_products_are_those_of_the_program(name):
     """With the blocks that idle ticks of a pipeline run on nothing."""
     config, sizes, _, text, _ = compiled(name)

@@ -157,6 +157,7 @@ def test_a_run_that_was_stopped_in_a_stretch_of_skips_is_the_same_run(skipping, 
     assert same(rows(tmp_path), rows(skipping))
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_without_a_guard_goes_on_with_one_and_with_another_window(
     guarded, tmp_path
 ):
