@@ -1,15 +1,16 @@
 """`python -m llamajax.convert`: weights from one format to another, in little memory."""
 
 import contextlib
-import sys
+import functools
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from llamajax.config import Flag, parse_command_line
 from llamajax.config.schema import BackendConfig, MeshConfig
 from llamajax.errors import UserError, run_verb, say
+from llamajax.monitoring.progress import BytesProgress
 
 if TYPE_CHECKING:
     from llamajax.checkpoint.tensor_source import TensorSource
@@ -49,7 +50,6 @@ _FLAGS = (
     ),
     Flag(name="overwrite", annotation=bool, default=False, doc="replace --to if it exists"),
 )
-_LOG_EVERY_S = 10.0
 
 
 def main(argv: list[str]) -> int:
@@ -82,7 +82,7 @@ def _convert(flags: SimpleNamespace) -> None:
         say(f"warning: {weights.path} has no tokenizer: the weights are converted without one")
     source = _tensors(weights)
     _note_rounding(source, flags.dtype)
-    progress = _Progress()
+    progress = BytesProgress()
     with contextlib.closing(source), contextlib.closing(progress):
         warnings = write_hf(
             source,
@@ -92,7 +92,7 @@ def _convert(flags: SimpleNamespace) -> None:
             tokenizer=tokenizer,
             max_shard_bytes=flags.max_shard_bytes,
             overwrite=flags.overwrite,
-            progress=progress,
+            progress=functools.partial(progress, "weights"),
         )
     for line in warnings:
         say(f"warning: {line}")
@@ -130,35 +130,6 @@ def _note_rounding(source: "TensorSource", dtype: str) -> None:
     if rounded := sorted(stored - set(keeps_all_of.get(dtype, (dtype,)))):
         words = " and ".join(rounded)
         say(f"note: {words} weights are rounded to {dtype}; --dtype=float32 keeps every bit")
-
-
-class _Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._start = self._last = time.monotonic()
-        self._bar: Any = None
-
-    def __call__(self, done: int, total: int) -> None:
-        self.total = total
-        if sys.stderr.isatty():
-            if self._bar is None:
-                from tqdm import tqdm
-
-                self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="weights")
-            self._bar.update(done - self._bar.n)
-        elif time.monotonic() - self._last > _LOG_EVERY_S:
-            self._last = time.monotonic()
-            rate = done / (self._last - self._start)
-            say(
-                f"weights: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {rate / 1e6:,.0f} MB/s, "
-                f"{(total - done) / rate:,.0f} s left"
-            )
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 if __name__ == "__main__":

@@ -2,18 +2,16 @@
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any, NoReturn
-
-from tqdm import tqdm
 
 from llamajax.data import tasks
 from llamajax.data.beam import prepare_on_beam
 from llamajax.data.chat import CHAT_TEMPLATES
 from llamajax.data.preparation import FORMATS, Settings, prepare
-from llamajax.errors import UserError, run_verb, say
+from llamajax.errors import UserError, run_verb
+from llamajax.monitoring.progress import BytesProgress
 
 _EXAMPLE = """example:
   python -m llamajax.prepare --input=books/ --tokenizer=train:8192 --output=data/books
@@ -24,7 +22,6 @@ a line of instructions, of which only the completion or the assistant's answers 
   {"prompt": "...", "completion": "..."}
   {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
 """
-_LOG_EVERY_S = 10.0
 _HOW = ("num_tasks", "task_index", "merge", "runner", "beam_options")
 
 
@@ -106,38 +103,6 @@ def _add_array(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-class _Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere; one of each phase."""
-
-    def __init__(self) -> None:
-        self._phase = ""
-        self._bar: tqdm | None = None
-        self._start = self._last = 0.0
-
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        if phase != self._phase:
-            self.close()
-            self._phase, self._start = phase, time.monotonic()
-            self._last = self._start
-            if sys.stderr.isatty():
-                self._bar = tqdm(total=total, desc=phase, unit="B", unit_scale=True)
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
-        elif time.monotonic() - self._last > _LOG_EVERY_S:
-            self._last = time.monotonic()
-            rate = done / (self._last - self._start)
-            left = (total - done) / max(rate, 1.0)
-            say(
-                f"{phase}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s,"
-                f" {left:,.0f} s left"
-            )
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-
 def _summary(manifest: dict[str, Any], output: Path, seconds: float) -> str:
     tokenizer = manifest["tokenizer"]
     lines = [
@@ -171,7 +136,7 @@ def main(argv: list[str]) -> int:
     given = vars(_parser().parse_args(argv))
     how = {name: given.pop(name) for name in _HOW}
     settings = Settings(**(given | {"output": Path(given["output"])}))
-    progress, start = _Progress(), time.monotonic()
+    progress, start = BytesProgress(), time.monotonic()
     try:
         manifest = _carried_out(settings, progress, **how)
     finally:
@@ -185,7 +150,7 @@ def main(argv: list[str]) -> int:
 
 def _carried_out(
     settings: Settings,
-    progress: _Progress,
+    progress: BytesProgress,
     *,
     num_tasks: int | None,
     task_index: int | None,

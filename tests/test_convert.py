@@ -255,10 +255,10 @@ def test_an_interrupted_conversion_leaves_what_was_there(source, tmp_path):
     script = (
         "import os, signal, sys\n"
         "from llamajax import convert\n"
-        "class Stop(convert._Progress):\n"
-        "    def __call__(self, done, total):\n"
+        "class Stop(convert.BytesProgress):\n"
+        "    def __call__(self, phase, done, total):\n"
         "        if done > total / 2: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "convert._Progress = Stop\n"
+        "convert.BytesProgress = Stop\n"
         "convert.run_verb(convert.main)\n"
     )
     flags = [f"--from={source}", f"--to={target}", "--overwrite"]

@@ -161,3 +161,8 @@ def test_a_mistake_on_the_shell_is_one_message_and_exit_code_2(workdir):
     assert (done.returncode, done.stdout) == (2, "")
     assert "--prompt_ids=x: expected ints" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_sampling_flags_without_a_temperature_are_a_warning(workdir, capsys):
+    generate.main([f"--checkpoint={workdir}", "--prompt=x", "--top_k=3", "--max_new_tokens=1"])
+    assert "--top_k and --top_p have no effect at --temperature=0" in capsys.readouterr().err

@@ -74,6 +74,9 @@ class Session:
 def open_session(request: Request) -> Session:
     """Everything up to the first token. UserError for what a user can mend."""
     check(request)
+    sampling = request.sampling
+    if sampling.temperature == 0 and (sampling.top_k, sampling.top_p) != (None, None):
+        say("warning: --top_k and --top_p have no effect at --temperature=0; set one above 0")
     weights = open_weights(request.checkpoint)
     tokenizer = load_recorded(weights.tokenizer, weights.tokenizer_record, of=weights.path)
     _check_vocabulary(weights, tokenizer)

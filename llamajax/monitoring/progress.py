@@ -10,9 +10,10 @@ from typing import Any, Literal, TextIO
 
 from tqdm import tqdm
 
-from llamajax.errors import Output
+from llamajax.errors import Output, say
 
 _LINE_EVERY_S = 1.0
+_BYTES_LINE_EVERY_S = 10.0
 # Weight of the newest interval in the estimate of the time left.
 _SMOOTHING = 0.1
 
@@ -149,3 +150,37 @@ class Progress:
             self._seconds_a_step += _SMOOTHING * (newest - self._seconds_a_step)
         self._step, self._at_s = step, now
         return format_duration(self._seconds_a_step * max(0, self._total - step))
+
+
+class BytesProgress:
+    """A bar on a terminal, a line every ten seconds elsewhere; one of each phase."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._phase = ""
+        self._bar: tqdm | None = None
+        self._start = self._last = 0.0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        self.total = total
+        if phase != self._phase:
+            self.close()
+            self._phase, self._start = phase, time.monotonic()
+            self._last = self._start
+            if sys.stderr.isatty():
+                self._bar = tqdm(total=total, desc=phase, unit="B", unit_scale=True)
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+        elif time.monotonic() - self._last > _BYTES_LINE_EVERY_S:
+            self._last = time.monotonic()
+            rate = done / (self._last - self._start)
+            left = (total - done) / max(rate, 1.0)
+            say(
+                f"{phase}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s,"
+                f" {left:,.0f} s left"
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -18,6 +18,8 @@ from llamajax.training.loop import Loop
 from llamajax.training.session import Session
 from llamajax.training.workdir import say
 
+_MANY_PASSES = 100  # over the same text
+
 
 def greet(session: Session, start: int) -> None:
     """Say once what runs where, and from which step."""
@@ -26,6 +28,8 @@ def greet(session: Session, start: int) -> None:
     peak = backends.peak_flops(m.device_kind, c.train.dtype)
     if session.held_out is None:
         say("warning: the data has no validation split: no evaluation", primary=m.is_primary)
+    for line in data_warnings(session):
+        say(f"warning: {line}", primary=m.is_primary)
     trained = f", {format_count(num_trained(c))} trained" if c.lora.rank else ""
     for line in (
         f"model    {c.model.name or 'custom'}, {format_count(num_parameters(c.model))} parameters"
@@ -45,6 +49,26 @@ def greet(session: Session, start: int) -> None:
         else f"steps    {c.train.steps}, from {c.train.init_from or 'the beginning'}",
     ):
         say(line, primary=m.is_primary)
+
+
+def data_warnings(session: Session) -> list[str]:
+    """Return what is odd about this data for this run."""
+    c, mixture, warnings = session.config, session.mixture, []
+    passes = c.train.steps * c.data.global_batch_size * c.data.seq_len / mixture.num_tokens
+    if passes >= _MANY_PASSES:
+        text = format_count(mixture.num_tokens)
+        warnings.append(f"train.steps reads the {text} tokens of data.path {passes:,.0f} times")
+    known = mixture.manifests[0]["tokenizer"]["vocab_size"]
+    if c.model.vocab_size > 4 * known:
+        warnings.append(
+            f"model.vocab_size = {c.model.vocab_size:,}, but the tokenizer of data.path has only "
+            f"{known:,} tokens: most of the embedding is never used"
+        )
+    used = session.held_out.sources if session.held_out else mixture.sources
+    if left := {s.path for s in mixture.sources} - {s.path for s in used}:
+        names = ", ".join(sorted(map(str, left)))
+        warnings.append(f"evaluation leaves out {names}: prepared without a validation split")
+    return warnings
 
 
 def lost_features(session: Session) -> dict[str, str]:
