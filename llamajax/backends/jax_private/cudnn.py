@@ -14,6 +14,7 @@ Checked by lowering for CUDA and reading the program; not yet run on a GPU.
 """
 
 import inspect
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,8 @@ _EXPECTED = {
     "fwd": [*_OPERANDS, *_PARAMETERS, "is_training"],
     "bwd": [*_OPERANDS, *_RESIDUALS, *_PARAMETERS],
 }
+_NAMES = ("_dot_product_attention_fwd_p.bind", "_dot_product_attention_bwd_p.bind",
+          "MaskType.CAUSAL", "MaskType.PADDING_CAUSAL", "AttentionLayout.BTNH.value")  # fmt: skip
 
 
 class Documents(NamedTuple):
@@ -48,56 +51,42 @@ class Documents(NamedTuple):
     kv_offsets: jax.Array
 
 
+def _module() -> Any:
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    return fused_attention_stablehlo
+
+
+def _parameters(module: Any, direction: str) -> list[str]:
+    """Return what a CUDA lowering rule takes, its context and `*score_mod_args` left out."""
+    rule = getattr(module, f"_dot_product_attention_{direction}_cuda_lowering")
+    taken = inspect.signature(rule).parameters.values()
+    return [p.name for p in taken if p.kind is not p.VAR_POSITIONAL][1:]
+
+
+def _difference() -> str | None:
+    """Return the first thing in JAX's private module that is not as expected; None if all is."""
+    try:
+        module = _module()
+        operator.attrgetter(*_NAMES)(module)
+        for direction, expected in _EXPECTED.items():
+            taken = [name for name in _parameters(module, direction) if name not in _OPTIONAL]
+            if taken != expected:
+                changed = sorted(set(taken) ^ set(expected)) or ["their order"]
+                return f"parameters of {direction}: {', '.join(changed)}"
+    except (ImportError, AttributeError) as error:
+        return str(error)
+    return None
+
+
 def problem() -> str | None:
     """Return why this release of JAX cannot do cuDNN attention over documents; None if it can."""
-    found = _parts()
-    return _refusal(found) if isinstance(found, str) else None
-
-
-def _refusal(difference: str) -> str:
-    return (
+    difference = _difference()
+    return difference and (
         f"cudnn attention over packed documents uses a private part of JAX, which in jax "
         f"{jax.__version__} is not as in the releases that were tested ({difference}); install "
         f"one of those ({', '.join(TESTED['jax'])}), or choose --config.train.attention=blocked"
     )
-
-
-class _Parts(NamedTuple):
-    """JAX's two primitives, and what goes into their parameters."""
-
-    forward: Any
-    backward: Any
-    causal: Any
-    padding_causal: Any
-    layout: Any
-    unused: dict[str, None]
-
-
-def _parts() -> _Parts | str:
-    """Return JAX's private parts, or the first thing about them that is not as expected."""
-    unused: dict[str, None] = {}
-    try:
-        from jax._src.cudnn import fused_attention_stablehlo as module
-
-        for direction, expected in _EXPECTED.items():
-            rule = getattr(module, f"_dot_product_attention_{direction}_cuda_lowering")
-            taken = inspect.signature(rule).parameters
-            names = [name for name, p in taken.items() if p.kind is not p.VAR_POSITIONAL]
-            unused |= {name: None for name in names if name in _OPTIONAL}
-            found = [name for name in names[1:] if name not in _OPTIONAL]  # names[0]: the context
-            if found != expected:
-                changed = sorted(set(found) ^ set(expected)) or ["their order"]
-                return f"parameters of {direction}: {', '.join(changed)}"
-        return _Parts(
-            forward=module._dot_product_attention_fwd_p,
-            backward=module._dot_product_attention_bwd_p,
-            causal=module.MaskType.CAUSAL,
-            padding_causal=module.MaskType.PADDING_CAUSAL,
-            layout=module.AttentionLayout.BTNH.value,
-            unused=unused,
-        )
-    except (ImportError, AttributeError) as error:
-        return str(error)
 
 
 def documents(segment_ids_BT: jax.Array, *, max_documents: int, q_stride: int, kv_stride: int):
@@ -127,9 +116,11 @@ def forward(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, docs: Documents | None
 ) -> tuple[jax.Array, jax.Array]:
     """Output (B, T, N, H) and float32 row statistics (B * M, N, T) of causal attention."""
-    parts, parameters = _bound(q_BTNH, docs)
+    module, parameters = _bound(q_BTNH, docs)
     operands = (q_BTNH, k_BSKH, v_BSKH, *_operands(q_BTNH, docs))
-    o, statistics = parts.forward.bind(*operands, is_training=True, **parameters)
+    o, statistics = module._dot_product_attention_fwd_p.bind(
+        *operands, is_training=True, **parameters
+    )
     return _varying_like(o, q_BTNH), _varying_like(statistics, q_BTNH)
 
 
@@ -143,9 +134,9 @@ def backward(
     do_BTNH: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v, from what `forward` returned and the gradient of its output."""
-    parts, parameters = _bound(q_BTNH, docs)
+    module, parameters = _bound(q_BTNH, docs)
     operands = (q_BTNH, k_BSKH, v_BSKH, *_operands(q_BTNH, docs), statistics, o_BTNH, do_BTNH)
-    grads = parts.backward.bind(*operands, **parameters)
+    grads = module._dot_product_attention_bwd_p.bind(*operands, **parameters)
     dq, dk, dv = (_varying_like(g, x) for g, x in zip(grads, operands[:3], strict=True))
     return dq, dk, dv
 
@@ -166,18 +157,18 @@ def _operands(q_BTNH: jax.Array, docs: Documents | None) -> tuple[jax.Array, ...
     return (unused, lengths, lengths, docs.q_offsets, docs.kv_offsets, unused, unused)
 
 
-def _bound(q_BTNH: jax.Array, docs: Documents | None) -> tuple[_Parts, dict[str, Any]]:
-    """Return JAX's private parts and the parameters common to both primitives."""
-    parts = _parts()
-    if isinstance(parts, str):
-        raise UserError(_refusal(parts))
-    return parts, {
+def _bound(q_BTNH: jax.Array, docs: Documents | None) -> tuple[Any, dict[str, Any]]:
+    """Return JAX's private module and the parameters common to both primitives."""
+    if why := problem():
+        raise UserError(why)
+    module = _module()
+    return module, {
         "scale": q_BTNH.shape[-1] ** -0.5,
         "seed": 42,
         "dropout_rate": 0.0,
         "variadic_args": (False, False),  # no bias, no gradient of it
-        "mask_type": parts.causal if docs is None else parts.padding_causal,
-        "layout": parts.layout,
+        "mask_type": module.MaskType.CAUSAL if docs is None else module.MaskType.PADDING_CAUSAL,
+        "layout": module.AttentionLayout.BTNH.value,
         "sliding_window_length": None,
-        **parts.unused,
+        **{name: None for name in _parameters(module, "fwd") if name in _OPTIONAL},
     }
