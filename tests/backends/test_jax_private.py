@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from jax._src import compilation_cache
+from jax._src import compilation_cache, xla_bridge
 from jax._src.cudnn import fused_attention_stablehlo
 from jax._src.interpreters import mlir
 from orbax.checkpoint._src.serialization import tensorstore_utils
@@ -18,6 +18,7 @@ from packaging.version import Version
 
 from llamajax.backends import jax_private
 from llamajax.backends.jax_private import cache_hook, cudnn, donation
+from llamajax.backends.jax_private.experimental_warning import no_experimental_warning
 from llamajax.training import narration
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
@@ -72,6 +73,21 @@ def test_a_run_says_in_one_warning_what_it_does_without(monkeypatch):
 def test_a_cache_that_opens_in_another_way_is_left_alone(monkeypatch):
     monkeypatch.setattr(compilation_cache, "get_file_cache", lambda path, backend: None)
     assert "JAX's own files" in cache_hook.problem()
+
+
+def test_the_warning_of_an_experimental_platform_is_dropped(monkeypatch, caplog):
+    fake = SimpleNamespace(factory=lambda: None, experimental=True)
+    monkeypatch.setattr(xla_bridge, "_backend_factories", {"fake": fake})
+
+    def records():
+        with pytest.raises(RuntimeError, match="Could not initialize"):
+            xla_bridge._init_backend("fake")
+        return len(caplog.records)
+
+    assert records() == 1
+    with no_experimental_warning():
+        assert records() == 1
+    assert records() == 2
 
 
 def test_an_untested_release_is_named(monkeypatch):
