@@ -22,6 +22,7 @@ _HOME = {
     "donated_bytes": "runtime",
     "follow_launcher": "children",
     "is_host": "platforms",
+    "lock_file": "file_lock",
     "lost_features": "jax_private",
     "lends_host_memory": "platforms",
     "machine_profile": "profile",

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from llamajax.backends import lock_file
 from llamajax.data import shards
 from llamajax.data.chat import check_template, write_template
 from llamajax.data.holdout import Holdout
@@ -21,7 +21,7 @@ from llamajax.data.sources import Corpus, find_files
 from llamajax.data.tokenizer_training import MAX_BYTES, parse_train, train_tokenizer
 from llamajax.data.tokenizers import MANIFEST, Tokenizer, load_tokenizer
 from llamajax.data.workers import Tokens, tokenize_all
-from llamajax.errors import UserError, say
+from llamajax.errors import TransientError, UserError, say
 
 # Name of a tokenizer that was trained on the input.
 TRAINED = "tokenizer.model"
@@ -127,9 +127,11 @@ def unfinished(output: Path) -> Iterator[Path]:
     lock_path = output.parent / f".{output.name}.lock"
     with lock_path.open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--output={output}: another prepare is writing it") from error
+            no_lock = lock_file(lock, within_s=0)
+        except BlockingIOError:
+            raise TransientError(f"--output={output}: another prepare is writing it") from None
+        if no_lock:
+            say(f"warning: --output={output} cannot be locked ({no_lock}): start no other there")
         try:
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir()

@@ -10,8 +10,8 @@ counts them. What it writes is, byte for byte, what one process would have writt
 
 import contextlib
 import dataclasses
-import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Generator, Iterable, Iterator
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llamajax.backends import lock_file
 from llamajax.data.holdout import Holdout, Part
 from llamajax.data.instructions import Example
 from llamajax.data.preparation import (
@@ -150,7 +151,7 @@ def _tokenizer(settings: Settings, files: list[Path], parts: Path, progress: Pro
     facts = parts / f"{TRAINED}.json"
     wanted = _input_of(settings, files) | {"tokenizer": settings.tokenizer}
     with (parts / f".{TRAINED}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait; without locks they train the same
+        lock_file(lock, within_s=math.inf)  # the others wait; without locks they train the same
         if path.is_file() and facts.is_file():
             if json.loads(facts.read_text("utf-8")) != wanted:
                 raise UserError(f"{path} was trained on another input; remove {parts}")

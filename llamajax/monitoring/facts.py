@@ -18,6 +18,7 @@ def write_run_facts(workdir: Path, facts: Mapping[str, Any]) -> None:
       num_devices, num_processes
       profile              what is known and was decided of the machine: backends.machine_profile
       mesh                 {axis: size}
+      workdir_locked       whether a second run is kept out; false where the file system cannot
       lost_features        {feature: reason}: private parts of JAX or Orbax that have changed
       untested_versions    installed releases that the tests did not run with, ["jax 0.13.0"]
       versions             {"llamajax": ..., "jax": ..., "python": ...}

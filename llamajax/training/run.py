@@ -65,7 +65,8 @@ def train(config: RunConfig, *, workdir: Path, shutdown: Shutdown) -> int:
         shutdown.take_back()
     with LeavingAtOnce(), contextlib.ExitStack() as stack:
         undo, when_accepted = acceptance.undo, acceptance.when_accepted
-        stack.enter_context(opened(workdir, process_id=session.machine.process_id, undo=undo))
+        process_id = session.machine.process_id
+        locked = stack.enter_context(opened(workdir, process_id=process_id, undo=undo))
         check_shared(workdir, key="--workdir")
         checkpointer = stack.enter_context(open_checkpoints(session, workdir, acceptance))
         stack.enter_context(LeavingAtOnce())  # before the checkpointer waits for the others
@@ -78,6 +79,7 @@ def train(config: RunConfig, *, workdir: Path, shutdown: Shutdown) -> int:
             session=session,
             checkpointer=checkpointer,
             workdir=workdir,
+            locked=locked,
             shutdown=shutdown,
             audit=audit,
             box=stack.enter_context(box),
@@ -104,6 +106,7 @@ class _Run:
     session: Session
     checkpointer: Checkpointer
     workdir: Path
+    locked: bool  # against a second run
     shutdown: Shutdown
     audit: Audit
     box: BlackBox
@@ -263,7 +266,7 @@ def _build(
         say_of_donation(session, steps[0])
     metrics, progress = _logs(run, start, stack)
     if primary:
-        write_run_facts(workdir, facts(session, steps[0]))
+        write_run_facts(workdir, facts(session, steps[0]) | {"workdir_locked": run.locked})
     guardian, hang = _watchers(run, start, state, progress)
     batches = feed.train(start.step)
     return Loop(

@@ -1,7 +1,6 @@
 """The directory of a run: its lock, its resolved config, and what it says on the terminal."""
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -16,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llamajax import data, errors
-from llamajax.backends import report_checkpoint
+from llamajax.backends import lock_file, report_checkpoint
 from llamajax.checkpoint import Checkpointer
 from llamajax.checkpoint.agreement import agree
 from llamajax.checkpoint.directory import replaced
@@ -24,7 +23,7 @@ from llamajax.checkpoint.owner import check_owner, checkpoints_of, claim
 from llamajax.checkpoint.storage import check_usable, is_remote
 from llamajax.checkpoint.weights import TOKENIZER
 from llamajax.config import RunConfig, to_json_dict
-from llamajax.errors import UserError
+from llamajax.errors import TransientError, UserError
 from llamajax.training.acceptance import Acceptance
 from llamajax.training.session import Session
 
@@ -39,43 +38,49 @@ def say(text: str, *, primary: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def opened(workdir: Path, *, process_id: int, undo: contextlib.ExitStack) -> Iterator[Path]:
-    """`workdir`, made if needed and locked against a second run in it.
+def opened(workdir: Path, *, process_id: int, undo: contextlib.ExitStack) -> Iterator[bool]:
+    """Make `workdir` if needed and lock it against a second run; whether it could be locked.
 
-    The lock is the kernel's: it ends with the process, however that dies. undo: given what removes
-    its file, if that is new; closed before the lock is released.
+    undo: given what removes the lock's file, if that is new; closed before the lock is released.
     """
     file = workdir / f".lock_{process_id}"
     is_new = not file.exists()
     try:
-        lock = _locked(file)
+        lock, no_lock = _locked(file)
     except OSError as error:
         raise UserError(
             f"--workdir={workdir}: {error.strerror}; choose a directory that can be written"
         ) from None
+    if no_lock:
+        say(
+            f"warning: --workdir={workdir} cannot be locked ({no_lock}): nothing keeps a second "
+            "run out of it",
+            primary=process_id == 0,
+        )
     with lock:
         if is_new:
             undo.callback(file.unlink, missing_ok=True)
         try:
-            yield workdir
+            yield not no_lock
         finally:
             undo.close()
 
 
-def _locked(file: Path) -> IO[str]:
+def _locked(file: Path) -> tuple[IO[str], str | None]:
+    """The locked file, and why it could not be locked, if the file system has no locks."""
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = file.open("a")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            no_lock = lock_file(lock)
+        except BlockingIOError:
             lock.close()
-            raise UserError(
+            raise TransientError(
                 f"--workdir={file.parent}: another run is using it; stop that one or choose another"
             ) from None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), file.stat()):
-                return lock
+                return lock, no_lock
         lock.close()  # a start that was refused has removed this file: lock the new one
 
 

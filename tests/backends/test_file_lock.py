@@ -1,0 +1,85 @@
+"""Locks: held by another process, given up by it, and on file systems that have none."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llamajax.backends import file_lock, lock_file
+from llamajax.errors import TransientError
+from llamajax.training.workdir import opened
+
+
+@pytest.fixture
+def held(tmp_path: Path):
+    """The lock of a run in `tmp_path`, held as if by another process."""
+    with (tmp_path / ".lock_0").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+@pytest.fixture
+def sleeps(monkeypatch):
+    """What is done while it waits, instead of sleeping: may be set."""
+    todo = {"then": lambda: None}
+    monkeypatch.setattr(file_lock.time, "sleep", lambda _: todo["then"]())
+    return todo
+
+
+def test_a_lock_that_a_dying_process_gives_up_is_waited_for(tmp_path, held, sleeps):
+    sleeps["then"] = held.close
+    with opened(tmp_path, process_id=0, undo=contextlib.ExitStack()) as locked:
+        assert locked
+
+
+def test_a_run_that_lives_keeps_another_out(tmp_path, held, sleeps, monkeypatch):
+    waited = []
+    monkeypatch.setattr(file_lock, "WAIT_S", 0.01)
+    sleeps["then"] = lambda: waited.append(1)
+    with pytest.raises(TransientError, match="another run is using it"):
+        opened(tmp_path, process_id=0, undo=contextlib.ExitStack()).__enter__()
+    assert waited
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, capsys, number):
+    def refuse(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for process_id, warnings in ((0, 1), (1, 0)):
+        with opened(tmp_path, process_id=process_id, undo=contextlib.ExitStack()) as locked:
+            assert not locked
+        text = capsys.readouterr().err
+        assert text.count(f"cannot be locked ({os.strerror(number)})") == warnings
+
+
+def test_the_c_librarys_refusals_are_told_apart(tmp_path):
+    library = tmp_path / "no_locks.so"
+    source = Path(__file__).with_name("no_locks.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    code = (
+        "import sys; from llamajax.backends import lock_file\n"
+        "try: print(lock_file(open(sys.argv[1], 'w'), within_s=0))\n"
+        "except BlockingIOError: print('in use')"
+    )
+    for number in (errno.ENOSYS, errno.ENOLCK, errno.EWOULDBLOCK):
+        shim = {"LD_PRELOAD": str(library), "NO_LOCKS_ERRNO": str(int(number))}
+        command = [sys.executable, "-c", code, str(tmp_path / "lock")]
+        done = subprocess.run(command, env=os.environ | shim, capture_output=True, text=True)
+        wanted = "in use" if number == errno.EWOULDBLOCK else os.strerror(number)
+        assert done.stdout == f"{wanted}\n", done.stderr
+
+
+def test_a_lock_ends_with_its_file(tmp_path):
+    with (tmp_path / "lock").open("w") as file:
+        assert lock_file(file, within_s=0) is None
+        with (tmp_path / "lock").open("w") as other, pytest.raises(BlockingIOError):
+            lock_file(other, within_s=0)
+    with (tmp_path / "lock").open("w") as other:
+        assert lock_file(other, within_s=0) is None
