@@ -10,7 +10,7 @@ import os
 import stat
 import sys
 import threading
-from pathlib import Path
+import time
 
 from llamajax.errors import ExitCode, UserError, say
 
@@ -145,6 +145,10 @@ def show_alive() -> None:
         return  # no stderr, or none with a descriptor
 
 
-def seen_alive(log: Path) -> float:
-    """When a worker last wrote to its log or showed itself alive, in the file system's seconds."""
-    return log.stat().st_mtime
+def seen_alive(log: int) -> float:
+    """When a worker last wrote to its open log or showed itself alive; another time at every call
+    where the file system has lost the file: nothing is known then."""
+    try:
+        return os.fstat(log).st_mtime
+    except OSError:
+        return time.monotonic()

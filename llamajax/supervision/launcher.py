@@ -9,9 +9,8 @@ import time
 from collections.abc import Iterator
 
 from llamajax import errors
-from llamajax.backends import seen_alive
-from llamajax.errors import ExitCode, caught_signals
-from llamajax.supervision.logs import last_lines, next_attempt
+from llamajax.errors import STOP_SIGNALS, ExitCode, caught_signals
+from llamajax.supervision.logs import next_attempt
 from llamajax.supervision.referee import Message
 from llamajax.supervision.request import Request, make_log_dir
 from llamajax.supervision.wire import Hub, Spoke
@@ -72,8 +71,11 @@ class Launcher:
                 self._look()
             wakers = [signals, *self._wire.wakers, *(self._team.wakers if self._team else ())]
             if signals in select.select(wakers, [], [], _LOOK_EVERY_S)[0]:
-                os.read(signals, 64)
-                code = self._stop()
+                numbers = os.read(signals, 64)
+                if signal.SIGUSR1 in numbers and self._team is not None:
+                    self._team.ask_for_stacks()
+                    say("the workers write their stacks to their logs")
+                code = self._stop() if set(numbers) & set(STOP_SIGNALS) else None
                 if code is not None:
                     return code
 
@@ -161,9 +163,7 @@ class Launcher:
             self._wire.say({"say": "ended", "attempt": team.attempt, "code": code})
         elif ExitCode.STOPPED in ended.values():
             self._wire.say({"say": "stopping"})
-        elif team.idle_s({r: seen_alive(team.log(r)) for r in team.running}) > (
-            self._request.timeout_s
-        ):
+        elif team.idle_s() > self._request.timeout_s:
             self._report_stall()
 
     def _report_failure(self, failed: dict[int, int]) -> None:
@@ -184,7 +184,7 @@ class Launcher:
         self._pass_on_reports()
         self._reported = True
         log = self._team.log(rank)
-        lines = last_lines(log, _SHOWN_LINES)
+        lines = self._team.last_lines(rank, _SHOWN_LINES)
         node = f" (node {self._request.node_rank})" if self._request.nodes > 1 else ""
         rest = f"the last lines of {log}:" if lines else f"{log} is empty"
         self._wire.say(
@@ -218,10 +218,12 @@ class Launcher:
 
 @contextlib.contextmanager
 def _caught() -> Iterator[int]:
-    """A descriptor that gives the numbers of the signals that ask the launcher to stop."""
+    """A descriptor that gives the numbers of the signals that are for the launcher."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = {n: signal.signal(n, lambda *_: None) for n in caught_signals()}
+    if signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN:
+        signal.signal(signal.SIGUSR1, lambda *_: None)  # for good: it must never end a launch
     waker = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     try:
         yield reading

@@ -4,9 +4,12 @@ import contextlib
 import os
 import re
 import select
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
+
+from llamajax.errors import say
 
 _TAIL_BYTES = 1 << 16
 
@@ -27,43 +30,58 @@ def next_attempt(log_dir: Path, ranks: Iterable[int]) -> int:
 
 
 def open_log(log_dir: Path, rank: int, attempt: int) -> BinaryIO:
-    """The file that a worker writes to; `worker_RANK.log` then points to it."""
+    """Open the file that a worker writes to; `worker_RANK.log` then points to it.
+
+    Where the folder has become unwritable since the start, a temporary file takes its place.
+    """
     path = log_path(log_dir, rank, attempt)
-    file = path.open("ab")
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")
+    except OSError as error:
+        say(
+            f"warning: {path} cannot be written: {error.strerror}; what worker {rank} prints is "
+            "kept for the message of a failure only"
+        )
+        return tempfile.TemporaryFile("a+b")
     newest, hidden = log_dir / f"worker_{rank}.log", log_dir / f".worker_{rank}.log"
-    hidden.unlink(missing_ok=True)
-    hidden.symlink_to(path.name)
-    hidden.replace(newest)
+    with contextlib.suppress(OSError):  # a file system without links
+        hidden.unlink(missing_ok=True)
+        hidden.symlink_to(path.name)
+        hidden.replace(newest)
     return file
 
 
-def last_lines(path: Path, count: int) -> list[str]:
-    """The last lines of a log, without empty ones; a progress bar counts with its last state."""
-    with path.open("rb") as file:
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - _TAIL_BYTES))
-        text = file.read().decode(errors="replace")
+def last_lines(log: int, count: int) -> list[str]:
+    """Return the last lines of an open log, without empty ones; of a bar, its last state.
+
+    log: a descriptor, which outlives the file's name.
+    """
+    text = ""
+    with contextlib.suppress(OSError):
+        end = os.fstat(log).st_size
+        text = os.pread(log, _TAIL_BYTES, max(0, end - _TAIL_BYTES)).decode(errors="replace")
     lines = [line.rstrip().rpartition("\r")[2] for line in text.split("\n")]
     return [line for line in lines if line][-count:]
 
 
 class Echo:
-    """Copies what is new in a log to a descriptor, as far as that takes it; never waits for it."""
+    """Copies what is new in a log, from one descriptor to another; never waits for its reader."""
 
-    def __init__(self, path: Path, descriptor: int):
-        self._file, self._descriptor = path.open("rb"), descriptor
+    def __init__(self, log: int, descriptor: int):
+        self._log, self._descriptor = log, descriptor
+        self._copied = 0
 
     def copy(self) -> None:
         """Write what came since the last call. What is refused for good is in the log only."""
         while select.select([], [self._descriptor], [], 0)[1]:
-            part = self._file.read(select.PIPE_BUF)  # so much a pipe takes that is writable
+            part = b""
+            with contextlib.suppress(OSError):  # the file system has lost the log
+                # So much a pipe takes that is writable.
+                part = os.pread(self._log, select.PIPE_BUF, self._copied)
             if not part:
                 return
-            with contextlib.suppress(OSError):  # a full disk; a reader that is gone
-                rest = os.write(self._descriptor, part) - len(part)
-                self._file.seek(rest, os.SEEK_CUR)
-
-    def close(self) -> None:
-        """Copy the rest and release the file."""
-        self.copy()
-        self._file.close()
+            try:
+                self._copied += os.write(self._descriptor, part)
+            except OSError:  # a full disk; a reader that is gone
+                self._copied += len(part)

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,6 +170,8 @@ def make_log_dir(log_dir: Path) -> None:
     """UserError when the logs cannot be written there."""
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=log_dir):
+            pass
     except OSError as error:
         raise UserError(
             f"--log_dir={log_dir}: {error.strerror}; choose a directory that can be written"

@@ -150,7 +150,8 @@ def _finish(request: Request, workdir: Path, *overrides: str, processes: int | N
 
 
 def _failed(outcome: Outcome, log: Path) -> UserError:
-    lines = "\n".join(f"  | {line}" for line in last_lines(log, _SHOWN_LINES))
+    with log.open("rb") as file:
+        lines = "\n".join(f"  | {line}" for line in last_lines(file.fileno(), _SHOWN_LINES))
     return UserError(f"a run ended with code {outcome.code}; the last lines of {log}:\n{lines}")
 
 

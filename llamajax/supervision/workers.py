@@ -2,16 +2,18 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
-from llamajax.backends import child_environment
+from llamajax.backends import child_environment, seen_alive
 from llamajax.errors import restart_helps
-from llamajax.supervision.logs import Echo, log_path, open_log
+from llamajax.supervision.logs import Echo, last_lines, log_path, open_log
 from llamajax.supervision.request import Request
 
 _REAP_S = 10  # a killed process that the kernel cannot end (stuck in I/O) is left behind
@@ -48,6 +50,7 @@ class Team:
         self._seen: dict[int, float] = {}
         self._progress_at = time.monotonic()
         self._echo: Echo | None = None
+        self._logs: dict[int, BinaryIO] = {}
         with contextlib.ExitStack() as undo:
             undo.callback(self.end)
             for local, rank in enumerate(request.ranks):
@@ -62,19 +65,19 @@ class Team:
                 self._begin(rank, environment, (lifeline, reports)[: 1 + (rank == 0)])
             undo.pop_all()
         if 0 in self._processes:
-            self._echo = Echo(self.log(0), sys.stdout.fileno())
+            self._echo = Echo(self._logs[0].fileno(), sys.stdout.fileno())
 
     def _begin(self, rank: int, environment: dict[str, str], pipes: tuple[int, ...]) -> None:
-        with open_log(self._request.log_dir, rank, self.attempt) as log:
-            process = subprocess.Popen(
-                self._request.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                pass_fds=pipes,
-                start_new_session=True,  # Ctrl-C reaches the launcher alone, which forwards it
-            )
+        log = self._logs[rank] = open_log(self._request.log_dir, rank, self.attempt)
+        process = subprocess.Popen(
+            self._request.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            pass_fds=pipes,
+            start_new_session=True,  # Ctrl-C reaches the launcher alone, which forwards it
+        )
         self._processes[rank] = process
         self._pidfds[rank] = os.pidfd_open(process.pid)
 
@@ -107,11 +110,16 @@ class Team:
                 os.close(self._pidfds.pop(rank))
         return found
 
-    def idle_s(self, alive_at: dict[int, float]) -> float:
-        """Seconds since any worker got on; `alive_at`: times of their logs, by rank."""
+    def last_lines(self, rank: int, count: int) -> list[str]:
+        """The last lines that one worker wrote."""
+        return last_lines(self._logs[rank].fileno(), count)
+
+    def idle_s(self) -> float:
+        """Seconds since any running worker wrote, or showed itself alive."""
         now = time.monotonic()
+        alive_at = {rank: seen_alive(self._logs[rank].fileno()) for rank in self.running}
         if alive_at != self._seen:
-            self._seen, self._progress_at = dict(alive_at), now
+            self._seen, self._progress_at = alive_at, now
         return now - self._progress_at
 
     def echo(self) -> None:
@@ -125,6 +133,16 @@ class Team:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._processes[rank].pid, number)
 
+    def ask_for_stacks(self) -> None:
+        """Have the workers write where they are, those that catch SIGUSR1: it ends any other."""
+        for rank in self.running:
+            pid = self._processes[rank].pid
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{pid}/status").read_text()
+                caught = int(re.search(r"^SigCgt:\s*(\w+)", status, re.MULTILINE).group(1), 16)
+                if caught >> (signal.SIGUSR1 - 1) & 1:
+                    os.kill(pid, signal.SIGUSR1)
+
     def end(self) -> None:
         """Kill what still runs, children of workers included."""
         for process in self._processes.values():
@@ -136,6 +154,7 @@ class Team:
         for descriptor in self._pidfds.values():
             os.close(descriptor)
         self._pidfds.clear()
-        if self._echo is not None:
-            self._echo.close()
-            self._echo = None
+        self.echo()
+        self._echo = None
+        for log in self._logs.values():
+            log.close()

@@ -17,7 +17,7 @@ _PREAMBLE = """
 import os, signal, sys
 from pathlib import Path
 rank = int(os.environ["LLAMAJAX_PROCESS_ID"])
-attempt = int(Path(os.readlink("/proc/self/fd/1")).suffixes[-2][1:])
+attempt = int((Path(os.readlink("/proc/self/fd/1")).suffixes[-2:] or [".-1"])[0][1:])
 def wait_for_ever():
     os.read(int(os.environ["LLAMAJAX_LIFELINE"].partition(":")[0]), 1)  # till the launcher ends
     os._exit(1)

@@ -1,5 +1,6 @@
 """A launcher of one node, with fake workers: codes, logs, restarts, signals, silence."""
 
+import errno
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from llamajax import errors
+from llamajax.errors import UserError
 from llamajax.supervision.launcher import Launcher
 from llamajax.supervision.logs import Echo
 from llamajax.supervision.workers import culprit
@@ -156,7 +158,7 @@ def test_not_the_worker_is_blamed_that_aborts_for_the_loss_of_another():
     assert culprit({0: 1, 1: 79}) == 1  # the others of a stopped run may see it leave
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
 def test_a_signal_is_forwarded_once_and_ends_in_143(launched, tmp_path, number):
     lines = """
 count = 0
@@ -171,12 +173,12 @@ signal.setitimer(signal.ITIMER_REAL, 0.3)  # time for a second one, which must n
 signal.signal(signal.SIGALRM, lambda *_: os._exit(143))
 wait_for_ever()"""
     # what a shell starts in the background ignores Ctrl-C, and the launcher would leave it so
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(number, signal.SIG_DFL)
     thread = signal_when("ready", tmp_path / "logs" / "worker_0.log", number)
     try:
         assert launched(lines, processes_per_node=1, max_restarts=3) == 143
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
     thread.join()
     assert log(tmp_path, 0) == "ready\nsaved 1\n"
 
@@ -205,12 +207,74 @@ def test_a_launch_whose_output_nobody_takes_ends_as_it_would(launch_command, tmp
     assert (tmp_path / "worker_0.1.log").exists()
 
 
+_REMOVES_ITS_LOGS = """
+import shutil
+folder = Path(os.readlink("/proc/self/fd/1")).parent
+if attempt == 0:
+    print("ready", flush=True)
+    shutil.rmtree(folder)
+    %s
+    print("last words", flush=True)
+    os._exit(5)
+print("second attempt", flush=True)
+"""
+
+
+@pytest.mark.parametrize("then", ["pass", "folder.write_text('in the way')"])
+def test_a_log_folder_that_vanishes_ends_nothing(launched, tmp_path, capfd, then):
+    """It is made again; where it cannot be, the attempt runs without one."""
+    lines = _REMOVES_ITS_LOGS % then
+    assert launched(lines, processes_per_node=1, max_restarts=1) == 0
+    out, err = capfd.readouterr()
+    assert out.endswith("last words\nsecond attempt\n")
+    assert "  | last words" in err
+    assert ("cannot be written" in err) == (then != "pass")
+    if then == "pass":
+        assert "second attempt" in log(tmp_path, 0)
+
+
+def test_a_file_system_without_links_costs_the_short_name_only(launched, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    assert launched("print('x')", processes_per_node=1) == 0
+    assert log(tmp_path, 0, 0) == "x\n"
+
+
+def test_a_log_folder_that_cannot_be_written_is_refused_at_the_start(launched, tmp_path):
+    (tmp_path / "logs").write_text("a file")
+    with pytest.raises(UserError, match="choose a directory that can be written"):
+        launched("print('x')")
+
+
+def test_sigusr1_asks_for_stacks_and_ends_nobody(launched, tmp_path):
+    """Worker 1 does not catch it, as a program of somebody else's: it is not sent there."""
+    lines = """
+import faulthandler
+def where_it_is():
+    while "where_it_is" not in own.with_name("worker_0.0.log").read_text():
+        pass
+own = Path(os.readlink("/proc/self/fd/1"))
+if rank == 0:
+    faulthandler.register(signal.SIGUSR1)
+    while not own.with_name("worker_1.0.log").exists():
+        pass
+    print("ready", flush=True)
+where_it_is()"""
+    thread = signal_when("ready", tmp_path / "logs" / "worker_0.0.log", signal.SIGUSR1)
+    assert launched(lines) == 0
+    thread.join()
+    assert log(tmp_path, 1) == ""
+
+
 def test_an_echo_never_waits_for_its_reader(tmp_path):
     """The log keeps what a pipe has no room for; it is shown once the reader goes on."""
     text = "".join(f"line {i}\n" for i in range(50_000)).encode()
     (tmp_path / "log").write_bytes(text)
     reading, writing = os.pipe()
-    echo = Echo(tmp_path / "log", writing)
+    log = os.open(tmp_path / "log", os.O_RDONLY)
+    echo = Echo(log, writing)
     echo.copy()
     seen = b""
     while len(seen) < len(text):
@@ -219,8 +283,9 @@ def test_an_echo_never_waits_for_its_reader(tmp_path):
     assert seen == text
     os.close(reading)
     (tmp_path / "log").write_bytes(text + b"more")
-    echo.close()
+    echo.copy()
     os.close(writing)
+    os.close(log)
 
 
 def test_a_second_signal_ends_workers_that_do_not_listen(launched, tmp_path):
