@@ -56,6 +56,7 @@ def test_a_killed_worker_costs_no_step(data, environment, undisturbed, tmp_path)
     )
     assert code == 0, text
     assert "worker 1 was killed by SIGKILL" in text
+    assert "was reached: this failure does not count" in text
     assert "continuing from step" in (tmp_path / "logs" / "worker_0.1.log").read_text()
     assert largest_difference(values(undisturbed), values(tmp_path)) is None
 
