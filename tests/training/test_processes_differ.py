@@ -1,39 +1,18 @@
 """Two processes that were started with different configs, data or tokenizers end with code 2."""
 
 import functools
-import json
+import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from llamajax.prepare import main as prepare
 
 CONFIG = Path(__file__).with_name("tiny_run.py")
-# Forks each command from one process that has imported everything and started nothing.
-_FORKED = """
-import json, os, sys
-from llamajax import train
-from llamajax.errors import run_verb
-import llamajax.training.run
-children = {}
-for name, command in json.load(sys.stdin).items():
-    if not (child := os.fork()):
-        descriptor = os.open(command["log"], os.O_WRONLY | os.O_CREAT)
-        os.dup2(descriptor, 1), os.dup2(descriptor, 2)
-        os.environ.update(command["environment"])
-        os.chdir(command["folder"])
-        sys.argv[1:] = command["argv"]
-        run_verb(train.main)
-    children[child] = name
-codes = {}
-for _ in children:
-    child, status = os.wait()
-    codes[children[child]] = os.waitstatus_to_exitcode(status)
-print(json.dumps(codes))
-"""
 SMALL = {
     "mesh.fsdp": 2,
     "model.num_layers": 1,
@@ -106,7 +85,7 @@ def outcomes(short_data, other_data, tmp_path_factory):
         "refused": ({}, same),
         "exempt": ({"data.num_threads": 1, "monitoring.progress": "lines"}, same),
     }
-    commands = {}
+    started = {}
     for name, (own_keys, host) in pairs.items():
         port = free_port()
         for rank in (0, 1):
@@ -118,27 +97,21 @@ def outcomes(short_data, other_data, tmp_path_factory):
                 keys |= {"train.init_from": str(empty / "nothing")}
             if name == "detected":
                 keys = {key: value for key, value in keys.items() if key[8:] not in place}
-            argv = [f"--config={CONFIG}:data", f"--workdir={folder / name}"]
-            argv += [f"--config.{key}={value}" for key, value in keys.items()]
-            commands[f"{name} {rank}"] = {
-                "argv": argv,
-                "log": f"{folder / name}.{rank}.log",
-                "folder": str(host if rank else same),
-                "environment": open_mpi(rank) if name == "detected" else {},
-            }
-    done = subprocess.run(
-        [sys.executable, "-c", _FORKED],
-        input=json.dumps(commands),
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=500,
-        check=True,
-    )
-    codes = json.loads(done.stdout)
-    return {
-        name: [(codes[f"{name} {n}"], Path(f"{folder / name}.{n}.log").read_text()) for n in (0, 1)]
-        for name in pairs
-    }, folder
+            flags = [f"--config={CONFIG}:data", f"--workdir={folder / name}"]
+            flags += [f"--config.{key}={value}" for key, value in keys.items()]
+            started[name, rank] = warm.Popen(
+                [sys.executable, "-m", "llamajax.train", *flags],
+                cwd=host if rank else same,
+                env=os.environ | (open_mpi(rank) if name == "detected" else {}),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+    found: dict[str, list[tuple[int, str]]] = {name: [] for name in pairs}
+    for (name, _), process in started.items():
+        text, _ = process.communicate(timeout=500)
+        found[name].append((process.returncode, text))
+    return found, folder
 
 
 @pytest.mark.parametrize(
