@@ -130,7 +130,7 @@ def main(argv: list[str]) -> int:
     from llamajax.decoding.output import converse, write_json, write_text
     from llamajax.decoding.session import open_session
 
-    session = open_session(request)
+    session, code = open_session(request), 0
     try:
         if request.interactive:
             converse(session, sys.stdin, sys.stdout)
@@ -140,10 +140,11 @@ def main(argv: list[str]) -> int:
             else:
                 sys.stdout.write("\n" * (n > 0))
                 write_text(session, prompts, sys.stdout, with_prompt=True)
-    finally:  # a signal as well
-        if session.engine.times.batches:
-            say(session.summary())
-    return 0
+    except SystemExit as interrupted:
+        code = interrupted.code
+    if session.engine.times.batches:
+        say(session.summary())
+    return code
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import random
 import shutil
+import signal
 import tempfile
 import types
 from collections.abc import Iterator
@@ -42,7 +43,11 @@ _NOT_OURS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make every warning an error; the later lines take precedence."""
+    """Make every warning an error, where later lines take precedence; ignore no signal."""
+    # What nohup or a shell's & has this process ignore, all that it starts would ignore as well.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
     for line in ("error", *_NOT_OURS):
         config.addinivalue_line("filterwarnings", line)
 

@@ -178,14 +178,8 @@ def test_a_stop_signal_unwinds_and_ends_in_143(tmp_path: Path, number: int):
 
 
 def ended(command: list[str]) -> tuple[int, str, str]:
-    """Exit code, standard output and error of a command that ignores no signal."""
-    # What a shell starts in the background ignores Ctrl-C, and so would its children.
-    before = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=50)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    """Exit code, standard output and error of a command."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -3,11 +3,13 @@
 import dataclasses
 import io
 import json
+import signal
 import subprocess
 import sys
 
 import jax
 import pytest
+import warm
 
 from llamajax import generate
 from llamajax.checkpoint import Checkpointer
@@ -166,3 +168,23 @@ def test_a_mistake_on_the_shell_is_one_message_and_exit_code_2(workdir):
 def test_sampling_flags_without_a_temperature_are_a_warning(workdir, capsys):
     generate.main([f"--checkpoint={workdir}", "--prompt=x", "--top_k=3", "--max_new_tokens=1"])
     assert "--top_k and --top_p have no effect at --temperature=0" in capsys.readouterr().err
+
+
+def test_a_signal_ends_a_conversation_with_143(workdir):
+    command = [sys.executable, "-m", "llamajax.generate", f"--checkpoint={workdir}"]
+    with warm.Popen(
+        [*command, "--interactive", "--max_new_tokens=2"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdin.write("line\n")
+        process.stdin.flush()
+        process.stdout.readline()  # it has answered, and waits for the next line
+        process.send_signal(signal.SIGHUP)
+        err = process.stderr.read()
+    assert process.returncode == 143
+    assert "Traceback" not in err
+    assert "tokens/s" in err  # the summary
+    assert err.endswith("stopped by SIGHUP\n")

@@ -62,9 +62,11 @@ def test_a_killed_worker_costs_no_step(data, environment, undisturbed, tmp_path)
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_worker_stops_all_at_one_step(data, environment, undisturbed, tmp_path):
+def test_a_schedulers_signal_to_one_worker_stops_all_at_one_step(
+    data, environment, undisturbed, tmp_path
+):
     command = launch(data, tmp_path)
-    code, text = interrupted(command, environment, tmp_path, rank=1, number=signal.SIGTERM)
+    code, text = interrupted(command, environment, tmp_path, rank=1, number=signal.SIGUSR2)
     assert code == 143, text
     stopped_at = last_step(tmp_path)
     assert (tmp_path / "checkpoints" / str(stopped_at)).is_dir()
