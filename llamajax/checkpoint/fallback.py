@@ -63,7 +63,7 @@ def _set_aside(found: list[tuple[Place, str]]) -> None:
             if jax.process_index() == 0 and remote:
                 manifests.set_aside(path)
             elif jax.process_index() == 0:
-                path.rename(_free_name(path))
+                path.rename(_name_aside(path))
         except failures(path) as error:
             why = error if remote else error.strerror
             problem = f"{path} is damaged ({what}) and cannot be renamed: {why}"
@@ -80,7 +80,7 @@ def _words(found: list[tuple[Place, str]], step: int) -> list[str]:
         kept = (
             f"marked by {manifests.ASIDE}, and kept until its step is saved again"
             if is_remote(path)
-            else f"kept aside as {_free_name(path).name}"
+            else f"kept aside as {_name_aside(path).name}"
         )
         words.append(f"{_SIGN} checkpoint {path} is damaged: {what}; {kept}")
     last = int(found[0][0].name)
@@ -90,6 +90,11 @@ def _words(found: list[tuple[Place, str]], step: int) -> list[str]:
     return words
 
 
-def _free_name(path: Path) -> Path:
-    names = (f"{path.name}.damaged{suffix}" for suffix in ("", *(f".{n}" for n in range(2, 1000))))
+def _name_aside(path: Path) -> Path:
+    return free_name(path.with_name(f"{path.name}.damaged"))
+
+
+def free_name(path: Path) -> Path:
+    """Return `path`, or the first of `path.2`, `path.3`, ... that is not there."""
+    names = (path.name, *(f"{path.name}.{n}" for n in range(2, 1000)))
     return next(path.with_name(name) for name in names if not os.path.lexists(path.parent / name))

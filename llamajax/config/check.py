@@ -44,6 +44,7 @@ _AT_LEAST: dict[str, float] = {
     "optim.final_learning_rate": 0,
     "optim.weight_decay": 0,
     "train.steps": 1,
+    "train.resume_step": 1,
     "train.accumulation_steps": 1,
     "train.microbatch_size": 1,
     "train.pipeline_rounds": 1,
@@ -272,6 +273,12 @@ def _init_from(v: _Values) -> Iterator[str]:
         yield "train.init_from = '': is empty; name a directory of weights, or set it to none"
 
 
+def _continuation(v: _Values) -> Iterator[str]:
+    step = v["train.resume_step"]
+    if step is not None and v["train.restart"]:
+        yield f"train.resume_step = {step} and train.restart = true: choose one of the two"
+
+
 def _directory(v: _Values) -> Iterator[str]:
     directory = v["checkpoint.directory"]
     if directory is None:
@@ -379,6 +386,6 @@ def _list(items: tuple[float, ...]) -> str:
 
 _RULES: tuple[Rule, ...] = (
     _even_head, _kv_heads, _rope_scaling, _context, _mesh_sizes, _accumulation, _paths, _weights,
-    _warmup, _decay, _final_rate, _remat_names, _init_from, _lora_base, _lora_targets, _lora_rank,
-    _directory, _spikes, _plugin, _plugin_options, _processes,
+    _warmup, _decay, _final_rate, _remat_names, _init_from, _continuation, _lora_base,
+    _lora_targets, _lora_rank, _directory, _spikes, _plugin, _plugin_options, _processes,
 )  # fmt: skip

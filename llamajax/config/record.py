@@ -26,6 +26,9 @@ PER_PROCESS = {
     "monitoring.progress": "process 0 alone shows it",
 }
 
+# Keys that say how one start begins, and nothing about the run.
+ONCE = ("train.resume_step", "train.restart")
+
 
 def to_json_dict(run: RunConfig) -> dict[str, Any]:
     """The run as nested dicts of JSON values, every key written out."""
@@ -47,10 +50,10 @@ def from_json_dict(tree: Mapping[str, Any], *, source: str = "config.json") -> R
 def diff(old: RunConfig, new: RunConfig) -> dict[str, tuple[str, str]]:
     """Return the old and the new value, as written on the command line, of each key that differs.
 
-    By path, in the schema's order; only the deepest paths.
+    By path, in the schema's order; only the deepest paths, and none of ONCE.
     """
     before, after = _leaves(old), _leaves(new)
-    changed = [path for path in all_keys() if before[path] != after[path]]
+    changed = [path for path in all_keys() if path not in ONCE and before[path] != after[path]]
     return {
         path: (show(before[path]), show(after[path]))
         for path in changed

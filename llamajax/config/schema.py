@@ -165,6 +165,16 @@ class TrainConfig:
         "none: random weights",
         default=None,
     )
+    resume_step: int | None = key(
+        "step of an older checkpoint to resume, optimizer state included; later ones are set "
+        "aside; counts once: the same command again continues from the newest; none: the newest",
+        default=None,
+    )
+    restart: bool = key(
+        "whether to begin anew in a used --workdir; old rows and checkpoints are set aside; counts "
+        "once: the same command again continues",
+        default=False,
+    )
     accumulation_steps: int = key(
         "microbatches a step; the loss is that of the whole batch", default=1
     )

@@ -25,6 +25,7 @@ from llamajax.training.agreement import decided_by_primary
 from llamajax.training.audit import Audit
 from llamajax.training.canary import Canary, canary_of
 from llamajax.training.changes import changes, data_record, run_tokenizer
+from llamajax.training.continuation import Asked, check_start, choose, set_aside
 from llamajax.training.departure import LeavingAtOnce
 from llamajax.training.export import exporter, is_exported, write_adapters
 from llamajax.training.feed import Feed
@@ -68,7 +69,9 @@ def train(config: RunConfig, *, workdir: Path, shutdown: Shutdown) -> int:
         process_id = session.machine.process_id
         locked = stack.enter_context(opened(workdir, process_id=process_id, undo=undo))
         check_shared(workdir, key="--workdir")
+        asked = check_start(config, workdir)
         checkpointer = stack.enter_context(open_checkpoints(session, workdir, acceptance))
+        when_accepted(lambda: set_aside(asked, config, workdir, checkpointer.directory))
         stack.enter_context(LeavingAtOnce())  # before the checkpointer waits for the others
         stack.callback(undo.close)  # before this process leaves
         shutdown.name_previous(lambda: previous(checkpointer))
@@ -85,7 +88,9 @@ def train(config: RunConfig, *, workdir: Path, shutdown: Shutdown) -> int:
             box=stack.enter_context(box),
             acceptance=acceptance,
         )
-        start = _where_to_start(run)
+        if asked == "restart":
+            audit.rollbacks.clear()
+        start = _where_to_start(run, asked)
         if primary:
             report_checkpoint(start.step)
             when_accepted(lambda: write_config(workdir, config))
@@ -147,7 +152,7 @@ def _trained(run: _Run, start: "_Start") -> tuple[Loop, int]:
             )
             return loop, error.exit_code
         say(told, primary=primary)
-        start = _where_to_start(run)
+        start = _where_to_start(run, "again")
 
 
 def _run(loop: Loop, state: TrainState, start: int, workdir: Path) -> int:
@@ -195,7 +200,7 @@ class _Start:
         return 0 if self.checkpoint is None else self.checkpoint.step
 
 
-def _where_to_start(run: _Run) -> _Start:
+def _where_to_start(run: _Run, asked: Asked) -> _Start:
     """Says what changed since the newest whole checkpoint. UserError where weights do not fit."""
     session, checkpointer, audit, workdir = run.session, run.checkpointer, run.audit, run.workdir
     config, mixture = session.config, session.mixture
@@ -204,9 +209,9 @@ def _where_to_start(run: _Run) -> _Start:
         "seq_len": config.data.seq_len,
         "mixture_hash": mixture.hash,
     }
-    checkpoint, words = checkpointer.newest_whole(
-        without=audit.superseded(checkpointer, run.acceptance.when_accepted)
-    )
+    when_accepted = run.acceptance.when_accepted
+    superseded = [] if asked == "older" else audit.superseded(checkpointer, when_accepted)
+    checkpoint, words = choose(asked, config, workdir, checkpointer, superseded)
     for line in words:
         say(line, primary=session.machine.is_primary)
     meta = None if checkpoint is None else checkpoint.meta

@@ -1,0 +1,218 @@
+"""Which checkpoint a start continues from: the newest, an older one that is asked for, or none.
+
+Steps that were saved are never done again without a word: the record of the run says what was
+saved, and a start that finds none of it is refused.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from llamajax.checkpoint import Checkpoint, Checkpointer, open_checkpoint
+from llamajax.checkpoint import manifest as manifests
+from llamajax.checkpoint.agreement import agree
+from llamajax.checkpoint.fallback import free_name
+from llamajax.checkpoint.owner import checkpoints_of, recorded
+from llamajax.checkpoint.room import reached, reason
+from llamajax.checkpoint.storage import Place, failures, is_remote
+from llamajax.config import RunConfig
+from llamajax.errors import UserError, say
+from llamajax.monitoring import load_metrics
+from llamajax.training.agreement import decided_by_primary
+from llamajax.training.audit import AUDIT
+
+# again: after a rollback within a run.
+Asked = Literal["newest", "restart", "older", "again"]
+_ASKED: tuple[Asked, ...] = ("newest", "restart", "older")
+# What a run writes in its --workdir, besides checkpoints and logs.
+_RECORD = ("metrics.jsonl", "events.jsonl", AUDIT, "run.json", "config.json", "tokenizer")
+_RECORD += ("tensorboard", "blackbox", "hf", "peft", "report.html")
+_ASIDE = "before_restart"
+
+
+def check_start(config: RunConfig, workdir: Path) -> Asked:
+    """Return where the config asks to continue; to be called by all processes.
+
+    `train.restart` and `train.resume_step` count once: the same command again continues from the
+    newest checkpoint. Raises UserError where checkpoints were saved and all of them have gone.
+    """
+    checkpoints = checkpoints_of(workdir, config.checkpoint.directory)
+
+    def decide() -> Asked:
+        before = _last_config(workdir).get("train", {})
+        if config.train.restart and not before.get("restart"):
+            if is_remote(checkpoints) and manifests.step_directories(checkpoints):
+                raise UserError(
+                    f"train.restart: {checkpoints} is in an object store, where nothing can be "
+                    "renamed; choose another checkpoint.directory to begin anew"
+                )
+            return "restart"
+        if config.train.resume_step not in (None, before.get("resume_step")):
+            return "older"
+        _check_not_gone(workdir, checkpoints)
+        return "newest"
+
+    def number() -> int:
+        with reached(checkpoints):
+            return _ASKED.index(decide())
+
+    return _ASKED[decided_by_primary(number) or 0]
+
+
+def choose(
+    asked: Asked,
+    config: RunConfig,
+    workdir: Path,
+    checkpointer: Checkpointer,
+    superseded: Collection[int] = (),
+) -> tuple[Checkpoint | None, list[str]]:
+    """Return the verified checkpoint to continue from, and what to say.
+
+    superseded: steps of checkpoints that a rollback went back before. To be called by all processes.
+    """
+    if asked == "restart":
+        return None, []
+    if asked == "older":
+        with reached(checkpointer.directory):
+            checkpoint = open_checkpoint(checkpointer.directory / str(config.train.resume_step))
+        checkpoint.verify()
+        return checkpoint, []
+    checkpoint, words = checkpointer.newest_whole(without=superseded)
+    if words or asked == "again":
+        return checkpoint, words
+    step = 0 if checkpoint is None else checkpoint.step
+    saved = newest_recorded(workdir)
+    if saved is not None and saved > step:
+        words.append(
+            f"warning: the checkpoint of step {saved} was saved and is not in "
+            f"{checkpointer.directory} any more: steps {step + 1} to {saved} are done again"
+        )
+    elif checkpoint is None and (rows := load_metrics(workdir)):
+        words.append(
+            f"no checkpoint was saved before: steps 1 to {rows[-1]['step']} are done again"
+        )
+    return checkpoint, words
+
+
+def set_aside(asked: Asked, config: RunConfig, workdir: Path, checkpoints: Place) -> None:
+    """Move what does not belong to the run any more out of its way, and say so.
+
+    To be called by all processes, once the start is accepted; process 0 does it.
+    """
+    if asked not in ("restart", "older"):
+        return
+    problem = None
+    try:
+        if jax.process_index() == 0:
+            if asked == "restart":
+                say(_set_aside_all(workdir, checkpoints))
+            else:
+                say(_set_aside_later(workdir, checkpoints, config.train.resume_step))
+    except failures(checkpoints) as error:
+        problem = f"what was there before cannot be set aside: {reason(error)}"
+    if problem := agree(problem):
+        raise UserError(problem)
+
+
+def newest_recorded(workdir: Path) -> int | None:
+    """Return the step of the newest save that the record of a run names, None where there is none.
+
+    A start or a rollback that went back to an earlier step supersedes the saves after it.
+    """
+    newest: int | None = None
+    found = False
+    for event in _events(workdir):
+        found, kind = True, event.get("event")
+        if kind == "save" and not event.get("error"):
+            newest = event["step"]
+        elif kind == "start":
+            newest = event["step"] or None
+        elif kind == "rollback":
+            newest = min(newest or 0, event.get("to_step", 0)) or None
+    if found or (workdir / AUDIT).exists():
+        return newest
+    # A run of an earlier version has no events. Its last save but one ended before the last began.
+    every = _last_config(workdir).get("checkpoint", {}).get("every_steps")
+    rows = load_metrics(workdir)
+    if not every or not rows or any("failed_checkpoints" in row for row in rows):
+        return None
+    return max(0, rows[-1]["step"] // every - 1) * every or None
+
+
+def _check_not_gone(workdir: Path, checkpoints: Place) -> None:
+    saved = newest_recorded(workdir)
+    if saved is None or manifests.step_directories(checkpoints):
+        return
+    before = recorded(workdir)
+    where = "" if before == checkpoints else f" It was saved in {before}: see checkpoint.directory."
+    raise UserError(
+        f"--workdir={workdir}: the checkpoint of step {saved} was saved, and there is none in "
+        f"{checkpoints}.{where} Bring the checkpoints back (is the disk mounted?), or begin anew "
+        "with --config.train.restart=true, which sets the old rows aside"
+    )
+
+
+def _events(workdir: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of `events.jsonl`."""
+    try:
+        lines = (workdir / "events.jsonl").read_text("utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and isinstance(event.get("step"), int):
+            yield event
+
+
+def _last_config(workdir: Path) -> dict[str, Any]:
+    """The config of the last start that was accepted."""
+    try:
+        return json.loads((workdir / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _set_aside_all(workdir: Path, checkpoints: Place) -> str:
+    """Move the record and the checkpoints of a run into a directory of their own."""
+    # The record last: it says that there are checkpoints.
+    names = [name for name in ("checkpoints", *_RECORD) if os.path.lexists(workdir / name)]
+    elsewhere = checkpoints != checkpoints_of(workdir, None) and not is_remote(checkpoints)
+    steps = manifests.step_directories(checkpoints) if elsewhere else []
+    if not names and not steps:
+        return "train.restart: there was nothing to set aside"
+    target, words = free_name(workdir / _ASIDE), ""
+    target.mkdir()
+    if steps:
+        kept = free_name(checkpoints / _ASIDE)
+        kept.mkdir()
+        for path in steps:
+            path.rename(kept / path.name)
+        words = f", its checkpoints in {kept}"
+    for name in names:
+        (workdir / name).rename(target / name)
+    return f"train.restart: what was there before is in {target}{words}"
+
+
+def _set_aside_later(workdir: Path, checkpoints: Place, step: int) -> str:
+    """Rename the checkpoints after `step`, and keep a copy of the rows."""
+    metrics = workdir / "metrics.jsonl"
+    if metrics.exists():
+        shutil.copy2(metrics, free_name(metrics.with_name("metrics.set_aside.jsonl")))
+    later = [p for p in manifests.step_directories(checkpoints) if int(p.name) > step]
+    for path in later:
+        if is_remote(path):
+            manifests.set_aside(path)
+        else:
+            path.rename(free_name(path.with_name(f"{path.name}.set_aside")))
+    return (
+        f"train.resume_step: going on from step {step}; later checkpoints are set aside: "
+        f"{', '.join(path.name for path in later) or 'none'}"
+    )
