@@ -73,7 +73,8 @@ def choose(
 ) -> tuple[Checkpoint | None, list[str]]:
     """Return the verified checkpoint to continue from, and what to say.
 
-    superseded: steps of checkpoints that a rollback went back before. To be called by all processes.
+    superseded: steps of checkpoints that a rollback went back before. To be called by all
+    processes.
     """
     if asked == "restart":
         return None, []
