@@ -229,6 +229,8 @@ def _become(request: _Request, imported: dict[str, str]) -> None:
     os.chdir(request.cwd)
     # What a shell starts in the background ignores Ctrl-C, and so would all that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     # Huge pages are asked for by starting again, which would undo the fork.
     small_pages = os.environ[_TUNABLES]
     os.environ.clear()
