@@ -4,6 +4,7 @@ Everything that can be refused is refused from headers, before memory is taken.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ INDEX = "model.safetensors.index.json"
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
 _LISTED = 10
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+# What torch.compile, DistributedDataParallel and PEFT put before the names of what they wrap.
+_WRAPPERS = re.compile(r"^(_orig_mod\.|module\.|base_model\.model\.)+")
 _EMBEDDING = ROWS["embedding"].theirs
 # Buffers that old versions of transformers stored beside the weights.
 _IGNORED = ("rotary_emb.inv_freq",)
@@ -110,7 +113,11 @@ def _open_files(directory: Path) -> tuple[SafetensorsSource | None, list[str]]:
     problems = []
     for file in files:
         try:
-            found |= {name: (file, entry) for name, entry in read_header(file).items()}
+            found |= {
+                _WRAPPERS.sub("", name): (file, entry)
+                for name, entry in read_header(file).items()
+                if places is None or places.get(name, file) == file  # not a stale copy
+            }
         except FileNotFoundError:
             problems.append(f"{file} is missing, and {INDEX} names it; copy or download it")
         except OSError as error:
@@ -121,13 +128,13 @@ def _open_files(directory: Path) -> tuple[SafetensorsSource | None, list[str]]:
         problems += [
             f"{name}: {INDEX} says it is in {file.name}, which does not hold it"
             for name, file in places.items()
-            if name not in found or found[name][0] != file
+            if _WRAPPERS.sub("", name) not in found
         ]
     return (None if problems else SafetensorsSource(found)), problems
 
 
 def _no_weights(directory: Path) -> str:
-    others = sorted(p.name for p in directory.glob("*.bin"))
+    others = sorted(p.name for p in directory.glob("*model*.bin"))
     if not others:
         return f"there is neither {SINGLE} nor {INDEX} in it"
     return (

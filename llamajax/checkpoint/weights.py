@@ -126,6 +126,11 @@ def open_weights(path: str | PurePath) -> Weights:
                 checkpoint=None,
                 source=found.source,
             )
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path} holds adapters of PEFT alone; merge them into their base with PEFT's "
+            "merge_and_unload, save that, and name its directory"
+        )
     if revisions := sorted(path.glob("snapshots/*")):
         raise UserError(f"{path} is the root of a hub cache; name a revision in it: {revisions[0]}")
     raise UserError(

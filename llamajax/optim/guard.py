@@ -1,8 +1,9 @@
 """Which updates are left out, decided inside the jitted step; pure functions over arrays.
 
 An update is left out when its loss or gradient norm is not finite, or lies far above those of the
-last updates that were applied. Everything here is replicated and a function of two scalars that are
-the same on every device, so all devices and processes decide alike, and nothing waits for the host.
+last updates that were applied, and when no token of its batch carries loss. Everything here is
+replicated and a function of two scalars that are the same on every device, so all devices and
+processes decide alike, and nothing waits for the host.
 """
 
 from typing import Any
@@ -20,6 +21,7 @@ REASONS = (
     "the gradient is not finite",
     "the loss spikes",
     "the gradient norm spikes",
+    "no token of the batch carries loss",
 )
 # A normal distribution's standard deviation is so many times its median absolute deviation.
 _DEVIATIONS = 1.4826
@@ -72,7 +74,8 @@ def judge(
     ]
     if config.nonfinite == "off":
         signs[:2] = [jnp.bool_(False)] * 2
-    reason = jnp.select(signs, [jnp.int32(n) for n in range(1, 5)], jnp.int32(0))
+    signs.insert(0, jnp.isnan(loss) & (grad_norm == 0))  # nothing to average
+    reason = jnp.select(signs, [jnp.int32(n) for n in (5, 1, 2, 3, 4)], jnp.int32(0))
     return Verdict(reason=reason, loss_limit=limits[0], grad_norm_limit=limits[1])
 
 

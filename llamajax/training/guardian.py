@@ -91,7 +91,7 @@ class Guardian:
 
     def _warn(self, step: int, reason: int, metrics: Mapping[str, Any]) -> None:
         ids = data.sample_ids(self.mixture, self.position, step - 1).tolist()
-        file = self.write("skip" if reason <= 2 else "spike", step=step, sample_ids=ids)
+        file = self.write("spike" if reason in (3, 4) else "skip", step=step, sample_ids=ids)
         shown = ", ".join(map(str, ids[:_SHOWN_IDS]))
         more = f" and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else ""
         numbers = []

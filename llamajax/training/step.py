@@ -85,7 +85,8 @@ def mean_gradient(
         sums, (nll, z, count) = sharded(local, mesh, model, out, compute)(model, batch)
         divisor = jnp.maximum(count, 1.0)  # a batch of prompts alone has no target: no gradient
         grads = jax.tree.map(lambda g: g / divisor, sums)
-        return grads, (nll / divisor, z / divisor, count)
+        loss = jnp.where(count > 0, nll / divisor, jnp.nan)  # and no loss
+        return grads, (loss, z / divisor, count)
 
     return gradient
 

@@ -175,3 +175,43 @@ def test_a_run_without_a_checkpoint_is_told_apart(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="without a finished checkpoint"):
         open_weights(tmp_path)
+
+
+def test_names_that_wrappers_of_torch_prefix_are_read(damaged, exported):
+    file = damaged / "model.safetensors"
+    arrays = safetensors.numpy.load_file(file)
+    for prefix in ("_orig_mod.", "module.", "module._orig_mod.", "base_model.model."):
+        safetensors.numpy.save_file({prefix + n: a for n, a in arrays.items()}, file)
+        assert open_weights(damaged).fingerprint() == open_weights(exported).fingerprint()
+
+
+def test_the_index_decides_between_two_copies_of_a_tensor(damaged, exported):
+    file, name = damaged / "model.safetensors", "model.norm.weight"
+    arrays = safetensors.numpy.load_file(file)
+    wanted = open_weights(exported).fingerprint()
+    rest = {n: a for n, a in arrays.items() if n != name}
+    safetensors.numpy.save_file({name: arrays[name]}, damaged / "1.safetensors")
+    safetensors.numpy.save_file(rest | {name: arrays[name] + 1}, damaged / "2.safetensors")
+    file.unlink()
+    weight_map = dict.fromkeys(rest, "2.safetensors") | {name: "1.safetensors"}
+    index = damaged / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert open_weights(damaged).fingerprint() == wanted
+
+
+def test_what_holds_no_weights_is_named(damaged, tmp_path):
+    (damaged / "model.safetensors").unlink()
+    (damaged / "training_args.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"there is neither model\.safetensors nor"):
+        open_weights(damaged)
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="adapters of PEFT alone"):
+        open_weights(adapters)
+    cache = tmp_path / "models--a--b"
+    (cache / "snapshots" / "0123").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"root of a hub cache.*snapshots/0123"):
+        open_weights(cache)
+    with pytest.raises(UserError, match="hf download"):
+        open_weights("organization/name")

@@ -37,6 +37,13 @@ def test_a_gradient_that_is_not_finite_is_left_out_though_the_loss_is():
     assert REASONS[int(verdict.reason)] == "the gradient is not finite"
 
 
+@pytest.mark.parametrize("nonfinite", ["skip", "stop", "off"])
+def test_a_batch_without_a_target_is_left_out_under_its_own_name(nonfinite):
+    numbers = {"loss": jnp.float32(np.nan), "grad_norm": jnp.float32(0)}
+    verdict = judge(new_state(WINDOW), **numbers, config=GuardConfig(nonfinite=nonfinite))
+    assert REASONS[int(verdict.reason)] == "no token of the batch carries loss"
+
+
 def test_off_applies_everything():
     assert seen([np.nan], GuardConfig(nonfinite="off"))[0] == ["applied"]
 

@@ -23,6 +23,7 @@ from llamajax import optim, sharding
 from llamajax.backends.platforms import platform_facts
 from llamajax.config.schema import GuardConfig, MeshConfig
 from llamajax.models.remat import REMAT
+from llamajax.optim.guard import REASONS
 from llamajax.training.state import Layout
 from llamajax.training.step import eval_step, train_step
 
@@ -149,3 +150,19 @@ def test_evaluation_sums_the_loss_of_the_first_step():
     (first, _), _, _ = run()
     assert float(nll / count) == pytest.approx(first["loss"], rel=1e-5)
     assert float(count) == first["target_tokens"]
+
+
+def test_a_batch_without_a_target_has_no_loss_and_changes_nothing():
+    mesh = sharding.build_mesh(MeshConfig(data=2), jax.devices()[:2])
+    optimizer, config = optim.build(OPTIM, steps=TRAIN.steps), GuardConfig()
+    state = drawn_state(MODEL, optimizer, mesh, layout=Layout(guard_window=config.spike_window))
+    before = jax.tree.map(np.asarray, (state.model, state.opt_state))
+    batch = packed_batch()
+    batch["loss_mask"] = np.zeros_like(batch["loss_mask"])
+    step = train_step(optimizer, OPTIM, TRAIN, COMPUTE, mesh, config)
+    state, metrics = step(state, sharding.place(batch, mesh))
+    assert np.isnan(metrics["loss"])
+    assert REASONS[int(metrics["update_skipped"])] == "no token of the batch carries loss"
+    after = jax.tree.map(np.asarray, (state.model, state.opt_state))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert float(state.guard.loss_W.sum()) == 0
