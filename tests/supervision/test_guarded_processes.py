@@ -61,7 +61,17 @@ def flags(data, environment):
     tensors = load_file(file)
     tensors["model.embed_tokens.weight"][ord(RARE)] = np.nan
     save_file(tensors, file, metadata={"format": "pt"})
-    return [*given, f"--config.train.init_from={folder / 'hf'}"]
+    code = (  # such weights of others are refused
+        "from llamajax import train\n"
+        "from llamajax.checkpoint import hf_read\n"
+        "hf_read.check_finite = lambda *_: None\n"
+        "train.run_verb(train.main)\n"
+    )
+    poisoned = train(data, folder / "poisoned", 2)[3:]  # without python -m llamajax.train
+    origin = f"--config.train.init_from={folder / 'hf'}"
+    command = [sys.executable, "-c", code, *poisoned, *given, origin]
+    warm.run(command, env=environment, check=True, capture_output=True)
+    return [*given, f"--config.train.init_from={folder / 'poisoned'}"]
 
 
 def killed_while_it_rolls_back(command, environment, workdir) -> str:

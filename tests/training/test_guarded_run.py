@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llamajax import data
-from llamajax.checkpoint import open_checkpoint, restore_state
+from llamajax.checkpoint import hf_read, open_checkpoint, restore_state
 from llamajax.config.schema import BackendConfig
 from llamajax.convert import main as convert
 from llamajax.data.batches import make_batch
@@ -68,7 +68,11 @@ def guarded(corpus, short_config, short_run, tmp_path_factory):
     tensors = load_file(file)
     tensors["model.embed_tokens.weight"][RARE] = np.nan
     save_file(tensors, file, metadata={"format": "pt"})
-    fixed["train__init_from"] = str(folder / "hf")
+    with pytest.MonkeyPatch.context() as patch:  # such weights of others are refused
+        patch.setattr(hf_read, "check_finite", lambda *_: None)
+        origin = {"train__init_from": str(folder / "hf")}
+        assert short_run(folder / "poisoned", stop_after=1, **fixed | origin) == 143
+    fixed["train__init_from"] = str(folder / "poisoned")
 
     def run(workdir, **options) -> int:
         return short_run(workdir, **fixed | options)
