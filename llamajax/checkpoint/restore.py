@@ -7,6 +7,7 @@ refused before the first array is read: damage, another model, another tree.
 import errno
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from llamajax.checkpoint.manifest import DamagedError
 from llamajax.checkpoint.names import named_leaves, rebuild
 from llamajax.checkpoint.parts import StoredArray, placed
 from llamajax.checkpoint.storage import Place, failures, how_to_mend, is_directory, is_remote
+from llamajax.config.flags import show
 from llamajax.errors import UserError, combine
 
 _LISTED = 10
@@ -172,12 +174,21 @@ def _flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _config_differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def _equal(one: Any, other: Any) -> bool:
+    """Equal, but for what is lost where a format stores numbers in float32."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return one == other
+
+
+def model_differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Name every key of the architecture in which weights differ from the run that wants them."""
     old, new = _flatten(saved), _flatten(wanted)
     return [
-        f"config.model.{key}: the checkpoint has {old.get(key)}, this run {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if key not in _HARMLESS and old.get(key) != new.get(key)
+        f"model.{key}: the weights have {show(old.get(key))}, this run {show(new.get(key))}; "
+        f"use --config.model.{key}={show(old.get(key))}"
+        for key in {**new, **old}
+        if key not in _HARMLESS and not _equal(old.get(key), new.get(key))
     ]
 
 
@@ -217,7 +228,7 @@ def check_same_model(
     problems = []
     saved_config = checkpoint.meta.get("config") or {}
     if model is not None and "model" in saved_config:
-        problems += _config_differences(saved_config["model"], model)
+        problems += model_differences(saved_config["model"], model)
     problems += _array_differences(checkpoint.arrays, abstract, partial=partial, cast=cast)
     if problems:
         more = len(problems) - _LISTED

@@ -91,10 +91,13 @@ class Mixture:
         data = [s.fingerprint for s in self.sources]
         return _digest([data, self.weights, self.seed, self.shuffle])
 
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Identity of the tokens of all sources, whatever is drawn of them."""
-        return _digest([s.fingerprint for s in self.sources])
+    def describe(self) -> str:
+        """Describe what is read of each source, for people and to be compared."""
+        return " + ".join(
+            f"{source.stats['documents']:,} documents, {source.num_tokens:,} tokens, weight "
+            f"{weight:.4g}, fingerprint {source.fingerprint[:12]}"
+            for source, weight in zip(self.sources, self.weights, strict=True)
+        )
 
     @property
     def tokenizer_fingerprint(self) -> str:

@@ -35,25 +35,6 @@ def run_tokenizer(session: Session, meta: Mapping[str, Any] | None, workdir: Pat
     )
 
 
-def data_record(session: Session) -> dict[str, list[dict[str, Any]]]:
-    """Describe the data that a run reads: for each split, its sources with their weights."""
-    splits = {"train": session.mixture, "validation": session.held_out}
-    return {
-        name: [
-            {
-                "path": str(source.path),
-                "documents": source.stats["documents"],
-                "tokens": source.num_tokens,
-                "weight": weight,
-                "fingerprint": source.fingerprint,
-            }
-            for source, weight in zip(split.sources, split.weights, strict=True)
-        ]
-        for name, split in splits.items()
-        if split is not None
-    }
-
-
 def changes(session: Session, meta: Mapping[str, Any], step: int) -> Iterator[str]:
     """Yield a line for all that changed since the checkpoint of `step` was saved."""
     before, now = from_json_dict(meta["config"]), session.config
@@ -67,23 +48,12 @@ def changes(session: Session, meta: Mapping[str, Any], step: int) -> Iterator[st
         if not math.isclose(*rates, rel_tol=1e-5):
             old, new = (f"{rate:.6g}" for rate in rates)
             yield f"changed since step {step}: learning rate of step {step + 1}: {old} -> {new}"
-    if "data" in meta:
-        yield from _data_changes(meta["data"], data_record(session), step)
-    elif meta["position"]["segments"][-1]["mixture_hash"] != session.mixture.hash:
-        yield f"data changed since step {step}; the checkpoint does not say what it was"
-
-
-def _data_changes(saved: Mapping[str, Any], now: Mapping[str, Any], step: int) -> Iterator[str]:
-    for split in {**now, **saved}:
-        both = [record.get(split, ()) for record in (saved, now)]
-        old, new = ([(s["fingerprint"], s["weight"]) for s in sources] for sources in both)
+    if "data" not in meta:
+        if meta["position"]["segments"][-1]["mixture_hash"] != session.mixture.hash:
+            yield f"data changed since step {step}; the checkpoint does not say what it was"
+        return
+    for split in ("train", "validation"):
+        old, new = (record.get(split, "none") for record in (meta["data"], session.data_record))
         if old != new:
-            words = " -> ".join(" + ".join(map(_describe, s)) or "none" for s in both)
-            yield f"data changed since step {step}: {split} split: {words}"
-
-
-def _describe(source: Mapping[str, Any]) -> str:
-    return (
-        f"{source['path']} ({source['documents']:,} documents, {source['tokens']:,} tokens, weight "
-        f"{source['weight']:.4g}, fingerprint {source['fingerprint'][:12]})"
-    )
+            where = f"{split} split of {now.data.path}"
+            yield f"data changed since step {step}: {where}: {old} -> {new}"

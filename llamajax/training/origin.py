@@ -5,22 +5,20 @@ run with adapters: those are read again from where they were, and must be the sa
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llamajax import data
+from llamajax.checkpoint.restore import model_differences
 from llamajax.checkpoint.storage import place
 from llamajax.checkpoint.weights import Weights, open_base, open_weights
 from llamajax.config import from_json_dict
 from llamajax.config.flags import show
-from llamajax.config.schema import LoraConfig, ModelConfig, RunConfig
+from llamajax.config.schema import LoraConfig, RunConfig
 from llamajax.data.agreement import load_recorded, same_tokens
 from llamajax.errors import UserError, combine
 
-# Keys that change neither the arrays nor the function that they compute.
-_HARMLESS = ("name", "init_std", "max_seq_len")
 # What must not change in a run with adapters: the function, or the arrays of its checkpoints.
 _FIXED = ("rank", "alpha", "targets", "base_dtype")
 
@@ -54,7 +52,7 @@ def base_record(origin: Weights) -> dict[str, str]:
 
 
 def _checked(weights: Weights, config: RunConfig) -> Weights:
-    problems = model_differences(weights.model, config.model)
+    problems = model_differences(*map(dataclasses.asdict, (weights.model, config.model)))
     if weights.tokenizer is not None:
         problems += _token_differences(weights, config)
     if problems:
@@ -62,33 +60,6 @@ def _checked(weights: Weights, config: RunConfig) -> Weights:
             problems, title=f"train.init_from = {config.train.init_from}: its weights do not fit:"
         )
     return weights
-
-
-def model_differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
-    """Every key of the architecture in which weights differ from the run that wants them."""
-    old, new = (_flat(dataclasses.asdict(model)) for model in (stored, wanted))
-    return [
-        f"model.{key}: the weights have {show(old.get(key))}, this run {show(new.get(key))}; "
-        f"use --config.model.{key}={show(old.get(key))}"
-        for key in (*new, *(key for key in old if key not in new))
-        if key not in _HARMLESS and not _equal(old.get(key), new.get(key))
-    ]
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Equal, but for what is lost where a format stores numbers in float32."""
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=1e-6)
-    return one == other
 
 
 def _token_differences(weights: Weights, config: RunConfig) -> list[str]:

@@ -24,7 +24,7 @@ from llamajax.training.acceptance import Acceptance
 from llamajax.training.agreement import decided_by_primary
 from llamajax.training.audit import Audit
 from llamajax.training.canary import Canary, canary_of
-from llamajax.training.changes import changes, data_record, run_tokenizer
+from llamajax.training.changes import changes, run_tokenizer
 from llamajax.training.continuation import Asked, check_start, choose, set_aside
 from llamajax.training.departure import LeavingAtOnce
 from llamajax.training.export import exporter, is_exported, write_adapters
@@ -355,7 +355,7 @@ def _watchers(
 def _meta(session: Session, start: _Start, audit: Audit) -> dict[str, Any]:
     """What is saved with every checkpoint, besides the arrays."""
     meta = {"config": to_json_dict(session.config), "position": start.position.to_json()}
-    meta |= {"tokenizer": start.tokenizer, "data": data_record(session)}
+    meta |= {"tokenizer": start.tokenizer, "data": session.data_record}
     meta["ledger"] = start.ledger.to_json()
     meta["rollbacks"] = len(audit.rollbacks)
     return meta | ({"base": start.base} if start.base else {})

@@ -29,6 +29,12 @@ class Session:
     held_out: data.Mixture | None
 
     @property
+    def data_record(self) -> dict[str, str]:
+        """What is read, by split, as checkpoints record it."""
+        splits = {"train": self.mixture, "validation": self.held_out}
+        return {name: split.describe() for name, split in splits.items() if split is not None}
+
+    @property
     def layout(self) -> Layout:
         """How the state is stored."""
         return layout_of(self.config)
@@ -87,9 +93,7 @@ def _facts(
     """Describe what all processes of a run must have in common."""
     facts = {**common_values(config), "problem": refusal and str(refusal)}
     for name, split in (("train", mixture), ("validation", held_out)):
-        facts[f"the {name} data in data.path"] = split and (
-            f"{split.num_tokens:,} tokens with fingerprint {split.fingerprint[:12]}"
-        )
+        facts[f"the {name} data in data.path"] = split and split.describe()
     facts["the tokenizer in data.path"] = mixture and mixture.tokenizer_fingerprint[:12]
     return facts | process_facts.versions()
 

@@ -118,7 +118,7 @@ def test_another_model_is_refused_with_every_difference(saved: Path):
     with pytest.raises(UserError) as refused:
         restore(saved, leaves, 20, model={"hidden_size": 8, "name": "other"})
     message = str(refused.value)
-    assert "config.model.hidden_size: the checkpoint has 16, this run 8" in message
+    assert "model.hidden_size: the weights have 16, this run 8; use --config.model" in message
     assert "name" not in message
     assert "model/blocks/wq: the checkpoint has bfloat16[16, 24], this run bfloat16[16, 32]" in (
         message

@@ -105,9 +105,9 @@ def test_other_data_and_keys_are_reported_and_the_run_goes_on(
         f"changed since step 2: learning rate of step 3: {old} -> {new}",
     ]
     data = begun / "data"
-    assert told[3].startswith(f"data changed since step 2: train split: {data} (54 documents, ")
-    assert f" -> {data} (72 documents, " in told[3]
-    assert told[4].startswith("data changed since step 2: validation split: ")
+    assert told[3].startswith(f"data changed since step 2: train split of {data}: 54 documents, ")
+    assert " -> 72 documents, " in told[3]
+    assert told[4].startswith(f"data changed since step 2: validation split of {data}: 6 doc")
     assert len(told) == 5
     assert (workdir / "checkpoints" / "3").is_dir()
 
@@ -116,7 +116,8 @@ def test_nothing_is_reported_where_nothing_changed(begun, short_config):
     config = short_config(**KEYS, **{"data.path": str(begun / "data")})
     splits = (open_mixture(config.data, split=s, vocab_size=300) for s in ("train", "validation"))
     mixture, held_out = splits
-    session = SimpleNamespace(config=config, mixture=mixture, held_out=held_out)
+    record = {"train": mixture.describe(), "validation": held_out.describe()}
+    session = SimpleNamespace(config=config, mixture=mixture, data_record=record)
     meta = open_checkpoint(begun / "run" / "checkpoints" / "2").meta
     assert list(changes(session, meta, 2)) == []
     del meta["data"]  # as in checkpoints of older versions
