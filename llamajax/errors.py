@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO
 
@@ -20,6 +21,7 @@ _OBJECTS_BETWEEN_COLLECTIONS = 50_000
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 # For removing half-written output; a kernel that compiles or a full NFS may take longer.
 _UNWIND_WITHIN_S = 10.0
+_RAISE_EVERY_S = 0.5
 
 
 class ExitCode(enum.IntEnum):
@@ -143,14 +145,15 @@ def _with_home(arg: str) -> str:
 class _Interruption:
     """Turns the first stop signal into a SystemExit in the main thread.
 
-    A handler runs between bytecodes of the main thread only, and what it raises may be swallowed.
-    So a thread, woken by the C-level descriptor, ends the process when it has not ended in time,
-    or at a second Ctrl-C. `train` and `launch` put handlers of their own in this one's place.
+    A handler runs between bytecodes of the main thread only, and what it raises may be swallowed,
+    as in a callback of a library. So a thread, woken by the C-level descriptor, has it raised again
+    and ends the process when it has not ended in time, or at a second Ctrl-C. `train` and `launch`
+    put handlers of their own in this one's place.
     """
 
     def __init__(self) -> None:
         self.number: signal.Signals | None = None
-        self._armed = True
+        self._armed, self._exit = True, SystemExit(ExitCode.STOPPED)
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may set a handler
         reading, writing = os.pipe()
@@ -168,18 +171,23 @@ class _Interruption:
         self._armed = False
 
     def _on_signal(self, number: int, _: object) -> None:
-        if self._armed:
-            self._armed = False
-            self.number = signal.Signals(number)
-            raise SystemExit(ExitCode.STOPPED)
+        self.number = self.number or signal.Signals(number)
+        handled = sys.exception()
+        while handled is not None and handled is not self._exit:
+            handled = handled.__context__
+        if self._armed and handled is None:  # else it unwinds already
+            raise self._exit
 
 
 def _end_in_time(reading: int, numbers: Sequence[int]) -> None:
     """Wait for a stop signal and give the process its time to end by itself; then end it."""
     while (first := os.read(reading, 1)[0]) not in numbers:  # other handlers write here as well
         pass
-    while select.select([reading], [], [], _UNWIND_WITHIN_S)[0]:
-        if os.read(reading, 1)[0] == signal.SIGINT:
+    deadline = time.monotonic() + _UNWIND_WITHIN_S
+    while (left := deadline - time.monotonic()) > 0:
+        if not select.select([reading], [], [], min(left, _RAISE_EVERY_S))[0]:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        elif os.read(reading, 1)[0] == signal.SIGINT:
             break
     # Not `say`: the interpreter may be past it.
     with contextlib.suppress(OSError):

@@ -206,6 +206,27 @@ def test_a_verb_that_does_not_unwind_is_ended():
     assert ended(verb(body)) == (143, "", "stopped by SIGTERM\n")
 
 
+def test_a_stop_that_is_swallowed_is_raised_again_and_one_that_unwinds_is_not():
+    body = """
+    import llamajax.errors, os, signal, time
+    llamajax.errors._RAISE_EVERY_S = 0.01
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(60)
+    except SystemExit:
+        pass
+    try:
+        time.sleep(60)
+    finally:
+        try:
+            raise OSError
+        except OSError:
+            signal.raise_signal(signal.SIGTERM)
+        print("cleaned up")
+"""
+    assert ended(verb(body)) == (143, "cleaned up\n", "stopped by SIGHUP\n")
+
+
 def test_a_second_ctrl_c_waits_for_nothing():
     body = """
     import llamajax.errors, os, signal, time
