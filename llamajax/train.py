@@ -24,9 +24,15 @@ def main(argv: list[str]) -> int:
         argv, verb="train", flags=(WORKDIR,), summary=SUMMARY, example=EXAMPLE
     )
     # JAX takes seconds to import: --help and mistakes are answered without it.
+    from llamajax.training.record import process_start_s
     from llamajax.training.run import train
 
-    return train(command.config, workdir=Path(command.workdir), shutdown=shutdown)
+    return train(
+        command.config,
+        workdir=Path(command.workdir),
+        shutdown=shutdown,
+        began_s=process_start_s(),
+    )
 
 
 if __name__ == "__main__":

@@ -262,8 +262,9 @@ def donated_bytes(compiled: Any) -> tuple[int, int] | None:
     return given, memory.alias_size_in_bytes + memory.host_alias_size_in_bytes
 
 
-def peak_memory_bytes() -> int | None:
-    """Most memory that one local device has used so far; None where the backend does not tell."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
-    return max(peaks) if peaks else None
+def memory_in_use() -> dict[str, list[int]]:
+    """Return bytes in use, and their peak, by local device; empty where that is unknown."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    named = {"memory_bytes": "bytes_in_use", "peak_memory_bytes": "peak_bytes_in_use"}
+    found = {name: [s[key] for s in stats if key in s] for name, key in named.items()}
+    return {name: values for name, values in found.items() if values}

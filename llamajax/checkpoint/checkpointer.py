@@ -5,6 +5,7 @@ happens in threads, and a failure there surfaces at the next call. All methods t
 called by all processes; the files that belong to all are written by process 0.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -120,6 +121,7 @@ class Checkpointer:
         self._writers: list[int] = []
         self._unsettled = False
         self._saving: int | None = None
+        self.completed: collections.deque[int] = collections.deque()  # steps, for whoever asks
         self._pending: tuple[int, dict[str, tuple[str, tuple[int, ...]]], str] | None = None
         self._filter = _DropOrbaxRecords()
         for name in _NOISY:
@@ -319,6 +321,7 @@ class Checkpointer:
             if self._is_primary:
                 manifests.check_sizes(self.directory / str(step))
             self._failure = None
+            self.completed.append(step)
         if self._failure is not None:
             self._give_up(step)
         elif self._is_primary:

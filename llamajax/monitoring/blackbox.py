@@ -86,7 +86,7 @@ class BlackBox:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None and self._rows:
+        if error is not None and self._rows and self._directory.parent.is_dir():
             self.write("crash", step=self.newest_step, error=f"{kind.__name__}: {error}")
         self._close()
         if self._begun:
@@ -137,6 +137,13 @@ class BlackBox:
                 self._warned = True
                 text = f"warning: {self._directory} cannot be written: {error.strerror}"
                 say(f"{text}; training goes on")
+
+
+def last_seen(workdir: Path) -> dict[str, Any]:
+    """Return the last `step` that a killed process entered, and when (`time_s`); 0 without one."""
+    file = Path(workdir) / BLACKBOX / _RECENT
+    rows = _rows(file) if file.exists() else []
+    return {"step": rows[-1]["step"], "time_s": file.stat().st_mtime} if rows else {"step": 0}
 
 
 def read_box(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

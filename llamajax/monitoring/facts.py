@@ -1,18 +1,30 @@
-"""`run.json`: what the loop knows about a run that stands neither in its config nor its metrics."""
+"""`run.json`: what is known of a run that stands neither in its config nor its metrics."""
 
+import collections
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llamajax.monitoring.events import is_running, load_events
+from llamajax.monitoring.metrics import load_metrics
+
 RUN_FACTS = "run.json"
+# Events that take time, and the part of `time_breakdown` that they belong to.
+_PARTS = {
+    "start": "start_s",
+    "compile": "compile_s",
+    "evaluation": "evaluation_s",
+    "save": "checkpoint_s",
+    "canary": "canary_s",
+    "export": "export_s",
+}
 
 
 def write_run_facts(workdir: Path, facts: Mapping[str, Any]) -> None:
-    """Atomically merge `facts` into `workdir/run.json`; may be called again as more is known.
+    """Atomically write `facts`, and what events and rows say, to `workdir/run.json`.
 
-    Keys, all optional, null where unknown:
-      status               "running", "finished" or "stopped"
+    Keys, all optional, null where unknown. What the last process found:
       platform             JAX platform, e.g. "cpu"
       device_kind          e.g. "NVIDIA H200"
       num_devices, num_processes
@@ -26,14 +38,10 @@ def write_run_facts(workdir: Path, facts: Mapping[str, Any]) -> None:
       peak_flops, peak_source   FLOP/s of one device, and who says so
       unigram_entropy      nats a token of the corpus: the loss of knowing frequencies only
       initial_eval_loss    held-out loss before the first update
-      time_breakdown       `StepTimer.breakdown()`: wall_s, steps_s, compile_s, ..., goodput
-      tokens_per_s         mean over the steps of this process
       program_bytes        memory of one device that the compiled step asks for
       donated_bytes, reused_bytes   of the state on one device, given to the step, and used again
-      peak_memory_bytes    most that one device has used
       samples              [{"prompt": ..., "text": ...}, ...] generated at the end
-
-    Raises OSError where the disk refuses.
+    And those of `summarize`. Raises OSError where the disk refuses.
     """
     path = Path(workdir) / RUN_FACTS
     merged = read_run_facts(workdir) | dict(facts)
@@ -43,9 +51,99 @@ def write_run_facts(workdir: Path, facts: Mapping[str, Any]) -> None:
 
 
 def read_run_facts(workdir: Path) -> dict[str, Any]:
-    """The facts of a run; empty where there are none or the file is not readable as such."""
+    """Return the facts of a run as they are now; empty where nothing can be read."""
     try:
         facts = json.loads((Path(workdir) / RUN_FACTS).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
+        facts = {}
+    facts = facts if isinstance(facts, dict) else {}
+    events = load_events(workdir)
+    return facts | summarize(events, load_metrics(workdir), running=is_running(workdir))
+
+
+def summarize(
+    events: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], *, running: bool
+) -> dict[str, Any]:
+    """Return what the events and rows of a run say of all its processes; empty without events.
+
+    running: whether a process holds the run's lock. Keys:
+      status               "running", "finished", "stopped", or "dead": neither running nor ended
+      starts, rollbacks    how many
+      time_breakdown       seconds from the first start to the last event or row, `wall_s`, and what
+                           they are made of: steps_s, redone_s (steps that were done again later),
+                           data_wait_s, start_s, compile_s, ..., down_s (no process), other_s; and
+                           goodput, the share of steps_s
+      tokens_per_s         tokens of all steps that count by steps_s
+      peak_memory_bytes    most that one device has used
+    """
+    if not events:
         return {}
-    return facts if isinstance(facts, dict) else {}
+    last, kinds = events[-1], collections.Counter(event["event"] for event in events)
+    first_s = events[0]["time_s"] - events[0].get("duration_s", 0.0)
+    wall = max([e["time_s"] for e in events] + [r.get("time_s", 0.0) for r in rows]) - first_s
+    parts = _steps(events, rows)
+    tokens = parts.pop("tokens", 0.0)
+    parts.update(_parts(events))
+    peaks = [max(row["peak_memory_bytes"]) for row in rows if row.get("peak_memory_bytes")]
+    status = "running" if running else "dead"
+    return {
+        "status": last["status"] if last["event"] == "end" else status,
+        "starts": kinds["start"],
+        "rollbacks": kinds["rollback"],
+        "time_breakdown": {
+            "wall_s": wall,
+            **parts,
+            "other_s": max(0.0, wall - sum(parts.values())),
+            "goodput": parts["steps_s"] / wall if wall > 0 else 0.0,
+        },
+        "tokens_per_s": tokens / parts["steps_s"] if parts["steps_s"] > 0 else None,
+        "peak_memory_bytes": max(peaks, default=None),
+    }
+
+
+def _parts(events: Sequence[Mapping[str, Any]]) -> collections.Counter[str]:
+    """Seconds by part of everything but the steps on record."""
+    parts: collections.Counter[str] = collections.Counter()
+    seen_s = None
+    for event in events:
+        kind, duration = event["event"], event.get("duration_s", 0.0)
+        if kind == "start" and seen_s is not None:
+            parts["down_s"] += max(0.0, event["time_s"] - duration - seen_s)
+        parts["redone_s"] += event.get("removed_steps_s", 0.0)
+        parts["data_wait_s"] += event.get("removed_data_wait_s", 0.0)
+        if kind == "restore":
+            parts[f"{event['source']}_s"] += duration
+        elif kind in _PARTS:
+            parts[_PARTS[kind]] += duration
+        seen_s = event.get("last_seen_s", event["time_s"])
+    return parts
+
+
+def _steps(
+    events: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> collections.Counter[str]:
+    """Seconds of the steps on record and of waiting for their batches; and their tokens."""
+    parts = collections.Counter({"steps_s": 0.0, "data_wait_s": 0.0})
+    begun: list[int] = []
+    for event in events:
+        if event["event"] == "restore":
+            begun = [step for step in begun if step < event["step"]] + [event["step"]]
+    before = 0
+    for row in rows:
+        if "step_time_s" in row and "time_s" in row:  # an earlier release's rows have no time
+            # A row's means are over the steps since the last row or start.
+            before = max([before, *(step for step in begun if step < row["step"])])
+            count, before = row["step"] - before, row["step"]
+            parts["steps_s"] += count * row["step_time_s"]
+            parts["data_wait_s"] += count * row.get("data_wait_s", 0.0)
+            parts["tokens"] += count * row["step_time_s"] * (row["tokens_per_s"] or 0.0)
+    return parts
+
+
+def steps_after(
+    events: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], step: int
+) -> dict[str, float]:
+    """Return the seconds of the rows after `step`, which are about to be removed."""
+    every = _steps(events, rows)
+    kept = _steps(events, [row for row in rows if row["step"] <= step])
+    return {f"removed_{key}": every[key] - kept[key] for key in ("steps_s", "data_wait_s")}

@@ -19,8 +19,11 @@ from llamajax.monitoring.tensorboard import TensorBoard
 METRICS = "metrics.jsonl"
 # These depend on the machine, the clock and the disk; all else in a row is the same in each run.
 MEASURED = frozenset(
-    ("step_time_s", "data_wait_s", "tokens_per_s", "mfu_full", "mfu_causal", "failed_checkpoints")
-)
+    (
+        "time_s", "step_time_s", "data_wait_s", "tokens_per_s", "mfu_full", "mfu_causal",
+        "memory_bytes", "peak_memory_bytes", "failed_checkpoints",
+    )
+)  # fmt: skip
 _NONFINITE = "nonfinite"
 
 

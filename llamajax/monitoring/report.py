@@ -15,7 +15,7 @@ from typing import Any
 from llamajax.errors import UserError
 from llamajax.monitoring import planned
 from llamajax.monitoring.charts import Series, line_chart, smooth
-from llamajax.monitoring.facts import read_run_facts
+from llamajax.monitoring.facts import read_run_facts, write_run_facts
 from llamajax.monitoring.metrics import METRICS, load_metrics
 from llamajax.monitoring.page import PAGE
 from llamajax.monitoring.progress import format_count, format_duration
@@ -26,6 +26,11 @@ _PHASES = {
     "steps_s": "training steps",
     "redone_s": "steps done again",
     "data_wait_s": "waiting for data",
+    "start_s": "starting",
+    "init_s": "initializing",
+    "import_s": "importing weights",
+    "restore_s": "restoring",
+    "down_s": "between processes",
     "compile_s": "compiling",
     "evaluation_s": "evaluation",
     "checkpoint_s": "checkpoints",
@@ -93,7 +98,8 @@ def _tiles(
         note = f"median; mfu {mfu * 100:.1f} %" if mfu is not None else "median"
         tiles.append(_tile("tokens a second", format_count(median(speeds)), note))
     if _is_number(wall := _section(facts, "time_breakdown").get("wall_s")):
-        tiles.append(_tile("time", format_duration(wall), "of the last process"))
+        starts = facts.get("starts")
+        tiles.append(_tile("time", format_duration(wall), f"{starts} starts" if starts else ""))
     return f'<section class="tiles">{"".join(tiles)}</section>'
 
 
@@ -284,6 +290,7 @@ def write_report(workdir: Path) -> Path:
     path = workdir / REPORT
     temporary = path.with_name(f"{REPORT}.tmp")
     try:
+        write_run_facts(workdir, {})
         temporary.write_text(render_report(workdir), encoding="utf-8")
         temporary.replace(path)
     except OSError as error:

@@ -1,9 +1,8 @@
-"""Where the time of a run goes, measured so that it never flatters.
+"""The time of steps, measured so that it never flatters.
 
 A step is dispatched long before it is done. Its time is from the end of the step before it to its
 own end, without what the loop did between the two while no step was in flight: waiting for a batch,
-evaluating, saving. Each of those is accounted under its own name. What a running step hides stays
-in the step's time.
+evaluating, saving. What a running step hides stays in the step's time.
 """
 
 import contextlib
@@ -28,40 +27,30 @@ class StepTime:
 
 
 class StepTimer:
-    """Accounts every second of a run from its creation on.
+    """Times the steps of a run, and what happens between them.
 
         timer.mark_dispatched(n)        before the jitted step n is called
         timer.watch(n, wait)            after; `wait` blocks until step n is done
         timer.mark_fetched(n)           after the metrics of step n arrived
         timer.take()                    a StepTime over the steps fetched since the last call
-        with timer.pause("evaluation"): anything that is not a step
+        with timer.pause():             anything that is not a step
 
     A step that is not watched counts as done when it is fetched. tokens_per_step: tokens of the
-    global batch. done_before: steps up to this one were done by this run before it went back; they
-    are accounted as `redone`. clock: seconds, monotonic.
+    global batch. clock: seconds, monotonic. paused_s: seconds of the last pause in which no step
+    was in flight.
     """
 
-    def __init__(
-        self,
-        *,
-        tokens_per_step: int,
-        done_before: int = 0,
-        clock: Callable[[], float] = time.monotonic,
-    ):
+    def __init__(self, *, tokens_per_step: int, clock: Callable[[], float] = time.monotonic):
+        self.paused_s = 0.0
         self._tokens_per_step = tokens_per_step
-        self._done_before = done_before
         self._clock = clock
-        self._created_s = clock()
         self._fetched_step: int | None = None
         self._dispatched_step: int | None = None
         self._done_s: dict[int, float] = {}  # by step: the fetched one, and those in flight
         self._before: dict[int, tuple[float, float]] = {}  # by step: idle, and waiting for data
         self._idle_s, self._wait_s = 0.0, 0.0  # since the last dispatch
         self._depth = 0
-        self._steps, self._step_s, self._redone_s = 0, 0.0, 0.0
-        self._taken = (0, 0.0)  # steps and their seconds when `take` was called
-        self._data_wait_s = 0.0  # before the steps fetched since
-        self._pauses_s: dict[str, float] = {}
+        self._taken = (0, 0.0, 0.0)  # of the steps fetched since `take`: how many, s, waiting s
         self._watched: queue.SimpleQueue | None = None
 
     def mark_dispatched(self, step: int) -> None:
@@ -109,31 +98,25 @@ class StepTimer:
         elapsed = max(0.0, self._done_s[step] - self._done_s[first - 1] - idle_s)
         for done in [n for n in list(self._done_s) if n < step]:
             del self._done_s[done]
-        count = step - first + 1
-        redone = min(count, max(0, self._done_before - first + 1))
         self._fetched_step = step
-        self._steps += count
-        self._step_s += elapsed
-        self._data_wait_s += wait_s
-        self._redone_s += elapsed * redone / count
+        count, step_s, data_wait_s = self._taken
+        self._taken = (count + step - first + 1, step_s + elapsed, data_wait_s + wait_s)
 
     def take(self) -> StepTime:
         """Means over the steps fetched since the last call, of which there must be one."""
-        count, elapsed = self._steps - self._taken[0], self._step_s - self._taken[1]
-        time = StepTime(
-            step_time_s=elapsed / count,
-            data_wait_s=self._data_wait_s / count,
-            tokens_per_s=count * self._tokens_per_step / elapsed if elapsed > 0 else 0.0,
+        count, step_s, data_wait_s = self._taken
+        self._taken = (0, 0.0, 0.0)
+        return StepTime(
+            step_time_s=step_s / count,
+            data_wait_s=data_wait_s / count,
+            tokens_per_s=count * self._tokens_per_step / step_s if step_s > 0 else 0.0,
         )
-        self._taken, self._data_wait_s = (self._steps, self._step_s), 0.0
-        return time
 
     @contextlib.contextmanager
-    def pause(self, kind: str) -> Iterator[None]:
-        """Account the time inside as `kind`: compile, evaluation, checkpoint, data_wait, ...
+    def pause(self, *, data_wait: bool = False) -> Iterator[None]:
+        """Take the time inside out of the steps' time, as far as no step is in flight.
 
-        Only the part in which no step is in flight; the rest is the step's time. A pause inside
-        another counts as the outer one.
+        data_wait: it is spent waiting for a batch. A pause inside another is part of the outer one.
         """
         started = self._clock()
         self._depth += 1
@@ -145,32 +128,6 @@ class StepTimer:
                 now = self._clock()
                 if self._dispatched_step is not None:
                     started = max(started, self._done_s.get(self._dispatched_step, now))
-                idle = max(0.0, now - started)
-                self._idle_s += idle
-                self._wait_s += idle if kind == "data_wait" else 0.0
-                self._pauses_s[kind] = self._pauses_s.get(kind, 0.0) + idle
-
-    def breakdown(self) -> dict[str, float]:
-        """Seconds since creation by kind, for `run.json`: they add up to `wall_s`.
-
-        Keys: `wall_s`, `steps_s`, `redone_s` (steps that were done before), one `KIND_s` a kind of
-        pause, `other_s`; and, not seconds, `goodput`: the share of `steps_s` in the wall time.
-        """
-        wall, good = self._clock() - self._created_s, self._step_s - self._redone_s
-        kinds = {f"{kind}_s": seconds for kind, seconds in self._pauses_s.items()}
-        other = wall - self._step_s - sum(kinds.values())
-        return {
-            "wall_s": wall,
-            "steps_s": good,
-            "redone_s": self._redone_s,
-            **kinds,
-            "other_s": max(0.0, other),
-            "goodput": good / wall if wall > 0 else 0.0,
-        }
-
-    @property
-    def mean_tokens_per_s(self) -> float | None:
-        """Tokens a second over all steps fetched, or None before the first."""
-        if self._step_s <= 0:
-            return None
-        return self._steps * self._tokens_per_step / self._step_s
+                self.paused_s = max(0.0, now - started)
+                self._idle_s += self.paused_s
+                self._wait_s += self.paused_s if data_wait else 0.0

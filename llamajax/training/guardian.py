@@ -12,6 +12,7 @@ import numpy as np
 from llamajax import data
 from llamajax.config.schema import GuardConfig
 from llamajax.errors import ExitCode
+from llamajax.monitoring import EventLog
 from llamajax.monitoring.blackbox import BlackBox
 from llamajax.optim.guard import REASONS
 
@@ -44,6 +45,7 @@ class Guardian:
 
     config: GuardConfig
     box: BlackBox
+    events: EventLog
     mixture: data.Mixture
     position: data.Position
     seed: int  # train.seed
@@ -91,7 +93,10 @@ class Guardian:
 
     def _warn(self, step: int, reason: int, metrics: Mapping[str, Any]) -> None:
         ids = data.sample_ids(self.mixture, self.position, step - 1).tolist()
-        file = self.write("spike" if reason in (3, 4) else "skip", step=step, sample_ids=ids)
+        spiked = reason in (3, 4)
+        file = self.write("spike" if spiked else "skip", step=step, sample_ids=ids)
+        for event in ("spike", "skipped_update") if spiked else ("skipped_update",):
+            self.events.write(event, step=step, reason=REASONS[reason])
         shown = ", ".join(map(str, ids[:_SHOWN_IDS]))
         more = f" and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else ""
         numbers = []

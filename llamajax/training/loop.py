@@ -1,5 +1,6 @@
 """The loop: draw batch n, update, read the metrics of step n-1 meanwhile; evaluate, save, stop."""
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -11,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from llamajax.backends import show_alive
+from llamajax.backends import memory_in_use, show_alive
 from llamajax.checkpoint import Checkpointer, CheckpointError
 from llamajax.config.schema import CheckpointConfig, TrainConfig
-from llamajax.monitoring import MetricsWriter, Progress, StepTimer
+from llamajax.monitoring import EventLog, MetricsWriter, Progress, StepTimer
 from llamajax.training.agreement import agreed
 from llamajax.training.canary import Canary
 from llamajax.training.guardian import Guardian
@@ -42,6 +43,7 @@ class Loop:
     export: Callable[[int, TrainState], None]  # of a state at rest, to hf/STEP
     checkpointer: Checkpointer
     metrics: MetricsWriter
+    events: EventLog
     progress: Progress
     timer: StepTimer
     shutdown: Shutdown
@@ -49,6 +51,7 @@ class Loop:
     guardian: Guardian
     hang: HangWatch
     canary: Canary | None
+    saves_s: dict[int, float] = dataclasses.field(default_factory=dict)  # not yet complete
     failed_checkpoints: list[str] = dataclasses.field(default_factory=list)  # of this start
 
     def run(self, state: TrainState, start: int) -> int:
@@ -70,6 +73,9 @@ class Loop:
             pending = (step, metrics)
             stop = agreed(step, self.shutdown)
             self._show_alive()
+            self._record_saves()
+            if stop:
+                self.events.write("signal", step=step)
             save = stop or step == last or self._save_is_due(step, saved_at_s)
             evaluate = self.eval_is_due(step)
             examine = self.canary is not None and self.canary.is_due(step)
@@ -82,18 +88,27 @@ class Loop:
                 self._save(step, state, final=stop or step == last)
                 saved_at_s = time.monotonic()
             if self.export_is_due(step) and not stop:
-                with self.timer.pause("export"), self.hang.paused():
+                with self._phase("export", step), self.hang.paused():
                     self.export(step, self.at_rest(state))
             if stop:
                 return step
             if evaluate and not self.evaluate(step, state):
+                self.events.write("signal", step=step)
                 self._save(step, state, final=True)
                 return step
         return last
 
     def _next_batch(self) -> DeviceBatch:
-        with self.timer.pause("data_wait"):
+        with self.timer.pause(data_wait=True):
             return next(self.train_batches)
+
+    @contextlib.contextmanager
+    def _phase(self, event: str, step: int) -> Iterator[dict[str, Any]]:
+        """Take the time inside out of the steps', and enter it as an event when it is over."""
+        fields: dict[str, Any] = {}
+        with self.timer.pause():
+            yield fields
+        self.events.write(event, step=step, duration_s=self.timer.paused_s, **fields)
 
     def eval_is_due(self, step: int) -> bool:
         """Whether an evaluation belongs to `step`."""
@@ -112,7 +127,7 @@ class Loop:
         """
         sums = np.zeros(2, np.float64)
         pending = None
-        with self.timer.pause("evaluation"):
+        with self._phase("evaluation", step) as fields:
             for batch in self.eval_batches():
                 current = self.eval_step(state.whole, batch)
                 if pending is not None:
@@ -124,9 +139,9 @@ class Loop:
             if pending is None:
                 return True  # there is no validation split
             sums += np.array(jax.device_get(pending), np.float64)
-        loss = float(sums[0] / sums[1])
+            loss = fields["eval_loss"] = float(sums[0] / sums[1])
         row = {"step": step, "eval_loss": loss, "eval_perplexity": _perplexity(loss)}
-        row["eval_tokens"] = int(sums[1])
+        row |= {"eval_tokens": int(sums[1]), "time_s": self.events.time_s}
         self.metrics.write(row)
         self.progress.show(row)
         return True
@@ -144,16 +159,18 @@ class Loop:
     def _write(self, step: int, values: dict[str, Any]) -> None:
         times = dataclasses.asdict(self.timer.take())
         row = {"step": step} | values | times | {"tokens_seen": self.tokens_seen(step)}
-        row |= self.rates(times["tokens_per_s"])
+        row |= self.rates(times["tokens_per_s"]) | memory_in_use()
+        row["time_s"] = self.events.time_s
         if self.failed_checkpoints:
             row["failed_checkpoints"] = len(self.failed_checkpoints)
+        self.events.check_directory()
         self.metrics.write(row)
         self.progress.show(row)
         if not math.isfinite(values["loss"]) and "update_skipped" not in values:
             self.progress.note(f"warning: the loss of step {step} is {values['loss']}")
 
     def _examine(self, step: int, state: TrainState) -> None:
-        with self.timer.pause("canary"):
+        with self._phase("canary", step):
             self.canary.check(step, state)
         self._show_alive()
 
@@ -170,20 +187,30 @@ class Loop:
 
     def _save(self, step: int, state: TrainState, *, final: bool) -> None:
         """Save; a failure costs the checkpoint and a warning, never the run, but for the last."""
-        with self.timer.pause("checkpoint"), self.hang.paused():
+        self.events.check_directory()
+        with self.timer.pause(), self.hang.paused():
             try:
                 self.checkpointer.wait()  # the one before, which may have failed meanwhile
             except CheckpointError as error:
-                self._lack(error)
+                self._lack(step, error)
             try:
                 saved = self.at_rest(state.to_save)
                 self.checkpointer.save(step, saved, meta=self.meta(step), wait=final)
             except CheckpointError as error:
                 if final:
                     raise
-                self._lack(error)
+                self._lack(step, error)
+        self.saves_s[step] = self.timer.paused_s
+        self._record_saves()
 
-    def _lack(self, error: CheckpointError) -> None:
+    def _record_saves(self) -> None:
+        """Enter the checkpoints that are complete by now, and the time that each took."""
+        while self.checkpointer.completed:
+            step = self.checkpointer.completed.popleft()
+            self.events.write("save", step=step, duration_s=self.saves_s.pop(step, 0.0))
+
+    def _lack(self, step: int, error: CheckpointError) -> None:
+        self.events.write("save", step=step, duration_s=0.0, error=str(error))
         self.failed_checkpoints.append(str(error))
         self.progress.note(f"warning: {error}; training goes on, the next one is tried in turn")
 

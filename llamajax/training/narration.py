@@ -12,7 +12,7 @@ from llamajax.config import RunConfig
 from llamajax.errors import UserError
 from llamajax.models.counts import flops_per_token, num_parameters
 from llamajax.models.lora import num_adapter_parameters
-from llamajax.monitoring import write_report, write_run_facts
+from llamajax.monitoring import write_report
 from llamajax.monitoring.progress import format_count
 from llamajax.training.loop import Loop
 from llamajax.training.session import Session
@@ -138,7 +138,6 @@ def facts(session: Session, step: Any) -> dict[str, Any]:
     facts["profile"] = backends.machine_profile(machine)
     donated = backends.donated_bytes(step)
     return facts | {
-        "status": "running",
         "mesh": dict(session.mesh.shape),
         "attention": session.compute.attention,
         "num_parameters": num_parameters(session.config.model),
@@ -154,16 +153,9 @@ def facts(session: Session, step: Any) -> dict[str, Any]:
     }
 
 
-def conclude(session: Session, loop: Loop, workdir: Path, code: int) -> None:
-    """Write the last facts and the report; say where things are."""
-    facts = {
-        "status": "finished" if code == 0 else "stopped",
-        "time_breakdown": loop.timer.breakdown(),
-        "tokens_per_s": loop.timer.mean_tokens_per_s,
-        "peak_memory_bytes": backends.peak_memory_bytes(),
-    }
+def conclude(loop: Loop, workdir: Path, code: int) -> None:
+    """Write the report; say where things are."""
     try:
-        write_run_facts(workdir, facts)
         write_report(workdir)
     except OSError as error:
         say(f"warning: no report was written: {error.strerror}")

@@ -7,6 +7,7 @@ weights and the checkpoint, and only then memory and compilation.
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,11 @@ from llamajax.checkpoint.storage import is_remote
 from llamajax.checkpoint.weights import Weights
 from llamajax.config import RunConfig, to_json_dict
 from llamajax.errors import ExitCode, UserError
-from llamajax.monitoring import MetricsWriter, Progress, StepTimer, load_metrics, write_run_facts
+from llamajax.monitoring import EventLog, MetricsWriter, Progress, StepTimer, write_run_facts
 from llamajax.monitoring.blackbox import BLACKBOX, BlackBox
 from llamajax.training.acceptance import Acceptance
-from llamajax.training.agreement import decided_by_primary
 from llamajax.training.audit import Audit
-from llamajax.training.canary import Canary, canary_of
+from llamajax.training.canary import Canary
 from llamajax.training.changes import changes, run_tokenizer
 from llamajax.training.continuation import Asked, check_start, choose, set_aside
 from llamajax.training.departure import LeavingAtOnce
@@ -41,12 +41,22 @@ from llamajax.training.narration import (
     say_of_donation,
 )
 from llamajax.training.origin import base_record, open_origin
+from llamajax.training.record import (
+    end_written,
+    is_evaluated,
+    is_finished,
+    leaving,
+    logged,
+    primary_says,
+    removed_time,
+    write_end,
+    write_start,
+)
 from llamajax.training.rollback import roll_back
 from llamajax.training.session import Session, prepare
 from llamajax.training.shutdown import Shutdown
-from llamajax.training.starting import starting_state, update_of
+from llamajax.training.starting import compile_steps, starting_state
 from llamajax.training.state import TrainState, to_natural
-from llamajax.training.step import eval_step
 from llamajax.training.workdir import (
     check_shared,
     keep_tokenizer,
@@ -57,8 +67,14 @@ from llamajax.training.workdir import (
 )
 
 
-def train(config: RunConfig, *, workdir: Path, shutdown: Shutdown) -> int:
-    """Run to the end or to a signal; the exit code. Continues from the newest checkpoint."""
+def train(
+    config: RunConfig, *, workdir: Path, shutdown: Shutdown, began_s: float | None = None
+) -> int:
+    """Run to the end or to a signal; the exit code. Continues from the newest checkpoint.
+
+    began_s: when the process began, on the clock of `time.monotonic`; now if it is not given.
+    """
+    began_s = time.monotonic() if began_s is None else began_s
     acceptance = Acceptance(workdir)
     with LeavingAtOnce():
         session = prepare(config)
@@ -77,6 +93,8 @@ def train(config: RunConfig, *, workdir: Path, shutdown: Shutdown) -> int:
         shutdown.name_previous(lambda: previous(checkpointer))
         audit = Audit(workdir, primary=session.machine.is_primary)
         steps, primary = config.guard.blackbox_steps, session.machine.is_primary
+        stack.enter_context(logged(workdir, primary=primary, when_accepted=when_accepted))
+        events = EventLog(workdir, primary=primary, when_accepted=when_accepted)
         box = BlackBox(workdir, steps=steps, primary=primary, when_accepted=when_accepted)
         run = _Run(
             session=session,
@@ -86,12 +104,20 @@ def train(config: RunConfig, *, workdir: Path, shutdown: Shutdown) -> int:
             shutdown=shutdown,
             audit=audit,
             box=stack.enter_context(box),
+            events=events,
             acceptance=acceptance,
         )
         if asked == "restart":
             audit.rollbacks.clear()
         start = _where_to_start(run, asked)
+        if is_finished(config, workdir, start.step):
+            say(f"finished before, at step {start.step}: {workdir}", primary=primary)
+            return ExitCode.FINISHED
+        ended = stack.enter_context(end_written(events, lambda: max(start.step, box.newest_step)))
+        shutdown.name_previous(functools.partial(leaving, events, start.step, checkpointer))
         if primary:
+            anew = asked == "restart"
+            write_start(events, workdir, session, step=start.step, began_s=began_s, anew=anew)
             report_checkpoint(start.step)
             when_accepted(lambda: write_config(workdir, config))
             when_accepted(lambda: keep_tokenizer(workdir, config, start.tokenizer))
@@ -99,8 +125,10 @@ def train(config: RunConfig, *, workdir: Path, shutdown: Shutdown) -> int:
         loop, code = _trained(run, start)
         if code == 0 and config.lora.rank:
             write_adapters(config, start.base, workdir)
-    if session.machine.is_primary:
-        conclude(session, loop, workdir, code)
+        ended["code"] = code
+    if primary:
+        with logged(workdir, primary=primary):
+            conclude(loop, workdir, code)
     return code
 
 
@@ -115,6 +143,7 @@ class _Run:
     shutdown: Shutdown
     audit: Audit
     box: BlackBox
+    events: EventLog
     acceptance: Acceptance
 
 
@@ -126,7 +155,8 @@ def _trained(run: _Run, start: "_Start") -> tuple[Loop, int]:
             loop, state = _build(run, start, stack, compiled)
             compiled = (loop.step, loop.eval_step, loop.canary)
             try:
-                return loop, _run(loop, state, start.step, run.workdir)
+                with loop.hang:
+                    return loop, _watched(loop, state, start.step, run.workdir)
             except Stopped as error:
                 problem: Exception = error.with_traceback(None)  # it would hold the state
             except RolledBack as error:
@@ -151,31 +181,19 @@ def _trained(run: _Run, start: "_Start") -> tuple[Loop, int]:
                 primary=primary,
             )
             return loop, error.exit_code
+        to_step = run.audit.rollbacks[-1].to_step
+        run.events.write("rollback", step=problem.step, to_step=to_step, reason=problem.reason)
         say(told, primary=primary)
         start = _where_to_start(run, "again")
 
 
-def _run(loop: Loop, state: TrainState, start: int, workdir: Path) -> int:
-    with loop.hang:
-        return _watched(loop, state, start, workdir)
-
-
 def _watched(loop: Loop, state: TrainState, start: int, workdir: Path) -> int:
-    if start and loop.eval_is_due(start) and not _told(_is_evaluated, workdir, start):
+    if start and loop.eval_is_due(start) and not primary_says(is_evaluated, workdir, start):
         loop.evaluate(start, state)  # a signal or a crash came between the save and this
-    if start and loop.export_is_due(start) and not _told(is_exported, workdir, start):
+    if start and loop.export_is_due(start) and not primary_says(is_exported, workdir, start):
         loop.export(start, loop.at_rest(state))
     step = loop.run(state, start)
     return 0 if step == loop.train.steps and not loop.shutdown.requested else ExitCode.STOPPED
-
-
-def _told(question: Callable[[Path, int], bool], workdir: Path, step: int) -> bool:
-    """Process 0's answer: all must do the same, whatever their file systems show them."""
-    return bool(decided_by_primary(lambda: int(question(workdir, step))))
-
-
-def _is_evaluated(workdir: Path, step: int) -> bool:
-    return any(row["step"] == step and "eval_loss" in row for row in load_metrics(workdir))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -252,7 +270,8 @@ def _build(
     """
     session, checkpointer, workdir = run.session, run.checkpointer, run.workdir
     config, primary = session.config, session.machine.is_primary
-    timer = _timer(run)
+    tokens = config.data.global_batch_size * config.data.seq_len
+    timer = StepTimer(tokens_per_step=tokens)
     stack.callback(timer.close)
     feed = Feed(
         config,
@@ -261,14 +280,7 @@ def _build(
         held_out=session.held_out,
         position=start.position,
     )
-    with timer.pause("restore" if start.step else "import" if start.origin else "init"):
-        state = starting_state(session, start.checkpoint, start.origin)
-    with timer.pause("compile"):
-        steps = compiled or _compiled(session, feed, state)
-    run.acceptance.accept()  # nothing can refuse the run any more
-    if compiled is None:
-        say(f"ready    compiled in {timer.breakdown()['compile_s']:.1f} s", primary=primary)
-        say_of_donation(session, steps[0])
+    state, steps = _prepared(run, start, feed, timer, compiled)
     metrics, progress = _logs(run, start, stack)
     if primary:
         write_run_facts(workdir, facts(session, steps[0]) | {"workdir_locked": run.locked})
@@ -290,6 +302,7 @@ def _build(
         export=exporter(config, workdir, progress),
         checkpointer=checkpointer,
         metrics=metrics,
+        events=run.events,
         progress=progress,
         timer=timer,
         shutdown=run.shutdown,
@@ -300,14 +313,32 @@ def _build(
     ), state
 
 
-def _timer(run: _Run) -> StepTimer:
-    """A timer that knows the last step that this run has done so far."""
-    data, rows = run.session.config.data, load_metrics(run.workdir)
-    newest = max((row["step"] for row in rows), default=0)
-    return StepTimer(
-        tokens_per_step=data.global_batch_size * data.seq_len,
-        done_before=max(newest, run.box.newest_step),
-    )
+def _prepared(
+    run: _Run,
+    start: _Start,
+    feed: Feed,
+    timer: StepTimer,
+    compiled: tuple[Callable, Callable, Canary | None] | None,
+) -> tuple[TrainState, tuple[Callable, Callable, Canary | None]]:
+    """The state and the steps, and the events that say how long they took."""
+    session, primary = run.session, run.session.machine.is_primary
+    with timer.pause():
+        state = starting_state(session, start.checkpoint, start.origin)
+    source = "restore" if start.step else "import" if start.origin else "init"
+    restored = {"step": start.step, "source": source, "duration_s": timer.paused_s}
+    if compiled is not None:
+        run.events.write("restore", **restored, **removed_time(run.workdir, start.step))
+        return state, compiled
+    run.events.write("restore", **restored)
+    with timer.pause():
+        steps = compile_steps(session, feed, state)
+    run.acceptance.accept()  # nothing can refuse the run any more
+    # The rows after this step are removed next, so their time is entered here.
+    removed = removed_time(run.workdir, start.step)
+    run.events.write("compile", step=start.step, duration_s=timer.paused_s, **removed)
+    say(f"ready    compiled in {timer.paused_s:.1f} s", primary=primary)
+    say_of_donation(session, steps[0])
+    return state, steps
 
 
 def _logs(run: _Run, start: _Start, stack: contextlib.ExitStack) -> tuple[MetricsWriter, Progress]:
@@ -338,6 +369,7 @@ def _watchers(
     guardian = Guardian(
         config=session.config.guard,
         box=run.box,
+        events=run.events,
         mixture=session.mixture,
         position=start.position,
         seed=session.config.train.seed,
@@ -347,9 +379,15 @@ def _watchers(
     hang = HangWatch(
         session.config.guard.hang_timeout_s,
         file=run.workdir / BLACKBOX / f"hang_process{session.machine.process_id}.txt",
-        farewell=lambda text: guardian.write("hang", step=run.box.newest_step, cause=text),
+        farewell=lambda text: _hung(run, guardian, text),
     )
     return guardian, hang
+
+
+def _hung(run: _Run, guardian: Guardian, text: str) -> None:
+    """Write the black box and the end of a run that hangs."""
+    guardian.write("hang", step=run.box.newest_step, cause=text)
+    write_end(run.events, run.box.newest_step, code=ExitCode.FAILED, error=text)
 
 
 def _meta(session: Session, start: _Start, audit: Audit) -> dict[str, Any]:
@@ -359,17 +397,3 @@ def _meta(session: Session, start: _Start, audit: Audit) -> dict[str, Any]:
     meta["ledger"] = start.ledger.to_json()
     meta["rollbacks"] = len(audit.rollbacks)
     return meta | ({"base": start.base} if start.base else {})
-
-
-def _compiled(
-    session: Session, feed: Feed, state: TrainState
-) -> tuple[Callable, Callable, Canary | None]:
-    """Both steps, and the canary: before the first update, so that no signal meets a compiler."""
-    config = session.config
-    update = update_of(session)
-    evaluate = eval_step(session.compute, session.mesh)
-    batch, held_out = (
-        feed.abstract(n) for n in (config.data.global_batch_size, feed.eval_batch_size)
-    )
-    lowered = update.lower(state, batch), evaluate.lower(state.whole, held_out)
-    return lowered[0].compile(), lowered[1].compile(), canary_of(session, state)

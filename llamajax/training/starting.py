@@ -8,6 +8,8 @@ from llamajax.checkpoint import Checkpoint, restore_state
 from llamajax.checkpoint.weights import Weights
 from llamajax.config import to_json_dict
 from llamajax.models.abstract import abstract_model
+from llamajax.training.canary import Canary, canary_of
+from llamajax.training.feed import Feed
 from llamajax.training.session import Session
 from llamajax.training.state import (
     TrainState,
@@ -18,7 +20,7 @@ from llamajax.training.state import (
     with_own_guard,
     with_stored_guard,
 )
-from llamajax.training.step import train_step
+from llamajax.training.step import eval_step, train_step
 
 
 def starting_state(
@@ -52,3 +54,17 @@ def update_of(session: Session) -> Callable:
     c = session.config
     where = (session.compute, session.mesh, c.guard)
     return train_step(session.optimizer, c.optim, c.train, *where)
+
+
+def compile_steps(
+    session: Session, feed: Feed, state: TrainState
+) -> tuple[Callable, Callable, Canary | None]:
+    """Both steps, and the canary: before the first update, so that no signal meets a compiler."""
+    config = session.config
+    update = update_of(session)
+    evaluate = eval_step(session.compute, session.mesh)
+    batch, held_out = (
+        feed.abstract(n) for n in (config.data.global_batch_size, feed.eval_batch_size)
+    )
+    lowered = update.lower(state, batch), evaluate.lower(state.whole, held_out)
+    return lowered[0].compile(), lowered[1].compile(), canary_of(session, state)

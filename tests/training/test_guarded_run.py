@@ -32,7 +32,7 @@ COMMON = {"train__steps": STEPS, "checkpoint__every_steps": 1, "checkpoint__keep
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
     """The runs differ in what the host does: each program is compiled once for all of them."""
-    compiled, compile_steps = {}, run_module._compiled
+    compiled, compile_steps = {}, run_module.compile_steps
 
     def steps(session, feed, state):
         guard = session.config.guard
@@ -42,7 +42,7 @@ def compiled_once():
         return compiled[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "_compiled", steps)
+        patch.setattr(run_module, "compile_steps", steps)
         yield
 
 

@@ -1,0 +1,154 @@
+"""The record of a run: events outlive killed writers, and seconds add up over all processes."""
+
+import fcntl
+import json
+
+import pytest
+
+from llamajax.errors import UserError
+from llamajax.monitoring import EventLog, load_events
+from llamajax.monitoring.events import EVENTS, LOCK, is_running
+from llamajax.monitoring.facts import steps_after, summarize
+
+
+def test_events_are_appended_with_their_time(tmp_path):
+    log = EventLog(tmp_path, primary=True)
+    log.write("compile", step=0, duration_s=2.5)
+    EventLog(tmp_path, primary=True).write("signal", step=3)
+    EventLog(tmp_path, primary=False).write("end", step=3)
+    first, second = load_events(tmp_path)
+    assert (first["event"], first["step"], first["duration_s"]) == ("compile", 0, 2.5)
+    assert (second["event"], second["step"]) == ("signal", 3)
+    assert first["time_s"] <= second["time_s"] <= log.time_s
+
+
+def test_a_clock_that_jumps_does_not_move_events(tmp_path, monkeypatch):
+    log = EventLog(tmp_path, primary=True)
+    before = log.time_s
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    assert log.time_s >= before
+
+
+def test_a_torn_line_is_left_out_and_the_next_one_is_whole(tmp_path):
+    (tmp_path / EVENTS).write_text('{"event": "save", "step": 4, "time_s": 1.0}\n{"event": "sa')
+    EventLog(tmp_path, primary=True).write("end", step=8)
+    assert [event["event"] for event in load_events(tmp_path)] == ["save", "end"]
+
+
+def test_what_the_disk_refuses_is_written_later(tmp_path, monkeypatch, capsys):
+    log = EventLog(tmp_path, primary=True)
+
+    def refuse(self):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(EventLog, "_append", refuse)
+        log.write("save", step=4)
+        log.write("save", step=8)
+    log.write("end", step=9)
+    assert [event["step"] for event in load_events(tmp_path)] == [4, 8, 9]
+    assert capsys.readouterr().err.count("No space left on device; its lines are kept") == 1
+
+
+def test_a_directory_that_has_gone_is_one_error(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    log = EventLog(workdir, primary=True)
+    log.write("start", step=0)
+    (workdir / EVENTS).unlink()
+    workdir.rmdir()
+    with pytest.raises(UserError, match="has gone while the run was using it"):
+        log.write("save", step=4)
+    log.write("end", step=4)
+    assert not workdir.exists()
+
+
+def test_a_run_is_running_while_its_lock_is_held(tmp_path):
+    assert not is_running(tmp_path)
+    with (tmp_path / LOCK.format(process_id=0)).open("w") as file:
+        assert not is_running(tmp_path)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert is_running(tmp_path)
+    assert not is_running(tmp_path)
+
+
+def event(kind: str, time_s: float, step: int = 0, **fields):
+    return {"event": kind, "time_s": time_s, "step": step} | fields
+
+
+def row(step: int, time_s: float, step_time_s: float = 2.0, data_wait_s: float = 0.5):
+    return {"step": step, "time_s": time_s, "step_time_s": step_time_s, "tokens_per_s": 50.0,
+            "data_wait_s": data_wait_s}  # fmt: skip
+
+
+KILLED = [
+    event("start", 110.0, duration_s=10.0),
+    event("restore", 111.0, duration_s=1.0, source="init"),
+    event("compile", 121.0, duration_s=10.0, removed_steps_s=0.0, removed_data_wait_s=0.0),
+    event("save", 127.0, step=2, duration_s=1.0),
+]
+# Step 3 is logged (2.5 s each) and lost by the kill; the next start restores step 2.
+KILLED_ROWS = [row(2, 126.0), row(3, 129.5)]
+
+
+def test_a_killed_run_is_dead_once_its_lock_is_free():
+    facts = summarize(KILLED, KILLED_ROWS, running=True)
+    assert facts["status"] == "running"
+    facts = summarize(KILLED, KILLED_ROWS, running=False)
+    assert (facts["status"], facts["starts"], facts["tokens_per_s"]) == ("dead", 1, 50.0)
+    assert facts["time_breakdown"] == {
+        "wall_s": 29.5, "steps_s": 6.0, "data_wait_s": 1.5, "start_s": 10.0, "redone_s": 0.0,
+        "init_s": 1.0, "compile_s": 10.0, "checkpoint_s": 1.0, "other_s": 0.0,
+        "goodput": 6.0 / 29.5,
+    }  # fmt: skip
+
+
+def test_seconds_of_all_processes_add_up():
+    removed = steps_after(KILLED, KILLED_ROWS, 2)
+    assert removed == {"removed_steps_s": 2.0, "removed_data_wait_s": 0.5}
+    again = [
+        event("found_dead", 209.0, step=3, last_seen_s=129.5),
+        event("start", 210.0, step=2, duration_s=10.0),
+        event("restore", 213.0, step=2, duration_s=3.0, source="restore"),
+        event("compile", 218.0, step=2, duration_s=5.0, **removed),
+    ]
+    # Step 4 is not finite: back to step 2, whose data is left out.
+    rolled_back = [
+        event("skipped_update", 223.0, step=4, reason="the loss is not finite"),
+        event("rollback", 223.0, step=4, to_step=2),
+        event("restore", 224.0, step=2, duration_s=1.0, source="restore", removed_steps_s=4.0,
+              removed_data_wait_s=1.0),
+        event("evaluation", 230.0, step=4, duration_s=1.0),
+        event("end", 230.5, step=4, status="finished", code=0),
+    ]  # fmt: skip
+    rows = [row(2, 126.0), row(3, 226.5), row(4, 229.0)]
+    facts = summarize(KILLED + again + rolled_back, rows, running=False)
+    assert (facts["status"], facts["starts"], facts["rollbacks"]) == ("finished", 2, 1)
+    breakdown = facts["time_breakdown"]
+    assert breakdown == {
+        "wall_s": 130.5, "steps_s": 8.0, "data_wait_s": 3.5, "redone_s": 6.0, "start_s": 20.0,
+        "init_s": 1.0, "restore_s": 4.0, "compile_s": 15.0, "checkpoint_s": 1.0,
+        "evaluation_s": 1.0, "down_s": 70.5, "other_s": 0.5, "goodput": 8.0 / 130.5,
+    }  # fmt: skip
+    parts = [s for key, s in breakdown.items() if key.endswith("_s") and key != "wall_s"]
+    assert sum(parts) == breakdown["wall_s"]
+
+
+def test_a_row_counts_its_steps_since_the_last_row_or_start():
+    events = [
+        event("start", 0.0),
+        event("restore", 0.0, step=0, source="init", duration_s=0.0),
+        event("restore", 0.0, step=22, source="restore", duration_s=0.0),
+    ]
+    rows = [row(20, 40.0), row(25, 60.0)]
+    assert summarize(events, rows, running=True)["time_breakdown"]["steps_s"] == 46.0
+    # Back before the earlier start: its step is no border any more.
+    events.append(event("restore", 0.0, step=10, source="restore", duration_s=0.0))
+    rows = [row(10, 20.0), row(20, 90.0), row(25, 100.0)]
+    assert summarize(events, rows, running=True)["time_breakdown"]["steps_s"] == 50.0
+
+
+def test_a_run_of_an_earlier_release_has_no_record(tmp_path):
+    assert summarize([], [row(3, 1.0)], running=False) == {}
+    (tmp_path / EVENTS).write_text(json.dumps({"event": "save", "step": 1}) + "\n")
+    assert load_events(tmp_path) == []

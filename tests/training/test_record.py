@@ -1,0 +1,94 @@
+"""The record of whole runs, in this process: ends, deaths, a finished run, a folder that goes."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+
+from llamajax.errors import UserError
+from llamajax.monitoring import load_events, read_run_facts, write_report
+from llamajax.monitoring.events import EVENTS
+from llamajax.training import run
+from llamajax.training.loop import Loop
+
+
+def kinds(workdir):
+    return [event["event"] for event in load_events(workdir)]
+
+
+def contents(workdir):
+    files = sorted(path for path in workdir.rglob("*") if path.is_file())
+    return {str(file): hashlib.sha256(file.read_bytes()).digest() for file in files}
+
+
+@pytest.fixture(scope="module")
+def finished(short_run, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished")
+    options = {"train__steps": 4, "checkpoint__asynchronous": False}
+    assert short_run(workdir, **options, stop_after=3) == 143
+    assert short_run(workdir, **options) == 0
+    return workdir
+
+
+def test_a_run_that_is_stopped_and_continued(finished):
+    assert kinds(finished) == [
+        "start", "restore", "compile", "save", "signal", "save", "end",
+        "start", "restore", "compile", "save", "evaluation", "end",
+    ]  # fmt: skip
+    events = load_events(finished)
+    assert [e["step"] for e in events if e["event"] == "save"] == [2, 3, 4]
+    first, second = (event for event in events if event["event"] == "start")
+    assert first["changed"] is None
+    assert second["changed"] == {}
+    assert {"host", "pid", "command", "versions", "git", "num_devices"} <= set(first)
+    assert [e["status"] for e in events if e["event"] == "end"] == ["stopped", "finished"]
+    facts = json.loads((finished / "run.json").read_text())
+    assert (facts["status"], facts["starts"]) == ("finished", 2)
+    assert facts["time_breakdown"]["compile_s"] > 0
+    lines = (finished / "train.log").read_text().splitlines()
+    assert any("compiled in" in line for line in lines)
+    assert any(line.endswith("report.html") and "finished" in line for line in lines)
+
+
+def test_a_finished_run_that_is_run_again_changes_nothing(finished, short_run, monkeypatch):
+    before = contents(finished)
+    monkeypatch.setattr(run, "_trained", None)  # neither restores nor compiles
+    assert short_run(finished, train__steps=4) == 0
+    assert contents(finished) == before
+
+
+def test_a_killed_run_is_dead_and_the_next_start_says_so(finished, short_run, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "killed")
+    lines = (workdir / EVENTS).read_text().splitlines(keepends=True)
+    (workdir / EVENTS).write_text("".join(lines[:-3]) + lines[-3][:20])
+    for name in ("metrics.jsonl",):
+        rows = (workdir / name).read_text().splitlines(keepends=True)
+        (workdir / name).write_text("".join(rows[:-2]) + rows[-2][:20])
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    write_report(workdir)
+    assert json.loads((workdir / "run.json").read_text())["status"] == "dead"
+    assert short_run(workdir, train__steps=4) == 0
+    events = load_events(workdir)
+    dead = [event for event in events if event["event"] == "found_dead"]
+    assert [event["step"] for event in dead] == [3]
+    assert dead[0]["last_seen_s"] <= dead[0]["time_s"]
+    assert read_run_facts(workdir)["status"] == "finished"
+    rows = (workdir / "metrics.jsonl").read_text().splitlines()
+    ours = [json.loads(line).get("loss") for line in rows]
+    theirs = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert ours == [row.get("loss") for row in theirs]
+
+
+def test_a_workdir_that_vanishes_is_one_error(short_run, tmp_path, monkeypatch):
+    workdir, write = tmp_path / "run", Loop._write
+
+    def remove_first(loop, step, values):
+        if step == 2:
+            shutil.rmtree(workdir)
+        write(loop, step, values)
+
+    monkeypatch.setattr(Loop, "_write", remove_first)
+    with pytest.raises(UserError, match="has gone while the run was using it"):
+        short_run(workdir, train__steps=4)
+    assert not workdir.exists()
