@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import llamajax
+from llamajax.backends import report_checkpoint
 from llamajax.checkpoint import Checkpointer
 from llamajax.config import RunConfig, diff, from_json_dict
 from llamajax.errors import ExitCode, UserError
@@ -69,7 +70,7 @@ def removed_time(workdir: Path, step: int) -> dict[str, float]:
 def write_start(
     events: EventLog, workdir: Path, session: Session, *, step: int, began_s: float, anew: bool
 ) -> None:
-    """Enter a start, and before it the death of a process that wrote no end.
+    """Enter a start, and before it the death of a process that wrote no end; tell the launcher.
 
     anew: this start begins a record of its own.
     """
@@ -84,6 +85,7 @@ def write_start(
             host=begun[0].get("host") if begun else None,
             pid=begun[0].get("pid") if begun else None,
         )
+    report_checkpoint(step)
     machine = session.machine
     events.write(
         "start",

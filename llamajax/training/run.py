@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from llamajax import data
-from llamajax.backends import report_checkpoint
 from llamajax.checkpoint import Checkpoint, Checkpointer, CheckpointError, named_leaves
 from llamajax.checkpoint.storage import is_remote
 from llamajax.checkpoint.weights import Weights
@@ -70,10 +69,7 @@ from llamajax.training.workdir import (
 def train(
     config: RunConfig, *, workdir: Path, shutdown: Shutdown, began_s: float | None = None
 ) -> int:
-    """Run to the end or to a signal; the exit code. Continues from the newest checkpoint.
-
-    began_s: when the process began, on the clock of `time.monotonic`; now if it is not given.
-    """
+    """Run to the end or to a signal; the exit code. began_s: process start, `time.monotonic`."""
     began_s = time.monotonic() if began_s is None else began_s
     acceptance = Acceptance(workdir)
     with LeavingAtOnce():
@@ -118,7 +114,6 @@ def train(
         if primary:
             anew = asked == "restart"
             write_start(events, workdir, session, step=start.step, began_s=began_s, anew=anew)
-            report_checkpoint(start.step)
             when_accepted(lambda: write_config(workdir, config))
             when_accepted(lambda: keep_tokenizer(workdir, config, start.tokenizer))
         greet(session, start.step)
