@@ -57,10 +57,10 @@ def logits(model: transformers.LlamaForCausalLM, ids: np.ndarray) -> np.ndarray:
 
 def token_nll(model: transformers.LlamaForCausalLM, ids: np.ndarray) -> np.ndarray:
     """Loss of tokens 1.. of rows (B, T)."""
-    found = torch.tensor(logits(model, ids))[:, :-1].transpose(1, 2)
-    return torch.nn.functional.cross_entropy(
-        found, torch.tensor(ids[:, 1:]), reduction="none"
-    ).numpy()
+    # Float64: along another dimension than the last, PyTorch sums 49,152 float32 too coarsely.
+    found = torch.tensor(logits(model, ids))[:, :-1].transpose(1, 2).double()
+    nll = torch.nn.functional.cross_entropy(found, torch.tensor(ids[:, 1:]), reduction="none")
+    return nll.float().numpy()
 
 
 def _loss(model: transformers.LlamaForCausalLM, ids: np.ndarray) -> tuple[Any, Any]:
