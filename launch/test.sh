@@ -14,17 +14,19 @@ for argument in "$@"; do
   esac
 done
 
+make_venv "$ROOT/.venv" ".[test]"
+add_pjrt_cpu "$ROOT/.venv"
+cd "$ROOT"
+
 if [ "${#SELECTION[@]}" = 0 ]; then
   # On 3.11 the pinned torch is small: pip takes no CUDA with it.
   PYTHON="" PREFERRED=python3.11 make_venv "$ROOT/.venv-live" ".[test,live]"
   add_real_weights "$ROOT/.venv-live"
   say "comparing with transformers and torch"
-  (cd "$ROOT" && .venv-live/bin/python -m pytest -m live)
+  "$ROOT/.venv-live/bin/python" -m pytest -m live
+  add_real_weights "$ROOT/.venv"
 fi
 
-make_venv "$ROOT/.venv" ".[test]"
-add_pjrt_cpu "$ROOT/.venv"
-cd "$ROOT"
 say "running the tests"
 exec "$ROOT/.venv/bin/python" -m pytest --numprocesses=2 --dist=worksteal --durations=20 \
   "${SELECTION[@]}" "${ARGUMENTS[@]}"
