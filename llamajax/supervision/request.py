@@ -38,7 +38,8 @@ FLAGS = (
         metavar="K",
         annotation=int,
         default=3,
-        doc="how often all workers are started again after a failure; 0: never",
+        doc="failures in a row, without a newer checkpoint, after which all workers are started "
+        "again; 0: never",
     ),
     Flag(
         name="backoff_s",

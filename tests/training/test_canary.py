@@ -14,7 +14,7 @@ from llamajax import optim, sharding
 from llamajax.config.schema import MeshConfig
 from llamajax.models import replicas
 from llamajax.training.canary import Canary
-from llamajax.training.guardian import Stopped
+from llamajax.training.guardian import BadDevice
 
 FAULTY = 3  # the position along the first replica axis of the device with a fault
 
@@ -60,9 +60,10 @@ def test_one_flipped_bit_of_an_activation_names_the_device(monkeypatch):
 
     monkeypatch.setattr(llamajax.models.llama, "rms_norm", faulty)
     canary, state = built(fsdp=8)
-    with pytest.raises(Stopped, match=rf"device {FAULTY} .*computes other bits.*blocks") as told:
+    with pytest.raises(BadDevice, match=rf"device {FAULTY} .*computes other bits.*blocks") as told:
         canary.check(10, state)
     assert str(told.value).count("computes other bits") == 1
+    assert told.value.exit_code == 80
 
 
 def test_one_flipped_bit_of_a_weight_gradient_names_the_device(monkeypatch):
@@ -84,7 +85,7 @@ def test_one_flipped_bit_of_a_weight_gradient_names_the_device(monkeypatch):
 
     monkeypatch.setattr(llamajax.models.lora, "linear", faulty)
     canary, state = built(fsdp=8)
-    with pytest.raises(Stopped, match=rf"device {FAULTY} .*computes other bits.*\(blocks\)"):
+    with pytest.raises(BadDevice, match=rf"device {FAULTY} .*computes other bits.*\(blocks\)"):
         canary.check(10, state)
 
 
@@ -102,7 +103,7 @@ def test_one_flipped_bit_of_a_stored_weight_names_the_device_and_the_weight():
         [jax.device_put(p, d) for p, d in zip(parts, devices, strict=True)],
     )
     state.model.blocks.mlp.gate = weight.replace(damaged)
-    with pytest.raises(Stopped) as told:
+    with pytest.raises(BadDevice) as told:
         canary.check(10, state)
     message = str(told.value)
     assert f"device {FAULTY} (cpu, process 0) holds other bits than its copies" in message
@@ -120,7 +121,7 @@ def test_one_replica_is_asked_twice(monkeypatch):
         return computed ^ np.uint32(len(calls) == 2), stored
 
     monkeypatch.setattr(canary, "_tables", fails_the_second_time)
-    with pytest.raises(Stopped, match="the second time"):
+    with pytest.raises(BadDevice, match="the second time"):
         canary.check(10, state)
     canary.check(11, state)  # a fault that repeats, or none: the two runs agree
 
