@@ -73,7 +73,7 @@ class Loop:
             pending = (step, metrics)
             stop = agreed(step, self.shutdown)
             self._show_alive()
-            self._record_saves()
+            self.record_saves()
             if stop:
                 self.events.write("signal", step=step)
             save = stop or step == last or self._save_is_due(step, saved_at_s)
@@ -201,9 +201,9 @@ class Loop:
                     raise
                 self._lack(step, error)
         self.saves_s[step] = self.timer.paused_s
-        self._record_saves()
+        self.record_saves()
 
-    def _record_saves(self) -> None:
+    def record_saves(self) -> None:
         """Enter the checkpoints that are complete by now, and the time that each took."""
         while self.checkpointer.completed:
             step = self.checkpointer.completed.popleft()

@@ -162,7 +162,7 @@ def _trained(run: _Run, start: "_Start") -> tuple[Loop, int]:
                 passes = is_remote(run.checkpointer.directory)
                 return loop, ExitCode.TRANSIENT if passes else ExitCode.USER_ERROR
         del state
-        reason = "stop" if isinstance(problem, Stopped) else "rollback"
+        began_s, reason = time.monotonic(), "stop" if isinstance(problem, Stopped) else "rollback"
         box = loop.guardian.write(reason, step=run.box.newest_step, cause=str(problem))
         try:
             if isinstance(problem, Stopped):
@@ -178,8 +178,10 @@ def _trained(run: _Run, start: "_Start") -> tuple[Loop, int]:
             return loop, error.exit_code
         to_step = run.audit.rollbacks[-1].to_step
         run.events.write("rollback", step=problem.step, to_step=to_step, reason=problem.reason)
+        loop.record_saves()
         say(told, primary=primary)
         start = _where_to_start(run, "again")
+        start = dataclasses.replace(start, rolled_back_s=time.monotonic() - began_s)
 
 
 def _watched(loop: Loop, state: TrainState, start: int, workdir: Path) -> int:
@@ -206,6 +208,7 @@ class _Start:
     base: dict[str, str] | None
     ledger: data.Ledger
     tokenizer: dict[str, Any]
+    rolled_back_s: float = 0.0  # seconds that going back here took, within a run
 
     @property
     def step(self) -> int:
@@ -320,7 +323,8 @@ def _prepared(
     with timer.pause():
         state = starting_state(session, start.checkpoint, start.origin)
     source = "restore" if start.step else "import" if start.origin else "init"
-    restored = {"step": start.step, "source": source, "duration_s": timer.paused_s}
+    duration_s = timer.paused_s + start.rolled_back_s
+    restored = {"step": start.step, "source": source, "duration_s": duration_s}
     if compiled is not None:
         run.events.write("restore", **restored, **removed_time(run.workdir, start.step))
         return state, compiled
