@@ -18,7 +18,10 @@ make_venv "$ROOT/.venv" ".[test]"
 add_pjrt_cpu "$ROOT/.venv"
 cd "$ROOT"
 
-if [ "${#SELECTION[@]}" = 0 ]; then
+if [ "${#SELECTION[@]}" != 0 ]; then
+  # LLVM's optimizations are half of a compilation; with --all they are on.
+  export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_backend_optimization_level=0"
+else
   # On 3.11 the pinned torch is small: pip takes no CUDA with it.
   PYTHON="" PREFERRED=python3.11 make_venv "$ROOT/.venv-live" ".[test,live]"
   add_real_weights "$ROOT/.venv-live"
