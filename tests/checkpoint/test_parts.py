@@ -64,6 +64,9 @@ def test_a_missing_block_is_not_zeros(tmp_path: Path):
 
 def test_restoring_reads_a_few_slabs_of_a_weight_at_a_time(tmp_path: Path, monkeypatch):
     """All layers lie in one block; what bounds the host's memory is that it is never read whole."""
+    value = jnp.arange(4 * 6 * 8, dtype=jnp.float32).reshape(4, 6, 8)
+    with Checkpointer(tmp_path, keep=1, keep_every=None, asynchronous=False) as checkpointer:
+        checkpointer.save(1, {"w": value}, meta={})
     monkeypatch.setattr(parts, "SLAB_BYTES", 64)
     seen, under_way, most = [], 0, 0
     slabs, take = StoredArray._slabs, StoredArray._take
@@ -83,9 +86,6 @@ def test_restoring_reads_a_few_slabs_of_a_weight_at_a_time(tmp_path: Path, monke
 
     monkeypatch.setattr(StoredArray, "_slabs", counted_slabs)
     monkeypatch.setattr(StoredArray, "_take", counted_take)
-    value = jnp.arange(4 * 6 * 8, dtype=jnp.float32).reshape(4, 6, 8)
-    with Checkpointer(tmp_path, keep=1, keep_every=None, asynchronous=False) as checkpointer:
-        checkpointer.save(1, {"w": value}, meta={})
     wanted = {"w": jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding)}
     restored = restore_state(open_checkpoint(tmp_path / "1"), wanted)["w"]
     np.testing.assert_array_equal(restored, value)
