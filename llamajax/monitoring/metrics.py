@@ -74,6 +74,8 @@ def _rewind(path: Path, *, resume_step: int) -> list[dict[str, Any]]:
     """Atomically remove rows after `resume_step` and broken lines; returns the rows that stay."""
     lines = _lines(path)
     rows = [(line, decode_row(line)) for line in lines]
+    if broken := sum(row is None for _, row in rows):
+        say(f"warning: {path}: {broken} of {len(lines)} lines are not whole rows: left out")
     kept = [(line, row) for line, row in rows if row is not None and row["step"] <= resume_step]
     if len(kept) < len(lines) or (lines and not path.read_bytes().endswith(b"\n")):
         temporary = path.with_name(f"{METRICS}.tmp")

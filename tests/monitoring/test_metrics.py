@@ -84,6 +84,15 @@ def test_a_line_without_its_end_is_not_glued_to_the_next(tmp_path: Path):
     assert [row["step"] for row in load_metrics(tmp_path)] == [1, 2, 2]
 
 
+def test_rows_that_cannot_be_read_are_reported(tmp_path: Path, capsys):
+    write_steps(tmp_path, range(1, 3))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo\n{"step": 4}\n')
+    writer(tmp_path, resume_step=4).close()
+    assert [row["step"] for row in load_metrics(tmp_path)] == [1, 2, 2, 4]
+    assert "metrics.jsonl: 1 of 5 lines are not whole rows" in capsys.readouterr().err
+
+
 def test_starting_over_begins_an_empty_file(tmp_path: Path):
     write_steps(tmp_path, range(1, 4))
     write_steps(tmp_path, range(1, 2))
