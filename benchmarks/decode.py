@@ -200,7 +200,7 @@ def main(argv: list[str]) -> None:
         rounds.append(generate())
         if reference:
             reference_rounds.append(reference())
-    memory = backends.peak_memory_bytes()
+    memory = max(backends.memory_in_use().get("peak_memory_bytes", []), default=None)
     kind = "device statistics" if memory else "process peak RSS"
     memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     speed, first = measured(rounds, flags)

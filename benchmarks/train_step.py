@@ -149,7 +149,7 @@ def table(run: Run, times: list[float], *, start_up_s: float | None) -> str:
         reached = tokens / median * flops / machine.num_devices
         mfu[name] = f"{100 * reached / peak[0]:.1f} %" if peak else "null, peak unknown"
         mfu[name] += f" ({reached / 1e12:.3g} TFLOP/s a device)"
-    memory = backends.peak_memory_bytes()
+    memory = max(backends.memory_in_use().get("peak_memory_bytes", []), default=None)
     kind = "device statistics" if memory else "process peak RSS"
     memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     t = config.train
