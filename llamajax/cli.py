@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 from llamajax.config import did_you_mean, nearest
-from llamajax.errors import UserError, run_verb
+from llamajax.errors import UserError
+from llamajax.verbs import run_verb
 
-_NOT_VERBS = ("__init__", "__main__", "cli", "errors")
+_NOT_VERBS = ("__init__", "__main__", "cli", "errors", "verbs")
 _USAGE = """llamajax: pretrain Llama-2 and Llama-3 class models on any accelerator that JAX can see.
 
 Usage:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 from llamajax.config import Flag, parse_command_line
 from llamajax.config.schema import BackendConfig, MeshConfig
-from llamajax.errors import UserError, run_verb, say
+from llamajax.errors import UserError, say
 from llamajax.monitoring.progress import BytesProgress
+from llamajax.verbs import run_verb
 
 if TYPE_CHECKING:
     from llamajax.checkpoint.tensor_source import TensorSource

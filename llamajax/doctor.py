@@ -7,7 +7,8 @@ from typing import Any
 
 from llamajax.config import Flag, parse_command_line
 from llamajax.config.flags import BACKEND_FLAGS, NUM_CPU_DEVICES, backend_config
-from llamajax.errors import UserError, run_verb, say
+from llamajax.errors import UserError, say
+from llamajax.verbs import run_verb
 
 SUMMARY = (
     "Try everything that training needs on a backend, each probe by itself, and tell what works, "

@@ -2,8 +2,8 @@
 
 from llamajax.backends import with_huge_pages
 from llamajax.config import Flag, parse_weights_command
-from llamajax.errors import run_verb
 from llamajax.evaluation.request import Protocol, Request, check
+from llamajax.verbs import run_verb
 
 SUMMARY = "Measure how well a checkpoint predicts a text: loss, perplexity, bits per byte."
 EXAMPLE = """python -m llamajax.evaluate --checkpoint=runs/quickstart --data=runs/quickstart/data

@@ -7,7 +7,8 @@ from llamajax.backends import with_huge_pages
 from llamajax.config import Flag, parse_weights_command
 from llamajax.data.chat import CHAT_TEMPLATES
 from llamajax.decoding.request import Request, Sampling, check
-from llamajax.errors import run_verb, say
+from llamajax.errors import say
+from llamajax.verbs import run_verb
 
 SUMMARY = "Continue prompts with a checkpoint: greedily, or drawing tokens at random."
 EXAMPLE = """python -m llamajax.generate --checkpoint=runs/quickstart --prompt="Call me"

@@ -1,9 +1,9 @@
 """`python -m llamajax.launch`: start a command as several workers, watch them, start them again."""
 
 from llamajax.config import parse_command_line
-from llamajax.errors import run_verb
 from llamajax.supervision.launcher import launch
 from llamajax.supervision.request import FLAGS, request_of, split_command
+from llamajax.verbs import run_verb
 
 SUMMARY = (
     "Run COMMAND (after --) as several workers on this node and on others; when one fails, end all "

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from llamajax.config import Flag, parse_command_line
-from llamajax.errors import UserError, run_verb, say
+from llamajax.errors import UserError, say
+from llamajax.verbs import run_verb
 
 SUMMARY = (
     "Compile the step that train would run, for devices that need not be here, and tell its "

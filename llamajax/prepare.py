@@ -10,8 +10,9 @@ from llamajax.data import tasks
 from llamajax.data.beam import prepare_on_beam
 from llamajax.data.chat import CHAT_TEMPLATES
 from llamajax.data.preparation import FORMATS, Settings, prepare
-from llamajax.errors import UserError, run_verb
+from llamajax.errors import UserError
 from llamajax.monitoring.progress import BytesProgress
+from llamajax.verbs import run_verb
 
 _EXAMPLE = """example:
   python -m llamajax.prepare --input=books/ --tokenizer=train:8192 --output=data/books

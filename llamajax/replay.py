@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llamajax.config import parse_command_line
 from llamajax.config.flags import MACHINE_FLAGS, Flag, backend_config
-from llamajax.errors import run_verb
+from llamajax.verbs import run_verb
 
 SUMMARY = (
     "Do one step of a run again, twice, from the checkpoint before it: whether it repeats and is "

@@ -7,8 +7,8 @@ example:
 import argparse
 from pathlib import Path
 
-from llamajax.errors import run_verb
 from llamajax.monitoring.report import write_report
+from llamajax.verbs import run_verb
 
 
 def main(arguments: list[str]) -> int:

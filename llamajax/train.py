@@ -4,8 +4,8 @@ import gc
 from pathlib import Path
 
 from llamajax.backends import follow_launcher, with_huge_pages
-from llamajax.errors import run_verb
 from llamajax.training.shutdown import Shutdown
+from llamajax.verbs import run_verb
 
 SUMMARY = (
     "Pretrain or finetune a Llama. Rerunning the same command continues from the newest checkpoint."

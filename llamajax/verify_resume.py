@@ -4,8 +4,9 @@ from pathlib import Path
 
 from llamajax.config import parse_command_line
 from llamajax.config.flags import Flag
-from llamajax.errors import UserError, run_verb
+from llamajax.errors import UserError
 from llamajax.supervision.resume_proof import Request, prove, train_arguments
+from llamajax.verbs import run_verb
 
 SUMMARY = (
     "Train a few steps undisturbed, again with SIGKILL at random moments (also in a save), and "

@@ -11,7 +11,8 @@ import pytest
 
 from llamajax import cli
 from llamajax.config import parse_command_line
-from llamajax.errors import STOP_SIGNALS, ExitCode, TransientError, UserError, run_verb
+from llamajax.errors import ExitCode, TransientError, UserError
+from llamajax.verbs import STOP_SIGNALS, run_verb
 
 needs_full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 
@@ -45,7 +46,7 @@ def verb(body: str) -> list[str]:
     return [
         sys.executable,
         "-c",
-        "import sys\nfrom llamajax.errors import run_verb\n"
+        "import sys\nfrom llamajax.verbs import run_verb\n"
         f"def main(argv):\n    {body}\nrun_verb(main)",
     ]
 
@@ -194,8 +195,8 @@ def test_a_signal_that_was_ignored_from_the_start_stays_ignored(number: int):
 def test_a_verb_that_does_not_unwind_is_ended():
     """As in a compiler, which runs no handler; here the exception is swallowed."""
     body = """
-    import llamajax.errors, os, signal, time
-    llamajax.errors._UNWIND_WITHIN_S = 0.1
+    import llamajax.verbs, os, signal, time
+    llamajax.verbs._UNWIND_WITHIN_S = 0.1
     while True:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -208,8 +209,8 @@ def test_a_verb_that_does_not_unwind_is_ended():
 
 def test_a_stop_that_is_swallowed_is_raised_again_and_one_that_unwinds_is_not():
     body = """
-    import llamajax.errors, os, signal, time
-    llamajax.errors._RAISE_EVERY_S = 0.01
+    import llamajax.verbs, os, signal, time
+    llamajax.verbs._RAISE_EVERY_S = 0.01
     try:
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(60)
@@ -229,8 +230,8 @@ def test_a_stop_that_is_swallowed_is_raised_again_and_one_that_unwinds_is_not():
 
 def test_a_second_ctrl_c_waits_for_nothing():
     body = """
-    import llamajax.errors, os, signal, time
-    llamajax.errors._UNWIND_WITHIN_S = 1000
+    import llamajax.verbs, os, signal, time
+    llamajax.verbs._UNWIND_WITHIN_S = 1000
     try:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)

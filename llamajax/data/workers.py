@@ -23,7 +23,8 @@ from llamajax.data.chat import encode_example
 from llamajax.data.holdout import Part
 from llamajax.data.shards import token_dtype
 from llamajax.data.tokenizers import Tokenizer, load_tokenizer
-from llamajax.errors import STOP_SIGNALS, UserError
+from llamajax.errors import UserError
+from llamajax.verbs import STOP_SIGNALS
 
 _BATCH_CHARS = 500_000
 _BATCH_PARTS = 2_000

@@ -10,7 +10,8 @@ from typing import Any, Literal, TextIO
 
 from tqdm import tqdm
 
-from llamajax.errors import Output, say
+from llamajax.errors import say
+from llamajax.verbs import Output
 
 _LINE_EVERY_S = 1.0
 _BYTES_LINE_EVERY_S = 10.0

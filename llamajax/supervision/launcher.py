@@ -9,12 +9,13 @@ import time
 from collections.abc import Iterator
 
 from llamajax import errors
-from llamajax.errors import STOP_SIGNALS, ExitCode, caught_signals
+from llamajax.errors import ExitCode
 from llamajax.supervision.logs import next_attempt
 from llamajax.supervision.referee import Message
 from llamajax.supervision.request import Request, make_log_dir
 from llamajax.supervision.wire import Hub, Spoke
 from llamajax.supervision.workers import Team, culprit, exit_code
+from llamajax.verbs import STOP_SIGNALS, caught_signals
 
 _LOOK_EVERY_S = 0.1
 _SHOWN_LINES = 20

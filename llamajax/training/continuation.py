@@ -7,7 +7,7 @@ saved, and a start that finds none of it is refused.
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from llamajax.checkpoint.room import reached, reason
 from llamajax.checkpoint.storage import Place, failures, is_remote
 from llamajax.config import RunConfig
 from llamajax.errors import UserError, say
-from llamajax.monitoring import load_metrics
+from llamajax.monitoring import load_events, load_metrics
 from llamajax.training.agreement import decided_by_primary
 from llamajax.training.audit import AUDIT
 
@@ -127,8 +127,8 @@ def newest_recorded(workdir: Path) -> int | None:
     """
     newest: int | None = None
     found = False
-    for event in _events(workdir):
-        found, kind = True, event.get("event")
+    for event in load_events(workdir):
+        found, kind = True, event["event"]
         if kind == "save" and not event.get("error"):
             newest = event["step"]
         elif kind == "start":
@@ -156,21 +156,6 @@ def _check_not_gone(workdir: Path, checkpoints: Place) -> None:
         f"{checkpoints}.{where} Bring the checkpoints back (is the disk mounted?), or begin anew "
         "with --config.train.restart=true, which sets the old rows aside"
     )
-
-
-def _events(workdir: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of `events.jsonl`."""
-    try:
-        lines = (workdir / "events.jsonl").read_text("utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and isinstance(event.get("step"), int):
-            yield event
 
 
 def _last_config(workdir: Path) -> dict[str, Any]:

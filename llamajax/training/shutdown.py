@@ -10,7 +10,8 @@ import signal
 import threading
 from collections.abc import Callable
 
-from llamajax.errors import STOP_SIGNALS, ExitCode, caught_signals, say
+from llamajax.errors import ExitCode, say
+from llamajax.verbs import STOP_SIGNALS, caught_signals
 
 _SIGACTION_BYTES = 256  # more than the C library's struct has on any platform
 

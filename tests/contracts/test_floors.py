@@ -12,7 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "llamajax"
 FLOORS = {
-    "errors": -1,
+    "errors": -2,
+    "verbs": -1,
     "config": 0,
     "backends": 1,
     "sharding": 1,
