@@ -9,6 +9,7 @@ from llamajax.checkpoint.manifest import complete_steps, find_damage
 from llamajax.checkpoint.names import named_leaves, rebuild
 from llamajax.checkpoint.restore import (
     Checkpoint,
+    check_same_model,
     newest_checkpoint,
     open_checkpoint,
     restore_state,
@@ -18,6 +19,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Checkpointer",
+    "check_same_model",
     "complete_steps",
     "find_damage",
     "named_leaves",

@@ -54,7 +54,7 @@ from llamajax.training.record import (
 from llamajax.training.rollback import roll_back
 from llamajax.training.session import Session, prepare
 from llamajax.training.shutdown import Shutdown
-from llamajax.training.starting import compile_steps, starting_state
+from llamajax.training.starting import check_stored, compile_steps, starting_state
 from llamajax.training.state import TrainState, to_natural
 from llamajax.training.workdir import (
     check_shared,
@@ -107,6 +107,7 @@ def train(
             audit.rollbacks.clear()
         start = _where_to_start(run, asked)
         if is_finished(config, workdir, start.step):
+            check_stored(session, start.checkpoint)
             say(f"finished before, at step {start.step}: {workdir}", primary=primary)
             return ExitCode.FINISHED
         ended = stack.enter_context(end_written(events, lambda: max(start.step, box.newest_step)))

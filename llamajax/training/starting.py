@@ -1,10 +1,11 @@
 """The state that a run goes on with, and its update; for the run and for whoever repeats it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 
-from llamajax.checkpoint import Checkpoint, restore_state
+from llamajax.checkpoint import Checkpoint, check_same_model, named_leaves, restore_state
 from llamajax.checkpoint.weights import Weights
 from llamajax.config import to_json_dict
 from llamajax.models.abstract import abstract_model
@@ -37,8 +38,7 @@ def starting_state(
         dtype = jnp.dtype(lora.base_dtype if lora else "float32")
         model = origin.load(abstract_model(config.model, session.mesh, dtype=dtype))
     if stored is not None:
-        abstract = abstract_state(config.model, *where, lora=lora, layout=layout.at_rest).to_save
-        abstract = with_stored_guard(abstract, stored.arrays)
+        abstract = _abstract_stored(session, stored)
         saved = restore_state(stored, abstract, model=to_json_dict(config)["model"], donated=True)
         saved = with_own_guard(saved, layout)
         state = saved if model is None else saved.replace(model=model)
@@ -47,6 +47,22 @@ def starting_state(
     else:
         state = state_around(model, *where, lora=lora, seed=config.train.seed, layout=layout)
     return to_pipeline(state, config.model, session.mesh, layout=layout)
+
+
+def check_stored(session: Session, stored: Checkpoint | None) -> None:
+    """Raise UserError where a checkpoint is of another model or optimizer than the session's."""
+    if stored is None:
+        return
+    abstract = named_leaves(_abstract_stored(session, stored))
+    check_same_model(stored, abstract, model=to_json_dict(session.config)["model"], partial=False)
+
+
+def _abstract_stored(session: Session, stored: Checkpoint) -> Any:
+    """The state as a session saves it, with the guard's arrays that `stored` has."""
+    config, layout = session.config, session.layout.at_rest
+    lora, where = config.lora if config.lora.rank else None, (session.optimizer, session.mesh)
+    abstract = abstract_state(config.model, *where, lora=lora, layout=layout).to_save
+    return with_stored_guard(abstract, stored.arrays)
 
 
 def update_of(session: Session) -> Callable:
