@@ -126,7 +126,9 @@ def _sentencepiece(tokenizer: "Tokenizer") -> tokenizers.Tokenizer | None:
     more = sorted((i, name, special) for name, (i, special) in tokenizer.facts.added.items())
     spec.add_tokens(
         [
-            tokenizers.AddedToken(name, special=special or name in tokenizer.control_ids)
+            tokenizers.AddedToken(
+                name, special=special or name in tokenizer.control_ids, normalized=False
+            )
             for i, name, special in more
             if i >= len(model.pieces)
         ]

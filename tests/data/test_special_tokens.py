@@ -165,6 +165,9 @@ def test_chatml_on_llama_2(form, assets, tmp_path):
     exported = load_tokenizer(export)
     assert (exported.bos_id, exported.eos_id, exported.vocab_size) == (1, 32000, 32004)
     assert exported.control_ids["<|im_start|>"] == 32001
+    spec = tokenizers.Tokenizer.from_file(str(export / "tokenizer.json"))
+    for text in ("Hello<think>", "a <think></think>", "<think>", "Hello<think></think><think>"):
+        assert spec.encode(text).ids == [1, *tokenizer.encode(text)]
 
 
 def test_padding_beyond_the_model_counts_for_nothing(assets, tmp_path):
