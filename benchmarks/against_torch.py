@@ -29,7 +29,8 @@ from llamajax.backends import with_huge_pages
 from llamajax.checkpoint.hf_write import ModelSource
 from llamajax.config import RunConfig
 from llamajax.config.schema import ComputeDtype, Remat
-from llamajax.errors import UserError, run_verb
+from llamajax.errors import UserError
+from llamajax.verbs import run_verb
 
 SYSTEMS = ("llamajax", "torch")
 

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, get_args
 from llamajax.config import PRESETS, mesh_config, preset
 from llamajax.config.flags import backend_config
 from llamajax.config.schema import ComputeDtype, ModelConfig
-from llamajax.errors import UserError, run_verb
+from llamajax.errors import UserError
+from llamajax.verbs import run_verb
 
 
 class Round(NamedTuple):

@@ -23,7 +23,8 @@ from typing import Any, get_args
 from llamajax.backends import with_huge_pages
 from llamajax.config import RunConfig, freeze, mesh_config, new_config, preset
 from llamajax.config.schema import AttentionImpl, ComputeDtype, Remat
-from llamajax.errors import UserError, run_verb
+from llamajax.errors import UserError
+from llamajax.verbs import run_verb
 
 WARM_UP = 2  # steps after the first that are not counted
 

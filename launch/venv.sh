@@ -13,7 +13,8 @@ TESTED_PYTHONS="3.13 3.12 3.11"
 # for a version that is not active does not work.
 works() {
   "$1" -c 'import sys, sysconfig, venv, ensurepip
-sys.exit(sys.version_info < (3, 11) or bool(sysconfig.get_config_var("Py_GIL_DISABLED")))' \
+sys.exit(sys.version_info < (3, 11) or sys.implementation.name != "cpython"
+         or bool(sysconfig.get_config_var("Py_GIL_DISABLED")))' \
     >/dev/null 2>&1
 }
 

@@ -29,7 +29,7 @@ class OrbaxWriter:
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
                 # Trained weights are noise to a compressor: 10 % smaller for twice the time.
-                state=ocp.PyTreeCheckpointHandler(use_compression=False)
+                state=ocp.PyTreeCheckpointHandler(use_compression=False, use_zarr3=False)
             ),
             async_options=ocp.AsyncOptions(
                 timeout_secs=_TIMEOUT_S,

@@ -30,10 +30,10 @@ _IN_FLIGHT = 8
 _WORTH_A_READ_BYTES = 1 << 20
 
 
-def array_spec(state: Place, name: str, *, zarr3: bool = False) -> dict[str, Any]:
-    """TensorStore's spec of one array under the directory that Orbax wrote."""
+def array_spec(state: Place, name: str) -> dict[str, Any]:
+    """Return TensorStore's spec of one array under the directory that Orbax wrote."""
     store = {"driver": "ocdbt", "base": kvstore(state), "path": f"{name}/"}
-    return {"driver": "zarr3" if zarr3 else "zarr", "kvstore": store}
+    return {"driver": "zarr", "kvstore": store}
 
 
 def prove_readable(state: Place, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
@@ -62,16 +62,15 @@ class _Slab(NamedTuple):
 class StoredArray:
     """One array of a checkpoint, of which any part can be read."""
 
-    def __init__(self, state: Place, name: str, *, zarr3: bool = False):
-        spec = array_spec(state, name, zarr3=zarr3)
-        self._array = ts.open(spec, open=True, read=True).result()
+    def __init__(self, state: Place, name: str):
+        self._array = ts.open(array_spec(state, name), open=True, read=True).result()
         self._name = name
         self.shape: tuple[int, ...] = self._array.shape
         self.dtype = np.dtype(self._array.dtype.numpy_dtype)
         layout = self._array.spec().to_json()
         metadata = layout.get("metadata", {})
         plain = metadata.get("compressor") is None and not metadata.get("filters")
-        in_rows = layout["driver"] == "zarr" and metadata.get("order", "C") == "C"
+        in_rows = metadata.get("order", "C") == "C"
         self._by_bytes = bool(self.shape) and plain and in_rows
         self._separator = metadata.get("dimension_separator", ".")
 

@@ -6,7 +6,6 @@ refused before the first array is read: damage, another model, another tree.
 
 import errno
 import functools
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -77,14 +76,7 @@ class Checkpoint:
 
     def array(self, name: str) -> StoredArray:
         """Open one array, of which any part can be read."""
-        return StoredArray(self.directory / manifests.STATE, name, zarr3=self._uses_zarr3)
-
-    @functools.cached_property
-    def _uses_zarr3(self) -> bool:
-        file = self.directory / manifests.STATE / "_METADATA"
-        if f"{manifests.STATE}/_METADATA" not in self.manifest.files:
-            return False
-        return bool(json.loads(file.read_bytes()).get("use_zarr3"))
+        return StoredArray(self.directory / manifests.STATE, name)
 
     def verify(self) -> None:
         """Read all files once, divided among the processes; UserError on all if one is damaged.
