@@ -175,15 +175,16 @@ def test_the_real_tokenizers_are_exported_exactly(name, reader, assets, tmp_path
 
 def test_companions_of_a_tokenizer_go_along(source, tmp_path):
     own = Path(shutil.copytree(source, tmp_path / "own"))
-    (own / "generation_config.json").write_text('{"eos_token_id": [257, 3], "top_p": 0.9}')
+    (own / "generation_config.json").write_text('{"eos_token_id": [257, 3], "pad_token_id": 300}')
     (own / "chat_template.jinja").write_text("{{ messages }}")
     run(f"--from={own}", f"--to={tmp_path / 'back'}", "--dtype=float32")
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         assert (own / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
     generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
-    assert generation == {"eos_token_id": [257, 3], "top_p": 0.9, "bos_token_id": 256}
+    assert generation == {"eos_token_id": [257, 3], "pad_token_id": 300, "bos_token_id": 256}
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (256, [257, 3])
+    assert config["pad_token_id"] is None  # 300 has no row, and Transformers refuses such a config
 
 
 def test_without_a_tokenizer_it_warns(source, tmp_path, capsys):

@@ -129,7 +129,8 @@ def write_model_config(model: ModelConfig, *, dtype: str, ids: Mapping[str, Any]
         "rope_theta": model.rope_theta,
         "rope_scaling": None if model.rope_scaling is None else rope,
         "rope_parameters": rope | {"rope_theta": model.rope_theta},
-        **{key: ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        **{key: ids.get(key) for key in ("bos_token_id", "eos_token_id")},
+        "pad_token_id": None,  # would freeze its row; generation_config.json has it
         "use_cache": True,
         "torch_dtype": dtype,
         "dtype": dtype,

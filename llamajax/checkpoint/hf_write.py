@@ -256,7 +256,7 @@ def _write_rest(
     directory: Path, model: ModelConfig, *, dtype: str, tokenizer: ExportableTokenizer | None
 ) -> list[str]:
     """config.json, generation_config.json and the tokenizer; returns warnings."""
-    ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    ids: dict[str, Any] = {}
     warnings = []
     if tokenizer is not None:
         warnings = tokenizer.export(directory)
