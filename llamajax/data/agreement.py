@@ -33,14 +33,16 @@ def tokenizer_record(tokenizer: Tokenizer) -> dict[str, Any]:
         "vocab_size": tokenizer.vocab_size,
         "fingerprint": tokenizer.fingerprint,
         "probe": hashlib.sha256(ids.encode()).hexdigest(),
+        "tokens": {**tokenizer.control_ids, **tokenizer.added_ids},  # the probe holds none
     }
 
 
 def is_recorded(tokenizer: Tokenizer, record: Mapping[str, Any]) -> bool:
     """Return whether a tokenizer reads text into the same ids as the one of `record`."""
-    if tokenizer.fingerprint == record["fingerprint"]:
-        return True
-    return tokenizer_record(tokenizer)["probe"] == record["probe"]
+    ours, theirs = tokenizer_record(tokenizer), record.get("tokens", {})
+    if any(theirs.get(name, i) != i for name, i in ours["tokens"].items()):
+        return False
+    return any(ours[key] == record[key] for key in ("fingerprint", "probe"))
 
 
 def describe(record: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ class Tokenizer:
     facts: Facts = Facts()
     warnings: tuple[str, ...] = ()
     control_ids: Mapping[str, int] = MappingProxyType({})  # by name; no text encodes to them
+    added_ids: Mapping[str, int] = MappingProxyType({})  # by name, of ordinary added tokens
     files: tuple[Path, ...] = ()
     # Number of tokens of a newline that starts a text, where a space is put before texts.
     _after_newline: int | None = None

@@ -103,13 +103,17 @@ class SentencePieceTokenizer(Tokenizer):
             for name, i in added.items()
             if facts.added[name][1] or name in ALWAYS_CONTROL or i in (self.bos_id, self.eos_id)
         }
-        self._added = {name: i for name, i in added.items() if name not in self.control_ids}
-        self._added_names = {i: name for name, i in self._added.items()}
+        self.added_ids = {name: i for name, i in added.items() if name not in self.control_ids}
+        self._added_names = {i: name for name, i in self.added_ids.items()}
         self._splitter = re.compile(
-            f"({'|'.join(map(re.escape, sorted(self._added, reverse=True)))})"
+            f"({'|'.join(map(re.escape, sorted(self.added_ids, reverse=True)))})"
         )
         self.fingerprint = fingerprint_of(
-            self.kind, content, self.bos_id, self.eos_id, *([self._added] if self._added else [])
+            self.kind,
+            content,
+            self.bos_id,
+            self.eos_id,
+            *([self.added_ids] if self.added_ids else []),
         )
         if (back := self._model.decode(self._model.encode("a\nb"))) != "a\nb":
             self.warnings += (
@@ -138,12 +142,12 @@ class SentencePieceTokenizer(Tokenizer):
         return extra
 
     def _encode(self, text: str) -> list[int]:
-        if not self._added:
+        if not self.added_ids:
             return self._encode_pieces(text)
         ids: list[int] = []
         for part in self._splitter.split(text):
-            if part in self._added:
-                ids.append(self._added[part])
+            if part in self.added_ids:
+                ids.append(self.added_ids[part])
             elif ids and part and self._after_newline:  # no space goes before what follows a token
                 ids += self._encode_pieces("\n" + part)[self._after_newline :]
             else:
@@ -289,7 +293,9 @@ class HuggingFaceTokenizer(Tokenizer):
         }
         self._control = {*self.control_ids.values(), self.bos_id, self.eos_id}
         names = of_ends | set(self.control_ids)
-        others = {t["content"]: t["id"] for t in listed if t["content"] not in names}
+        self.added_ids = others = {
+            t["content"]: t["id"] for t in listed if t["content"] not in names
+        }
         self.fingerprint = fingerprint_of(
             self.kind, content, self.bos_id, self.eos_id, *([others] if others else [])
         )

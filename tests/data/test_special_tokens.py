@@ -14,6 +14,7 @@ from tokenizers import models, pre_tokenizers
 
 from llamajax import prepare
 from llamajax.data import load_tokenizer
+from llamajax.data.agreement import is_recorded, same_tokens, tokenizer_record
 from llamajax.data.chat import encode_chat
 from llamajax.errors import UserError
 
@@ -168,6 +169,32 @@ def test_chatml_on_llama_2(form, assets, tmp_path):
     spec = tokenizers.Tokenizer.from_file(str(export / "tokenizer.json"))
     for text in ("Hello<think>", "a <think></think>", "<think>", "Hello<think></think><think>"):
         assert spec.encode(text).ids == [1, *tokenizer.encode(text)]
+    assert same_tokens(tokenizer, exported)
+    assert same_tokens(exported, tokenizer)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("beside", [True, False])
+def test_tokenizers_that_number_an_added_token_differently_are_two(special, beside, tmp_path):
+    both = []
+    for names in (["<x>", "<y>"], ["<y>", "<x>"]):
+        path = tmp_path / names[0]
+        path.mkdir()
+        model = byte_level(["<|bos|>", "<|eos|>"])
+        config = generic(bos_token="<|bos|>", eos_token="<|eos|>")
+        if beside:
+            tokens = {260 + i: {"content": n, "special": special} for i, n in enumerate(names)}
+            config |= {"added_tokens_decoder": tokens}
+        else:
+            model.add_tokens([tokenizers.AddedToken(name, special=special) for name in names])
+        model.save(str(path / "tokenizer.json"))
+        write(path, tokenizer_config=config)
+        both.append(load_tokenizer(path))
+    one, other = both
+    assert same_tokens(one, one)
+    assert not same_tokens(one, other)
+    old = {key: value for key, value in tokenizer_record(other).items() if key != "tokens"}
+    assert is_recorded(one, old)  # of an older checkpoint
 
 
 def test_padding_beyond_the_model_counts_for_nothing(assets, tmp_path):
