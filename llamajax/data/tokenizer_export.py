@@ -133,8 +133,7 @@ def _sentencepiece(tokenizer: "Tokenizer") -> tokenizers.Tokenizer | None:
             if i >= len(model.pieces)
         ]
     )
-    if tokenizer.bos_id is not None:
-        _start_with(spec, spec.id_to_token(tokenizer.bos_id), tokenizer.bos_id)
+    _start_with(spec, tokenizer.bos_id)
     return spec
 
 
@@ -165,7 +164,7 @@ def _byte_level(tokenizer: "Tokenizer") -> tokenizers.Tokenizer:
     spec.decoder = decoders.ByteLevel()
     names = [control[i] for i in sorted(control)]
     spec.add_tokens([tokenizers.AddedToken(n, special=True, normalized=False) for n in names])
-    _start_with(spec, control[tokenizer.bos_id], tokenizer.bos_id)
+    _start_with(spec, tokenizer.bos_id)
     return spec
 
 
@@ -184,8 +183,11 @@ def _byte_letters() -> list[str]:
     return [letters[b] for b in range(256)]
 
 
-def _start_with(spec: tokenizers.Tokenizer, bos: str, bos_id: int) -> None:
-    """Have BOS put before every text, as the Llamas were trained."""
+def _start_with(spec: tokenizers.Tokenizer, bos_id: int | None) -> None:
+    """Have BOS put before every text, as the Llamas were trained; None: nothing."""
+    if bos_id is None:
+        return
+    bos = spec.id_to_token(bos_id)
     spec.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, bos_id)]
     )

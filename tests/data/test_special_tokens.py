@@ -139,6 +139,18 @@ def test_a_bare_tokenizer_json_that_we_exported(name, assets, tmp_path):
     assert (bare.bos_id, bare.eos_id, bare.warnings) == (original.bos_id, original.eos_id, ())
 
 
+def test_ranks_without_a_bos_are_exported(assets, tmp_path):
+    shutil.copyfile(assets / "tokenizers" / "llama3.model", tmp_path / "tokenizer.model")
+    write(tmp_path, tokenizer_config=generic(bos_token=None, eos_token="<|end_of_text|>"))
+    tokenizer = load_tokenizer(tmp_path)
+    (tmp_path / "export").mkdir()
+    assert tokenizer.export(tmp_path / "export") == []
+    exported = load_tokenizer(tmp_path / "export")
+    assert (exported.bos_id, exported.eos_id) == (None, 128001)
+    spec = tokenizers.Tokenizer.from_file(str(tmp_path / "export" / "tokenizer.json"))
+    assert spec.encode("Hello there").ids == tokenizer.encode("Hello there")
+
+
 @pytest.mark.parametrize("form", ["added_tokens.json", "added_tokens_decoder"])
 def test_chatml_on_llama_2(form, assets, tmp_path):
     shutil.copyfile(assets / "tokenizers" / "llama2.model", tmp_path / "tokenizer.model")
