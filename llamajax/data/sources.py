@@ -33,19 +33,16 @@ def find_files(patterns: str) -> list[Path]:
         path = Path(pattern)
         if path.is_dir():
             files, others = _files_in(path)
-            if others:
-                shown = ", ".join(others[:10]) + (", ..." if len(others) > 10 else "")
-                say(
-                    f"note: --input: {len(others)} files in {pattern} are of no kind that is read "
-                    f"from a directory and are left out: {shown}"
-                )
+            _note_left_out(pattern, others)
             if not files:
                 raise UserError(f"--input: no {', '.join(FORMATS)} files in directory {pattern}")
         elif path.exists():
             files = [path]
         else:
-            files = sorted(Path(f) for f in glob.glob(pattern, recursive=True))
-            files = [f for f in files if f.is_file()]
+            matched = sorted(Path(f) for f in glob.glob(pattern, recursive=True))
+            files = [f for f in matched if f.is_file()]
+            known = {*files, *(folder for f in files for folder in f.parents)}
+            _note_left_out(pattern, [str(f) for f in matched if f not in known])
             if not files:
                 kind = "no file matches" if glob.has_magic(pattern) else "no such file:"
                 raise UserError(f"--input: {kind} {pattern}")
@@ -61,19 +58,35 @@ def find_files(patterns: str) -> list[Path]:
     return list(found.values())
 
 
+def _note_left_out(pattern: str, names: Sequence[str]) -> None:
+    if names:
+        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        is_json = any(name.lower().endswith(".json") for name in names)
+        say(
+            f"note: --input: {len(names)} left out of {pattern}, not of a kind that is read from "
+            f"there: {shown}"
+            + ("; name a .json file itself if it holds JSON lines" if is_json else "")
+        )
+
+
 def _files_in(directory: Path) -> tuple[list[Path], list[str]]:
     """The files to read in a directory at any depth, sorted, and the names of the others.
 
     Symbolic links are followed. Hidden files are ignored. A plain `.json` is most often no data.
+    Raises UserError for a folder that cannot be listed.
     """
     files, others, seen = [], [], set()
-    for folder, folders, names in os.walk(directory, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"--input: {error.filename}: cannot be listed: {error.strerror}") from error
+
+    for folder, folders, names in os.walk(directory, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
-        folders[:] = [] if real in seen else [f for f in folders if not f.startswith(".")]
+        folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
         visible = [] if real in seen else [Path(folder, n) for n in names if not n.startswith(".")]
         seen.add(real)
-        for file in (f for f in visible if f.is_file()):
-            if format_of(file) and file.suffix.lower() != ".json":
+        for file in visible:
+            if file.is_file() and format_of(file) and file.suffix.lower() != ".json":
                 files.append(file)
             else:
                 others.append(str(file.relative_to(directory)))
@@ -83,12 +96,12 @@ def _files_in(directory: Path) -> tuple[list[Path], list[str]]:
 def format_of(path: Path) -> str | None:
     """The extension that says how a file is read, compression apart; None if it is unknown.
 
-    `.json` holds JSON lines, as C4 and Dolma name them (`.json.gz`).
+    `.json` and `.ndjson` hold JSON lines; C4 and Dolma name them so (`.json.gz`).
     """
     name = path.name.lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
-    if name.endswith(".json"):
+    if name.endswith((".json", ".ndjson")):
         return ".jsonl"
     return next((f for f in FORMATS if name.endswith(f)), None)
 

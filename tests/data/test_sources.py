@@ -1,7 +1,9 @@
 """Documents out of every kind of file, and one message for every kind of broken one."""
 
+import errno
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -201,8 +203,43 @@ def test_a_directory_is_read_whole_and_what_is_not_is_named(tmp_path, capsys):
     (folder / "round").symlink_to(folder)
     line = json.dumps({"text": "b"}).encode()
     (folder / "c4-train.00000-of-01024.json.gz").write_bytes(gzip.compress(line))
+    (folder / "d.ndjson").write_text('{"text": "d"}')
+    (folder / "lost").symlink_to(tmp_path / "nowhere")
     for name in ("dataset_infos.json", "README.md", ".hidden.txt"):
         (folder / name).write_text("{}")
-    assert sorted(read(folder)) == ["b", "c"]
-    assert "2 files in" in (said := capsys.readouterr().err)
-    assert "README.md, dataset_infos.json" in said
+    assert sorted(read(folder)) == ["b", "c", "d"]
+    assert "3 left out of" in (said := capsys.readouterr().err)
+    assert "README.md, dataset_infos.json, lost; name a .json" in said
+    assert find_files(f"{folder}/[dl]*d*") == [folder / "d.ndjson"]
+    assert "1 left out of" in (said := capsys.readouterr().err)
+    assert said.endswith("folder/linked\n")
+
+
+def test_a_directory_is_read_in_one_order_whatever_the_file_system(tmp_path, monkeypatch):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x.txt").write_text("x")
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    walk = os.walk
+
+    def turned(*args, **settings):
+        for step in walk(*args, **settings):
+            step[1].sort(reverse=True)
+            yield step
+
+    monkeypatch.setattr("os.walk", turned)
+    assert find_files(str(tmp_path)) == [tmp_path / "a" / "x.txt"]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "closed").mkdir()
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return listed(path)
+
+    monkeypatch.setattr("os.scandir", scandir)
+    with pytest.raises(UserError, match="closed: cannot be listed: Permission denied"):
+        find_files(str(tmp_path))
