@@ -13,6 +13,7 @@ import warm
 
 from llamajax import generate
 from llamajax.checkpoint import Checkpointer
+from llamajax.checkpoint.weights import open_weights
 from llamajax.config.presets import PRESETS
 from llamajax.decoding import prompts
 from llamajax.errors import UserError
@@ -136,6 +137,24 @@ def test_a_checkpoint_without_a_tokenizer_takes_ids_alone(tmp_path, capsys):
     (tmp_path / "tokenizer.byte").touch()
     with pytest.raises(UserError, match=r"258 tokens, the model .* only 90"):
         generate.main([f"--checkpoint={folder}", "--prompt=x"])
+
+
+@pytest.mark.parametrize("fault", ["torn", "larger", "another"])
+def test_ids_are_continued_whatever_the_tokenizer(fault, tmp_path, monkeypatch, capsys):
+    folder = checkpoint(tmp_path, vocab_size=200 if fault == "larger" else 260, tokenizer=True)
+    if fault == "torn":
+        (tmp_path / "tokenizer.byte").rename(tmp_path / "tokenizer.model")
+    if fault == "another":
+        record = {"kind": "byte", "vocab_size": 258, "fingerprint": "0" * 64, "probe": ""}
+        opened = dataclasses.replace(open_weights(folder), tokenizer_record=record)
+        monkeypatch.setattr("llamajax.decoding.session.open_weights", lambda _: opened)
+    flags = [f"--checkpoint={folder}", "--max_new_tokens=2", "--json"]
+    assert generate.main([*flags, "--prompt_ids=3,1"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["text"] is None
+    assert "warning: the ids are continued without a tokenizer" in printed.err
+    with pytest.raises(UserError):
+        generate.main([*flags, "--prompt=x"])
 
 
 @pytest.mark.parametrize("flags", MISTAKES)

@@ -78,8 +78,7 @@ def open_session(request: Request) -> Session:
     if sampling.temperature == 0 and (sampling.top_k, sampling.top_p) != (None, None):
         say("warning: --top_k and --top_p have no effect at --temperature=0; set one above 0")
     weights = open_weights(request.checkpoint)
-    tokenizer = load_recorded(weights.tokenizer, weights.tokenizer_record, of=weights.path)
-    _check_vocabulary(weights, tokenizer)
+    tokenizer = _tokenizer(request, weights)
     if request.interactive:
         text_ids("", tokenizer, request.chat_template)  # refuses a checkpoint without one
     prompts = [] if request.interactive else read_prompts(request, weights.model, tokenizer)
@@ -132,13 +131,21 @@ def _mesh(request: Request, model: ModelConfig) -> Mesh:
     return sharding.build_mesh(config, devices)
 
 
-def _check_vocabulary(weights: Weights, tokenizer: Tokenizer | None) -> None:
-    size = weights.model.vocab_size
-    if tokenizer is not None and tokenizer.vocab_size > size:
+def _tokenizer(request: Request, weights: Weights) -> Tokenizer | None:
+    """Load the model's tokenizer. UserError where it does not fit, but for ids, which need none."""
+    try:
+        tokenizer = load_recorded(weights.tokenizer, weights.tokenizer_record, of=weights.path)
+        if tokenizer is None or tokenizer.vocab_size <= (size := weights.model.vocab_size):
+            return tokenizer
         raise UserError(
             f"{weights.tokenizer} has {tokenizer.vocab_size} tokens, the model {weights.path} only "
             f"{size}: they do not belong together; put the model's own tokenizer there"
         )
+    except UserError as error:
+        if request.prompt_ids is None:
+            raise
+        say(f"warning: the ids are continued without a tokenizer: {error}")
+        return None
 
 
 def _stop_ids(request: Request, weights: Weights, tokenizer: Tokenizer | None) -> tuple[int, ...]:
