@@ -144,6 +144,14 @@ def find_ends(
     return bos, eos, ()
 
 
+def of_another_model(path: Path, ids: Collection[int], size: int) -> UserError:
+    """Return the error of added tokens whose ids do not follow the vocabulary."""
+    return UserError(
+        f"{path}: the added tokens beside it have the ids {sorted(ids)}, and not those that follow "
+        f"the {size} tokens in it: they belong to another model"
+    )
+
+
 def num_used(vocab: Mapping[str, int]) -> int:
     """Number of ids without padding at the end, which models often have no row for."""
     names = {i: name for name, i in vocab.items()}

@@ -17,6 +17,7 @@ from llamajax.data.tokenizer_facts import (
     ALWAYS_CONTROL,
     find_ends,
     num_used,
+    of_another_model,
     read_facts,
 )
 from llamajax.data.tokenizer_json import ends_of_template, without_control
@@ -86,10 +87,7 @@ class SentencePieceTokenizer(Tokenizer):
         added = {name: i for name, (i, _) in self.facts.added.items() if i >= size}
         self.vocab_size = num_used(pieces | added)
         if sorted(added.values()) != list(range(size, size + len(added))):
-            raise UserError(
-                f"{path}: the added tokens beside it have the ids {sorted(added.values())}, and "
-                f"not those that follow the {size} pieces: they belong to another model"
-            )
+            raise of_another_model(path, added.values(), size)
         own = tuple(i if i >= 0 else None for i in (self._model.bos_id(), self._model.eos_id()))
         facts = self.facts
         if own[0] is None:
@@ -270,10 +268,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self.facts = read_facts(path)
         vocab = full.get_vocab(with_added_tokens=True)
         more = sorted((i, n, s) for n, (i, s) in self.facts.added.items() if n not in vocab)
-        if more and [i for i, *_ in more] == list(range(len(vocab), len(vocab) + len(more))):
+        if more:
             full.add_tokens(
                 [tokenizers.AddedToken(n, special=s, normalized=False) for _, n, s in more]
             )
+            if any(full.token_to_id(n) != i for i, n, _ in more):
+                raise of_another_model(path, [i for i, *_ in more], len(vocab))
             spec, vocab = json.loads(full.to_str()), full.get_vocab(with_added_tokens=True)
         self.vocab_size = num_used(vocab)
         listed = spec.get("added_tokens") or []

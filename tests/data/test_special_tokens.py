@@ -276,9 +276,10 @@ def test_a_template_that_was_trained_on_is_exported(template, assets, tmp_path):
         ({"generation_config": {"eos_token_id": [[2]]}}, r"generation_config.*\[2\].*token id or"),
         ({"added_tokens": {"x": "y"}}, r"added_tokens.*malformed"),
         ({"special_tokens_map": []}, r"special_tokens_map.*a list, not an object"),
+        ({"added_tokens": {"<x>": 263, "<y>": 265}}, r"\[263, 265\].*follow the 263 tokens"),
     ],
 )
-def test_malformed_files_beside_a_tokenizer(files, message, tmp_path):
+def test_malformed_or_foreign_files_beside_a_tokenizer(files, message, tmp_path):
     byte_level(SPECIALS).save(str(tmp_path / "tokenizer.json"))
     write(tmp_path, **files)
     with pytest.raises(UserError, match=message):
