@@ -113,11 +113,13 @@ def _open_files(directory: Path) -> tuple[SafetensorsSource | None, list[str]]:
     problems = []
     for file in files:
         try:
-            found |= {
-                _WRAPPERS.sub("", name): (file, entry)
-                for name, entry in read_header(file).items()
-                if places is None or places.get(name, file) == file  # not a stale copy
-            }
+            for name, entry in read_header(file).items():
+                if places is not None and places.get(name, file) != file:
+                    continue  # a stale copy
+                if (plain := _WRAPPERS.sub("", name)) in found:
+                    first = found[plain][0]
+                    problems.append(f"{file}: {name} is {plain}, which {first} holds too")
+                found[plain] = (file, entry)
         except FileNotFoundError:
             problems.append(f"{file} is missing, and {INDEX} names it; copy or download it")
         except OSError as error:

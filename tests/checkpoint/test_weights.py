@@ -185,6 +185,14 @@ def test_names_that_wrappers_of_torch_prefix_are_read(damaged, exported):
         assert open_weights(damaged).fingerprint() == open_weights(exported).fingerprint()
 
 
+def test_two_names_of_one_weight_in_a_file_are_refused(damaged):
+    file, name = damaged / "model.safetensors", "model.norm.weight"
+    arrays = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file(arrays | {f"module.{name}": arrays[name] + 1}, file)
+    with pytest.raises(UserError, match=rf"module\.{name}.* {name}, which .*{file.name} holds too"):
+        open_weights(damaged)
+
+
 def test_the_index_decides_between_two_copies_of_a_tensor(damaged, exported):
     file, name = damaged / "model.safetensors", "model.norm.weight"
     arrays = safetensors.numpy.load_file(file)
