@@ -147,12 +147,7 @@ class Corpus:
     @property
     def warnings(self) -> list[str]:
         """What the last whole walk found to be strange."""
-        if self._clean != "wikitext" or self._articles != 1:
-            return []
-        return [
-            "--clean=wikitext found a single article in all files: no line ` = Title = ` follows a "
-            "blank line; is this WikiText?"
-        ]
+        return article_warnings(self._clean, self._articles)
 
     def __iter__(self) -> Iterator[str]:
         """Texts that are more than white space. Raises UserError naming file and line."""
@@ -190,6 +185,16 @@ class Corpus:
                 yield wikitext.clean(article) if self._clean == "wikitext" else article
         else:
             yield from rows
+
+
+def article_warnings(clean: str, num_articles: int) -> list[str]:
+    """Return what is strange about that many articles in all files."""
+    if clean != "wikitext" or num_articles != 1:
+        return []
+    return [
+        "--clean=wikitext found a single article in all files: no line ` = Title = ` follows a "
+        "blank line; is this WikiText?"
+    ]
 
 
 class _Checked(io.RawIOBase):

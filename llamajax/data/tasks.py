@@ -38,6 +38,7 @@ from llamajax.data.preparation import (
     written,
 )
 from llamajax.data.shards import token_dtype
+from llamajax.data.sources import article_warnings
 from llamajax.data.tokenizer_training import parse_train
 from llamajax.data.tokenizers import load_tokenizer
 from llamajax.data.workers import Tokens, tokenize, tokenize_all
@@ -139,6 +140,7 @@ def merge(settings: Settings, *, num_tasks: int, progress: Progress) -> dict[str
         return write_results(settings, results, directory, path)
 
     manifest = written(settings, files, write)
+    warn(article_warnings(settings.clean, sum(len(_column(parts / t.name, 0)) for t in tasks)))
     shutil.rmtree(parts, ignore_errors=True)
     return manifest
 
@@ -237,7 +239,6 @@ def _write_part(
     columns = (lengths, [size for size, _ in sizes], [length for _, length in sizes])
     for name, column in zip(_COLUMNS, columns, strict=True):
         np.array(column, "<i8").tofile(directory / name)
-    warn(corpus.warnings)
     return len(lengths)
 
 

@@ -91,6 +91,19 @@ def test_merged_tasks_are_one_process_byte_for_byte(case, num_tasks, tmp_path, r
     assert not (tmp_path / "all.parts").exists()
 
 
+@pytest.mark.parametrize("num_files", [1, 2])
+def test_a_single_article_is_told_of_by_the_merge_alone(num_files, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for number in range(num_files):
+        (tmp_path / "in" / f"{number}.txt").write_text("no title\n\nanywhere\n" * 99)
+    flags = ["--clean=wikitext", "--num_tasks=2"]
+    for index in range(2):
+        run(tmp_path / "in", tmp_path / "out", *flags, f"--task_index={index}")
+    assert "single article" not in capsys.readouterr().err
+    run(tmp_path / "in", tmp_path / "out", *flags, "--merge")
+    assert ("a single article in all files" in capsys.readouterr().err) == (num_files == 1)
+
+
 def test_a_task_that_was_killed_is_run_again_and_a_finished_one_is_left_alone(
     many, tmp_path, capsys
 ):
