@@ -107,11 +107,7 @@ class SentencePieceTokenizer(Tokenizer):
             f"({'|'.join(map(re.escape, sorted(self.added_ids, reverse=True)))})"
         )
         self.fingerprint = fingerprint_of(
-            self.kind,
-            content,
-            self.bos_id,
-            self.eos_id,
-            *([self.added_ids] if self.added_ids else []),
+            self.kind, content, self.bos_id, self.eos_id, *filter(None, [self.added_ids])
         )
         if (back := self._model.decode(self._model.encode("a\nb"))) != "a\nb":
             self.warnings += (
@@ -293,11 +289,10 @@ class HuggingFaceTokenizer(Tokenizer):
         }
         self._control = {*self.control_ids.values(), self.bos_id, self.eos_id}
         names = of_ends | set(self.control_ids)
-        self.added_ids = others = {
-            t["content"]: t["id"] for t in listed if t["content"] not in names
-        }
+        others = {t["content"]: t["id"] for t in listed if t["content"] not in names}
+        self.added_ids = others
         self.fingerprint = fingerprint_of(
-            self.kind, content, self.bos_id, self.eos_id, *([others] if others else [])
+            self.kind, content, self.bos_id, self.eos_id, *filter(None, [others])
         )
         full.no_truncation()
         full.no_padding()
