@@ -27,7 +27,7 @@ class ExitCode(enum.IntEnum):
     TRANSIENT = (
         75,
         "Something that passes: a busy port, a lock that another process holds, a bucket that "
-        "cannot be reached.",
+        "cannot be reached, a node or process that has not come in time.",
         True,
     )
     GUARD_STOP = 79, "A guard stopped `train` (docs/guards.md).", False

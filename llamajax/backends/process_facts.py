@@ -47,7 +47,7 @@ def difference(facts: Sequence[Facts], hosts: Sequence[str]) -> str | None:
     for process, each in enumerate(facts):
         by_value.setdefault(each.get(key), []).append(f"{process} on {hosts[process]}")
     if key == PROBLEM:
-        del by_value[None]
+        by_value.pop(None, None)
         return "; ".join(f"process {_listed(who)}: {text}" for text, who in by_value.items())
     named = "; ".join(f"{value} in process {_listed(who)}" for value, who in by_value.items())
     others = [k for k in differing[1:] if k != PROBLEM]

@@ -27,7 +27,8 @@ def call_roll(
     """Return once all `num_processes` processes have come to `address` (HOST:PORT of process 0).
 
     facts: what this process was started with (`process_facts`). Raises UserError, the same for all
-    that came, after `timeout_s` seconds or when two processes contradict each other.
+    that came, when two processes contradict each other; TransientError when one has not come after
+    `timeout_s` seconds.
     """
     deadline = time.monotonic() + timeout_s
     host, _, port = address.rpartition(":")
@@ -48,13 +49,13 @@ def _preside(
         listener = stack.enter_context(_listening(place[1]))
         came: dict[int, dict[str, Any]] = {}
         connections: list[socket.socket] = []
-        problem = None
+        problem, absent = None, False
         while problem is None and len(came) < num_processes - 1:
             listener.settimeout(max(0.01, deadline - time.monotonic()))
             try:
                 connection, peer = listener.accept()
             except TimeoutError:
-                problem = _missing(came, num_processes, timeout_s)
+                problem, absent = _missing(came, num_processes, timeout_s), True
                 break
             stack.enter_context(connection)
             who = _receive(connection, time.monotonic() + _PATIENCE_S)
@@ -69,11 +70,11 @@ def _preside(
             problem = difference(facts, [who["host"] for who in everyone])
         for connection in connections:
             with contextlib.suppress(OSError):
-                _send(connection, {"problem": problem})
+                _send(connection, {"problem": problem, "absent": absent})
         for connection in connections:
             _receive(connection, time.monotonic() + 1)  # they hang up first: the port stays free
     if problem:
-        raise UserError(problem)
+        raise (TransientError if absent else UserError)(problem)
 
 
 def _attend(
@@ -90,10 +91,10 @@ def _attend(
             reason, answer = str(error), None
         if answer is not None:
             if answer["problem"]:
-                raise UserError(answer["problem"])
+                raise (TransientError if answer["absent"] else UserError)(answer["problem"])
             return
         time.sleep(_RETRY_S)
-    raise UserError(
+    raise TransientError(
         f"process {me['process_id']} of {me['num_processes']} found no process 0 at "
         f"{place[0]}:{place[1]} within backend.timeout_s = {timeout_s:g} ({reason}): start it "
         "there, or correct the coordinator's address"

@@ -45,8 +45,13 @@ _SAVE_FAILURES = (OSError, ValueError, RuntimeError)
 class CheckpointError(RuntimeError):
     """A checkpoint could not be saved: disk full, no permission, a vanished directory.
 
-    Earlier checkpoints are untouched, and the Checkpointer can be used again.
+    Earlier checkpoints are untouched, and the Checkpointer can be used again. step: of the one that
+    was not saved.
     """
+
+    def __init__(self, text: str, *, step: int):
+        super().__init__(text)
+        self.step = step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +214,8 @@ class Checkpointer:
         else:
             text = failure.text if failure else None
         if text is not None:
-            raise CheckpointError(text)
+            assert self._pending is not None
+            raise CheckpointError(text, step=self._pending[0])
 
     def close(self) -> None:
         """Wait for the save in progress, then release the threads. Raises its CheckpointError."""
@@ -250,7 +256,8 @@ class Checkpointer:
         except failures(self.directory) as error:
             problem = reason(error)
         if problem := agree(problem):
-            raise CheckpointError(f"checkpoint of step {step} was not saved: {problem}")
+            text = f"checkpoint of step {step} was not saved: {problem}"
+            raise CheckpointError(text, step=step)
         return bool(told(found))
 
     def _found(self, step: int) -> int:

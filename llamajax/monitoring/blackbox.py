@@ -97,7 +97,7 @@ class BlackBox:
     def _turn_over(self) -> None:
         """Start a new file of recent rows; the last one's are kept beside it."""
         self._close()
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(exist_ok=True)
         recent = self._directory / _RECENT
         if self._lines:
             recent.replace(self._directory / _OLDER)
@@ -166,7 +166,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 
 def _write(file: Path, lines: list[str]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(exist_ok=True)
     hidden = file.with_name(f".{file.name}.partial")
     with hidden.open("w", encoding="utf-8") as stream:
         stream.writelines(f"{line}\n" for line in lines)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llamajax.errors import UserError, say
-from llamajax.monitoring.metrics import decode_row, encode_row
+from llamajax.monitoring.metrics import append_whole, decode_row, encode_row
 
 EVENTS = "events.jsonl"
 LOCK = ".lock_{process_id}"
@@ -58,6 +58,14 @@ class EventLog:
             self._begun = True
             self._flush()
 
+    def close(self) -> None:
+        """Write what a full disk refused, or warn that it is lost."""
+        with self._lock:
+            self._flush()
+            if self._kept and self._begun:
+                lost = self._kept.decode().splitlines()
+                say(f"warning: {self._file}: there was no room for its last lines: {lost}")
+
     def check_directory(self) -> None:
         """Raise UserError where the directory of the run has gone."""
         if self._primary and not self._file.parent.is_dir():
@@ -81,12 +89,12 @@ class EventLog:
 
     def _append(self) -> None:
         with self._file.open("a+b", buffering=0) as file:
+            torn = b""
             if end := file.seek(0, 2):
                 file.seek(end - 1)
-                if file.read(1) != b"\n":  # a killed writer's last line stays what it is
-                    self._kept = b"\n" + self._kept
-            if file.write(self._kept) == len(self._kept):
-                self._kept = b""
+                torn = b"" if file.read(1) == b"\n" else b"\n"  # a killed writer's last line
+            append_whole(file.fileno(), torn + self._kept)
+        self._kept = b""
 
 
 def load_events(workdir: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import collections
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def summarize(
     first_s = events[0]["time_s"] - events[0].get("duration_s", 0.0)
     wall = max([e["time_s"] for e in events] + [r.get("time_s", 0.0) for r in rows]) - first_s
     parts = _steps(events, rows)
-    tokens = parts.pop("tokens", 0.0)
+    tokens = parts.pop("tokens")
     parts.update(_parts(events))
     peaks = [max(row["peak_memory_bytes"]) for row in rows if row.get("peak_memory_bytes")]
     status = "running" if running else "dead"
@@ -102,7 +102,7 @@ def summarize(
 
 
 def _parts(events: Sequence[Mapping[str, Any]]) -> collections.Counter[str]:
-    """Seconds by part of everything but the steps on record."""
+    """Return the seconds of everything but the steps that count, by part."""
     parts: collections.Counter[str] = collections.Counter()
     seen_s = None
     for event in events:
@@ -119,31 +119,54 @@ def _parts(events: Sequence[Mapping[str, Any]]) -> collections.Counter[str]:
     return parts
 
 
-def _steps(
+def _covered(
     events: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
-) -> collections.Counter[str]:
-    """Seconds of the steps on record and of waiting for their batches; and their tokens."""
-    parts = collections.Counter({"steps_s": 0.0, "data_wait_s": 0.0})
-    begun: list[int] = []
-    for event in events:
-        if event["event"] == "restore":
-            begun = [step for step in begun if step < event["step"]] + [event["step"]]
+) -> Iterator[tuple[Mapping[str, Any], int]]:
+    """Yield each timed row and the step after which its means begin."""
+    restores = collections.deque(event for event in events if event["event"] == "restore")
     before = 0
     for row in rows:
         if "step_time_s" in row and "time_s" in row:  # an earlier release's rows have no time
-            # A row's means are over the steps since the last row or start.
-            before = max([before, *(step for step in begun if step < row["step"])])
-            count, before = row["step"] - before, row["step"]
-            parts["steps_s"] += count * row["step_time_s"]
-            parts["data_wait_s"] += count * row.get("data_wait_s", 0.0)
-            parts["tokens"] += count * row["step_time_s"] * (row["tokens_per_s"] or 0.0)
+            # A row's means are over the steps since the last row, start or rollback.
+            while restores and restores[0]["time_s"] <= row["time_s"]:
+                before = restores.popleft()["step"]
+            yield row, before
+            before = row["step"]
+
+
+def _seconds(row: Mapping[str, Any], count: int) -> dict[str, float]:
+    """Return what `count` steps with the means of `row` add to the parts."""
+    steps_s = count * row["step_time_s"]
+    tokens = steps_s * (row["tokens_per_s"] or 0.0)
+    data_wait_s = count * row.get("data_wait_s", 0.0)
+    return {"steps_s": steps_s, "data_wait_s": data_wait_s, "tokens": tokens}
+
+
+def _steps(
+    events: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> collections.Counter[str]:
+    """Return the seconds of the steps that count and of waiting for their batches, and tokens."""
+    parts = collections.Counter({"steps_s": 0.0, "data_wait_s": 0.0, "tokens": 0.0})
+    for row, before in _covered(events, rows):
+        parts.update(_seconds(row, row["step"] - before))
+    for event in events:
+        parts.update({part: event.get(f"kept_{part}", 0.0) for part in list(parts)})
     return parts
 
 
 def steps_after(
     events: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], step: int
 ) -> dict[str, float]:
-    """Return the seconds of the rows after `step`, which are about to be removed."""
-    every = _steps(events, rows)
-    kept = _steps(events, [row for row in rows if row["step"] <= step])
-    return {f"removed_{key}": every[key] - kept[key] for key in ("steps_s", "data_wait_s")}
+    """Return what is known of the rows after `step`, which are about to be removed.
+
+    removed_*: of their steps after `step`. kept_*: of their steps up to it, which still count.
+    """
+    found: collections.Counter[str] = collections.Counter()
+    for row, before in _covered(events, rows):
+        if row["step"] > step:
+            kept = max(0, step - before)
+            found.update({f"kept_{part}": value for part, value in _seconds(row, kept).items()})
+            removed = _seconds(row, row["step"] - before - kept)
+            found["removed_steps_s"] += removed["steps_s"]
+            found["removed_data_wait_s"] += removed["data_wait_s"]
+    return dict(found)

@@ -154,22 +154,10 @@ class MetricsWriter:
     def _write_refused(self) -> None:
         try:
             if self._refused:
-                self._append("".join(self._refused).encode())
+                append_whole(self._descriptor, "".join(self._refused).encode())
             self._refused.clear()
         except OSError as error:
             self._warn(f"rows of {METRICS} wait in memory: {error.strerror}")
-
-    def _append(self, data: bytes) -> None:
-        """Write all of `data`, or none of it: a full disk takes a part and then refuses."""
-        assert self._descriptor is not None
-        end = os.fstat(self._descriptor).st_size
-        try:
-            written = os.write(self._descriptor, data)
-            if written < len(data):
-                os.write(self._descriptor, data[written:])
-        except OSError:
-            os.ftruncate(self._descriptor, end)
-            raise
 
     def _to_board(self, step: int, row: Mapping[str, Any]) -> None:
         assert self._board is not None
@@ -187,3 +175,18 @@ class MetricsWriter:
         if not self._warned:
             self._warned = True
             say(f"warning: {message}; training goes on")
+
+
+def append_whole(descriptor: int, data: bytes) -> None:
+    """Append all of `data` to a file, or none of it: a full disk takes a part and then refuses.
+
+    Raises OSError.
+    """
+    end = os.fstat(descriptor).st_size
+    try:
+        written = os.write(descriptor, data)
+        if written < len(data):
+            os.write(descriptor, data[written:])
+    except OSError:
+        os.ftruncate(descriptor, end)
+        raise

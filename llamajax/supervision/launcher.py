@@ -51,7 +51,7 @@ class Launcher:
         self._reports = reports
         self._team: Team | None = None
         self._again_at: float | None = None
-        self._asked_to_stop = 0
+        self._asked_to_stop = False
         self._told_to_stop = False
         self._reported = False
         self._codes: list[int] = []
@@ -76,7 +76,7 @@ class Launcher:
                 if signal.SIGUSR1 in numbers and self._team is not None:
                     self._team.ask_for_stacks()
                     say("the workers write their stacks to their logs")
-                code = self._stop() if set(numbers) & set(STOP_SIGNALS) else None
+                code = self._stop(numbers) if set(numbers) & set(STOP_SIGNALS) else None
                 if code is not None:
                     return code
 
@@ -198,16 +198,21 @@ class Launcher:
             }
         )
 
-    def _stop(self) -> int | None:
-        """A signal came: the first lets the workers save, the second ends them."""
-        self._asked_to_stop += 1
+    def _stop(self, numbers: bytes) -> int | None:
+        """Let the workers save at the first stop signal; end them at a later Ctrl-C.
+
+        A lost terminal and some schedulers send two signals in a row, so no other ends them.
+        """
+        again, self._asked_to_stop = self._asked_to_stop, True
         self._wire.say({"say": "stopping"})
-        if self._team is None or self._asked_to_stop > 1:
+        if self._team is None or (again and signal.SIGINT in numbers):
             self.leave()
             say("stopped at once")
             return ExitCode.STOPPED
+        if again:
+            return None
         self._tell_to_stop()  # before a word: a terminal that is gone or held may take none
-        say("stopping: waiting for the workers to save; a second signal ends them at once")
+        say("stopping: waiting for the workers to save; Ctrl-C, once more, ends them at once")
         return None
 
     def _tell_to_stop(self) -> None:

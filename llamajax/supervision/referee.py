@@ -81,7 +81,7 @@ class Referee:
         absent = [str(node) for node in range(self.nodes) if node not in self._ready]
         return [
             leave(
-                ExitCode.USER_ERROR,
+                ExitCode.TRANSIENT,
                 f"of {self.nodes} nodes {len(self._ready)} came within --timeout_s = "
                 f"{self.timeout_s:g}; missing: node {', '.join(absent)}. Start the same command "
                 "there, with its own --node_rank",

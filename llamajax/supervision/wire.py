@@ -207,7 +207,7 @@ class Spoke:
                 f"no launcher of node 0 at {self._place[0]}:{self._place[1]} within --timeout_s = "
                 f"{self._timeout_s:g}: start it there, or correct --coordinator"
             )
-            return [leave(ExitCode.USER_ERROR, why)]
+            return [leave(ExitCode.TRANSIENT, why)]
         if now - self._tried_at > _RETRY_EVERY_S and self._ready is not None:
             self._tried_at = now
             with contextlib.suppress(OSError):

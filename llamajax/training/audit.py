@@ -95,9 +95,11 @@ class Audit:
 
     def position(self, saved: data.Position, *, step: int, rollbacks: int) -> data.Position:
         """Where a checkpoint's run goes on in the data: after what has been left out since."""
-        if rollbacks >= len(self.rollbacks):
+        # One that went back to a later step than this says nothing about the data from here on.
+        since = [r for r in self.rollbacks[rollbacks:] if r.to_step <= step]
+        if not since:
             return saved
-        segment = Segment(**self.rollbacks[-1].segment | {"first_step": step})
+        segment = Segment(**since[-1].segment | {"first_step": step})
         return data.Position((*saved.segments, segment))
 
 

@@ -11,6 +11,7 @@ from llamajax.errors import ExitCode, say
 
 _TICKS_A_LIMIT = 20
 _LONGEST_TICK_S = 5.0
+_LEAVE_WITHIN_S = 30.0
 
 
 class HangWatch:
@@ -74,15 +75,22 @@ class HangWatch:
             self._end()
 
     def _end(self) -> None:
+        # What hung the run, such as a dead file system, may block all that follows.
+        in_any_case = threading.Timer(_LEAVE_WITHIN_S, self._leave, (ExitCode.FAILED,))
+        in_any_case.daemon = True
+        in_any_case.start()
         text = f"no step was finished within {self._limit_s:g} s (guard.hang_timeout_s)"
-        faulthandler.dump_traceback(file=2, all_threads=True)
-        with contextlib.suppress(OSError):
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("w") as stream:
-                faulthandler.dump_traceback(file=stream, all_threads=True)
-        self._farewell(text)
-        say(
-            f"error: {text}: this process ends with code {ExitCode.FAILED:d}; its stacks are "
-            f"above and in {self._file}. A rerun continues from the last checkpoint"
-        )
-        self._leave(ExitCode.FAILED)
+        try:
+            faulthandler.dump_traceback(file=2, all_threads=True)
+            with contextlib.suppress(OSError):
+                self._file.parent.mkdir(exist_ok=True)
+                with self._file.open("w") as stream:
+                    faulthandler.dump_traceback(file=stream, all_threads=True)
+            self._farewell(text)
+            say(
+                f"error: {text}: this process ends with code {ExitCode.FAILED:d}; its stacks are "
+                f"above and in {self._file}. A rerun continues from the last checkpoint"
+            )
+        finally:
+            in_any_case.cancel()
+            self._leave(ExitCode.FAILED)

@@ -35,7 +35,7 @@ class Loop:
     step: Callable[[TrainState, DeviceBatch], tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[[Any, DeviceBatch], tuple[jax.Array, jax.Array]]
     train_batches: Iterator[DeviceBatch]  # already on their way to the devices
-    eval_batches: Callable[[], Iterator[DeviceBatch]]
+    eval_batches: Callable[[], Iterator[DeviceBatch]] | None  # None: no validation split
     rates: Callable[[float], dict[str, float | None]]  # tokens/s -> both MFUs
     tokens_seen: Callable[[int], int]
     meta: Callable[[int], dict[str, Any]]
@@ -113,7 +113,8 @@ class Loop:
     def eval_is_due(self, step: int) -> bool:
         """Whether an evaluation belongs to `step`."""
         every = self.train.eval_every
-        return step == self.train.steps or bool(every and step % every == 0)
+        due = step == self.train.steps or bool(every and step % every == 0)
+        return due and self.eval_batches is not None
 
     def export_is_due(self, step: int) -> bool:
         """Whether the weights of `step` are wanted in Hugging Face's format."""
@@ -136,8 +137,6 @@ class Loop:
                 self._show_alive()
                 if agreed(step, self.shutdown):
                     return False
-            if pending is None:
-                return True  # there is no validation split
             sums += np.array(jax.device_get(pending), np.float64)
             loss = fields["eval_loss"] = float(sums[0] / sums[1])
         row = {"step": step, "eval_loss": loss, "eval_perplexity": _perplexity(loss)}
@@ -192,14 +191,14 @@ class Loop:
             try:
                 self.checkpointer.wait()  # the one before, which may have failed meanwhile
             except CheckpointError as error:
-                self._lack(step, error)
+                self._lack(error)
             try:
                 saved = self.at_rest(state.to_save)
                 self.checkpointer.save(step, saved, meta=self.meta(step), wait=final)
             except CheckpointError as error:
+                self._lack(error, final=final)
                 if final:
                     raise
-                self._lack(step, error)
         self.saves_s[step] = self.timer.paused_s
         self.record_saves()
 
@@ -209,10 +208,11 @@ class Loop:
             step = self.checkpointer.completed.popleft()
             self.events.write("save", step=step, duration_s=self.saves_s.pop(step, 0.0))
 
-    def _lack(self, step: int, error: CheckpointError) -> None:
-        self.events.write("save", step=step, duration_s=0.0, error=str(error))
+    def _lack(self, error: CheckpointError, *, final: bool = False) -> None:
+        self.events.write("save", step=error.step, duration_s=0.0, error=str(error))
         self.failed_checkpoints.append(str(error))
-        self.progress.note(f"warning: {error}; training goes on, the next one is tried in turn")
+        if not final:
+            self.progress.note(f"warning: {error}; training goes on, the next one is tried in turn")
 
 
 def _perplexity(loss: float) -> float:

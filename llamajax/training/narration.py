@@ -9,7 +9,7 @@ from llamajax import backends, sharding
 from llamajax.checkpoint import Checkpointer
 from llamajax.checkpoint.storage import is_url
 from llamajax.config import RunConfig
-from llamajax.errors import UserError
+from llamajax.errors import ExitCode, UserError
 from llamajax.models.counts import flops_per_token, num_parameters
 from llamajax.models.lora import num_adapter_parameters
 from llamajax.monitoring import write_report
@@ -36,7 +36,7 @@ def greet(session: Session, start: int) -> None:
         + trained,
         f"machine  {m.platform}, {m.device_kind}; mesh {sharding.describe(session.mesh)}",
         *backends.profile_lines(backends.machine_profile(m), m.note),
-        *lines_of_loss(lost_features(session)),
+        *lost_feature_warnings(lost_features(session)),
         *(f"layout   {line}" for line in sharding.placement_table(session.mesh)),
         f"compute  {c.train.dtype}, attention {session.compute.attention}, remat {c.train.remat}",
         f"peak     {peak[0] / 1e12:g} TFLOP/s a device ({peak[1]})"
@@ -77,7 +77,7 @@ def lost_features(session: Session) -> dict[str, str]:
     return backends.lost_features(session.machine.platform, uses_gcs=uses_gcs)
 
 
-def lines_of_loss(lost: dict[str, str]) -> list[str]:
+def lost_feature_warnings(lost: dict[str, str]) -> list[str]:
     """Return the warning that a run prints about them, or nothing."""
     reasons = "; ".join(f"{feature}: {reason}" for feature, reason in lost.items())
     return [f"warning: this run does without {reasons}"] if lost else []
@@ -157,9 +157,10 @@ def conclude(loop: Loop, workdir: Path, code: int) -> None:
     """Write the report; say where things are."""
     try:
         write_report(workdir)
-    except OSError as error:
-        say(f"warning: no report was written: {error.strerror}")
+    except (OSError, UserError) as error:
+        say(f"warning: no report was written: {error}")
         return
-    again = "stopped; rerun the same command to continue"
-    word = {0: "finished", 1: "ended for the reason above"}.get(code, again)
+    stopped = "stopped; rerun the same command to continue"
+    words = {ExitCode.FINISHED: "finished", ExitCode.STOPPED: stopped}
+    word = words.get(code, "ended for the reason above")
     say(f"{word}. Checkpoint {previous(loop.checkpointer)}, report {workdir / 'report.html'}")

@@ -8,6 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from llamajax.training.agreement import decided_by_primary
 from llamajax.training.export import is_exported
 from llamajax.training.narration import previous
 from llamajax.training.session import Session
+from llamajax.training.shutdown import Shutdown
 
 LOG = "train.log"
 _PACKAGES = (
@@ -138,16 +140,24 @@ def _changed(workdir: Path, config: RunConfig) -> dict[str, list[str]] | None:
 
 
 @contextlib.contextmanager
-def end_written(events: EventLog, newest_step: Callable[[], int]) -> Iterator[dict[str, Any]]:
-    """Enter the end of a run when the block is left; what the block yields is given its `code`."""
+def end_written(
+    events: EventLog, newest_step: Callable[[], int], shutdown: Shutdown, checkpointer: Checkpointer
+) -> Iterator[dict[str, Any]]:
+    """Enter the end of a run when the block is left; what the block yields is given its `code`.
+
+    A signal that ends the process at once, before the block is left, enters the end as well.
+    """
     outcome: dict[str, Any] = {}
+    shutdown.name_previous(lambda: _leaving(events, newest_step(), checkpointer))
     try:
         yield outcome
     finally:
         if (error := sys.exception()) is not None:
-            code = ExitCode.USER_ERROR if isinstance(error, UserError) else ExitCode.FAILED
+            code = error.exit_code if isinstance(error, UserError) else ExitCode.FAILED
             outcome.update(code=code, error=f"{type(error).__name__}: {error}")
+        shutdown.name_previous(lambda: previous(checkpointer))
         write_end(events, newest_step(), **outcome)
+        events.close()
 
 
 def write_end(events: EventLog, step: int, *, code: int, **fields: Any) -> None:
@@ -156,7 +166,7 @@ def write_end(events: EventLog, step: int, *, code: int, **fields: Any) -> None:
     events.write("end", step=step, status=status, code=int(code), **fields)
 
 
-def leaving(events: EventLog, step: int, checkpointer: Checkpointer) -> str:
+def _leaving(events: EventLog, step: int, checkpointer: Checkpointer) -> str:
     """Enter that a signal ends a run at once; return the checkpoint that a rerun continues from."""
     events.write("signal", step=step)
     write_end(events, step, code=ExitCode.STOPPED)
@@ -187,24 +197,28 @@ def logged(
 
 
 class _Copied:
-    """Standard error; what is written to it goes to a file as well, line by line."""
+    """Write to standard error and, line by line with the time, to a file."""
 
     def __init__(self, stream: TextIO | None):
         self._stream, self._line = stream, ""
+        self._lock = threading.Lock()
         self._kept: list[str] = []
         self._file: Path | None = None
 
     def begin(self, file: Path) -> None:
         """Write to `file` from now on, what was written before included."""
-        self._file = file
-        self._copy()
+        with self._lock:
+            self._file = file
+            self._copy()
 
     def write(self, text: str) -> int:
-        *lines, self._line = (self._line + text).split("\n")
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        # A progress bar writes over itself.
-        self._kept += [f"{now}  {line.rpartition(chr(13))[2]}\n" for line in lines]
-        self._copy()
+        with self._lock:
+            # A progress bar writes over itself: only what follows its last return counts.
+            found = (self._line + text).split("\n")
+            *lines, self._line = (line.rpartition("\r")[2] for line in found)
+            self._kept += [f"{now}  {line}\n" for line in lines]
+            self._copy()
         return self._stream.write(text) if self._stream is not None else len(text)
 
     def _copy(self) -> None:

@@ -44,7 +44,6 @@ from llamajax.training.record import (
     end_written,
     is_evaluated,
     is_finished,
-    leaving,
     logged,
     primary_says,
     removed_time,
@@ -110,8 +109,8 @@ def train(
             check_stored(session, start.checkpoint)
             say(f"finished before, at step {start.step}: {workdir}", primary=primary)
             return ExitCode.FINISHED
-        ended = stack.enter_context(end_written(events, lambda: max(start.step, box.newest_step)))
-        shutdown.name_previous(functools.partial(leaving, events, start.step, checkpointer))
+        newest = lambda: max(start.step, box.newest_step)  # noqa: E731
+        ended = stack.enter_context(end_written(events, newest, shutdown, checkpointer))
         if primary:
             anew = asked == "restart"
             write_start(events, workdir, session, step=start.step, began_s=began_s, anew=anew)
@@ -178,8 +177,8 @@ def _trained(run: _Run, start: "_Start") -> tuple[Loop, int]:
             )
             return loop, error.exit_code
         to_step = run.audit.rollbacks[-1].to_step
-        run.events.write("rollback", step=problem.step, to_step=to_step, reason=problem.reason)
         loop.record_saves()
+        run.events.write("rollback", step=problem.step, to_step=to_step, reason=problem.reason)
         say(told, primary=primary)
         start = _where_to_start(run, "again")
         start = dataclasses.replace(start, rolled_back_s=time.monotonic() - began_s)
@@ -291,7 +290,7 @@ def _build(
         step=steps[0],
         eval_step=steps[1],
         train_batches=batches,
-        eval_batches=feed.evaluation,
+        eval_batches=feed.evaluation if session.held_out else None,
         rates=rates(session),
         tokens_seen=start.position.tokens_seen,
         meta=lambda step: _meta(session, start, run.audit),
@@ -319,7 +318,7 @@ def _prepared(
     timer: StepTimer,
     compiled: tuple[Callable, Callable, Canary | None] | None,
 ) -> tuple[TrainState, tuple[Callable, Callable, Canary | None]]:
-    """The state and the steps, and the events that say how long they took."""
+    """Return the state and the steps; enter the restore and the compilation in the record."""
     session, primary = run.session, run.session.machine.is_primary
     with timer.pause():
         state = starting_state(session, start.checkpoint, start.origin)
@@ -327,14 +326,15 @@ def _prepared(
     duration_s = timer.paused_s + start.rolled_back_s
     restored = {"step": start.step, "source": source, "duration_s": duration_s}
     if compiled is not None:
-        run.events.write("restore", **restored, **removed_time(run.workdir, start.step))
+        removed = removed_time(run.workdir, start.step) if primary else {}
+        run.events.write("restore", **restored, **removed)
         return state, compiled
     run.events.write("restore", **restored)
     with timer.pause():
         steps = compile_steps(session, feed, state)
     run.acceptance.accept()  # nothing can refuse the run any more
     # The rows after this step are removed next, so their time is entered here.
-    removed = removed_time(run.workdir, start.step)
+    removed = removed_time(run.workdir, start.step) if primary else {}
     run.events.write("compile", step=start.step, duration_s=timer.paused_s, **removed)
     say(f"ready    compiled in {timer.paused_s:.1f} s", primary=primary)
     say_of_donation(session, steps[0])

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from llamajax.errors import ExitCode, say
 from llamajax.verbs import STOP_SIGNALS, caught_signals
 
+_LEAVE_WITHIN_S = 30.0
 _SIGACTION_BYTES = 256  # more than the C library's struct has on any platform
 
 
@@ -95,5 +96,10 @@ class Shutdown:
     def _leave(self) -> None:
         when = "while saving" if self._updating else "before the first update"
         message = f"\nstopped {when}; a rerun continues from the last checkpoint: "
-        say(message + self._previous())
-        os._exit(ExitCode.STOPPED)
+        in_any_case = threading.Timer(_LEAVE_WITHIN_S, os._exit, (ExitCode.STOPPED,))
+        in_any_case.daemon = True
+        in_any_case.start()  # a store or disk that is gone may block the next line
+        try:
+            say(message + self._previous())
+        finally:
+            os._exit(ExitCode.STOPPED)

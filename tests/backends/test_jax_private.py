@@ -61,10 +61,10 @@ def test_a_run_says_in_one_warning_what_it_does_without(monkeypatch):
     )
     lost = narration.lost_features(session)
     assert list(lost) == ["atomic_compile_cache", "donation"]
-    (line,) = narration.lines_of_loss(lost)
+    (line,) = narration.lost_feature_warnings(lost)
     assert line.startswith("warning: this run does without atomic_compile_cache: jax ")
     assert "; donation: jax " in line
-    assert narration.lines_of_loss({}) == []
+    assert narration.lost_feature_warnings({}) == []
     checkpoint.directory = "gs://bucket/run"
     monkeypatch.delattr(tensorstore_utils, "get_ts_context")
     assert list(narration.lost_features(session)) == [*lost, "gcs_retries"]

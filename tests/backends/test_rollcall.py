@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from llamajax.backends.process_facts import difference
 from llamajax.backends.rollcall import call_roll
 from llamajax.errors import TransientError, UserError
 
@@ -128,3 +129,8 @@ def test_a_process_that_cannot_start_tells_the_others_why(address):
 def test_equal_facts_pass(address):
     facts = {"optim.beta1": "0.9", "problem": None}
     assert called(address, (0, 2), (1, 2), facts={0: facts, 1: facts}) == {0: "", 1: ""}
+
+
+def test_processes_that_cannot_start_for_different_reasons_are_all_named():
+    found = difference([{"problem": "no data"}, {"problem": "damaged data"}], ["a", "b"])
+    assert found == "process 0 on a: no data; process 1 on b: damaged data"

@@ -21,6 +21,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def filled(workdir: Path, last: int, **options) -> BlackBox:
+    workdir.mkdir(exist_ok=True)
     box = BlackBox(workdir, **{"steps": 4, "primary": True} | options)
     for step in range(1, last + 1):
         box.add({"step": step, "loss": math.nan if step == last else 1 / step})

@@ -105,7 +105,8 @@ def test_a_killed_run_is_dead_once_its_lock_is_free():
 
 def test_seconds_of_all_processes_add_up():
     removed = steps_after(KILLED, KILLED_ROWS, 2)
-    assert removed == {"removed_steps_s": 2.0, "removed_data_wait_s": 0.5}
+    kept = {"kept_steps_s": 0.0, "kept_data_wait_s": 0.0, "kept_tokens": 0.0}
+    assert removed == kept | {"removed_steps_s": 2.0, "removed_data_wait_s": 0.5}
     again = [
         event("found_dead", 209.0, step=3, last_seen_s=129.5),
         event("start", 210.0, step=2, duration_s=10.0),
@@ -138,14 +139,25 @@ def test_a_row_counts_its_steps_since_the_last_row_or_start():
     events = [
         event("start", 0.0),
         event("restore", 0.0, step=0, source="init", duration_s=0.0),
-        event("restore", 0.0, step=22, source="restore", duration_s=0.0),
+        event("restore", 50.0, step=22, source="restore", duration_s=0.0),
     ]
     rows = [row(20, 40.0), row(25, 60.0)]
     assert summarize(events, rows, running=True)["time_breakdown"]["steps_s"] == 46.0
     # Back before the earlier start: its step is no border any more.
-    events.append(event("restore", 0.0, step=10, source="restore", duration_s=0.0))
+    events.append(event("restore", 70.0, step=10, source="restore", duration_s=0.0))
     rows = [row(10, 20.0), row(20, 90.0), row(25, 100.0)]
     assert summarize(events, rows, running=True)["time_breakdown"]["steps_s"] == 50.0
+
+
+def test_steps_of_a_removed_row_that_are_not_done_again_still_count():
+    events = [event("restore", 0.0, step=0, source="init", duration_s=0.0)]
+    rows = [row(20, 40.0), row(30, 60.0)]
+    removed = steps_after(events, rows, 25)
+    assert (removed["kept_steps_s"], removed["removed_steps_s"]) == (10.0, 10.0)
+    events.append(event("restore", 70.0, step=25, source="restore", duration_s=0.0, **removed))
+    rows = [row(20, 40.0), row(30, 90.0)]
+    breakdown = summarize(events, rows, running=True)["time_breakdown"]
+    assert (breakdown["steps_s"], breakdown["redone_s"]) == (60.0, 10.0)
 
 
 def test_a_run_of_an_earlier_release_has_no_record(tmp_path):

@@ -35,13 +35,12 @@ def signal_when(text: str, log: Path, *numbers: int) -> threading.Thread:
 
     def watch() -> None:
         poll = threading.Event()
+        wanted = text
         for number in numbers:
-            while not log.exists() or text not in log.read_text():
+            while not log.exists() or wanted not in log.read_text():
                 poll.wait(0.01)
             os.kill(os.getpid(), number)
-            text_after = f"got {number}"
-            while len(numbers) > 1 and text_after not in log.read_text():
-                poll.wait(0.01)
+            wanted = "got 15"  # the launcher passes every stop signal on as SIGTERM
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -190,7 +189,7 @@ def test_workers_are_told_to_stop_once_however_many_say_so(monkeypatch):
     monkeypatch.setattr(errors, "say", lambda text: sent.append(0))
     launcher = Launcher(SimpleNamespace(), wire, lifeline=0, reports=(0, 0))
     launcher._team = SimpleNamespace(send=sent.append)
-    assert launcher._stop() is None
+    assert launcher._stop(bytes([signal.SIGTERM])) is None
     launcher._obey({"order": "stop"})
     launcher._obey({"order": "stop"})
     assert sent == [signal.SIGTERM, 0]  # and before a word, which a terminal may hold up
@@ -288,13 +287,33 @@ def test_an_echo_never_waits_for_its_reader(tmp_path):
     os.close(log)
 
 
-def test_a_second_signal_ends_workers_that_do_not_listen(launched, tmp_path):
+def test_a_second_hang_up_lets_the_workers_save(launched, tmp_path):
+    """A lost terminal sends two: one from the shell, one from the kernel."""
+    lines = """
+def leave(*_):
+    print("saved", flush=True)
+    os._exit(143)
+def save(*_):
+    print("got 15", flush=True)
+    signal.signal(signal.SIGALRM, leave)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+wait_for_ever()"""
+    log0 = tmp_path / "logs" / "worker_0.log"
+    thread = signal_when("ready", log0, signal.SIGHUP, signal.SIGHUP)
+    assert launched(lines, processes_per_node=1) == 143
+    thread.join()
+    assert log(tmp_path, 0) == "ready\ngot 15\nsaved\n"
+
+
+def test_a_second_ctrl_c_ends_workers_that_do_not_listen(launched, tmp_path):
     lines = """
 signal.signal(signal.SIGTERM, lambda *_: print("got 15", flush=True))
 print("ready", flush=True)
 wait_for_ever()"""
     log0 = tmp_path / "logs" / "worker_0.log"
-    thread = signal_when("ready", log0, signal.SIGTERM, signal.SIGTERM)
+    thread = signal_when("ready", log0, signal.SIGTERM, signal.SIGINT)
     # The watcher waits for the worker's word between the two.
     assert launched(lines, processes_per_node=1) == 143
     thread.join()

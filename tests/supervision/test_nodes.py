@@ -75,13 +75,13 @@ def test_a_missing_node_is_named(start_node):
     first = start_node(0, PLACE, "--timeout_s=2", nodes_in_all=3)
     third = start_node(2, PLACE, nodes_in_all=3)
     for code, text in (first.wait(), third.wait()):
-        assert code == 2
+        assert code == 75
         assert "missing: node 1" in text
 
 
 def test_a_missing_node_0_is_named(start_node, free_ports):
     code, text = start_node(1, PLACE, "--timeout_s=1").wait()
-    assert code == 2
+    assert code == 75
     assert f"no launcher of node 0 at 127.0.0.1:{free_ports + 1}" in text
 
 

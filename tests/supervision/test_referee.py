@@ -149,5 +149,5 @@ def test_time_counts_from_the_restart(referee):
     referee.hear(0, ready(), 1001.0)
     assert referee.tick(1010.9) == []
     (order,) = referee.tick(1011.1)
-    assert order["code"] == 2
+    assert order["code"] == 75
     assert "missing: node 1" in order["why"]
