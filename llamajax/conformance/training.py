@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llamajax import optim, sharding
-from llamajax.checkpoint import Checkpointer
+from llamajax.checkpoint import Checkpointer, newest_checkpoint, restore_state
 from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from llamajax.conformance.outcome import Bench, WrongError
 from llamajax.models.llama import Compute
@@ -224,7 +224,9 @@ def _saved(bench: Bench, *, asynchronous: bool) -> str:
         checkpointer.save(2, state, meta={})
         stall_s = checkpointer.last_stall_s
         _, losses = trial.run(state, range(2, 4))
-        restored, _, _ = checkpointer.restore(abstract)
+        checkpointer.wait()
+        stored = newest_checkpoint(checkpointer.directory)
+        restored = restore_state(stored, abstract, donated=True)
     if differing := _differing(kept, jax.device_get(restored)):
         raise WrongError(f"other bits came back in {differing}")
     if trial.run(restored, range(2, 4))[1] != losses:
