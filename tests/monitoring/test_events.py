@@ -164,3 +164,23 @@ def test_a_run_of_an_earlier_release_has_no_record(tmp_path):
     assert summarize([], [row(3, 1.0)], running=False) == {}
     (tmp_path / EVENTS).write_text(json.dumps({"event": "save", "step": 1}) + "\n")
     assert load_events(tmp_path) == []
+
+
+def test_lines_that_a_full_disk_refused_are_written_once_or_named_as_lost(tmp_path, capsys):
+    """/dev/full takes nothing: the lines wait in memory until there is room."""
+    log = EventLog(tmp_path, primary=True)
+    log.write("start", step=0)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "events.jsonl").rename(tmp_path / "real" / "events.jsonl")
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    log.write("save", step=1)
+    log.write("end", step=2)
+    log.close()
+    text = capsys.readouterr().err
+    assert text.count("are kept for later") == 1
+    assert "no room for its last lines" in text
+    assert '"event": "end"' in text
+    (tmp_path / "events.jsonl").unlink()
+    (tmp_path / "real" / "events.jsonl").rename(tmp_path / "events.jsonl")
+    log.close()
+    assert [event["event"] for event in load_events(tmp_path)] == ["start", "save", "end"]

@@ -2,6 +2,9 @@
 
 import threading
 
+import pytest
+
+from llamajax.errors import UserError
 from llamajax.training.hang import HangWatch
 
 
@@ -56,3 +59,28 @@ def test_the_thread_itself_ends_it_and_without_a_limit_there_is_none(tmp_path):
     before = threading.active_count()
     with watch(tmp_path, None)[0]:
         assert threading.active_count() == before
+
+
+def test_a_farewell_that_blocks_or_fails_does_not_keep_the_process(tmp_path, monkeypatch):
+    """As on a file system that is gone: the same one that hung the run."""
+    monkeypatch.setattr("llamajax.training.hang._LEAVE_WITHIN_S", 0.05)
+    left, done = threading.Event(), threading.Event()
+
+    def block(_: str) -> None:
+        done.wait()
+
+    stuck = HangWatch(10.0, file=tmp_path / "f", farewell=block, leave=lambda _: left.set())
+    thread = threading.Thread(target=stuck.tick, args=(10.0,))
+    thread.start()
+    assert left.wait(30)
+    done.set()
+    thread.join()
+
+    def fail(_: str) -> None:
+        raise UserError("gone")
+
+    codes: list[int] = []
+    failing = HangWatch(10.0, file=tmp_path / "f", farewell=fail, leave=codes.append)
+    with pytest.raises(UserError):
+        failing.tick(10.0)
+    assert codes == [1]
