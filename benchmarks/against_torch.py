@@ -26,10 +26,10 @@ import numpy as np
 from train_step import arguments, compiled, random_rows, run_config  # the script beside this one
 
 from llamajax.backends import with_huge_pages
-from llamajax.checkpoint.hf_write import ModelSource
 from llamajax.config import RunConfig
 from llamajax.config.schema import ComputeDtype, Remat
 from llamajax.errors import UserError
+from llamajax.formats.huggingface.hf_write import ModelSource
 from llamajax.verbs import run_verb
 
 SYSTEMS = ("llamajax", "torch")

@@ -60,8 +60,8 @@ def ours(config: ModelConfig, mesh: Any, machine: Any, dtype: str, flags: argpar
     import jax.numpy as jnp
 
     from llamajax.decoding.engine import Engine, attention_chooser
+    from llamajax.decoding.generate_options import Sampling
     from llamajax.decoding.prompts import Prompt
-    from llamajax.decoding.request import Sampling
 
     engine = Engine(
         random_model(config, mesh, jnp.dtype(dtype), seed=flags.seed),
@@ -184,7 +184,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     from llamajax import backends, sharding
-    from llamajax.decoding.session import default_dtype, default_mesh
+    from llamajax.decoding.generator import default_dtype, default_mesh
     from llamajax.models.counts import num_parameters
 
     machine = backends.start(backend_config(flags))

@@ -24,8 +24,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from llamajax.supervision.comparison import largest_difference, values
-from llamajax.supervision.trial import last_step
+from llamajax.monitoring.row_comparison import largest_difference, values
+from llamajax.proving.trial import last_step
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / "tests" / "training" / "tiny_run.py"

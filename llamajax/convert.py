@@ -14,8 +14,8 @@ from llamajax.monitoring.progress import BytesProgress
 from llamajax.verbs import run_verb
 
 if TYPE_CHECKING:
-    from llamajax.checkpoint.tensor_source import TensorSource
-    from llamajax.checkpoint.weights import Weights
+    from llamajax.formats.tensor_source import TensorSource
+    from llamajax.formats.weights import Weights
 
 SUMMARY = "Convert weights of any known kind to a Hugging Face directory."
 EXAMPLE = "python -m llamajax.convert --from=runs/quickstart --to=hf/quickstart"
@@ -67,9 +67,9 @@ def main(argv: list[str]) -> int:
 def _convert(flags: SimpleNamespace) -> None:
     # JAX takes seconds to import: --help and mistakes are answered without it.
     from llamajax import backends
-    from llamajax.checkpoint.hf_write import check_vocabulary, write_hf
-    from llamajax.checkpoint.weights import open_weights
-    from llamajax.data.agreement import load_recorded
+    from llamajax.formats.huggingface.hf_write import check_vocabulary, write_hf
+    from llamajax.formats.weights import open_weights
+    from llamajax.tokenizers.comparison import load_recorded
 
     started, target = time.monotonic(), Path(flags.to)
     backends.start(BackendConfig(name="cpu"))  # an accelerator would be taken for nothing
@@ -117,7 +117,7 @@ def _tensors(weights: "Weights") -> "TensorSource":
     import jax
 
     from llamajax import sharding
-    from llamajax.checkpoint.stored import leaves_of
+    from llamajax.formats.own_checkpoint import leaves_of
     from llamajax.models.abstract import abstract_model
 
     mesh = sharding.build_mesh(MeshConfig(), jax.devices()[:1])

@@ -64,8 +64,9 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--{name}={out}: there is no directory to write it in")
     backend = backend_config(flags)
     # JAX takes seconds to import: --help and mistakes are answered without it.
-    from llamajax.backends.verdict import NOT_READY
-    from llamajax.conformance import output, page
+    from llamajax.backends.stored_verdict import NOT_READY
+    from llamajax.conformance import page
+    from llamajax.conformance import printed_findings as output
     from llamajax.conformance.examination import Examination
     from llamajax.conformance.table import chosen
     from llamajax.conformance.verdict import verdict_on

@@ -2,7 +2,7 @@
 
 from llamajax.backends import with_huge_pages
 from llamajax.config import Flag, parse_weights_command
-from llamajax.evaluation.request import Protocol, Request, check
+from llamajax.evaluation.evaluate_options import Protocol, Request, check
 from llamajax.verbs import run_verb
 
 SUMMARY = "Measure how well a checkpoint predicts a text: loss, perplexity, bits per byte."
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> int:
     request = Request(**asked)
     check(request)
     # JAX takes seconds to import: --help and mistakes are answered without it.
-    from llamajax.evaluation.session import evaluate
+    from llamajax.evaluation.evaluator import evaluate
     from llamajax.monitoring.metrics import encode_row
 
     print(encode_row(evaluate(request)), flush=True)

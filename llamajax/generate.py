@@ -5,9 +5,9 @@ from typing import Literal
 
 from llamajax.backends import with_huge_pages
 from llamajax.config import Flag, parse_weights_command
-from llamajax.data.chat import CHAT_TEMPLATES
-from llamajax.decoding.request import Request, Sampling, check
+from llamajax.decoding.generate_options import Request, Sampling, check
 from llamajax.errors import say
+from llamajax.tokenizers.chat import CHAT_TEMPLATES
 from llamajax.verbs import run_verb
 
 SUMMARY = "Continue prompts with a checkpoint: greedily, or drawing tokens at random."
@@ -128,8 +128,8 @@ def main(argv: list[str]) -> int:
     request = Request(sampling=sampling, **asked)
     check(request)
     # JAX takes seconds to import: --help and mistakes are answered without it.
-    from llamajax.decoding.output import converse, write_json, write_text
-    from llamajax.decoding.session import open_session
+    from llamajax.decoding.generator import open_session
+    from llamajax.decoding.printed_texts import converse, write_json, write_text
 
     session, code = open_session(request), 0
     try:

@@ -1,8 +1,8 @@
 """`python -m llamajax.launch`: start a command as several workers, watch them, start them again."""
 
 from llamajax.config import parse_command_line
-from llamajax.supervision.launcher import launch
-from llamajax.supervision.request import FLAGS, request_of, split_command
+from llamajax.launching.launch_options import FLAGS, request_of, split_command
+from llamajax.launching.launcher import launch
 from llamajax.verbs import run_verb
 
 SUMMARY = (

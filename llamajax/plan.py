@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--json={flags.json}: there is no directory to write it in")
     # JAX takes seconds to import: --help and mistakes are answered without it.
     from llamajax import backends
-    from llamajax.planning import output
+    from llamajax.planning import printed_plan as output
     from llamajax.planning.plan import make_plan
     from llamajax.planning.search import search
 

@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llamajax.data import tasks
-from llamajax.data.beam import prepare_on_beam
-from llamajax.data.chat import CHAT_TEMPLATES
-from llamajax.data.preparation import FORMATS, Settings, prepare
+from llamajax.corpus import tasks
+from llamajax.corpus.beam import prepare_on_beam
+from llamajax.corpus.preparation import FORMATS, Settings, prepare
 from llamajax.errors import UserError
 from llamajax.monitoring.progress import BytesProgress
+from llamajax.tokenizers.chat import CHAT_TEMPLATES
 from llamajax.verbs import run_verb
 
 _EXAMPLE = """example:

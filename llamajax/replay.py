@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     )
     backend = backend_config(found)
     # JAX takes seconds to import: --help and mistakes are answered without it.
-    from llamajax.supervision.replay import Request, replay
+    from llamajax.replaying.replay_step import Request, replay
 
     evidence = replay(
         Request(

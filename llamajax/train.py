@@ -4,7 +4,7 @@ import gc
 from pathlib import Path
 
 from llamajax.backends import follow_launcher, with_huge_pages
-from llamajax.training.shutdown import Shutdown
+from llamajax.training.safety.shutdown import Shutdown
 from llamajax.verbs import run_verb
 
 SUMMARY = (
@@ -24,8 +24,8 @@ def main(argv: list[str]) -> int:
         argv, verb="train", flags=(WORKDIR,), summary=SUMMARY, example=EXAMPLE
     )
     # JAX takes seconds to import: --help and mistakes are answered without it.
-    from llamajax.training.record import process_start_s
     from llamajax.training.run import train
+    from llamajax.training.run_record import process_start_s
 
     return train(
         command.config,

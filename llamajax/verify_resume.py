@@ -5,7 +5,7 @@ from pathlib import Path
 from llamajax.config import parse_command_line
 from llamajax.config.flags import Flag
 from llamajax.errors import UserError
-from llamajax.supervision.resume_proof import Request, prove, train_arguments
+from llamajax.proving.resume_proof import Request, prove, train_arguments
 from llamajax.verbs import run_verb
 
 SUMMARY = (

@@ -18,10 +18,10 @@ from llamas import BASE, assert_same, edit_config, mesh, random_model
 
 from llamajax import convert
 from llamajax.checkpoint import Checkpointer
-from llamajax.checkpoint.hf_write import export_hf
-from llamajax.checkpoint.weights import open_weights
 from llamajax.data import load_tokenizer
 from llamajax.errors import UserError
+from llamajax.formats.huggingface.hf_write import export_hf
+from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
 
 CONFIG = BASE.__class__(**(vars(BASE) | {"vocab_size": 300}))

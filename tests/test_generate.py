@@ -13,10 +13,10 @@ import warm
 
 from llamajax import generate
 from llamajax.checkpoint import Checkpointer
-from llamajax.checkpoint.weights import open_weights
 from llamajax.config.presets import PRESETS
 from llamajax.decoding import prompts
 from llamajax.errors import UserError
+from llamajax.formats.weights import open_weights
 from llamajax.models.llama import Llama
 
 CONTEXT = PRESETS["tiny"].max_seq_len
@@ -147,7 +147,7 @@ def test_ids_are_continued_whatever_the_tokenizer(fault, tmp_path, monkeypatch, 
     if fault == "another":
         record = {"kind": "byte", "vocab_size": 258, "fingerprint": "0" * 64, "probe": ""}
         opened = dataclasses.replace(open_weights(folder), tokenizer_record=record)
-        monkeypatch.setattr("llamajax.decoding.session.open_weights", lambda _: opened)
+        monkeypatch.setattr("llamajax.decoding.generator.open_weights", lambda _: opened)
     flags = [f"--checkpoint={folder}", "--max_new_tokens=2", "--json"]
     assert generate.main([*flags, "--prompt_ids=3,1"]) == 0
     printed = capsys.readouterr()

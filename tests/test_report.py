@@ -11,7 +11,7 @@ import pytest
 
 from llamajax.errors import UserError
 from llamajax.monitoring import MetricsWriter, read_run_facts, write_report, write_run_facts
-from llamajax.monitoring.charts import nice_ticks, smooth, thin
+from llamajax.monitoring.report.charts import nice_ticks, smooth, thin
 from llamajax.report import main
 
 VOID = {"meta"}

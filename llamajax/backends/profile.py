@@ -9,7 +9,7 @@ import jax
 from llamajax.backends.devices import find
 from llamajax.backends.platforms import platform_facts
 from llamajax.backends.runtime import Machine
-from llamajax.backends.verdict import read_verdict
+from llamajax.backends.stored_verdict import read_verdict
 
 # What of the environment changes how programs are compiled or memory is given.
 _VARIABLES = (

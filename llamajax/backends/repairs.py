@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from llamajax.backends.jax_private import TESTED, cache_hook, donation
 from llamajax.backends.platforms import platform_facts
-from llamajax.backends.verdict import NOT_READY, Verdict
+from llamajax.backends.stored_verdict import NOT_READY, Verdict
 from llamajax.config import did_you_mean, nearest
 from llamajax.errors import combine
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import jax
 
-from llamajax.backends import compile_cache, process_facts
+from llamajax.backends import compile_cache
 from llamajax.backends.device_table import read_device_table
 from llamajax.backends.devices import give_gpu_memory, use_table
 from llamajax.backends.jax_private.experimental_warning import no_experimental_warning
-from llamajax.backends.place import Place, find_place, several_are_indicated
 from llamajax.backends.platforms import attention_preferences, is_host, platform_facts
 from llamajax.backends.plugin import named_to_jax, why_not
+from llamajax.backends.rank import Place, find_place, several_are_indicated
 from llamajax.backends.repairs import (
     COMPILE_CACHE,
     PLAIN_ATTENTION,
@@ -29,10 +29,11 @@ from llamajax.backends.repairs import (
     chosen,
     is_donating,
 )
-from llamajax.backends.rollcall import call_roll
-from llamajax.backends.verdict import read_verdict
+from llamajax.backends.stored_verdict import read_verdict
 from llamajax.config.schema import BackendConfig
 from llamajax.errors import TransientError, UserError
+from llamajax.processes import differences as process_facts
+from llamajax.processes.roll_call import call_roll
 
 PLUGIN_VARIABLE = "LLAMAJAX_PJRT_PLUGIN"
 # A process that stays silent so long is dead to the others; JAX's own 100 s waste a pod's time.

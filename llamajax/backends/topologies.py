@@ -24,7 +24,7 @@ from llamajax.backends.device_table import read_device_table
 from llamajax.backends.platforms import attention_preferences
 from llamajax.backends.plugin import named_to_jax
 from llamajax.backends.repairs import apply_to_lowering, chosen
-from llamajax.backends.verdict import read_verdict
+from llamajax.backends.stored_verdict import read_verdict
 from llamajax.config import did_you_mean, nearest
 from llamajax.config.schema import BackendConfig
 from llamajax.errors import UserError

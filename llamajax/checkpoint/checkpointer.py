@@ -19,7 +19,6 @@ import jax
 import numpy as np
 
 from llamajax.checkpoint import manifest as manifests
-from llamajax.checkpoint.agreement import agree, raise_together, told
 from llamajax.checkpoint.fallback import newest_whole
 from llamajax.checkpoint.names import named_leaves
 from llamajax.checkpoint.parts import prove_readable
@@ -33,6 +32,7 @@ from llamajax.checkpoint.room import (
 )
 from llamajax.checkpoint.storage import Place, error_type, failures, is_remote, place, remove_tree
 from llamajax.errors import UserError
+from llamajax.processes.agreement import agree, raise_together, told
 
 if TYPE_CHECKING:
     from llamajax.checkpoint.orbax_writer import OrbaxWriter

@@ -12,10 +12,10 @@ from pathlib import Path
 import jax
 
 from llamajax.checkpoint import manifest as manifests
-from llamajax.checkpoint.agreement import agree, told
 from llamajax.checkpoint.restore import Checkpoint, damaged, open_verified
 from llamajax.checkpoint.storage import Place, failures, is_remote
 from llamajax.errors import UserError
+from llamajax.processes.agreement import agree, told
 
 _SIGN = "!" * 12
 

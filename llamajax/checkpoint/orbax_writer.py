@@ -7,8 +7,8 @@ import orbax.checkpoint as ocp
 
 from llamajax.backends.jax_private.literal_glob import take_directories_literally
 from llamajax.backends.jax_private.orbax_retries import limit_gcs_retries
-from llamajax.checkpoint.rendezvous import Rendezvous
 from llamajax.checkpoint.storage import RETRIES, Place, is_remote
+from llamajax.processes.rendezvous import Rendezvous
 
 # Orbax's own default (20 minutes) is less than a 70B state takes on a slow disk.
 _TIMEOUT_S = 3 * 3600

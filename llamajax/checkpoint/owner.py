@@ -14,7 +14,6 @@ from pathlib import Path
 
 import jax
 
-from llamajax.checkpoint.agreement import raise_together
 from llamajax.checkpoint.directory import undo_folders
 from llamajax.checkpoint.room import reason
 from llamajax.checkpoint.storage import (
@@ -28,6 +27,7 @@ from llamajax.checkpoint.storage import (
     place,
 )
 from llamajax.errors import UserError
+from llamajax.processes.agreement import raise_together
 
 OWNER = "owner.json"
 _RUN_ID = ".run_id"

@@ -21,7 +21,8 @@ from jax.sharding import SingleDeviceSharding
 from llamajax.backends import lends_host_memory
 from llamajax.checkpoint.manifest import DamagedError
 from llamajax.checkpoint.storage import Place, kvstore
-from llamajax.checkpoint.tensor_source import Index
+
+Index = tuple[slice, ...]
 
 # Most bytes that are read at once, and how many such reads are under way.
 SLAB_BYTES = 1 << 22

@@ -13,13 +13,13 @@ from typing import Any
 import jax
 
 from llamajax.checkpoint import manifest as manifests
-from llamajax.checkpoint.agreement import agree
 from llamajax.checkpoint.manifest import DamagedError
 from llamajax.checkpoint.names import named_leaves, rebuild
 from llamajax.checkpoint.parts import StoredArray, placed
 from llamajax.checkpoint.storage import Place, failures, how_to_mend, is_directory, is_remote
 from llamajax.config.flags import show
 from llamajax.errors import UserError, combine
+from llamajax.processes.agreement import agree
 
 _LISTED = 10
 # Keys of the model section that change neither the arrays nor the function they compute.

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 
 from llamajax.checkpoint import manifest as manifests
-from llamajax.checkpoint.agreement import agree, gathered, told
 from llamajax.checkpoint.storage import (
     Place,
     error_type,
@@ -22,6 +21,7 @@ from llamajax.checkpoint.storage import (
     is_directory,
     is_remote,
 )
+from llamajax.processes.agreement import agree, gathered, told
 
 # Network file systems show a new directory to other hosts only after their caches' time.
 _SHOWN_WITHIN_S = 30

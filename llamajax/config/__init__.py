@@ -16,7 +16,7 @@ from llamajax.config.help import help_text
 from llamajax.config.load import freeze, load
 from llamajax.config.nearest import did_you_mean, nearest
 from llamajax.config.presets import PRESETS, preset
-from llamajax.config.record import common_values, diff, from_json_dict, to_json_dict
+from llamajax.config.saved_config import common_values, diff, from_json_dict, to_json_dict
 from llamajax.config.schema import (
     BackendConfig,
     CheckpointConfig,

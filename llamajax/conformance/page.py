@@ -7,10 +7,10 @@ from typing import Any
 
 from llamajax.backends import Probe as Outcome
 from llamajax.backends import Verdict
-from llamajax.backends.verdict import NOT_READY
-from llamajax.conformance.output import consequences, counts
+from llamajax.backends.stored_verdict import NOT_READY
+from llamajax.conformance.printed_findings import consequences, counts
 from llamajax.conformance.table import probe
-from llamajax.monitoring.page import PAGE
+from llamajax.monitoring.report.page import PAGE
 
 _STYLE = """<style>
 .status.bad { color: var(--bad); }

@@ -7,7 +7,7 @@ from typing import Any
 
 from llamajax.backends import Probe as Outcome
 from llamajax.backends import Verdict
-from llamajax.backends.verdict import NOT_READY, READY, READY_WITH_REPAIRS
+from llamajax.backends.stored_verdict import NOT_READY, READY, READY_WITH_REPAIRS
 from llamajax.conformance.table import PROBES, Probe, probe
 
 

@@ -8,7 +8,7 @@ import importlib
 from typing import Any
 
 from llamajax.data.position import Position
-from llamajax.data.tokenizers import Tokenizer, load_tokenizer
+from llamajax.tokenizers.loading import Tokenizer, load_tokenizer
 
 _READING = {
     "BATCH_KEYS": "batches",

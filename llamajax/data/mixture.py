@@ -18,8 +18,8 @@ from llamajax.backends.jax_private.bare_grain import grain
 from llamajax.config.schema import DataConfig
 from llamajax.data import shards
 from llamajax.data.order import ROUNDS, EndlessOrder
-from llamajax.data.tokenizers import MANIFEST
 from llamajax.errors import UserError, combine
+from llamajax.tokenizers.loading import MANIFEST
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

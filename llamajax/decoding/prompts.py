@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llamajax.config.schema import ModelConfig
+from llamajax.corpus.sources import checked, json_object, numbered_lines
 from llamajax.data import Tokenizer
-from llamajax.data.chat import encode_chat
-from llamajax.data.sources import checked, json_object, numbered_lines
-from llamajax.data.tokenizer_facts import model_ids
-from llamajax.decoding.request import Request
+from llamajax.decoding.generate_options import Request
 from llamajax.errors import UserError, combine
+from llamajax.tokenizers.chat import encode_chat
+from llamajax.tokenizers.special_tokens import model_ids
 
 DEFAULT_MAX_NEW_TOKENS = 128  # or what the context has room for
 _SHOWN = 10

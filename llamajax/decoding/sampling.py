@@ -6,7 +6,7 @@ The steps and their order are those of transformers: repetition penalty, tempera
 import jax
 import jax.numpy as jnp
 
-from llamajax.decoding.request import Sampling
+from llamajax.decoding.generate_options import Sampling
 
 
 def sample(

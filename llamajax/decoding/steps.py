@@ -12,7 +12,7 @@ from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
 from llamajax.decoding import cache as kv
-from llamajax.decoding.request import Sampling
+from llamajax.decoding.generate_options import Sampling
 from llamajax.decoding.sampling import sample
 from llamajax.models.llama import Compute, Llama
 from llamajax.models.sharded import precision

@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from llamajax.checkpoint.weights import Weights
+from llamajax.corpus.sources import format_of, read_text
 from llamajax.data import Tokenizer, load_tokenizer
-from llamajax.data.agreement import load_recorded, same_tokens
-from llamajax.data.sources import format_of, read_text
-from llamajax.data.tokenizers import MANIFEST
 from llamajax.errors import UserError
-from llamajax.evaluation.request import Request
+from llamajax.evaluation.evaluate_options import Request
 from llamajax.evaluation.scoring import Rows
 from llamajax.evaluation.windows import WindowRows, non_overlapping, separate, sliding_window
+from llamajax.formats.weights import Weights
+from llamajax.tokenizers.comparison import load_recorded, same_tokens
+from llamajax.tokenizers.loading import MANIFEST
 
 # A longer context than this has to be asked for: Llama 3.1's 131,072 tokens would be a surprise.
 _DEFAULT_MAX_SEQ_LEN = 4096

@@ -1,10 +1,10 @@
 """What a run tells people: metrics on disk, progress on the terminal, honest times, a report."""
 
 from llamajax.monitoring.events import EventLog, load_events
-from llamajax.monitoring.facts import read_run_facts, write_run_facts
 from llamajax.monitoring.metrics import MetricsWriter, load_metrics
 from llamajax.monitoring.progress import Progress
-from llamajax.monitoring.report import write_report
+from llamajax.monitoring.report.writing import write_report
+from llamajax.monitoring.run_facts import read_run_facts, write_run_facts
 from llamajax.monitoring.timing import StepTimer
 
 __all__ = [

@@ -2,10 +2,10 @@
 
 from llamajax.sharding.axes import ACTIVATIONS, AXES, BATCH_AXES, TOKEN_AXES, WEIGHTS, axes_of, spec
 from llamajax.sharding.batch import batch_sharding, local_rows, place
+from llamajax.sharding.device_order import check_slices, node_numbers, node_of
+from llamajax.sharding.device_order import table as placement_table
 from llamajax.sharding.fit import check_divides
 from llamajax.sharding.mesh import axis_sizes, batch_shards, build_mesh, describe
-from llamajax.sharding.placement import check_slices, node_numbers, node_of
-from llamajax.sharding.placement import table as placement_table
 from llamajax.sharding.tree import (
     at_rest,
     is_stacked,

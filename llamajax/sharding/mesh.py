@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh
 from llamajax.config.schema import MeshConfig
 from llamajax.errors import UserError
 from llamajax.sharding.axes import AXES, BATCH_AXES
-from llamajax.sharding.placement import check_slices, placed
+from llamajax.sharding.device_order import check_slices, placed
 
 
 def axis_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:

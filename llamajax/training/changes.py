@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from llamajax import data, optim
-from llamajax.checkpoint.weights import TOKENIZER
 from llamajax.config import diff, from_json_dict
-from llamajax.data.agreement import describe, is_recorded, tokenizer_record
 from llamajax.errors import UserError
+from llamajax.formats.weights import TOKENIZER
+from llamajax.tokenizers.comparison import describe, is_recorded, tokenizer_record
 from llamajax.training.session import Session
 
 

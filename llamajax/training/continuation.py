@@ -15,7 +15,6 @@ import jax
 
 from llamajax.checkpoint import Checkpoint, Checkpointer, open_checkpoint
 from llamajax.checkpoint import manifest as manifests
-from llamajax.checkpoint.agreement import agree
 from llamajax.checkpoint.fallback import free_name
 from llamajax.checkpoint.owner import checkpoints_of, recorded
 from llamajax.checkpoint.room import reached, reason
@@ -23,8 +22,9 @@ from llamajax.checkpoint.storage import Place, failures, is_remote
 from llamajax.config import RunConfig
 from llamajax.errors import UserError, say
 from llamajax.monitoring import load_events, load_metrics
-from llamajax.training.agreement import decided_by_primary
-from llamajax.training.audit import AUDIT
+from llamajax.processes.agreement import agree
+from llamajax.training.decisions import decided_by_primary
+from llamajax.training.safety.audit import AUDIT
 
 # again: after a rollback within a run.
 Asked = Literal["newest", "restart", "older", "again"]

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from llamajax import data
 from llamajax.checkpoint import newest_checkpoint
-from llamajax.checkpoint.hf_write import export_hf
 from llamajax.checkpoint.owner import checkpoints_of
-from llamajax.checkpoint.peft import write_peft
 from llamajax.checkpoint.storage import place
-from llamajax.checkpoint.weights import TOKENIZER
 from llamajax.config import RunConfig
 from llamajax.errors import UserError
+from llamajax.formats.huggingface.hf_write import export_hf
+from llamajax.formats.peft import write_peft
+from llamajax.formats.weights import TOKENIZER
 from llamajax.models.lora import merge
 from llamajax.monitoring import Progress
 from llamajax.training.state import TrainState

@@ -16,11 +16,11 @@ from llamajax.backends import memory_in_use, show_alive
 from llamajax.checkpoint import Checkpointer, CheckpointError
 from llamajax.config.schema import CheckpointConfig, TrainConfig
 from llamajax.monitoring import EventLog, MetricsWriter, Progress, StepTimer
-from llamajax.training.agreement import agreed
-from llamajax.training.canary import Canary
-from llamajax.training.guardian import Guardian
-from llamajax.training.hang import HangWatch
-from llamajax.training.shutdown import Shutdown
+from llamajax.training.decisions import agreed
+from llamajax.training.safety.canary import Canary
+from llamajax.training.safety.guardian import Guardian
+from llamajax.training.safety.hang import HangWatch
+from llamajax.training.safety.shutdown import Shutdown
 from llamajax.training.state import TrainState
 
 DeviceBatch = dict[str, jax.Array]

@@ -12,12 +12,12 @@ from typing import Any
 from llamajax import data
 from llamajax.checkpoint.restore import model_differences
 from llamajax.checkpoint.storage import place
-from llamajax.checkpoint.weights import Weights, open_base, open_weights
 from llamajax.config import from_json_dict
 from llamajax.config.flags import show
 from llamajax.config.schema import LoraConfig, RunConfig
-from llamajax.data.agreement import load_recorded, same_tokens
 from llamajax.errors import UserError, combine
+from llamajax.formats.weights import Weights, open_base, open_weights
+from llamajax.tokenizers.comparison import load_recorded, same_tokens
 
 # What must not change in a run with adapters: the function, or the arrays of its checkpoints.
 _FIXED = ("rank", "alpha", "targets", "base_dtype")

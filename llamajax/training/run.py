@@ -15,21 +15,16 @@ from typing import Any
 from llamajax import data
 from llamajax.checkpoint import Checkpoint, Checkpointer, CheckpointError, named_leaves
 from llamajax.checkpoint.storage import is_remote
-from llamajax.checkpoint.weights import Weights
 from llamajax.config import RunConfig, to_json_dict
 from llamajax.errors import ExitCode, UserError
+from llamajax.formats.weights import Weights
 from llamajax.monitoring import EventLog, MetricsWriter, Progress, StepTimer, write_run_facts
 from llamajax.monitoring.blackbox import BLACKBOX, BlackBox
 from llamajax.training.acceptance import Acceptance
-from llamajax.training.audit import Audit
-from llamajax.training.canary import Canary
 from llamajax.training.changes import changes, run_tokenizer
 from llamajax.training.continuation import Asked, check_start, choose, set_aside
-from llamajax.training.departure import LeavingAtOnce
 from llamajax.training.export import exporter, is_exported, write_adapters
 from llamajax.training.feed import Feed
-from llamajax.training.guardian import Guardian, RolledBack, Stopped
-from llamajax.training.hang import HangWatch
 from llamajax.training.loop import Loop
 from llamajax.training.narration import (
     conclude,
@@ -40,7 +35,7 @@ from llamajax.training.narration import (
     say_of_donation,
 )
 from llamajax.training.origin import base_record, open_origin
-from llamajax.training.record import (
+from llamajax.training.run_record import (
     end_written,
     is_evaluated,
     is_finished,
@@ -50,9 +45,14 @@ from llamajax.training.record import (
     write_end,
     write_start,
 )
-from llamajax.training.rollback import roll_back
+from llamajax.training.safety.audit import Audit
+from llamajax.training.safety.canary import Canary
+from llamajax.training.safety.departure import LeavingAtOnce
+from llamajax.training.safety.guardian import Guardian, RolledBack, Stopped
+from llamajax.training.safety.hang import HangWatch
+from llamajax.training.safety.rollback import roll_back
+from llamajax.training.safety.shutdown import Shutdown
 from llamajax.training.session import Session, prepare
-from llamajax.training.shutdown import Shutdown
 from llamajax.training.starting import check_stored, compile_steps, starting_state
 from llamajax.training.state import TrainState, to_natural
 from llamajax.training.workdir import (

@@ -8,11 +8,11 @@ import optax
 from jax.sharding import Mesh
 
 from llamajax import backends, data, optim, sharding
-from llamajax.backends import process_facts
 from llamajax.config import RunConfig, common_values
 from llamajax.errors import UserError, combine
 from llamajax.models.llama import Compute
 from llamajax.ops.attention import check_supported, first_supported
+from llamajax.processes import differences as process_facts
 from llamajax.training.state import Layout
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from llamajax.checkpoint import Checkpoint, check_same_model, named_leaves, restore_state
-from llamajax.checkpoint.weights import Weights
 from llamajax.config import to_json_dict
+from llamajax.formats.weights import Weights
 from llamajax.models.abstract import abstract_model
-from llamajax.training.canary import Canary, canary_of
 from llamajax.training.feed import Feed
+from llamajax.training.safety.canary import Canary, canary_of
 from llamajax.training.session import Session
 from llamajax.training.state import (
     TrainState,

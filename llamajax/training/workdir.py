@@ -17,13 +17,13 @@ from jax.experimental import multihost_utils
 from llamajax import data, errors
 from llamajax.backends import lock_file, report_checkpoint
 from llamajax.checkpoint import Checkpointer
-from llamajax.checkpoint.agreement import agree
 from llamajax.checkpoint.directory import replaced
 from llamajax.checkpoint.owner import check_owner, checkpoints_of, claim
 from llamajax.checkpoint.storage import check_usable, is_remote
-from llamajax.checkpoint.weights import TOKENIZER
 from llamajax.config import RunConfig, to_json_dict
 from llamajax.errors import TransientError, UserError
+from llamajax.formats.weights import TOKENIZER
+from llamajax.processes.agreement import agree
 from llamajax.training.acceptance import Acceptance
 from llamajax.training.session import Session
 

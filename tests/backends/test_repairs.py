@@ -6,8 +6,15 @@ import json
 import pytest
 from jax._src.interpreters import mlir
 
-from llamajax.backends import repairs, verdict
-from llamajax.backends.verdict import Probe, Verdict, read_verdict, verdict_path, write_verdict
+from llamajax.backends import repairs
+from llamajax.backends import stored_verdict as verdict
+from llamajax.backends.stored_verdict import (
+    Probe,
+    Verdict,
+    read_verdict,
+    verdict_path,
+    write_verdict,
+)
 from llamajax.errors import UserError
 
 NPU = {"platform": "npu", "platform_version": "1.0", "device_kind": "Test NPU"}

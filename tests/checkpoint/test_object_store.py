@@ -33,8 +33,8 @@ from llamajax.checkpoint import (
     storage,
 )
 from llamajax.checkpoint.owner import OWNER, check_owner, claim
-from llamajax.checkpoint.weights import open_weights
 from llamajax.errors import TransientError, UserError
+from llamajax.formats.weights import open_weights
 from llamajax.training.narration import previous
 
 

@@ -15,12 +15,12 @@ from write_old_run import CONFIG, SETTINGS, unpack_data
 
 from llamajax import convert, sharding
 from llamajax.checkpoint import named_leaves, open_checkpoint, restore_state
-from llamajax.checkpoint.weights import open_weights
 from llamajax.config import load
+from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
 from llamajax.optim import build
 from llamajax.training.run import train
-from llamajax.training.shutdown import Shutdown
+from llamajax.training.safety.shutdown import Shutdown
 from llamajax.training.state import abstract_state
 
 OTHER_MESH = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}

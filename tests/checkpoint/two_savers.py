@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llamajax.checkpoint import Checkpointer, CheckpointError, manifest, rendezvous, restore, room
+from llamajax.checkpoint import Checkpointer, CheckpointError, manifest, restore, room
+from llamajax.processes import rendezvous
 
 RANK, PORT, DIRECTORY = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 SEEN: dict[str, object] = {}

@@ -62,10 +62,11 @@ def hashes(checkpoint: Path) -> dict[str, str]:
 
 def main(output: Path) -> None:
     """Train, convert, hash, pack."""
+    from llamajax.training.shutdown import Shutdown
+
     from llamajax import convert
     from llamajax.config import load
     from llamajax.training.run import train
-    from llamajax.training.shutdown import Shutdown
 
     folder = Path(tempfile.mkdtemp())
     run = folder / "run"

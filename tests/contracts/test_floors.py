@@ -12,29 +12,35 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "llamajax"
 FLOORS = {
-    "errors": -2,
-    "verbs": -1,
-    "config": 0,
-    "backends": 1,
-    "sharding": 1,
-    "monitoring": 1,
-    "ops": 2,
-    "models": 3,
-    "data": 3,
-    "optim": 3,
-    "checkpoint": 3,
-    "training": 4,
-    "decoding": 4,
-    "evaluation": 4,
-    "planning": 5,
-    "conformance": 5,
-    "supervision": 5,
+    "errors": 0,
+    "verbs": 1,
+    "config": 2,
+    "processes": 2,
+    "backends": 3,
+    "sharding": 4,
+    "monitoring": 4,
+    "tokenizers": 4,
+    "ops": 5,
+    "optim": 5,
+    "models": 6,
+    "data": 6,
+    "checkpoint": 6,
+    "corpus": 7,
+    "formats": 7,
+    "training": 8,
+    "decoding": 8,
+    "evaluation": 8,
+    "planning": 9,
+    "conformance": 9,
+    "launching": 9,
+    "replaying": 9,
+    "proving": 10,
 }
 VERBS = (
     "prepare", "train", "evaluate", "generate", "convert", "plan", "doctor", "report", "launch",
     "verify_resume", "replay",
 )  # fmt: skip
-FLOORS |= dict.fromkeys(VERBS, 6) | {"cli": 7, "__main__": 8}
+FLOORS |= dict.fromkeys(VERBS, 11) | {"cli": 12, "__main__": 13}
 
 FILE_LINES = 400
 FUNCTION_LINES = 60
@@ -171,7 +177,7 @@ def test_the_package_keeps_the_rule(check):
         (check_floor, "ops/rope.py", "from llamajax.models import llama"),
         (check_floor, "models/llama.py", "import llamajax.data.shards"),
         (check_floor, "config/load.py", "def f():\n    from llamajax import backends"),
-        (check_floor, "data/x.py", "from ..optim import chain"),
+        (check_floor, "data/x.py", "from ..models import llama"),
         (check_floor, "train.py", "from llamajax.prepare import main"),
         (check_floor, "ops/x.py", "from llamajax.newcomer import y"),
         (check_environment, "data/x.py", "import os\nos.environ['A'] = 'b'"),

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from llamajax import prepare
+from llamajax.corpus.holdout import Holdout
+from llamajax.corpus.instructions import Example, InstructionCorpus, parse_example
 from llamajax.data import (
     Position,
     eval_batches,
@@ -21,11 +23,9 @@ from llamajax.data import (
     sample_ids,
     train_batches,
 )
-from llamajax.data.chat import Message, encode_example
-from llamajax.data.holdout import Holdout
-from llamajax.data.instructions import Example, InstructionCorpus, parse_example
 from llamajax.data.mixture import PreparedSplit, read_manifest
 from llamajax.errors import UserError
+from llamajax.tokenizers.chat import Message, encode_example
 
 BOS, EOS = 256, 257
 Prepare = Callable[..., Path]
@@ -240,7 +240,7 @@ def test_bad_lines_are_named_together(tmp_path):
 
 def test_a_bad_line_is_told_before_anything_is_tokenised(prepared_pairs, monkeypatch):
     """Also one beyond those that decide what is held out, and whatever would be written."""
-    monkeypatch.setattr("llamajax.data.preparation.tokenize_all", pytest.fail)
+    monkeypatch.setattr("llamajax.corpus.preparation.tokenize_all", pytest.fail)
     lines = [{"prompt": "a", "completion": "b"}] * 1010 + [{"prompt": "a"}]
     with pytest.raises(UserError, match=r"a\.jsonl:1011: neither"):
         prepared_pairs("a", lines, "--validation_fraction=0.01")

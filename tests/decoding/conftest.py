@@ -9,8 +9,8 @@ import pytest
 from llamajax import sharding
 from llamajax.config.schema import MeshConfig, ModelConfig, RopeScaling
 from llamajax.decoding.engine import Engine
+from llamajax.decoding.generate_options import Sampling
 from llamajax.decoding.prompts import Prompt
-from llamajax.decoding.request import Sampling
 from llamajax.models.llama import Llama
 
 GROUPED = ModelConfig(

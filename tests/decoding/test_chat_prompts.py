@@ -4,8 +4,8 @@ import pytest
 
 from llamajax.config.schema import BackendConfig
 from llamajax.data import load_tokenizer
+from llamajax.decoding.generate_options import Request, Sampling, check
 from llamajax.decoding.prompts import text_ids
-from llamajax.decoding.request import Request, Sampling, check
 from llamajax.errors import UserError
 
 

@@ -6,8 +6,8 @@ import pytest
 import stored
 from llama_cases import DECODED, NEW_TOKENS, PROMPTS, save_hugging_face, weights
 
-from llamajax.checkpoint.weights import open_weights
 from llamajax.config.schema import MeshConfig
+from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
 from llamajax.sharding import build_mesh
 

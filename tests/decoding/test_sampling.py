@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamajax.decoding.request import Sampling
+from llamajax.decoding.generate_options import Sampling
 from llamajax.decoding.sampling import kept, penalised, sample, scaled
 
 

@@ -9,9 +9,9 @@ from llama_cases import STEPS, TRAINED, UPDATES, tokens, weights
 
 from llamajax import optim, sharding
 from llamajax.checkpoint import rebuild
-from llamajax.checkpoint.hf_names import ROWS, to_ours
-from llamajax.checkpoint.hf_read import named_weights
 from llamajax.config.schema import MeshConfig, TrainConfig
+from llamajax.formats.huggingface.hf_names import ROWS, to_ours
+from llamajax.formats.huggingface.hf_read import named_weights
 from llamajax.models.llama import Compute, Llama, plain_batch
 from llamajax.training.state import TrainState
 from llamajax.training.step import train_step

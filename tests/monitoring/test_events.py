@@ -8,7 +8,7 @@ import pytest
 from llamajax.errors import UserError
 from llamajax.monitoring import EventLog, load_events
 from llamajax.monitoring.events import EVENTS, LOCK, is_running
-from llamajax.monitoring.facts import steps_after, summarize
+from llamajax.monitoring.run_facts import steps_after, summarize
 
 
 def test_events_are_appended_with_their_time(tmp_path):

@@ -2,7 +2,7 @@
 
 import json
 
-from llamajax.monitoring.planned import compared, section
+from llamajax.monitoring.report.planned import compared, section
 
 ROWS = [{"step": n, "step_time_s": t} for n, t in enumerate([9.0, 2.0, 2.2, 2.4, 2.2], start=1)]
 FACTS = {"peak_memory_bytes": 5 * 2**30, "program_bytes": 2**32, "tokens_per_s": 1100.0}

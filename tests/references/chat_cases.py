@@ -6,7 +6,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from llamajax.data.chat import Message
+from llamajax.tokenizers.chat import Message
 
 SYSTEM, ASK, TELL = (Message(r, t) for r, t in zip(
     ("system", "user", "assistant"), ("Be brief.", " Who? ", "Ahab.\n"), strict=True

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llamajax.checkpoint.weights import Weights, open_weights
 from llamajax.data import load_tokenizer
+from llamajax.formats.weights import Weights, open_weights
 
 LENGTH = 512
 COMPARED = 256  # tokens of the first row

@@ -8,7 +8,7 @@ import pytest
 from llamajax.config import RunConfig, load
 from llamajax.prepare import main as prepare
 from llamajax.training.run import train
-from llamajax.training.shutdown import Shutdown
+from llamajax.training.safety.shutdown import Shutdown
 
 CONFIG = Path(__file__).with_name("tiny_run.py")
 # Every step saves and evaluates little, so that a few of them show everything.

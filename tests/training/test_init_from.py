@@ -13,9 +13,9 @@ import pytest
 from llamajax import data, sharding
 from llamajax.checkpoint import open_checkpoint, restore_state
 from llamajax.checkpoint.restore import model_differences
-from llamajax.checkpoint.weights import open_weights
 from llamajax.config.schema import MeshConfig
 from llamajax.errors import UserError
+from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
 from llamajax.models.llama import Compute, plain_batch
 from llamajax.prepare import main as prepare

@@ -12,10 +12,10 @@ from safetensors.numpy import load_file
 
 from llamajax import sharding
 from llamajax.checkpoint import open_checkpoint
-from llamajax.checkpoint.adapters import read_factors
-from llamajax.checkpoint.weights import open_base, open_weights
 from llamajax.config.schema import MeshConfig
 from llamajax.errors import UserError
+from llamajax.formats.adapters import read_factors
+from llamajax.formats.weights import open_base, open_weights
 from llamajax.models.abstract import abstract_model
 from llamajax.training.origin import open_origin
 

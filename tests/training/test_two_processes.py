@@ -12,8 +12,8 @@ import pytest
 import warm
 
 from llamajax import sharding
-from llamajax.checkpoint.weights import open_weights
 from llamajax.config.schema import MeshConfig
+from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
 
 CONFIG = Path(__file__).with_name("tiny_run.py")
@@ -21,7 +21,8 @@ CONFIG = Path(__file__).with_name("tiny_run.py")
 _FORBIDDEN = """
 import sys
 from llamajax import train
-from llamajax.checkpoint import hf_write, peft
+from llamajax.formats.huggingface import hf_write
+from llamajax.formats import peft
 def refuse(*_args, **_options):
     raise RuntimeError("this process writes an export")
 for module in (hf_write, peft):

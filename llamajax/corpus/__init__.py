@@ -1,0 +1,1 @@
+"""The work of `prepare`: text from files, cleaned and tokenized by workers, into shards."""

@@ -1,0 +1,57 @@
+"""`prepare` on Apache Beam: its tasks are the elements of a pipeline, which any runner carries.
+
+What a task does, and what is merged in the end, is in `tasks.py`. Tasks write to OUTPUT.parts and
+read the input themselves: both lie on storage that the runner's workers share with this machine,
+under the same paths, and the workers have this package installed.
+"""
+
+import dataclasses
+from typing import Any
+
+from llamajax.corpus import tasks
+from llamajax.corpus.preparation import Progress, Settings, checked_input
+from llamajax.errors import UserError, combine
+
+_REFUSAL = ".refusal.txt"
+
+
+def prepare_on_beam(
+    settings: Settings, *, num_tasks: int | None, options: str, progress: Progress
+) -> dict[str, Any]:
+    """The manifest of the directory written; as `preparation.prepare`, carried by Beam.
+
+    num_tasks: None for one a file. options: of the pipeline, as `runner=FlinkRunner,parallelism=8`;
+    empty for Beam's own local runner. UserError when Beam is missing, or a task raised one.
+    """
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError:
+        raise UserError(
+            "--runner=beam needs Apache Beam: pip install 'llamajax[beam]' (or apache-beam)"
+        ) from None
+    files = checked_input(settings)
+    count = len(files) if num_tasks is None else num_tasks
+    tasks.ready_tokenizer(settings, files, progress)
+    one = dataclasses.replace(settings, workers=1)  # processes are the runner's business
+    flags = [f"--{part.strip().removeprefix('--')}" for part in options.split(",") if part.strip()]
+    with beam.Pipeline(options=PipelineOptions(flags or ["--runner=DirectRunner"])) as pipeline:
+        indices = pipeline | "tasks" >> beam.Create(range(count)) | beam.Reshuffle()
+        _ = indices | "tokenise" >> beam.Map(_run, settings=one, num_tasks=count)
+    refusals = sorted(tasks.parts_of(settings.output).glob(f"*{_REFUSAL}"))
+    if refusals:
+        problems = [file.read_text(encoding="utf-8") for file in refusals]
+        for file in refusals:
+            file.unlink()
+        raise combine(problems, title="tasks of the pipeline were refused:")
+    return tasks.merge(settings, num_tasks=count, progress=progress)
+
+
+def _run(index: int, *, settings: Settings, num_tasks: int) -> None:
+    """One element, on whichever worker. What the user has to mend is left in a file: raised here,
+    Beam would try it again, and print it as a failure of its own."""
+    try:
+        tasks.run_task(settings, index=index, num_tasks=num_tasks, progress=lambda *_: None)
+    except UserError as error:
+        file = tasks.parts_of(settings.output) / f"{index:05d}{_REFUSAL}"
+        file.write_text(str(error), encoding="utf-8")

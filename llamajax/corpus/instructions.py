@@ -1,0 +1,109 @@
+"""Examples for finetuning out of JSON lines: a prompt with its completion, or a conversation.
+
+How they become tokens is in `chat.py`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llamajax.corpus.sources import (
+    COMPRESSIONS,
+    Corpus,
+    checked,
+    format_of,
+    json_object,
+    numbered_lines,
+)
+from llamajax.errors import UserError, combine
+from llamajax.tokenizers.chat import Message, parse_messages, problems_of_keys, problems_of_message
+
+_MAX_PROBLEMS = 10
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Example:
+    """A conversation that ends with an answer."""
+
+    messages: tuple[Message, ...]
+
+    def __len__(self) -> int:
+        """Characters of all messages."""
+        return sum(len(m.content) for m in self.messages)
+
+    @property
+    def texts(self) -> list[str]:
+        """What was said, in order."""
+        return [m.content for m in self.messages]
+
+    @property
+    def answers(self) -> list[str]:
+        """What is to be learned of it."""
+        return [m.content for m in self.messages if m.learned]
+
+
+class InstructionCorpus(Corpus):
+    """The examples of some files, in order; can be walked any number of times.
+
+    A whole walk ends with one UserError about the first lines that are no examples, if any.
+    """
+
+    def __init__(self, files: Sequence[Path], *, template: str) -> None:
+        super().__init__(files, text_key="", clean="none")
+        self._template = template
+        self._problems: list[str] = []
+        if others := [f.name for f in files if format_of(f) != ".jsonl"]:
+            kinds = " and ".join(f".jsonl{c}" for c in ("", *COMPRESSIONS))
+            raise UserError(f"--format=instructions reads {kinds}, not {', '.join(others)}")
+
+    def __iter__(self) -> Iterator[Example]:
+        self._problems = []
+        yield from super().__iter__()
+        if self._problems:
+            raise self._error()
+
+    def _error(self) -> UserError:
+        shown = self._problems[:_MAX_PROBLEMS]
+        count = (
+            "" if len(self._problems) == len(shown) else f" (the first {_MAX_PROBLEMS} problems)"
+        )
+        title = f"--input has lines that are no examples{count}; no line is left out silently:"
+        return combine(shown, title=title)
+
+    def _documents(self, file: Path, raw: BinaryIO) -> Iterator[Example]:
+        for number, line in numbered_lines(file, checked(file, raw)):
+            try:
+                messages, problems = parse_example(json_object(line), self._template)
+            except UserError as error:
+                problems = [str(error)]
+            self._problems += [f"{file}:{number}: {problem}" for problem in problems]
+            if len(self._problems) > _MAX_PROBLEMS:
+                raise self._error()
+            if not problems:
+                yield Example(messages)
+
+
+def parse_example(value: dict[str, Any], template: str) -> tuple[tuple[Message, ...], list[str]]:
+    """The messages of a line's object, and all that is wrong with it."""
+    pair = [key for key in ("prompt", "completion") if key in value]
+    if wrong := problems_of_keys(value):
+        return (), wrong
+    if value.get("weight", 1) == 0:
+        return (), ["an example of weight 0 has nothing to learn: leave it out"]
+    if "messages" in value:
+        if pair:
+            return (), [f"both messages and {' and '.join(pair)}: keep one of the two forms"]
+        return parse_messages(value["messages"], template, last="assistant")
+    if len(pair) < 2:
+        has = ", ".join(map(repr, value)) or "none"
+        return (), [f"neither prompt and completion nor messages (its keys: {has})"]
+    messages = (
+        Message("user", value["prompt"]),
+        Message("assistant", value["completion"]),
+    )
+    problems = []
+    for key, message in zip(pair, messages, strict=True):
+        wrong = problems_of_message(message._asdict(), template)
+        problems += [f"{key}: {problem}" for problem in wrong]
+    return messages, problems

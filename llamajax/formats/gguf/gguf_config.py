@@ -1,0 +1,161 @@
+"""What the metadata of a GGUF file says about the architecture, and the door to such files.
+
+Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#llama.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamajax.config.schema import ModelConfig, RopeScaling
+from llamajax.errors import UserError, combine
+from llamajax.formats.gguf.gguf_header import MAGIC, Header, read_header
+from llamajax.formats.gguf.gguf_source import ROPE_FACTORS, GgufSource
+from llamajax.formats.gguf.gguf_tokenizer import write_tokenizer
+from llamajax.formats.published import imported_model
+from llamajax.formats.tensor_source import Foreign
+from llamajax.ops.rope import frequencies
+
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+# The converter of llama.cpp keeps Llama 3.1's scaling as factors alone; these three are Llama's.
+_LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192
+
+
+def recognise(path: Path) -> Foreign | None:
+    """What a GGUF file, or a directory with one, holds; None for anything else.
+
+    Raises UserError for a file that is not Llama's, or damaged, and for several in a directory.
+    """
+    file = _file(path)
+    if file is None:
+        return None
+    header = read_header(file)
+    model = model_config(header)
+    source = GgufSource(header, num_heads=model.num_heads, num_kv_heads=model.num_kv_heads)
+    return Foreign(model=model, tokenizer=write_tokenizer(header), source=source)
+
+
+def _file(path: Path) -> Path | None:
+    if path.is_file():
+        with path.open("rb") as stream:
+            return path if path.suffix == ".gguf" or stream.read(4) == MAGIC else None
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:10])
+        raise UserError(
+            f"{path} holds {len(files)} GGUF files, name one of them: {names}. Parts of one model "
+            "are put together with llama.cpp's `llama-gguf-split --merge`"
+        )
+    return files[0] if files else None
+
+
+def model_config(header: Header) -> ModelConfig:
+    """The architecture; UserError names whatever our model does not compute."""
+    path, tensors = header.path, header.tensors
+    architecture = header.metadata.get("general.architecture")
+    if architecture != "llama":
+        raise UserError(
+            f"{path}: architecture {architecture!r}; only Llama's ('llama') can be imported"
+        )
+    facts = _Facts(header.metadata)
+    if _EMBEDDING not in tensors or len(tensors[_EMBEDDING].shape) != 2:
+        raise UserError(
+            f"{path}: no matrix {_EMBEDDING}: a part of a model, or only its vocabulary"
+        )
+    vocab_size, width = tensors[_EMBEDDING].shape
+    heads = facts.whole("attention.head_count")
+    head_size = facts.whole("attention.key_length", facts.whole("rope.dimension_count", None))
+    head_size = head_size or width // heads
+    theta = facts.number("rope.freq_base", 10_000.0)
+    model = {
+        "vocab_size": vocab_size,
+        "hidden_size": facts.whole("embedding_length"),
+        "intermediate_size": facts.whole("feed_forward_length"),
+        "num_layers": facts.whole("block_count"),
+        "num_heads": heads,
+        "num_kv_heads": facts.whole("attention.head_count_kv", heads),
+        "head_size": head_size,
+        "rope_theta": theta,
+        "norm_eps": facts.number("attention.layer_norm_rms_epsilon"),
+        "tie_embeddings": _HEAD not in tensors,
+        "max_seq_len": facts.whole("context_length"),
+    }
+    if model["num_layers"] > len(tensors):
+        facts.problems.append(f"llama.block_count: more than the {len(tensors)} tensors there are")
+    facts.must_be("attention.value_length", head_size)
+    facts.must_be("rope.dimension_count", head_size)
+    facts.must_be("expert_count", 0)
+    facts.must_be("attention.sliding_window", 0)
+    facts.must_be("rope.scale_linear", 1.0)
+    if facts.problems:
+        raise combine(facts.problems, title=f"{path}: not a model that llamajax computes:")
+    scaling = _rope_scaling(header, facts, head_size, theta)
+    model["rope_scaling"] = scaling and dataclasses.asdict(scaling)
+    return imported_model(path, **model)
+
+
+class _Facts:
+    """Keys `llama.*`, with everything that is missing or different from what must be."""
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self._metadata = metadata
+        self.problems: list[str] = []
+
+    def whole(self, key: str, *absent: int | None) -> Any:
+        return self._of_type(key, int, *absent)
+
+    def number(self, key: str, *absent: float) -> Any:
+        return self._of_type(key, float, *absent)
+
+    def _of_type(self, key: str, kind: type, *absent: Any) -> Any:
+        value = self._metadata.get(f"llama.{key}")
+        if value is None and absent:
+            return absent[0]
+        if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+            self.problems.append(f"llama.{key} = {value}: must be one {kind.__name__} above 0")
+            return 1
+        return value
+
+    def must_be(self, key: str, expected: float) -> None:
+        value = self._metadata.get(f"llama.{key}")
+        if value is not None and value != expected:
+            self.problems.append(f"llama.{key} = {value}: only {expected} can be imported")
+
+    def text(self, key: str) -> str | None:
+        return self._metadata.get(f"llama.{key}")
+
+
+def _rope_scaling(
+    header: Header, facts: _Facts, head_size: int, theta: float
+) -> RopeScaling | None:
+    """Llama 3.1's scaling, recognised by the factors that each frequency is divided by."""
+    kind = facts.text("rope.scaling.type")
+    if kind not in (None, "none") and facts.number("rope.scaling.factor", 1.0) != 1.0:
+        raise UserError(
+            f"{header.path}: llama.rope.scaling.type = {kind!r}: only Llama 3.1's scaling can be "
+            "imported"
+        )
+    if (factors := header.tensors.get(ROPE_FACTORS)) is None:
+        return None
+    content = header.content[factors.start : factors.start + 2 * head_size]
+    if (factors.type_id, factors.shape, len(content)) != (0, (head_size // 2,), 2 * head_size):
+        raise UserError(f"{header.path}: {ROPE_FACTORS} is not a vector of {head_size // 2} floats")
+    stored = np.frombuffer(content, "<f4")
+    scaling = RopeScaling(
+        factor=float(str(stored.max())),
+        low_freq_factor=_LOW,
+        high_freq_factor=_HIGH,
+        original_max_seq_len=facts.whole("rope.scaling.original_context_length", _ORIGINAL),
+    )
+    plain = frequencies(head_size, theta=theta, scaling=None)
+    ours = plain / frequencies(head_size, theta=theta, scaling=scaling)
+    if not np.allclose(ours, stored, rtol=1e-4, atol=0):
+        raise UserError(
+            f"{header.path}: {ROPE_FACTORS} holds other factors than Llama 3.1's scaling by "
+            f"{scaling.factor:g} of a context of {scaling.original_max_seq_len}; only that one "
+            "can be imported"
+        )
+    return scaling

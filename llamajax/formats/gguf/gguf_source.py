@@ -1,0 +1,166 @@
+"""Tensors of a GGUF file under Hugging Face's names, dequantised slice by slice as they are read.
+
+The file stays memory mapped. Quantised blocks are turned into float32 by the `gguf` package, an
+optional extra. What the metadata says about the architecture is in `gguf_config.py`.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from llamajax.errors import UserError, combine
+from llamajax.formats.gguf.gguf_header import Header, StoredTensor
+from llamajax.formats.rotary_rows import half_split_rows, select
+from llamajax.formats.tensor_source import Index
+
+_PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+_WHOLE = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_OF_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ROPE_FACTORS = "rope_freqs.weight"
+_CHUNK_VALUES = 2**20  # dequantised at one time, so that a read costs little more than its result
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Matrix:
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    kind: Any  # gguf.GGMLQuantizationType
+    block: tuple[int, int]  # values and bytes of a block
+    bytes_RC: np.ndarray  # uint8 (rows, bytes a row), mapped
+    order: np.ndarray | None  # stored row of each row
+
+
+class GgufSource:
+    """The tensors of one file; `tensor_source.py` says what each method promises."""
+
+    def __init__(self, header: Header, *, num_heads: int, num_kv_heads: int) -> None:
+        heads = {"self_attn.q_proj": num_heads, "self_attn.k_proj": num_kv_heads}
+        self._path = header.path
+        self._matrices: dict[str, _Matrix] = {}
+        _must_have_gguf(header)
+        problems = []
+        for tensor in header.tensors.values():
+            if tensor.name == ROPE_FACTORS:
+                continue
+            if (name := hugging_face_name(tensor.name)) is None:
+                problems.append(f"tensor {tensor.name}: no part of a Llama model")
+                continue
+            part = name.rpartition("layers.")[2].partition(".")[2].removesuffix(".weight")
+            try:
+                self._matrices[name] = _matrix(header, tensor, heads.get(part))
+            except ValueError as error:
+                problems.append(f"tensor {tensor.name}: {error}")
+        if problems:
+            shown = problems[:10] + ([f"and {len(problems) - 10} more"] if problems[10:] else [])
+            raise combine(shown, title=f"{self._path}: tensors that cannot be imported:")
+
+    def names(self) -> list[str]:
+        """Hugging Face's names, in the order of the file."""
+        return list(self._matrices)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape as Hugging Face stores it: (outputs, inputs) of a matrix."""
+        return self._matrices[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """What `read` returns: float32 for quantised types."""
+        return self._matrices[name].dtype
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """The tensor, or the part `index` of it, with the rows of q and k half-split."""
+        matrix = self._matrices[name]
+        taken, rows, columns = select(matrix.shape, index)
+        found = np.empty((len(rows), len(columns)), matrix.dtype)
+        step = max(1, _CHUNK_VALUES // max(1, len(columns)))
+        for start in range(0, len(rows), step):
+            found[start : start + step] = _values(matrix, rows[start : start + step], columns)
+        return found.reshape(taken)
+
+    def where(self, name: str) -> str:
+        """The file."""
+        return str(self._path)
+
+    def close(self) -> None:
+        """Let go of the mapped file."""
+        self._matrices.clear()
+
+
+def hugging_face_name(name: str) -> str | None:
+    """The name that a tensor of a GGUF file has in a Hugging Face checkpoint; None: not Llama's."""
+    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name):
+        part = _OF_LAYER.get(match[2])
+        return part and f"model.layers.{match[1]}.{part}.weight"
+    return _WHOLE.get(name)
+
+
+def _must_have_gguf(header: Header) -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"{header.path}: GGUF files need the gguf package: pip install 'llamajax[gguf]'"
+        ) from error
+
+
+def _matrix(header: Header, tensor: StoredTensor, num_heads: int | None) -> _Matrix:
+    """The mapped bytes of one tensor. ValueError says why it cannot be read."""
+    import gguf
+
+    known = {kind.value: kind for kind in gguf.GGMLQuantizationType}
+    kind = known.get(tensor.type_id)
+    name = f"number {tensor.type_id}" if kind is None else kind.name
+    if name not in _PLAIN and name not in _QUANTISED:
+        types = ", ".join([*_PLAIN, *_QUANTISED])
+        raise ValueError(f"type {name} cannot be read, only {types}")
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    rows, columns = tensor.shape if len(tensor.shape) == 2 else (1, math.prod(tensor.shape))
+    if num_heads and rows % (2 * num_heads):
+        raise ValueError(f"{rows} rows are no {num_heads} heads")
+    if columns % values:
+        raise ValueError(f"rows of {columns} values are no whole blocks of {values}")
+    row_bytes = columns // values * size
+    if tensor.start + rows * row_bytes > len(header.content):
+        raise ValueError(f"ends after the file ({len(header.content)} bytes): truncated")
+    mapped = np.frombuffer(header.content, np.uint8, rows * row_bytes, tensor.start)
+    return _Matrix(
+        shape=tensor.shape,
+        dtype=np.dtype(_PLAIN.get(name, np.float32)),
+        kind=kind,
+        block=(values, size),
+        bytes_RC=mapped.reshape(rows, row_bytes),
+        order=half_split_rows(num_heads, rows // num_heads) if num_heads else None,
+    )
+
+
+def _values(matrix: _Matrix, rows: range, columns: range) -> np.ndarray:
+    """Values (rows, columns): whole blocks are read, and cut to size."""
+    values, size = matrix.block
+    first, last = columns.start // values, -(-columns.stop // values)
+    picked = slice(rows.start, rows.stop)
+    picked = picked if matrix.order is None else matrix.order[picked]
+    found = np.ascontiguousarray(matrix.bytes_RC[picked, first * size : last * size])
+    if matrix.kind.name in _PLAIN:
+        return found.view(matrix.dtype)
+    import gguf
+
+    cut = slice(columns.start - first * values, columns.stop - first * values)
+    return gguf.dequantize(found, matrix.kind)[:, cut]

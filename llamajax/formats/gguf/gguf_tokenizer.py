@@ -1,0 +1,169 @@
+"""The tokenizer inside a GGUF file, written out as files that `data.load_tokenizer` reads.
+
+`tokenizer.ggml.model` "llama" is a SentencePiece model taken apart: it is put together again.
+"gpt2" is a byte-level BPE; how it splits text into words before merging is named by
+`tokenizer.ggml.pre` and stands nowhere in the file, so that an unknown name gives no tokenizer.
+"""
+
+import atexit
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamajax.formats.gguf.gguf_header import Header
+from llamajax.formats.published import note
+
+_KEY = "tokenizer.ggml."
+_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # token types, SentencePiece's own numbers
+# Llama 3's split into words; that of GPT-2 is ByteLevel's own.
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+_PRE = (*_LLAMA3_NAMES, "smollm", "gpt-2")
+
+
+def write_tokenizer(header: Header) -> Path | None:
+    """The tokenizer's file, in a directory that goes when the process ends.
+
+    None, and a note to the user, where it cannot be made right.
+    """
+    facts = {
+        key.removeprefix(_KEY): value
+        for key, value in header.metadata.items()
+        if key.startswith(_KEY)
+    }
+    if reason := _unusable(facts):
+        note(header.path, f"{reason}; go on without a tokenizer")
+        return None
+    if facts["model"] == "llama":
+        content, name = _sentencepiece(facts), "tokenizer.model"
+    else:
+        content, name = _byte_level(facts), "tokenizer.json"
+    directory = Path(tempfile.mkdtemp(prefix="llamajax-tokenizer-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    (directory / name).write_bytes(content)
+    config = _config(facts, header.metadata.get("tokenizer.chat_template"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")
+    ends = [facts[f"{key}_token_id"] for key in ("eos", "eot") if f"{key}_token_id" in facts]
+    if len(set(ends)) > 1:  # a chat model's end of turn
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    return directory / name
+
+
+def _unusable(facts: Mapping[str, Any]) -> str | None:
+    """Why no tokenizer can be made, or None."""
+    kind, pre = facts.get("model"), facts.get("pre")
+    if kind not in ("llama", "gpt2") or (kind == "gpt2" and pre not in _PRE):
+        known = ", ".join(_PRE)
+        return f"tokenizer.ggml.model {kind!r}, pre {pre!r}: known are llama, and gpt2 with {known}"
+    numbers = ["token_type", *(["scores"] if kind == "llama" else [])]
+    kinds = dict.fromkeys(numbers, np.ndarray) | {"tokens": list}
+    kinds |= {key: int for key in facts if key.endswith("_token_id")}
+    kinds |= {"merges": list} if kind == "gpt2" else {}
+    if odd := [key for key, is_a in kinds.items() if not isinstance(facts.get(key), is_a)]:
+        return f"{_KEY}{odd[0]} is missing, or of another type"
+    vocab = set(facts["tokens"])
+    if any(len(facts[key]) != len(vocab) for key in ["tokens", *numbers]):
+        return "its tokenizer's lists have different lengths, or two tokens of one name"
+    if bad := [key for key in kinds if kinds[key] is int and not 0 <= facts[key] < len(vocab)]:
+        return f"{_KEY}{bad[0]} = {facts[bad[0]]} is outside of its vocabulary"
+    pairs = [merge.partition(" ")[::2] for merge in facts.get("merges", [])]
+    if any(not {left, right, left + right} <= vocab for left, right in pairs):
+        return "its tokenizer merges tokens that are not in its vocabulary"
+    return None
+
+
+def _special(facts: Mapping[str, Any], name: str) -> str | None:
+    i = facts.get(f"{name}_token_id")
+    return None if i is None else facts["tokens"][i]
+
+
+def _adds_bos(facts: Mapping[str, Any]) -> bool:
+    """As llama.cpp decides it where the file doesn't say."""
+    silent = facts.get("model") == "llama" or facts.get("pre") in _LLAMA3_NAMES
+    return bool(facts.get("add_bos_token", silent))
+
+
+def _config(facts: Mapping[str, Any], chat_template: str | None) -> dict[str, Any]:
+    """What transformers reads beside the tokenizer."""
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    classes = {"llama": "LlamaTokenizer", "gpt2": "PreTrainedTokenizerFast"}
+    found = {key: _special(facts, name) for key, name in names.items()}
+    found |= {
+        "tokenizer_class": classes[facts["model"]],
+        "add_bos_token": _adds_bos(facts),
+        "add_eos_token": bool(facts.get("add_eos_token", False)),
+        "clean_up_tokenization_spaces": False,
+        "chat_template": chat_template,
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _sentencepiece(facts: Mapping[str, Any]) -> bytes:
+    """A SentencePiece BPE model of the same pieces, scores and types: GGUF took over its numbers.
+
+    Llama's normalisation: none, but for a space put before the text.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    model = proto.ModelProto()
+    pieces = zip(facts["tokens"], facts["scores"], facts["token_type"], strict=True)
+    for piece, score, kind in pieces:
+        model.pieces.add(piece=piece, score=float(score), type=int(kind))
+    trainer = model.trainer_spec
+    trainer.model_type = proto.TrainerSpec.BPE
+    trainer.vocab_size = len(model.pieces)
+    trainer.byte_fallback = _BYTE in facts["token_type"]
+    trainer.unk_id = int(facts.get("unknown_token_id", 0))
+    trainer.bos_id = int(facts.get("bos_token_id", 1))
+    trainer.eos_id = int(facts.get("eos_token_id", 2))
+    trainer.pad_id = -1
+    trainer.unk_piece = facts["tokens"][trainer.unk_id]
+    trainer.bos_piece = facts["tokens"][trainer.bos_id]
+    trainer.eos_piece = facts["tokens"][trainer.eos_id]
+    normalizer = model.normalizer_spec
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = bool(facts.get("add_space_prefix", True))
+    normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = True
+    return model.SerializeToString()
+
+
+def _byte_level(facts: Mapping[str, Any]) -> bytes:
+    """A `tokenizer.json` of the same vocabulary and merges."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    vocab = {token: i for i, token in enumerate(facts["tokens"])}
+    merges = [tuple(merge.split(" ", 1)) for merge in facts["merges"]]
+    llama3 = facts["pre"] in _LLAMA3_NAMES
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=llama3))
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not llama3)
+    first = []
+    if llama3:
+        first = [pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_WORDS), behavior="isolated")]
+    elif facts["pre"] == "smollm":
+        first = [pre_tokenizers.Digits(individual_digits=True)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, bytes_only])
+    tokenizer.decoder = decoders.ByteLevel()
+    added = zip(facts["tokens"], facts["token_type"], strict=True)
+    tokenizer.add_tokens(
+        [
+            tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
+            for token, kind in added
+            if kind in (_CONTROL, _USER_DEFINED)
+        ]
+    )
+    bos = _special(facts, "bos")
+    if _adds_bos(facts) and bos is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
+        )
+    return tokenizer.to_str().encode("utf-8")

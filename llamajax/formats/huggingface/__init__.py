@@ -1,0 +1,1 @@
+"""Hugging Face Llama directories: config, tensor names, safetensors, reading, writing."""

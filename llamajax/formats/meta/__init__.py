@@ -1,0 +1,1 @@
+"""Meta's checkpoints: params.json and pickled shards, read without torch."""

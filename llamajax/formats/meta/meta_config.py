@@ -1,0 +1,149 @@
+"""Meta's `params.json` beside consolidated files, and the door to such directories.
+
+Several facts do not stand in it: the size of the feed-forward layer and of the vocabulary are those
+of the tensors; whether the head is tied, how the rotary embedding is scaled and how long a sequence
+may be follow rules that are stated below, and told to the user.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from llamajax.config.schema import ModelConfig
+from llamajax.errors import UserError, combine
+from llamajax.formats.meta.meta_source import EMBEDDING, HEAD, MetaSource
+from llamajax.formats.published import imported_model, note
+from llamajax.formats.tensor_source import Foreign
+
+PARAMS = "params.json"
+_LLAMA2_THETA = 10_000.0  # params.json of Llama 2 has none
+_GATE, _QUERY = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.self_attn.q_proj.weight"
+_FACTORS = ("rope_scaling_factor", "rope_scale_factor", "rope_scale")
+_ROWS_AT_ONCE = 4096
+
+
+def recognise(path: Path) -> Foreign | None:
+    """What a directory of Meta's consolidated files holds; None for anything else.
+
+    Raises UserError for missing, damaged or unsafe files, and for another architecture.
+    """
+    if not path.is_dir() or not (path / PARAMS).is_file():
+        return None
+    files = _files(path)
+    if not files:
+        return None
+    params = _read_params(path / PARAMS)
+    source = MetaSource(
+        files,
+        hidden_size=params["dim"],
+        num_heads=params["n_heads"],
+        num_kv_heads=params["n_kv_heads"],
+    )
+    model = _model_config(path / PARAMS, params, source)
+    # The download of Llama 2 keeps the tokenizer of all sizes one level up.
+    places = (path / "tokenizer.model", path.parent / "tokenizer.model")
+    tokenizer = next((file for file in places if file.is_file()), None)
+    return Foreign(model=model, tokenizer=tokenizer, source=source)
+
+
+def _files(path: Path) -> list[Path]:
+    """consolidated.00.pth and those that follow; UserError where one is missing in between."""
+    found = {}
+    for file in path.glob("consolidated.*.pth"):
+        if match := re.fullmatch(r"consolidated\.(\d+)\.pth", file.name):
+            found[int(match[1])] = file
+    numbers = sorted(found)
+    if numbers and (missing := sorted(set(range(numbers[-1])) - set(numbers))):
+        names = ", ".join(f"consolidated.{n:02d}.pth" for n in missing)
+        raise UserError(f"{path}: {names} is missing, each file holds a part of every matrix")
+    return [found[n] for n in numbers]
+
+
+def _read_params(file: Path) -> dict[str, Any]:
+    try:
+        params = json.loads(file.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file}: not readable as JSON ({error})") from None
+    params = params.get("model", params) if isinstance(params, dict) else {}
+    if params.get("n_kv_heads") is None:
+        params = params | {"n_kv_heads": params.get("n_heads")}
+    needed = dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads"), int)
+    needed |= {"norm_eps": (int, float)}
+    problems = [
+        f"{key} = {params.get(key)}: must be a number above 0"
+        for key, kind in needed.items()
+        if not isinstance(params.get(key), kind) or params[key] <= 0
+    ]
+    if "moe" in params or params.get("vision_chunk_size", -1) > 0:
+        problems.append("moe, vision_chunk_size: only language models without experts are read")
+    if problems:
+        raise combine(problems, title=f"{file} does not describe a Llama:")
+    return params
+
+
+def _model_config(file: Path, params: dict[str, Any], source: MetaSource) -> ModelConfig:
+    names = set(source.names())
+    if absent := [name for name in (EMBEDDING, _GATE, _QUERY) if name not in names]:
+        raise UserError(f"{file.parent}: the consolidated files hold no {absent[0]}")
+    if params["n_layers"] > len(names):
+        raise UserError(f"{file}: n_layers = {params['n_layers']}, for {len(names)} tensors")
+    heads = params["n_heads"]
+    vocab_size = source.shape(EMBEDDING)[0]
+    if params.get("vocab_size", -1) not in (-1, vocab_size):
+        raise UserError(
+            f"{file}: vocab_size = {params['vocab_size']}, but the embedding has {vocab_size} "
+            "rows: a consolidated file is missing, or is of another model"
+        )
+    tied = _is_tied(source)
+    theta = float(params.get("rope_theta", _LLAMA2_THETA))
+    return imported_model(
+        file,
+        vocab_size=vocab_size,
+        hidden_size=params["dim"],
+        intermediate_size=source.shape(_GATE)[0],
+        num_layers=params["n_layers"],
+        num_heads=heads,
+        num_kv_heads=params["n_kv_heads"],
+        head_size=source.shape(_QUERY)[0] // heads,
+        rope_theta=theta,
+        rope_scaling=_rope_scaling(file, params, tied=tied),
+        norm_eps=float(params["norm_eps"]),
+        tie_embeddings=tied,
+        max_seq_len=params.get("max_seq_len"),
+    )
+
+
+def _is_tied(source: MetaSource) -> bool:
+    """Whether the head is the embedding: Meta stores both for Llama 3.2 1B and 3B too."""
+    if HEAD not in source.names():
+        return True
+    if source.shape(HEAD) != source.shape(EMBEDDING):
+        return False
+    rows, width = source.shape(HEAD)
+    for start in range(0, rows, _ROWS_AT_ONCE):
+        part = (slice(start, min(start + _ROWS_AT_ONCE, rows)), slice(0, width))
+        if source.read(HEAD, part).tobytes() != source.read(EMBEDDING, part).tobytes():
+            return False
+    return True
+
+
+def _rope_scaling(file: Path, params: dict[str, Any], *, tied: bool) -> dict[str, Any] | None:
+    """Llama 3.1's scaling where `use_scaled_rope` asks for it.
+
+    Its factor is 8 in Llama 3.1 and 3.3 and 32 in the models of Llama 3.2, whose params.json are
+    alike; of these only 3.2's (1B and 3B) have a tied head.
+    """
+    if not params.get("use_scaled_rope", False):
+        return None
+    factor = next((params[key] for key in _FACTORS if params.get(key) is not None), None)
+    if factor is None:
+        factor = 32.0 if tied else 8.0
+        models = "3.2, whose head is tied" if tied else "3.1 and 3.3, whose head is not tied"
+        note(file, f"use_scaled_rope without a factor: {factor:g} is taken, that of Llama {models}")
+    return {
+        "factor": float(factor),
+        "low_freq_factor": float(params.get("low_freq_factor", 1.0)),
+        "high_freq_factor": float(params.get("high_freq_factor", 4.0)),
+        "original_max_seq_len": 8192,
+    }

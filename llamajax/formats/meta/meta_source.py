@@ -1,0 +1,157 @@
+"""Tensors of Meta's own checkpoints under Hugging Face's names, their model-parallel shards joined.
+
+`consolidated.00.pth`, `consolidated.01.pth` ... each hold a part of every matrix. Which dimension
+was split is a property of the matrix, but for the embedding: Llama 2 splits its columns, Llama 3
+its rows.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from llamajax.errors import combine
+from llamajax.formats.meta.torch_pickle import read_tensors
+from llamajax.formats.rotary_rows import half_split_rows, select
+from llamajax.formats.tensor_source import Index
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS, _COLUMNS, _SAME = "rows", "columns", "same"
+_WHOLE = {
+    "tok_embeddings.weight": (EMBEDDING, None),
+    "norm.weight": ("model.norm.weight", _SAME),
+    "output.weight": (HEAD, _ROWS),
+}
+_OF_LAYER = {
+    "attention_norm": ("input_layernorm", _SAME),
+    "attention.wq": ("self_attn.q_proj", _ROWS),
+    "attention.wk": ("self_attn.k_proj", _ROWS),
+    "attention.wv": ("self_attn.v_proj", _ROWS),
+    "attention.wo": ("self_attn.o_proj", _COLUMNS),
+    "ffn_norm": ("post_attention_layernorm", _SAME),
+    "feed_forward.w1": ("mlp.gate_proj", _ROWS),
+    "feed_forward.w2": ("mlp.down_proj", _COLUMNS),
+    "feed_forward.w3": ("mlp.up_proj", _ROWS),
+}
+_BUFFER = "rope.freqs"  # computed, yet stored by Llama 1 and 2
+_CHUNK_ROWS = 1024  # of q and k, permuted at one time
+
+
+class MetaSource:
+    """The tensors of one checkpoint; `tensor_source.py` says what each method promises."""
+
+    def __init__(
+        self, files: list[Path], *, hidden_size: int, num_heads: int, num_kv_heads: int
+    ) -> None:
+        heads = {"attention.wq": num_heads, "attention.wk": num_kv_heads}
+        self._files = files
+        shards = [read_tensors(file) for file in files]
+        self._parts: dict[str, list[np.ndarray]] = {}
+        self._split: dict[str, str] = {}
+        self._order: dict[str, np.ndarray] = {}
+        problems = []
+        for theirs in dict.fromkeys(name for shard in shards for name in shard):
+            if theirs == _BUFFER:
+                continue
+            name, split = _hugging_face(theirs)
+            parts = [shard[theirs] for shard in shards if theirs in shard]
+            if name is None:
+                problems.append(f"tensor {theirs}: no part of a Llama language model")
+            elif len(parts) != len(shards):
+                problems.append(f"tensor {theirs}: in {len(parts)} of {len(shards)} files only")
+            elif problem := _mismatch(parts, split):
+                problems.append(f"tensor {theirs}: {problem}")
+            else:
+                self._parts[name] = parts
+                self._split[name] = split or _split_of_embedding(parts, hidden_size)
+                number = heads.get(theirs.partition(".")[2].partition(".")[2][: -len(".weight")], 0)
+                rows = self.shape(name)[0]
+                if number and rows % (2 * number):
+                    problems.append(f"tensor {theirs}: {rows} rows are no {number} heads")
+                elif number:
+                    self._order[name] = half_split_rows(number, rows // number)
+        if problems:
+            shown = problems[:10] + ([f"and {len(problems) - 10} more"] if problems[10:] else [])
+            raise combine(shown, title=f"{files[0].parent}: tensors that cannot be imported:")
+
+    def names(self) -> list[str]:
+        """Hugging Face's names."""
+        return list(self._parts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the joined tensor."""
+        parts, split = self._parts[name], self._split[name]
+        shape = list(parts[0].shape)
+        if split != _SAME:
+            shape[split == _COLUMNS] *= len(parts)
+        return tuple(shape)
+
+    def dtype(self, name: str) -> np.dtype:
+        """As stored."""
+        return self._parts[name][0].dtype
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """The tensor, or the part `index` of it, with the rows of q and k half-split."""
+        parts, split, order = self._parts[name], self._split[name], self._order.get(name)
+        taken, rows, columns = select(self.shape(name), index)
+        parts = [part.reshape(1, -1) if part.ndim == 1 else part for part in parts]
+        found = np.empty((len(rows), len(columns)), parts[0].dtype)
+        height, width = parts[0].shape
+        for number, part in enumerate(parts[:1] if split == _SAME else parts):
+            top = number * height if split == _ROWS else 0
+            left = number * width if split == _COLUMNS else 0
+            here = range(max(columns.start, left), min(columns.stop, left + width))
+            if not here:
+                continue
+            target = found[:, here.start - columns.start : here.stop - columns.start]
+            source = part[:, here.start - left : here.stop - left]
+            if order is None:
+                _copy_rows(target, source, rows, top)
+            else:
+                _copy_permuted(target, source, order[rows.start : rows.stop] - top)
+        return found.reshape(taken)
+
+    def where(self, name: str) -> str:
+        """The directory: each file holds a part."""
+        return str(self._files[0].parent)
+
+    def close(self) -> None:
+        """Let go of the mapped files."""
+        self._parts.clear()
+
+
+def _hugging_face(theirs: str) -> tuple[str | None, str | None]:
+    if match := re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", theirs):
+        part, split = _OF_LAYER.get(match[2], (None, None))
+        return part and f"model.layers.{match[1]}.{part}.weight", split
+    return _WHOLE.get(theirs, (None, None))
+
+
+def _mismatch(parts: list[np.ndarray], split: str | None) -> str | None:
+    """Why the parts of a tensor are not parts of one, or None."""
+    kinds = {(part.shape, str(part.dtype)) for part in parts}
+    if len(kinds) > 1:
+        return f"the files hold parts of different shapes or types: {sorted(kinds)}"
+    if parts[0].ndim != (1 if split == _SAME else 2):
+        return f"of shape {parts[0].shape}"
+    return None
+
+
+def _split_of_embedding(parts: list[np.ndarray], hidden_size: int) -> str:
+    return _ROWS if parts[0].shape[1] == hidden_size else _COLUMNS
+
+
+def _copy_rows(target: np.ndarray, source: np.ndarray, rows: range, top: int) -> None:
+    """Those of `rows` of the whole that stand in `source`, whose first is row `top`."""
+    here = range(max(rows.start, top), min(rows.stop, top + len(source)))
+    if here:
+        wanted = source[here.start - top : here.stop - top]
+        target[here.start - rows.start : here.stop - rows.start] = wanted
+
+
+def _copy_permuted(target: np.ndarray, source: np.ndarray, stored: np.ndarray) -> None:
+    """Rows `stored` of `source`; those outside it are another shard's."""
+    (here,) = np.nonzero((stored >= 0) & (stored < len(source)))
+    for start in range(0, len(here), _CHUNK_ROWS):
+        chunk = here[start : start + _CHUNK_ROWS]
+        target[chunk] = source[stored[chunk]]

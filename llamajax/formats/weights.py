@@ -1,0 +1,229 @@
+"""Opening weights of any known kind: what a path holds, and its arrays onto any mesh.
+
+A kind is recognised by what lies on the disk, never by a name: checkpoints of ours first, then each
+foreign format in the order of RECOGNISERS. A foreign format is one function more in that table.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from llamajax.checkpoint import manifest as manifests
+from llamajax.checkpoint.owner import recorded
+from llamajax.checkpoint.restore import (
+    Checkpoint,
+    newest_checkpoint,
+    open_checkpoint,
+    restore_state,
+)
+from llamajax.checkpoint.storage import Place, failures, how_to_mend, is_directory, is_remote, place
+from llamajax.config.build import build_model
+from llamajax.config.saved_config import from_json_dict
+from llamajax.config.schema import LoraConfig, ModelConfig
+from llamajax.errors import UserError, combine
+from llamajax.formats.adapters import MergedSource, fingerprint_tensors, read_factors
+from llamajax.formats.gguf import gguf_config
+from llamajax.formats.huggingface import hf_read
+from llamajax.formats.meta import meta_config
+from llamajax.formats.own_checkpoint import Leaf, StoredSource, leaves_of
+from llamajax.formats.tensor_source import Foreign, TensorSource
+
+# Kind -> what it makes of a path: None when that is of another kind, UserError when it is broken.
+RECOGNISERS: dict[str, Callable[[Path], Foreign | None]] = {
+    "huggingface": hf_read.recognise,
+    "gguf": gguf_config.recognise,
+    "meta": meta_config.recognise,
+}
+# Directory of a run's tokenizer, in its --workdir.
+TOKENIZER = "tokenizer"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer.byte")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Weights on a disk, checked as far as headers tell; nothing is read yet.
+
+    kind: llamajax, or one of RECOGNISERS. path: what was opened; for llamajax the checkpoint of one
+    step. tokenizer: what `data.load_tokenizer` takes, None where there is none. tokenizer_record:
+    what a checkpoint says of the tokenizer that it was trained with, if it does. checkpoint: None
+    for a foreign kind. source: the tensors of a foreign kind, None for llamajax. base and lora: of
+    a checkpoint of adapters, what those are added to; it is read as the merged model.
+    """
+
+    kind: str
+    path: Place
+    model: ModelConfig
+    tokenizer: Path | None
+    checkpoint: Checkpoint | None
+    source: TensorSource | None
+    tokenizer_record: Mapping[str, Any] | None = None
+    base: "Weights | None" = None
+    lora: LoraConfig | None = None
+
+    @property
+    def step(self) -> int | None:
+        """Step of a llamajax checkpoint."""
+        return None if self.checkpoint is None else self.checkpoint.step
+
+    def fingerprint(self) -> str:
+        """Identity of these weights: equal on a copy, another after any training."""
+        if self.source is not None:
+            return fingerprint_tensors(self.source, self.model)
+        return self.checkpoint.manifest.fingerprint
+
+    def tensors(self, leaves: Mapping[str, Leaf]) -> TensorSource:
+        """All weights as tensors of Hugging Face, adapters merged; `leaves` are the model's.
+
+        To be called by all processes, because adapters are read.
+        """
+        if self.source is not None:
+            return self.source
+        if self.base is None:
+            return StoredSource(self.checkpoint, self.model, leaves)
+        factors = read_factors(self.checkpoint)
+        return MergedSource(self.base.tensors(leaves), self.model, factors, self.lora)
+
+    def load(self, abstract_model: Any) -> Any:
+        """A model like `abstract_model` with all its leaves read, each straight into its shards.
+
+        abstract_model: `jax.ShapeDtypeStruct`s with shardings, of this architecture, in the wanted
+        dtypes (`models.abstract.abstract_model`). Raises UserError for damage and mismatches. To be
+        called by all processes.
+        """
+        if self.source is not None or self.base is not None:
+            source = self.tensors(leaves_of(abstract_model))
+            return hf_read.load_tensors(source, self.model, abstract_model)
+        wanted = {"model": abstract_model}
+        return restore_state(self.checkpoint, wanted, partial=True, cast=True)["model"]
+
+
+def open_weights(path: str | PurePath) -> Weights:
+    """The weights that `path` holds.
+
+    A --workdir of train (its newest checkpoint), one checkpoints/STEP, a directory of checkpoints
+    (of these two also the URL), a Hugging Face directory, or another kind of RECOGNISERS. Raises
+    UserError when it is none of these, or when it is one that is damaged or not supported.
+    """
+    path = place(path)
+    if is_remote(path):
+        return _of_url(path)
+    if not path.exists():
+        raise UserError(
+            f"{path}: there is no such file or directory; a model of the Hugging Face hub is "
+            "downloaded first: hf download ORGANIZATION/NAME --local-dir DIRECTORY"
+        )
+    checkpoint = _checkpoint_in(path)
+    if checkpoint is not None:
+        return _of_checkpoint(checkpoint, run=path)
+    for kind, recognise in RECOGNISERS.items():
+        found = recognise(path)
+        if found is not None:
+            hf_read.check_tensors(found.source, found.model, path=path)
+            return Weights(
+                kind=kind,
+                path=path,
+                model=found.model,
+                tokenizer=found.tokenizer,
+                checkpoint=None,
+                source=found.source,
+            )
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path} holds adapters of PEFT alone; merge them into their base with PEFT's "
+            "merge_and_unload, save that, and name its directory"
+        )
+    if revisions := sorted(path.glob("snapshots/*")):
+        raise UserError(f"{path} is the root of a hub cache; name a revision in it: {revisions[0]}")
+    raise UserError(
+        f"{path} holds no weights that llamajax knows: give a --workdir of train with a finished "
+        "checkpoint, one of its checkpoints/STEP, a Hugging Face directory (config.json and "
+        "safetensors), a GGUF file, or Meta's params.json with consolidated.*.pth"
+    )
+
+
+def _of_url(path: Place) -> Weights:
+    try:
+        if (checkpoint := _checkpoint_in(path)) is not None:
+            return _of_checkpoint(checkpoint)
+    except failures(path) as error:
+        raise UserError(f"{path} cannot be read: {error}; {how_to_mend(path)}") from None
+    raise UserError(
+        f"{path}: there is no checkpoint of llamajax (weights in other formats are read from local "
+        f"paths); {how_to_mend(path)}"
+    )
+
+
+def _checkpoint_in(path: Place) -> Checkpoint | None:
+    """Open one checkpoint of ours: `path` itself, or the newest under it."""
+    if path.name.isdecimal() and is_directory(path / manifests.STATE):
+        return open_checkpoint(path)
+    places = [path / "checkpoints", path]
+    if not is_remote(path) and recorded(path) not in places:
+        places.insert(0, recorded(path))
+    for directory in places:
+        checkpoint = newest_checkpoint(directory)
+        if checkpoint is not None:
+            return checkpoint
+    if is_directory(path / "checkpoints"):
+        raise UserError(f"{path} holds a run without a finished checkpoint yet")
+    return None
+
+
+def open_base(record: Mapping[str, str], *, path: Place | None, adapters: PurePath) -> Weights:
+    """The weights that adapters were trained on, which `record` (of their checkpoint) describes.
+
+    path: where they are now, None: where they were. Raises UserError when they are gone or others.
+    """
+    where = place(record["path"]) if path is None else path
+    if not where.exists():
+        raise UserError(
+            f"{adapters} holds adapters only, and the weights that they were trained on are gone: "
+            f"there is no {where}; put them back, or link that path to where they are"
+        )
+    base = open_weights(where)
+    found = base.fingerprint()
+    if found != record["fingerprint"]:
+        raise UserError(
+            f"{adapters} holds adapters only, and {base.path} has other weights than those that "
+            f"they were trained on ({record['path']}, fingerprint {record['fingerprint'][:12]}, "
+            f"now {found[:12]}); put those back"
+        )
+    return base
+
+
+def _of_checkpoint(checkpoint: Checkpoint, *, run: Path | None = None) -> Weights:
+    """The weights of a checkpoint. run: its --workdir, where that was named."""
+    directory, meta = checkpoint.directory, checkpoint.meta
+    config, base, lora = meta.get("config") or {}, None, None
+    if "model" not in config:
+        raise UserError(f"checkpoint {directory} does not say which model it is of")
+    model, problems = build_model(config["model"])
+    if model is None:
+        raise combine(problems, title=f"checkpoint {directory} is not of this version:")
+    if "base" in meta:
+        base = open_base(meta["base"], path=None, adapters=directory)
+        lora = from_json_dict(config, source=str(directory / manifests.META)).lora
+    return Weights(
+        kind="llamajax",
+        path=directory,
+        model=model,
+        tokenizer=_tokenizer_of(directory, config, run),
+        tokenizer_record=meta.get("tokenizer"),
+        checkpoint=checkpoint,
+        source=None,
+        base=base,
+        lora=lora,
+    )
+
+
+def _tokenizer_of(directory: Place, config: dict[str, Any], run: Path | None) -> Path | None:
+    """The tokenizer beside the checkpoints, else that of the first data set of the run."""
+    beside = [] if is_remote(directory) else [directory.parent.parent]
+    beside += [] if run is None else [run]
+    for folder in (each for path in beside for each in (path, path / TOKENIZER)):
+        for name in _TOKENIZERS:
+            if (folder / name).is_file():
+                return folder / name
+    data = (config.get("data") or {}).get("path", "").split(",")[0].strip()
+    return Path(data).absolute() if data and Path(data).is_dir() else None

@@ -1,0 +1,1 @@
+"""Start the worker processes of a node, restart them, and agree with the other nodes."""

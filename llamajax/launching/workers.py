@@ -1,0 +1,160 @@
+"""The workers of one attempt on this node: started, watched, signalled, ended."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from llamajax.backends import child_environment, seen_alive
+from llamajax.errors import restart_helps
+from llamajax.launching.launch_options import Request
+from llamajax.launching.worker_logs import Echo, last_lines, log_path, open_log
+
+_REAP_S = 10  # a killed process that the kernel cannot end (stuck in I/O) is left behind
+
+
+def exit_code(returncode: int) -> int:
+    """A shell's code: 128 + N for a process that signal N ended."""
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+def culprit(returncodes: Mapping[int, int]) -> int:
+    """The rank to blame among workers that failed at one time.
+
+    An abort is how JAX answers the loss of another process: seldom the cause. A code after which
+    a restart cannot help always is one.
+    """
+
+    def key(rank: int) -> tuple[bool, bool, int]:
+        return returncodes[rank] == -signal.SIGABRT, restart_helps(returncodes[rank]), rank
+
+    return min(returncodes, key=key)
+
+
+class Team:
+    """Workers with one attempt number; each in a process group of its own."""
+
+    def __init__(
+        self, request: Request, *, attempt: int, address: str, lifeline: int, reports: int
+    ):
+        self._request = request
+        self.attempt = attempt
+        self._processes: dict[int, subprocess.Popen] = {}
+        self._pidfds: dict[int, int] = {}
+        self._seen: dict[int, float] = {}
+        self._progress_at = time.monotonic()
+        self._echo: Echo | None = None
+        self._logs: dict[int, BinaryIO] = {}
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.end)
+            for local, rank in enumerate(request.ranks):
+                environment = child_environment(
+                    coordinator_address=address,
+                    num_processes=request.num_processes,
+                    process_id=rank,
+                    local=(local, request.processes_per_node),
+                    lifeline=lifeline,
+                    checkpoints=reports if rank == 0 else None,
+                )
+                self._begin(rank, environment, (lifeline, reports)[: 1 + (rank == 0)])
+            undo.pop_all()
+        if 0 in self._processes:
+            self._echo = Echo(self._logs[0].fileno(), sys.stdout.fileno())
+
+    def _begin(self, rank: int, environment: dict[str, str], pipes: tuple[int, ...]) -> None:
+        log = self._logs[rank] = open_log(self._request.log_dir, rank, self.attempt)
+        process = subprocess.Popen(
+            self._request.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            pass_fds=pipes,
+            start_new_session=True,  # Ctrl-C reaches the launcher alone, which forwards it
+        )
+        self._processes[rank] = process
+        self._pidfds[rank] = os.pidfd_open(process.pid)
+
+    def log(self, rank: int) -> Path:
+        """The log of one worker."""
+        return log_path(self._request.log_dir, rank, self.attempt)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of all workers, by rank."""
+        return [process.pid for process in self._processes.values()]
+
+    @property
+    def running(self) -> list[int]:
+        """Ranks of the workers that were not yet seen to end."""
+        return list(self._pidfds)
+
+    @property
+    def wakers(self) -> list[int]:
+        """Descriptors that become readable when a worker ends."""
+        return list(self._pidfds.values())
+
+    def ended(self) -> dict[int, int]:
+        """Return codes of the workers that ended since the last call, by rank."""
+        found = {}
+        for rank in self.running:
+            returncode = self._processes[rank].poll()
+            if returncode is not None:
+                found[rank] = returncode
+                os.close(self._pidfds.pop(rank))
+        return found
+
+    def last_lines(self, rank: int, count: int) -> list[str]:
+        """The last lines that one worker wrote."""
+        return last_lines(self._logs[rank].fileno(), count)
+
+    def idle_s(self) -> float:
+        """Seconds since any running worker wrote, or showed itself alive."""
+        now = time.monotonic()
+        alive_at = {rank: seen_alive(self._logs[rank].fileno()) for rank in self.running}
+        if alive_at != self._seen:
+            self._seen, self._progress_at = alive_at, now
+        return now - self._progress_at
+
+    def echo(self) -> None:
+        """Show what worker 0 wrote since the last call."""
+        if self._echo is not None:
+            self._echo.copy()
+
+    def send(self, number: int) -> None:
+        """Signal the running workers."""
+        for rank in self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._processes[rank].pid, number)
+
+    def ask_for_stacks(self) -> None:
+        """Have the workers write where they are, those that catch SIGUSR1: it ends any other."""
+        for rank in self.running:
+            pid = self._processes[rank].pid
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{pid}/status").read_text()
+                caught = int(re.search(r"^SigCgt:\s*(\w+)", status, re.MULTILINE).group(1), 16)
+                if caught >> (signal.SIGUSR1 - 1) & 1:
+                    os.kill(pid, signal.SIGUSR1)
+
+    def end(self) -> None:
+        """Kill what still runs, children of workers included."""
+        for process in self._processes.values():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self._processes.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=_REAP_S)
+        for descriptor in self._pidfds.values():
+            os.close(descriptor)
+        self._pidfds.clear()
+        self.echo()
+        self._echo = None
+        for log in self._logs.values():
+            log.close()

@@ -1,0 +1,1 @@
+"""Prove that a training command resumes bit by bit, by killing it."""

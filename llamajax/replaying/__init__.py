@@ -1,0 +1,1 @@
+"""Repeat a recorded step, and explain it by document and by layer."""

@@ -1,0 +1,132 @@
+"""What a run left of one of its steps: config, place in the data, numbers, checkpoint before it."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llamajax import data
+from llamajax.checkpoint import Checkpoint, complete_steps, open_checkpoint
+from llamajax.checkpoint.owner import recorded
+from llamajax.config import RunConfig, from_json_dict
+from llamajax.errors import UserError
+from llamajax.monitoring import load_metrics
+from llamajax.monitoring.blackbox import boxes, read_box
+from llamajax.monitoring.run_facts import read_run_facts
+from llamajax.optim.guard import REASONS
+from llamajax.training.safety.audit import Audit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """What is known of a step, before anything is computed.
+
+    base: the checkpoint to start from, None: the beginning. numbers: loss and grad_norm by step, as
+    they were logged. machine: platform, device_kind and mesh of the run.
+    """
+
+    step: int
+    config: RunConfig
+    base: Checkpoint | None
+    position: data.Position | None  # of the step, None: what follows from `base` and the audit
+    numbers: Mapping[int, Mapping[str, Any]]
+    machine: Mapping[str, Any]
+
+    @property
+    def first_step(self) -> int:
+        """Steps that `base` comes after."""
+        return self.base.step if self.base else 0
+
+    def place(self, mixture: data.Mixture, audit: Audit) -> data.Position:
+        """Where the steps from `base` to this one read."""
+        if self.position is not None:
+            return self.position
+        now = {
+            "batch_size": self.config.data.global_batch_size,
+            "seq_len": self.config.data.seq_len,
+            "mixture_hash": mixture.hash,
+        }
+        if self.base is None:
+            saved, rollbacks = data.Position.start(**now), 0
+        else:
+            saved = data.Position.from_json(self.base.meta["position"])
+            rollbacks = self.base.meta.get("rollbacks", 0)
+        step = audit.rollbacks[-1].to_step if audit.rollbacks else 0
+        later = audit.position(saved, step=max(step, self.first_step), rollbacks=rollbacks)
+        return later.continued(step=max(self.first_step, later.segments[-1].first_step), **now)
+
+    def recorded(self, step: int, position: data.Position) -> Mapping[str, Any] | None:
+        """Loss and gradient norm of a step that read what `position` says, if on record, and why
+        its update was left out, if it was."""
+        row = self.numbers.get(step)
+        if row is None or row.get("first_sample", position.first_sample(step - 1)) != (
+            position.first_sample(step - 1)
+        ):
+            return None
+        reason = row.get("update_skipped", 0)  # a number in a box, words in metrics.jsonl
+        return row | {"update_skipped": REASONS[reason] if isinstance(reason, int) else reason}
+
+
+def read_record(workdir: Path, step: int, *, box: Path | None) -> Record:
+    """The record of `step`. box: a black box to take it from, as after a rollback.
+
+    Raises UserError for a directory that is no run's, or a step that it has not made.
+    """
+    config_file = workdir / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"--workdir={workdir}: there is no run in it (no config.json)")
+    checkpoints = recorded(workdir)
+    steps = complete_steps(checkpoints)
+    numbers, place = _numbers(workdir, step, box)
+    newest = max([*numbers, *steps], default=0)
+    if not 1 <= step <= newest:
+        raise UserError(
+            f"--step={step}: {workdir} has made steps 1 to {newest}"
+            if newest
+            else f"--step={step}: {workdir} has made no step yet"
+        )
+    before = max((n for n in steps if n < step), default=None)
+    later = min((n for n in steps if n >= step), default=None)
+    after = open_checkpoint(checkpoints / str(later)).meta if later is not None else None
+    config = from_json_dict(
+        after["config"] if after and box is None else json.loads(config_file.read_text("utf-8")),
+        source=str(config_file),
+    )
+    if place is None and after is not None:
+        place = after["position"]
+    return Record(
+        step=step,
+        config=config,
+        base=None if before is None else open_checkpoint(checkpoints / str(before)),
+        position=data.Position.from_json(place) if place else None,
+        numbers=numbers,
+        machine=read_run_facts(workdir),
+    )
+
+
+def _numbers(
+    workdir: Path, step: int, box: Path | None
+) -> tuple[dict[int, dict[str, float]], dict[str, Any] | None]:
+    """Loss and gradient norm of the steps on record; the position, if a box was named."""
+    if box is not None:
+        try:
+            head, rows = read_box(box)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--blackbox={box}: cannot be read: {error}") from None
+        if step not in {row["step"] for row in rows} or "position" not in head:
+            has = f"{rows[0]['step']} to {rows[-1]['step']}" if rows else "none"
+            raise UserError(f"--blackbox={box}: it has no step {step}; its steps are {has}")
+        return _of(rows), head["position"]
+    found = _of(row for file in boxes(workdir)[::-1] for row in read_box(file)[1])
+    return found | _of(load_metrics(workdir)), None
+
+
+def _of(rows: Any) -> dict[int, dict[str, float]]:
+    """Later rows of a step replace earlier ones."""
+    wanted = ("loss", "grad_norm", "first_sample", "update_skipped")
+    return {
+        row["step"]: {name: row[name] for name in wanted if name in row}
+        for row in rows
+        if "grad_norm" in row
+    }

@@ -1,0 +1,1 @@
+"""What protects a run: guard, canary, hang watch, shutdown, rollback."""

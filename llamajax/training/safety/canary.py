@@ -1,0 +1,160 @@
+"""The canary: whether all copies of the run compute and hold the same bits.
+
+Silent data corruption is a chip that computes wrongly and says nothing. Every so many steps all
+data-parallel replicas run the same tokens through the same weights, forward and backward, and what
+lies in several copies is compared. Where there is one replica, it runs twice instead: that finds a
+fault that comes and goes, not one that repeats.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llamajax.checkpoint import named_leaves
+from llamajax.models import replicas
+from llamajax.models.llama import Compute, Llama
+from llamajax.models.sharded import precision
+from llamajax.ops.attention import NEEDS_UNCHECKED
+from llamajax.sharding import batch_shards
+from llamajax.training.safety.guardian import BadDevice
+from llamajax.training.session import Session
+from llamajax.training.state import TrainState
+
+REPLICA_AXES = ("data", "fsdp", "sequence")  # along these devices compute the same of other tokens
+_COPY_AXES = ("data", "sequence")  # along these they hold the same part of every array
+_SEED = 20250703
+
+
+class Canary:
+    """Compiled once; `check` compares, and raises BadDevice naming the devices that differ."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        mesh: Mesh,
+        compute: Compute,
+        *,
+        every: int,
+        rows: int,
+        seq_len: int,
+        vocab_size: int,
+    ):
+        """every: steps between checks; rows: samples of a device's microbatch."""
+        self._every = every
+        self._mesh = mesh
+        self._names = list(named_leaves(state.whole))
+        shape = (rows, seq_len)
+        self._tokens = np.random.default_rng(_SEED).integers(vocab_size, size=shape, dtype=np.int32)
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, _WHOLE))
+        tables = jax.jit(_tables(state.whole, mesh, compute))
+        self._tables: Callable = tables.lower(state.whole, tokens).compile()
+        self._clean_at: int | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether a check belongs to `step`."""
+        return step % self._every == 0
+
+    def check(self, step: int, state: TrainState) -> None:
+        """Raise BadDevice where bits differ. Waits for the devices; all processes see the same."""
+        computed, stored = self._run(state)
+        if self._num_replicas == 1:
+            again, _ = self._run(state)
+            problems = [] if np.array_equal(computed, again) else [_TWICE]
+        else:
+            problems = self._odd_ones(computed, REPLICA_AXES, ("blocks", "loss"), _COMPUTED)
+        problems += self._odd_ones(stored, _COPY_AXES, self._names, _STORED)
+        if problems:
+            raise BadDevice(self._report(step, problems))
+        self._clean_at = step
+
+    def _run(self, state: TrainState) -> list[np.ndarray]:
+        placed = NamedSharding(self._mesh, _WHOLE)
+        tokens = jax.make_array_from_process_local_data(placed, self._tokens)
+        return [np.asarray(table) for table in jax.device_get(self._tables(state.whole, tokens))]
+
+    @property
+    def _num_replicas(self) -> int:
+        return int(np.prod([self._mesh.shape[axis] for axis in REPLICA_AXES]))
+
+    def _odd_ones(
+        self, table: np.ndarray, axes: tuple[str, ...], names: Any, words: str
+    ) -> list[str]:
+        """A sentence for each device whose digests are not those of most of its copies."""
+        order = self._mesh.axis_names
+        along = [order.index(axis) for axis in axes]
+        rest = [i for i in range(len(order)) if i not in along]
+        copies = int(np.prod([table.shape[i] for i in along]))
+        digests = table.transpose(*along, *rest, -1).reshape(copies, -1, table.shape[-1])
+        devices = self._mesh.devices.transpose(*along, *rest).reshape(copies, -1)
+        problems = []
+        for group in range(digests.shape[1]):
+            values, counts = np.unique(digests[:, group], axis=0, return_counts=True)
+            usual = values[counts.argmax()]
+            decided = len(values) == 1 or np.sort(counts)[-1] > np.sort(counts)[-2]
+            for copy in range(copies):
+                differ = np.flatnonzero(digests[copy, group] != usual)
+                if differ.size:
+                    what = words.format(", ".join(names[i] for i in differ[:3]))
+                    sure = "" if decided else " (or the others are wrong: as many say each)"
+                    problems.append(f"{_name(devices[copy, group])} {what}{sure}")
+        return problems
+
+    def _report(self, step: int, problems: list[str]) -> str:
+        since = "this start" if self._clean_at is None else f"step {self._clean_at}"
+        shown = "; ".join(problems[:8]) + ("; and more" if len(problems) > 8 else "")
+        return (
+            f"step {step}: silent data corruption: {shown}. Take that device's node out and start "
+            f"again; all was well at {since}, checkpoints after it may be wrong: move them away"
+        )
+
+
+def canary_of(session: Session, state: TrainState) -> Canary | None:
+    """The canary that the config asks for, on microbatches of the size that training has."""
+    config, mesh = session.config, session.mesh
+    if config.guard.canary_every is None:
+        return None
+    parts = config.train.accumulation_steps * batch_shards(mesh)
+    return Canary(
+        state,
+        mesh,
+        session.compute,
+        every=config.guard.canary_every,
+        rows=max(config.data.global_batch_size // parts, 1),
+        seq_len=config.data.seq_len,
+        vocab_size=config.model.vocab_size,
+    )
+
+
+_WHOLE = PartitionSpec()
+_COMPUTED = "computes other bits than its replicas from the same tokens ({})"
+_STORED = "holds other bits than its copies ({})"
+_TWICE = "the one replica computed other bits the second time from the same tokens"
+
+
+def _name(device: jax.Device) -> str:
+    return f"device {device.id} ({device.device_kind}, process {device.process_index})"
+
+
+def _tables(model: Llama, mesh: Mesh, compute: Compute) -> Callable:
+    """(model, tokens) -> digests of what each device computes and holds, axes in mesh order."""
+    whole, ones = NamedSharding(mesh, _WHOLE), (1,) * len(mesh.axis_names)
+    where = jax.tree.map(lambda x: x.sharding.spec, model)
+    checked = compute.attention not in NEEDS_UNCHECKED
+
+    def on_each(model: Llama, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        with precision(compute):
+            computed = replicas.computed(model, tokens_BT, compute)
+        return computed.reshape(*ones, -1), replicas.stored(model).reshape(*ones, -1)
+
+    def tables(model: Llama, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        each = PartitionSpec(*mesh.axis_names)
+        found = jax.shard_map(
+            on_each, mesh=mesh, in_specs=(where, _WHOLE), out_specs=each, check_vma=checked
+        )(model, tokens_BT)
+        return jax.sharding.reshard(found, whole)
+
+    return tables

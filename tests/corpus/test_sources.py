@@ -1,0 +1,245 @@
+"""Documents out of every kind of file, and one message for every kind of broken one."""
+
+import errno
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from llamajax.corpus.sources import Corpus, find_files
+from llamajax.errors import UserError
+
+TEXTS = ["first one\n", "二 second ü", "third\r\nline\x00end"]
+WIKI = " \n = A = \n \n a , b \n \n = = S = = \n x \n \n = B = \n \n b1 \n"
+
+
+def read(*paths: Path, text_key: str = "text", clean: str = "none") -> list[str]:
+    files = find_files(",".join(map(str, paths)))
+    return list(Corpus(files, text_key=text_key, clean=clean))
+
+
+def parquet(path: Path, column: object, name: str = "text") -> bytes:
+    pa.parquet.write_table(pa.table({name: column, "n": [0] * len(column)}), path)
+    return path.read_bytes()
+
+
+def contents(tmp_path: Path) -> dict[str, tuple[bytes, list[str]]]:
+    lines = "".join(json.dumps({"text": t}) + "\n" for t in TEXTS)
+    return {
+        ".txt": ("".join(TEXTS).encode(), ["".join(TEXTS)]),
+        ".jsonl": (lines.encode(), TEXTS),
+        ".parquet": (parquet(tmp_path / "made.bin", TEXTS), TEXTS),
+        ".tokens": (WIKI.encode(), [WIKI[2 : WIKI.index(" = B")], WIKI[WIKI.index(" = B") :]]),
+    }
+
+
+PACK = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+    # several frames, as parallel compressors write them
+    "2.zst": lambda b: b"".join(zstandard.ZstdCompressor().compress(p) for p in (b[:9], b[9:])),
+    "2.gz": lambda b: gzip.compress(b[:9]) + gzip.compress(b[9:]),
+}
+
+
+@pytest.mark.parametrize("packing", PACK)
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".parquet", ".tokens"])
+def test_every_format_in_every_packing(tmp_path, kind, packing):
+    content, texts = contents(tmp_path)[kind]
+    path = tmp_path / f"f{kind}{packing.lstrip('2')}"
+    path.write_bytes(PACK[packing](content))
+    corpus = Corpus(find_files(str(path)), text_key="text", clean="none")
+    assert list(corpus) == texts
+    assert list(corpus) == texts  # a second walk starts again
+    assert corpus.bytes_read == corpus.total_bytes == path.stat().st_size
+
+
+def test_patterns_name_files_in_order_and_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.txt", "a.txt", "d/c.txt", "d/e/x.jsonl.zst", "d/README.md", "d/.hidden.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("x")
+    assert list(map(str, find_files("d"))) == ["d/c.txt", "d/e/x.jsonl.zst"]
+    assert list(map(str, find_files("*.txt"))) == ["a.txt", "b.txt"]
+    assert list(map(str, find_files("b.txt, *.txt,d/*.txt,d"))) == [
+        "b.txt", "a.txt", "d/c.txt", "d/e/x.jsonl.zst",
+    ]  # fmt: skip
+    Path("empty").mkdir()
+    for pattern, message in {
+        "none.txt": "no such file: none.txt",
+        "none*.txt": "no file matches none",
+        "d/README.md": "unknown kind of file",
+        "empty": "no .txt, .jsonl, .parquet, .tokens, .raw files in directory empty",
+        " , ": "--input is empty",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            find_files(pattern)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("f.jsonl", b'{"text": "a"}\n\n{"text": }\n', r"f.jsonl:3: not valid JSON"),
+        ("f.jsonl", b'["a"]\n', r"f.jsonl:1: a list, not a JSON object"),
+        ("f.jsonl", b'{"txt": "a"}\n', r"f.jsonl:1: no key 'text' .*'txt'.*--text_key"),
+        ("f.jsonl", b'{"text": null}\n', r"f.jsonl:1: 'text' is a NoneType"),
+        ("f.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "byte 0xff at offset 24"),
+        ("f.txt", b"abc\xc3(", "f.txt: not UTF-8: byte 0xc3 at offset 3"),
+        ("f.tokens", b" = A = \n \xe9\n", "f.tokens: not UTF-8: byte 0xe9 at offset 9"),
+        ("f.txt.gz", gzip.compress(b"abc" * 999, mtime=0)[:-9], "f.txt.gz: truncated or damaged"),
+        ("f.txt.gz", b"abc", "f.txt.gz: truncated or damaged"),
+        ("f.txt.zst", PACK[".zst"](b"abc" * 999)[:-3], "ends inside a zstd frame"),
+        ("f.txt.zst", b"abcdefgh", "f.txt.zst: truncated or damaged"),
+        ("f.parquet", b"PAR1abcdefgh", "f.parquet: truncated or damaged Parquet"),
+        ("f.parquet", b"", "f.parquet: truncated or damaged Parquet"),
+        ("f.txt", "abc".encode("utf-16"), "f.txt: is UTF-16; convert it"),
+        ("f.jsonl", "{}".encode("utf-16"), "f.jsonl: is UTF-16; convert it"),
+        *(
+            (name, b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull")
+            for name in ("f.txt", "f.jsonl", "f.parquet", "f.txt.gz")
+        ),
+    ],
+)
+def test_broken_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("column", "name", "message"),
+    [
+        (["a"], "body", r"no column 'text' \(it has body, n\)"),
+        ([1, 2], "text", "holds int64, not strings"),
+        (["a", None], "text", "row 2: 'text' is null"),
+        ([b"a", b"\xff"], "text", r"row 2: 'text' is not UTF-8 \(invalid start byte at byte 0"),
+        (
+            pa.array([b"a", b"\xff"]).view(pa.string()),
+            "text",
+            "row 2: 'text' is not UTF-8",
+        ),
+        (["a"], "n", "two columns are named 'n'"),
+    ],
+)
+def test_parquet_of_the_wrong_shape(tmp_path, column, name, message):
+    table = pa.Table.from_arrays([pa.array(column), pa.array([0] * len(column))], [name, "n"])
+    pa.parquet.write_table(table, tmp_path / "f.parquet")
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "f.parquet", text_key="n" if name == "n" else "text")
+
+
+def test_a_truncated_parquet_file(tmp_path):
+    content = parquet(tmp_path / "f.parquet", TEXTS)
+    (tmp_path / "f.parquet").write_bytes(content[:-20])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        read(tmp_path / "f.parquet")
+
+
+def test_other_string_columns(tmp_path):
+    kinds = (pa.large_string(), pa.dictionary(pa.int8(), pa.string()))
+    kinds += (pa.string_view(), pa.binary(), pa.large_binary())
+    for i, kind in enumerate(kinds):
+        parquet(tmp_path / f"{i}.parquet", pa.array(TEXTS).cast(kind), "body")
+        assert read(tmp_path / f"{i}.parquet", text_key="body") == TEXTS
+
+
+def test_byte_order_marks_and_blank_documents_are_left_out(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfabc")
+    (tmp_path / "b.txt").write_text(" \n\n")
+    (tmp_path / "c.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "c"}\n{"text": ""}\n')
+    (tmp_path / "d.txt.gz").write_bytes(b"")
+    assert read(tmp_path) == ["abc", "c"]
+
+
+def test_cleaning_joins_rows_to_articles(tmp_path):
+    rows = WIKI.splitlines(keepends=True)
+    parquet(tmp_path / "f.parquet", rows)
+    (tmp_path / "f.txt").write_text(WIKI)
+    (tmp_path / "f.tokens").write_text(WIKI)
+    cleaned = ["= A =\n\na, b\n\n== S ==\nx\n", "= B =\n\nb1\n"]
+    assert read(tmp_path, clean="wikitext") == cleaned * 3
+
+
+def test_wikitext_as_hugging_face_ships_it(tmp_path):
+    """Rows of Parquet and of JSON lines, one a line of the raw file, blank lines empty."""
+    raw = WIKI.replace(" \n", "\n")
+    rows = ["" if line == "\n" else line for line in raw.splitlines(keepends=True)]
+    parquet(tmp_path / "rows.parquet", rows)
+    lines = "".join(json.dumps({"text": row}) + "\n" for row in rows)
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "wiki.train.raw").write_text(WIKI)
+    wanted = read(tmp_path / "wiki.train.raw", clean="wikitext")
+    assert len(wanted) == 2
+    for name in ("rows.parquet", "rows.json.gz"):
+        assert read(tmp_path / name, clean="wikitext") == wanted
+    articles = [f" = {c} = \n\n text {c} .\n" for c in "AB"]  # an article a row
+    parquet(tmp_path / "articles.parquet", articles)
+    assert len(read(tmp_path / "articles.parquet", clean="wikitext")) == 2
+
+
+def test_a_single_article_is_a_warning(tmp_path):
+    (tmp_path / "a.txt").write_text("no title\n\nanywhere\n")
+    corpus = Corpus([tmp_path / "a.txt"], text_key="text", clean="wikitext")
+    assert list(corpus)
+    assert "a single article" in corpus.warnings[0]
+    (tmp_path / "a.txt").write_text(WIKI)
+    assert list(corpus)
+    assert corpus.warnings == []
+
+
+def test_a_directory_is_read_whole_and_what_is_not_is_named(tmp_path, capsys):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "c.txt").write_text("c")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "round").symlink_to(folder)
+    line = json.dumps({"text": "b"}).encode()
+    (folder / "c4-train.00000-of-01024.json.gz").write_bytes(gzip.compress(line))
+    (folder / "d.ndjson").write_text('{"text": "d"}')
+    (folder / "lost").symlink_to(tmp_path / "nowhere")
+    for name in ("dataset_infos.json", "README.md", ".hidden.txt"):
+        (folder / name).write_text("{}")
+    assert sorted(read(folder)) == ["b", "c", "d"]
+    assert "3 left out of" in (said := capsys.readouterr().err)
+    assert "README.md, dataset_infos.json, lost; name a .json" in said
+    assert find_files(f"{folder}/[dl]*d*") == [folder / "d.ndjson"]
+    assert "1 left out of" in (said := capsys.readouterr().err)
+    assert said.endswith("folder/linked\n")
+
+
+def test_a_directory_is_read_in_one_order_whatever_the_file_system(tmp_path, monkeypatch):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x.txt").write_text("x")
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    walk = os.walk
+
+    def turned(*args, **settings):
+        for step in walk(*args, **settings):
+            step[1].sort(reverse=True)
+            yield step
+
+    monkeypatch.setattr("os.walk", turned)
+    assert find_files(str(tmp_path)) == [tmp_path / "a" / "x.txt"]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "closed").mkdir()
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return listed(path)
+
+    monkeypatch.setattr("os.scandir", scandir)
+    with pytest.raises(UserError, match="closed: cannot be listed: Permission denied"):
+        find_files(str(tmp_path))

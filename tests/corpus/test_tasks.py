@@ -1,0 +1,172 @@
+"""Preparing as an array of tasks gives what one process gives, byte for byte, whatever happens."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamajax import prepare
+from llamajax.corpus.preparation import unfinished
+from llamajax.corpus.tasks import share_out
+from llamajax.errors import UserError
+
+WORDS = ["whale", "ship", "sea", "Ahab", "the", "a", "white", "harpoon", "said", "\n\n", "ü", "€"]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def run(folder: Path, output: Path, *flags: str, tokenizer: str = "byte") -> int:
+    args = [f"--input={folder}", f"--output={output}", f"--tokenizer={tokenizer}", "--workers=1"]
+    return prepare.main([*args, *flags])
+
+
+def words(rng: np.random.Generator, most: int) -> str:
+    return " ".join(rng.choice(WORDS, rng.integers(1, most)))
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """1,300 documents in five files of several sizes: one in a hundred is held out."""
+    rng, folder = np.random.default_rng(0), tmp_path / "many"
+    folder.mkdir()
+    for name, count in {"a": 30, "b": 700, "c": 1, "d": 400, "e": 169}.items():
+        lines = [json.dumps({"text": words(rng, 60)}) + "\n" for _ in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> Path:
+    """Three texts, too long for any to be held out whole."""
+    rng, folder = np.random.default_rng(1), tmp_path / "books"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.txt").write_text(words(rng, 9000))
+    return folder
+
+
+@pytest.fixture
+def stories(tmp_path: Path) -> Path:
+    """Forty texts, of which some are held out whole."""
+    rng, folder = np.random.default_rng(2), tmp_path / "stories"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(words(rng, 900))
+    return folder
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """Instructions in three files."""
+    rng, folder = np.random.default_rng(3), tmp_path / "chats"
+    folder.mkdir()
+    for name in "abc":
+        pairs = [{"prompt": words(rng, 9), "completion": words(rng, 20)} for _ in range(90)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    return folder
+
+
+CASES = {
+    "many": ("train:330",),
+    "books": ("byte", "--validation_fraction=0.02"),
+    "stories": ("byte", "--validation_fraction=0.2"),
+    "chats": ("byte", "--format=instructions", "--validation_fraction=0.1"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("num_tasks", [1, 3, 7])
+def test_merged_tasks_are_one_process_byte_for_byte(case, num_tasks, tmp_path, request):
+    folder, (tokenizer, *flags) = request.getfixturevalue(case), CASES[case]
+    run(folder, tmp_path / "one", *flags, tokenizer=tokenizer)
+    flags = [*flags, f"--num_tasks={num_tasks}"]
+    for index in reversed(range(num_tasks)):
+        run(folder, tmp_path / "all", *flags, f"--task_index={index}", tokenizer=tokenizer)
+    run(folder, tmp_path / "all", *flags, "--merge", tokenizer=tokenizer)
+    assert contents(tmp_path / "all") == contents(tmp_path / "one")
+    assert not (tmp_path / "all.parts").exists()
+
+
+@pytest.mark.parametrize("num_files", [1, 2])
+def test_a_single_article_is_told_of_by_the_merge_alone(num_files, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for number in range(num_files):
+        (tmp_path / "in" / f"{number}.txt").write_text("no title\n\nanywhere\n" * 99)
+    flags = ["--clean=wikitext", "--num_tasks=2"]
+    for index in range(2):
+        run(tmp_path / "in", tmp_path / "out", *flags, f"--task_index={index}")
+    assert "single article" not in capsys.readouterr().err
+    run(tmp_path / "in", tmp_path / "out", *flags, "--merge")
+    assert ("a single article in all files" in capsys.readouterr().err) == (num_files == 1)
+
+
+def test_a_task_that_was_killed_is_run_again_and_a_finished_one_is_left_alone(
+    many, tmp_path, capsys
+):
+    flags = ("--num_tasks=2", "--task_index=1")
+    part = tmp_path / "out.parts" / "part-00001-of-00002"
+    hidden = part.with_name(f".{part.name}.incomplete")
+    hidden.mkdir(parents=True)
+    (hidden / "tokens.bin").write_bytes(b"of one that was killed")
+    run(many, tmp_path / "out", *flags)
+    assert not hidden.exists()
+    before = {file: file.stat().st_mtime_ns for file in part.iterdir()}
+    capsys.readouterr()
+    run(many, tmp_path / "out", *flags)
+    assert "is there already" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in part.iterdir()} == before
+    with unfinished(part), pytest.raises(UserError, match="another prepare is writing it"):
+        run(many, tmp_path / "out", *flags, "--overwrite")
+
+
+def test_a_merge_names_the_parts_that_are_missing_and_writes_nothing(many, tmp_path):
+    run(many, tmp_path / "out", "--num_tasks=3", "--task_index=1")
+    with pytest.raises(UserError, match=r"lacks 2 of 3 parts.*--task_index of 0, 2"):
+        run(many, tmp_path / "out", "--num_tasks=3", "--merge")
+    assert sorted(os.listdir(tmp_path)) == ["many", "out.parts"]
+
+
+def test_parts_of_another_command_are_refused(many, tmp_path):
+    for index in (0, 1):
+        run(many, tmp_path / "out", "--num_tasks=2", f"--task_index={index}")
+    with (many / "e.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    with pytest.raises(UserError, match="made with another input; remove it"):
+        run(many, tmp_path / "out", "--num_tasks=2", "--task_index=0")
+    with pytest.raises(UserError, match="not of this command"):
+        run(many, tmp_path / "out", "--num_tasks=2", "--merge")
+    for index in (0, 1):
+        run(many, tmp_path / "out", "--num_tasks=2", f"--task_index={index}", "--overwrite")
+    tokens = tmp_path / "out.parts" / "part-00000-of-00002" / "tokens.bin"
+    os.truncate(tokens, tokens.stat().st_size - 2)
+    with pytest.raises(UserError, match="was cut short"):
+        run(many, tmp_path / "out", "--num_tasks=2", "--merge")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--task_index=0",), "need --num_tasks"),
+        (("--merge",), "need --num_tasks"),
+        (("--num_tasks=2",), "needs one of --task_index=0..1 and --merge"),
+        (("--num_tasks=2", "--task_index=0", "--merge"), "needs one of"),
+        (("--num_tasks=2", "--task_index=2"), "must lie in 0..1"),
+        (("--num_tasks=0", "--task_index=0"), "must be at least 1"),
+    ],
+)
+def test_wrong_numbers_are_refused(many, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        run(many, tmp_path / "out", *flags)
+    assert sorted(os.listdir(tmp_path)) == ["many"]
+
+
+def test_files_keep_their_order_and_are_shared_by_size(many):
+    files = sorted(many.iterdir())
+    shares = [[file.name for file in task.files] for task in share_out(files, 3)]
+    assert [name for share in shares for name in share] == [file.name for file in files]
+    assert shares[1] != [] != shares[2]

@@ -1,0 +1,92 @@
+"""Small Llamas of ours, and what the tests of weights in files share."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llamajax import sharding
+from llamajax.config.schema import MeshConfig, ModelConfig, RopeScaling
+from llamajax.formats.weights import open_weights
+from llamajax.models.abstract import abstract_model
+from llamajax.models.llama import Compute, Llama
+
+TOLERANCE = 1e-5  # largest difference over largest value: float32, sums in another order
+BASE = ModelConfig(
+    vocab_size=131,
+    hidden_size=24,
+    intermediate_size=44,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=6,
+    rope_theta=12_345.0,
+    norm_eps=3e-5,
+    tie_embeddings=False,
+    init_std=0.1,
+    max_seq_len=64,
+)
+LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16)
+COMPUTE = Compute(dtype=jnp.dtype("float32"), remat="none", attention="xla", loss_chunk_tokens=16)
+
+
+def random_model(config: ModelConfig, *, seed: int = 0) -> Llama:
+    """A model whose norm scales are no ones; padding rows are zero. NumPy's: nothing compiles."""
+    shapes = jax.eval_shape(lambda key: Llama(config, key), jax.random.key(0))
+    draw = np.random.default_rng(seed)
+
+    def one(weight: Any) -> Any:
+        mean = 1.0 if len(weight.axes) == 1 else 0.0
+        value = draw.normal(mean, config.init_std, weight.get_value().shape).astype(np.float32)
+        if weight.axes[0] == "V":
+            value[config.vocab_size :] = 0.0
+        return weight.replace(jnp.asarray(value))
+
+    return sharding.map_weights(one, shapes)
+
+
+def mesh(**axes: int) -> jax.sharding.Mesh:
+    config = MeshConfig(**axes)
+    count = int(np.prod([getattr(config, axis) for axis in sharding.AXES]))
+    return sharding.build_mesh(config, jax.devices()[:count])
+
+
+def load(path: Path, **axes: int) -> Llama:
+    """The model that `path` holds, on a mesh."""
+    weights = open_weights(path)
+    return weights.load(abstract_model(weights.model, mesh(**axes)))
+
+
+def logits(model: Llama, ids: np.ndarray) -> np.ndarray:
+    """Logits (B, T, V) of our model, wherever its weights are."""
+    whole = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), model)
+    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    batch = {"tokens": jnp.asarray(ids, jnp.int32), "positions": jnp.asarray(positions)}
+    return np.asarray(jax.jit(lambda m, b: m.logits(b, COMPUTE))(whole, batch))
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
+    """Equal shapes, and equal values to TOLERANCE of the largest."""
+    assert actual.shape == expected.shape
+    error = np.abs(actual - expected).max() / np.abs(expected).max()
+    assert error <= TOLERANCE, f"{error:.2e}"
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Bitwise equality of two models' weights, dtypes included."""
+    pairs = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
+    for (path, a), b in pairs:
+        a, b = np.asarray(a), np.asarray(b)
+        name = jax.tree_util.keystr(path)
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), name
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    """Change keys of a config.json; `...` removes one."""
+    file = directory / "config.json"
+    config = json.loads(file.read_text("utf-8")) | changes
+    config = {key: value for key, value in config.items() if value is not ...}
+    file.write_text(json.dumps(config), "utf-8")

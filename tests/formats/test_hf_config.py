@@ -1,0 +1,107 @@
+"""config.json of every age gives the architecture; what is another function is refused by name."""
+
+import dataclasses
+
+import pytest
+from llamas import BASE, LLAMA3
+
+from llamajax.formats.huggingface.hf_config import read_model_config, write_model_config
+
+SCALED = dataclasses.replace(BASE, rope_scaling=LLAMA3, tie_embeddings=True)
+ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+# As published up to transformers 4, and as transformers 5 writes it.
+OLD = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 131,
+    "hidden_size": 24,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "hidden_act": "silu",
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "rms_norm_eps": 3e-5,
+    "rope_theta": 12_345.0,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+NEW = {k: v for k, v in OLD.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")}
+NEW |= {"rope_parameters": {"rope_type": "default", "rope_theta": 12_345.0}, "dtype": "bfloat16"}
+
+
+def read(config, **changes):
+    merged = {k: v for k, v in (config | changes).items() if v is not ...}
+    return read_model_config(merged)
+
+
+@pytest.mark.parametrize("config", [OLD, NEW], ids=["old keys", "new keys"])
+def test_both_ages_are_read(config):
+    assert read(config) == (BASE, [])
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (OLD, {"rope_scaling": ROPE}),
+        (OLD, {"rope_scaling": ROPE | {"rope_type": None, "type": "llama3"}}),
+        (NEW, {"rope_parameters": ROPE | {"rope_theta": 12_345.0}}),
+    ],
+    ids=["rope_type", "type", "rope_parameters"],
+)  # fmt: skip
+def test_llama3_scaling_is_read(config, changes):
+    assert read(config, tie_word_embeddings=True, **changes) == (SCALED, [])
+
+
+def test_absent_keys_mean_what_transformers_takes():
+    absent = ("head_dim", "num_key_value_heads", "rope_theta", "tie_word_embeddings")
+    model, problems = read(OLD, **dict.fromkeys(absent, ...))
+    assert problems == []
+    wanted = dataclasses.replace(BASE, num_kv_heads=4, head_size=6, rope_theta=10_000.0)
+    assert model == wanted
+
+
+@pytest.mark.parametrize("model", [BASE, SCALED], ids=["plain", "scaled and tied"])
+@pytest.mark.parametrize(
+    "dropped",
+    [(), ("rope_parameters", "dtype"), ("rope_theta", "rope_scaling", "torch_dtype")],
+    ids=["both", "old keys", "new keys"],
+)
+def test_what_is_written_is_read_whole_or_by_either_half(model, dropped):
+    config = write_model_config(model, dtype="float32", ids={"bos_token_id": 1, "eos_token_id": 2})
+    assert (config["bos_token_id"], config["eos_token_id"], config["dtype"]) == (1, 2, "float32")
+    assert read(config, **dict.fromkeys(dropped, ...)) == (model, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "mistral"}, ["model_type 'mistral'"]),
+        ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification"]),
+        ({"hidden_act": "gelu"}, ["hidden_act 'gelu'"]),
+        ({"attention_bias": True, "mlp_bias": True}, ["attention_bias is", "mlp_bias is"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope type 'linear'"]),
+        ({"rope_scaling": ROPE | {"factor": None}}, ["llama3 without factor"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor 0.5"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config (gptq)"]),
+        ({"rms_norm_eps": ..., "vocab_size": ...}, ["rms_norm_eps is m", "vocab_size is m"]),
+        ({"num_key_value_heads": 3}, ["num_kv_heads = 3: must divide"]),
+        ({"hidden_size": "many"}, ["hidden_size"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)  # fmt: skip
+def test_what_is_not_ours_is_refused_by_name(changes, words):
+    model, problems = read(OLD, **changes)
+    assert model is None
+    assert len(problems) == len(words)
+    for word, problem in zip(words, sorted(problems), strict=True):
+        assert word in problem

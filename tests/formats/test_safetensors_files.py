@@ -1,0 +1,99 @@
+"""Our safetensors reader and writer beside the library's; every way a file can be damaged."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from llamajax.formats.huggingface.safetensors_files import (
+    DamagedFile,
+    read_header,
+    read_part,
+    write_file,
+)
+
+DRAW = np.random.default_rng(0)
+ARRAYS = {
+    name: DRAW.normal(size=shape).astype(dtype)
+    for name, shape, dtype in (
+        ("a", (7, 5), np.float32),
+        ("b", (3, 4, 2), ml_dtypes.bfloat16),
+        ("c", (6,), np.float16),
+        ("d", (0, 3), np.float32),
+    )
+}
+
+
+def bits(array):
+    return array.dtype, array.shape, array.tobytes()
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file(ARRAYS, path)
+    return path
+
+
+def test_the_librarys_files_are_read(file):
+    header = read_header(file)
+    assert set(header) == set(ARRAYS)
+    for name, array in ARRAYS.items():
+        assert bits(read_part(file, header[name], None)) == bits(array)
+
+
+@pytest.mark.parametrize("index", [(slice(2, 5), slice(0, 5)), (slice(1, 7), slice(2, 4))])
+def test_parts_are_read(file, index):
+    part = read_part(file, read_header(file)["a"], index)
+    np.testing.assert_array_equal(part, ARRAYS["a"][index])
+
+
+def test_the_library_reads_our_files(tmp_path):
+    path = tmp_path / "y.safetensors"
+    arrays = {"p": ARRAYS["b"], "q": ARRAYS["b"][:, ::2], "r": ARRAYS["b"][0]}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    write_file(path, shapes, np.dtype(ml_dtypes.bfloat16), iter(arrays.values()))
+    loaded = safetensors.numpy.load_file(path)
+    assert {n: bits(a) for n, a in loaded.items()} == {n: bits(a) for n, a in arrays.items()}
+
+
+def rewritten(file, change):
+    """The file with another header."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda h: h["a"].update(shape=[7, 6]), "for shape"),
+        (lambda h: h["a"].update(dtype="X9"), "unknown dtype X9"),
+        (lambda h: h["a"].update(h["b"]), "overlap"),
+        (lambda h: h["a"].pop("shape"), "not that of safetensors"),
+        (lambda h: h["a"].update(data_offsets=[10_000, 10_140]), "cut off"),
+    ],
+)  # fmt: skip
+def test_a_wrong_header_is_refused(file, change, words):
+    rewritten(file, change)
+    with pytest.raises(DamagedFile, match=words):
+        read_header(file)
+
+
+@pytest.mark.parametrize("size", [0, 5, 40, -1])
+def test_a_cut_file_is_refused(file, size):
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(DamagedFile, match="cut off"):
+        read_header(file)
+
+
+def test_a_file_that_shrinks_later_is_refused(file):
+    entry = read_header(file)["a"]
+    file.write_bytes(file.read_bytes()[: entry.offset + 8])
+    with pytest.raises(DamagedFile, match="ended while"):
+        read_part(file, entry, None)

@@ -1,0 +1,70 @@
+"""The command line of launch: what is refused, and what follows from the rest."""
+
+from pathlib import Path
+
+import pytest
+
+from llamajax.errors import UserError
+from llamajax.launch import main
+from llamajax.launching.launch_options import split_command
+
+
+def test_the_command_starts_after_the_first_dashes():
+    assert split_command(["--nodes=2", "--", "a", "--", "b"]) == (["--nodes=2"], ["a", "--", "b"])
+    assert split_command(["--nodes=2"]) == (["--nodes=2"], [])
+
+
+def test_every_mistake_is_named_at_once(tmp_path):
+    arguments = ["--processes_per_node=0", "--nodes=2", "--max_restarts=-1", "--timeout_s=0"]
+    with pytest.raises(UserError) as raised:
+        main([*arguments, f"--log_dir={tmp_path / 'logs'}"])
+    for words in (
+        "--processes_per_node=0: must be at least 1",
+        "--nodes=2 needs --node_rank, from 0 to 1",
+        "--nodes=2 needs --coordinator=HOST:PORT",
+        "--max_restarts=-1: must not be negative",
+        "--timeout_s=0: must be positive",
+        "no command: write it after --",
+    ):
+        assert words in str(raised.value)
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nodes=2", "--node_rank=2", "--coordinator=a:1"], "--node_rank=2: must be from 0"),
+        (["--nodes=2", "--node_rank=0", "--coordinator=a"], "--coordinator=a: is not HOST:PORT"),
+        (["--nodes=2", "--node_rank=0", "--coordinator=a:65535"], "a port below 65535"),
+        (["--nodez=2"], "--nodes"),
+        (["--max_restarts=many"], "--max_restarts=many"),
+    ],
+)
+def test_values_that_make_no_sense(arguments, words):
+    with pytest.raises(UserError, match=words):
+        main(["--processes_per_node=1", *arguments, "--", "true"])
+
+
+def test_a_program_that_is_not_there():
+    with pytest.raises(UserError, match="no-such-thing: there is no such program"):
+        main(["--processes_per_node=1", "--", "no-such-thing"])
+
+
+def test_logs_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--log_dir=.*: Not a directory"):
+        main(["--processes_per_node=1", f"--log_dir={tmp_path / 'file' / 'logs'}", "--", "true"])
+
+
+@pytest.mark.parametrize("named", ["--workdir={}", "--workdir {}"])
+def test_logs_go_to_the_workdir_of_the_command(tmp_path: Path, named):
+    command = ["sh", "-c", "true", *named.format(tmp_path).split()]
+    assert main(["--processes_per_node=1", "--", *command]) == 0
+    assert (tmp_path / "logs" / "worker_0.0.log").exists()
+
+
+def test_devices_that_cannot_be_shared_are_the_users_mistake(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    with pytest.raises(UserError, match="cannot be shared by 2 workers"):
+        main(["--processes_per_node=2", f"--log_dir={tmp_path}", "--", "true"])

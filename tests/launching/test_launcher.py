@@ -1,0 +1,371 @@
+"""A launcher of one node, with fake workers: codes, logs, restarts, signals, silence."""
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from llamajax import errors
+from llamajax.errors import UserError
+from llamajax.launching.launcher import Launcher
+from llamajax.launching.worker_logs import Echo
+from llamajax.launching.workers import culprit
+
+
+def log(tmp_path: Path, rank: int, attempt: int | None = None) -> str:
+    name = f"worker_{rank}.log" if attempt is None else f"worker_{rank}.{attempt}.log"
+    return (tmp_path / "logs" / name).read_text()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def signal_when(text: str, log: Path, *numbers: int) -> threading.Thread:
+    """Sends the signals to this process, which is the launcher, once `text` is in the log."""
+
+    def watch() -> None:
+        poll = threading.Event()
+        wanted = text
+        for number in numbers:
+            while not log.exists() or wanted not in log.read_text():
+                poll.wait(0.01)
+            os.kill(os.getpid(), number)
+            wanted = "got 15"  # the launcher passes every stop signal on as SIGTERM
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_all_finish(launched, tmp_path, capfdbinary):
+    lines = "print('place', rank, os.environ['LLAMAJAX_NUM_PROCESSES'])"
+    assert launched(lines, processes_per_node=3) == 0
+    assert [log(tmp_path, rank) for rank in range(3)] == [f"place {r} 3\n" for r in range(3)]
+    out, err = capfdbinary.readouterr()
+    assert out == b"place 0 3\n"  # worker 0 on the terminal, the others in their logs only
+    assert b"finished" in err
+
+
+def test_the_first_failure_ends_the_siblings_and_gives_its_code(launched, tmp_path, capfd):
+    lines = """
+print("pid", os.getpid(), flush=True)
+if rank == 1:
+    print("I give up", flush=True)
+    os._exit(7)
+wait_for_ever()"""
+    assert launched(lines) == 7
+    pid = int(re.search(r"pid (\d+)", log(tmp_path, 0)).group(1))
+    assert not is_running(pid)
+    err = capfd.readouterr().err
+    assert "worker 1 failed: code 7" in err
+    assert "  | I give up" in err
+
+
+def test_children_of_workers_end_as_well(launched, tmp_path):
+    lines = """
+siblings_log = Path(os.readlink("/proc/self/fd/1")).with_name("worker_0.0.log")
+if rank == 1:
+    while "child" not in siblings_log.read_text():
+        pass
+    os._exit(7)
+child = os.fork()
+if child:
+    print("child", child, flush=True)
+wait_for_ever()"""
+    assert launched(lines) == 7
+    child = int(re.search(r"child (\d+)", log(tmp_path, 0)).group(1))
+    poll = threading.Event()
+    for _ in range(1000):  # it was killed; the kernel may take a moment
+        if not is_running(child):
+            return
+        poll.wait(0.01)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("a worker's child outlived the launch")
+
+
+def test_failures_are_restarted_and_every_log_is_kept(launched, tmp_path, capfd):
+    lines = "print('attempt', attempt, flush=True)\nif attempt < 2 and rank == 1: os._exit(1)"
+    assert launched(lines, max_restarts=3) == 0
+    kept = sorted(p.name for p in (tmp_path / "logs").glob("worker_1.*.log"))
+    assert kept == ["worker_1.0.log", "worker_1.1.log", "worker_1.2.log"]
+    assert log(tmp_path, 1) == log(tmp_path, 1, 2) == "attempt 2\n"
+    assert "restart 2 of 3" in capfd.readouterr().err
+
+
+def test_restarts_are_counted(launched, tmp_path):
+    assert launched("os._exit(5)", max_restarts=2) == 5
+    assert len(list((tmp_path / "logs").glob("worker_0.*.log"))) == 3
+
+
+def test_a_mistake_of_the_users_is_not_restarted(launched, tmp_path):
+    assert launched("print('error: no such key', flush=True); os._exit(2)", max_restarts=5) == 2
+    assert len(list((tmp_path / "logs").glob("worker_0.*.log"))) == 1
+
+
+# Attempt n starts at checkpoint n, completes the next one, and fails.
+_SAVES = """
+pipe = os.environ["LLAMAJAX_CHECKPOINTS"].partition(":")[0]
+if rank == 0:
+    os.write(int(pipe), b"%d\\n%d\\n" % (attempt, attempt + 1))
+"""
+
+
+def test_a_launch_goes_on_as_long_as_its_attempts_make_progress(launched, tmp_path, capfd):
+    lines = _SAVES + "os._exit(1 if attempt < 4 else 0)"
+    assert launched(lines, processes_per_node=1, max_restarts=1) == 0
+    assert len(list((tmp_path / "logs").glob("worker_0.*.log"))) == 5
+    assert capfd.readouterr().err.count("this failure does not count") == 4
+
+
+def test_a_run_that_a_guard_stopped_is_not_started_again(launched, tmp_path, capfd):
+    assert launched(_SAVES + "os._exit(79)", max_restarts=5) == 79
+    assert len(list((tmp_path / "logs").glob("worker_0.*.log"))) == 1
+    assert "not started again: after code 79 that would not help" in capfd.readouterr().err
+
+
+def test_what_passes_is_started_again(launched, tmp_path):
+    assert launched("os._exit(75 if attempt == 0 else 0)", max_restarts=1) == 0
+    assert len(list((tmp_path / "logs").glob("worker_0.*.log"))) == 2
+
+
+def test_an_earlier_launchs_logs_stay(launched, tmp_path):
+    assert launched("print('first')") == 0
+    assert launched("print('second', attempt)") == 0
+    assert log(tmp_path, 0, 0) == "first\n"
+    assert log(tmp_path, 0, 1) == "second 1\n"
+
+
+def test_a_killed_worker_is_named(launched, capfd):
+    lines = "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\nwait_for_ever()"
+    assert launched(lines) == 137
+    assert "worker 1 was killed by SIGKILL" in capfd.readouterr().err
+
+
+def test_not_the_worker_is_blamed_that_aborts_for_the_loss_of_another():
+    assert culprit({0: -signal.SIGABRT, 2: -signal.SIGKILL, 3: 1}) == 2
+    assert culprit({0: -signal.SIGABRT, 1: -signal.SIGABRT}) == 0
+    assert culprit({0: 1, 1: 79}) == 1  # the others of a stopped run may see it leave
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
+def test_a_signal_is_forwarded_once_and_ends_in_143(launched, tmp_path, number):
+    lines = """
+count = 0
+def stop(*_):
+    global count
+    count += 1
+    print("saved", count, flush=True)
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+signal.pause()
+signal.setitimer(signal.ITIMER_REAL, 0.3)  # time for a second one, which must not come
+signal.signal(signal.SIGALRM, lambda *_: os._exit(143))
+wait_for_ever()"""
+    # what a shell starts in the background ignores Ctrl-C, and the launcher would leave it so
+    before = signal.signal(number, signal.SIG_DFL)
+    thread = signal_when("ready", tmp_path / "logs" / "worker_0.log", number)
+    try:
+        assert launched(lines, processes_per_node=1, max_restarts=3) == 143
+    finally:
+        signal.signal(number, before)
+    thread.join()
+    assert log(tmp_path, 0) == "ready\nsaved 1\n"
+
+
+def test_workers_are_told_to_stop_once_however_many_say_so(monkeypatch):
+    """Two SIGTERMs at once are one to the kernel, but not always: a worker may count them."""
+    sent: list[int] = []
+    wire = SimpleNamespace(say=lambda message: None)
+    monkeypatch.setattr(errors, "say", lambda text: sent.append(0))
+    launcher = Launcher(SimpleNamespace(), wire, lifeline=0, reports=(0, 0))
+    launcher._team = SimpleNamespace(send=sent.append)
+    assert launcher._stop(bytes([signal.SIGTERM])) is None
+    launcher._obey({"order": "stop"})
+    launcher._obey({"order": "stop"})
+    assert sent == [signal.SIGTERM, 0]  # and before a word, which a terminal may hold up
+
+
+@pytest.mark.parametrize("where", [">/dev/full 2>&1", ">&- 2>&-", "2>&1 | head -n 1"])
+def test_a_launch_whose_output_nobody_takes_ends_as_it_would(launch_command, tmp_path, where):
+    lines = "print('x' * 99_999, flush=True)\nos._exit(5 if attempt == 0 else 0)"
+    script = f'set -o pipefail; "$@" {where}'
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *launch_command(lines)], stdout=subprocess.DEVNULL
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "worker_0.1.log").exists()
+
+
+_REMOVES_ITS_LOGS = """
+import shutil
+folder = Path(os.readlink("/proc/self/fd/1")).parent
+if attempt == 0:
+    print("ready", flush=True)
+    shutil.rmtree(folder)
+    %s
+    print("last words", flush=True)
+    os._exit(5)
+print("second attempt", flush=True)
+"""
+
+
+@pytest.mark.parametrize("then", ["pass", "folder.write_text('in the way')"])
+def test_a_log_folder_that_vanishes_ends_nothing(launched, tmp_path, capfd, then):
+    """It is made again; where it cannot be, the attempt runs without one."""
+    lines = _REMOVES_ITS_LOGS % then
+    assert launched(lines, processes_per_node=1, max_restarts=1) == 0
+    out, err = capfd.readouterr()
+    assert out.endswith("last words\nsecond attempt\n")
+    assert "  | last words" in err
+    assert ("cannot be written" in err) == (then != "pass")
+    if then == "pass":
+        assert "second attempt" in log(tmp_path, 0)
+
+
+def test_a_file_system_without_links_costs_the_short_name_only(launched, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    assert launched("print('x')", processes_per_node=1) == 0
+    assert log(tmp_path, 0, 0) == "x\n"
+
+
+def test_a_log_folder_that_cannot_be_written_is_refused_at_the_start(launched, tmp_path):
+    (tmp_path / "logs").write_text("a file")
+    with pytest.raises(UserError, match="choose a directory that can be written"):
+        launched("print('x')")
+
+
+def test_sigusr1_asks_for_stacks_and_ends_nobody(launched, tmp_path):
+    """Worker 1 does not catch it, as a program of somebody else's: it is not sent there."""
+    lines = """
+import faulthandler
+def where_it_is():
+    while "where_it_is" not in own.with_name("worker_0.0.log").read_text():
+        pass
+own = Path(os.readlink("/proc/self/fd/1"))
+if rank == 0:
+    faulthandler.register(signal.SIGUSR1)
+    while not own.with_name("worker_1.0.log").exists():
+        pass
+    print("ready", flush=True)
+where_it_is()"""
+    thread = signal_when("ready", tmp_path / "logs" / "worker_0.0.log", signal.SIGUSR1)
+    assert launched(lines) == 0
+    thread.join()
+    assert log(tmp_path, 1) == ""
+
+
+def test_an_echo_never_waits_for_its_reader(tmp_path):
+    """The log keeps what a pipe has no room for; it is shown once the reader goes on."""
+    text = "".join(f"line {i}\n" for i in range(50_000)).encode()
+    (tmp_path / "log").write_bytes(text)
+    reading, writing = os.pipe()
+    log = os.open(tmp_path / "log", os.O_RDONLY)
+    echo = Echo(log, writing)
+    echo.copy()
+    seen = b""
+    while len(seen) < len(text):
+        seen += os.read(reading, 1 << 20)
+        echo.copy()
+    assert seen == text
+    os.close(reading)
+    (tmp_path / "log").write_bytes(text + b"more")
+    echo.copy()
+    os.close(writing)
+    os.close(log)
+
+
+def test_a_second_hang_up_lets_the_workers_save(launched, tmp_path):
+    """A lost terminal sends two: one from the shell, one from the kernel."""
+    lines = """
+def leave(*_):
+    print("saved", flush=True)
+    os._exit(143)
+def save(*_):
+    print("got 15", flush=True)
+    signal.signal(signal.SIGALRM, leave)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+wait_for_ever()"""
+    log0 = tmp_path / "logs" / "worker_0.log"
+    thread = signal_when("ready", log0, signal.SIGHUP, signal.SIGHUP)
+    assert launched(lines, processes_per_node=1) == 143
+    thread.join()
+    assert log(tmp_path, 0) == "ready\ngot 15\nsaved\n"
+
+
+def test_a_second_ctrl_c_ends_workers_that_do_not_listen(launched, tmp_path):
+    lines = """
+signal.signal(signal.SIGTERM, lambda *_: print("got 15", flush=True))
+print("ready", flush=True)
+wait_for_ever()"""
+    log0 = tmp_path / "logs" / "worker_0.log"
+    thread = signal_when("ready", log0, signal.SIGTERM, signal.SIGINT)
+    # The watcher waits for the worker's word between the two.
+    assert launched(lines, processes_per_node=1) == 143
+    thread.join()
+
+
+def test_a_worker_that_stopped_by_itself_stops_the_others(launched, tmp_path):
+    lines = """
+if rank == 1:
+    os._exit(143)
+signal.signal(signal.SIGTERM, lambda *_: (print("told", flush=True), os._exit(143)))
+print("x", flush=True)
+wait_for_ever()"""
+    assert launched(lines, max_restarts=3) == 143
+    assert len(list((tmp_path / "logs").glob("worker_1.*.log"))) == 1
+
+
+def test_a_worker_killed_by_somebodys_sigterm_is_a_failure(launched, tmp_path):
+    lines = "if rank == 1 and attempt == 0: os.kill(os.getpid(), signal.SIGTERM)\n"
+    lines += "if attempt == 0: wait_for_ever()"
+    assert launched(lines, max_restarts=1) == 0
+    assert (tmp_path / "logs" / "worker_1.1.log").exists()
+
+
+def test_silence_is_a_failure_and_the_stacks_are_in_the_log(launched, tmp_path, capfd):
+    lines = """
+import faulthandler
+faulthandler.register(signal.SIGUSR1)
+def where_it_hangs():
+    wait_for_ever()
+if attempt == 0:
+    where_it_hangs()"""
+    assert launched(lines, max_restarts=1, timeout_s=4.0) == 0
+    assert "no progress within 4 s" in capfd.readouterr().err
+    assert "where_it_hangs" in log(tmp_path, 0, 0)
+
+
+def test_without_restarts_silence_ends_with_a_code_of_its_own(launched):
+    assert launched("wait_for_ever()", timeout_s=0.5) == 124
+
+
+def test_a_worker_that_shows_itself_alive_is_left_alone(launched):
+    """It never prints; it runs twice as long as the limit."""
+    lines = """
+import time
+for _ in range(50):
+    os.utime(2)
+    time.sleep(0.1)"""
+    assert launched(lines, processes_per_node=1, timeout_s=2.5) == 0
+
+
+def test_the_environment_survives_and_ports_differ_between_attempts(launched, tmp_path):
+    lines = "print(os.environ['LLAMAJAX_COORDINATOR'], flush=True)\nos._exit(1)"
+    launched(lines, max_restarts=1)
+    assert log(tmp_path, 0, 0) == log(tmp_path, 1, 0)
+    assert re.fullmatch(r"127\.0\.0\.1:\d+\n", log(tmp_path, 0, 0))

@@ -1,0 +1,105 @@
+"""Several launchers, started by hand as on several nodes: they start, fail and stop together."""
+
+import os
+import re
+import signal
+
+from llamajax.launching.worker_logs import log_path
+
+PLACE = "print(rank, os.environ['LLAMAJAX_NUM_PROCESSES'], os.environ['LLAMAJAX_COORDINATOR'])\n"
+WAIT = "print(os.getpid(), os.getppid(), flush=True)\nif attempt == {}: wait_for_ever()"
+
+
+def test_ranks_go_over_the_nodes_and_all_finish(start_node, free_ports):
+    second, first = (start_node(rank, PLACE) for rank in (1, 0))
+    assert (first.wait()[0], second.wait()[0]) == (0, 0)
+    for node, rank in ((first, 0), (first, 1), (second, 2), (second, 3)):
+        assert node.log(rank, 0) == f"{rank} 4 127.0.0.1:{free_ports}\n"
+
+
+def test_nodes_agree_on_the_attempt_and_a_failure_restarts_all(start_node, tmp_path):
+    """Node 1 has logs of three earlier attempts, node 0 of none."""
+    earlier = tmp_path / "logs_1"
+    earlier.mkdir()
+    for attempt in range(3):
+        log_path(earlier, 3, attempt).write_text("earlier\n")
+    lines = "print('attempt', attempt, flush=True)\n"
+    lines += "if attempt == 3 and rank == 3: os._exit(9)\nif attempt == 3: wait_for_ever()"
+    first, second = (start_node(rank, lines) for rank in (0, 1))
+    (code, text), (other, _) = first.wait(), second.wait()
+    assert (code, other) == (0, 0), text
+    assert "worker 3 failed: code 9 (node 1)" in text
+    assert [node.log(rank, 4) for node, rank in ((first, 0), (second, 3))] == ["attempt 4\n"] * 2
+    assert not log_path(first.logs, 0, 2).exists()
+
+
+def test_all_nodes_leave_with_the_culprits_code(start_node):
+    lines = "if rank == 2: os._exit(6)\nwait_for_ever()"
+    first, second = (start_node(rank, lines, "--max_restarts=1") for rank in (0, 1))
+    assert (first.wait()[0], second.wait()[0]) == (6, 6)
+
+
+def test_a_signal_to_one_node_stops_all(start_node):
+    first, second = (start_node(rank, WAIT.format(0)) for rank in (0, 1))
+    assert first.log(0, 0)
+    assert second.log(3, 0)
+    os.kill(second.process.pid, signal.SIGTERM)
+    assert (first.wait()[0], second.wait()[0]) == (143, 143)
+
+
+def test_a_node_that_dies_and_comes_back_takes_part_again(start_node):
+    lines = WAIT.format(0)
+    first, second = (start_node(rank, lines) for rank in (0, 1))
+    assert first.log(0, 0)
+    assert second.log(3, 0)
+    second.process.kill()
+    again = start_node(1, lines)  # its logs number on: this is attempt 1
+    (code, text), (other, _) = first.wait(), again.wait()
+    assert (code, other) == (0, 0), text
+    assert "the launcher of node 1 is gone" in text
+
+
+def test_node_0_may_come_back_as_well(start_node):
+    lines = WAIT.format(0)
+    first, second = (start_node(rank, lines) for rank in (0, 1))
+    assert first.log(0, 0)
+    assert second.log(3, 0)
+    first.process.kill()
+    again = start_node(0, lines)
+    (code, text), (other, said) = again.wait(), second.wait()
+    assert (code, other) == (0, 0), text + said
+    assert "the launcher of node 0 is gone" in said
+
+
+def test_a_missing_node_is_named(start_node):
+    first = start_node(0, PLACE, "--timeout_s=2", nodes_in_all=3)
+    third = start_node(2, PLACE, nodes_in_all=3)
+    for code, text in (first.wait(), third.wait()):
+        assert code == 75
+        assert "missing: node 1" in text
+
+
+def test_a_missing_node_0_is_named(start_node, free_ports):
+    code, text = start_node(1, PLACE, "--timeout_s=1").wait()
+    assert code == 75
+    assert f"no launcher of node 0 at 127.0.0.1:{free_ports + 1}" in text
+
+
+def test_nodes_that_contradict_each_other_are_refused(start_node):
+    first, second = start_node(0, PLACE), start_node(1, PLACE, nodes_in_all=3)
+    for code, text in (first.wait(), second.wait()):
+        assert code == 2
+        assert re.search(r"node 1 was launched with --nodes=3 .* --nodes=2", text)
+
+
+def test_a_second_launcher_of_a_node_is_refused_and_harms_nobody(start_node, tmp_path):
+    lines = "print('x', flush=True)\nsignal.signal(signal.SIGTERM, lambda *_: os._exit(143))\n"
+    lines += "wait_for_ever()"
+    first, second = (start_node(rank, lines) for rank in (0, 1))
+    assert first.log(0, 0)
+    code, text = start_node(1, lines).wait()
+    assert code == 2
+    assert "already" in text
+    assert first.process.poll() is None
+    os.kill(first.process.pid, signal.SIGTERM)
+    assert (first.wait()[0], second.wait()[0]) == (143, 143)

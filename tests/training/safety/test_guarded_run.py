@@ -1,0 +1,263 @@
+"""Whole runs with weights that are NaN for one rare byte: skipped, rolled back, stopped, replayed.
+
+On fsdp 4 x tensor 2, in two microbatches. Each batch with that byte in it gives NaN, no other does.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from llamajax import data
+from llamajax.checkpoint import open_checkpoint, restore_state
+from llamajax.config.schema import BackendConfig
+from llamajax.convert import main as convert
+from llamajax.data.batches import make_batch
+from llamajax.errors import UserError
+from llamajax.formats.huggingface import hf_read
+from llamajax.monitoring import load_metrics
+from llamajax.monitoring.blackbox import boxes, read_box
+from llamajax.monitoring.metrics import MEASURED, encode_row
+from llamajax.prepare import main as prepare
+from llamajax.replaying.replay_step import Request, replay
+from llamajax.training import run as run_module
+from llamajax.training.safety.rollback import target
+
+RARE = ord("Z")
+STEPS = 12
+COMMON = {"train__steps": STEPS, "checkpoint__every_steps": 1, "checkpoint__keep": 99}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """The runs differ in what the host does: each program is compiled once for all of them."""
+    compiled, compile_steps = {}, run_module.compile_steps
+
+    def steps(session, feed, state):
+        guard = session.config.guard
+        key = (guard.nonfinite == "off", guard.spike_window)
+        if key not in compiled:
+            compiled[key] = compile_steps(session, feed, state)
+        return compiled[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "compile_steps", steps)
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Text in which few samples have the rare byte."""
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = [f"line {i} {'of a small corpus ' * (i % 5)}{'Z' * (i % 43 == 7)}" for i in range(400)]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
+    arguments = [f"--input={folder / 'a.jsonl'}", "--tokenizer=byte", "--workers=1"]
+    prepare([*arguments, f"--output={folder / 'data'}", "--validation_fraction=0"])
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def guarded(corpus, short_config, short_run, tmp_path_factory):
+    """Runs `train` on the poisoned weights; `hit`: the steps whose batches have the rare byte."""
+    folder = tmp_path_factory.mktemp("weights")
+    fixed = COMMON | {"data__path": str(corpus), "train__accumulation_steps": 2}
+    assert short_run(folder / "run", stop_after=1, **fixed) == 143
+    convert([f"--from={folder / 'run'}", f"--to={folder / 'hf'}", "--dtype=float32"])
+    (file,) = (folder / "hf").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][RARE] = np.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.MonkeyPatch.context() as patch:  # such weights of others are refused
+        patch.setattr(hf_read, "check_finite", lambda *_: None)
+        origin = {"train__init_from": str(folder / "hf")}
+        assert short_run(folder / "poisoned", stop_after=1, **fixed | origin) == 143
+    fixed["train__init_from"] = str(folder / "poisoned")
+
+    def run(workdir, **options) -> int:
+        return short_run(workdir, **fixed | options)
+
+    run.hit = _hit(short_config(**fixed))
+    return run
+
+
+def _hit(config) -> list[int]:
+    mixture = data.open_mixture(config.data, split="train", vocab_size=config.model.vocab_size)
+    batch, length = config.data.global_batch_size, config.data.seq_len
+    place = data.Position.start(batch_size=batch, seq_len=length, mixture_hash=mixture.hash)
+    found = []
+    for step in range(1, STEPS + 9):
+        ids = data.sample_ids(mixture, place, step - 1)
+        samples = [mixture.locate(int(i), length) for i in ids]
+        tokens = make_batch(samples, length, mask_documents=True)["tokens"]
+        found += [step] * bool((tokens == RARE).any())
+    return found
+
+
+@pytest.fixture(scope="module")
+def skipping(guarded, tmp_path_factory):
+    """A run that skips and goes on."""
+    workdir = tmp_path_factory.mktemp("skipping")
+    assert guarded(workdir, guard__max_in_a_row=None) == 0
+    return workdir
+
+
+def rows(workdir):
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in load_metrics(workdir)]
+
+
+def same(one, other) -> bool:
+    return json.dumps(one) == json.dumps(other)  # NaN equals NaN there
+
+
+def arrays(workdir, step):
+    directory = workdir / "checkpoints" / str(step)
+    checkpoint = open_checkpoint(directory)
+    found = restore_state(checkpoint, checkpoint.arrays)
+    return {name: np.asarray(value) for name, value in found.items()}
+
+
+def asked(workdir, step, **options):
+    backend = BackendConfig()
+    given = {"workdir": workdir, "step": step, "box": None, "mesh": None, "backend": backend}
+    return replay(Request(**given | options))
+
+
+def test_a_skipped_update_leaves_weights_and_moments_bit_for_bit(skipping, guarded):
+    hit = [step for step in guarded.hit if step <= STEPS]
+    found = rows(skipping)
+    assert 2 <= len(hit) < STEPS
+    assert [row["step"] for row in found if "update_skipped" in row] == hit
+    assert [row["skipped_updates"] for row in found] == [
+        sum(h <= n for h in hit) for n in range(1, STEPS + 1)
+    ]
+    step = next(h for h in hit if h > 1)
+    before, after = arrays(skipping, step - 1), arrays(skipping, step)
+    changed = {n for n in after if before[n].tobytes() != after[n].tobytes()}
+    assert changed == {"step", "guard/skipped", "guard/in_a_row"}
+    last = arrays(skipping, STEPS)
+    counts = [int(v) for n, v in last.items() if n.startswith("opt_state") and not v.ndim]
+    applied = [n for n in range(1, STEPS + 1) if n not in hit]
+    # Adam counts its own updates; the schedule follows the batches.
+    assert sorted(counts) == [len(applied), applied[-1]]
+    assert int(last["step"]) == STEPS
+
+
+def test_a_box_names_the_samples_of_a_skipped_step(skipping, guarded):
+    step = [h for h in guarded.hit if h <= STEPS][-1]
+    box = next(file for file in boxes(skipping) if file.name == f"{step}_skip.jsonl")
+    head, steps = read_box(box)
+    assert len(head["sample_ids"]) == 8
+    assert np.isnan(steps[-1]["loss"])
+    assert steps[-1]["step"] == step
+    norms = [value for name, value in steps[-2].items() if name.startswith("norm/")]
+    assert np.sqrt(np.sum(np.square(norms))) == pytest.approx(steps[-2]["grad_norm"], rel=1e-5)
+
+
+def test_a_run_that_was_stopped_in_a_stretch_of_skips_is_the_same_run(skipping, guarded, tmp_path):
+    first = guarded.hit[0]
+    assert guarded(tmp_path, guard__max_in_a_row=None, stop_after=first) == 143
+    assert guarded(tmp_path, guard__max_in_a_row=None) == 0
+    assert same(rows(tmp_path), rows(skipping))
+
+
+@pytest.mark.slow
+def test_a_run_that_begins_without_a_guard_goes_on_with_one_and_with_another_window(
+    guarded, tmp_path
+):
+    assert guarded(tmp_path, stop_after=1, guard__nonfinite="off") == 143
+    assert not any(n.startswith("guard/") for n in arrays(tmp_path, 1))
+    assert guarded(tmp_path, stop_after=1, guard__spike_window=16) == 143
+    assert arrays(tmp_path, 2)["guard/loss_W"].shape == (16,)
+    assert guarded(tmp_path, stop_after=1) == 143
+    assert arrays(tmp_path, 3)["guard/loss_W"].shape == (128,)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
+
+
+def test_a_rollback_leaves_the_data_out_and_outlives_a_kill(guarded, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    first = guarded.hit[0]
+    options = {"guard__max_in_a_row": 1, "guard__max_rollbacks": 99}
+    assert guarded(one, **options) == 0
+    found = rows(one)
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    assert all(row["skipped_updates"] == 0 and np.isfinite(row["loss"]) for row in found)
+    entry = json.loads((one / "audit.jsonl").read_text().split("\n")[1])
+    assert (entry["at_step"], entry["to_step"]) == (first, first - 1)
+    assert entry["segment"]["first_sample"] == first * 8
+    # Killed right after the audit's line: checkpoints from before it that hold later steps are
+    # still there. Here that is the run that did not roll back at all.
+    assert guarded(two, guard__max_in_a_row=None, stop_after=first) == 143
+    line = (one / "audit.jsonl").read_text().split("\n")[1]
+    (two / "audit.jsonl").write_text(f"\n{line}\n\n" + line[:40])
+    assert guarded(two, **options) == 0
+    assert same(rows(two), found)
+
+
+@pytest.mark.parametrize(
+    ("steps", "wanted"), [([2, 4, 6], 4), ([5, 6], 5), ([6, 7, 8], 6), ([], None)]
+)
+def test_a_rollback_goes_to_a_checkpoint_with_the_weights_from_before(steps, wanted):
+    """Step 6 is the first that was left out; a long stretch may outlast all that were kept."""
+    assert target(steps, 6) == wanted
+
+
+def test_rollbacks_to_one_checkpoint_end_and_a_stop_has_its_own_code(guarded, tmp_path, capsys):
+    first = guarded.hit[0]
+    options = {"guard__max_in_a_row": 1, "guard__max_rollbacks": 0}
+    assert guarded(tmp_path / "a", **options) == 79
+    assert "the run has gone back to" in capsys.readouterr().err
+    for name, options in {
+        "b": {"guard__nonfinite": "stop"},
+        "c": {"guard__max_in_a_row": 1, "guard__then": "stop"},
+    }.items():
+        assert guarded(tmp_path / name, **options) == 79
+        error = capsys.readouterr().err
+        assert f"step {first}" in error
+        assert "llamajax.replay" in error
+        assert [row["step"] for row in rows(tmp_path / name)][-1] == first
+
+
+def test_replay_names_the_weight_the_samples_and_the_documents(skipping, guarded):
+    step = [h for h in guarded.hit if h <= STEPS][-1]
+    found = asked(skipping, step)
+    told = found.to_json()
+    assert told["verdict"] == "numerics"
+    assert (told["repeats"], told["matches_record"], told["same_machine"]) == (True, True, True)
+    assert told["nonfinite_weights"] == {"embedding": [RARE]}
+    assert told["first_nonfinite"]["tensor"] == "embedded tokens"
+    assert "Z" in told["documents"][0]["text"]
+    assert told["documents"][0]["loss"] == "nan"
+    assert told["documents"][0]["sample_id"] in told["first_nonfinite"]["samples"]
+    assert json.dumps(told, allow_nan=False)
+    assert any("'Z'" in line for line in found.lines())
+
+
+def test_replay_tells_a_step_that_is_not_as_recorded(skipping, guarded, tmp_path):
+    step, later = [n for n in range(2, STEPS) if n not in guarded.hit][:2]
+    shutil.copytree(skipping, tmp_path / "run")
+    workdir = tmp_path / "run"
+    shutil.rmtree(workdir / "blackbox")
+    lines = load_metrics(workdir)
+    loss = np.nextafter(np.float32(lines[step - 1]["loss"]), np.float32(9))
+    lines[step - 1]["loss"] = float(loss)  # the last bit
+    (workdir / "metrics.jsonl").write_text("".join(f"{encode_row(row)}\n" for row in lines))
+    wrong = asked(workdir, step).to_json()
+    assert (wrong["verdict"], wrong["repeats"]) == ("hardware", True)
+    for n in range(step, later):
+        shutil.rmtree(workdir / "checkpoints" / str(n))
+    right = asked(workdir, later).to_json()
+    assert (right["verdict"], right["matches_record"]) == ("unremarkable", True)
+    assert f"step {step}: loss" in right["first_difference"]
+
+
+def test_replay_refuses_what_it_cannot_do(skipping, tmp_path):
+    for options, message in (
+        ({"step": STEPS + 1}, f"has made steps 1 to {STEPS}"),
+        ({"workdir": tmp_path}, "there is no run in it"),
+        ({"box": skipping / "metrics.jsonl"}, "cannot be read"),
+        ({"mesh": "fsdp=3"}, "mesh"),
+    ):
+        with pytest.raises(UserError, match=message):
+            asked(**{"workdir": skipping, "step": 2} | options)
