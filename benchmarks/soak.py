@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from llamajax.monitoring.row_comparison import largest_difference, values
+from llamajax.monitoring.row_comparison import largest_difference, logged_values
 from llamajax.proving.trial import last_step
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -239,7 +239,7 @@ def main() -> int:
     rng = random.Random(arguments.seed)
     hit = soak(run, faults=arguments.faults, rng=rng, steps=steps)
     code = run.finish()
-    difference = largest_difference(values(undisturbed.workdir), values(run.workdir))
+    difference = largest_difference(logged_values(undisturbed.workdir), logged_values(run.workdir))
     same = code == 0 and difference is None
     words = "all logged values are those of the undisturbed run" if same else f"{difference}"
     early = f" (the run ended before all {arguments.faults})" * (hit.total() < arguments.faults)

@@ -65,22 +65,18 @@ def main(argv: list[str]) -> int:
     backend = backend_config(flags)
     # JAX takes seconds to import: --help and mistakes are answered without it.
     from llamajax.backends.stored_verdict import NOT_READY
-    from llamajax.conformance import page
-    from llamajax.conformance import printed_findings as output
-    from llamajax.conformance.examination import Examination
-    from llamajax.conformance.table import chosen
-    from llamajax.conformance.verdict import verdict_on
+    from llamajax.conformance import doctor_output as output
+    from llamajax.conformance.probe_runner import ProbeRunner
+    from llamajax.conformance.probe_table import chosen, verdict_on
 
     live = output.Live()
     begun = time.monotonic()
-    examination = Examination(
-        backend=backend, limit_s=flags.timeout_s, show=live.show, begin=live.begin
-    )
-    examination.run(chosen(flags.only))
+    runner = ProbeRunner(backend=backend, limit_s=flags.timeout_s, show=live.show, begin=live.begin)
+    runner.run(chosen(flags.only))
     total_s = time.monotonic() - begun
-    machine = examination.machine
+    machine = runner.machine
     num_devices = None if machine is None else machine["num_devices"]
-    verdict = verdict_on(machine, examination.outcomes, asked_for=backend.name)
+    verdict = verdict_on(machine, runner.outcomes, asked_for=backend.name)
     partial = flags.only is not None
     print(output.to_text(verdict, num_devices=num_devices, total_s=total_s, partial=partial))
     if machine is not None and not partial:
@@ -88,7 +84,7 @@ def main(argv: list[str]) -> int:
     if flags.json:
         _write("json", flags.json, json.dumps(verdict.to_json(), indent=1))
     if flags.html:
-        _write("html", flags.html, page.to_html(verdict, machine=machine, total_s=total_s))
+        _write("html", flags.html, output.to_html(verdict, machine=machine, total_s=total_s))
     return int(verdict.verdict == NOT_READY)
 
 

@@ -107,7 +107,7 @@ def main(argv: list[str]) -> int:
     check(request)
     # JAX takes seconds to import: --help and mistakes are answered without it.
     from llamajax.evaluation.evaluator import evaluate
-    from llamajax.monitoring.metrics import encode_row
+    from llamajax.monitoring.jsonl import encode_row
 
     print(encode_row(evaluate(request)), flush=True)
     return 0

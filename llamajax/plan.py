@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     # JAX takes seconds to import: --help and mistakes are answered without it.
     from llamajax import backends
     from llamajax.planning import printed_plan as output
-    from llamajax.planning.plan import make_plan
+    from llamajax.planning.planner import make_plan
     from llamajax.planning.search import search
 
     target = backends.absent_devices(flags.devices, flags.config.backend)

@@ -7,7 +7,7 @@ example:
 import argparse
 from pathlib import Path
 
-from llamajax.monitoring.report.writing import write_report
+from llamajax.monitoring.report.run_report import write_report
 from llamajax.verbs import run_verb
 
 

@@ -21,7 +21,7 @@ class Difference:
     what: str
 
 
-def values(workdir: Path) -> dict[tuple[int, str], Any]:
+def logged_values(workdir: Path) -> dict[tuple[int, str], Any]:
     """All that a run logged apart from times, by step and name."""
     return {
         (row["step"], name): value

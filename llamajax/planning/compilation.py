@@ -20,14 +20,14 @@ from llamajax import optim, sharding
 from llamajax.backends import Target
 from llamajax.backends.platforms import platform_facts
 from llamajax.config import RunConfig
-from llamajax.planning.groups import (
+from llamajax.planning.hlo import (
     axes_of_groups,
+    collectives,
     device_groups,
     sent_bytes,
     slice_groups,
     slow_share,
 )
-from llamajax.planning.program import collectives
 from llamajax.training.feed import abstract_batch
 from llamajax.training.session import check_mesh, how_to_compute, layout_of
 from llamajax.training.state import TrainState, abstract_state

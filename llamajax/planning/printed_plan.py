@@ -9,7 +9,7 @@ from llamajax.backends.platforms import platform_facts
 from llamajax.models.counts import num_parameters
 from llamajax.monitoring.progress import format_count
 from llamajax.planning.compilation import node_of
-from llamajax.planning.plan import Plan
+from llamajax.planning.planner import Plan
 from llamajax.planning.roofline import pipeline_facts
 
 _GIB = 2**30

@@ -22,7 +22,7 @@ from llamajax.config.schema import Remat
 from llamajax.errors import UserError, say
 from llamajax.planning.compilation import node_of
 from llamajax.planning.estimate import axes_slow_share, held_bytes, sent_bytes
-from llamajax.planning.plan import Plan, make_plan
+from llamajax.planning.planner import Plan, make_plan
 from llamajax.planning.roofline import link_seconds, predict
 from llamajax.training.session import check_mesh, how_to_compute
 

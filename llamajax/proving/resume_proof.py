@@ -19,7 +19,7 @@ from llamajax.config.schema import MeshConfig
 from llamajax.errors import UserError, combine, say
 from llamajax.launching.worker_logs import last_lines
 from llamajax.monitoring import read_run_facts
-from llamajax.monitoring.row_comparison import TOLERANCES, largest_difference, values
+from llamajax.monitoring.row_comparison import TOLERANCES, largest_difference, logged_values
 from llamajax.proving.trial import Moment, Outcome, at_start, at_step, in_save, read_meta, start
 
 _KINDS = ("in_save", "at_step", "at_start")
@@ -203,9 +203,9 @@ def _moment(
 
 def judge(request: Request, undisturbed: Path, killed: Path, moved: Path | None) -> bool:
     """Compare the three finished runs and print the verdict; `moved` None: no other mesh."""
-    theirs = values(undisturbed)
+    theirs = logged_values(undisturbed)
     platform = read_run_facts(undisturbed)["platform"]
-    same = largest_difference(theirs, values(killed))
+    same = largest_difference(theirs, logged_values(killed))
     good = same is None
     said = (
         f"{len(theirs)} logged values are the same bit by bit" if good else f"differs: {same.what}"
@@ -217,7 +217,7 @@ def judge(request: Request, undisturbed: Path, killed: Path, moved: Path | None)
     else:
         runs.append(moved)
         limit = TOLERANCES[request.config.train.dtype]
-        most = largest_difference(theirs, values(moved))
+        most = largest_difference(theirs, logged_values(moved))
         relative = 0.0 if most is None else most.relative
         good &= relative <= limit
         where = "" if most is None else f" ({most.what})"

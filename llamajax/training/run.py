@@ -89,8 +89,10 @@ def train(
         audit = Audit(workdir, primary=session.machine.is_primary)
         steps, primary = config.guard.blackbox_steps, session.machine.is_primary
         stack.enter_context(logged(workdir, primary=primary, when_accepted=when_accepted))
-        events = EventLog(workdir, primary=primary, when_accepted=when_accepted)
-        box = BlackBox(workdir, steps=steps, primary=primary, when_accepted=when_accepted)
+        events = EventLog(workdir, primary=primary)
+        when_accepted(events.begin)
+        box = BlackBox(workdir, steps=steps, primary=primary)
+        when_accepted(box.begin)
         run = _Run(
             session=session,
             checkpointer=checkpointer,

@@ -1,9 +1,9 @@
-"""Probes that end in every way a probe can end; run by `test_examination.py` in child processes."""
+"""Probes that end in every way a probe can end, for `test_probe_runner.py`."""
 
 import os
 import threading
 
-from llamajax.conformance.outcome import Bench, UnsupportedError, WrongError
+from llamajax.conformance.bench import Bench, UnsupportedError, WrongError
 
 
 def passes(bench: Bench) -> str:

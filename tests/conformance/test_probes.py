@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 from llamajax.backends import Probe as Outcome
-from llamajax.conformance import arithmetic, communication, randomness, references
-from llamajax.conformance.comparison import compare
-from llamajax.conformance.outcome import Bench, WrongError
-from llamajax.conformance.table import PROBES, START, chosen
-from llamajax.conformance.verdict import judge
+from llamajax.conformance import arithmetic_probes, collective_probes, references
+from llamajax.conformance.bench import Bench, WrongError, compare
+from llamajax.conformance.probe_table import PROBES, START, chosen, judge
 from llamajax.errors import UserError
 from llamajax.ops.norm import rms_norm
 from llamajax.sharding import AXES
@@ -50,9 +48,9 @@ def test_a_wrong_operation_is_found(bench, wrong, said):
 
 
 def test_products_that_sum_in_bfloat16_break_the_bound():
-    left, right = arithmetic._operands("bfloat16")
+    left, right = arithmetic_probes._operands("bfloat16")
     exact = left.astype(np.float64) @ right.astype(np.float64)
-    allowed = arithmetic.bound(left, right, exact, dtype="bfloat16")
+    allowed = arithmetic_probes.bound(left, right, exact, dtype="bfloat16")
     total = np.zeros(exact.shape, jnp.bfloat16)
     for k in range(left.shape[1]):
         total = total + left[:, k : k + 1] * right[k : k + 1]
@@ -70,19 +68,19 @@ def test_a_collective_that_swaps_two_members_is_found(bench):
         return np.stack([np.concatenate(blocks, axis=1)] * len(blocks))
 
     with pytest.raises(WrongError, match=r"wrong over fsdp on fsdp 8 .* in bfloat16"):
-        communication._tried(bench, swapped, joined, sent=None)
+        collective_probes._tried(bench, swapped, joined, sent=None)
 
 
 @pytest.mark.parametrize("count", [4, 8, 12, 64])
 def test_every_axis_has_devices_on_some_layout(count):
-    layouts = communication.layouts(count)
+    layouts = collective_probes.layouts(count)
     assert {axis for sizes in layouts for axis in sizes} == set(AXES)
     assert {int(np.prod(list(sizes.values()))) for sizes in layouts} == {count}
     assert all(size > 1 for sizes in layouts for size in sizes.values())
 
 
 def test_the_reference_bits_are_those_of_this_release():
-    assert randomness.checksums(jax.devices()[0]) == randomness.REFERENCE_CRC
+    assert arithmetic_probes.checksums(jax.devices()[0]) == arithmetic_probes.REFERENCE_CRC
 
 
 def outcomes(**statuses: str) -> list[Outcome]:

@@ -15,8 +15,7 @@ from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, TrainCo
 from llamajax.models.counts import num_parameters
 from llamajax.models.llama import Compute
 from llamajax.models.pipeline import num_ticks
-from llamajax.planning.groups import axes_of_groups, device_groups
-from llamajax.planning.program import collectives
+from llamajax.planning.hlo import axes_of_groups, collectives, device_groups
 from llamajax.training.state import Layout, abstract_state
 from llamajax.training.step import train_step
 

@@ -17,7 +17,7 @@ import warm
 from real_runs import launch, train
 from safetensors.numpy import load_file, save_file
 
-from llamajax.monitoring.row_comparison import largest_difference, values
+from llamajax.monitoring.row_comparison import largest_difference, logged_values
 from llamajax.proving.trial import last_step
 
 RARE = "Z"
@@ -104,5 +104,5 @@ def test_a_rollback_of_two_is_that_of_one_and_outlives_a_kill(data, environment,
     text = killed_while_it_rolls_back([*launch(data, two), *flags], environment, two)
     assert "worker 1 was killed by SIGKILL" in text
     assert rollbacks(two) == rollbacks(one)
-    difference = largest_difference(values(one), values(two))
+    difference = largest_difference(logged_values(one), logged_values(two))
     assert difference is None or difference.relative < 1e-6

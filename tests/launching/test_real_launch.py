@@ -12,7 +12,7 @@ import pytest
 import warm
 from real_runs import interrupted, launch, train
 
-from llamajax.monitoring.row_comparison import largest_difference, values
+from llamajax.monitoring.row_comparison import largest_difference, logged_values
 from llamajax.proving.trial import last_step, read_meta
 
 
@@ -45,7 +45,7 @@ def undisturbed(data, environment, tmp_path_factory):
 def test_two_processes_are_one_process_with_two_devices(data, environment, undisturbed, tmp_path):
     done = warm.run(train(data, tmp_path, 2), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    difference = largest_difference(values(undisturbed), values(tmp_path))
+    difference = largest_difference(logged_values(undisturbed), logged_values(tmp_path))
     assert difference is None or difference.relative < 1e-6
     ledgers = [read_meta(run, 10)["ledger"]["digest"] for run in (undisturbed, tmp_path)]
     assert ledgers[0] == ledgers[1]
@@ -59,7 +59,7 @@ def test_a_killed_worker_costs_no_step(data, environment, undisturbed, tmp_path)
     assert "worker 1 was killed by SIGKILL" in text
     assert "was reached: this failure does not count" in text
     assert "continuing from step" in (tmp_path / "logs" / "worker_0.1.log").read_text()
-    assert largest_difference(values(undisturbed), values(tmp_path)) is None
+    assert largest_difference(logged_values(undisturbed), logged_values(tmp_path)) is None
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_a_schedulers_signal_to_one_worker_stops_all_at_one_step(
     assert not (tmp_path / "logs" / "worker_0.1.log").exists()
     done = warm.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert largest_difference(values(undisturbed), values(tmp_path)) is None
+    assert largest_difference(logged_values(undisturbed), logged_values(tmp_path)) is None
 
 
 @pytest.mark.slow
@@ -114,7 +114,7 @@ def finished(commands: list[list[str]], environments: list[dict]) -> None:
 
 def same(workdir, other, *, step: int) -> None:
     """Losses within the tolerance of float32, and the same samples."""
-    difference = largest_difference(values(workdir), values(other))
+    difference = largest_difference(logged_values(workdir), logged_values(other))
     assert difference is None or difference.relative < 1e-5, difference
     digests = {read_meta(run, step)["ledger"]["digest"] for run in (workdir, other)}
     assert len(digests) == 1

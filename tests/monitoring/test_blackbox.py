@@ -14,6 +14,7 @@ KILLED = """
 import os, signal, sys
 from llamajax.monitoring.blackbox import BlackBox
 box = BlackBox(sys.argv[1], steps=4, primary=True)
+box.begin()
 for step in range(1, 11):
     box.add({"step": step, "loss": float(step)})
 os.kill(os.getpid(), signal.SIGKILL)
@@ -23,6 +24,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def filled(workdir: Path, last: int, **options) -> BlackBox:
     workdir.mkdir(exist_ok=True)
     box = BlackBox(workdir, **{"steps": 4, "primary": True} | options)
+    box.begin()
     for step in range(1, last + 1):
         box.add({"step": step, "loss": math.nan if step == last else 1 / step})
     return box
@@ -54,8 +56,7 @@ def test_an_error_leaves_a_box_and_a_good_end_leaves_nothing(tmp_path: Path):
 def test_the_next_start_finds_the_steps_of_a_killed_process(tmp_path: Path):
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
     assert boxes(tmp_path) == []
-    with BlackBox(tmp_path, steps=4, primary=True):
-        pass
+    BlackBox(tmp_path, steps=4, primary=True).begin()
     head, rows = read_box(boxes(tmp_path)[0])
     assert head["reason"] == "killed"
     assert [row["step"] for row in rows] == [7, 8, 9, 10]

@@ -11,11 +11,17 @@ from llamajax.monitoring.events import EVENTS, LOCK, is_running
 from llamajax.monitoring.run_facts import steps_after, summarize
 
 
+def begun(workdir, *, primary=True):
+    log = EventLog(workdir, primary=primary)
+    log.begin()
+    return log
+
+
 def test_events_are_appended_with_their_time(tmp_path):
-    log = EventLog(tmp_path, primary=True)
+    log = begun(tmp_path)
     log.write("compile", step=0, duration_s=2.5)
-    EventLog(tmp_path, primary=True).write("signal", step=3)
-    EventLog(tmp_path, primary=False).write("end", step=3)
+    begun(tmp_path).write("signal", step=3)
+    begun(tmp_path, primary=False).write("end", step=3)
     first, second = load_events(tmp_path)
     assert (first["event"], first["step"], first["duration_s"]) == ("compile", 0, 2.5)
     assert (second["event"], second["step"]) == ("signal", 3)
@@ -23,7 +29,7 @@ def test_events_are_appended_with_their_time(tmp_path):
 
 
 def test_a_clock_that_jumps_does_not_move_events(tmp_path, monkeypatch):
-    log = EventLog(tmp_path, primary=True)
+    log = begun(tmp_path)
     before = log.time_s
     monkeypatch.setattr("time.time", lambda: 0.0)
     assert log.time_s >= before
@@ -31,18 +37,18 @@ def test_a_clock_that_jumps_does_not_move_events(tmp_path, monkeypatch):
 
 def test_a_torn_line_is_left_out_and_the_next_one_is_whole(tmp_path):
     (tmp_path / EVENTS).write_text('{"event": "save", "step": 4, "time_s": 1.0}\n{"event": "sa')
-    EventLog(tmp_path, primary=True).write("end", step=8)
+    begun(tmp_path).write("end", step=8)
     assert [event["event"] for event in load_events(tmp_path)] == ["save", "end"]
 
 
 def test_what_the_disk_refuses_is_written_later(tmp_path, monkeypatch, capsys):
-    log = EventLog(tmp_path, primary=True)
+    log = begun(tmp_path)
 
-    def refuse(self):
+    def refuse(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(EventLog, "_append", refuse)
+        patched.setattr("llamajax.monitoring.jsonl._append_whole", refuse)
         log.write("save", step=4)
         log.write("save", step=8)
     log.write("end", step=9)
@@ -53,7 +59,7 @@ def test_what_the_disk_refuses_is_written_later(tmp_path, monkeypatch, capsys):
 def test_a_directory_that_has_gone_is_one_error(tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
-    log = EventLog(workdir, primary=True)
+    log = begun(workdir)
     log.write("start", step=0)
     (workdir / EVENTS).unlink()
     workdir.rmdir()
@@ -168,7 +174,7 @@ def test_a_run_of_an_earlier_release_has_no_record(tmp_path):
 
 def test_lines_that_a_full_disk_refused_are_written_once_or_named_as_lost(tmp_path, capsys):
     """/dev/full takes nothing: the lines wait in memory until there is room."""
-    log = EventLog(tmp_path, primary=True)
+    log = begun(tmp_path)
     log.write("start", step=0)
     (tmp_path / "real").mkdir()
     (tmp_path / "events.jsonl").rename(tmp_path / "real" / "events.jsonl")

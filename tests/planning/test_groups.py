@@ -2,14 +2,14 @@
 
 import pytest
 
-from llamajax.planning.groups import (
+from llamajax.planning.hlo import (
+    Collective,
     axes_of_groups,
     device_groups,
     sent_bytes,
     slice_groups,
     slow_share,
 )
-from llamajax.planning.program import Collective
 
 SIZES = {"data": 2, "fsdp": 4, "tensor": 2}
 

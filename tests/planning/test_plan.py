@@ -15,7 +15,7 @@ from llamajax.errors import UserError
 from llamajax.models.counts import flops_per_token
 from llamajax.planning import estimate
 from llamajax.planning.compilation import _refused, temporary_bytes
-from llamajax.planning.plan import make_plan
+from llamajax.planning.planner import make_plan
 from llamajax.planning.roofline import pipeline_facts
 from llamajax.training.feed import abstract_batch
 from llamajax.training.session import layout_of

@@ -11,7 +11,7 @@ import warm
 
 from llamajax.config import load
 from llamajax.errors import UserError
-from llamajax.monitoring.row_comparison import largest_difference, values
+from llamajax.monitoring.row_comparison import largest_difference, logged_values
 from llamajax.proving import resume_proof, trial
 
 CONFIG = Path(__file__).parents[1] / "training" / "tiny_run.py"
@@ -25,8 +25,8 @@ def write_rows(workdir: Path, *rows: dict) -> Path:
 
 def test_times_are_not_compared_and_all_else_is(tmp_path):
     rows = {"step": 1, "loss": 2.0, "step_time_s": 3.0, "tokens_per_s": 4.0, "mfu_full": None}
-    a = values(write_rows(tmp_path / "a", rows | {"anything": 1}))
-    b = values(write_rows(tmp_path / "b", rows | {"anything": 1, "step_time_s": 9.0}))
+    a = logged_values(write_rows(tmp_path / "a", rows | {"anything": 1}))
+    b = logged_values(write_rows(tmp_path / "b", rows | {"anything": 1, "step_time_s": 9.0}))
     assert a == {(1, "loss"): 2.0, (1, "anything"): 1}
     assert largest_difference(a, b) is None
 
@@ -231,4 +231,4 @@ def test_a_whole_proof_holds(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "verdict: proven; 2 kills" in done.stdout
     assert "fsdp 2; 2 processes" in done.stdout
-    assert {step for step, _ in values(tmp_path / "proof" / "killed")} == set(range(1, 7))
+    assert {step for step, _ in logged_values(tmp_path / "proof" / "killed")} == set(range(1, 7))

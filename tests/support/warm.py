@@ -40,9 +40,9 @@ _AT_START = ("PYTHON", "JAX_", "TF_", "GRPC_", "LD_", "MALLOC_", "GLIBC_")
 _SERVED = ("stdin", "stdout", "stderr", "env", "cwd", "text", "start_new_session", "process_group")
 _IMPORTS = (
     "llamajax.training.run", "llamajax.evaluation.evaluator", "llamajax.decoding.generator",
-    "llamajax.decoding.printed_texts", "llamajax.planning.plan", "llamajax.planning.search",
+    "llamajax.decoding.printed_texts", "llamajax.planning.planner", "llamajax.planning.search",
     "llamajax.launching.launcher", "llamajax.replaying.replay_step",
-    "llamajax.conformance.examination", "llamajax.formats.weights",
+    "llamajax.conformance.probe_runner", "llamajax.formats.weights",
     "llamajax.checkpoint.orbax_writer", "llamajax.corpus.preparation",
 )  # fmt: skip
 _TUNABLES = "GLIBC_TUNABLES"

@@ -19,7 +19,8 @@ from llamajax.errors import UserError
 from llamajax.formats.huggingface import hf_read
 from llamajax.monitoring import load_metrics
 from llamajax.monitoring.blackbox import boxes, read_box
-from llamajax.monitoring.metrics import MEASURED, encode_row
+from llamajax.monitoring.jsonl import encode_row
+from llamajax.monitoring.metrics import MEASURED
 from llamajax.prepare import main as prepare
 from llamajax.replaying.replay_step import Request, replay
 from llamajax.training import run as run_module

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from llamajax import optim, sharding
 from llamajax.checkpoint import Checkpointer, newest_checkpoint, restore_state
 from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, TrainConfig
-from llamajax.conformance.outcome import Bench, WrongError
+from llamajax.conformance.bench import Bench, WrongError
 from llamajax.models.llama import Compute
 from llamajax.ops.attention import first_supported
 from llamajax.training.state import TrainState, abstract_state, init_state

@@ -1,4 +1,4 @@
-"""The process in which probes run: `python -m llamajax.conformance.child FD`.
+"""The process in which probes run: `python -m llamajax.conformance.probe_process FD`.
 
 It reads what to do from standard input and writes one JSON object a line to file descriptor FD. A
 probe that dies takes this process with it; the parent then knows which one it was.
@@ -17,7 +17,7 @@ from typing import Any
 
 from llamajax.backends import follow_launcher
 from llamajax.config.schema import BackendConfig
-from llamajax.conformance.outcome import Bench, UnsupportedError, WrongError
+from llamajax.conformance.bench import Bench, UnsupportedError, WrongError
 from llamajax.errors import UserError
 
 _MESSAGE_CHARACTERS = 400

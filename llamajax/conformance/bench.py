@@ -1,13 +1,31 @@
-"""One operation on the device, forward and backward, against its meaning in float64 NumPy."""
+"""What a probe works with, and its two ways of saying no; what it says is a `backends.Probe`."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.conformance.outcome import Bench, WrongError
+
+class UnsupportedError(Exception):
+    """The backend says that it cannot do this; or there is nothing to try it on."""
+
+
+class WrongError(Exception):
+    """The backend did it, and the result is wrong."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What a probe works with. devices: all of the backend's; folder: to write into, removed."""
+
+    devices: list[Any]
+    machine: Any  # backends.Machine
+    folder: Path
+
 
 # Of the largest value (forward), of the gradient's norm (backward). float32: a hundred roundings of
 # 6e-8 each, or a library's exp and rsqrt; seen on a CPU: 2e-6 at most. bfloat16: some roundings of

@@ -4,8 +4,13 @@ Imports no JAX: the parent reads it. A probe's function is named `module:functio
 """
 
 import dataclasses
-from typing import Literal
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any, Literal
 
+from llamajax.backends import Probe as Outcome
+from llamajax.backends import Verdict
+from llamajax.backends.stored_verdict import NOT_READY, READY, READY_WITH_REPAIRS
 from llamajax.config import did_you_mean, nearest
 from llamajax.errors import combine
 
@@ -62,7 +67,7 @@ START = Probe(
 )
 
 _MACHINE = _probes(
-    "machine", "machine",
+    "machine", "machine_probes",
     ("program", "always", "compiling and running the smallest program", "nothing runs on it"),
     ("device", "never", "the facts that a report to the vendor needs", "llamajax does without"),
     ("dtypes", "always", "float32, int32, uint32 and bool are in every step",
@@ -73,7 +78,7 @@ _MACHINE = _probes(
 )  # fmt: skip
 
 _ARITHMETIC = _probes(
-    "arithmetic", "arithmetic",
+    "arithmetic", "arithmetic_probes",
     ("matmul_float32", "always", "the dtype of master weights, of reductions and of parity",
      "nothing trains on it"),
     ("matmul_bfloat16", "if_there", "the dtype of training on accelerators",
@@ -83,7 +88,7 @@ _ARITHMETIC = _probes(
 )  # fmt: skip
 
 _OPERATIONS = _probes(
-    "operations", "operations",
+    "operations", "operation_probes",
     ("indexing", "always", "gathers, scatters, slices and choices are in every step",
      "nothing trains on it"),
     ("scan", "always", "layers and chunks are scanned, and recomputed backward",
@@ -103,7 +108,7 @@ _OPERATIONS = _probes(
 )  # fmt: skip
 
 _MEMORY = _probes(
-    "memory", "memory",
+    "memory", "machine_probes",
     ("memory_stats", "never", "knowing how much memory there is and was used",
      "reports do not show memory in use; name the size in a backend.device_table"),
     ("out_of_memory", "never", "a model that is too large should be an error, not a crash",
@@ -112,13 +117,14 @@ _MEMORY = _probes(
      "a step takes their memory twice; `plan` counts it"),
     ("donation_by_name", "never", "the same where JAX does not know the platform",
      "a step takes the memory of weights and optimizer twice; `plan` counts it",
-     {"function": f"{_HERE}.memory:donation", "instead_of": "donation", "repair": "donation"}),
+     {"function": f"{_HERE}.machine_probes:donation", "instead_of": "donation",
+      "repair": "donation"}),
     ("host_offload", "never", "the optimizer's moments may rest in the host's memory",
      "leave optim.offload and train.remat_offload off"),
 )  # fmt: skip
 
 _RANDOM = _probes(
-    "random numbers", "randomness",
+    "random numbers", "arithmetic_probes",
     ("random_bits", "always", "the same seed gives the same weights and data on every platform",
      "a run would start from other weights than elsewhere"),
     ("random_sharded", "if_there", "the same seed gives the same weights on every mesh",
@@ -126,7 +132,7 @@ _RANDOM = _probes(
 )  # fmt: skip
 
 _COLLECTIVES = _probes(
-    "collectives", "communication",
+    "collectives", "collective_probes",
     ("all_reduce", "if_there", "sums gradients over `data`, partial products over `tensor`",
      "use one device"),
     ("all_gather", "if_there", "brings weights together over `fsdp`", "use one device"),
@@ -137,7 +143,7 @@ _COLLECTIVES = _probes(
 )  # fmt: skip
 
 _EXECUTION = _probes(
-    "execution", "execution",
+    "execution", "execution_probes",
     ("asynchronous_dispatch", "never", "hides the host's work behind the device's",
      "steps wait for the host; choose larger batches"),
     ("endurance", "always", "a run executes millions of programs",
@@ -146,7 +152,7 @@ _EXECUTION = _probes(
      "every start compiles anew", {"keeps_programs": True}),
     ("compile_cache_by_name", "never", "the same where JAX does not know the platform",
      "every start compiles anew",
-     {"function": f"{_HERE}.execution:compile_cache", "instead_of": "compile_cache",
+     {"function": f"{_HERE}.execution_probes:compile_cache", "instead_of": "compile_cache",
       "repair": "compile_cache", "keeps_programs": True}),
     ("profiler", "never", "shows where a step's time goes", "no profiles"),
     ("callbacks", "never", "Python functions called by a program; training calls none",
@@ -159,7 +165,7 @@ _EXECUTION = _probes(
 )  # fmt: skip
 
 _TRAINING = _probes(
-    "training", "training",
+    "training", "training_probes",
     ("train_float32", "always", "twenty steps whose losses are known", "nothing trains on it",
      {"repaired": True}),
     ("train_bfloat16", "if_there", "the same in the dtype of accelerators",
@@ -202,3 +208,74 @@ def chosen(names: str | None) -> list[Probe]:
     if problems:
         raise combine(problems, title=f"the probes are {', '.join(known)}; but:")
     return [p for p in PROBES if p.name in {"program", *wanted}]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """`word` is one of the three of a verdict.
+
+    repairs: names in `backends.repairs` of what llamajax makes up for on this backend.
+    """
+
+    word: str
+    repairs: tuple[str, ...]
+
+
+def judge(outcomes: Sequence[Outcome]) -> Judgement:
+    """The judgement on a backend whose probes came out like this, so far."""
+    passed = {o.name for o in outcomes if o.status == "pass"}
+    blocked = any(blocks(probe(o.name), o) for o in outcomes)
+    repairs = tuple(
+        asked.repair for o in outcomes if makes_repair(asked := probe(o.name), o, passed=passed)
+    )
+    word = NOT_READY if blocked else READY_WITH_REPAIRS if repairs else READY
+    return Judgement(word=word, repairs=repairs)
+
+
+def blocks(asked: Probe, outcome: Outcome) -> bool:
+    """Whether this outcome alone makes a backend not ready."""
+    if asked.needed == "always":
+        return outcome.status != "pass"
+    return asked.needed == "if_there" and outcome.status == "fail"
+
+
+def makes_repair(asked: Probe, outcome: Outcome, *, passed: set[str]) -> bool:
+    """Whether this outcome says that a repair is to be made, one that was seen to work."""
+    if asked.repair is None:
+        return False
+    if asked.instead_of is not None:
+        return outcome.status == "pass"
+    return outcome.status != "pass" and (asked.by is None or asked.by in passed)
+
+
+def consequence(outcome: Outcome, *, passed: set[str]) -> tuple[int, str]:
+    """What follows from an outcome that is no pass, after how much it matters: 0 is the most."""
+    asked = probe(outcome.name)
+    if blocks(asked, outcome):
+        return 0, f"not ready: {asked.why}; {asked.otherwise}"
+    if makes_repair(asked, outcome, passed=passed):
+        return 1, f"repaired: {asked.otherwise}"
+    instead = [p for p in PROBES if p.instead_of == outcome.name and p.name in passed]
+    if instead:
+        return 1, f"repaired: {instead[0].repair}, see {instead[0].name}"
+    return 2, asked.otherwise
+
+
+def verdict_on(
+    machine: dict[str, Any] | None, outcomes: Sequence[Outcome], *, asked_for: str | None
+) -> Verdict:
+    """What is kept of an examination. machine: facts of `backends.Machine`; None: it did not start.
+
+    asked_for: the platform's name in the command, if any.
+    """
+    judgement = judge(outcomes)
+    facts = machine or {"platform": asked_for or "unknown", "device_kind": "unknown"}
+    return Verdict(
+        platform=facts["platform"],
+        platform_version=facts.get("platform_version", ""),
+        device_kind=facts["device_kind"],
+        jax=importlib.metadata.version("jax"),
+        verdict=judgement.word,
+        repairs=judgement.repairs,
+        probes=tuple(outcomes),
+    )

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import pallas as kernels
 from jax.experimental import topologies
 
-from llamajax.conformance.outcome import Bench, UnsupportedError, WrongError
+from llamajax.conformance.bench import Bench, UnsupportedError, WrongError
 
 _EXECUTIONS = 2000
 _LONG_ENOUGH_S = 0.2

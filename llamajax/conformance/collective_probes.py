@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llamajax import sharding
 from llamajax.config.schema import MeshConfig
-from llamajax.conformance.outcome import Bench, UnsupportedError, WrongError
+from llamajax.conformance.bench import Bench, UnsupportedError, WrongError
 from llamajax.sharding import AXES, collectives
 
 _ROWS, _COLUMNS = 5, 24  # of a block whose values are checked; columns times the axis' size

@@ -17,8 +17,7 @@ from typing import Any
 from llamajax.backends import Probe as Outcome
 from llamajax.backends import child_environment
 from llamajax.config.schema import BackendConfig
-from llamajax.conformance.table import NOT_TRIED, Probe
-from llamajax.conformance.verdict import judge
+from llamajax.conformance.probe_table import NOT_TRIED, Probe, judge
 from llamajax.errors import UserError
 
 # Where so many probes hang, the device does: the rest would wait for nothing.
@@ -30,7 +29,7 @@ _START_S = 120.0
 
 
 @dataclasses.dataclass
-class Examination:
+class ProbeRunner:
     """What has been found so far. machine: facts of backends.Machine, None until it came up."""
 
     backend: BackendConfig
@@ -188,7 +187,7 @@ class _Child:
             lifeline=lifeline,
         )
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "llamajax.conformance.child", str(theirs)],
+            [sys.executable, "-m", "llamajax.conformance.probe_process", str(theirs)],
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=subprocess.STDOUT,

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from llamajax.config.schema import BackendConfig
-from llamajax.conformance.examination import Examination
-from llamajax.conformance.table import NOT_TRIED, Probe
+from llamajax.conformance.probe_runner import ProbeRunner
+from llamajax.conformance.probe_table import NOT_TRIED, Probe
 from llamajax.errors import UserError
 
 CPU = BackendConfig(name="cpu", num_cpu_devices=2)
@@ -30,11 +30,11 @@ def examined(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
     def run(*probes: Probe, backend: BackendConfig = CPU, limit_s: float = 60.0) -> dict:
-        examination = Examination(
+        runner = ProbeRunner(
             backend=backend, limit_s=limit_s, show=lambda _: None, begin=lambda _: None
         )
-        examination.run(probes)
-        return {o.name: (o.status, o.message) for o in examination.outcomes}
+        runner.run(probes)
+        return {o.name: (o.status, o.message) for o in runner.outcomes}
 
     return run
 

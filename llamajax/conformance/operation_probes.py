@@ -10,8 +10,7 @@ from flax import nnx
 from llamajax import optim
 from llamajax.config.schema import OptimConfig
 from llamajax.conformance import references
-from llamajax.conformance.comparison import compare
-from llamajax.conformance.outcome import Bench, WrongError
+from llamajax.conformance.bench import Bench, WrongError, compare
 from llamajax.ops import attention as attentions
 from llamajax.ops import cross_entropy as losses
 from llamajax.ops import embedding as embeddings

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llamajax.planning.compilation import traffic
-from llamajax.planning.program import bytes_of, collectives
+from llamajax.planning.hlo import bytes_of, collectives
 
 # A loop of 5 turns inside one of 4, the second counting from 1 to 5, as libtpu writes loops: no
 # trip count beside them.
