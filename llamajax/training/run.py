@@ -77,7 +77,7 @@ def train(
         shutdown.take_back()
     with LeavingAtOnce(), contextlib.ExitStack() as stack:
         undo, when_accepted = acceptance.undo, acceptance.when_accepted
-        process_id = session.machine.process_id
+        process_id, primary = session.machine.process_id, session.machine.is_primary
         locked = stack.enter_context(opened(workdir, process_id=process_id, undo=undo))
         check_shared(workdir, key="--workdir")
         asked = check_start(config, workdir)
@@ -86,13 +86,12 @@ def train(
         stack.enter_context(LeavingAtOnce())  # before the checkpointer waits for the others
         stack.callback(undo.close)  # before this process leaves
         shutdown.name_previous(lambda: previous(checkpointer))
-        audit = Audit(workdir, primary=session.machine.is_primary)
-        steps, primary = config.guard.blackbox_steps, session.machine.is_primary
+        audit = Audit(workdir, primary=primary)
         stack.enter_context(logged(workdir, primary=primary, when_accepted=when_accepted))
         events = EventLog(workdir, primary=primary)
-        when_accepted(events.begin)
-        box = BlackBox(workdir, steps=steps, primary=primary)
-        when_accepted(box.begin)
+        box = BlackBox(workdir, steps=config.guard.blackbox_steps, primary=primary)
+        for record in (events, box):
+            when_accepted(record.begin)
         run = _Run(
             session=session,
             checkpointer=checkpointer,
@@ -104,7 +103,7 @@ def train(
             events=events,
             acceptance=acceptance,
         )
-        if asked == "restart":
+        if anew := asked == "restart":
             audit.rollbacks.clear()
         start = _where_to_start(run, asked)
         if is_finished(config, workdir, start.step):
@@ -114,7 +113,6 @@ def train(
         newest = lambda: max(start.step, box.newest_step)  # noqa: E731
         ended = stack.enter_context(end_written(events, newest, shutdown, checkpointer))
         if primary:
-            anew = asked == "restart"
             write_start(events, workdir, session, step=start.step, began_s=began_s, anew=anew)
             when_accepted(lambda: write_config(workdir, config))
             when_accepted(lambda: keep_tokenizer(workdir, config, start.tokenizer))

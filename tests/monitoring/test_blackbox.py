@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -21,18 +20,20 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def filled(workdir: Path, last: int, **options) -> BlackBox:
+def filled(workdir, last, *, primary=True):
     workdir.mkdir(exist_ok=True)
-    box = BlackBox(workdir, **{"steps": 4, "primary": True} | options)
+    box = BlackBox(workdir, steps=4, primary=primary)
     box.begin()
     for step in range(1, last + 1):
         box.add({"step": step, "loss": math.nan if step == last else 1 / step})
     return box
 
 
-def test_a_box_has_what_happened_and_the_last_steps(tmp_path: Path):
-    file = filled(tmp_path, 7).write("skip", step=7, sample_ids=[3, 1])
-    assert file == tmp_path / "blackbox" / "7_skip.jsonl"
+def test_a_box_has_what_happened_and_the_last_steps(tmp_path):
+    with filled(tmp_path, 7) as box:
+        file = box.write("skip", step=7, sample_ids=[3, 1])
+    assert list((tmp_path / "blackbox").iterdir()) == [file]  # a good end leaves nothing else
+    assert file.name == "7_skip.jsonl"
     head, rows = read_box(file)
     assert (head["step"], head["reason"], head["sample_ids"]) == (7, "skip", [3, 1])
     assert [row["step"] for row in rows] == [4, 5, 6, 7]
@@ -40,50 +41,47 @@ def test_a_box_has_what_happened_and_the_last_steps(tmp_path: Path):
     assert math.isnan(rows[-1]["loss"])
 
 
-def test_an_error_leaves_a_box_and_a_good_end_leaves_nothing(tmp_path: Path):
-    with filled(tmp_path / "good", 3):
-        pass
-    assert list((tmp_path / "good" / "blackbox").iterdir()) == []
-    with pytest.raises(KeyError), filled(tmp_path / "bad", 3):
+def test_an_error_leaves_a_box(tmp_path):
+    with pytest.raises(KeyError), filled(tmp_path, 3):
         raise KeyError("what was wrong")
-    (file,) = (tmp_path / "bad" / "blackbox").iterdir()
+    (file,) = (tmp_path / "blackbox").iterdir()
     head, rows = read_box(file)
-    assert file.name == "3_crash.jsonl"
+    assert (file.name, len(rows)) == ("3_crash.jsonl", 3)
     assert "what was wrong" in head["error"]
-    assert len(rows) == 3
 
 
-def test_the_next_start_finds_the_steps_of_a_killed_process(tmp_path: Path):
+def test_the_next_start_finds_the_steps_of_a_killed_process(tmp_path):
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
     assert boxes(tmp_path) == []
-    BlackBox(tmp_path, steps=4, primary=True).begin()
-    head, rows = read_box(boxes(tmp_path)[0])
-    assert head["reason"] == "killed"
+    with BlackBox(tmp_path, steps=4, primary=True):
+        pass  # refused before it began: nothing changes
+    assert boxes(tmp_path) == []
+    filled(tmp_path, 0)
+    (file,) = (tmp_path / "blackbox").iterdir()
+    head, rows = read_box(file)
+    assert (file.name, head["reason"]) == ("10_killed.jsonl", "killed")
     assert [row["step"] for row in rows] == [7, 8, 9, 10]
-    assert [file.name for file in (tmp_path / "blackbox").iterdir()] == ["10_killed.jsonl"]
 
 
-def test_a_disk_that_refuses_costs_the_box_and_one_warning(tmp_path: Path, capsys):
+def test_a_disk_that_refuses_costs_the_box_and_one_warning(tmp_path, capsys):
     (tmp_path / "blackbox").write_text("in the way")
-    box = filled(tmp_path, 3)
-    assert box.write("skip", step=3) is None
+    assert filled(tmp_path, 3).write("skip", step=3) is None
     assert capsys.readouterr().err.count("warning") == 1
 
 
-def test_other_processes_write_nothing_and_old_boxes_go(tmp_path: Path):
+def test_other_processes_write_nothing_and_old_boxes_go(tmp_path):
     assert filled(tmp_path, 3, primary=False).write("skip", step=3) is None
     assert list(tmp_path.iterdir()) == []
-    box = filled(tmp_path, 3)
-    for step in range(40):
-        os.utime(box.write("skip", step=step), (step, step))
-    box.write("spike", step=99)
+    with filled(tmp_path, 3) as box:
+        for step in range(40):
+            os.utime(box.write("skip", step=step), (step, step))
+        box.write("spike", step=99)
     names = [file.name for file in boxes(tmp_path)]
-    assert len(names) == 32
-    assert names[0] == "99_spike.jsonl"
+    assert (len(names), names[0]) == (32, "99_spike.jsonl")
     assert "0_skip.jsonl" not in names
 
 
-def test_what_is_no_box_is_refused(tmp_path: Path):
+def test_a_file_that_is_no_box_is_refused(tmp_path):
     (tmp_path / "x").write_text('{"step": 1}\n')
     with pytest.raises(ValueError, match="not a black box"):
         read_box(tmp_path / "x")
