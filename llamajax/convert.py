@@ -67,16 +67,16 @@ def main(argv: list[str]) -> int:
 def _convert(flags: SimpleNamespace) -> None:
     # JAX takes seconds to import: --help and mistakes are answered without it.
     from llamajax import backends
-    from llamajax.formats.huggingface.hf_write import check_vocabulary, write_hf
+    from llamajax.formats.huggingface.hf_write import write_hf
     from llamajax.formats.weights import open_weights
-    from llamajax.tokenizers.comparison import load_recorded
+    from llamajax.tokenizers.tokenizer_identity import check_vocabulary, load_recorded
 
     started, target = time.monotonic(), Path(flags.to)
     backends.start(BackendConfig(name="cpu"))  # an accelerator would be taken for nothing
     weights = open_weights(getattr(flags, "from"))
     _check_apart(flags, weights)
     tokenizer = load_recorded(weights.tokenizer, weights.tokenizer_record, of=weights.path)
-    check_vocabulary(tokenizer, weights.model)
+    check_vocabulary(tokenizer, weights.model.vocab_size)
     for line in () if tokenizer is None else tokenizer.warnings:
         say(f"warning: {line}")
     if tokenizer is None:

@@ -59,7 +59,7 @@ def stream(path: Path, split: str) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize("tokenizer", ["byte", "train:330"])
 def test_the_output_does_not_depend_on_the_workers(corpus, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("llamajax.corpus.encoders._BATCH_CHARS", 20_000)
+    monkeypatch.setattr("llamajax.corpus.tokenizing._BATCH_CHARS", 20_000)
     written = []
     for workers in (1, 2, 3):
         output = tmp_path / f"out{workers}"
@@ -89,7 +89,7 @@ def chats(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("tokenizer", ["byte", "train:300"])
 def test_instructions_do_not_depend_on_the_workers(chats, tmp_path, tokenizer, monkeypatch, capsys):
-    monkeypatch.setattr("llamajax.corpus.encoders._BATCH_CHARS", 9_000)
+    monkeypatch.setattr("llamajax.corpus.tokenizing._BATCH_CHARS", 9_000)
     flags = ("--format=instructions", "--chat_template=llama2", "--validation_fraction=0.1")
     written = []
     for workers in (1, 3):
@@ -113,7 +113,7 @@ def test_instructions_over_several_shards_and_flushes(chats, tmp_path, monkeypat
     flags = ("--format=instructions", "--chat_template=llama2", "--validation_fraction=0")
     run(chats, tmp_path / "one", *flags)
     monkeypatch.setattr("llamajax.data.shards.RECORDS_PER_SHARD", 7)
-    monkeypatch.setattr("llamajax.corpus.encoders._BATCH_PARTS", 3)
+    monkeypatch.setattr("llamajax.corpus.tokenizing._BATCH_PARTS", 3)
     run(chats, tmp_path / "many", *flags)
     found = []
     for name in ("one", "many"):
@@ -308,3 +308,11 @@ def test_the_real_texts_with_the_real_tokenizers(assets, tmp_path, source, token
     assert run(assets / "text" / source, tmp_path / "out", tokenizer=str(model)) == 0
     splits = read_manifest(tmp_path / "out")["splits"]
     assert sum(s["tokens"] for s in splits.values()) == tokens
+
+
+def test_a_worker_that_dies_is_one_message(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("llamajax.corpus.tokenizing._BATCH_CHARS", 5_000)
+    monkeypatch.setattr("llamajax.corpus.tokenizing._WORKER", "raise SystemExit(3)")
+    with pytest.raises(UserError, match="a tokenizer process ended with code 3"):
+        run(corpus, tmp_path / "out", "--workers=2")
+    assert {p.name for p in tmp_path.iterdir()} == {"corpus.jsonl"}

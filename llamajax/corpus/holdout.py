@@ -19,6 +19,13 @@ class Part:
     split: str
     document: str | Example
 
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the text, or of an example's answers."""
+        whole = isinstance(self.document, str)
+        texts = [self.document] if whole else self.document.answers
+        return sum(len(text.encode("utf-8", "replace")) for text in texts)
+
 
 class Holdout:
     """Splits documents into train and validation.

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llamajax.corpus.sources import (
+from llamajax.corpus.input_files import (
     COMPRESSIONS,
     Corpus,
-    checked,
+    decompressed,
     format_of,
     json_object,
     numbered_lines,
@@ -72,7 +72,7 @@ class InstructionCorpus(Corpus):
         return combine(shown, title=title)
 
     def _documents(self, file: Path, raw: BinaryIO) -> Iterator[Example]:
-        for number, line in numbered_lines(file, checked(file, raw)):
+        for number, line in numbered_lines(file, decompressed(file, raw)):
             try:
                 messages, problems = parse_example(json_object(line), self._template)
             except UserError as error:

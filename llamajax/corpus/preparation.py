@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 
 from llamajax.backends import lock_file
-from llamajax.corpus.encoders import Tokens, tokenize_all
 from llamajax.corpus.holdout import Holdout
+from llamajax.corpus.input_files import Corpus, find_files
 from llamajax.corpus.instructions import Example, InstructionCorpus
-from llamajax.corpus.sources import Corpus, find_files
 from llamajax.corpus.tokenizer_training import MAX_BYTES, parse_train, train_tokenizer
+from llamajax.corpus.tokenizing import Tokens, tokenize_all
 from llamajax.data import shards
 from llamajax.errors import TransientError, UserError, say
 from llamajax.tokenizers.chat import check_template, write_template
-from llamajax.tokenizers.loading import MANIFEST, Tokenizer, load_tokenizer
+from llamajax.tokenizers.loading import MANIFEST, load_tokenizer
+from llamajax.tokenizers.tokenizer import Tokenizer
 
 # Name of a tokenizer that was trained on the input.
 TRAINED = "tokenizer.model"

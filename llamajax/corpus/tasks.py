@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llamajax.backends import lock_file
-from llamajax.corpus.encoders import Tokens, tokenize, tokenize_all
 from llamajax.corpus.holdout import Holdout, Part
+from llamajax.corpus.input_files import article_warnings
 from llamajax.corpus.instructions import Example
 from llamajax.corpus.preparation import (
     TRAINED,
@@ -38,8 +38,8 @@ from llamajax.corpus.preparation import (
     write_results,
     written,
 )
-from llamajax.corpus.sources import article_warnings
 from llamajax.corpus.tokenizer_training import parse_train
+from llamajax.corpus.tokenizing import Tokens, tokenize, tokenize_all
 from llamajax.data.shards import token_dtype
 from llamajax.errors import UserError, combine
 from llamajax.tokenizers.loading import load_tokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llamajax.corpus.holdout import Part
 from llamajax.errors import UserError
-from llamajax.tokenizers.base import well_formed
+from llamajax.tokenizers.tokenizer import well_formed
 
 # Enough for a vocabulary of 128 k pieces; SentencePiece holds about 10 bytes of memory a byte.
 MAX_BYTES = 256 << 20

@@ -7,13 +7,13 @@ first used, because grain takes two seconds to import and workers of `prepare` d
 import importlib
 from typing import Any
 
-from llamajax.data.position import Position
-from llamajax.tokenizers.loading import Tokenizer, load_tokenizer
+from llamajax.tokenizers import Tokenizer, load_tokenizer
 
 _READING = {
     "BATCH_KEYS": "batches",
     "Ledger": "ledger",
     "Mixture": "mixture",
+    "Position": "position",
     "check_ledger": "ledger",
     "has_split": "mixture",
     "open_mixture": "mixture",
@@ -23,7 +23,7 @@ _READING = {
     "train_batches": "batches",
 }
 
-__all__ = ["Position", "Tokenizer", "load_tokenizer", *_READING]
+__all__ = ["Tokenizer", "load_tokenizer", *_READING]
 
 
 def __getattr__(name: str) -> Any:

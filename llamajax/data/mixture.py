@@ -17,7 +17,7 @@ from typing import Any
 from llamajax.backends.jax_private.bare_grain import grain
 from llamajax.config.schema import DataConfig
 from llamajax.data import shards
-from llamajax.data.order import ROUNDS, EndlessOrder
+from llamajax.data.sample_order import ROUNDS, EndlessOrder
 from llamajax.errors import UserError, combine
 from llamajax.tokenizers.loading import MANIFEST
 

@@ -9,7 +9,7 @@ import bisect
 import dataclasses
 from typing import Any
 
-from llamajax.data.order import FIRST_ROUNDS, ROUNDS
+from llamajax.data.sample_order import FIRST_ROUNDS, ROUNDS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

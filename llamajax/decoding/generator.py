@@ -21,7 +21,7 @@ from llamajax.models.abstract import abstract_model
 from llamajax.models.counts import num_parameters
 from llamajax.monitoring.progress import format_count
 from llamajax.tokenizers import chat
-from llamajax.tokenizers.comparison import load_recorded
+from llamajax.tokenizers.tokenizer_identity import check_vocabulary, load_recorded
 
 STREAM_INTERVAL_S = 0.1
 
@@ -136,12 +136,8 @@ def _tokenizer(request: Request, weights: Weights) -> Tokenizer | None:
     """Load the model's tokenizer. UserError where it does not fit, but for ids, which need none."""
     try:
         tokenizer = load_recorded(weights.tokenizer, weights.tokenizer_record, of=weights.path)
-        if tokenizer is None or tokenizer.vocab_size <= (size := weights.model.vocab_size):
-            return tokenizer
-        raise UserError(
-            f"{weights.tokenizer} has {tokenizer.vocab_size} tokens, the model {weights.path} only "
-            f"{size}: they do not belong together; put the model's own tokenizer there"
-        )
+        check_vocabulary(tokenizer, weights.model.vocab_size)
+        return tokenizer
     except UserError as error:
         if request.prompt_ids is None:
             raise

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llamajax.config.schema import ModelConfig
-from llamajax.corpus.sources import checked, json_object, numbered_lines
+from llamajax.corpus.input_files import decompressed, json_object, numbered_lines
 from llamajax.data import Tokenizer
 from llamajax.decoding.generate_options import Request
 from llamajax.errors import UserError, combine
@@ -102,7 +102,7 @@ def _file_texts(file: Path) -> Iterator[tuple[str, str]]:
     """Place and text of each prompt of a file: JSON lines with `prompt`, or a prompt a line."""
     try:
         with file.open("rb") as raw:
-            lines = list(numbered_lines(file, checked(file, raw)))
+            lines = list(numbered_lines(file, decompressed(file, raw)))
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
     is_json = ".jsonl" in file.suffixes or bool(lines and _is_json(lines[0][1]))

@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from llamajax.corpus.sources import format_of, read_text
+from llamajax.corpus.input_files import format_of, read_text
 from llamajax.data import Tokenizer, load_tokenizer
 from llamajax.errors import UserError
 from llamajax.evaluation.evaluate_options import Request
 from llamajax.evaluation.scoring import Rows
 from llamajax.evaluation.windows import WindowRows, non_overlapping, separate, sliding_window
 from llamajax.formats.weights import Weights
-from llamajax.tokenizers.comparison import load_recorded, same_tokens
 from llamajax.tokenizers.loading import MANIFEST
+from llamajax.tokenizers.tokenizer_identity import check_vocabulary, data_mismatch, load_recorded
 
 # A longer context than this has to be asked for: Llama 3.1's 131,072 tokens would be a surprise.
 _DEFAULT_MAX_SEQ_LEN = 4096
@@ -61,7 +61,9 @@ def _prepared(request: Request, weights: Weights) -> Source:
         vocab_size=weights.model.vocab_size,
     )
     if weights.tokenizer is not None:
-        _check_same(load_tokenizer(path), _load(weights), path, weights)
+        ours, theirs = load_tokenizer(path), _load(weights)
+        if problem := data_mismatch(f"--data={path}", ours, theirs, weights.tokenizer):
+            raise UserError(problem)
     return Source(rows=rows, protocol="packed", seq_len=seq_len, num_bytes=rows.text_bytes)
 
 
@@ -171,24 +173,9 @@ def _tokenizer(weights: Weights) -> Tokenizer:
             "tokenizer.model of the model there, or give --token_ids"
         )
     tokenizer = _load(weights)
-    if tokenizer.vocab_size > weights.model.vocab_size:
-        raise UserError(
-            f"the tokenizer {weights.tokenizer} has {tokenizer.vocab_size} tokens, the model only "
-            f"{weights.model.vocab_size}: it is another model's; put the model's own there"
-        )
+    check_vocabulary(tokenizer, weights.model.vocab_size)
     return tokenizer
 
 
 def _load(weights: Weights) -> Tokenizer:
     return load_recorded(weights.tokenizer, weights.tokenizer_record, of=weights.path)
-
-
-def _check_same(ours: Tokenizer, theirs: Tokenizer, path: Path, weights: Weights) -> None:
-    """Refuse data that the model's tokenizer would not have written."""
-    if not same_tokens(ours, theirs):
-        raise UserError(
-            f"--data={path} was prepared with another tokenizer ({ours.kind}, {ours.vocab_size} "
-            f"tokens) than that of the model, {weights.tokenizer} ({theirs.kind}, "
-            f"{theirs.vocab_size} tokens): prepare the text again with --tokenizer="
-            f"{weights.tokenizer}"
-        )

@@ -28,6 +28,7 @@ from llamajax.formats.huggingface import hf_read
 from llamajax.formats.meta import meta_config
 from llamajax.formats.own_checkpoint import Leaf, StoredSource, leaves_of
 from llamajax.formats.tensor_source import Foreign, TensorSource
+from llamajax.tokenizers.loading import find_tokenizer
 
 # Kind -> what it makes of a path: None when that is of another kind, UserError when it is broken.
 RECOGNISERS: dict[str, Callable[[Path], Foreign | None]] = {
@@ -37,7 +38,6 @@ RECOGNISERS: dict[str, Callable[[Path], Foreign | None]] = {
 }
 # Directory of a run's tokenizer, in its --workdir.
 TOKENIZER = "tokenizer"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer.byte")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,8 +222,7 @@ def _tokenizer_of(directory: Place, config: dict[str, Any], run: Path | None) ->
     beside = [] if is_remote(directory) else [directory.parent.parent]
     beside += [] if run is None else [run]
     for folder in (each for path in beside for each in (path, path / TOKENIZER)):
-        for name in _TOKENIZERS:
-            if (folder / name).is_file():
-                return folder / name
+        if file := find_tokenizer(folder):
+            return file
     data = (config.get("data") or {}).get("path", "").split(",")[0].strip()
     return Path(data).absolute() if data and Path(data).is_dir() else None

@@ -1,6 +1,6 @@
-"""Tokenizers: encode and decode text, and everything that a directory says of special tokens."""
+"""Encode and decode text: tokenizers of several kinds, their special tokens, chat templates."""
 
-from llamajax.tokenizers.base import Tokenizer
 from llamajax.tokenizers.loading import load_tokenizer
+from llamajax.tokenizers.tokenizer import Tokenizer
 
 __all__ = ["Tokenizer", "load_tokenizer"]

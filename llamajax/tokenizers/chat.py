@@ -1,7 +1,7 @@
-"""Conversations as token ids: the chat templates, what of them carries loss, and where to stop.
+"""Encode conversations: chat templates, which tokens carry loss, and which end an answer.
 
-Control tokens are placed here, by id; what people wrote goes through `encode`, which gives
-ordinary tokens whatever a text looks like. Reading examples from files is in `instructions.py`.
+Control tokens are inserted here by id. What people wrote goes through `encode`, which returns
+ordinary tokens whatever a text looks like. `corpus/instructions.py` reads examples from files.
 
 Sources: `llama/generation.py` (Llama 2) and `llama/tokenizer.py` (Llama 3) of Meta's repositories;
 for chatml the template that SmolLM2-Instruct is published with, without its default system message.
@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamajax.errors import UserError, combine
-from llamajax.tokenizers.loading import Tokenizer
-from llamajax.tokenizers.special_tokens import add_stop_ids
+from llamajax.tokenizers.special_tokens import set_stop_ids
+from llamajax.tokenizers.tokenizer import Tokenizer
 
-CHAT_TEMPLATES = ("none", "llama2", "llama3", "chatml")
 ROLES = ("system", "user", "assistant")
-# Llama 2 writes its marks as ordinary text, so a message that holds one cannot be told from them.
+# Llama 2 writes its marks as ordinary text: a message that contains one would be misread.
 _LLAMA2_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
-# Keys of OpenAI's format for what a text template here cannot express.
+# Keys of OpenAI's format that no text template here can express.
 _LOST = ("tools", "tool_calls", "tool_call_id", "functions", "function_call", "images", "audio")
 
 # Token ids of a part of a conversation, and whether they carry loss.
@@ -40,16 +39,8 @@ class Message(NamedTuple):
         return self.role == "assistant" and self.weight > 0
 
 
-class _Template(NamedTuple):
-    pieces: Callable[[Tokenizer, Sequence[Message]], Iterator[Piece]]
-    header: Callable[[Tokenizer], list[int]] = lambda _: []  # of an answer still to be written
-    control: tuple[str, ...] = ()  # the tokens it needs by name
-    stop: tuple[str, ...] = ()  # those that end an answer, besides EOS
-    jinja: str = ""  # the same as Hugging Face writes it
-
-
 def _plain(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece]:
-    """BOS prompt completion EOS, the two texts as they are."""
+    """BOS prompt completion EOS, the two texts unchanged."""
     for message in messages:
         if message.role == "assistant":
             ids = tokenizer.encode_continuation(message.content)
@@ -59,7 +50,7 @@ def _plain(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece]
 
 
 def _llama2(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece]:
-    """BOS [INST] user [/INST] answer EOS a turn; the system's words stand in the first user's."""
+    """BOS [INST] user [/INST] answer EOS for each turn; system text goes into the first user's."""
     system = ""
     for message in messages:
         role, content, _ = message
@@ -84,14 +75,14 @@ def _llama3(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece
         yield [*text, control["<|eot_id|>"]], message.learned
 
 
-def _llama3_header(tokenizer: Tokenizer, role: str = "assistant") -> list[int]:
+def _llama3_header(tokenizer: Tokenizer, role: str) -> list[int]:
     start, end = (tokenizer.control_ids[f"<|{name}_header_id|>"] for name in ("start", "end"))
-    continued = tokenizer.encode_continuation
-    return [start, *continued(role), end, *continued("\n\n")]
+    encode = tokenizer.encode_continuation
+    return [start, *encode(role), end, *encode("\n\n")]
 
 
 def _chatml(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece]:
-    """A line with the role, the message as it is, end of turn, a newline (never learned)."""
+    """A line with the role, the message unchanged, end of turn, a newline (never learned)."""
     end, newline = tokenizer.control_ids["<|im_end|>"], tokenizer.encode_continuation("\n")
     for message in messages:
         yield _chatml_header(tokenizer, message.role), False
@@ -99,8 +90,22 @@ def _chatml(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece
         yield newline, False
 
 
-def _chatml_header(tokenizer: Tokenizer, role: str = "assistant") -> list[int]:
+def _chatml_header(tokenizer: Tokenizer, role: str) -> list[int]:
     return [tokenizer.control_ids["<|im_start|>"], *tokenizer.encode_continuation(f"{role}\n")]
+
+
+class _Template(NamedTuple):
+    """encode: the tokens of messages. header: those before an answer that is still to be written.
+
+    control: names of the tokens it needs. stop: names of those that end an answer, besides EOS.
+    jinja: the same template for Hugging Face.
+    """
+
+    encode: Callable[[Tokenizer, Sequence[Message]], Iterator[Piece]]
+    header: Callable[[Tokenizer, str], list[int]] | None = None
+    control: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()
+    jinja: str = ""
 
 
 _TEMPLATES = {
@@ -131,13 +136,13 @@ _TEMPLATES = {
         " '<|im_end|>\\n' }}{% endfor %}{{ '<|im_start|>assistant\\n' if add_generation_prompt }}",
     ),
 }
-assert tuple(_TEMPLATES) == CHAT_TEMPLATES
+CHAT_TEMPLATES = tuple(_TEMPLATES)
 
 
 def check_template(template: str, tokenizer: Tokenizer | None) -> None:
-    """UserError that names every control token of the template which the tokenizer lacks.
+    """Raise UserError that names every control token of the template which the tokenizer lacks.
 
-    None: one that is still to be trained, and will know BOS and EOS only.
+    tokenizer: None for one that is still to be trained, which will have BOS and EOS only.
     """
     known = tokenizer.control_ids if tokenizer else {}
     if missing := [name for name in _TEMPLATES[template].control if name not in known]:
@@ -151,11 +156,13 @@ def check_template(template: str, tokenizer: Tokenizer | None) -> None:
 def encode_example(
     tokenizer: Tokenizer, template: str, messages: Sequence[Message]
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of a whole conversation, and of each whether it carries loss: the tokens of the
-    answers, with the token that ends each. `messages` have passed `parse_messages`."""
+    """Return the token ids of a whole conversation, and for each whether it carries loss.
+
+    Answers carry loss, with the token that ends each. `messages` have passed `parse_messages`.
+    """
     ids: list[int] = []
     answer: list[bool] = []
-    for piece, learned in _TEMPLATES[template].pieces(tokenizer, messages):
+    for piece, learned in _TEMPLATES[template].encode(tokenizer, messages):
         ids += piece
         answer += [learned] * len(piece)
     return ids, answer
@@ -168,11 +175,11 @@ def encode_chat(
     *,
     add_generation_prompt: bool = True,
 ) -> list[int]:
-    """Token ids, BOS included where the template has one, to generate the next answer from.
+    """Return the token ids to generate the next answer from, BOS included if the template has one.
 
     `messages` are dicts with `role` and `content`, as in the JSON lines of `prepare`; the last is
     the user's. Without `add_generation_prompt`: the conversation alone, whoever spoke last. The
-    ids are those that training on the same conversation has. UserError for what is malformed or
+    ids are those of training on the same conversation. Raises UserError for a malformed one and
     for control tokens that the tokenizer lacks.
     """
     check_template(template, tokenizer)
@@ -182,51 +189,52 @@ def encode_chat(
     if problems:
         raise combine(problems, title="this conversation cannot be encoded:")
     ids, _ = encode_example(tokenizer, template, parsed)
-    return ids + _TEMPLATES[template].header(tokenizer) if add_generation_prompt else ids
+    header = _TEMPLATES[template].header
+    return ids + header(tokenizer, "assistant") if add_generation_prompt and header else ids
 
 
 def stop_ids(tokenizer: Tokenizer, template: str) -> list[int]:
-    """Ids of the tokens any of which ends an answer: the template's end of turn, and EOS."""
+    """Return the ids that end an answer: the template's end of turn, and EOS."""
     check_template(template, tokenizer)
     ends = [tokenizer.control_ids[name] for name in _TEMPLATES[template].stop]
     return list(dict.fromkeys([*ends, tokenizer.eos_id]))
 
 
 def write_template(directory: Path, tokenizer: Tokenizer, template: str) -> None:
-    """Write a template, and the tokens that end an answer, beside the tokenizer."""
+    """Write a template, and the ids that end an answer, beside the tokenizer."""
     if template != "none":
         (directory / "chat_template.jinja").write_text(_TEMPLATES[template].jinja, "utf-8")
-        add_stop_ids(directory, [*tokenizer.stop_ids, *stop_ids(tokenizer, template)])
+        set_stop_ids(directory, [*tokenizer.stop_ids, *stop_ids(tokenizer, template)])
 
 
 def parse_messages(
     value: Any, template: str, *, last: str | None
 ) -> tuple[tuple[Message, ...], list[str]]:
-    """The messages of a conversation out of JSON, and all that is wrong with them.
+    """Return the messages of a conversation in JSON, and all that is wrong with them.
 
-    Wanted: perhaps one system message, then user and assistant in turn, with `last` (None: either)
-    at the end; no answer without text, no mark of Llama 2 in a text for its template.
+    Right is: at most one system message, then user and assistant in turn, with `last` (None:
+    either) at the end; no answer without text, no mark of Llama 2 in a text for its template.
     """
     if not isinstance(value, Sequence) or isinstance(value, str):
         return (), [f"messages is a {type(value).__name__}, not a list"]
     if not value:
         return (), ["messages is empty"]
-    messages: list[Message] = []
-    problems: list[str] = []
-    for number, item in enumerate(value, 1):
-        wrong = problems_of_message(item, template)
-        problems += [f"message {number}: {problem}" for problem in wrong]
-        if not wrong:
-            messages.append(Message(item["role"], item["content"], item.get("weight", 1)))
-    if not problems:
-        problems = _problems_of_order([m.role for m in messages], template, last)
+    problems = [
+        f"message {number}: {problem}"
+        for number, item in enumerate(value, 1)
+        for problem in problems_of_message(item, template)
+    ]
+    if problems:
+        return (), problems
+    messages = tuple(Message(m["role"], m["content"], m.get("weight", 1)) for m in value)
+    problems = _problems_of_order([m.role for m in messages], template, last)
     if not problems and last == "assistant" and not any(m.learned for m in messages):
-        problems.append("every answer has weight 0, so nothing to learn")
-    return tuple(messages), problems
+        problems = ["every answer has weight 0, so nothing to learn"]
+    return messages, problems
 
 
 def problems_of_message(item: Any, template: str) -> list[str]:
-    """What is wrong with one message, its place in the conversation apart."""
+    """List what is wrong with one message, apart from its place in the conversation."""
     if not isinstance(item, Mapping):
         return [f"a {type(item).__name__}, not an object with role and content"]
     problems = [f"no key {key!r}" for key in ("role", "content") if key not in item]
@@ -235,8 +243,7 @@ def problems_of_message(item: Any, template: str) -> list[str]:
     if role not in ROLES:
         problems.append(f"role {role!r} is none of {', '.join(ROLES)}")
     if not isinstance(content, str):
-        problems.append(f"content is a {type(content).__name__}, not a string")
-        return problems
+        return [*problems, f"content is a {type(content).__name__}, not a string"]
     if role == "assistant" and "content" in item and not content.strip():
         problems.append("an answer without text")
     if template == "llama2":
@@ -245,27 +252,25 @@ def problems_of_message(item: Any, template: str) -> list[str]:
 
 
 def problems_of_keys(item: Mapping[str, Any]) -> list[str]:
-    """What stands in a message or an example that would be lost, and changes what it means."""
-    problems = [
-        f"{key!r} is not supported: no template writes it" for key in _LOST if item.get(key)
-    ]
+    """List the keys of a message or an example that change its meaning and would be lost."""
+    lost = [f"{key!r} is not supported: no template writes it" for key in _LOST if item.get(key)]
     if item.get("weight", 1) not in (0, 1):
-        problems.append(f"weight {item['weight']!r} is neither 0 nor 1")
-    return problems
+        lost.append(f"weight {item['weight']!r} is neither 0 nor 1")
+    return lost
 
 
 def _problems_of_order(roles: Sequence[str], template: str, last: str | None) -> list[str]:
     problems = []
     turns = roles[1:] if roles[0] == "system" else roles
-    wanted = [("user", "assistant")[i % 2] for i in range(len(turns))]
+    due = [("user", "assistant")[i % 2] for i in range(len(turns))]
+    wrong = [i for i, role in enumerate(turns) if role != due[i]]
     if "assistant" not in roles and last == "assistant":
         problems.append("no assistant message, so nothing to learn")
-    elif list(turns) != wanted:
-        at = next(i for i, (a, b) in enumerate(zip(turns, wanted, strict=True)) if a != b)
-        number = at + 1 + len(roles) - len(turns)
+    elif wrong:
+        number = wrong[0] + 1 + len(roles) - len(turns)
         problems.append(
-            f"message {number} is the {turns[at]}'s where the {wanted[at]}'s is due: perhaps a"
-            " system message, then user and assistant in turn"
+            f"message {number} is the {turns[wrong[0]]}'s where the {due[wrong[0]]}'s is due:"
+            " perhaps a system message, then user and assistant in turn"
         )
     elif not turns or last not in (None, turns[-1]):
         problems.append(f"the last message is the {roles[-1]}'s, not the {last or 'user'}'s")

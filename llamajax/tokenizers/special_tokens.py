@@ -1,7 +1,7 @@
-"""Special tokens of a tokenizer as the files beside it state them; which ids begin and end a text.
+"""Special tokens of a tokenizer, as the files beside it state them.
 
 Hugging Face spreads these facts over `tokenizer_config.json`, `special_tokens_map.json`,
-`added_tokens.json`, `generation_config.json` and `config.json`. They are read here, and only here.
+`added_tokens.json`, `generation_config.json` and `config.json`. Only this file reads them.
 """
 
 import dataclasses
@@ -9,13 +9,12 @@ import json
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llamajax.errors import UserError
 
-# Files that may stand beside a tokenizer of Hugging Face and belong to it, and the one that says
-# how a model is sampled by default.
-COMPANIONS = (
+# Files that belong to a tokenizer of Hugging Face, and its model's defaults for sampling.
+_COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -23,7 +22,7 @@ COMPANIONS = (
     "generation_config.json",
 )
 _PAD_NAMES = ("[PAD]", "<pad>", "<PAD>", "<|pad|>")
-# Padding, and tokens that chat templates place by id. No text encodes to them.
+# Padding, and tokens that chat templates insert by id. No text encodes to them.
 ALWAYS_CONTROL = (
     "<|im_start|>", "<|im_end|>", *_PAD_NAMES,
     "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
@@ -32,7 +31,7 @@ _ENDS = ("bos_token", "eos_token")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>")
 _EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>", "<|im_end|>")
-# What transformers takes for these `tokenizer_class`es where tokenizer_config.json names no token.
+# What transformers assumes for these `tokenizer_class`es if tokenizer_config.json names no token.
 _OF_CLASS = {
     "Llama": ("<s>", "</s>"),
     "CodeLlama": ("<s>", "</s>"),
@@ -40,36 +39,46 @@ _OF_CLASS = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What the files of one directory state.
+class ModelIds(NamedTuple):
+    """The ids that a model's directory states; None or empty where it states none."""
 
-    named: `bos_token` and `eos_token` by these keys; None where a file says that there is none.
-    added: id of each added token, and whether it is special. bos_id, eos_ids, pad_id: of the model.
-    """
-
-    named: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
-    added: Mapping[str, tuple[int, bool]] = dataclasses.field(default_factory=dict)
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
 
 
-def read_facts(file: Path) -> Facts:
-    """What stands beside a tokenizer's file. Raises UserError for a file that is malformed.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the files beside a tokenizer state.
 
-    A file of a name of its own (`llama2.model`) stands among others of other models: no facts.
+    named: `bos_token` and `eos_token`; None where a file says that there is none.
+    added: id of each added token, and whether it is special.
+    """
+
+    named: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    added: Mapping[str, tuple[int, bool]] = dataclasses.field(default_factory=dict)
+    model: ModelIds = dataclasses.field(default_factory=ModelIds)
+
+
+def read_facts(file: Path) -> Facts:
+    """Read the files beside a tokenizer's file. Raises UserError for a malformed one.
+
+    A file with a name of its own (`llama2.model`) may stand beside other models' files: no facts.
     """
     if not file.name.startswith("tokenizer"):
         return Facts()
-    config = _read(file.with_name("tokenizer_config.json"))
-    legacy = _read(file.with_name("special_tokens_map.json"))
+    config = _read_object(file.with_name("tokenizer_config.json"))
+    legacy = _read_object(file.with_name("special_tokens_map.json"))
     kind = str(config.get("tokenizer_class", "")).removesuffix("Fast").removesuffix("Tokenizer")
     named = dict(zip(_ENDS, _OF_CLASS[kind], strict=True)) if kind in _OF_CLASS else {}
+    special = set()
     for source in (legacy, config):
         named |= {key: _content(source[key]) for key in _ENDS if key in source}
-    special = {_content(value) for source in (legacy, config) for value in _flat(source)}
-    listed = _read(file.with_name("added_tokens.json"))
+        special |= {_content(value) for key, value in source.items() if key.endswith("_token")}
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            if isinstance(source.get(key), list):
+                special |= {_content(token) for token in source[key]}
+    listed = _read_object(file.with_name("added_tokens.json"))
     decoder = config.get("added_tokens_decoder") or {}
     try:
         added = {name: (int(i), name in special) for name, i in listed.items()}
@@ -79,16 +88,17 @@ def read_facts(file: Path) -> Facts:
             f"{file.parent}: added_tokens.json or added_tokens_decoder of tokenizer_config.json is "
             "malformed; copy it again"
         ) from None
-    bos_id, eos_ids, pad_id = model_ids(file.parent)
-    return Facts(named=named, added=added, bos_id=bos_id, eos_ids=eos_ids, pad_id=pad_id)
+    return Facts(named=named, added=added, model=model_ids(file.parent))
 
 
-def model_ids(directory: Path) -> tuple[int | None, tuple[int, ...], int | None]:
-    """BOS, all EOS and pad ids of a model's directory: generation_config.json before config.json,
-    as transformers takes them. Raises UserError for an EOS that is no id."""
+def model_ids(directory: Path) -> ModelIds:
+    """Read BOS, EOS and pad ids: from generation_config.json, else config.json, as transformers.
+
+    Raises UserError for an EOS that is no id.
+    """
     found: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
-        config = _read(directory / name)
+        config = _read_object(directory / name)
         found |= {key: config[key] for key in _IDS if config.get(key) is not None}
         eos = config.get("eos_token_id")
         ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -99,7 +109,7 @@ def model_ids(directory: Path) -> tuple[int | None, tuple[int, ...], int | None]
             )
         found |= {"eos_token_id": tuple(ids)} if ids else {}
     bos, pad = (i if type(i := found.get(key)) is int and i >= 0 else None for key in _IDS[::2])
-    return bos, found.get("eos_token_id", ()), pad
+    return ModelIds(bos, found.get("eos_token_id", ()), pad)
 
 
 def find_ends(
@@ -110,14 +120,14 @@ def find_ends(
     own: tuple[int | None, int | None],
     added: Collection[str],
 ) -> tuple[int | None, int, tuple[str, ...]]:
-    """BOS (None: texts have none), EOS, and warnings.
+    """Return BOS (None: texts have none), EOS, and warnings.
 
-    From the names in tokenizer_config.json, else `own`, what the tokenizer's file itself states,
-    else the model's ids, else well-known names among the `added` tokens.
+    In this order: the names in tokenizer_config.json, what the tokenizer's file states (`own`),
+    the model's ids, well-known names among the `added` tokens.
     """
     known = set(vocab.values())
     named = [vocab.get(facts.named.get(key) or "") for key in _ENDS]
-    model = (facts.bos_id, next(iter(facts.eos_ids), None))
+    model = (facts.model.bos_id, next(iter(facts.model.eos_ids), None))
     bos, eos = (
         next((i for i in each if i is not None and i in known), None)
         for each in zip(named, own, model, strict=True)
@@ -132,9 +142,11 @@ def find_ends(
     one = eos if bos is None else bos
     if one is not None and (eos is None or (bos is None and named[1] is None and not no_bos)):
         name = next(n for n, i in vocab.items() if i == one)
-        what = f"{name} begins and ends every text, for want of another"
-        fix = "name bos_token and eos_token in tokenizer_config.json if that is wrong"
-        return one, one, (f"{path}: {what}; {fix}",)
+        warning = (
+            f"{path}: {name} begins and ends every text, for want of another; "
+            "name bos_token and eos_token in tokenizer_config.json if that is wrong"
+        )
+        return one, one, (warning,)
     if eos is None:
         raise UserError(
             f"{path}: no BOS or EOS token found, and every document ends with EOS. Name them as "
@@ -144,8 +156,8 @@ def find_ends(
     return bos, eos, ()
 
 
-def of_another_model(path: Path, ids: Collection[int], size: int) -> UserError:
-    """Return the error of added tokens whose ids do not follow the vocabulary."""
+def foreign_tokens(path: Path, ids: Collection[int], size: int) -> UserError:
+    """Return the error for added tokens whose ids do not follow a vocabulary of `size` tokens."""
     return UserError(
         f"{path}: the added tokens beside it have the ids {sorted(ids)}, and not those that follow "
         f"the {size} tokens in it: they belong to another model"
@@ -153,7 +165,7 @@ def of_another_model(path: Path, ids: Collection[int], size: int) -> UserError:
 
 
 def num_used(vocab: Mapping[str, int]) -> int:
-    """Number of ids without padding at the end, which models often have no row for."""
+    """Count the ids, without padding at the end: models often have no row for it."""
     names = {i: name for name, i in vocab.items()}
     size = max(names) + 1
     while names.get(size - 1) in _PAD_NAMES:
@@ -161,42 +173,39 @@ def num_used(vocab: Mapping[str, int]) -> int:
     return size
 
 
-def carry_companions(file: Path, directory: Path) -> None:
-    """Copy what stands beside a tokenizer's file and belongs to it.
+def copy_companions(file: Path, directory: Path) -> None:
+    """Copy the files that belong to a tokenizer's file.
 
-    The model's BOS, EOS and pad ids go into generation_config.json where config.json has them.
+    The model's BOS, EOS and pad ids go into generation_config.json, wherever they were stated.
     """
     if not file.name.startswith("tokenizer"):
         return
-    for name in COMPANIONS:
+    for name in _COMPANIONS:
         if file.with_name(name).is_file():
             shutil.copyfile(file.with_name(name), directory / name)
-    bos, eos, pad = model_ids(file.parent)
-    write_model_ids(directory, bos_id=bos, eos_ids=eos, pad_id=pad)
+    write_model_ids(directory, model_ids(file.parent))
 
 
-def write_model_ids(
-    directory: Path, *, bos_id: int | None, eos_ids: tuple[int, ...], pad_id: int | None
-) -> None:
-    """Complete generation_config.json by these ids; what it states already stays."""
+def write_model_ids(directory: Path, ids: ModelIds) -> None:
+    """Add ids to generation_config.json; what it states already stays."""
     file = directory / "generation_config.json"
-    given = _read(file)
-    eos = list(eos_ids) if len(eos_ids) > 1 else next(iter(eos_ids), None)
-    ids = dict(zip(_IDS, (bos_id, eos, pad_id), strict=True))
-    new = {k: v for k, v in ids.items() if v is not None and given.get(k) is None}
+    given = _read_object(file)
+    eos = list(ids.eos_ids) if len(ids.eos_ids) > 1 else next(iter(ids.eos_ids), None)
+    wanted = dict(zip(_IDS, (ids.bos_id, eos, ids.pad_id), strict=True))
+    new = {k: v for k, v in wanted.items() if v is not None and given.get(k) is None}
     if new:
         file.write_text(json.dumps(given | new, indent=2) + "\n", "utf-8")
 
 
-def add_stop_ids(directory: Path, ids: Sequence[int]) -> None:
-    """Have generation_config.json name these EOS ids, whatever else it states."""
+def set_stop_ids(directory: Path, ids: Sequence[int]) -> None:
+    """Set the EOS ids of generation_config.json."""
     file = directory / "generation_config.json"
-    given = _read(file) | {"eos_token_id": list(dict.fromkeys(ids))}
-    file.write_text(json.dumps(given, indent=2) + "\n", "utf-8")
+    config = _read_object(file) | {"eos_token_id": list(dict.fromkeys(ids))}
+    file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no file."""
+def _read_object(file: Path) -> dict[str, Any]:
+    """Read the object in a JSON file; empty if there is no file."""
     if not file.is_file():
         return {}
     try:
@@ -209,12 +218,5 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _content(value: Any) -> str | None:
-    """The text of a token that is written as a string or as an object."""
+    """Return the text of a token that is written as a string or as an object."""
     return value.get("content") if isinstance(value, dict) else value
-
-
-def _flat(source: Mapping[str, Any]) -> list[Any]:
-    """Tokens that a file names as special."""
-    singles = [value for key, value in source.items() if key.endswith("_token")]
-    lists = (source.get(f"{kind}_special_tokens") for kind in ("additional", "extra"))
-    return singles + [token for each in lists if isinstance(each, list) for token in each]

@@ -1,17 +1,96 @@
-"""Control tokens of a `tokenizer.json`: which it puts around a text, and how no text spells any.
+"""Tokenizers of Hugging Face: `tokenizer.json`, and the files beside it."""
 
-The tokenizer itself is in `tokenizers.py`.
-"""
-
+import json
+from pathlib import Path
 from typing import Any
 
+from llamajax.errors import UserError
+from llamajax.tokenizers.special_tokens import (
+    ALWAYS_CONTROL,
+    find_ends,
+    foreign_tokens,
+    num_used,
+    read_facts,
+)
+from llamajax.tokenizers.tokenizer import Tokenizer, fingerprint_of
 
-def without_control(spec: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    """The tokenizer.json with its control tokens made unreachable by any text.
 
-    They leave the list of added tokens (which is matched in the text before anything else), and
-    those that also stand in the model's vocabulary get a name that no text can spell. The library
-    numbers the added tokens that are left anew, unless they stand in the vocabulary.
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json`, and the files beside it for BOS, EOS and added tokens.
+
+    Decoding restores a text as far as the file's own normalizer loses nothing. Added tokens that
+    are not special are encoded and decoded like any other.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, path: Path) -> None:
+        import tokenizers
+
+        content = path.read_bytes()
+        try:
+            spec = json.loads(content)
+            full = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(
+                f"{path}: not a Hugging Face tokenizer.json ({str(error)[:200]})"
+            ) from error
+        self.files = (path,)
+        self.facts = read_facts(path)
+        vocab = full.get_vocab(with_added_tokens=True)
+        more = sorted((i, n, s) for n, (i, s) in self.facts.added.items() if n not in vocab)
+        if more:
+            full.add_tokens(
+                [tokenizers.AddedToken(n, special=s, normalized=False) for _, n, s in more]
+            )
+            if any(full.token_to_id(n) != i for i, n, _ in more):
+                raise foreign_tokens(path, [i for i, *_ in more], len(vocab))
+            spec, vocab = json.loads(full.to_str()), full.get_vocab(with_added_tokens=True)
+        self.vocab_size = num_used(vocab)
+        listed = {t["content"]: t for t in spec.get("added_tokens") or []}
+        ends = _ends_of_template(spec.get("post_processor"))
+        own = tuple(vocab.get(end or "") for end in ends)
+        self.bos_id, self.eos_id, self.warnings = find_ends(
+            path, self.facts, vocab, own=own, added=listed
+        )
+        names = {name for name, i in vocab.items() if i in (self.bos_id, self.eos_id)}
+        self.control_ids = {
+            name: token["id"]
+            for name, token in listed.items()
+            if token["special"] or name in ALWAYS_CONTROL or name in names
+        }
+        self._control = {*self.control_ids.values(), self.bos_id, self.eos_id}
+        names |= set(self.control_ids)
+        self.added_ids = {name: t["id"] for name, t in listed.items() if name not in names}
+        self.fingerprint = fingerprint_of(
+            self.kind, content, self.bos_id, self.eos_id, *filter(None, [self.added_ids])
+        )
+        full.no_truncation()
+        full.no_padding()
+        self._decoder = full
+        self._encoder = tokenizers.Tokenizer.from_str(json.dumps(_without_control(spec, names)))
+        # The encoder lacks some added tokens, so that it numbers the others anew.
+        pairs = [(self._encoder.token_to_id(name), i) for name, i in self.added_ids.items()]
+        self._renumbered = {theirs: i for theirs, i in pairs if theirs != i}
+        newline = self._encode("\n")
+        if len(newline) == 2 and full.id_to_token(newline[0]) == "\u2581":
+            self._after_newline = 2
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self._encoder.encode(text, add_special_tokens=False).ids
+        return [self._renumbered.get(i, i) for i in ids] if self._renumbered else ids
+
+    def _decode(self, ids: list[int]) -> str:
+        plain = [i for i in ids if i not in self._control]
+        return self._decoder.decode(plain, skip_special_tokens=False)
+
+
+def _without_control(spec: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """Return a tokenizer.json whose control tokens no text can reach.
+
+    They leave the list of added tokens, which the library searches in a text before anything else.
+    Those that the model's vocabulary holds as well get a name that no text can spell. The library
+    numbers the remaining added tokens anew, unless they are in the vocabulary.
     """
     model = dict(spec["model"])
     keep = {model.get("unk_token")}
@@ -37,12 +116,12 @@ def without_control(spec: dict[str, Any], names: set[str]) -> dict[str, Any]:
     }
 
 
-def ends_of_template(processor: dict[str, Any] | None) -> tuple[str | None, str | None]:
-    """Names of the tokens that the post-processor puts before and after a text."""
+def _ends_of_template(processor: dict[str, Any] | None) -> tuple[str | None, str | None]:
+    """Return the names of the tokens that the post-processor puts before and after a text."""
     if not processor:
         return None, None
     if processor.get("type") == "Sequence":
-        found = [ends_of_template(p) for p in processor.get("processors", [])]
+        found = [_ends_of_template(p) for p in processor.get("processors", [])]
         return next((f for f in found if any(f)), (None, None))
     single = processor.get("single")
     if not isinstance(single, list) or not single:

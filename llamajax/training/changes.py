@@ -9,7 +9,7 @@ from llamajax import data, optim
 from llamajax.config import diff, from_json_dict
 from llamajax.errors import UserError
 from llamajax.formats.weights import TOKENIZER
-from llamajax.tokenizers.comparison import describe, is_recorded, tokenizer_record
+from llamajax.tokenizers.tokenizer_identity import describe, matches_record, tokenizer_record
 from llamajax.training.session import Session
 
 
@@ -25,7 +25,7 @@ def run_tokenizer(session: Session, meta: Mapping[str, Any] | None, workdir: Pat
         return saved
     path = session.mixture.sources[0].path
     ours = data.load_tokenizer(path)
-    if saved is None or is_recorded(ours, saved):
+    if saved is None or matches_record(ours, saved):
         return saved or tokenizer_record(ours)
     raise UserError(
         f"data.path: {path} was prepared with another tokenizer "

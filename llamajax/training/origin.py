@@ -17,7 +17,7 @@ from llamajax.config.flags import show
 from llamajax.config.schema import LoraConfig, RunConfig
 from llamajax.errors import UserError, combine
 from llamajax.formats.weights import Weights, open_base, open_weights
-from llamajax.tokenizers.comparison import load_recorded, same_tokens
+from llamajax.tokenizers.tokenizer_identity import data_mismatch, load_recorded
 
 # What must not change in a run with adapters: the function, or the arrays of its checkpoints.
 _FIXED = ("rank", "alpha", "targets", "base_dtype")
@@ -66,13 +66,8 @@ def _token_differences(weights: Weights, config: RunConfig) -> list[str]:
     path, tokenizer = config.data.path.split(",")[0].strip(), weights.tokenizer
     ours = data.load_tokenizer(path)
     theirs = load_recorded(tokenizer, weights.tokenizer_record, of=weights.path)
-    if same_tokens(ours, theirs):
-        return []
-    return [
-        f"data.path: {path} was prepared with another tokenizer ({ours.kind}, {ours.vocab_size} "
-        f"tokens) than the weights' own, {tokenizer} ({theirs.kind}, {theirs.vocab_size} tokens); "
-        f"prepare the text again with --tokenizer={tokenizer}"
-    ]
+    problem = data_mismatch(f"data.path: {path}", ours, theirs, tokenizer)
+    return [problem] if problem else []
 
 
 def _check_adapters(old: LoraConfig, new: LoraConfig) -> None:

@@ -12,9 +12,9 @@ from llamajax.data import (
     eval_batches,
     open_mixture,
     sample_ids,
+    sample_order,
     train_batches,
 )
-from llamajax.data import order as order_module
 from llamajax.data.batches import make_batch
 
 BOS, EOS = 256, 257
@@ -209,7 +209,7 @@ def test_weights_decide_the_shares_and_each_source_has_its_own_epochs(prepared, 
 
 
 def test_an_old_position_reads_in_the_old_order(config, prepared, documents, monkeypatch):
-    monkeypatch.setattr(order_module, "_WHOLE_UP_TO", 0)
+    monkeypatch.setattr(sample_order, "_WHOLE_UP_TO", 0)
     mixture = open_mixture(config(prepared("a", documents)), split="train", vocab_size=258)
     new = Position.start(batch_size=8, seq_len=100, mixture_hash=mixture.hash)
     old = Position((dataclasses.replace(new.segments[0], rounds=4),))

@@ -10,7 +10,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from llamajax.data import load_tokenizer
 from llamajax.errors import UserError
-from llamajax.tokenizers.loading import cut_long_runs
+from llamajax.tokenizers.tiktoken_ranks import cut_long_runs
 
 CONTROL = (
     "<s> </s> <unk> <s>x</s><|begin_of_text|><|end_of_text|><|endoftext|><|eot_id|><0x0A> [UNK]"

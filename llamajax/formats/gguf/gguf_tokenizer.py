@@ -17,14 +17,10 @@ import numpy as np
 
 from llamajax.formats.gguf.gguf_header import Header
 from llamajax.formats.published import note
+from llamajax.tokenizers.tiktoken_ranks import LLAMA3_WORDS
 
 _KEY = "tokenizer.ggml."
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # token types, SentencePiece's own numbers
-# Llama 3's split into words; that of GPT-2 is ByteLevel's own.
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _PRE = (*_LLAMA3_NAMES, "smollm", "gpt-2")
 
@@ -148,7 +144,7 @@ def _byte_level(facts: Mapping[str, Any]) -> bytes:
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not llama3)
     first = []
     if llama3:
-        first = [pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_WORDS), behavior="isolated")]
+        first = [pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), behavior="isolated")]
     elif facts["pre"] == "smollm":
         first = [pre_tokenizers.Digits(individual_digits=True)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, bytes_only])

@@ -25,12 +25,12 @@ from llamajax.formats.huggingface.safetensors_files import (
 )
 from llamajax.formats.tensor_source import Foreign, Index, TensorSource, check_finite
 from llamajax.sharding import is_weight, letters
+from llamajax.tokenizers.loading import find_tokenizer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
 _LISTED = 10
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 # What torch.compile, DistributedDataParallel and PEFT put before the names of what they wrap.
 _WRAPPERS = re.compile(r"^(_orig_mod\.|module\.|base_model\.model\.)+")
 _EMBEDDING = ROWS["embedding"].theirs
@@ -83,8 +83,7 @@ def recognise(path: Path) -> Foreign | None:
         source, problems = _open_files(path)
     if model is None or source is None:
         raise combine(problems, title=f"{path} cannot be read as a Llama of Hugging Face:")
-    tokenizer = next((path / n for n in _TOKENIZERS if (path / n).is_file()), None)
-    return Foreign(model=model, tokenizer=tokenizer, source=source)
+    return Foreign(model=model, tokenizer=find_tokenizer(path), source=source)
 
 
 def read_config_json(path: Path) -> dict[str, Any] | None:

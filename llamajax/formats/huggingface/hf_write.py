@@ -26,18 +26,11 @@ from llamajax.formats.huggingface.safetensors_files import write_file
 from llamajax.formats.tensor_source import Index, TensorSource, check_finite
 from llamajax.processes.agreement import agree
 from llamajax.sharding import letters
+from llamajax.tokenizers import Tokenizer
+from llamajax.tokenizers.tokenizer_identity import check_vocabulary
 
 MAX_SHARD_BYTES = 4_000_000_000
 GENERATION = "generation_config.json"
-
-
-class ExportableTokenizer(Protocol):
-    """What an export asks of a tokenizer; those of `data` have it."""
-
-    vocab_size: int
-
-    def export(self, directory: Path) -> list[str]:
-        """Write its files and generation_config.json with its ids; returns warnings."""
 
 
 class Progress(Protocol):
@@ -101,7 +94,7 @@ def export_hf(
     directory: Path,
     *,
     dtype: str,
-    tokenizer: ExportableTokenizer | None,
+    tokenizer: Tokenizer | None,
     overwrite: bool = False,
 ) -> list[str]:
     """Write a model in memory as a Hugging Face directory; returns warnings.
@@ -124,7 +117,7 @@ def write_hf(
     directory: Path,
     *,
     dtype: str,
-    tokenizer: ExportableTokenizer | None,
+    tokenizer: Tokenizer | None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
@@ -135,7 +128,7 @@ def write_hf(
     Raises UserError, on all processes, when it cannot be written, and for what does not fit:
     a tokenizer with more tokens than the model, a value beyond float16.
     """
-    check_vocabulary(tokenizer, model)
+    check_vocabulary(tokenizer, model.vocab_size)
     check_tied_head(source, model)
     files = plan_files(model, np.dtype(jax.numpy.dtype(dtype)), max_shard_bytes)
     arrays = _arrays(source, files, progress)
@@ -157,16 +150,6 @@ def write_hf(
     if problem := agree(failure):
         raise UserError(problem)
     return warnings
-
-
-def check_vocabulary(tokenizer: ExportableTokenizer | None, model: ModelConfig) -> None:
-    """Raise UserError when the tokenizer yields tokens that the model has no row for."""
-    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model's vocabulary only "
-            f"{model.vocab_size:,}: they do not belong together; put the model's own beside the "
-            "weights, or take it away to convert without one"
-        )
 
 
 def _unloadable(model: ModelConfig) -> list[str]:
@@ -253,13 +236,15 @@ def _write_weights(
 
 
 def _write_rest(
-    directory: Path, model: ModelConfig, *, dtype: str, tokenizer: ExportableTokenizer | None
+    directory: Path, model: ModelConfig, *, dtype: str, tokenizer: Tokenizer | None
 ) -> list[str]:
     """config.json, generation_config.json and the tokenizer; returns warnings."""
     ids: dict[str, Any] = {}
     warnings = []
     if tokenizer is not None:
-        warnings = tokenizer.export(directory)
+        from llamajax.tokenizers.tokenizer_export import export_tokenizer  # imports a library
+
+        warnings = export_tokenizer(tokenizer, directory)
         ids = json.loads((directory / GENERATION).read_text("utf-8"))
     write_json(directory / "config.json", write_model_config(model, dtype=dtype, ids=ids))
     return warnings

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from llamajax.data import order
-from llamajax.data.order import EndlessOrder
+from llamajax.data import sample_order
+from llamajax.data.sample_order import EndlessOrder
 
 
 @pytest.fixture(params=["whole", "by entry"])
 def regime(request, monkeypatch):
     if request.param == "by entry":
-        monkeypatch.setattr(order, "_WHOLE_UP_TO", 0)
+        monkeypatch.setattr(sample_order, "_WHOLE_UP_TO", 0)
 
 
 @pytest.mark.usefixtures("regime")

@@ -168,7 +168,7 @@ class Corpus:
 
     def _texts(self, file: Path, raw: BinaryIO) -> Iterator[str]:
         form = format_of(file)
-        stream = checked(file, raw)
+        stream = decompressed(file, raw)
         if form == ".parquet":
             rows = _parquet(file, raw, stream, self._text_key)
         elif form == ".jsonl":
@@ -269,7 +269,7 @@ def _decompressed(file: Path, raw: io.BufferedReader) -> Any:
     return _Zstd(raw) if name.endswith(".zst") else raw
 
 
-def checked(file: Path, raw: BinaryIO) -> io.RawIOBase:
+def decompressed(file: Path, raw: BinaryIO) -> io.RawIOBase:
     """The decompressed content of an open file, whose damage is a UserError."""
     return _Checked(file, _decompressed(file, raw))
 

@@ -1,0 +1,154 @@
+"""Tokenize documents, in this process or in worker processes.
+
+Not `concurrent.futures.ProcessPoolExecutor`: spawn and forkserver import the caller's main module
+again, which breaks a script without a `__main__` guard; fork is unsafe once threads run (grain's,
+jax's); and its workers outlive a parent that was killed. Here a worker is `python -c`, and ends
+with its pipe.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from llamajax.corpus.holdout import Part
+from llamajax.data.shards import token_dtype
+from llamajax.errors import UserError
+from llamajax.tokenizers import Tokenizer, load_tokenizer
+from llamajax.tokenizers.chat import encode_example
+from llamajax.verbs import STOP_SIGNALS
+
+_BATCH_CHARS = 500_000
+_BATCH_PARTS = 2_000
+_BATCHES_PER_WORKER = 3  # being tokenized, or waiting for their turn: bounds the memory
+_WORKER = (
+    "import sys; sys.path[:] = {path!r}; "
+    "from llamajax.corpus.tokenizing import serve; serve({tokenizer!r}, {template!r})"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Tokenized documents of one split: BOS and EOS around each, all in one array.
+
+    answer: of examples, whether each token carries loss. lengths: tokens of each document.
+    text_bytes: of the texts, or of the answers.
+    """
+
+    split: str
+    tokens: np.ndarray
+    answer: np.ndarray | None
+    lengths: list[int]
+    text_bytes: int
+
+
+def tokenize(parts: list[Part], tokenizer: Tokenizer, template: str) -> list[Tokens]:
+    """Tokenize texts or examples; one result for each split."""
+    results = []
+    for split in ("train", "validation"):
+        pieces, answers, lengths, text_bytes = [], [], [], 0
+        for part in parts:
+            if part.split != split:
+                continue
+            if isinstance(part.document, str):
+                ids = [*tokenizer.start_ids, *tokenizer.encode(part.document), tokenizer.eos_id]
+            else:
+                ids, answer = encode_example(tokenizer, template, part.document.messages)
+                answers.append(np.array(answer, bool))
+            pieces.append(np.array(ids, token_dtype(tokenizer.vocab_size)))
+            lengths.append(len(ids))
+            text_bytes += part.text_bytes
+        if pieces:
+            mask = np.concatenate(answers) if answers else None
+            results.append(Tokens(split, np.concatenate(pieces), mask, lengths, text_bytes))
+    return results
+
+
+def tokenize_all(
+    parts: Iterable[Part], *, tokenizer_path: str, template: str, num_workers: int
+) -> Iterator[Tokens]:
+    """Yield the tokens of all parts in their order, whatever the number of workers.
+
+    One worker: the work is done in this process. Raises UserError if a worker dies.
+    """
+    if num_workers == 1:
+        tokenizer = load_tokenizer(tokenizer_path)
+        for batch in _batched(parts):
+            yield from tokenize(batch, tokenizer, template)
+        return
+    code = _WORKER.format(path=sys.path, tokenizer=tokenizer_path, template=template)
+    command = [sys.executable, "-c", code]
+    workers: list[subprocess.Popen] = []
+    own = threading.local()
+
+    def ask(batch: list[Part]) -> list[Tokens]:
+        """Have the worker of this thread tokenize a batch."""
+        if not hasattr(own, "worker"):
+            own.worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            workers.append(own.worker)
+        return _ask(own.worker, batch)
+
+    threads = ThreadPoolExecutor(num_workers)
+    results: collections.deque[Future[list[Tokens]]] = collections.deque()
+    try:
+        for batch in _batched(parts):
+            results.append(threads.submit(ask, batch))
+            if len(results) == _BATCHES_PER_WORKER * num_workers:
+                yield from results.popleft().result()
+        while results:
+            yield from results.popleft().result()
+    finally:
+        for worker in workers:
+            worker.kill()
+        threads.shutdown(cancel_futures=True)
+        for worker in workers:
+            with contextlib.suppress(BrokenPipeError), worker:  # closes its pipes and waits for it
+                pass
+
+
+def _batched(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    batch: list[Part] = []
+    chars = 0
+    for part in parts:
+        batch.append(part)
+        chars += len(part.document)
+        if chars >= _BATCH_CHARS or len(batch) >= _BATCH_PARTS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _ask(worker: subprocess.Popen, batch: list[Part]) -> list[Tokens]:
+    """Send a worker a batch and return its tokens."""
+    try:
+        pickle.dump(batch, worker.stdin, pickle.HIGHEST_PROTOCOL)
+        worker.stdin.flush()
+        return pickle.load(worker.stdout)
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"a tokenizer process ended with code {worker.wait()} (its message, if any, stands "
+            "above; -9: out of memory); try fewer --workers"
+        ) from error
+
+
+def serve(tokenizer_path: str, template: str) -> None:
+    """Run a worker: read batches from stdin and write tokens to stdout, until stdin ends."""
+    # Ctrl-C reaches the whole process group; the parent decides, and its pipe ends.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr
+    tokenizer = load_tokenizer(tokenizer_path)
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            pickle.dump(tokenize(pickle.load(source), tokenizer, template), sink, -1)
+            sink.flush()
