@@ -4,6 +4,7 @@ Each rule is a function from a module's syntax tree to complaints, and is itself
 """
 
 import ast
+import collections
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,7 @@ VERBS = (
 FLOORS |= dict.fromkeys(VERBS, 11) | {"cli": 12, "__main__": 13}
 
 FILE_LINES = 400
+FOLDER_FILES = 20
 FUNCTION_LINES = 60
 OTHER_LIMITS = {"training/step.py": 40, "training/loop.py": 100}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
@@ -232,6 +234,47 @@ def test_files_can_be_read_at_one_go():
         if (lines := len(path.read_text(encoding="utf-8").splitlines())) > FILE_LINES
     }
     assert long == {}
+
+
+def test_no_package_has_too_many_files():
+    counts = collections.Counter(path.parent for path in FILES if path.name != "__init__.py")
+    assert {name_of(p): n for p, n in counts.items() if n > FOLDER_FILES} == {}
+
+
+def imported_files(path: Path, modules: dict[str, Path]) -> set[Path]:
+    """Files of the package that a file imports, lazily or not; of a package, its modules alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {modules[name] for name in names if name in modules}
+    return found - {path}
+
+
+def circles(imports: dict[Path, set[Path]]) -> set[Path]:
+    """Files that import themselves through others: neither the first nor the last of a chain."""
+    while True:
+        imported = set().union(*imports.values()) if imports else set()
+        kept = {
+            path: others & imports.keys()
+            for path, others in imports.items()
+            if path in imported and others & imports.keys()
+        }
+        if kept == imports:
+            return set(kept)
+        imports = kept
+
+
+def test_no_file_imports_itself_through_others():
+    files = [path for path in FILES if path.name != "__init__.py"]
+    modules = {"llamajax." + name_of(path)[:-3].replace("/", "."): path for path in files}
+    assert circles({path: imported_files(path, modules) for path in files}) == set()
+    a, b, c, d = map(Path, "abcd")
+    assert circles({a: {b}, b: {a, c}, c: set(), d: {a}}) == {a, b}
 
 
 def test_no_file_has_a_name_that_says_nothing():
