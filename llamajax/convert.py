@@ -14,7 +14,7 @@ from llamajax.monitoring.progress import BytesProgress
 from llamajax.verbs import run_verb
 
 if TYPE_CHECKING:
-    from llamajax.formats.tensor_source import TensorSource
+    from llamajax.formats.foreign_weights import TensorSource
     from llamajax.formats.weights import Weights
 
 SUMMARY = "Convert weights of any known kind to a Hugging Face directory."
@@ -117,11 +117,11 @@ def _tensors(weights: "Weights") -> "TensorSource":
     import jax
 
     from llamajax import sharding
-    from llamajax.formats.own_checkpoint import leaves_of
+    from llamajax.formats.llama_sources import weight_leaves
     from llamajax.models.abstract import abstract_model
 
     mesh = sharding.build_mesh(MeshConfig(), jax.devices()[:1])
-    return weights.tensors(leaves_of(abstract_model(weights.model, mesh)))
+    return weights.tensors(weight_leaves(abstract_model(weights.model, mesh)))
 
 
 def _note_rounding(source: "TensorSource", dtype: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from llamajax.config import Flag, parse_command_line
 from llamajax.config.flags import BACKEND_FLAGS, NUM_CPU_DEVICES, backend_config
 from llamajax.errors import UserError, say
+from llamajax.files import write_file
 from llamajax.verbs import run_verb
 
 SUMMARY = (
@@ -100,15 +101,7 @@ def _keep(verdict: Any) -> None:
 
 def _write(flag: str, out: str, text: str) -> None:
     """Write a file that was asked for, whole or not at all; UserError where that is refused."""
-    path = Path(out)
-    hidden = path.with_name(f".{path.name}.tmp")
-    try:
-        hidden.write_text(text + "\n", encoding="utf-8")
-        hidden.replace(path)
-    except OSError as error:
-        raise UserError(f"--{flag}={out} cannot be written: {error.strerror}") from None
-    finally:
-        hidden.unlink(missing_ok=True)
+    write_file(Path(out), text + "\n", label=f"--{flag}={out}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from llamajax.config import Flag, parse_command_line
 from llamajax.errors import UserError, say
+from llamajax.files import write_file
 from llamajax.verbs import run_verb
 
 SUMMARY = (
@@ -77,19 +78,9 @@ def main(argv: list[str]) -> int:
     if flags.json:
         rows = [output.to_json(plan, config_file=flags.config_file) for plan in plans]
         found = rows[0] | ({"search": rows} if flags.search else {})
-        _write(Path(flags.json), json.dumps(found, indent=1))
+        text = json.dumps(found, indent=1) + "\n"
+        write_file(Path(flags.json), text, label=f"--json={flags.json}")
     return 0
-
-
-def _write(path: Path, text: str) -> None:
-    hidden = path.with_name(f".{path.name}.tmp")
-    try:
-        hidden.write_text(text + "\n", encoding="utf-8")
-        hidden.replace(path)
-    except OSError as error:
-        raise UserError(f"--json={path} cannot be written: {error.strerror}") from None
-    finally:
-        hidden.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

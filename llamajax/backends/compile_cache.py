@@ -21,6 +21,7 @@ import jax
 
 from llamajax.backends.folders import cache_directory
 from llamajax.backends.jax_private import cache_hook
+from llamajax.files import write_file
 
 _DIGEST_BYTES = 32
 _SUFFIX = ".program"
@@ -89,12 +90,7 @@ class FileCache:
         """Keep a value, whole or not at all; the least recently used ones go to make room."""
         self._path.mkdir(parents=True, exist_ok=True)
         path = self._path / f"{key}{_SUFFIX}"
-        temporary = self._path / f".{hashlib.sha256(key.encode()).hexdigest()[:16]}.{os.getpid()}"
-        try:
-            temporary.write_bytes(hashlib.sha256(value).digest() + value)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(path, hashlib.sha256(value).digest() + value)
         self._make_room()
 
     def _make_room(self) -> None:

@@ -13,7 +13,6 @@ copies of checkpoints, an attention) when the probe of what it replaces failed.
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, Literal
 import jax
 
 from llamajax.backends.folders import cache_directory
+from llamajax.files import write_file
 
 READY, READY_WITH_REPAIRS, NOT_READY = "ready", "ready with repairs", "not ready"
 Status = Literal["pass", "fail", "unsupported"]
@@ -75,9 +75,7 @@ def write_verdict(verdict: Verdict) -> Path:
         device_kind=verdict.device_kind,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(verdict.to_json(), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_file(path, json.dumps(verdict.to_json(), indent=1) + "\n")
     return path
 
 

@@ -1,12 +1,11 @@
-"""Checkpoints of a training state: saved in the background, atomic, restored onto any mesh.
+"""Save the training state in the background, verify it, and restore it onto any mesh.
 
-A state is any pytree of arrays. Storage knows array names, never classes; models, optimizers and
-configs stay strangers here.
+A state is any pytree of arrays. This package knows arrays by name, and no models or optimizers.
 """
 
 from llamajax.checkpoint.checkpointer import Checkpointer, CheckpointError
+from llamajax.checkpoint.leaf_names import named_leaves, rebuild
 from llamajax.checkpoint.manifest import complete_steps, find_damage
-from llamajax.checkpoint.names import named_leaves, rebuild
 from llamajax.checkpoint.restore import (
     Checkpoint,
     check_same_model,

@@ -1,8 +1,8 @@
-"""Saving checkpoints in the background, and keeping the right ones.
+"""Save checkpoints in the background and keep the right ones.
 
-A save costs the step only the copy to the host. The rest (writing, checksums, commit, retention)
-happens in threads, and a failure there surfaces at the next call. All methods that write are to be
-called by all processes; the files that belong to all are written by process 0.
+A save costs the step only the copy to the host. Writing, checksums, commit and retention happen in
+threads, and a failure there surfaces at the next call. All methods that write are to be called by
+all processes; process 0 writes the files that belong to all.
 """
 
 import collections
@@ -10,8 +10,8 @@ import contextlib
 import dataclasses
 import json
 import logging
+import operator
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +19,21 @@ import jax
 import numpy as np
 
 from llamajax.checkpoint import manifest as manifests
-from llamajax.checkpoint.fallback import newest_whole
-from llamajax.checkpoint.names import named_leaves
-from llamajax.checkpoint.parts import prove_readable
-from llamajax.checkpoint.restore import Checkpoint
-from llamajax.checkpoint.room import (
-    here,
-    make_sure_of_room,
-    reached,
+from llamajax.checkpoint.leaf_names import named_leaves
+from llamajax.checkpoint.location import (
+    Location,
+    is_remote,
+    locate,
     reason,
-    see_all_parts,
+    remove_tree,
+    storage_errors,
+    store_errors_explained,
+    user_error_type,
+    with_rank,
 )
-from llamajax.checkpoint.storage import Place, error_type, failures, is_remote, place, remove_tree
+from llamajax.checkpoint.restore import Checkpoint, newest_intact
+from llamajax.checkpoint.save_checks import check_all_parts, check_room
+from llamajax.checkpoint.stored_array import prove_readable
 from llamajax.errors import UserError
 from llamajax.processes.agreement import agree, raise_together, told
 
@@ -54,28 +57,35 @@ class CheckpointError(RuntimeError):
         self.step = step
 
 
-@dataclasses.dataclass(frozen=True)
-class _Failure:
-    """Why a save failed here; of_others: it did so on another process."""
+@dataclasses.dataclass
+class _Save:
+    """The save in progress, or the last one.
 
-    text: str
-    of_others: bool = False
+    arrays: dtype and shape by name. writers: processes that have something to write. started: Orbax
+    was asked to write, and the processes have not compared yet how that went. failure: why this
+    process could not save; seen_elsewhere: because another one could not.
+    """
+
+    step: int
+    arrays: dict[str, tuple[str, tuple[int, ...]]]
+    meta: str
+    writers: list[int] = dataclasses.field(default_factory=list)
+    started: bool = False
+    failure: str | None = None
+    seen_elsewhere: bool = False
+    thread: threading.Thread | None = None
 
 
 class _DropOrbaxRecords(logging.Filter):
     """Orbax logs each error, with tracebacks, from several threads; we report it once ourselves."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        told = "orbax" in record.pathname or "orbax" in record.getMessage()
-        return not told and record.name != "gcsfs"
-
-
-def _describe(leaf: Any) -> tuple[str, tuple[int, ...]]:
-    return str(leaf.dtype), tuple(leaf.shape)
+        from_orbax = "orbax" in record.pathname or "orbax" in record.getMessage()
+        return not from_orbax and record.name != "gcsfs"
 
 
 def _storable(name: str, leaf: Any) -> Any:
-    """The leaf as Orbax takes it: a jax or NumPy array. Typed PRNG keys are refused."""
+    """Return the leaf as Orbax takes it: a jax or NumPy array. Typed PRNG keys are refused."""
     if isinstance(leaf, jax.Array):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise TypeError(f"{name} is a typed PRNG key; keep jax.random.key_data() in the state")
@@ -89,45 +99,38 @@ class Checkpointer:
 
     directory: `checkpoints/`, or a URL in an object store. keep: newest checkpoints kept.
     keep_every: checkpoints whose step is a multiple of this are kept as well. asynchronous: whether
-    `save` returns before the files are written. check_owner: asked by process 0 before each save;
-    raises OSError where the directory is another run's by now. on_complete: called by process 0,
+    `save` returns before the files are written. check_owner: called by process 0 before each save;
+    raises OSError if the directory is another run's by now. on_complete: called by process 0,
     in a thread, with the step of each checkpoint that is complete. when_accepted: makes a change to
     the directory, perhaps later. Removes what a killed save left behind, so only the run itself may
     make one; to read checkpoints use `open_checkpoint`.
+
+    completed: steps of the saves that ended well, for the caller to take.
     """
 
     def __init__(
         self,
-        directory: Place,
+        directory: Location,
         *,
         keep: int,
         keep_every: int | None,
         asynchronous: bool,
-        check_owner: Callable[[], None] = lambda: None,
-        on_complete: Callable[[int], None] = lambda step: None,
-        when_accepted: Callable[[Callable[[], None]], None] = lambda change: change(),
+        check_owner: Callable[[], None] | None = None,
+        on_complete: Callable[[int], None] | None = None,
+        when_accepted: Callable[[Callable[[], None]], None] = operator.call,
     ):
         if keep < 1:
             raise UserError(f"checkpoint.keep is {keep}; at least 1 checkpoint must be kept")
         if keep_every is not None and keep_every < 1:
             raise UserError(f"checkpoint.keep_every is {keep_every}; it must be positive or none")
-        self.directory = place(directory)
-        self.last_stall_s = 0.0
-        self._keep = keep
-        self._keep_every = keep_every
+        self.directory = locate(directory)
+        self.completed: collections.deque[int] = collections.deque()
+        self._retention = keep, keep_every
         self._asynchronous = asynchronous
-        self._check_owner = check_owner
-        self._on_complete = on_complete
+        self._check_owner, self._on_complete = check_owner, on_complete
         self._when_accepted = when_accepted
-        self._is_primary = jax.process_index() == 0
         self._orbax: OrbaxWriter | None = None
-        self._thread: threading.Thread | None = None
-        self._failure: _Failure | None = None
-        self._writers: list[int] = []
-        self._unsettled = False
-        self._saving: int | None = None
-        self.completed: collections.deque[int] = collections.deque()  # steps, for whoever asks
-        self._pending: tuple[int, dict[str, tuple[str, tuple[int, ...]]], str] | None = None
+        self._save: _Save | None = None
         self._filter = _DropOrbaxRecords()
         for name in _NOISY:
             logging.getLogger(name).addFilter(self._filter)
@@ -136,44 +139,44 @@ class Checkpointer:
     def _remove_leftovers(self) -> None:
         problem = None
         try:
-            if self._is_primary:
+            if jax.process_index() == 0:
                 manifests.remove_leftovers(self.directory)
-        except failures(self.directory) as error:
-            kind = error_type(error, self.directory)
+        except storage_errors(self.directory) as error:
+            kind = user_error_type(error, self.directory)
             problem = kind(f"cannot clear {self.directory}: {reason(error)}")
         raise_together(problem)
 
-    def get_ready(self) -> None:
-        """Have the first save find everything made; to be called by all processes, or by none.
+    def warm_up(self) -> None:
+        """Import Orbax and start its threads before the first save needs them. Cheap to repeat.
 
-        For a moment at which nothing waits for this process. Cheap when it is repeated.
+        To be called by all processes, or by none.
         """
-        self._writer()
-
-    def _writer(self) -> "OrbaxWriter":
         if self._orbax is None:
             from llamajax.checkpoint.orbax_writer import OrbaxWriter  # takes long to import
 
             self._orbax = OrbaxWriter(self.directory, seal=self._seal)
-        return self._orbax
 
     @property
     def in_flight(self) -> int | None:
         """The step whose checkpoint is being written now, or None."""
-        return self._saving if self._thread is not None and self._thread.is_alive() else None
+        save = self._save
+        is_writing = save is not None and save.thread is not None and save.thread.is_alive()
+        return save.step if is_writing else None
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending. UserError: the store cannot be reached."""
-        with reached(self.directory):
-            return self._steps()
+        """Return the steps of the complete checkpoints, ascending.
 
-    def _steps(self) -> list[int]:
-        return manifests.complete_steps(self.directory)
+        Raises UserError if the object store cannot be reached.
+        """
+        with store_errors_explained(self.directory):
+            return manifests.complete_steps(self.directory)
 
-    def newest_whole(self, *, without: Collection[int] = ()) -> tuple[Checkpoint | None, list[str]]:
-        """Where to continue and what to say loudly, past damaged ones; see `fallback`."""
-        with reached(self.directory):
-            return newest_whole(self.directory, without=without, when_accepted=self._when_accepted)
+    def newest_intact(
+        self, *, without: Collection[int] = ()
+    ) -> tuple[Checkpoint | None, list[str]]:
+        """Return the checkpoint to continue from, and warnings; see `restore.newest_intact`."""
+        with store_errors_explained(self.directory):
+            return newest_intact(self.directory, without=without, when_accepted=self._when_accepted)
 
     def save(self, step: int, state: Any, *, meta: Mapping[str, Any], wait: bool = False) -> None:
         """Save `state` and `meta` together as the checkpoint of `step`.
@@ -183,39 +186,25 @@ class Checkpointer:
         previous one failed in the background: then nothing is written, and the call may be
         repeated. A step that is already there, complete, is not written again.
         """
-        started = time.monotonic()
-        try:
-            self.wait()
-            if self._is_there(step):
-                return
+        self.wait()
+        if not self._exists(step):
             self._start(step, state, meta)
             if wait or not self._asynchronous:
                 self.wait()
-        finally:
-            self.last_stall_s = time.monotonic() - started
-
-    def check(self) -> None:
-        """Raise the CheckpointError of a save that has failed in the background; never blocks.
-
-        Does nothing where there are several processes: they learn of failures together, in `wait`.
-        """
-        if jax.process_count() == 1 and self.in_flight is None:
-            self.wait()
 
     def wait(self) -> None:
         """Block until the save in progress is complete. Raises its CheckpointError."""
+        save = self._save
+        if save is None:
+            return
         self._join()
-        failure, self._failure = self._failure, None
-        if self._unsettled:
-            self._unsettled = False
-            # What happened on a process first, and only then what others saw of it.
-            first = agree(None if failure is None or failure.of_others else failure.text)
-            text = first or agree(failure.text if failure else None)
-        else:
-            text = failure.text if failure else None
+        text = save.failure
+        if save.started:
+            # First what happened on a process, and only then what others saw of it.
+            text = agree(None if save.seen_elsewhere else save.failure) or agree(save.failure)
+        self._save = None
         if text is not None:
-            assert self._pending is not None
-            raise CheckpointError(text, step=self._pending[0])
+            raise CheckpointError(text, step=save.step)
 
     def close(self) -> None:
         """Wait for the save in progress, then release the threads. Raises its CheckpointError."""
@@ -225,9 +214,8 @@ class Checkpointer:
             self._release()
 
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._save is not None and self._save.thread is not None:
+            self._save.thread.join()
 
     def _release(self) -> None:
         if self._orbax is not None:
@@ -242,122 +230,116 @@ class Checkpointer:
         if kind is None:
             self.close()
         else:
-            # The other processes may be gone: finish what this one was writing, agree on nothing.
+            # The other processes may be gone: finish this one's writing, call no collective.
             self._join()
             self._release()
 
-    def _is_there(self, step: int) -> bool:
-        """Process 0's answer, on all; CheckpointError on all where it is there, and damaged."""
-        problem = None
+    def _exists(self, step: int) -> bool:
+        """Return whether a step is saved already, the same on all processes.
+
+        Raises CheckpointError on all if it is there and damaged. In an object store, what is no
+        complete checkpoint is removed.
+        """
+        found, problem, directory = False, None, self.directory / str(step)
         try:
-            found = self._found(step) if self._is_primary else 0
-            if found and (damage := manifests.find_damage(self.directory / str(step))):
+            if jax.process_index() == 0:
+                if self._check_owner is not None:
+                    self._check_owner()
+                if not is_remote(directory):
+                    found = directory.exists()
+                elif manifests.is_committed(directory):
+                    found = True
+                else:
+                    remove_tree(directory)
+            if found and (damage := manifests.find_damage(directory)):
                 problem = f"a damaged one is in the way ({damage})"
-        except failures(self.directory) as error:
+        except storage_errors(self.directory) as error:
             problem = reason(error)
         if problem := agree(problem):
             text = f"checkpoint of step {step} was not saved: {problem}"
             raise CheckpointError(text, step=step)
-        return bool(told(found))
-
-    def _found(self, step: int) -> int:
-        """1 where this step is there; in an object store, what is no checkpoint gives way."""
-        self._check_owner()
-        directory = self.directory / str(step)
-        if not is_remote(directory):
-            return int(directory.exists())
-        if manifests.is_committed(directory):
-            return 1
-        remove_tree(directory)
-        return 0
+        return bool(told(int(found)))
 
     def _start(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         leaves = {name: _storable(name, leaf) for name, leaf in named_leaves(state).items()}
-        arrays = {name: _describe(leaf) for name, leaf in leaves.items()}
-        text = json.dumps(meta, indent=1, allow_nan=False)
-        self._pending = (step, arrays, text)
-        writer = self._writer()
-        with self._reporting(step):
-            self._writers = make_sure_of_room(self.directory, leaves)
-        if self._failure is not None:  # on all processes
+        arrays = {name: (str(leaf.dtype), tuple(leaf.shape)) for name, leaf in leaves.items()}
+        save = _Save(step, arrays, json.dumps(meta, indent=1, allow_nan=False))
+        self._save = save
+        self.warm_up()
+        with self._failure_recorded(save):
+            save.writers = check_room(self.directory, leaves)
+        if save.failure is not None:  # on all processes
             self.wait()
-        self._unsettled = True
-        with self._reporting(step):
-            writer.save(self.directory / str(step), leaves)
-        if self._failure is None:
-            self._saving = step
-            self._in_background(self._finish, step)
-        elif jax.process_count() == 1:
+        save.started = True
+        with self._failure_recorded(save):
+            self._orbax.save(self.directory / str(step), leaves)
+        if save.failure is not None and jax.process_count() == 1:
             self._clear()
             self.wait()
-        else:
-            self._in_background(self._give_up, step)
+        work = self._finish if save.failure is None else self._give_up
+        save.thread = threading.Thread(target=work, args=(save,), name=f"checkpoint_{step}")
+        save.thread.start()
 
     def _seal(self) -> None:
         """Called by Orbax on process 0 after all files are written, before the rename."""
-        assert self._pending is not None
-        step, arrays, meta = self._pending
-        directory = self.directory / str(step)  # where an object store has it from the start
+        save = self._save
+        directory = self.directory / str(save.step)  # where an object store has it from the start
         if not is_remote(directory):
-            (directory,) = self.directory.glob(f"{step}.orbax-checkpoint-tmp*")
-        see_all_parts(directory / manifests.STATE, self._writers)
-        prove_readable(directory / manifests.STATE, arrays)
-        manifests.write_durably(directory / manifests.META, meta)
-        manifests.seal(directory, step=step, arrays=arrays)
+            (directory,) = self.directory.glob(f"{save.step}.orbax-checkpoint-tmp*")
+        check_all_parts(directory / manifests.STATE, save.writers)
+        prove_readable(directory / manifests.STATE, save.arrays)
+        manifests.write_durably(directory / manifests.META, save.meta)
+        manifests.seal(directory, step=save.step, arrays=save.arrays)
 
-    def _in_background(self, work: Callable[[int], None], step: int) -> None:
-        self._thread = threading.Thread(target=work, args=(step,), name=f"checkpoint_{step}")
-        self._thread.start()
+    def _finish(self, save: _Save) -> None:
+        """In the background: wait for the commit, then delete what need not be kept."""
+        save.failure = f"checkpoint of step {save.step} was not saved: its thread died"
+        with self._failure_recorded(save):
+            self._orbax.wait()
+            if jax.process_index() == 0:
+                manifests.check_sizes(self.directory / str(save.step))
+            save.failure = None
+            self.completed.append(save.step)
+        if save.failure is not None:
+            self._give_up(save)
+        elif jax.process_index() == 0:
+            if self._on_complete is not None:
+                self._on_complete(save.step)
+            # What can't be deleted now is tried again after the next save.
+            with contextlib.suppress(*storage_errors(self.directory)):
+                self._prune(save.step)
 
-    def _give_up(self, step: int) -> None:
-        """In the background, where a save failed before anything was written in it."""
-        self._writer().rendezvous.failed()
+    def _give_up(self, _: _Save) -> None:
+        """In the background, after a failure: tell the other processes, then clear."""
+        self._orbax.rendezvous.failed()
         self._clear()
 
     def _clear(self) -> None:
-        """Remove what a failed save left, now that nobody writes there any more."""
-        if self._is_primary:
-            with contextlib.suppress(*failures(self.directory)):
+        """Remove what a failed save left, now that no process writes there any more."""
+        if jax.process_index() == 0:
+            with contextlib.suppress(*storage_errors(self.directory)):
                 manifests.remove_leftovers(self.directory)
 
-    def _finish(self, step: int) -> None:
-        """In the background: wait for the commit, then delete what need not be kept."""
-        self._failure = _Failure(f"checkpoint of step {step} was not saved: its thread died")
-        with self._reporting(step):
-            self._writer().wait()
-            if self._is_primary:
-                manifests.check_sizes(self.directory / str(step))
-            self._failure = None
-            self.completed.append(step)
-        if self._failure is not None:
-            self._give_up(step)
-        elif self._is_primary:
-            self._on_complete(step)
-            # What can't be deleted now is tried again after the next save.
-            with contextlib.suppress(*failures(self.directory)):
-                self._prune(step)
-
     @contextlib.contextmanager
-    def _reporting(self, step: int) -> Iterator[None]:
-        """Turn the failure of a save into `self._failure`."""
+    def _failure_recorded(self, save: _Save) -> Iterator[None]:
+        """Turn an error in this block into `save.failure`."""
         try:
             yield
-        except (*_SAVE_FAILURES, *failures(self.directory), manifests.DamagedError) as error:
+        except (*_SAVE_FAILURES, *storage_errors(self.directory), manifests.DamagedError) as error:
             try:
-                steps = self._steps()
+                steps = manifests.complete_steps(self.directory)
                 newest = (
                     f"the newest complete one is step {steps[-1]}" if steps else "there is none yet"
                 )
-            except failures(self.directory) as another:
+            except storage_errors(self.directory) as another:
                 newest = f"earlier ones cannot be seen: {reason(another)}"
-            self._failure = _Failure(
-                f"checkpoint of step {step} was not saved: {here(reason(error))}; {newest}",
-                of_others=isinstance(error, TimeoutError),
-            )
+            what = f"checkpoint of step {save.step} was not saved: {with_rank(reason(error))}"
+            save.failure, save.seen_elsewhere = f"{what}; {newest}", isinstance(error, TimeoutError)
 
     def _prune(self, newest: int) -> None:
         """Delete old checkpoints, now that the one of step `newest` is complete."""
-        earlier = [step for step in self._steps() if step < newest]
-        for step in earlier[: max(0, len(earlier) - (self._keep - 1))]:
-            if self._keep_every is None or step % self._keep_every != 0:
+        keep, every = self._retention
+        earlier = [s for s in manifests.complete_steps(self.directory) if s < newest]
+        for step in earlier[: max(0, len(earlier) - (keep - 1))]:
+            if every is None or step % every != 0:
                 manifests.remove_checkpoint(self.directory / str(step))

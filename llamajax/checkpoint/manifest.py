@@ -1,6 +1,6 @@
 """What makes a checkpoint complete: `manifest.json`, written last and committed by one rename.
 
-In an object store there is no rename: there the manifest itself is the commit.
+An object store has no rename: there the manifest itself is the commit.
 
     checkpoints/STEP/state/**        the arrays, as Orbax writes them
     checkpoints/STEP/meta.json       data position, resolved config, tokenizer, data
@@ -21,11 +21,12 @@ import shutil
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
-from llamajax.checkpoint import storage
-from llamajax.checkpoint.storage import Place, is_remote
+from llamajax.checkpoint import location
+from llamajax.checkpoint.location import Location, is_remote
+from llamajax.files import free_name
 
 MANIFEST = "manifest.json"
 # In an object store: the manifest of a checkpoint that was found damaged.
@@ -67,18 +68,25 @@ def _checksum(body: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
-def checksum_file(path: Place, *, sync: bool = False) -> int:
-    """The CRC-32 of a file; `sync` also forces it from the page cache onto the disk."""
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            crc = zlib.crc32(chunk, crc)
-        if sync:
-            os.fsync(file.fileno())
-    return crc
+def _checksums_of_files(
+    directory: Location, names: Iterable[str], *, sync: bool = False
+) -> list[int]:
+    """Return the CRC-32 of files; `sync` also forces them from the page cache onto the disk."""
+
+    def checksum(name: str) -> int:
+        crc = 0
+        with (directory / name).open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                crc = zlib.crc32(chunk, crc)
+            if sync:
+                os.fsync(file.fileno())
+        return crc
+
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        return list(pool.map(checksum, names))
 
 
-def write_durably(path: Place, text: str) -> None:
+def write_durably(path: Location, text: str) -> None:
     """Write a small file and force it onto the disk."""
     if is_remote(path):
         path.write_text(text)
@@ -89,17 +97,17 @@ def write_durably(path: Place, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def seal(directory: Place, *, step: int, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+def seal(
+    directory: Location, *, step: int, arrays: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> None:
     """Checksum all files of a finished save and write its manifest, the last file of all.
 
     `commit_success.txt` and `_CHECKPOINT_METADATA` at the top are Orbax's own notes about the save,
     still changing at this point and not needed to restore.
     """
-    sizes = {f"{STATE}/{name}": n for name, n in sorted(storage.files(directory / STATE).items())}
-    sizes |= storage.sizes(directory, [META])
-    sync = not is_remote(directory)
-    with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        sums = list(pool.map(lambda name: checksum_file(directory / name, sync=sync), sizes))
+    state = sorted(location.file_sizes(directory / STATE).items())
+    sizes = {f"{STATE}/{name}": n for name, n in state} | location.sizes_of(directory, [META])
+    sums = _checksums_of_files(directory, sizes, sync=not is_remote(directory))
     body = {
         "format": FORMAT,
         "step": step,
@@ -109,8 +117,8 @@ def seal(directory: Place, *, step: int, arrays: Mapping[str, tuple[str, tuple[i
     write_durably(directory / MANIFEST, json.dumps(body | {"checksum": _checksum(body)}, indent=1))
 
 
-def read_manifest(directory: Place) -> Manifest:
-    """The manifest of a checkpoint. Raises DamagedError if it is missing or unreadable."""
+def read_manifest(directory: Location) -> Manifest:
+    """Read the manifest of a checkpoint. Raises DamagedError if it is missing or unreadable."""
     path = directory / MANIFEST
     try:
         text = path.read_bytes()
@@ -132,12 +140,12 @@ def read_manifest(directory: Place) -> Manifest:
         raise DamagedError(path, "is not readable as a manifest") from None
 
 
-def check_sizes(directory: Place) -> Manifest:
-    """The manifest, after seeing each of its files there with its size; else DamagedError."""
+def check_sizes(directory: Location) -> Manifest:
+    """Return the manifest if each of its files exists with its size; else raise DamagedError."""
     manifest = read_manifest(directory)
     if str(manifest.step) != directory.name:
         raise DamagedError(directory, f"holds the checkpoint of step {manifest.step}")
-    found = storage.sizes(directory, manifest.files)
+    found = location.sizes_of(directory, manifest.files)
     for name, (size, _) in manifest.files.items():
         if name not in found:
             raise DamagedError(directory / name, "is missing")
@@ -146,50 +154,23 @@ def check_sizes(directory: Place) -> Manifest:
     return manifest
 
 
-def check_contents(directory: Place, manifest: Manifest, names: Iterable[str]) -> None:
-    """Read files in full and compare their checksums; DamagedError names the first that differs."""
-    names = list(names)
-    with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        sums = pool.map(lambda name: checksum_file(directory / name), names)
-        for name, crc in zip(names, sums, strict=True):
-            if crc != manifest.files[name][1]:
-                raise DamagedError(directory / name, "does not match its checksum")
+def check_contents(directory: Location, manifest: Manifest, names: list[str]) -> None:
+    """Read files in full; raise DamagedError for the first whose checksum differs."""
+    for name, crc in zip(names, _checksums_of_files(directory, names), strict=True):
+        if crc != manifest.files[name][1]:
+            raise DamagedError(directory / name, "does not match its checksum")
 
 
-def read_meta(directory: Place, manifest: Manifest) -> dict[str, Any]:
-    """Return the checkpoint's `meta.json`. Raises DamagedError if its checksum differs."""
+def read_meta(directory: Location, manifest: Manifest) -> dict[str, Any]:
+    """Read the checkpoint's `meta.json`. Raises DamagedError if its checksum differs."""
     text = (directory / META).read_bytes()
     if zlib.crc32(text) != manifest.files[META][1]:
         raise DamagedError(directory / META, "does not match its checksum")
     return json.loads(text)
 
 
-def step_directories(directory: Place) -> list[Place]:
-    """Everything under `directory` that is named like a checkpoint, oldest first.
-
-    In an object store only what has a manifest: the rest was never finished.
-    """
-    return [path for path in _named_like_steps(directory) if is_committed(path)]
-
-
-def is_committed(directory: Place) -> bool:
-    """Whether what is named like a checkpoint was one when its save ended."""
-    return not is_remote(directory) or MANIFEST in storage.names(directory)
-
-
-def _named_like_steps(directory: Place) -> list[Place]:
-    if is_remote(directory):
-        found = [directory / name for name in storage.names(directory) if _STEP.fullmatch(name)]
-    elif not directory.is_dir():
-        return []
-    else:
-        named = (path for path in directory.iterdir() if _STEP.fullmatch(path.name))
-        found = [path for path in named if path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name))
-
-
-def find_damage(directory: Place) -> str | None:
-    """What is wrong with one checkpoint at first sight (names and sizes), or None."""
+def find_damage(directory: Location) -> str | None:
+    """Return what is wrong with a checkpoint by names and sizes alone, or None."""
     try:
         check_sizes(directory)
     except DamagedError as error:
@@ -197,48 +178,70 @@ def find_damage(directory: Place) -> str | None:
     return None
 
 
-def complete_steps(directory: Place) -> list[int]:
-    """Steps of the complete checkpoints under `directory`, ascending; only sizes are checked."""
+def step_directories(directory: Location) -> list[Location]:
+    """List everything under `directory` that is named like a checkpoint, oldest first.
+
+    In an object store only what has a manifest: the rest was never finished.
+    """
+    return [path for path in _named_like_steps(directory) if is_committed(path)]
+
+
+def is_committed(directory: Location) -> bool:
+    """Return whether the save of what is named like a checkpoint ended."""
+    return not is_remote(directory) or MANIFEST in location.entry_names(directory)
+
+
+def _named_like_steps(directory: Location) -> list[Location]:
+    if not is_remote(directory) and not directory.is_dir():
+        return []
+    found = [directory / n for n in location.entry_names(directory) if _STEP.fullmatch(n)]
+    found = [path for path in found if is_remote(path) or path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def complete_steps(directory: Location) -> list[int]:
+    """Return the steps of the complete checkpoints, ascending; only sizes are checked."""
     return [int(path.name) for path in step_directories(directory) if find_damage(path) is None]
 
 
-def remove_leftovers(directory: Place) -> list[str]:
-    """Delete what killed saves and removals left behind; returns the names that were deleted."""
+def remove_leftovers(directory: Location) -> None:
+    """Delete what killed saves and removals left behind."""
     if is_remote(directory):
-        doomed = [p for p in _named_like_steps(directory) if _is_leftover(p)]
-        for path in doomed:
-            storage.remove_tree(path)
-        return [path.name for path in doomed]
-    if not directory.is_dir():
-        return []
-    names = sorted(path.name for path in directory.iterdir() if _LEFTOVER.fullmatch(path.name))
-    for name in names:
-        shutil.rmtree(directory / name, ignore_errors=True)
-    return names
+        for path in _named_like_steps(directory):
+            names = location.entry_names(path)
+            if names and names <= _OURS and ASIDE not in names:  # without a manifest
+                location.remove_tree(path)
+    elif directory.is_dir():
+        for path in directory.iterdir():
+            if _LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_leftover(directory: Place) -> bool:
-    """Whether a remote directory is of a save that did not end, or a removal that did not."""
-    names = storage.names(directory)
-    return bool(names) and names <= _OURS and ASIDE not in names
+def aside_name(directory: Path, suffix: str) -> Path:
+    """Return the free name that `set_aside` gives a local checkpoint."""
+    return free_name(directory.with_name(f"{directory.name}.{suffix}"))
 
 
-def set_aside(directory: Place) -> None:
-    """Mark a damaged checkpoint in an object store: from now on it counts as none.
+def set_aside(directory: Location, suffix: str) -> None:
+    """Rename a checkpoint to `STEP.suffix`, so that it counts as none and its step can be saved.
 
-    Its objects stay until its step is saved again.
+    In an object store it is marked instead; its objects stay until its step is saved again.
     """
-    text = (directory / MANIFEST).read_bytes()
-    (directory / ASIDE).write_bytes(text)
+    if not is_remote(directory):
+        directory.rename(aside_name(directory, suffix))
+        return
+    (directory / ASIDE).write_bytes((directory / MANIFEST).read_bytes())
     (directory / MANIFEST).unlink()
 
 
-def remove_checkpoint(directory: Place) -> None:
-    """Delete a checkpoint so that a half-deleted one never looks complete: renamed first, or, in an
-    object store, its manifest first."""
+def remove_checkpoint(directory: Location) -> None:
+    """Delete a checkpoint; a half-deleted one never looks complete.
+
+    It is renamed first or, in an object store, its manifest is deleted first.
+    """
     if is_remote(directory):
         (directory / MANIFEST).unlink(missing_ok=True)
-        storage.remove_tree(directory)
+        location.remove_tree(directory)
         return
     doomed = directory.with_name(f"{directory.name}.removing")
     directory.rename(doomed)

@@ -1,4 +1,4 @@
-"""The part of a save that is Orbax's. Importing it takes a third of a second."""
+"""The part of a save that Orbax does. Importing it takes a third of a second."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 
 from llamajax.backends.jax_private.literal_glob import take_directories_literally
 from llamajax.backends.jax_private.orbax_retries import limit_gcs_retries
-from llamajax.checkpoint.storage import RETRIES, Place, is_remote
+from llamajax.checkpoint.location import RETRIES, Location, is_remote
 from llamajax.processes.rendezvous import Rendezvous
 
 # Orbax's own default (20 minutes) is less than a 70B state takes on a slow disk.
@@ -15,12 +15,12 @@ _TIMEOUT_S = 3 * 3600
 
 
 class OrbaxWriter:
-    """Writes states under `directory`, asynchronously; to be made by all processes.
+    """Writes states under `directory` asynchronously. All processes create one.
 
     seal: called on process 0 after all files are written, before the rename that commits them.
     """
 
-    def __init__(self, directory: Place, *, seal: Callable[[], None]):
+    def __init__(self, directory: Location, *, seal: Callable[[], None]):
         if is_remote(directory):
             limit_gcs_retries(RETRIES)
         else:
@@ -35,18 +35,18 @@ class OrbaxWriter:
                 timeout_secs=_TIMEOUT_S,
                 barrier_sync_fn=self.rendezvous,
                 post_finalization_callback=seal,
-                # An unwritable directory is then an error of save() itself.
+                # Makes an unwritable directory an error of save() itself.
                 create_directories_asynchronously=False,
             ),
         )
 
-    def save(self, directory: Place, leaves: Mapping[str, Any]) -> None:
-        """Begin to write the leaves; returns when they may be overwritten or donated."""
+    def save(self, directory: Location, leaves: Mapping[str, Any]) -> None:
+        """Start to write the leaves; return when they may be overwritten or donated."""
         self.rendezvous.begin()
         self._orbax.save(directory, args=ocp.args.Composite(state=ocp.args.PyTreeSave(leaves)))
 
     def wait(self) -> None:
-        """Until what `save` began is committed. Raises what went wrong there."""
+        """Block until what `save` started is committed. Raises what went wrong there."""
         self._orbax.wait_until_finished()
 
     def close(self) -> None:

@@ -1,60 +1,48 @@
-"""Reading checkpoints: open one, verify it once, restore its arrays onto any mesh.
+"""Open checkpoints, verify them once, and restore their arrays onto any mesh.
 
-Reading never writes, so it is safe beside a run that is saving. Everything that can be refused is
-refused before the first array is read: damage, another model, another tree.
+Reading never writes, so it is safe beside a run that is saving. Damage, another model and another
+tree are refused before the first array is read. Only the run itself falls back to an older
+checkpoint when the newest is damaged (`newest_intact`), because it does the lost steps again. All
+other readers are refused, since they would take older weights for the newest.
 """
 
 import errno
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 
 from llamajax.checkpoint import manifest as manifests
+from llamajax.checkpoint.leaf_names import named_leaves, rebuild
+from llamajax.checkpoint.location import (
+    Location,
+    fix_for,
+    is_directory,
+    is_remote,
+    storage_errors,
+)
 from llamajax.checkpoint.manifest import DamagedError
-from llamajax.checkpoint.names import named_leaves, rebuild
-from llamajax.checkpoint.parts import StoredArray, placed
-from llamajax.checkpoint.storage import Place, failures, how_to_mend, is_directory, is_remote
+from llamajax.checkpoint.stored_array import StoredArray, array_from_parts
 from llamajax.config.flags import show
 from llamajax.errors import UserError, combine
-from llamajax.processes.agreement import agree
+from llamajax.processes.agreement import agree, told
 
 _LISTED = 10
 # Keys of the model section that change neither the arrays nor the function they compute.
 _HARMLESS = ("name", "init_std", "max_seq_len")
-
-
-def damaged(directory: Place, problem: str, *, hopeless: bool = False) -> UserError:
-    """The refusal of a damaged checkpoint: names the file, the previous complete one, the fix.
-
-    hopeless: the earlier ones are known to be damaged as well.
-    """
-    step = int(directory.name)
-    others = [n for n in manifests.complete_steps(directory.parent) if n < step]
-    others = [] if hopeless else others
-    away = f"mv {directory} {directory}.damaged"
-    if is_remote(directory):
-        away = f"rename {directory / manifests.MANIFEST} to {manifests.ASIDE}"
-    if others:
-        fix = (
-            f"The previous complete checkpoint is {directory.parent / str(others[-1])}. "
-            f"To use that one, move the damaged one away and run the same command again: {away}"
-        )
-    else:
-        fix = f"There is no earlier complete checkpoint. To start over, move it away: {away}"
-    return UserError(f"checkpoint {directory} is damaged: {problem}\n{fix}")
+_ALARM = "!" * 12
 
 
 class Checkpoint:
-    """One checkpoint that is open for reading: manifest and meta are read once, here.
+    """One checkpoint open for reading; its manifest and meta are read once, here.
 
     Opening compares the sizes of all files. `verify` compares their contents, at most once, before
-    anything is restored. Everything that reads a checkpoint shares one of these.
+    anything is restored.
     """
 
-    def __init__(self, directory: Place):
+    def __init__(self, directory: Location):
         """Raises DamagedError when a file is missing, or has another size."""
         self.directory = directory
         self.manifest = manifests.check_sizes(directory)
@@ -79,29 +67,30 @@ class Checkpoint:
         return StoredArray(self.directory / manifests.STATE, name)
 
     def verify(self) -> None:
-        """Read all files once, divided among the processes; UserError on all if one is damaged.
-
-        To be called by all processes.
-        """
+        """Raise UserError on all processes if a file is damaged. To be called by all."""
         if problem := self.find_damage():
-            raise damaged(self.directory, problem)
+            raise _damaged(self.directory, problem)
 
     def find_damage(self) -> str | None:
-        """As `verify`, but return what is wrong with the checkpoint, or None."""
-        if not self._verified:
-            files = sorted(self.manifest.files.keys() - {manifests.META})
-            share = files[jax.process_index() :: jax.process_count()]
-            problem = _agreed_damage(
-                self.directory,
-                lambda: manifests.check_contents(self.directory, self.manifest, share),
-            )
-            if problem:
-                return problem
-            self._verified = True
-        return None
+        """Read all files once, divided among the processes; return what is damaged, or None.
+
+        To be called by all processes, which get the same answer.
+        """
+        if self._verified:
+            return None
+        error = None
+        files = sorted(self.manifest.files.keys() - {manifests.META})
+        share = files[jax.process_index() :: jax.process_count()]
+        try:
+            manifests.check_contents(self.directory, self.manifest, share)
+        except (DamagedError, *storage_errors(self.directory)) as caught:
+            error = caught
+        problem = _damage_on_any(self.directory, error)
+        self._verified = problem is None
+        return problem
 
 
-def open_checkpoint(directory: Place) -> Checkpoint:
+def open_checkpoint(directory: Location) -> Checkpoint:
     """Open one checkpoint (`checkpoints/STEP`); cheap. Raises UserError if it is damaged."""
     if not is_directory(directory):
         steps = manifests.complete_steps(directory.parent)
@@ -110,50 +99,144 @@ def open_checkpoint(directory: Place) -> Checkpoint:
     try:
         return Checkpoint(directory)
     except DamagedError as error:
-        raise damaged(directory, str(error)) from None
+        raise _damaged(directory, str(error)) from None
 
 
-def newest_checkpoint(directory: Place) -> Checkpoint | None:
+def newest_checkpoint(directory: Location) -> Checkpoint | None:
     """Open the newest checkpoint under `directory`; None where there is none.
 
-    Raises UserError when the newest is damaged: nobody shall take older weights for the newest.
+    Raises UserError when the newest is damaged.
     """
     found = manifests.step_directories(directory)
     return open_checkpoint(found[-1]) if found else None
 
 
-def open_verified(directory: Place) -> tuple[Checkpoint | None, str | None]:
-    """Open a checkpoint and verify it; if it is damaged, None and what is wrong.
+def newest_intact(
+    directory: Location,
+    *,
+    without: Collection[int],
+    when_accepted: Callable[[Callable[[], None]], None],
+) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest checkpoint with no damaged file, verified, and warnings to print.
 
-    To be called by all processes, which get the same answer whoever of them saw the damage. Raises
-    UserError on all where one cannot read it for another reason than damage.
+    None where there is no checkpoint at all. Newer, damaged ones are set aside as `STEP.damaged`
+    (in an object store: marked, and kept until that step is saved again), so that their steps can
+    be saved again. without: steps that do not count. when_accepted: renames, perhaps later. Raises
+    UserError when all are damaged; then nothing is renamed. To be called by all processes, which
+    get the same answer whichever of them saw the damage.
     """
-    opened: list[Checkpoint] = []
-    problem = _agreed_damage(directory, lambda: opened.append(Checkpoint(directory)))
-    problem = problem or opened[0].find_damage()
-    return (None, problem) if problem else (opened[0], None)
+    damaged: list[tuple[Location, str]] = []
+    steps = [int(path.name) for path in manifests.step_directories(directory)]
+    steps = [step for step in steps if step not in without]
+    while (step := told(steps[-1] if steps else None)) is not None:
+        path = directory / str(step)
+        checkpoint, problem = _open_verified(path)
+        if checkpoint is not None:
+            if not damaged:
+                return checkpoint, []
+            warnings = _fallback_warnings(damaged, step)
+            when_accepted(functools.partial(_set_aside, damaged))
+            return checkpoint, warnings
+        damaged.append((path, problem))
+        steps = [number for number in steps if number < step]
+    if damaged:
+        raise _damaged(*damaged[0], hopeless=True)
+    return None, []
 
 
-def _agreed_damage(directory: Place, read: Callable[[], None]) -> str | None:
-    """Return the damage that `read` finds on any process, the same on all; None if there is none.
+def _open_verified(directory: Location) -> tuple[Checkpoint | None, str | None]:
+    """Open a checkpoint and read all its files; if it is damaged, None and what is wrong.
 
-    Raises UserError on all where one cannot read for another reason than damage.
+    To be called by all processes. Raises UserError on all where one cannot read it for another
+    reason than damage.
+    """
+    checkpoint = error = None
+    try:
+        checkpoint = Checkpoint(directory)
+    except (DamagedError, *storage_errors(directory)) as caught:
+        error = caught
+    problem = _damage_on_any(directory, error) or checkpoint.find_damage()
+    return (None, problem) if problem else (checkpoint, None)
+
+
+def _damage_on_any(directory: Location, error: Exception | None) -> str | None:
+    """Return the damage that any process found, the same on all; None if there is none.
+
+    error: what this process met. Raises UserError on all where it is something else than damage.
     """
     problem = refusal = None
-    try:
-        read()
-    except DamagedError as error:
+    if isinstance(error, DamagedError):
         problem = str(error)
-    except failures(directory) as error:
-        if is_remote(directory):
-            refusal = f"cannot read checkpoint {directory}: {error}; {how_to_mend(directory)}"
-        elif error.errno == errno.EIO:  # the disk itself gives up on these bytes
-            problem = f"{error.filename or directory} cannot be read: {error.strerror}"
-        else:
-            refusal = f"cannot read checkpoint {directory}: {error.strerror}: {error.filename}"
+    elif error is not None and is_remote(directory):
+        refusal = f"cannot read checkpoint {directory}: {error}; {fix_for(directory)}"
+    elif error is not None and error.errno == errno.EIO:  # the disk itself gives up on these bytes
+        problem = f"{error.filename or directory} cannot be read: {error.strerror}"
+    elif error is not None:
+        refusal = f"cannot read checkpoint {directory}: {error.strerror}: {error.filename}"
     if refusal := agree(refusal):
         raise UserError(refusal)
     return agree(problem)
+
+
+def _set_aside(damaged: list[tuple[Location, str]]) -> None:
+    """Set damaged checkpoints aside, on process 0. UserError on all if the disk refuses."""
+    problem = None
+    for path, what in damaged if jax.process_index() == 0 else ():
+        try:
+            manifests.set_aside(path, "damaged")
+        except storage_errors(path) as error:
+            why = error if is_remote(path) else error.strerror
+            problem = f"{path} is damaged ({what}) and cannot be renamed: {why}"
+    if problem := agree(problem):
+        raise UserError(problem)
+
+
+def _fallback_warnings(damaged: list[tuple[Location, str]], step: int) -> list[str]:
+    """Describe damaged checkpoints, newest first, and the step to continue from."""
+    warnings = []
+    for path, what in damaged:
+        kept = (
+            f"marked by {manifests.ASIDE}, and kept until its step is saved again"
+            if is_remote(path)
+            else f"kept aside as {manifests.aside_name(path, 'damaged').name}"
+        )
+        warnings.append(f"{_ALARM} checkpoint {path} is damaged: {what}; {kept}")
+    newest = damaged[0][0]
+    last = int(newest.name)
+    again = f"step {last} is" if last == step + 1 else f"steps {step + 1} to {last} are"
+    where = f"{newest.with_name(str(step))}, the newest that is whole"
+    return [*warnings, f"{_ALARM} falling back to {where}: {again} done again"]
+
+
+def _damaged(directory: Location, problem: str, *, hopeless: bool = False) -> UserError:
+    """Return the refusal of a damaged checkpoint: the file, the previous complete one, the fix.
+
+    hopeless: the earlier ones are known to be damaged as well.
+    """
+    step = int(directory.name)
+    others = [n for n in manifests.complete_steps(directory.parent) if n < step]
+    away = f"mv {directory} {directory}.damaged"
+    if is_remote(directory):
+        away = f"rename {directory / manifests.MANIFEST} to {manifests.ASIDE}"
+    if others and not hopeless:
+        fix = (
+            f"The previous complete checkpoint is {directory.parent / str(others[-1])}. "
+            f"To use that one, move the damaged one away and run the same command again: {away}"
+        )
+    else:
+        fix = f"There is no earlier complete checkpoint. To start over, move it away: {away}"
+    return UserError(f"checkpoint {directory} is damaged: {problem}\n{fix}")
+
+
+def model_differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Name every key of the model section in which the weights differ from the run's config."""
+    old, new = _flatten(saved), _flatten(wanted)
+    return [
+        f"model.{key}: the weights have {show(old.get(key))}, this run {show(new.get(key))}; "
+        f"use --config.model.{key}={show(old.get(key))}"
+        for key in {**new, **old}
+        if key not in _HARMLESS and not _equal(old.get(key), new.get(key))
+    ]
 
 
 def _flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -167,42 +250,10 @@ def _flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Equal, but for what is lost where a format stores numbers in float32."""
+    """Compare two values; floats up to what a format loses that stores them in float32."""
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=1e-6)
     return one == other
-
-
-def model_differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Name every key of the architecture in which weights differ from the run that wants them."""
-    old, new = _flatten(saved), _flatten(wanted)
-    return [
-        f"model.{key}: the weights have {show(old.get(key))}, this run {show(new.get(key))}; "
-        f"use --config.model.{key}={show(old.get(key))}"
-        for key in {**new, **old}
-        if key not in _HARMLESS and not _equal(old.get(key), new.get(key))
-    ]
-
-
-def _array_differences(
-    stored: Mapping[str, jax.ShapeDtypeStruct],
-    wanted: Mapping[str, Any],
-    *,
-    partial: bool,
-    cast: bool,
-) -> list[str]:
-    problems = []
-    for name, leaf in wanted.items():
-        if name not in stored:
-            problems.append(f"{name}: not in the checkpoint")
-        elif stored[name].shape != leaf.shape or (stored[name].dtype != leaf.dtype and not cast):
-            problems.append(
-                f"{name}: the checkpoint has {stored[name].dtype}{list(stored[name].shape)}, "
-                f"this run {leaf.dtype}{list(leaf.shape)}"
-            )
-    if not partial:
-        problems += [f"{n}: only in the checkpoint" for n in stored if n not in wanted]
-    return problems
 
 
 def check_same_model(
@@ -216,26 +267,29 @@ def check_same_model(
     """Raise one UserError that lists how a checkpoint differs from the wanted state, if it does.
 
     abstract: leaves by name with `.shape` and `.dtype`. model: the model section of the config.
+    partial, cast: as in `restore_state`.
     """
     problems = []
-    saved_config = checkpoint.meta.get("config") or {}
+    saved_config, stored = checkpoint.meta.get("config") or {}, checkpoint.arrays
     if model is not None and "model" in saved_config:
         problems += model_differences(saved_config["model"], model)
-    problems += _array_differences(checkpoint.arrays, abstract, partial=partial, cast=cast)
+    for name, leaf in abstract.items():
+        if name not in stored:
+            problems.append(f"{name}: not in the checkpoint")
+        elif stored[name].shape != leaf.shape or (stored[name].dtype != leaf.dtype and not cast):
+            problems.append(
+                f"{name}: the checkpoint has {stored[name].dtype}{list(stored[name].shape)}, "
+                f"this run {leaf.dtype}{list(leaf.shape)}"
+            )
+    if not partial:
+        problems += [f"{n}: only in the checkpoint" for n in stored if n not in abstract]
     if problems:
         more = len(problems) - _LISTED
-        shown = problems[:_LISTED] + ([f"and {more} more"] if more > 0 else [])
         raise combine(
-            shown,
+            problems[:_LISTED] + ([f"and {more} more"] if more > 0 else []),
             title=f"checkpoint {checkpoint} is of another model than this run's; choose another "
             "--workdir, or the config that it was saved with:",
         )
-
-
-def _restored(stored: StoredArray, leaf: Any, *, donated: bool) -> Any:
-    if leaf.sharding is None:
-        return stored.read(tuple(slice(0, n) for n in leaf.shape), leaf.dtype)
-    return placed(leaf, lambda index: stored.read(index, leaf.dtype), donated=donated)
 
 
 def restore_state(
@@ -247,27 +301,31 @@ def restore_state(
     cast: bool = False,
     donated: bool = False,
 ) -> Any:
-    """A tree like `abstract_state` filled from one checkpoint, bit for bit.
+    """Fill a tree like `abstract_state` from one checkpoint, bit for bit.
 
     abstract_state: leaves are `jax.ShapeDtypeStruct`; each array is read straight into the
     leaf's sharding, whatever mesh or device count saved it; without a sharding it becomes a NumPy
     array. model: the model section of the config, compared with the one in the meta.
     partial: the checkpoint may hold more arrays than are wanted (weights without optimizer).
     cast: arrays of another dtype are converted to the wanted one, part by part as they are read.
-    donated: the arrays will be donated to a jitted function. Without it the CPU's are the very
-    memory that was read into, which XLA would copy then. Where devices have memory of their own,
-    the host holds one part of one array at a time.
+    donated: the arrays will be donated to a jitted function; see `array_from_parts`. Where devices
+    have memory of their own, the host holds one part of one array at a time.
     Raises UserError, before reading, when the checkpoint is damaged or of another model. To be
     called by all processes.
     """
     abstract = named_leaves(abstract_state)
     check_same_model(checkpoint, abstract, model=model, partial=partial, cast=cast)
     checkpoint.verify()
+
+    def restored(name: str, leaf: Any) -> Any:
+        stored = checkpoint.array(name)
+        if leaf.sharding is None:
+            return stored.read(tuple(slice(0, n) for n in leaf.shape), leaf.dtype)
+        read = functools.partial(stored.read, dtype=leaf.dtype)
+        return array_from_parts(leaf, read, donated=donated)
+
     try:
-        leaves = {
-            name: _restored(checkpoint.array(name), leaf, donated=donated)
-            for name, leaf in abstract.items()
-        }
+        leaves = {name: restored(name, leaf) for name, leaf in abstract.items()}
     except DamagedError as error:
-        raise damaged(checkpoint.directory, str(error)) from None
+        raise _damaged(checkpoint.directory, str(error)) from None
     return rebuild(abstract_state, leaves)

@@ -1,7 +1,9 @@
 """A resolved run as JSON (`DIR/config.json`) and back, and what differs between two runs."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from llamajax.config.build import build
@@ -33,6 +35,15 @@ ONCE = ("train.resume_step", "train.restart")
 def to_json_dict(run: RunConfig) -> dict[str, Any]:
     """The run as nested dicts of JSON values, every key written out."""
     return _jsonable(dataclasses.asdict(run))
+
+
+def read_saved_config(workdir: Path) -> dict[str, Any]:
+    """Return the config that a run left in `workdir/config.json`; {} if it cannot be read."""
+    try:
+        found = json.loads((workdir / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def from_json_dict(tree: Mapping[str, Any], *, source: str = "config.json") -> RunConfig:

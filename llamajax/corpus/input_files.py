@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from llamajax.corpus import wikitext
 from llamajax.errors import UserError, say
+from llamajax.files import lfs_problem
 
 FORMATS = (".txt", ".jsonl", ".parquet", ".tokens", ".raw")
 _WIKITEXT = (".tokens", ".raw")
@@ -262,8 +263,8 @@ class _Zstd:
 
 def _decompressed(file: Path, raw: io.BufferedReader) -> Any:
     name = file.name.lower()
-    if raw.peek(100).startswith(b"version https://git-lfs"):
-        raise UserError(f"{file}: is a pointer of git-lfs, not the file itself; run `git lfs pull`")
+    if problem := lfs_problem(raw.peek(100)):
+        raise UserError(f"{file}: {problem}")
     if name.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)
     return _Zstd(raw) if name.endswith(".zst") else raw

@@ -4,7 +4,6 @@ import collections
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from llamajax.corpus.tokenizer_training import MAX_BYTES, parse_train, train_tok
 from llamajax.corpus.tokenizing import Tokens, tokenize_all
 from llamajax.data import shards
 from llamajax.errors import TransientError, UserError, say
+from llamajax.files import publish_directory
 from llamajax.tokenizers.chat import check_template, write_template
 from llamajax.tokenizers.loading import MANIFEST, load_tokenizer
 from llamajax.tokenizers.tokenizer import Tokenizer
@@ -83,7 +83,7 @@ def written(
             manifest["input"] |= {"files": [f.name for f in files]}
             text = json.dumps(manifest, indent=2) + "\n"
             (directory / MANIFEST).write_text(text, encoding="utf-8")
-            publish(directory, settings.output)
+            publish_directory(directory, settings.output)
     except OSError as error:
         raise UserError(f"cannot write {settings.output}: {error.strerror or error}") from error
     return manifest
@@ -140,20 +140,6 @@ def unfinished(output: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(directory, ignore_errors=True)
             lock_path.unlink(missing_ok=True)
-
-
-def publish(directory: Path, output: Path) -> None:
-    """Put the finished directory in its place, on disk before it has its name."""
-    for file in (*directory.iterdir(), directory):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    old = output.parent / f".{output.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    directory.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(

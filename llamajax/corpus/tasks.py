@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import shutil
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
@@ -30,7 +29,6 @@ from llamajax.corpus.preparation import (
     Settings,
     checked_input,
     corpus_of,
-    publish,
     train_on,
     unfinished,
     warn,
@@ -42,6 +40,7 @@ from llamajax.corpus.tokenizer_training import parse_train
 from llamajax.corpus.tokenizing import Tokens, tokenize, tokenize_all
 from llamajax.data.shards import token_dtype
 from llamajax.errors import UserError, combine
+from llamajax.files import publish_directory, replaced_file, write_file
 from llamajax.tokenizers.loading import load_tokenizer
 
 _FACTS = "part.json"
@@ -109,7 +108,7 @@ def run_task(settings: Settings, *, index: int, num_tasks: int, progress: Progre
             documents = _write_part(settings, task, directory, path, progress)
             facts = wanted | {"documents": documents, "files": [f.name for f in task.files]}
             (directory / _FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-            publish(directory, parts / task.name)
+            publish_directory(directory, parts / task.name)
     except OSError as error:
         raise UserError(f"cannot write {parts}: {error.strerror or error}") from error
     return f"wrote {parts / task.name}: {documents:,} documents of {len(task.files)} files"
@@ -161,14 +160,9 @@ def _tokenizer(settings: Settings, files: list[Path], parts: Path, progress: Pro
         corpus = corpus_of(settings, files)
         documents = watched(corpus, "counting documents", progress)
         holdout = Holdout(documents, settings.validation_fraction)
-        hidden = parts / f".{TRAINED}.{os.uname().nodename}.{os.getpid()}"
-        try:
+        with replaced_file(path) as hidden:
             train_on(settings, corpus, holdout, hidden, progress)
-            hidden.rename(path)
-        finally:
-            hidden.unlink(missing_ok=True)
-        hidden.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
-        hidden.rename(facts)
+        write_file(facts, json.dumps(wanted, indent=1))
     return str(path)
 
 

@@ -15,6 +15,7 @@ from llamajax.errors import UserError, say
 from llamajax.evaluation.evaluate_options import Request, check
 from llamajax.evaluation.scoring import Score, rows_a_batch, score
 from llamajax.evaluation.sources import Source, open_source
+from llamajax.files import replaced_file
 from llamajax.formats.weights import Weights, open_weights
 from llamajax.models.abstract import abstract_model
 from llamajax.models.counts import num_parameters
@@ -125,13 +126,5 @@ def _result(source: Source, found: Score, *, complete: bool) -> dict[str, Any]:
 
 
 def _write(path: Path, array: np.ndarray) -> None:
-    """Write the file under another name beside it, then rename it: it is whole or not there."""
-    temporary = path.with_name(f".{path.name}.incomplete")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, array)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"--per_token_nll={path}: cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced_file(path, label=f"--per_token_nll={path}") as hidden, hidden.open("wb") as file:
+        np.save(file, array)

@@ -14,8 +14,8 @@ import numpy as np
 
 from llamajax.checkpoint.restore import Checkpoint, restore_state
 from llamajax.config.schema import LORA_TARGETS, LoraConfig, ModelConfig
+from llamajax.formats.foreign_weights import Index, TensorSource
 from llamajax.formats.huggingface.hf_names import Row, tensors, to_theirs
-from llamajax.formats.tensor_source import Index, TensorSource
 
 PREFIX = "adapters/"
 # Training changes nearly every value of every tensor, so a few rows of each tell two bases apart.

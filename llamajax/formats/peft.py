@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from llamajax.checkpoint.directory import replaced
 from llamajax.checkpoint.restore import Checkpoint
 from llamajax.config.schema import LoraConfig
+from llamajax.files import replaced_directory
 from llamajax.formats.adapters import Factors, read_factors
 from llamajax.formats.huggingface.hf_names import TABLE
 from llamajax.formats.huggingface.hf_write import write_json
@@ -31,7 +31,7 @@ def write_peft(checkpoint: Checkpoint, target: Path, *, lora: LoraConfig, base: 
     if jax.process_index() != 0:
         return
     shapes = {name: array.shape for name, array in arrays.items()}
-    with replaced(target) as hidden:
+    with replaced_directory(target) as hidden:
         path = hidden / "adapter_model.safetensors"
         write_file(path, shapes, np.dtype("float32"), iter(arrays.values()))
         write_json(hidden / "adapter_config.json", peft_config(lora, base=base))

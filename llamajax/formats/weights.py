@@ -10,31 +10,38 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from llamajax.checkpoint import manifest as manifests
-from llamajax.checkpoint.owner import recorded
+from llamajax.checkpoint.directory_owner import recorded_directory
+from llamajax.checkpoint.location import (
+    Location,
+    fix_for,
+    is_directory,
+    is_remote,
+    locate,
+    storage_errors,
+)
 from llamajax.checkpoint.restore import (
     Checkpoint,
     newest_checkpoint,
     open_checkpoint,
     restore_state,
 )
-from llamajax.checkpoint.storage import Place, failures, how_to_mend, is_directory, is_remote, place
 from llamajax.config.build import build_model
 from llamajax.config.saved_config import from_json_dict
 from llamajax.config.schema import LoraConfig, ModelConfig
 from llamajax.errors import UserError, combine
 from llamajax.formats.adapters import MergedSource, fingerprint_tensors, read_factors
+from llamajax.formats.foreign_weights import ForeignWeights, TensorSource
 from llamajax.formats.gguf import gguf_config
 from llamajax.formats.huggingface import hf_read
+from llamajax.formats.llama_sources import CheckpointSource, Leaf, weight_leaves
 from llamajax.formats.meta import meta_config
-from llamajax.formats.own_checkpoint import Leaf, StoredSource, leaves_of
-from llamajax.formats.tensor_source import Foreign, TensorSource
 from llamajax.tokenizers.loading import find_tokenizer
 
 # Kind -> what it makes of a path: None when that is of another kind, UserError when it is broken.
-RECOGNISERS: dict[str, Callable[[Path], Foreign | None]] = {
-    "huggingface": hf_read.recognise,
-    "gguf": gguf_config.recognise,
-    "meta": meta_config.recognise,
+RECOGNIZERS: dict[str, Callable[[Path], ForeignWeights | None]] = {
+    "huggingface": hf_read.recognize,
+    "gguf": gguf_config.recognize,
+    "meta": meta_config.recognize,
 }
 # Directory of a run's tokenizer, in its --workdir.
 TOKENIZER = "tokenizer"
@@ -52,7 +59,7 @@ class Weights:
     """
 
     kind: str
-    path: Place
+    path: Location
     model: ModelConfig
     tokenizer: Path | None
     checkpoint: Checkpoint | None
@@ -80,7 +87,7 @@ class Weights:
         if self.source is not None:
             return self.source
         if self.base is None:
-            return StoredSource(self.checkpoint, self.model, leaves)
+            return CheckpointSource(self.checkpoint, self.model, leaves)
         factors = read_factors(self.checkpoint)
         return MergedSource(self.base.tensors(leaves), self.model, factors, self.lora)
 
@@ -92,7 +99,7 @@ class Weights:
         called by all processes.
         """
         if self.source is not None or self.base is not None:
-            source = self.tensors(leaves_of(abstract_model))
+            source = self.tensors(weight_leaves(abstract_model))
             return hf_read.load_tensors(source, self.model, abstract_model)
         wanted = {"model": abstract_model}
         return restore_state(self.checkpoint, wanted, partial=True, cast=True)["model"]
@@ -105,7 +112,7 @@ def open_weights(path: str | PurePath) -> Weights:
     (of these two also the URL), a Hugging Face directory, or another kind of RECOGNISERS. Raises
     UserError when it is none of these, or when it is one that is damaged or not supported.
     """
-    path = place(path)
+    path = locate(path)
     if is_remote(path):
         return _of_url(path)
     if not path.exists():
@@ -116,8 +123,8 @@ def open_weights(path: str | PurePath) -> Weights:
     checkpoint = _checkpoint_in(path)
     if checkpoint is not None:
         return _of_checkpoint(checkpoint, run=path)
-    for kind, recognise in RECOGNISERS.items():
-        found = recognise(path)
+    for kind, recognize in RECOGNIZERS.items():
+        found = recognize(path)
         if found is not None:
             hf_read.check_tensors(found.source, found.model, path=path)
             return Weights(
@@ -142,25 +149,25 @@ def open_weights(path: str | PurePath) -> Weights:
     )
 
 
-def _of_url(path: Place) -> Weights:
+def _of_url(path: Location) -> Weights:
     try:
         if (checkpoint := _checkpoint_in(path)) is not None:
             return _of_checkpoint(checkpoint)
-    except failures(path) as error:
-        raise UserError(f"{path} cannot be read: {error}; {how_to_mend(path)}") from None
+    except storage_errors(path) as error:
+        raise UserError(f"{path} cannot be read: {error}; {fix_for(path)}") from None
     raise UserError(
         f"{path}: there is no checkpoint of llamajax (weights in other formats are read from local "
-        f"paths); {how_to_mend(path)}"
+        f"paths); {fix_for(path)}"
     )
 
 
-def _checkpoint_in(path: Place) -> Checkpoint | None:
+def _checkpoint_in(path: Location) -> Checkpoint | None:
     """Open one checkpoint of ours: `path` itself, or the newest under it."""
     if path.name.isdecimal() and is_directory(path / manifests.STATE):
         return open_checkpoint(path)
     places = [path / "checkpoints", path]
-    if not is_remote(path) and recorded(path) not in places:
-        places.insert(0, recorded(path))
+    if not is_remote(path) and recorded_directory(path) not in places:
+        places.insert(0, recorded_directory(path))
     for directory in places:
         checkpoint = newest_checkpoint(directory)
         if checkpoint is not None:
@@ -170,12 +177,12 @@ def _checkpoint_in(path: Place) -> Checkpoint | None:
     return None
 
 
-def open_base(record: Mapping[str, str], *, path: Place | None, adapters: PurePath) -> Weights:
+def open_base(record: Mapping[str, str], *, path: Location | None, adapters: PurePath) -> Weights:
     """The weights that adapters were trained on, which `record` (of their checkpoint) describes.
 
     path: where they are now, None: where they were. Raises UserError when they are gone or others.
     """
-    where = place(record["path"]) if path is None else path
+    where = locate(record["path"]) if path is None else path
     if not where.exists():
         raise UserError(
             f"{adapters} holds adapters only, and the weights that they were trained on are gone: "
@@ -217,7 +224,7 @@ def _of_checkpoint(checkpoint: Checkpoint, *, run: Path | None = None) -> Weight
     )
 
 
-def _tokenizer_of(directory: Place, config: dict[str, Any], run: Path | None) -> Path | None:
+def _tokenizer_of(directory: Location, config: dict[str, Any], run: Path | None) -> Path | None:
     """The tokenizer beside the checkpoints, else that of the first data set of the run."""
     beside = [] if is_remote(directory) else [directory.parent.parent]
     beside += [] if run is None else [run]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llamajax.errors import say
+from llamajax.files import replaced_file
 
 _TAIL_BYTES = 1 << 16
 
@@ -44,11 +45,9 @@ def open_log(log_dir: Path, rank: int, attempt: int) -> BinaryIO:
             "kept for the message of a failure only"
         )
         return tempfile.TemporaryFile("a+b")
-    newest, hidden = log_dir / f"worker_{rank}.log", log_dir / f".worker_{rank}.log"
-    with contextlib.suppress(OSError):  # a file system without links
-        hidden.unlink(missing_ok=True)
-        hidden.symlink_to(path.name)
-        hidden.replace(newest)
+    newest = log_dir / f"worker_{rank}.log"
+    with contextlib.suppress(OSError), replaced_file(newest) as hidden:
+        hidden.symlink_to(path.name)  # OSError: a file system without links
     return file
 
 

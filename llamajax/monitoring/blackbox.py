@@ -10,7 +10,6 @@ step.
 
 import collections
 import contextlib
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from llamajax.errors import say
+from llamajax.files import write_file
 from llamajax.monitoring.jsonl import encode_row, read_rows
 
 BLACKBOX = "blackbox"
@@ -78,12 +78,8 @@ class BlackBox:
         head = {"step": step, "reason": reason, "time": time.time(), **facts}
         with self._one_warning():
             file.parent.mkdir(exist_ok=True)
-            hidden = file.with_name(f".{file.name}.partial")
-            with hidden.open("w", encoding="utf-8") as stream:
-                stream.writelines(f"{encode_row(row)}\n" for row in (head, *self._rows))
-                stream.flush()
-                os.fsync(stream.fileno())
-            hidden.replace(file)
+            lines = [f"{encode_row(row)}\n" for row in (head, *self._rows)]
+            write_file(file, "".join(lines), durable=True)
             for old in boxes(self._directory.parent)[_BOXES_KEPT:]:
                 old.unlink(missing_ok=True)
             return file

@@ -1,11 +1,11 @@
 """`metrics.jsonl`: one row a logged step, and the same numbers for TensorBoard."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llamajax.errors import UserError, say
+from llamajax.files import write_file
 from llamajax.monitoring.jsonl import RowFile, decode_row, read_lines, read_rows
 from llamajax.monitoring.tensorboard import TensorBoard
 
@@ -36,12 +36,7 @@ def _rewind(path: Path, *, resume_step: int) -> list[dict[str, Any]]:
         say(f"warning: {path}: {broken} of {len(lines)} lines are not whole rows: left out")
     kept = [(line, row) for line, row in rows if row is not None and row["step"] <= resume_step]
     if len(kept) < len(lines):
-        temporary = path.with_name(f"{METRICS}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line, _ in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_file(path, "".join(f"{line}\n" for line, _ in kept), durable=True)
     return [row for _, row in kept]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llamajax.files import write_file
 from llamajax.monitoring.events import is_running, load_events
 from llamajax.monitoring.metrics import load_metrics
 
@@ -45,9 +46,7 @@ def write_run_facts(workdir: Path, facts: Mapping[str, Any]) -> None:
     """
     path = Path(workdir) / RUN_FACTS
     merged = read_run_facts(workdir) | dict(facts)
-    temporary = path.with_name(f"{RUN_FACTS}.tmp")
-    temporary.write_text(json.dumps(merged, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    write_file(path, json.dumps(merged, indent=1))
 
 
 def read_run_facts(workdir: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from llamajax import optim, sharding
 from llamajax.backends import Target
 from llamajax.backends.platforms import platform_facts
 from llamajax.config import RunConfig
+from llamajax.files import write_file
 from llamajax.planning.hlo import (
     axes_of_groups,
     collectives,
@@ -241,6 +242,4 @@ def _read(file: Path) -> Facts | None:
 
 def _write(file: Path, facts: Facts) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(dataclasses.asdict(facts)), encoding="utf-8")
-    temporary.replace(file)
+    write_file(file, json.dumps(dataclasses.asdict(facts)))

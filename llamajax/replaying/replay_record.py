@@ -8,7 +8,7 @@ from typing import Any
 
 from llamajax import data
 from llamajax.checkpoint import Checkpoint, complete_steps, open_checkpoint
-from llamajax.checkpoint.owner import recorded
+from llamajax.checkpoint.directory_owner import recorded_directory
 from llamajax.config import RunConfig, from_json_dict
 from llamajax.errors import UserError
 from llamajax.monitoring import load_metrics
@@ -56,7 +56,7 @@ class Record:
         later = audit.position(saved, step=max(step, self.first_step), rollbacks=rollbacks)
         return later.continued(step=max(self.first_step, later.segments[-1].first_step), **now)
 
-    def recorded(self, step: int, position: data.Position) -> Mapping[str, Any] | None:
+    def recorded_directory(self, step: int, position: data.Position) -> Mapping[str, Any] | None:
         """Loss and gradient norm of a step that read what `position` says, if on record, and why
         its update was left out, if it was."""
         row = self.numbers.get(step)
@@ -76,7 +76,7 @@ def read_record(workdir: Path, step: int, *, box: Path | None) -> Record:
     config_file = workdir / "config.json"
     if not config_file.is_file():
         raise UserError(f"--workdir={workdir}: there is no run in it (no config.json)")
-    checkpoints = recorded(workdir)
+    checkpoints = recorded_directory(workdir)
     steps = complete_steps(checkpoints)
     numbers, place = _numbers(workdir, step, box)
     newest = max([*numbers, *steps], default=0)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from llamajax.errors import UserError
+from llamajax.files import lfs_problem
 from llamajax.tokenizers.sentencepiece_model import SentencePieceTokenizer
 from llamajax.tokenizers.tiktoken_ranks import TiktokenTokenizer
 from llamajax.tokenizers.tokenizer import ByteTokenizer, Tokenizer
@@ -35,8 +36,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return ByteTokenizer()
     with file.open("rb") as stream:
         first_line = stream.readline(4096)
-    if first_line.startswith(b"version https://git-lfs"):
-        raise UserError(f"{file}: is a pointer of git-lfs, not the file itself; run `git lfs pull`")
+    if problem := lfs_problem(first_line):
+        raise UserError(f"{file}: {problem}")
     if file.suffix == ".json":
         return HuggingFaceTokenizer(file)
     if re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\r?\n?", first_line):

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from llamajax.checkpoint.directory import undo_folders
+from llamajax.files import undo_new_folders
 
 
 class Acceptance:
@@ -18,7 +18,7 @@ class Acceptance:
     def __init__(self, workdir: Path):
         self.undo = contextlib.ExitStack()
         self._held: list[Callable[[], object]] | None = []
-        undo_folders(workdir.absolute(), self.undo)
+        undo_new_folders(workdir.absolute(), self.undo)
 
     def when_accepted(self, change: Callable[[], object]) -> None:
         """Make `change` once the start is accepted: later, or now if it is accepted already."""

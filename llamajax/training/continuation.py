@@ -4,23 +4,28 @@ Steps that were saved are never done again without a word: the record of the run
 saved, and a start that finds none of it is refused.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
 from llamajax.checkpoint import Checkpoint, Checkpointer, open_checkpoint
 from llamajax.checkpoint import manifest as manifests
-from llamajax.checkpoint.fallback import free_name
-from llamajax.checkpoint.owner import checkpoints_of, recorded
-from llamajax.checkpoint.room import reached, reason
-from llamajax.checkpoint.storage import Place, failures, is_remote
+from llamajax.checkpoint.directory_owner import checkpoint_directory, recorded_directory
+from llamajax.checkpoint.location import (
+    Location,
+    is_remote,
+    reason,
+    storage_errors,
+    store_errors_explained,
+)
 from llamajax.config import RunConfig
+from llamajax.config.saved_config import read_saved_config
 from llamajax.errors import UserError, say
+from llamajax.files import free_name
 from llamajax.monitoring import load_events, load_metrics
 from llamajax.processes.agreement import agree
 from llamajax.training.decisions import decided_by_primary
@@ -41,10 +46,10 @@ def check_start(config: RunConfig, workdir: Path) -> Asked:
     `train.restart` and `train.resume_step` count once: the same command again continues from the
     newest checkpoint. Raises UserError where checkpoints were saved and all of them have gone.
     """
-    checkpoints = checkpoints_of(workdir, config.checkpoint.directory)
+    checkpoints = checkpoint_directory(workdir, config.checkpoint.directory)
 
     def decide() -> Asked:
-        before = _last_config(workdir).get("train", {})
+        before = read_saved_config(workdir).get("train", {})
         if config.train.restart and not before.get("restart"):
             if is_remote(checkpoints) and manifests.step_directories(checkpoints):
                 raise UserError(
@@ -58,7 +63,7 @@ def check_start(config: RunConfig, workdir: Path) -> Asked:
         return "newest"
 
     def number() -> int:
-        with reached(checkpoints):
+        with store_errors_explained(checkpoints):
             return _ASKED.index(decide())
 
     return _ASKED[decided_by_primary(number) or 0]
@@ -79,11 +84,11 @@ def choose(
     if asked == "restart":
         return None, []
     if asked == "older":
-        with reached(checkpointer.directory):
+        with store_errors_explained(checkpointer.directory):
             checkpoint = open_checkpoint(checkpointer.directory / str(config.train.resume_step))
         checkpoint.verify()
         return checkpoint, []
-    checkpoint, words = checkpointer.newest_whole(without=superseded)
+    checkpoint, words = checkpointer.newest_intact(without=superseded)
     if words or asked == "again":
         return checkpoint, words
     step = 0 if checkpoint is None else checkpoint.step
@@ -100,7 +105,7 @@ def choose(
     return checkpoint, words
 
 
-def set_aside(asked: Asked, config: RunConfig, workdir: Path, checkpoints: Place) -> None:
+def set_aside(asked: Asked, config: RunConfig, workdir: Path, checkpoints: Location) -> None:
     """Move what does not belong to the run any more out of its way, and say so.
 
     To be called by all processes, once the start is accepted; process 0 does it.
@@ -114,7 +119,7 @@ def set_aside(asked: Asked, config: RunConfig, workdir: Path, checkpoints: Place
                 say(_set_aside_all(workdir, checkpoints))
             else:
                 say(_set_aside_later(workdir, checkpoints, config.train.resume_step))
-    except failures(checkpoints) as error:
+    except storage_errors(checkpoints) as error:
         problem = f"what was there before cannot be set aside: {reason(error)}"
     if problem := agree(problem):
         raise UserError(problem)
@@ -138,18 +143,18 @@ def newest_recorded(workdir: Path) -> int | None:
     if found or (workdir / AUDIT).exists():
         return newest
     # A run of an earlier version has no events. Its last save but one ended before the last began.
-    every = _last_config(workdir).get("checkpoint", {}).get("every_steps")
+    every = read_saved_config(workdir).get("checkpoint", {}).get("every_steps")
     rows = load_metrics(workdir)
     if not every or not rows or any("failed_checkpoints" in row for row in rows):
         return None
     return max(0, rows[-1]["step"] // every - 1) * every or None
 
 
-def _check_not_gone(workdir: Path, checkpoints: Place) -> None:
+def _check_not_gone(workdir: Path, checkpoints: Location) -> None:
     saved = newest_recorded(workdir)
     if saved is None or manifests.step_directories(checkpoints):
         return
-    before = recorded(workdir)
+    before = recorded_directory(workdir)
     where = "" if before == checkpoints else f" It was saved in {before}: see checkpoint.directory."
     raise UserError(
         f"--workdir={workdir}: the checkpoint of step {saved} was saved, and there is none in "
@@ -158,19 +163,11 @@ def _check_not_gone(workdir: Path, checkpoints: Place) -> None:
     )
 
 
-def _last_config(workdir: Path) -> dict[str, Any]:
-    """The config of the last start that was accepted."""
-    try:
-        return json.loads((workdir / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def _set_aside_all(workdir: Path, checkpoints: Place) -> str:
+def _set_aside_all(workdir: Path, checkpoints: Location) -> str:
     """Move the record and the checkpoints of a run into a directory of their own."""
     # The record last: it says that there are checkpoints.
     names = [name for name in ("checkpoints", *_RECORD) if os.path.lexists(workdir / name)]
-    elsewhere = checkpoints != checkpoints_of(workdir, None) and not is_remote(checkpoints)
+    elsewhere = checkpoints != checkpoint_directory(workdir, None) and not is_remote(checkpoints)
     steps = manifests.step_directories(checkpoints) if elsewhere else []
     if not names and not steps:
         return "train.restart: there was nothing to set aside"
@@ -187,17 +184,14 @@ def _set_aside_all(workdir: Path, checkpoints: Place) -> str:
     return f"train.restart: what was there before is in {target}{words}"
 
 
-def _set_aside_later(workdir: Path, checkpoints: Place, step: int) -> str:
+def _set_aside_later(workdir: Path, checkpoints: Location, step: int) -> str:
     """Rename the checkpoints after `step`, and keep a copy of the rows."""
     metrics = workdir / "metrics.jsonl"
     if metrics.exists():
         shutil.copy2(metrics, free_name(metrics.with_name("metrics.set_aside.jsonl")))
     later = [p for p in manifests.step_directories(checkpoints) if int(p.name) > step]
     for path in later:
-        if is_remote(path):
-            manifests.set_aside(path)
-        else:
-            path.rename(free_name(path.with_name(f"{path.name}.set_aside")))
+        manifests.set_aside(path, "set_aside")
     return (
         f"train.resume_step: going on from step {step}; later checkpoints are set aside: "
         f"{', '.join(path.name for path in later) or 'none'}"

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from llamajax import data
 from llamajax.checkpoint import newest_checkpoint
-from llamajax.checkpoint.owner import checkpoints_of
-from llamajax.checkpoint.storage import place
+from llamajax.checkpoint.directory_owner import checkpoint_directory
+from llamajax.checkpoint.location import locate
 from llamajax.config import RunConfig
 from llamajax.errors import UserError
 from llamajax.formats.huggingface.hf_write import export_hf
@@ -63,6 +63,6 @@ def exporter(
 
 def write_adapters(config: RunConfig, base: dict[str, str], workdir: Path) -> None:
     """Write the newest adapters as `peft/`. To be called by all processes."""
-    checkpoints = checkpoints_of(workdir, config.checkpoint.directory)
+    checkpoints = checkpoint_directory(workdir, config.checkpoint.directory)
     newest = newest_checkpoint(checkpoints)
-    write_peft(newest, workdir / "peft", lora=config.lora, base=place(base["path"]))
+    write_peft(newest, workdir / "peft", lora=config.lora, base=locate(base["path"]))

@@ -69,7 +69,7 @@ class Loop:
             batch = self._next_batch() if step < last else None
             if pending is not None:
                 self._log(*pending)  # waits for step - 1 while this one runs
-                self.checkpointer.get_ready()  # not before a step was shown; the device is busy
+                self.checkpointer.warm_up()  # not before a step was shown; the device is busy
             pending = (step, metrics)
             stop = agreed(step, self.shutdown)
             self._show_alive()

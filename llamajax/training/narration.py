@@ -7,7 +7,7 @@ from typing import Any
 
 from llamajax import backends, sharding
 from llamajax.checkpoint import Checkpointer
-from llamajax.checkpoint.storage import is_url
+from llamajax.checkpoint.location import is_url
 from llamajax.config import RunConfig
 from llamajax.errors import ExitCode, UserError
 from llamajax.models.counts import flops_per_token, num_parameters

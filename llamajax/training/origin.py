@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llamajax import data
+from llamajax.checkpoint.location import locate
 from llamajax.checkpoint.restore import model_differences
-from llamajax.checkpoint.storage import place
 from llamajax.config import from_json_dict
 from llamajax.config.flags import show
 from llamajax.config.schema import LoraConfig, RunConfig
@@ -42,7 +42,7 @@ def open_origin(config: RunConfig, meta: Mapping[str, Any] | None) -> Weights | 
     if not config.lora.rank:
         return None
     moved = before.train.init_from != config.train.init_from
-    path = place(config.train.init_from) if moved else None
+    path = locate(config.train.init_from) if moved else None
     return open_base(meta["base"], path=path, adapters=Path("this --workdir"))
 
 

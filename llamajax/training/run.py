@@ -14,7 +14,7 @@ from typing import Any
 
 from llamajax import data
 from llamajax.checkpoint import Checkpoint, Checkpointer, CheckpointError, named_leaves
-from llamajax.checkpoint.storage import is_remote
+from llamajax.checkpoint.location import is_remote
 from llamajax.config import RunConfig, to_json_dict
 from llamajax.errors import ExitCode, UserError
 from llamajax.formats.weights import Weights

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import socket
@@ -18,6 +17,7 @@ import llamajax
 from llamajax.backends import report_checkpoint
 from llamajax.checkpoint import Checkpointer
 from llamajax.config import RunConfig, diff, from_json_dict
+from llamajax.config.saved_config import read_saved_config
 from llamajax.errors import ExitCode, UserError
 from llamajax.monitoring import EventLog, load_events, load_metrics
 from llamajax.monitoring.blackbox import last_seen
@@ -133,8 +133,8 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
 def _changed(workdir: Path, config: RunConfig) -> dict[str, list[str]] | None:
     """Old and new value of each key that differs from the previous start's; None for the first."""
     try:
-        before = from_json_dict(json.loads((workdir / "config.json").read_text("utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
+        before = from_json_dict(read_saved_config(workdir))
+    except (ValueError, KeyError, TypeError):
         return None
     return {key: list(values) for key, values in diff(before, config).items()}
 

@@ -17,11 +17,11 @@ from jax.experimental import multihost_utils
 from llamajax import data, errors
 from llamajax.backends import lock_file, report_checkpoint
 from llamajax.checkpoint import Checkpointer
-from llamajax.checkpoint.directory import replaced
-from llamajax.checkpoint.owner import check_owner, checkpoints_of, claim
-from llamajax.checkpoint.storage import check_usable, is_remote
+from llamajax.checkpoint.directory_owner import check_owner, checkpoint_directory, claim
+from llamajax.checkpoint.location import check_usable, is_remote
 from llamajax.config import RunConfig, to_json_dict
 from llamajax.errors import TransientError, UserError
+from llamajax.files import replaced_directory, write_file
 from llamajax.formats.weights import TOKENIZER
 from llamajax.processes.agreement import agree
 from llamajax.training.acceptance import Acceptance
@@ -115,7 +115,7 @@ def check_shared(directory: Path, *, key: str) -> None:
 def open_checkpoints(session: Session, workdir: Path, acceptance: Acceptance) -> Checkpointer:
     """Claim the directory of the run's checkpoints and open it. To be called by all processes."""
     c = session.config.checkpoint
-    directory = checkpoints_of(workdir, c.directory)
+    directory = checkpoint_directory(workdir, c.directory)
     check_usable(directory)
     if words := claim(directory, workdir, acceptance.undo):
         say(words, primary=session.machine.is_primary)
@@ -127,7 +127,7 @@ def open_checkpoints(session: Session, workdir: Path, acceptance: Acceptance) ->
         keep=c.keep,
         keep_every=c.keep_every,
         asynchronous=c.asynchronous and session.machine.saves_asynchronously,
-        check_owner=mine if c.directory is not None else lambda: None,
+        check_owner=mine if c.directory is not None else None,
         on_complete=report_checkpoint,
         when_accepted=acceptance.when_accepted,
     )
@@ -135,12 +135,8 @@ def open_checkpoints(session: Session, workdir: Path, acceptance: Acceptance) ->
 
 def write_config(workdir: Path, config: RunConfig) -> None:
     """Write the resolved config to `config.json`, atomically."""
-    temporary = workdir / "config.json.tmp"
-    try:
-        temporary.write_text(json.dumps(to_json_dict(config), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(workdir / "config.json")
-    except OSError as error:
-        raise UserError(f"cannot write {workdir / 'config.json'}: {error.strerror}") from None
+    path = workdir / "config.json"
+    write_file(path, json.dumps(to_json_dict(config), indent=1) + "\n", label=str(path))
 
 
 def keep_tokenizer(workdir: Path, config: RunConfig, record: Mapping[str, Any]) -> None:
@@ -152,5 +148,5 @@ def keep_tokenizer(workdir: Path, config: RunConfig, record: Mapping[str, Any]) 
     if target.is_dir() and data.load_tokenizer(target).fingerprint == record["fingerprint"]:
         return
     tokenizer = data.load_tokenizer(config.data.path.split(",")[0].strip())
-    with replaced(target) as hidden:
+    with replaced_directory(target) as hidden:
         tokenizer.save(hidden)

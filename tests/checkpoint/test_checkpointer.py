@@ -167,11 +167,6 @@ def test_a_failed_save_surfaces_later_and_can_be_repeated(
             with pytest.raises(CheckpointError, match=r"step 30 was not saved.*No space left.*20"):
                 saver.wait()
             saver.save(30, {"x": np.int32(3)}, meta={})
-            while saver.in_flight:
-                pass
-            with pytest.raises(CheckpointError, match="step 30 was not saved"):
-                saver.check()
-            saver.save(30, {"x": np.int32(3)}, meta={})
             with pytest.raises(CheckpointError, match="step 30 was not saved"):
                 saver.save(40, {"x": np.int32(4)}, meta={})
         assert sorted(p.name for p in copy.iterdir()) == ["10", "20"]

@@ -46,7 +46,7 @@ def test_all_damaged_is_an_error_and_nothing_is_moved(copy: Path):
     flip(copy / "20")
     flip(copy / "10")
     with checkpointer(copy) as run, pytest.raises(UserError, match="no earlier complete"):
-        run.newest_whole()
+        run.newest_intact()
     assert sorted(os.listdir(copy)) == ["10", "20"]
 
 

@@ -28,11 +28,11 @@ from tiny_state import (
 from llamajax.checkpoint import (
     CheckpointError,
     complete_steps,
+    location,
     manifest,
     newest_checkpoint,
-    storage,
 )
-from llamajax.checkpoint.owner import OWNER, check_owner, claim
+from llamajax.checkpoint.directory_owner import OWNER, check_owner, claim
 from llamajax.errors import TransientError, UserError
 from llamajax.formats.weights import open_weights
 from llamajax.training.narration import previous
@@ -52,11 +52,11 @@ def store():
 @pytest.fixture
 def folder(store, request):
     name = "".join(c for c in request.node.name if c.isalnum())  # no pattern of fsspec's
-    return storage.place(f"{store}/{name}")
+    return location.locate(f"{store}/{name}")
 
 
 def tops(folder):
-    return sorted({name.partition("/")[0] for name in storage.files(folder)})
+    return sorted({name.partition("/")[0] for name in location.file_sizes(folder)})
 
 
 def saved(folder, *steps, **options):
@@ -74,7 +74,7 @@ def restored(folder, step=None):
 
 def largest(folder):
     """The object that holds most of the arrays."""
-    found = {n: size for n, size in storage.files(folder).items() if "/d/" in n}
+    found = {n: size for n, size in location.file_sizes(folder).items() if "/d/" in n}
     return folder / max(found, key=found.get)
 
 
@@ -82,7 +82,7 @@ def test_what_was_saved_is_restored_and_old_ones_are_removed(folder):
     assert saved(folder, 10, 20, 30, keep=2) == [20, 30]
     assert tops(folder) == ["20", "30"]
     with checkpointer(folder) as run:
-        found, words = run.newest_whole()
+        found, words = run.newest_intact()
     assert (found.step, found.meta, words) == (30, META, [])
     assert_same_bits(restored(folder), make_state(make_mesh((1, 1)), seed=30))
 
@@ -171,7 +171,7 @@ def impatient(monkeypatch):
         pass
 
     shortly = {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"}
-    monkeypatch.setattr(storage, "RETRIES", shortly)
+    monkeypatch.setattr(location, "RETRIES", shortly)
     monkeypatch.setattr(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=at_once))
 
 
@@ -181,7 +181,7 @@ def test_a_store_that_goes_away_in_a_save_costs_that_checkpoint(tmp_path, impati
         monkeypatch.setenv(name, value)
     fsspec.get_filesystem_class("gs").clear_instance_cache()
     epath.backend.fsspec_backend._get_filesystem.cache_clear()
-    folder, state = storage.place(f"gs://{BUCKET}/run"), make_state(make_mesh((4, 2)))
+    folder, state = location.locate(f"gs://{BUCKET}/run"), make_state(make_mesh((4, 2)))
     with running(port, hold):
         run = checkpointer(folder)
         run.save(1, state, meta=META, wait=True)
@@ -196,7 +196,7 @@ def test_a_store_that_goes_away_in_a_save_costs_that_checkpoint(tmp_path, impati
         run.save(3, state, meta=META, wait=True)
     assert "cannot be read now" in previous(run)
     gone = r"cannot be reached: .*Connect.*check the bucket's name"
-    for look in (run.steps, run.newest_whole):
+    for look in (run.steps, run.newest_intact):
         with pytest.raises(TransientError, match=gone):
             look()
     with running(port):  # another one, which is empty
@@ -206,16 +206,16 @@ def test_a_store_that_goes_away_in_a_save_costs_that_checkpoint(tmp_path, impati
 
 
 def test_mistakes_are_one_message(store, tmp_path, monkeypatch):
-    nowhere = storage.place("gs://no-such-bucket/run")
+    nowhere = location.locate("gs://no-such-bucket/run")
     with pytest.raises(UserError, match=r"there is no such bucket.*credentials"):
         claim(nowhere, tmp_path)
     with pytest.raises(UserError, match=r"no-such-bucket/run: there is no checkpoint"):
         open_weights("gs://no-such-bucket/run")
     with pytest.raises(UserError, match="not at ftp://"):
         open_weights("ftp://host/run")
-    monkeypatch.setitem(storage._CLIENTS, "gs", ("no_such_module", "gcs", ""))
+    monkeypatch.setitem(location._CLIENTS, "gs", ("no_such_module", "gcs", ""))
     with pytest.raises(UserError, match=r"pip install 'llamajax\[gcs\]'"):
-        storage.place("gs://bucket/run")
+        location.locate("gs://bucket/run")
 
 
 def test_two_processes_save_one_checkpoint_and_agree_on_damage(folder):

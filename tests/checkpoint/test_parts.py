@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from llamajax.checkpoint import parts
+from llamajax.checkpoint import stored_array
 from llamajax.checkpoint.checkpointer import Checkpointer
 from llamajax.checkpoint.manifest import DamagedError
-from llamajax.checkpoint.parts import StoredArray, aligned_zeros, array_spec, placed
 from llamajax.checkpoint.restore import open_checkpoint, restore_state
+from llamajax.checkpoint.stored_array import (
+    StoredArray,
+    aligned_zeros,
+    array_from_parts,
+    array_spec,
+)
 
 SHAPE = (3, 5, 4, 6)
 
@@ -34,8 +39,8 @@ def some_indices(shape: tuple[int, ...], count: int) -> list[tuple[slice, ...]]:
 @pytest.mark.parametrize("blocks", [SHAPE, (1, 5, 4, 6), (2, 2, 3, 4), (3, 1, 4, 5)])
 @pytest.mark.parametrize(("slab", "worth"), [(1 << 24, 1 << 20), (100, 16), (8, 1)])
 def test_any_part_of_any_blocks(tmp_path: Path, monkeypatch, blocks, slab: int, worth: int):
-    monkeypatch.setattr(parts, "SLAB_BYTES", slab)
-    monkeypatch.setattr(parts, "_WORTH_A_READ_BYTES", worth)
+    monkeypatch.setattr(stored_array, "SLAB_BYTES", slab)
+    monkeypatch.setattr(stored_array, "_WORTH_A_READ_BYTES", worth)
     value = np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
     array = stored(tmp_path, value, blocks)
     for index in some_indices(SHAPE, 20):
@@ -67,7 +72,7 @@ def test_restoring_reads_a_few_slabs_of_a_weight_at_a_time(tmp_path: Path, monke
     value = jnp.arange(4 * 6 * 8, dtype=jnp.float32).reshape(4, 6, 8)
     with Checkpointer(tmp_path, keep=1, keep_every=None, asynchronous=False) as checkpointer:
         checkpointer.save(1, {"w": value}, meta={})
-    monkeypatch.setattr(parts, "SLAB_BYTES", 64)
+    monkeypatch.setattr(stored_array, "SLAB_BYTES", 64)
     seen, under_way, most = [], 0, 0
     slabs, take = StoredArray._slabs, StoredArray._take
 
@@ -105,7 +110,7 @@ def test_the_cpu_takes_over_what_was_read_unless_it_is_donated(donated: bool):
         held.append(aligned_zeros(tuple(s.stop - s.start for s in index), np.float32))
         return held[0]
 
-    array = placed(wanted, read, donated=donated)
+    array = array_from_parts(wanted, read, donated=donated)
     memory = array.unsafe_buffer_pointer()
     after = jax.jit(lambda x: x + 1, donate_argnums=0)(array)
     assert (memory == held[0].ctypes.data) == (not donated)
@@ -123,7 +128,7 @@ def test_a_part_is_read_once_for_all_its_devices():
         reads.append(index)
         return whole[index]
 
-    array = placed(jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding), read)
+    array = array_from_parts(jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding), read)
     np.testing.assert_array_equal(array, whole)
     assert sorted(s.start for (s,) in reads) == [0, 2, 4, 6]
     assert len(array.addressable_shards) == 8
@@ -135,6 +140,6 @@ def test_a_part_lands_in_the_memory_that_is_wanted(kind: str, donated: bool):
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=kind)
     wanted = jax.ShapeDtypeStruct((4, 3), jnp.float32, sharding=sharding)
     whole = np.arange(12, dtype=np.float32).reshape(4, 3)
-    found = placed(wanted, lambda index: whole[index], donated=donated)
+    found = array_from_parts(wanted, lambda index: whole[index], donated=donated)
     assert found.sharding.memory_kind == kind
     np.testing.assert_array_equal(np.asarray(found), whole)

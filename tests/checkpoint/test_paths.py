@@ -10,7 +10,7 @@ from tiny_state import abstract, assert_same_bits, checkpointer, make_mesh, make
 
 from llamajax.backends.jax_private import literal_glob
 from llamajax.checkpoint import CheckpointError
-from llamajax.checkpoint.storage import check_usable
+from llamajax.checkpoint.location import check_usable
 from llamajax.errors import UserError
 from llamajax.formats.weights import open_weights
 

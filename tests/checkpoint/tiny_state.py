@@ -93,5 +93,5 @@ def restore(directory: Path, wanted: Any, step: int | None = None, **options: An
 
 def newest(run: Checkpointer) -> tuple[int | None, list[str]]:
     """The step at which a run continues, and what it says."""
-    found, words = run.newest_whole()
+    found, words = run.newest_intact()
     return (None if found is None else found.step), words

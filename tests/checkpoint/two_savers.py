@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llamajax.checkpoint import Checkpointer, CheckpointError, manifest, restore, room
+from llamajax.checkpoint import Checkpointer, CheckpointError, manifest, restore, save_checks
 from llamajax.processes import rendezvous
 
 RANK, PORT, DIRECTORY = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
@@ -59,14 +59,14 @@ def tried(saver: Checkpointer, step: int) -> list[str]:
 def parts_missing() -> str:
     """What the commit says where the part of process 7 is not in a checkpoint."""
     try:
-        room.see_all_parts(DIRECTORY / "3" / manifest.STATE, [0, 1, 7])
+        save_checks.check_all_parts(DIRECTORY / "3" / manifest.STATE, [0, 1, 7])
     except OSError as error:
         return error.strerror
     return ""
 
 
 def main() -> None:
-    rendezvous._SOUND_MS, room._SHOWN_WITHIN_S = 2000, 1
+    rendezvous._SOUND_MS, save_checks._SHOWN_WITHIN_S = 2000, 1
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     jax.distributed.initialize(f"127.0.0.1:{PORT}", 2, RANK)
     options = {"keep": 3, "keep_every": None, "asynchronous": True}
@@ -93,7 +93,7 @@ def main() -> None:
         real(directory, *rest)
 
     restore.manifests.check_contents = damaged_for_one
-    found, words = saver.newest_whole()
+    found, words = saver.newest_intact()
     restore.manifests.check_contents = real
     SEEN["damage for one"] = [found.step, len(words), "for process 1" in words[0]]
     # And a byte is flipped in a file that one of the two will check.
@@ -102,7 +102,7 @@ def main() -> None:
         data = bytearray(largest.read_bytes())
         data[len(data) // 2] ^= 1
         largest.write_bytes(data)
-    found, words = saver.newest_whole()
+    found, words = saver.newest_intact()
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0)
     )

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llamajax.checkpoint import Checkpointer, CheckpointError, restore_state, storage
+from llamajax.checkpoint import Checkpointer, CheckpointError, location, restore_state
 
 RANK, PORT, URL = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 
@@ -39,17 +39,17 @@ def tried(saver: Checkpointer, step: int) -> list[object]:
 
 def main() -> None:
     jax.distributed.initialize(f"127.0.0.1:{PORT}", 2, RANK)
-    directory = storage.place(URL)
+    directory = location.locate(URL)
     saver = Checkpointer(directory, keep=2, keep_every=None, asynchronous=True)
     seen = {"saves": [tried(saver, step) for step in (1, 2, 3)]}
     # A byte is flipped in a file that one of the two will check.
     if RANK == 0:
-        found = {n: size for n, size in storage.files(directory / "3").items() if "/d/" in n}
+        found = {n: size for n, size in location.file_sizes(directory / "3").items() if "/d/" in n}
         path = directory / "3" / max(found, key=found.get)
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(bytes(data))
-    found, words = saver.newest_whole()
+    found, words = saver.newest_intact()
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0)
     )

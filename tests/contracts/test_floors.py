@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "llamajax"
 FLOORS = {
     "errors": 0,
     "verbs": 1,
+    "files": 1,
     "config": 2,
     "processes": 2,
     "backends": 3,

@@ -12,11 +12,10 @@ import numpy as np
 
 from llamajax.config.schema import ModelConfig, RopeScaling
 from llamajax.errors import UserError, combine
+from llamajax.formats.foreign_weights import ForeignWeights, imported_model
 from llamajax.formats.gguf.gguf_header import MAGIC, Header, read_header
 from llamajax.formats.gguf.gguf_source import ROPE_FACTORS, GgufSource
 from llamajax.formats.gguf.gguf_tokenizer import write_tokenizer
-from llamajax.formats.published import imported_model
-from llamajax.formats.tensor_source import Foreign
 from llamajax.ops.rope import frequencies
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
@@ -24,7 +23,7 @@ _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192
 
 
-def recognise(path: Path) -> Foreign | None:
+def recognize(path: Path) -> ForeignWeights | None:
     """What a GGUF file, or a directory with one, holds; None for anything else.
 
     Raises UserError for a file that is not Llama's, or damaged, and for several in a directory.
@@ -35,7 +34,7 @@ def recognise(path: Path) -> Foreign | None:
     header = read_header(file)
     model = model_config(header)
     source = GgufSource(header, num_heads=model.num_heads, num_kv_heads=model.num_kv_heads)
-    return Foreign(model=model, tokenizer=write_tokenizer(header), source=source)
+    return ForeignWeights(model=model, tokenizer=write_tokenizer(header), source=source)
 
 
 def _file(path: Path) -> Path | None:

@@ -13,9 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from llamajax.errors import UserError, combine
+from llamajax.formats.foreign_weights import Index, half_split_rows, select
 from llamajax.formats.gguf.gguf_header import Header, StoredTensor
-from llamajax.formats.rotary_rows import half_split_rows, select
-from llamajax.formats.tensor_source import Index
 
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -50,7 +49,7 @@ class _Matrix:
 
 
 class GgufSource:
-    """The tensors of one file; `tensor_source.py` says what each method promises."""
+    """The tensors of one file; `foreign_weights.py` says what each method promises."""
 
     def __init__(self, header: Header, *, num_heads: int, num_kv_heads: int) -> None:
         heads = {"self_attn.q_proj": num_heads, "self_attn.k_proj": num_kv_heads}

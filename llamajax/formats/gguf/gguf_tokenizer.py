@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from llamajax.formats.foreign_weights import note
 from llamajax.formats.gguf.gguf_header import Header
-from llamajax.formats.published import note
 from llamajax.tokenizers.tiktoken_ranks import LLAMA3_WORDS
 
 _KEY = "tokenizer.ggml."

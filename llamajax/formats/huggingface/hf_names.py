@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from llamajax.config.schema import ModelConfig
-from llamajax.formats.tensor_source import Index
+from llamajax.formats.foreign_weights import Index
 
 
 @dataclasses.dataclass(frozen=True)

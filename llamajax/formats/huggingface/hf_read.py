@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from llamajax.checkpoint.names import named_leaves, rebuild
-from llamajax.checkpoint.parts import aligned_zeros, placed
+from llamajax.checkpoint.leaf_names import named_leaves, rebuild
+from llamajax.checkpoint.stored_array import aligned_zeros, array_from_parts
 from llamajax.config.schema import ModelConfig
 from llamajax.errors import UserError, combine
+from llamajax.formats.foreign_weights import ForeignWeights, Index, TensorSource, check_finite
 from llamajax.formats.huggingface.hf_config import read_model_config
 from llamajax.formats.huggingface.hf_names import ROWS, Row, tensors, their_index, to_ours
 from llamajax.formats.huggingface.safetensors_files import (
@@ -23,7 +24,6 @@ from llamajax.formats.huggingface.safetensors_files import (
     read_header,
     read_part,
 )
-from llamajax.formats.tensor_source import Foreign, Index, TensorSource, check_finite
 from llamajax.sharding import is_weight, letters
 from llamajax.tokenizers.loading import find_tokenizer
 
@@ -69,7 +69,7 @@ class SafetensorsSource:
         """Nothing stays open between reads."""
 
 
-def recognise(path: Path) -> Foreign | None:
+def recognize(path: Path) -> ForeignWeights | None:
     """What a Hugging Face directory holds; None for anything without its `config.json`.
 
     Raises UserError for a model that is not Llama's, and for missing or damaged files.
@@ -83,7 +83,7 @@ def recognise(path: Path) -> Foreign | None:
         source, problems = _open_files(path)
     if model is None or source is None:
         raise combine(problems, title=f"{path} cannot be read as a Llama of Hugging Face:")
-    return Foreign(model=model, tokenizer=find_tokenizer(path), source=source)
+    return ForeignWeights(model=model, tokenizer=find_tokenizer(path), source=source)
 
 
 def read_config_json(path: Path) -> dict[str, Any] | None:
@@ -236,7 +236,9 @@ def named_weights(model: Any) -> dict[str, Any]:
 def _read_placed(
     source: TensorSource, row: Row, dims: str, wanted: jax.ShapeDtypeStruct, model: ModelConfig
 ) -> jax.Array:
-    return placed(wanted, lambda index: read_weight(source, row, dims, index, wanted.dtype, model))
+    return array_from_parts(
+        wanted, lambda index: read_weight(source, row, dims, index, wanted.dtype, model)
+    )
 
 
 def read_weight(

@@ -16,14 +16,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llamajax.checkpoint.directory import check_target, replaced
 from llamajax.config.schema import ModelConfig
 from llamajax.errors import UserError
+from llamajax.files import check_target, replaced_directory
+from llamajax.formats.foreign_weights import Index, TensorSource, check_finite
 from llamajax.formats.huggingface.hf_config import write_model_config
 from llamajax.formats.huggingface.hf_names import TABLE, Tensor, tensors, to_theirs
 from llamajax.formats.huggingface.hf_read import INDEX, SINGLE, check_tied_head, named_weights
 from llamajax.formats.huggingface.safetensors_files import write_file
-from llamajax.formats.tensor_source import Index, TensorSource, check_finite
 from llamajax.processes.agreement import agree
 from llamajax.sharding import letters
 from llamajax.tokenizers import Tokenizer
@@ -137,7 +137,7 @@ def write_hf(
         try:
             needed = sum(file.num_bytes for file in files)
             check_target(directory, overwrite=overwrite, needed_bytes=needed)
-            with replaced(directory) as hidden:
+            with replaced_directory(directory) as hidden:
                 _write_weights(hidden, files, arrays)
                 warnings += _write_rest(hidden, model, dtype=dtype, tokenizer=tokenizer)
         except UserError as error:

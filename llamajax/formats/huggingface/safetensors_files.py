@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from llamajax.formats.tensor_source import Index
+from llamajax.files import lfs_problem
+from llamajax.formats.foreign_weights import Index
 
 # The specification's own limit; a longer header is a damaged length.
 _MAX_HEADER_BYTES = 100_000_000
@@ -54,9 +55,10 @@ def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a file by name. Raises DamagedFile; OSError when it cannot be read."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(start := file.read(8), "little")
-        if start == b"version ":
-            raise DamagedFile("is a pointer of git-lfs: run `git lfs pull`")
+        if problem := lfs_problem(file.read(100)):
+            raise DamagedFile(problem)
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
             raise DamagedFile(f"is cut off or not safetensors ({size:,} bytes)")
         try:

@@ -12,9 +12,8 @@ from typing import Any
 
 from llamajax.config.schema import ModelConfig
 from llamajax.errors import UserError, combine
+from llamajax.formats.foreign_weights import ForeignWeights, imported_model, note
 from llamajax.formats.meta.meta_source import EMBEDDING, HEAD, MetaSource
-from llamajax.formats.published import imported_model, note
-from llamajax.formats.tensor_source import Foreign
 
 PARAMS = "params.json"
 _LLAMA2_THETA = 10_000.0  # params.json of Llama 2 has none
@@ -23,7 +22,7 @@ _FACTORS = ("rope_scaling_factor", "rope_scale_factor", "rope_scale")
 _ROWS_AT_ONCE = 4096
 
 
-def recognise(path: Path) -> Foreign | None:
+def recognize(path: Path) -> ForeignWeights | None:
     """What a directory of Meta's consolidated files holds; None for anything else.
 
     Raises UserError for missing, damaged or unsafe files, and for another architecture.
@@ -44,7 +43,7 @@ def recognise(path: Path) -> Foreign | None:
     # The download of Llama 2 keeps the tokenizer of all sizes one level up.
     places = (path / "tokenizer.model", path.parent / "tokenizer.model")
     tokenizer = next((file for file in places if file.is_file()), None)
-    return Foreign(model=model, tokenizer=tokenizer, source=source)
+    return ForeignWeights(model=model, tokenizer=tokenizer, source=source)
 
 
 def _files(path: Path) -> list[Path]:

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from llamajax.errors import combine
+from llamajax.formats.foreign_weights import Index, half_split_rows, select
 from llamajax.formats.meta.torch_pickle import read_tensors
-from llamajax.formats.rotary_rows import half_split_rows, select
-from llamajax.formats.tensor_source import Index
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS, _COLUMNS, _SAME = "rows", "columns", "same"
@@ -38,7 +37,7 @@ _CHUNK_ROWS = 1024  # of q and k, permuted at one time
 
 
 class MetaSource:
-    """The tensors of one checkpoint; `tensor_source.py` says what each method promises."""
+    """The tensors of one checkpoint; `foreign_weights.py` says what each method promises."""
 
     def __init__(
         self, files: list[Path], *, hidden_size: int, num_heads: int, num_kv_heads: int

@@ -13,7 +13,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from llamajax.config.saved_config import read_saved_config
 from llamajax.errors import UserError
+from llamajax.files import replaced_file
 from llamajax.monitoring.metrics import METRICS, load_metrics
 from llamajax.monitoring.progress import format_count, format_duration
 from llamajax.monitoring.report.charts import Series, line_chart, smooth
@@ -36,14 +38,6 @@ _PHASES = {
     "checkpoint_s": "checkpoints",
     "other_s": "everything else",
 }
-
-
-def _read_config(workdir: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -258,7 +252,7 @@ def _setting(value: Any) -> str:
 
 def render_report(workdir: Path) -> str:
     """The whole page as text."""
-    rows, config, facts = load_metrics(workdir), _read_config(workdir), read_run_facts(workdir)
+    rows, config, facts = load_metrics(workdir), read_saved_config(workdir), read_run_facts(workdir)
     title, heading = _header(rows, config, facts, workdir)
     body = "\n".join(
         [
@@ -288,15 +282,9 @@ def write_report(workdir: Path) -> Path:
             f"--workdir={workdir} holds no run: neither {METRICS} nor config.json is there"
         )
     path = workdir / REPORT
-    temporary = path.with_name(f"{REPORT}.tmp")
-    try:
+    with replaced_file(path, label=str(path)) as hidden:
         write_run_facts(workdir, {})
-        temporary.write_text(render_report(workdir), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        hidden.write_text(render_report(workdir), encoding="utf-8")
     return path
 
 

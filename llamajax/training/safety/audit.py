@@ -14,8 +14,8 @@ from typing import Any
 
 from llamajax import data
 from llamajax.checkpoint import Checkpointer, open_checkpoint
+from llamajax.checkpoint.location import store_errors_explained
 from llamajax.checkpoint.manifest import remove_checkpoint
-from llamajax.checkpoint.room import reached
 from llamajax.data.position import Segment
 from llamajax.errors import UserError
 from llamajax.training.decisions import decided_by_primary
@@ -73,12 +73,12 @@ class Audit:
         def find() -> None:
             if not self.rollbacks:
                 return
-            with reached(checkpointer.directory):
+            with store_errors_explained(checkpointer.directory):
                 later = [s for s in checkpointer.steps() if s > self.rollbacks[-1].to_step]
                 found.extend(s for s in later if self._is_superseded(checkpointer, s))
 
         def remove() -> None:
-            with reached(checkpointer.directory):
+            with store_errors_explained(checkpointer.directory):
                 for step in found:
                     remove_checkpoint(checkpointer.directory / str(step))
 

@@ -1,9 +1,9 @@
-"""Parts of weights on the host: read from a checkpoint of ours, and handed to their devices.
+"""Read parts of stored arrays on the host, and put them on their devices.
 
-Orbax and TensorStore read whole blocks, and a block of a training run is a device's part of all
-layers of one weight; they then hold it up to three times. What is stored is not compressed, so
-that any run of rows within a block is a range of bytes: read here a few at a time, the host holds
-one part of one array and little more, whatever wrote it.
+Orbax and TensorStore read whole blocks, and hold them up to three times. A block of a training run
+is one device's part of all layers of a weight. Since nothing stored is compressed, a run of rows
+within a block is a range of bytes. They are read here a few at a time, so that the host holds one
+part of one array and little more, whatever mesh wrote it.
 """
 
 import itertools
@@ -19,28 +19,28 @@ import tensorstore as ts
 from jax.sharding import SingleDeviceSharding
 
 from llamajax.backends import lends_host_memory
+from llamajax.checkpoint.location import Location, tensorstore_spec
 from llamajax.checkpoint.manifest import DamagedError
-from llamajax.checkpoint.storage import Place, kvstore
 
 Index = tuple[slice, ...]
 
-# Most bytes that are read at once, and how many such reads are under way.
+# Most bytes that are read at once, and how many such reads are in flight.
 SLAB_BYTES = 1 << 22
 _IN_FLIGHT = 8
 # Below this a read costs more than the bytes around it.
 _WORTH_A_READ_BYTES = 1 << 20
 
 
-def array_spec(state: Place, name: str) -> dict[str, Any]:
+def array_spec(state: Location, name: str) -> dict[str, Any]:
     """Return TensorStore's spec of one array under the directory that Orbax wrote."""
-    store = {"driver": "ocdbt", "base": kvstore(state), "path": f"{name}/"}
+    store = {"driver": "ocdbt", "base": tensorstore_spec(state), "path": f"{name}/"}
     return {"driver": "zarr", "kvstore": store}
 
 
-def prove_readable(state: Place, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+def prove_readable(state: Location, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     """Read the smallest array back; ValueError or DamagedError if that is not possible.
 
-    arrays: dtype and shape by name. Orbax may commit without an error what nobody can read.
+    arrays: dtype and shape by name. Orbax may commit, without an error, what nobody can read.
     """
     name, (dtype, shape) = min(arrays.items(), key=lambda entry: math.prod(entry[1][1]))
     array = StoredArray(state, name)
@@ -50,7 +50,10 @@ def prove_readable(state: Place, arrays: Mapping[str, tuple[str, tuple[int, ...]
 
 
 class _Slab(NamedTuple):
-    """Bytes `start` to `stop` of the block under `key`; what of them goes where in the part."""
+    """One read: bytes `start` to `stop` of the block `key`, which have `shape`.
+
+    wanted: the part of them to use. target: where that goes in the result.
+    """
 
     key: str
     start: int
@@ -63,20 +66,19 @@ class _Slab(NamedTuple):
 class StoredArray:
     """One array of a checkpoint, of which any part can be read."""
 
-    def __init__(self, state: Place, name: str):
+    def __init__(self, state: Location, name: str):
         self._array = ts.open(array_spec(state, name), open=True, read=True).result()
         self._name = name
         self.shape: tuple[int, ...] = self._array.shape
         self.dtype = np.dtype(self._array.dtype.numpy_dtype)
-        layout = self._array.spec().to_json()
-        metadata = layout.get("metadata", {})
+        metadata = self._array.spec().to_json().get("metadata", {})
         plain = metadata.get("compressor") is None and not metadata.get("filters")
         in_rows = metadata.get("order", "C") == "C"
         self._by_bytes = bool(self.shape) and plain and in_rows
         self._separator = metadata.get("dimension_separator", ".")
 
     def read(self, index: Index, dtype: Any) -> np.ndarray:
-        """The part `index` (slices with bounds) as `dtype`, aligned as JAX's CPU backend likes it.
+        """Read the part `index` (slices with bounds) as `dtype`, aligned for JAX's CPU backend.
 
         Raises DamagedError where a block is missing, ValueError where the disk refuses.
         """
@@ -84,14 +86,14 @@ class StoredArray:
         if not self._by_bytes:
             part[...] = self._array[index].read().result().astype(dtype, copy=False)
             return part
-        under_way: deque[tuple[_Slab, ts.Future]] = deque()
+        in_flight: deque[tuple[_Slab, ts.Future]] = deque()
         for slab in self._slabs(index):
-            if len(under_way) == _IN_FLIGHT:
-                self._take(*under_way.popleft(), part)
+            if len(in_flight) == _IN_FLIGHT:
+                self._take(*in_flight.popleft(), part)
             read = self._array.kvstore.read(slab.key, byte_range=slice(slab.start, slab.stop))
-            under_way.append((slab, read))
-        while under_way:
-            self._take(*under_way.popleft(), part)
+            in_flight.append((slab, read))
+        while in_flight:
+            self._take(*in_flight.popleft(), part)
         return part
 
     def _take(self, slab: _Slab, read: ts.Future, part: np.ndarray) -> None:
@@ -102,7 +104,7 @@ class StoredArray:
         part[slab.target] = rows[slab.wanted].astype(part.dtype, copy=False)
 
     def _slabs(self, index: Index) -> Iterator[_Slab]:
-        """What to read for the part `index`, block after block."""
+        """Yield the reads for the part `index`, block after block."""
         block: tuple[int, ...] = self._array.chunk_layout.read_chunk.shape
         touched = (range(s.start // n, -(-s.stop // n)) for s, n in zip(index, block, strict=True))
         for number in itertools.product(*touched):
@@ -117,9 +119,10 @@ class StoredArray:
     def _slabs_of(
         self, key: str, block: tuple[int, ...], inside: Index, shift: list[int]
     ) -> Iterator[_Slab]:
-        """Of one block, the part `inside`: runs of rows along the first axis that is short enough.
+        """Yield the reads for the part `inside` of one block.
 
-        shift: from positions in the block to those in the part.
+        Each is a run of rows along the first axis whose rows are short enough. shift: from
+        positions in the block to those in the result.
         """
 
         def row_bytes(axis: int) -> int:
@@ -144,48 +147,46 @@ class StoredArray:
             stop = min(start + rows, inside[axis].stop)
             first = int(np.ravel_multi_index((*position, start), block[: axis + 1]))
             offset = first * row_bytes(axis)
-            placed = tuple(p + d for p, d in zip(position, shift[:axis], strict=True))
+            target = tuple(p + d for p, d in zip(position, shift[:axis], strict=True))
             yield _Slab(
                 key=key,
                 start=offset,
                 stop=offset + (stop - start) * row_bytes(axis),
                 shape=(stop - start, *block[axis + 1 :]),
                 wanted=(slice(None), *inside[axis + 1 :]),
-                target=(*placed, slice(start + shift[axis], stop + shift[axis]), *rest),
+                target=(*target, slice(start + shift[axis], stop + shift[axis]), *rest),
             )
 
 
-def placed(
+def array_from_parts(
     wanted: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray], *, donated: bool = False
 ) -> jax.Array:
-    """An array like `wanted`, which has a sharding: each part read once, for all its devices.
+    """Build an array like `wanted`, which has a sharding; read each part once for all its devices.
 
-    read: the part of an index (slices with bounds) on the host. One is held at a time. donated:
-    the array will be donated to a jitted function, so that its memory must be JAX's own.
+    read: returns the part of an index (slices with bounds) on the host. One is held at a time.
+    donated: the array will be donated to a jitted function, so its memory must be JAX's own. Else
+    the CPU backend takes over the memory that was read into, and copies it when it is donated.
     """
     devices_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     held = wanted.sharding.addressable_devices_indices_map(wanted.shape)
     for device, index in held.items():
         bounds = [s.indices(n)[:2] for s, n in zip(index, wanted.shape, strict=True)]
         devices_of.setdefault(tuple(bounds), []).append(device)
-    parts: list[jax.Array] = []
-    kind = wanted.sharding.memory_kind  # moments may rest in the host's memory
+    shards: list[jax.Array] = []
+    kind = wanted.sharding.memory_kind  # host memory for offloaded moments
     for bounds, devices in devices_of.items():
         part = read(tuple(slice(*b) for b in bounds))
-        parts += [_put(part, device, kind, owned=donated) for device in devices]
-        jax.block_until_ready(parts)
-    return jax.make_array_from_single_device_arrays(wanted.shape, wanted.sharding, parts)
-
-
-def _put(part: Any, device: jax.Device, kind: str | None, *, owned: bool) -> jax.Array:
-    if owned and lends_host_memory(device.platform):
-        # The CPU backend takes over aligned memory of NumPy's, and can't reuse that when donated.
-        part = jnp.copy(jax.device_put(part, device))
-    return jax.device_put(part, SingleDeviceSharding(device, memory_kind=kind))
+        for device in devices:
+            copied = part
+            if donated and lends_host_memory(device.platform):
+                copied = jnp.copy(jax.device_put(part, device))
+            shards.append(jax.device_put(copied, SingleDeviceSharding(device, memory_kind=kind)))
+        jax.block_until_ready(shards)
+    return jax.make_array_from_single_device_arrays(wanted.shape, wanted.sharding, shards)
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Zeros that JAX's CPU backend takes over without a copy: aligned to 64 bytes."""
+    """Return zeros that JAX's CPU backend takes over without a copy: aligned to 64 bytes."""
     count = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.zeros(count + 64, np.uint8)
     start = -raw.ctypes.data % 64

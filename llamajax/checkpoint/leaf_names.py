@@ -1,8 +1,8 @@
-"""Readable names for the leaves of a state, and the way back.
+"""Readable names for the leaves of a state.
 
 A leaf's name is its path, joined by slashes: `model/blocks/attn/wq`, `opt_state/1/0/mu/embed`. The
-last component of a Flax variable (`value`) is left out, so that names say where a weight is and not
-which class holds it.
+last component of a Flax variable (`value`) is left out, so that a name says where a weight is and
+not which class holds it.
 """
 
 from typing import Any
@@ -11,28 +11,24 @@ import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, KeyEntry, SequenceKey
 
 
-def _component(entry: KeyEntry) -> str:
-    match entry:
-        case GetAttrKey(name=name):
-            return name
-        case DictKey(key=key) | FlattenedIndexKey(key=key):
-            return str(key)
-        case SequenceKey(idx=index):
-            return str(index)
-        case _:
-            raise TypeError(f"cannot name the path component {entry!r} of a state's leaf")
-
-
 def leaf_name(path: tuple[KeyEntry, ...]) -> str:
-    """The name of a leaf at `path`."""
-    parts = [_component(entry) for entry in path]
+    """Return the name of the leaf at `path`."""
+    parts = []
+    for entry in path:
+        match entry:
+            case GetAttrKey(name=name):
+                parts.append(name)
+            case DictKey(key=key) | FlattenedIndexKey(key=key) | SequenceKey(idx=key):
+                parts.append(str(key))
+            case _:
+                raise TypeError(f"cannot name the path component {entry!r} of a state's leaf")
     if len(parts) > 1 and isinstance(path[-1], GetAttrKey) and parts[-1] == "value":
         parts.pop()
     return "/".join(parts)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of `tree` by name, in tree order. Raises ValueError when two share a name."""
+    """Return the leaves of `tree` by name, in tree order. ValueError when two share a name."""
     named: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = leaf_name(path)
@@ -43,5 +39,5 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def rebuild(tree: Any, leaves: dict[str, Any]) -> Any:
-    """A tree like `tree` whose leaves are taken from `leaves` by name."""
+    """Return a tree like `tree` whose leaves are taken from `leaves` by name."""
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[leaf_name(path)], tree)

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from llamajax.checkpoint.parts import StoredArray
 from llamajax.checkpoint.restore import Checkpoint, check_same_model
+from llamajax.checkpoint.stored_array import StoredArray
 from llamajax.config.schema import ModelConfig
+from llamajax.formats.foreign_weights import Index
 from llamajax.formats.huggingface.hf_names import Tensor, tensors, to_theirs
 from llamajax.formats.huggingface.hf_read import named_weights
-from llamajax.formats.tensor_source import Index
 from llamajax.sharding import letters
 
 _PREFIX = "model/"
@@ -26,7 +26,7 @@ class Leaf:
     dims: str
 
 
-def leaves_of(abstract_model: Any) -> dict[str, Leaf]:
+def weight_leaves(abstract_model: Any) -> dict[str, Leaf]:
     """The leaves of a model of `jax.ShapeDtypeStruct`s by name."""
     return {
         name: Leaf(weight.get_value().shape, np.dtype(weight.get_value().dtype), letters(weight))
@@ -34,7 +34,7 @@ def leaves_of(abstract_model: Any) -> dict[str, Leaf]:
     }
 
 
-class StoredSource:
+class CheckpointSource:
     """The weights of one checkpoint of ours as tensors of Hugging Face; a TensorSource.
 
     Holds one layer of one weight, also where all its layers are stored together.

@@ -1,0 +1,137 @@
+"""Write files and directories so that they appear complete or not at all.
+
+Content goes under a hidden name beside the target, which is then renamed. A rename within one file
+system is atomic, so a reader and a killed process see the old content or the new one.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from llamajax.errors import UserError
+
+
+@contextlib.contextmanager
+def replaced_file(path: Path, *, durable: bool = False, label: str | None = None) -> Iterator[Path]:
+    """Yield a hidden path to write; rename it to `path` when the block ends without an error.
+
+    durable: force the content onto the disk before the rename. label: what the user calls the
+    file; then an OSError becomes a UserError. Otherwise raises OSError.
+    """
+    # A random part, because processes on several hosts may write the same file.
+    hidden = path.with_name(f".{path.name[:40]}.{os.urandom(4).hex()}.partial")
+    try:
+        yield hidden
+        if durable:
+            _sync(hidden)
+        hidden.replace(path)
+    except OSError as error:
+        if label is None:
+            raise
+        raise UserError(f"{label} cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            hidden.unlink()
+
+
+def write_file(
+    path: Path, content: str | bytes, *, durable: bool = False, label: str | None = None
+) -> None:
+    """Write a file complete or not at all, text as UTF-8. Parameters as in `replaced_file`."""
+    with replaced_file(path, durable=durable, label=label) as hidden:
+        hidden.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replaced_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty hidden directory to fill; publish it as `target` when the block ends well.
+
+    Raises UserError when the disk refuses. What was at `target` stays if anything fails.
+    """
+    target = target.absolute()
+    hidden = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(hidden, ignore_errors=True)  # of a process that was killed
+        hidden.mkdir(parents=True)
+        yield hidden
+        publish_directory(hidden, target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def publish_directory(directory: Path, target: Path) -> None:
+    """Force a finished directory onto the disk, then rename it to `target`, replacing that.
+
+    Raises OSError.
+    """
+    for path in (*directory.rglob("*"), directory):
+        _sync(path)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    try:
+        directory.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_target(target: Path, *, overwrite: bool, needed_bytes: int) -> None:
+    """Raise UserError if the directory `target` exists already or its disk has too little room."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file; name a directory to write")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise UserError(f"{target} exists already; name another directory, or pass --overwrite")
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{target} cannot be written: no permission to write in {parent}")
+    free = shutil.disk_usage(parent).free
+    if needed_bytes > free:
+        raise UserError(
+            f"{target} needs {needed_bytes:,} bytes, and that disk has {free:,} free; make room, "
+            "or name a directory on another one"
+        )
+
+
+def undo_new_folders(folder: Path, undo: contextlib.ExitStack) -> None:
+    """Make `undo` remove `folder` and those of its parents that do not exist yet.
+
+    A folder that is not empty by then stays.
+    """
+    for path in reversed([f for f in (folder, *folder.parents) if not f.exists()]):
+        undo.callback(_remove_empty, path)
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def free_name(path: Path) -> Path:
+    """Return `path`, or the first of `path.2`, `path.3`, ... that does not exist."""
+    names = (path.name, *(f"{path.name}.{n}" for n in range(2, 1000)))
+    return next(path.with_name(name) for name in names if not os.path.lexists(path.parent / name))
+
+
+def lfs_problem(start: bytes) -> str | None:
+    """Return what is wrong with a file that starts like a git-lfs pointer, else None."""
+    if not start.startswith(b"version https://git-lfs"):
+        return None
+    return "is a pointer of git-lfs, not the file itself; run `git lfs pull`"
