@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a trained Llama in minutes: makes .venv, installs, prepares the bundled book,
-# trains, and prints what was learnt. Rerun it at any time: it continues where it was.
+# trains, and prints what the model learned. Rerun it at any time: it continues where it was.
 #   ./launch/quickstart.sh               on the CPU, or on what the installed JAX sees
 #   ./launch/quickstart.sh --extra=cuda  installs JAX for NVIDIA GPUs first; tpu: for Cloud TPUs
 set -euo pipefail
