@@ -1,7 +1,7 @@
 """`python -m llamajax.launch`: start a command as several workers, watch them, start them again."""
 
 from llamajax.config import parse_command_line
-from llamajax.launching.launch_options import FLAGS, request_of, split_command
+from llamajax.launching.launch_options import FLAGS, build_options, split_command
 from llamajax.launching.launcher import launch
 from llamajax.verbs import run_verb
 
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     flags = parse_command_line(
         own, verb="launch", flags=FLAGS, takes_config=False, summary=SUMMARY, example=EXAMPLE
     )
-    return launch(request_of(flags, command))
+    return launch(build_options(flags, command))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import gc
 from pathlib import Path
 
-from llamajax.backends import follow_launcher, with_huge_pages
+from llamajax.backends import exit_with_launcher, with_huge_pages
 from llamajax.training.safety.shutdown import Shutdown
 from llamajax.verbs import run_verb
 
@@ -16,7 +16,7 @@ EXAMPLE = "python -m llamajax.train --config=configs/quickstart.py --workdir=run
 def main(argv: list[str]) -> int:
     """Return an ExitCode: finished, stopped by a signal after saving, or by a guard."""
     shutdown = Shutdown().install()  # before anything slow, so that no signal is lost
-    follow_launcher()
+    exit_with_launcher()
     # Not before `with_huge_pages`, which would have it imported twice.
     from llamajax.config import WORKDIR, parse_command_line
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from llamajax.config import parse_command_line
 from llamajax.config.flags import Flag
 from llamajax.errors import UserError
-from llamajax.proving.resume_proof import Request, prove, train_arguments
+from llamajax.proving.resume_proof import ProofOptions, prove, train_arguments
 from llamajax.verbs import run_verb
 
 SUMMARY = (
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--{name}={getattr(command, name)}: must be at least {least}")
     if command.processes is not None and command.processes < 2:
         raise UserError(f"--processes={command.processes}: must be at least 2; leave it out for 1")
-    request = Request(
+    request = ProofOptions(
         train=train_arguments(argv, [flag.name for flag in FLAGS]),
         config=command.config,
         workdir=Path(command.workdir),

@@ -19,7 +19,7 @@ NUM_PROCESSES = "LLAMAJAX_NUM_PROCESSES"
 PROCESS_ID = "LLAMAJAX_PROCESS_ID"
 # FD:INODE of a pipe of which the launcher holds the other end: one that ends with the launcher, and
 # one on which process 0 reports its newest complete checkpoint, a step a line.
-_LIFELINE = "LLAMAJAX_LIFELINE"
+_PARENT_PIPE = "LLAMAJAX_PARENT_PIPE"
 _CHECKPOINTS = "LLAMAJAX_CHECKPOINTS"
 
 # What limits a process to some of the node's devices, and where the kernel shows how many it has.
@@ -36,21 +36,21 @@ def child_environment(
     num_processes: int,
     process_id: int,
     local: tuple[int, int],
-    lifeline: int,
+    parent_pipe: int,
     checkpoints: int | None = None,
 ) -> dict[str, str]:
     """The environment of one worker: this process's own, its place, and its share of devices.
 
-    local: (i, n), the i-th of the n workers on this node. lifeline: reading end of a pipe that the
-    worker inherits; checkpoints: writing end of one for `report_checkpoint`. UserError when the
-    node's devices cannot be shared out equally.
+    local: (i, n), the i-th of the n workers on this node. parent_pipe: reading end of a pipe that
+    the worker inherits; checkpoints: writing end of one for `report_checkpoint`. UserError when
+    the node's devices cannot be shared out equally.
     """
     environment = dict(os.environ)
     environment |= {
         COORDINATOR: coordinator_address,
         NUM_PROCESSES: str(num_processes),
         PROCESS_ID: str(process_id),
-        _LIFELINE: _named(lifeline),
+        _PARENT_PIPE: _named(parent_pipe),
         _CHECKPOINTS: "" if checkpoints is None else _named(checkpoints),
         "PYTHONUNBUFFERED": "1",  # else the last words of a dying worker are lost
     }
@@ -82,16 +82,16 @@ def _share(devices: list[str], local: tuple[int, int], variable: str) -> list[st
     return devices[index * size : (index + 1) * size]
 
 
-def follow_launcher() -> None:
+def exit_with_launcher() -> None:
     """End this process at once when the launcher that started it is gone, however it died.
 
     A worker that goes on alone would hold the devices and the workdir against the next launch. It
     does nothing in a process that no launcher started.
     """
-    descriptor = _inherited(_LIFELINE)
+    descriptor = _inherited(_PARENT_PIPE)
     if descriptor is not None:
         threading.Thread(
-            target=_watch, args=(descriptor,), name="follow_launcher", daemon=True
+            target=_watch, args=(descriptor,), name="exit_with_launcher", daemon=True
         ).start()
 
 
@@ -132,7 +132,7 @@ def _watch(descriptor: int) -> None:
     os._exit(ExitCode.FAILED)
 
 
-def show_alive() -> None:
+def report_alive() -> None:
     """Tell a launcher that this process gets on, also where it prints nothing for long.
 
     Touches the log that stderr goes to, if it is a file; the launcher looks at its time.
@@ -145,7 +145,7 @@ def show_alive() -> None:
         return  # no stderr, or none with a descriptor
 
 
-def seen_alive(log: int) -> float:
+def last_alive_s(log: int) -> float:
     """When a worker last wrote to its open log or showed itself alive; another time at every call
     where the file system has lost the file: nothing is known then."""
     try:

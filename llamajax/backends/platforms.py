@@ -16,10 +16,10 @@ from llamajax.config.schema import ComputeDtype
 class Platform:
     """One platform of JAX, or what is assumed of one that is not known.
 
-    names: what JAX calls it, the first being what its devices say. lends_host_memory: arrays may
-    share memory with NumPy's, so that what is donated must be copied first. is_host: computes on
+    names: what JAX calls it, the first being what its devices say. may_alias_host_memory: arrays
+    may share memory with NumPy's, so that donated ones must be copied first. is_host: computes on
     the host itself, where virtual devices can be had and memory of programs predicts nothing.
-    repeats_bits: the same program on the same arguments gives the same bits. fused_attention:
+    is_deterministic: the same program on the same arguments gives the same bits. fused_attention:
     kernels built for it, best first. dtype: what to compute in when nobody says. memory_kinds: as
     JAX names them, the default first. start_up: what joins several processes. xla_options: worth
     setting in XLA_FLAGS or LIBTPU_INIT_ARGS; never set by us, XLA aborts on a flag it does not
@@ -34,9 +34,9 @@ class Platform:
     names: tuple[str, ...]
     fused_attention: tuple[str, ...] = ()
     dtype: ComputeDtype = "bfloat16"
-    lends_host_memory: bool = False
+    may_alias_host_memory: bool = False
     is_host: bool = False
-    repeats_bits: bool = False
+    is_deterministic: bool = False
     is_known_to_jax: bool = True
     memory_kinds: tuple[str, ...] = ("device", "pinned_host")
     start_up: str = "llamajax.launch, or a scheduler that JAX knows; coordinator over TCP"
@@ -60,7 +60,7 @@ _GPU_OPTIONS = (
 # nothing is sure: it may lend host memory, and it may not repeat its bits.
 UNKNOWN = Platform(
     names=(),
-    lends_host_memory=True,
+    may_alias_host_memory=True,
     is_known_to_jax=False,
     start_up="node_id and num_nodes are passed to the plugin; checked that all came",
     source="nothing is known of it: run `python -m llamajax.doctor` there",
@@ -69,9 +69,9 @@ PLATFORMS = (
     Platform(
         names=("cpu",),
         dtype="float32",
-        lends_host_memory=True,
+        may_alias_host_memory=True,
         is_host=True,
-        repeats_bits=True,
+        is_deterministic=True,
         # Else vectors and the rest of a loop may be computed by different formulas (jax 0.12.0.1
         # with AVX-512: log1p, and products fused with sums).
         exact_options={"xla_backend_optimization_level": 0},
@@ -126,7 +126,7 @@ PLATFORMS = (
         names=("METAL", "mps"),
         is_known_to_jax=False,
         memory_kinds=("device",),
-        lends_host_memory=True,
+        may_alias_host_memory=True,
         dtype="float32",
         start_up="one process",
         source="jax-metal registers `METAL`; made for jax 0.4 only; not run",
@@ -166,9 +166,9 @@ def is_host(platform: str) -> bool:
     return platform_facts(platform).is_host
 
 
-def lends_host_memory(platform: str) -> bool:
+def may_alias_host_memory(platform: str) -> bool:
     """Whether an array put there may go on living in the memory of the NumPy array it came from."""
-    return platform_facts(platform).lends_host_memory
+    return platform_facts(platform).may_alias_host_memory
 
 
 def exact_options(platform: str) -> dict[str, int]:
@@ -179,6 +179,6 @@ def exact_options(platform: str) -> dict[str, int]:
     return {} if jax.__version_info__ < (0, 11) else dict(platform_facts(platform).exact_options)
 
 
-def repeats_bits(platform: str) -> bool:
+def is_deterministic(platform: str) -> bool:
     """Whether the same program gives the same bits each time, so that a difference is an error."""
-    return platform_facts(platform).repeats_bits
+    return platform_facts(platform).is_deterministic

@@ -13,7 +13,7 @@ _SLURM_PORTS = (65536 - 4096, 4096)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
+class Rank:
     """One process among those of a run.
 
     coordinator_address: HOST:PORT of process 0. local_device_ids: which of the visible GPUs are
@@ -26,14 +26,14 @@ class Place:
     local_device_ids: tuple[int, ...] | None = None
 
 
-def find_place(config: BackendConfig) -> Place | None:
+def find_rank(config: BackendConfig) -> Rank | None:
     """The place that was given to this process; None where nothing says.
 
     Precedence: the config's keys, the variables LLAMAJAX_COORDINATOR, LLAMAJAX_NUM_PROCESSES and
     LLAMAJAX_PROCESS_ID that a launcher sets, SLURM's. UserError for variables without sense.
     """
     if config.coordinator_address is not None:
-        return Place(
+        return Rank(
             coordinator_address=config.coordinator_address,
             num_processes=config.num_processes,
             process_id=config.process_id,
@@ -41,7 +41,7 @@ def find_place(config: BackendConfig) -> Place | None:
     return _of_launcher() or _of_slurm()
 
 
-def several_are_indicated() -> str | None:
+def detected_scheduler() -> str | None:
     """The scheduler that started several processes of which JAX has to find out more, or None."""
     if int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         return "Open MPI"
@@ -50,13 +50,13 @@ def several_are_indicated() -> str | None:
     return None
 
 
-def _of_launcher() -> Place | None:
+def _of_launcher() -> Rank | None:
     names = (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
     given = {name: os.environ[name] for name in names if os.environ.get(name)}
     if not given:
         return None
     if given.get(NUM_PROCESSES) == "1":  # one process joins nobody, whatever a scheduler says
-        return Place(coordinator_address="", num_processes=1, process_id=0)
+        return Rank(coordinator_address="", num_processes=1, process_id=0)
     address, count, rank = (given.get(name, "") for name in names)
     if not (re.fullmatch(r".+:\d+", address) and count.isdecimal() and rank.isdecimal()):
         shown = ", ".join(f"{name}={value}" for name, value in given.items())
@@ -65,10 +65,10 @@ def _of_launcher() -> Place | None:
         )
     if int(rank) >= int(count):
         raise UserError(f"{PROCESS_ID}={rank}: must be below {NUM_PROCESSES}={count}")
-    return Place(coordinator_address=address, num_processes=int(count), process_id=int(rank))
+    return Rank(coordinator_address=address, num_processes=int(count), process_id=int(rank))
 
 
-def _of_slurm() -> Place | None:
+def _of_slurm() -> Rank | None:
     """The place in a step that `srun` started with several tasks.
 
     A shell of `salloc` is a step of one task inside a job of several: the job's count is no sign.
@@ -80,7 +80,7 @@ def _of_slurm() -> Place | None:
     if int(count) < 2:
         return None
     first, number = _SLURM_PORTS
-    return Place(
+    return Rank(
         coordinator_address=f"{first_host(nodes)}:{first + int(job) % number}",
         num_processes=int(count),
         process_id=int(rank),

@@ -9,12 +9,9 @@ says which: `auto` those that the doctor saw work on this platform, `none`, or n
 import warnings
 from collections.abc import Sequence
 
-import numpy as np
-from jax.experimental import multihost_utils
-
 from llamajax.backends.jax_private import TESTED, cache_hook, donation
 from llamajax.backends.platforms import platform_facts
-from llamajax.backends.stored_verdict import NOT_READY, Verdict
+from llamajax.backends.stored_verdict import NOT_READY, PlatformVerdict
 from llamajax.config import did_you_mean, nearest
 from llamajax.errors import combine
 
@@ -33,7 +30,7 @@ _PRIVATE = {DONATION: donation, COMPILE_CACHE: cache_hook}
 LOST = "no reuse of donated memory (weights and optimizer live twice), no compile cache"
 
 
-def chosen(text: str, *, platform: str, verdict: Verdict | None) -> tuple[str, ...]:
+def chosen(text: str, *, platform: str, verdict: PlatformVerdict | None) -> tuple[str, ...]:
     """The repairs that `backend.repairs` asks for on this platform, in the order of REPAIRS.
 
     UserError for a name that is none, or for one that this release of JAX does not allow.
@@ -79,14 +76,7 @@ def apply_to_lowering(platform: str, repairs: Sequence[str]) -> None:
         say_less_of_donation()
 
 
-def as_on_first_process(repairs: Sequence[str]) -> tuple[str, ...]:
-    """What process 0 chose: all must run the same programs, whatever lies in their caches."""
-    mine = sum(1 << i for i, name in enumerate(REPAIRS) if name in repairs)
-    bits = int(multihost_utils.broadcast_one_to_all(np.int32(mine)))
-    return tuple(name for i, name in enumerate(REPAIRS) if bits >> i & 1)
-
-
-def advice(platform: str, verdict: Verdict | None) -> str | None:
+def advice(platform: str, verdict: PlatformVerdict | None) -> str | None:
     """What to tell the user of a platform that JAX does not know; None where all is well."""
     if verdict is None:
         return (

@@ -18,21 +18,21 @@ from llamajax.backends.devices import give_gpu_memory, use_table
 from llamajax.backends.jax_private.experimental_warning import no_experimental_warning
 from llamajax.backends.platforms import attention_preferences, is_host, platform_facts
 from llamajax.backends.plugin import named_to_jax, why_not
-from llamajax.backends.rank import Place, find_place, several_are_indicated
+from llamajax.backends.rank import Rank, detected_scheduler, find_rank
 from llamajax.backends.repairs import (
     COMPILE_CACHE,
     PLAIN_ATTENTION,
     SYNCHRONOUS_CHECKPOINTS,
     advice,
     apply_to_lowering,
-    as_on_first_process,
     chosen,
     is_donating,
 )
 from llamajax.backends.stored_verdict import read_verdict
 from llamajax.config.schema import BackendConfig
 from llamajax.errors import TransientError, UserError
-from llamajax.processes import differences as process_facts
+from llamajax.processes import process_facts
+from llamajax.processes.host_collectives import broadcast_from_first
 from llamajax.processes.roll_call import call_roll
 
 PLUGIN_VARIABLE = "LLAMAJAX_PJRT_PLUGIN"
@@ -101,8 +101,8 @@ def start(
         # The CPU stays available to the host side; being first, the wanted one must come up.
         names = (config.name,) if is_host(config.name) else (config.name, "cpu")
         jax.config.update("jax_platforms", ",".join(names))
-    place = find_place(config)
-    scheduler = several_are_indicated() if place is None else None
+    place = find_rank(config)
+    scheduler = detected_scheduler() if place is None else None
     with named_to_jax(config):
         if place is not None and place.num_processes > 1:
             _join(place, timeout_s=config.timeout_s, facts=facts())
@@ -115,7 +115,7 @@ def start(
             f"platform {devices[0].platform!r} does not join processes"
         )
     if place is None and jax.process_count() > 1:
-        process_facts.compare(facts())
+        process_facts.check_same(facts())
     return _with_repairs(_facts(devices), config, keep_programs=keep_programs)
 
 
@@ -157,9 +157,9 @@ def _with_repairs(machine: Machine, config: BackendConfig, *, keep_programs: boo
         platform_version=machine.platform_version,
         device_kind=machine.device_kind,
     )
-    repairs = chosen(config.repairs, platform=platform, verdict=verdict)
-    if machine.num_processes > 1:
-        repairs = as_on_first_process(repairs)
+    own_repairs = chosen(config.repairs, platform=platform, verdict=verdict)
+    # All processes must run the same programs, whatever their own caches hold.
+    repairs = tuple(broadcast_from_first(lambda: list(own_repairs)))
     note = None
     if not platform_facts(platform).is_known_to_jax and config.repairs == "auto":
         note = advice(platform, verdict)
@@ -191,7 +191,7 @@ def _with_environment(config: BackendConfig) -> BackendConfig:
     return dataclasses.replace(config, name=name, plugin=path)
 
 
-def _join(place: Place, *, timeout_s: int, facts: process_facts.Facts) -> None:
+def _join(place: Rank, *, timeout_s: int, facts: process_facts.Facts) -> None:
     """Join the processes of the run, after making sure that all of them are there."""
     call_roll(
         place.coordinator_address,

@@ -28,7 +28,7 @@ Status = Literal["pass", "fail", "unsupported"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Probe:
+class ProbeResult:
     """One question that was put to a platform, and its answer; `message` says it in words."""
 
     name: str
@@ -38,7 +38,7 @@ class Probe:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Verdict:
+class PlatformVerdict:
     """What the doctor says of one platform. `verdict` is one of the three words above."""
 
     platform: str
@@ -47,7 +47,7 @@ class Verdict:
     jax: str
     verdict: str
     repairs: tuple[str, ...]
-    probes: tuple[Probe, ...]
+    probes: tuple[ProbeResult, ...]
 
     def passed(self, name: str) -> bool | None:
         """Whether the probe of that name passed; None where it was not put."""
@@ -67,7 +67,7 @@ def verdict_path(*, platform: str, platform_version: str, device_kind: str) -> P
     return cache_directory("doctor") / f"{words}-{digest}" / "doctor.json"
 
 
-def write_verdict(verdict: Verdict) -> Path:
+def write_verdict(verdict: PlatformVerdict) -> Path:
     """Keep a verdict where runs look for it; atomic. OSError where the disk refuses."""
     path = verdict_path(
         platform=verdict.platform,
@@ -79,19 +79,23 @@ def write_verdict(verdict: Verdict) -> Path:
     return path
 
 
-def read_verdict(*, platform: str, platform_version: str, device_kind: str) -> Verdict | None:
+def read_verdict(
+    *, platform: str, platform_version: str, device_kind: str
+) -> PlatformVerdict | None:
     """The verdict on this platform; None where the doctor was not there, or the file is no such."""
     path = verdict_path(
         platform=platform, platform_version=platform_version, device_kind=device_kind
     )
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        probes = tuple(Probe(**probe) for probe in found.pop("probes"))
-        names = [field.name for field in dataclasses.fields(Verdict) if field.name != "probes"]
+        probes = tuple(ProbeResult(**probe) for probe in found.pop("probes"))
+        names = [
+            field.name for field in dataclasses.fields(PlatformVerdict) if field.name != "probes"
+        ]
         facts = {name: found[name] for name in names}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None  # a damaged file is no verdict: the doctor is to come again
-    return Verdict(**facts | {"repairs": _words(facts["repairs"])}, probes=probes)
+    return PlatformVerdict(**facts | {"repairs": _words(facts["repairs"])}, probes=probes)
 
 
 def _words(names: Sequence[Any]) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ from llamajax.checkpoint.restore import Checkpoint, newest_intact
 from llamajax.checkpoint.save_checks import check_all_parts, check_room
 from llamajax.checkpoint.stored_array import prove_readable
 from llamajax.errors import UserError
-from llamajax.processes.agreement import agree, raise_together, told
+from llamajax.processes.host_collectives import broadcast_from_first, first_problem
 
 if TYPE_CHECKING:
     from llamajax.checkpoint.orbax_writer import OrbaxWriter
@@ -137,14 +137,14 @@ class Checkpointer:
         when_accepted(self._remove_leftovers)
 
     def _remove_leftovers(self) -> None:
-        problem = None
-        try:
-            if jax.process_index() == 0:
+        def remove() -> None:
+            try:
                 manifests.remove_leftovers(self.directory)
-        except storage_errors(self.directory) as error:
-            kind = user_error_type(error, self.directory)
-            problem = kind(f"cannot clear {self.directory}: {reason(error)}")
-        raise_together(problem)
+            except storage_errors(self.directory) as error:
+                kind = user_error_type(error, self.directory)
+                raise kind(f"cannot clear {self.directory}: {reason(error)}") from None
+
+        broadcast_from_first(remove)
 
     def warm_up(self) -> None:
         """Import Orbax and start its threads before the first save needs them. Cheap to repeat.
@@ -201,7 +201,8 @@ class Checkpointer:
         text = save.failure
         if save.started:
             # First what happened on a process, and only then what others saw of it.
-            text = agree(None if save.seen_elsewhere else save.failure) or agree(save.failure)
+            text = first_problem(None if save.seen_elsewhere else save.failure)
+            text = text or first_problem(save.failure)
         self._save = None
         if text is not None:
             raise CheckpointError(text, step=save.step)
@@ -255,10 +256,10 @@ class Checkpointer:
                 problem = f"a damaged one is in the way ({damage})"
         except storage_errors(self.directory) as error:
             problem = reason(error)
-        if problem := agree(problem):
+        if problem := first_problem(problem):
             text = f"checkpoint of step {step} was not saved: {problem}"
             raise CheckpointError(text, step=step)
-        return bool(told(int(found)))
+        return broadcast_from_first(lambda: found)
 
     def _start(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         leaves = {name: _storable(name, leaf) for name, leaf in named_leaves(state).items()}
@@ -311,7 +312,7 @@ class Checkpointer:
 
     def _give_up(self, _: _Save) -> None:
         """In the background, after a failure: tell the other processes, then clear."""
-        self._orbax.rendezvous.failed()
+        self._orbax.save_barrier.failed()
         self._clear()
 
     def _clear(self) -> None:

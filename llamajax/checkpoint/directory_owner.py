@@ -27,7 +27,7 @@ from llamajax.checkpoint.location import (
 from llamajax.config.saved_config import read_saved_config
 from llamajax.errors import UserError
 from llamajax.files import undo_new_folders
-from llamajax.processes.agreement import raise_together
+from llamajax.processes.host_collectives import raise_together
 
 OWNER = "owner.json"
 _RUN_ID = ".run_id"

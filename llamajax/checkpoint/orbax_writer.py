@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 from llamajax.backends.jax_private.literal_glob import take_directories_literally
 from llamajax.backends.jax_private.orbax_retries import limit_gcs_retries
 from llamajax.checkpoint.location import RETRIES, Location, is_remote
-from llamajax.processes.rendezvous import Rendezvous
+from llamajax.processes.save_barrier import SaveBarrier
 
 # Orbax's own default (20 minutes) is less than a 70B state takes on a slow disk.
 _TIMEOUT_S = 3 * 3600
@@ -25,7 +25,7 @@ class OrbaxWriter:
             limit_gcs_retries(RETRIES)
         else:
             take_directories_literally()
-        self.rendezvous = Rendezvous(ocp.multihost.get_barrier_sync_fn())
+        self.save_barrier = SaveBarrier(ocp.multihost.get_barrier_sync_fn())
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
                 # Trained weights are noise to a compressor: 10 % smaller for twice the time.
@@ -33,7 +33,7 @@ class OrbaxWriter:
             ),
             async_options=ocp.AsyncOptions(
                 timeout_secs=_TIMEOUT_S,
-                barrier_sync_fn=self.rendezvous,
+                barrier_sync_fn=self.save_barrier,
                 post_finalization_callback=seal,
                 # Makes an unwritable directory an error of save() itself.
                 create_directories_asynchronously=False,
@@ -42,7 +42,7 @@ class OrbaxWriter:
 
     def save(self, directory: Location, leaves: Mapping[str, Any]) -> None:
         """Start to write the leaves; return when they may be overwritten or donated."""
-        self.rendezvous.begin()
+        self.save_barrier.begin()
         self._orbax.save(directory, args=ocp.args.Composite(state=ocp.args.PyTreeSave(leaves)))
 
     def wait(self) -> None:

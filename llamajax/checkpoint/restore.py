@@ -27,7 +27,7 @@ from llamajax.checkpoint.manifest import DamagedError
 from llamajax.checkpoint.stored_array import StoredArray, array_from_parts
 from llamajax.config.flags import show
 from llamajax.errors import UserError, combine
-from llamajax.processes.agreement import agree, told
+from llamajax.processes.host_collectives import broadcast_from_first, first_problem, raise_together
 
 _LISTED = 10
 # Keys of the model section that change neither the arrays nor the function they compute.
@@ -128,7 +128,11 @@ def newest_intact(
     damaged: list[tuple[Location, str]] = []
     steps = [int(path.name) for path in manifests.step_directories(directory)]
     steps = [step for step in steps if step not in without]
-    while (step := told(steps[-1] if steps else None)) is not None:
+
+    def newest() -> int | None:
+        return steps[-1] if steps else None
+
+    while (step := broadcast_from_first(newest)) is not None:
         path = directory / str(step)
         checkpoint, problem = _open_verified(path)
         if checkpoint is not None:
@@ -173,9 +177,8 @@ def _damage_on_any(directory: Location, error: Exception | None) -> str | None:
         problem = f"{error.filename or directory} cannot be read: {error.strerror}"
     elif error is not None:
         refusal = f"cannot read checkpoint {directory}: {error.strerror}: {error.filename}"
-    if refusal := agree(refusal):
-        raise UserError(refusal)
-    return agree(problem)
+    raise_together(None if refusal is None else UserError(refusal))
+    return first_problem(problem)
 
 
 def _set_aside(damaged: list[tuple[Location, str]]) -> None:
@@ -186,9 +189,8 @@ def _set_aside(damaged: list[tuple[Location, str]]) -> None:
             manifests.set_aside(path, "damaged")
         except storage_errors(path) as error:
             why = error if is_remote(path) else error.strerror
-            problem = f"{path} is damaged ({what}) and cannot be renamed: {why}"
-    if problem := agree(problem):
-        raise UserError(problem)
+            problem = UserError(f"{path} is damaged ({what}) and cannot be renamed: {why}")
+    raise_together(problem)
 
 
 def _fallback_warnings(damaged: list[tuple[Location, str]], step: int) -> list[str]:

@@ -19,7 +19,7 @@ from llamajax.checkpoint.location import (
     storage_errors,
     with_rank,
 )
-from llamajax.processes.agreement import agree, gathered, told
+from llamajax.processes.host_collectives import all_gather_host, broadcast_from_first, first_problem
 
 # Network file systems show a new directory to other hosts only after their caches' time.
 _SHOWN_WITHIN_S = 30
@@ -34,7 +34,7 @@ def check_room(directory: Location, leaves: Mapping[str, Any]) -> list[int]:
     """
     needed = sum(_local_bytes(leaf) for leaf in leaves.values())
     problem = None
-    oldest = told(_oldest(directory) if jax.process_index() == 0 else None)
+    oldest = broadcast_from_first(_oldest, directory)
     try:
         # Orbax would wait for hours for a directory that this process cannot see.
         if oldest is not None and not is_directory(directory / str(oldest)):
@@ -50,9 +50,9 @@ def check_room(directory: Location, leaves: Mapping[str, Any]) -> list[int]:
         probe.unlink()
     except storage_errors(directory) as error:
         problem = with_rank(reason(error))
-    if problem := agree(problem):
+    if problem := first_problem(problem):
         raise OSError(0, problem)
-    return [rank for rank, size in enumerate(gathered(needed)) if size]
+    return [rank for rank, size in enumerate(all_gather_host(needed)) if size]
 
 
 def _local_bytes(leaf: Any) -> int:

@@ -8,8 +8,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from llamajax.backends import Probe as Outcome
-from llamajax.backends import Verdict
+from llamajax.backends import PlatformVerdict
+from llamajax.backends import ProbeResult as Outcome
 from llamajax.backends.stored_verdict import NOT_READY
 from llamajax.conformance.probe_table import NOT_TRIED, consequence, probe
 from llamajax.monitoring.report.page import PAGE
@@ -56,13 +56,15 @@ def line(outcome: Outcome) -> str:
     )
 
 
-def to_text(verdict: Verdict, *, num_devices: int | None, total_s: float, partial: bool) -> str:
+def to_text(
+    verdict: PlatformVerdict, *, num_devices: int | None, total_s: float, partial: bool
+) -> str:
     """Platform, verdict, and a line for everything that did not pass; partial: of some probes."""
     return "\n".join(_lines(verdict, num_devices, total_s, partial))
 
 
 def _lines(
-    verdict: Verdict, num_devices: int | None, total_s: float, partial: bool
+    verdict: PlatformVerdict, num_devices: int | None, total_s: float, partial: bool
 ) -> Iterator[str]:
     if num_devices is None:
         yield f"platform: {verdict.platform}, which did not start"
@@ -78,7 +80,7 @@ def _lines(
         yield f"  {len(untried)} more {untried[0].message}"
 
 
-def counts(verdict: Verdict) -> str:
+def counts(verdict: PlatformVerdict) -> str:
     """How many probes came out how."""
     found = collections.Counter(outcome.status for outcome in verdict.probes)
     return ", ".join(f"{found[status]} {status}" for status in _MARKS)
@@ -105,14 +107,16 @@ table.probes { background: var(--card); }
 </style>"""
 
 
-def to_html(verdict: Verdict, *, machine: dict[str, Any] | None, total_s: float) -> str:
+def to_html(verdict: PlatformVerdict, *, machine: dict[str, Any] | None, total_s: float) -> str:
     """The page; `machine` holds facts of `backends.Machine`, None where it did not start."""
     body = "\n".join(_body(verdict, machine, total_s))
     title = f"{verdict.platform}: {verdict.verdict}"
     return PAGE.replace("{title}", html.escape(title)).replace("{body}", body)
 
 
-def _body(verdict: Verdict, machine: dict[str, Any] | None, total_s: float) -> Iterator[str]:
+def _body(
+    verdict: PlatformVerdict, machine: dict[str, Any] | None, total_s: float
+) -> Iterator[str]:
     bad = " bad" if verdict.verdict == NOT_READY else ""
     name = html.escape(f"{verdict.platform}: {verdict.device_kind}")
     yield _STYLE

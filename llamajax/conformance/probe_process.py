@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llamajax.backends import follow_launcher
+from llamajax.backends import exit_with_launcher
 from llamajax.config.schema import BackendConfig
 from llamajax.conformance.bench import Bench, UnsupportedError, WrongError
 from llamajax.errors import UserError
@@ -27,7 +27,7 @@ def main() -> int:
     """Run the probes that standard input names, in order; 2 where the backend refuses to start."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # the parent asks where a probe hangs
-    follow_launcher()
+    exit_with_launcher()
     request = json.load(sys.stdin)
     with os.fdopen(int(sys.argv[1]), "w", buffering=1, encoding="utf-8") as pipe:
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llamajax.backends import Probe as Outcome
+from llamajax.backends import ProbeResult as Outcome
 from llamajax.backends import child_environment
 from llamajax.config.schema import BackendConfig
 from llamajax.conformance.probe_table import NOT_TRIED, Probe, judge
@@ -178,13 +178,13 @@ class _Child:
     def __init__(self, request: dict[str, Any]):
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._pipe, theirs = os.pipe()
-        lifeline, self._held = os.pipe()
+        parent_pipe, self._held = os.pipe()
         environment = child_environment(
             coordinator_address="",
             num_processes=1,
             process_id=0,
             local=(0, 1),
-            lifeline=lifeline,
+            parent_pipe=parent_pipe,
         )
         self._process = subprocess.Popen(
             [sys.executable, "-m", "llamajax.conformance.probe_process", str(theirs)],
@@ -193,11 +193,11 @@ class _Child:
             stderr=subprocess.STDOUT,
             text=True,
             env=environment,
-            pass_fds=(theirs, lifeline),
+            pass_fds=(theirs, parent_pipe),
             process_group=0,
         )
         os.close(theirs)
-        os.close(lifeline)
+        os.close(parent_pipe)
         with contextlib.suppress(BrokenPipeError):  # it died at once; reading from it tells
             self._process.stdin.write(json.dumps(request))
             self._process.stdin.close()

@@ -8,8 +8,8 @@ import importlib.metadata
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from llamajax.backends import Probe as Outcome
-from llamajax.backends import Verdict
+from llamajax.backends import PlatformVerdict
+from llamajax.backends import ProbeResult as Outcome
 from llamajax.backends.stored_verdict import NOT_READY, READY, READY_WITH_REPAIRS
 from llamajax.config import did_you_mean, nearest
 from llamajax.errors import combine
@@ -263,14 +263,14 @@ def consequence(outcome: Outcome, *, passed: set[str]) -> tuple[int, str]:
 
 def verdict_on(
     machine: dict[str, Any] | None, outcomes: Sequence[Outcome], *, asked_for: str | None
-) -> Verdict:
+) -> PlatformVerdict:
     """What is kept of an examination. machine: facts of `backends.Machine`; None: it did not start.
 
     asked_for: the platform's name in the command, if any.
     """
     judgement = judge(outcomes)
     facts = machine or {"platform": asked_for or "unknown", "device_kind": "unknown"}
-    return Verdict(
+    return PlatformVerdict(
         platform=facts["platform"],
         platform_version=facts.get("platform_version", ""),
         device_kind=facts["device_kind"],

@@ -1,6 +1,7 @@
-"""What the command line of `launch` asks for, checked before anything is started."""
+"""The command line of `launch`, checked before anything is started."""
 
 import dataclasses
+import itertools
 import re
 import shutil
 import tempfile
@@ -67,8 +68,8 @@ FLAGS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """A launch: this node's part of it, and the command that every worker runs."""
+class LaunchOptions:
+    """This node's part of a launch, and the command that every worker runs."""
 
     command: tuple[str, ...]
     processes_per_node: int
@@ -82,7 +83,7 @@ class Request:
 
     @property
     def num_processes(self) -> int:
-        """Workers of the whole run."""
+        """Workers on all nodes."""
         return self.nodes * self.processes_per_node
 
     @property
@@ -93,24 +94,20 @@ class Request:
 
 
 def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What stands before the first `--`, and the command after it."""
-    argv = list(argv)
-    if "--" not in argv:
-        return argv, []
-    place = argv.index("--")
-    return argv[:place], argv[place + 1 :]
+    """Return the arguments before the first `--`, and the command after it."""
+    before = list(itertools.takewhile(lambda token: token != "--", argv))
+    return before, list(argv[len(before) + 1 :])
 
 
-def request_of(flags: SimpleNamespace, command: Sequence[str]) -> Request:
-    """The request, or one UserError with everything that is wrong with it."""
-    problems = [*_problems(flags), *_command_problems(command)]
-    if problems:
+def build_options(flags: SimpleNamespace, command: Sequence[str]) -> LaunchOptions:
+    """Return the options of a launch. Raises one UserError with everything that is wrong."""
+    if problems := _problems(flags, command):
         raise combine(problems, title="this launch is not possible:")
     address = None
     if flags.coordinator is not None:
         host, _, port = flags.coordinator.rpartition(":")
         address = (host, int(port))
-    return Request(
+    return LaunchOptions(
         command=tuple(command),
         processes_per_node=flags.processes_per_node,
         nodes=flags.nodes,
@@ -123,7 +120,7 @@ def request_of(flags: SimpleNamespace, command: Sequence[str]) -> Request:
     )
 
 
-def _problems(flags: SimpleNamespace) -> list[str]:
+def _problems(flags: SimpleNamespace, command: Sequence[str]) -> list[str]:
     found = []
     for name in ("processes_per_node", "nodes"):
         if getattr(flags, name) < 1:
@@ -146,19 +143,15 @@ def _problems(flags: SimpleNamespace) -> list[str]:
                 f"--coordinator={flags.coordinator}: is not HOST:PORT with a port below 65535, "
                 "for example node0:8476"
             )
+    if not command:
+        found.append("no command: write it after --, as in `-- python -m llamajax.train ...`")
+    elif shutil.which(command[0]) is None:
+        found.append(f"{command[0]}: there is no such program; the command starts after --")
     return found
 
 
-def _command_problems(command: Sequence[str]) -> list[str]:
-    if not command:
-        return ["no command: write it after --, as in `-- python -m llamajax.train ...`"]
-    if shutil.which(command[0]) is None:
-        return [f"{command[0]}: there is no such program; the command starts after --"]
-    return []
-
-
 def _default_log_dir(command: Sequence[str]) -> Path:
-    """`logs` in the workdir that the command names, where it names one."""
+    """Return `logs` in the --workdir of the command, else in the current directory."""
     for token, following in zip(command, [*command[1:], ""], strict=True):
         if token.startswith("--workdir="):
             return Path(token.partition("=")[2]) / "logs"
@@ -168,7 +161,7 @@ def _default_log_dir(command: Sequence[str]) -> Path:
 
 
 def make_log_dir(log_dir: Path) -> None:
-    """UserError when the logs cannot be written there."""
+    """Make the directory of the logs. Raises UserError when it cannot be written."""
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=log_dir):

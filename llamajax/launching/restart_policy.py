@@ -1,64 +1,54 @@
-"""One verdict for all nodes: when an attempt starts, when it ends, whether another follows.
+"""Decide for all nodes when an attempt starts, when it ends, and whether another one follows.
 
-Lives in the launcher of node 0. It sees no sockets and no processes: what the launchers say comes
+Runs in the launcher of node 0. It sees no sockets and no processes: messages of the launchers come
 in, orders for all of them go out. Both are dicts of JSON:
 
-    said     ready (attempt, nodes, processes_per_node) | failed (attempt, code, why, lines)
-             | ended (attempt, code) | stopping | checkpoint (step: the newest complete one)
-    ordered  start (attempt) | stop | end (code, why, lines, then; again_in_s, None: leave)
+    messages  ready (attempt, nodes, processes_per_node) | failed (attempt, code, why, lines)
+              | ended (attempt, code) | stopping | checkpoint (step: the newest complete one)
+    orders    start (attempt) | stop | end (code, why, lines, then; again_in_s, None: exit)
 """
 
-import dataclasses
-from typing import Any
+from collections.abc import Sequence
 
 from llamajax.errors import ExitCode, restart_helps
+from llamajax.launching.launch_options import LaunchOptions
+from llamajax.processes.line_protocol import Message
 
 _LONGEST_WAIT_S = 60.0
 _MOST_DOUBLINGS = 30  # a float holds no more than a thousand of them
 
-Message = dict[str, Any]
 
+class RestartPolicy:
+    """Call the `on_` methods in turn; each returns orders for all nodes.
 
-@dataclasses.dataclass(kw_only=True)
-class Referee:
-    """Call `hear`, `lose` and `tick` in turn; each returns orders for all nodes.
-
-    timeout_s: how long an attempt waits for its nodes. now: seconds of a monotonic clock.
-    max_restarts: failed attempts in a row without progress after which another one follows. An
-    attempt made progress when it completed a checkpoint newer than any before; what a worker
-    reports first is where it started. A command that reports nothing makes none.
+    `options.max_restarts` counts failed attempts in a row without progress. An attempt made
+    progress when it completed a checkpoint newer than any before; the first one that it reports is
+    where it started. A command that reports nothing makes none.
     """
 
-    nodes: int
-    processes_per_node: int
-    max_restarts: int
-    backoff_s: float
-    timeout_s: float
-    now: float
-    without_progress: int = 0
-    attempt: int = -1
-    running: bool = False
-    stopping: bool = False
-
-    def __post_init__(self) -> None:
-        self._ready: dict[int, int] = {}
-        self._ended: dict[int, int] = {}
+    def __init__(self, options: LaunchOptions, *, now: float):
+        """now: here and below, seconds of a monotonic clock."""
+        self._options = options
+        self.attempt, self.without_progress = -1, 0
+        self._running = self._stopping = False
+        self._ready: dict[int, int] = {}  # next free attempt number by node
+        self._ended: dict[int, int] = {}  # exit code by node
         self._newest, self._has_reported, self._progressed = -1, False, False
-        self._deadline = self.now + self.timeout_s
+        self._deadline = now + options.timeout_s
 
-    def hear(self, node: int, message: Message, now: float) -> list[Message]:
-        """What follows from the words of one node."""
+    def on_message(self, node: int, message: Message, now: float) -> list[Message]:
+        """Return the orders that follow from a message of one node."""
+        of_this_attempt = self._running and message.get("attempt") == self.attempt
         match message["say"]:
-            case "ready" if not self.running:
+            case "ready" if not self._running:
                 return self._on_ready(node, message)
-            case "failed" if self.running and message["attempt"] == self.attempt:
-                return self._on_failed(message, now)
-            case "ended" if self.running and message["attempt"] == self.attempt:
+            case "failed" if of_this_attempt:
+                return self._on_failed(message["code"], message["why"], message["lines"], now)
+            case "ended" if of_this_attempt:
                 return self._on_ended(node, message["code"])
-            case "stopping" if not self.stopping:
-                self.stopping = True
-                stop = {"order": "stop"}
-                return [stop if self.running else leave(ExitCode.STOPPED, "stopped")]
+            case "stopping" if not self._stopping:
+                self._stopping = True
+                return [{"order": "stop"} if self._running else end(ExitCode.STOPPED, "stopped")]
             case "checkpoint":
                 newer = message["step"] > self._newest
                 self._progressed |= newer and self._has_reported
@@ -66,53 +56,46 @@ class Referee:
                 self._has_reported = True
         return []
 
-    def lose(self, node: int, now: float) -> list[Message]:
-        """A node's launcher is gone."""
+    def on_disconnect(self, node: int, now: float) -> list[Message]:
+        """Return the orders that follow from the loss of a node's launcher."""
         self._ready.pop(node, None)
-        if not self.running or node in self._ended:
+        if not self._running or node in self._ended:
             return []
-        why = f"the launcher of node {node} is gone"
-        return self._on_failed({"code": 1, "why": why, "lines": []}, now)
+        return self._on_failed(ExitCode.FAILED, f"the launcher of node {node} is gone", [], now)
 
-    def tick(self, now: float) -> list[Message]:
-        """What follows from the time that passed."""
-        if self.running or now < self._deadline:
+    def on_time(self, now: float) -> list[Message]:
+        """Return the orders that follow from the time that passed."""
+        if self._running or now < self._deadline:
             return []
-        absent = [str(node) for node in range(self.nodes) if node not in self._ready]
-        return [
-            leave(
-                ExitCode.TRANSIENT,
-                f"of {self.nodes} nodes {len(self._ready)} came within --timeout_s = "
-                f"{self.timeout_s:g}; missing: node {', '.join(absent)}. Start the same command "
-                "there, with its own --node_rank",
-            )
-        ]
+        nodes = self._options.nodes
+        absent = ", ".join(str(node) for node in range(nodes) if node not in self._ready)
+        why = (
+            f"of {nodes} nodes {len(self._ready)} came within --timeout_s = "
+            f"{self._options.timeout_s:g}; missing: node {absent}. Start the same command there, "
+            "with its own --node_rank"
+        )
+        return [end(ExitCode.TRANSIENT, why)]
 
     def _on_ready(self, node: int, message: Message) -> list[Message]:
-        theirs = message["nodes"], message["processes_per_node"]
-        if theirs != (self.nodes, self.processes_per_node):
-            return [
-                leave(
-                    ExitCode.USER_ERROR,
-                    f"node {node} was launched with --nodes={theirs[0]} "
-                    f"--processes_per_node={theirs[1]}, node 0 with --nodes={self.nodes} "
-                    f"--processes_per_node={self.processes_per_node}: use the same",
-                )
-            ]
+        names = ("nodes", "processes_per_node")
+        theirs = " ".join(f"--{name}={message[name]}" for name in names)
+        ours = " ".join(f"--{name}={getattr(self._options, name)}" for name in names)
+        if theirs != ours:
+            why = f"node {node} was launched with {theirs}, node 0 with {ours}: use the same"
+            return [end(ExitCode.USER_ERROR, why)]
         self._ready[node] = message["attempt"]
-        if len(self._ready) < self.nodes:
+        if len(self._ready) < self._options.nodes:
             return []
         self.attempt = max(self.attempt + 1, *self._ready.values())
-        self.running, self._ended = True, {}
+        self._running, self._ended = True, {}
         self._has_reported = self._progressed = False
         return [{"order": "start", "attempt": self.attempt}]
 
-    def _on_failed(self, message: Message, now: float) -> list[Message]:
-        self.running, self._ready = False, {}
+    def _on_failed(self, code: int, why: str, lines: list[str], now: float) -> list[Message]:
+        self._running, self._ready = False, {}
         self.without_progress = 0 if self._progressed else self.without_progress + 1
-        code, again_in_s, then = message["code"], None, ""
-        most = self.max_restarts
-        if self.stopping:
+        again_in_s, then, most = None, "", self._options.max_restarts
+        if self._stopping:
             code = ExitCode.STOPPED
         elif not restart_helps(code):
             then = f"not started again: after code {code} that would not help"
@@ -120,35 +103,40 @@ class Referee:
             then = f"given up: {self.without_progress} failures without progress"
         else:
             doublings = min(max(self.without_progress - 1, 0), _MOST_DOUBLINGS)
-            again_in_s = min(self.backoff_s * 2**doublings, _LONGEST_WAIT_S)
-            self._deadline = now + again_in_s + self.timeout_s
+            again_in_s = min(self._options.backoff_s * 2**doublings, _LONGEST_WAIT_S)
+            self._deadline = now + again_in_s + self._options.timeout_s
             which = f"restart {self.without_progress} of {most} without progress"
             if self._progressed:
                 which = f"checkpoint {self._newest} was reached: this failure does not count"
             then = f"starting all workers again in {again_in_s:g} s ({which})"
-        return [
-            {
-                "order": "end",
-                "code": code,
-                "why": message["why"],
-                "lines": message["lines"],
-                "again_in_s": again_in_s,
-                "then": then,
-            }
-        ]
+        return [end(code, why, lines=lines, again_in_s=again_in_s, then=then)]
 
     def _on_ended(self, node: int, code: int) -> list[Message]:
         self._ended[node] = code
-        if len(self._ended) == self.nodes:
+        if len(self._ended) == self._options.nodes:
             if ExitCode.STOPPED in self._ended.values():
-                return [leave(ExitCode.STOPPED, "stopped")]
-            return [leave(ExitCode.FINISHED, "finished")]
-        if code == ExitCode.STOPPED and not self.stopping:
-            self.stopping = True
+                return [end(ExitCode.STOPPED, "stopped")]
+            return [end(ExitCode.FINISHED, "finished")]
+        if code == ExitCode.STOPPED and not self._stopping:
+            self._stopping = True
             return [{"order": "stop"}]
         return []
 
 
-def leave(code: int, why: str) -> Message:
-    """The order to end the workers and exit."""
-    return {"order": "end", "code": code, "why": why, "lines": [], "again_in_s": None, "then": ""}
+def end(
+    code: int,
+    why: str,
+    *,
+    lines: Sequence[str] = (),
+    again_in_s: float | None = None,
+    then: str = "",
+) -> Message:
+    """Return the order to end the workers, and to exit with `code` unless `again_in_s` is set."""
+    return {
+        "order": "end",
+        "code": code,
+        "why": why,
+        "lines": list(lines),
+        "again_in_s": again_in_s,
+        "then": then,
+    }

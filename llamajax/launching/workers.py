@@ -1,4 +1,4 @@
-"""The workers of one attempt on this node: started, watched, signalled, ended."""
+"""The workers of one attempt on this node."""
 
 import contextlib
 import os
@@ -11,21 +11,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from llamajax.backends import child_environment, seen_alive
+from llamajax.backends import child_environment, last_alive_s
 from llamajax.errors import restart_helps
-from llamajax.launching.launch_options import Request
+from llamajax.launching.launch_options import LaunchOptions
 from llamajax.launching.worker_logs import Echo, last_lines, log_path, open_log
 
 _REAP_S = 10  # a killed process that the kernel cannot end (stuck in I/O) is left behind
 
 
 def exit_code(returncode: int) -> int:
-    """A shell's code: 128 + N for a process that signal N ended."""
+    """Return the code as a shell gives it: 128 + N for a process that signal N ended."""
     return returncode if returncode >= 0 else 128 - returncode
 
 
-def culprit(returncodes: Mapping[int, int]) -> int:
-    """The rank to blame among workers that failed at one time.
+def first_failed(returncodes: Mapping[int, int]) -> int:
+    """Return the rank that probably failed first, of workers that were seen to fail at one time.
 
     An abort is how JAX answers the loss of another process: seldom the cause. A code after which
     a restart cannot help always is one.
@@ -37,53 +37,49 @@ def culprit(returncodes: Mapping[int, int]) -> int:
     return min(returncodes, key=key)
 
 
-class Team:
-    """Workers with one attempt number; each in a process group of its own."""
+class WorkerGroup:
+    """Starts workers with one attempt number, each in a process group of its own."""
 
     def __init__(
-        self, request: Request, *, attempt: int, address: str, lifeline: int, reports: int
+        self, options: LaunchOptions, *, attempt: int, address: str, parent_pipe: int, reports: int
     ):
-        self._request = request
-        self.attempt = attempt
+        """address: HOST:PORT of process 0. parent_pipe, reports: as `child_environment` wants."""
+        self._options, self.attempt = options, attempt
         self._processes: dict[int, subprocess.Popen] = {}
         self._pidfds: dict[int, int] = {}
-        self._seen: dict[int, float] = {}
+        self._logs: dict[int, BinaryIO] = {}
+        self._alive_at: dict[int, float] = {}
         self._progress_at = time.monotonic()
         self._echo: Echo | None = None
-        self._logs: dict[int, BinaryIO] = {}
         with contextlib.ExitStack() as undo:
             undo.callback(self.end)
-            for local, rank in enumerate(request.ranks):
+            for local, rank in enumerate(options.ranks):
                 environment = child_environment(
                     coordinator_address=address,
-                    num_processes=request.num_processes,
+                    num_processes=options.num_processes,
                     process_id=rank,
-                    local=(local, request.processes_per_node),
-                    lifeline=lifeline,
+                    local=(local, options.processes_per_node),
+                    parent_pipe=parent_pipe,
                     checkpoints=reports if rank == 0 else None,
                 )
-                self._begin(rank, environment, (lifeline, reports)[: 1 + (rank == 0)])
+                log = self._logs[rank] = open_log(options.log_dir, rank, attempt)
+                process = self._processes[rank] = subprocess.Popen(
+                    options.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    pass_fds=(parent_pipe, reports) if rank == 0 else (parent_pipe,),
+                    start_new_session=True,  # Ctrl-C reaches the launcher alone, which forwards it
+                )
+                self._pidfds[rank] = os.pidfd_open(process.pid)
             undo.pop_all()
         if 0 in self._processes:
             self._echo = Echo(self._logs[0].fileno(), sys.stdout.fileno())
 
-    def _begin(self, rank: int, environment: dict[str, str], pipes: tuple[int, ...]) -> None:
-        log = self._logs[rank] = open_log(self._request.log_dir, rank, self.attempt)
-        process = subprocess.Popen(
-            self._request.command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            pass_fds=pipes,
-            start_new_session=True,  # Ctrl-C reaches the launcher alone, which forwards it
-        )
-        self._processes[rank] = process
-        self._pidfds[rank] = os.pidfd_open(process.pid)
-
     def log(self, rank: int) -> Path:
-        """The log of one worker."""
-        return log_path(self._request.log_dir, rank, self.attempt)
+        """Return the path of a worker's log."""
+        return log_path(self._options.log_dir, rank, self.attempt)
 
     @property
     def pids(self) -> list[int]:
@@ -92,7 +88,7 @@ class Team:
 
     @property
     def running(self) -> list[int]:
-        """Ranks of the workers that were not yet seen to end."""
+        """Ranks of the workers that `ended` has not returned yet."""
         return list(self._pidfds)
 
     @property
@@ -101,7 +97,7 @@ class Team:
         return list(self._pidfds.values())
 
     def ended(self) -> dict[int, int]:
-        """Return codes of the workers that ended since the last call, by rank."""
+        """Return the return codes of the workers that ended since the last call, by rank."""
         found = {}
         for rank in self.running:
             returncode = self._processes[rank].poll()
@@ -111,30 +107,30 @@ class Team:
         return found
 
     def last_lines(self, rank: int, count: int) -> list[str]:
-        """The last lines that one worker wrote."""
+        """Return the last lines that a worker wrote."""
         return last_lines(self._logs[rank].fileno(), count)
 
     def idle_s(self) -> float:
-        """Seconds since any running worker wrote, or showed itself alive."""
+        """Return the seconds since any running worker wrote to its log or touched it."""
         now = time.monotonic()
-        alive_at = {rank: seen_alive(self._logs[rank].fileno()) for rank in self.running}
-        if alive_at != self._seen:
-            self._seen, self._progress_at = alive_at, now
+        alive_at = {rank: last_alive_s(self._logs[rank].fileno()) for rank in self.running}
+        if alive_at != self._alive_at:
+            self._alive_at, self._progress_at = alive_at, now
         return now - self._progress_at
 
     def echo(self) -> None:
-        """Show what worker 0 wrote since the last call."""
+        """Copy what worker 0 wrote since the last call to standard output."""
         if self._echo is not None:
             self._echo.copy()
 
     def send(self, number: int) -> None:
-        """Signal the running workers."""
+        """Signal the running workers and their children."""
         for rank in self.running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._processes[rank].pid, number)
 
     def ask_for_stacks(self) -> None:
-        """Have the workers write where they are, those that catch SIGUSR1: it ends any other."""
+        """Send SIGUSR1 to the workers that catch it: it ends any other."""
         for rank in self.running:
             pid = self._processes[rank].pid
             with contextlib.suppress(OSError):

@@ -13,14 +13,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llamajax.backends import is_host, repeats_bits
+from llamajax.backends import is_deterministic, is_host
 from llamajax.config import RunConfig
 from llamajax.config.schema import MeshConfig
 from llamajax.errors import UserError, combine, say
 from llamajax.launching.worker_logs import last_lines
 from llamajax.monitoring import read_run_facts
 from llamajax.monitoring.row_comparison import TOLERANCES, largest_difference, logged_values
-from llamajax.proving.trial import Moment, Outcome, at_start, at_step, in_save, read_meta, start
+from llamajax.proving.trial import Moment, TrialResult, at_start, at_step, in_save, read_meta, start
 
 _KINDS = ("in_save", "at_step", "at_start")
 _RUNS = ("undisturbed", "killed", "other_mesh")
@@ -28,7 +28,7 @@ _SHOWN_LINES = 15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
+class ProofOptions:
     """train: the command line of `train` without its --workdir. other: overrides, or None.
 
     processes: into how many the other run is split, by `launch`; None: as the first one.
@@ -44,7 +44,7 @@ class Request:
     processes: int | None = None
 
 
-def prove(request: Request) -> bool:
+def prove(request: ProofOptions) -> bool:
     """Run everything; prints the findings and a verdict; whether it holds.
 
     Raises UserError when the config does not train at all, or the directory is in use.
@@ -97,7 +97,7 @@ def shortened(config: RunConfig, steps: int) -> list[str]:
     return [f"--config.{key}={value}" for key, value in found.items()]
 
 
-def other_mesh(request: Request, undisturbed: Path) -> list[str] | None:
+def other_mesh(request: ProofOptions, undisturbed: Path) -> list[str] | None:
     """Overrides for another mesh than that of the undisturbed run; None where there is none.
 
     On the CPU also another number of devices. A batch or a model that the choice does not divide
@@ -126,13 +126,15 @@ def other_mesh(request: Request, undisturbed: Path) -> list[str] | None:
     return found
 
 
-def _command(request: Request, workdir: Path, *overrides: str) -> list[str]:
+def _command(request: ProofOptions, workdir: Path, *overrides: str) -> list[str]:
     short = shortened(request.config, request.steps)
     python = [sys.executable, "-m", "llamajax.train", *request.train]
     return [*python, f"--workdir={workdir}", *short, *overrides]
 
 
-def _finish(request: Request, workdir: Path, *overrides: str, processes: int | None = None) -> None:
+def _finish(
+    request: ProofOptions, workdir: Path, *overrides: str, processes: int | None = None
+) -> None:
     """Run or resume to the end."""
     log = request.workdir / f"{workdir.name}.log"
     command = _command(request, workdir, *overrides)
@@ -149,19 +151,19 @@ def _finish(request: Request, workdir: Path, *overrides: str, processes: int | N
         raise _failed(outcome, log)
 
 
-def _failed(outcome: Outcome, log: Path) -> UserError:
+def _failed(outcome: TrialResult, log: Path) -> UserError:
     with log.open("rb") as file:
         lines = "\n".join(f"  | {line}" for line in last_lines(file.fileno(), _SHOWN_LINES))
     return UserError(f"a run ended with code {outcome.code}; the last lines of {log}:\n{lines}")
 
 
-def _kill_repeatedly(request: Request, workdir: Path, undisturbed: Path) -> bool:
+def _kill_repeatedly(request: ProofOptions, workdir: Path, undisturbed: Path) -> bool:
     """Start and kill so often as asked; False where a start came to its end before its kill."""
     rng = random.Random(request.seed)
     kinds = [_KINDS[i % len(_KINDS)] for i in range(request.kills)]
     times = read_run_facts(undisturbed)["time_breakdown"]
     step_s = times["steps_s"] / request.steps
-    outcome = Outcome(code=None, step=0, checkpoint=0)
+    outcome = TrialResult(code=None, step=0, checkpoint=0)
     for number, kind in enumerate(kinds, 1):
         log = request.workdir / f"{workdir.name}.{number}.log"
         moment = _moment(
@@ -183,10 +185,10 @@ def _kill_repeatedly(request: Request, workdir: Path, undisturbed: Path) -> bool
 def _moment(
     kind: str,
     rng: random.Random,
-    request: Request,
+    request: ProofOptions,
     workdir: Path,
     log: Path,
-    before: Outcome,
+    before: TrialResult,
     *,
     step_s: float,
     compile_s: float,
@@ -201,7 +203,7 @@ def _moment(
     return at_step(workdir, max(step, before.step + 1), delay_s=rng.uniform(0, step_s))
 
 
-def judge(request: Request, undisturbed: Path, killed: Path, moved: Path | None) -> bool:
+def judge(request: ProofOptions, undisturbed: Path, killed: Path, moved: Path | None) -> bool:
     """Compare the three finished runs and print the verdict; `moved` None: no other mesh."""
     theirs = logged_values(undisturbed)
     platform = read_run_facts(undisturbed)["platform"]
@@ -230,7 +232,7 @@ def judge(request: Request, undisturbed: Path, killed: Path, moved: Path | None)
     print(f"samples      {words} (ledger {', '.join(dict.fromkeys(ledgers))})")
     if good:
         print(f"verdict: proven; {request.kills} kills cost no step on {platform}")
-    elif same is not None and math.isfinite(same.relative) and not repeats_bits(platform):
+    elif same is not None and math.isfinite(same.relative) and not is_deterministic(platform):
         print(
             "verdict: NOT proven. If the samples agree and the differences are small, operations "
             "of this accelerator are not deterministic; compare two undisturbed runs"

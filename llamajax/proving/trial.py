@@ -17,7 +17,7 @@ Moment = Callable[[], bool]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Outcome:
+class TrialResult:
     """How a start ended. code: None where it was killed at the moment that was chosen."""
 
     code: int | None
@@ -27,7 +27,7 @@ class Outcome:
 
 def start(
     command: Sequence[str], *, workdir: Path, log: Path, kill_at: Moment | None = None
-) -> Outcome:
+) -> TrialResult:
     """Run `command`, which trains in `workdir` and writes to `log`.
 
     kill_at: asked all the time; SIGKILL when it says so. None: the command ends by itself.
@@ -42,7 +42,7 @@ def start(
         finally:
             process.kill()
             process.wait()
-    return Outcome(code=code, step=last_step(workdir), checkpoint=newest_checkpoint(workdir))
+    return TrialResult(code=code, step=last_step(workdir), checkpoint=newest_checkpoint(workdir))
 
 
 def at_start(log: Path, *, delay_s: float) -> Moment:

@@ -10,8 +10,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
-import jax
-
 from llamajax.checkpoint import Checkpoint, Checkpointer, open_checkpoint
 from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.directory_owner import checkpoint_directory, recorded_directory
@@ -27,13 +25,11 @@ from llamajax.config.saved_config import read_saved_config
 from llamajax.errors import UserError, say
 from llamajax.files import free_name
 from llamajax.monitoring import load_events, load_metrics
-from llamajax.processes.agreement import agree
-from llamajax.training.decisions import decided_by_primary
+from llamajax.processes.host_collectives import broadcast_from_first
 from llamajax.training.safety.audit import AUDIT
 
 # again: after a rollback within a run.
 Asked = Literal["newest", "restart", "older", "again"]
-_ASKED: tuple[Asked, ...] = ("newest", "restart", "older")
 # What a run writes in its --workdir, besides checkpoints and logs.
 _RECORD = ("metrics.jsonl", "events.jsonl", AUDIT, "run.json", "config.json", "tokenizer")
 _RECORD += ("tensorboard", "blackbox", "hf", "peft", "report.html")
@@ -49,24 +45,21 @@ def check_start(config: RunConfig, workdir: Path) -> Asked:
     checkpoints = checkpoint_directory(workdir, config.checkpoint.directory)
 
     def decide() -> Asked:
-        before = read_saved_config(workdir).get("train", {})
-        if config.train.restart and not before.get("restart"):
-            if is_remote(checkpoints) and manifests.step_directories(checkpoints):
-                raise UserError(
-                    f"train.restart: {checkpoints} is in an object store, where nothing can be "
-                    "renamed; choose another checkpoint.directory to begin anew"
-                )
-            return "restart"
-        if config.train.resume_step not in (None, before.get("resume_step")):
-            return "older"
-        _check_not_gone(workdir, checkpoints)
-        return "newest"
-
-    def number() -> int:
         with store_errors_explained(checkpoints):
-            return _ASKED.index(decide())
+            before = read_saved_config(workdir).get("train", {})
+            if config.train.restart and not before.get("restart"):
+                if is_remote(checkpoints) and manifests.step_directories(checkpoints):
+                    raise UserError(
+                        f"train.restart: {checkpoints} is in an object store, where nothing can be "
+                        "renamed; choose another checkpoint.directory to begin anew"
+                    )
+                return "restart"
+            if config.train.resume_step not in (None, before.get("resume_step")):
+                return "older"
+            _check_not_gone(workdir, checkpoints)
+            return "newest"
 
-    return _ASKED[decided_by_primary(number) or 0]
+    return broadcast_from_first(decide)
 
 
 def choose(
@@ -110,19 +103,18 @@ def set_aside(asked: Asked, config: RunConfig, workdir: Path, checkpoints: Locat
 
     To be called by all processes, once the start is accepted; process 0 does it.
     """
-    if asked not in ("restart", "older"):
-        return
-    problem = None
-    try:
-        if jax.process_index() == 0:
+
+    def move() -> None:
+        try:
             if asked == "restart":
                 say(_set_aside_all(workdir, checkpoints))
             else:
                 say(_set_aside_later(workdir, checkpoints, config.train.resume_step))
-    except storage_errors(checkpoints) as error:
-        problem = f"what was there before cannot be set aside: {reason(error)}"
-    if problem := agree(problem):
-        raise UserError(problem)
+        except storage_errors(checkpoints) as error:
+            raise UserError(f"what was there before cannot be set aside: {reason(error)}") from None
+
+    if asked in ("restart", "older"):
+        broadcast_from_first(move)
 
 
 def newest_recorded(workdir: Path) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llamajax.backends import memory_in_use, show_alive
+from llamajax.backends import memory_in_use, report_alive
 from llamajax.checkpoint import Checkpointer, CheckpointError
 from llamajax.config.schema import CheckpointConfig, TrainConfig
 from llamajax.monitoring import EventLog, MetricsWriter, Progress, StepTimer
@@ -72,7 +72,7 @@ class Loop:
                 self.checkpointer.warm_up()  # not before a step was shown; the device is busy
             pending = (step, metrics)
             stop = agreed(step, self.shutdown)
-            self._show_alive()
+            self._report_alive()
             self.record_saves()
             if stop:
                 self.events.write("signal", step=step)
@@ -134,7 +134,7 @@ class Loop:
                 if pending is not None:
                     sums += np.array(jax.device_get(pending), np.float64)
                 pending = current
-                self._show_alive()
+                self._report_alive()
                 if agreed(step, self.shutdown):
                     return False
             sums += np.array(jax.device_get(pending), np.float64)
@@ -171,10 +171,10 @@ class Loop:
     def _examine(self, step: int, state: TrainState) -> None:
         with self._phase("canary", step):
             self.canary.check(step, state)
-        self._show_alive()
+        self._report_alive()
 
-    def _show_alive(self) -> None:
-        show_alive()
+    def _report_alive(self) -> None:
+        report_alive()
         self.hang.beat()
 
     def _save_is_due(self, step: int, saved_at_s: float) -> bool:

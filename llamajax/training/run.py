@@ -20,6 +20,7 @@ from llamajax.errors import ExitCode, UserError
 from llamajax.formats.weights import Weights
 from llamajax.monitoring import EventLog, MetricsWriter, Progress, StepTimer, write_run_facts
 from llamajax.monitoring.blackbox import BLACKBOX, BlackBox
+from llamajax.processes.host_collectives import broadcast_from_first
 from llamajax.training.acceptance import Acceptance
 from llamajax.training.changes import changes, run_tokenizer
 from llamajax.training.continuation import Asked, check_start, choose, set_aside
@@ -40,7 +41,6 @@ from llamajax.training.run_record import (
     is_evaluated,
     is_finished,
     logged,
-    primary_says,
     removed_time,
     write_end,
     write_start,
@@ -185,9 +185,10 @@ def _trained(run: _Run, start: "_Start") -> tuple[Loop, int]:
 
 
 def _watched(loop: Loop, state: TrainState, start: int, workdir: Path) -> int:
-    if start and loop.eval_is_due(start) and not primary_says(is_evaluated, workdir, start):
+    at = (workdir, start)
+    if start and loop.eval_is_due(start) and not broadcast_from_first(is_evaluated, *at):
         loop.evaluate(start, state)  # a signal or a crash came between the save and this
-    if start and loop.export_is_due(start) and not primary_says(is_exported, workdir, start):
+    if start and loop.export_is_due(start) and not broadcast_from_first(is_exported, *at):
         loop.export(start, loop.at_rest(state))
     step = loop.run(state, start)
     return 0 if step == loop.train.steps and not loop.shutdown.requested else ExitCode.STOPPED

@@ -22,7 +22,7 @@ from llamajax.errors import ExitCode, UserError
 from llamajax.monitoring import EventLog, load_events, load_metrics
 from llamajax.monitoring.blackbox import last_seen
 from llamajax.monitoring.run_facts import steps_after
-from llamajax.training.decisions import decided_by_primary
+from llamajax.processes.host_collectives import broadcast_from_first
 from llamajax.training.export import is_exported
 from llamajax.training.narration import previous
 from llamajax.training.safety.shutdown import Shutdown
@@ -42,16 +42,14 @@ def process_start_s() -> float:
     return time.monotonic() - age_s
 
 
-def primary_says(question: Callable[[Path, int], bool], workdir: Path, step: int) -> bool:
-    """Return process 0's answer: all must do the same, whatever their file systems show them."""
-    return bool(decided_by_primary(lambda: int(question(workdir, step))))
-
-
 def is_finished(config: RunConfig, workdir: Path, step: int) -> bool:
     """Return whether a run that is at `step` has done all that its config asks for."""
-    if step != config.train.steps or not primary_says(_is_ended, workdir, step):
-        return False
-    return not config.checkpoint.export_hf_every or primary_says(is_exported, workdir, step)
+
+    def decide() -> bool:
+        exports = config.checkpoint.export_hf_every
+        return _is_ended(workdir, step) and (not exports or is_exported(workdir, step))
+
+    return step == config.train.steps and broadcast_from_first(decide)
 
 
 def is_evaluated(workdir: Path, step: int) -> bool:

@@ -12,7 +12,7 @@ from llamajax.config import RunConfig, common_values
 from llamajax.errors import UserError, combine
 from llamajax.models.llama import Compute
 from llamajax.ops.attention import check_supported, first_supported
-from llamajax.processes import differences as process_facts
+from llamajax.processes import process_facts as process_facts
 from llamajax.training.state import Layout
 
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from llamajax import data, errors
 from llamajax.backends import lock_file, report_checkpoint
@@ -23,7 +21,7 @@ from llamajax.config import RunConfig, to_json_dict
 from llamajax.errors import TransientError, UserError
 from llamajax.files import replaced_directory, write_file
 from llamajax.formats.weights import TOKENIZER
-from llamajax.processes.agreement import agree
+from llamajax.processes.host_collectives import broadcast_from_first, raise_together
 from llamajax.training.acceptance import Acceptance
 from llamajax.training.session import Session
 
@@ -91,25 +89,26 @@ def check_shared(directory: Path, *, key: str) -> None:
     """
     if jax.process_count() == 1:
         return
-    told = multihost_utils.broadcast_one_to_all(np.frombuffer(os.urandom(8), np.uint8))
-    token, problem = bytes(np.asarray(told)).hex(), None
-    file = directory / f".shared_{token}"
-    if jax.process_index() == 0:
-        file.touch()
-    agree(None)  # it is there now
+
+    def leave_token() -> str:
+        name = f".shared_{os.urandom(8).hex()}"
+        (directory / name).touch()
+        return name
+
+    file, problem = directory / broadcast_from_first(leave_token), None
     deadline = time.monotonic() + _SHARED_WITHIN_S
     while not (found := file.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
     if not found:
-        problem = (
+        problem = UserError(
             f"{key}={directory} on {socket.gethostname()} (process {jax.process_index()}) is "
             "not the directory of process 0: checkpoints need storage that all nodes share"
         )
-    problem = agree(problem)
-    if jax.process_index() == 0:
-        file.unlink(missing_ok=True)
-    if problem:
-        raise UserError(problem)
+    try:
+        raise_together(problem)
+    finally:
+        if jax.process_index() == 0:
+            file.unlink(missing_ok=True)
 
 
 def open_checkpoints(session: Session, workdir: Path, acceptance: Acceptance) -> Checkpointer:

@@ -33,7 +33,7 @@ def environment_of(monkeypatch, pipe):
             num_processes=16,
             process_id=9,
             local=local,
-            lifeline=pipe[0],
+            parent_pipe=pipe[0],
         )
 
     return make
@@ -68,10 +68,10 @@ def test_devices_that_cannot_be_shared_are_refused(environment_of):
 
 def test_a_worker_ends_with_its_launcher(pipe):
     reading, writing = pipe
-    code = "from llamajax import backends; backends.follow_launcher(); print('x', flush=True);"
+    code = "from llamajax import backends; backends.exit_with_launcher(); print('x', flush=True);"
     code += "import signal; signal.pause()"
     environment = child_environment(
-        coordinator_address="a:1", num_processes=1, process_id=0, local=(0, 1), lifeline=reading
+        coordinator_address="a:1", num_processes=1, process_id=0, local=(0, 1), parent_pipe=reading
     )
     with subprocess.Popen(
         [sys.executable, "-c", code],
@@ -95,7 +95,7 @@ def test_checkpoints_are_reported_and_never_waited_for(pipe, monkeypatch):
         num_processes=1,
         process_id=0,
         local=(0, 1),
-        lifeline=reading,
+        parent_pipe=reading,
         checkpoints=writing,
     )
     monkeypatch.setenv("LLAMAJAX_CHECKPOINTS", environment["LLAMAJAX_CHECKPOINTS"])
@@ -110,6 +110,6 @@ def test_checkpoints_are_reported_and_never_waited_for(pipe, monkeypatch):
 def test_a_process_without_the_pipe_does_not_follow(pipe, monkeypatch):
     """The variable is inherited further than the pipe; the number may be another file's then."""
     for value in (f"{pipe[0]}:1", "999:1", "x", ""):
-        monkeypatch.setenv("LLAMAJAX_LIFELINE", value)
-        children.follow_launcher()
-    assert not any(t.name == "follow_launcher" for t in children.threading.enumerate())
+        monkeypatch.setenv("LLAMAJAX_PARENT_PIPE", value)
+        children.exit_with_launcher()
+    assert not any(t.name == "exit_with_launcher" for t in children.threading.enumerate())

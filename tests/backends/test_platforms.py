@@ -24,8 +24,8 @@ def test_nothing_is_taken_for_granted_of_an_unknown_platform():
     found = platform_facts("npu")
     assert found.names == ("npu",)
     assert not found.is_known_to_jax
-    assert backends.lends_host_memory("npu")
-    assert not backends.repeats_bits("npu")
+    assert backends.may_alias_host_memory("npu")
+    assert not backends.is_deterministic("npu")
     assert not backends.is_host("npu")
     assert backends.default_dtype("npu") == "bfloat16"
 
@@ -33,7 +33,7 @@ def test_nothing_is_taken_for_granted_of_an_unknown_platform():
 def test_the_cpu_is_the_host():
     assert backends.is_host("cpu")
     assert backends.default_dtype("cpu") == "float32"
-    assert backends.repeats_bits("cpu")
+    assert backends.is_deterministic("cpu")
 
 
 def test_each_name_belongs_to_one_platform_and_each_says_its_source():

@@ -3,7 +3,7 @@
 import pytest
 
 from llamajax.backends import rank as module
-from llamajax.backends.rank import Place, find_place, first_host, several_are_indicated
+from llamajax.backends.rank import Rank, detected_scheduler, find_rank, first_host
 from llamajax.config.schema import BackendConfig
 from llamajax.errors import UserError
 
@@ -32,29 +32,29 @@ def environment(monkeypatch):
 
 
 def test_nothing_says_nothing(environment):
-    assert find_place(BackendConfig()) is None
-    assert several_are_indicated() is None
+    assert find_rank(BackendConfig()) is None
+    assert detected_scheduler() is None
 
 
 def test_the_config_comes_before_the_launcher_and_that_before_slurm(environment):
     environment(LAUNCHED | SLURM)
-    launched = Place(coordinator_address="a:1", num_processes=2, process_id=1)
-    assert find_place(BackendConfig()) == launched
+    launched = Rank(coordinator_address="a:1", num_processes=2, process_id=1)
+    assert find_rank(BackendConfig()) == launched
     config = BackendConfig(coordinator_address="b:2", num_processes=8, process_id=7)
-    assert find_place(config) == Place(coordinator_address="b:2", num_processes=8, process_id=7)
+    assert find_rank(config) == Rank(coordinator_address="b:2", num_processes=8, process_id=7)
     environment(SLURM)
-    found = find_place(BackendConfig())
+    found = find_rank(BackendConfig())
     assert (found.coordinator_address, found.process_id) == (f"node07:{61440 + 70001 % 4096}", 2)
 
 
 def test_a_launcher_of_one_process_overrides_a_scheduler(environment):
     environment(SLURM | {"LLAMAJAX_NUM_PROCESSES": "1", "LLAMAJAX_COORDINATOR": "a:1"})
-    assert find_place(BackendConfig()).num_processes == 1
+    assert find_rank(BackendConfig()).num_processes == 1
 
 
 def test_a_shell_of_salloc_is_one_process(environment):
     environment(SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"})
-    assert find_place(BackendConfig()) is None
+    assert find_rank(BackendConfig()) is None
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_shell_of_salloc_is_one_process(environment):
 )
 def test_tasks_on_one_node_take_a_gpu_each_unless_bound(environment, more, devices):
     environment(SLURM | more)
-    assert find_place(BackendConfig()).local_device_ids == devices
+    assert find_rank(BackendConfig()).local_device_ids == devices
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_tasks_on_one_node_take_a_gpu_each_unless_bound(environment, more, devic
 def test_variables_without_sense_are_refused(environment, changes, words):
     environment(LAUNCHED | changes)
     with pytest.raises(UserError, match=words):
-        find_place(BackendConfig())
+        find_rank(BackendConfig())
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ def test_slurms_lists_of_hosts(nodes, first):
 
 def test_schedulers_that_jax_asks_itself(environment):
     environment({"OMPI_COMM_WORLD_SIZE": "2"})
-    assert several_are_indicated() == "Open MPI"
+    assert detected_scheduler() == "Open MPI"
     environment({"KUBERNETES_SERVICE_HOST": "10.0.0.1"})  # any pod, not an indexed job's
-    assert several_are_indicated() is None
+    assert detected_scheduler() is None
     environment({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"})
-    assert several_are_indicated() == "Kubernetes"
+    assert detected_scheduler() == "Kubernetes"

@@ -9,8 +9,8 @@ from jax._src.interpreters import mlir
 from llamajax.backends import repairs
 from llamajax.backends import stored_verdict as verdict
 from llamajax.backends.stored_verdict import (
-    Probe,
-    Verdict,
+    PlatformVerdict,
+    ProbeResult,
     read_verdict,
     verdict_path,
     write_verdict,
@@ -18,14 +18,14 @@ from llamajax.backends.stored_verdict import (
 from llamajax.errors import UserError
 
 NPU = {"platform": "npu", "platform_version": "1.0", "device_kind": "Test NPU"}
-FOUND = Verdict(
+FOUND = PlatformVerdict(
     **NPU,
     jax="0.10.2",
     verdict=verdict.READY_WITH_REPAIRS,
     repairs=("compile_cache", "donation"),
     probes=(
-        Probe(name="donation", status="fail", message="not reused", time_s=0.5),
-        Probe(name="matmul", status="pass", message="fine", time_s=0.1),
+        ProbeResult(name="donation", status="fail", message="not reused", time_s=0.5),
+        ProbeResult(name="matmul", status="pass", message="fine", time_s=0.1),
     ),
 )
 

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llamajax.checkpoint import Checkpointer, CheckpointError, manifest, restore, save_checks
-from llamajax.processes import rendezvous
+from llamajax.processes import save_barrier
 
 RANK, PORT, DIRECTORY = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 SEEN: dict[str, object] = {}
@@ -66,7 +66,7 @@ def parts_missing() -> str:
 
 
 def main() -> None:
-    rendezvous._SOUND_MS, save_checks._SHOWN_WITHIN_S = 2000, 1
+    save_barrier._COMPLETE_MS, save_checks._SHOWN_WITHIN_S = 2000, 1
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     jax.distributed.initialize(f"127.0.0.1:{PORT}", 2, RANK)
     options = {"keep": 3, "keep_every": None, "asynchronous": True}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamajax.backends import Probe as Outcome
+from llamajax.backends import ProbeResult as Outcome
 from llamajax.conformance import arithmetic_probes, collective_probes, references
 from llamajax.conformance.bench import Bench, WrongError, compare
 from llamajax.conformance.probe_table import PROBES, START, chosen, judge

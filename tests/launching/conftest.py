@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llamajax.launching.launch_options import Request
+from llamajax.launching.launch_options import LaunchOptions
 from llamajax.launching.launcher import launch
 
 # Before every fake worker's own lines: who it is, and how often it was started (from its log).
@@ -21,7 +21,7 @@ attempt = int((Path(os.readlink("/proc/self/fd/1")).suffixes[-2:] or [".-1"])[0]
 def print(*values, flush=True):  # one write, so that no signal handler's line lands inside it
     os.write(1, (" ".join(map(str, values)) + "\\n").encode())
 def wait_for_ever():
-    os.read(int(os.environ["LLAMAJAX_LIFELINE"].partition(":")[0]), 1)  # till the launcher ends
+    os.read(int(os.environ["LLAMAJAX_PARENT_PIPE"].partition(":")[0]), 1)  # till the launcher ends
     os._exit(1)
 """
 
@@ -58,7 +58,7 @@ def launched(tmp_path: Path):
             "timeout_s": 60.0,
             "log_dir": tmp_path / "logs",
         }
-        return launch(Request(**values | overrides))
+        return launch(LaunchOptions(**values | overrides))
 
     return run
 

@@ -15,7 +15,7 @@ from llamajax import errors
 from llamajax.errors import UserError
 from llamajax.launching.launcher import Launcher
 from llamajax.launching.worker_logs import Echo
-from llamajax.launching.workers import culprit
+from llamajax.launching.workers import first_failed
 
 
 def log(tmp_path: Path, rank: int, attempt: int | None = None) -> str:
@@ -152,9 +152,9 @@ def test_a_killed_worker_is_named(launched, capfd):
 
 
 def test_not_the_worker_is_blamed_that_aborts_for_the_loss_of_another():
-    assert culprit({0: -signal.SIGABRT, 2: -signal.SIGKILL, 3: 1}) == 2
-    assert culprit({0: -signal.SIGABRT, 1: -signal.SIGABRT}) == 0
-    assert culprit({0: 1, 1: 79}) == 1  # the others of a stopped run may see it leave
+    assert first_failed({0: -signal.SIGABRT, 2: -signal.SIGKILL, 3: 1}) == 2
+    assert first_failed({0: -signal.SIGABRT, 1: -signal.SIGABRT}) == 0
+    assert first_failed({0: 1, 1: 79}) == 1  # the others of a stopped run may see it leave
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
@@ -187,8 +187,8 @@ def test_workers_are_told_to_stop_once_however_many_say_so(monkeypatch):
     sent: list[int] = []
     wire = SimpleNamespace(say=lambda message: None)
     monkeypatch.setattr(errors, "say", lambda text: sent.append(0))
-    launcher = Launcher(SimpleNamespace(), wire, lifeline=0, reports=(0, 0))
-    launcher._team = SimpleNamespace(send=sent.append)
+    launcher = Launcher(SimpleNamespace(), wire, parent_pipe=0, reports=(0, 0))
+    launcher._workers = SimpleNamespace(send=sent.append)
     assert launcher._stop(bytes([signal.SIGTERM])) is None
     launcher._obey({"order": "stop"})
     launcher._obey({"order": "stop"})

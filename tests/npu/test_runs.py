@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import warm
 
-from llamajax.backends import Probe, Verdict, write_verdict
+from llamajax.backends import PlatformVerdict, ProbeResult, write_verdict
 
 CONFIG = Path(__file__).parents[1] / "training" / "tiny_run.py"
 _CHILD = """
@@ -109,12 +109,12 @@ def second(folder, npu, first, cpu, monkeypatch_module):
     monkeypatch_module.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     profile = first[2]["profile"]
     write_verdict(
-        Verdict(
+        PlatformVerdict(
             **{name: profile[name] for name in ("platform", "platform_version", "device_kind")},
             jax=first[2]["versions"]["jax"],
             verdict="ready with repairs",
             repairs=("donation", "compile_cache", "synchronous_checkpoints"),
-            probes=(Probe(name="donation", status="fail", message="", time_s=0.0),),
+            probes=(ProbeResult(name="donation", status="fail", message="", time_s=0.0),),
         )
     )
     machine = (*on_npu(npu, _EIGHT), *_MESH)

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from llamajax.errors import TransientError, UserError
-from llamajax.processes.differences import difference
+from llamajax.processes.process_facts import describe_difference
 from llamajax.processes.roll_call import call_roll
 
 
@@ -132,5 +132,5 @@ def test_equal_facts_pass(address):
 
 
 def test_processes_that_cannot_start_for_different_reasons_are_all_named():
-    found = difference([{"problem": "no data"}, {"problem": "damaged data"}], ["a", "b"])
+    found = describe_difference([{"problem": "no data"}, {"problem": "damaged data"}], ["a", "b"])
     assert found == "process 0 on a: no data; process 1 on b: damaged data"

@@ -83,14 +83,14 @@ def test_a_start_is_killed_at_a_step(tmp_path):
     command = fake_train(tmp_path, "row(1); row(2); save(2); done(2); row(3)\nsignal.pause()")
     moment = trial.at_step(tmp_path, 3, delay_s=0.0)
     outcome = trial.start(command, workdir=tmp_path, log=tmp_path / "log", kill_at=moment)
-    assert outcome == trial.Outcome(code=None, step=3, checkpoint=2)
+    assert outcome == trial.TrialResult(code=None, step=3, checkpoint=2)
 
 
 def test_a_start_is_killed_in_a_save(tmp_path):
     command = fake_train(tmp_path, "save(2); done(2); row(4); save(4)\nsignal.pause()")
     moment = trial.in_save(tmp_path, earliest=3)
     outcome = trial.start(command, workdir=tmp_path, log=tmp_path / "log", kill_at=moment)
-    assert outcome == trial.Outcome(code=None, step=4, checkpoint=2)
+    assert outcome == trial.TrialResult(code=None, step=4, checkpoint=2)
     assert (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp-7").is_dir()
 
 
@@ -108,21 +108,21 @@ def test_a_start_is_killed_before_its_first_step(tmp_path):
     moment = trial.at_start(tmp_path / "log", delay_s=0.0)
     command = fake_train(tmp_path, lines)
     outcome = trial.start(command, workdir=tmp_path, log=tmp_path / "log", kill_at=moment)
-    assert outcome == trial.Outcome(code=None, step=0, checkpoint=0)
+    assert outcome == trial.TrialResult(code=None, step=0, checkpoint=0)
 
 
 def test_a_start_that_ends_before_its_moment_says_so(tmp_path):
     moment = trial.at_step(tmp_path, 9, delay_s=0.0)
     command = fake_train(tmp_path, "row(1); sys.exit(5)")
     outcome = trial.start(command, workdir=tmp_path, log=tmp_path / "log", kill_at=moment)
-    assert outcome == trial.Outcome(code=5, step=1, checkpoint=0)
+    assert outcome == trial.TrialResult(code=5, step=1, checkpoint=0)
 
 
 @pytest.fixture
 def request_of(tmp_path):
-    def make(**overrides) -> resume_proof.Request:
+    def make(**overrides) -> resume_proof.ProofOptions:
         keys = {key.replace("__", "."): value for key, value in overrides.items()}
-        return resume_proof.Request(
+        return resume_proof.ProofOptions(
             train=(),
             config=load(f"{CONFIG}:somewhere", keys),
             workdir=tmp_path,

@@ -24,7 +24,7 @@ from llamajax.formats.huggingface.hf_config import write_model_config
 from llamajax.formats.huggingface.hf_names import TABLE, Tensor, tensors, to_theirs
 from llamajax.formats.huggingface.hf_read import INDEX, SINGLE, check_tied_head, named_weights
 from llamajax.formats.huggingface.safetensors_files import write_file
-from llamajax.processes.agreement import agree
+from llamajax.processes.host_collectives import raise_together
 from llamajax.sharding import letters
 from llamajax.tokenizers import Tokenizer
 from llamajax.tokenizers.tokenizer_identity import check_vocabulary
@@ -141,14 +141,13 @@ def write_hf(
                 _write_weights(hidden, files, arrays)
                 warnings += _write_rest(hidden, model, dtype=dtype, tokenizer=tokenizer)
         except UserError as error:
-            failure = str(error)
+            failure = error
     try:
         if jax.process_count() > 1:
             collections.deque(arrays, maxlen=0)  # the other processes wait in gathers for this one
     except UserError as error:
-        failure = str(error)  # the first process met it too: no one is left waiting
-    if problem := agree(failure):
-        raise UserError(problem)
+        failure = error  # the first process met it too: no one is left waiting
+    raise_together(failure)
     return warnings
 
 

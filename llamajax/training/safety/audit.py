@@ -18,7 +18,7 @@ from llamajax.checkpoint.location import store_errors_explained
 from llamajax.checkpoint.manifest import remove_checkpoint
 from llamajax.data.position import Segment
 from llamajax.errors import UserError
-from llamajax.training.decisions import decided_by_primary
+from llamajax.processes.host_collectives import broadcast_from_first
 
 AUDIT = "audit.jsonl"
 
@@ -82,8 +82,8 @@ class Audit:
                 for step in found:
                     remove_checkpoint(checkpointer.directory / str(step))
 
-        decided_by_primary(find)
-        when_accepted(lambda: decided_by_primary(remove))
+        broadcast_from_first(find)
+        when_accepted(lambda: broadcast_from_first(remove))
         return found
 
     def _is_superseded(self, checkpointer: Checkpointer, step: int) -> bool:

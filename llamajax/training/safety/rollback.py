@@ -3,7 +3,7 @@
 import dataclasses
 
 from llamajax.checkpoint import Checkpointer, CheckpointError
-from llamajax.training.decisions import decided_by_primary
+from llamajax.processes.host_collectives import broadcast_from_first
 from llamajax.training.safety.audit import Audit, Rollback
 from llamajax.training.safety.guardian import Guardian, RolledBack, Stopped
 
@@ -22,7 +22,7 @@ def roll_back(
         checkpointer.wait()
     except CheckpointError as error:
         guardian.note(f"warning: {error}")
-    to_step = decided_by_primary(lambda: target(checkpointer.steps(), cause.first_skipped_step))
+    to_step = broadcast_from_first(lambda: target(checkpointer.steps(), cause.first_skipped_step))
     to_step = to_step or 0  # no checkpoint at all: the beginning
     where = f"the checkpoint of step {to_step}" if to_step else "the beginning"
     times, most = audit.returns_to(to_step), guardian.config.max_rollbacks

@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
     return found | {"code of llamajax": hashlib.sha256(repr(files).encode()).hexdigest()[:12]}
 
 
-def difference(facts: Sequence[Facts], hosts: Sequence[str]) -> str | None:
+def describe_difference(facts: Sequence[Facts], hosts: Sequence[str]) -> str | None:
     """Describe the first fact in which processes differ and who has which value; None if none.
 
     facts, hosts: by process.
@@ -58,7 +58,7 @@ def difference(facts: Sequence[Facts], hosts: Sequence[str]) -> str | None:
     )
 
 
-def compare(facts: Facts) -> None:
+def check_same(facts: Facts) -> None:
     """Raise the same UserError on all processes where their facts differ. A collective."""
     text = json.dumps([facts, socket.gethostname()]).encode()
     digest = hashlib.sha256(json.dumps(facts).encode()).digest()
@@ -71,7 +71,7 @@ def compare(facts: Facts) -> None:
     padded[: len(text)] = np.frombuffer(text, np.uint8)
     found = np.asarray(multihost_utils.process_allgather(padded))
     everyone = [json.loads(bytes(row).rstrip(b"\0")) for row in found]
-    raise UserError(difference([f for f, _ in everyone], [host for _, host in everyone]))
+    raise UserError(describe_difference([f for f, _ in everyone], [host for _, host in everyone]))
 
 
 def _listed(names: Sequence[str]) -> str:

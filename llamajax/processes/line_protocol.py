@@ -1,0 +1,144 @@
+"""JSON lines over TCP, as the roll call and the launchers of several nodes speak them.
+
+One object a line, in both directions. Whatever else connects to the port (a port scanner, a health
+check) or stays silent is dropped and disturbs nobody.
+"""
+
+import contextlib
+import errno
+import json
+import socket
+import time
+from multiprocessing.connection import wait
+from typing import Any
+
+from llamajax.errors import TransientError, UserError
+
+_SEND_WITHIN_S = 5.0
+_IDENTIFY_WITHIN_S = 5.0  # from connecting to the first whole line
+_BEAT_EVERY_S = 2.0
+_SILENT_S = 20.0  # a peer that lost power never closes its connection
+_HANG_UP_S = 1.0
+_BACKLOG = 1024
+_MAX_LINE_BYTES = 1 << 20
+
+Message = dict[str, Any]
+
+
+class Connection:
+    """Messages to and from one peer. `alive` turns false when it hung up, broke or sent no JSON."""
+
+    def __init__(self, connected: socket.socket):
+        self._socket, self._unread = connected, b""
+        self._socket.settimeout(_SEND_WITHIN_S)
+        self.opened_at = self._received_at = self._beat_at = time.monotonic()
+        self.alive = True
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, message: Message) -> None:
+        """Send one message; a failure shows in `alive`."""
+        try:
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            self.alive = False
+
+    def receive(self, within_s: float = 0.0) -> list[Message]:
+        """Return the messages that arrived. within_s: how long to wait for the first."""
+        found: list[Message] = []
+        deadline = time.monotonic() + within_s
+        while self.alive and wait([self._socket], 0 if found else deadline - time.monotonic()):
+            try:
+                part = self._socket.recv(1 << 16)
+            except OSError:
+                part = b""
+            *lines, self._unread = (self._unread + part).split(b"\n")
+            self.alive = bool(part) and len(self._unread) < _MAX_LINE_BYTES
+            self._received_at = time.monotonic()
+            try:
+                messages = [json.loads(line) for line in lines]
+            except ValueError:
+                messages = [None]
+            self.alive &= all(isinstance(message, dict) for message in messages)
+            found += [m for m in messages if isinstance(m, dict) and "beat" not in m]
+        return found
+
+    def beat(self) -> None:
+        """Show the peer that this side is there, and look whether the peer shows the same.
+
+        To be called several times a second on both sides of a connection that stays open.
+        """
+        now = time.monotonic()
+        if now - self._beat_at > _BEAT_EVERY_S:
+            self._beat_at = now
+            self.send({"beat": True})
+        self.alive &= now - self._received_at < _SILENT_S
+
+    def close(self, *, after_peer: bool = False) -> None:
+        """Hang up once the peer has read everything: closing earlier may discard what was sent.
+
+        Waits a second at most. after_peer: let the peer close first, which leaves this side's port
+        free for the next listener.
+        """
+        with contextlib.suppress(OSError):
+            if self.alive:
+                if not after_peer:
+                    self._socket.shutdown(socket.SHUT_WR)
+                self._socket.settimeout(_HANG_UP_S)
+                while self._socket.recv(1 << 16):
+                    pass
+        self._socket.close()
+
+
+def connect(host: str, port: int, *, timeout_s: float = _SEND_WITHIN_S) -> Connection:
+    """Connect to a `Listener`. host: a name or an address, IPv6 in brackets. Raises OSError."""
+    return Connection(socket.create_connection((host.strip("[]"), port), timeout=timeout_s))
+
+
+class Listener:
+    """Accepts connections on a port of all addresses, and identifies each by its first message."""
+
+    def __init__(self, port: int, *, who: str, fix: str):
+        """who, fix: of the error where the port cannot be listened on.
+
+        TransientError where another process uses the port, UserError for any other reason.
+        """
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        try:
+            self._socket = socket.create_server(
+                ("", port), family=family, dualstack_ipv6=dual, backlog=_BACKLOG
+            )
+        except OSError as error:
+            kind = TransientError if error.errno == errno.EADDRINUSE else UserError
+            raise kind(f"{who} cannot listen on port {port}: {error.strerror}; {fix}") from None
+        self._unidentified: list[Connection] = []
+
+    @property
+    def wakers(self) -> list[socket.socket | Connection]:
+        """What becomes readable when `accept` may have something to return."""
+        return [self._socket, *self._unidentified]
+
+    def accept(self, *, within_s: float = 0.0) -> list[tuple[Connection, list[Message]]]:
+        """Return peers with their first messages. within_s: how long to wait for any news."""
+        wait(self.wakers, within_s)
+        while wait([self._socket], 0):
+            self._unidentified.append(Connection(self._socket.accept()[0]))
+        found = []
+        for peer in list(self._unidentified):
+            messages = peer.receive()
+            if messages and peer.alive:
+                found.append((peer, messages))
+            elif peer.alive and time.monotonic() - peer.opened_at < _IDENTIFY_WITHIN_S:
+                continue
+            else:
+                peer.close()
+            self._unidentified.remove(peer)
+        return found
+
+    def close(self) -> None:
+        """Stop listening and hang up on peers that are not identified."""
+        self._socket.close()
+        for peer in self._unidentified:
+            peer.close()
