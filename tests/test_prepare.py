@@ -204,7 +204,7 @@ def test_a_stopped_run_leaves_nothing_that_looks_finished(tmp_path, number, form
         code = process.wait(timeout=60)
     left = {p.name for p in tmp_path.iterdir()} - {fifo.name}
     if number == signal.SIGKILL:
-        assert left == {".out.incomplete", ".out.lock"}
+        assert left == {".out.partial", ".out.lock"}
     else:
         assert code == 143
         assert left == set()

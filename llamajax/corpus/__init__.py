@@ -1,1 +1,1 @@
-"""The work of `prepare`: text from files, cleaned and tokenized by workers, into shards."""
+"""The work of `prepare`: read files, clean and tokenize their text, write shards."""

@@ -1,15 +1,14 @@
-"""`prepare` on Apache Beam: its tasks are the elements of a pipeline, which any runner carries.
+"""`prepare` on Apache Beam: its tasks are the elements of a pipeline, which any runner executes.
 
-What a task does, and what is merged in the end, is in `tasks.py`. Tasks write to OUTPUT.parts and
-read the input themselves: both lie on storage that the runner's workers share with this machine,
-under the same paths, and the workers have this package installed.
+Tasks read the input and write to OUTPUT.parts themselves. So the runner's workers see both under
+the same paths as this machine, and have this package installed.
 """
 
 import dataclasses
 from typing import Any
 
 from llamajax.corpus import tasks
-from llamajax.corpus.preparation import Progress, Settings, checked_input
+from llamajax.corpus.preparation import Progress, Settings, check_input
 from llamajax.errors import UserError, combine
 
 _REFUSAL = ".refusal.txt"
@@ -18,10 +17,10 @@ _REFUSAL = ".refusal.txt"
 def prepare_on_beam(
     settings: Settings, *, num_tasks: int | None, options: str, progress: Progress
 ) -> dict[str, Any]:
-    """The manifest of the directory written; as `preparation.prepare`, carried by Beam.
+    """Write the output directory by a pipeline and return its manifest, as `preparation.prepare`.
 
     num_tasks: None for one a file. options: of the pipeline, as `runner=FlinkRunner,parallelism=8`;
-    empty for Beam's own local runner. UserError when Beam is missing, or a task raised one.
+    empty for Beam's own local runner. Raises UserError if Beam is missing, or a task raised one.
     """
     try:
         import apache_beam as beam
@@ -30,14 +29,14 @@ def prepare_on_beam(
         raise UserError(
             "--runner=beam needs Apache Beam: pip install 'llamajax[beam]' (or apache-beam)"
         ) from None
-    files = checked_input(settings)
+    files = check_input(settings)
     count = len(files) if num_tasks is None else num_tasks
-    tasks.ready_tokenizer(settings, files, progress)
-    one = dataclasses.replace(settings, workers=1)  # processes are the runner's business
+    tasks.find_or_train_tokenizer(settings, files, progress)
+    one = dataclasses.replace(settings, workers=1)  # the runner starts the processes
     flags = [f"--{part.strip().removeprefix('--')}" for part in options.split(",") if part.strip()]
     with beam.Pipeline(options=PipelineOptions(flags or ["--runner=DirectRunner"])) as pipeline:
         indices = pipeline | "tasks" >> beam.Create(range(count)) | beam.Reshuffle()
-        _ = indices | "tokenise" >> beam.Map(_run, settings=one, num_tasks=count)
+        _ = indices | "tokenize" >> beam.Map(_run, settings=one, num_tasks=count)
     refusals = sorted(tasks.parts_of(settings.output).glob(f"*{_REFUSAL}"))
     if refusals:
         problems = [file.read_text(encoding="utf-8") for file in refusals]
@@ -48,8 +47,7 @@ def prepare_on_beam(
 
 
 def _run(index: int, *, settings: Settings, num_tasks: int) -> None:
-    """One element, on whichever worker. What the user has to mend is left in a file: raised here,
-    Beam would try it again, and print it as a failure of its own."""
+    """Run one task on some worker. A UserError goes into a file: Beam would retry a raised one."""
     try:
         tasks.run_task(settings, index=index, num_tasks=num_tasks, progress=lambda *_: None)
     except UserError as error:

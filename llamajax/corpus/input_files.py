@@ -1,7 +1,4 @@
-"""Documents out of files: text, JSON lines, Parquet, WikiText; plain, gzip or zstd.
-
-Which documents are held out is decided in `holdout.py`; the markup of WikiText is in `wikitext.py`.
-"""
+"""Read documents from files: text, JSON lines, Parquet, WikiText; plain, gzip or zstd."""
 
 import glob
 import gzip
@@ -18,16 +15,15 @@ from llamajax.errors import UserError, say
 from llamajax.files import lfs_problem
 
 FORMATS = (".txt", ".jsonl", ".parquet", ".tokens", ".raw")
-_WIKITEXT = (".tokens", ".raw")
 COMPRESSIONS = (".gz", ".zst")
 _BOM = "\ufeff"
 
 
 def find_files(patterns: str) -> list[Path]:
-    """Files that comma-separated paths, directories and globs name, sorted within each, once each.
+    """List the files of comma-separated paths, directories and globs, each once.
 
-    A directory means all files of a known kind in it, at any depth. Raises UserError for a pattern
-    without files and for a file of an unknown kind.
+    The files of a pattern are sorted. A directory means all files of a known kind in it, at any
+    depth. Raises UserError for a pattern without files and for a file of an unknown kind.
     """
     found: dict[Path, Path] = {}
     for pattern in (p.strip() for p in patterns.split(",") if p.strip()):
@@ -71,9 +67,9 @@ def _note_left_out(pattern: str, names: Sequence[str]) -> None:
 
 
 def _files_in(directory: Path) -> tuple[list[Path], list[str]]:
-    """The files to read in a directory at any depth, sorted, and the names of the others.
+    """List the files to read in a directory at any depth, sorted, and the names of the others.
 
-    Symbolic links are followed. Hidden files are ignored. A plain `.json` is most often no data.
+    Follows symbolic links and ignores hidden files. Leaves out plain `.json`, which is rarely data.
     Raises UserError for a folder that cannot be listed.
     """
     files, others, seen = [], [], set()
@@ -95,9 +91,9 @@ def _files_in(directory: Path) -> tuple[list[Path], list[str]]:
 
 
 def format_of(path: Path) -> str | None:
-    """The extension that says how a file is read, compression apart; None if it is unknown.
+    """Return the extension that says how to read a file, without compression; None if unknown.
 
-    `.json` and `.ndjson` hold JSON lines; C4 and Dolma name them so (`.json.gz`).
+    `.json` and `.ndjson` are JSON lines: C4 and Dolma name them so (`.json.gz`).
     """
     name = path.name.lower()
     for compression in COMPRESSIONS:
@@ -107,99 +103,95 @@ def format_of(path: Path) -> str | None:
     return next((f for f in FORMATS if name.endswith(f)), None)
 
 
-def read_text(file: Path) -> str:
-    """All of a text file, gunzipped or unpacked where its name ends so, without a byte order mark.
-
-    Raises UserError when it cannot be read, is damaged or is not UTF-8.
-    """
-    try:
-        with file.open("rb") as raw:
-            data = _Checked(file, _decompressed(file, raw)).read()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
-    return _decode(file, data, 0).removeprefix(_BOM)
-
-
 class Corpus:
-    """The documents of some files, in order; can be walked any number of times.
+    """The texts of some files, in order. Can be iterated any number of times.
 
-    `bytes_read` and `total_bytes` count the files as they lie on disk, for a progress bar.
+    total_bytes: on disk. num_articles: of WikiText, found by the last complete iteration.
     """
 
     def __init__(self, files: Sequence[Path], *, text_key: str, clean: str) -> None:
         self._files, self._text_key, self._clean = files, text_key, clean
         self.total_bytes = sum(f.stat().st_size for f in files)
-        self._done_bytes = self._articles = 0
+        self.num_articles = self._done_bytes = 0
         self._stream: BinaryIO | None = None
 
     @property
-    def compressed_share(self) -> float:
-        """Share of the bytes that lie in compressed files (Parquet counts as such)."""
+    def expected_text_bytes(self) -> int:
+        """Estimate of the bytes of text: four times those of compressed files, as for English."""
         compressed = (*COMPRESSIONS, ".parquet")
         sizes = (f.stat().st_size for f in self._files if f.name.lower().endswith(compressed))
-        return sum(sizes) / max(1, self.total_bytes)
+        return self.total_bytes + 3 * sum(sizes)
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the files that the walk under way has passed."""
+        """Bytes on disk that the current iteration has passed."""
         stream = self._stream
         return self._done_bytes + (stream.tell() if stream and not stream.closed else 0)
 
-    @property
-    def warnings(self) -> list[str]:
-        """What the last whole walk found to be strange."""
-        return article_warnings(self._clean, self._articles)
-
     def __iter__(self) -> Iterator[str]:
-        """Texts that are more than white space. Raises UserError naming file and line."""
-        self._done_bytes = self._articles = 0
+        """Yield the texts that are more than white space. UserError names file and line."""
+        self.num_articles = self._done_bytes = 0
         for file in self._files:
             try:
                 with file.open("rb") as self._stream:
                     yield from self._documents(file, self._stream)
             except OSError as error:
-                raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+                raise _unreadable(file, error) from error
             self._done_bytes += file.stat().st_size
 
     def _documents(self, file: Path, raw: BinaryIO) -> Iterator[str]:
-        """What one open file holds; other corpora override this."""
+        """Yield the documents of one open file; subclasses override this."""
         for text in self._texts(file, raw):
             if text and not text.isspace():
                 yield text
 
     def _texts(self, file: Path, raw: BinaryIO) -> Iterator[str]:
-        form = format_of(file)
-        stream = decompressed(file, raw)
+        form, stream = format_of(file), decompressed(file, raw)
         if form == ".parquet":
-            rows = _parquet(file, raw, stream, self._text_key)
+            rows = _parquet_rows(file, raw, stream, self._text_key)
         elif form == ".jsonl":
-            rows = _json_lines(file, stream, self._text_key)
+            rows = _json_rows(file, stream, self._text_key)
         elif form == ".txt" and self._clean == "none":
-            yield _decode(file, stream.read(), 0).removeprefix(_BOM)
-            return
+            rows = [_decode(file, stream.read(), 0).removeprefix(_BOM)]
         else:
             rows = _lines(file, stream)
-        if form in _WIKITEXT or self._clean == "wikitext":
-            lines = wikitext.lines_of(rows) if form in (".parquet", ".jsonl") else rows
-            for article in wikitext.articles(lines):
-                self._articles += not article.isspace()
-                yield wikitext.clean(article) if self._clean == "wikitext" else article
-        else:
+        if form not in (".tokens", ".raw") and self._clean != "wikitext":
             yield from rows
+            return
+        lines = wikitext.lines_of(rows) if form in (".parquet", ".jsonl") else rows
+        for article in wikitext.articles(lines):
+            self.num_articles += not article.isspace()
+            yield wikitext.clean(article) if self._clean == "wikitext" else article
 
 
-def article_warnings(clean: str, num_articles: int) -> list[str]:
-    """Return what is strange about that many articles in all files."""
-    if clean != "wikitext" or num_articles != 1:
-        return []
-    return [
-        "--clean=wikitext found a single article in all files: no line ` = Title = ` follows a "
-        "blank line; is this WikiText?"
-    ]
+def warn_of_single_article(clean: str, num_articles: int) -> None:
+    """Warn if cleaning found one article only in all files."""
+    if clean == "wikitext" and num_articles == 1:
+        say(
+            "warning: --clean=wikitext found a single article in all files: no line ` = Title = ` "
+            "follows a blank line; is this WikiText?"
+        )
 
 
-class _Checked(io.RawIOBase):
-    """A decompressed stream whose failures are the user's damaged file."""
+def read_text(file: Path) -> str:
+    """Read a whole text file, decompressed if its name says so, without a byte order mark.
+
+    Raises UserError if it cannot be read, is damaged or is not UTF-8.
+    """
+    try:
+        with file.open("rb") as raw:
+            data = decompressed(file, raw).read()
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    return _decode(file, data, 0).removeprefix(_BOM)
+
+
+def _unreadable(file: Path, error: OSError) -> UserError:
+    return UserError(f"{file}: cannot be read: {error.strerror or error}")
+
+
+class _Decompressed(io.RawIOBase):
+    """A decompressed stream that raises UserError for a damaged file."""
 
     def __init__(self, file: Path, stream: Any) -> None:
         self._file, self._inner = file, stream
@@ -208,71 +200,28 @@ class _Checked(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._guarded(len(buffer))
+        try:
+            data = self._inner.read(len(buffer))
+        except (EOFError, zlib.error, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's error; those of gzip and of Arrow's zstd have no number
+            raise UserError(f"{self._file}: truncated or damaged: {error}") from error
         buffer[: len(data)] = data
         return len(data)
 
-    def read(self, size: int = -1) -> bytes:
-        return (
-            self._guarded(size)
-            if size >= 0
-            else b"".join(iter(lambda: self._guarded(1 << 20), b""))
-        )
 
-    def _guarded(self, size: int) -> bytes:
-        try:
-            return self._inner.read(size)
-        except (EOFError, gzip.BadGzipFile, zlib.error, _BadZstdError) as error:
-            raise UserError(f"{self._file}: truncated or damaged: {error}") from error
-
-
-class _BadZstdError(Exception):
-    pass
-
-
-class _Zstd:
-    """Reads zstd frames one after the other; unlike zstandard's reader, notices a missing end."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
-
-        self._raw, self._library = raw, zstandard
-        self._frame: Any = None
-        self._input = b""
-        self._output = b""
-
-    def read(self, size: int) -> bytes:
-        while not self._output:
-            if not self._input:
-                self._input = self._raw.read(1 << 17)
-            if not self._input:
-                if self._frame is not None:
-                    raise _BadZstdError("the file ends inside a zstd frame")
-                return b""
-            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
-            try:
-                self._output = self._frame.decompress(self._input)
-            except self._library.ZstdError as error:
-                raise _BadZstdError(str(error)) from error
-            self._input = b""
-            if self._frame.eof:
-                self._input, self._frame = self._frame.unused_data, None
-        data, self._output = self._output[:size], self._output[size:]
-        return data
-
-
-def _decompressed(file: Path, raw: io.BufferedReader) -> Any:
+def decompressed(file: Path, raw: io.BufferedReader) -> io.RawIOBase:
+    """Return the decompressed content of an open file. Reading it raises UserError for damage."""
     name = file.name.lower()
     if problem := lfs_problem(raw.peek(100)):
         raise UserError(f"{file}: {problem}")
     if name.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)
-    return _Zstd(raw) if name.endswith(".zst") else raw
+        return _Decompressed(file, gzip.GzipFile(fileobj=raw))
+    if name.endswith(".zst"):
+        import pyarrow as pa
 
-
-def decompressed(file: Path, raw: BinaryIO) -> io.RawIOBase:
-    """The decompressed content of an open file, whose damage is a UserError."""
-    return _Checked(file, _decompressed(file, raw))
+        return _Decompressed(file, pa.CompressedInputStream(raw, "zstd"))
+    return _Decompressed(file, raw)
 
 
 def _decode(file: Path, data: bytes, offset: int) -> str:
@@ -290,7 +239,7 @@ def _decode(file: Path, data: bytes, offset: int) -> str:
 
 
 def _lines(file: Path, stream: io.RawIOBase) -> Iterator[str]:
-    """Lines with their ends; only a newline ends one."""
+    """Yield lines with their ends; only a newline ends one."""
     offset = 0
     for line in io.BufferedReader(stream, 1 << 20):
         text = _decode(file, line, offset)
@@ -299,14 +248,14 @@ def _lines(file: Path, stream: io.RawIOBase) -> Iterator[str]:
 
 
 def numbered_lines(file: Path, stream: io.RawIOBase) -> Iterator[tuple[int, str]]:
-    """Lines that are more than white space, with their number in the file."""
+    """Yield the lines that are more than white space, each with its number in the file."""
     for number, line in enumerate(_lines(file, stream), 1):
         if not line.isspace():
             yield number, line
 
 
 def json_object(line: str) -> dict[str, Any]:
-    """The object that a line of JSON holds. Raises UserError, which does not know the place."""
+    """Parse a line that holds a JSON object. Raises UserError without the place."""
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -316,27 +265,26 @@ def json_object(line: str) -> dict[str, Any]:
     return value
 
 
-def _json_lines(file: Path, stream: io.RawIOBase, text_key: str) -> Iterator[str]:
+def _json_rows(file: Path, stream: io.RawIOBase, text_key: str) -> Iterator[str]:
     for number, line in numbered_lines(file, stream):
         try:
-            text = _text_of(json_object(line), text_key)
+            value = json_object(line)
         except UserError as error:
             raise UserError(f"{file}:{number}: {error}") from error
+        if text_key not in value:
+            raise UserError(
+                f"{file}:{number}: no key {text_key!r} in this object (it has"
+                f" {', '.join(map(repr, value)) or 'none'}); name the right one with --text_key"
+            )
+        text = value[text_key]
+        if not isinstance(text, str):
+            raise UserError(
+                f"{file}:{number}: {text_key!r} is a {type(text).__name__}, not a string"
+            )
         yield text
 
 
-def _text_of(value: dict[str, Any], text_key: str) -> str:
-    if text_key not in value:
-        raise UserError(
-            f"no key {text_key!r} in this object (it has"
-            f" {', '.join(map(repr, value)) or 'none'}); name the right one with --text_key"
-        )
-    if not isinstance(value[text_key], str):
-        raise UserError(f"{text_key!r} is a {type(value[text_key]).__name__}, not a string")
-    return value[text_key]
-
-
-def _parquet(file: Path, raw: BinaryIO, stream: _Checked, text_key: str) -> Iterator[str]:
+def _parquet_rows(file: Path, raw: BinaryIO, stream: io.RawIOBase, text_key: str) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -365,7 +313,7 @@ def _parquet(file: Path, raw: BinaryIO, stream: _Checked, text_key: str) -> Iter
                 if text is None:
                     raise UserError(f"{file}: row {row}: {text_key!r} is null, not a string")
                 try:
-                    yield text.decode() if isinstance(text, bytes) else text
+                    yield text.decode()
                 except UnicodeDecodeError as error:
                     raise UserError(
                         f"{file}: row {row}: {text_key!r} is not UTF-8 ({error.reason} at byte "

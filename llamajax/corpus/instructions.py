@@ -1,7 +1,4 @@
-"""Examples for finetuning out of JSON lines: a prompt with its completion, or a conversation.
-
-How they become tokens is in `chat.py`.
-"""
+"""Read examples for finetuning from JSON lines: a prompt with its completion, or a conversation."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -29,24 +26,19 @@ class Example:
     messages: tuple[Message, ...]
 
     def __len__(self) -> int:
-        """Characters of all messages."""
+        """Return the characters of all messages."""
         return sum(len(m.content) for m in self.messages)
 
     @property
-    def texts(self) -> list[str]:
-        """What was said, in order."""
-        return [m.content for m in self.messages]
-
-    @property
     def answers(self) -> list[str]:
-        """What is to be learned of it."""
+        """The texts that carry loss."""
         return [m.content for m in self.messages if m.learned]
 
 
 class InstructionCorpus(Corpus):
-    """The examples of some files, in order; can be walked any number of times.
+    """The examples of some files, in order. Can be iterated any number of times.
 
-    A whole walk ends with one UserError about the first lines that are no examples, if any.
+    A complete iteration ends with one UserError about the first lines that are no examples, if any.
     """
 
     def __init__(self, files: Sequence[Path], *, template: str) -> None:
@@ -65,9 +57,8 @@ class InstructionCorpus(Corpus):
 
     def _error(self) -> UserError:
         shown = self._problems[:_MAX_PROBLEMS]
-        count = (
-            "" if len(self._problems) == len(shown) else f" (the first {_MAX_PROBLEMS} problems)"
-        )
+        more = len(self._problems) > len(shown)
+        count = f" (the first {_MAX_PROBLEMS} problems)" if more else ""
         title = f"--input has lines that are no examples{count}; no line is left out silently:"
         return combine(shown, title=title)
 
@@ -85,7 +76,7 @@ class InstructionCorpus(Corpus):
 
 
 def parse_example(value: dict[str, Any], template: str) -> tuple[tuple[Message, ...], list[str]]:
-    """The messages of a line's object, and all that is wrong with it."""
+    """Return the messages of a line's object, and all that is wrong with it."""
     pair = [key for key in ("prompt", "completion") if key in value]
     if wrong := problems_of_keys(value):
         return (), wrong
@@ -98,12 +89,10 @@ def parse_example(value: dict[str, Any], template: str) -> tuple[tuple[Message, 
     if len(pair) < 2:
         has = ", ".join(map(repr, value)) or "none"
         return (), [f"neither prompt and completion nor messages (its keys: {has})"]
-    messages = (
-        Message("user", value["prompt"]),
-        Message("assistant", value["completion"]),
-    )
-    problems = []
-    for key, message in zip(pair, messages, strict=True):
-        wrong = problems_of_message(message._asdict(), template)
-        problems += [f"{key}: {problem}" for problem in wrong]
+    messages = Message("user", value["prompt"]), Message("assistant", value["completion"])
+    problems = [
+        f"{key}: {problem}"
+        for key, message in zip(pair, messages, strict=True)
+        for problem in problems_of_message(message._asdict(), template)
+    ]
     return messages, problems

@@ -1,4 +1,4 @@
-"""`train:N`: a SentencePiece BPE tokenizer, with byte fallback, learned from the input itself."""
+"""Train the tokenizer of `train:N` on the input: a SentencePiece BPE with byte fallback."""
 
 import hashlib
 import io
@@ -10,30 +10,29 @@ from llamajax.corpus.holdout import Part
 from llamajax.errors import UserError
 from llamajax.tokenizers.tokenizer import well_formed
 
-# Enough for a vocabulary of 128 k pieces; SentencePiece holds about 10 bytes of memory a byte.
+# Enough for a vocabulary of 128 k pieces. SentencePiece needs about 10 bytes of memory for each.
 MAX_BYTES = 256 << 20
 _MAX_LINE_BYTES = 1 << 20
-# Control pieces and bytes come first, and a vocabulary of single characters is no tokenizer.
-MIN_PIECES = 260
+_MIN_PIECES = 260  # control pieces and bytes; a few more make a tokenizer
 
 
 def parse_train(tokenizer: str) -> int | None:
-    """N of `train:N`; None if it is no such value. UserError for an N that makes no sense."""
+    """Return N of `train:N`, None for any other value. Raises UserError for N out of range."""
     if not tokenizer.startswith("train:"):
         return None
     number = tokenizer.removeprefix("train:")
-    if not re.fullmatch(r"\d+", number) or not MIN_PIECES <= int(number) <= 1 << 20:
+    if not re.fullmatch(r"\d+", number) or not _MIN_PIECES <= int(number) <= 1 << 20:
         raise UserError(
-            f"--tokenizer={tokenizer}: N, the number of pieces, is {MIN_PIECES}..{1 << 20}"
+            f"--tokenizer={tokenizer}: N, the number of pieces, is {_MIN_PIECES}..{1 << 20}"
         )
     return int(number)
 
 
 def train_tokenizer(parts: Iterable[Part], *, num_pieces: int, share: float, output: Path) -> None:
-    """Train on the lines of the training parts and write the model; the same text gives the same
-    bytes. `share` is the fraction of the documents to learn from, drawn by their number's hash.
+    """Train on the lines of the training parts and write the model: same text, same bytes.
 
-    No normalisation, no dropped spaces, runs of spaces as pieces: every text survives a round trip.
+    share: fraction of the documents to learn from, drawn by the hash of their number.
+    No normalization, no dropped spaces, runs of spaces as pieces: decoding restores every text.
     """
     import sentencepiece
 
@@ -60,7 +59,7 @@ def train_tokenizer(parts: Iterable[Part], *, num_pieces: int, share: float, out
 
 
 def _refusal(message: str) -> str:
-    """What SentencePiece says, in terms of the flag."""
+    """Explain SentencePiece's error in terms of the flag."""
     if at_most := re.search(r"value <= (\d+)", message):
         return f"so little text yields at most {at_most[1]} pieces; use train:{at_most[1]} or less"
     if at_least := re.search(r"required_chars\. \d+ vs (\d+)", message):
@@ -72,7 +71,7 @@ def _refusal(message: str) -> str:
 
 
 def _lines(parts: Iterable[Part], share: float) -> Iterator[str]:
-    """Lines without their newline: so no piece ever spans two lines."""
+    """Yield lines without their newline, so that no piece ever spans two lines."""
     left = 2 * MAX_BYTES
     for number, part in enumerate(p for p in parts if p.split == "train"):
         draw = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=4, key=b"train").digest()
@@ -81,15 +80,16 @@ def _lines(parts: Iterable[Part], share: float) -> Iterator[str]:
         left -= len(part.document)
         if left < 0:
             return
-        texts = [part.document] if isinstance(part.document, str) else part.document.texts
+        whole = isinstance(part.document, str)
+        texts = [part.document] if whole else [m.content for m in part.document.messages]
         for text in texts:
-            # SentencePiece passes over a line with U+2585, which marks borders in its trainer.
+            # SentencePiece skips lines with U+2585, which marks borders in its trainer.
             for line in re.split("[\n\u2585]", well_formed(text)):
                 yield from _short(line)
 
 
 def _short(line: str) -> Iterator[str]:
-    """A line in pieces that SentencePiece does not pass over, cut at spaces if it has any."""
+    """Cut a line into pieces that SentencePiece does not skip, at spaces if it has any."""
     size = _MAX_LINE_BYTES // 4  # characters of at most four bytes
     while len(line) > size and len(line.encode()) > _MAX_LINE_BYTES:
         cut = line.rfind(" ", 1, size)

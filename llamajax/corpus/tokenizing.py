@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from llamajax.corpus.holdout import Part
+from llamajax.corpus.holdout import SPLITS, Part
 from llamajax.data.shards import token_dtype
 from llamajax.errors import UserError
 from llamajax.tokenizers import Tokenizer, load_tokenizer
@@ -53,7 +53,7 @@ class Tokens:
 def tokenize(parts: list[Part], tokenizer: Tokenizer, template: str) -> list[Tokens]:
     """Tokenize texts or examples; one result for each split."""
     results = []
-    for split in ("train", "validation"):
+    for split in SPLITS:
         pieces, answers, lengths, text_bytes = [], [], [], 0
         for part in parts:
             if part.split != split:

@@ -1,7 +1,7 @@
-"""WikiText's `.tokens` and `.raw` format: its articles, and how its tokenisation marks are undone.
+"""Split WikiText's `.tokens` and `.raw` format into articles, and undo its tokenization marks.
 
 A line is a paragraph or a heading, its words separated by spaces: ` = Title = ` starts an article,
-` = = Section = = ` stays inside. Marks: `@-@`, `@,@`, `@.@` join what they stand between.
+` = = Section = = ` does not. The marks `@-@`, `@,@`, `@.@` join the words beside them.
 """
 
 import re
@@ -13,7 +13,7 @@ _HEADING = re.compile(r"(?:= )+[^=](?:.* )?=(?: =)*")
 
 
 def lines_of(rows: Iterable[str]) -> Iterator[str]:
-    """The lines of a data set whose rows are lines (blank ones as empty strings) or articles."""
+    """Yield the lines of a data set whose rows are lines (blank ones are empty) or articles."""
     for row in rows:
         lines = row.removesuffix("\n").split("\n")
         if len(lines) > 1:  # an article of its own; its title starts it
@@ -22,9 +22,9 @@ def lines_of(rows: Iterable[str]) -> Iterator[str]:
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
-    """Articles as they stand, from title to title; what precedes the first is one of its own.
+    """Yield articles, unchanged, from title to title; the text before the first title is one too.
 
-    A title follows a blank line or starts the file: ` = 4 = ` inside a paragraph's block is none.
+    A title follows a blank line or starts the file: ` = 4 = ` within a paragraph's block is none.
     """
     article: list[str] = []
     after_blank = True
@@ -40,8 +40,10 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
 
 
 def clean(article: str) -> str:
-    """The article as it was typed, as far as that can be known: marks undone, spaces that only
-    separated tokens removed, blocks parted by one blank line; `<unk>` stays, it has no text."""
+    """Restore an article as it was typed, as far as possible. `<unk>` stays: its text is unknown.
+
+    Undoes marks, removes spaces that only separate tokens, leaves one blank line between blocks.
+    """
     blocks: list[list[str]] = [[]]
     for line in article.splitlines():
         text = line.strip()
@@ -53,7 +55,7 @@ def clean(article: str) -> str:
 
 
 def _heading(text: str) -> str:
-    """`= = Early life = =` as `== Early life ==`."""
+    """Rewrite `= = Early life = =` as `== Early life ==`."""
     words = text.split(" ")
     level = next(i for i, w in enumerate(words) if w != "=")
     return f"{'=' * level} {_paragraph(' '.join(words[level:-level]))} {'=' * level}"
@@ -79,8 +81,10 @@ def _paragraph(text: str) -> str:
 
 
 def _join_quotes(text: str, mark: str) -> str:
-    """Quotation marks that stand alone joined to what they enclose: the first opens, the next
-    closes; an odd one at the end stays as it is."""
+    """Join lone quotation marks to the text between them: the first opens, the next closes.
+
+    An odd one at the end stays.
+    """
     parts = re.split(rf"(?:(?<=[\s(\[{{\"'])|^){mark}(?=[\s,.;:!?)\]}}\"']|$)", text)
     for i in range(1, len(parts) - (len(parts) % 2 == 0), 2):
         parts[i] = f"{mark}{parts[i].strip(' ')}{mark}"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llamajax import prepare
-from llamajax.corpus.preparation import unfinished
+from llamajax.corpus.preparation import locked_output
 from llamajax.corpus.tasks import share_out
 from llamajax.errors import UserError
 
@@ -109,7 +109,7 @@ def test_a_task_that_was_killed_is_run_again_and_a_finished_one_is_left_alone(
 ):
     flags = ("--num_tasks=2", "--task_index=1")
     part = tmp_path / "out.parts" / "part-00001-of-00002"
-    hidden = part.with_name(f".{part.name}.incomplete")
+    hidden = part.with_name(f".{part.name}.partial")
     hidden.mkdir(parents=True)
     (hidden / "tokens.bin").write_bytes(b"of one that was killed")
     run(many, tmp_path / "out", *flags)
@@ -119,7 +119,7 @@ def test_a_task_that_was_killed_is_run_again_and_a_finished_one_is_left_alone(
     run(many, tmp_path / "out", *flags)
     assert "is there already" in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in part.iterdir()} == before
-    with unfinished(part), pytest.raises(UserError, match="another prepare is writing it"):
+    with locked_output(part), pytest.raises(UserError, match="another prepare is writing it"):
         run(many, tmp_path / "out", *flags, "--overwrite")
 
 
@@ -167,6 +167,7 @@ def test_wrong_numbers_are_refused(many, tmp_path, flags, message):
 
 def test_files_keep_their_order_and_are_shared_by_size(many):
     files = sorted(many.iterdir())
-    shares = [[file.name for file in task.files] for task in share_out(files, 3)]
+    tasks = share_out(many.with_name("out"), files, 3)
+    shares = [[file.name for file in task.files] for task in tasks]
     assert [name for share in shares for name in share] == [file.name for file in files]
     assert shares[1] != [] != shares[2]
