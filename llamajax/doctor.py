@@ -70,16 +70,19 @@ def main(argv: list[str]) -> int:
     from llamajax.conformance.probe_runner import ProbeRunner
     from llamajax.conformance.probe_table import chosen, verdict_on
 
-    live = output.Live()
+    live = output.LiveResults()
     begun = time.monotonic()
     runner = ProbeRunner(backend=backend, limit_s=flags.timeout_s, show=live.show, begin=live.begin)
     runner.run(chosen(flags.only))
     total_s = time.monotonic() - begun
     machine = runner.machine
     num_devices = None if machine is None else machine["num_devices"]
-    verdict = verdict_on(machine, runner.outcomes, asked_for=backend.name)
+    verdict = verdict_on(machine, runner.results, asked_for=backend.name)
     partial = flags.only is not None
-    print(output.to_text(verdict, num_devices=num_devices, total_s=total_s, partial=partial))
+    for line in output.text_lines(
+        verdict, num_devices=num_devices, total_s=total_s, partial=partial
+    ):
+        print(line)
     if machine is not None and not partial:
         _keep(verdict)
     if flags.json:

@@ -1,66 +1,69 @@
 """Probes of collectives: each on every mesh axis, with values that tell who sent what."""
 
-import math
-import time
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llamajax import sharding
 from llamajax.config.schema import MeshConfig
-from llamajax.conformance.bench import Bench, UnsupportedError, WrongError
+from llamajax.conformance.bench import Bench, UnsupportedError, WrongError, best_time_s
 from llamajax.sharding import AXES, collectives
 
 _ROWS, _COLUMNS = 5, 24  # of a block whose values are checked; columns times the axis' size
 _WIDTH = 1024  # float32 values in a row of a block that is timed
 _BLOCK_BYTES = (1 << 20, 8 << 20, 64 << 20)
 _LONG_ENOUGH_S = 1e-3
-_REPEATS = 3
 # The largest integer below which bfloat16 has them all: sums are then exact in any order.
 _EXACT = 256
 
+Collective = Callable[[jax.Array, str], jax.Array]
 Blocks = np.ndarray  # (members of the axis, the others, rows, columns)
 
 
 def all_reduce(bench: Bench) -> str:
-    """Sum and maximum."""
-    _tried(bench, lambda x, axis: collectives.largest(x, axis), _largest, sent=None)
-    return _tried(
+    """Take the sum and the maximum."""
+    on_every_axis(
         bench,
-        lambda x, axis: collectives.total(x, axis),
+        collectives.largest,
+        lambda blocks: np.broadcast_to(blocks.max(axis=0), blocks.shape),
+    )
+    return on_every_axis(
+        bench,
+        collectives.total,
         lambda blocks: np.broadcast_to(blocks.sum(axis=0), blocks.shape),
         sent=lambda n: 2 * (n - 1) / n,
     )
 
 
 def all_gather(bench: Bench) -> str:
-    """Rows of all members joined."""
-    return _tried(
+    """Join the rows of all members."""
+    return on_every_axis(
         bench,
-        lambda x, axis: collectives.all_gathered(x, axis, dim=0),
+        functools.partial(collectives.all_gathered, dim=0),
         lambda blocks: np.stack([np.concatenate(blocks, axis=1)] * len(blocks)),
         sent=lambda n: n - 1,
     )
 
 
 def reduce_scatter(bench: Bench) -> str:
-    """The sum, of which each member keeps its columns."""
-    return _tried(
+    """Sum, and keep each member's columns."""
+    return on_every_axis(
         bench,
-        lambda x, axis: collectives.sum_scattered(x, axis, dim=1),
+        functools.partial(collectives.sum_scattered, dim=1),
         lambda blocks: np.stack(np.split(blocks.sum(axis=0), len(blocks), axis=2)),
         sent=lambda n: (n - 1) / n,
     )
 
 
 def all_to_all(bench: Bench) -> str:
-    """Columns dealt out, rows put together."""
-    return _tried(
+    """Deal out columns, and join rows."""
+    return on_every_axis(
         bench,
-        lambda x, axis: collectives.exchanged(x, axis, split=1, join=0),
+        functools.partial(collectives.exchanged, split=1, join=0),
         lambda blocks: np.stack(
             [np.concatenate(part, axis=1) for part in np.split(blocks, len(blocks), axis=3)]
         ),
@@ -69,27 +72,22 @@ def all_to_all(bench: Bench) -> str:
 
 
 def permute(bench: Bench) -> str:
-    """What the member before has, and in the other direction."""
-    _tried(
+    """Receive from the next member and from the one before."""
+    on_every_axis(
         bench,
-        lambda x, axis: collectives.passed(x, axis, by=-1),
+        functools.partial(collectives.passed, by=-1),
         lambda blocks: np.roll(blocks, -1, axis=0),
-        sent=None,
     )
-    return _tried(
+    return on_every_axis(
         bench,
-        lambda x, axis: collectives.passed(x, axis, by=1),
+        functools.partial(collectives.passed, by=1),
         lambda blocks: np.roll(blocks, 1, axis=0),
         sent=lambda n: 1,
     )
 
 
-def _largest(blocks: Blocks) -> Blocks:
-    return np.broadcast_to(blocks.max(axis=0), blocks.shape)
-
-
 def layouts(count: int) -> list[dict[str, int]]:
-    """Meshes on which every axis has devices, near ones and distant ones, and all at once."""
+    """Return meshes on which every axis has devices, near ones, distant ones, and all of them."""
     factors, rest = [], count
     for prime in (2, 3, 5, 7):
         while rest % prime == 0 and len(factors) < 2 and rest > prime:
@@ -102,45 +100,58 @@ def layouts(count: int) -> list[dict[str, int]]:
     return [{"fsdp": count}, *split]
 
 
-def _tried(
+def on_every_axis(
     bench: Bench,
-    function: Callable[[jax.Array, str], jax.Array],
+    collective: Collective,
     expected: Callable[[Blocks], Blocks],
     *,
-    sent: Callable[[int], float] | None,
+    sent: Callable[[int], float] | None = None,
 ) -> str:
-    """Right on every axis of every layout, in two dtypes; and how fast, where `sent` says how much.
+    """Check a collective on every axis of every layout in two dtypes, and time it.
 
-    `sent`: share of its block that each of n members has to send at least.
+    `sent`: share of its block that each of n members has to send at least; None: not timed.
     """
     if len(bench.devices) == 1:
         raise UnsupportedError("one device: there is nobody to exchange anything with")
     rates: dict[str, float] = {}
     for sizes in layouts(len(bench.devices)):
         mesh = sharding.build_mesh(MeshConfig(**sizes), bench.devices)
+        rows = NamedSharding(mesh, PartitionSpec(tuple(a for a in AXES if mesh.shape[a] > 1)))
         for axis, size in sizes.items():
+            run = _on_mesh(rows, functools.partial(collective, axis=axis))
             for dtype in ("bfloat16", "float32"):
-                _check(mesh, axis, function, expected, dtype=dtype)
+                _check(rows, axis, run, expected, dtype=dtype)
             if sent is not None:
-                rate = sent(size) * _bytes_per_s(mesh, axis, function) / 1e9
+                rate = sent(size) * _bytes_per_s(rows, axis, run) / 1e9
                 name = f"{axis} {size}"
                 rates[name] = min(rate, rates.get(name, rate))
     return "right on " + ", ".join(f"{name}: {rate:.2g} GB/s" for name, rate in rates.items())
 
 
-def _check(mesh: Mesh, axis: str, function: Callable, expected: Callable, *, dtype: str) -> None:
+def _on_mesh(rows: NamedSharding, function: Callable) -> Callable:
+    """Compile a function of one device's block for arrays whose rows are split over the mesh."""
+    specs = {"in_specs": rows.spec, "out_specs": rows.spec}
+    return jax.jit(jax.shard_map(function, mesh=rows.mesh, **specs, check_vma=False))
+
+
+def _check(
+    rows: NamedSharding, axis: str, run: Callable, expected: Callable, *, dtype: str
+) -> None:
     """Raise WrongError where a value is wrong."""
-    placed = _placed(mesh)
-    sizes = tuple(mesh.shape[a] for a in mesh.axis_names if mesh.shape[a] > 1)
-    rows, columns = _ROWS, _COLUMNS * mesh.shape[axis]
-    blocks = _blocks(sizes, rows, columns)
-    x = jax.device_put(blocks.reshape(-1, columns).astype(jnp.dtype(dtype)), placed)
-    found = np.asarray(_moved(mesh, axis, function)(x)).astype(np.float64)
-    where = [a for a in mesh.axis_names if mesh.shape[a] > 1].index(axis)
-    front = np.moveaxis(blocks, where, 0)
-    wanted = expected(front.reshape(front.shape[0], -1, rows, columns))
-    wanted = wanted.reshape(*front.shape[: len(sizes)], *wanted.shape[2:])
-    wanted = np.moveaxis(wanted, 0, where).reshape(-1, wanted.shape[-1])
+    mesh = rows.mesh
+    split = {a: mesh.shape[a] for a in mesh.axis_names if mesh.shape[a] > 1}
+    columns = _COLUMNS * mesh.shape[axis]
+    # a different block of small integers a device
+    limit = max(1, _EXACT // mesh.size)
+    shape = (mesh.size * _ROWS, columns)
+    values = np.random.RandomState(5).randint(-limit, limit + 1, shape).astype(np.float64)
+    x = jax.device_put(values.astype(jnp.dtype(dtype)), rows)
+    found = np.asarray(run(x)).astype(np.float64)
+    number = list(split).index(axis)
+    blocks = np.moveaxis(values.reshape(*split.values(), _ROWS, columns), number, 0)
+    wanted = expected(blocks.reshape(len(blocks), -1, _ROWS, columns))
+    wanted = wanted.reshape(*blocks.shape[: len(split)], *wanted.shape[2:])
+    wanted = np.moveaxis(wanted, 0, number).reshape(-1, wanted.shape[-1])
     name = f"wrong over {axis} on {sharding.describe(mesh)} in {dtype}"
     if found.shape != wanted.shape:
         raise WrongError(f"{name}: {found.shape} values instead of {wanted.shape}")
@@ -152,43 +163,13 @@ def _check(mesh: Mesh, axis: str, function: Callable, expected: Callable, *, dty
         )
 
 
-def _bytes_per_s(mesh: Mesh, axis: str, function: Callable) -> float:
-    """Bytes of a device's block over the time of a call, of blocks as large as it takes."""
-    moved = _moved(mesh, axis, function)
+def _bytes_per_s(rows: NamedSharding, axis: str, run: Callable) -> float:
+    """Return bytes of a device's block over the time of a call, of blocks as large as it takes."""
+    mesh = rows.mesh
+    columns = _WIDTH - _WIDTH % mesh.shape[axis]
     for size in _BLOCK_BYTES:
-        rows = size // 4 // _WIDTH * mesh.size
-        columns = _WIDTH - _WIDTH % mesh.shape[axis]
-        x = jnp.ones((rows, columns), jnp.float32, device=_placed(mesh))
-        jax.block_until_ready(moved(x))
-        best = min(_timed(moved, x) for _ in range(_REPEATS))
-        if best > _LONG_ENOUGH_S:
+        x = jnp.ones((size // 4 // _WIDTH * mesh.size, columns), jnp.float32, device=rows)
+        best_s = best_time_s(run, x)
+        if best_s > _LONG_ENOUGH_S:
             break
-    return x.nbytes / mesh.size / best
-
-
-def _placed(mesh: Mesh) -> NamedSharding:
-    """Rows over all devices, in the order of the mesh."""
-    return NamedSharding(mesh, PartitionSpec(tuple(a for a in AXES if mesh.shape[a] > 1)))
-
-
-def _moved(mesh: Mesh, axis: str, function: Callable) -> Callable:
-    spec = _placed(mesh).spec
-    return jax.jit(
-        jax.shard_map(
-            lambda x: function(x, axis), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
-        )
-    )
-
-
-def _blocks(sizes: tuple[int, ...], rows: int, columns: int) -> np.ndarray:
-    """A different block of small integers a device, (*sizes, rows, columns)."""
-    count = math.prod(sizes)
-    limit = max(1, _EXACT // count)
-    drawn = np.random.RandomState(5).randint(-limit, limit + 1, (count, rows, columns))
-    return drawn.astype(np.float64).reshape(*sizes, rows, columns)
-
-
-def _timed(function: Callable, x: jax.Array) -> float:
-    begun = time.monotonic()
-    jax.block_until_ready(function(x))
-    return time.monotonic() - begun
+    return x.nbytes / mesh.size / best_s

@@ -1,97 +1,79 @@
-"""What the doctor prints: a line a probe while it runs, then the verdict and what follows."""
+"""The doctor's output: a line a probe while it runs, the verdict as text, and as an HTML page."""
 
 import collections
 import html
 import itertools
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, TextIO
 
-from llamajax.backends import PlatformVerdict
-from llamajax.backends import ProbeResult as Outcome
+from llamajax.backends import PlatformVerdict, ProbeResult
 from llamajax.backends.stored_verdict import NOT_READY
-from llamajax.conformance.probe_table import NOT_TRIED, consequence, probe
+from llamajax.conformance.probe_table import NOT_TRIED, consequences, probe
 from llamajax.monitoring.report.page import PAGE
 
-_NAME, _STATUS = 24, 12
 _WIDTH = 100
-_MARKS = {"pass": "pass", "fail": "FAIL", "unsupported": "unsupported"}
+_WORDS = {"pass": "pass", "fail": "FAIL", "unsupported": "unsupported"}
 
 
-class Live:
-    """Shows each outcome as it comes; on a terminal also what is being tried."""
+class LiveResults:
+    """Shows each result as it comes; on a terminal also which probe is running."""
 
     def __init__(self, stream: TextIO = sys.stderr):
         self._stream = stream
-        self._terminal = stream.isatty()
         self._group = ""
 
     def begin(self, name: str) -> None:
-        """A probe begins."""
-        if self._terminal:
+        """Show that a probe begins."""
+        if self._stream.isatty():
             print(f"  {name} ...", end="\r", file=self._stream, flush=True)
 
-    def show(self, outcome: Outcome) -> None:
-        """A probe has ended; one that was not tried is counted at the end alone."""
-        if outcome.message.startswith(NOT_TRIED):
+    def show(self, result: ProbeResult) -> None:
+        """Show a result; those that were not tried are counted at the end alone."""
+        if result.message.startswith(NOT_TRIED):
             return
-        group = probe(outcome.name).group
+        group = probe(result.name).group
         if group != self._group:
             self._group = group
-            print(f"{group}", file=self._stream)
-        print(line(outcome), file=self._stream, flush=True)
+            print(group, file=self._stream)
+        head = f"{_name_and_word(result)}{result.time_s:6.1f} s  "
+        text = textwrap.fill(
+            result.message or "-",
+            width=_WIDTH + len(head) // 2,
+            initial_indent=head,
+            subsequent_indent=" " * len(head),
+            break_on_hyphens=False,
+        )
+        print(text, file=self._stream, flush=True)
 
 
-def line(outcome: Outcome) -> str:
-    """One outcome: name, status, time, and the message beside and below."""
-    head = f"  {outcome.name:<{_NAME}}{_MARKS[outcome.status]:<{_STATUS}}{outcome.time_s:6.1f} s  "
-    indent = " " * len(head)
-    return textwrap.fill(
-        outcome.message or "-",
-        width=_WIDTH + len(indent) // 2,
-        initial_indent=head,
-        subsequent_indent=indent,
-        break_on_hyphens=False,
-    )
+def _name_and_word(result: ProbeResult) -> str:
+    return f"  {result.name:<24}{_WORDS[result.status]:<12}"
 
 
-def to_text(
+def _counts(verdict: PlatformVerdict) -> str:
+    """Return how many probes passed, failed and are unsupported."""
+    found = collections.Counter(result.status for result in verdict.probes)
+    return ", ".join(f"{found[status]} {status}" for status in _WORDS)
+
+
+def text_lines(
     verdict: PlatformVerdict, *, num_devices: int | None, total_s: float, partial: bool
-) -> str:
-    """Platform, verdict, and a line for everything that did not pass; partial: of some probes."""
-    return "\n".join(_lines(verdict, num_devices, total_s, partial))
-
-
-def _lines(
-    verdict: PlatformVerdict, num_devices: int | None, total_s: float, partial: bool
 ) -> Iterator[str]:
+    """Yield lines: platform, verdict, all that did not pass. partial: some probes were left out."""
     if num_devices is None:
         yield f"platform: {verdict.platform}, which did not start"
     else:
         yield f"platform: {verdict.platform}, {num_devices} x {verdict.device_kind}"
     yield f"verdict: {verdict.verdict}{', as far as these probes go' * partial}"
     yield f"repairs: {', '.join(verdict.repairs) or 'none'}"
-    yield f"probes: {counts(verdict)}, in {total_s:.0f} s"
-    for outcome, text in consequences(verdict.probes):
-        yield f"  {outcome.name:<{_NAME}}{_MARKS[outcome.status]:<{_STATUS}}{text}"
-    untried = [o for o in verdict.probes if o.message.startswith(NOT_TRIED)]
+    yield f"probes: {_counts(verdict)}, in {total_s:.0f} s"
+    for result, text in consequences(verdict.probes):
+        yield f"{_name_and_word(result)}{text}"
+    untried = [r for r in verdict.probes if r.message.startswith(NOT_TRIED)]
     if untried:
         yield f"  {len(untried)} more {untried[0].message}"
-
-
-def counts(verdict: PlatformVerdict) -> str:
-    """How many probes came out how."""
-    found = collections.Counter(outcome.status for outcome in verdict.probes)
-    return ", ".join(f"{found[status]} {status}" for status in _MARKS)
-
-
-def consequences(outcomes: Sequence[Outcome]) -> list[tuple[Outcome, str]]:
-    """Everything that did not pass with what follows from it; what must be mended comes first."""
-    tried = [o for o in outcomes if not o.message.startswith(NOT_TRIED)]
-    passed = {o.name for o in tried if o.status == "pass"}
-    rows = [(consequence(o, passed=passed), o) for o in tried if o.status != "pass"]
-    return [(o, text) for (_, text), o in sorted(rows, key=lambda row: row[0][0])]
 
 
 _STYLE = """<style>
@@ -108,26 +90,23 @@ table.probes { background: var(--card); }
 
 
 def to_html(verdict: PlatformVerdict, *, machine: dict[str, Any] | None, total_s: float) -> str:
-    """The page; `machine` holds facts of `backends.Machine`, None where it did not start."""
+    """Return the page; `machine` holds facts of `backends.Machine`, None where it did not start."""
     body = "\n".join(_body(verdict, machine, total_s))
     title = f"{verdict.platform}: {verdict.verdict}"
     return PAGE.replace("{title}", html.escape(title)).replace("{body}", body)
 
 
-def _body(
-    verdict: PlatformVerdict, machine: dict[str, Any] | None, total_s: float
-) -> Iterator[str]:
+def _body(verdict: PlatformVerdict, machine: dict[str, Any] | None, total_s: float) -> Iterator[str]:
     bad = " bad" if verdict.verdict == NOT_READY else ""
     name = html.escape(f"{verdict.platform}: {verdict.device_kind}")
     yield _STYLE
     yield f'<header><h1>{name} <span class="status{bad}">{verdict.verdict}</span></h1>'
     yield f"<p>{html.escape(verdict.platform_version or 'version not told')}</p></header>"
-    versions = (machine or {}).get("versions", {"jax": verdict.jax})
     tiles = {
         "devices": str(machine["num_devices"]) if machine else "none",
         "probes": str(len(verdict.probes)),
         "examined in": f"{total_s:.0f} s",
-        **versions,
+        **(machine or {}).get("versions", {"jax": verdict.jax}),
     }
     yield '<div class="tiles">'
     for label, value in tiles.items():
@@ -136,26 +115,22 @@ def _body(
             f'<div class="value">{html.escape(value)}</div></div>'
         )
     yield "</div>"
-    yield f"<p>Probes: {counts(verdict)}. Repairs: {', '.join(verdict.repairs) or 'none'}.</p>"
+    yield f"<p>Probes: {_counts(verdict)}. Repairs: {', '.join(verdict.repairs) or 'none'}.</p>"
     if rows := consequences(verdict.probes):
         yield "<h2>What did not pass, and what follows</h2>"
         yield '<table class="probes">'
-        for outcome, text in rows:
-            told = f'{html.escape(outcome.message)}<div class="why">{html.escape(text)}</div>'
-            yield _row(outcome, told)
+        yield from (_row(result, text) for result, text in rows)
         yield "</table>"
-    for group, outcomes in itertools.groupby(verdict.probes, key=lambda o: probe(o.name).group):
+    for group, results in itertools.groupby(verdict.probes, key=lambda r: probe(r.name).group):
         yield f'<h2>{html.escape(group)}</h2><table class="probes">'
-        for outcome in outcomes:
-            why = html.escape(probe(outcome.name).why)
-            told = f'{html.escape(outcome.message)}<div class="why">{why}</div>'
-            yield _row(outcome, told, timed=True)
+        yield from (_row(result, probe(result.name).why, timed=True) for result in results)
         yield "</table>"
 
 
-def _row(outcome: Outcome, told: str, *, timed: bool = False) -> str:
-    time = f'<td class="number">{outcome.time_s:.1f} s</td>' if timed else ""
+def _row(result: ProbeResult, why: str, *, timed: bool = False) -> str:
+    time = f'<td class="number">{result.time_s:.1f} s</td>' if timed else ""
     return (
-        f'<tr><td class="name">{outcome.name}</td>'
-        f'<td class="word {outcome.status}">{outcome.status}</td>{time}<td>{told}</td></tr>'
+        f'<tr><td class="name">{result.name}</td>'
+        f'<td class="word {result.status}">{result.status}</td>{time}'
+        f'<td>{html.escape(result.message)}<div class="why">{html.escape(why)}</div></td></tr>'
     )

@@ -1,4 +1,4 @@
-"""Probes of how programs are run: when calls return, for how long, and what may be in a program."""
+"""Probes of execution: asynchronous calls, endurance, compile cache, profiler, kernels."""
 
 import contextlib
 import io
@@ -16,12 +16,11 @@ from llamajax.conformance.bench import Bench, UnsupportedError, WrongError
 _EXECUTIONS = 2000
 _LONG_ENOUGH_S = 0.2
 _HIDDEN = 0.5  # of the time of a long computation that the call may take
-_BLOCK = (128, 128)
-_KEPT_LAYERS, _KEPT_SIZE = 12, 64
+_CACHED_LAYERS = 12
 
 
 def asynchronous_dispatch(bench: Bench) -> str:
-    """Whether a call returns before its long computation is done."""
+    """Check that a call returns before its long computation is done."""
     x = jnp.full((512, 512), 1e-3, jnp.float32, device=bench.devices[0])
     run = jax.jit(lambda x, times: jax.lax.fori_loop(0, times, lambda _, y: jnp.tanh(y @ x), x))
     jax.block_until_ready(run(x, 1))
@@ -42,9 +41,9 @@ def asynchronous_dispatch(bench: Bench) -> str:
 
 
 def endurance(bench: Bench) -> str:
-    """Many executions, each on the result of the one before."""
+    """Execute a program many times, each on the result of the one before."""
     add = jax.jit(lambda x: x + 1)
-    x = jax.device_put(np.float32(0), bench.devices[0])
+    x = bench.put(np.float32(0))
     begun, number = time.monotonic(), 0
     try:
         for number in range(1, _EXECUTIONS + 1):
@@ -62,13 +61,13 @@ def endurance(bench: Bench) -> str:
 
 
 def compile_cache(bench: Bench) -> str:
-    """A program compiled, kept, forgotten, and read again."""
+    """Compile a program, store it, forget it, and read it again."""
     folder = bench.machine.compile_cache
     if folder is None:
         raise UnsupportedError(f"JAX keeps no compiled programs of {bench.machine.platform}")
     hits: list[str] = []
     jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
-    x = jnp.ones((_KEPT_SIZE, _KEPT_SIZE), jnp.float32, device=bench.devices[0])
+    x = bench.put(np.ones((64, 64), np.float32))
     first, fresh_s = _compiled_and_run(x)
     if not [path for path in Path(folder).rglob("*") if path.is_file()]:
         raise UnsupportedError("no compiled program was kept")
@@ -84,7 +83,7 @@ def compile_cache(bench: Bench) -> str:
 
 def _compiled_and_run(x: jax.Array) -> tuple[np.ndarray, float]:
     def layers(x: jax.Array) -> jax.Array:
-        for n in range(_KEPT_LAYERS):  # unrolled, so that there is something to compile
+        for n in range(_CACHED_LAYERS):  # unrolled, so that there is something to compile
             x = jax.nn.softmax(jnp.sin(x @ x + n), axis=-1)
         return x
 
@@ -94,9 +93,9 @@ def _compiled_and_run(x: jax.Array) -> tuple[np.ndarray, float]:
 
 
 def profiler(bench: Bench) -> str:
-    """Whether a profile shows the device."""
+    """Check that a profile shows the device."""
     with jax.profiler.trace(bench.folder):
-        x = jnp.ones((256, 256), jnp.float32, device=bench.devices[0])
+        x = bench.put(np.ones((256, 256), np.float32))
         jax.block_until_ready(jax.jit(lambda x: x @ x)(x))
     files = [path for path in bench.folder.rglob("*.xplane.pb") if path.stat().st_size]
     if not files:
@@ -110,12 +109,12 @@ def profiler(bench: Bench) -> str:
 
 
 def callbacks(bench: Bench) -> str:
-    """A Python function called in the middle of a program."""
+    """Call a Python function in the middle of a program."""
     shape = jax.ShapeDtypeStruct((5,), jnp.float32)
     called = jax.jit(lambda x: jax.pure_callback(lambda y: np.asarray(y) * 3, shape, x + 1) - 1)
     x = np.arange(5, dtype=np.float32)
     try:
-        found = np.asarray(called(jax.device_put(x, bench.devices[0])))
+        found = np.asarray(called(bench.put(x)))
     except ValueError as error:  # what JAX raises while lowering for a platform without any
         raise UnsupportedError(str(error)) from None
     if not np.array_equal(found, (x + 1) * 3 - 1):
@@ -124,7 +123,7 @@ def callbacks(bench: Bench) -> str:
 
 
 def debug_print(bench: Bench) -> str:
-    """`jax.debug.print` inside a program."""
+    """Print with `jax.debug.print` inside a program."""
 
     def printing(x: jax.Array) -> jax.Array:
         jax.debug.print("seen {x}", x=x)
@@ -132,7 +131,7 @@ def debug_print(bench: Bench) -> str:
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        jax.block_until_ready(jax.jit(printing)(jax.device_put(np.int32(41), bench.devices[0])))
+        jax.block_until_ready(jax.jit(printing)(bench.put(np.int32(41))))
         jax.effects_barrier()
     if "seen 41" not in out.getvalue():
         raise WrongError(f"41 was printed as {out.getvalue()!r}")
@@ -140,15 +139,15 @@ def debug_print(bench: Bench) -> str:
 
 
 def pallas(bench: Bench) -> str:
-    """The smallest kernel, compiled."""
+    """Compile and run the smallest kernel."""
 
     def kernel(x_ref, out_ref) -> None:
         out_ref[...] = x_ref[...] * 2.0
 
-    x = np.random.RandomState(0).standard_normal(_BLOCK).astype(np.float32)
-    doubled = kernels.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(_BLOCK, jnp.float32))
+    x = np.random.RandomState(0).standard_normal((128, 128)).astype(np.float32)
+    doubled = kernels.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, jnp.float32))
     try:
-        found = np.asarray(jax.jit(doubled)(jax.device_put(x, bench.devices[0])))
+        found = np.asarray(jax.jit(doubled)(bench.put(x)))
     except ValueError as error:
         raise UnsupportedError(str(error)) from None
     if not np.array_equal(found, 2 * x):
@@ -157,13 +156,13 @@ def pallas(bench: Bench) -> str:
 
 
 def topology(bench: Bench) -> str:
-    """A program compiled for devices that are described and not here."""
+    """Compile a program for devices that are described and not here."""
     first, problems = bench.devices[0], []
     for name in ("", str(len(bench.devices))):  # a vendor's names are its own; these are a guess
         try:
             absent = topologies.get_topology_desc(name, first.platform).devices
-            placed = jax.sharding.SingleDeviceSharding(absent[0])
-            x = jax.ShapeDtypeStruct((7, 5), jnp.float32, sharding=placed)
+            sharding = jax.sharding.SingleDeviceSharding(absent[0])
+            x = jax.ShapeDtypeStruct((7, 5), jnp.float32, sharding=sharding)
             jax.jit(lambda x: jnp.tanh(x) @ x.T).lower(x).compile()
         except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
             problems.append(str(error))

@@ -1,4 +1,4 @@
-"""Probes of what the machine is: its facts, its dtypes, and whether it runs at all."""
+"""Probes of what the machine is: facts, dtypes, memory and its limit, donation, host memory."""
 
 import time
 import warnings
@@ -10,12 +10,14 @@ import numpy as np
 from llamajax.conformance.bench import Bench, UnsupportedError, WrongError
 
 _TRANSFER_BYTES = 64 << 20
+_BLOCK_BYTES = 16 << 20
 _NEEDED_DTYPES = ("float32", "int32", "uint32", "bool")
 _OTHER_DTYPES = ("bfloat16", "float16", "int8", "uint8", "float8_e4m3fn", "float8_e5m2")
+_STATE_SHAPES = {"weights": (2048, 1024), "moments": (1023, 517), "scale": (77,)}
 
 
 def program(bench: Bench) -> str:
-    """2 x + 1 on every device."""
+    """Compute 2 x + 1 on every device."""
     begun = time.monotonic()
     double = jax.jit(lambda x: 2 * x + 1)
     x = np.arange(7, dtype=np.float32)
@@ -27,10 +29,9 @@ def program(bench: Bench) -> str:
 
 
 def device(bench: Bench) -> str:
-    """What the vendor and we need to know of it."""
-    first = bench.devices[0]
+    """Describe the device for a report to the vendor."""
+    first, count = bench.devices[0], len(bench.devices)
     kinds = sorted({memory.kind for memory in first.addressable_memories()})
-    count = len(bench.devices)
     processes = f", {bench.machine.num_processes} processes" * (bench.machine.num_processes > 1)
     version = " ".join(str(first.client.platform_version).split())
     return (
@@ -40,12 +41,13 @@ def device(bench: Bench) -> str:
 
 
 def dtypes(bench: Bench) -> str:
-    """Which dtypes can be stored, added and converted."""
+    """Store, convert and add in each dtype."""
     able, unable = [], []
+    add = jax.jit(lambda x: jnp.where(x == x, x, x).astype(jnp.float32) + 1)
     for name in (*_NEEDED_DTYPES, *_OTHER_DTYPES):
         x = np.array([[0, 1, 1], [1, 0, 2]]).astype(jnp.dtype(name))
         try:
-            found = np.asarray(_added(jax.device_put(x, bench.devices[0])))
+            found = np.asarray(add(bench.put(x)))
         except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
             unable.append(f"{name} ({str(error).splitlines()[0][:80]})")
             continue
@@ -57,26 +59,20 @@ def dtypes(bench: Bench) -> str:
     return ", ".join(able) + (f"; not {'; '.join(unable)}" if unable else "")
 
 
-@jax.jit
-def _added(x: jax.Array) -> jax.Array:
-    return jnp.where(x == x, x, x).astype(jnp.float32) + 1
-
-
 def float64(bench: Bench) -> str:
-    """A sum that float32 cannot hold."""
+    """Compute a sum that float32 cannot hold."""
     with jax.enable_x64(True):
-        x = jax.device_put(np.float64(2.0**-40), bench.devices[0])
-        found = float(jax.jit(lambda x: x + 1.0)(x))
+        found = float(jax.jit(lambda x: x + 1.0)(bench.put(np.float64(2.0**-40))))
     if found != 1.0 + 2.0**-40:
         raise WrongError("1 + 2**-40 is 1: float64 is computed in fewer bits")
     return "computes in it"
 
 
 def transfers(bench: Bench) -> str:
-    """There and back, the same bytes."""
+    """Copy an array to the device and back."""
     sent = np.random.RandomState(1).randint(0, 2**32, _TRANSFER_BYTES // 4, np.uint32)
     begun = time.monotonic()
-    there = jax.block_until_ready(jax.device_put(sent, bench.devices[0]))
+    there = jax.block_until_ready(bench.put(sent))
     half = time.monotonic()
     back = np.array(there)
     ended = time.monotonic()
@@ -89,32 +85,32 @@ def transfers(bench: Bench) -> str:
     )
 
 
-_BLOCK_BYTES = 16 << 20
-_STATE_SHAPES = {"weights": (2048, 1024), "moments": (1023, 517), "scale": (77,)}
+def _memory_stats(device: jax.Device) -> dict[str, int]:
+    return device.memory_stats() or {}
 
 
 def memory_stats(bench: Bench) -> str:
-    """Limit and use, and that use follows what is allocated."""
+    """Read the limit and the use, and check that use follows what is allocated."""
     first = bench.devices[0]
-    stats = first.memory_stats()
-    if not stats or "bytes_in_use" not in stats:
+    stats = _memory_stats(first)
+    if "bytes_in_use" not in stats:
         raise UnsupportedError("the backend tells nothing of its memory")
-    block = jax.block_until_ready(jax.device_put(np.zeros(_BLOCK_BYTES, np.uint8), first))
-    grown = first.memory_stats()["bytes_in_use"] - stats["bytes_in_use"]
+    block = jax.block_until_ready(bench.put(np.zeros(_BLOCK_BYTES, np.uint8)))
+    grown = _memory_stats(first)["bytes_in_use"] - stats["bytes_in_use"]
     if not block.nbytes <= grown <= 2 * block.nbytes:
         raise WrongError(f"bytes_in_use grew by {grown} for an array of {block.nbytes} bytes")
     limit = stats.get("bytes_limit")
-    told = f"limit {limit / 2**30:.2f} GiB" if limit else "limit not told"
+    told = f"limit {limit / 2**30:.2f} GiB" if limit else "limit unknown"
     return f"{told}; use follows what is allocated"
 
 
 def out_of_memory(bench: Bench) -> str:
-    """An array larger than the memory is refused, and the device goes on."""
-    limit = (bench.devices[0].memory_stats() or {}).get("bytes_limit")
+    """Ask for an array larger than the memory; it is refused, and the device goes on."""
+    limit = _memory_stats(bench.devices[0]).get("bytes_limit")
     if not limit:
         raise UnsupportedError("its limit is not known")
     size = int(limit * 1.5) // 4
-    x = jax.device_put(np.float32(1), bench.devices[0])
+    x = bench.put(np.float32(1))
     try:
         jax.block_until_ready(jax.jit(lambda x: jnp.broadcast_to(x, (size,)) + 0)(x))
     except (jax.errors.JaxRuntimeError, ValueError) as error:
@@ -127,16 +123,16 @@ def out_of_memory(bench: Bench) -> str:
 
 
 def donation(bench: Bench) -> str:
-    """A state updated in the memory where it lies: aliased bytes, and bytes in use."""
+    """Update a state in its own memory; count aliased bytes and bytes in use."""
     device = bench.devices[0]
     start = {
         name: np.random.RandomState(6).standard_normal(shape).astype(np.float32)
         for name, shape in _STATE_SHAPES.items()
     }
     size = sum(x.nbytes for x in start.values())
-    # copied on the device: what comes from the host may lie in the host's own memory
-    state = jax.jit(lambda s: jax.tree.map(jnp.copy, s))(jax.device_put(start, device))
-    before = _in_use(device)
+    # copied on the device: what comes from the host may be in the host's own memory
+    state = jax.jit(lambda s: jax.tree.map(jnp.copy, s))(bench.put(start))
+    before = _memory_stats(device).get("bytes_in_use")
     update = jax.jit(lambda s: jax.tree.map(lambda x: x * 2 + 1, s), donate_argnums=0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*donated buffers were not usable")
@@ -157,33 +153,29 @@ def donation(bench: Bench) -> str:
         if aliased < size:
             raise WrongError(f"only {texts[0]}: a state lives twice in a step")
     if before is not None:
-        grown = _in_use(device) - before
+        grown = _memory_stats(device)["bytes_in_use"] - before
         texts.append(f"memory in use grew by {max(0, grown)} bytes")
         if grown > size // 2:
             raise WrongError(f"{', '.join(texts)}: the donated memory was not given back")
     return ", ".join(texts) or "donated arrays are gone; the backend tells no bytes"
 
 
-def _in_use(device: jax.Device) -> int | None:
-    return (device.memory_stats() or {}).get("bytes_in_use")
-
-
 def host_offload(bench: Bench) -> str:
-    """Moments that rest in pinned host memory between steps, as `optim.offload` does it."""
+    """Keep moments in pinned host memory between steps, as `optim.offload` does."""
     device = bench.devices[0]
     kinds = {memory.kind for memory in device.addressable_memories()}
     if "pinned_host" not in kinds:
         raise UnsupportedError(f"memories are {', '.join(sorted(kinds))}; no pinned_host")
-    away = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
 
     def step(x: jax.Array) -> jax.Array:
         x = jax.device_put(x, jax.memory.Space.Device) + 1
         return jax.device_put(x, jax.memory.Space.Host)
 
     x = np.arange(1013, dtype=np.float32)
-    out = jax.jit(step, out_shardings=away)(jax.device_put(x, away))
+    out = jax.jit(step, out_shardings=host)(jax.device_put(x, host))
     if out.sharding.memory_kind != "pinned_host":
-        raise WrongError(f"the result rests in {out.sharding.memory_kind}, not in pinned_host")
+        raise WrongError(f"the result is in {out.sharding.memory_kind}, not in pinned_host")
     if not np.array_equal(np.asarray(out), x + 1):
         raise WrongError("values changed on the way to the host and back")
-    return "rests in pinned_host, computes on the device"
+    return "stored in pinned_host, computed on the device"

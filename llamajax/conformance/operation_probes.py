@@ -1,4 +1,4 @@
-"""Probes of the operations that a Llama step consists of: llamajax's own, at odd sizes."""
+"""Probes of the operations of a Llama step: llamajax's own, at odd sizes, against float64 NumPy."""
 
 import functools
 
@@ -27,49 +27,46 @@ def _normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.RandomState(seed).standard_normal(shape)
 
 
-def _numbers(seed: int, below: int, *shape: int) -> np.ndarray:
+def _integers(seed: int, below: int, *shape: int) -> np.ndarray:
     return np.random.RandomState(seed).randint(0, below, shape).astype(np.int32)
 
 
 def embedding(bench: Bench) -> str:
-    """Tokens that occur several times: their gradients add up."""
-    tokens_BT = _numbers(1, 11, 3, 17)
-    return compare(
-        bench,
-        lambda table: embeddings.embed(
+    """Look up tokens that occur several times: their gradients add up."""
+    tokens_BT = _integers(1, 11, 3, 17)
+
+    def function(table):
+        return embeddings.embed(
             table.astype(jnp.float32), jnp.asarray(tokens_BT), table.dtype, False
-        ),
-        functools.partial(references.embedding, tokens_BT=tokens_BT),
-        [_normal(2, 37, 13)],
-    )
+        )
+
+    reference = functools.partial(references.embedding, tokens_BT=tokens_BT)
+    return compare(bench, function, reference, [_normal(2, 37, 13)])
 
 
 def rms_norm(bench: Bench) -> str:
-    """A row of very small values among others, where the epsilon counts."""
+    """Normalize a row of very small values among others, where the epsilon counts."""
     x_BTD = _normal(1, 2, 5, 27)
     x_BTD[0, 0] *= 1e-2
-    return compare(
-        bench,
-        functools.partial(norm.rms_norm, eps=_EPS),
-        functools.partial(references.rms_norm, eps=_EPS),
-        [x_BTD, 1 + 0.1 * _normal(2, 27)],
-    )
+    function = functools.partial(norm.rms_norm, eps=_EPS)
+    reference = functools.partial(references.rms_norm, eps=_EPS)
+    return compare(bench, function, reference, [x_BTD, 1 + 0.1 * _normal(2, 27)])
 
 
 def rope(bench: Bench) -> str:
-    """Positions up to 4,000, where cosines want good reduction."""
-    positions_BT = _numbers(1, 4000, 2, 9)
+    """Rotate at positions up to 4,000, where cosines want good reduction."""
+    positions_BT = _integers(1, 4000, 2, 9)
     frequency = rotary.frequencies(10, theta=_THETA, scaling=None)
-    return compare(
-        bench,
-        lambda x: rotary.rotate(x, rotary.angles(jnp.asarray(positions_BT), frequency)),
-        functools.partial(references.rope, positions_BT=positions_BT, theta=_THETA),
-        [_normal(2, 2, 9, 3, 10)],
-    )
+
+    def function(x):
+        return rotary.rotate(x, rotary.angles(jnp.asarray(positions_BT), frequency))
+
+    reference = functools.partial(references.rope, positions_BT=positions_BT, theta=_THETA)
+    return compare(bench, function, reference, [_normal(2, 2, 9, 3, 10)])
 
 
 def feed_forward(bench: Bench) -> str:
-    """SwiGLU with an odd width."""
+    """Compute SwiGLU with an odd width."""
 
     def function(x, gate, up, down):
         return linear(jax.nn.silu(linear(x, gate)) * linear(x, up), down)
@@ -79,20 +76,15 @@ def feed_forward(bench: Bench) -> str:
 
 
 def attention(bench: Bench) -> str:
-    """The plain one: 33 tokens in two documents and padding, 6 query heads on 3."""
+    """Attend plainly: 33 tokens in two documents and padding, 6 query heads on 3."""
     return _attention(bench, "xla", tokens=33, heads=(6, 3), head_size=10)
 
 
 def attention_kernel(bench: Bench) -> str:
-    """The platform's preferred one that can run here, at a size that kernels take."""
-    preferences = bench.machine.attention_preferences
+    """Attend with the kernel that a run would choose here, at a size that kernels take."""
     texts = []
     for dtype in ("bfloat16", "float32"):
-        facts = {"dtype": dtype, "head_size": 64, "seq_len": 256}
-        capability = bench.machine.compute_capability
-        impl = attentions.first_supported(
-            preferences, platform=bench.machine.platform, compute_capability=capability, **facts
-        )
+        impl = bench.attention(dtype=dtype, head_size=64, seq_len=256)
         text = _attention(bench, impl, tokens=256, heads=(4, 2), head_size=64, dtypes=(dtype,))
         texts.append(f"{impl}: {text}")
     return "; ".join(texts)
@@ -107,24 +99,22 @@ def _attention(
     head_size: int,
     dtypes: tuple[str, ...] = ("float32", "bfloat16"),
 ) -> str:
-    segment_ids_BT = np.ones((2, tokens), np.int32)
-    segment_ids_BT[0, tokens // 3 :] = 2
-    segment_ids_BT[1, tokens - 5 :] = 3
+    ids_BT = np.ones((2, tokens), np.int32)
+    ids_BT[0, tokens // 3 :] = 2
+    ids_BT[1, tokens - 5 :] = 3
     shapes = [(2, tokens, n, head_size) for n in (heads[0], heads[1], heads[1])]
     return compare(
         bench,
-        functools.partial(
-            attentions.attention, impl=impl, segment_ids_BT=jnp.asarray(segment_ids_BT)
-        ),
-        functools.partial(references.attention, segment_ids_BT=segment_ids_BT),
+        functools.partial(attentions.attention, impl=impl, segment_ids_BT=jnp.asarray(ids_BT)),
+        functools.partial(references.attention, segment_ids_BT=ids_BT),
         [_normal(n, *shape) for n, shape in enumerate(shapes)],
         dtypes=dtypes,
     )
 
 
 def cross_entropy(bench: Bench) -> str:
-    """Chunks that do not divide the tokens, and targets that do not count."""
-    targets_BT, mask_BT = _numbers(1, 41, 2, 17), np.random.RandomState(2).rand(2, 17) < 0.7
+    """Sum the loss in chunks that do not divide the tokens, with targets that do not count."""
+    targets_BT, mask_BT = _integers(1, 41, 2, 17), np.random.RandomState(2).rand(2, 17) < 0.7
 
     def function(x, head):
         terms = losses.cross_entropy(
@@ -143,7 +133,7 @@ def cross_entropy(bench: Bench) -> str:
 
 
 def scan(bench: Bench) -> str:
-    """A recurrence whose body is recomputed in the backward pass."""
+    """Scan a recurrence whose body is recomputed in the backward pass."""
 
     def body(state: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         state = jnp.tanh(0.9 * state + x) + 0.1 * jnp.flip(state)
@@ -158,14 +148,14 @@ def scan(bench: Bench) -> str:
 
 
 def indexing(bench: Bench) -> str:
-    """Scatter with repeated rows, a slice at a computed place, roll and choice."""
+    """Scatter with repeated rows, slice at a computed place, roll and choose."""
     rows_N = np.array([4, 0, 4, 7, 4], np.int32)
 
     def function(x: jax.Array, y: jax.Array) -> jax.Array:
-        out = x.at[jnp.asarray(rows_N)].add(y)
-        part = jax.lax.dynamic_slice_in_dim(y, jnp.sum(jnp.asarray(rows_N)) - 18, 2, axis=0)
-        place = jnp.max(jnp.asarray(rows_N)) - 5
-        out = jax.lax.dynamic_update_slice_in_dim(out, part * 2, place, axis=0)
+        rows = jnp.asarray(rows_N)
+        out = x.at[rows].add(y)
+        part = jax.lax.dynamic_slice_in_dim(y, jnp.sum(rows) - 18, 2, axis=0)
+        out = jax.lax.dynamic_update_slice_in_dim(out, part * 2, jnp.max(rows) - 5, axis=0)
         out = jnp.roll(out, -3, axis=0)
         return jnp.where(out < 0, out / 2, out)
 
@@ -174,7 +164,7 @@ def indexing(bench: Bench) -> str:
 
 
 def adamw(bench: Bench) -> str:
-    """Three updates by llamajax's own chain."""
+    """Apply three updates by llamajax's own chain."""
     config = OptimConfig(
         learning_rate=_RATE,
         warmup_steps=0,
@@ -188,12 +178,15 @@ def adamw(bench: Bench) -> str:
     )
     optimizer = optim.build(config, steps=3)
     start, *grads = (_normal(n, 13, 7).astype(np.float32) for n in range(4))
-    in_tree = lambda x: {"w": nnx.Param(jax.device_put(x, bench.devices[0]), axes="DF")}  # noqa: E731
-    weights = in_tree(start)
+
+    def tree(x: np.ndarray) -> dict[str, nnx.Param]:
+        return {"w": nnx.Param(bench.put(x), axes="DF")}
+
+    weights = tree(start)
     state = optimizer.init(weights)
     update = jax.jit(lambda grads, state, w: optim.apply(optimizer, grads, state, w))
     for grad in grads:
-        weights, state = update(in_tree(grad), state, weights)
+        weights, state = update(tree(grad), state, weights)
     wide = [x.astype(np.float64) for x in (start, *grads)]
     expected = references.adamw(
         wide[0], wide[1:], rate=_RATE, betas=_BETAS, eps=_ADAM_EPS, decay=_DECAY
@@ -206,17 +199,17 @@ def adamw(bench: Bench) -> str:
 
 
 def sampling(bench: Bench) -> str:
-    """Falling order, cumulative sum and the first of the largest, as generation uses them."""
-    x_BV = _numbers(1, 19, 3, 47).astype(np.float32)
+    """Sort, sum cumulatively and take the first of the largest, as generation does."""
+    x_BV = _integers(1, 19, 3, 47).astype(np.float32)
 
     @jax.jit
     def chosen(x: jax.Array) -> tuple[jax.Array, ...]:
         falling = jnp.sort(x, axis=1, descending=True)
         return falling, jnp.cumsum(falling, axis=1), jnp.argmax(x, axis=1).astype(jnp.int32)
 
-    found = [np.asarray(y) for y in chosen(jax.device_put(x_BV, bench.devices[0]))]
     falling = -np.sort(-x_BV, axis=1)
     expected = [falling, np.cumsum(falling, axis=1), np.argmax(x_BV, axis=1)]
+    found = [np.asarray(y) for y in chosen(bench.put(x_BV))]
     for name, a, b in zip(("sort", "cumsum", "argmax"), found, expected, strict=True):
         if not np.array_equal(a, b):
             raise WrongError(f"{name} of (3, 47) values is wrong in {np.sum(a != b)} places")

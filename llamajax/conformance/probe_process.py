@@ -1,6 +1,6 @@
 """The process in which probes run: `python -m llamajax.conformance.probe_process FD`.
 
-It reads what to do from standard input and writes one JSON object a line to file descriptor FD. A
+It reads a request from standard input and writes one JSON object a line to file descriptor FD. A
 probe that dies takes this process with it; the parent then knows which one it was.
 """
 
@@ -12,26 +12,26 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llamajax.backends import exit_with_launcher
 from llamajax.config.schema import BackendConfig
-from llamajax.conformance.bench import Bench, UnsupportedError, WrongError
 from llamajax.errors import UserError
 
 _MESSAGE_CHARACTERS = 400
 
 
 def main() -> int:
-    """Run the probes that standard input names, in order; 2 where the backend refuses to start."""
+    """Run the requested probes in order; return 2 where the backend refuses to start."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # the parent asks where a probe hangs
     exit_with_launcher()
     request = json.load(sys.stdin)
     with os.fdopen(int(sys.argv[1]), "w", buffering=1, encoding="utf-8") as pipe:
 
-        def tell(**facts: Any) -> None:
+        def report(**facts: Any) -> None:
             print(json.dumps(facts), file=pipe, flush=True)
 
         import jax
@@ -42,55 +42,55 @@ def main() -> int:
             config = BackendConfig(**request["backend"])
             machine = backends.start(config, keep_programs=request["keep_programs"])
         except UserError as error:
-            tell(refused=str(error))
+            report(refused=str(error))
             return 2
         plugin = backends.built_for(config, jax.devices()[0].client)
-        tell(machine=dataclasses.asdict(machine), plugin=plugin)
-        _run_all(request["probes"], machine, Path(request["folder"]), tell)
+        report(machine=dataclasses.asdict(machine), plugin=plugin)
+        _run_all(request["probes"], machine, Path(request["folder"]), report)
     return 0
 
 
-def _run_all(probes: list[dict[str, str]], machine: Any, folder: Path, tell: Any) -> None:
+def _run_all(
+    probes: list[dict[str, str]], machine: Any, folder: Path, report: Callable[..., None]
+) -> None:
     import jax
 
+    from llamajax.conformance.bench import Bench
+
     for probe in probes:
-        tell(begins=probe["name"])
+        report(begins=probe["name"])
         own = folder / probe["name"]
         own.mkdir(parents=True)
         bench = Bench(devices=jax.devices(), machine=machine, folder=own)
         module, _, name = probe["function"].partition(":")
         function = getattr(importlib.import_module(module), name)
         begun = time.monotonic()
-        status, message, healthy = _outcome(function, bench)
-        tell(
-            ends=probe["name"],
-            status=status,
-            message=message,
-            time_s=round(time.monotonic() - begun, 3),
-        )
+        status, message, healthy = _result(function, bench)
+        time_s = round(time.monotonic() - begun, 3)
+        report(ends=probe["name"], status=status, message=message, time_s=time_s)
         if not healthy:  # what failed may leave the runtime in disorder: the rest gets a new one
             return
 
 
-def _outcome(function: Any, bench: Bench) -> tuple[str, str, bool]:
-    """Status, message, and whether this process may go on; other exceptions end it."""
+def _result(function: Callable[[Any], str], bench: Any) -> tuple[str, str, bool]:
+    """Return status, message, and whether this process may go on; other exceptions end it."""
     import jax
+
+    from llamajax.conformance.bench import UnsupportedError, WrongError
 
     try:
         return "pass", function(bench), True
     except (UnsupportedError, NotImplementedError) as error:
-        return "unsupported", short(str(error)), True
+        return "unsupported", _one_line(error), True
     except WrongError as error:
-        return "fail", short(str(error)), True
+        return "fail", _one_line(error), True
     except jax.errors.JaxRuntimeError as error:
-        if "UNIMPLEMENTED" in str(error):
-            return "unsupported", short(str(error)), True
-        return "fail", short(str(error)), False
+        unimplemented = "UNIMPLEMENTED" in str(error)
+        return "unsupported" if unimplemented else "fail", _one_line(error), unimplemented
 
 
-def short(text: str) -> str:
-    """A message on one line, cut where it is very long."""
-    line = " ".join(text.split())
+def _one_line(error: Exception) -> str:
+    line = " ".join(str(error).split())
     return line if len(line) <= _MESSAGE_CHARACTERS else line[: _MESSAGE_CHARACTERS - 4] + " ..."
 
 

@@ -1,4 +1,4 @@
-"""What the operations of a Llama step mean, in float64 NumPy, as plainly as it can be said.
+"""The operations of a Llama step in plain float64 NumPy, for the doctor and for tests.
 
 Arguments are those of the operation in `llamajax.ops`, differentiable ones first, as float64.
 """
@@ -9,17 +9,17 @@ Array = np.ndarray
 
 
 def embedding(table_VD: Array, *, tokens_BT: Array) -> Array:
-    """Rows of the table."""
+    """Look up rows of the table."""
     return table_VD[tokens_BT]
 
 
 def rms_norm(x_BTD: Array, scale_D: Array, *, eps: float) -> Array:
-    """Over the root mean square, times the scale."""
+    """Divide by the root mean square; multiply by the scale."""
     return x_BTD / np.sqrt(np.mean(x_BTD**2, axis=-1, keepdims=True) + eps) * scale_D
 
 
 def rope(x_BTNH: Array, *, positions_BT: Array, theta: float) -> Array:
-    """Dimension i turned together with i + H / 2."""
+    """Rotate dimension i together with i + H / 2."""
     half = x_BTNH.shape[-1] // 2
     turn = (theta ** (-np.arange(half) / half)).astype(np.float32)  # as the operation takes it
     angle = (positions_BT[..., None].astype(np.float32) * turn)[:, :, None, :].astype(np.float64)
@@ -29,7 +29,7 @@ def rope(x_BTNH: Array, *, positions_BT: Array, theta: float) -> Array:
 
 
 def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, *, segment_ids_BT: Array) -> Array:
-    """Causal, within the own document, several query heads to one of keys and values."""
+    """Attend causally within each document; several query heads share one of keys and values."""
     share = q_BTNH.shape[2] // k_BSKH.shape[2]
     k_BSNH, v_BSNH = np.repeat(k_BSKH, share, axis=2), np.repeat(v_BSKH, share, axis=2)
     scores = np.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) * q_BTNH.shape[-1] ** -0.5
@@ -42,13 +42,13 @@ def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, *, segment_ids_BT: Ar
 
 
 def feed_forward(x_BTD: Array, gate_DF: Array, up_DF: Array, down_FD: Array) -> Array:
-    """SwiGLU."""
+    """Compute SwiGLU."""
     gate = x_BTD @ gate_DF
     return (gate / (1 + np.exp(-gate)) * (x_BTD @ up_DF)) @ down_FD
 
 
 def cross_entropy(x_BTD: Array, head_VD: Array, *, targets_BT: Array, mask_BT: Array) -> Array:
-    """Sum of the negative log-likelihoods of the targets that count."""
+    """Sum the negative log-likelihoods of the targets that the mask keeps."""
     logits = x_BTD @ head_VD.T
     top = logits.max(axis=-1, keepdims=True)
     log_partition = np.log(np.exp(logits - top).sum(axis=-1)) + top[..., 0]
@@ -57,7 +57,7 @@ def cross_entropy(x_BTD: Array, head_VD: Array, *, targets_BT: Array, mask_BT: A
 
 
 def scan(x_LD: Array, start_D: Array) -> Array:
-    """Every state of a recurrence."""
+    """Return every state of a recurrence."""
     states, state = [], start_D
     for x_D in x_LD:
         state = np.tanh(0.9 * state + x_D) + 0.1 * state[::-1]
@@ -66,7 +66,7 @@ def scan(x_LD: Array, start_D: Array) -> Array:
 
 
 def indexing(x_VD: Array, y_ND: Array, *, rows_N: Array, start: int) -> Array:
-    """Rows added to rows, some of them twice; a slice written over; negative values halved."""
+    """Add rows to rows, some of them twice; overwrite a slice; roll; halve negative values."""
     out = x_VD.copy()
     np.add.at(out, rows_N, y_ND)
     out[start : start + 2] = y_ND[1:3] * 2
@@ -77,7 +77,7 @@ def indexing(x_VD: Array, y_ND: Array, *, rows_N: Array, start: int) -> Array:
 def adamw(
     w: Array, grads: list[Array], *, rate: float, betas: tuple, eps: float, decay: float
 ) -> Array:
-    """The weights after one update for each gradient (Loshchilov and Hutter 2019)."""
+    """Return the weights after one update for each gradient (Loshchilov and Hutter 2019)."""
     first, second = np.zeros_like(w), np.zeros_like(w)
     for n, grad in enumerate(grads, start=1):
         first = betas[0] * first + (1 - betas[0]) * grad

@@ -34,7 +34,7 @@ def examined(monkeypatch):
             backend=backend, limit_s=limit_s, show=lambda _: None, begin=lambda _: None
         )
         runner.run(probes)
-        return {o.name: (o.status, o.message) for o in runner.outcomes}
+        return {o.name: (o.status, o.message) for o in runner.results}
 
     return run
 
