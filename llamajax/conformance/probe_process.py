@@ -16,8 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llamajax.backends import exit_with_launcher
+import jax
+
+from llamajax import backends
 from llamajax.config.schema import BackendConfig
+from llamajax.conformance.bench import Bench, UnsupportedError, WrongError
 from llamajax.errors import UserError
 
 _MESSAGE_CHARACTERS = 400
@@ -27,16 +30,12 @@ def main() -> int:
     """Run the requested probes in order; return 2 where the backend refuses to start."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # the parent asks where a probe hangs
-    exit_with_launcher()
+    backends.exit_with_launcher()
     request = json.load(sys.stdin)
     with os.fdopen(int(sys.argv[1]), "w", buffering=1, encoding="utf-8") as pipe:
 
         def report(**facts: Any) -> None:
             print(json.dumps(facts), file=pipe, flush=True)
-
-        import jax
-
-        from llamajax import backends
 
         try:
             config = BackendConfig(**request["backend"])
@@ -53,10 +52,6 @@ def main() -> int:
 def _run_all(
     probes: list[dict[str, str]], machine: Any, folder: Path, report: Callable[..., None]
 ) -> None:
-    import jax
-
-    from llamajax.conformance.bench import Bench
-
     for probe in probes:
         report(begins=probe["name"])
         own = folder / probe["name"]
@@ -72,12 +67,8 @@ def _run_all(
             return
 
 
-def _result(function: Callable[[Any], str], bench: Any) -> tuple[str, str, bool]:
+def _result(function: Callable[[Bench], str], bench: Bench) -> tuple[str, str, bool]:
     """Return status, message, and whether this process may go on; other exceptions end it."""
-    import jax
-
-    from llamajax.conformance.bench import UnsupportedError, WrongError
-
     try:
         return "pass", function(bench), True
     except (UnsupportedError, NotImplementedError) as error:

@@ -36,5 +36,5 @@ def hangs(_: Bench) -> str:
     return "never"
 
 
-def tells_repairs(bench: Bench) -> str:
+def shows_repairs(bench: Bench) -> str:
     return ",".join(bench.machine.repairs)

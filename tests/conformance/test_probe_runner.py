@@ -1,4 +1,4 @@
-"""The parent of the probes: whatever one of them does, the others are tried and none is blamed."""
+"""Whatever one probe does, the others are run and none of them is blamed."""
 
 from pathlib import Path
 
@@ -12,37 +12,30 @@ from llamajax.errors import UserError
 CPU = BackendConfig(name="cpu", num_cpu_devices=2)
 
 
-def fake(name: str, function: str = "passes", **fields) -> Probe:
-    return Probe(
-        name=name,
-        group="fake",
-        function=f"fake_probes:{function}",
-        needed="always",
-        why="for a test",
-        otherwise="nothing",
-        **fields,
-    )
+def fake(name, function="passes", needed="always", **fields):
+    function = f"fake_probes:{function}"
+    words = {"group": "fake", "why": "for a test", "otherwise": "nothing"}
+    return Probe(name=name, function=function, needed=needed, **words, **fields)
 
 
 @pytest.fixture
-def examined(monkeypatch):
-    """Runs probes of `fake_probes.py` in child processes; outcomes by name."""
+def results(monkeypatch):
+    """Runs probes of `fake_probes.py` in child processes; status and message by name."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
-    def run(*probes: Probe, backend: BackendConfig = CPU, limit_s: float = 60.0) -> dict:
-        runner = ProbeRunner(
-            backend=backend, limit_s=limit_s, show=lambda _: None, begin=lambda _: None
-        )
+    def run(*probes, backend=CPU, limit_s=60.0):
+        ignore = lambda _: None  # noqa: E731
+        runner = ProbeRunner(backend=backend, limit_s=limit_s, show=ignore, begin=ignore)
         runner.run(probes)
-        return {o.name: (o.status, o.message) for o in runner.results}
+        return {r.name: (r.status, r.message) for r in runner.results}
 
     return run
 
 
-def test_every_end_of_a_probe_is_its_own(examined):
+def test_every_end_of_a_probe_is_its_own(results):
     ends = ("is_wrong", "is_unsupported", "raises", "aborts", "leaves")
     probes = [probe for name in ends for probe in (fake(name, name), fake(f"after_{name}"))]
-    found = examined(fake("first"), *probes)
+    found = results(fake("first"), *probes)
     assert found.pop("start") == ("pass", "2 devices of kind cpu")
     for name in ("first", *(f"after_{name}" for name in ends)):
         assert found[name] == ("pass", "on 2"), name
@@ -53,34 +46,32 @@ def test_every_end_of_a_probe_is_its_own(examined):
     assert "SIGABRT, at fake_probes.py" in found["aborts"][1]
 
 
-def test_a_hang_ends_with_its_time_and_says_where(examined):
-    found = examined(fake("hanging", "hangs"), fake("after"), limit_s=1.0)
+def test_a_hang_ends_with_its_time_and_says_where(results):
+    found = results(fake("hanging", "hangs"), fake("after"), limit_s=1.0)
     assert found["hanging"][0] == "fail"
     assert "did not come back within 1 s, at fake_probes.py" in found["hanging"][1]
     assert "in hangs" in found["hanging"][1]
     assert found["after"][0] == "pass"
 
 
-def test_without_the_smallest_program_nothing_is_tried(examined):
-    found = examined(fake("program", "is_wrong"), fake("after"))
+def test_without_the_smallest_program_nothing_is_tried(results):
+    found = results(fake("program", "is_wrong"), fake("after"))
     assert found["after"][0] == "unsupported"
     assert found["after"][1].startswith(NOT_TRIED)
 
 
-def test_a_repair_is_tried_only_in_place_of_what_did_not_pass(examined):
-    forced = {"function": "fake_probes:tells_repairs", "repair": "compile_cache"}
-    asked = [
-        Probe(name=name, group="fake", needed="never", why="", otherwise="", **forced | more)
-        for name, more in {
-            "instead_of_good": {"instead_of": "good"},
-            "instead_of_bad": {"instead_of": "bad"},
-        }.items()
-    ]
-    found = examined(fake("good"), fake("bad", "is_unsupported"), *asked)
+def test_a_repair_is_tried_only_in_place_of_what_did_not_pass(results):
+    forced = {"function": "shows_repairs", "needed": "never", "repair": "compile_cache"}
+    found = results(
+        fake("good"),
+        fake("bad", "is_unsupported"),
+        fake("instead_of_good", instead_of="good", **forced),
+        fake("instead_of_bad", instead_of="bad", **forced),
+    )
     assert "instead_of_good" not in found
     assert found["instead_of_bad"] == ("pass", "compile_cache")
 
 
-def test_a_backend_that_is_not_there_is_the_users_mistake(examined):
+def test_a_backend_that_is_not_there_is_the_users_mistake(results):
     with pytest.raises(UserError, match="'npuu' did not come up"):
-        examined(fake("any"), backend=BackendConfig(name="npuu"))
+        results(fake("any"), backend=BackendConfig(name="npuu"))

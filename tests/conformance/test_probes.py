@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamajax.backends import ProbeResult as Outcome
+from llamajax.backends import ProbeResult
 from llamajax.conformance import arithmetic_probes, collective_probes, references
 from llamajax.conformance.bench import Bench, WrongError, compare
-from llamajax.conformance.probe_table import PROBES, START, chosen, judge
+from llamajax.conformance.probe_table import PROBES, START, chosen, verdict_on
 from llamajax.errors import UserError
 from llamajax.ops.norm import rms_norm
 from llamajax.sharding import AXES
-
-WORK = {"x": np.random.RandomState(0).standard_normal((5, 27)), "scale": np.ones(27)}
 
 
 @pytest.fixture
@@ -24,27 +22,24 @@ def bench(tmp_path):
     return Bench(devices=jax.devices(), machine=SimpleNamespace(platform="cpu"), folder=tmp_path)
 
 
-def normed(bench, function, **options) -> str:
-    reference = functools.partial(references.rms_norm, eps=1e-5)
-    return compare(bench, function, reference, list(WORK.values()), **options)
-
-
-def test_the_right_operation_passes(bench):
-    normed(bench, functools.partial(rms_norm, eps=1e-5))
-
-
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("function", "message"),
     [
+        (lambda x, s: rms_norm(x, s, eps=1e-5), None),
         (lambda x, s: rms_norm(x, s, eps=2e-4), "float32 error .* is allowed"),
         (lambda x, s: rms_norm(jax.lax.stop_gradient(x), s, eps=1e-5), "backward"),
         (lambda x, s: rms_norm(x, s, eps=1e-5) * jnp.asarray(jnp.nan, x.dtype), "nan"),
     ],
-    ids=["value", "gradient", "nan"],
+    ids=["right", "value", "gradient", "nan"],
 )
-def test_a_wrong_operation_is_found(bench, wrong, said):
-    with pytest.raises(WrongError, match=said):
-        normed(bench, wrong)
+def test_a_wrong_operation_is_found(bench, function, message):
+    reference = functools.partial(references.rms_norm, eps=1e-5)
+    arrays = [np.random.RandomState(0).standard_normal((5, 27)), np.ones(27)]
+    if message is None:
+        compare(bench, function, reference, arrays)
+        return
+    with pytest.raises(WrongError, match=message):
+        compare(bench, function, reference, arrays)
 
 
 def test_products_that_sum_in_bfloat16_break_the_bound():
@@ -67,7 +62,7 @@ def test_a_collective_that_swaps_two_members_is_found(bench):
         return np.stack([np.concatenate(blocks, axis=1)] * len(blocks))
 
     with pytest.raises(WrongError, match=r"wrong over fsdp on fsdp 8 .* in bfloat16"):
-        collective_probes._tried(bench, swapped, joined, sent=None)
+        collective_probes.on_every_axis(bench, swapped, joined)
 
 
 @pytest.mark.parametrize("count", [4, 8, 12, 64])
@@ -80,14 +75,6 @@ def test_every_axis_has_devices_on_some_layout(count):
 
 def test_the_reference_bits_are_those_of_this_release():
     assert arithmetic_probes.checksums(jax.devices()[0]) == arithmetic_probes.REFERENCE_CRC
-
-
-def outcomes(**statuses: str) -> list[Outcome]:
-    """All probes pass but these."""
-    return [
-        Outcome(name=p.name, status=statuses.get(p.name, "pass"), message="", time_s=0.0)
-        for p in (START, *PROBES)
-    ]
 
 
 @pytest.mark.parametrize(
@@ -107,9 +94,14 @@ def outcomes(**statuses: str) -> list[Outcome]:
           "compile_cache_by_name": "fail"}, "not ready", ()),
     ],
 )  # fmt: skip
-def test_the_verdict(statuses, word, repairs):
-    found = judge(outcomes(**statuses))
-    assert (found.word, found.repairs) == (word, repairs)
+def test_verdict_and_repairs_follow_from_the_results(statuses, word, repairs):
+    """All probes pass but these."""
+    results = [
+        ProbeResult(name=p.name, status=statuses.get(p.name, "pass"), message="", time_s=0.0)
+        for p in (START, *PROBES)
+    ]
+    found = verdict_on(None, results, asked_for="cpu")
+    assert (found.platform, found.verdict, found.repairs) == ("cpu", word, repairs)
 
 
 def test_unknown_names_of_probes_are_all_named():
