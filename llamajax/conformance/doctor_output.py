@@ -96,7 +96,9 @@ def to_html(verdict: PlatformVerdict, *, machine: dict[str, Any] | None, total_s
     return PAGE.replace("{title}", html.escape(title)).replace("{body}", body)
 
 
-def _body(verdict: PlatformVerdict, machine: dict[str, Any] | None, total_s: float) -> Iterator[str]:
+def _body(
+    verdict: PlatformVerdict, machine: dict[str, Any] | None, total_s: float
+) -> Iterator[str]:
     bad = " bad" if verdict.verdict == NOT_READY else ""
     name = html.escape(f"{verdict.platform}: {verdict.device_kind}")
     yield _STYLE
