@@ -17,7 +17,9 @@ def main(workdir: Path) -> int:
     manifest = json.loads((workdir / "data" / "manifest.json").read_text(encoding="utf-8"))
     unigram = manifest["splits"]["validation"]["unigram_loss"]
     perplexity = math.exp(last["eval_loss"])
-    print(f"held-out loss after step {last['step']}: {last['eval_loss']:.3f} nats per token", end="")
+    print(
+        f"held-out loss after step {last['step']}: {last['eval_loss']:.3f} nats per token", end=""
+    )
     print(f" (perplexity {perplexity:.0f})")
     print(f"token frequencies of the book alone: {unigram:.3f} nats per token")
     return 0 if last["eval_loss"] < unigram else 1

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--{name}={out}: there is no directory to write it in")
     backend = backend_config(flags)
     # JAX takes seconds to import: --help and mistakes are answered without it.
-    from llamajax.backends.stored_verdict import NOT_READY
+    from llamajax.backends.repairs import NOT_READY
     from llamajax.conformance import doctor_output as output
     from llamajax.conformance.probe_runner import ProbeRunner
     from llamajax.conformance.probe_table import chosen, verdict_on

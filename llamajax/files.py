@@ -1,16 +1,22 @@
-"""Write files and directories so that they appear complete or not at all.
+"""Write files and directories so that they appear complete or not at all, and lock files.
 
 Content goes under a hidden name beside the target, which is then renamed. A rename within one file
 system is atomic, so a reader and a killed process see the old content or the new one.
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from llamajax.errors import UserError
+
+LOCK_WITHIN_S = 10.0  # a killed process holds its lock until its last write is done
+_RETRY_LOCK_S = 0.2
 
 
 @contextlib.contextmanager
@@ -135,3 +141,24 @@ def lfs_problem(start: bytes) -> str | None:
     if not start.startswith(b"version https://git-lfs"):
         return None
     return "is a pointer of git-lfs, not the file itself; run `git lfs pull`"
+
+
+def lock_file(file: IO, *, within_s: float | None = None) -> str | None:
+    """Lock an open file until it is closed. Return why not, where the file system has no locks.
+
+    The kernel's lock ends with the process, however that dies. within_s: how long to wait for
+    another process that holds it (None: LOCK_WITHIN_S, seconds). Raises BlockingIOError after that.
+    Other errors (ENOSYS, ENOLCK, EOPNOTSUPP of Lustre, NFS and others) say nothing about other
+    processes.
+    """
+    deadline = time.monotonic() + (LOCK_WITHIN_S if within_s is None else within_s)
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return None
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(_RETRY_LOCK_S)
+        except OSError as error:
+            return error.strerror or str(error)

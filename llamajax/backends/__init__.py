@@ -1,52 +1,36 @@
 """What the machine is: starting JAX on it, and what is known of its devices.
 
-Names are looked up when they are used, so that what needs no JAX does not wait for its import.
+Names are looked up when they are used: `with_huge_pages` must run before JAX is imported, and what
+needs no JAX does not wait for its import.
 """
 
 import importlib
 from typing import Any
 
-_HOME = {
-    "Device": "devices",
-    "Machine": "runtime",
-    "ProbeResult": "stored_verdict",
-    "Target": "topologies",
-    "PlatformVerdict": "stored_verdict",
-    "absent_devices": "topologies",
-    "attention_preferences": "platforms",
-    "built_for": "plugin",
-    "cache_directory": "folders",
-    "child_environment": "launcher_environment",
-    "computes_attention": "platforms",
-    "default_dtype": "platforms",
-    "donated_bytes": "runtime",
-    "exit_with_launcher": "launcher_environment",
-    "is_host": "platforms",
-    "lock_file": "file_lock",
-    "lost_features": "jax_private",
-    "may_alias_host_memory": "platforms",
-    "machine_profile": "profile",
-    "memory_in_use": "runtime",
-    "peak_flops": "devices",
-    "platform_of_attention": "platforms",
-    "profile_lines": "profile",
-    "program_bytes": "runtime",
-    "read_verdict": "stored_verdict",
-    "is_deterministic": "platforms",
-    "report_checkpoint": "launcher_environment",
-    "last_alive_s": "launcher_environment",
-    "report_alive": "launcher_environment",
-    "start": "runtime",
-    "untested_versions": "jax_private",
-    "verdict_path": "stored_verdict",
-    "with_huge_pages": "hugepages",
-    "write_verdict": "stored_verdict",
-}
+_NAMES = {
+    "compile_cache": ("cache_directory",),
+    "devices": ("Device", "peak_flops"),
+    "hugepages": ("with_huge_pages",),
+    "jax_private": ("lost_features", "untested_versions"),
+    "machine_facts": (
+        "donated_bytes", "machine_profile", "memory_in_use", "profile_lines", "program_bytes",
+    ),
+    "platforms": ("computes_attention", "platform_facts", "platform_of_attention"),
+    "plugin": ("built_for",),
+    "process_environment": (
+        "child_environment", "exit_with_launcher", "last_alive_s", "report_alive",
+        "report_checkpoint",
+    ),
+    "repairs": ("PlatformVerdict", "ProbeResult", "write_verdict"),
+    "runtime": ("Machine", "start"),
+    "topologies": ("Target", "absent_devices"),
+}  # fmt: skip
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
-__all__ = list(_HOME)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,37 +1,43 @@
 """Compiled programs kept on disk, so that the second start of a run does not compile.
 
-JAX has such a cache; here are its folder, and files that survive a kill: each is written beside its
-place and renamed, and carries a digest, so that several processes and killed ones leave nothing
-that is read as a program. For a platform that JAX keeps no programs of, its check is answered
-before it is asked (a repair, see `repairs`). Where JAX lacks the private parts that this needs
-(`jax_private.cache_hook`), its own files are used, for its own platforms.
+JAX has such a cache, with files of its own. Ours take their place, because a kill must cost
+nothing: JAX writes a program in place and never replaces half of one, so it compiles that program
+at every start from then on. With `jax_compilation_cache_max_size` it also reads one file for each
+program kept whenever it adds one (50 ms at 1000 programs), needs the package filelock, and in jax
+0.10 adds none any more after a kill between its two writes. Where JAX lacks the private parts that
+this needs (`jax_private.cache_hook`), its own files are used, for its own platforms.
 
 JAX writes what process 0 compiles and nothing else. On GPUs its keys are made to be the same on all
 processes (read in its code, not run), which find the program if they see that folder. A CPU's key
 holds the process as well, so the others compile at each start; no setting of JAX changes this.
 """
 
+import contextlib
 import hashlib
 import os
 import platform as host
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from llamajax.backends.folders import cache_directory
 from llamajax.backends.jax_private import cache_hook
 from llamajax.files import write_file
 
 _DIGEST_BYTES = 32
 _SUFFIX = ".program"
-# All programs are kept, small ones too, as a start compiles many; 10 GiB at most, the latest used.
+# All programs are kept, small ones too, as a start compiles many.
 _LEAST_COMPILE_S = 0.0
 _MOST_BYTES = 10 * 2**30
 
 
+def cache_directory(name: str) -> Path:
+    """Return the user's directory for what can be computed again; it may not exist yet."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "llamajax" / name
+
+
 def enable(folder: str, *, force: bool) -> Path | None:
-    """Keep compiled programs from now on; the folder, or None where the user's JAX forbids it.
+    """Keep compiled programs from now on. Return the folder; None where the user's JAX forbids it.
 
     folder: `auto` is the one of JAX_COMPILATION_CACHE_DIR, else the user's cache directory, one for
     each kind of processor, since a CPU's programs fit no other. force: also on a platform that JAX
@@ -39,26 +45,24 @@ def enable(folder: str, *, force: bool) -> Path | None:
     """
     if not jax.config.jax_enable_compilation_cache:
         return None
+    path = Path(folder)
     if folder == "auto":
         path = Path(jax.config.jax_compilation_cache_dir or _default_folder())
-    else:
-        path = Path(folder)
     path = path.expanduser().absolute()
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_COMPILE_S)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     if not cache_hook.problem():
-        cache_hook.install(_open, force=force)
+        cache_hook.install(lambda path: (FileCache(Path(path)), path), force=force)
     return path
 
 
 def _default_folder() -> Path:
-    """One folder for each kind of processor: its model and what it can do."""
-    words = [host.machine()]
-    try:
+    """Return a folder for this kind of processor: its model and what it can do."""
+    lines = []
+    with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
+    words = [host.machine()]
     for key in ("model name", "flags", "Features"):
         words += [line for line in lines if line.startswith(key)][:1]
     digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:12]
@@ -66,18 +70,30 @@ def _default_folder() -> Path:
 
 
 class FileCache:
-    """Programs as files of one folder. What JAX wants of a cache: `get`, `put` and `_path`."""
+    """Programs as files of one folder, each with its digest; JAX wants `get`, `put` and `_path`.
 
-    def __init__(self, folder: Path, *, most_bytes: int):
+    The least recently used files beyond `most_bytes` are removed when the cache is opened.
+    """
+
+    def __init__(self, folder: Path, *, most_bytes: int = _MOST_BYTES):
         self._path = folder
-        self._most_bytes = most_bytes
+        files = []
+        for path in folder.glob(f"*{_SUFFIX}"):
+            with contextlib.suppress(OSError):  # another process removed it
+                files.append((path.stat(), path))
+        total = sum(stat.st_size for stat, _ in files)
+        for stat, path in sorted(files, key=lambda item: item[0].st_mtime):
+            if total <= most_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= stat.st_size
 
     def get(self, key: str) -> bytes | None:
-        """The value of a key; None where there is none, or only a damaged one (then removed)."""
+        """Return the value of a key; None where there is none, or a damaged one, then removed."""
         path = self._path / f"{key}{_SUFFIX}"
         try:
             stored = path.read_bytes()
-            os.utime(path)
+            os.utime(path)  # it was used now
         except OSError:
             return None
         digest, value = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
@@ -87,26 +103,6 @@ class FileCache:
         return value
 
     def put(self, key: str, value: bytes) -> None:
-        """Keep a value, whole or not at all; the least recently used ones go to make room."""
+        """Keep a value, complete or not at all."""
         self._path.mkdir(parents=True, exist_ok=True)
-        path = self._path / f"{key}{_SUFFIX}"
-        write_file(path, hashlib.sha256(value).digest() + value)
-        self._make_room()
-
-    def _make_room(self) -> None:
-        files = []
-        for path in self._path.iterdir():
-            try:
-                files.append((path.stat(), path))
-            except OSError:
-                continue  # another process removed or renamed it
-        total = sum(stat.st_size for stat, _ in files)
-        for stat, path in sorted(files, key=lambda item: item[0].st_mtime):
-            if total <= self._most_bytes:
-                break
-            path.unlink(missing_ok=True)
-            total -= stat.st_size
-
-
-def _open(path: str) -> tuple[Any, str]:
-    return FileCache(Path(path), most_bytes=_MOST_BYTES), path
+        write_file(self._path / f"{key}{_SUFFIX}", hashlib.sha256(value).digest() + value)

@@ -48,6 +48,11 @@ class Platform:
     tested: str = "no"
     source: str = ""
 
+    @property
+    def attention_preferences(self) -> tuple[str, ...]:
+        """Attention implementations to try, best first."""
+        return (*self.fused_attention, "blocked", "split", "xla")
+
 
 _GPU_OPTIONS = (
     "--xla_gpu_enable_latency_hiding_scheduler=true",
@@ -135,50 +140,26 @@ PLATFORMS = (
 
 
 def platform_facts(name: str) -> Platform:
-    """What is known of the platform that JAX calls `name`; `UNKNOWN`, so named, of any other."""
+    """Return what is known of a platform by its name in JAX; `UNKNOWN`, so named, of any other."""
     found = [entry for entry in PLATFORMS if name in entry.names]
     return found[0] if found else dataclasses.replace(UNKNOWN, names=(name,))
 
 
-def attention_preferences(platform: str) -> tuple[str, ...]:
-    """Attention implementations to try on a platform, best first."""
-    return (*platform_facts(platform).fused_attention, "blocked", "split", "xla")
-
-
 def platform_of_attention(impl: str) -> str | None:
-    """The platform that an implementation is built for; None where it runs anywhere."""
+    """Return the platform that an implementation is built for; None where it runs anywhere."""
     found = [entry for entry in PLATFORMS if impl in entry.fused_attention]
     return found[0].names[-1] if found else None
 
 
 def computes_attention(platform: str, impl: str) -> bool:
-    """Whether an implementation is built for this platform."""
-    return impl in attention_preferences(platform)
-
-
-def default_dtype(platform: str) -> ComputeDtype:
-    """What to compute in where nobody says."""
-    return platform_facts(platform).dtype
-
-
-def is_host(platform: str) -> bool:
-    """Whether its devices are the host's own processor."""
-    return platform_facts(platform).is_host
-
-
-def may_alias_host_memory(platform: str) -> bool:
-    """Whether an array put there may go on living in the memory of the NumPy array it came from."""
-    return platform_facts(platform).may_alias_host_memory
+    """Return whether an implementation is built for this platform."""
+    return impl in platform_facts(platform).attention_preferences
 
 
 def exact_options(platform: str) -> dict[str, int]:
-    """Compiler options for what must have the same bits however it is sharded, such as weights.
+    """Return compiler options that give the same bits however the result is sharded.
 
-    None with jax 0.10, whose compiler gives them anyhow: a program made so runs more slowly.
+    For what must not depend on the mesh, such as initial weights. None with jax 0.10, whose
+    compiler gives them anyhow: a program made so runs more slowly.
     """
     return {} if jax.__version_info__ < (0, 11) else dict(platform_facts(platform).exact_options)
-
-
-def is_deterministic(platform: str) -> bool:
-    """Whether the same program gives the same bits each time, so that a difference is an error."""
-    return platform_facts(platform).is_deterministic

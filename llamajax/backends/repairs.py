@@ -1,19 +1,37 @@
-"""What JAX takes from a platform that it does not know, given back; and what is done without.
+"""Repairs: what llamajax makes up for on a platform that JAX does not know, and what chooses them.
 
 JAX keeps two lists of platforms, of those that may reuse donated memory and of those whose
 executables may be kept on disk; a new platform is in neither and is told so at most in a warning.
 The two lists are private: `jax_private` checks that they are as expected. `config.backend.repairs`
 says which: `auto` those that the doctor saw work on this platform, `none`, or names.
+
+The doctor's verdict is one JSON file for each platform, version of it, device kind and release of
+JAX, in the user's cache directory, so that a backend is probed once. Its `repairs` name what the
+doctor saw work: a repair that adds something (donation, the compile cache) when its probe, run with
+that repair forced, passed; one that replaces something (asynchronous copies of checkpoints, an
+attention) when the probe of what it replaces failed.
 """
 
+import dataclasses
+import hashlib
+import json
+import re
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
 
+import jax
+
+from llamajax.backends.compile_cache import cache_directory
 from llamajax.backends.jax_private import TESTED, cache_hook, donation
 from llamajax.backends.platforms import platform_facts
-from llamajax.backends.stored_verdict import NOT_READY, PlatformVerdict
 from llamajax.config import did_you_mean, nearest
 from llamajax.errors import combine
+from llamajax.files import write_file
+
+READY, READY_WITH_REPAIRS, NOT_READY = "ready", "ready with repairs", "not ready"
+Status = Literal["pass", "fail", "unsupported"]
 
 DONATION = "donation"
 COMPILE_CACHE = "compile_cache"
@@ -26,14 +44,81 @@ REPAIRS = {
     PLAIN_ATTENTION: "attention as the plain operations of the reference, no blocks, no kernel",
 }
 _PRIVATE = {DONATION: donation, COMPILE_CACHE: cache_hook}
-# What a platform that JAX does not know loses without the first two.
-LOST = "no reuse of donated memory (weights and optimizer live twice), no compile cache"
 
 
-def chosen(text: str, *, platform: str, verdict: PlatformVerdict | None) -> tuple[str, ...]:
-    """The repairs that `backend.repairs` asks for on this platform, in the order of REPAIRS.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeResult:
+    """What one probe of the doctor found on a platform; `message` says it in words."""
 
-    UserError for a name that is none, or for one that this release of JAX does not allow.
+    name: str
+    status: Status
+    message: str
+    time_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlatformVerdict:
+    """What the doctor says of one platform. `verdict` is READY or one of the two others."""
+
+    platform: str
+    platform_version: str
+    device_kind: str
+    jax: str
+    verdict: str
+    repairs: tuple[str, ...]
+    probes: tuple[ProbeResult, ...]
+
+    def passed(self, name: str) -> bool | None:
+        """Return whether the probe of that name passed; None where it did not run."""
+        found = [probe for probe in self.probes if probe.name == name]
+        return found[0].status == "pass" if found else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that doctor.json holds."""
+        return dataclasses.asdict(self)
+
+
+def verdict_path(*, platform: str, platform_version: str, device_kind: str) -> Path:
+    """Return the file of the verdict on a platform, under the JAX that is installed."""
+    key = json.dumps([platform, platform_version, device_kind, jax.__version__])
+    words = re.sub(r"[^a-z0-9]+", "-", f"{platform} {device_kind}".lower()).strip("-")
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+    return cache_directory("doctor") / f"{words}-{digest}" / "doctor.json"
+
+
+def write_verdict(verdict: PlatformVerdict) -> Path:
+    """Write a verdict to where runs look for it. Returns the file. Raises OSError."""
+    path = verdict_path(
+        platform=verdict.platform,
+        platform_version=verdict.platform_version,
+        device_kind=verdict.device_kind,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps(verdict.to_json(), indent=1) + "\n")
+    return path
+
+
+def read_verdict(
+    *, platform: str, platform_version: str, device_kind: str
+) -> PlatformVerdict | None:
+    """Return the verdict on a platform; None where there is none, or only a damaged file."""
+    path = verdict_path(
+        platform=platform, platform_version=platform_version, device_kind=device_kind
+    )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found["probes"] = tuple(ProbeResult(**probe) for probe in found["probes"])
+        found["repairs"] = tuple(str(name) for name in found["repairs"])
+        fields = [field.name for field in dataclasses.fields(PlatformVerdict)]
+        return PlatformVerdict(**{name: found[name] for name in fields})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def choose_repairs(text: str, *, platform: str, verdict: PlatformVerdict | None) -> tuple[str, ...]:
+    """Return the repairs that `backend.repairs` asks for on a platform, in the order of REPAIRS.
+
+    Raises UserError for a name that is none, or for one that this release of JAX does not allow.
     """
     if text == "none":
         return ()
@@ -64,7 +149,7 @@ def _obstacle(name: str, platform: str) -> str | None:
 
 
 def is_donating(platform: str, repairs: Sequence[str]) -> bool:
-    """Whether donated memory is used again there, with these repairs."""
+    """Return whether donated memory is used again there, with these repairs."""
     return platform_facts(platform).is_known_to_jax or DONATION in repairs
 
 
@@ -73,22 +158,19 @@ def apply_to_lowering(platform: str, repairs: Sequence[str]) -> None:
     if DONATION in repairs and not platform_facts(platform).is_known_to_jax:
         donation.enable(platform)
     elif not is_donating(platform, repairs):
-        say_less_of_donation()
+        # Not one warning a program about what the start of a run says once.
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
 
 
 def advice(platform: str, verdict: PlatformVerdict | None) -> str | None:
-    """What to tell the user of a platform that JAX does not know; None where all is well."""
+    """Return what to tell the user of a platform that JAX does not know; None where all is well."""
     if verdict is None:
         return (
             f"{platform} is new to JAX and was not examined: run `python -m llamajax.doctor` with "
-            f"the same backend first. Until then: {LOST}"
+            "the same backend first. Until then: no reuse of donated memory (weights and optimizer "
+            "live twice), no compile cache"
         )
     if verdict.verdict == NOT_READY:
         failed = [probe.name for probe in verdict.probes if probe.status == "fail"]
         return f"the doctor calls {platform} not ready: {', '.join(failed) or 'see its table'}"
     return None
-
-
-def say_less_of_donation() -> None:
-    """Not one warning a program about what the start of a run says once."""
-    warnings.filterwarnings("ignore", message="Some donated buffers were not usable")

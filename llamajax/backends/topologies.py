@@ -20,11 +20,8 @@ import jax
 from jax.experimental import topologies
 
 from llamajax.backends import devices, runtime
-from llamajax.backends.device_table import read_device_table
-from llamajax.backends.platforms import attention_preferences
 from llamajax.backends.plugin import named_to_jax
-from llamajax.backends.repairs import apply_to_lowering, chosen
-from llamajax.backends.stored_verdict import read_verdict
+from llamajax.backends.repairs import apply_to_lowering, choose_repairs, read_verdict
 from llamajax.config import did_you_mean, nearest
 from llamajax.config.schema import BackendConfig
 from llamajax.errors import UserError
@@ -67,7 +64,6 @@ class Target:
             process_id=0,
             compute_capability=self.compute_capability,
             versions=self.versions,
-            attention_preferences=attention_preferences(self.platform),
             repairs=self.repairs,
         )
 
@@ -96,7 +92,7 @@ def absent_devices(text: str, backend: BackendConfig) -> Target:
     num_cpu_devices = sizes[0] if kind == "cpu" else None
     if kind == "cpu" and len(sizes) != 1:
         raise UserError(f"--devices={text}: cpu takes one number, for example cpu:8")
-    devices.use_table(read_device_table(backend.device_table) if backend.device_table else ())
+    devices.use_device_table(backend.device_table)
     if is_plugin and not (backend.plugin and backend.name == kind):
         backend = BackendConfig(repairs=backend.repairs)
     _quiet_libtpu()
@@ -151,7 +147,7 @@ def _repairs(device: Any, backend: BackendConfig) -> tuple[str, ...]:
     verdict = read_verdict(
         platform=device.platform, platform_version=version, device_kind=device.device_kind
     )
-    repairs = chosen(backend.repairs, platform=device.platform, verdict=verdict)
+    repairs = choose_repairs(backend.repairs, platform=device.platform, verdict=verdict)
     apply_to_lowering(device.platform, repairs)
     return repairs
 

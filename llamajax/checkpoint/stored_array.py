@@ -18,7 +18,7 @@ import numpy as np
 import tensorstore as ts
 from jax.sharding import SingleDeviceSharding
 
-from llamajax.backends import may_alias_host_memory
+from llamajax.backends import platform_facts
 from llamajax.checkpoint.location import Location, tensorstore_spec
 from llamajax.checkpoint.manifest import DamagedError
 
@@ -178,7 +178,7 @@ def array_from_parts(
         part = read(tuple(slice(*b) for b in bounds))
         for device in devices:
             copied = part
-            if donated and may_alias_host_memory(device.platform):
+            if donated and platform_facts(device.platform).may_alias_host_memory:
                 copied = jnp.copy(jax.device_put(part, device))
             shards.append(jax.device_put(copied, SingleDeviceSharding(device, memory_kind=kind)))
         jax.block_until_ready(shards)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from llamajax.backends import PlatformVerdict, ProbeResult
-from llamajax.backends.stored_verdict import NOT_READY
+from llamajax.backends.repairs import NOT_READY
 from llamajax.conformance.probe_table import NOT_TRIED, consequences, probe
 from llamajax.monitoring.report.page import PAGE
 

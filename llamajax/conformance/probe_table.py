@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from llamajax.backends import PlatformVerdict, ProbeResult
-from llamajax.backends.stored_verdict import NOT_READY, READY, READY_WITH_REPAIRS
+from llamajax.backends.repairs import NOT_READY, READY, READY_WITH_REPAIRS
 from llamajax.config import did_you_mean, nearest
 from llamajax.errors import combine
 

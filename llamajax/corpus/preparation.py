@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from llamajax.backends import lock_file
 from llamajax.corpus.holdout import SPLITS, Holdout
 from llamajax.corpus.input_files import Corpus, find_files, warn_of_single_article
 from llamajax.corpus.instructions import Example, InstructionCorpus
@@ -18,7 +17,7 @@ from llamajax.corpus.tokenizer_training import MAX_BYTES, parse_train, train_tok
 from llamajax.corpus.tokenizing import Tokens, tokenize_all
 from llamajax.data import shards
 from llamajax.errors import TransientError, UserError, say
-from llamajax.files import replaced_directory
+from llamajax.files import lock_file, replaced_directory
 from llamajax.tokenizers import Tokenizer, load_tokenizer
 from llamajax.tokenizers.chat import check_template, write_template
 from llamajax.tokenizers.loading import MANIFEST

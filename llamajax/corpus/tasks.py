@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llamajax.backends import lock_file
 from llamajax.corpus.holdout import Holdout, Part
 from llamajax.corpus.input_files import warn_of_single_article
 from llamajax.corpus.preparation import (
@@ -36,7 +35,7 @@ from llamajax.corpus.tokenizer_training import parse_train
 from llamajax.corpus.tokenizing import Tokens, tokenize, tokenize_all
 from llamajax.data.shards import token_dtype
 from llamajax.errors import UserError, combine
-from llamajax.files import replaced_file, write_file
+from llamajax.files import lock_file, replaced_file, write_file
 from llamajax.tokenizers import load_tokenizer
 
 _FACTS = "part.json"

@@ -113,7 +113,7 @@ def open_session(request: Request) -> Session:
 
 def default_dtype(machine: backends.Machine) -> str:
     """Of weights, computation and cache."""
-    return backends.default_dtype(machine.platform)
+    return backends.platform_facts(machine.platform).dtype
 
 
 def default_mesh(model: ModelConfig, num_devices: int) -> MeshConfig:

@@ -35,7 +35,7 @@ def evaluate(request: Request) -> dict[str, Any]:
     source = open_source(request, weights)
     machine = backends.start(request.backend, keep_programs=True)
     mesh = _mesh(request, weights)
-    dtype = request.dtype or backends.default_dtype(machine.platform)
+    dtype = request.dtype or backends.platform_facts(machine.platform).dtype
     compute = _compute(weights, source, machine, dtype)
     batch_size = rows_a_batch(source.rows, mesh, request.batch_size)
     sharding.check_divides(weights.model.dims, mesh, batch=batch_size, accumulation=1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from llamajax.backends import Target, is_host
+from llamajax.backends import Target, platform_facts
 from llamajax.config import RunConfig
 from llamajax.models.counts import flops_per_token
 from llamajax.planning.compilation import Facts, Step, abstract_step, compiled_facts
@@ -75,7 +75,8 @@ def _judged(step: Step, facts: Facts) -> Plan:
     config, target, state = step.config, step.target, step.state
     weights = (state.model, state.adapters)
     gradients = shard_bytes(state.trained)
-    measures_memory = not is_host(target.platform)  # temporary memory of a CPU predicts nothing
+    # Temporary memory of a CPU predicts nothing.
+    measures_memory = not platform_facts(target.platform).is_host
     peak = facts.needed_bytes if measures_memory else None
     limit = facts.limit_bytes or (target.entry and target.entry.limit_bytes)
     temporary = facts.temporary_bytes if measures_memory else None
@@ -135,7 +136,7 @@ def _notes(step: Step, facts: Facts) -> list[str]:
             "train uses there, is built on the hardware alone; neither holds a T x S matrix, so "
             f"that memory is alike, and time is predicted for {step.runs_attention!r}"
         )
-    if is_host(step.target.platform):
+    if platform_facts(step.target.platform).is_host:
         notes.append("cpu: temporary memory of a CPU's program predicts no accelerator's; no peak")
         if step.config.train.dtype == "bfloat16":
             notes.append("cpu: XLA moves float32 there where an accelerator moves bfloat16")

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llamajax.backends import is_deterministic, is_host
+from llamajax.backends import platform_facts
 from llamajax.config import RunConfig
 from llamajax.config.schema import MeshConfig
 from llamajax.errors import UserError, combine, say
@@ -107,11 +107,11 @@ def other_mesh(request: ProofOptions, undisturbed: Path) -> list[str] | None:
         return [f"--config.{part.strip()}" for part in request.other.split(",")]
     facts, processes = read_run_facts(undisturbed), request.processes
     axes = {field.name: 1 for field in dataclasses.fields(MeshConfig)}
-    devices = facts["num_devices"]
-    if is_host(facts["platform"]) and processes is not None:
+    devices, is_host = facts["num_devices"], platform_facts(facts["platform"]).is_host
+    if is_host and processes is not None:
         devices = processes * max(1, devices // processes)
         mesh = axes | {"fsdp": devices}
-    elif is_host(facts["platform"]):
+    elif is_host:
         devices = devices // 2 if devices > 1 and devices % 2 == 0 else devices * 2
         mesh = axes | {"fsdp": devices}
     elif devices == 1:
@@ -121,7 +121,7 @@ def other_mesh(request: ProofOptions, undisturbed: Path) -> list[str] | None:
     else:
         mesh = axes | {"fsdp": devices}
     found = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
-    if is_host(facts["platform"]):
+    if is_host:
         found.append(f"--config.backend.num_cpu_devices={devices // (processes or 1)}")
     return found
 
@@ -207,6 +207,7 @@ def judge(request: ProofOptions, undisturbed: Path, killed: Path, moved: Path | 
     """Compare the three finished runs and print the verdict; `moved` None: no other mesh."""
     theirs = logged_values(undisturbed)
     platform = read_run_facts(undisturbed)["platform"]
+    is_deterministic = platform_facts(platform).is_deterministic
     same = largest_difference(theirs, logged_values(killed))
     good = same is None
     said = (
@@ -232,7 +233,7 @@ def judge(request: ProofOptions, undisturbed: Path, killed: Path, moved: Path | 
     print(f"samples      {words} (ledger {', '.join(dict.fromkeys(ledgers))})")
     if good:
         print(f"verdict: proven; {request.kills} kills cost no step on {platform}")
-    elif same is not None and math.isfinite(same.relative) and not is_deterministic(platform):
+    elif same is not None and math.isfinite(same.relative) and not is_deterministic:
         print(
             "verdict: NOT proven. If the samples agree and the differences are small, operations "
             "of this accelerator are not deterministic; compare two undisturbed runs"

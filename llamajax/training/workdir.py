@@ -13,13 +13,13 @@ from typing import IO, Any
 import jax
 
 from llamajax import data, errors
-from llamajax.backends import lock_file, report_checkpoint
+from llamajax.backends import report_checkpoint
 from llamajax.checkpoint import Checkpointer
 from llamajax.checkpoint.directory_owner import check_owner, checkpoint_directory, claim
 from llamajax.checkpoint.location import check_usable, is_remote
 from llamajax.config import RunConfig, to_json_dict
 from llamajax.errors import TransientError, UserError
-from llamajax.files import replaced_directory, write_file
+from llamajax.files import lock_file, replaced_directory, write_file
 from llamajax.formats.weights import TOKENIZER
 from llamajax.processes.host_collectives import broadcast_from_first, raise_together
 from llamajax.training.acceptance import Acceptance

@@ -8,12 +8,17 @@ from llamajax.backends.platforms import PLATFORMS, platform_facts
 
 
 def test_fused_kernels_come_first_where_they_are_built_for_the_platform():
-    plain = ("blocked", "split", "xla")
-    assert backends.attention_preferences("gpu") == ("cudnn", *plain)
-    assert backends.attention_preferences("cuda") == ("cudnn", *plain)
-    assert backends.attention_preferences("tpu") == ("splash", *plain)
-    for name in ("cpu", "rocm", "npu"):
-        assert backends.attention_preferences(name) == plain
+    fused = {
+        "gpu": "cudnn",
+        "cuda": "cudnn",
+        "tpu": "splash",
+        "cpu": None,
+        "rocm": None,
+        "npu": None,
+    }
+    for name, kernel in fused.items():
+        found = platform_facts(name).attention_preferences
+        assert found == (*filter(None, [kernel]), "blocked", "split", "xla")
     assert backends.computes_attention("tpu", "splash")
     assert not backends.computes_attention("rocm", "cudnn")
     assert backends.platform_of_attention("cudnn") == "cuda"
@@ -21,19 +26,12 @@ def test_fused_kernels_come_first_where_they_are_built_for_the_platform():
 
 
 def test_nothing_is_taken_for_granted_of_an_unknown_platform():
-    found = platform_facts("npu")
+    found, cpu = platform_facts("npu"), platform_facts("cpu")
     assert found.names == ("npu",)
-    assert not found.is_known_to_jax
-    assert backends.may_alias_host_memory("npu")
-    assert not backends.is_deterministic("npu")
-    assert not backends.is_host("npu")
-    assert backends.default_dtype("npu") == "bfloat16"
-
-
-def test_the_cpu_is_the_host():
-    assert backends.is_host("cpu")
-    assert backends.default_dtype("cpu") == "float32"
-    assert backends.is_deterministic("cpu")
+    assert found.may_alias_host_memory
+    for name in ("is_known_to_jax", "is_deterministic", "is_host"):
+        assert (getattr(found, name), getattr(cpu, name)) == (False, True)
+    assert (found.dtype, cpu.dtype) == ("bfloat16", "float32")
 
 
 def test_each_name_belongs_to_one_platform_and_each_says_its_source():

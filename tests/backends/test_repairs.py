@@ -7,8 +7,7 @@ import pytest
 from jax._src.interpreters import mlir
 
 from llamajax.backends import repairs
-from llamajax.backends import stored_verdict as verdict
-from llamajax.backends.stored_verdict import (
+from llamajax.backends.repairs import (
     PlatformVerdict,
     ProbeResult,
     read_verdict,
@@ -21,7 +20,7 @@ NPU = {"platform": "npu", "platform_version": "1.0", "device_kind": "Test NPU"}
 FOUND = PlatformVerdict(
     **NPU,
     jax="0.10.2",
-    verdict=verdict.READY_WITH_REPAIRS,
+    verdict=repairs.READY_WITH_REPAIRS,
     repairs=("compile_cache", "donation"),
     probes=(
         ProbeResult(name="donation", status="fail", message="not reused", time_s=0.5),
@@ -37,26 +36,27 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
+def chosen(text, *, platform="npu", verdict=None):
+    return repairs.choose_repairs(text, platform=platform, verdict=verdict)
+
+
 def test_a_verdict_is_read_as_it_was_written():
     assert read_verdict(**NPU) is None
     path = write_verdict(FOUND)
     assert path == verdict_path(**NPU)
     assert read_verdict(**NPU) == FOUND
     assert [file.name for file in path.parent.iterdir()] == ["doctor.json"]
-    assert (FOUND.passed("matmul"), FOUND.passed("donation"), FOUND.passed("x")) == (
-        True, False, None,
-    )  # fmt: skip
+    assert [FOUND.passed(name) for name in ("matmul", "donation", "x")] == [True, False, None]
+    found = json.loads(path.read_text())  # what the public surface names
+    assert {"platform", "device_kind", "verdict", "repairs", "probes"} <= set(found)
+    assert set(found["probes"][0]) == {"name", "status", "message", "time_s"}
 
 
-@pytest.mark.parametrize("change", [{"platform_version": "1.1"}, {"device_kind": "Test NPU 2"}])
-def test_another_version_or_kind_was_not_examined(change):
+def test_another_version_kind_or_release_of_jax_was_not_examined(monkeypatch):
     write_verdict(FOUND)
-    assert read_verdict(**NPU | change) is None
-
-
-def test_another_release_of_jax_was_not_examined(monkeypatch):
-    write_verdict(FOUND)
-    monkeypatch.setattr(verdict.jax, "__version__", "0.99.0")
+    for change in ({"platform_version": "1.1"}, {"device_kind": "Test NPU 2"}):
+        assert read_verdict(**NPU | change) is None
+    monkeypatch.setattr(repairs.jax, "__version__", "0.99.0")
     assert read_verdict(**NPU) is None
 
 
@@ -66,35 +66,28 @@ def test_a_damaged_file_is_no_verdict(text):
     assert read_verdict(**NPU) is None
 
 
-def test_a_file_lists_what_the_contract_names():
-    found = json.loads(write_verdict(FOUND).read_text())
-    assert {"platform", "device_kind", "verdict", "repairs", "probes"} <= set(found)
-    assert set(found["probes"][0]) == {"name", "status", "message", "time_s"}
-
-
 def test_auto_makes_the_repairs_that_the_doctor_saw_work():
-    assert repairs.chosen("auto", platform="npu", verdict=None) == ()
-    assert repairs.chosen("auto", platform="npu", verdict=FOUND) == ("donation", "compile_cache")
-    assert repairs.chosen("none", platform="npu", verdict=FOUND) == ()
-    forced = repairs.chosen("plain_attention, donation", platform="npu", verdict=None)
-    assert forced == ("donation", "plain_attention")
+    assert chosen("auto") == ()
+    assert chosen("auto", verdict=FOUND) == ("donation", "compile_cache")
+    assert chosen("none", verdict=FOUND) == ()
+    assert chosen("plain_attention, donation") == ("donation", "plain_attention")
 
 
 def test_every_name_that_is_no_repair_is_told():
     with pytest.raises(UserError) as raised:
-        repairs.chosen("donatoin,foo,compile_cache", platform="npu", verdict=None)
+        chosen("donatoin,foo,compile_cache")
     assert "'donatoin'; did you mean donation?" in str(raised.value)
     assert "'foo'" in str(raised.value)
 
 
 def test_a_list_of_jax_that_has_changed_is_left_alone(monkeypatch):
     monkeypatch.setattr(mlir, "_platforms_with_donation", {"cpu": 1, "cuda": 2, "tpu": 3})
-    assert repairs.chosen("auto", platform="npu", verdict=FOUND) == ("compile_cache",)
+    assert chosen("auto", verdict=FOUND) == ("compile_cache",)
     with pytest.raises(UserError, match=r"donation: jax .* has no list of platforms .*; install"):
-        repairs.chosen("donation", platform="npu", verdict=None)
-    assert repairs.chosen("donation", platform="cpu", verdict=None) == ("donation",)
+        chosen("donation")
+    assert chosen("donation", platform="cpu") == ("donation",)
     repairs.apply_to_lowering("cpu", ("donation",))
-    assert repairs.chosen("plain_attention", platform="npu", verdict=None) == ("plain_attention",)
+    assert chosen("plain_attention") == ("plain_attention",)
 
 
 def test_the_user_is_told_of_a_platform_that_nobody_examined():
@@ -102,15 +95,15 @@ def test_the_user_is_told_of_a_platform_that_nobody_examined():
     assert "run `python -m llamajax.doctor`" in said
     assert "live twice" in said
     assert repairs.advice("npu", FOUND) is None
-    failed = dataclasses.replace(FOUND, verdict=verdict.NOT_READY)
+    failed = dataclasses.replace(FOUND, verdict=repairs.NOT_READY)
     assert "not ready: donation" in repairs.advice("npu", failed)
 
 
 def test_donation_is_allowed_by_name(monkeypatch):
     monkeypatch.setattr(mlir, "_platforms_with_donation", ["cpu"])
-    repairs.apply_to_lowering("npu", ("donation",))
-    repairs.apply_to_lowering("npu", ("donation",))
-    assert mlir._platforms_with_donation == ["cpu", "npu"]
+    for _ in range(2):
+        repairs.apply_to_lowering("npu", ("donation",))
+        assert mlir._platforms_with_donation == ["cpu", "npu"]
     assert repairs.is_donating("npu", ("donation",))
     assert not repairs.is_donating("npu", ())
     assert repairs.is_donating("cpu", ())

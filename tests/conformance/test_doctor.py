@@ -7,7 +7,7 @@ import sys
 import pytest
 import warm
 
-from llamajax.backends.stored_verdict import read_verdict
+from llamajax.backends.repairs import read_verdict
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import pytest
 
 from llamajax.backends import devices
-from llamajax.backends.device_table import read_device_table
 from llamajax.errors import UserError
 
 _ENTRY = """
@@ -26,22 +25,22 @@ def table(tmp_path):
         return str(tmp_path / "devices.toml")
 
     yield write
-    devices.use_table(())
+    devices.use_device_table(None)
 
 
 def test_an_added_device_has_a_peak_and_a_limit(table):
     assert devices.find("Ascend 910B3") is None
-    devices.use_table(read_device_table(table(_ENTRY)))
+    devices.use_device_table(table(_ENTRY))
     found = devices.find("Ascend 910B3")
     assert found.limit_bytes == found.memory_bytes == 64 * 2**30
     assert devices.peak_flops("Ascend 910B3", "bfloat16") == (376e12, "the vendor's data sheet")
     assert devices.peak_flops("Ascend 910B3", "float32") is None
-    devices.use_table(())
+    devices.use_device_table(None)
     assert devices.find("Ascend 910B3") is None
 
 
 def test_an_added_device_comes_before_ours(table):
-    devices.use_table(read_device_table(table(_ENTRY.replace("Ascend 910", "NVIDIA H100"))))
+    devices.use_device_table(table(_ENTRY.replace("Ascend 910", "NVIDIA H100")))
     assert devices.peak_flops("NVIDIA H100 80GB HBM3", "bfloat16")[0] == 376e12
 
 
@@ -50,7 +49,7 @@ def test_every_mistake_is_named_at_once(table):
     text += _ENTRY + "efficiency = 66\n[limits]\nx = 1\n"
     text = text.replace("[limits]", "[devices]")
     with pytest.raises(UserError) as raised:
-        read_device_table(table(text))
+        devices.use_device_table(table(text))
     said = str(raised.value)
     for words in (
         "unknown key 'devices'; did you mean device?",
@@ -70,16 +69,12 @@ def test_every_mistake_is_named_at_once(table):
         ("kind = ", "is not TOML"),
         ("", "there is no device in it"),
         ('device = "x"', r"write \[\[device\]\] above each"),
+        (None, r"/nowhere\.toml: cannot be read: No such file"),
     ],
 )
 def test_files_that_are_no_table(table, text, words):
     with pytest.raises(UserError, match=words):
-        read_device_table(table(text))
-
-
-def test_an_absent_file():
-    with pytest.raises(UserError, match=r"/nowhere\.toml: cannot be read: No such file"):
-        read_device_table("/nowhere.toml")
+        devices.use_device_table("/nowhere.toml" if text is None else table(text))
 
 
 def test_every_entry_of_ours_names_its_source_and_says_whether_it_was_tested():

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llamajax.backends import file_lock, lock_file
+from llamajax import files
 from llamajax.errors import TransientError
+from llamajax.files import lock_file
 from llamajax.training.workdir import opened
 
 
@@ -27,7 +28,7 @@ def held(tmp_path: Path):
 def sleeps(monkeypatch):
     """What is done while it waits, instead of sleeping: may be set."""
     todo = {"then": lambda: None}
-    monkeypatch.setattr(file_lock.time, "sleep", lambda _: todo["then"]())
+    monkeypatch.setattr(files.time, "sleep", lambda _: todo["then"]())
     return todo
 
 
@@ -39,7 +40,7 @@ def test_a_lock_that_a_dying_process_gives_up_is_waited_for(tmp_path, held, slee
 
 def test_a_run_that_lives_keeps_another_out(tmp_path, held, sleeps, monkeypatch):
     waited = []
-    monkeypatch.setattr(file_lock, "WAIT_S", 0.01)
+    monkeypatch.setattr(files, "LOCK_WITHIN_S", 0.01)
     sleeps["then"] = lambda: waited.append(1)
     with pytest.raises(TransientError, match="another run is using it"):
         opened(tmp_path, process_id=0, undo=contextlib.ExitStack()).__enter__()
@@ -64,7 +65,7 @@ def test_the_c_librarys_refusals_are_told_apart(tmp_path):
     source = Path(__file__).with_name("no_locks.c")
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
     code = (
-        "import sys; from llamajax.backends import lock_file\n"
+        "import sys; from llamajax.files import lock_file\n"
         "try: print(lock_file(open(sys.argv[1], 'w'), within_s=0))\n"
         "except BlockingIOError: print('in use')"
     )

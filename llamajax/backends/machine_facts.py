@@ -1,0 +1,110 @@
+"""What a run records of its machine: the profile at its start, and the memory of its programs."""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import jax
+
+from llamajax.backends.devices import find
+from llamajax.backends.platforms import platform_facts
+from llamajax.backends.repairs import read_verdict
+from llamajax.backends.runtime import Machine
+
+# What of the environment changes how programs are compiled or memory is given.
+_VARIABLES = (
+    "XLA_FLAGS",
+    "LIBTPU_INIT_ARGS",
+    "XLA_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "JAX_OPTIMIZATION_LEVEL",
+)
+
+
+def machine_profile(machine: Machine) -> dict[str, Any]:
+    """Return everything that is known and was decided of the machine, as JSON takes it."""
+    facts, device = platform_facts(machine.platform), find(machine.device_kind)
+    first = jax.local_devices()[0]
+    verdict = read_verdict(
+        platform=machine.platform,
+        platform_version=machine.platform_version,
+        device_kind=machine.device_kind,
+    )
+    return {
+        "platform": machine.platform,
+        "platform_version": machine.platform_version,
+        "device_kind": machine.device_kind,
+        "device": None if device is None else dataclasses.asdict(device),
+        "memory_limit_bytes": (first.memory_stats() or {}).get("bytes_limit"),
+        "memory_kinds": [memory.kind for memory in first.addressable_memories()],
+        "attention_preferences": list(machine.attention_preferences),
+        "donates": machine.donates,
+        "saves_asynchronously": machine.saves_asynchronously,
+        "repairs": list(machine.repairs),
+        "doctor": None if verdict is None else verdict.verdict,
+        "compile_cache": machine.compile_cache,
+        "start_up": facts.start_up,
+        "xla_options_advised": list(facts.xla_options),
+        "environment": {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)},
+        "tested": facts.tested,
+        "source": facts.source,
+    }
+
+
+def profile_lines(found: dict[str, Any], note: str | None) -> list[str]:
+    """Return the profile in one to three lines, as a run prints them when it starts."""
+    limit, kept = found["memory_limit_bytes"], found["compile_cache"]
+    words = [
+        found["platform_version"] or "(no version)",
+        f"{limit / 2**30:.2f} GiB a device" if limit else None,
+        f"memories {', '.join(found['memory_kinds'])}",
+        "donation on" if found["donates"] else "donation OFF",
+        f"programs kept in {kept}" if kept else "programs not kept",
+    ]
+    lines = [f"backend  {'; '.join(filter(None, words))}"]
+    if found["repairs"]:
+        doctor = found["doctor"] or "none"
+        lines.append(f"repairs  {', '.join(found['repairs'])} (doctor: {doctor})")
+    if note:
+        lines.append(f"warning: {note}")
+    return lines
+
+
+def program_bytes(compiled: Any) -> int | None:
+    """Return the memory of one device that a compiled program asks for; None where unknown."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept
+
+
+def donated_bytes(compiled: Any) -> tuple[int, int] | None:
+    """Return bytes of one device that were donated to a compiled program, and those it reuses.
+
+    None where that is unknown.
+    """
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    # An argument that the program does not read has no sharding: it is not passed at all.
+    infos, shardings = (
+        jax.tree.leaves(tree, is_leaf=lambda x: x is None)
+        for tree in (compiled.args_info, compiled.input_shardings)
+    )
+    given = sum(
+        math.prod(sharding.shard_shape(info.shape)) * info.dtype.itemsize
+        for info, sharding in zip(infos, shardings, strict=True)
+        if sharding is not None and info.donated
+    )
+    return given, memory.alias_size_in_bytes + memory.host_alias_size_in_bytes
+
+
+def memory_in_use() -> dict[str, list[int]]:
+    """Return bytes in use, and their peak, by local device; empty where that is unknown."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    named = {"memory_bytes": "bytes_in_use", "peak_memory_bytes": "peak_bytes_in_use"}
+    found = {name: [s[key] for s in stats if key in s] for name, key in named.items()}
+    return {name: values for name, values in found.items() if values}
