@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--{name}={getattr(command, name)}: must be at least {least}")
     if command.processes is not None and command.processes < 2:
         raise UserError(f"--processes={command.processes}: must be at least 2; leave it out for 1")
-    request = ProofOptions(
+    options = ProofOptions(
         train=train_arguments(argv, [flag.name for flag in FLAGS]),
         config=command.config,
         workdir=Path(command.workdir),
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         other=command.other,
         processes=command.processes,
     )
-    return 0 if prove(request) else 1
+    return 0 if prove(options) else 1
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The proof that a run of this config survives being killed, on this machine.
+"""Prove that a run of a config survives being killed, on this machine.
 
-Three runs of a few steps: undisturbed; killed with SIGKILL again and again and then resumed; and
-the same killed run resumed on another mesh. Their logged values and their ledgers of samples are
-compared.
+Three runs of a few steps are compared by their logged values and their ledgers of samples:
+undisturbed; killed with SIGKILL again and again, then resumed; and the same killed run resumed on
+another mesh.
 """
 
 import dataclasses
+import functools
 import math
 import random
 import shutil
@@ -20,9 +21,16 @@ from llamajax.errors import UserError, combine, say
 from llamajax.launching.worker_logs import last_lines
 from llamajax.monitoring import read_run_facts
 from llamajax.monitoring.row_comparison import TOLERANCES, largest_difference, logged_values
-from llamajax.proving.trial import Moment, TrialResult, at_start, at_step, in_save, read_meta, start
+from llamajax.proving.trial import (
+    TrialResult,
+    has_chosen_start,
+    is_saving,
+    last_step,
+    read_meta,
+    run_trial,
+)
 
-_KINDS = ("in_save", "at_step", "at_start")
+_KINDS = ("in save", "at step", "at start")
 _RUNS = ("undisturbed", "killed", "other_mesh")
 _SHOWN_LINES = 15
 
@@ -44,32 +52,32 @@ class ProofOptions:
     processes: int | None = None
 
 
-def prove(request: ProofOptions) -> bool:
-    """Run everything; prints the findings and a verdict; whether it holds.
+def prove(options: ProofOptions) -> bool:
+    """Run everything, print the findings and a verdict, and return whether the proof holds.
 
     Raises UserError when the config does not train at all, or the directory is in use.
     """
-    _make_room(request.workdir)
-    say(f"undisturbed: {request.steps} steps")
-    undisturbed, killed, moved = (request.workdir / name for name in _RUNS)
-    _finish(request, undisturbed)
-    other = other_mesh(request, undisturbed)
-    if not _kill_repeatedly(request, killed, undisturbed):
+    _make_room(options.workdir)
+    say(f"undisturbed: {options.steps} steps")
+    undisturbed, killed, moved = (options.workdir / name for name in _RUNS)
+    _finish(options, undisturbed)
+    other = other_mesh(options, undisturbed)
+    if not _kill_repeatedly(options, killed, undisturbed):
         print("verdict: not proven; raise --steps or choose another --seed")
         return False
     if other is not None:
         shutil.copytree(killed, moved)
     say("killed run: resumed to the end")
-    _finish(request, killed)
+    _finish(options, killed)
     if other is not None:
-        split = "" if request.processes is None else f"{request.processes} processes and "
+        split = "" if options.processes is None else f"{options.processes} processes and "
         say(f"killed run: resumed with {split}{' '.join(other)}")
-        _finish(request, moved, *other, processes=request.processes)
-    return judge(request, undisturbed, killed, moved if other is not None else None)
+        _finish(options, moved, *other, processes=options.processes)
+    return judge(options, undisturbed, killed, moved if other is not None else None)
 
 
 def _make_room(workdir: Path) -> None:
-    """The directory, empty of an earlier proof; UserError where something else is in it."""
+    """Make the directory, and empty it of an earlier proof. UserError if it holds anything else."""
     workdir.mkdir(parents=True, exist_ok=True)
     for path in workdir.iterdir():
         if path.name.partition(".")[0] not in _RUNS:
@@ -79,7 +87,7 @@ def _make_room(workdir: Path) -> None:
 
 
 def shortened(config: RunConfig, steps: int) -> list[str]:
-    """Overrides that make a run of a config short and let it show everything in its metrics."""
+    """Return overrides that make a run short and log every step."""
     third = max(1, steps // 3)
     found = {
         "train.steps": steps,
@@ -97,15 +105,15 @@ def shortened(config: RunConfig, steps: int) -> list[str]:
     return [f"--config.{key}={value}" for key, value in found.items()]
 
 
-def other_mesh(request: ProofOptions, undisturbed: Path) -> list[str] | None:
-    """Overrides for another mesh than that of the undisturbed run; None where there is none.
+def other_mesh(options: ProofOptions, undisturbed: Path) -> list[str] | None:
+    """Return overrides for another mesh than that of the undisturbed run; None if there is none.
 
-    On the CPU also another number of devices. A batch or a model that the choice does not divide
-    is refused by `train` itself, with a message; --other makes the choice.
+    On the CPU also another number of devices. `train` itself refuses a choice that does not divide
+    the batch or the model, with a message; --other makes another choice.
     """
-    if request.other is not None:
-        return [f"--config.{part.strip()}" for part in request.other.split(",")]
-    facts, processes = read_run_facts(undisturbed), request.processes
+    if options.other is not None:
+        return [f"--config.{part.strip()}" for part in options.other.split(",")]
+    facts, processes = read_run_facts(undisturbed), options.processes
     axes = {field.name: 1 for field in dataclasses.fields(MeshConfig)}
     devices, is_host = facts["num_devices"], platform_facts(facts["platform"]).is_host
     if is_host and processes is not None:
@@ -126,85 +134,85 @@ def other_mesh(request: ProofOptions, undisturbed: Path) -> list[str] | None:
     return found
 
 
-def _command(request: ProofOptions, workdir: Path, *overrides: str) -> list[str]:
-    short = shortened(request.config, request.steps)
-    python = [sys.executable, "-m", "llamajax.train", *request.train]
+def _command(options: ProofOptions, workdir: Path, *overrides: str) -> list[str]:
+    short = shortened(options.config, options.steps)
+    python = [sys.executable, "-m", "llamajax.train", *options.train]
     return [*python, f"--workdir={workdir}", *short, *overrides]
 
 
 def _finish(
-    request: ProofOptions, workdir: Path, *overrides: str, processes: int | None = None
+    options: ProofOptions, workdir: Path, *overrides: str, processes: int | None = None
 ) -> None:
     """Run or resume to the end."""
-    log = request.workdir / f"{workdir.name}.log"
-    command = _command(request, workdir, *overrides)
+    log = options.workdir / f"{workdir.name}.log"
+    command = _command(options, workdir, *overrides)
     if processes is not None:
         launch = [sys.executable, "-m", "llamajax.launch", f"--processes_per_node={processes}"]
         command = [*launch, "--max_restarts=0", "--", *command]
-    outcome = start(command, workdir=workdir, log=log)
-    if outcome.code != 0 and overrides:
+    code = run_trial(command, workdir=workdir, log=log).code
+    if code != 0 and overrides:
         raise combine(
-            [str(_failed(outcome, log))],
+            [str(_failure(code, log))],
             title="the other mesh does not train; --other=KEY=VALUE,... chooses another:",
         )
-    if outcome.code != 0:
-        raise _failed(outcome, log)
+    if code != 0:
+        raise _failure(code, log)
 
 
-def _failed(outcome: TrialResult, log: Path) -> UserError:
+def _failure(code: int, log: Path) -> UserError:
     with log.open("rb") as file:
         lines = "\n".join(f"  | {line}" for line in last_lines(file.fileno(), _SHOWN_LINES))
-    return UserError(f"a run ended with code {outcome.code}; the last lines of {log}:\n{lines}")
+    return UserError(f"a run ended with code {code}; the last lines of {log}:\n{lines}")
 
 
-def _kill_repeatedly(request: ProofOptions, workdir: Path, undisturbed: Path) -> bool:
-    """Start and kill so often as asked; False where a start came to its end before its kill."""
-    rng = random.Random(request.seed)
-    kinds = [_KINDS[i % len(_KINDS)] for i in range(request.kills)]
+def _kill_repeatedly(options: ProofOptions, workdir: Path, undisturbed: Path) -> bool:
+    """Start and kill as often as asked. Return False where a start ended before its kill."""
+    rng = random.Random(options.seed)
     times = read_run_facts(undisturbed)["time_breakdown"]
-    step_s = times["steps_s"] / request.steps
-    outcome = TrialResult(code=None, step=0, checkpoint=0)
-    for number, kind in enumerate(kinds, 1):
-        log = request.workdir / f"{workdir.name}.{number}.log"
-        moment = _moment(
-            kind, rng, request, workdir, log, outcome, step_s=step_s, compile_s=times["compile_s"]
+    step_s, last = times["steps_s"] / options.steps, TrialResult(code=None, step=0, checkpoint=0)
+    for number in range(1, options.kills + 1):
+        log = options.workdir / f"{workdir.name}.{number}.log"
+        kind = _KINDS[(number - 1) % len(_KINDS)]
+        # Two steps from the end at the latest, so that something is left to resume.
+        first = last.checkpoint + 1
+        step = rng.randint(first, max(first, options.steps - 3))
+        if kind == "in save":
+            earliest = min(step, last.checkpoint + options.steps // 3)
+            kill_when, delay_s = functools.partial(is_saving, workdir, earliest), 0.0
+        elif kind == "at step":
+            step = max(step, last.step + 1)
+            kill_when = functools.partial(_has_logged, workdir, step)
+            delay_s = rng.uniform(0, step_s)
+        else:
+            kill_when = functools.partial(has_chosen_start, log)
+            delay_s = rng.uniform(0, times["compile_s"])
+        last = run_trial(
+            _command(options, workdir),
+            workdir=workdir,
+            log=log,
+            kill_when=kill_when,
+            delay_s=delay_s,
         )
-        command = _command(request, workdir)
-        outcome = start(command, workdir=workdir, log=log, kill_at=moment)
-        words = f"kill {number} of {request.kills} ({kind.replace('_', ' ')})"
-        if outcome.code:
-            raise _failed(outcome, log)
-        if outcome.code == 0:
+        words = f"kill {number} of {options.kills} ({kind})"
+        if last.code:
+            raise _failure(last.code, log)
+        if last.code == 0:
             say(f"{words}: the run came to its end first")
             return False
-        saved = f"step {outcome.checkpoint}" if outcome.checkpoint else "none"
-        say(f"{words}: after step {outcome.step}; newest complete checkpoint: {saved}")
+        saved = f"step {last.checkpoint}" if last.checkpoint else "none"
+        say(f"{words}: after step {last.step}; newest complete checkpoint: {saved}")
     return True
 
 
-def _moment(
-    kind: str,
-    rng: random.Random,
-    request: ProofOptions,
-    workdir: Path,
-    log: Path,
-    before: TrialResult,
-    *,
-    step_s: float,
-    compile_s: float,
-) -> Moment:
-    """A random moment of one kind in a start that continues after `before`."""
-    if kind == "at_start":
-        return at_start(log, delay_s=rng.uniform(0, compile_s))
-    # Two steps from the end at the latest, so that something is left to resume.
-    step = rng.randint(before.checkpoint + 1, max(before.checkpoint + 1, request.steps - 3))
-    if kind == "in_save":
-        return in_save(workdir, earliest=min(step, before.checkpoint + request.steps // 3))
-    return at_step(workdir, max(step, before.step + 1), delay_s=rng.uniform(0, step_s))
+def _has_logged(workdir: Path, step: int) -> bool:
+    return last_step(workdir) >= step
 
 
-def judge(request: ProofOptions, undisturbed: Path, killed: Path, moved: Path | None) -> bool:
-    """Compare the three finished runs and print the verdict; `moved` None: no other mesh."""
+def judge(options: ProofOptions, undisturbed: Path, killed: Path, moved: Path | None) -> bool:
+    """Compare the three finished runs, print the verdict and return whether it is good.
+
+    moved: the run on the other mesh; None if there is none.
+    """
     theirs = logged_values(undisturbed)
     platform = read_run_facts(undisturbed)["platform"]
     is_deterministic = platform_facts(platform).is_deterministic
@@ -219,20 +227,20 @@ def judge(request: ProofOptions, undisturbed: Path, killed: Path, moved: Path | 
         print("other mesh   none with one device; --other=KEY=VALUE,... would choose one")
     else:
         runs.append(moved)
-        limit = TOLERANCES[request.config.train.dtype]
+        limit = TOLERANCES[options.config.train.dtype]
         most = largest_difference(theirs, logged_values(moved))
         relative = 0.0 if most is None else most.relative
         good &= relative <= limit
         where = "" if most is None else f" ({most.what})"
         print(f"other mesh   {_described(moved)}")
         print(f"             largest relative difference {relative:.1e}, allowed {limit:g}{where}")
-    ledgers = [read_meta(run, request.steps)["ledger"]["digest"] for run in runs]
+    ledgers = [read_meta(run, options.steps)["ledger"]["digest"] for run in runs]
     one = len(set(ledgers)) == 1
     good &= one
-    words = f"the same {request.steps} batches in all runs" if one else "differ"
+    words = f"the same {options.steps} batches in all runs" if one else "differ"
     print(f"samples      {words} (ledger {', '.join(dict.fromkeys(ledgers))})")
     if good:
-        print(f"verdict: proven; {request.kills} kills cost no step on {platform}")
+        print(f"verdict: proven; {options.kills} kills cost no step on {platform}")
     elif same is not None and math.isfinite(same.relative) and not is_deterministic:
         print(
             "verdict: NOT proven. If the samples agree and the differences are small, operations "
@@ -244,7 +252,7 @@ def judge(request: ProofOptions, undisturbed: Path, killed: Path, moved: Path | 
 
 
 def _described(run: Path) -> str:
-    """Mesh and processes of a run, as it noted them."""
+    """Return the mesh and the processes of a run in words."""
     facts = read_run_facts(run)
     mesh = ", ".join(f"{axis} {size}" for axis, size in facts["mesh"].items() if size > 1)
     count = facts["num_processes"]
@@ -252,7 +260,7 @@ def _described(run: Path) -> str:
 
 
 def train_arguments(argv: Sequence[str], own: Sequence[str]) -> tuple[str, ...]:
-    """What of a command line is meant for `train`: all but the flags named in `own`."""
+    """Return the arguments that are meant for `train`: all but the flags named in `own`."""
     found, tokens = [], list(argv)
     while tokens:
         token = tokens.pop(0)

@@ -1,10 +1,10 @@
-"""One start of a training command: to its end, or killed at a chosen moment."""
+"""One start of a training command: to its end, or killed when a condition holds."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,85 +13,74 @@ from llamajax.monitoring import load_metrics
 
 _LOOK_EVERY_S = 0.001
 
-Moment = Callable[[], bool]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrialResult:
-    """How a start ended. code: None where it was killed at the moment that was chosen."""
+    """How a start ended. code: None where it was killed."""
 
     code: int | None
     step: int  # the last that was logged
     checkpoint: int  # the newest complete one; 0: none
 
 
-def start(
-    command: Sequence[str], *, workdir: Path, log: Path, kill_at: Moment | None = None
+def run_trial(
+    command: Sequence[str],
+    *,
+    workdir: Path,
+    log: Path,
+    kill_when: Callable[[], bool] | None = None,
+    delay_s: float = 0.0,
 ) -> TrialResult:
-    """Run `command`, which trains in `workdir` and writes to `log`.
+    """Run `command`, which trains in `workdir`, with its output in `log`.
 
-    kill_at: asked all the time; SIGKILL when it says so. None: the command ends by itself.
+    kill_when: called again and again; the command gets SIGKILL `delay_s` after it returned True.
+    None: the command ends by itself.
     """
     poll = threading.Event()
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
         try:
-            while kill_at is not None and process.poll() is None and not kill_at():
-                poll.wait(_LOOK_EVERY_S)
-            code = process.wait() if kill_at is None else process.poll()
+            if kill_when is None:
+                process.wait()
+            else:
+                while process.poll() is None and not kill_when():
+                    poll.wait(_LOOK_EVERY_S)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=delay_s)
+            code = process.returncode
         finally:
             process.kill()
             process.wait()
     return TrialResult(code=code, step=last_step(workdir), checkpoint=newest_checkpoint(workdir))
 
 
-def at_start(log: Path, *, delay_s: float) -> Moment:
-    """Some time after `train` has found out where it continues: in restore or compilation."""
-    return _after(lambda: log.exists() and b"\nsteps " in log.read_bytes(), delay_s)
+def has_chosen_start(log: Path) -> bool:
+    """Return whether `train` has printed where it continues; it restores and compiles then."""
+    return log.exists() and b"\nsteps " in log.read_bytes()
 
 
-def at_step(workdir: Path, step: int, *, delay_s: float) -> Moment:
-    """Some time after `step` was logged."""
-    return _after(lambda: last_step(workdir) >= step, delay_s)
-
-
-def in_save(workdir: Path, *, earliest: int) -> Moment:
-    """As soon as the checkpoint of step `earliest` or of a later one is being written."""
-
-    def begun() -> bool:
-        folder = workdir / "checkpoints"
-        names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-        saving = [int(n.partition(".")[0]) for n in names if ".orbax-checkpoint-tmp" in n]
-        return any(step >= earliest for step in saving)
-
-    return begun
-
-
-def _after(begun: Callable[[], bool], delay_s: float) -> Moment:
-    """The moment `delay_s` after `begun`."""
-    since: list[float] = []
-
-    def moment() -> bool:
-        if not since and begun():
-            since.append(time.monotonic())
-        return bool(since) and time.monotonic() - since[0] >= delay_s
-
-    return moment
+def is_saving(workdir: Path, earliest: int) -> bool:
+    """Return whether the checkpoint of step `earliest` or of a later one is being written."""
+    names = [n for n in _checkpoint_names(workdir) if ".orbax-checkpoint-tmp" in n]
+    return any(int(name.partition(".")[0]) >= earliest for name in names)
 
 
 def last_step(workdir: Path) -> int:
-    """The newest step of which a row was logged; 0: none."""
+    """Return the newest step of which a row was logged; 0: none."""
     return max((row["step"] for row in load_metrics(workdir)), default=0)
 
 
 def newest_checkpoint(workdir: Path) -> int:
-    """The step of the newest complete checkpoint; 0: none."""
+    """Return the step of the newest complete checkpoint; 0: none."""
+    return max((int(n) for n in _checkpoint_names(workdir) if n.isdecimal()), default=0)
+
+
+def _checkpoint_names(workdir: Path) -> list[str]:
     folder = workdir / "checkpoints"
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    return max((int(name) for name in names if name.isdecimal()), default=0)
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
 def read_meta(workdir: Path, step: int) -> dict[str, Any]:
-    """What the checkpoint of `step` says of the run."""
+    """Return what the checkpoint of `step` says of the run."""
     path = workdir / "checkpoints" / str(step) / "meta.json"
     return json.loads(path.read_text(encoding="utf-8"))

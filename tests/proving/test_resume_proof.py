@@ -79,47 +79,57 @@ def done(n):
     return [sys.executable, "-S", "-c", preamble + lines]
 
 
-def test_a_start_is_killed_at_a_step(tmp_path):
-    command = fake_train(tmp_path, "row(1); row(2); save(2); done(2); row(3)\nsignal.pause()")
-    moment = trial.at_step(tmp_path, 3, delay_s=0.0)
-    outcome = trial.start(command, workdir=tmp_path, log=tmp_path / "log", kill_at=moment)
-    assert outcome == trial.TrialResult(code=None, step=3, checkpoint=2)
+@pytest.mark.parametrize(
+    ("lines", "condition", "step", "checkpoint"),
+    [
+        (
+            "row(1); row(2); save(2); done(2); row(3)",
+            lambda workdir: trial.last_step(workdir) >= 3,
+            3,
+            2,
+        ),
+        (
+            "save(2); done(2); row(4); save(4)",
+            lambda workdir: trial.is_saving(workdir, 3),
+            4,
+            2,
+        ),
+        (
+            "print('model x'); print('steps    9, from the beginning', flush=True)",
+            lambda workdir: trial.has_chosen_start(workdir / "log"),
+            0,
+            0,
+        ),
+    ],
+    ids=["at a step", "in a save", "before the first step"],
+)
+def test_a_start_is_killed_when_the_condition_holds(tmp_path, lines, condition, step, checkpoint):
+    result = trial.run_trial(
+        fake_train(tmp_path, f"{lines}\nsignal.pause()"),
+        workdir=tmp_path,
+        log=tmp_path / "log",
+        kill_when=lambda: condition(tmp_path),
+    )
+    assert result == trial.TrialResult(code=None, step=step, checkpoint=checkpoint)
 
 
-def test_a_start_is_killed_in_a_save(tmp_path):
-    command = fake_train(tmp_path, "save(2); done(2); row(4); save(4)\nsignal.pause()")
-    moment = trial.in_save(tmp_path, earliest=3)
-    outcome = trial.start(command, workdir=tmp_path, log=tmp_path / "log", kill_at=moment)
-    assert outcome == trial.TrialResult(code=None, step=4, checkpoint=2)
-    assert (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp-7").is_dir()
-
-
-def test_an_earlier_or_a_finished_save_is_not_the_moment(tmp_path):
-    moment = trial.in_save(tmp_path, earliest=3)
-    for name, come in (("2.orbax-checkpoint-tmp-7", False), ("3", False), ("x", False)):
+def test_an_earlier_or_a_finished_save_does_not_count(tmp_path):
+    for name in ("2.orbax-checkpoint-tmp-7", "3", "x"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        assert moment() is come
+        assert not trial.is_saving(tmp_path, 3)
     (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp-7").mkdir()
-    assert moment() is True
+    assert trial.is_saving(tmp_path, 3)
 
 
-def test_a_start_is_killed_before_its_first_step(tmp_path):
-    lines = "print('model x')\nprint('steps    9, from the beginning', flush=True)\nsignal.pause()"
-    moment = trial.at_start(tmp_path / "log", delay_s=0.0)
-    command = fake_train(tmp_path, lines)
-    outcome = trial.start(command, workdir=tmp_path, log=tmp_path / "log", kill_at=moment)
-    assert outcome == trial.TrialResult(code=None, step=0, checkpoint=0)
-
-
-def test_a_start_that_ends_before_its_moment_says_so(tmp_path):
-    moment = trial.at_step(tmp_path, 9, delay_s=0.0)
+@pytest.mark.parametrize("kill_when", [None, lambda: False])
+def test_a_start_that_ends_by_itself_gives_its_code(tmp_path, kill_when):
     command = fake_train(tmp_path, "row(1); sys.exit(5)")
-    outcome = trial.start(command, workdir=tmp_path, log=tmp_path / "log", kill_at=moment)
-    assert outcome == trial.TrialResult(code=5, step=1, checkpoint=0)
+    result = trial.run_trial(command, workdir=tmp_path, log=tmp_path / "log", kill_when=kill_when)
+    assert result == trial.TrialResult(code=5, step=1, checkpoint=0)
 
 
 @pytest.fixture
-def request_of(tmp_path):
+def options_of(tmp_path):
     def make(**overrides) -> resume_proof.ProofOptions:
         keys = {key.replace("__", "."): value for key, value in overrides.items()}
         return resume_proof.ProofOptions(
@@ -135,11 +145,11 @@ def request_of(tmp_path):
     return make
 
 
-def test_a_short_run_is_a_valid_config(request_of):
-    request = request_of(train__steps=9000, optim__schedule="wsd", optim__decay_steps=900)
+def test_a_short_run_is_a_valid_config(options_of):
+    options = options_of(train__steps=9000, optim__schedule="wsd", optim__decay_steps=900)
     short = dict(
         text.removeprefix("--config.").split("=")
-        for text in resume_proof.shortened(request.config, 12)
+        for text in resume_proof.shortened(options.config, 12)
     )
     config = load(f"{CONFIG}:somewhere", {"optim.schedule": "wsd"} | short)
     assert (config.train.steps, config.checkpoint.every_steps, config.optim.decay_steps) == (
@@ -157,38 +167,36 @@ def test_a_short_run_is_a_valid_config(request_of):
         ({"platform": "gpu", "num_devices": 1, "mesh": {}}, None),
     ],
 )
-def test_the_other_mesh(request_of, tmp_path, facts, mesh):
+def test_the_other_mesh(options_of, tmp_path, facts, mesh):
     (tmp_path / "run.json").write_text(json.dumps(facts))
-    found = resume_proof.other_mesh(request_of(), tmp_path)
+    found = resume_proof.other_mesh(options_of(), tmp_path)
     if mesh is None:
         assert found is None
     else:
-        chosen = {
-            text.partition("=")[0].rpartition(".")[2]: text.partition("=")[2] for text in found
-        }
+        chosen = dict(text.rpartition(".")[2].split("=") for text in found)
         assert {key: int(chosen[key]) for key in mesh} == mesh
 
 
 @pytest.mark.parametrize(("devices", "processes", "each"), [(1, 2, 1), (8, 4, 2), (2, 4, 1)])
-def test_the_other_run_as_several_processes(request_of, tmp_path, devices, processes, each):
+def test_the_other_run_as_several_processes(options_of, tmp_path, devices, processes, each):
     facts = {"platform": "cpu", "num_devices": devices, "mesh": {}}
     (tmp_path / "run.json").write_text(json.dumps(facts))
-    request = dataclasses.replace(request_of(), processes=processes)
-    found = resume_proof.other_mesh(request, tmp_path)
+    options = dataclasses.replace(options_of(), processes=processes)
+    found = resume_proof.other_mesh(options, tmp_path)
     assert f"--config.backend.num_cpu_devices={each}" in found
     assert f"--config.mesh.fsdp={each * processes}" in found
 
 
-def test_only_an_earlier_proof_makes_room(request_of, tmp_path):
+def test_only_an_earlier_proof_makes_room(options_of, tmp_path):
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed.1.log").touch()
     (tmp_path / "precious").mkdir()
     with pytest.raises(UserError, match="holds precious"):
-        resume_proof.prove(request_of())
+        resume_proof.prove(options_of())
     assert len(list(tmp_path.iterdir())) == 3
     (tmp_path / "precious").rmdir()
     with pytest.raises(UserError, match="a run ended with code 2"):  # the config names no data
-        resume_proof.prove(request_of())
+        resume_proof.prove(options_of())
     assert [path.name for path in tmp_path.iterdir()] == ["undisturbed.log"]
 
 
@@ -202,7 +210,7 @@ def test_only_an_earlier_proof_makes_room(request_of, tmp_path):
         (2.0, 2.0, "ab", False, "samples      differ (ledger aa, ab)"),
     ],
 )
-def test_the_verdict(request_of, tmp_path, capsys, killed, moved, ledger, proven, words):
+def test_the_verdict(options_of, tmp_path, capsys, killed, moved, ledger, proven, words):
     runs = []
     for name, loss, digest in (("u", 2.0, "aa"), ("k", killed, "aa"), ("m", moved, ledger)):
         runs.append(write_rows(tmp_path / name, {"step": 12, "loss": loss}))
@@ -211,7 +219,7 @@ def test_the_verdict(request_of, tmp_path, capsys, killed, moved, ledger, proven
         meta = runs[-1] / "checkpoints" / "12" / "meta.json"
         meta.parent.mkdir(parents=True)
         meta.write_text(json.dumps({"ledger": {"digest": digest}}))
-    assert resume_proof.judge(request_of(), *runs) is proven
+    assert resume_proof.judge(options_of(), *runs) is proven
     printed = capsys.readouterr().out
     assert words in printed
     assert "other mesh   fsdp 2; 2 processes" in printed
