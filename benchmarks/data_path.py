@@ -69,7 +69,7 @@ def plain_grain(mixture: data.Mixture, args: argparse.Namespace, threads: int) -
     dtype = np.dtype(source.manifest["token_dtype"])
 
     def tokens(record: bytes) -> np.ndarray:
-        block, _ = unpack_block(record, dtype)
+        block = unpack_block(record, dtype, masked=False).tokens
         whole = np.zeros(BLOCK_TOKENS + 1, np.int32)
         whole[: len(block)] = block
         return whole

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -210,9 +211,13 @@ def _write_splits(
                 np.subtract.at(writers[r.split].counts, first, 1)
         splits = {s: w.close() for s, w in writers.items() if w.documents}
     # Statistics of the targets: of an example only the tokens that carry loss were counted.
+    train = writers["train"].counts
     for name, split in splits.items():
         counts = writers[name].counts
-        split["unigram_entropy"] = shards.unigram_entropy(counts)
-        if name == "validation":
-            split["unigram_loss"] = shards.unigram_loss(counts, writers["train"].counts)
+        total = max(1, counts.sum())
+        p = counts[counts > 0] / total
+        split["unigram_entropy"] = float(-(p * np.log(p)).sum())  # nats
+        if name == "validation":  # mean -log p in nats; p: add-one smoothed share in train
+            log_p = np.log(train + 1) - math.log(train.sum() + len(train))
+            split["unigram_loss"] = float(-(counts * log_p).sum() / total)
     return splits

@@ -9,6 +9,7 @@ byte for byte, what one process would have written.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import shutil
@@ -218,35 +219,13 @@ def _write_part(
     return len(columns[0])
 
 
-class _Chunk(NamedTuple):
-    """Consecutive documents of one part; `first` is the number of the first in all parts."""
-
-    first: int
-    tokens: np.ndarray
-    answer: np.ndarray | None
-    lengths: np.ndarray
-    text_bytes: np.ndarray
-
-    def by_split(self, held: np.ndarray, documents: slice) -> Iterator[Tokens]:
-        """Yield some of the documents by split; `held` says of each whether it is held out."""
-        chosen = np.zeros(len(held), bool)
-        chosen[documents] = True
-        for split, flags in (("train", chosen & ~held), ("validation", chosen & held)):
-            if flags.any():
-                each = np.repeat(flags, self.lengths)
-                yield Tokens(
-                    split,
-                    self.tokens[each],
-                    None if self.answer is None else self.answer[each],
-                    self.lengths[flags].tolist(),
-                    int(self.text_bytes[flags].sum()),
-                )
-
-
 def _merged(
     settings: Settings, tasks: list[Task], tokenizer_path: str, progress: Progress
 ) -> Generator[Tokens]:
-    """Yield the tokens of all parts, divided into splits as one process would."""
+    """Yield the tokens of all parts, divided into splits as one process would.
+
+    Raises UserError for a part that was cut short.
+    """
     masked = settings.format == "instructions"
     tokenizer = load_tokenizer(tokenizer_path)
     dtype = token_dtype(tokenizer.vocab_size)
@@ -254,53 +233,66 @@ def _merged(
     holdout = Holdout(sizes, settings.validation_fraction, whole=masked)
     held = holdout.held()
     total, done = sum((task.part / _TOKENS).stat().st_size for task in tasks), 0
-    for chunk in _chunks(tasks, dtype, masked=masked):
-        flags = np.fromiter(held, bool, len(chunk.lengths))
-        cut = -1 if holdout.cut is None else holdout.cut - chunk.first
-        if 0 <= cut < len(flags):
-            halves = holdout.halves(_read_document(settings, tasks, holdout.cut))
-            yield from chunk.by_split(flags, slice(0, cut))
-            yield from tokenize(halves, tokenizer, settings.chat_template)
-            yield from chunk.by_split(flags, slice(cut + 1, None))
-        else:
-            yield from chunk.by_split(flags, slice(None))
-        done += chunk.tokens.nbytes
-        progress("merging", done, total)
-
-
-def _chunks(tasks: list[Task], dtype: np.dtype, *, masked: bool) -> Iterator[_Chunk]:
-    """Read the documents of all parts. Raises UserError for a part that was cut short."""
-    before = 0
+    before = 0  # documents of earlier parts
     for task in tasks:
         path, lengths, text_bytes = task.part / _TOKENS, task.column(0), task.column(1)
-        ends = np.cumsum(lengths)
         if lengths.sum() * dtype.itemsize != path.stat().st_size:
             raise UserError(f"{path} was cut short; remove {task.part} and run its task again")
-        with contextlib.ExitStack() as stack:
-            tokens = stack.enter_context(path.open("rb"))
-            answers = stack.enter_context((task.part / _ANSWER).open("rb")) if masked else None
-            first, start = 0, 0
-            while first < len(ends):
-                last = int(np.searchsorted(ends, start + _MERGED_TOKENS))
-                last = min(max(last, first + 1), first + _MERGED_DOCUMENTS, len(ends))
-                count = int(ends[last - 1]) - start
-                yield _Chunk(
-                    before + first,
-                    np.fromfile(tokens, dtype, count),
-                    np.fromfile(answers, bool, count) if masked else None,
-                    lengths[first:last],
-                    text_bytes[first:last],
-                )
-                first, start = last, start + count
-        before += len(ends)
+        ends = np.cumsum([0, *lengths])
+        cut = -1 if holdout.cut is None else holdout.cut - before
+        for first, last in _chunks(ends, cut):
+            flags = np.fromiter(held, bool, last - first)
+            start, count = int(ends[first]), int(ends[last] - ends[first])
+            if first == cut:
+                halves = holdout.halves(_read_document(settings, task, cut))
+                yield from tokenize(halves, tokenizer, settings.chat_template)
+            else:
+                tokens = np.fromfile(path, dtype, count, offset=start * dtype.itemsize)
+                answer = None
+                if masked:
+                    answer = np.fromfile(task.part / _ANSWER, bool, count, offset=start)
+                some = slice(first, last)
+                yield from _by_split(flags, tokens, answer, lengths[some], text_bytes[some])
+            done += count * dtype.itemsize
+            progress("merging", done, total)
+        before += len(lengths)
 
 
-def _read_document(settings: Settings, tasks: list[Task], number: int) -> Any:
-    """Read the document of this number in all parts again."""
-    for task in tasks:
-        count = len(task.column(0))
-        if number < count:
-            corpus = open_corpus(settings, task.files)
-            return next(document for i, document in enumerate(corpus) if i == number)
-        number -= count
-    raise AssertionError("the number is one of all parts")
+def _chunks(ends: np.ndarray, cut: int) -> Iterator[tuple[int, int]]:
+    """Divide the documents of a part into ranges that fit into memory; `cut` is alone in one.
+
+    ends: tokens before each document, and after the last.
+    """
+    first, num_documents = 0, len(ends) - 1
+    while first < num_documents:
+        last = int(np.searchsorted(ends, ends[first] + _MERGED_TOKENS))
+        last = min(max(last, first + 1), first + _MERGED_DOCUMENTS, num_documents)
+        if first <= cut < last:
+            last = max(cut, first + 1)
+        yield first, last
+        first = last
+
+
+def _by_split(
+    held: np.ndarray,
+    tokens: np.ndarray,
+    answer: np.ndarray | None,
+    lengths: np.ndarray,
+    text_bytes: np.ndarray,
+) -> Iterator[Tokens]:
+    """Divide documents into splits; `held` says of each whether it is held out."""
+    for split, flags in (("train", ~held), ("validation", held)):
+        if flags.any():
+            each = np.repeat(flags, lengths)
+            yield Tokens(
+                split,
+                tokens[each],
+                None if answer is None else answer[each],
+                lengths[flags].tolist(),
+                int(text_bytes[flags].sum()),
+            )
+
+
+def _read_document(settings: Settings, task: Task, number: int) -> str:
+    """Read a document of a task again."""
+    return next(itertools.islice(open_corpus(settings, task.files), number, None))

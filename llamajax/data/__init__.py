@@ -1,7 +1,7 @@
-"""Text to tokens to batches: tokenizers, sources, prepared shards, the order of samples, batches.
+"""Read prepared data: the order of samples, batches, and the record of what a run has read.
 
-Free of jax. `load_tokenizer` costs nothing else; the names of the reading side are imported when
-first used, because grain takes two seconds to import and workers of `prepare` do not need it.
+Free of jax. Each name is imported when it is first used: grain takes two seconds to import, and
+`prepare` and its workers do not need it.
 """
 
 import importlib
@@ -9,24 +9,23 @@ from typing import Any
 
 from llamajax.tokenizers import Tokenizer, load_tokenizer
 
-_READING = {
+_FILE_OF = {
     "BATCH_KEYS": "batches",
     "Ledger": "ledger",
     "Mixture": "mixture",
     "Position": "position",
     "check_ledger": "ledger",
+    "eval_batches": "batches",
     "has_split": "mixture",
     "open_mixture": "mixture",
-    "eval_batches": "batches",
-    "num_eval_batches": "batches",
     "sample_ids": "batches",
     "train_batches": "batches",
 }
 
-__all__ = ["Tokenizer", "load_tokenizer", *_READING]
+__all__ = ["Tokenizer", "load_tokenizer", *_FILE_OF]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _READING:
+    if name not in _FILE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_READING[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_FILE_OF[name]}"), name)

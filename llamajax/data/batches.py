@@ -22,20 +22,21 @@ from llamajax.data.shards import BLOCK_TOKENS
 
 Batch = dict[str, np.ndarray]
 BATCH_KEYS = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
+# A sample is a source and a number within it; None is a row of padding.
+Sample = tuple[PreparedSplit, int] | None
 
 
 def sample_ids(
-    mixture: Mixture, position: Position, step: int, *, at_most: int | None = None
+    mixture: Mixture, position: Position, step: int, *, rows: range | None = None
 ) -> np.ndarray:
-    """Return the ids (B,), int64, of the samples in the global batch of `step`, in row order.
+    """Return the ids (B,), int64, of the samples in these rows of the global batch of `step`.
 
-    at_most: return the ids of every n-th row only, with the least n that gives no more than that.
+    rows: None for all.
     """
-    segment = position.segment(step)
-    order, first = mixture.order(segment.seq_len, segment.rounds), position.first_sample(step)
-    stride = -(-segment.batch_size // at_most) if at_most else 1
-    rows = range(first, first + segment.batch_size, stride)
-    return np.array([order[i] for i in rows], np.int64)
+    segment, first = position.segment(step), position.first_sample(step)
+    order = mixture.order(segment.seq_len, segment.rounds)
+    rows = range(segment.batch_size) if rows is None else rows
+    return np.array([order[first + row] for row in rows], np.int64)
 
 
 def train_batches(
@@ -47,13 +48,15 @@ def train_batches(
     num_threads: int,
     prefetch: int,
 ) -> grain.DatasetIterator[Batch]:
-    """Endless batches of the steps `first_step`, `first_step + 1`, ...: only `rows` of each.
+    """Iterate without end over the batches of steps `first_step`, ...: only `rows` of each.
 
     Close it (`.close()`) to end its threads. Their number and `prefetch`, the batches held ready,
     change speed only. ValueError if the position belongs to another mixture.
     """
-    if position.segment(first_step).mixture_hash != mixture.hash:
+    segment = position.segment(first_step)
+    if segment.mixture_hash != mixture.hash:
         raise ValueError("the position is of another mixture: call Position.continued first")
+    mixture.order(segment.seq_len, segment.rounds)  # UserError for data shorter than a sample
     steps = _TrainSteps(mixture, position, first_step, rows)
     return _iterate(steps, num_threads=num_threads, prefetch=prefetch)
 
@@ -68,17 +71,22 @@ def eval_batches(
     num_threads: int = 1,
     prefetch: int = 2,
 ) -> grain.DatasetIterator[Batch]:
-    """Every target of the mixture once, in order; the last batch is filled up with padding.
+    """Iterate over every target of the mixture once, in order; padding fills the last batch.
 
-    Several sources are interleaved evenly, so that the first `max_batches` stand for all.
+    Several sources are interleaved evenly, so that the first `max_batches` represent all.
     """
-    steps = _EvalSteps(mixture, batch_size, seq_len, rows, max_batches)
+    counts = [s.num_eval_samples(seq_len) for s in mixture.sources]
+    source = np.repeat(np.arange(len(counts)), counts)
+    number = np.concatenate([np.arange(c) for c in counts])
+    progress = np.concatenate([(np.arange(c) + 0.5) / c for c in counts if c])
+    order = np.argsort(progress, kind="stable")
+    samples = np.stack([source, number], axis=1)[order].tolist()
+    num_batches = -(-len(samples) // batch_size)
+    samples += [None] * (num_batches * batch_size - len(samples))
+    if max_batches is not None:
+        del samples[max_batches * batch_size :]
+    steps = _EvalSteps(mixture, batch_size, seq_len, rows, samples)
     return _iterate(steps, num_threads=num_threads, prefetch=prefetch)
-
-
-def num_eval_batches(mixture: Mixture, *, batch_size: int, seq_len: int) -> int:
-    """Number of batches that `eval_batches` gives without `max_batches`."""
-    return -(-sum(s.num_eval_samples(seq_len) for s in mixture.sources) // batch_size)
 
 
 def _iterate(
@@ -89,23 +97,20 @@ def _iterate(
 
 
 class _TrainSteps:
-    """Random access to batches by step, as a source for grain."""
+    """Random access to training batches by step, as a source for grain."""
 
     def __init__(self, mixture: Mixture, position: Position, first_step: int, rows: range) -> None:
         self._mixture, self._position = mixture, position
         self._first_step, self._rows = first_step, rows
-        segment = position.segment(first_step)
-        mixture.order(segment.seq_len, segment.rounds)  # a set too small is refused here
 
     def __len__(self) -> int:
         return 2**62
 
     def __getitem__(self, index: int) -> Batch:
         step = self._first_step + index
-        segment = self._position.segment(step)
-        seq_len, first = segment.seq_len, self._position.first_sample(step)
-        order = self._mixture.order(seq_len, segment.rounds)
-        samples = [self._mixture.locate(int(order[first + r]), seq_len) for r in self._rows]
+        seq_len = self._position.segment(step).seq_len
+        ids = sample_ids(self._mixture, self._position, step, rows=self._rows)
+        samples = [self._mixture.locate(int(i), seq_len) for i in ids]
         return make_batch(samples, seq_len, mask_documents=self._mixture.mask_documents)
 
 
@@ -113,38 +118,28 @@ class _EvalSteps:
     """Random access to the batches of an evaluation, as a source for grain."""
 
     def __init__(
-        self, mixture: Mixture, batch_size: int, seq_len: int, rows: range, limit: int | None
+        self,
+        mixture: Mixture,
+        batch_size: int,
+        seq_len: int,
+        rows: range,
+        samples: list[list[int] | None],
     ) -> None:
         self._mixture, self._batch_size, self._seq_len = mixture, batch_size, seq_len
-        self._rows = rows
-        counts = [s.num_eval_samples(seq_len) for s in mixture.sources]
-        source = np.repeat(np.arange(len(counts)), counts)
-        number = np.concatenate([np.arange(c) for c in counts])
-        place = np.concatenate([(np.arange(c) + 0.5) / c for c in counts if c])
-        order = np.argsort(place, kind="stable")
-        self._samples = np.stack([source, number], axis=1)[order].tolist()
-        batches = num_eval_batches(mixture, batch_size=batch_size, seq_len=seq_len)
-        self._num_batches = batches if limit is None else min(limit, batches)
+        self._rows, self._samples = rows, samples
 
     def __len__(self) -> int:
-        return self._num_batches
+        return len(self._samples) // self._batch_size
 
     def __getitem__(self, index: int) -> Batch:
-        samples: list[tuple[PreparedSplit, int] | None] = []
-        for row in self._rows:
-            place = index * self._batch_size + row
-            if place < len(self._samples):
-                source, number = self._samples[place]
-                samples.append((self._mixture.sources[source], number))
-            else:
-                samples.append(None)
+        chosen = (self._samples[index * self._batch_size + row] for row in self._rows)
+        sources = self._mixture.sources
+        samples = [None if s is None else (sources[s[0]], s[1]) for s in chosen]
         return make_batch(samples, self._seq_len, mask_documents=self._mixture.mask_documents)
 
 
-def make_batch(
-    samples: Sequence[tuple[PreparedSplit, int] | None], seq_len: int, *, mask_documents: bool
-) -> Batch:
-    """The batch of these samples (source, number), one a row; None is a row of padding.
+def make_batch(samples: Sequence[Sample], seq_len: int, *, mask_documents: bool) -> Batch:
+    """Build the batch of these samples, one a row.
 
     Works on the whole batch at once: a loop over tokens or rows would cost more than reading.
     """
@@ -161,9 +156,7 @@ def make_batch(
     # A segment starts with every row, and with every document inside a row.
     borders = np.concatenate([np.arange(num_rows) * seq_len, rows * seq_len + starts])
     borders.sort()
-    sizes = np.empty_like(borders)
-    sizes[:-1] = borders[1:] - borders[:-1]
-    sizes[-1] = num_rows * seq_len - borders[-1]
+    sizes = np.diff(borders, append=num_rows * seq_len)
     per_row = 1 + np.bincount(rows, minlength=num_rows)
     before = np.repeat(np.cumsum(per_row) - per_row, per_row)
     segment_ids = np.repeat((np.arange(len(borders)) - before + 1).astype(np.int32), sizes)
@@ -186,13 +179,16 @@ def make_batch(
 
 
 def _read(
-    samples: Sequence[tuple[PreparedSplit, int] | None], seq_len: int
+    samples: Sequence[Sample], seq_len: int
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens (B, T + 1) with 0 where there are none; which carry loss (B, T + 1), None if all do;
-    how many there are a row (B,); and the offsets of document starts in 0..T with their rows."""
+    """Read the samples' tokens, and where documents start among them.
+
+    Returns the tokens (B, T + 1), 0 where there are none; which carry loss (B, T + 1), None if all
+    do; their number in each row (B,); the offsets of document starts in 0..T, and their rows.
+    """
     window = np.zeros((len(samples), seq_len + 1), np.int32)
     lengths = np.zeros(len(samples), np.int64)
-    wanted: dict[PreparedSplit, list[tuple[int, int]]] = {}
+    wanted: dict[PreparedSplit, list[tuple[int, int]]] = {}  # row and block
     for row, sample in enumerate(samples):
         if sample is None:
             continue
@@ -203,23 +199,21 @@ def _read(
         blocks = range(first // BLOCK_TOKENS, (end - 1) // BLOCK_TOKENS + 1)
         wanted.setdefault(source, []).extend((row, block) for block in blocks)
     answer = np.ones(window.shape, bool) if any(s.masked for s in wanted) else None
-    found: list[np.ndarray] = [np.empty(0, np.uint32)]
-    facts: list[tuple[int, int, int]] = [
-        (0, 0, 0)
-    ]  # of each in `found`: size, row, its block's place
+    found: list[np.ndarray] = [np.empty(0, np.uint32)]  # document starts of each block
+    origins: list[tuple[int, int, int]] = [(0, 0, 0)]  # how many, their row, the block's start
     for source, places in wanted.items():
-        records = source.reader.blocks([block for _, block in places])
-        for (row, block), (tokens, offsets, carries) in zip(places, records, strict=True):
-            at = block * BLOCK_TOKENS - samples[row][1] * seq_len
-            begin, end = max(at, 0), min(at + len(tokens), seq_len + 1)
-            window[row, begin:end] = tokens[begin - at : end - at]
-            if carries is not None:
-                answer[row, begin:end] = carries[begin - at : end - at]
-            found.append(offsets)
-            facts.append((len(offsets), row, at))
-    offsets, (sizes, rows, ats) = np.concatenate(found), np.array(facts).T
+        blocks = source.reader.blocks([block for _, block in places])
+        for (row, number), block in zip(places, blocks, strict=True):
+            at = number * BLOCK_TOKENS - samples[row][1] * seq_len
+            begin, end = max(at, 0), min(at + len(block.tokens), seq_len + 1)
+            window[row, begin:end] = block.tokens[begin - at : end - at]
+            if block.answer is not None:
+                answer[row, begin:end] = block.answer[begin - at : end - at]
+            found.append(block.starts)
+            origins.append((len(block.starts), row, at))
+    offsets, (sizes, rows, block_starts) = np.concatenate(found), np.array(origins).T
     rows = np.repeat(rows, sizes)
-    starts = offsets + np.repeat(ats, sizes)
+    starts = offsets + np.repeat(block_starts, sizes)
     keep = (starts >= 0) & (starts < lengths[rows])
     # The one token that two records share counts here only where it ends the window.
     keep &= (offsets < BLOCK_TOKENS) | (starts == lengths[rows] - 1)

@@ -1,9 +1,9 @@
-"""Prepared directories, checked and opened as one mixture, and the endless order of its samples.
+"""Open prepared directories as one mixture, with the endless order of its samples.
 
 Sample j of length T of a directory is tokens [j*T, j*T + T] of its stream: T inputs and T targets,
 sharing all but one. An *id* names a sample of the mixture: directories one after the other, each
-with `num_samples` ids. The order of ids is a function of (seed, index): a new
-permutation each epoch of each directory, then grain's mix over directories repeated for ever.
+with `num_samples` ids. The order of ids is a function of (seed, index): a new permutation for each
+epoch of each directory, mixed by grain over directories that repeat without end.
 """
 
 import dataclasses
@@ -52,22 +52,22 @@ class PreparedSplit:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Identity of the tokens, wherever the directory lies."""
+        """Identity of the tokens, wherever the directory is."""
         return _digest([self.manifest["tokenizer"]["fingerprint"], self.stats["shards"]])
 
     @functools.cached_property
     def reader(self) -> shards.SplitReader:
-        """Access to its blocks."""
+        """Access to the blocks."""
         dtype = shards.token_dtype(self.manifest["tokenizer"]["vocab_size"])
         files = self.stats["shards"]
         return shards.SplitReader(self.path, files, dtype, masked=self.masked)
 
     def num_samples(self, seq_len: int) -> int:
-        """Whole samples; tokens after the last are not read in training."""
+        """Count the whole samples; training does not read the tokens after the last."""
         return (self.num_tokens - 1) // seq_len
 
     def num_eval_samples(self, seq_len: int) -> int:
-        """Samples of which the last may be part padding: every token is a target once."""
+        """Count the samples that make every token a target once; the last may need padding."""
         return -(-(self.num_tokens - 1) // seq_len)
 
 
@@ -80,19 +80,15 @@ class Mixture:
     seed: int
     shuffle: bool
     mask_documents: bool
-    vocab_size: int
-    _orders: dict[tuple[int, int], EndlessOrder | grain.MapDataset] = dataclasses.field(
-        default_factory=dict, repr=False
-    )
 
     @functools.cached_property
     def hash(self) -> str:
-        """Identity of what is read and in which order, sequence length apart."""
+        """Identity of what is read and in which order, apart from the sequence length."""
         data = [s.fingerprint for s in self.sources]
         return _digest([data, self.weights, self.seed, self.shuffle])
 
     def describe(self) -> str:
-        """Describe what is read of each source, for people and to be compared."""
+        """Describe what is read of each source, for people and for comparison."""
         return " + ".join(
             f"{source.stats['documents']:,} documents, {source.num_tokens:,} tokens, weight "
             f"{weight:.4g}, fingerprint {source.fingerprint[:12]}"
@@ -116,21 +112,22 @@ class Mixture:
 
     @property
     def unigram_loss(self) -> float | None:
-        """Loss to beat on the validation split: mean -log p, in nats, of its tokens under the
-        unigrams of their own train split; None for the train split."""
+        """Loss to beat on the validation split: mean -log p of its tokens, in nats.
+
+        p is their frequency in the train split of their source. None for a train split.
+        """
         losses = [s.stats.get("unigram_loss") for s in self.sources]
         if None in losses:
             return None
-        pairs = zip(losses, self.sources, strict=True)
-        total = sum(s.num_loss_tokens for s in self.sources)
-        return sum(x * s.num_loss_tokens for x, s in pairs) / total
+        counts = [s.num_loss_tokens for s in self.sources]
+        return sum(x * n for x, n in zip(losses, counts, strict=True)) / sum(counts)
 
     def num_samples(self, seq_len: int) -> int:
-        """Different training samples of this length, over all sources."""
+        """Count the different training samples of this length, over all sources."""
         return sum(s.num_samples(seq_len) for s in self.sources)
 
     def locate(self, sample_id: int, seq_len: int) -> tuple[PreparedSplit, int]:
-        """The source and the number within it of a sample id."""
+        """Return the source of a sample, and its number within it."""
         for source in self.sources:
             count = source.num_samples(seq_len)
             if sample_id < count:
@@ -139,10 +136,14 @@ class Mixture:
         raise IndexError(f"sample id beyond the {self.num_samples(seq_len)} of this mixture")
 
     def order(self, seq_len: int, rounds: int = ROUNDS) -> EndlessOrder | grain.MapDataset:
-        """The endless sequence of sample ids of this length: `order[i]` is the i-th sample's."""
+        """Return the endless sequence of sample ids of this length: `order[i]` is the i-th."""
         if (seq_len, rounds) not in self._orders:
             self._orders[seq_len, rounds] = self._make_order(seq_len, rounds)
         return self._orders[seq_len, rounds]
+
+    @functools.cached_property
+    def _orders(self) -> dict[tuple[int, int], EndlessOrder | grain.MapDataset]:
+        return {}
 
     def _make_order(self, seq_len: int, rounds: int) -> EndlessOrder | grain.MapDataset:
         parts, first = [], 0
@@ -157,12 +158,12 @@ class Mixture:
             return parts[0]
         # grain's mix ends with its shortest member: these have no end. It keeps weights to 1 %.
         mixed = grain.MapDataset.mix([grain.MapDataset.source(p) for p in parts], self.weights)
-        mixed[0]  # grain sets itself up at the first access, which must not be two threads' at once
+        mixed[0]  # the first access sets up state, which two threads must not do at once
         return mixed
 
 
 def has_split(data: DataConfig, split: str) -> bool:
-    """Whether any of the paths was prepared with tokens in this split."""
+    """Return whether any of the paths was prepared with tokens in this split."""
     return bool(_with_split(_paths(data), split))
 
 
@@ -175,11 +176,11 @@ def _with_split(paths: list[Path], split: str) -> list[Path]:
 
 
 def open_mixture(data: DataConfig, *, split: str, vocab_size: int, verify: bool = False) -> Mixture:
-    """The mixture that `data` describes, checked: format, completeness, sizes of the shards, one
-    tokenizer, its vocabulary within the model's `vocab_size`, at least one sample a source.
+    """Open the mixture that `data` describes. For validation: of the paths that have that split.
 
-    Of the validation split it has the paths that were prepared with one. `verify` also reads every
-    shard once to compare its checksum. Raises UserError.
+    Checks format, completeness, sizes of the shards, that all have one tokenizer whose vocabulary
+    is within the model's `vocab_size`, and at least one sample in each source. verify: also read
+    every shard once and compare its checksum. Raises UserError.
     """
     paths = _paths(data)
     if not paths:
@@ -187,7 +188,7 @@ def open_mixture(data: DataConfig, *, split: str, vocab_size: int, verify: bool 
     if len({p.resolve() for p in paths}) < len(paths):
         raise UserError(f"data.path names a directory twice: {data.path}; use data.weights instead")
     kept = (_with_split(paths, split) if split == "validation" else None) or paths
-    sources = tuple(_open(p, split, verify=verify) for p in kept)
+    sources = tuple(_open_split(p, split, verify=verify) for p in kept)
     problems = []
     first = sources[0].manifest["tokenizer"]
     for source in sources:
@@ -205,10 +206,21 @@ def open_mixture(data: DataConfig, *, split: str, vocab_size: int, verify: bool 
             )
         if split == "train" and source.num_samples(data.seq_len) == 0:
             problems.append(_too_short(source, data.seq_len))
-    weights, weight_problems = _weights(data, paths, sources)
-    if problems := problems + weight_problems:
+    weights = tuple(s.num_tokens for s in sources)
+    if data.weights and len(data.weights) != len(paths):
+        count = len(data.weights)
+        problems.append(f"data.weights has {count} values for {len(paths)} paths in data.path")
+    elif data.weights:
+        given = dict(zip(paths, data.weights, strict=True))
+        weights = tuple(given[s.path] for s in sources)
+        if not all(math.isfinite(w) and w > 0 for w in weights):
+            problems.append(
+                f"data.weights = {weights}: every weight must be above 0; drop the path instead"
+            )
+    if problems:
         raise combine(problems, title=f"the data cannot be used (data.path = {data.path}):")
-    return Mixture(sources, weights, data.seed, data.shuffle, data.mask_documents, vocab_size)
+    shares = tuple(w / math.fsum(weights) for w in weights)
+    return Mixture(sources, shares, data.seed, data.shuffle, data.mask_documents)
 
 
 def _too_short(source: PreparedSplit, seq_len: int) -> str:
@@ -218,23 +230,7 @@ def _too_short(source: PreparedSplit, seq_len: int) -> str:
     )
 
 
-def _weights(
-    data: DataConfig, paths: list[Path], sources: tuple[PreparedSplit, ...]
-) -> tuple[tuple[float, ...], list[str]]:
-    """Shares of the sources that sum to 1, and what is wrong with those asked for."""
-    if data.weights and len(data.weights) != len(paths):
-        count = len(data.weights)
-        return (), [f"data.weights has {count} values for {len(paths)} paths in data.path"]
-    given = dict(zip(paths, data.weights or (), strict=False))
-    weights = tuple(given.get(s.path, s.num_tokens) for s in sources)
-    if not all(math.isfinite(w) and w > 0 for w in weights):
-        return (), [
-            f"data.weights = {weights}: every weight must be above 0; drop the path instead"
-        ]
-    return tuple(w / math.fsum(weights) for w in weights), []
-
-
-def _open(path: Path, split: str, *, verify: bool) -> PreparedSplit:
+def _open_split(path: Path, split: str, *, verify: bool) -> PreparedSplit:
     manifest = read_manifest(path)
     stats = manifest["splits"].get(split)
     if not stats or not stats["tokens"]:
@@ -247,8 +243,7 @@ def _open(path: Path, split: str, *, verify: bool) -> PreparedSplit:
         file = path / shard["file"]
         if not file.is_file():
             problems.append(f"{file.name} is missing")
-        elif file.stat().st_size != shard["bytes"]:
-            size = file.stat().st_size
+        elif (size := file.stat().st_size) != shard["bytes"]:
             problems.append(f"{file.name} has {size} bytes, the manifest says {shard['bytes']}")
         elif verify and shards.file_sha256(file) != shard["sha256"]:
             problems.append(f"{file.name}: its checksum is not the manifest's")
@@ -258,12 +253,12 @@ def _open(path: Path, split: str, *, verify: bool) -> PreparedSplit:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a prepared directory. UserError if it has none, or one of another format."""
+    """Read the manifest of a prepared directory. UserError for none, or one of another format."""
     file = path / MANIFEST
     if not file.is_file():
-        what = (
-            "not a prepared directory (no manifest.json)" if path.is_dir() else "no such directory"
-        )
+        what = "no such directory"
+        if path.is_dir():
+            what = "not a prepared directory (no manifest.json)"
         raise UserError(f"data.path: {path}: {what}; write one with `python -m llamajax.prepare`")
     try:
         manifest = json.loads(file.read_text("utf-8"))

@@ -1,8 +1,8 @@
-"""Where a run stands in its data, as a short list that only grows.
+"""The position of a run in its data: a short list that only grows.
 
-A position is a list of segments; within one, step *n* reads the samples
-`first_sample + (n - first_step) * batch_size ...` of the endless order of one mixture cut into
-samples of one length. Nothing else is ever saved of the data: resuming is arithmetic.
+A position is a list of segments. Within one, step *n* reads the samples
+`first_sample + (n - first_step) * batch_size ...` of the endless order of one mixture, cut into
+samples of one length. A checkpoint saves nothing else of the data: resuming is arithmetic.
 """
 
 import bisect
@@ -14,9 +14,9 @@ from llamajax.data.sample_order import FIRST_ROUNDS, ROUNDS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Steps from `first_step` on, until the next segment starts.
+    """The steps from `first_step` until the next segment starts.
 
-    rounds: of the shuffle; positions saved before it was a choice do not say it.
+    rounds: of the shuffle. Positions saved before it was a choice do not contain it.
     """
 
     first_step: int
@@ -31,24 +31,24 @@ class Segment:
 class Position:
     """Segments in order of `first_step`; where two start at one step, the later one counts.
 
-    What happens at a change, at the step where it happens:
+    The effect of a change, at the step where it happens:
 
     - batch size: the next sample is the one after the last sample read. Nothing is repeated or
       left out.
-    - sequence length: as many tokens count as read as were read; the new order (another cut, so
-      another permutation) goes on at the first of its samples after that many tokens. Unshuffled,
-      nothing is repeated and less than one sample is left out. Shuffled, the count of epochs is
-      kept; the rest of the epoch under way is a fresh draw, so it may meet text read earlier in
-      this epoch: no cut of the unread pieces into longer samples could avoid that.
+    - sequence length: the tokens read so far stay counted as read. The new order (another cut, so
+      another permutation) continues at the first of its samples after that many tokens.
+      Unshuffled, nothing is repeated and less than one sample is left out. Shuffled, the number of
+      epochs is kept. The rest of the current epoch is a new draw, so it may repeat text of this
+      epoch: no cut of the unread pieces into longer samples could avoid that.
     - mixture (data, weights, seed, shuffle): as for the sequence length. New data is all unread
-      wherever its order is entered, and data that stays does not start again from its first sample.
+      wherever its order begins, and data that stays does not start again at its first sample.
     """
 
     segments: tuple[Segment, ...]
 
     @classmethod
     def start(cls, *, batch_size: int, seq_len: int, mixture_hash: str) -> "Position":
-        """The position of a run that has read nothing."""
+        """Return the position of a run that has read nothing."""
         first = Segment(
             first_step=0,
             first_sample=0,
@@ -62,53 +62,30 @@ class Position:
     def continued(
         self, *, step: int, batch_size: int, seq_len: int, mixture_hash: str
     ) -> "Position":
-        """This position from `step` on with these settings; itself where nothing changes."""
+        """Return this position with new settings from `step` on; itself if nothing changes."""
         last = self.segments[-1]
         if step < last.first_step:
             raise ValueError(f"step {step} lies before the last segment's {last.first_step}")
-        if (batch_size, seq_len, mixture_hash) == (
-            last.batch_size,
-            last.seq_len,
-            last.mixture_hash,
-        ):
+        settings = {"batch_size": batch_size, "seq_len": seq_len, "mixture_hash": mixture_hash}
+        if all(getattr(last, key) == value for key, value in settings.items()):
             return self
         tokens_read = self.first_sample(step) * last.seq_len
-        segment = Segment(
-            first_step=step,
-            first_sample=-(-tokens_read // seq_len),
-            batch_size=batch_size,
-            seq_len=seq_len,
-            mixture_hash=mixture_hash,
-            rounds=last.rounds,
-        )
-        return Position((*self.segments, segment))
-
-    def skipped(self, step: int, num_steps: int) -> "Position":
-        """This position with the data of the steps `step ... step + num_steps - 1` left out:
-        step `step` reads what step `step + num_steps` would have read."""
-        last = self.segments[-1]
-        if step < last.first_step or num_steps < 0:
-            raise ValueError(f"cannot skip {num_steps} steps at {step}: {last.first_step=}")
-        if num_steps == 0:
-            return self
-        segment = dataclasses.replace(
-            last, first_step=step, first_sample=self.first_sample(step + num_steps)
-        )
-        return Position((*self.segments, segment))
+        first_sample = -(-tokens_read // seq_len)
+        new = dataclasses.replace(last, first_step=step, first_sample=first_sample, **settings)
+        return Position((*self.segments, new))
 
     def segment(self, step: int) -> Segment:
-        """The segment that `step` belongs to."""
-        return self.segments[
-            bisect.bisect_right(self.segments, step, key=lambda s: s.first_step) - 1
-        ]
+        """Return the segment of `step`."""
+        starts = [segment.first_step for segment in self.segments]
+        return self.segments[bisect.bisect_right(starts, step) - 1]
 
     def first_sample(self, step: int) -> int:
-        """Index, in the endless order, of the first sample of the batch of `step`."""
+        """Return the index, in the endless order, of the first sample in the batch of `step`."""
         segment = self.segment(step)
         return segment.first_sample + (step - segment.first_step) * segment.batch_size
 
     def tokens_seen(self, step: int) -> int:
-        """Tokens of the samples read by the steps before `step`, over all segments."""
+        """Count the tokens of the samples that the steps before `step` read."""
         ends = [s.first_step for s in self.segments[1:]] + [step]
         spans = zip(self.segments, ends, strict=True)
         return sum(
@@ -116,12 +93,12 @@ class Position:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value from which `from_json` makes this position."""
+        """Return a JSON value for `from_json`."""
         return {"segments": [dataclasses.asdict(s) for s in self.segments]}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Position":
-        """The position that `to_json` described; ValueError if it describes none."""
+        """Return the position that `to_json` described; ValueError if it describes none."""
         try:
             segments = tuple(Segment(**s) for s in value["segments"])
         except (KeyError, TypeError) as error:

@@ -10,9 +10,9 @@ from llamajax.backends.jax_private.bare_grain import index_shuffle
 # Up to here an epoch's permutation is drawn whole (8 MB, 80 ms): exactly uniform. Beyond it grain's
 # index_shuffle computes single entries; on a short range it would take 60 us each.
 _WHOLE_UP_TO = 1 << 20
-# Rounds of index_shuffle. Correlation of successive samples with 4 rounds, grain's own number:
-# 0.08 among 7 M samples, 0.32 among 244 M, 0.64 among 3.7 G; with 8 none (at most 0.016, as chance
-# gives). Runs that began with 4 go on with 4.
+# Rounds of index_shuffle. With 4, grain's own number, successive samples have a correlation of 0.08
+# among 7 M samples, 0.32 among 244 M, 0.64 among 3.7 G; with 8 none (at most 0.016, as by chance).
+# Runs that began with 4 keep 4.
 ROUNDS = 8
 FIRST_ROUNDS = 4
 
@@ -20,26 +20,26 @@ FIRST_ROUNDS = 4
 class EndlessOrder:
     """`order[i]` is `first` + the i-th sample: epoch after epoch, each another permutation.
 
-    A random-access source for grain. `key` None: every epoch in stored order. `rounds`: of the
-    shuffle where an epoch is too long to be drawn whole.
+    A random-access source for grain. key: None for the stored order in every epoch. rounds: of the
+    shuffle, if an epoch is too long to be drawn whole.
     """
 
     def __init__(self, first: int, count: int, *, key: str | None, rounds: int = ROUNDS) -> None:
         self._first, self._count, self._key, self._rounds = first, count, key, rounds
-        # Threads that read ahead stand in two epochs at most.
+        # Threads that read ahead are in two epochs at most.
         self._permutation = functools.lru_cache(maxsize=3)(self._draw)
 
     def __len__(self) -> int:
         return 2**62
 
     def __getitem__(self, index: int) -> int:
-        epoch, place = divmod(index, self._count)
+        epoch, number = divmod(index, self._count)
         if self._key is None:
-            return self._first + place
+            return self._first + number
         if self._count <= _WHOLE_UP_TO:
-            return self._first + int(self._permutation(epoch)[place])
+            return self._first + int(self._permutation(epoch)[number])
         last, seed = self._count - 1, self._seed(epoch) % 2**32
-        return self._first + index_shuffle(place, max_index=last, seed=seed, rounds=self._rounds)
+        return self._first + index_shuffle(number, max_index=last, seed=seed, rounds=self._rounds)
 
     def _seed(self, epoch: int) -> int:
         name = f"{self._key}:{epoch}".encode()

@@ -45,21 +45,13 @@ def test_a_change_of_mixture_goes_on_in_the_new_order():
     assert position.segment(9).mixture_hash == "m"
 
 
-def test_a_skipped_stretch_is_never_read():
-    position = start().skipped(10, 3)
-    assert [position.first_sample(s) for s in (9, 10, 11)] == [54, 78, 84]
-    assert start().skipped(10, 0) == start()
-    twice = position.skipped(10, 1)
-    assert twice.first_sample(10) == 84
-
-
 def test_two_segments_at_one_step_the_later_counts():
     position = continued(continued(start(), 10, batch_size=4), 10, batch_size=3)
     assert [position.first_sample(s) for s in (10, 11)] == [60, 63]
 
 
 def test_json_round_trip():
-    position = continued(start(), 10, batch_size=4, seq_len=100).skipped(20, 2)
+    position = continued(start(), 10, batch_size=4, seq_len=100)
     assert Position.from_json(json.loads(json.dumps(position.to_json()))) == position
 
 
@@ -73,8 +65,6 @@ def test_the_past_cannot_be_changed():
     position = continued(start(), 10, batch_size=4)
     with pytest.raises(ValueError, match="before"):
         continued(position, 9, batch_size=5)
-    with pytest.raises(ValueError, match="cannot skip"):
-        position.skipped(9, 1)
 
 
 def test_a_run_keeps_the_rounds_of_the_shuffle_that_it_began_with():
@@ -83,6 +73,6 @@ def test_a_run_keeps_the_rounds_of_the_shuffle_that_it_began_with():
     old = Position.from_json(old)
     assert (new.segments[0].rounds, old.segments[0].rounds) == (8, 4)
     for position in (new, old):
-        later = continued(position, 10, seq_len=64).skipped(20, 3)
+        later = continued(position, 10, seq_len=64)
         assert {s.rounds for s in later.segments} == {position.segments[0].rounds}
         assert Position.from_json(json.loads(json.dumps(later.to_json()))) == later
