@@ -29,7 +29,7 @@ from llamajax.backends import with_huge_pages
 from llamajax.config import RunConfig
 from llamajax.config.schema import ComputeDtype, Remat
 from llamajax.errors import UserError
-from llamajax.formats.huggingface.hf_write import ModelSource
+from llamajax.formats.llama_sources import ModelSource
 from llamajax.verbs import run_verb
 
 SYSTEMS = ("llamajax", "torch")

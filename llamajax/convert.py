@@ -84,7 +84,7 @@ def _convert(flags: SimpleNamespace) -> None:
     source = _tensors(weights)
     _note_rounding(source, flags.dtype)
     progress = BytesProgress()
-    with contextlib.closing(source), contextlib.closing(progress):
+    with contextlib.closing(progress):
         warnings = write_hf(
             source,
             weights.model,
@@ -117,11 +117,10 @@ def _tensors(weights: "Weights") -> "TensorSource":
     import jax
 
     from llamajax import sharding
-    from llamajax.formats.llama_sources import weight_leaves
     from llamajax.models.abstract import abstract_model
 
     mesh = sharding.build_mesh(MeshConfig(), jax.devices()[:1])
-    return weights.tensors(weight_leaves(abstract_model(weights.model, mesh)))
+    return weights.tensors(abstract_model(weights.model, mesh))
 
 
 def _note_rounding(source: "TensorSource", dtype: str) -> None:

@@ -60,9 +60,15 @@ class TransientError(UserError):
     exit_code = ExitCode.TRANSIENT
 
 
-def combine(problems: Sequence[str], *, title: str) -> UserError:
-    """One error that lists every problem found, so that a user fixes them all in one go."""
-    return UserError("\n".join([title, *(f"  - {p}" for p in problems)]))
+def combine(problems: Sequence[str], *, title: str, listed: int | None = None) -> UserError:
+    """Return one error that lists every problem found, so that a user fixes them all in one go.
+
+    listed: how many problems are named, None for all. The rest is counted.
+    """
+    shown = list(problems[:listed])
+    if len(problems) > len(shown):
+        shown.append(f"and {len(problems) - len(shown)} more")
+    return UserError("\n".join([title, *(f"  - {p}" for p in shown)]))
 
 
 def say(text: str) -> None:

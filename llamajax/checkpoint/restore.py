@@ -29,7 +29,6 @@ from llamajax.config.flags import show
 from llamajax.errors import UserError, combine
 from llamajax.processes.host_collectives import broadcast_from_first, first_problem, raise_together
 
-_LISTED = 10
 # Keys of the model section that change neither the arrays nor the function they compute.
 _HARMLESS = ("name", "init_std", "max_seq_len")
 _ALARM = "!" * 12
@@ -286,11 +285,11 @@ def check_same_model(
     if not partial:
         problems += [f"{n}: only in the checkpoint" for n in stored if n not in abstract]
     if problems:
-        more = len(problems) - _LISTED
         raise combine(
-            problems[:_LISTED] + ([f"and {more} more"] if more > 0 else []),
+            problems,
             title=f"checkpoint {checkpoint} is of another model than this run's; choose another "
             "--workdir, or the config that it was saved with:",
+            listed=10,
         )
 
 

@@ -43,9 +43,6 @@ class TensorSource(Protocol):
     def where(self, name: str) -> str:
         """File of one tensor, for messages."""
 
-    def close(self) -> None:
-        """Close the files."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForeignWeights:
@@ -67,10 +64,16 @@ def check_finite(array: np.ndarray, source: TensorSource, name: str) -> None:
     )
 
 
-def tensors_refused(problems: Sequence[str], path: Path) -> UserError:
-    """Return the error that lists tensors which cannot be imported, ten at most."""
-    shown = [*problems[:10], *([f"and {len(problems) - 10} more"] if problems[10:] else [])]
-    return combine(shown, title=f"{path}: tensors that cannot be imported:")
+def same_matrix(source: TensorSource, one: str, other: str) -> bool:
+    """Compare two tensors of a source, a few rows at a time."""
+    if source.shape(one) != source.shape(other):
+        return False
+    rows, width = source.shape(one)
+    for start in range(0, rows, 4096):
+        index = (slice(start, min(start + 4096, rows)), slice(0, width))
+        if not np.array_equal(source.read(one, index), source.read(other, index)):
+            return False
+    return True
 
 
 def imported_model(path: Path, *, max_seq_len: int | None, **facts: Any) -> ModelConfig:

@@ -1,56 +1,33 @@
-"""A checkpoint's weights as tensors of Hugging Face, one layer at a time."""
+"""Our own weights as Hugging Face tensors: of a checkpoint, of a model in memory, with adapters.
 
-import dataclasses
+Each is a `TensorSource`, so that what reads foreign weights reads ours as well, a layer at a time.
+"""
+
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llamajax.checkpoint.restore import Checkpoint, check_same_model
+from llamajax.checkpoint.restore import Checkpoint, check_same_model, restore_state
 from llamajax.checkpoint.stored_array import StoredArray
-from llamajax.config.schema import ModelConfig
-from llamajax.formats.foreign_weights import Index
+from llamajax.config.schema import LORA_TARGETS, LoraConfig, ModelConfig
+from llamajax.formats.foreign_weights import Index, TensorSource
 from llamajax.formats.huggingface.hf_names import Tensor, tensors, to_theirs
 from llamajax.formats.huggingface.hf_read import named_weights
 from llamajax.sharding import letters
 
-_PREFIX = "model/"
+_MODEL, _ADAPTERS = "model/", "adapters/"
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """A weight as stored: shape, dtype, dimension letters (with a leading L)."""
+class _LlamaSource:
+    """What the sources share: names and shapes follow from the architecture."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    dims: str
-
-
-def weight_leaves(abstract_model: Any) -> dict[str, Leaf]:
-    """The leaves of a model of `jax.ShapeDtypeStruct`s by name."""
-    return {
-        name: Leaf(weight.get_value().shape, np.dtype(weight.get_value().dtype), letters(weight))
-        for name, weight in named_weights(abstract_model).items()
-    }
-
-
-class CheckpointSource:
-    """The weights of one checkpoint of ours as tensors of Hugging Face; a TensorSource.
-
-    Holds one layer of one weight, also where all its layers are stored together.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, model: ModelConfig, leaves: Mapping[str, Leaf]):
-        """leaves: the model's. Raises UserError for damage, and for another model's checkpoint.
-
-        To be called by all processes.
-        """
-        wanted = {_PREFIX + name: leaf for name, leaf in leaves.items()}
-        check_same_model(checkpoint, wanted, model=None, partial=True, cast=True)
-        checkpoint.verify()
-        self._checkpoint, self._model, self._leaves = checkpoint, model, leaves
+    def __init__(self, model: ModelConfig):
+        self._model = model
         self._tensors = {tensor.name: tensor for tensor in tensors(model)}
-        self._opened: dict[str, StoredArray] = {}
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -58,28 +35,139 @@ class CheckpointSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
-    def dtype(self, name: str) -> np.dtype:
-        return np.dtype(self._checkpoint.arrays[_PREFIX + self._tensors[name].row.ours].dtype)
-
-    def where(self, name: str) -> str:
-        return str(self._checkpoint.directory)
-
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         tensor = self._tensors[name]
-        dims = self._leaves[tensor.row.ours].dims.removeprefix("L")
-        theirs = to_theirs(self._layer(tensor), tensor.row, dims, self._model)
+        array, dims = self._read_ours(tensor)
+        theirs = to_theirs(array, tensor.row, dims, self._model)
         return theirs if index is None else theirs[index]
 
-    def close(self) -> None:
-        self._opened.clear()
+    def _read_ours(self, tensor: Tensor) -> tuple[np.ndarray, str]:
+        """Return our array (a layer of a stacked weight, or a whole weight) and its dims."""
+        raise NotImplementedError
 
-    def _layer(self, tensor: Tensor) -> np.ndarray:
-        """Our array of one tensor: a layer of a stacked weight, or a whole one."""
+
+class CheckpointSource(_LlamaSource):
+    """The weights of one of our checkpoints. Holds one layer of one weight."""
+
+    def __init__(self, checkpoint: Checkpoint, model: ModelConfig, abstract_model: Any):
+        """Raises UserError for damage, and for a checkpoint of another model.
+
+        To be called by all processes.
+        """
+        super().__init__(model)
+        weights = named_weights(abstract_model)
+        wanted = {_MODEL + name: weight.get_value() for name, weight in weights.items()}
+        check_same_model(checkpoint, wanted, model=None, partial=True, cast=True)
+        checkpoint.verify()
+        self._checkpoint = checkpoint
+        self._dims = {name: letters(weight).removeprefix("L") for name, weight in weights.items()}
+        self._opened: dict[str, StoredArray] = {}
+
+    def dtype(self, name: str) -> np.dtype:
+        return np.dtype(self._checkpoint.arrays[_MODEL + self._tensors[name].row.ours].dtype)
+
+    def where(self, name: str) -> str:
+        return str(self._checkpoint)
+
+    def _read_ours(self, tensor: Tensor) -> tuple[np.ndarray, str]:
         ours, layer = tensor.row.ours, tensor.layer
         if ours not in self._opened:
-            self._opened[ours] = self._checkpoint.array(_PREFIX + ours)
+            self._opened[ours] = self._checkpoint.array(_MODEL + ours)
         stored = self._opened[ours]
         index = [slice(0, n) for n in stored.shape]
         if layer is None:
-            return stored.read(tuple(index), stored.dtype)
-        return stored.read((slice(layer, layer + 1), *index[1:]), stored.dtype)[0]
+            return stored.read(tuple(index), stored.dtype), self._dims[ours]
+        index[0] = slice(layer, layer + 1)
+        return stored.read(tuple(index), stored.dtype)[0], self._dims[ours]
+
+
+class ModelSource(_LlamaSource):
+    """A model in memory, possibly sharded over processes.
+
+    `read` gathers one layer of one weight and is to be called by all processes.
+    """
+
+    def __init__(self, model: Any, config: ModelConfig):
+        super().__init__(config)
+        self._weights = named_weights(model)
+
+    def dtype(self, name: str) -> np.dtype:
+        return np.dtype(self._weights[self._tensors[name].row.ours].get_value().dtype)
+
+    def where(self, name: str) -> str:
+        return "the model in memory"
+
+    def _read_ours(self, tensor: Tensor) -> tuple[np.ndarray, str]:
+        weight, layer = self._weights[tensor.row.ours], tensor.layer
+        array, dims = weight.get_value(), letters(weight).removeprefix("L")
+        mesh = getattr(array.sharding, "mesh", None)
+        if mesh is None or mesh.size == 1:
+            return np.asarray(array if layer is None else array[layer]), dims
+        gathered = _all_gather_layer(array, layer or 0, stacked=layer is not None, mesh=mesh)
+        return np.asarray(gathered), dims
+
+
+@jax.jit(static_argnames=("stacked", "mesh"))
+def _all_gather_layer(array: jax.Array, layer: int, *, stacked: bool, mesh: Mesh) -> jax.Array:
+    if stacked:
+        array = jax.lax.dynamic_index_in_dim(array, layer, axis=0, keepdims=False)
+    return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec()))
+
+
+class Factors(NamedTuple):
+    """A (L, in, R) and B (L, R, out) of one LoRA target, float32, `in` and `out` in our dims."""
+
+    a: np.ndarray
+    b: np.ndarray
+
+
+def read_factors(checkpoint: Checkpoint) -> dict[str, Factors]:
+    """Read the adapters of one checkpoint to the host, by target.
+
+    To be called by all processes.
+    """
+    index = {n: x for n, x in checkpoint.arrays.items() if n.startswith(_ADAPTERS)}
+    targets = dict.fromkeys(name.split("/")[1] for name in index)
+    wanted = {t: {side: index[f"{_ADAPTERS}{t}/{side}"] for side in "ab"} for t in targets}
+    found = restore_state(checkpoint, {"adapters": wanted}, partial=True)["adapters"]
+    return {target: Factors(**found[target]) for target in targets}
+
+
+class MergedSource(_LlamaSource):
+    """A base with adapters added to its matrices, tensor by tensor in float32.
+
+    The base is rounded to the dtype in which it was held in training. The formula of one matrix is
+    that of `ops.lora.merged`.
+    """
+
+    def __init__(
+        self,
+        base: TensorSource,
+        model: ModelConfig,
+        factors: Mapping[str, Factors],
+        lora: LoraConfig,
+    ):
+        super().__init__(model)
+        self._base, self._factors, self._lora = base, factors, lora
+
+    def dtype(self, name: str) -> np.dtype:
+        return np.dtype("float32")
+
+    def where(self, name: str) -> str:
+        return self._base.where(name)
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        tensor = self._tensors[name]
+        weight = self._base.read(name, index)
+        if weight.ndim > 1:
+            weight = weight.astype(jnp.dtype(self._lora.base_dtype))
+        weight = weight.astype(np.float32)
+        target = tensor.row.ours.rpartition("/")[2]
+        if target not in self._factors:
+            return weight
+        a, b = (side[tensor.layer] for side in self._factors[target])
+        product = a.reshape(-1, a.shape[-1]) @ b.reshape(b.shape[0], -1)
+        product = product.reshape(*a.shape[:-1], *b.shape[1:])
+        added = to_theirs(product, tensor.row, "".join(LORA_TARGETS[target]), self._model)
+        scale = np.float32(self._lora.alpha / self._lora.rank)
+        return weight + scale * (added if index is None else added[index])

@@ -1,13 +1,16 @@
-"""Opening weights of any known kind: what a path holds, and its arrays onto any mesh.
+"""Open weights of any known kind, and load their arrays onto any mesh.
 
-A kind is recognised by what lies on the disk, never by a name: checkpoints of ours first, then each
-foreign format in the order of RECOGNISERS. A foreign format is one function more in that table.
+A kind is recognized by the files at a path, never by a name: our checkpoints first, then each
+foreign format in the order of RECOGNIZERS. A new foreign format is one more function in that table.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
+
+import numpy as np
 
 from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.directory_owner import recorded_directory
@@ -29,15 +32,15 @@ from llamajax.config.build import build_model
 from llamajax.config.saved_config import from_json_dict
 from llamajax.config.schema import LoraConfig, ModelConfig
 from llamajax.errors import UserError, combine
-from llamajax.formats.adapters import MergedSource, fingerprint_tensors, read_factors
 from llamajax.formats.foreign_weights import ForeignWeights, TensorSource
 from llamajax.formats.gguf import gguf_config
 from llamajax.formats.huggingface import hf_read
-from llamajax.formats.llama_sources import CheckpointSource, Leaf, weight_leaves
+from llamajax.formats.huggingface.hf_names import tensors
+from llamajax.formats.llama_sources import CheckpointSource, MergedSource, read_factors
 from llamajax.formats.meta import meta_config
 from llamajax.tokenizers.loading import find_tokenizer
 
-# Kind -> what it makes of a path: None when that is of another kind, UserError when it is broken.
+# Kind -> what opens a path: returns None if it is of another kind, UserError if it is broken.
 RECOGNIZERS: dict[str, Callable[[Path], ForeignWeights | None]] = {
     "huggingface": hf_read.recognize,
     "gguf": gguf_config.recognize,
@@ -45,25 +48,27 @@ RECOGNIZERS: dict[str, Callable[[Path], ForeignWeights | None]] = {
 }
 # Directory of a run's tokenizer, in its --workdir.
 TOKENIZER = "tokenizer"
+# Training changes nearly every value of every tensor, so a few rows of each tell two bases apart.
+_FINGERPRINT_ROWS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Weights on a disk, checked as far as headers tell; nothing is read yet.
+    """Opened weights, checked as far as headers allow; nothing is read yet.
 
-    kind: llamajax, or one of RECOGNISERS. path: what was opened; for llamajax the checkpoint of one
-    step. tokenizer: what `data.load_tokenizer` takes, None where there is none. tokenizer_record:
-    what a checkpoint says of the tokenizer that it was trained with, if it does. checkpoint: None
-    for a foreign kind. source: the tensors of a foreign kind, None for llamajax. base and lora: of
-    a checkpoint of adapters, what those are added to; it is read as the merged model.
+    kind: llamajax, or one of RECOGNIZERS. path: what was opened; for llamajax the checkpoint of one
+    step. tokenizer: what `load_tokenizer` takes, None where there is none. tokenizer_record: what a
+    checkpoint says of the tokenizer that it was trained with, if it does. checkpoint: None for a
+    foreign kind. source: the tensors of a foreign kind, None for llamajax. base and lora: of a
+    checkpoint of adapters, what those are added to; it is read as the merged model.
     """
 
     kind: str
     path: Location
     model: ModelConfig
     tokenizer: Path | None
-    checkpoint: Checkpoint | None
-    source: TensorSource | None
+    checkpoint: Checkpoint | None = None
+    source: TensorSource | None = None
     tokenizer_record: Mapping[str, Any] | None = None
     base: "Weights | None" = None
     lora: LoraConfig | None = None
@@ -74,47 +79,60 @@ class Weights:
         return None if self.checkpoint is None else self.checkpoint.step
 
     def fingerprint(self) -> str:
-        """Identity of these weights: equal on a copy, another after any training."""
-        if self.source is not None:
-            return fingerprint_tensors(self.source, self.model)
-        return self.checkpoint.manifest.fingerprint
+        """Return an identity of these weights: equal for a copy, another after any training.
 
-    def tensors(self, leaves: Mapping[str, Leaf]) -> TensorSource:
-        """All weights as tensors of Hugging Face, adapters merged; `leaves` are the model's.
+        Of foreign weights it covers the shape, dtype and first rows of each tensor.
+        """
+        if self.source is None:
+            return self.checkpoint.manifest.fingerprint
+        digest, available = hashlib.sha256(), set(self.source.names())
+        for tensor in tensors(self.model):
+            if tensor.name in available:
+                dtype = self.source.dtype(tensor.name).name
+                index = tuple(slice(0, n) for n in tensor.shape)
+                index = (slice(0, min(tensor.shape[0], _FINGERPRINT_ROWS)), *index[1:])
+                digest.update(f"{tensor.name} {tensor.shape} {dtype}\n".encode())
+                part = self.source.read(tensor.name, index)
+                digest.update(np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
 
-        To be called by all processes, because adapters are read.
+    def tensors(self, abstract_model: Any) -> TensorSource:
+        """Return all weights as Hugging Face tensors, adapters merged.
+
+        abstract_model: tells which dims a weight of ours has. To be called by all processes,
+        because adapters are read.
         """
         if self.source is not None:
             return self.source
         if self.base is None:
-            return CheckpointSource(self.checkpoint, self.model, leaves)
+            return CheckpointSource(self.checkpoint, self.model, abstract_model)
         factors = read_factors(self.checkpoint)
-        return MergedSource(self.base.tensors(leaves), self.model, factors, self.lora)
+        return MergedSource(self.base.tensors(abstract_model), self.model, factors, self.lora)
 
     def load(self, abstract_model: Any) -> Any:
-        """A model like `abstract_model` with all its leaves read, each straight into its shards.
+        """Read a model like `abstract_model`, each leaf straight into its shards.
 
         abstract_model: `jax.ShapeDtypeStruct`s with shardings, of this architecture, in the wanted
         dtypes (`models.abstract.abstract_model`). Raises UserError for damage and mismatches. To be
         called by all processes.
         """
         if self.source is not None or self.base is not None:
-            source = self.tensors(weight_leaves(abstract_model))
+            source = self.tensors(abstract_model)
             return hf_read.load_tensors(source, self.model, abstract_model)
         wanted = {"model": abstract_model}
         return restore_state(self.checkpoint, wanted, partial=True, cast=True)["model"]
 
 
 def open_weights(path: str | PurePath) -> Weights:
-    """The weights that `path` holds.
+    """Open the weights at `path`.
 
     A --workdir of train (its newest checkpoint), one checkpoints/STEP, a directory of checkpoints
-    (of these two also the URL), a Hugging Face directory, or another kind of RECOGNISERS. Raises
+    (of these two also the URL), a Hugging Face directory, or another kind of RECOGNIZERS. Raises
     UserError when it is none of these, or when it is one that is damaged or not supported.
     """
     path = locate(path)
     if is_remote(path):
-        return _of_url(path)
+        return _open_url(path)
     if not path.exists():
         raise UserError(
             f"{path}: there is no such file or directory; a model of the Hugging Face hub is "
@@ -132,7 +150,6 @@ def open_weights(path: str | PurePath) -> Weights:
                 path=path,
                 model=found.model,
                 tokenizer=found.tokenizer,
-                checkpoint=None,
                 source=found.source,
             )
     if (path / "adapter_config.json").is_file():
@@ -149,7 +166,7 @@ def open_weights(path: str | PurePath) -> Weights:
     )
 
 
-def _of_url(path: Location) -> Weights:
+def _open_url(path: Location) -> Weights:
     try:
         if (checkpoint := _checkpoint_in(path)) is not None:
             return _of_checkpoint(checkpoint)
@@ -162,15 +179,14 @@ def _of_url(path: Location) -> Weights:
 
 
 def _checkpoint_in(path: Location) -> Checkpoint | None:
-    """Open one checkpoint of ours: `path` itself, or the newest under it."""
+    """Open one of our checkpoints: `path` itself, or the newest under it."""
     if path.name.isdecimal() and is_directory(path / manifests.STATE):
         return open_checkpoint(path)
-    places = [path / "checkpoints", path]
-    if not is_remote(path) and recorded_directory(path) not in places:
-        places.insert(0, recorded_directory(path))
-    for directory in places:
-        checkpoint = newest_checkpoint(directory)
-        if checkpoint is not None:
+    directories = [path / "checkpoints", path]
+    if not is_remote(path) and recorded_directory(path) not in directories:
+        directories.insert(0, recorded_directory(path))
+    for directory in directories:
+        if (checkpoint := newest_checkpoint(directory)) is not None:
             return checkpoint
     if is_directory(path / "checkpoints"):
         raise UserError(f"{path} holds a run without a finished checkpoint yet")
@@ -178,9 +194,10 @@ def _checkpoint_in(path: Location) -> Checkpoint | None:
 
 
 def open_base(record: Mapping[str, str], *, path: Location | None, adapters: PurePath) -> Weights:
-    """The weights that adapters were trained on, which `record` (of their checkpoint) describes.
+    """Open the weights that adapters were trained on.
 
-    path: where they are now, None: where they were. Raises UserError when they are gone or others.
+    record: their path and fingerprint, from the checkpoint of the adapters. path: where they are
+    now, None: where they were. Raises UserError when they are gone or have changed.
     """
     where = locate(record["path"]) if path is None else path
     if not where.exists():
@@ -200,7 +217,7 @@ def open_base(record: Mapping[str, str], *, path: Location | None, adapters: Pur
 
 
 def _of_checkpoint(checkpoint: Checkpoint, *, run: Path | None = None) -> Weights:
-    """The weights of a checkpoint. run: its --workdir, where that was named."""
+    """Return the weights of a checkpoint. run: its --workdir, where that was named."""
     directory, meta = checkpoint.directory, checkpoint.meta
     config, base, lora = meta.get("config") or {}, None, None
     if "model" not in config:
@@ -218,14 +235,13 @@ def _of_checkpoint(checkpoint: Checkpoint, *, run: Path | None = None) -> Weight
         tokenizer=_tokenizer_of(directory, config, run),
         tokenizer_record=meta.get("tokenizer"),
         checkpoint=checkpoint,
-        source=None,
         base=base,
         lora=lora,
     )
 
 
 def _tokenizer_of(directory: Location, config: dict[str, Any], run: Path | None) -> Path | None:
-    """The tokenizer beside the checkpoints, else that of the first data set of the run."""
+    """Find the tokenizer beside the checkpoints, else that of the first data set of the run."""
     beside = [] if is_remote(directory) else [directory.parent.parent]
     beside += [] if run is None else [run]
     for folder in (each for path in beside for each in (path, path / TOKENIZER)):

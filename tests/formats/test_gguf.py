@@ -114,7 +114,6 @@ def test_tensors_are_half_split_and_slices_those_of_the_whole(tmp_path, arrays, 
         for cut in [(slice(5, n - 3),) for n in whole.shape[:1]]:
             cut += (slice(7, whole.shape[-1] - 9),) * (whole.ndim - 1)
             assert np.array_equal(source.read(name, cut), whole[cut]), name
-    source.close()
 
 
 def test_logits_equal_transformers(tmp_path, arrays):

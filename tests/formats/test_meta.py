@@ -84,7 +84,6 @@ def test_slices_are_those_of_the_whole(tmp_path):
             assert np.array_equal(source.read(name), expected), name
             cut = tuple(slice(n // 3, n - 2) for n in expected.shape)
             assert np.array_equal(source.read(name, cut), expected[cut]), name
-        source.close()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -9,9 +9,9 @@ import safetensors.numpy
 
 from llamajax.formats.huggingface.safetensors_files import (
     DamagedFile,
-    read_header,
     read_part,
-    write_file,
+    read_places,
+    write_safetensors,
 )
 
 DRAW = np.random.default_rng(0)
@@ -38,15 +38,15 @@ def file(tmp_path):
 
 
 def test_the_librarys_files_are_read(file):
-    header = read_header(file)
+    header = read_places(file)
     assert set(header) == set(ARRAYS)
     for name, array in ARRAYS.items():
-        assert bits(read_part(file, header[name], None)) == bits(array)
+        assert bits(read_part(header[name], None)) == bits(array)
 
 
 @pytest.mark.parametrize("index", [(slice(2, 5), slice(0, 5)), (slice(1, 7), slice(2, 4))])
 def test_parts_are_read(file, index):
-    part = read_part(file, read_header(file)["a"], index)
+    part = read_part(read_places(file)["a"], index)
     np.testing.assert_array_equal(part, ARRAYS["a"][index])
 
 
@@ -54,7 +54,7 @@ def test_the_library_reads_our_files(tmp_path):
     path = tmp_path / "y.safetensors"
     arrays = {"p": ARRAYS["b"], "q": ARRAYS["b"][:, ::2], "r": ARRAYS["b"][0]}
     shapes = {name: array.shape for name, array in arrays.items()}
-    write_file(path, shapes, np.dtype(ml_dtypes.bfloat16), iter(arrays.values()))
+    write_safetensors(path, shapes, np.dtype(ml_dtypes.bfloat16), iter(arrays.values()))
     loaded = safetensors.numpy.load_file(path)
     assert {n: bits(a) for n, a in loaded.items()} == {n: bits(a) for n, a in arrays.items()}
 
@@ -82,18 +82,18 @@ def rewritten(file, change):
 def test_a_wrong_header_is_refused(file, change, words):
     rewritten(file, change)
     with pytest.raises(DamagedFile, match=words):
-        read_header(file)
+        read_places(file)
 
 
 @pytest.mark.parametrize("size", [0, 5, 40, -1])
 def test_a_cut_file_is_refused(file, size):
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(DamagedFile, match="cut off"):
-        read_header(file)
+        read_places(file)
 
 
 def test_a_file_that_shrinks_later_is_refused(file):
-    entry = read_header(file)["a"]
+    entry = read_places(file)["a"]
     file.write_bytes(file.read_bytes()[: entry.offset + 8])
     with pytest.raises(DamagedFile, match="ended while"):
-        read_part(file, entry, None)
+        read_part(entry, None)

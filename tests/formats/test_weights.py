@@ -16,7 +16,7 @@ from tiny_state import checkpointer
 from llamajax.checkpoint.restore import open_checkpoint
 from llamajax.errors import UserError
 from llamajax.formats.huggingface.hf_write import export_hf
-from llamajax.formats.llama_sources import CheckpointSource, weight_leaves
+from llamajax.formats.llama_sources import CheckpointSource
 from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
 
@@ -75,8 +75,8 @@ def test_a_run_is_opened_at_its_newest_step_and_a_step_at_itself(workdir):
 
 
 def test_a_checkpoint_is_read_as_tensors_of_hugging_face(workdir, exported):
-    leaves = weight_leaves(abstract_model(BASE, mesh()))
-    sources = [open_weights(path).tensors(leaves) for path in (workdir, exported)]
+    model = abstract_model(BASE, mesh())
+    sources = [open_weights(path).tensors(model) for path in (workdir, exported)]
     for name in sources[0].names():
         assert sources[0].read(name).tobytes() == sources[1].read(name).tobytes()
 
@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_refused(workdir, tmp_path):
     with pytest.raises(UserError, match="checksum"):
         weights.load(abstract_model(BASE, mesh()))
     with pytest.raises(UserError, match="checksum"):
-        CheckpointSource(open_checkpoint(copy), BASE, weight_leaves(abstract_model(BASE, mesh())))
+        CheckpointSource(open_checkpoint(copy), BASE, abstract_model(BASE, mesh()))
 
 
 def test_another_architecture_is_not_filled(exported):

@@ -14,7 +14,7 @@ from llamajax import sharding
 from llamajax.checkpoint import open_checkpoint
 from llamajax.config.schema import MeshConfig
 from llamajax.errors import UserError
-from llamajax.formats.adapters import read_factors
+from llamajax.formats.llama_sources import read_factors
 from llamajax.formats.weights import open_base, open_weights
 from llamajax.models.abstract import abstract_model
 from llamajax.training.origin import open_origin

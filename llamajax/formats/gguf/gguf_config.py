@@ -1,4 +1,4 @@
-"""What the metadata of a GGUF file says about the architecture, and the door to such files.
+"""Recognize a GGUF file, and read the architecture from its metadata.
 
 Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#llama.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from llamajax.config.schema import ModelConfig, RopeScaling
 from llamajax.errors import UserError, combine
 from llamajax.formats.foreign_weights import ForeignWeights, imported_model
-from llamajax.formats.gguf.gguf_header import MAGIC, Header, read_header
+from llamajax.formats.gguf.gguf_header import MAGIC, GgufHeader, read_gguf_header
 from llamajax.formats.gguf.gguf_source import ROPE_FACTORS, GgufSource
 from llamajax.formats.gguf.gguf_tokenizer import write_tokenizer
 from llamajax.ops.rope import frequencies
@@ -24,15 +24,15 @@ _LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192
 
 
 def recognize(path: Path) -> ForeignWeights | None:
-    """What a GGUF file, or a directory with one, holds; None for anything else.
+    """Open a GGUF file, or a directory with one; return None for anything else.
 
     Raises UserError for a file that is not Llama's, or damaged, and for several in a directory.
     """
     file = _file(path)
     if file is None:
         return None
-    header = read_header(file)
-    model = model_config(header)
+    header = read_gguf_header(file)
+    model = _model_config(header)
     source = GgufSource(header, num_heads=model.num_heads, num_kv_heads=model.num_kv_heads)
     return ForeignWeights(model=model, tokenizer=write_tokenizer(header), source=source)
 
@@ -51,36 +51,36 @@ def _file(path: Path) -> Path | None:
     return files[0] if files else None
 
 
-def model_config(header: Header) -> ModelConfig:
-    """The architecture; UserError names whatever our model does not compute."""
+def _model_config(header: GgufHeader) -> ModelConfig:
+    """Return the architecture; UserError names whatever our model does not compute."""
     path, tensors = header.path, header.tensors
     architecture = header.metadata.get("general.architecture")
     if architecture != "llama":
         raise UserError(
             f"{path}: architecture {architecture!r}; only Llama's ('llama') can be imported"
         )
-    facts = _Facts(header.metadata)
     if _EMBEDDING not in tensors or len(tensors[_EMBEDDING].shape) != 2:
         raise UserError(
             f"{path}: no matrix {_EMBEDDING}: a part of a model, or only its vocabulary"
         )
+    facts = _Facts(header.metadata)
     vocab_size, width = tensors[_EMBEDDING].shape
-    heads = facts.whole("attention.head_count")
-    head_size = facts.whole("attention.key_length", facts.whole("rope.dimension_count", None))
+    heads = facts.get("attention.head_count", int)
+    head_size = facts.get("attention.key_length", int, facts.get("rope.dimension_count", int, None))
     head_size = head_size or width // heads
-    theta = facts.number("rope.freq_base", 10_000.0)
+    theta = facts.get("rope.freq_base", float, 10_000.0)
     model = {
         "vocab_size": vocab_size,
-        "hidden_size": facts.whole("embedding_length"),
-        "intermediate_size": facts.whole("feed_forward_length"),
-        "num_layers": facts.whole("block_count"),
+        "hidden_size": facts.get("embedding_length", int),
+        "intermediate_size": facts.get("feed_forward_length", int),
+        "num_layers": facts.get("block_count", int),
         "num_heads": heads,
-        "num_kv_heads": facts.whole("attention.head_count_kv", heads),
+        "num_kv_heads": facts.get("attention.head_count_kv", int, heads),
         "head_size": head_size,
         "rope_theta": theta,
-        "norm_eps": facts.number("attention.layer_norm_rms_epsilon"),
+        "norm_eps": facts.get("attention.layer_norm_rms_epsilon", float),
         "tie_embeddings": _HEAD not in tensors,
-        "max_seq_len": facts.whole("context_length"),
+        "max_seq_len": facts.get("context_length", int),
     }
     if model["num_layers"] > len(tensors):
         facts.problems.append(f"llama.block_count: more than the {len(tensors)} tensors there are")
@@ -97,22 +97,17 @@ def model_config(header: Header) -> ModelConfig:
 
 
 class _Facts:
-    """Keys `llama.*`, with everything that is missing or different from what must be."""
+    """Keys `llama.*`; `problems` lists what is missing or different from what it must be."""
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self._metadata = metadata
         self.problems: list[str] = []
 
-    def whole(self, key: str, *absent: int | None) -> Any:
-        return self._of_type(key, int, *absent)
-
-    def number(self, key: str, *absent: float) -> Any:
-        return self._of_type(key, float, *absent)
-
-    def _of_type(self, key: str, kind: type, *absent: Any) -> Any:
+    def get(self, key: str, kind: type, *default: Any) -> Any:
+        """Return a positive number of a type. Without a default, an absent one is a problem."""
         value = self._metadata.get(f"llama.{key}")
-        if value is None and absent:
-            return absent[0]
+        if value is None and default:
+            return default[0]
         if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
             self.problems.append(f"llama.{key} = {value}: must be one {kind.__name__} above 0")
             return 1
@@ -123,16 +118,13 @@ class _Facts:
         if value is not None and value != expected:
             self.problems.append(f"llama.{key} = {value}: only {expected} can be imported")
 
-    def text(self, key: str) -> str | None:
-        return self._metadata.get(f"llama.{key}")
-
 
 def _rope_scaling(
-    header: Header, facts: _Facts, head_size: int, theta: float
+    header: GgufHeader, facts: _Facts, head_size: int, theta: float
 ) -> RopeScaling | None:
-    """Llama 3.1's scaling, recognised by the factors that each frequency is divided by."""
-    kind = facts.text("rope.scaling.type")
-    if kind not in (None, "none") and facts.number("rope.scaling.factor", 1.0) != 1.0:
+    """Return Llama 3.1's scaling, recognized by the factors that each frequency is divided by."""
+    kind = header.metadata.get("llama.rope.scaling.type")
+    if kind not in (None, "none") and facts.get("rope.scaling.factor", float, 1.0) != 1.0:
         raise UserError(
             f"{header.path}: llama.rope.scaling.type = {kind!r}: only Llama 3.1's scaling can be "
             "imported"
@@ -147,7 +139,7 @@ def _rope_scaling(
         factor=float(str(stored.max())),
         low_freq_factor=_LOW,
         high_freq_factor=_HIGH,
-        original_max_seq_len=facts.whole("rope.scaling.original_context_length", _ORIGINAL),
+        original_max_seq_len=facts.get("rope.scaling.original_context_length", int, _ORIGINAL),
     )
     plain = frequencies(head_size, theta=theta, scaling=None)
     ours = plain / frequencies(head_size, theta=theta, scaling=scaling)

@@ -1,8 +1,8 @@
-"""The header of a GGUF file: its metadata and where its tensors are.
+"""Read the header of a GGUF file: its metadata and where its tensors are.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 `gguf.GGUFReader` reads it too, but makes three NumPy arrays of each token and merge: 7 seconds for
-49,000 tokens, against a tenth of one here. Dequantisation is left to that package.
+49,000 tokens, against a tenth of one here. Dequantization is left to that package.
 """
 
 import dataclasses
@@ -16,25 +16,14 @@ import numpy as np
 from llamajax.errors import UserError
 
 MAGIC = b"GGUF"
-_NUMBERS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-_STRING, _ARRAY = 8, 9
+# Number of a metadata type -> the format of `struct`.
+_NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+_FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _ALIGNMENT = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredTensor:
+class GgufTensor:
     """Name, shape (slowest dim first), the number of ggml's type, and where its bytes start."""
 
     name: str
@@ -44,17 +33,17 @@ class StoredTensor:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Header:
+class GgufHeader:
     """`metadata` has Python values, lists of strings, and NumPy arrays of numbers."""
 
     path: Path
     metadata: dict[str, Any]
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, GgufTensor]
     content: mmap.mmap
 
 
-def read_header(path: Path) -> Header:
-    """The header of a GGUF file, which stays mapped. UserError if it is none, or damaged."""
+def read_gguf_header(path: Path) -> GgufHeader:
+    """Read the header of a GGUF file, which stays mapped. UserError if it is none, or damaged."""
     with path.open("rb") as stream:
         magic = stream.read(4)
         if magic != MAGIC:
@@ -72,7 +61,7 @@ def read_header(path: Path) -> Header:
         raise UserError(f"{path}: truncated or damaged: {why}; download it again") from error
 
 
-def _parse(path: Path, content: mmap.mmap) -> Header:
+def _parse(path: Path, content: mmap.mmap) -> GgufHeader:
     cursor = _Cursor(content, 8)
     num_tensors, num_keys = cursor.number("Q"), cursor.number("Q")
     metadata = {}
@@ -89,55 +78,44 @@ def _parse(path: Path, content: mmap.mmap) -> Header:
         raise ValueError(f"general.alignment = {alignment}")
     start = -(-cursor.at // alignment) * alignment
     tensors = {
-        name: StoredTensor(name, shape, type_id, start + offset)
+        name: GgufTensor(name, shape, type_id, start + offset)
         for name, shape, type_id, offset in described
     }
-    return Header(path=path, metadata=metadata, tensors=tensors, content=content)
+    return GgufHeader(path=path, metadata=metadata, tensors=tensors, content=content)
 
 
 class _Cursor:
-    """Values one after another; ValueError where the file ends before them."""
+    """Reads values one after another; ValueError where the file ends before them."""
 
     def __init__(self, content: mmap.mmap, at: int) -> None:
         self._content = content
         self.at = at
 
-    def number(self, code: str) -> Any:
-        size = struct.calcsize(f"<{code}")
-        self._must_hold(size)
-        (value,) = struct.unpack_from(f"<{code}", self._content, self.at)
-        self.at += size
-        return value
-
-    def _must_hold(self, size: int) -> None:
+    def _advance(self, size: int) -> int:
+        """Step over `size` bytes; return where they start."""
         if size > len(self._content) - self.at:
             raise ValueError(f"its header goes on after its end, byte {len(self._content)}")
+        self.at += size
+        return self.at - size
+
+    def number(self, code: str) -> Any:
+        start = self._advance(struct.calcsize(f"<{code}"))
+        return struct.unpack_from(f"<{code}", self._content, start)[0]
 
     def string(self) -> str:
-        size = self.number("Q")
-        self._must_hold(size)
-        text = self._content[self.at : self.at + size].decode("utf-8")
-        self.at += size
-        return text
+        start = self._advance(self.number("Q"))
+        return self._content[start : self.at].decode("utf-8")
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.string()
-        if kind == _ARRAY:
-            return self._array()
-        return _decimal(self.number(_NUMBERS[kind])) if kind == 6 else self.number(_NUMBERS[kind])
-
-    def _array(self) -> Any:
+        if kind == _FLOAT32:  # its shortest decimal: 1e-5 instead of 9.999999747e-06
+            return float(str(np.float32(self.number("f"))))
+        if kind != _ARRAY:
+            return self.number(_NUMBERS[kind])
         kind, length = self.number("I"), self.number("Q")
         if kind in (_STRING, _ARRAY):
             return [self.value(kind) for _ in range(length)]
         dtype = np.dtype(_NUMBERS[kind]).newbyteorder("<")
-        self._must_hold(length * dtype.itemsize)
-        found = np.frombuffer(self._content, dtype, length, self.at).copy()
-        self.at += found.nbytes
-        return found
-
-
-def _decimal(value: float) -> float:
-    """The shortest decimal of a single-precision number: 1e-5 instead of 9.999999747e-06."""
-    return float(str(np.float32(value)))
+        start = self._advance(length * dtype.itemsize)
+        return np.frombuffer(self._content, dtype, length, start).copy()

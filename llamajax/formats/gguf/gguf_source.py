@@ -1,7 +1,7 @@
-"""Tensors of a GGUF file under Hugging Face's names, dequantised slice by slice as they are read.
+"""Read a GGUF file's tensors as Hugging Face tensors, dequantized slice by slice.
 
-The file stays memory mapped. Quantised blocks are turned into float32 by the `gguf` package, an
-optional extra. What the metadata says about the architecture is in `gguf_config.py`.
+The file stays memory mapped. Quantized blocks are turned into float32 by the `gguf` package, an
+optional extra.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ import numpy as np
 
 from llamajax.errors import UserError, combine
 from llamajax.formats.foreign_weights import Index, half_split_rows, select
-from llamajax.formats.gguf.gguf_header import Header, StoredTensor
+from llamajax.formats.gguf.gguf_header import GgufHeader, GgufTensor
 
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-_QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+_QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 _WHOLE = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -35,7 +35,7 @@ _OF_LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 ROPE_FACTORS = "rope_freqs.weight"
-_CHUNK_VALUES = 2**20  # dequantised at one time, so that a read costs little more than its result
+_CHUNK_VALUES = 2**20  # dequantized at one time, so that a read costs little more than its result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,43 +49,47 @@ class _Matrix:
 
 
 class GgufSource:
-    """The tensors of one file; `foreign_weights.py` says what each method promises."""
+    """The tensors of one file; a TensorSource. Quantized ones are read as float32."""
 
-    def __init__(self, header: Header, *, num_heads: int, num_kv_heads: int) -> None:
-        heads = {"self_attn.q_proj": num_heads, "self_attn.k_proj": num_kv_heads}
+    def __init__(self, header: GgufHeader, *, num_heads: int, num_kv_heads: int) -> None:
         self._path = header.path
         self._matrices: dict[str, _Matrix] = {}
-        _must_have_gguf(header)
+        try:
+            import gguf  # noqa: F401
+        except ImportError as error:
+            raise UserError(
+                f"{self._path}: GGUF files need the gguf package: pip install 'llamajax[gguf]'"
+            ) from error
         problems = []
         for tensor in header.tensors.values():
             if tensor.name == ROPE_FACTORS:
                 continue
-            if (name := hugging_face_name(tensor.name)) is None:
+            if (name := _hugging_face_name(tensor.name)) is None:
                 problems.append(f"tensor {tensor.name}: no part of a Llama model")
                 continue
-            part = name.rpartition("layers.")[2].partition(".")[2].removesuffix(".weight")
+            heads = {"q_proj": num_heads, "k_proj": num_kv_heads}.get(name.split(".")[-2])
             try:
-                self._matrices[name] = _matrix(header, tensor, heads.get(part))
+                self._matrices[name] = _matrix(header, tensor, heads)
             except ValueError as error:
                 problems.append(f"tensor {tensor.name}: {error}")
         if problems:
-            shown = problems[:10] + ([f"and {len(problems) - 10} more"] if problems[10:] else [])
-            raise combine(shown, title=f"{self._path}: tensors that cannot be imported:")
+            title = f"{self._path}: tensors that cannot be imported:"
+            raise combine(problems, title=title, listed=10)
 
     def names(self) -> list[str]:
-        """Hugging Face's names, in the order of the file."""
         return list(self._matrices)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape as Hugging Face stores it: (outputs, inputs) of a matrix."""
         return self._matrices[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        """What `read` returns: float32 for quantised types."""
         return self._matrices[name].dtype
 
+    def where(self, name: str) -> str:
+        return str(self._path)
+
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """The tensor, or the part `index` of it, with the rows of q and k half-split."""
+        """Dequantize a tensor, with the rows of q and k half-split."""
         matrix = self._matrices[name]
         taken, rows, columns = select(matrix.shape, index)
         found = np.empty((len(rows), len(columns)), matrix.dtype)
@@ -94,41 +98,24 @@ class GgufSource:
             found[start : start + step] = _values(matrix, rows[start : start + step], columns)
         return found.reshape(taken)
 
-    def where(self, name: str) -> str:
-        """The file."""
-        return str(self._path)
 
-    def close(self) -> None:
-        """Let go of the mapped file."""
-        self._matrices.clear()
-
-
-def hugging_face_name(name: str) -> str | None:
-    """The name that a tensor of a GGUF file has in a Hugging Face checkpoint; None: not Llama's."""
+def _hugging_face_name(name: str) -> str | None:
+    """Return the name that a tensor has in a Hugging Face checkpoint; None: not Llama's."""
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name):
         part = _OF_LAYER.get(match[2])
         return part and f"model.layers.{match[1]}.{part}.weight"
     return _WHOLE.get(name)
 
 
-def _must_have_gguf(header: Header) -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"{header.path}: GGUF files need the gguf package: pip install 'llamajax[gguf]'"
-        ) from error
-
-
-def _matrix(header: Header, tensor: StoredTensor, num_heads: int | None) -> _Matrix:
-    """The mapped bytes of one tensor. ValueError says why it cannot be read."""
+def _matrix(header: GgufHeader, tensor: GgufTensor, num_heads: int | None) -> _Matrix:
+    """Return the mapped bytes of one tensor. ValueError says why it cannot be read."""
     import gguf
 
     known = {kind.value: kind for kind in gguf.GGMLQuantizationType}
     kind = known.get(tensor.type_id)
     name = f"number {tensor.type_id}" if kind is None else kind.name
-    if name not in _PLAIN and name not in _QUANTISED:
-        types = ", ".join([*_PLAIN, *_QUANTISED])
+    if name not in _PLAIN and name not in _QUANTIZED:
+        types = ", ".join([*_PLAIN, *_QUANTIZED])
         raise ValueError(f"type {name} cannot be read, only {types}")
     values, size = gguf.GGML_QUANT_SIZES[kind]
     rows, columns = tensor.shape if len(tensor.shape) == 2 else (1, math.prod(tensor.shape))
@@ -151,7 +138,7 @@ def _matrix(header: Header, tensor: StoredTensor, num_heads: int | None) -> _Mat
 
 
 def _values(matrix: _Matrix, rows: range, columns: range) -> np.ndarray:
-    """Values (rows, columns): whole blocks are read, and cut to size."""
+    """Return values (rows, columns): whole blocks are dequantized, and cut to size."""
     values, size = matrix.block
     first, last = columns.start // values, -(-columns.stop // values)
     picked = slice(rows.start, rows.stop)

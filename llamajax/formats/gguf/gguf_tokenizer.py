@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file, written out as files that `data.load_tokenizer` reads.
+"""Write the tokenizer inside a GGUF file as files that `load_tokenizer` reads.
 
 `tokenizer.ggml.model` "llama" is a SentencePiece model taken apart: it is put together again.
 "gpt2" is a byte-level BPE; how it splits text into words before merging is named by
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from llamajax.formats.foreign_weights import note
-from llamajax.formats.gguf.gguf_header import Header
+from llamajax.formats.gguf.gguf_header import GgufHeader
 from llamajax.tokenizers.tiktoken_ranks import LLAMA3_WORDS
 
 _KEY = "tokenizer.ggml."
@@ -25,10 +25,10 @@ _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _PRE = (*_LLAMA3_NAMES, "smollm", "gpt-2")
 
 
-def write_tokenizer(header: Header) -> Path | None:
-    """The tokenizer's file, in a directory that goes when the process ends.
+def write_tokenizer(header: GgufHeader) -> Path | None:
+    """Write the tokenizer to a directory that is removed when the process ends; return its file.
 
-    None, and a note to the user, where it cannot be made right.
+    None, and a note to the user, where it cannot be rebuilt exactly.
     """
     facts = {
         key.removeprefix(_KEY): value
@@ -54,7 +54,7 @@ def write_tokenizer(header: Header) -> Path | None:
 
 
 def _unusable(facts: Mapping[str, Any]) -> str | None:
-    """Why no tokenizer can be made, or None."""
+    """Return why no tokenizer can be written, or None."""
     kind, pre = facts.get("model"), facts.get("pre")
     if kind not in ("llama", "gpt2") or (kind == "gpt2" and pre not in _PRE):
         known = ", ".join(_PRE)
@@ -82,13 +82,13 @@ def _special(facts: Mapping[str, Any], name: str) -> str | None:
 
 
 def _adds_bos(facts: Mapping[str, Any]) -> bool:
-    """As llama.cpp decides it where the file doesn't say."""
+    """Decide as llama.cpp does where the file does not say."""
     silent = facts.get("model") == "llama" or facts.get("pre") in _LLAMA3_NAMES
     return bool(facts.get("add_bos_token", silent))
 
 
 def _config(facts: Mapping[str, Any], chat_template: str | None) -> dict[str, Any]:
-    """What transformers reads beside the tokenizer."""
+    """Return what transformers reads beside the tokenizer."""
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     classes = {"llama": "LlamaTokenizer", "gpt2": "PreTrainedTokenizerFast"}
     found = {key: _special(facts, name) for key, name in names.items()}
@@ -103,9 +103,9 @@ def _config(facts: Mapping[str, Any], chat_template: str | None) -> dict[str, An
 
 
 def _sentencepiece(facts: Mapping[str, Any]) -> bytes:
-    """A SentencePiece BPE model of the same pieces, scores and types: GGUF took over its numbers.
+    """Build a SentencePiece BPE model of the same pieces, scores and types; GGUF has its numbers.
 
-    Llama's normalisation: none, but for a space put before the text.
+    Llama's normalization: none, but for a space put before the text.
     """
     from sentencepiece import sentencepiece_model_pb2 as proto
 
@@ -133,7 +133,7 @@ def _sentencepiece(facts: Mapping[str, Any]) -> bytes:
 
 
 def _byte_level(facts: Mapping[str, Any]) -> bytes:
-    """A `tokenizer.json` of the same vocabulary and merges."""
+    """Build a `tokenizer.json` of the same vocabulary and merges."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors
 

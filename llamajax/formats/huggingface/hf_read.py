@@ -1,10 +1,11 @@
-"""Reading a Hugging Face directory, and any foreign tensors into the shards of a mesh.
+"""Open a Hugging Face directory, and read any foreign tensors into the shards of a mesh.
 
 Everything that can be refused is refused from headers, before memory is taken.
 """
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,20 @@ from llamajax.checkpoint.leaf_names import named_leaves, rebuild
 from llamajax.checkpoint.stored_array import aligned_zeros, array_from_parts
 from llamajax.config.schema import ModelConfig
 from llamajax.errors import UserError, combine
-from llamajax.formats.foreign_weights import ForeignWeights, Index, TensorSource, check_finite
+from llamajax.formats.foreign_weights import (
+    ForeignWeights,
+    Index,
+    TensorSource,
+    check_finite,
+    same_matrix,
+)
 from llamajax.formats.huggingface.hf_config import read_model_config
 from llamajax.formats.huggingface.hf_names import ROWS, Row, tensors, their_index, to_ours
 from llamajax.formats.huggingface.safetensors_files import (
     DamagedFile,
-    Entry,
-    read_header,
-    read_part,
+    SafetensorsSource,
+    TensorPlace,
+    read_places,
 )
 from llamajax.sharding import is_weight, letters
 from llamajax.tokenizers.loading import find_tokenizer
@@ -33,49 +40,24 @@ WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
 _LISTED = 10
 # What torch.compile, DistributedDataParallel and PEFT put before the names of what they wrap.
 _WRAPPERS = re.compile(r"^(_orig_mod\.|module\.|base_model\.model\.)+")
-_EMBEDDING = ROWS["embedding"].theirs
+_EMBEDDING, _HEAD = ROWS["embedding"].theirs, ROWS["head"].theirs
 # Buffers that old versions of transformers stored beside the weights.
 _IGNORED = ("rotary_emb.inv_freq",)
 
 
-class SafetensorsSource:
-    """The tensors of one or several safetensors files; a TensorSource."""
-
-    def __init__(self, files: dict[str, tuple[Path, Entry]]):
-        self._files = files
-
-    def names(self) -> list[str]:
-        return list(self._files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._files[name][1].shape
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._files[name][1].dtype
-
-    def where(self, name: str) -> str:
-        return str(self._files[name][0])
-
-    def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        path, entry = self._files[name]
-        try:
-            return read_part(path, entry, index)
-        except DamagedFile as error:
-            raise UserError(f"{path} {error}; copy or download it again") from None
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-    def close(self) -> None:
-        """Nothing stays open between reads."""
-
-
 def recognize(path: Path) -> ForeignWeights | None:
-    """What a Hugging Face directory holds; None for anything without its `config.json`.
+    """Open a Hugging Face directory; return None for anything without its `config.json`.
 
     Raises UserError for a model that is not Llama's, and for missing or damaged files.
     """
-    config = read_config_json(path)
-    if config is None:
+    file = path / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} is not readable as JSON ({error})") from None
+    if not isinstance(config, dict) or not config.keys() & {"model_type", "architectures"}:
         return None
     model, problems = read_model_config(config)
     source = None
@@ -86,67 +68,49 @@ def recognize(path: Path) -> ForeignWeights | None:
     return ForeignWeights(model=model, tokenizer=find_tokenizer(path), source=source)
 
 
-def read_config_json(path: Path) -> dict[str, Any] | None:
-    """A directory's `config.json` if it is one of Hugging Face's. UserError when unreadable."""
-    file = path / "config.json"
-    if not file.is_file():
-        return None
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} is not readable as JSON ({error})") from None
-    known = isinstance(config, dict) and ("model_type" in config or "architectures" in config)
-    return config if known else None
-
-
 def _open_files(directory: Path) -> tuple[SafetensorsSource | None, list[str]]:
-    """The tensors of a directory, or None and every problem with its files."""
-    places: dict[str, Path] | None = None
+    """Return the tensors of a directory, or None and every problem with its files."""
+    file_of: dict[str, Path] | None = None
     if (directory / SINGLE).is_file():
         files = [directory / SINGLE]
     elif (directory / INDEX).is_file():
         try:
             weight_map = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"]
-            places = {name: directory / file for name, file in weight_map.items()}
+            file_of = {name: directory / file for name, file in weight_map.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             return None, [f"{directory / INDEX} is not an index: no weight_map in it"]
-        files = sorted(set(places.values()))
+        files = sorted(set(file_of.values()))
+    elif pickled := sorted(p.name for p in directory.glob("*model*.bin")):
+        return None, [
+            f"it has {pickled[0]}, pickled by PyTorch, which may run code when it is read, and no "
+            f"{SINGLE}; save it as safetensors with transformers' save_pretrained first"
+        ]
     else:
-        return None, [_no_weights(directory)]
-    found: dict[str, tuple[Path, Entry]] = {}
+        return None, [f"there is neither {SINGLE} nor {INDEX} in it"]
+    found: dict[str, TensorPlace] = {}
     problems = []
     for file in files:
         try:
-            for name, entry in read_header(file).items():
-                if places is not None and places.get(name, file) != file:
+            for name, place in read_places(file).items():
+                if file_of is not None and file_of.get(name, file) != file:
                     continue  # a stale copy
                 if (plain := _WRAPPERS.sub("", name)) in found:
-                    first = found[plain][0]
+                    first = found[plain].file
                     problems.append(f"{file}: {name} is {plain}, which {first} holds too")
-                found[plain] = (file, entry)
+                found[plain] = place
         except FileNotFoundError:
             problems.append(f"{file} is missing, and {INDEX} names it; copy or download it")
         except OSError as error:
             problems.append(f"cannot read {file}: {error.strerror}")
         except DamagedFile as error:
             problems.append(f"{file} {error}; copy or download it again")
-    if places is not None and not problems:
+    if file_of is not None and not problems:
         problems += [
             f"{name}: {INDEX} says it is in {file.name}, which does not hold it"
-            for name, file in places.items()
+            for name, file in file_of.items()
             if _WRAPPERS.sub("", name) not in found
         ]
     return (None if problems else SafetensorsSource(found)), problems
-
-
-def _no_weights(directory: Path) -> str:
-    others = sorted(p.name for p in directory.glob("*model*.bin"))
-    if not others:
-        return f"there is neither {SINGLE} nor {INDEX} in it"
-    return (
-        f"it has {others[0]}, pickled by PyTorch, which may run code when it is read, and no "
-        f"{SINGLE}; save it as safetensors with transformers' save_pretrained first"
-    )
 
 
 def check_tensors(source: TensorSource, model: ModelConfig, *, path: Path) -> None:
@@ -156,9 +120,7 @@ def check_tensors(source: TensorSource, model: ModelConfig, *, path: Path) -> No
     present = set(source.names())
     for name, shape in wanted.items():
         if name not in present:
-            hint = (
-                " (config.json has tie_word_embeddings false)" if name == "lm_head.weight" else ""
-            )
+            hint = " (config.json has tie_word_embeddings false)" if name == _HEAD else ""
             problems.append(f"{name}: missing{hint}")
         elif tuple(source.shape(name)) != shape:
             problems.append(
@@ -171,46 +133,47 @@ def check_tensors(source: TensorSource, model: ModelConfig, *, path: Path) -> No
                 f"weights are {', '.join(WEIGHT_DTYPES)}"
             )
     extra = [n for n in source.names() if n not in wanted and not n.endswith(_IGNORED)]
-    if model.tie_embeddings and "lm_head.weight" in extra:
-        extra.remove("lm_head.weight")  # compared with the embedding when the weights are read
+    if model.tie_embeddings and _HEAD in extra:
+        extra.remove(_HEAD)  # compared with the embedding when the weights are read
     problems += [f"{name}: not part of a Llama of this architecture" for name in extra]
     if problems:
-        more = len(problems) - _LISTED
-        shown = problems[:_LISTED] + ([f"and {more} more"] if more > 0 else [])
-        raise combine(shown, title=f"{path} does not hold the weights of its architecture:")
+        title = f"{path} does not hold the weights of its architecture:"
+        raise combine(problems, title=title, listed=_LISTED)
 
 
 def check_tied_head(source: TensorSource, model: ModelConfig) -> None:
     """Raise UserError when a tied model comes with a head of its own."""
-    if not model.tie_embeddings or "lm_head.weight" not in source.names():
+    if not model.tie_embeddings or _HEAD not in source.names():
         return
-    rows = 4096
-    for start in range(0, model.vocab_size, rows):
-        index = (slice(start, min(start + rows, model.vocab_size)), slice(0, model.hidden_size))
-        head, embedding = (source.read(n, index) for n in ("lm_head.weight", _EMBEDDING))
-        if not np.array_equal(head, embedding):
-            raise UserError(
-                f"{source.where('lm_head.weight')} holds a lm_head.weight that differs from "
-                f"{_EMBEDDING}, but the config says that they are one (tie_word_embeddings true); "
-                "set tie_word_embeddings to false in config.json if the head is right, or remove it"
-            )
+    if not same_matrix(source, _HEAD, _EMBEDDING):
+        raise UserError(
+            f"{source.where(_HEAD)} holds a {_HEAD} that differs from {_EMBEDDING}, but the config "
+            "says that they are one (tie_word_embeddings true); set tie_word_embeddings to false "
+            "in config.json if the head is right, or remove it"
+        )
 
 
 def load_tensors(source: TensorSource, model: ModelConfig, abstract_model: Any) -> Any:
-    """A model like `abstract_model` (ShapeDtypeStructs with shardings), each leaf read from source.
+    """Read a model like `abstract_model` (ShapeDtypeStructs with shardings) from a source.
 
-    Each device's part is put together on the host, layer by layer in the wanted dtype, from just
-    the slices that it needs, and handed over before the next one: the host holds one part of one
+    Each device's part is assembled on the host, layer by layer in the wanted dtype, from just the
+    slices that it needs, and handed over before the next one: the host holds one part of one
     weight and one tensor at a time.
     """
     weights = named_weights(abstract_model)
     _check_shapes(weights, model)
     check_tied_head(source, model)
     leaves = {
-        name: _read_placed(source, ROWS[name], letters(weight), weight.get_value(), model)
+        name: array_from_parts(weight.get_value(), _reader(source, ROWS[name], weight, model))
         for name, weight in weights.items()
     }
     return rebuild(abstract_model, leaves)
+
+
+def named_weights(model: Any) -> dict[str, Any]:
+    """Return the declared weights of a model by name: each an array (or its shape) and letters."""
+    weights = jax.tree.leaves(model, is_leaf=is_weight)
+    return dict(zip(named_leaves(model), weights, strict=True))
 
 
 def _check_shapes(weights: dict[str, Any], model: ModelConfig) -> None:
@@ -227,37 +190,26 @@ def _check_shapes(weights: dict[str, Any], model: ModelConfig) -> None:
         raise combine(problems[:_LISTED], title="the stored weights are of another architecture:")
 
 
-def named_weights(model: Any) -> dict[str, Any]:
-    """The declared weights of a model by name: an array or its shape, and its letters."""
-    weights = jax.tree.leaves(model, is_leaf=is_weight)
-    return dict(zip(named_leaves(model), weights, strict=True))
+def _reader(
+    source: TensorSource, row: Row, weight: Any, model: ModelConfig
+) -> Callable[[Index], np.ndarray]:
+    """Return what reads a part (slices with bounds) of our weight; padding rows are 0."""
+    dims, dtype = letters(weight), weight.get_value().dtype
 
+    def fill(out: np.ndarray, layer: int | None, dims: str, index: Index) -> None:
+        name = row.theirs.format(layer)
+        theirs = source.read(name, their_index(row, dims, index, model))
+        check_finite(theirs, source, name)
+        ours = to_ours(theirs, row, dims, model)
+        out[: ours.shape[0]] = ours.astype(dtype, copy=False)
 
-def _read_placed(
-    source: TensorSource, row: Row, dims: str, wanted: jax.ShapeDtypeStruct, model: ModelConfig
-) -> jax.Array:
-    return array_from_parts(
-        wanted, lambda index: read_weight(source, row, dims, index, wanted.dtype, model)
-    )
-
-
-def read_weight(
-    source: TensorSource, row: Row, dims: str, index: Index, dtype: np.dtype, model: ModelConfig
-) -> np.ndarray:
-    """The part `index` (slices with bounds) of our weight with dims `dims`; padding rows are 0."""
-    part = aligned_zeros(tuple(s.stop - s.start for s in index), dtype)
-    if dims[0] != "L":
-        _read_layer(source, row, None, dims, index, part, model)
+    def read(index: Index) -> np.ndarray:
+        part = aligned_zeros(tuple(s.stop - s.start for s in index), dtype)
+        if dims[0] != "L":
+            fill(part, None, dims, index)
+            return part
+        for position, layer in enumerate(range(index[0].start, index[0].stop)):
+            fill(part[position], layer, dims[1:], index[1:])
         return part
-    for position, layer in enumerate(range(index[0].start, index[0].stop)):
-        _read_layer(source, row, layer, dims[1:], index[1:], part[position], model)
-    return part
 
-
-def _read_layer(source, row, layer, dims, index, out, model) -> None:
-    """Fill `out` with the part `index` of one layer; padding rows stay as they are."""
-    name = row.theirs.format(layer)
-    theirs = source.read(name, their_index(row, dims, index, model))
-    check_finite(theirs, source, name)
-    ours = to_ours(theirs, row, dims, model)
-    out[: ours.shape[0]] = ours.astype(out.dtype, copy=False)
+    return read

@@ -2,20 +2,21 @@
 
 A file is the length of its header (8 bytes, little-endian), the header (JSON: dtype, shape and byte
 range of each tensor), and the tensors' bytes in row-major order, without gaps. The safetensors
-library writes only what is whole in memory and maps whole files; here no more than one tensor is.
+library writes only what is whole in memory and maps whole files. Here at most one tensor is held.
 Specification: the README of huggingface/safetensors.
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
+from llamajax.errors import UserError
 from llamajax.files import lfs_problem
 from llamajax.formats.foreign_weights import Index
 
@@ -43,89 +44,109 @@ class DamagedFile(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """Where a tensor stands in a file: `offset` in bytes from the file's start."""
+class TensorPlace:
+    """Where a tensor is: `offset` in bytes from the file's start."""
 
+    file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int
 
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a file by name. Raises DamagedFile; OSError when it cannot be read."""
+
+class SafetensorsSource:
+    """The tensors of one or several safetensors files; a TensorSource."""
+
+    def __init__(self, places: Mapping[str, TensorPlace]):
+        self._places = places
+
+    def names(self) -> list[str]:
+        return list(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._places[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._places[name].dtype
+
+    def where(self, name: str) -> str:
+        return str(self._places[name].file)
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        try:
+            return read_part(self._places[name], index)
+        except DamagedFile as error:
+            raise UserError(f"{self.where(name)} {error}; copy or download it again") from None
+        except OSError as error:
+            raise UserError(f"cannot read {self.where(name)}: {error.strerror}") from None
+
+
+def read_places(path: Path) -> dict[str, TensorPlace]:
+    """Return the tensors of a file by name. Raises DamagedFile; OSError if it cannot be read."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        if problem := lfs_problem(file.read(100)):
+        start = file.read(100)
+        if problem := lfs_problem(start):
             raise DamagedFile(problem)
-        file.seek(0)
-        length = int.from_bytes(file.read(8), "little")
+        length = int.from_bytes(start[:8], "little")
         if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
             raise DamagedFile(f"is cut off or not safetensors ({size:,} bytes)")
+        file.seek(8)
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            entries = {name: _entry(spec, start=8 + length) for name, spec in header.items()}
+            places = {name: _place(path, spec, start=8 + length) for name, spec in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DamagedFile("has a header that is not that of safetensors") from None
-    _check_ranges(entries, start=8 + length, size=size)
-    return entries
+    position = 8 + length
+    for place in sorted(places.values(), key=lambda place: place.offset):
+        if place.offset < position:
+            raise DamagedFile("has tensors that overlap")
+        position = place.offset + place.num_bytes
+    if position > size:
+        raise DamagedFile(f"is cut off: it has {size:,} bytes of {position:,}")
+    return places
 
 
-def _entry(spec: Mapping[str, Any], *, start: int) -> Entry:
+def _place(path: Path, spec: Mapping[str, Any], *, start: int) -> TensorPlace:
     begin, end = spec["data_offsets"]
     if spec["dtype"] not in _DTYPES:
         raise DamagedFile(f"holds a tensor of unknown dtype {spec['dtype']}")
-    entry = Entry(_DTYPES[spec["dtype"]], tuple(spec["shape"]), start + begin)
-    if end - begin != _num_bytes(entry.dtype, entry.shape):
-        raise DamagedFile(f"has a byte range {begin}..{end} for shape {list(entry.shape)}")
-    return entry
+    place = TensorPlace(path, _DTYPES[spec["dtype"]], tuple(spec["shape"]), start + begin)
+    if end - begin != place.num_bytes:
+        raise DamagedFile(f"has a byte range {begin}..{end} for shape {list(place.shape)}")
+    return place
 
 
-def _num_bytes(dtype: np.dtype, shape: Sequence[int]) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
-def _check_ranges(entries: Mapping[str, Entry], *, start: int, size: int) -> None:
-    position = start
-    for entry in sorted(entries.values(), key=lambda e: e.offset):
-        if entry.offset < position:
-            raise DamagedFile("has tensors that overlap")
-        position = entry.offset + _num_bytes(entry.dtype, entry.shape)
-    if position > size:
-        raise DamagedFile(f"is cut off: it has {size:,} bytes of {position:,}")
-
-
-def read_part(path: Path, entry: Entry, index: Index | None) -> np.ndarray:
-    """A tensor, or the part of it that `index` selects; whole rows are read in one go.
+def read_part(place: TensorPlace, index: Index | None) -> np.ndarray:
+    """Read a tensor, or the part of it that `index` selects; whole rows in one go.
 
     Raises DamagedFile when the file has become shorter than its header says.
     """
-    index = tuple(slice(0, n) for n in entry.shape) if index is None else index
-    whole_rows = all(
-        s.indices(n) == (0, n, 1) for s, n in zip(index[1:], entry.shape[1:], strict=True)
-    )
-    if not entry.shape or not whole_rows:
-        mapped = np.memmap(path, entry.dtype, "r", offset=entry.offset, shape=entry.shape)
+    shape = place.shape
+    index = tuple(slice(0, n) for n in shape) if index is None else index
+    whole_rows = all(s.indices(n) == (0, n, 1) for s, n in zip(index[1:], shape[1:], strict=True))
+    if not shape or not whole_rows:
+        mapped = np.memmap(place.file, place.dtype, "r", offset=place.offset, shape=shape)
         return np.array(mapped[index])
-    start, stop, _ = index[0].indices(entry.shape[0])
-    array = np.empty((stop - start, *entry.shape[1:]), entry.dtype)
-    row_bytes = _num_bytes(entry.dtype, entry.shape[1:])
-    with path.open("rb", buffering=0) as file:
-        file.seek(entry.offset + start * row_bytes)
-        _read_into(file, array)
+    start, stop, _ = index[0].indices(shape[0])
+    array = np.empty((stop - start, *shape[1:]), place.dtype)
+    row_bytes = math.prod(shape[1:]) * place.dtype.itemsize
+    with place.file.open("rb", buffering=0) as file:
+        file.seek(place.offset + start * row_bytes)
+        view = memoryview(array.reshape(-1).view(np.uint8))
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise DamagedFile("ended while it was read")
+            view = view[count:]
     return array
 
 
-def _read_into(file: BinaryIO, array: np.ndarray) -> None:
-    view = memoryview(array.reshape(-1).view(np.uint8))
-    while view:
-        count = file.readinto(view)
-        if not count:
-            raise DamagedFile("ended while it was read")
-        view = view[count:]
-
-
-def write_file(
+def write_safetensors(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: np.dtype,
@@ -138,20 +159,19 @@ def write_file(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, shape in shapes.items():
-        end = position + _num_bytes(dtype, shape)
+        end = position + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     with path.open("wb", buffering=0) as file:
-        _write(file, np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8))
+        _write_all(file, memoryview(len(text).to_bytes(8, "little") + text))
         for name, shape in shapes.items():
             array = next(arrays)
             assert (shape, dtype) == (array.shape, array.dtype), name
-            _write(file, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            _write_all(file, memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
 
 
-def _write(file: BinaryIO, data: np.ndarray) -> None:
-    view = memoryview(data)
+def _write_all(file: BinaryIO, view: memoryview) -> None:
     while view:
         view = view[file.write(view) :]

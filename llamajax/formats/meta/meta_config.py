@@ -1,8 +1,8 @@
-"""Meta's `params.json` beside consolidated files, and the door to such directories.
+"""Recognize a directory of Meta's, and complete the architecture in its `params.json`.
 
-Several facts do not stand in it: the size of the feed-forward layer and of the vocabulary are those
-of the tensors; whether the head is tied, how the rotary embedding is scaled and how long a sequence
-may be follow rules that are stated below, and told to the user.
+The sizes of the feed-forward layer and of the vocabulary are those of the tensors. Whether the head
+is tied, how the rotary embedding is scaled and how long a sequence may be follow the rules below,
+and the user is told.
 """
 
 import json
@@ -12,25 +12,21 @@ from typing import Any
 
 from llamajax.config.schema import ModelConfig
 from llamajax.errors import UserError, combine
-from llamajax.formats.foreign_weights import ForeignWeights, imported_model, note
+from llamajax.formats.foreign_weights import ForeignWeights, imported_model, note, same_matrix
 from llamajax.formats.meta.meta_source import EMBEDDING, HEAD, MetaSource
 
 PARAMS = "params.json"
 _LLAMA2_THETA = 10_000.0  # params.json of Llama 2 has none
 _GATE, _QUERY = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.self_attn.q_proj.weight"
 _FACTORS = ("rope_scaling_factor", "rope_scale_factor", "rope_scale")
-_ROWS_AT_ONCE = 4096
 
 
 def recognize(path: Path) -> ForeignWeights | None:
-    """What a directory of Meta's consolidated files holds; None for anything else.
+    """Open a directory of Meta's consolidated files; return None for anything else.
 
     Raises UserError for missing, damaged or unsafe files, and for another architecture.
     """
-    if not path.is_dir() or not (path / PARAMS).is_file():
-        return None
-    files = _files(path)
-    if not files:
+    if not path.is_dir() or not (path / PARAMS).is_file() or not (files := _files(path)):
         return None
     params = _read_params(path / PARAMS)
     source = MetaSource(
@@ -41,13 +37,13 @@ def recognize(path: Path) -> ForeignWeights | None:
     )
     model = _model_config(path / PARAMS, params, source)
     # The download of Llama 2 keeps the tokenizer of all sizes one level up.
-    places = (path / "tokenizer.model", path.parent / "tokenizer.model")
-    tokenizer = next((file for file in places if file.is_file()), None)
+    candidates = (path / "tokenizer.model", path.parent / "tokenizer.model")
+    tokenizer = next((file for file in candidates if file.is_file()), None)
     return ForeignWeights(model=model, tokenizer=tokenizer, source=source)
 
 
 def _files(path: Path) -> list[Path]:
-    """consolidated.00.pth and those that follow; UserError where one is missing in between."""
+    """List consolidated.00.pth and those that follow. UserError if one in between is missing."""
     found = {}
     for file in path.glob("consolidated.*.pth"):
         if match := re.fullmatch(r"consolidated\.(\d+)\.pth", file.name):
@@ -87,25 +83,24 @@ def _model_config(file: Path, params: dict[str, Any], source: MetaSource) -> Mod
         raise UserError(f"{file.parent}: the consolidated files hold no {absent[0]}")
     if params["n_layers"] > len(names):
         raise UserError(f"{file}: n_layers = {params['n_layers']}, for {len(names)} tensors")
-    heads = params["n_heads"]
     vocab_size = source.shape(EMBEDDING)[0]
     if params.get("vocab_size", -1) not in (-1, vocab_size):
         raise UserError(
             f"{file}: vocab_size = {params['vocab_size']}, but the embedding has {vocab_size} "
             "rows: a consolidated file is missing, or is of another model"
         )
-    tied = _is_tied(source)
-    theta = float(params.get("rope_theta", _LLAMA2_THETA))
+    # Meta stores the tied head of Llama 3.2 1B and 3B as well.
+    tied = HEAD not in names or same_matrix(source, HEAD, EMBEDDING)
     return imported_model(
         file,
         vocab_size=vocab_size,
         hidden_size=params["dim"],
         intermediate_size=source.shape(_GATE)[0],
         num_layers=params["n_layers"],
-        num_heads=heads,
+        num_heads=params["n_heads"],
         num_kv_heads=params["n_kv_heads"],
-        head_size=source.shape(_QUERY)[0] // heads,
-        rope_theta=theta,
+        head_size=source.shape(_QUERY)[0] // params["n_heads"],
+        rope_theta=float(params.get("rope_theta", _LLAMA2_THETA)),
         rope_scaling=_rope_scaling(file, params, tied=tied),
         norm_eps=float(params["norm_eps"]),
         tie_embeddings=tied,
@@ -113,22 +108,8 @@ def _model_config(file: Path, params: dict[str, Any], source: MetaSource) -> Mod
     )
 
 
-def _is_tied(source: MetaSource) -> bool:
-    """Whether the head is the embedding: Meta stores both for Llama 3.2 1B and 3B too."""
-    if HEAD not in source.names():
-        return True
-    if source.shape(HEAD) != source.shape(EMBEDDING):
-        return False
-    rows, width = source.shape(HEAD)
-    for start in range(0, rows, _ROWS_AT_ONCE):
-        part = (slice(start, min(start + _ROWS_AT_ONCE, rows)), slice(0, width))
-        if source.read(HEAD, part).tobytes() != source.read(EMBEDDING, part).tobytes():
-            return False
-    return True
-
-
 def _rope_scaling(file: Path, params: dict[str, Any], *, tied: bool) -> dict[str, Any] | None:
-    """Llama 3.1's scaling where `use_scaled_rope` asks for it.
+    """Return Llama 3.1's scaling if `use_scaled_rope` asks for it.
 
     Its factor is 8 in Llama 3.1 and 3.3 and 32 in the models of Llama 3.2, whose params.json are
     alike; of these only 3.2's (1B and 3B) have a tied head.

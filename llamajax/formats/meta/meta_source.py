@@ -1,8 +1,8 @@
-"""Tensors of Meta's own checkpoints under Hugging Face's names, their model-parallel shards joined.
+"""Read Meta's checkpoints as Hugging Face tensors, their model-parallel shards joined.
 
 `consolidated.00.pth`, `consolidated.01.pth` ... each hold a part of every matrix. Which dimension
-was split is a property of the matrix, but for the embedding: Llama 2 splits its columns, Llama 3
-its rows.
+was split is a property of the matrix. The exception is the embedding: Llama 2 splits its columns,
+Llama 3 its rows.
 """
 
 import re
@@ -37,22 +37,21 @@ _CHUNK_ROWS = 1024  # of q and k, permuted at one time
 
 
 class MetaSource:
-    """The tensors of one checkpoint; `foreign_weights.py` says what each method promises."""
+    """The tensors of one checkpoint; a TensorSource."""
 
     def __init__(
         self, files: list[Path], *, hidden_size: int, num_heads: int, num_kv_heads: int
     ) -> None:
-        heads = {"attention.wq": num_heads, "attention.wk": num_kv_heads}
-        self._files = files
+        self._directory = files[0].parent
         shards = [read_tensors(file) for file in files]
         self._parts: dict[str, list[np.ndarray]] = {}
         self._split: dict[str, str] = {}
-        self._order: dict[str, np.ndarray] = {}
+        self._order: dict[str, np.ndarray] = {}  # stored row of each row, of q and k
         problems = []
         for theirs in dict.fromkeys(name for shard in shards for name in shard):
             if theirs == _BUFFER:
                 continue
-            name, split = _hugging_face(theirs)
+            name, split = _hugging_face_name(theirs)
             parts = [shard[theirs] for shard in shards if theirs in shard]
             if name is None:
                 problems.append(f"tensor {theirs}: no part of a Llama language model")
@@ -61,24 +60,23 @@ class MetaSource:
             elif problem := _mismatch(parts, split):
                 problems.append(f"tensor {theirs}: {problem}")
             else:
+                by_rows = parts[0].shape[-1] == hidden_size  # asked of the embedding only
                 self._parts[name] = parts
-                self._split[name] = split or _split_of_embedding(parts, hidden_size)
-                number = heads.get(theirs.partition(".")[2].partition(".")[2][: -len(".weight")], 0)
+                self._split[name] = split or (_ROWS if by_rows else _COLUMNS)
+                heads = {"q_proj": num_heads, "k_proj": num_kv_heads}.get(name.split(".")[-2])
                 rows = self.shape(name)[0]
-                if number and rows % (2 * number):
-                    problems.append(f"tensor {theirs}: {rows} rows are no {number} heads")
-                elif number:
-                    self._order[name] = half_split_rows(number, rows // number)
+                if heads and rows % (2 * heads):
+                    problems.append(f"tensor {theirs}: {rows} rows are no {heads} heads")
+                elif heads:
+                    self._order[name] = half_split_rows(heads, rows // heads)
         if problems:
-            shown = problems[:10] + ([f"and {len(problems) - 10} more"] if problems[10:] else [])
-            raise combine(shown, title=f"{files[0].parent}: tensors that cannot be imported:")
+            title = f"{self._directory}: tensors that cannot be imported:"
+            raise combine(problems, title=title, listed=10)
 
     def names(self) -> list[str]:
-        """Hugging Face's names."""
         return list(self._parts)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the joined tensor."""
         parts, split = self._parts[name], self._split[name]
         shape = list(parts[0].shape)
         if split != _SAME:
@@ -86,11 +84,13 @@ class MetaSource:
         return tuple(shape)
 
     def dtype(self, name: str) -> np.dtype:
-        """As stored."""
         return self._parts[name][0].dtype
 
+    def where(self, name: str) -> str:
+        return str(self._directory)  # each file holds a part
+
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """The tensor, or the part `index` of it, with the rows of q and k half-split."""
+        """Join the parts, with the rows of q and k half-split."""
         parts, split, order = self._parts[name], self._split[name], self._order.get(name)
         taken, rows, columns = select(self.shape(name), index)
         parts = [part.reshape(1, -1) if part.ndim == 1 else part for part in parts]
@@ -110,16 +110,9 @@ class MetaSource:
                 _copy_permuted(target, source, order[rows.start : rows.stop] - top)
         return found.reshape(taken)
 
-    def where(self, name: str) -> str:
-        """The directory: each file holds a part."""
-        return str(self._files[0].parent)
 
-    def close(self) -> None:
-        """Let go of the mapped files."""
-        self._parts.clear()
-
-
-def _hugging_face(theirs: str) -> tuple[str | None, str | None]:
+def _hugging_face_name(theirs: str) -> tuple[str | None, str | None]:
+    """Return the name in a Hugging Face checkpoint and the split; None: unknown, or by shape."""
     if match := re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", theirs):
         part, split = _OF_LAYER.get(match[2], (None, None))
         return part and f"model.layers.{match[1]}.{part}.weight", split
@@ -127,7 +120,7 @@ def _hugging_face(theirs: str) -> tuple[str | None, str | None]:
 
 
 def _mismatch(parts: list[np.ndarray], split: str | None) -> str | None:
-    """Why the parts of a tensor are not parts of one, or None."""
+    """Return why the parts of a tensor do not belong together, or None."""
     kinds = {(part.shape, str(part.dtype)) for part in parts}
     if len(kinds) > 1:
         return f"the files hold parts of different shapes or types: {sorted(kinds)}"
@@ -136,12 +129,8 @@ def _mismatch(parts: list[np.ndarray], split: str | None) -> str | None:
     return None
 
 
-def _split_of_embedding(parts: list[np.ndarray], hidden_size: int) -> str:
-    return _ROWS if parts[0].shape[1] == hidden_size else _COLUMNS
-
-
 def _copy_rows(target: np.ndarray, source: np.ndarray, rows: range, top: int) -> None:
-    """Those of `rows` of the whole that stand in `source`, whose first is row `top`."""
+    """Copy those of `rows` of the joined matrix that are in `source`, which starts at row `top`."""
     here = range(max(rows.start, top), min(rows.stop, top + len(source)))
     if here:
         wanted = source[here.start - top : here.stop - top]
@@ -149,7 +138,7 @@ def _copy_rows(target: np.ndarray, source: np.ndarray, rows: range, top: int) ->
 
 
 def _copy_permuted(target: np.ndarray, source: np.ndarray, stored: np.ndarray) -> None:
-    """Rows `stored` of `source`; those outside it are another shard's."""
+    """Copy rows `stored` of `source`; those outside of it are another shard's."""
     (here,) = np.nonzero((stored >= 0) & (stored < len(source)))
     for start in range(0, len(here), _CHUNK_ROWS):
         chunk = here[start : start + _CHUNK_ROWS]

@@ -47,7 +47,7 @@ class _Refused(pickle.UnpicklingError):
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a file by name, as read-only arrays on the mapped file.
+    """Return every tensor of a file by name, as read-only arrays on the mapped file.
 
     Raises UserError for a file in another format, damaged, or with anything else in its pickle.
     """
@@ -94,8 +94,8 @@ def _must_be_stored(member: zipfile.ZipInfo) -> None:
 
 
 def _load(described: bytes) -> Any:
-    """What the pickle describes, with a _Tensor for each tensor."""
-    allowed = _allowed()
+    """Return what the pickle describes, with a _Tensor for each tensor."""
+    allowed = _allowed_names()
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
@@ -115,8 +115,8 @@ def _load(described: bytes) -> Any:
         raise pickle.UnpicklingError(f"its pickle makes no sense: {error}") from error
 
 
-def _allowed() -> dict[tuple[str, str], Any]:
-    """Names that a pickle may use, made anew for each: a pickle can set attributes of these."""
+def _allowed_names() -> dict[tuple[str, str], Any]:
+    """Return the names that a pickle may use; new ones for each, as a pickle can change them."""
 
     def rebuild(storage, offset, size, stride, *_) -> _Tensor:  # requires_grad, hooks, metadata
         numbers = (offset, *size, *stride)
@@ -134,7 +134,7 @@ def _allowed() -> dict[tuple[str, str], Any]:
 
 
 def _array(tensor: _Tensor, members: dict[str, zipfile.ZipInfo], content: mmap.mmap) -> np.ndarray:
-    """The bytes of one tensor, where they lie in the file."""
+    """Return one tensor as a view of the mapped file."""
     storage, member = tensor.storage, members[f"data/{tensor.storage.key}"]
     _must_be_stored(member)
     header = content[member.header_offset : member.header_offset + _LOCAL_HEADER]
