@@ -70,11 +70,11 @@ def main(argv: list[str]) -> int:
     cache = None if flags.fresh else backends.cache_directory("plans")
     if flags.search:
         plans = search(flags.config, target, cache=cache, wanted=flags.candidates)
-        print(output.search_text(plans), end="\n\n")
+        print("\n".join(output.search_lines(plans)), end="\n\n")
     else:
         say(f"compiling for {target.text} ...")
         plans = [make_plan(flags.config, target, cache=cache)]
-    print(output.to_text(plans[0]))
+    print("\n".join(output.text_lines(plans[0])))
     if flags.json:
         rows = [output.to_json(plan, config_file=flags.config_file) for plan in plans]
         found = rows[0] | ({"search": rows} if flags.search else {})

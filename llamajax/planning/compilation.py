@@ -1,6 +1,6 @@
-"""The step that `train` runs, compiled for a target, and the facts that its compiler gives.
+"""Compile the step that `train` runs for a target, and collect the facts its compiler gives.
 
-Facts are kept on disk by a hash of the lowered program and of what compiles it: the same program
+Facts are stored on disk by a hash of the lowered program and of what compiles it: the same program
 is never compiled twice.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from llamajax import optim, sharding
@@ -21,11 +22,12 @@ from llamajax.backends import Target
 from llamajax.backends.platforms import platform_facts
 from llamajax.config import RunConfig
 from llamajax.files import write_file
+from llamajax.models.llama import Compute
 from llamajax.planning.hlo import (
     axes_of_groups,
     collectives,
     device_groups,
-    sent_bytes,
+    ring_bytes,
     slice_groups,
     slow_share,
 )
@@ -58,18 +60,18 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the compiler says of one device's part of the program; bytes.
+    """The compiler's facts of one device's part of the program; bytes.
 
     temporary_bytes is None where the compiler refused the program for its memory: needed_bytes is
-    then what it wanted, if it said so, and traffic is None. host_bytes: what rests in the host's
-    memory (optim.offload, train.remat_offload), in none of the others.
+    then what it asked for, if it said so, and traffic is None. host_bytes: what is kept in the
+    host's memory (optim.offload, train.remat_offload), in none of the others.
     """
 
-    arguments_bytes: int | None
-    temporary_bytes: int | None
-    needed_bytes: int | None
-    limit_bytes: int | None
-    traffic: tuple[Traffic, ...] | None
+    arguments_bytes: int | None = None
+    temporary_bytes: int | None = None
+    needed_bytes: int | None = None
+    limit_bytes: int | None = None
+    traffic: tuple[Traffic, ...] | None = None
     compile_s: float
     host_bytes: int | None = None
     cached: bool = False
@@ -79,19 +81,20 @@ class Facts:
 class Step:
     """A step on a mesh of the target's devices, before it is lowered.
 
-    runs_attention: the kernel that `train` would use there; attention: the one that is compiled.
+    attention: the kernel that `train` would use there; compute has the one that is compiled.
     """
 
     config: RunConfig
     mesh: Mesh
     target: Target
-    runs_attention: str
     attention: str
+    compute: Compute
+    optimizer: optax.GradientTransformation
     state: TrainState
 
 
 def abstract_step(config: RunConfig, target: Target) -> Step:
-    """The step and its state, with nothing allocated.
+    """Return the step and its state, with nothing allocated.
 
     Raises UserError where model, batch and mesh do not fit, as `train` would.
     """
@@ -99,32 +102,24 @@ def abstract_step(config: RunConfig, target: Target) -> Step:
     check_mesh(config, mesh)
     optimizer = optim.build(config.optim, steps=config.train.steps)
     lora = config.lora if config.lora.rank else None
+    compute = how_to_compute(config, target.machine(), mesh)
+    compiled = _WITHOUT_CUDNN if compute.attention == "cudnn" else compute.attention
     return Step(
         config=config,
         mesh=mesh,
         target=target,
-        runs_attention=how_to_compute(config, target.machine(), mesh).attention,
-        attention=_compute(config, target, mesh).attention,
+        attention=compute.attention,
+        compute=dataclasses.replace(compute, attention=compiled),
+        optimizer=optimizer,
         state=abstract_state(config.model, optimizer, mesh, lora=lora, layout=layout_of(config)),
     )
 
 
-def _compute(config: RunConfig, target: Target, mesh: Mesh) -> Any:
-    """How `train` would compute there; cuDNN's attention exchanged for one that compiles here."""
-    wanted = how_to_compute(config, target.machine(), mesh)
-    if wanted.attention != "cudnn":
-        return wanted
-    return dataclasses.replace(wanted, attention=_WITHOUT_CUDNN)
-
-
 def lowered_step(step: Step) -> jax.stages.Lowered:
-    """The step as a program, not yet compiled."""
-    config = step.config
-    optimizer = optim.build(config.optim, steps=config.train.steps)
-    compute = _compute(config, step.target, step.mesh)
-    where = (compute, step.mesh, config.guard)
-    update = train_step(optimizer, config.optim, config.train, *where)
-    batch = abstract_batch(config.data, step.mesh, batch_size=config.data.global_batch_size)
+    """Return the step as a program, not yet compiled."""
+    c = step.config
+    update = train_step(step.optimizer, c.optim, c.train, step.compute, step.mesh, c.guard)
+    batch = abstract_batch(c.data, step.mesh, batch_size=c.data.global_batch_size)
     return update.lower(step.state, batch)
 
 
@@ -140,11 +135,12 @@ def compiled_facts(step: Step, *, cache: Path | None) -> Facts:
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
-        facts = _refused(str(error), time.perf_counter() - began)
+        facts = refusal(str(error), time.perf_counter() - began)
     else:
         facts = _facts(compiled, step, time.perf_counter() - began)
     if file is not None:
-        _write(file, facts)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, json.dumps(dataclasses.asdict(facts)))
     return facts
 
 
@@ -155,7 +151,6 @@ def _facts(compiled: Any, step: Step, compile_s: float) -> Facts:
         arguments_bytes=memory.argument_size_in_bytes,
         temporary_bytes=temporary,
         needed_bytes=memory.argument_size_in_bytes + temporary,
-        limit_bytes=None,
         traffic=traffic(compiled.as_text(), step.mesh, node_of(step.target)),
         compile_s=compile_s,
         host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
@@ -163,12 +158,12 @@ def _facts(compiled: Any, step: Step, compile_s: float) -> Facts:
 
 
 def temporary_bytes(memory: Any, platform: str) -> int:
-    """Bytes that a program needs beside its arguments, from its `memory_analysis()`.
+    """Return the bytes that a program needs beside its arguments, from its `memory_analysis()`.
 
     libtpu's peak is what it holds against the limit; its temporary memory is more than is in use at
     any time (2026-11-28: 14.1 GiB beside 4.7 of arguments in a program with a peak of 15.2). It
     counts arguments in the host's memory as well (2026-11-29: 1,048 MiB with 1,024 there and 24 on
-    the device). Others say no peak, or the sum.
+    the device). Others report no peak, or the sum.
     """
     if platform_facts(platform).says_peak and memory.peak_memory_in_bytes:
         arguments = memory.argument_size_in_bytes + memory.host_argument_size_in_bytes
@@ -178,7 +173,7 @@ def temporary_bytes(memory: Any, platform: str) -> int:
 
 
 def node_of(target: Target) -> Callable[[Any], int]:
-    """The function from a device of the target to the number of its node."""
+    """Return the function from a device of the target to the number of its node."""
     each = target.devices_a_node
     return sharding.node_of if each is None else lambda device: device.id // each
 
@@ -186,40 +181,34 @@ def node_of(target: Target) -> Callable[[Any], int]:
 def traffic(
     text: str, mesh: Mesh, node_of: Callable[[Any], int] = sharding.node_of
 ) -> tuple[Traffic, ...]:
-    """What a compiled program communicates in one run, by kind, axes and dtype; most first."""
+    """Return what a compiled program sends in one run, by kind, axes and dtype; most first."""
     nodes = [node_of(device) for device in mesh.devices.flat]
-    places = {device.id: place for place, device in enumerate(mesh.devices.flat)}
-    found: dict[tuple, tuple[int, float, float]] = {}
+    positions = {device.id: n for n, device in enumerate(mesh.devices.flat)}
+    sums: dict[tuple, tuple[int, float, float]] = {}
     for collective in collectives(text):
         if collective.between_slices:
-            groups = slice_groups(collective.groups, places)
+            groups = slice_groups(collective.groups, positions)
         else:
             groups = device_groups(collective.groups, mesh.size)
         axes = axes_of_groups(groups, mesh.shape)
         if axes:
-            sent = sent_bytes(collective, groups, mesh.size) * collective.count
+            sent = ring_bytes(collective, groups, mesh.size) * collective.count
             slow = sent * slow_share(collective.kind, groups, nodes)
             key = (collective.kind, axes, collective.dtype)
-            calls, total, between = found.get(key, (0, 0.0, 0.0))
-            found[key] = (calls + collective.count, total + sent, between + slow)
-    ordered = sorted(found.items(), key=lambda item: -item[1][1])
-    return tuple(Traffic(*key, *sums) for key, sums in ordered)
+            calls, sent_before, slow_before = sums.get(key, (0, 0.0, 0.0))
+            sums[key] = (calls + collective.count, sent_before + sent, slow_before + slow)
+    rows = (Traffic(*key, *values) for key, values in sums.items())
+    return tuple(sorted(rows, key=lambda row: -row.sent_bytes))
 
 
-def _refused(message: str, compile_s: float) -> Facts:
-    """A program that libtpu refused for its memory, with the figures of its message."""
+def refusal(message: str, compile_s: float) -> Facts:
+    """Return the facts of a program that libtpu refused for its memory, from its message."""
     sizes = [float(n) * 2 ** {"K": 10, "M": 20, "G": 30}[u]
              for n, u in re.findall(r"\b(\d+(?:\.\d+)?)([KMG])\b", message)]  # fmt: skip
     used = re.search(r"Used .* of .* hbm", message) or "exceeds available" in message
-    needed, limit = sizes[:2] if used and len(sizes) >= 2 else (None, None)
-    return Facts(
-        arguments_bytes=None,
-        temporary_bytes=None,
-        needed_bytes=None if needed is None else int(needed),
-        limit_bytes=None if limit is None else int(limit),
-        traffic=None,
-        compile_s=compile_s,
-    )
+    if not used or len(sizes) < 2:
+        return Facts(compile_s=compile_s)
+    return Facts(needed_bytes=int(sizes[0]), limit_bytes=int(sizes[1]), compile_s=compile_s)
 
 
 def _fingerprint(lowered: Any, step: Step) -> str:
@@ -233,13 +222,7 @@ def _read(file: Path) -> Facts | None:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    rows = stored.pop("traffic")
-    kinds = None if rows is None else tuple(
-        Traffic(**{**row, "axes": tuple(row["axes"])}) for row in rows
-    )  # fmt: skip
-    return Facts(**{**stored, "traffic": kinds, "cached": True})
-
-
-def _write(file: Path, facts: Facts) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_file(file, json.dumps(dataclasses.asdict(facts)))
+    if stored["traffic"] is not None:
+        rows = (row | {"axes": tuple(row["axes"])} for row in stored["traffic"])
+        stored["traffic"] = tuple(Traffic(**row) for row in rows)
+    return Facts(**stored | {"cached": True})

@@ -1,9 +1,12 @@
-"""A compiled program as text, read: which collectives run, how often, and on how many bytes.
+"""Read a compiled program's text: its collectives, how often they run, bytes and mesh axes.
 
-The text is XLA's own (`compiled.as_text()`), after all its optimisations. A loop's body is written
+The text is XLA's own (`compiled.as_text()`), after all its optimizations. A loop's body is written
 once and runs many times: every computation is visited from the entry on with the number of times
 that it runs. XLA's CPU and GPU compilers write the trip count of a loop beside it; for others it is
 read from the loop's condition and the start of its counter.
+
+A program numbers its devices as the mesh lists them, the last axis fastest; the devices of one
+group differ in their coordinates along the axes that are communicated over.
 """
 
 import collections
@@ -31,14 +34,26 @@ _OPERAND = re.compile(r"%([\w.\-]+)")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 # libtpu hides a collective behind a chain of fusions, each of which names it again; only the first
 # starts it.
-_CHAINED = re.compile(r'chain_id="')
+_IN_CHAIN = 'chain_id="'
 _STARTS_CHAIN = 'custom_call_target="AsyncCollectiveStart"'
-# Between slices of TPUs libtpu hands an array to the hosts, which are told what to do with it.
+# Between slices of TPUs libtpu hands an array to the hosts; attributes say what they do with it.
 _BY_HOSTS = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_HOSTS_TARGET = re.compile(r'_xla_megascale_target=("[^"]*"|\{\{.*?\}\})')
 _HOSTS_KINDS = {
     "ALL_GATHER": "all-gather", "ALL_REDUCE": "all-reduce", "REDUCE_SCATTER": "reduce-scatter",
     "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
 }  # fmt: skip
+_IDS_A_SLICE = 100_000  # libtpu numbers device 3 of the first of several slices 100003
+_AFTER_GROUPS = re.compile(
+    r", (?:use_global|to_apply|dimensions|channel|metadata|frontend|backend|split|constrain)"
+    r"|, [a-z_]+=(?!\()"
+)
+
+_IOTA = re.compile(r"^\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"^mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{(.*)\}")
+_MESH_AXIS = re.compile(r"'([^']+)'=(\d+)")
+_USED_AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
+_SLICES = re.compile(r"^\{([\d,]+)\}x\{([\d,:]+)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +73,7 @@ class Collective:
 
     operand_bytes: of one device and one call; count: calls a step; groups: the text of its replica
     groups or of its source-target pairs. between_slices: it goes over the network between slices of
-    TPUs, and its groups are of devices' ids, not of places in the mesh.
+    TPUs, and its groups hold device ids, not positions in the mesh.
     """
 
     kind: str
@@ -69,20 +84,31 @@ class Collective:
     between_slices: bool = False
 
 
-def collectives(text: str) -> list[Collective]:
-    """Every collective that a run of the compiled program `text` executes."""
-    computations, entry = _parse(text)
-    counts: dict[str, int] = {}
+def executed(text: str) -> Iterator[tuple[str, list[Instruction], int]]:
+    """Yield each computation of a compiled program, and how often a run executes it."""
+    computations: dict[str, list[Instruction]] = {}
+    entry = ""
+    for line in text.splitlines():
+        header = None if line.startswith(" ") else _HEADER.match(line)
+        if header:
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif computations and (found := _NAME.match(line)):
+            current.append(_instruction(found[1], line[found.end() :]))
+    assert entry, "this text is not a compiled program of XLA"
+    counts: collections.Counter[str] = collections.Counter()
     _visit(computations, entry, 1, counts)
-    return [
-        collective
-        for name, count in counts.items()
-        for collective in _collectives_of(name, computations[name], count)
-    ]
+    for name, count in counts.items():
+        yield name, computations[name], count
+
+
+def collectives(text: str) -> list[Collective]:
+    """Return every collective that a run of the compiled program `text` executes."""
+    return [c for computation in executed(text) for c in _collectives_of(*computation)]
 
 
 def bytes_of(types: str) -> int:
-    """Bytes of all arrays in a type, `f32[8,128]{1,0:T(8,128)}` or a tuple of such."""
+    """Return the bytes of all arrays in a type, `f32[8,128]{1,0:T(8,128)}` or a tuple of such."""
     total = 0
     for dtype, dims in _ARRAY.findall(types):
         bits = _BITS.get(dtype) or int(re.sub(r"^\D+(\d+).*", r"\1", dtype))
@@ -90,22 +116,8 @@ def bytes_of(types: str) -> int:
     return total
 
 
-def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    computations: dict[str, list[Instruction]] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        header = None if line.startswith(" ") else _HEADER.match(line)
-        if header:
-            current = computations.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif current is not None and (found := _NAME.match(line)):
-            current.append(_instruction(found[1], line[found.end() :]))
-    assert entry, "this text is not a compiled program of XLA"
-    return computations, entry
-
-
 def _instruction(name: str, rest: str) -> Instruction:
-    """`rest`: `TYPE operation(operands), attributes`; a tuple's type is in parentheses."""
+    """Parse `TYPE operation(operands), attributes`; a tuple's type is in parentheses."""
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     result, rest = rest[:end], rest[end:].lstrip()
     begin = rest.index("(")
@@ -117,7 +129,7 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str, begin: int) -> int:
-    """Place of the parenthesis that closes the one at `begin`."""
+    """Return the index of the parenthesis that closes the one at `begin`."""
     depth = 0
     for found in re.compile(r"[()]").finditer(text, begin):
         depth += 1 if found[0] == "(" else -1
@@ -127,45 +139,45 @@ def _closing(text: str, begin: int) -> int:
 
 
 def _visit(
-    computations: dict[str, list[Instruction]], name: str, count: int, counts: dict[str, int]
+    computations: dict[str, list[Instruction]],
+    name: str,
+    count: int,
+    counts: collections.Counter[str],
 ) -> None:
     """Add `count` runs of a computation, and of what it calls, to `counts`."""
-    counts[name] = counts.get(name, 0) + count
+    counts[name] += count
     for instruction in computations[name]:
-        attributes = instruction.attributes
         times = count
         if instruction.operation == "while":
             times = count * _trip_count(instruction, computations, computations[name])
-        called = _CALLED.findall(attributes)
-        for branches in _BRANCHES.findall(attributes):
+        called = _CALLED.findall(instruction.attributes)
+        for branches in _BRANCHES.findall(instruction.attributes):
             called += _OPERAND.findall(branches)
         for other in called:
             _visit(computations, other, times, counts)
 
 
 def _trip_count(
-    loop: Instruction, computations: dict[str, list[Instruction]], around: list[Instruction]
+    loop: Instruction, computations: dict[str, list[Instruction]], caller: list[Instruction]
 ) -> int:
     known = _TRIP_COUNT.search(loop.attributes)
     if known:
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
-    inside = {i.name: i for i in computations[condition[1]]}
-    limits = [i for i in inside.values() if i.operation == "constant" and i.result.startswith("s")]
-    counters = [i for i in inside.values() if i.operation == "get-tuple-element"]
+    inside = computations[condition[1]]
+    limits = [i for i in inside if i.operation == "constant" and i.result.startswith("s")]
+    counters = [i for i in inside if i.operation == "get-tuple-element"]
     if len(limits) != 1 or len(counters) != 1:
         raise ValueError(f"the trip count of loop {loop.name} cannot be read from its condition")
     index = int(re.search(r"index=(\d+)", counters[0].attributes)[1])
-    return int(limits[0].operands[0]) - _start(loop, index, {i.name: i for i in around})
-
-
-def _start(loop: Instruction, index: int, around: dict[str, Instruction]) -> int:
-    """First value of the loop's counter; 0 where it is not written as a constant."""
-    found = around.get(loop.operands[0])
-    found = around.get(found.operands[index]) if found and found.operation == "tuple" else None
-    while found and found.operation in ("copy", "bitcast", "convert"):
-        found = around.get(found.operands[0])
-    return int(found.operands[0]) if found and found.operation == "constant" else 0
+    # The first value of the counter; 0 where it is not written as a constant.
+    outside = {i.name: i for i in caller}
+    start = outside.get(loop.operands[0])
+    start = outside.get(start.operands[index]) if start and start.operation == "tuple" else None
+    while start and start.operation in ("copy", "bitcast", "convert"):
+        start = outside.get(start.operands[0])
+    first = int(start.operands[0]) if start and start.operation == "constant" else 0
+    return int(limits[0].operands[0]) - first
 
 
 def _collectives_of(name: str, instructions: list[Instruction], count: int) -> Iterator[Collective]:
@@ -176,9 +188,7 @@ def _collectives_of(name: str, instructions: list[Instruction], count: int) -> I
     for i in instructions:
         by_hosts = _BY_HOSTS.search(i.attributes) if i.operation == "send" else None
         kind = _HOSTS_KINDS[by_hosts[1]] if by_hosts else i.operation.removesuffix("-start")
-        if kind not in KINDS:
-            continue
-        if _CHAINED.search(i.attributes) and i.name not in starts:
+        if kind not in KINDS or (_IN_CHAIN in i.attributes and i.name not in starts):
             continue
         # libtpu writes a reduce-scatter as an all-reduce in a fusion of this name
         if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
@@ -197,28 +207,18 @@ def _collectives_of(name: str, instructions: list[Instruction], count: int) -> I
 
 
 def _groups(attributes: str) -> str:
-    """The text of the groups: lists, an iota, a mesh with axes, pairs, or what hosts are told."""
-    if found := re.search(r'_xla_megascale_target=("[^"]*"|\{\{.*?\}\})', attributes):
+    """Return the text of the groups: lists, an iota, a mesh with axes, pairs, or hosts' targets."""
+    if found := _HOSTS_TARGET.search(attributes):
         return found[1].strip('"')
     for key in ("replica_groups=", "source_target_pairs="):
-        begin = attributes.find(key)
-        if begin >= 0:
-            rest = attributes[begin + len(key) :]
-            return re.split(r", (?:use_global|to_apply|dimensions|channel|metadata|frontend|"
-                            r"backend|split|constrain)|, [a-z_]+=(?!\()", rest)[0]  # fmt: skip
+        _, found, rest = attributes.partition(key)
+        if found:
+            return _AFTER_GROUPS.split(rest)[0]
     return ""
 
 
-_IOTA = re.compile(r"^\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"^mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{(.*)\}")
-_MESH_AXIS = re.compile(r"'([^']+)'=(\d+)")
-_USED_AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
-_SLICES = re.compile(r"^\{([\d,]+)\}x\{([\d,:]+)\}")
-_IDS_A_SLICE = 100_000  # libtpu numbers device 3 of the first of several slices 100003
-
-
 def device_groups(text: str, num_devices: int) -> list[list[int]]:
-    """The groups of device numbers that `text` means, of which XLA writes four kinds.
+    """Return the groups of device numbers that `text` means, of which XLA writes four kinds.
 
     `{{0,1},{2,3}}`; `[2,4]<=[4,2]T(1,0)`: numbers counted in the shape on the right, transposed, in
     rows as on the left; `mesh['a'=2,'b'=4] {'b'}`: devices that differ along the axes named last;
@@ -228,21 +228,20 @@ def device_groups(text: str, num_devices: int) -> list[list[int]]:
     if text in ("", "{}"):
         return [list(range(num_devices))]
     if text.startswith("mesh"):
-        return _of_mesh(text)
+        return _mesh_groups(text)
     if iota := _IOTA.match(text):
-        shape = _numbers(iota[1])
-        return _counted(iota[2], iota[3]).reshape(shape[0], -1).tolist()
+        return _counted(iota[2], iota[3]).reshape(_numbers(iota[1])[0], -1).tolist()
     groups = re.findall(r"\{([\d,\s]+)\}", text)
     assert groups, f"replica groups of an unknown form: {text[:80]}"
     return [_numbers(group) for group in groups]
 
 
-def slice_groups(text: str, places: Mapping[int, int]) -> list[list[int]]:
-    """The groups that `text` means, which tells hosts of several slices of TPUs who exchanges.
+def slice_groups(text: str, positions: Mapping[int, int]) -> list[list[int]]:
+    """Return the groups that `text` means, which tells hosts of several slices who exchanges.
 
-    `{1,2}x{0:3}`: each of devices 0 to 3 of slice 1 with its like in slice 2;
+    `{1,2}x{0:3}`: each of devices 0 to 3 of slice 1 with its counterpart in slice 2;
     `{{100000,200000},{100001,200001}}`: ids of devices; `{{100000->200000}}`: pairs of such.
-    `places`: where in the mesh each id is.
+    `positions`: position in the mesh by device id.
     """
     if found := _SLICES.match(text):
         bounds = [part.split(":") for part in found[2].split(",")]
@@ -251,21 +250,20 @@ def slice_groups(text: str, places: Mapping[int, int]) -> list[list[int]]:
     else:
         ids = [_numbers(g.replace("->", ",")) for g in re.findall(r"\{([\d,>\-]+)\}", text)]
         assert ids, f"exchange between slices of an unknown form: {text[:80]}"
-    return [[places[n] for n in group] for group in ids]
+    return [[positions[n] for n in group] for group in ids]
 
 
 def axes_of_groups(groups: list[list[int]], sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Mesh axes along which devices of one group differ; `sizes` in the mesh's order."""
-    shape = tuple(sizes.values())
+    """Return the mesh axes along which devices of one group differ; `sizes` in the mesh's order."""
     used = set()
     for group in groups:
-        coordinates = np.unravel_index(np.array(group), shape)
+        coordinates = np.unravel_index(np.array(group), tuple(sizes.values()))
         used |= {a for a, c in zip(sizes, coordinates, strict=True) if len(set(c.tolist())) > 1}
     return tuple(axis for axis in sizes if axis in used)
 
 
-def sent_bytes(collective: Collective, groups: list[list[int]], num_devices: int) -> float:
-    """Bytes that a device sends in one call, in the algorithms that move least (rings).
+def ring_bytes(collective: Collective, groups: list[list[int]], num_devices: int) -> float:
+    """Return the bytes that a device sends in one call, in the algorithms that move least (rings).
 
     For n devices and an operand of b bytes: all-gather (n - 1) b; reduce-scatter and all-to-all
     (n - 1) / n b; all-reduce, which is one of each of the first two, 2 (n - 1) / n b. A permutation
@@ -286,9 +284,9 @@ def sent_bytes(collective: Collective, groups: list[list[int]], num_devices: int
 
 
 def slow_share(kind: str, groups: Sequence[Sequence[int]], nodes: Sequence[int]) -> float:
-    """Part of what devices send in a collective that goes from one node to another.
+    """Return the part of what devices send in a collective that goes from one node to another.
 
-    `nodes`: number of the node at each place of the mesh. Of a permutation it is the pairs that
+    `nodes`: number of the node at each position of the mesh. Of a permutation it is the pairs that
     cross. All else are rings, each of which leaves a node once: of k devices that a group has in a
     node, each sends 1 / k to another one.
     """
@@ -309,7 +307,7 @@ def _counted(shape: str, order: str | None) -> np.ndarray:
     return numbers.transpose(_numbers(order)) if order else numbers
 
 
-def _of_mesh(text: str) -> list[list[int]]:
+def _mesh_groups(text: str) -> list[list[int]]:
     sizes_text, ids, used_text = _MESH.match(text).groups()
     sizes = {name: int(size) for name, size in _MESH_AXIS.findall(sizes_text)}
     if ids is None:

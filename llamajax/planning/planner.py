@@ -1,14 +1,14 @@
-"""One plan: what a config takes on a target, from the program that would run there."""
+"""Make a plan: what a config takes on a target, from the program that would run there."""
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from llamajax.backends import Target, platform_facts
+from llamajax.backends import Target
+from llamajax.backends.platforms import platform_facts
 from llamajax.config import RunConfig
 from llamajax.models.counts import flops_per_token
 from llamajax.planning.compilation import Facts, Step, abstract_step, compiled_facts
@@ -20,7 +20,7 @@ class Plan:
     """What a config takes on a target; None where it cannot be known.
 
     Bytes are of one device. gradients and activations are parts of the compiler's temporary memory:
-    float32 sums of what is trained, and the rest. FLOPs are of a step of all devices.
+    float32 sums of what is trained, and the rest.
     """
 
     step: Step
@@ -32,17 +32,21 @@ class Plan:
     peak_bytes: int | None
     limit_bytes: int | None
     fits: bool | None
-    flops: dict[bool, float]  # by causal
     prediction: Prediction | None
-    notes: tuple[str, ...]
 
     @property
     def config(self) -> RunConfig:
         """The run that was planned."""
         return self.step.config
 
+    def flops(self, *, causal: bool) -> float:
+        """Return the FLOPs of a step of all devices; causal: half of the attention matrix."""
+        data, frozen = self.config.data, self.config.lora.rank > 0
+        each = flops_per_token(self.config.model, data.seq_len, causal=causal, frozen=frozen)
+        return data.global_batch_size * data.seq_len * each
+
     def collective_bytes(self, *, slow: bool = False) -> dict[str, float] | None:
-        """Bytes that a device sends in a step by mesh axis; `a+b` where along both at once.
+        """Return the bytes a device sends in a step by mesh axis; `a+b` where along both at once.
 
         slow: only those from one node or slice to another.
         """
@@ -61,38 +65,29 @@ def make_plan(config: RunConfig, target: Target, *, cache: Path | None) -> Plan:
     Raises UserError where model, batch and mesh do not fit, before anything is compiled.
     """
     step = abstract_step(config, target)
-    return _judged(step, compiled_facts(step, cache=cache))
-
-
-def shard_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree of sharded shapes."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
-
-
-def _judged(step: Step, facts: Facts) -> Plan:
-    config, target, state = step.config, step.target, step.state
-    weights = (state.model, state.adapters)
-    gradients = shard_bytes(state.trained)
-    # Temporary memory of a CPU predicts nothing.
-    measures_memory = not platform_facts(target.platform).is_host
-    peak = facts.needed_bytes if measures_memory else None
+    facts, state = compiled_facts(step, cache=cache), step.state
+    gradients, peak, temporary = shard_bytes(state.trained), None, None
+    if not platform_facts(target.platform).is_host:  # temporary memory of a CPU predicts nothing
+        peak, temporary = facts.needed_bytes, facts.temporary_bytes
     limit = facts.limit_bytes or (target.entry and target.entry.limit_bytes)
-    temporary = facts.temporary_bytes if measures_memory else None
     return Plan(
         step=step,
         facts=facts,
-        params_bytes=shard_bytes(weights),
+        params_bytes=shard_bytes((state.model, state.adapters)),
         optimizer_bytes=shard_bytes(state.opt_state),
         gradients_bytes=gradients,
         activations_bytes=None if temporary is None else max(0, temporary - gradients),
         peak_bytes=peak,
         limit_bytes=limit,
         fits=_fits(facts, peak, limit),
-        flops=_flops(config),
         prediction=_prediction(step, facts),
-        notes=tuple(_notes(step, facts)),
+    )
+
+
+def shard_bytes(tree: Any) -> int:
+    """Return the bytes that one device holds of a tree of sharded shapes."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
@@ -106,52 +101,42 @@ def _fits(facts: Facts, peak: int | None, limit: int | None) -> bool | None:
     return False if facts.arguments_bytes > limit else None
 
 
-def _flops(config: RunConfig) -> dict[bool, float]:
-    tokens = config.data.global_batch_size * config.data.seq_len
-    frozen = config.lora.rank > 0
-    one = lambda causal: flops_per_token(  # noqa: E731
-        config.model, config.data.seq_len, causal=causal, frozen=frozen
-    )
-    return {causal: tokens * one(causal) for causal in (False, True)}
-
-
 def _prediction(step: Step, facts: Facts) -> Prediction | None:
-    if facts.traffic is None or step.target.entry is None:
-        return None
     entry = step.target.entry
+    if facts.traffic is None or entry is None:
+        return None
     links_s: dict[tuple[str, ...], float | None] = {}
     for row in facts.traffic:
         seconds = link_seconds(row.sent_bytes, row.slow_bytes, entry)
         before = links_s.get(row.axes, 0.0)
         links_s[row.axes] = None if None in (before, seconds) else before + seconds
-    sizes: Mapping[str, int] = dict(step.mesh.shape)
-    return predict(step.config, sizes, entry, links_s, attention=step.runs_attention)
+    return predict(step.config, step.mesh.shape, entry, links_s, attention=step.attention)
 
 
-def _notes(step: Step, facts: Facts) -> list[str]:
+def plan_notes(plan: Plan) -> list[str]:
+    """Return what a reader of a plan should know about how it was made."""
+    step, facts, target = plan.step, plan.facts, plan.step.target
     notes = []
-    if step.attention != step.runs_attention:
+    if step.compute.attention != step.attention:
         notes.append(
-            f"attention: compiled with {step.attention!r}, because {step.runs_attention!r}, which "
-            "train uses there, is built on the hardware alone; neither holds a T x S matrix, so "
-            f"that memory is alike, and time is predicted for {step.runs_attention!r}"
+            f"attention: compiled with {step.compute.attention!r}, because {step.attention!r}, "
+            "which train uses there, is built on the hardware alone; neither holds a T x S matrix, "
+            f"so that memory is alike, and time is predicted for {step.attention!r}"
         )
-    if platform_facts(step.target.platform).is_host:
+    if platform_facts(target.platform).is_host:
         notes.append("cpu: temporary memory of a CPU's program predicts no accelerator's; no peak")
         if step.config.train.dtype == "bfloat16":
             notes.append("cpu: XLA moves float32 there where an accelerator moves bfloat16")
-    if not step.target.machine().donates:
+    if not target.machine().donates:
         notes.append(
-            f"donation: JAX gives {step.target.platform!r} none, so weights and optimizer live "
-            "twice in a step; run the doctor there, or see it repaired with backend.repairs = "
-            "donation"
+            f"donation: JAX gives {target.platform!r} none, so weights and optimizer live twice in "
+            "a step; run the doctor there, or see it repaired with backend.repairs = donation"
         )
-    entry = step.target.entry
     crosses = any(row.slow_bytes for row in facts.traffic or ())
-    if crosses and entry is not None and entry.slow_bytes_per_s is None:
+    if crosses and target.entry is not None and target.entry.slow_bytes_per_s is None:
         notes.append(
-            f"time: how fast {entry.name} sends between nodes is not in the device table, so that "
-            "none is predicted"
+            f"time: how fast {target.entry.name} sends between nodes is not in the device table, "
+            "so that none is predicted"
         )
     if facts.traffic is None:
         notes.append("the compiler refused the program for its memory: nothing else is known of it")

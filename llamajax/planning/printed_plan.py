@@ -1,4 +1,4 @@
-"""A plan for people and for scripts."""
+"""Print a plan for people, and convert it to JSON for scripts."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -9,17 +9,21 @@ from llamajax.backends.platforms import platform_facts
 from llamajax.models.counts import num_parameters
 from llamajax.monitoring.progress import format_count
 from llamajax.planning.compilation import node_of
-from llamajax.planning.planner import Plan
+from llamajax.planning.planner import Plan, plan_notes
 from llamajax.planning.roofline import pipeline_facts
 
 _GIB = 2**30
+_FITS = {True: "yes", False: "no", None: "unknown"}
 
 
 def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
-    """The plan as JSON values, null where something is unknowable."""
+    """Return the plan as JSON values, null where something is unknowable."""
     p, config, facts = plan.prediction, plan.config, plan.facts
-    sent, slow = plan.collective_bytes(), plan.collective_bytes(slow=True)
     pipe = pipeline_facts(config, plan.step.mesh.shape)
+
+    def rounded(sent: dict[str, float] | None) -> dict[str, int] | None:
+        return None if sent is None else {axes: round(size) for axes, size in sent.items()}
+
     return {
         "config": config_file,
         "devices": plan.step.target.text,
@@ -28,8 +32,8 @@ def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
         "mesh": dict(plan.step.mesh.shape),
         "remat": config.train.remat,
         "accumulation_steps": config.train.accumulation_steps,
-        "attention": plan.step.runs_attention,
-        "attention_compiled": plan.step.attention,
+        "attention": plan.step.attention,
+        "attention_compiled": plan.step.compute.attention,
         "params_bytes": plan.params_bytes,
         "optimizer_bytes": plan.optimizer_bytes,
         "gradients_bytes": plan.gradients_bytes,
@@ -39,10 +43,10 @@ def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "limit_bytes": plan.limit_bytes,
         "fits": plan.fits,
-        "flops_per_step_full": plan.flops[False],
-        "flops_per_step_causal": plan.flops[True],
-        "collective_bytes": None if sent is None else {a: round(b) for a, b in sent.items()},
-        "slow_bytes": None if slow is None else {a: round(b) for a, b in slow.items()},
+        "flops_per_step_full": plan.flops(causal=False),
+        "flops_per_step_causal": plan.flops(causal=True),
+        "collective_bytes": rounded(plan.collective_bytes()),
+        "slow_bytes": rounded(plan.collective_bytes(slow=True)),
         "collectives": None if facts.traffic is None else [
             {"kind": t.kind, "axes": list(t.axes), "dtype": t.dtype, "calls": t.calls,
              "sent_bytes": round(t.sent_bytes), "slow_bytes": round(t.slow_bytes)}
@@ -62,16 +66,12 @@ def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
         "compile_s": facts.compile_s,
         "cached": facts.cached,
         "versions": plan.step.target.versions,
-        "notes": list(plan.notes),
+        "notes": plan_notes(plan),
     }  # fmt: skip
 
 
-def to_text(plan: Plan) -> str:
-    """The plan as a table for people."""
-    return "\n".join(_lines(plan))
-
-
-def _lines(plan: Plan) -> Iterator[str]:
+def text_lines(plan: Plan) -> Iterator[str]:
+    """Yield the plan as a table for people."""
     c, step, target = plan.config, plan.step, plan.step.target
     tokens = c.data.global_batch_size * c.data.seq_len
     yield (
@@ -81,7 +81,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield (
         f"{c.data.global_batch_size} x {c.data.seq_len} = {format_count(tokens)} tokens a step, "
         f"{c.train.accumulation_steps} accumulated; {c.train.dtype}, remat {c.train.remat}, "
-        f"attention {step.runs_attention}"
+        f"attention {step.attention}"
     )
     for line in sharding.placement_table(step.mesh, node_of(target)):
         yield f"  {line}"
@@ -96,21 +96,19 @@ def _lines(plan: Plan) -> Iterator[str]:
         ("limit", plan.limit_bytes),
     ):
         yield f"  {name:<26}{_gib(size):>14}"
-    yield f"  {'fits':<26}{_verdict(plan.fits):>14}"
+    yield f"  {'fits':<26}{_FITS[plan.fits]:>14}"
     if plan.facts.host_bytes:
         yield f"  {'in the host instead':<26}{_gib(plan.facts.host_bytes):>14}"
     yield ""
     for words, causal in (("whole attention matrix", False), ("causal half of it", True)):
-        yield f"  FLOPs a step, {words:<24}{plan.flops[causal]:>12.4g}"
+        yield f"  FLOPs a step, {words:<24}{plan.flops(causal=causal):>12.4g}"
     yield from _pipeline(plan)
-    if plan.facts.traffic is not None:
-        yield from _traffic(plan)
-    if plan.prediction is not None:
-        yield from _time(plan)
+    yield from _traffic(plan)
+    yield from _time(plan)
     again = " (stored from an earlier plan)" if plan.facts.cached else ""
     yield ""
     yield f"  compiled in {plan.facts.compile_s:.1f} s{again}"
-    for note in plan.notes:
+    for note in plan_notes(plan):
         yield f"  note: {note}"
 
 
@@ -132,31 +130,30 @@ def _pipeline(plan: Plan) -> Iterator[str]:
 
 
 def _traffic(plan: Plan) -> Iterator[str]:
+    traffic = plan.facts.traffic
+    if traffic is None:
+        return
     yield ""
     yield "what a device sends in a step"
-    for row in plan.facts.traffic:
-        if row.sent_bytes >= 1e-3 * plan.facts.traffic[0].sent_bytes:
-            axes = " x ".join(row.axes)
+    slow_link = platform_facts(plan.step.target.platform).slow_link
+    for row in traffic:
+        if row.sent_bytes >= 1e-3 * traffic[0].sent_bytes:
+            slow = f"  {_gib(row.slow_bytes)} of it {slow_link}" if row.slow_bytes else ""
             yield (
-                f"  {axes:<18}{row.kind:<20}{row.dtype:<6}{row.calls:>8} calls"
-                f"{_gib(row.sent_bytes):>14}{_between(plan, row.slow_bytes)}"
+                f"  {' x '.join(row.axes):<18}{row.kind:<20}{row.dtype:<6}{row.calls:>8} calls"
+                f"{_gib(row.sent_bytes):>14}{slow}"
             )
-    if not plan.facts.traffic:
+    if not traffic:
         yield "  nothing"
 
 
-def _between(plan: Plan, slow_bytes: float) -> str:
-    """How much of what a collective sends leaves the node or slice; nothing where none does."""
-    if not slow_bytes:
-        return ""
-    return f"  {_gib(slow_bytes)} of it {platform_facts(plan.step.target.platform).slow_link}"
-
-
 def _time(plan: Plan) -> Iterator[str]:
-    p = plan.prediction
+    p, entry = plan.prediction, plan.step.target.entry
+    if p is None:
+        return
     yield ""
     yield "predicted time of a step, not measured"
-    rows = [
+    for name, seconds in (
         ("matrix products", p.products_s),
         ("attention", p.attention_s),
         ("memory traffic", p.memory_s),
@@ -164,39 +161,30 @@ def _time(plan: Plan) -> Iterator[str]:
         ("hidden behind products", -p.hidden_s),
         ("pipeline bubble", p.bubble_s),
         ("step", p.step_time_s),
-    ]
-    for name, seconds in rows:
+    ):
         yield f"  {name:<32}{seconds:>10.3f} s"
-    each = p.tokens_per_s / plan.step.mesh.size
-    entry = plan.step.target.entry
     yield (
         f"  assumed: products at {entry.efficiency:.0%} of the peak; what fsdp sends hides behind "
         "them, all else is waited for"
     )
     yield (
-        f"  {p.tokens_per_s:,.0f} tokens/s, {each:,.0f} a device; MFU {p.mfu_full:.1%} full, "
-        f"{p.mfu_causal:.1%} causal"
+        f"  {p.tokens_per_s:,.0f} tokens/s, {p.tokens_per_s / plan.step.mesh.size:,.0f} a device; "
+        f"MFU {p.mfu_full:.1%} full, {p.mfu_causal:.1%} causal"
     )
 
 
-def search_text(plans: Sequence[Plan]) -> str:
-    """What a search found, best first."""
-    lines = [f"{'tokens/s a device':>18}{'peak GiB':>10}{'fits':>9}  mesh, accumulation, remat"]
+def search_lines(plans: Sequence[Plan]) -> Iterator[str]:
+    """Yield a table of the plans that a search found, best first."""
+    yield f"{'tokens/s a device':>18}{'peak GiB':>10}{'fits':>9}  mesh, accumulation, remat"
     for plan in plans:
-        p = plan.prediction
+        p, t = plan.prediction, plan.config.train
         speed = "-" if p is None else f"{p.tokens_per_s / plan.step.mesh.size:,.0f}"
         peak = "-" if plan.peak_bytes is None else f"{plan.peak_bytes / _GIB:.1f}"
-        t = plan.config.train
-        lines.append(
-            f"{speed:>18}{peak:>10}{_verdict(plan.fits):>9}  {sharding.describe(plan.step.mesh)}, "
+        yield (
+            f"{speed:>18}{peak:>10}{_FITS[plan.fits]:>9}  {sharding.describe(plan.step.mesh)}, "
             f"{t.accumulation_steps}, {t.remat}"
         )
-    return "\n".join(lines)
 
 
 def _gib(size: float | None) -> str:
     return "unknown" if size is None else f"{size / _GIB:.3f} GiB"
-
-
-def _verdict(fits: bool | None) -> str:
-    return {True: "yes", False: "no", None: "unknown"}[fits]

@@ -1,12 +1,11 @@
-"""Other ways to run a config on the same devices, ranked by predicted speed.
+"""Search other ways to run a config on the same devices, ranked by predicted speed.
 
-Every mesh, every policy of recomputation and every number of microbatches that the config and the
-model allow is estimated by the formulas of `estimate` and `roofline`; what cannot fit is dropped;
-the most promising are compiled, until as many as wanted fit.
+Every mesh, policy of recomputation and number of microbatches that the config and the model allow
+is estimated by the formulas of `estimate` and `roofline`; what cannot fit is dropped; the most
+promising are compiled, until as many as wanted fit.
 """
 
 import dataclasses
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +41,7 @@ class Candidate:
 
 
 def search(config: RunConfig, target: Target, *, cache: Path | None, wanted: int) -> list[Plan]:
-    """Compiled plans, those that fit first, each group by predicted speed.
+    """Return compiled plans, those that fit first, each group by predicted speed.
 
     Raises UserError where the device is unknown to the table, or nothing can fit.
     """
@@ -57,23 +56,31 @@ def search(config: RunConfig, target: Target, *, cache: Path | None, wanted: int
             f"--search ranks by predicted speed, and how fast {target.entry.name} sends between "
             "nodes is not in the device table: plan without --search"
         )
-    ranked = candidates(config, target)
     plans: list[Plan] = []
+    ranked = candidates(config, target)
     with tqdm(total=wanted, unit="plan", file=sys.stderr, disable=None) as bar:
         for candidate in ranked:
             fitting = sum(plan.fits is not False for plan in plans)
             if fitting >= wanted or len(plans) >= wanted * (1 + _MOST_REFUSED):
                 break
-            t = candidate.config.train
-            words = _words(candidate.sizes)
-            _say(bar, f"compiling {words}, accumulation {t.accumulation_steps}, remat {t.remat}")
+            used = [f"{axis} {size}" for axis, size in candidate.sizes.items() if size > 1]
+            mesh, t = " x ".join(used) or "1 device", candidate.config.train
+            text = f"compiling {mesh}, accumulation {t.accumulation_steps}, remat {t.remat}"
+            if bar.disable:
+                say(text)
+            else:
+                bar.set_postfix_str(text)
             plans.append(make_plan(candidate.config, target, cache=cache))
             bar.update(plans[-1].fits is not False)
-    return sorted(plans, key=_rank)
+
+    def rank(plan: Plan) -> tuple[bool, float]:
+        return plan.fits is False, -plan.prediction.tokens_per_s if plan.prediction else 0.0
+
+    return sorted(plans, key=rank)
 
 
 def candidates(config: RunConfig, target: Target) -> list[Candidate]:
-    """All variants that are allowed and may fit, the fastest by estimate first."""
+    """Return all variants that are allowed and may fit, the fastest by estimate first."""
     limit = target.entry.limit_bytes
     found = [c for c in _estimated(config, target) if c.held_bytes <= limit * _SLACK]
     if not found:
@@ -84,19 +91,15 @@ def candidates(config: RunConfig, target: Target) -> list[Candidate]:
     return sorted(found, key=lambda c: -c.tokens_per_s)
 
 
-def meshes(num_devices: int) -> Iterator[dict[str, int]]:
-    """Every way to write a number of devices as a product of axis sizes."""
-
-    def split(rest: int, axes: tuple[str, ...]) -> Iterator[dict[str, int]]:
-        if len(axes) == 1:
-            yield {axes[0]: rest}
-            return
-        for size in range(1, rest + 1):
-            if rest % size == 0:
-                for others in split(rest // size, axes[1:]):
-                    yield {axes[0]: size, **others}
-
-    yield from split(num_devices, sharding.AXES)
+def meshes(num_devices: int, axes: tuple[str, ...] = sharding.AXES) -> Iterator[dict[str, int]]:
+    """Yield every way to write a number of devices as a product of axis sizes."""
+    if len(axes) == 1:
+        yield {axes[0]: num_devices}
+        return
+    for size in range(1, num_devices + 1):
+        if num_devices % size == 0:
+            for others in meshes(num_devices // size, axes[1:]):
+                yield {axes[0]: size, **others}
 
 
 def _estimated(config: RunConfig, target: Target) -> Iterator[Candidate]:
@@ -129,11 +132,11 @@ def _estimated(config: RunConfig, target: Target) -> Iterator[Candidate]:
 
 
 def _variants(config: RunConfig, sizes: dict[str, int]) -> Iterator[RunConfig]:
-    parts = sizes["data"] * sizes["fsdp"]
-    rows, left = divmod(config.data.global_batch_size, parts)
-    if left or not rows:
+    """Yield the config on this mesh with every accumulation and policy of recomputation."""
+    rows, left = divmod(config.data.global_batch_size, sizes["data"] * sizes["fsdp"])
+    if left:
         return
-    wanted = config.train.attention
+    attention = config.train.attention if sizes["sequence"] == 1 else "auto"
     for accumulation in (n for n in range(1, rows + 1) if rows % n == 0):
         # a pipeline takes all its rows at once, a microbatch at a time
         if sizes["stage"] == 1 and rows // accumulation > _MOST_ROWS:
@@ -141,30 +144,6 @@ def _variants(config: RunConfig, sizes: dict[str, int]) -> Iterator[RunConfig]:
         if sizes["stage"] > 1 and accumulation > 1:
             continue
         for remat in get_args(Remat):
-            yield dataclasses.replace(
-                config,
-                mesh=MeshConfig(**sizes),
-                train=dataclasses.replace(
-                    config.train,
-                    accumulation_steps=accumulation,
-                    remat=remat,
-                    attention=wanted if sizes["sequence"] == 1 else "auto",
-                ),
-            )
-
-
-def _rank(plan: Plan) -> tuple[bool, float]:
-    speed = plan.prediction.tokens_per_s if plan.prediction else 0.0
-    return plan.fits is False, -speed
-
-
-def _words(sizes: dict[str, int]) -> str:
-    used = [f"{axis} {size}" for axis, size in sizes.items() if size > 1]
-    return " x ".join(used) or f"{math.prod(sizes.values())} device"
-
-
-def _say(bar: tqdm, text: str) -> None:
-    if bar.disable:
-        say(text)
-    else:
-        bar.set_postfix_str(text)
+            steps = {"accumulation_steps": accumulation, "remat": remat}
+            train = dataclasses.replace(config.train, attention=attention, **steps)
+            yield dataclasses.replace(config, mesh=MeshConfig(**sizes), train=train)
