@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 
 from llamajax.backends import absent_devices
-from llamajax.backends.devices import DEVICES
 from llamajax.config import MeshConfig, load
-from llamajax.planning import compilation, estimate, program, roofline
+from llamajax.planning import compilation, estimate, hlo, roofline
 
-CONFIG = load(str(Path(__file__).with_name("small_run.py")))
 # (axes, remat, accumulation steps, rounds, microbatch size)
 CASES = {
     "sequence": ({"fsdp": 4, "sequence": 2}, "full", 1, 1, 1),
@@ -26,13 +24,12 @@ CASES = {
     "tensor-dots": ({"fsdp": 4, "tensor": 2}, "dots", 1, 1, 1),
     "fsdp-none": ({"fsdp": 8}, "none", 2, 1, 1),
 }
-
-
 # Every axis is in one of these; the others are in the whole suite.
 FIRST = ("sequence-tensor", "stage-tensor", "stage-rounds", "fsdp-none")
-PARAMETERS = [
-    pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in CASES
-]
+each_case = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in CASES],
+)
 
 
 @functools.cache
@@ -41,12 +38,13 @@ def compiled(name):
     axes, remat, accumulation, rounds, microbatch_size = CASES[name]
     layers = 6 if name == "stage-uneven" else 4
     attention = "auto" if "sequence" in axes else "xla"
+    small = load(str(Path(__file__).with_name("small_run.py")))
     config = dataclasses.replace(
-        CONFIG,
-        model=dataclasses.replace(CONFIG.model, num_layers=layers),
+        small,
+        model=dataclasses.replace(small.model, num_layers=layers),
         mesh=MeshConfig(**axes),
         train=dataclasses.replace(
-            CONFIG.train, remat=remat, accumulation_steps=accumulation, attention=attention,
+            small.train, remat=remat, accumulation_steps=accumulation, attention=attention,
             pipeline_rounds=rounds, microbatch_size=microbatch_size,
         ),
     )  # fmt: skip
@@ -56,7 +54,7 @@ def compiled(name):
     return config, dict(step.mesh.shape), step, found.as_text(), arguments
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@each_case
 def test_bytes_sent_along_every_axis_are_those_of_the_program(name):
     config, sizes, step, text, _ = compiled(name)
     real: dict[tuple[str, ...], float] = {}
@@ -70,7 +68,7 @@ def test_bytes_sent_along_every_axis_are_those_of_the_program(name):
         assert sent == pytest.approx(told[axes], rel=0.03), axes
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@each_case
 def test_state_is_what_the_program_takes(name):
     config, sizes, _, _, arguments = compiled(name)
     parts = sizes["data"] * sizes["fsdp"]
@@ -79,34 +77,40 @@ def test_state_is_what_the_program_takes(name):
     assert estimate.held_bytes(config, sizes) > estimate.state_bytes(config, sizes)
 
 
-def sizes_of(text):
-    return [int(n) for n in re.search(r"\[([\d,]+)\]", text)[1].split(",")]
-
-
 def product_flops(text):
     """Operations of one device's products with weights: those without a batch dimension."""
-    computations, entry = program._parse(text)
-    counts = {}
-    program._visit(computations, entry, 1, counts)
+
+    def dims(type_):
+        return [int(n) for n in re.search(r"\[([\d,]+)\]", type_)[1].split(",")]
+
     total = 0
-    for name, times in counts.items():
-        types = {i.name: i.result for i in computations[name]}
-        for i in computations[name]:
+    for _, instructions, times in hlo.executed(text):
+        types = {i.name: i.result for i in instructions}
+        for i in instructions:
             if i.operation == "dot" and "lhs_batch_dims" not in i.attributes:
-                left = sizes_of(types[i.operands[0]])
+                left = dims(types[i.operands[0]])
                 summed = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", i.attributes)[1]
                 each = math.prod(left[int(n)] for n in summed.split(","))
-                total += 2 * times * math.prod(sizes_of(i.result)) * each
+                total += 2 * times * math.prod(dims(i.result)) * each
     return total
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_products_are_those_of_the_program(name):
+@each_case
+def test_products_are_those_of_the_program(table, name):
     """With the blocks that idle ticks of a pipeline run on nothing."""
     config, sizes, _, text, _ = compiled(name)
-    h100 = dataclasses.replace(
-        next(d for d in DEVICES if d.name == "h100"), float32=1.0, efficiency=1.0
-    )
+    h100 = dataclasses.replace(table["h100"], float32=1.0, efficiency=1.0)
     found = roofline.predict(config, sizes, h100, {}, attention="xla")
     idle = found.bubble_s - found.attention_s * found.bubble / (1 - found.bubble)
     assert product_flops(text) == pytest.approx(found.products_s + idle, rel=0.03)
+
+
+def test_links_work_at_the_same_time_and_the_slower_decides(table):
+    v5p, v4 = table["v5p"], table["v4"]
+    fast, slow = v5p.fast_bytes_per_s, v5p.slow_bytes_per_s
+    assert (fast, slow) == (180e9, 6.25e9)
+    assert roofline.link_seconds(fast, 0, v5p) == 1
+    assert roofline.link_seconds(4 * slow, 2 * slow, v5p) == 2
+    assert roofline.link_seconds(3 * fast, slow / 2, v5p) == 3
+    assert roofline.link_seconds(1e9, 0, v4) > 0
+    assert roofline.link_seconds(1e9, 1, v4) is None  # its network is unknown

@@ -1,4 +1,4 @@
-"""Compiled programs as text: collectives inside loops count as often as the loops turn."""
+"""A compiled program's text: collectives in loops, groups of devices, mesh axes, bytes sent."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,16 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llamajax.planning.compilation import traffic
-from llamajax.planning.hlo import bytes_of, collectives
+from llamajax.planning.hlo import (
+    Collective,
+    axes_of_groups,
+    bytes_of,
+    collectives,
+    device_groups,
+    ring_bytes,
+    slice_groups,
+    slow_share,
+)
 
 # A loop of 5 turns inside one of 4, the second counting from 1 to 5, as libtpu writes loops: no
 # trip count beside them.
@@ -128,36 +137,30 @@ ENTRY %main (x: f32[2,128]) -> f32[2,128] {
 
 
 @pytest.mark.parametrize(
-    ("target", "told", "kind", "groups"),
+    ("target", "word", "kind"),
     [
-        ('"{1,2}x{0:3}"', "ALL_REDUCE", "all-reduce", "{1,2}x{0:3}"),
-        ("{{100000,300000},{100001,300001}}", "REDUCE_SCATTER", "reduce-scatter", None),
-        ("{{100000->200000},{200000->100000}}", "ONE_TO_ONE", "collective-permute", None),
+        ("{1,2}x{0:3}", "ALL_REDUCE", "all-reduce"),
+        ("{{100000,300000},{100001,300001}}", "REDUCE_SCATTER", "reduce-scatter"),
+        ("{{100000->200000},{200000->100000}}", "ONE_TO_ONE", "collective-permute"),
     ],
 )
-def test_what_hosts_send_between_slices_is_a_collective(target, told, kind, groups):
-    (found,) = collectives(SLICES.replace("TARGET", target).replace("KIND", told))
-    assert (found.kind, found.dtype, found.operand_bytes, found.count) == (kind, "f32", 1024, 3)
-    assert found.between_slices
-    assert found.groups == (groups or target)
+def test_what_hosts_send_between_slices_is_a_collective(target, word, kind):
+    written = target if target.startswith("{{") else f'"{target}"'
+    (found,) = collectives(SLICES.replace("TARGET", written).replace("KIND", word))
+    assert found == Collective(kind, target, "f32", 1024, count=3, between_slices=True)
 
 
 def test_nested_loops_without_trip_counts_are_read_from_their_conditions():
     (found,) = collectives(NESTED)
-    assert (found.kind, found.dtype, found.operand_bytes) == ("all-reduce", "bf16", 2048)
-    assert found.count == 4 * 5
-    assert found.groups == "[4,2]<=[8]"
+    assert found == Collective("all-reduce", "[4,2]<=[8]", "bf16", 2048, count=4 * 5)
+    unreadable = NESTED.replace("%limit = s32[]{:T(128)} constant(5)", "%limit = s32[] copy(%i)")
+    with pytest.raises(ValueError, match="trip count"):
+        collectives(unreadable)
 
 
 def test_a_gather_hidden_behind_fusions_counts_once():
     (found,) = collectives(CHAIN)
     assert (found.kind, found.operand_bytes, found.count) == ("all-gather", 256, 1)
-
-
-def test_a_loop_whose_condition_says_nothing_is_an_error():
-    unreadable = NESTED.replace("%limit = s32[]{:T(128)} constant(5)", "%limit = s32[] copy(%i)")
-    with pytest.raises(ValueError, match="trip count"):
-        collectives(unreadable)
 
 
 @pytest.mark.parametrize(
@@ -192,3 +195,82 @@ def test_a_compiled_scan_of_scans_sends_as_often_as_it_turns():
         ("a",): ("all-reduce", 1, 2 * 1 / 2 * 1024),
         ("b",): ("all-reduce", 21, 21 * 2 * 3 / 4 * 1024),
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("{{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("{}", [[0, 1, 2, 3]]),
+        ("", [[0, 1, 2, 3]]),
+        ("[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("[2,4]<=[2,2,2]T(1,0,2)", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ("mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
+        ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [[0, 2], [1, 3]]),
+        ("mesh['a'=8] {'a':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("{{0,1},{1,2},{2,3},{3,0}}", [[0, 1], [1, 2], [2, 3], [3, 0]]),
+    ],
+)
+def test_groups_are_read_in_every_form(text, groups):
+    assert device_groups(text, 4) == groups
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("{1,2}x{0:1}", [[0, 2], [1, 3]]),
+        ("{1,2}x{0,1}", [[0, 2], [1, 3]]),
+        ("{{100000,200001},{100001,200000}}", [[0, 3], [1, 2]]),
+        ("{{100000->200000},{200000->100000}}", [[0, 2], [2, 0]]),
+    ],
+)
+def test_groups_of_hosts_of_slices_are_read(text, groups):
+    positions = {100000: 0, 100001: 1, 200000: 2, 200001: 3}
+    assert slice_groups(text, positions) == groups
+
+
+@pytest.mark.parametrize(
+    ("text", "axes"),
+    [
+        ("[8,2]<=[16]", ("tensor",)),
+        ("[4,4]<=[2,4,2]T(0,2,1)", ("fsdp",)),
+        ("[8,2]<=[2,8]T(1,0)", ("data",)),
+        ("[2,8]<=[8,2]T(1,0)", ("data", "fsdp")),
+        ("[16,1]<=[16]", ()),
+    ],
+)
+def test_groups_belong_to_the_axes_along_which_they_differ(text, axes):
+    sizes = {"data": 2, "fsdp": 4, "tensor": 2}
+    assert axes_of_groups(device_groups(text, 16), sizes) == axes
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "sent"),
+    [
+        ("all-gather", [[0, 1, 2, 3], [4, 5, 6, 7]], 3 * 100),
+        ("reduce-scatter", [[0, 1, 2, 3], [4, 5, 6, 7]], 3 / 4 * 100),
+        ("all-to-all", [[0, 1, 2, 3], [4, 5, 6, 7]], 3 / 4 * 100),
+        ("all-reduce", [[0, 1, 2, 3], [4, 5, 6, 7]], 2 * 3 / 4 * 100),
+        ("collective-permute", [[n, (n + 1) % 8] for n in range(8)], 100),
+        ("collective-permute", [[n, min(n + 1, 7)] for n in range(8)], 7 / 8 * 100),
+    ],
+)
+def test_a_ring_sends_that_many_bytes(kind, groups, sent):
+    collective = Collective(kind, "", "f32", operand_bytes=100, count=1)
+    assert ring_bytes(collective, groups, 8) == sent
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "share"),
+    [
+        ("all-gather", [[0, 1], [2, 3]], 0),
+        ("all-gather", [[0, 2], [1, 3]], 1),
+        ("all-reduce", [[0, 1, 2, 3]], 1 / 2),
+        ("collective-permute", [[0, 1], [1, 2], [2, 3], [3, 0]], 1 / 2),
+        ("collective-permute", [[0, 0], [1, 1]], 0),
+    ],
+)
+def test_rings_leave_a_node_once(kind, groups, share):
+    assert slow_share(kind, groups, [0, 0, 1, 1]) == share
