@@ -99,9 +99,9 @@ def random_rows(config: RunConfig) -> Any:
 def compiled(config: RunConfig, *, document_masks: bool = True) -> Run:
     """The step as a run builds it, compiled, with its first state and one batch on the devices."""
     import jax
+    import numpy as np
 
     from llamajax import backends, optim, sharding
-    from llamajax.models.llama import plain_batch
     from llamajax.training.session import check_mesh, how_to_compute, layout_of
     from llamajax.training.state import init_state
     from llamajax.training.step import train_step
@@ -114,10 +114,17 @@ def compiled(config: RunConfig, *, document_masks: bool = True) -> Run:
     seed, layout = config.train.seed, layout_of(config)
     state = init_state(config.model, optimizer, mesh, seed=seed, layout=layout)
     state = jax.block_until_ready(state)
-    batch = plain_batch(random_rows(config))
-    if not document_masks:
-        del batch["segment_ids"]
-    batch = sharding.place(batch, mesh)
+    ids = random_rows(config).astype(np.int32)
+    tokens = np.ascontiguousarray(ids[:, :-1])
+    batch = {
+        "tokens": tokens,
+        "targets": np.ascontiguousarray(ids[:, 1:]),
+        "positions": np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1)),
+        "loss_mask": np.ones(tokens.shape, bool),
+    }
+    if document_masks:
+        batch["segment_ids"] = np.ones_like(tokens)
+    batch = sharding.put_batch(batch, mesh)
     start = time.perf_counter()
     update = train_step(optimizer, config.optim, config.train, compute, mesh, config.guard)
     update = update.lower(state, batch).compile()

@@ -2,7 +2,7 @@
 
 from llamajax.backends import with_huge_pages
 from llamajax.config import Flag, parse_weights_command
-from llamajax.evaluation.evaluate_options import Protocol, Request, check
+from llamajax.evaluation.evaluate_options import EvaluateOptions, Protocol, check_options
 from llamajax.verbs import run_verb
 
 SUMMARY = "Measure how well a checkpoint predicts a text: loss, perplexity, bits per byte."
@@ -103,8 +103,8 @@ def main(argv: list[str]) -> int:
     asked = parse_weights_command(
         argv, verb="evaluate", flags=_FLAGS, summary=SUMMARY, example=EXAMPLE
     )
-    request = Request(**asked)
-    check(request)
+    request = EvaluateOptions(**asked)
+    check_options(request)
     # JAX takes seconds to import: --help and mistakes are answered without it.
     from llamajax.evaluation.evaluator import evaluate
     from llamajax.monitoring.jsonl import encode_row

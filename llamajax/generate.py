@@ -5,7 +5,7 @@ from typing import Literal
 
 from llamajax.backends import with_huge_pages
 from llamajax.config import Flag, parse_weights_command
-from llamajax.decoding.generate_options import Request, Sampling, check
+from llamajax.decoding.generate_options import GenerateOptions, Sampling, check_options
 from llamajax.errors import say
 from llamajax.tokenizers.chat import CHAT_TEMPLATES
 from llamajax.verbs import run_verb
@@ -125,13 +125,13 @@ def main(argv: list[str]) -> int:
         argv, verb="generate", flags=_FLAGS, summary=SUMMARY, example=EXAMPLE
     )
     sampling = Sampling(**{name: asked.pop(name) for name in _SAMPLING})
-    request = Request(sampling=sampling, **asked)
-    check(request)
+    request = GenerateOptions(sampling=sampling, **asked)
+    check_options(request)
     # JAX takes seconds to import: --help and mistakes are answered without it.
-    from llamajax.decoding.generator import open_session
+    from llamajax.decoding.generator import open_generator
     from llamajax.decoding.printed_texts import converse, write_json, write_text
 
-    session, code = open_session(request), 0
+    session, code = open_generator(request), 0
     try:
         if request.interactive:
             converse(session, sys.stdin, sys.stdout)

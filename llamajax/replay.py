@@ -43,10 +43,10 @@ def main(argv: list[str]) -> int:
     )
     backend = backend_config(found)
     # JAX takes seconds to import: --help and mistakes are answered without it.
-    from llamajax.replaying.replay_step import Request, replay
+    from llamajax.replaying.replay_step import ReplayOptions, replay
 
     evidence = replay(
-        Request(
+        ReplayOptions(
             workdir=Path(found.workdir),
             step=found.step,
             box=None if found.blackbox is None else Path(found.blackbox),

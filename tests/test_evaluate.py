@@ -173,7 +173,7 @@ def test_a_split_gives_the_loss_that_training_logs(trained, capsys):
     placed = jax.device_put(model, sharding.shardings(model, mesh))
     step, sums = eval_step(compute, mesh), np.zeros(2)
     for batch in data.eval_batches(held_out, batch_size=8, seq_len=40, rows=range(8)):
-        sums += np.array(step(placed, sharding.place(batch, mesh)), np.float64)
+        sums += np.array(step(placed, sharding.put_batch(batch, mesh)), np.float64)
     assert found["loss"] == pytest.approx(sums[0] / sums[1], rel=1e-6)
     assert (found["tokens"], found["seq_len"], found["step"]) == (sums[1], 40, 7)
     num_bytes = held_out.manifests[0]["splits"]["validation"]["text_bytes"]

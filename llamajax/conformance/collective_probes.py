@@ -28,12 +28,12 @@ def all_reduce(bench: Bench) -> str:
     """Take the sum and the maximum."""
     on_every_axis(
         bench,
-        collectives.largest,
+        collectives.pmax,
         lambda blocks: np.broadcast_to(blocks.max(axis=0), blocks.shape),
     )
     return on_every_axis(
         bench,
-        collectives.total,
+        collectives.psum,
         lambda blocks: np.broadcast_to(blocks.sum(axis=0), blocks.shape),
         sent=lambda n: 2 * (n - 1) / n,
     )
@@ -43,7 +43,7 @@ def all_gather(bench: Bench) -> str:
     """Join the rows of all members."""
     return on_every_axis(
         bench,
-        functools.partial(collectives.all_gathered, dim=0),
+        functools.partial(collectives.all_gather, dim=0),
         lambda blocks: np.stack([np.concatenate(blocks, axis=1)] * len(blocks)),
         sent=lambda n: n - 1,
     )
@@ -53,7 +53,7 @@ def reduce_scatter(bench: Bench) -> str:
     """Sum, and keep each member's columns."""
     return on_every_axis(
         bench,
-        functools.partial(collectives.sum_scattered, dim=1),
+        functools.partial(collectives.psum_scatter, dim=1),
         lambda blocks: np.stack(np.split(blocks.sum(axis=0), len(blocks), axis=2)),
         sent=lambda n: (n - 1) / n,
     )
@@ -63,7 +63,7 @@ def all_to_all(bench: Bench) -> str:
     """Deal out columns, and join rows."""
     return on_every_axis(
         bench,
-        functools.partial(collectives.exchanged, split=1, join=0),
+        functools.partial(collectives.all_to_all, split=1, join=0),
         lambda blocks: np.stack(
             [np.concatenate(part, axis=1) for part in np.split(blocks, len(blocks), axis=3)]
         ),
@@ -75,12 +75,12 @@ def permute(bench: Bench) -> str:
     """Receive from the next member and from the one before."""
     on_every_axis(
         bench,
-        functools.partial(collectives.passed, by=-1),
+        functools.partial(collectives.ppermute, by=-1),
         lambda blocks: np.roll(blocks, -1, axis=0),
     )
     return on_every_axis(
         bench,
-        functools.partial(collectives.passed, by=1),
+        functools.partial(collectives.ppermute, by=1),
         lambda blocks: np.roll(blocks, 1, axis=0),
         sent=lambda n: 1,
     )

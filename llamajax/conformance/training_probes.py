@@ -98,7 +98,7 @@ class TinyRun:
         optimizer = optim.build(OPTIM, steps=STEPS)
         self.abstract = abstract_state(MODEL, optimizer, mesh)
         train = TrainConfig(steps=STEPS, seed=7, dtype=dtype)
-        self.batches = [sharding.place(batch, mesh) for batch in batches()]
+        self.batches = [sharding.put_batch(batch, mesh) for batch in batches()]
         jitted = train_step(optimizer, OPTIM, train, compute, mesh)
         state = self.initial_state()
         begun = time.monotonic()

@@ -16,10 +16,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from llamajax import backends, sharding
 from llamajax.config.schema import ModelConfig
-from llamajax.decoding import cache as kv
+from llamajax.decoding import kv_cache as kv
+from llamajax.decoding.decode_steps import NOTHING, decode, prefill
 from llamajax.decoding.generate_options import Sampling
 from llamajax.decoding.prompts import Prompt
-from llamajax.decoding.steps import NOTHING, decode, prefill
 from llamajax.models.llama import Compute, Llama
 from llamajax.ops.attention import first_supported
 

@@ -26,7 +26,7 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
+class GenerateOptions:
     """One session of `generate`; the names are those of the flags, None where none was given."""
 
     checkpoint: str
@@ -52,7 +52,7 @@ class Request:
         return not self.json and self.prompts_file is None
 
 
-def check(request: Request) -> None:
+def check_options(request: GenerateOptions) -> None:
     """Raise one UserError with every flag that is missing, out of range or contradicts another."""
     given = [f"--{name}" for name in SOURCES if getattr(request, name) not in (None, False)]
     problems = []

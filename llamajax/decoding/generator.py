@@ -13,7 +13,7 @@ from llamajax.config.flags import mesh_config
 from llamajax.config.schema import MeshConfig, ModelConfig
 from llamajax.data import Tokenizer
 from llamajax.decoding.engine import Engine, attention_chooser
-from llamajax.decoding.generate_options import Request, check
+from llamajax.decoding.generate_options import GenerateOptions, check_options
 from llamajax.decoding.prompts import Prompt, as_prompt, eos_ids, read_prompts, text_ids
 from llamajax.errors import UserError, say
 from llamajax.formats.weights import Weights, open_weights
@@ -27,10 +27,10 @@ STREAM_INTERVAL_S = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Session:
+class Generator:
     """A model that is ready, and the prompts that were given (none when they are typed)."""
 
-    request: Request
+    request: GenerateOptions
     model: ModelConfig
     tokenizer: Tokenizer | None
     stop_ids: tuple[int, ...]
@@ -72,9 +72,9 @@ class Session:
         return ", ".join(parts)
 
 
-def open_session(request: Request) -> Session:
+def open_generator(request: GenerateOptions) -> Generator:
     """Everything up to the first token. UserError for what a user can mend."""
-    check(request)
+    check_options(request)
     sampling = request.sampling
     if sampling.temperature == 0 and (sampling.top_k, sampling.top_p) != (None, None):
         say("warning: --top_k and --top_p have no effect at --temperature=0; set one above 0")
@@ -101,7 +101,7 @@ def open_session(request: Request) -> Session:
         sampling=request.sampling,
         stop_ids=stop_ids,
     )
-    return Session(
+    return Generator(
         request=request,
         model=weights.model,
         tokenizer=tokenizer,
@@ -124,7 +124,7 @@ def default_mesh(model: ModelConfig, num_devices: int) -> MeshConfig:
     return MeshConfig(tensor=tensor, data=num_devices // tensor)
 
 
-def _mesh(request: Request, model: ModelConfig) -> Mesh:
+def _mesh(request: GenerateOptions, model: ModelConfig) -> Mesh:
     devices = jax.devices()
     if request.mesh is None:
         return sharding.build_mesh(default_mesh(model, len(devices)), devices)
@@ -132,7 +132,7 @@ def _mesh(request: Request, model: ModelConfig) -> Mesh:
     return sharding.build_mesh(config, devices)
 
 
-def _tokenizer(request: Request, weights: Weights) -> Tokenizer | None:
+def _tokenizer(request: GenerateOptions, weights: Weights) -> Tokenizer | None:
     """Load the model's tokenizer. UserError where it does not fit, but for ids, which need none."""
     try:
         tokenizer = load_recorded(weights.tokenizer, weights.tokenizer_record, of=weights.path)
@@ -145,7 +145,9 @@ def _tokenizer(request: Request, weights: Weights) -> Tokenizer | None:
         return None
 
 
-def _stop_ids(request: Request, weights: Weights, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+def _stop_ids(
+    request: GenerateOptions, weights: Weights, tokenizer: Tokenizer | None
+) -> tuple[int, ...]:
     size = weights.model.vocab_size
     if wrong := [i for i in request.stop_ids if not 0 <= i < size]:
         raise UserError(f"--stop_ids: {wrong[0]} is outside the model's vocabulary, 0..{size - 1}")

@@ -1,17 +1,73 @@
-"""What a session shows: text as it comes, JSON lines, and the loop that reads prompts."""
+"""Printing of generated text: as it comes, as JSON lines, and for prompts that are typed."""
 
 import json
 import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from llamajax.decoding.generator import Session
+from llamajax.data import Tokenizer
+from llamajax.decoding.generator import Generator
 from llamajax.decoding.prompts import Prompt
-from llamajax.decoding.text import IdStream, TextStream, decoded
 from llamajax.errors import UserError, say
 
+_BROKEN = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
 
-def write_json(session: Session, prompts: Sequence[Prompt], out: TextIO) -> None:
+
+def decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Text of ids; those that the model has and the tokenizer has not give nothing."""
+    return tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])
+
+
+class TextStream:
+    """Text that continues a prompt's, piece by piece: what `feed` and `finish` return, joined.
+
+    Tokens are decoded together with those before them, back to the last place where a character
+    ended. So a space that a tokenizer drops at the start of a text stays, and the cost is linear.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._before, self._new = list(prompt_ids), []
+
+    def feed(self, ids: Sequence[int]) -> str:
+        """The text that these ids complete; an unfinished character waits for the rest of it."""
+        self._new += ids
+        text = self._text()
+        if text.endswith(_BROKEN):
+            return ""
+        if text:
+            self._before, self._new = self._new, []
+        return text
+
+    def finish(self) -> str:
+        """What was held back."""
+        text, self._new = self._text(), []
+        return text
+
+    def _text(self) -> str:
+        before = decoded(self._tokenizer, self._before)
+        return decoded(self._tokenizer, self._before + self._new)[len(before) :]
+
+
+class IdStream:
+    """The same for a model without a tokenizer: ids between commas."""
+
+    def __init__(self) -> None:
+        self._comma = ""
+
+    def feed(self, ids: Sequence[int]) -> str:
+        """The ids."""
+        if not ids:
+            return ""
+        text, self._comma = self._comma + ",".join(map(str, ids)), ","
+        return text
+
+    def finish(self) -> str:
+        """Nothing is ever held back."""
+        return ""
+
+
+def write_json(session: Generator, prompts: Sequence[Prompt], out: TextIO) -> None:
     """One object a prompt, in order, one line each, when the whole batch is complete."""
     new_ids: list[list[int]] = [[] for _ in prompts]
     for update in session.generate(prompts):
@@ -24,7 +80,7 @@ def write_json(session: Session, prompts: Sequence[Prompt], out: TextIO) -> None
 
 
 def write_text(
-    session: Session, prompts: Sequence[Prompt], out: TextIO, *, with_prompt: bool
+    session: Generator, prompts: Sequence[Prompt], out: TextIO, *, with_prompt: bool
 ) -> None:
     """Each prompt's text as it comes; the next ones wait until those before are complete."""
     new_ids: list[list[int]] = [[] for _ in prompts]
@@ -50,7 +106,7 @@ def write_text(
         out.flush()
 
 
-def converse(session: Session, lines: TextIO, out: TextIO) -> None:
+def converse(session: Generator, lines: TextIO, out: TextIO) -> None:
     """A prompt a line until the end of the input; each is continued on its own."""
     number = 0
     while True:
@@ -74,11 +130,11 @@ def converse(session: Session, lines: TextIO, out: TextIO) -> None:
             write_text(session, [prompt], out, with_prompt=False)
 
 
-def _stream(session: Session, prompt: Prompt) -> TextStream | IdStream:
+def _stream(session: Generator, prompt: Prompt) -> TextStream | IdStream:
     if session.tokenizer is None:
         return IdStream()
     return TextStream(session.tokenizer, prompt.ids)
 
 
-def _prompt_text(session: Session, prompt: Prompt) -> str:
+def _prompt_text(session: Generator, prompt: Prompt) -> str:
     return "" if session.tokenizer is None else decoded(session.tokenizer, prompt.ids)

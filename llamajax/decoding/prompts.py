@@ -7,7 +7,7 @@ from typing import NamedTuple
 from llamajax.config.schema import ModelConfig
 from llamajax.corpus.input_files import decompressed, json_object, numbered_lines
 from llamajax.data import Tokenizer
-from llamajax.decoding.generate_options import Request
+from llamajax.decoding.generate_options import GenerateOptions
 from llamajax.errors import UserError, combine
 from llamajax.tokenizers.chat import encode_chat
 from llamajax.tokenizers.special_tokens import model_ids
@@ -28,7 +28,9 @@ class Prompt(NamedTuple):
         return len(new_ids) >= self.max_new_tokens or bool(new_ids and new_ids[-1] in stop_ids)
 
 
-def read_prompts(request: Request, model: ModelConfig, tokenizer: Tokenizer | None) -> list[Prompt]:
+def read_prompts(
+    request: GenerateOptions, model: ModelConfig, tokenizer: Tokenizer | None
+) -> list[Prompt]:
     """The prompts that the flags give, numbered from 0. Raises one UserError for all problems."""
     if request.prompt_ids is not None:
         named = [("--prompt_ids", list(request.prompt_ids))]

@@ -25,25 +25,25 @@ def sample(
     `seen_BV`: the tokens of prompt and output, where the repetition penalty wants them.
     """
     if sampling.penalises:
-        logits_BV = penalised(logits_BV, seen_BV, sampling.repetition_penalty)
+        logits_BV = penalize(logits_BV, seen_BV, sampling.repetition_penalty)
     if sampling.temperature:
-        logits_BV = kept(scaled(logits_BV, sampling.temperature), sampling)
+        logits_BV = keep_top(scale(logits_BV, sampling.temperature), sampling)
         logits_BV += _gumbel(seed, numbers_B, index, logits_BV.shape[1])
     return jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
 
 
-def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
+def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
     """Seen tokens made less probable (Keskar et al. 2019, arXiv:1909.05858), for either sign."""
     changed_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return jnp.where(seen_BV, changed_BV, logits_BV)
 
 
-def scaled(logits_BV: jax.Array, temperature: float) -> jax.Array:
+def scale(logits_BV: jax.Array, temperature: float) -> jax.Array:
     """Logits over temperature, the largest 0, so that no small temperature overflows."""
     return (logits_BV - jnp.max(logits_BV, axis=1, keepdims=True)) / temperature
 
 
-def kept(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
+def keep_top(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     """Logits with -inf for what top-k and then top-p (of what top-k left) leave out.
 
     Tokens as probable as the last one kept are kept, too.

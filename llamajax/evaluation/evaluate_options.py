@@ -13,7 +13,7 @@ SOURCES = ("data", "text", "token_ids")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
+class EvaluateOptions:
     """One evaluation; the names are those of the flags, None where a flag was not given."""
 
     checkpoint: str
@@ -37,7 +37,7 @@ class Request:
         return next(name for name in SOURCES if getattr(self, name) is not None)
 
 
-def check(request: Request) -> None:
+def check_options(request: EvaluateOptions) -> None:
     """Raise one UserError with every flag that is missing, out of range or of another source."""
     given = [f"--{name}" for name in SOURCES if getattr(request, name) is not None]
     problems = []
@@ -60,7 +60,7 @@ def check(request: Request) -> None:
         raise combine(problems, title="this evaluation cannot be made:")
 
 
-def _of_another_source(request: Request) -> list[str]:
+def _of_another_source(request: EvaluateOptions) -> list[str]:
     serves = {"split": ("data",), "protocol": ("text",), "seq_len": ("data", "text")}
     problems = [
         f"--{name}={getattr(request, name)} does not go with --{request.source}: it belongs to "

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from llamajax import backends, sharding
 from llamajax.config.flags import mesh_config
 from llamajax.errors import UserError, say
-from llamajax.evaluation.evaluate_options import Request, check
+from llamajax.evaluation.evaluate_options import EvaluateOptions, check_options
+from llamajax.evaluation.row_sources import Source, open_source
 from llamajax.evaluation.scoring import Score, rows_a_batch, score
-from llamajax.evaluation.sources import Source, open_source
 from llamajax.files import replaced_file
 from llamajax.formats.weights import Weights, open_weights
 from llamajax.models.abstract import abstract_model
@@ -28,9 +28,9 @@ from llamajax.ops.attention import first_supported
 _CHUNK_TOKENS = 512
 
 
-def evaluate(request: Request) -> dict[str, Any]:
+def evaluate(request: EvaluateOptions) -> dict[str, Any]:
     """The result as the verb prints it; writes the losses of the tokens if asked. UserError."""
-    check(request)
+    check_options(request)
     weights = open_weights(request.checkpoint)
     source = open_source(request, weights)
     machine = backends.start(request.backend, keep_programs=True)
@@ -69,7 +69,7 @@ def evaluate(request: Request) -> dict[str, Any]:
     return _result(source, found, complete=num_batches == whole) | facts
 
 
-def _mesh(request: Request, weights: Weights) -> Mesh:
+def _mesh(request: EvaluateOptions, weights: Weights) -> Mesh:
     """The mesh asked for; else the weights in shards over all devices, or copied where their width
     does not divide."""
     devices = jax.devices()

@@ -10,9 +10,8 @@ from jax.sharding import Mesh
 
 from llamajax import sharding
 from llamajax.models.llama import Batch, Compute, Llama
-from llamajax.models.sharded import precision, sharded
-from llamajax.sharding import ACTIVATIONS, spec
-from llamajax.sharding.collectives import varying
+from llamajax.models.sharded_step import sharded_step
+from llamajax.sharding.collectives import pcast_varying
 
 # Of one device, where the user names no batch size: enough to keep it busy, and little memory.
 _TOKENS_A_DEVICE = 8192
@@ -41,12 +40,11 @@ def token_losses(compute: Compute, mesh: Mesh) -> Callable[[Llama, Batch], jax.A
     """Loss of each target of a batch in nats, float32 (B, T) sharded like the batch; jitted."""
 
     def local(model: Llama, batch: Batch) -> jax.Array:
-        with precision(compute):
-            return varying(model, "data").token_nll(batch, compute)
+        return pcast_varying(model, "data").token_nll(batch, compute)
 
     def step(model: Llama, batch: Batch) -> jax.Array:
-        out = spec("BT", ACTIVATIONS, mesh)
-        return sharded(local, mesh, model, out, compute)(model, batch)
+        tokens = sharding.batch_spec(mesh)
+        return sharded_step(local, mesh, model, (tokens,), tokens, compute)(model, batch)
 
     return jax.jit(step)
 
@@ -83,7 +81,7 @@ def score(
         if number < num_batches:
             batch = rows.batch(range(number * batch_size, (number + 1) * batch_size))
             mask = batch.pop("loss_mask")
-            current = losses(model, sharding.place(batch, mesh)), mask
+            current = losses(model, sharding.put_batch(batch, mesh)), mask
         if pending is not None:
             scored = np.asarray(pending[0])[pending[1]]
             found += [scored] if keep else []

@@ -1,10 +1,28 @@
-"""Llama 2 and 3 as frozen pytrees: Flax NNX modules that hold weights and nothing mutable.
+"""Llama 2 and 3: one forward pass for training, evaluation, decoding and probes.
 
-Arrays here are one device's part when the model runs inside the sharded step, and whole arrays when
-it is called on one device; the code is the same. Weights are stored in float32 and split over
-`fsdp`; `gather` at the top of the scanned block brings one layer's into use. A batch comes with all
-tokens of its rows; those that a device embeds, and has the loss of, are its *own*: along `sequence`
-a part of each row, along `stage` every so manieth microbatch.
+Names of arrays end in the letters of their dimensions:
+
+    B  rows of a batch       N  query heads                  D  width of the model
+    T  tokens of a row       K  key-value heads, N = G x K   F  width of the feed-forward layer
+    S  all tokens of a row   H  width of a head              V  vocabulary, padded
+    L  layers                R  rank of an adapter
+
+A weight is declared once, by its letters: `normal(config, "DNH", ...)` makes a matrix from D inputs
+to N x H outputs. Its shape, its sharding, its weight decay and its names in other file formats all
+follow from the letters.
+
+A model is a pytree of weights (Flax NNX modules that hold nothing mutable). The same code runs on
+one device, where arrays are whole, and in a `sharded_step`, where every array is one device's part
+and every communication is a visible call:
+
+- `gather` casts the float32 weights of one layer to the compute dtype and joins their parts along
+  the mesh axis `fsdp`. It runs at the top of each layer, so only one layer is ever whole.
+- `enter_tensor` and `leave_tensor` surround two matrices in a row that are split over `tensor`.
+- A batch comes with all tokens of its rows. A device embeds its `local_part` of them and computes
+  the loss of the same part: along `sequence` a part of each row, along `stage` every P-th
+  microbatch of P stages.
+
+Outside `shard_map` all of these return their input.
 """
 
 import dataclasses
@@ -13,63 +31,71 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llamajax.config.schema import ModelConfig
+from llamajax.models.declare import named_key, normal, ones
 from llamajax.models.lora import fold_in, project
 from llamajax.models.pipeline import (
-    Layers,
-    credited,
-    gathered_once,
+    PipelineOptions,
+    gather_stage,
+    local_microbatches,
     num_stages,
-    own_rows,
-    pipelined,
+    run_pipeline,
+    with_fp32_grad,
 )
-from llamajax.models.remat import policy, rematerialised
-from llamajax.models.weights import named_key, normal, ones
+from llamajax.models.remat import remat_policy
 from llamajax.ops.attention import attention
-from llamajax.ops.attention_split import own_tokens
+from llamajax.ops.attention_split import local_tokens
 from llamajax.ops.cross_entropy import LossTerms, cross_entropy, token_nll
 from llamajax.ops.embedding import embed
 from llamajax.ops.linear import linear
 from llamajax.ops.norm import rms_norm
 from llamajax.ops.rope import angles, frequencies, rotate
-from llamajax.sharding.collectives import all_gathered, enter_tensor, gather, leave_tensor
+from llamajax.sharding.collectives import all_gather, enter_tensor, gather, leave_tensor
 
+# Arrays (B, S) by name: int32 `tokens`, `positions` in their document, and where they are needed
+# `targets`, bool `loss_mask`, `segment_ids` (one number a document; without them a row is one
+# document) and `dropout_keys` (typed keys; without them the adapters' dropout does not happen).
 Batch = Mapping[str, jax.Array]
-
-# From q (B, T, N, H), k and v (B, T, K, H) of a block's tokens, what is kept between calls (a cache
-# or None) and the block's number: the attended values (B, T, N, H), and what is kept from now on.
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How a model is computed; never changes what is computed beyond rounding."""
+    """How a model is computed: changes speed and memory, and the result by rounding alone."""
 
     dtype: jnp.dtype
-    remat: str
-    attention: str
-    loss_chunk_tokens: int
-    z_weight: float = 0.0
+    remat: str  # a policy of models/remat.py
+    attention: str  # an implementation of ops/attention.py
+    loss_chunk_tokens: int  # tokens whose logits exist at one time
+    z_weight: float = 0.0  # of the z-loss in the objective
     remat_keep: tuple[str, ...] = ()
     remat_offload: tuple[str, ...] = ()
-    split_tokens: bool = False  # between the blocks, over `tensor`; T must divide
-    microbatch_size: int = 1  # pipeline: rows of a microbatch on a device
-    rounds: int = 1  # pipeline: groups of layers a stage
-    remat_stage: bool = True  # pipeline: keep a stage's input alone
+    split_tokens: bool = False  # split T over `tensor` between the matrices; T must divide
+    pipeline: PipelineOptions = dataclasses.field(default_factory=PipelineOptions)
 
 
-# What the layers see of each token, beside its activation; the other arrays of a batch are seen
-# where tokens are embedded and where their loss is.
-_PER_TOKEN = ("positions", "dropout_keys")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerInputs:
+    """What a layer needs besides its weights and its activations."""
+
+    compute: Compute
+    cos_sin: tuple[jax.Array, jax.Array]  # of the rotary angles, float32 (B, T, H / 2)
+    segment_ids_BS: jax.Array | None
+    dropout_keys_BT: jax.Array | None
+    number: jax.Array | None = (
+        None  # of the layer, int32 scalar; set by `walk_layers`
+    )
+
+    def attend(self, q_BTNH, k_BTKH, v_BTKH) -> tuple[jax.Array, None]:
+        """Causal attention inside each document, (B, T, N, H), and nothing besides."""
+        impl, segment_ids = self.compute.attention, self.segment_ids_BS
+        return attention(q_BTNH, k_BTKH, v_BTKH, impl=impl, segment_ids_BT=segment_ids), None
 
 
-def own(x_BT: jax.Array, compute: Compute) -> jax.Array:
-    """The part of a batch's array whose embedding and loss are this device's."""
-    return own_rows(own_tokens(x_BT), microbatch_size=compute.microbatch_size)
+# (q, k, v) -> the attention's output (B, T, N, H) and anything that the caller wants to get back.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class Attention(nnx.Module):
@@ -82,14 +108,15 @@ class Attention(nnx.Module):
         self.out = normal(config, "NHD", key, "out")
         self.query_lora = self.key_lora = self.value_lora = self.out_lora = nnx.data(None)
 
-    def __call__(self, x_BTD, cos_sin, attend: Callable, keys_BT) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD, inputs: LayerInputs, attend: Attend) -> tuple[jax.Array, Any]:
+        keys_BT = inputs.dropout_keys_BT
         q_BTNH = project(x_BTD, self.query, self.query_lora, keys_BT)
         k_BTKH = project(x_BTD, self.key, self.key_lora, keys_BT)
         v_BTKH = checkpoint_name(project(x_BTD, self.value, self.value_lora, keys_BT), "qkv")
-        q_BTNH = checkpoint_name(rotate(q_BTNH, cos_sin), "qkv")
-        k_BTKH = checkpoint_name(rotate(k_BTKH, cos_sin), "qkv")
-        o_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
-        return project(o_BTNH, self.out, self.out_lora, keys_BT, contract=2), kept
+        q_BTNH = checkpoint_name(rotate(q_BTNH, inputs.cos_sin), "qkv")
+        k_BTKH = checkpoint_name(rotate(k_BTKH, inputs.cos_sin), "qkv")
+        o_BTNH, extra = attend(q_BTNH, k_BTKH, v_BTKH)
+        return project(o_BTNH, self.out, self.out_lora, keys_BT, contract=2), extra
 
 
 class FeedForward(nnx.Module):
@@ -104,33 +131,69 @@ class FeedForward(nnx.Module):
     def __call__(self, x_BTD: jax.Array, keys_BT: jax.Array | None) -> jax.Array:
         gate_BTF = checkpoint_name(project(x_BTD, self.gate, self.gate_lora, keys_BT), "gate")
         up_BTF = checkpoint_name(project(x_BTD, self.up, self.up_lora, keys_BT), "up")
-        h_BTF = jax.nn.silu(gate_BTF) * up_BTF
-        return project(h_BTF, self.down, self.down_lora, keys_BT)
+        return project(jax.nn.silu(gate_BTF) * up_BTF, self.down, self.down_lora, keys_BT)
 
 
 class Block(nnx.Module):
-    """Pre-normalised attention and feed-forward, each added to the residual stream."""
+    """One layer: attention and feed-forward, each normalized first and added to the activations."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
+        self.norm_eps = config.norm_eps
         self.attention_norm = ones(config, "D")
         self.attention = Attention(config, named_key(key, "attention"))
         self.mlp_norm = ones(config, "D")
         self.mlp = FeedForward(config, named_key(key, "mlp"))
 
-    def __call__(self, x_BTD, cos_sin, attend: Callable, keys_BT, *, eps: float, split: bool):
+    def __call__(self, x_BTD, inputs: LayerInputs, attend: Attend) -> tuple[jax.Array, Any]:
+        """Return the activations after the layer, and what `attend` returned besides its output."""
+        split = inputs.compute.split_tokens
         x_BTD = checkpoint_name(x_BTD, "block_input")
-        h_BTD = rms_norm(x_BTD, self.attention_norm[...], eps=eps)
+        h_BTD = rms_norm(x_BTD, self.attention_norm[...], eps=self.norm_eps)
         h_BTD = enter_tensor(h_BTD, split_tokens=split)
-        h_BTD, kept = self.attention(h_BTD, cos_sin, attend, keys_BT)
+        h_BTD, extra = self.attention(h_BTD, inputs, attend)
         x_BTD = x_BTD + leave_tensor(h_BTD, split_tokens=split)
         x_BTD = checkpoint_name(x_BTD, "mlp_input")
-        h_BTD = rms_norm(x_BTD, self.mlp_norm[...], eps=eps)
-        h_BTD = self.mlp(enter_tensor(h_BTD, split_tokens=split), keys_BT)
-        return x_BTD + leave_tensor(h_BTD, split_tokens=split), kept
+        h_BTD = rms_norm(x_BTD, self.mlp_norm[...], eps=self.norm_eps)
+        h_BTD = self.mlp(enter_tensor(h_BTD, split_tokens=split), inputs.dropout_keys_BT)
+        return x_BTD + leave_tensor(h_BTD, split_tokens=split), extra
+
+
+# (block, activations, carry, inputs) -> activations, carry, output: what happens at a layer, in the
+# form of a body of `jax.lax.scan`.
+Visit = Callable[[Any, jax.Array, Any, LayerInputs], tuple[jax.Array, Any, Any]]
+
+
+def apply_block(block: Block, x_BTD: jax.Array, carry: Any, inputs: LayerInputs):
+    """Run a layer as training does: the Visit that neither changes its carry nor has an output."""
+    return block(x_BTD, inputs, inputs.attend)[0], carry, None
+
+
+def walk_layers(
+    visit: Visit, layers: Any, numbers: jax.Array, x_BTD: jax.Array, carry: Any, inputs: LayerInputs
+) -> tuple[jax.Array, Any, Any]:
+    """Visit stacked layers in order: the one loop over layers of all uses of the model.
+
+    `layers` have a leading dimension, and these `numbers` in the model. Returns the activations
+    and the carry after the last, and the outputs, stacked. The backward pass keeps of each layer
+    what the remat policy says.
+    """
+
+    def body(activations_and_carry: tuple, layer_and_number: tuple) -> tuple[tuple, Any]:
+        (x_BTD, carry), (layer, number) = activations_and_carry, layer_and_number
+        keys_BT = fold_in(inputs.dropout_keys_BT, number)
+        here = dataclasses.replace(inputs, number=number, dropout_keys_BT=keys_BT)
+        x_BTD, carry, output = visit(layer, x_BTD, carry, here)
+        return (x_BTD, carry), output
+
+    c = inputs.compute
+    policy = remat_policy(c.remat, keep=c.remat_keep, offload=c.remat_offload)
+    body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    (x_BTD, carry), outputs = jax.lax.scan(body, (x_BTD, carry), (layers, numbers))
+    return x_BTD, carry, outputs
 
 
 class Llama(nnx.Module):
-    """The whole model; blocks are stacked along a leading L and scanned."""
+    """The whole model. `blocks` is one Block whose weights have a leading dimension L."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         self.config = config
@@ -140,94 +203,90 @@ class Llama(nnx.Module):
         self.norm = ones(config, "D")
         self.head = None if config.tie_embeddings else normal(config, "VD", key, "head")
 
-    def hidden(self, batch: Batch, compute: Compute) -> jax.Array:
-        """Normalised last hidden states (B, T, D) of the own tokens, in the compute dtype.
+    @property
+    def head_or_embedding(self) -> nnx.Param:
+        """The matrix (V, D) that makes logits: the embedding where the two are tied."""
+        return self.embedding if self.head is None else self.head
 
-        `batch` holds int32 (B, T) `tokens`, `positions` and `segment_ids`; without the last, tokens
-        see every earlier one. `dropout_keys`, one a token, if the adapters' dropout is to happen.
-        With `split_tokens` each device along `tensor` has its part of the own tokens.
+    def forward(
+        self, batch: Batch, compute: Compute, visit: Visit = apply_block, carry: Any = None
+    ) -> tuple[jax.Array, Any, Any]:
+        """Embed tokens, visit all layers, normalize.
+
+        Returns the last hidden states (B, T, D) in the compute dtype, the last carry, and the
+        visits' outputs with a leading dimension L. `visit` gets blocks whose weights are gathered.
+        A device uses the tokens that it is given and the layers that it holds.
         """
-        size, dtype, split = compute.microbatch_size, compute.dtype, compute.split_tokens
-        columns = {k: own_tokens(v) for k, v in batch.items() if k in _PER_TOKEN}
-        columns |= {k: v for k, v in batch.items() if k == "segment_ids"}
-        tokens_BT = own(batch["tokens"], compute)
+        dtype, split = compute.dtype, compute.split_tokens
+
+        def gather_and_visit(layer, x_BTD, carry, inputs: LayerInputs):
+            return visit(gather(layer, dtype, split_tokens=split), x_BTD, carry, inputs)
+
+        x_BTD = embed(self.embedding[...], batch["tokens"], dtype, split)
+        inputs = self._layer_inputs(batch, compute)
+        numbers = jnp.arange(self.blocks.mlp_norm[...].shape[0])
+        x_BTD, carry, outputs = walk_layers(
+            gather_and_visit, self.blocks, numbers, x_BTD, carry, inputs
+        )
+        return self._normalize(x_BTD, compute), carry, outputs
+
+    def hidden_states(self, batch: Batch, compute: Compute) -> jax.Array:
+        """Last hidden states (B, T, D) of this device's `local_part` of the batch.
+
+        With `split_tokens` each device along `tensor` has its part of T.
+        """
+        per_token = ("tokens", "positions", "dropout_keys")
+        local = {name: local_tokens(batch[name]) for name in per_token if name in batch}
+        if "segment_ids" in batch:
+            local["segment_ids"] = batch["segment_ids"]  # attention reads those of all keys
+        if num_stages() > 1:
+            return self._pipelined_states(local, compute)
+        return self.forward(local, compute)[0]
+
+    def _pipelined_states(self, batch: Batch, compute: Compute) -> jax.Array:
+        """`hidden_states` where layers are split over `stage`: by microbatches, stage after stage.
+
+        Each stage gathers its layers once for all microbatches.
+        """
+        dtype, split = compute.dtype, compute.split_tokens
+        size = compute.pipeline.microbatch_size
+        tokens_BT = local_microbatches(batch["tokens"], microbatch_size=size)
         x_BTD = embed(self.embedding[...], tokens_BT, dtype, split)
-        if num_stages() == 1:
-            bring = lambda layer: gather(layer, dtype, split_tokens=split)  # noqa: E731
-            numbered = (self.blocks, jnp.arange(self.config.num_layers))
-            x_BTD = self._layers(numbered, x_BTD, columns, compute, bring)
-        else:
-            columns = {k: v.reshape(-1, size, *v.shape[1:]) for k, v in columns.items()}
+        batches = {name: x.reshape(-1, size, *x.shape[1:]) for name, x in batch.items()}
 
-            def stage(layers: Layers, x_BTD, numbers, microbatch) -> jax.Array:
-                mine = {k: v[microbatch] for k, v in columns.items()}
-                return self._layers((layers, numbers), x_BTD, mine, compute, credited)
+        def visit(layer, x_BTD, carry, inputs: LayerInputs):
+            return apply_block(with_fp32_grad(layer), x_BTD, carry, inputs)
 
-            x_BTD = pipelined(
-                stage,
-                gathered_once(self.blocks, dtype, split_tokens=split),
-                x_BTD.reshape(-1, size, *x_BTD.shape[1:]),
-                rounds=compute.rounds,
-                remat_stage=compute.remat_stage,
-            ).reshape(x_BTD.shape)
-        return self._normed(x_BTD, compute)
+        def stage(layers, x_BTD, numbers, microbatch):
+            inputs = self._layer_inputs({k: x[microbatch] for k, x in batches.items()}, compute)
+            return walk_layers(visit, layers, numbers, x_BTD, None, inputs)[0]
 
-    def _layers(self, numbered, x_BTD, batch: Batch, compute: Compute, bring: Callable):
-        """`x` after these numbered layers, each of which sees the batch's own documents."""
-        segment_ids_BT = batch.get("segment_ids")
+        layers = gather_stage(self.blocks, dtype, split_tokens=split)
+        x_QBTD = x_BTD.reshape(-1, size, *x_BTD.shape[1:])
+        x_BTD = run_pipeline(stage, layers, x_QBTD, compute.pipeline).reshape(x_BTD.shape)
+        return self._normalize(x_BTD, compute)
 
-        def attend(q, k, v, kept, _):
-            return attention(q, k, v, impl=compute.attention, segment_ids_BT=segment_ids_BT), kept
-
-        return self._scanned(numbered, (x_BTD, None), batch, compute, attend, bring)[0]
-
-    def _scanned(self, numbered, carry, batch, compute: Compute, attend: Attend, bring: Callable):
-        """(x, cache) after a stack of layers and their numbers; `bring` brings one into use."""
-        c, split = self.config, compute.split_tokens
+    def _layer_inputs(self, batch: Batch, compute: Compute) -> LayerInputs:
+        c = self.config
         frequency = frequencies(c.head_size, theta=c.rope_theta, scaling=c.rope_scaling)
-        cos_sin, keys_BT = angles(batch["positions"], frequency), batch.get("dropout_keys")
+        return LayerInputs(
+            compute=compute,
+            cos_sin=angles(batch["positions"], frequency),
+            segment_ids_BS=batch.get("segment_ids"),
+            dropout_keys_BT=batch.get("dropout_keys"),
+        )
 
-        def block(carry: tuple[jax.Array, Any], numbered: tuple[Any, jax.Array]):
-            (x_BTD, cache), (layer, number) = carry, numbered
-            own = lambda q, k, v: attend(q, k, v, cache, number)  # noqa: E731
-            keys = fold_in(keys_BT, number)
-            return bring(layer)(x_BTD, cos_sin, own, keys, eps=c.norm_eps, split=split), None
-
-        kept = policy(compute.remat, keep=compute.remat_keep, offload=compute.remat_offload)
-        return jax.lax.scan(rematerialised(block, kept), carry, numbered)[0]
-
-    def attended(
-        self,
-        batch: Batch,
-        compute: Compute,
-        attend: Attend,
-        cache: Any,
-        *,
-        probe: Callable[[Block], Callable] = lambda layer: layer,
-    ) -> tuple[jax.Array, Any]:
-        """`hidden` with the attention that the caller defines, and the cache as it left it.
-
-        For decoding: tokens and layers are not split. `probe` makes of a layer in use what is
-        called in its place. Where layers are split after all, those of this device alone are used.
-        """
-        assert not compute.split_tokens
-        x_BTD = embed(self.embedding[...], batch["tokens"], compute.dtype, False)
-        bring = lambda layer: probe(gather(layer, compute.dtype))  # noqa: E731
-        numbered = (self.blocks, jnp.arange(self.blocks.mlp_norm[...].shape[0]))
-        x_BTD, cache = self._scanned(numbered, (x_BTD, cache), batch, compute, attend, bring)
-        return self._normed(x_BTD, compute), cache
-
-    def _normed(self, x_BTD: jax.Array, compute: Compute) -> jax.Array:
+    def _normalize(self, x_BTD: jax.Array, compute: Compute) -> jax.Array:
         norm = gather(self.norm, compute.dtype, split_tokens=compute.split_tokens)
         return rms_norm(x_BTD, norm[...], eps=self.config.norm_eps)
 
     def loss_terms(self, batch: Batch, compute: Compute) -> LossTerms:
-        """Summed losses over the own ones of the batch's `targets` with a true `loss_mask`."""
+        """Sum the losses of the local targets whose `loss_mask` is true."""
         return cross_entropy(
-            self.hidden(batch, compute),
+            self.hidden_states(batch, compute),
             self.head_or_embedding[...],
-            own(batch["targets"], compute),
-            own(batch["loss_mask"], compute),
+            local_part(batch["targets"], compute),
+            local_part(batch["loss_mask"], compute),
             vocab_size=self.config.vocab_size,
             chunk_tokens=compute.loss_chunk_tokens,
             z_weight=compute.z_weight,
@@ -237,7 +296,7 @@ class Llama(nnx.Module):
     def token_nll(self, batch: Batch, compute: Compute) -> jax.Array:
         """Negative log-likelihood of each of the batch's `targets`, nats, float32 (B, T)."""
         return token_nll(
-            self.hidden(batch, compute),
+            self.hidden_states(batch, compute),
             self.head_or_embedding[...],
             batch["targets"],
             vocab_size=self.config.vocab_size,
@@ -246,35 +305,20 @@ class Llama(nnx.Module):
 
     def logits(self, batch: Batch, compute: Compute) -> jax.Array:
         """Float32 logits (B, T, V) of every token; for tests, never for training."""
-        x_BTD = self.hidden(batch, compute)
         head_VD = gather(self.head_or_embedding, compute.dtype)[...]
-        logits_BTV = linear(x_BTD, head_VD.T).astype(jnp.float32)
+        logits_BTV = linear(self.hidden_states(batch, compute), head_VD.T).astype(jnp.float32)
         return logits_BTV[:, :, : self.config.vocab_size]
 
     def next_logits(self, x_BD: jax.Array, compute: Compute) -> jax.Array:
         """Float32 logits (B, V) of the tokens after those with last hidden states `x_BD`.
 
-        The head is used where it lies, V over `tensor`; its logits are then gathered, so that
-        every device has all of V.
+        Each device along `tensor` multiplies with its part of V; the logits are then gathered.
         """
         head_VD = gather(self.head_or_embedding, compute.dtype)[...]
         logits_BV = jnp.dot(x_BD, head_VD.T, preferred_element_type=jnp.float32)
-        return all_gathered(logits_BV, "tensor", dim=1)[:, : self.config.vocab_size]
-
-    @property
-    def head_or_embedding(self) -> nnx.Param:
-        """The matrix (V, D) that makes logits: the embedding where the two are tied."""
-        return self.embedding if self.head is None else self.head
+        return all_gather(logits_BV, "tensor", dim=1)[:, : self.config.vocab_size]
 
 
-def plain_batch(tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """A batch of (B, T + 1) tokens without packing: each row one document, every target counts."""
-    inputs, targets = tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32)
-    positions = np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape)
-    return {
-        "tokens": inputs,
-        "targets": targets,
-        "positions": np.ascontiguousarray(positions),
-        "segment_ids": np.ones_like(inputs),
-        "loss_mask": np.ones(inputs.shape, bool),
-    }
+def local_part(x_BS: jax.Array, compute: Compute) -> jax.Array:
+    """The part of a batch's array whose embedding and loss are this device's."""
+    return local_microbatches(local_tokens(x_BS), microbatch_size=compute.pipeline.microbatch_size)

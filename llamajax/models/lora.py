@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llamajax.config.schema import LORA_TARGETS, LoraConfig, ModelConfig
-from llamajax.models.weights import named_key
+from llamajax.models.declare import named_key
 from llamajax.ops.dropout import dropout
 from llamajax.ops.linear import linear
-from llamajax.ops.lora import merged
 from llamajax.sharding import WEIGHTS
 from llamajax.sharding.axes import axes_of
 
@@ -135,9 +134,13 @@ def merge(model: Any, *, dtype: jnp.dtype) -> Any:
     for target, adapter in (adapters or {}).items():
         where = getattr(base.blocks, MODULES[target])
         weight = getattr(where, target)
-        factors = (adapter.a[...], adapter.b[...])
-        value = merged(weight[...], *factors, scale=adapter.scale, dtype=dtype)
-        setattr(where, target, weight.replace(value))
+        a, b = adapter.a[...], adapter.b[...]  # (L, in, R) and (L, R, out), of one or several dims
+        dims = (((a.ndim - 1,), (1,)), ((0,), (0,)))
+        product = jax.lax.dot_general(
+            a, b, dims, precision="highest", preferred_element_type=jnp.float32
+        )
+        value = weight[...].astype(jnp.float32) + adapter.scale * product
+        setattr(where, target, weight.replace(value.astype(dtype)))
     return base
 
 

@@ -34,8 +34,13 @@ REMAT: dict[str, Callable] = {
 } | {name: _POLICIES.save_only_these_names(*kept) for name, kept in _KEPT.items()}
 
 
-def policy(name: str, *, keep: tuple[str, ...] = (), offload: tuple[str, ...] = ()) -> Callable:
-    """What policy `name` keeps, and these tensors: on the device, or in pinned host memory."""
+def remat_policy(
+    name: str, *, keep: tuple[str, ...] = (), offload: tuple[str, ...] = ()
+) -> Callable:
+    """Policy for `jax.checkpoint`: keep what `name` keeps, and these tensors besides.
+
+    keep: tensors of `NAMES` on the device; offload: in pinned memory of the host.
+    """
     if not keep and not offload:
         return REMAT[name]
     kept = {*_KEPT[name], *keep} - {*offload}
@@ -45,8 +50,3 @@ def policy(name: str, *, keep: tuple[str, ...] = (), offload: tuple[str, ...] = 
         offload_src="device",
         offload_dst="pinned_host",
     )
-
-
-def rematerialised(block: Callable, policy: Callable) -> Callable:
-    """`block` keeping for its derivative only what `policy` says; the same values."""
-    return jax.checkpoint(block, policy=policy, prevent_cse=False)

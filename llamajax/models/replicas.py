@@ -11,11 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llamajax.models.llama import Compute, Llama
-from llamajax.ops.attention import attention
+from llamajax.models.llama import Block, Compute, LayerInputs, Llama
 from llamajax.ops.cross_entropy import cross_entropy
 from llamajax.sharding import TOKEN_AXES
-from llamajax.sharding.collectives import varied, varying
+from llamajax.sharding.collectives import pcast_varying, pcast_varying_tree
 
 _ODD = 2654435761  # of Knuth's multiplicative hash; odd, so that one flipped bit changes the sum
 
@@ -34,7 +33,7 @@ def digest(tree: Any) -> jax.Array:
     return total
 
 
-def computed(model: Llama, tokens_BT: jax.Array, compute: Compute) -> jax.Array:
+def compute_digests(model: Llama, tokens_BT: jax.Array, compute: Compute) -> jax.Array:
     """uint32 (2,): digests of all blocks, forward and backward, and of the loss, on one device.
 
     The tokens are the same on all. Each block's gradients, of its input and of its weights before
@@ -50,28 +49,19 @@ def computed(model: Llama, tokens_BT: jax.Array, compute: Compute) -> jax.Array:
         remat_offload=(),
         attention="blocked" if compute.attention == "split" else compute.attention,
     )
-    model, tokens_BT = varied(model), varying(tokens_BT, TOKEN_AXES)
-    positions_BT = varying(
+    model, tokens_BT = pcast_varying_tree(model), pcast_varying(tokens_BT, TOKEN_AXES)
+    positions_BT = pcast_varying(
         jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape),
         TOKEN_AXES,
     )
 
-    def attend(q, k, v, seen, _):
-        return attention(q, k, v, impl=compute.attention, segment_ids_BT=None), seen
-
-    def probe(layer: Any) -> Any:
-        def called(x_BTD, cos_sin, own, keys_BT, **settings):
-            def run(layer: Any, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-                return layer(x_BTD, cos_sin, own, keys_BT, **settings)
-
-            out_BTD, back, seen = jax.vjp(run, layer, x_BTD, has_aux=True)
-            return out_BTD, seen * jnp.uint32(31) + digest((out_BTD, back(out_BTD)))
-
-        return called
+    def visit(block: Block, x_BTD: jax.Array, so_far: jax.Array, inputs: LayerInputs):
+        out_BTD, vjp = jax.vjp(lambda b, x: b(x, inputs, inputs.attend)[0], block, x_BTD)
+        return out_BTD, so_far * jnp.uint32(31) + digest((out_BTD, vjp(out_BTD))), None
 
     batch = {"tokens": tokens_BT, "positions": positions_BT}
-    zero = varying(jnp.uint32(0), tuple(jax.sharding.get_abstract_mesh().manual_axes))
-    x_BTD, blocks = model.attended(batch, compute, attend, zero, probe=probe)
+    zero = pcast_varying(jnp.uint32(0), tuple(jax.sharding.get_abstract_mesh().manual_axes))
+    x_BTD, blocks, _ = model.forward(batch, compute, visit, zero)
 
     def loss(x_BTD: jax.Array) -> jax.Array:
         return cross_entropy(
@@ -88,6 +78,6 @@ def computed(model: Llama, tokens_BT: jax.Array, compute: Compute) -> jax.Array:
     return jnp.stack([blocks, digest(jax.value_and_grad(loss)(x_BTD))])
 
 
-def stored(tree: Any) -> jax.Array:
+def weight_digests(tree: Any) -> jax.Array:
     """uint32 (n,): a digest of this device's part of each array of a tree, in tree order."""
     return jnp.stack([digest(leaf) for leaf in jax.tree.leaves(tree)])

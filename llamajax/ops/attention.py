@@ -59,7 +59,7 @@ def attention(
     # one type for all inside shard_map; where k is the same on several devices of an axis and q is
     # not, the derivative of this cast sums dk over that axis
     arrays = [x for x in (q_BTNH, k_BSKH, v_BSKH, segment_ids_BT) if x is not None]
-    arrays = [collectives.varying_like(x, *arrays) for x in arrays]
+    arrays = [collectives.pcast_varying_like(x, *arrays) for x in arrays]
     q, k, v, segment_ids = arrays if segment_ids_BT is not None else (*arrays, None)
     return _IMPLEMENTATIONS[impl](q, k, v, segment_ids)
 

@@ -25,14 +25,9 @@ AXIS = "sequence"
 MAX_BLOCK = 512  # queries and keys of a pair
 
 
-def parts() -> int:
-    """Devices that share a sequence here."""
-    return jax.lax.axis_size(AXIS) if collectives.is_split(AXIS) else 1
-
-
-def own_tokens(x_BT: jax.Array) -> jax.Array:
+def local_tokens(x_BT: jax.Array) -> jax.Array:
     """This device's columns of an array over all tokens: (B, T, ...) -> (B, T / parts, ...)."""
-    count = parts()
+    count = collectives.axis_size(AXIS)
     if count == 1:
         return x_BT
     piece = x_BT.shape[1] // (2 * count)
@@ -43,21 +38,21 @@ def own_tokens(x_BT: jax.Array) -> jax.Array:
 
 def all_tokens(x_BT: jax.Array) -> jax.Array:
     """The reverse of `own_tokens`, equal on all devices along the axis; not differentiable."""
-    count = parts()
+    count = collectives.axis_size(AXIS)
     if count == 1:
         return x_BT
     piece = x_BT.shape[1] // 2
     whole = jnp.zeros((x_BT.shape[0], x_BT.shape[1] * count, *x_BT.shape[2:]), x_BT.dtype)
-    whole = collectives.varying_like(collectives.varying(whole, AXIS), x_BT)
+    whole = collectives.pcast_varying_like(collectives.pcast_varying(whole, AXIS), x_BT)
     for number, start in enumerate(_pieces(count)):
         own = x_BT[:, number * piece : (number + 1) * piece]
         whole = jax.lax.dynamic_update_slice_in_dim(whole, own, start * piece, axis=1)
-    return collectives.total(whole, AXIS)
+    return collectives.psum(whole, AXIS)
 
 
 def _pieces(count: int) -> tuple[jax.Array, jax.Array]:
     """Numbers of this device's two pieces among the 2 * count of a sequence."""
-    rank = collectives.index(AXIS)
+    rank = collectives.axis_index(AXIS)
     return rank, 2 * count - 1 - rank
 
 
@@ -96,7 +91,7 @@ def block_size(num_tokens: int, count: int) -> int:
 
 
 def _pairs(num_tokens: int, count: int, block: int) -> jax.Array:
-    return jnp.asarray(pair_table(num_tokens, count, block))[collectives.index(AXIS)]
+    return jnp.asarray(pair_table(num_tokens, count, block))[collectives.axis_index(AXIS)]
 
 
 def _at(x: jax.Array, number: jax.Array, block: int, *, dim: int) -> jax.Array:
@@ -129,7 +124,7 @@ def _scores(q_XRH, k_XSH, segment_ids_BT, pair, block: int, batch: int) -> jax.A
 
 def _gathered(x_BTKH: jax.Array, count: int) -> jax.Array:
     """Keys or values of all tokens, in natural order: (X, S, H)."""
-    whole = _in_order(collectives.all_gathered(x_BTKH, AXIS, dim=1), count, dim=1)
+    whole = _in_order(collectives.all_gather(x_BTKH, AXIS, dim=1), count, dim=1)
     B, S, K, H = whole.shape
     return whole.transpose(0, 2, 1, 3).reshape(B * K, S, H)
 
@@ -148,7 +143,7 @@ def split_attention(
 
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BS):
-    count, (B, T, _, _) = parts(), q_BTNH.shape
+    count, (B, T, _, _) = collectives.axis_size(AXIS), q_BTNH.shape
     S, block = T * count, block_size(T * count, count)
     q, k, v = queries(q_BTNH, k_BTKH.shape[2]), _gathered(k_BTKH, count), _gathered(v_BTKH, count)
     X, G, _, H = q.shape
@@ -169,7 +164,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BS):
 
     zeros = lambda width, value: jnp.full((X, G, T, width), value, jnp.float32)  # noqa: E731
     carry = (zeros(H, 0.0), zeros(1, 0.0), zeros(1, MASKED))
-    carry = tuple(collectives.varying_like(a, q, k, v) for a in carry)
+    carry = tuple(collectives.pcast_varying_like(a, q, k, v) for a in carry)
     (o, total, top), _ = jax.lax.scan(visit, carry, _pairs(S, count, block))
     o_BTNH = as_queries((o / total).astype(q_BTNH.dtype), q_BTNH.shape)
     lse = checkpoint_name(top + jnp.log(total), "attention")
@@ -179,7 +174,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BS):
 
 def _backward(saved, do_BTNH):
     q_BTNH, k_BTKH, v_BTKH, segment_ids_BS, o_BTNH, lse = saved
-    count, (B, T, _, _), K = parts(), q_BTNH.shape, k_BTKH.shape[2]
+    count, (B, T, _, _), K = collectives.axis_size(AXIS), q_BTNH.shape, k_BTKH.shape[2]
     S, block = T * count, block_size(T * count, count)
     q, do = queries(q_BTNH, K), queries(do_BTNH, K)
     k, v = _gathered(k_BTKH, count), _gathered(v_BTKH, count)
@@ -204,7 +199,7 @@ def _backward(saved, do_BTNH):
         return (dq, put(dk, dk_part), put(dv, dv_part)), None
 
     zeros = [jnp.zeros(a.shape, jnp.float32) for a in (q, k, v)]
-    carry = tuple(collectives.varying_like(a, q, k, v, do) for a in zeros)
+    carry = tuple(collectives.pcast_varying_like(a, q, k, v, do) for a in zeros)
     (dq, dk, dv), _ = jax.lax.scan(visit, carry, _pairs(S, count, block))
     dk, dv = (_own_keys(a, count, like) for a, like in ((dk, k_BTKH), (dv, v_BTKH)))
     return as_queries(dq.astype(q.dtype), q_BTNH.shape), dk, dv, None
@@ -214,7 +209,7 @@ def _own_keys(x_XSH: jax.Array, count: int, like_BTKH: jax.Array) -> jax.Array:
     """Gradients of all keys -> of the own ones, summed over devices in float32."""
     B, _, K, H = like_BTKH.shape
     x = x_XSH.reshape(B, K, x_XSH.shape[1], H).transpose(0, 2, 1, 3)
-    own = collectives.sum_scattered(_by_device(x, count, dim=1), AXIS, dim=1)
+    own = collectives.psum_scatter(_by_device(x, count, dim=1), AXIS, dim=1)
     return own.astype(like_BTKH.dtype)
 
 

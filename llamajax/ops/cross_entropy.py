@@ -103,23 +103,19 @@ def _chunk_logs(x_CD, head_VD, targets_C, settings: _Settings):
     """Log-partition and logit of the target (C,) of one chunk, and what they were made of."""
     num_rows = head_VD.shape[0]
     logits = jnp.dot(x_CD, head_VD.T, preferred_element_type=jnp.float32)
-    rows = collectives.index("tensor") * num_rows + jnp.arange(num_rows, dtype=jnp.int32)
-    if num_rows * _tensor_parts() != settings.vocab_size:
+    rows = collectives.axis_index("tensor") * num_rows + jnp.arange(num_rows, dtype=jnp.int32)
+    if num_rows * collectives.axis_size("tensor") != settings.vocab_size:
         logits = jnp.where((rows < settings.vocab_size)[None, :], logits, -jnp.inf)
-    top = collectives.largest(jax.lax.stop_gradient(jnp.max(logits, axis=1)), "tensor")
+    top = collectives.pmax(jax.lax.stop_gradient(jnp.max(logits, axis=1)), "tensor")
     odds = jnp.exp(logits - top[:, None])
-    partition = collectives.total(jnp.sum(odds, axis=1), "tensor")
+    partition = collectives.psum(jnp.sum(odds, axis=1), "tensor")
     is_target = rows[None, :] == targets_C[:, None]
-    target = collectives.total(jnp.sum(jnp.where(is_target, logits, 0.0), axis=1), "tensor")
+    target = collectives.psum(jnp.sum(jnp.where(is_target, logits, 0.0), axis=1), "tensor")
     return jnp.log(partition) + top, target, (odds, partition, is_target)
 
 
-def _tensor_parts() -> int:
-    return jax.lax.axis_size("tensor") if collectives.is_split("tensor") else 1
-
-
 def _gathered_head(head_VD: jax.Array, settings: _Settings) -> jax.Array:
-    return collectives.all_gathered(head_VD.astype(settings.dtype), "fsdp", dim=1)
+    return collectives.all_gather(head_VD.astype(settings.dtype), "fsdp", dim=1)
 
 
 def _chunks(array: jax.Array, chunk: int) -> jax.Array:
@@ -128,7 +124,9 @@ def _chunks(array: jax.Array, chunk: int) -> jax.Array:
 
 def _zero(x: jax.Array) -> jax.Array:
     """What sums start from: of whole rows of logits, they are the same along `tensor`."""
-    return collectives.varying(jnp.float32(0), tuple(collectives.varies(x) - {"tensor"}))
+    return collectives.pcast_varying(
+        jnp.float32(0), tuple(collectives.varying_axes(x) - {"tensor"})
+    )
 
 
 def _objective(nll: jax.Array, z: jax.Array, settings: _Settings) -> tuple[jax.Array, ...]:
@@ -169,7 +167,7 @@ def _summed_forward(x, head_VD, targets, mask, settings: _Settings):
         grad = grad.astype(settings.dtype)
         grad_x = jnp.dot(grad, head, preferred_element_type=settings.dtype)
         if not settings.split_tokens:
-            grad_x = collectives.total(grad_x, "tensor")
+            grad_x = collectives.psum(grad_x, "tensor")
         if train_head:
             grad_head += jnp.dot(grad.T, x_CD, preferred_element_type=jnp.float32)
         return (nll + sums[0], z + sums[1], grad_head), grad_x
@@ -178,7 +176,7 @@ def _summed_forward(x, head_VD, targets, mask, settings: _Settings):
     zero = _zero(x)
     zeros = None
     if train_head:
-        zeros = collectives.varying_like(jnp.zeros(head.shape, jnp.float32), head, x)
+        zeros = collectives.pcast_varying_like(jnp.zeros(head.shape, jnp.float32), head, x)
     (nll, z, grad_head), grad_x = jax.lax.scan(body, (zero, zero, zeros), parts)
     return _objective(nll, z, settings), (grad_x.reshape(x.shape), grad_head)
 
@@ -187,7 +185,7 @@ def _summed_backward(settings: _Settings, saved, grads):
     grad_x, grad_head = saved
     scale = grads[0]  # of the objective; nll and z are for the log
     if grad_head is not None:
-        grad_head = collectives.sum_scattered(grad_head * scale, "fsdp", dim=1)
+        grad_head = collectives.psum_scatter(grad_head * scale, "fsdp", dim=1)
     return grad_x * scale.astype(grad_x.dtype), grad_head, None, None
 
 

@@ -14,12 +14,14 @@ def dropout(x: jax.Array, keys_BT: jax.Array, *, rate: float, split: bool) -> ja
     and cut, so that it does not depend on the number of parts.
     """
     here, *rest = x.shape[2:]
-    parts = jax.lax.axis_size("tensor") if split and collectives.is_split("tensor") else 1
+    parts = collectives.axis_size("tensor") if split else 1
 
     def draw(key: jax.Array) -> jax.Array:
         return jax.random.bernoulli(key, 1.0 - rate, (parts * here, *rest))
 
     keep = jax.vmap(jax.vmap(draw))(keys_BT)
     if parts > 1:
-        keep = jax.lax.dynamic_slice_in_dim(keep, collectives.index("tensor") * here, here, axis=2)
+        keep = jax.lax.dynamic_slice_in_dim(
+            keep, collectives.axis_index("tensor") * here, here, axis=2
+        )
     return jnp.where(keep, x * (1.0 / (1.0 - rate)), jnp.zeros((), x.dtype))

@@ -10,7 +10,7 @@ from llamajax.sharding import collectives
 
 def _rows(tokens: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
     """Row of each token in this device's part of the vocabulary, and whether it is there."""
-    row = tokens - collectives.index("tensor") * num_rows
+    row = tokens - collectives.axis_index("tensor") * num_rows
     here = (row >= 0) & (row < num_rows)
     return jnp.where(here, row, 0), here
 
@@ -32,23 +32,23 @@ def embed(
 
 
 def _embed_forward(table_VD, tokens_BT, dtype: jnp.dtype, split_tokens: bool):
-    tokens = collectives.all_gathered(tokens_BT, "fsdp", dim=0)
+    tokens = collectives.all_gather(tokens_BT, "fsdp", dim=0)
     rows, here = _rows(tokens, table_VD.shape[0])
     x = jnp.where(here[:, :, None], table_VD[rows].astype(dtype), jnp.zeros((), dtype))
-    x = collectives.exchanged(x, "fsdp", split=0, join=2)
+    x = collectives.all_to_all(x, "fsdp", split=0, join=2)
     if split_tokens:
-        return collectives.sum_scattered(x, "tensor", dim=1), (table_VD, tokens)
-    return collectives.total(x, "tensor"), (table_VD, tokens)
+        return collectives.psum_scatter(x, "tensor", dim=1), (table_VD, tokens)
+    return collectives.psum(x, "tensor"), (table_VD, tokens)
 
 
 def _embed_backward(dtype: jnp.dtype, split_tokens: bool, saved: tuple, grad: jax.Array):
     table_VD, tokens = saved
     if split_tokens:
-        grad = collectives.all_gathered(grad, "tensor", dim=1)
+        grad = collectives.all_gather(grad, "tensor", dim=1)
     rows, here = _rows(tokens, table_VD.shape[0])
-    grad = collectives.exchanged(grad, "fsdp", split=2, join=0).astype(jnp.float32)
+    grad = collectives.all_to_all(grad, "fsdp", split=2, join=0).astype(jnp.float32)
     grad = jnp.where(here[:, :, None], grad, 0.0)
-    zeros = collectives.varying_like(jnp.zeros(table_VD.shape, jnp.float32), table_VD, grad)
+    zeros = collectives.pcast_varying_like(jnp.zeros(table_VD.shape, jnp.float32), table_VD, grad)
     return zeros.at[rows].add(grad), None
 
 

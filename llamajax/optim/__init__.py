@@ -1,6 +1,6 @@
 """Optimizer: schedules and one optax chain."""
 
-from llamajax.optim.chain import apply, build, decayed
+from llamajax.optim.chain import apply, build, decay_mask
 from llamajax.optim.schedule import schedule
 
-__all__ = ["apply", "build", "decayed", "schedule"]
+__all__ = ["apply", "build", "decay_mask", "schedule"]

@@ -11,7 +11,7 @@ from llamajax.optim.schedule import schedule
 from llamajax.sharding import is_weight, map_weights
 
 
-def decayed(tree: Any) -> Any:
+def decay_mask(tree: Any) -> Any:
     """Tree of bools: matrices are decayed, vectors (norm scales) are not."""
     return map_weights(lambda w: w.replace(len(w.axes) > 1) if is_weight(w) else False, tree)
 
@@ -32,7 +32,7 @@ def build(config: OptimConfig, *, steps: int) -> optax.GradientTransformation:
             eps=config.epsilon,
             mu_dtype=jnp.dtype(config.moment_dtype),
         ),
-        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(lambda count: rate(count + 1)),
     )
 

@@ -41,7 +41,7 @@ class GuardState:
 
 
 @struct.dataclass
-class Verdict:
+class GuardDecision:
     """What is decided of one update: an index into REASONS, and where spikes begin (or inf)."""
 
     reason: jax.Array
@@ -49,15 +49,15 @@ class Verdict:
     grad_norm_limit: jax.Array
 
 
-def new_state(window: int) -> GuardState:
+def new_guard(window: int) -> GuardState:
     """The state of a guard that has seen nothing."""
     zero, none = jnp.int32(0), jnp.zeros(window, jnp.float32)
     return GuardState(applied=zero, skipped=zero, in_a_row=zero, loss_W=none, grad_norm_W=none)
 
 
-def judge(
+def decide(
     state: GuardState, *, loss: jax.Array, grad_norm: jax.Array, config: GuardConfig
-) -> Verdict:
+) -> GuardDecision:
     """Whether an update with this loss and gradient norm (float32 scalars) is to be applied."""
     factor, window = config.spike_factor, state.loss_W.shape[0]
     limits = [jnp.float32(jnp.inf)] * 2
@@ -76,11 +76,11 @@ def judge(
         signs[:2] = [jnp.bool_(False)] * 2
     signs.insert(0, jnp.isnan(loss) & (grad_norm == 0))  # nothing to average
     reason = jnp.select(signs, [jnp.int32(n) for n in (5, 1, 2, 3, 4)], jnp.int32(0))
-    return Verdict(reason=reason, loss_limit=limits[0], grad_norm_limit=limits[1])
+    return GuardDecision(reason=reason, loss_limit=limits[0], grad_norm_limit=limits[1])
 
 
-def after(
-    state: GuardState, verdict: Verdict, *, loss: jax.Array, grad_norm: jax.Array
+def advance(
+    state: GuardState, verdict: GuardDecision, *, loss: jax.Array, grad_norm: jax.Array
 ) -> GuardState:
     """The state after an update; values of one that was left out never enter the medians."""
     applied = verdict.reason == 0
@@ -96,7 +96,7 @@ def after(
     )
 
 
-def chosen(applied: jax.Array, new: Any, old: Any) -> Any:
+def select_update(applied: jax.Array, new: Any, old: Any) -> Any:
     """`new` where the update is applied, else `old` bit for bit: trees of the same arrays."""
     return jax.tree.map(lambda n, o: jax.lax.select(applied, n, o), new, old)
 

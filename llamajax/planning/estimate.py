@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from llamajax.config import RunConfig
-from llamajax.models.order import padded_layers
+from llamajax.models.layer_order import padded_layers
 from llamajax.models.pipeline import num_ticks
 from llamajax.planning.roofline import (
     FLOAT32_BYTES,

@@ -83,7 +83,7 @@ def text_lines(plan: Plan) -> Iterator[str]:
         f"{c.train.accumulation_steps} accumulated; {c.train.dtype}, remat {c.train.remat}, "
         f"attention {step.attention}"
     )
-    for line in sharding.placement_table(step.mesh, node_of(target)):
+    for line in sharding.device_order_table(step.mesh, node_of(target)):
         yield f"  {line}"
     yield ""
     yield "memory of a device"

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from llamajax.backends import Device
 from llamajax.config import ModelConfig, RunConfig
 from llamajax.models.counts import flops_per_token, num_parameters
-from llamajax.models.order import padded_layers
+from llamajax.models.layer_order import padded_layers
 from llamajax.models.pipeline import bubble, num_ticks
 
 # Speed of attention's products relative to large ones: fused kernels, and blocks of plain XLA.

@@ -14,7 +14,7 @@ import numpy as np
 from llamajax import data
 from llamajax.optim.guard import REASONS
 from llamajax.replaying.documents import Piece
-from llamajax.replaying.probe import Probe
+from llamajax.replaying.step_probe import GradientSummary
 
 # A piece of a document stands out with twice the nats a token of the median piece, over so many
 # tokens: short ones differ by more.
@@ -35,8 +35,8 @@ class Evidence:
     step: int
     base: str | None
     sample_ids: list[int]  # by row of the batch
-    first: Probe
-    second: Probe
+    first: GradientSummary
+    second: GradientSummary
     recorded: Mapping[str, Any] | None
     same_machine: bool
     tolerance: float

@@ -19,7 +19,7 @@ from llamajax.training.safety.audit import Audit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Record:
+class ReplayRecord:
     """What is known of a step, before anything is computed.
 
     base: the checkpoint to start from, None: the beginning. numbers: loss and grad_norm by step, as
@@ -68,7 +68,7 @@ class Record:
         return row | {"update_skipped": REASONS[reason] if isinstance(reason, int) else reason}
 
 
-def read_record(workdir: Path, step: int, *, box: Path | None) -> Record:
+def read_record(workdir: Path, step: int, *, box: Path | None) -> ReplayRecord:
     """The record of `step`. box: a black box to take it from, as after a rollback.
 
     Raises UserError for a directory that is no run's, or a step that it has not made.
@@ -95,7 +95,7 @@ def read_record(workdir: Path, step: int, *, box: Path | None) -> Record:
     )
     if place is None and after is not None:
         place = after["position"]
-    return Record(
+    return ReplayRecord(
         step=step,
         config=config,
         base=None if before is None else open_checkpoint(checkpoints / str(before)),

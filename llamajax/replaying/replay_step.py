@@ -21,14 +21,14 @@ from llamajax.monitoring import Progress
 from llamajax.monitoring.row_comparison import TOLERANCES
 from llamajax.replaying.documents import Piece, largest
 from llamajax.replaying.explanation import Evidence
-from llamajax.replaying.probe import (
+from llamajax.replaying.replay_record import ReplayRecord, read_record
+from llamajax.replaying.step_probe import (
     IN_A_LAYER,
-    can_walk,
+    can_probe_layers,
+    gradient_probe,
+    nonfinite_probe,
     nonfinite_weights,
-    prober,
-    walker,
 )
-from llamajax.replaying.replay_record import Record, read_record
 from llamajax.training.feed import Feed
 from llamajax.training.origin import open_origin
 from llamajax.training.safety.audit import Audit
@@ -38,7 +38,7 @@ from llamajax.training.state import TrainState, to_natural
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
+class ReplayOptions:
     """What the verb is asked. mesh: as `--mesh` has it, None: the run's own."""
 
     workdir: Path
@@ -48,7 +48,7 @@ class Request:
     backend: BackendConfig
 
 
-def replay(request: Request) -> Evidence:
+def replay(request: ReplayOptions) -> Evidence:
     """All that is found about the step. Raises UserError for what the user can mend."""
     record = read_record(request.workdir, request.step, box=request.box)
     session = prepare(_config(record, request))
@@ -61,9 +61,9 @@ def replay(request: Request) -> Evidence:
     state, apart = _before(session, record, position)
     ids = data.sample_ids(session.mixture, position, record.step - 1)
     batch = _batch(session, ids)
-    place = lambda rows: sharding.place(_wanted(session, batch, rows), session.mesh)  # noqa: E731
+    place = lambda rows: sharding.put_batch(_wanted(session, batch, rows), session.mesh)  # noqa: E731
     whole = range(session.config.data.global_batch_size)
-    probe = prober(session, state, place(whole))
+    probe = gradient_probe(session, state, place(whole))
     first, second = probe(), probe()
     first_odd, pieces, median = _forward(session, state, batch, ids)
     return Evidence(
@@ -85,7 +85,7 @@ def replay(request: Request) -> Evidence:
     )
 
 
-def _config(record: Record, request: Request) -> Any:
+def _config(record: ReplayRecord, request: ReplayOptions) -> Any:
     """The run's config, for one process, on the machine and mesh that were asked for."""
     c, given = record.config, request.backend
     backend = dataclasses.replace(
@@ -104,7 +104,7 @@ def _config(record: Record, request: Request) -> Any:
 
 
 def _before(
-    session: Session, record: Record, position: data.Position
+    session: Session, record: ReplayRecord, position: data.Position
 ) -> tuple[TrainState, str | None]:
     """The state before the step, and the first step on the way that was not as recorded."""
     meta = None if record.base is None else record.base.meta
@@ -156,30 +156,30 @@ def _forward(
 
     A microbatch at a time. Neither on a mesh with stages or parts of sequences.
     """
-    if not can_walk(session.mesh):
+    if not can_probe_layers(session.mesh):
         return None, None, 0.0
     c = session.config
     natural = to_natural(state, c.model, session.mesh, layout=session.layout)
     compute = dataclasses.replace(session.compute, split_tokens=False, remat="none")
-    walk, losses = walker(compute, session.mesh), token_losses(compute, session.mesh)
+    walk, losses = nonfinite_probe(compute, session.mesh), token_losses(compute, session.mesh)
     size = c.data.global_batch_size // c.train.accumulation_steps
     walked, nll = [], []
     for start in range(0, c.data.global_batch_size, size):
-        rows = sharding.place(_wanted(session, batch, range(start, start + size)), session.mesh)
+        rows = sharding.put_batch(_wanted(session, batch, range(start, start + size)), session.mesh)
         walked.append(jax.device_get(walk(natural.whole, rows)))
         del rows["loss_mask"]
         nll.append(jax.device_get(losses(natural.whole, rows)))
-    embedded, layers, last = (np.concatenate(parts, axis=-1) for parts in zip(*walked, strict=True))
+    layers, last = (np.concatenate(parts, axis=-1) for parts in zip(*walked, strict=True))
     nll_BT = np.where(batch["loss_mask"], np.concatenate(nll), 0)
-    named = [("embedded tokens", embedded)]
-    for layer, odd_5B in enumerate(layers):
-        named += [(f"layer {layer}: {n}", r) for n, r in zip(IN_A_LAYER, odd_5B, strict=True)]
+    named = [("embedded tokens", layers[0, 0])]
+    for layer, odd_6B in enumerate(layers):
+        named += [(f"layer {layer}: {n}", r) for n, r in zip(IN_A_LAYER, odd_6B, strict=True)][1:]
     named += [("last hidden states", last), ("token losses", ~np.isfinite(nll_BT).all(axis=1))]
     found = next(((name, np.flatnonzero(odd).tolist()) for name, odd in named if odd.any()), None)
     return found, *largest(session.mixture, ids, batch, nll_BT)
 
 
-def _is_same_machine(record: Record, session: Session) -> bool:
+def _is_same_machine(record: ReplayRecord, session: Session) -> bool:
     """Whether bits should be the same: platform, kind of device, mesh, JAX."""
     was, now = record.machine, session.machine
     versions = {name: was.get("versions", {}).get(name) for name in ("jax", "jaxlib")}

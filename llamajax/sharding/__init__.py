@@ -1,19 +1,37 @@
-"""Sharding: the mesh, the two axis maps, what crosses devices, and shardings of whole trees."""
+"""The mesh, the two maps from dimensions to mesh axes, collectives, and shardings of trees."""
 
-from llamajax.sharding.axes import ACTIVATIONS, AXES, BATCH_AXES, TOKEN_AXES, WEIGHTS, axes_of, spec
-from llamajax.sharding.batch import batch_sharding, local_rows, place
-from llamajax.sharding.device_order import check_slices, node_numbers, node_of
-from llamajax.sharding.device_order import table as placement_table
-from llamajax.sharding.fit import check_divides
-from llamajax.sharding.mesh import axis_sizes, batch_shards, build_mesh, describe
-from llamajax.sharding.tree import (
-    at_rest,
+from llamajax.sharding.axes import (
+    ACTIVATIONS,
+    AXES,
+    BATCH_AXES,
+    TOKEN_AXES,
+    WEIGHTS,
+    axes_of,
     is_stacked,
     is_weight,
     letters,
     map_weights,
     shardings,
+    spec,
     specs,
+    stored_spec,
+)
+from llamajax.sharding.device_order import (
+    check_slices,
+    device_order_table,
+    node_numbers,
+    node_of,
+)
+from llamajax.sharding.fit import check_divides
+from llamajax.sharding.mesh import (
+    axis_sizes,
+    batch_sharding,
+    batch_shards,
+    batch_spec,
+    build_mesh,
+    describe,
+    local_rows,
+    put_batch,
 )
 
 __all__ = [
@@ -22,15 +40,16 @@ __all__ = [
     "BATCH_AXES",
     "TOKEN_AXES",
     "WEIGHTS",
-    "at_rest",
     "axes_of",
     "axis_sizes",
     "batch_sharding",
     "batch_shards",
+    "batch_spec",
     "build_mesh",
     "check_divides",
     "check_slices",
     "describe",
+    "device_order_table",
     "is_stacked",
     "is_weight",
     "letters",
@@ -38,9 +57,9 @@ __all__ = [
     "map_weights",
     "node_numbers",
     "node_of",
-    "place",
-    "placement_table",
+    "put_batch",
     "shardings",
     "spec",
     "specs",
+    "stored_spec",
 ]

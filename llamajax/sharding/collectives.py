@@ -28,8 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llamajax.sharding.axes import WEIGHTS, axes_of
-from llamajax.sharding.tree import is_stacked, map_weights
+from llamajax.sharding.axes import WEIGHTS, axes_of, is_stacked, map_weights
 
 
 def is_split(axis: str) -> bool:
@@ -38,23 +37,28 @@ def is_split(axis: str) -> bool:
     return axis in mesh.manual_axes and mesh.shape[axis] > 1
 
 
-def index(axis: str) -> jax.Array:
+def axis_size(axis: str) -> int:
+    """Parts that arrays here are split into along `axis`; 1 outside `shard_map`."""
+    return jax.lax.axis_size(axis) if is_split(axis) else 1
+
+
+def axis_index(axis: str) -> jax.Array:
     """This device's position along `axis`, int32 scalar; 0 where nothing is split."""
     return jax.lax.axis_index(axis) if is_split(axis) else jnp.int32(0)
 
 
-def total(x: Any, axis: str | tuple[str, ...]) -> Any:
+def psum(x: Any, axis: str | tuple[str, ...]) -> Any:
     """Sum of a tree over one or several mesh axes."""
     split = tuple(a for a in axes_of(axis) if is_split(a))
     return jax.lax.psum(x, split) if split else x
 
 
-def largest(x: jax.Array, axis: str) -> jax.Array:
+def pmax(x: jax.Array, axis: str) -> jax.Array:
     """Maximum over a mesh axis; not differentiable."""
     return jax.lax.pmax(x, axis) if is_split(axis) else x
 
 
-def all_gathered(x: jax.Array, axis: str, *, dim: int) -> jax.Array:
+def all_gather(x: jax.Array, axis: str, *, dim: int) -> jax.Array:
     """The parts along `axis` joined along array dimension `dim`."""
     if not is_split(axis):
         return x
@@ -63,7 +67,7 @@ def all_gathered(x: jax.Array, axis: str, *, dim: int) -> jax.Array:
     return jnp.expand_dims(whole, ones)
 
 
-def sum_scattered(x: jax.Array, axis: str, *, dim: int) -> jax.Array:
+def psum_scatter(x: jax.Array, axis: str, *, dim: int) -> jax.Array:
     """Sum over `axis`, of which each device keeps its part of array dimension `dim`."""
     if not is_split(axis):
         return x
@@ -81,31 +85,31 @@ def _ones(x: jax.Array, dim: int) -> tuple[int, ...]:
     return tuple(i for i in range(dim) if x.shape[i] == 1)
 
 
-def exchanged(x: jax.Array, axis: str, *, split: int, join: int) -> jax.Array:
+def all_to_all(x: jax.Array, axis: str, *, split: int, join: int) -> jax.Array:
     """All-to-all: dimension `split` is dealt out over `axis`, and `join` put together from it."""
     if not is_split(axis):
         return x
     return jax.lax.all_to_all(x, axis, split_axis=split, concat_axis=join, tiled=True)
 
 
-def varies(x: jax.Array) -> frozenset[str]:
+def varying_axes(x: jax.Array) -> frozenset[str]:
     """Mesh axes along which `x` may differ; empty outside `shard_map` and where unchecked."""
     return jax.typeof(x).manual_axis_type.varying
 
 
-def varying(tree: Any, axis: str | tuple[str, ...]) -> Any:
+def pcast_varying(tree: Any, axis: str | tuple[str, ...]) -> Any:
     """The same values, marked as possibly different along `axis`: no communication."""
 
     def one(x: jax.Array) -> jax.Array:
-        missing = tuple(a for a in axes_of(axis) if is_split(a) and a not in varies(x))
+        missing = tuple(a for a in axes_of(axis) if is_split(a) and a not in varying_axes(x))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(one, tree)
 
 
-def varying_like(x: jax.Array, *others: jax.Array) -> jax.Array:
+def pcast_varying_like(x: jax.Array, *others: jax.Array) -> jax.Array:
     """`x` marked as varying wherever one of `others` varies (for scan carries)."""
-    return varying(x, tuple({a for other in others for a in varies(other)}))
+    return pcast_varying(x, tuple({a for other in others for a in varying_axes(other)}))
 
 
 def _copies(weight: nnx.Variable) -> tuple[str, ...]:
@@ -113,20 +117,20 @@ def _copies(weight: nnx.Variable) -> tuple[str, ...]:
     return ("data", "sequence") if is_stacked(weight) else ("data", "sequence", "stage")
 
 
-def varied(tree: Any) -> Any:
+def pcast_varying_tree(tree: Any) -> Any:
     """Weights marked as used differently by each device that holds a copy."""
-    return map_weights(lambda w: w.replace(varying(w.get_value(), _copies(w))), tree)
+    return map_weights(lambda w: w.replace(pcast_varying(w.get_value(), _copies(w))), tree)
 
 
-def summed(grads: Any) -> Any:
+def psum_tree(grads: Any) -> Any:
     """Gradients of weights that were `varied`, summed over the devices that hold a copy."""
-    return map_weights(lambda g: g.replace(total(g.get_value(), _copies(g))), grads)
+    return map_weights(lambda g: g.replace(psum(g.get_value(), _copies(g))), grads)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x: jax.Array, dim: int | None, dtype: jnp.dtype) -> jax.Array:
     x = x.astype(dtype)
-    return varying(x, "fsdp") if dim is None else all_gathered(x, "fsdp", dim=dim)
+    return pcast_varying(x, "fsdp") if dim is None else all_gather(x, "fsdp", dim=dim)
 
 
 def _gather_forward(x: jax.Array, dim: int | None, dtype: jnp.dtype) -> tuple[jax.Array, None]:
@@ -135,7 +139,7 @@ def _gather_forward(x: jax.Array, dim: int | None, dtype: jnp.dtype) -> tuple[ja
 
 def _gather_backward(dim: int | None, dtype: jnp.dtype, _: None, grad: jax.Array):
     grad = grad.astype(jnp.float32)
-    return (total(grad, "fsdp") if dim is None else sum_scattered(grad, "fsdp", dim=dim),)
+    return (psum(grad, "fsdp") if dim is None else psum_scatter(grad, "fsdp", dim=dim),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
@@ -156,21 +160,23 @@ def gather(tree: Any, dtype: jnp.dtype, *, split_tokens: bool = False) -> Any:
     def one(weight: nnx.Variable) -> nnx.Variable:
         value = weight.get_value()
         assert value.ndim == len(weight.axes), "gather inside the scan over layers, not outside"
-        value = in_use(value, weight.axes, dtype, split_tokens=split_tokens)
+        value = cast_and_gather(value, weight.axes, dtype, split_tokens=split_tokens)
         return weight.replace(checkpoint_name(value, "gathered_weight"))
 
     return map_weights(one, tree)
 
 
-def in_use(value: jax.Array, axes: str, dtype: jnp.dtype, *, split_tokens: bool) -> jax.Array:
+def cast_and_gather(
+    value: jax.Array, axes: str, dtype: jnp.dtype, *, split_tokens: bool
+) -> jax.Array:
     """One weight of dims `axes`, or a stack of such, as `gather` says."""
-    if is_shared(axes, split_tokens=split_tokens):
-        value = shared(value)
+    if grad_sums_over_tensor(axes, split_tokens=split_tokens):
+        value = copy_to_tensor(value)
     keep = jnp.float32 if len(axes) == 1 else dtype
     return _gather(value, fsdp_dim(value, axes), keep)
 
 
-def is_shared(axes: str, *, split_tokens: bool) -> bool:
+def grad_sums_over_tensor(axes: str, *, split_tokens: bool) -> bool:
     """Whether a weight that is whole along `tensor` meets other values on each device there."""
     on_tensor = any("tensor" in axes_of(WEIGHTS.get(d)) for d in axes)
     return not on_tensor and ("R" in axes or split_tokens)
@@ -184,33 +190,35 @@ def fsdp_dim(value: jax.Array, axes: str) -> int | None:
 
 
 @jax.custom_vjp
-def shared(x: jax.Array) -> jax.Array:
+def copy_to_tensor(x: jax.Array) -> jax.Array:
     """`x`, equal along `tensor` and used differently there: its gradient is the sum."""
-    return varying(x, "tensor")
+    return pcast_varying(x, "tensor")
 
 
-shared.defvjp(lambda x: (shared(x), None), lambda _, grad: (total(grad, "tensor"),))
+copy_to_tensor.defvjp(lambda x: (copy_to_tensor(x), None), lambda _, grad: (psum(grad, "tensor"),))
 
 
 @jax.custom_vjp
-def _summed(x: jax.Array) -> jax.Array:
-    return total(x, "tensor")
+def _reduce_from_tensor(x: jax.Array) -> jax.Array:
+    return psum(x, "tensor")
 
 
-_summed.defvjp(lambda x: (_summed(x), None), lambda _, grad: (varying(grad, "tensor"),))
+_reduce_from_tensor.defvjp(
+    lambda x: (_reduce_from_tensor(x), None), lambda _, grad: (pcast_varying(grad, "tensor"),)
+)
 
 
 def enter_tensor(x_BTD: jax.Array, *, split_tokens: bool) -> jax.Array:
     """An activation about to meet a matrix split over `tensor` by its outputs: with all tokens."""
-    return all_gathered(x_BTD, "tensor", dim=1) if split_tokens else shared(x_BTD)
+    return all_gather(x_BTD, "tensor", dim=1) if split_tokens else copy_to_tensor(x_BTD)
 
 
 def leave_tensor(x_BTD: jax.Array, *, split_tokens: bool) -> jax.Array:
     """The sum along `tensor` of partial products with a matrix split by its inputs."""
-    return sum_scattered(x_BTD, "tensor", dim=1) if split_tokens else _summed(x_BTD)
+    return psum_scatter(x_BTD, "tensor", dim=1) if split_tokens else _reduce_from_tensor(x_BTD)
 
 
-def passed(x: jax.Array, axis: str, *, by: int) -> jax.Array:
+def ppermute(x: jax.Array, axis: str, *, by: int) -> jax.Array:
     """What the device `by` places before has, in a ring along `axis`."""
     if not is_split(axis):
         return x

@@ -36,7 +36,7 @@ def node_of(device: jax.Device) -> int:
     return 0 if in_slice(device) else device.process_index
 
 
-def placed(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+def order_devices(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
     """The devices as an array with one dimension an axis of `sizes`, in its order.
 
     Inside a node JAX chooses, which knows how chips are wired; on a torus an axis may be laid over
@@ -46,7 +46,7 @@ def placed(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarra
     def as_wired(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
-    return _arranged(sizes, devices, as_wired)
+    return _ordered(sizes, devices, as_wired)
 
 
 def node_numbers(
@@ -59,7 +59,7 @@ def node_numbers(
     def as_listed(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
         return np.asarray(devices, object).reshape(shape)
 
-    return [node_of(device) for device in _arranged(sizes, devices, as_listed).flat]
+    return [node_of(device) for device in _ordered(sizes, devices, as_listed).flat]
 
 
 def check_slices(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> None:
@@ -84,7 +84,7 @@ def check_slices(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Non
     )
 
 
-def _arranged(
+def _ordered(
     sizes: Mapping[str, int],
     devices: Sequence[jax.Device],
     inside_a_node: Callable[[tuple[int, ...], Sequence[jax.Device]], np.ndarray],
@@ -108,14 +108,14 @@ def _arranged(
 
 def _across(shape: Sequence[int], nodes: int) -> tuple[int, ...] | None:
     """How many nodes each axis spans, the outermost first; None where they do not come out even."""
-    spans = []
+    found = []
     for size in shape:
-        spans.append(math.gcd(size, nodes))
-        nodes //= spans[-1]
-    return tuple(spans) if nodes == 1 else None
+        found.append(math.gcd(size, nodes))
+        nodes //= found[-1]
+    return tuple(found) if nodes == 1 else None
 
 
-def spans(mesh: Mesh, node_of: Callable[[jax.Device], int] = node_of) -> dict[str, int]:
+def nodes_per_axis(mesh: Mesh, node_of: Callable[[jax.Device], int] = node_of) -> dict[str, int]:
     """For each axis with more than one device, the number of nodes along it."""
     found = {}
     for number, axis in enumerate(AXES):
@@ -125,14 +125,14 @@ def spans(mesh: Mesh, node_of: Callable[[jax.Device], int] = node_of) -> dict[st
     return found
 
 
-def table(mesh: Mesh, node_of: Callable[[jax.Device], int] = node_of) -> list[str]:
+def device_order_table(mesh: Mesh, node_of: Callable[[jax.Device], int] = node_of) -> list[str]:
     """Lines for people, one an axis that is in use: its size, and whether it crosses nodes."""
     num_nodes = len({node_of(d) for d in mesh.devices.flat})
     if num_nodes == 1:
         return []
     lines = []
     word = "slice" if in_slice(mesh.devices.flat[0]) else "node"
-    for axis, nodes in spans(mesh, node_of).items():
+    for axis, nodes in nodes_per_axis(mesh, node_of).items():
         size = mesh.shape[axis]
         inside = nodes == 1
         where = f"inside a {word}" if inside else f"across {nodes} {word}s, {size // nodes} in each"

@@ -1,15 +1,17 @@
-"""The device mesh of a run."""
+"""The device mesh of a run, and batches on it."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llamajax.config.schema import MeshConfig
 from llamajax.errors import UserError
-from llamajax.sharding.axes import AXES, BATCH_AXES
-from llamajax.sharding.device_order import check_slices, placed
+from llamajax.sharding.axes import ACTIVATIONS, AXES, BATCH_AXES, spec
+from llamajax.sharding.device_order import check_slices, order_devices
 
 
 def axis_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
@@ -39,7 +41,9 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     """
     sizes = axis_sizes(config, num_devices=len(devices))
     check_slices(sizes, devices)
-    return Mesh(placed(sizes, devices), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
+    return Mesh(
+        order_devices(sizes, devices), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes)
+    )
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -51,3 +55,29 @@ def describe(mesh: Mesh) -> str:
     """One line for people: the axes that are in use."""
     used = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
     return f"{used or 'one device'} ({mesh.size} device{'s' if mesh.size > 1 else ''})"
+
+
+def batch_spec(mesh: Mesh) -> PartitionSpec:
+    """PartitionSpec of a (B, T) array of samples: whole rows; the step itself splits tokens."""
+    return spec("BT", ACTIVATIONS, mesh)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of a (B, T) array of samples."""
+    return NamedSharding(mesh, batch_spec(mesh))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> range:
+    """Rows of the global batch that this process has to read: those its devices hold."""
+    sharding = NamedSharding(mesh, spec("B", ACTIVATIONS, mesh))
+    held = sharding.addressable_devices_indices_map((batch_size,))
+    bounds = sorted({(rows.start or 0, rows.stop or batch_size) for (rows,) in held.values()})
+    for (_, stop), (start, _) in itertools.pairwise(bounds):
+        assert stop == start, f"one process holds rows that are not adjacent: {bounds}"
+    return range(bounds[0][0], bounds[-1][1])
+
+
+def put_batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Global (B, T) arrays on the mesh from this process's rows; the copy does not block."""
+    sharding = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in rows.items()}

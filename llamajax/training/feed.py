@@ -67,7 +67,7 @@ class Feed:
         return self._eval_batch
 
     def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        return sharding.place(_wanted(self._data, batch), self._mesh)
+        return sharding.put_batch(_wanted(self._data, batch), self._mesh)
 
 
 def abstract_batch(

@@ -37,7 +37,7 @@ def greet(session: Session, start: int) -> None:
         f"machine  {m.platform}, {m.device_kind}; mesh {sharding.describe(session.mesh)}",
         *backends.profile_lines(backends.machine_profile(m), m.note),
         *lost_feature_warnings(lost_features(session)),
-        *(f"layout   {line}" for line in sharding.placement_table(session.mesh)),
+        *(f"layout   {line}" for line in sharding.device_order_table(session.mesh)),
         f"compute  {c.train.dtype}, attention {session.compute.attention}, remat {c.train.remat}",
         f"peak     {peak[0] / 1e12:g} TFLOP/s a device ({peak[1]})"
         if peak

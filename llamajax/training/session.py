@@ -11,6 +11,7 @@ from llamajax import backends, data, optim, sharding
 from llamajax.config import RunConfig, common_values
 from llamajax.errors import UserError, combine
 from llamajax.models.llama import Compute
+from llamajax.models.pipeline import PipelineOptions
 from llamajax.ops.attention import check_supported, first_supported
 from llamajax.processes import process_facts as process_facts
 from llamajax.training.state import Layout
@@ -137,7 +138,7 @@ def how_to_compute(config: RunConfig, machine: backends.Machine, mesh: Mesh) -> 
         remat_keep=t.remat_keep,
         remat_offload=t.remat_offload,
         split_tokens=mesh.shape["tensor"] > 1,
-        microbatch_size=t.microbatch_size,
-        rounds=t.pipeline_rounds,
-        remat_stage=t.remat_stage,
+        pipeline=PipelineOptions(
+            microbatch_size=t.microbatch_size, rounds=t.pipeline_rounds, remat_stage=t.remat_stage
+        ),
     )

@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from llamajax.backends.platforms import exact_options
 from llamajax.config.schema import LoraConfig, ModelConfig
 from llamajax.models.abstract import abstract_model
+from llamajax.models.layer_order import is_stored_order, to_pipeline_order, to_stored_order
 from llamajax.models.llama import Llama
 from llamajax.models.lora import Adapters, attach, init_adapters
-from llamajax.models.order import arranged, is_natural, natural
-from llamajax.optim.guard import GuardState, new_state
+from llamajax.optim.guard import GuardState, new_guard
 from llamajax.sharding import shardings
 
 
@@ -65,7 +65,7 @@ def _around(
     key: jax.Array,
 ) -> TrainState:
     adapters = init_adapters(model.config, lora, key) if lora else None
-    guard = None if layout.guard_window is None else new_state(layout.guard_window)
+    guard = None if layout.guard_window is None else new_guard(layout.guard_window)
     state = TrainState(step=jnp.int32(0), model=model, opt_state=(), adapters=adapters, guard=guard)
     with jax.numpy_dtype_promotion("standard"):
         return state.replace(opt_state=optimizer.init(state.trained))
@@ -107,7 +107,7 @@ def with_own_guard(state: TrainState, layout: Layout) -> TrainState:
     window, found = layout.guard_window, state.guard
     if window is None or (found is not None and found.loss_W.shape == (window,)):
         return state if window is not None else state.replace(guard=None)
-    make: Any = jax.jit(new_state, static_argnums=0, out_shardings=state.step.sharding)
+    make: Any = jax.jit(new_guard, static_argnums=0, out_shardings=state.step.sharding)
     fresh = make(window)
     return state.replace(guard=fresh if found is None else fresh.replace(skipped=found.skipped))
 
@@ -160,14 +160,14 @@ def abstract_state(
 def _is_natural(config: ModelConfig, mesh: Mesh, layout: Layout) -> bool:
     """Whether layers stand in their natural order."""
     stages, rounds = mesh.shape["stage"], layout.rounds
-    return rounds is None or is_natural(config.num_layers, stages=stages, rounds=rounds)
+    return rounds is None or is_stored_order(config.num_layers, stages=stages, rounds=rounds)
 
 
 def _piped(state: TrainState, config: ModelConfig, mesh: Mesh, layout: Layout) -> TrainState:
     """Layers in natural order -> in that of the layout."""
     if _is_natural(config, mesh, layout):
         return state
-    return arranged(state, mesh, rounds=layout.rounds)
+    return to_pipeline_order(state, mesh, rounds=layout.rounds)
 
 
 def to_pipeline(
@@ -179,7 +179,7 @@ def to_pipeline(
 
 def to_natural(state: TrainState, config: ModelConfig, mesh: Mesh, *, layout: Layout) -> TrainState:
     """The reverse: for a while there are two."""
-    back = lambda s: natural(s, config.num_layers, mesh, rounds=layout.rounds)  # noqa: E731
+    back = lambda s: to_stored_order(s, config.num_layers, mesh, rounds=layout.rounds)  # noqa: E731
     return _rearranged(state, config, mesh, layout, back)
 
 

@@ -12,13 +12,19 @@ from llamajax import optim
 from llamajax.backends.platforms import platform_facts
 from llamajax.checkpoint import named_leaves
 from llamajax.config.schema import GuardConfig, OptimConfig, TrainConfig
-from llamajax.models.llama import Batch, Compute, Llama, own
+from llamajax.models.declare import named_key
+from llamajax.models.llama import Batch, Compute, Llama, local_part
 from llamajax.models.lora import drops_out, trainable
-from llamajax.models.sharded import precision, sharded
-from llamajax.models.weights import named_key
+from llamajax.models.sharded_step import sharded_step
 from llamajax.optim import guard as guards
-from llamajax.sharding import TOKEN_AXES, batch_sharding, specs
-from llamajax.sharding.collectives import summed, total, varied, varying, varying_like
+from llamajax.sharding import TOKEN_AXES, batch_sharding, batch_spec, specs
+from llamajax.sharding.collectives import (
+    pcast_varying,
+    pcast_varying_like,
+    pcast_varying_tree,
+    psum,
+    psum_tree,
+)
 from llamajax.training.state import TrainState, fetched, stowed
 
 Metrics = dict[str, jax.Array]
@@ -33,7 +39,7 @@ def _gradients(model: Llama, batch: Batch, *, compute: Compute, accumulation: in
     some.
     """
     trained, joined = trainable(model)
-    weights = varied(trained)
+    weights = pcast_varying_tree(trained)
 
     def add(sums: Any, microbatch: Batch) -> tuple[Any, None]:
         def objective(trained: Any) -> Any:
@@ -41,11 +47,11 @@ def _gradients(model: Llama, batch: Batch, *, compute: Compute, accumulation: in
             return terms.objective, (terms.nll, terms.z)
 
         (_, (nll, z)), grads = jax.value_and_grad(objective, has_aux=True)(weights)
-        count = jnp.sum(own(microbatch["loss_mask"], compute), dtype=jnp.float32)
+        count = jnp.sum(local_part(microbatch["loss_mask"], compute), dtype=jnp.float32)
         return jax.tree.map(jnp.add, sums, (grads, nll, z, count)), None
 
-    zero = varying(varying_like(jnp.float32(0), batch["tokens"]), TOKEN_AXES)
-    zeros = jax.tree.map(lambda x: varying_like(jnp.zeros_like(x), x), weights)
+    zero = pcast_varying(pcast_varying_like(jnp.float32(0), batch["tokens"]), TOKEN_AXES)
+    zeros = jax.tree.map(lambda x: pcast_varying_like(jnp.zeros_like(x), x), weights)
     split = lambda x: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:])  # noqa: E731
     sums = (zeros, zero, zero, zero)
     if accumulation == 1:
@@ -53,7 +59,7 @@ def _gradients(model: Llama, batch: Batch, *, compute: Compute, accumulation: in
     else:
         sums, _ = jax.lax.scan(add, sums, jax.tree.map(split, dict(batch)))
     grads, *scalars = sums
-    return summed(grads), total(tuple(scalars), TOKEN_AXES)
+    return psum_tree(grads), psum(tuple(scalars), TOKEN_AXES)
 
 
 def _dropout_keys(seed: int, step: jax.Array, tokens_BT: jax.Array, mesh: Mesh) -> jax.Array:
@@ -74,15 +80,15 @@ def mean_gradient(
     accumulation = train_config.accumulation_steps
 
     def local(model: Llama, batch: Batch) -> Any:
-        with precision(compute):
-            return _gradients(model, batch, compute=compute, accumulation=accumulation)
+        return _gradients(model, batch, compute=compute, accumulation=accumulation)
 
     def gradient(state: TrainState, batch: Batch) -> Any:
-        model, out = state.whole, (specs(state.trained, mesh), PartitionSpec())
+        model, outputs = state.whole, (specs(state.trained, mesh), PartitionSpec())
         if drops_out(state.adapters):
             keys = _dropout_keys(train_config.seed, state.step, batch["tokens"], mesh)
             batch = dict(batch) | {"dropout_keys": keys}
-        sums, (nll, z, count) = sharded(local, mesh, model, out, compute)(model, batch)
+        run = sharded_step(local, mesh, model, (batch_spec(mesh),), outputs, compute)
+        sums, (nll, z, count) = run(model, batch)
         divisor = jnp.maximum(count, 1.0)  # a batch of prompts alone has no target: no gradient
         grads = jax.tree.map(lambda g: g / divisor, sums)
         loss = jnp.where(count > 0, nll / divisor, jnp.nan)  # and no loss
@@ -116,8 +122,8 @@ def train_step(
         memory, applied = state.guard, None
         if memory is not None:
             seen = {"loss": loss, "grad_norm": norm}
-            verdict = guards.judge(memory, **seen, config=guard)
-            memory, applied = guards.after(memory, verdict, **seen), verdict.reason == 0
+            verdict = guards.decide(memory, **seen, config=guard)
+            memory, applied = guards.advance(memory, verdict, **seen), verdict.reason == 0
             metrics |= _of_guard(verdict, memory, grads)
         if behind:
             trained, opt_state = _updated_behind(optimizer, grads, state, norm, applied)
@@ -141,7 +147,7 @@ def _updated(
     """Weights and optimizer state after the update; as they were where it is not `applied`."""
     old = (state.trained, fetched(state.opt_state) if offload else state.opt_state)
     new = optim.apply(optimizer, grads, old[1], state.trained, step=state.step)
-    trained, opt_state = new if applied is None else guards.chosen(applied, new, old)
+    trained, opt_state = new if applied is None else guards.select_update(applied, new, old)
     return trained, stowed(opt_state) if offload else opt_state
 
 
@@ -170,7 +176,7 @@ def _updated_behind(
     return jax.lax.cond(taken, update, leave, state.trained, state.opt_state)
 
 
-def _of_guard(verdict: guards.Verdict, memory: guards.GuardState, grads: Any) -> Metrics:
+def _of_guard(verdict: guards.GuardDecision, memory: guards.GuardState, grads: Any) -> Metrics:
     """What the host is told of a guarded step; the norms, one a weight, are part of `grad_norm`."""
     norms = [optax.tree.norm(g) for g in named_leaves(grads).values()]
     return {
@@ -189,13 +195,12 @@ def eval_step(
     """Summed negative log-likelihood and number of target tokens of a batch, jitted."""
 
     def local(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        with precision(compute):
-            nll = varied(model).loss_terms(batch, compute).nll
-        count = jnp.sum(own(batch["loss_mask"], compute), dtype=jnp.float32)
-        return total((nll, count), TOKEN_AXES)
+        nll = pcast_varying_tree(model).loss_terms(batch, compute).nll
+        count = jnp.sum(local_part(batch["loss_mask"], compute), dtype=jnp.float32)
+        return psum((nll, count), TOKEN_AXES)
 
     def step(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        out = (PartitionSpec(), PartitionSpec())
-        return sharded(local, mesh, model, out, compute)(model, batch)
+        outputs = (PartitionSpec(), PartitionSpec())
+        return sharded_step(local, mesh, model, (batch_spec(mesh),), outputs, compute)(model, batch)
 
     return jax.jit(step)

@@ -14,7 +14,7 @@ from llamajax import optim, sharding
 from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from llamajax.models.counts import num_parameters
 from llamajax.models.llama import Compute
-from llamajax.models.pipeline import num_ticks
+from llamajax.models.pipeline import PipelineOptions, num_ticks
 from llamajax.planning.hlo import axes_of_groups, collectives, device_groups
 from llamajax.training.state import Layout, abstract_state
 from llamajax.training.step import train_step
@@ -39,7 +39,8 @@ def compiled(*axes, rounds=1, split=True):
     count = functools.reduce(lambda a, b: a * b, sizes.values())
     mesh = sharding.build_mesh(MeshConfig(**sizes), jax.devices()[:count])
     compute = Compute(
-        dtype=jnp.dtype("float32"), remat="full", loss_chunk_tokens=16, rounds=rounds,
+        dtype=jnp.dtype("float32"), remat="full", loss_chunk_tokens=16,
+        pipeline=PipelineOptions(rounds=rounds),
         attention="split" if mesh.shape["sequence"] > 1 else "blocked",
         split_tokens=split and mesh.shape["tensor"] > 1,
     )  # fmt: skip

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamajax.decoding import cache as kv
-from llamajax.decoding.steps import Rows, appended, filled
+from llamajax.decoding import kv_cache as kv
+from llamajax.decoding.decode_steps import Rows, append_token, fill_cache
 from llamajax.models.llama import Compute, Llama
 from llamajax.ops.attention_cached import cached_attention
 
@@ -41,8 +41,8 @@ def test_prefill_and_decode_give_the_logits_of_a_full_forward_at_every_position(
     lengths = np.array([1, 16, 9, 3], np.int32)
     padding = np.arange(prompt_slots)[None] >= lengths[:, None]
     prompts = np.where(padding, 5, ids[:, :prompt_slots])  # any token may pad
-    fill = jax.jit(lambda m, t, n: filled(m, t, n, COMPUTE, slots=slots))
-    append = jax.jit(lambda m, rows: appended(m, rows, COMPUTE))
+    fill = jax.jit(lambda m, t, n: fill_cache(m, t, n, COMPUTE, slots=slots))
+    append = jax.jit(lambda m, rows: append_token(m, rows, COMPUTE))
     cache, logits = fill(model, prompts, lengths)
     np.testing.assert_allclose(
         logits / scale, expected[np.arange(4), lengths - 1] / scale, rtol=0, atol=TOLERANCE
@@ -66,7 +66,7 @@ def test_prefill_and_decode_give_the_logits_of_a_full_forward_at_every_position(
 
 def test_a_row_sees_its_prompt_and_the_new_tokens_but_no_padding():
     lengths = jnp.array([2, 4], jnp.int32)
-    allowed = kv.visible(lengths, prompt_slots=jnp.int32(4), slot=jnp.int32(5), slots=8)
+    allowed = kv.visible_slots(lengths, prompt_slots=jnp.int32(4), slot=jnp.int32(5), slots=8)
     assert np.asarray(allowed).astype(int).tolist() == [
         [1, 1, 0, 0, 1, 1, 0, 0],
         [1, 1, 1, 1, 1, 1, 0, 0],

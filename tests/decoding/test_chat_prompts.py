@@ -4,7 +4,7 @@ import pytest
 
 from llamajax.config.schema import BackendConfig
 from llamajax.data import load_tokenizer
-from llamajax.decoding.generate_options import Request, Sampling, check
+from llamajax.decoding.generate_options import GenerateOptions, Sampling, check_options
 from llamajax.decoding.prompts import text_ids
 from llamajax.errors import UserError
 
@@ -23,7 +23,7 @@ def test_a_template_whose_tokens_are_missing_is_refused():
 
 
 def test_token_ids_take_no_template():
-    request = Request(
+    request = GenerateOptions(
         checkpoint="x",
         backend=BackendConfig(),
         sampling=Sampling(temperature=0.0),
@@ -33,4 +33,4 @@ def test_token_ids_take_no_template():
         chat_template="llama2",
     )
     with pytest.raises(UserError, match="--chat_template is for texts"):
-        check(request)
+        check_options(request)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llamajax.decoding.generate_options import Sampling
-from llamajax.decoding.sampling import kept, penalised, sample, scaled
+from llamajax.decoding.sampling import keep_top, penalize, sample, scale
 
 
 def numpy_probabilities(logits, *, temperature, top_k=None, top_p=None):
@@ -41,7 +41,7 @@ def numpy_probabilities(logits, *, temperature, top_k=None, top_p=None):
 def test_the_tokens_left_and_their_probabilities_equal_numpy(flags):
     logits = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32) * 2
     expected = np.stack([numpy_probabilities(row, **flags) for row in logits])
-    got = kept(scaled(jnp.asarray(logits), flags["temperature"]), Sampling(**flags))
+    got = keep_top(scale(jnp.asarray(logits), flags["temperature"]), Sampling(**flags))
     np.testing.assert_allclose(jax.nn.softmax(got, axis=1), expected, rtol=1e-4, atol=1e-7)
     assert np.array_equal(np.isfinite(got), expected > 0)
 
@@ -49,7 +49,7 @@ def test_the_tokens_left_and_their_probabilities_equal_numpy(flags):
 def test_the_penalty_makes_seen_tokens_less_probable_for_either_sign():
     logits = jnp.array([[2.0, -2.0, 2.0, -2.0, 0.0]])
     seen = jnp.array([[True, True, False, False, True]])
-    assert penalised(logits, seen, 4.0).tolist() == [[0.5, -8.0, 2.0, -2.0, 0.0]]
+    assert penalize(logits, seen, 4.0).tolist() == [[0.5, -8.0, 2.0, -2.0, 0.0]]
 
 
 def draw(logits, *, seed=0, numbers=(0,), index=0, seen=None, **flags):

@@ -3,7 +3,7 @@
 import pytest
 
 from llamajax.data import load_tokenizer
-from llamajax.decoding.text import IdStream, TextStream, decoded
+from llamajax.decoding.printed_texts import IdStream, TextStream, decoded
 
 TEXT = "naïve Straße 東京 😀👍🏽 — tab\there\n\n  two  spaces"
 

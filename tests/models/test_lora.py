@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain_batch import plain_batch
 from stepping import FAST_COMPILE
 
 from llamajax import optim, sharding
@@ -21,9 +22,9 @@ from llamajax.config.schema import (
     OptimConfig,
     TrainConfig,
 )
-from llamajax.models import sharded
+from llamajax.models import sharded_step
 from llamajax.models.counts import flops_per_token
-from llamajax.models.llama import Compute, Llama, plain_batch
+from llamajax.models.llama import Compute, Llama
 from llamajax.models.lora import attach, detach, init_adapters, merge, num_adapter_parameters
 from llamajax.ops.dropout import dropout
 from llamajax.training.state import state_around
@@ -111,8 +112,8 @@ def run(mesh_shape, *, dropout=0.0, accumulation=1, base_dtype="float32", checke
     state = state_around(model, optimizer, mesh, lora=lora, seed=4)
     train = TrainConfig(steps=10, seed=7, dtype="float32", accumulation_steps=accumulation)
     step = train_step(optimizer, OPTIM, train, compute, mesh)
-    batches, rows = [sharding.place(batch(n), mesh) for n in range(STEPS)], []
-    with mock.patch.object(sharded, "NEEDS_UNCHECKED", () if checked else ("xla", "split")):
+    batches, rows = [sharding.put_batch(batch(n), mesh) for n in range(STEPS)], []
+    with mock.patch.object(sharded_step, "NEEDS_UNCHECKED", () if checked else ("xla", "split")):
         step = step.lower(state, batches[0]).compile(compiler_options=FAST_COMPILE)
         for placed in batches:
             state, metrics = step(state, placed)

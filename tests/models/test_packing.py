@@ -40,7 +40,7 @@ def influence(impl: str, batch: dict[str, np.ndarray]) -> np.ndarray:
     direction = jnp.arange(1.0, CONFIG.hidden_size + 1, dtype=jnp.float32)
 
     def outputs(weights: Llama) -> jax.Array:
-        return weights.hidden(device_batch, compute)[0] @ direction
+        return weights.hidden_states(device_batch, compute)[0] @ direction
 
     gradients = jax.jit(jax.jacrev(outputs))(model).embedding[...]  # (T, V, D)
     return np.abs(np.asarray(gradients)).max(axis=2)[:, TOKENS[0]]

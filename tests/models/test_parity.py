@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import stored
 from llama_cases import STEPS, TRAINED, UPDATES, tokens, weights
+from plain_batch import plain_batch
 
 from llamajax import optim, sharding
 from llamajax.checkpoint import rebuild
 from llamajax.config.schema import MeshConfig, TrainConfig
 from llamajax.formats.huggingface.hf_names import ROWS, to_ours
 from llamajax.formats.huggingface.hf_read import named_weights
-from llamajax.models.llama import Compute, Llama, plain_batch
+from llamajax.models.llama import Compute, Llama
 from llamajax.training.state import TrainState
 from llamajax.training.step import train_step
 
@@ -78,7 +79,7 @@ def test_fifty_updates_follow_pytorch(name):
     state = jax.device_put(state, sharding.shardings(state, mesh))
     step, ours = train_step(optimizer, o, t, COMPUTE, mesh), []
     for ids in tokens(config, (STEPS, 2, 33)):
-        state, metrics = step(state, sharding.place(plain_batch(ids), mesh))
+        state, metrics = step(state, sharding.put_batch(plain_batch(ids), mesh))
         ours.append((metrics["loss"].item(), metrics["grad_norm"].item()))
     theirs = stored.arrays("trained")[f"{name}/updates"]
     np.testing.assert_allclose(ours, theirs, rtol=LOSS_TOLERANCE)

@@ -11,7 +11,7 @@ from llamajax import sharding
 from llamajax.config.schema import MeshConfig
 from llamajax.ops.cross_entropy import cross_entropy, token_nll
 from llamajax.sharding import ACTIVATIONS, BATCH_AXES, WEIGHTS
-from llamajax.sharding.collectives import total, varying
+from llamajax.sharding.collectives import pcast_varying, psum
 
 # 300 tokens are stored in 384 rows: neither a multiple of 128 x 2, and one part is half padding.
 B, T, D, VOCAB, ROWS = 8, 5, 6, 300, 384
@@ -80,8 +80,8 @@ def gradients(x, head, targets, mask, *, chunk: int, z_weight: float):
         return terms.objective, terms
 
     run = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
-    (_, terms), (grad_x, grad_head) = run(x, varying(head, "data"))
-    return *total(tuple(terms), BATCH_AXES), grad_x, total(grad_head, "data")
+    (_, terms), (grad_x, grad_head) = run(x, pcast_varying(head, "data"))
+    return *psum(tuple(terms), BATCH_AXES), grad_x, psum(grad_head, "data")
 
 
 def assert_equal(found, *, z_weight: float):
@@ -110,7 +110,7 @@ def test_the_same_without_the_check_of_varying_axes():
 @pytest.mark.parametrize(("shape", "chunk"), SPLITS[1:], ids=str)
 def test_losses_of_single_tokens_equal_float64(shape, chunk):
     def losses(x, head, targets, mask):
-        head = varying(head, "data")
+        head = pcast_varying(head, "data")
         return (token_nll(x, head, targets, vocab_size=VOCAB, chunk_tokens=chunk),)
 
     (found,) = on_mesh(shape, losses, "BT")

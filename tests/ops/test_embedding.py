@@ -12,7 +12,7 @@ from llamajax import sharding
 from llamajax.config.schema import MeshConfig
 from llamajax.ops.embedding import embed
 from llamajax.sharding import ACTIVATIONS, WEIGHTS
-from llamajax.sharding.collectives import total, varying
+from llamajax.sharding.collectives import pcast_varying, psum
 
 B, T, D, VOCAB, ROWS = 8, 5, 6, 300, 384  # stored in a multiple of 128; 300 is none of 128 x 2
 MESHES = [
@@ -42,8 +42,8 @@ def on_mesh(shape: dict[str, int], table, tokens, grad, dtype: str, *, check_vma
 
     def local(table, tokens, grad):
         look_up = lambda table: embed(table, tokens, jnp.dtype(dtype))  # noqa: E731
-        x, backward = jax.vjp(look_up, varying(table, "data"))
-        return x, total(backward(grad.astype(dtype))[0], "data")
+        x, backward = jax.vjp(look_up, pcast_varying(table, "data"))
+        return x, psum(backward(grad.astype(dtype))[0], "data")
 
     run = jax.shard_map(
         local,

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 
 from llamajax.config.schema import GuardConfig
-from llamajax.optim.guard import REASONS, after, chosen, judge, new_state
+from llamajax.optim.guard import REASONS, advance, decide, new_guard, select_update
 
 WINDOW = 8
 
 
 def seen(values, config, *, state=None):
     """Reasons and final state of updates with these losses, and gradient norms of twice that."""
-    state, reasons = new_state(WINDOW) if state is None else state, []
+    state, reasons = new_guard(WINDOW) if state is None else state, []
     for value in values:
         numbers = {"loss": jnp.float32(value), "grad_norm": jnp.float32(2 * value)}
-        verdict = judge(state, **numbers, config=config)
-        state = after(state, verdict, **numbers)
+        verdict = decide(state, **numbers, config=config)
+        state = advance(state, verdict, **numbers)
         reasons.append(REASONS[int(verdict.reason)])
     return reasons, state
 
@@ -33,14 +33,14 @@ def test_what_is_not_finite_is_left_out_and_forgotten():
 
 def test_a_gradient_that_is_not_finite_is_left_out_though_the_loss_is():
     numbers = {"loss": jnp.float32(1), "grad_norm": jnp.float32(np.inf)}
-    verdict = judge(new_state(WINDOW), **numbers, config=GuardConfig())
+    verdict = decide(new_guard(WINDOW), **numbers, config=GuardConfig())
     assert REASONS[int(verdict.reason)] == "the gradient is not finite"
 
 
 @pytest.mark.parametrize("nonfinite", ["skip", "stop", "off"])
 def test_a_batch_without_a_target_is_left_out_under_its_own_name(nonfinite):
     numbers = {"loss": jnp.float32(np.nan), "grad_norm": jnp.float32(0)}
-    verdict = judge(new_state(WINDOW), **numbers, config=GuardConfig(nonfinite=nonfinite))
+    verdict = decide(new_guard(WINDOW), **numbers, config=GuardConfig(nonfinite=nonfinite))
     assert REASONS[int(verdict.reason)] == "no token of the batch carries loss"
 
 
@@ -69,7 +69,7 @@ def test_the_norm_alone_spikes_and_equal_values_leave_room_for_noise():
     _, state = seen([1.0] * WINDOW, config)
     for norm, reason in ((2.09, "applied"), (2.11, "the gradient norm spikes")):
         numbers = {"loss": jnp.float32(1), "grad_norm": jnp.float32(norm)}
-        assert REASONS[int(judge(state, **numbers, config=config).reason)] == reason
+        assert REASONS[int(decide(state, **numbers, config=config).reason)] == reason
 
 
 @pytest.mark.parametrize("loss", [1.0, np.nan])
@@ -77,8 +77,8 @@ def test_what_is_chosen_is_the_old_bit_for_bit_or_the_new(loss):
     old = {"a": jnp.array([1.0, -0.0, np.nan]), "b": jnp.arange(3)}
     new = {"a": jnp.array([2.0, np.nan, 3.0]), "b": jnp.arange(3) + 1}
     numbers = {"loss": jnp.float32(loss), "grad_norm": jnp.float32(1)}
-    verdict = judge(new_state(WINDOW), **numbers, config=GuardConfig())
-    found = jax.jit(chosen)(verdict.reason == 0, new, old)
+    verdict = decide(new_guard(WINDOW), **numbers, config=GuardConfig())
+    found = jax.jit(select_update)(verdict.reason == 0, new, old)
     wanted = old if np.isnan(loss) else new
     for name in wanted:
         assert np.asarray(found[name]).tobytes() == np.asarray(wanted[name]).tobytes()

@@ -79,7 +79,7 @@ def test_the_schedule_is_float32_of_a_traced_count():
 
 
 def test_matrices_are_decayed_and_vectors_are_not():
-    mask = jax.tree.map(lambda w: w.get_value(), optim.decayed(tree()), is_leaf=is_weight)
+    mask = jax.tree.map(lambda w: w.get_value(), optim.decay_mask(tree()), is_leaf=is_weight)
     assert mask == {"wDF": True, "wFD": True, "wD": False, "stacked": False}
 
 

@@ -10,11 +10,11 @@ from llamajax.errors import UserError
 from llamajax.sharding.axes import AXES
 from llamajax.sharding.device_order import (
     check_slices,
+    device_order_table,
     node_numbers,
     node_of,
-    placed,
-    spans,
-    table,
+    nodes_per_axis,
+    order_devices,
 )
 
 
@@ -47,28 +47,28 @@ def nodes_of(count: int, each: int, *, slices: bool = False) -> list[Device]:
 def mesh_over(devices, **sizes) -> Mesh:
     whole = {axis: sizes.get(axis, 1) for axis in AXES}
     mesh = object.__new__(Mesh)  # a Mesh of devices that are not JAX's
-    object.__setattr__(mesh, "devices", placed(whole, devices))
+    object.__setattr__(mesh, "devices", order_devices(whole, devices))
     object.__setattr__(mesh, "axis_names", tuple(whole))
     return mesh
 
 
 def test_tensor_stays_inside_and_stages_cross():
     mesh = mesh_over(nodes_of(8, 8), stage=8, tensor=8)
-    assert spans(mesh) == {"stage": 8, "tensor": 1}
+    assert nodes_per_axis(mesh) == {"stage": 8, "tensor": 1}
     assert sorted(d.id for d in mesh.devices.flat) == list(range(64))
 
 
 def test_an_axis_may_lie_half_across():
     mesh = mesh_over(nodes_of(2, 4, slices=True), fsdp=4, tensor=2)
-    assert spans(mesh) == {"fsdp": 2, "tensor": 1}
-    lines = table(mesh)
+    assert nodes_per_axis(mesh) == {"fsdp": 2, "tensor": 1}
+    lines = device_order_table(mesh)
     assert lines[0].split() == ["fsdp", "4", "across", "2", "nodes,", "2", "in", "each"]
     assert lines[1].split() == ["tensor", "2", "inside", "a", "node"]
 
 
 def test_tensor_that_does_not_fit_is_called_slow():
     mesh = mesh_over(nodes_of(2, 4), tensor=8)
-    assert "slow" in table(mesh)[0]
+    assert "slow" in device_order_table(mesh)[0]
 
 
 def test_nodes_of_unlike_size_keep_neighbours_together():
@@ -79,7 +79,7 @@ def test_nodes_of_unlike_size_keep_neighbours_together():
 
 
 def test_one_node_needs_no_table():
-    assert table(mesh_over(nodes_of(1, 8), fsdp=8)) == []
+    assert device_order_table(mesh_over(nodes_of(1, 8), fsdp=8)) == []
 
 
 def test_hosts_of_one_slice_of_tpus_are_one_node():
@@ -102,7 +102,7 @@ def test_hosts_of_one_slice_of_tpus_are_one_node():
 def test_nodes_are_known_without_placing_devices(count, each, sizes):
     devices = nodes_of(count, each, slices=True)
     whole = {axis: sizes.get(axis, 1) for axis in AXES}
-    assert node_numbers(whole, devices) == [node_of(d) for d in placed(whole, devices).flat]
+    assert node_numbers(whole, devices) == [node_of(d) for d in order_devices(whole, devices).flat]
 
 
 def slices_of_tpus(count, each):

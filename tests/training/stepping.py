@@ -11,6 +11,7 @@ import pytest
 from llamajax import optim, sharding
 from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from llamajax.models.llama import Compute
+from llamajax.models.pipeline import PipelineOptions
 from llamajax.training.state import Layout, TrainState, abstract_state, to_natural, to_pipeline
 from llamajax.training.step import train_step
 
@@ -108,10 +109,13 @@ def run(
     devices = jax.devices()[: int(np.prod([*sizes.values(), 1]))]
     mesh = sharding.build_mesh(MeshConfig(**sizes), devices)
     model = dataclasses.replace(MODEL, tie_embeddings=tied, num_layers=layers)
-    size = options.get("microbatch_size", 1)
+    given = {
+        name: options.pop(name) for name in ("microbatch_size", "remat_stage") & options.keys()
+    }
+    pipeline = PipelineOptions(rounds=rounds, **given)
     sharding.check_divides(
         model.dims, mesh, batch=B, accumulation=accumulation, seq_len=T, rounds=rounds,
-        microbatch_size=size,
+        microbatch_size=pipeline.microbatch_size,
     )  # fmt: skip
     optimizer = optim.build(OPTIM, steps=TRAIN.steps)
     layout = Layout(rounds=rounds, offload=offload)
@@ -120,10 +124,10 @@ def run(
     split = {"split_tokens": mesh.shape["tensor"] > 1}
     if mesh.shape["sequence"] > 1:
         split["attention"] = "split"
-    compute = dataclasses.replace(COMPUTE, **{"rounds": rounds, **split, **options})
+    compute = dataclasses.replace(COMPUTE, **{"pipeline": pipeline, **split, **options})
     config = dataclasses.replace(OPTIM, offload=offload)
     step = jitted = train_step(optimizer, config, train, compute, mesh)
-    batches, rows = [sharding.place(packed_batch(n), mesh) for n in range(steps)], []
+    batches, rows = [sharding.put_batch(packed_batch(n), mesh) for n in range(steps)], []
     if fast:
         step = jitted.lower(state, batches[0]).compile(compiler_options=FAST_COMPILE)
     for batch in batches:

@@ -15,14 +15,14 @@ import pytest
 from jax.sharding import PartitionSpec
 from stepping import B, T, assert_same, run
 
-import llamajax.models.sharded
+import llamajax.models.sharded_step
 from llamajax import sharding
 from llamajax.config.schema import MeshConfig
-from llamajax.models.order import positions
-from llamajax.models.pipeline import bubble, num_ticks, own_rows
+from llamajax.models.layer_order import pipeline_order
+from llamajax.models.pipeline import bubble, local_microbatches, num_ticks
 from llamajax.ops import attention_split
 from llamajax.ops.attention import attention
-from llamajax.ops.attention_split import all_tokens, own_tokens, pair_table
+from llamajax.ops.attention_split import all_tokens, local_tokens, pair_table
 
 AXES = ("data", "fsdp", "sequence", "tensor", "stage")
 STEPS = 5
@@ -89,16 +89,16 @@ def test_every_pipeline_takes_the_steps_of_one_device(axes, options):
 def test_the_same_without_the_check_of_varying_axes(axes, monkeypatch):
     """Kernels that cannot be checked run so: no derivative may rest on what the check inserts."""
     unchecked = frozenset({"xla", "split"})
-    monkeypatch.setattr(llamajax.models.sharded, "NEEDS_UNCHECKED", unchecked)
+    monkeypatch.setattr(llamajax.models.sharded_step, "NEEDS_UNCHECKED", unchecked)
     assert_same(run(*axes, steps=2, layers=4, loss_chunk_tokens=21), run(steps=2, layers=4))
 
 
 def test_layers_of_zeros_stay_zeros():
     _, weights, _ = run(("stage", 2), ("sequence", 2), steps=2, layers=3, accumulation=2)
     assert all(value.shape[0] == 3 for name, value in weights.items() if "blocks" in name)
-    assert positions(3, stages=2, rounds=1).tolist() == [0, 1, 2, 3]
-    assert positions(4, stages=2, rounds=2).tolist() == [0, 2, 1, 3]
-    assert positions(5, stages=2, rounds=2).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert pipeline_order(3, stages=2, rounds=1).tolist() == [0, 1, 2, 3]
+    assert pipeline_order(4, stages=2, rounds=2).tolist() == [0, 2, 1, 3]
+    assert pipeline_order(5, stages=2, rounds=2).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
 
 
 def test_bubble_of_a_pipeline():
@@ -119,16 +119,16 @@ def local_on(mesh_sizes, function, *arrays, out):
 
 def test_every_token_is_owned_once():
     x = np.arange(B * T, dtype=np.float32).reshape(B, T)
-    own = local_on({"sequence": 4}, own_tokens, x, out=PartitionSpec(None, "sequence"))
+    own = local_on({"sequence": 4}, local_tokens, x, out=PartitionSpec(None, "sequence"))
     piece = T // 8
     first = [*range(piece), *range(T - piece, T)]
     np.testing.assert_array_equal(own[:, : T // 4], x[:, first])
     assert sorted(own.reshape(-1).tolist()) == x.reshape(-1).tolist()
-    back = local_on({"sequence": 4}, lambda x: all_tokens(own_tokens(x)), x, out=PartitionSpec())
+    back = local_on({"sequence": 4}, lambda x: all_tokens(local_tokens(x)), x, out=PartitionSpec())
     np.testing.assert_array_equal(back, x)
 
     def rows(x):
-        return own_rows(x, microbatch_size=2)
+        return local_microbatches(x, microbatch_size=2)
 
     own = local_on({"stage": 4}, rows, x, out=PartitionSpec("stage"))
     np.testing.assert_array_equal(own[: B // 4], x[[0, 1, 8, 9]])
@@ -160,7 +160,7 @@ def test_split_attention_is_attention(parts, monkeypatch):
     expected = (expected, *pull(do))
 
     def split(q, k, v, do, ids):
-        own = [own_tokens(a) for a in (q, k, v, do)]
+        own = [local_tokens(a) for a in (q, k, v, do)]
         o, pull = jax.vjp(lambda *qkv: attention(*qkv, impl="split", segment_ids_BT=ids), *own[:3])
         return tuple(all_tokens(a) for a in (o, *pull(own[3])))
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from plain_batch import plain_batch
 
 from llamajax import optim, sharding
 from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, RopeScaling, TrainConfig
-from llamajax.models.llama import Compute, plain_batch
+from llamajax.models.llama import Compute
 from llamajax.training.state import init_state
 from llamajax.training.step import train_step
 
@@ -68,7 +69,7 @@ def curve(model: ModelConfig = MODEL, optimizer_config: OptimConfig = OPTIM) -> 
     tokens = np.random.RandomState(0).randint(0, model.vocab_size, (2, 4, 25))
     rows: dict[str, list] = {"loss": [], "grad_norm": []}
     for n in range(STEPS):
-        state, metrics = step(state, sharding.place(plain_batch(tokens[n % 2]), mesh))
+        state, metrics = step(state, sharding.put_batch(plain_batch(tokens[n % 2]), mesh))
         for name, values in rows.items():
             values.append(metrics[name].item())
     return rows

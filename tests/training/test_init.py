@@ -12,7 +12,7 @@ from flax import nnx
 from llamajax import optim, sharding
 from llamajax.backends.platforms import exact_options
 from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig
-from llamajax.models.weights import normal, ones
+from llamajax.models.declare import normal, ones
 from llamajax.training.state import init_state
 
 MODEL = ModelConfig(

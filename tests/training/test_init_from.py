@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import llama_cases
 import numpy as np
 import pytest
+from plain_batch import plain_batch
 
 from llamajax import data, sharding
 from llamajax.checkpoint import open_checkpoint, restore_state
@@ -17,7 +18,7 @@ from llamajax.config.schema import MeshConfig
 from llamajax.errors import UserError
 from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
-from llamajax.models.llama import Compute, plain_batch
+from llamajax.models.llama import Compute
 from llamajax.prepare import main as prepare
 from llamajax.training.origin import open_origin
 

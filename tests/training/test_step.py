@@ -96,7 +96,7 @@ def test_moments_are_fetched_behind_the_gradients_alone(host_branches, guard):
     state = drawn_state(MODEL, optimizer, mesh, layout=layout)
     config = dataclasses.replace(OPTIM, offload=True)
     step = train_step(optimizer, config, TRAIN, COMPUTE, mesh, guard)
-    jaxpr = step.trace(state, sharding.place(packed_batch(0), mesh)).jaxpr
+    jaxpr = step.trace(state, sharding.put_batch(packed_batch(0), mesh)).jaxpr
     moved = {inside: 0 for inside in (False, True)}
     for inside, name in primitives(jaxpr, inside=False):
         moved[inside] += name == "device_put"
@@ -146,7 +146,7 @@ def test_bfloat16_is_close_to_float32():
 def test_evaluation_sums_the_loss_of_the_first_step():
     mesh = sharding.build_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
     state = drawn_state(MODEL, optim.build(OPTIM, steps=10), mesh)
-    nll, count = eval_step(COMPUTE, mesh)(state.model, sharding.place(packed_batch(), mesh))
+    nll, count = eval_step(COMPUTE, mesh)(state.model, sharding.put_batch(packed_batch(), mesh))
     (first, _), _, _ = run()
     assert float(nll / count) == pytest.approx(first["loss"], rel=1e-5)
     assert float(count) == first["target_tokens"]
@@ -160,7 +160,7 @@ def test_a_batch_without_a_target_has_no_loss_and_changes_nothing():
     batch = packed_batch()
     batch["loss_mask"] = np.zeros_like(batch["loss_mask"])
     step = train_step(optimizer, OPTIM, TRAIN, COMPUTE, mesh, config)
-    state, metrics = step(state, sharding.place(batch, mesh))
+    state, metrics = step(state, sharding.put_batch(batch, mesh))
     assert np.isnan(metrics["loss"])
     assert REASONS[int(metrics["update_skipped"])] == "no token of the batch carries loss"
     after = jax.tree.map(np.asarray, (state.model, state.opt_state))

@@ -17,8 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llamajax.checkpoint import named_leaves
 from llamajax.models import replicas
 from llamajax.models.llama import Compute, Llama
-from llamajax.models.sharded import precision
-from llamajax.ops.attention import NEEDS_UNCHECKED
+from llamajax.models.sharded_step import sharded_step
 from llamajax.sharding import batch_shards
 from llamajax.training.safety.guardian import BadDevice
 from llamajax.training.session import Session
@@ -142,19 +141,14 @@ def _name(device: jax.Device) -> str:
 def _tables(model: Llama, mesh: Mesh, compute: Compute) -> Callable:
     """(model, tokens) -> digests of what each device computes and holds, axes in mesh order."""
     whole, ones = NamedSharding(mesh, _WHOLE), (1,) * len(mesh.axis_names)
-    where = jax.tree.map(lambda x: x.sharding.spec, model)
-    checked = compute.attention not in NEEDS_UNCHECKED
 
     def on_each(model: Llama, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        with precision(compute):
-            computed = replicas.computed(model, tokens_BT, compute)
-        return computed.reshape(*ones, -1), replicas.stored(model).reshape(*ones, -1)
+        computed = replicas.compute_digests(model, tokens_BT, compute)
+        return computed.reshape(*ones, -1), replicas.weight_digests(model).reshape(*ones, -1)
 
     def tables(model: Llama, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         each = PartitionSpec(*mesh.axis_names)
-        found = jax.shard_map(
-            on_each, mesh=mesh, in_specs=(where, _WHOLE), out_specs=each, check_vma=checked
-        )(model, tokens_BT)
-        return jax.sharding.reshard(found, whole)
+        run = sharded_step(on_each, mesh, model, (_WHOLE,), each, compute)
+        return jax.sharding.reshard(run(model, tokens_BT), whole)
 
     return tables

@@ -22,7 +22,7 @@ from llamajax.monitoring.blackbox import boxes, read_box
 from llamajax.monitoring.jsonl import encode_row
 from llamajax.monitoring.metrics import MEASURED
 from llamajax.prepare import main as prepare
-from llamajax.replaying.replay_step import Request, replay
+from llamajax.replaying.replay_step import ReplayOptions, replay
 from llamajax.training import run as run_module
 from llamajax.training.safety.rollback import target
 
@@ -122,7 +122,7 @@ def arrays(workdir, step):
 def asked(workdir, step, **options):
     backend = BackendConfig()
     given = {"workdir": workdir, "step": step, "box": None, "mesh": None, "backend": backend}
-    return replay(Request(**given | options))
+    return replay(ReplayOptions(**given | options))
 
 
 def test_a_skipped_update_leaves_weights_and_moments_bit_for_bit(skipping, guarded):

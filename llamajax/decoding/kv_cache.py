@@ -30,11 +30,11 @@ def empty_cache(
 ) -> KVCache:
     """One device's part of a cache of zeros: `rows` and `heads` are its own."""
     shape = (model.num_layers, rows, heads, slots, model.head_size)
-    zeros = collectives.varying(jnp.zeros(shape, dtype), ("data", "fsdp", "tensor"))
+    zeros = collectives.pcast_varying(jnp.zeros(shape, dtype), ("data", "fsdp", "tensor"))
     return KVCache(k_LBKSH=zeros, v_LBKSH=zeros)
 
 
-def written(
+def write_cache(
     cache: KVCache, k_BTKH: jax.Array, v_BTKH: jax.Array, *, layer: jax.Array, slot: jax.Array
 ) -> KVCache:
     """The cache with T tokens of a layer in the slots from `slot` on, the same for all rows."""
@@ -46,13 +46,13 @@ def written(
     return KVCache(k_LBKSH=one(cache.k_LBKSH, k_BTKH), v_LBKSH=one(cache.v_LBKSH, v_BTKH))
 
 
-def of_layer(cache: KVCache, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+def read_layer(cache: KVCache, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values (B, K, S, H) of one layer."""
     k_BKSH = jax.lax.dynamic_index_in_dim(cache.k_LBKSH, layer, keepdims=False)
     return k_BKSH, jax.lax.dynamic_index_in_dim(cache.v_LBKSH, layer, keepdims=False)
 
 
-def visible(
+def visible_slots(
     prompt_lengths_B: jax.Array, *, prompt_slots: jax.Array, slot: jax.Array, slots: int
 ) -> jax.Array:
     """Slots (B, S) that the token in `slot` may see: its row's prompt, new tokens, and itself."""

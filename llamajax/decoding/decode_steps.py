@@ -4,21 +4,19 @@ Both run in one `jax.shard_map` over all mesh axes, like a training step, on the
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
-from llamajax.decoding import cache as kv
+from llamajax.decoding import kv_cache as kv
 from llamajax.decoding.generate_options import Sampling
 from llamajax.decoding.sampling import sample
-from llamajax.models.llama import Compute, Llama
-from llamajax.models.sharded import precision
-from llamajax.ops.attention import NEEDS_UNCHECKED, attention
+from llamajax.models.llama import Block, Compute, LayerInputs, Llama
+from llamajax.models.sharded_step import sharded_step
 from llamajax.ops.attention_cached import cached_attention
-from llamajax.sharding import ACTIVATIONS, BATCH_AXES, collectives, spec, specs
+from llamajax.sharding import ACTIVATIONS, BATCH_AXES, batch_spec, collectives, spec
 
 NOTHING = -1  # in the output of a row that had stopped before
 
@@ -68,7 +66,7 @@ def prefill(
     """
 
     def local(model: Llama, tokens_BT, lengths_B, numbers_B, running_B, seed):
-        cache, logits_BV = filled(model, tokens_BT, lengths_B, compute, slots=slots)
+        cache, logits_BV = fill_cache(model, tokens_BT, lengths_B, compute, slots=slots)
         rows = Rows(
             cache=cache,
             lengths_B=lengths_B,
@@ -81,9 +79,9 @@ def prefill(
         )
         return _advanced(rows, logits_BV, sampling, stop_ids, seed)
 
-    batch, rows = spec("BT", ACTIVATIONS, mesh), spec("B", ACTIVATIONS, mesh)
-    inputs = (specs(model, mesh), batch, rows, rows, rows, PartitionSpec())
-    return jax.jit(_mapped(local, mesh, inputs, (rows_specs(mesh, sampling), rows), compute))
+    batch, rows = batch_spec(mesh), spec("B", ACTIVATIONS, mesh)
+    inputs, outputs = (batch, rows, rows, rows, PartitionSpec()), (rows_specs(mesh, sampling), rows)
+    return jax.jit(sharded_step(local, mesh, model, inputs, outputs, compute))
 
 
 def decode(
@@ -108,32 +106,28 @@ def decode(
 
         def step(carry):
             rows, tokens_BC, n, _ = carry
-            cache, logits_BV = appended(model, rows, compute)
+            cache, logits_BV = append_token(model, rows, compute)
             rows, new_B = _advanced(rows.replace(cache=cache), logits_BV, sampling, stop_ids, seed)
             tokens_BC = jax.lax.dynamic_update_slice(tokens_BC, new_B[:, None], (0, n))
             return rows, tokens_BC, n + 1, _num_running(rows)
 
         nothing_BC = jnp.full((rows.tokens_B.size, chunk), NOTHING, jnp.int32)
-        nothing_BC = collectives.varying_like(nothing_BC, rows.tokens_B)
+        nothing_BC = collectives.pcast_varying_like(nothing_BC, rows.tokens_B)
         carry = (rows, nothing_BC, jnp.int32(0), _num_running(rows))
         return jax.lax.while_loop(is_left, step, carry)[:2]
 
     rows = rows_specs(mesh, sampling)
-    inputs = (specs(model, mesh), rows, PartitionSpec(), PartitionSpec())
+    inputs = (rows, PartitionSpec(), PartitionSpec())
     outputs = (rows, PartitionSpec(*rows.tokens_B, None))
-    return jax.jit(_mapped(local, mesh, inputs, outputs, compute), donate_argnums=1)
-
-
-def _mapped(function: Callable, mesh: Mesh, inputs: Any, outputs: Any, compute: Compute):
-    check = compute.attention not in NEEDS_UNCHECKED
-    return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=check)
+    run = sharded_step(local, mesh, model, inputs, outputs, compute)
+    return jax.jit(run, donate_argnums=1)
 
 
 def _num_running(rows: Rows) -> jax.Array:
-    return collectives.total(jnp.sum(rows.running_B, dtype=jnp.int32), BATCH_AXES)
+    return collectives.psum(jnp.sum(rows.running_B, dtype=jnp.int32), BATCH_AXES)
 
 
-def filled(
+def fill_cache(
     model: Llama, tokens_BT: jax.Array, lengths_B: jax.Array, compute: Compute, *, slots: int
 ) -> tuple[kv.KVCache, jax.Array]:
     """A cache of `slots` slots with these prompts in it, and the logits (B, V) after each."""
@@ -141,32 +135,38 @@ def filled(
     heads = model.blocks.attention.key.get_value().shape[2]
     cache = kv.empty_cache(model.config, rows=B, heads=heads, slots=slots, dtype=compute.dtype)
 
-    def attend(q, k, v, cache, layer):
-        cache = kv.written(cache, k, v, layer=layer, slot=jnp.int32(0))
-        return attention(q, k, v, impl=compute.attention, segment_ids_BT=None), cache
+    def visit(block: Block, x_BTD, cache: kv.KVCache, inputs: LayerInputs):
+        def attend(q, k, v):
+            filled = kv.write_cache(cache, k, v, layer=inputs.number, slot=jnp.int32(0))
+            return inputs.attend(q, k, v)[0], filled
+
+        return *block(x_BTD, inputs, attend), None
 
     positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-    with precision(compute):
-        batch = {"tokens": tokens_BT, "positions": positions_BT}
-        x_BTD, cache = model.attended(batch, compute, attend, cache)
-        x_BD = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
-        return cache, model.next_logits(x_BD, compute)
+    batch = {"tokens": tokens_BT, "positions": positions_BT}
+    x_BTD, cache, _ = model.forward(batch, compute, visit, cache)
+    x_BD = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
+    return cache, model.next_logits(x_BD, compute)
 
 
-def appended(model: Llama, rows: Rows, compute: Compute) -> tuple[kv.KVCache, jax.Array]:
+def append_token(model: Llama, rows: Rows, compute: Compute) -> tuple[kv.KVCache, jax.Array]:
     """The cache with the newest token of each row in it, and the logits (B, V) after it."""
     newest = rows.count - 1  # counted from 0
     slot, slots = rows.prompt_slots + newest, rows.cache.k_LBKSH.shape[3]
-    allowed_BS = kv.visible(rows.lengths_B, prompt_slots=rows.prompt_slots, slot=slot, slots=slots)
+    allowed_BS = kv.visible_slots(
+        rows.lengths_B, prompt_slots=rows.prompt_slots, slot=slot, slots=slots
+    )
 
-    def attend(q, k, v, cache, layer):
-        cache = kv.written(cache, k, v, layer=layer, slot=slot)
-        return cached_attention(q, *kv.of_layer(cache, layer), allowed_BS), cache
+    def visit(block: Block, x_BTD, cache: kv.KVCache, inputs: LayerInputs):
+        def attend(q, k, v):
+            longer = kv.write_cache(cache, k, v, layer=inputs.number, slot=slot)
+            return cached_attention(q, *kv.read_layer(longer, inputs.number), allowed_BS), longer
 
-    with precision(compute):
-        batch = {"tokens": rows.tokens_B[:, None], "positions": (rows.lengths_B + newest)[:, None]}
-        x_BTD, cache = model.attended(batch, compute, attend, rows.cache)
-        return cache, model.next_logits(x_BTD[:, 0], compute)
+        return *block(x_BTD, inputs, attend), None
+
+    batch = {"tokens": rows.tokens_B[:, None], "positions": (rows.lengths_B + newest)[:, None]}
+    x_BTD, cache, _ = model.forward(batch, compute, visit, rows.cache)
+    return cache, model.next_logits(x_BTD[:, 0], compute)
 
 
 def _advanced(
@@ -182,7 +182,7 @@ def _advanced(
         seen_BV=rows.seen_BV,
     )
     # the same on every device along `tensor` already; this says so
-    tokens_B = collectives.largest(tokens_B, "tensor")
+    tokens_B = collectives.pmax(tokens_B, "tensor")
     seen_BV = rows.seen_BV
     if seen_BV is not None:
         ids = jnp.arange(seen_BV.shape[1], dtype=jnp.int32)
@@ -198,5 +198,5 @@ def _seen(tokens_BT: jax.Array, lengths_B: jax.Array, size: int) -> jax.Array:
     B, T = tokens_BT.shape
     is_prompt_BT = jnp.arange(T, dtype=jnp.int32)[None, :] < lengths_B[:, None]
     ids_BT = jnp.where(is_prompt_BT, tokens_BT, size)  # beyond the last: dropped
-    seen_BV = collectives.varying_like(jnp.zeros((B, size), bool), tokens_BT)
+    seen_BV = collectives.pcast_varying_like(jnp.zeros((B, size), bool), tokens_BT)
     return seen_BV.at[jnp.arange(B)[:, None], ids_BT].set(True, mode="drop")

@@ -9,7 +9,7 @@ import numpy as np
 from llamajax.corpus.input_files import format_of, read_text
 from llamajax.data import Tokenizer, load_tokenizer
 from llamajax.errors import UserError
-from llamajax.evaluation.evaluate_options import Request
+from llamajax.evaluation.evaluate_options import EvaluateOptions
 from llamajax.evaluation.scoring import Rows
 from llamajax.evaluation.windows import WindowRows, non_overlapping, separate, sliding_window
 from llamajax.formats.weights import Weights
@@ -35,13 +35,13 @@ class Source:
     shape: tuple[int, int] | None = None
 
 
-def open_source(request: Request, weights: Weights) -> Source:
+def open_source(request: EvaluateOptions, weights: Weights) -> Source:
     """The rows that the request names. Raises UserError."""
     opened = {"data": _prepared, "text": _text, "token_ids": _token_ids}
     return opened[request.source](request, weights)
 
 
-def _prepared(request: Request, weights: Weights) -> Source:
+def _prepared(request: EvaluateOptions, weights: Weights) -> Source:
     from llamajax.evaluation.packed import PackedRows  # grain takes two seconds to import
 
     path, split = Path(request.data), request.split or "validation"
@@ -67,7 +67,7 @@ def _prepared(request: Request, weights: Weights) -> Source:
     return Source(rows=rows, protocol="packed", seq_len=seq_len, num_bytes=rows.text_bytes)
 
 
-def _text(request: Request, weights: Weights) -> Source:
+def _text(request: EvaluateOptions, weights: Weights) -> Source:
     path, protocol = Path(request.text), request.protocol or "non_overlapping"
     if format_of(path) in (".jsonl", ".parquet"):
         raise UserError(
@@ -95,7 +95,7 @@ def _text(request: Request, weights: Weights) -> Source:
     )
 
 
-def _token_ids(request: Request, weights: Weights) -> Source:
+def _token_ids(request: EvaluateOptions, weights: Weights) -> Source:
     name, model = f"--token_ids={request.token_ids}", weights.model
     array = _npy(Path(request.token_ids), name)
     if array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer):
@@ -138,7 +138,7 @@ def _npy(path: Path, name: str) -> np.ndarray:
         ) from None
 
 
-def _seq_len(request: Request, weights: Weights, *, default: int | None) -> int:
+def _seq_len(request: EvaluateOptions, weights: Weights, *, default: int | None) -> int:
     longest = weights.model.max_seq_len
     seq_len = request.seq_len or default or min(longest, _DEFAULT_MAX_SEQ_LEN)
     if seq_len > longest:
@@ -148,7 +148,7 @@ def _seq_len(request: Request, weights: Weights, *, default: int | None) -> int:
     return seq_len
 
 
-def _stride(request: Request, seq_len: int) -> int:
+def _stride(request: EvaluateOptions, seq_len: int) -> int:
     stride = request.stride or max(1, seq_len // 2)
     if stride >= seq_len:
         raise UserError(
