@@ -84,9 +84,7 @@ class LayerInputs:
     cos_sin: tuple[jax.Array, jax.Array]  # of the rotary angles, float32 (B, T, H / 2)
     segment_ids_BS: jax.Array | None
     dropout_keys_BT: jax.Array | None
-    number: jax.Array | None = (
-        None  # of the layer, int32 scalar; set by `walk_layers`
-    )
+    number: jax.Array | None = None  # of the layer, int32 scalar; set by `walk_layers`
 
     def attend(self, q_BTNH, k_BTKH, v_BTKH) -> tuple[jax.Array, None]:
         """Causal attention inside each document, (B, T, N, H), and nothing besides."""
