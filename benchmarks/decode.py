@@ -11,6 +11,7 @@ same with a random model of the same sizes, alternating with ours.
 
 import argparse
 import datetime
+import functools
 import resource
 import statistics
 import time
@@ -59,15 +60,16 @@ def ours(config: ModelConfig, mesh: Any, machine: Any, dtype: str, flags: argpar
     """The engine with a random model, and a function that generates once."""
     import jax.numpy as jnp
 
-    from llamajax.decoding.engine import Engine, attention_chooser
+    from llamajax.decoding.engine import Engine
     from llamajax.decoding.generate_options import Sampling
     from llamajax.decoding.prompts import Prompt
+    from llamajax.ops.attention import best_attention
 
     engine = Engine(
         random_model(config, mesh, jnp.dtype(dtype), seed=flags.seed),
         mesh,
         dtype=jnp.dtype(dtype),
-        attention=attention_chooser(machine, config, dtype),
+        attention=functools.partial(best_attention, machine, dtype, config.head_size),
         sampling=Sampling(temperature=0.0),
         stop_ids=(),
     )
@@ -184,7 +186,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     from llamajax import backends, sharding
-    from llamajax.decoding.generator import default_dtype, default_mesh
+    from llamajax.decoding.generator import default_mesh
     from llamajax.models.counts import num_parameters
 
     machine = backends.start(backend_config(flags))
@@ -192,7 +194,7 @@ def main(argv: list[str]) -> None:
     mesh_wanted = mesh_config(flags.mesh, rest="tensor") if flags.mesh else chosen
     mesh = sharding.build_mesh(mesh_wanted, jax.devices())
     sharding.check_divides(config.dims, mesh, batch=sharding.batch_shards(mesh), accumulation=1)
-    dtype = flags.dtype or default_dtype(machine)
+    dtype = flags.dtype or backends.default_dtype(machine.platform)
     engine, generate = ours(config, mesh, machine, dtype, flags)
     reference = theirs(config, dtype, flags) if flags.transformers else None
     generate(), reference and reference()  # compiles; touches all memory once

@@ -103,13 +103,13 @@ def main(argv: list[str]) -> int:
     asked = parse_weights_command(
         argv, verb="evaluate", flags=_FLAGS, summary=SUMMARY, example=EXAMPLE
     )
-    request = EvaluateOptions(**asked)
-    check_options(request)
+    options = EvaluateOptions(**asked)
+    check_options(options)
     # JAX takes seconds to import: --help and mistakes are answered without it.
     from llamajax.evaluation.evaluator import evaluate
     from llamajax.monitoring.jsonl import encode_row
 
-    print(encode_row(evaluate(request)), flush=True)
+    print(encode_row(evaluate(options)), flush=True)
     return 0
 
 

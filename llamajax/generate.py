@@ -125,26 +125,26 @@ def main(argv: list[str]) -> int:
         argv, verb="generate", flags=_FLAGS, summary=SUMMARY, example=EXAMPLE
     )
     sampling = Sampling(**{name: asked.pop(name) for name in _SAMPLING})
-    request = GenerateOptions(sampling=sampling, **asked)
-    check_options(request)
+    options = GenerateOptions(sampling=sampling, **asked)
+    check_options(options)
     # JAX takes seconds to import: --help and mistakes are answered without it.
     from llamajax.decoding.generator import open_generator
     from llamajax.decoding.printed_texts import converse, write_json, write_text
 
-    session, code = open_generator(request), 0
+    generator, code = open_generator(options), 0
     try:
-        if request.interactive:
-            converse(session, sys.stdin, sys.stdout)
-        for n, prompts in enumerate(session.batches()):
-            if request.json:
-                write_json(session, prompts, sys.stdout)
+        if options.interactive:
+            converse(generator, sys.stdin, sys.stdout)
+        for n, prompts in enumerate(generator.batches()):
+            if options.json:
+                write_json(generator, prompts, sys.stdout)
             else:
                 sys.stdout.write("\n" * (n > 0))
-                write_text(session, prompts, sys.stdout, with_prompt=True)
+                write_text(generator, prompts, sys.stdout, with_prompt=True)
     except SystemExit as interrupted:
         code = interrupted.code
-    if session.engine.times.batches:
-        say(session.summary())
+    if generator.engine.times.batches:
+        say(generator.summary())
     return code
 
 

@@ -1,7 +1,4 @@
-"""The two programs of decoding: a batch of prompts into the cache, and new tokens one by one.
-
-Both run in one `jax.shard_map` over all mesh axes, like a training step, on the same model.
-"""
+"""The two compiled programs of decoding: prompts into the cache, and new tokens one by one."""
 
 from collections.abc import Callable
 
@@ -27,10 +24,10 @@ class Rows:
 
     cache: kv.KVCache
     lengths_B: jax.Array  # int32, tokens of the prompt
-    numbers_B: jax.Array  # int32, which prompt of the session: what the random bits depend on
+    numbers_B: jax.Array  # int32, number of the prompt: the random bits depend on it
     tokens_B: jax.Array  # int32, the newest token, not in the cache yet
     running_B: jax.Array  # bool, whether no stop token came
-    seen_BV: jax.Array | None  # bool, tokens of prompt and output; where they are penalised
+    seen_BV: jax.Array | None  # bool, tokens of prompt and output; for the repetition penalty
     count: jax.Array  # int32 scalar
     prompt_slots: jax.Array  # int32 scalar
 
@@ -44,7 +41,7 @@ def rows_specs(mesh: Mesh, sampling: Sampling) -> Rows:
         numbers_B=rows,
         tokens_B=rows,
         running_B=rows,
-        seen_BV=PartitionSpec(*rows, None) if sampling.penalises else None,
+        seen_BV=PartitionSpec(*rows, None) if sampling.penalizes else None,
         count=PartitionSpec(),
         prompt_slots=PartitionSpec(),
     )
@@ -62,7 +59,7 @@ def prefill(
     """Jitted (model, tokens (B, T), lengths, numbers, running (B,), seed) -> rows, tokens (B,).
 
     `tokens` holds prompts padded on the right; `running` is false for rows that are no prompt. The
-    cache has `slots` slots. What comes out is the first new token of each row.
+    cache has `slots` slots. The tokens returned are the first new one of each row.
     """
 
     def local(model: Llama, tokens_BT, lengths_B, numbers_B, running_B, seed):
@@ -73,14 +70,15 @@ def prefill(
             numbers_B=numbers_B,
             tokens_B=lengths_B,  # replaced by the first new token
             running_B=running_B,
-            seen_BV=_seen(tokens_BT, lengths_B, logits_BV.shape[1]) if sampling.penalises else None,
+            seen_BV=_seen(tokens_BT, lengths_B, logits_BV.shape[1]) if sampling.penalizes else None,
             count=jnp.int32(0),
             prompt_slots=jnp.int32(tokens_BT.shape[1]),
         )
-        return _advanced(rows, logits_BV, sampling, stop_ids, seed)
+        return _next_token(rows, logits_BV, sampling, stop_ids, seed)
 
-    batch, rows = batch_spec(mesh), spec("B", ACTIVATIONS, mesh)
-    inputs, outputs = (batch, rows, rows, rows, PartitionSpec()), (rows_specs(mesh, sampling), rows)
+    per_row = spec("B", ACTIVATIONS, mesh)
+    inputs = (batch_spec(mesh), per_row, per_row, per_row, PartitionSpec())
+    outputs = (rows_specs(mesh, sampling), per_row)
     return jax.jit(sharded_step(local, mesh, model, inputs, outputs, compute))
 
 
@@ -95,9 +93,12 @@ def decode(
 ) -> Callable[..., tuple[Rows, jax.Array]]:
     """Jitted (model, rows, seed, steps) -> rows, tokens (B, chunk); rows are donated.
 
-    Appends up to `steps` <= `chunk` tokens to each row on the device, without the host in between;
-    it ends early when every row has stopped. Where nothing was appended stands NOTHING.
+    Appends up to `steps` <= `chunk` tokens to each row on the device, without the host in between,
+    and ends early when every row has stopped. The rest of `tokens` is NOTHING.
     """
+
+    def num_running(rows: Rows) -> jax.Array:
+        return collectives.psum(jnp.sum(rows.running_B, dtype=jnp.int32), BATCH_AXES)
 
     def local(model: Llama, rows: Rows, seed, steps):
         def is_left(carry):
@@ -107,33 +108,30 @@ def decode(
         def step(carry):
             rows, tokens_BC, n, _ = carry
             cache, logits_BV = append_token(model, rows, compute)
-            rows, new_B = _advanced(rows.replace(cache=cache), logits_BV, sampling, stop_ids, seed)
+            rows = rows.replace(cache=cache)
+            rows, new_B = _next_token(rows, logits_BV, sampling, stop_ids, seed)
             tokens_BC = jax.lax.dynamic_update_slice(tokens_BC, new_B[:, None], (0, n))
-            return rows, tokens_BC, n + 1, _num_running(rows)
+            return rows, tokens_BC, n + 1, num_running(rows)
 
         nothing_BC = jnp.full((rows.tokens_B.size, chunk), NOTHING, jnp.int32)
         nothing_BC = collectives.pcast_varying_like(nothing_BC, rows.tokens_B)
-        carry = (rows, nothing_BC, jnp.int32(0), _num_running(rows))
+        carry = (rows, nothing_BC, jnp.int32(0), num_running(rows))
         return jax.lax.while_loop(is_left, step, carry)[:2]
 
     rows = rows_specs(mesh, sampling)
     inputs = (rows, PartitionSpec(), PartitionSpec())
     outputs = (rows, PartitionSpec(*rows.tokens_B, None))
-    run = sharded_step(local, mesh, model, inputs, outputs, compute)
-    return jax.jit(run, donate_argnums=1)
-
-
-def _num_running(rows: Rows) -> jax.Array:
-    return collectives.psum(jnp.sum(rows.running_B, dtype=jnp.int32), BATCH_AXES)
+    return jax.jit(sharded_step(local, mesh, model, inputs, outputs, compute), donate_argnums=1)
 
 
 def fill_cache(
     model: Llama, tokens_BT: jax.Array, lengths_B: jax.Array, compute: Compute, *, slots: int
 ) -> tuple[kv.KVCache, jax.Array]:
-    """A cache of `slots` slots with these prompts in it, and the logits (B, V) after each."""
-    B, T = tokens_BT.shape
-    heads = model.blocks.attention.key.get_value().shape[2]
-    cache = kv.empty_cache(model.config, rows=B, heads=heads, slots=slots, dtype=compute.dtype)
+    """Return a cache of `slots` slots with these prompts in it, and the logits (B, V) after."""
+    c, (B, T) = model.config, tokens_BT.shape
+    kv_heads = model.blocks.attention.key.get_value().shape[2]  # of this device
+    zeros = jnp.zeros((c.num_layers, B, kv_heads, slots, c.head_size), compute.dtype)
+    zeros = collectives.pcast_varying(zeros, ("data", "fsdp", "tensor"))
 
     def visit(block: Block, x_BTD, cache: kv.KVCache, inputs: LayerInputs):
         def attend(q, k, v):
@@ -144,13 +142,13 @@ def fill_cache(
 
     positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     batch = {"tokens": tokens_BT, "positions": positions_BT}
-    x_BTD, cache, _ = model.forward(batch, compute, visit, cache)
+    x_BTD, cache, _ = model.forward(batch, compute, visit, kv.KVCache(k_LBKSH=zeros, v_LBKSH=zeros))
     x_BD = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
     return cache, model.next_logits(x_BD, compute)
 
 
 def append_token(model: Llama, rows: Rows, compute: Compute) -> tuple[kv.KVCache, jax.Array]:
-    """The cache with the newest token of each row in it, and the logits (B, V) after it."""
+    """Return the cache with the newest token of each row in it, and the logits (B, V) after it."""
     newest = rows.count - 1  # counted from 0
     slot, slots = rows.prompt_slots + newest, rows.cache.k_LBKSH.shape[3]
     allowed_BS = kv.visible_slots(
@@ -169,10 +167,10 @@ def append_token(model: Llama, rows: Rows, compute: Compute) -> tuple[kv.KVCache
     return cache, model.next_logits(x_BTD[:, 0], compute)
 
 
-def _advanced(
+def _next_token(
     rows: Rows, logits_BV: jax.Array, sampling: Sampling, stop_ids: tuple[int, ...], seed
 ) -> tuple[Rows, jax.Array]:
-    """Rows with one more token, and that token; NOTHING for rows that had stopped before."""
+    """Return rows with one more token, and that token; NOTHING for rows that had stopped before."""
     tokens_B = sample(
         logits_BV,
         sampling,
@@ -181,7 +179,7 @@ def _advanced(
         index=rows.count,
         seen_BV=rows.seen_BV,
     )
-    # the same on every device along `tensor` already; this says so
+    # the same on every device along `tensor` already; this tells JAX so
     tokens_B = collectives.pmax(tokens_B, "tensor")
     seen_BV = rows.seen_BV
     if seen_BV is not None:
@@ -194,7 +192,7 @@ def _advanced(
 
 
 def _seen(tokens_BT: jax.Array, lengths_B: jax.Array, size: int) -> jax.Array:
-    """Which of `size` tokens stand in each prompt, bool (B, V)."""
+    """Which of `size` tokens are in each prompt, bool (B, V)."""
     B, T = tokens_BT.shape
     is_prompt_BT = jnp.arange(T, dtype=jnp.int32)[None, :] < lengths_B[:, None]
     ids_BT = jnp.where(is_prompt_BT, tokens_BT, size)  # beyond the last: dropped

@@ -1,4 +1,4 @@
-"""What was asked for, checked as far as that needs neither a model nor a machine. Free of jax."""
+"""The options of `generate`, checked as far as that needs no model and no machine. Free of jax."""
 
 import dataclasses
 import math
@@ -20,14 +20,14 @@ class Sampling:
     repetition_penalty: float = 1.0  # of tokens in the prompt or the output; 1: none
 
     @property
-    def penalises(self) -> bool:
-        """Whether the tokens seen so far matter."""
+    def penalizes(self) -> bool:
+        """Whether the tokens seen so far change the probabilities."""
         return self.repetition_penalty != 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """One session of `generate`; the names are those of the flags, None where none was given."""
+    """The flags of `generate` by name, None where one was not given."""
 
     checkpoint: str
     backend: BackendConfig
@@ -38,7 +38,7 @@ class GenerateOptions:
     prompts_file: str | None = None
     prompt_ids: tuple[int, ...] | None = None
     interactive: bool = False
-    chat_template: str = "none"  # whose user says the prompt
+    chat_template: str = "none"  # the prompt is the user's message of such a chat
     max_new_tokens: int | None = None
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -48,35 +48,35 @@ class GenerateOptions:
 
     @property
     def streams(self) -> bool:
-        """Whether a person watches the text come."""
+        """Whether text is printed as it comes."""
         return not self.json and self.prompts_file is None
 
 
-def check_options(request: GenerateOptions) -> None:
+def check_options(options: GenerateOptions) -> None:
     """Raise one UserError with every flag that is missing, out of range or contradicts another."""
-    given = [f"--{name}" for name in SOURCES if getattr(request, name) not in (None, False)]
+    given = [f"--{name}" for name in SOURCES if getattr(options, name) not in (None, False)]
     problems = []
     if len(given) != 1:
         problems.append(
             f"{' and '.join(given) or 'no prompt'} given: name exactly one of --prompt=TEXT, "
             "--prompts_file=F, --prompt_ids=1,2,3 and --interactive"
         )
-    if request.prompt_ids == ():
+    if options.prompt_ids == ():
         problems.append("--prompt_ids is empty: name at least one token id; none is added to them")
-    if request.prompt_ids is not None and request.chat_template != "none":
+    if options.prompt_ids is not None and options.chat_template != "none":
         problems.append("--chat_template is for texts: --prompt_ids are taken as they are")
-    if request.prompts_file is not None:
-        file = Path(request.prompts_file)
+    if options.prompts_file is not None:
+        file = Path(options.prompts_file)
         if not file.exists() or file.is_dir():
             what = "is a directory" if file.is_dir() else "there is no such file"
-            problems.append(f"--prompts_file={request.prompts_file}: {what}")
+            problems.append(f"--prompts_file={options.prompts_file}: {what}")
     for name in ("max_new_tokens", "batch_size"):
-        value = getattr(request, name)
+        value = getattr(options, name)
         if value is not None and value < 1:
             problems.append(f"--{name}={value}: must be at least 1")
-    if not 0 <= request.seed < 2**32:
-        problems.append(f"--seed={request.seed}: must be at least 0 and below 2**32")
-    problems += _sampling_problems(request.sampling)
+    if not 0 <= options.seed < 2**32:
+        problems.append(f"--seed={options.seed}: must be at least 0 and below 2**32")
+    problems += _sampling_problems(options.sampling)
     if problems:
         raise combine(problems, title="nothing can be generated like this:")
 

@@ -1,16 +1,13 @@
-"""The cache of keys and values, and the shapes that a session's programs are compiled for.
+"""The cache of keys and values, and the shapes that decoding programs are compiled for.
 
-Prompts are padded on the right to a common number of slots; the tokens that follow go, for all rows
-alike, into the slots after those. A slot is therefore no position: keys are rotated by their own
-row's positions before they are stored, and `visible` leaves out the padding in between.
+Prompts are padded on the right to a common number of slots. The tokens that follow go into the
+slots after those, the same slot for all rows. A slot is therefore no position: keys are rotated by
+the positions of their own row before they are stored, and `visible_slots` leaves out the padding.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-
-from llamajax.config.schema import ModelConfig
-from llamajax.sharding import collectives
 
 LETTERS = "LBKSH"
 
@@ -25,29 +22,20 @@ class KVCache:
     v_LBKSH: jax.Array
 
 
-def empty_cache(
-    model: ModelConfig, *, rows: int, heads: int, slots: int, dtype: jnp.dtype
-) -> KVCache:
-    """One device's part of a cache of zeros: `rows` and `heads` are its own."""
-    shape = (model.num_layers, rows, heads, slots, model.head_size)
-    zeros = collectives.pcast_varying(jnp.zeros(shape, dtype), ("data", "fsdp", "tensor"))
-    return KVCache(k_LBKSH=zeros, v_LBKSH=zeros)
-
-
 def write_cache(
     cache: KVCache, k_BTKH: jax.Array, v_BTKH: jax.Array, *, layer: jax.Array, slot: jax.Array
 ) -> KVCache:
-    """The cache with T tokens of a layer in the slots from `slot` on, the same for all rows."""
+    """Write T tokens of a layer into the slots from `slot` on, the same for all rows."""
 
-    def one(all_LBKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+    def write(all_LBKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
         new_LBKSH = jnp.swapaxes(new_BTKH, 1, 2)[None].astype(all_LBKSH.dtype)
         return jax.lax.dynamic_update_slice(all_LBKSH, new_LBKSH, (layer, 0, 0, slot, 0))
 
-    return KVCache(k_LBKSH=one(cache.k_LBKSH, k_BTKH), v_LBKSH=one(cache.v_LBKSH, v_BTKH))
+    return KVCache(k_LBKSH=write(cache.k_LBKSH, k_BTKH), v_LBKSH=write(cache.v_LBKSH, v_BTKH))
 
 
 def read_layer(cache: KVCache, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values (B, K, S, H) of one layer."""
+    """Read the keys and values (B, K, S, H) of one layer."""
     k_BKSH = jax.lax.dynamic_index_in_dim(cache.k_LBKSH, layer, keepdims=False)
     return k_BKSH, jax.lax.dynamic_index_in_dim(cache.v_LBKSH, layer, keepdims=False)
 
@@ -62,16 +50,11 @@ def visible_slots(
 
 
 def bucket(count: int, *, least: int = 1) -> int:
-    """The power of two that is at least `count` and `least`."""
+    """The smallest power of two that is at least `count` and `least`."""
     return max(least, 1 << max(count - 1, 0).bit_length())
 
 
 def prompt_slots(longest: int, *, max_seq_len: int) -> int:
     """Slots for prompts of up to `longest` tokens: a power of two, or the whole context."""
-    context = -(-max_seq_len // 128) * 128  # what the fused kernels want
+    context = -(-max_seq_len // 128) * 128  # fused kernels need multiples of 128
     return min(bucket(longest, least=LEAST_SLOTS), context)
-
-
-def new_slots(max_new_tokens: int) -> int:
-    """Slots for the tokens that follow."""
-    return bucket(max_new_tokens, least=LEAST_SLOTS)

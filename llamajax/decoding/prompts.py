@@ -1,5 +1,6 @@
-"""From texts, files and ids to prompts that the model can take; wrong ones are refused here."""
+"""Prompts for the model from texts, files and ids; those that it cannot continue are refused."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ _SHOWN = 10
 
 
 class Prompt(NamedTuple):
-    """Token ids, the number that the random bits of its new tokens depend on, and their limit."""
+    """Token ids and the limit of new ones; the random bits of those depend on `number`."""
 
     number: int
     ids: Sequence[int]
@@ -29,23 +30,23 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(
-    request: GenerateOptions, model: ModelConfig, tokenizer: Tokenizer | None
+    options: GenerateOptions, model: ModelConfig, tokenizer: Tokenizer | None
 ) -> list[Prompt]:
-    """The prompts that the flags give, numbered from 0. Raises one UserError for all problems."""
-    if request.prompt_ids is not None:
-        named = [("--prompt_ids", list(request.prompt_ids))]
-    elif request.prompt is not None:
-        named = [("--prompt", text_ids(request.prompt, tokenizer, request.chat_template))]
+    """Return the prompts that the flags give, numbered from 0. One UserError for all problems."""
+    if options.prompt_ids is not None:
+        named = [("--prompt_ids", list(options.prompt_ids))]
+    elif options.prompt is not None:
+        named = [("--prompt", text_ids(options.prompt, tokenizer, options.chat_template))]
     else:
-        texts = list(_file_texts(Path(request.prompts_file)))
+        texts = list(_file_texts(Path(options.prompts_file)))
         if not texts:
-            raise UserError(f"--prompts_file={request.prompts_file}: holds no prompt")
-        template = request.chat_template
-        named = [(place, text_ids(text, tokenizer, template)) for place, text in texts]
+            raise UserError(f"--prompts_file={options.prompts_file}: holds no prompt")
+        template = options.chat_template
+        named = [(name, text_ids(text, tokenizer, template)) for name, text in texts]
     prompts, problems = [], []
     for number, (name, ids) in enumerate(named):
         try:
-            prompts.append(as_prompt(ids, model, request.max_new_tokens, number=number, name=name))
+            prompts.append(as_prompt(ids, model, options.max_new_tokens, number=number, name=name))
         except UserError as error:
             problems.append(str(error))
     if len(problems) == 1:
@@ -72,7 +73,7 @@ def text_ids(text: str, tokenizer: Tokenizer | None, chat_template: str) -> list
 def as_prompt(
     ids: Sequence[int], model: ModelConfig, max_new_tokens: int | None, *, number: int, name: str
 ) -> Prompt:
-    """A prompt that the model has room for; `name` says in messages where it came from."""
+    """Check that the model has room for a prompt; `name` says in messages where it came from."""
     if wrong := [i for i in ids if not 0 <= i < model.vocab_size]:
         raise UserError(
             f"{name}: token id {wrong[0]} is outside the model's vocabulary, "
@@ -95,36 +96,30 @@ def as_prompt(
 
 
 def eos_ids(path: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """The tokens that end a text: those that the model's directory states, else the tokenizer's;
-    none without either."""
+    """The tokens that end a text, by the model's directory, else by the tokenizer."""
     return model_ids(path)[1] or (() if tokenizer is None else tokenizer.stop_ids)
 
 
 def _file_texts(file: Path) -> Iterator[tuple[str, str]]:
-    """Place and text of each prompt of a file: JSON lines with `prompt`, or a prompt a line."""
+    """Yield name and text of each prompt of a file: JSON lines with `prompt`, or one a line."""
     try:
         with file.open("rb") as raw:
             lines = list(numbered_lines(file, decompressed(file, raw)))
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
-    is_json = ".jsonl" in file.suffixes or bool(lines and _is_json(lines[0][1]))
+    is_json = ".jsonl" in file.suffixes
+    if lines and not is_json:
+        with contextlib.suppress(UserError):
+            is_json = "prompt" in json_object(lines[0][1])
     for number, line in lines:
-        place = f"{file}:{number}"
-        yield place, _json_prompt(place, line) if is_json else line.rstrip("\r\n")
-
-
-def _is_json(line: str) -> bool:
-    try:
-        return "prompt" in json_object(line)
-    except UserError:
-        return False
-
-
-def _json_prompt(place: str, line: str) -> str:
-    try:
-        value = json_object(line).get("prompt")
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
-    if not isinstance(value, str):
-        raise UserError(f'{place}: no text under "prompt" in this object')
-    return value
+        name = f"{file}:{number}"
+        if not is_json:
+            yield name, line.rstrip("\r\n")
+            continue
+        try:
+            value = json_object(line).get("prompt")
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        if not isinstance(value, str):
+            raise UserError(f'{name}: no text under "prompt" in this object')
+        yield name, value

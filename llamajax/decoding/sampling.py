@@ -1,4 +1,4 @@
-"""From logits to the next token of each row. Everything in float32, each row by itself.
+"""Sampling of the next token of each row, from float32 logits.
 
 The steps and their order are those of transformers: repetition penalty, temperature, top-k, top-p.
 """
@@ -18,13 +18,13 @@ def sample(
     index: jax.Array,
     seen_BV: jax.Array | None,
 ) -> jax.Array:
-    """Token ids (B,), int32, drawn from float32 logits; the lowest of equally probable ones.
+    """Draw token ids (B,), int32, from float32 logits; at temperature 0 the lowest of equals.
 
-    The random bits of a row are a function of `seed`, of the number of its prompt and of the
-    `index` of the new token alone: not of the mesh, nor of the rows beside it.
-    `seen_BV`: the tokens of prompt and output, where the repetition penalty wants them.
+    The random bits of a row are a function of `seed`, the number of its prompt and the `index` of
+    the new token: not of the mesh, nor of other rows. `seen_BV`: the tokens of prompt and output,
+    for the repetition penalty.
     """
-    if sampling.penalises:
+    if sampling.penalizes:
         logits_BV = penalize(logits_BV, seen_BV, sampling.repetition_penalty)
     if sampling.temperature:
         logits_BV = keep_top(scale(logits_BV, sampling.temperature), sampling)
@@ -33,18 +33,18 @@ def sample(
 
 
 def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
-    """Seen tokens made less probable (Keskar et al. 2019, arXiv:1909.05858), for either sign."""
+    """Make seen tokens less probable, for either sign (Keskar et al. 2019, arXiv:1909.05858)."""
     changed_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return jnp.where(seen_BV, changed_BV, logits_BV)
 
 
 def scale(logits_BV: jax.Array, temperature: float) -> jax.Array:
-    """Logits over temperature, the largest 0, so that no small temperature overflows."""
+    """Divide logits by the temperature; the largest becomes 0, so that none overflows."""
     return (logits_BV - jnp.max(logits_BV, axis=1, keepdims=True)) / temperature
 
 
 def keep_top(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits with -inf for what top-k and then top-p (of what top-k left) leave out.
+    """Set logits to -inf that top-k, or top-p of what top-k left, leaves out.
 
     Tokens as probable as the last one kept are kept, too.
     """
@@ -68,7 +68,7 @@ def _gumbel(seed: jax.Array, numbers_B: jax.Array, index: jax.Array, size: int) 
     key = jax.random.key(seed, impl="threefry2x32")
 
     def one(number: jax.Array) -> jax.Array:
-        own = jax.random.fold_in(jax.random.fold_in(key, number), index)
-        return jax.random.gumbel(own, (size,), jnp.float32)
+        row_key = jax.random.fold_in(jax.random.fold_in(key, number), index)
+        return jax.random.gumbel(row_key, (size,), jnp.float32)
 
     return jax.vmap(one)(numbers_B)

@@ -1,4 +1,4 @@
-"""What was asked for, checked as far as that needs neither a model nor a machine. Free of jax."""
+"""The options of `evaluate`, checked as far as that needs no model and no machine. Free of jax."""
 
 import dataclasses
 import tempfile
@@ -14,7 +14,7 @@ SOURCES = ("data", "text", "token_ids")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """One evaluation; the names are those of the flags, None where a flag was not given."""
+    """The flags of `evaluate` by name, None where one was not given."""
 
     checkpoint: str
     backend: BackendConfig
@@ -37,9 +37,9 @@ class EvaluateOptions:
         return next(name for name in SOURCES if getattr(self, name) is not None)
 
 
-def check_options(request: EvaluateOptions) -> None:
+def check_options(options: EvaluateOptions) -> None:
     """Raise one UserError with every flag that is missing, out of range or of another source."""
-    given = [f"--{name}" for name in SOURCES if getattr(request, name) is not None]
+    given = [f"--{name}" for name in SOURCES if getattr(options, name) is not None]
     problems = []
     if len(given) != 1:
         problems.append(
@@ -47,28 +47,29 @@ def check_options(request: EvaluateOptions) -> None:
             "--text=FILE and --token_ids=FILE.npy"
         )
     problems += [
-        f"--{name}={getattr(request, name)}: must be at least 1"
+        f"--{name}={getattr(options, name)}: must be at least 1"
         for name in ("seq_len", "stride", "batch_size", "max_batches")
-        if getattr(request, name) is not None and getattr(request, name) < 1
+        if getattr(options, name) is not None and getattr(options, name) < 1
     ]
     if len(given) == 1:
-        problems += _of_another_source(request)
-    if request.stride is not None and request.protocol != "sliding_window":
+        problems += _other_source_problems(options)
+    if options.stride is not None and options.protocol != "sliding_window":
         problems.append("--stride belongs to --protocol=sliding_window")
-    problems += _unwritable(request.per_token_nll)
+    if options.per_token_nll is not None:
+        problems += _write_problems(options.per_token_nll)
     if problems:
         raise combine(problems, title="this evaluation cannot be made:")
 
 
-def _of_another_source(request: EvaluateOptions) -> list[str]:
+def _other_source_problems(options: EvaluateOptions) -> list[str]:
     serves = {"split": ("data",), "protocol": ("text",), "seq_len": ("data", "text")}
     problems = [
-        f"--{name}={getattr(request, name)} does not go with --{request.source}: it belongs to "
+        f"--{name}={getattr(options, name)} does not go with --{options.source}: it belongs to "
         + " and ".join(f"--{source}" for source in sources)
         for name, sources in serves.items()
-        if getattr(request, name) is not None and request.source not in sources
+        if getattr(options, name) is not None and options.source not in sources
     ]
-    if request.source == "token_ids" and request.per_token_nll and request.max_batches:
+    if options.source == "token_ids" and options.per_token_nll and options.max_batches:
         problems.append(
             "--max_batches with --per_token_nll: the file has one value for each token of "
             "--token_ids; give fewer rows instead"
@@ -76,10 +77,8 @@ def _of_another_source(request: EvaluateOptions) -> list[str]:
     return problems
 
 
-def _unwritable(path: str | None) -> list[str]:
-    """Why no file can be put there, found before the work and not after it."""
-    if path is None:
-        return []
+def _write_problems(path: str) -> list[str]:
+    """Why no file can be written there; known before the work and not after it."""
     file = Path(path)
     folder = file.absolute().parent
     if file.is_dir():
@@ -87,7 +86,7 @@ def _unwritable(path: str | None) -> list[str]:
     if not folder.is_dir():
         return [f"--per_token_nll={path}: there is no directory {folder}; make it first"]
     try:
-        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell: full disks
+        with tempfile.TemporaryFile(dir=folder):  # permissions do not show a full disk
             return []
     except OSError as error:
         return [f"--per_token_nll={path}: {folder} cannot be written: {error.strerror}"]

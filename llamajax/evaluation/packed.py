@@ -1,4 +1,4 @@
-"""A prepared split as rows that are scored: packed and masked as in training."""
+"""A prepared split as rows to score, packed and masked as in training."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from llamajax.errors import combine
 
 
 class PackedRows:
-    """The samples of one split of one prepared directory, in order; every target once."""
+    """The samples of one split of a prepared directory, in order; every target once."""
 
     def __init__(
         self, path: Path, *, split: str, seq_len: int, mask_documents: bool, vocab_size: int
@@ -47,7 +47,7 @@ class PackedRows:
         return None if self._source.masked else self._source.stats["text_bytes"]
 
     def batch(self, rows: range) -> dict[str, np.ndarray]:
-        """These samples; those from `num_rows` on are padding."""
+        """Return these samples as arrays (B, T); those from `num_rows` on are padding."""
         samples = [(self._source, n) if n < self.num_rows else None for n in rows]
         batch = make_batch(samples, self.seq_len, mask_documents=self._mask_documents)
         if not self._mask_documents:

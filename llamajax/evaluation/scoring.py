@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,17 +17,6 @@ from llamajax.sharding.collectives import pcast_varying
 _TOKENS_A_DEVICE = 8192
 
 
-class Rows(Protocol):
-    """What is scored: rows of one length."""
-
-    num_rows: int
-    seq_len: int
-
-    def batch(self, rows: range) -> dict[str, np.ndarray]:
-        """These rows as arrays (B, T); those from `num_rows` on are padding and do not count."""
-        ...
-
-
 class Score(NamedTuple):
     """Sums over the scored tokens; each one's loss in the order of the rows, if it was kept."""
 
@@ -37,7 +26,7 @@ class Score(NamedTuple):
 
 
 def token_losses(compute: Compute, mesh: Mesh) -> Callable[[Llama, Batch], jax.Array]:
-    """Loss of each target of a batch in nats, float32 (B, T) sharded like the batch; jitted."""
+    """Jitted loss of each target of a batch in nats, float32 (B, T) sharded like the batch."""
 
     def local(model: Llama, batch: Batch) -> jax.Array:
         return pcast_varying(model, "data").token_nll(batch, compute)
@@ -49,7 +38,7 @@ def token_losses(compute: Compute, mesh: Mesh) -> Callable[[Llama, Batch], jax.A
     return jax.jit(step)
 
 
-def rows_a_batch(rows: Rows, mesh: Mesh, batch_size: int | None) -> int:
+def rows_a_batch(rows: Any, mesh: Mesh, batch_size: int | None) -> int:
     """Rows of every batch: as asked, or as many as there are, in whole shards of the mesh."""
     shards = sharding.batch_shards(mesh)
     wanted = batch_size or shards * max(1, _TOKENS_A_DEVICE // rows.seq_len)
@@ -58,7 +47,7 @@ def rows_a_batch(rows: Rows, mesh: Mesh, batch_size: int | None) -> int:
 
 def score(
     model: Llama,
-    rows: Rows,
+    rows: Any,
     *,
     mesh: Mesh,
     compute: Compute,
@@ -69,8 +58,8 @@ def score(
 ) -> Score:
     """Score the first `num_batches` batches of `batch_size` rows; the last is filled with padding.
 
-    A batch is read while the one before it is computed. `keep` keeps the loss of every token;
-    `show` gets a row of metrics a batch.
+    rows: `WindowRows` or `PackedRows`. keep: whether to keep the loss of every token. show: called
+    with a row of metrics a batch. A batch is read while the one before it is computed.
     """
     losses = token_losses(compute, mesh)
     found: list[np.ndarray] = []

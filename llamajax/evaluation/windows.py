@@ -1,13 +1,11 @@
-"""From token ids to rows that are scored: which token is predicted, and from which ones before it.
+"""Windows of token ids to score: which tokens are predicted, from which ones before them.
 
 A *window* is (begin, first_target, end): the model reads ids[begin:end - 1] from position 0, and of
-its predictions those of ids[first_target:end] count. Windows are in the order of the text, so that
-the scored tokens of all rows, one row after the other, are those of the text.
+its predictions those of ids[first_target:end] count. Windows are in the order of the text, so the
+scored tokens of all rows, one row after the other, are those of the text.
 """
 
 import numpy as np
-
-Batch = dict[str, np.ndarray]
 
 
 def non_overlapping(num_tokens: int, seq_len: int) -> np.ndarray:
@@ -35,7 +33,7 @@ def sliding_window(num_tokens: int, seq_len: int, stride: int) -> np.ndarray:
 
 
 def separate(num_rows: int, length: int) -> np.ndarray:
-    """Windows (R, 3) of the rows of an array (R, length), each on its own."""
+    """Windows (R, 3) of the rows of an array (R, length), each by itself."""
     begin = np.arange(num_rows) * length
     return np.stack([begin, begin + 1, begin + length], axis=1)
 
@@ -48,15 +46,15 @@ class WindowRows:
         self.num_rows = len(windows)
         self.seq_len = int((windows[:, 2] - windows[:, 0]).max()) - 1
 
-    def batch(self, rows: range) -> Batch:
-        """These rows; those from `num_rows` on are padding. `loss_mask` says what is scored.
+    def batch(self, rows: range) -> dict[str, np.ndarray]:
+        """Return these rows as arrays (B, T); those from `num_rows` on are padding.
 
-        Padding stands behind a row's tokens, where causal attention does not look from.
+        Only tokens with a true `loss_mask` are scored. Padding comes after a row's tokens, where
+        causal attention does not see it.
         """
         shape = (len(rows), self.seq_len)
-        position = np.arange(self.seq_len, dtype=np.int32)
         batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets")}
-        batch["positions"] = np.ascontiguousarray(np.broadcast_to(position, shape))
+        batch["positions"] = np.tile(np.arange(self.seq_len, dtype=np.int32), (len(rows), 1))
         batch["loss_mask"] = np.zeros(shape, bool)
         for row, number in enumerate(rows):
             if number >= self.num_rows:

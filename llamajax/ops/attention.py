@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llamajax.backends import computes_attention, platform_of_attention
+from llamajax.backends import Machine, computes_attention, platform_of_attention
 from llamajax.backends.jax_private import cudnn
 from llamajax.errors import combine
 from llamajax.ops.attention_blocked import blocked_attention
@@ -132,6 +132,18 @@ def first_supported(preferences: Sequence[str], **facts: Any) -> str:
             return impl
         problems += found
     raise combine(problems, title="no attention implementation fits this run:")
+
+
+def best_attention(machine: Machine, dtype: str, head_size: int, seq_len: int) -> str:
+    """The machine's first choice that can compute whole sequences of this length."""
+    return first_supported(
+        machine.attention_preferences,
+        platform=machine.platform,
+        compute_capability=machine.compute_capability,
+        dtype=dtype,
+        head_size=head_size,
+        seq_len=seq_len,
+    )
 
 
 def xla_attention(

@@ -76,4 +76,4 @@ def test_a_row_sees_its_prompt_and_the_new_tokens_but_no_padding():
 def test_buckets_are_powers_of_two_up_to_the_context():
     assert [kv.bucket(n) for n in (1, 2, 3, 4, 5, 1000)] == [1, 2, 4, 4, 8, 1024]
     assert [kv.prompt_slots(n, max_seq_len=6000) for n in (1, 16, 17, 5000)] == [16, 16, 32, 6016]
-    assert [kv.new_slots(n) for n in (1, 128, 129)] == [16, 128, 256]
+    assert [kv.bucket(n, least=16) for n in (1, 128, 129)] == [16, 128, 256]

@@ -3,7 +3,7 @@
 import pytest
 
 from llamajax.data import load_tokenizer
-from llamajax.decoding.printed_texts import IdStream, TextStream, decoded
+from llamajax.decoding.printed_texts import TextStream, decode_ids
 
 TEXT = "naïve Straße 東京 😀👍🏽 — tab\there\n\n  two  spaces"
 
@@ -22,7 +22,7 @@ def test_pieces_are_whole_characters_and_join_to_the_text(name, request):
     ids = tokenizer.encode(TEXT)
     prompt, new = [tokenizer.bos_id, *ids[:2]], [*ids[2:], tokenizer.eos_id]
     found = pieces(tokenizer, prompt, new)
-    assert decoded(tokenizer, prompt) + "".join(found) == TEXT
+    assert decode_ids(tokenizer, prompt) + "".join(found) == TEXT
     assert "\ufffd" not in "".join(found)
     assert sum(bool(piece) for piece in found) > 10
     assert "".join(pieces(tokenizer, [tokenizer.bos_id], ids)) == TEXT
@@ -42,10 +42,10 @@ def test_a_character_that_is_never_finished_comes_at_the_end():
 
 
 def test_ids_beyond_the_tokenizer_give_nothing():
-    assert decoded(load_tokenizer("byte"), [65, 300, 66]) == "AB"
+    assert decode_ids(load_tokenizer("byte"), [65, 300, 66]) == "AB"
 
 
 def test_ids_without_a_tokenizer():
-    stream = IdStream()
+    stream = TextStream(None, [3])
     assert [stream.feed(ids) for ids in ([7], [], [8, 9], [1])] == ["7", "", ",8,9", ",1"]
     assert stream.finish() == ""
