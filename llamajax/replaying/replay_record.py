@@ -1,4 +1,4 @@
-"""What a run left of one of its steps: config, place in the data, numbers, checkpoint before it."""
+"""The record that a run has of one step: config, position in the data, numbers, checkpoint."""
 
 import dataclasses
 import json
@@ -20,26 +20,27 @@ from llamajax.training.safety.audit import Audit
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplayRecord:
-    """What is known of a step, before anything is computed.
+    """All that is known of a step before anything is computed.
 
-    base: the checkpoint to start from, None: the beginning. numbers: loss and grad_norm by step, as
-    they were logged. machine: platform, device_kind and mesh of the run.
+    base: the checkpoint to start from, None: the beginning. position: of the step, None: it follows
+    from `base` and the audit. numbers: loss and grad_norm by step, as logged. machine: platform,
+    device_kind and mesh of the run.
     """
 
     step: int
     config: RunConfig
     base: Checkpoint | None
-    position: data.Position | None  # of the step, None: what follows from `base` and the audit
+    position: data.Position | None
     numbers: Mapping[int, Mapping[str, Any]]
     machine: Mapping[str, Any]
 
     @property
     def first_step(self) -> int:
-        """Steps that `base` comes after."""
+        """Step of `base`."""
         return self.base.step if self.base else 0
 
-    def place(self, mixture: data.Mixture, audit: Audit) -> data.Position:
-        """Where the steps from `base` to this one read."""
+    def read_position(self, mixture: data.Mixture, audit: Audit) -> data.Position:
+        """The position in the data of the steps from `base` to this one."""
         if self.position is not None:
             return self.position
         now = {
@@ -57,28 +58,28 @@ class ReplayRecord:
         return later.continued(step=max(self.first_step, later.segments[-1].first_step), **now)
 
     def recorded_directory(self, step: int, position: data.Position) -> Mapping[str, Any] | None:
-        """Loss and gradient norm of a step that read what `position` says, if on record, and why
-        its update was left out, if it was."""
-        row = self.numbers.get(step)
-        if row is None or row.get("first_sample", position.first_sample(step - 1)) != (
-            position.first_sample(step - 1)
-        ):
+        """Loss and gradient norm of a step that read at `position`, and why its update was skipped.
+
+        None where they are not on record.
+        """
+        row, first_sample = self.numbers.get(step), position.first_sample(step - 1)
+        if row is None or row.get("first_sample", first_sample) != first_sample:
             return None
         reason = row.get("update_skipped", 0)  # a number in a box, words in metrics.jsonl
         return row | {"update_skipped": REASONS[reason] if isinstance(reason, int) else reason}
 
 
 def read_record(workdir: Path, step: int, *, box: Path | None) -> ReplayRecord:
-    """The record of `step`. box: a black box to take it from, as after a rollback.
+    """Read the record of `step`. box: a black box to take it from, as after a rollback.
 
-    Raises UserError for a directory that is no run's, or a step that it has not made.
+    Raises UserError for a directory that is no run's, or a step that the run has not made.
     """
     config_file = workdir / "config.json"
     if not config_file.is_file():
         raise UserError(f"--workdir={workdir}: there is no run in it (no config.json)")
     checkpoints = recorded_directory(workdir)
     steps = complete_steps(checkpoints)
-    numbers, place = _numbers(workdir, step, box)
+    numbers, position = _numbers(workdir, step, box)
     newest = max([*numbers, *steps], default=0)
     if not 1 <= step <= newest:
         raise UserError(
@@ -93,13 +94,13 @@ def read_record(workdir: Path, step: int, *, box: Path | None) -> ReplayRecord:
         after["config"] if after and box is None else json.loads(config_file.read_text("utf-8")),
         source=str(config_file),
     )
-    if place is None and after is not None:
-        place = after["position"]
+    if position is None and after is not None:
+        position = after["position"]
     return ReplayRecord(
         step=step,
         config=config,
         base=None if before is None else open_checkpoint(checkpoints / str(before)),
-        position=data.Position.from_json(place) if place else None,
+        position=data.Position.from_json(position) if position else None,
         numbers=numbers,
         machine=read_run_facts(workdir),
     )
@@ -108,7 +109,7 @@ def read_record(workdir: Path, step: int, *, box: Path | None) -> ReplayRecord:
 def _numbers(
     workdir: Path, step: int, box: Path | None
 ) -> tuple[dict[int, dict[str, float]], dict[str, Any] | None]:
-    """Loss and gradient norm of the steps on record; the position, if a box was named."""
+    """Loss and gradient norm of the steps on record, and the position if a box was named."""
     if box is not None:
         try:
             head, rows = read_box(box)
@@ -117,13 +118,13 @@ def _numbers(
         if step not in {row["step"] for row in rows} or "position" not in head:
             has = f"{rows[0]['step']} to {rows[-1]['step']}" if rows else "none"
             raise UserError(f"--blackbox={box}: it has no step {step}; its steps are {has}")
-        return _of(rows), head["position"]
-    found = _of(row for file in boxes(workdir)[::-1] for row in read_box(file)[1])
-    return found | _of(load_metrics(workdir)), None
+        return _by_step(rows), head["position"]
+    found = _by_step(row for file in boxes(workdir)[::-1] for row in read_box(file)[1])
+    return found | _by_step(load_metrics(workdir)), None
 
 
-def _of(rows: Any) -> dict[int, dict[str, float]]:
-    """Later rows of a step replace earlier ones."""
+def _by_step(rows: Any) -> dict[int, dict[str, float]]:
+    """Numbers of each step; later rows replace earlier ones."""
     wanted = ("loss", "grad_norm", "first_sample", "update_skipped")
     return {
         row["step"]: {name: row[name] for name in wanted if name in row}

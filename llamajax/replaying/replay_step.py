@@ -1,7 +1,7 @@
-"""One step of a run done again: from the checkpoint before it, twice, and looked into.
+"""Replay of one step of a run, twice, from the checkpoint before it, with all evidence about it.
 
 Nothing is written into the run's directory. One process does it, on as many devices as the step
-needs; a run of many processes is replayed on a mesh that one has (`--mesh`).
+needs; a run of many processes is replayed on a mesh that one process has (`--mesh`).
 """
 
 import dataclasses
@@ -18,13 +18,11 @@ from llamajax.data.batches import make_batch
 from llamajax.errors import UserError, say
 from llamajax.evaluation.scoring import token_losses
 from llamajax.monitoring import Progress
-from llamajax.monitoring.row_comparison import TOLERANCES
-from llamajax.replaying.documents import Piece, largest
-from llamajax.replaying.explanation import Evidence
+from llamajax.replaying.document_losses import DocumentLosses, document_losses
+from llamajax.replaying.evidence import Evidence, RecordComparison, same_number
 from llamajax.replaying.replay_record import ReplayRecord, read_record
 from llamajax.replaying.step_probe import (
     IN_A_LAYER,
-    can_probe_layers,
     gradient_probe,
     nonfinite_probe,
     nonfinite_weights,
@@ -39,7 +37,7 @@ from llamajax.training.state import TrainState, to_natural
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplayOptions:
-    """What the verb is asked. mesh: as `--mesh` has it, None: the run's own."""
+    """The flags of `replay`. box: --blackbox; mesh: None for the run's own."""
 
     workdir: Path
     step: int
@@ -48,68 +46,69 @@ class ReplayOptions:
     backend: BackendConfig
 
 
-def replay(request: ReplayOptions) -> Evidence:
-    """All that is found about the step. Raises UserError for what the user can mend."""
-    record = read_record(request.workdir, request.step, box=request.box)
-    session = prepare(_config(record, request))
+def replay(options: ReplayOptions) -> Evidence:
+    """Find out all about the step. Raises UserError for what the user can fix."""
+    record = read_record(options.workdir, options.step, box=options.box)
+    session = prepare(_config(record, options))
+    config, mixture = session.config, session.mixture
     if session.machine.num_processes > 1:
         raise UserError("replay runs in one process: start it on one node, with a mesh that it has")
-    audit = Audit(request.workdir, primary=False)
-    position = record.place(session.mixture, audit)
+    position = record.read_position(mixture, Audit(options.workdir, primary=False))
     base = record.base or "the beginning"
     say(f"replay   step {record.step}, from {base}: {record.step - record.first_step} steps")
-    state, apart = _before(session, record, position)
-    ids = data.sample_ids(session.mixture, position, record.step - 1)
-    batch = _batch(session, ids)
-    place = lambda rows: sharding.put_batch(_wanted(session, batch, rows), session.mesh)  # noqa: E731
-    whole = range(session.config.data.global_batch_size)
-    probe = gradient_probe(session, state, place(whole))
+    state, first_difference = _state_before(session, record, position)
+    ids = data.sample_ids(mixture, position, record.step - 1)
+    samples = [mixture.locate(int(i), config.data.seq_len) for i in ids]
+    batch = make_batch(samples, config.data.seq_len, mask_documents=config.data.mask_documents)
+    probe = gradient_probe(session, state, _put_rows(session, batch, slice(None)))
     first, second = probe(), probe()
-    first_odd, pieces, median = _forward(session, state, batch, ids)
+    first_nonfinite, documents = _forward(session, state, batch, ids)
     return Evidence(
         step=record.step,
         base=None if record.base is None else str(record.base),
         sample_ids=ids.tolist(),
-        first=first,
-        second=second,
-        recorded=record.recorded(record.step, position),
-        same_machine=_is_same_machine(record, session),
-        tolerance=TOLERANCES[session.config.train.dtype],
-        earlier=apart,
+        gradient=first,
+        repeats=first.bits == second.bits
+        and same_number(first.loss, second.loss)
+        and same_number(first.grad_norm, second.grad_norm),
+        record=RecordComparison(
+            row=record.recorded(record.step, position),
+            same_machine=_is_same_machine(record, session),
+            dtype=config.train.dtype,
+            first_difference=first_difference,
+        ),
         weights=nonfinite_weights(state),
-        first_nonfinite=first_odd,
-        pieces=pieces,
-        median=median,
-        tokenizer=_tokenizer(session),
-        dtype=session.config.train.dtype,
+        first_nonfinite=first_nonfinite,
+        documents=documents,
+        tokenizer=data.load_tokenizer(config.data.path.split(",")[0].strip()),
     )
 
 
-def _config(record: ReplayRecord, request: ReplayOptions) -> Any:
+def _config(record: ReplayRecord, options: ReplayOptions) -> Any:
     """The run's config, for one process, on the machine and mesh that were asked for."""
-    c, given = record.config, request.backend
-    backend = dataclasses.replace(
-        c.backend, coordinator_address=None, num_processes=None, process_id=None
-    )
+    config, given = record.config, options.backend
+    changed: dict[str, Any] = {
+        "coordinator_address": None,
+        "num_processes": None,
+        "process_id": None,
+    }
     if given.name is not None:
-        backend = dataclasses.replace(
-            backend, name=given.name, plugin=given.plugin, options=given.options
-        )
+        changed |= {"name": given.name, "plugin": given.plugin, "options": given.options}
     if given.num_cpu_devices is not None:
-        backend = dataclasses.replace(backend, num_cpu_devices=given.num_cpu_devices)
-    changed: dict[str, Any] = {"backend": backend}
-    if request.mesh is not None:
-        changed["mesh"] = mesh_config(request.mesh, rest="fsdp")
-    return dataclasses.replace(c, **changed)
+        changed["num_cpu_devices"] = given.num_cpu_devices
+    config = dataclasses.replace(config, backend=dataclasses.replace(config.backend, **changed))
+    if options.mesh is None:
+        return config
+    return dataclasses.replace(config, mesh=mesh_config(options.mesh, rest="fsdp"))
 
 
-def _before(
+def _state_before(
     session: Session, record: ReplayRecord, position: data.Position
 ) -> tuple[TrainState, str | None]:
     """The state before the step, and the first step on the way that was not as recorded."""
     meta = None if record.base is None else record.base.meta
     state = starting_state(session, record.base, open_origin(session.config, meta))
-    start, apart = record.first_step, None
+    start, first_difference = record.first_step, None
     if start + 1 == record.step:
         return state, None
     feed = Feed(
@@ -124,59 +123,51 @@ def _before(
         row = {name: metrics[name].item() for name in ("loss", "grad_norm")}
         progress.show({"step": step} | row)
         was = record.recorded(step, position)
-        if apart is None and was and not _equal(was, row):
-            apart = f"step {step}: loss {was['loss']!r} is on record, {row['loss']!r} came out now"
+        if first_difference is None and was and not all(same_number(was[n], row[n]) for n in row):
+            first_difference = (
+                f"step {step}: loss {was['loss']!r} is on record, {row['loss']!r} came out now"
+            )
     progress.close()
-    return state, apart
+    return state, first_difference
 
 
-def _equal(was: Any, row: Any) -> bool:
-    pairs = [(was[name], row[name]) for name in ("loss", "grad_norm")]
-    return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
-
-
-def _batch(session: Session, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """The whole global batch of these samples, on the host."""
-    seq_len = session.config.data.seq_len
-    samples = [session.mixture.locate(int(i), seq_len) for i in ids]
-    return make_batch(samples, seq_len, mask_documents=session.config.data.mask_documents)
-
-
-def _wanted(session: Session, batch: dict, rows: range) -> dict[str, np.ndarray]:
+def _put_rows(session: Session, batch: dict[str, np.ndarray], rows: slice) -> dict[str, jax.Array]:
+    """Put some rows of the global batch on the devices, with what the step reads of them."""
     drop = () if session.config.data.mask_documents else ("segment_ids",)
-    part = slice(rows.start, rows.stop)
-    return {name: array[part] for name, array in batch.items() if name not in drop}
+    part = {name: array[rows] for name, array in batch.items() if name not in drop}
+    return sharding.put_batch(part, session.mesh)
 
 
 def _forward(
     session: Session, state: TrainState, batch: dict[str, np.ndarray], ids: np.ndarray
-) -> tuple[tuple[str, list[int]] | None, list[Piece] | None, float]:
-    """The first activation that is not finite, with its rows; the documents by their loss, and
-    its median over all of them.
+) -> tuple[tuple[str, list[int]] | None, DocumentLosses | None]:
+    """The first activation that is not finite, with its rows; and the documents by their loss.
 
-    A microbatch at a time. Neither on a mesh with stages or parts of sequences.
+    One microbatch of the run at a time. Both are None on a mesh with stages or parts of sequences.
     """
-    if not can_probe_layers(session.mesh):
-        return None, None, 0.0
+    mesh = session.mesh
+    if mesh.shape["stage"] > 1 or mesh.shape["sequence"] > 1:
+        return None, None
     c = session.config
-    natural = to_natural(state, c.model, session.mesh, layout=session.layout)
+    model = to_natural(state, c.model, mesh, layout=session.layout).whole
     compute = dataclasses.replace(session.compute, split_tokens=False, remat="none")
-    walk, losses = nonfinite_probe(compute, session.mesh), token_losses(compute, session.mesh)
+    probe, losses = nonfinite_probe(compute, mesh), token_losses(compute, mesh)
     size = c.data.global_batch_size // c.train.accumulation_steps
-    walked, nll = [], []
+    probed, nll = [], []
     for start in range(0, c.data.global_batch_size, size):
-        rows = sharding.put_batch(_wanted(session, batch, range(start, start + size)), session.mesh)
-        walked.append(jax.device_get(walk(natural.whole, rows)))
+        rows = _put_rows(session, batch, slice(start, start + size))
+        probed.append(jax.device_get(probe(model, rows)))
         del rows["loss_mask"]
-        nll.append(jax.device_get(losses(natural.whole, rows)))
-    layers, last = (np.concatenate(parts, axis=-1) for parts in zip(*walked, strict=True))
+        nll.append(jax.device_get(losses(model, rows)))
+    layers_L6B, last_B = (np.concatenate(parts, axis=-1) for parts in zip(*probed, strict=True))
     nll_BT = np.where(batch["loss_mask"], np.concatenate(nll), 0)
-    named = [("embedded tokens", layers[0, 0])]
-    for layer, odd_6B in enumerate(layers):
-        named += [(f"layer {layer}: {n}", r) for n, r in zip(IN_A_LAYER, odd_6B, strict=True)][1:]
-    named += [("last hidden states", last), ("token losses", ~np.isfinite(nll_BT).all(axis=1))]
+    named = [("embedded tokens", layers_L6B[0, 0])]
+    for layer, counts_6B in enumerate(layers_L6B):
+        inside = list(zip(IN_A_LAYER, counts_6B, strict=True))[1:]  # the input is known already
+        named += [(f"layer {layer}: {name}", counts) for name, counts in inside]
+    named += [("last hidden states", last_B), ("token losses", ~np.isfinite(nll_BT).all(axis=1))]
     found = next(((name, np.flatnonzero(odd).tolist()) for name, odd in named if odd.any()), None)
-    return found, *largest(session.mixture, ids, batch, nll_BT)
+    return found, document_losses(session.mixture, ids, batch, nll_BT)
 
 
 def _is_same_machine(record: ReplayRecord, session: Session) -> bool:
@@ -190,7 +181,3 @@ def _is_same_machine(record: ReplayRecord, session: Session) -> bool:
         and was.get("num_processes") == 1
         and versions == {name: now.versions.get(name) for name in versions}
     )
-
-
-def _tokenizer(session: Session) -> data.Tokenizer:
-    return data.load_tokenizer(session.config.data.path.split(",")[0].strip())

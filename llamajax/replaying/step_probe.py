@@ -1,4 +1,4 @@
-"""One step taken apart on the devices: its gradient, bit by bit, and its forward pass by layer."""
+"""Probes of one step on the devices: its gradient, bit by bit, and its forward pass by layer."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ IN_A_LAYER = ("input", "query", "key", "value", "attention output", "output")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GradientSummary:
-    """What one computation of a step's gradient gave.
+    """The result of one computation of a step's gradient.
 
     bits: by weight, the sum modulo 2**32 of the gradient's float32 words, which is the same in any
     order of adding. nonfinite: by weight, how many values of each row of its first dimension (for
@@ -41,7 +41,7 @@ class GradientSummary:
 def gradient_probe(
     session: Session, state: TrainState, batch: Batch
 ) -> Callable[[], GradientSummary]:
-    """What computes the gradient of a step once more each time it is called; changes nothing."""
+    """Compile a function that computes the gradient of a step each time it is called."""
     gradient = mean_gradient(session.config.train, session.compute, session.mesh)
 
     def probe(state: TrainState, batch: Batch) -> Any:
@@ -62,7 +62,7 @@ def gradient_probe(
 
 
 def nonfinite_weights(state: TrainState) -> dict[str, np.ndarray]:
-    """By name, the weights with values that are not finite: how many in each row (or layer)."""
+    """Count the values that are not finite, by row (or layer), of each weight that has some."""
     found = jax.device_get(jax.jit(lambda s: _nonfinite_rows(named_leaves(s.whole)))(state))
     return {name: rows for name, rows in found.items() if rows.any()}
 
@@ -71,16 +71,11 @@ def _nonfinite_rows(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: _nonfinite_by_row(leaf) for name, leaf in leaves.items()}
 
 
-def can_probe_layers(mesh: Mesh) -> bool:
-    """Whether `nonfinite_probe` works on this mesh: layers and tokens are whole on every device."""
-    return mesh.shape["stage"] == mesh.shape["sequence"] == 1
-
-
 def nonfinite_probe(compute: Compute, mesh: Mesh) -> Callable[[Llama, Batch], Any]:
     """Count the values that are not finite on the way through the model, by row of a batch; jitted.
 
-    Returns (L, 6, B) for IN_A_LAYER, and (B,) for the last hidden states. The adapters' dropout
-    does not happen.
+    Returns (L, 6, B) for IN_A_LAYER, and (B,) for the last hidden states, without the adapters'
+    dropout. Axes `stage` and `sequence` of the mesh have size 1.
     """
     compute = dataclasses.replace(compute, remat="none", split_tokens=False)
     rows = spec("B", ACTIVATIONS, mesh)

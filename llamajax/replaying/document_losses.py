@@ -1,7 +1,8 @@
-"""Which documents of a batch have the largest loss, and what they say."""
+"""The documents of a batch with the largest loss, and how they begin."""
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,9 +14,12 @@ _EXCERPT_CHARACTERS = 160
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Piece:
-    """A document's part in one sample. loss: mean over its targets, nats; excess: nats by which
-    they are together above the mean of the batch (NaN is more than any number)."""
+class DocumentPart:
+    """A document's part in one sample.
+
+    loss: mean over its targets, nats. excess: nats by which they are together above the mean of
+    the batch.
+    """
 
     row: int
     sample_id: int
@@ -24,26 +28,32 @@ class Piece:
     num_targets: int
     loss: float
     excess: float
-    token_ids: tuple[int, ...]  # its first ones
+    token_ids: tuple[int, ...]  # the first ones
 
     def excerpt(self, tokenizer: data.Tokenizer) -> str:
-        """How it begins, on one line."""
+        """Decode its beginning, on one line."""
         text = tokenizer.decode(list(self.token_ids))
         return " ".join(text.split())[:_EXCERPT_CHARACTERS]
 
 
-def largest(
+class DocumentLosses(NamedTuple):
+    """The parts that add most to a batch's loss, and the median loss a token of all parts."""
+
+    largest: list[DocumentPart]
+    median: float
+
+
+def document_losses(
     mixture: data.Mixture, ids: np.ndarray, batch: Mapping[str, np.ndarray], nll_BT: np.ndarray
-) -> tuple[list[Piece], float]:
-    """The pieces that add most to the loss of a batch, those that are not finite first; and the
-    median loss a token of all its pieces.
+) -> DocumentLosses:
+    """Rank the documents of a batch by their excess; losses that are not finite come first.
 
     ids: of the samples, one a row; nll_BT: 0 where there is no target.
     """
     seq_len = nll_BT.shape[1]
     mask_BT, tokens_BT = batch["loss_mask"], batch["tokens"]
-    finite = np.isfinite(nll_BT)
-    mean = nll_BT[finite & mask_BT].mean(dtype=np.float64) if (finite & mask_BT).any() else 0.0
+    counted = np.isfinite(nll_BT) & mask_BT
+    mean = nll_BT[counted].mean(dtype=np.float64) if counted.any() else 0.0
     found = []
     for row, sample_id in enumerate(ids.tolist()):
         source, number = mixture.locate(sample_id, seq_len)
@@ -54,19 +64,18 @@ def largest(
             if not count:
                 continue
             total = float(nll_BT[row, here].sum(dtype=np.float64))
-            first = int(np.flatnonzero(here)[0])
             found.append(
-                Piece(
+                DocumentPart(
                     row=row,
                     sample_id=sample_id,
                     source=str(source.path),
-                    first_token=number * seq_len + first,
+                    first_token=number * seq_len + int(np.flatnonzero(here)[0]),
                     num_targets=count,
                     loss=total / count,
                     excess=total - count * mean,
                     token_ids=tuple(tokens_BT[row, here][:_EXCERPT_TOKENS].tolist()),
                 )
             )
-    rank = lambda piece: (np.isfinite(piece.excess), -piece.excess)  # noqa: E731
-    median = float(np.median([piece.loss for piece in found])) if found else 0.0
-    return sorted(found, key=rank)[:_LISTED], median
+    found.sort(key=lambda part: (np.isfinite(part.excess), -part.excess))
+    median = float(np.median([part.loss for part in found])) if found else 0.0
+    return DocumentLosses(found[:_LISTED], median)
