@@ -87,11 +87,7 @@ def replay(options: ReplayOptions) -> Evidence:
 def _config(record: ReplayRecord, options: ReplayOptions) -> Any:
     """The run's config, for one process, on the machine and mesh that were asked for."""
     config, given = record.config, options.backend
-    changed: dict[str, Any] = {
-        "coordinator_address": None,
-        "num_processes": None,
-        "process_id": None,
-    }
+    changed: dict[str, Any] = dict.fromkeys(("coordinator_address", "num_processes", "process_id"))
     if given.name is not None:
         changed |= {"name": given.name, "plugin": given.plugin, "options": given.options}
     if given.num_cpu_devices is not None:

@@ -1,12 +1,9 @@
 """The two maps from dimension letters to mesh axes, and the shardings that follow from them.
 
-Letters: B batch, T query position, S key position, D model, F feed-forward, N query heads,
-K key-value heads, H head size, V vocabulary, L layers, R rank of an adapter (never split). An
-*axis* is a mesh axis, a *dim* a letter. Tokens are split inside the step alone: over `sequence`
-everywhere, and between the blocks over `tensor` as well.
-
-WEIGHTS says where a weight lives, ACTIVATIONS where an activation flows. What a weight is split
-over in the first and not in use is gathered on use: that difference is FSDP.
+The letters are those of `models/llama.py`. WEIGHTS says where weights are stored, ACTIVATIONS where
+activations are computed. What only WEIGHTS splits is gathered on use: that difference is FSDP.
+Tokens are split inside the step alone: over `sequence` everywhere, and over `tensor` between pairs
+of matrices.
 """
 
 import math
@@ -17,12 +14,13 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Outermost first: neighbours along the last axis are nearest on the machine; `tensor` talks most.
+# Outermost first: neighbors along the last axis are nearest on the machine, and `tensor`
+# communicates most.
 AXES = ("data", "stage", "fsdp", "sequence", "tensor")
 
 BATCH_AXES = ("data", "fsdp")
 
-# Along these the targets of a step are split: sums over all tokens go over all of them.
+# The targets of a step are split over these: sums over all tokens are sums over all of them.
 TOKEN_AXES = ("data", "fsdp", "sequence", "stage")
 
 Table = Mapping[str, str | tuple[str, ...]]
@@ -31,7 +29,7 @@ WEIGHTS: Table = {
     "L": "stage", "V": "tensor", "D": "fsdp", "F": "tensor", "N": "tensor", "K": "tensor",
 }  # fmt: skip
 
-# Where layers rest that do not divide over `stage`: on disk, and while they come from or go there.
+# For layers whose number `stage` does not divide: on disk, and while they are reordered.
 STORED_WEIGHTS: Table = {k: v for k, v in WEIGHTS.items() if k != "L"} | {"D": ("fsdp", "stage")}
 
 ACTIVATIONS: Table = {"B": BATCH_AXES, "V": "tensor", "F": "tensor", "N": "tensor", "K": "tensor"}
@@ -43,21 +41,18 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def spec(letters: str, table: Table, mesh: Mesh) -> PartitionSpec:
-    """PartitionSpec of an array whose dims are `letters`; axes of size 1 split nothing.
+    """PartitionSpec of an array with these dimensions; axes of size 1 are left out.
 
     Raises ValueError when two dims would be split over the same mesh axis.
     """
-    entries = [_split(table.get(letter), mesh) for letter in letters]
+    entries = []
+    for letter in letters:
+        axes = tuple(axis for axis in axes_of(table.get(letter)) if mesh.shape[axis] > 1)
+        entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)
     used = [axis for entry in entries for axis in axes_of(entry)]
     if len(used) != len(set(used)):
         raise ValueError(f"dims {letters!r} map two dims to one mesh axis: {entries}")
     return PartitionSpec(*entries)
-
-
-def _split(entry: str | tuple[str, ...] | None, mesh: Mesh) -> str | tuple[str, ...] | None:
-    """An entry without the axes that have one device: nothing is communicated along those."""
-    kept = tuple(axis for axis in axes_of(entry) if mesh.shape[axis] > 1)
-    return None if not kept else kept[0] if len(kept) == 1 else kept
 
 
 def is_weight(leaf: Any) -> bool:
@@ -67,21 +62,21 @@ def is_weight(leaf: Any) -> bool:
 
 def letters(weight: nnx.Variable) -> str:
     """Dimension letters of a weight as it is stored: stacking over layers adds a leading L."""
-    return "L" * (weight.get_value().ndim - len(weight.axes)) + weight.axes
+    return "L" * is_stacked(weight) + weight.axes
 
 
 def is_stacked(weight: nnx.Variable) -> bool:
-    """Whether a weight is one of layers, stacked along a leading dimension."""
+    """Whether a weight is stacked over layers."""
     return weight.get_value().ndim > len(weight.axes)
 
 
 def map_weights(function: Any, tree: Any, *rest: Any) -> Any:
-    """Tree with `function(weight, ...)` for each weight; other leaves are passed as well."""
+    """`jax.tree.map` whose leaves are declared weights, and whatever else the tree holds."""
     return jax.tree.map(function, tree, *rest, is_leaf=is_weight)
 
 
 def stored_spec(weight: nnx.Variable, mesh: Mesh) -> PartitionSpec:
-    """PartitionSpec of stacked layers of which every device has a part of each."""
+    """PartitionSpec of stacked layers that leaves L whole: `stage` splits their width instead."""
     dims, shape = letters(weight), weight.get_value().shape
     for table in (STORED_WEIGHTS, WEIGHTS):
         entries = spec(dims.replace("L", "_"), table, mesh)
@@ -94,21 +89,24 @@ def stored_spec(weight: nnx.Variable, mesh: Mesh) -> PartitionSpec:
 def specs(tree: Any, mesh: Mesh) -> Any:
     """PartitionSpec of every leaf; what is not a weight (counts, steps) is replicated.
 
-    Layers are split over `stage` where their number divides, as it does in a TrainState; where it
-    does not, `stage` splits their width instead.
+    Layers are split over `stage` where their number divides, as it does in a TrainState, and by
+    `stored_spec` where it does not.
     """
 
-    def one(leaf: Any) -> Any:
+    def leaf_spec(leaf: Any) -> Any:
         if not is_weight(leaf):
             return PartitionSpec()
         if is_stacked(leaf) and leaf.get_value().shape[0] % mesh.shape["stage"]:
             return leaf.replace(stored_spec(leaf, mesh))
         return leaf.replace(spec(letters(leaf), WEIGHTS, mesh))
 
-    return map_weights(one, tree)
+    return map_weights(leaf_spec, tree)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """NamedSharding of every leaf of a tree (a model, a whole TrainState, or their shapes)."""
-    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
-    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs(tree, mesh), is_leaf=is_spec)
+    return jax.tree.map(
+        lambda entry: NamedSharding(mesh, entry),
+        specs(tree, mesh),
+        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+    )

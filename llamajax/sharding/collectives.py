@@ -1,23 +1,22 @@
-"""What crosses devices inside the manually sharded step, each with its derivative written down.
+"""Communication inside the manually sharded step, with its derivatives.
 
-The step runs in one `jax.shard_map` over all mesh axes, so arrays here are one device's part and
-every collective is visible. The pairs below are the whole communication of the model:
+The step runs in one `jax.shard_map` over all mesh axes: arrays are one device's part and every
+collective is visible. These are the whole communication of the model:
 
-- `gather`: a weight in its stored layout -> the weight in use (FSDP). Backward: the gradient is
-  reduced and scattered in float32; a plain cast-then-gather would transpose to a reduction in
-  bfloat16 and float32 accumulators would then sum rounded values.
-- `enter_tensor` / `leave_tensor`: around a pair of matrices split over `tensor`. Where tokens are
-  split between the blocks (training): all tokens are gathered before the pair, and the sum of the
-  partial products is scattered over tokens after it (sequence parallelism, arXiv:2205.05198). Where
-  they are not (one token at a time): identity forward and sum backward, and the reverse
-  (Megatron-LM's f and g, arXiv:1909.08053).
-- `shared`: a weight that every device along an axis holds whole and uses for other tokens.
-- `passed`: a boundary activation from one pipeline stage to the next.
+- `gather`: a stored weight -> the weight as it is used (FSDP). Backward, the gradient is reduced and
+  scattered in float32. A plain cast-then-gather would transpose to a reduction in bfloat16, and
+  float32 accumulators would then sum rounded values.
+- `enter_tensor` / `leave_tensor`: around a pair of matrices split over `tensor`. With split tokens
+  (training) all tokens are gathered before the pair, and the sum of the partial products is
+  scattered over tokens after it (sequence parallelism, arXiv:2205.05198). Without, `copy_to_tensor`
+  and its counterpart: identity forward and sum backward, and the reverse (Megatron-LM's f and g,
+  arXiv:1909.08053).
+- `ppermute`: an activation from one pipeline stage to the next.
+- `psum_tree`: gradients of weights that several devices hold.
 
-Derivatives are written by hand so that they are the same with and without the check of varying
+Derivatives are written by hand so that they are the same with and without JAX's check of varying
 axes, which some fused kernels cannot pass. Where an axis splits nothing (one device, or outside
-`shard_map`) all of these are the identity (`gather` still casts), so that a model can be called on
-one device directly.
+`shard_map`) all of these are the identity (`gather` still casts), so a model also runs on one device.
 """
 
 import functools
@@ -38,7 +37,7 @@ def is_split(axis: str) -> bool:
 
 
 def axis_size(axis: str) -> int:
-    """Parts that arrays here are split into along `axis`; 1 outside `shard_map`."""
+    """Devices along `axis`; 1 outside `shard_map`."""
     return jax.lax.axis_size(axis) if is_split(axis) else 1
 
 
@@ -48,7 +47,7 @@ def axis_index(axis: str) -> jax.Array:
 
 
 def psum(x: Any, axis: str | tuple[str, ...]) -> Any:
-    """Sum of a tree over one or several mesh axes."""
+    """Sum a tree over one or several mesh axes."""
     split = tuple(a for a in axes_of(axis) if is_split(a))
     return jax.lax.psum(x, split) if split else x
 
@@ -59,37 +58,46 @@ def pmax(x: jax.Array, axis: str) -> jax.Array:
 
 
 def all_gather(x: jax.Array, axis: str, *, dim: int) -> jax.Array:
-    """The parts along `axis` joined along array dimension `dim`."""
+    """Join the parts along `axis` along array dimension `dim`."""
     if not is_split(axis):
         return x
-    ones = _ones(x, dim)
+    ones = _ones_before(x, dim)
     whole = jax.lax.all_gather(jnp.squeeze(x, ones), axis, axis=dim - len(ones), tiled=True)
     return jnp.expand_dims(whole, ones)
 
 
 def psum_scatter(x: jax.Array, axis: str, *, dim: int) -> jax.Array:
-    """Sum over `axis`, of which each device keeps its part of array dimension `dim`."""
+    """Sum over `axis`; each device keeps its part of array dimension `dim`."""
     if not is_split(axis):
         return x
-    ones, flat = _ones(x, dim), jnp.squeeze(x, _ones(x, dim))
-    part = jax.lax.psum_scatter(flat, axis, scatter_dimension=dim - len(ones), tiled=True)
+    ones = _ones_before(x, dim)
+    flat, flat_dim = jnp.squeeze(x, ones), dim - len(ones)
+    part = jax.lax.psum_scatter(flat, axis, scatter_dimension=flat_dim, tiled=True)
     return jnp.expand_dims(part, ones)
 
 
-def _ones(x: jax.Array, dim: int) -> tuple[int, ...]:
-    """Dimensions of size 1 before `dim`, which are taken out around a scatter.
+def _ones_before(x: jax.Array, dim: int) -> tuple[int, ...]:
+    """Dimensions of size 1 before `dim`, to be squeezed out around a gather or scatter.
 
     Behind one, XLA's TPU compiler (libtpu 0.0.42) makes the scatter an all-reduce, of twice the
-    traffic; a microbatch of one sample has one, and a gather's derivative is a scatter.
+    traffic. A microbatch of one sample has one, and a gather's derivative is a scatter.
     """
     return tuple(i for i in range(dim) if x.shape[i] == 1)
 
 
 def all_to_all(x: jax.Array, axis: str, *, split: int, join: int) -> jax.Array:
-    """All-to-all: dimension `split` is dealt out over `axis`, and `join` put together from it."""
+    """Split dimension `split` over the devices along `axis`, and join what they send along `join`."""
     if not is_split(axis):
         return x
     return jax.lax.all_to_all(x, axis, split_axis=split, concat_axis=join, tiled=True)
+
+
+def ppermute(x: jax.Array, axis: str, *, by: int) -> jax.Array:
+    """Send `x` to the device `by` places further, in a ring along `axis`."""
+    if not is_split(axis):
+        return x
+    size = jax.lax.axis_size(axis)
+    return jax.lax.ppermute(x, axis, [(i, (i + by) % size) for i in range(size)])
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -98,33 +106,33 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
 
 
 def pcast_varying(tree: Any, axis: str | tuple[str, ...]) -> Any:
-    """The same values, marked as possibly different along `axis`: no communication."""
+    """Mark values as possibly different along `axis`; no communication."""
 
-    def one(x: jax.Array) -> jax.Array:
+    def cast(x: jax.Array) -> jax.Array:
         missing = tuple(a for a in axes_of(axis) if is_split(a) and a not in varying_axes(x))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(cast, tree)
 
 
 def pcast_varying_like(x: jax.Array, *others: jax.Array) -> jax.Array:
-    """`x` marked as varying wherever one of `others` varies (for scan carries)."""
+    """Mark `x` as varying wherever one of `others` varies (for scan carries)."""
     return pcast_varying(x, tuple({a for other in others for a in varying_axes(other)}))
 
 
-def _copies(weight: nnx.Variable) -> tuple[str, ...]:
+def _copy_axes(weight: nnx.Variable) -> tuple[str, ...]:
     """Axes along which devices hold the same part of a weight and see different tokens."""
     return ("data", "sequence") if is_stacked(weight) else ("data", "sequence", "stage")
 
 
 def pcast_varying_tree(tree: Any) -> Any:
-    """Weights marked as used differently by each device that holds a copy."""
-    return map_weights(lambda w: w.replace(pcast_varying(w.get_value(), _copies(w))), tree)
+    """Mark weights as used differently by each device that holds a copy."""
+    return map_weights(lambda w: w.replace(pcast_varying(w.get_value(), _copy_axes(w))), tree)
 
 
 def psum_tree(grads: Any) -> Any:
-    """Gradients of weights that were `varied`, summed over the devices that hold a copy."""
-    return map_weights(lambda g: g.replace(psum(g.get_value(), _copies(g))), grads)
+    """Sum gradients of weights of `pcast_varying_tree` over the devices that hold a copy."""
+    return map_weights(lambda g: g.replace(psum(g.get_value(), _copy_axes(g))), grads)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -146,44 +154,45 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def gather(tree: Any, dtype: jnp.dtype, *, split_tokens: bool = False) -> Any:
-    """Weights as they are used: float32 storage layout -> `dtype`, whole along `fsdp`.
+    """Cast stored weights to `dtype` and join their parts along `fsdp`.
 
-    Vectors (norm scales) stay float32: rounding 1.003 to bfloat16 would lose it. Tagged
-    "gathered_weight", so that a remat policy can refuse to keep gathered weights until backward.
-
-    A factor of an adapter may have no dim on `fsdp`: it is whole already, and its gradient is
-    summed. One that has none on `tensor` meets activations that differ there, in the middle of a
-    pair of split matrices, where no `enter_tensor` is: its gradient is summed here. So is that of a
-    norm scale where `split_tokens` says that each device along `tensor` normalises other tokens.
+    The result is named "gathered_weight", so that a remat policy can refuse to keep gathered
+    weights until the backward pass.
     """
 
-    def one(weight: nnx.Variable) -> nnx.Variable:
+    def gather_one(weight: nnx.Variable) -> nnx.Variable:
         value = weight.get_value()
         assert value.ndim == len(weight.axes), "gather inside the scan over layers, not outside"
         value = cast_and_gather(value, weight.axes, dtype, split_tokens=split_tokens)
         return weight.replace(checkpoint_name(value, "gathered_weight"))
 
-    return map_weights(one, tree)
+    return map_weights(gather_one, tree)
 
 
 def cast_and_gather(
     value: jax.Array, axes: str, dtype: jnp.dtype, *, split_tokens: bool
 ) -> jax.Array:
-    """One weight of dims `axes`, or a stack of such, as `gather` says."""
+    """`gather` of one weight of dims `axes`, or of a stack of such.
+
+    Vectors (norm scales) stay float32: rounding 1.003 to bfloat16 would lose it.
+    """
     if grad_sums_over_tensor(axes, split_tokens=split_tokens):
         value = copy_to_tensor(value)
-    keep = jnp.float32 if len(axes) == 1 else dtype
-    return _gather(value, fsdp_dim(value, axes), keep)
+    return _gather(value, fsdp_dim(value, axes), jnp.float32 if len(axes) == 1 else dtype)
 
 
 def grad_sums_over_tensor(axes: str, *, split_tokens: bool) -> bool:
-    """Whether a weight that is whole along `tensor` meets other values on each device there."""
+    """Whether a weight of dims `axes` is whole along `tensor` and multiplies other values there.
+
+    So does a factor of an adapter in the middle of a pair of split matrices, where no
+    `enter_tensor` is; and a norm scale, where devices along `tensor` have other tokens.
+    """
     on_tensor = any("tensor" in axes_of(WEIGHTS.get(d)) for d in axes)
     return not on_tensor and ("R" in axes or split_tokens)
 
 
 def fsdp_dim(value: jax.Array, axes: str) -> int | None:
-    """Which dimension of a (stacked) weight is split over `fsdp`."""
+    """Which dimension of a (stacked) weight is split over `fsdp`; None for some adapter factors."""
     dims = [i for i, d in enumerate(axes) if "fsdp" in axes_of(WEIGHTS.get(d))]
     assert len(dims) == 1 or "R" in axes, f"a weight is split over fsdp: {axes}"
     return dims[0] + value.ndim - len(axes) if dims else None
@@ -191,7 +200,7 @@ def fsdp_dim(value: jax.Array, axes: str) -> int | None:
 
 @jax.custom_vjp
 def copy_to_tensor(x: jax.Array) -> jax.Array:
-    """`x`, equal along `tensor` and used differently there: its gradient is the sum."""
+    """Use `x`, equal along `tensor`, differently on each device: its gradient is the sum."""
     return pcast_varying(x, "tensor")
 
 
@@ -209,18 +218,10 @@ _reduce_from_tensor.defvjp(
 
 
 def enter_tensor(x_BTD: jax.Array, *, split_tokens: bool) -> jax.Array:
-    """An activation about to meet a matrix split over `tensor` by its outputs: with all tokens."""
+    """Prepare an activation for a matrix whose outputs are split over `tensor`: all its tokens."""
     return all_gather(x_BTD, "tensor", dim=1) if split_tokens else copy_to_tensor(x_BTD)
 
 
 def leave_tensor(x_BTD: jax.Array, *, split_tokens: bool) -> jax.Array:
-    """The sum along `tensor` of partial products with a matrix split by its inputs."""
+    """Sum partial products with a matrix whose inputs are split over `tensor`."""
     return psum_scatter(x_BTD, "tensor", dim=1) if split_tokens else _reduce_from_tensor(x_BTD)
-
-
-def ppermute(x: jax.Array, axis: str, *, by: int) -> jax.Array:
-    """What the device `by` places before has, in a ring along `axis`."""
-    if not is_split(axis):
-        return x
-    size = jax.lax.axis_size(axis)
-    return jax.lax.ppermute(x, axis, [(i, (i + by) % size) for i in range(size)])

@@ -1,9 +1,9 @@
-"""Which devices lie where on the mesh: fast links for the axes that talk most.
+"""The order of devices on the mesh: fast links for the axes that communicate most.
 
-Axes are laid out in the order of AXES, so that `tensor` (several transfers a layer) and `sequence`
-stay inside a node or slice, and `data` (once a step) and `stage` (one activation a microbatch)
-cross. A *node* here is what fast links join: a slice of TPUs, the GPUs of an NVLink domain, else
-the devices of one process.
+Axes follow the order of AXES, so `tensor` (several transfers a layer) and `sequence` stay inside a
+node, and `data` (once a step) and `stage` (one activation a microbatch) cross nodes. A *node* here
+is what fast links join: a slice of TPUs, the GPUs of an NVLink domain, else the devices of one
+process.
 """
 
 import collections
@@ -18,12 +18,12 @@ from jax.sharding import Mesh
 from llamajax.errors import UserError
 from llamajax.sharding.axes import AXES
 
-# What may go over the network between slices of TPUs: once a step, or one activation a microbatch.
+# Axes that may use the network between slices of TPUs: once a step, or an activation a microbatch.
 SLOW_AXES = ("data", "stage")
 
 
 def in_slice(device: jax.Device) -> bool:
-    """Whether it is a core of a chip in a slice of TPUs, whose own links join all its hosts."""
+    """Whether a device is a core of a TPU chip, whose own links join all hosts of its slice."""
     return hasattr(device, "core_on_chip")  # GPUs have `coords` as well
 
 
@@ -32,21 +32,20 @@ def node_of(device: jax.Device) -> int:
     slice_index = getattr(device, "slice_index", None)
     if slice_index is not None:
         return slice_index
-    # the hosts of a slice are joined by the links of its chips: none of them is a node
     return 0 if in_slice(device) else device.process_index
 
 
 def order_devices(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices as an array with one dimension an axis of `sizes`, in its order.
+    """Arrange devices in an array with one dimension an axis of `sizes`, in its order.
 
-    Inside a node JAX chooses, which knows how chips are wired; on a torus an axis may be laid over
-    a part of a physical one: 8 devices along `tensor` on v5p:4x4x4 are 2 x 4 of its chips.
+    Inside a node JAX decides, which knows how chips are wired; on a torus an axis may use a part of
+    a physical one: 8 devices along `tensor` on v5p:4x4x4 are 2 x 4 of its chips.
     """
 
     def as_wired(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
-    return _ordered(sizes, devices, as_wired)
+    return _by_node(sizes, devices, as_wired)
 
 
 def node_numbers(
@@ -54,16 +53,41 @@ def node_numbers(
     devices: Sequence[jax.Device],
     node_of: Callable[[jax.Device], int] = node_of,
 ) -> list[int]:
-    """Number of the node at each place of the mesh, in its order; cheaper than placing devices."""
+    """Number of the node at each place of the mesh, in its order; cheaper than `order_devices`."""
 
     def as_listed(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
         return np.asarray(devices, object).reshape(shape)
 
-    return [node_of(device) for device in _ordered(sizes, devices, as_listed).flat]
+    return [node_of(device) for device in _by_node(sizes, devices, as_listed).flat]
+
+
+def _by_node(
+    sizes: Mapping[str, int],
+    devices: Sequence[jax.Device],
+    inside_a_node: Callable[[tuple[int, ...], Sequence[jax.Device]], np.ndarray],
+) -> np.ndarray:
+    shape = tuple(sizes.values())
+    nodes = collections.Counter(node_of(d) for d in devices)
+    if len(nodes) == 1:
+        return inside_a_node(shape, devices)
+    across, left = [], len(nodes)  # how many nodes each axis spans, the outermost first
+    for size in shape:
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    if left > 1 or len(set(nodes.values())) > 1:  # nodes do not divide over the axes
+        ordered = sorted(devices, key=lambda d: (node_of(d), d.id))
+        return np.asarray(ordered, object).reshape(shape)
+    inside = tuple(n // a for n, a in zip(shape, across, strict=True))
+    rows = [
+        inside_a_node(inside, [d for d in devices if node_of(d) == node]) for node in sorted(nodes)
+    ]
+    whole = np.asarray(rows, object).reshape(*across, *inside)
+    order = [i + offset for i in range(len(shape)) for offset in (0, len(shape))]
+    return whole.transpose(order).reshape(shape)
 
 
 def check_slices(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> None:
-    """Raise UserError where an axis other than SLOW_AXES would lie across slices of TPUs."""
+    """Raise UserError where an axis other than SLOW_AXES would cross slices of TPUs."""
     slices = len({node_of(d) for d in devices})
     outer = math.prod(sizes[axis] for axis in SLOW_AXES)
     if slices == 1 or not in_slice(devices[0]) or outer % slices == 0:
@@ -84,37 +108,6 @@ def check_slices(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Non
     )
 
 
-def _ordered(
-    sizes: Mapping[str, int],
-    devices: Sequence[jax.Device],
-    inside_a_node: Callable[[tuple[int, ...], Sequence[jax.Device]], np.ndarray],
-) -> np.ndarray:
-    shape = tuple(sizes.values())
-    nodes = collections.Counter(node_of(d) for d in devices)
-    if len(nodes) == 1:
-        return inside_a_node(shape, devices)
-    across = _across(shape, len(nodes))
-    if across is None or len(set(nodes.values())) > 1:
-        ordered = sorted(devices, key=lambda d: (node_of(d), d.id))
-        return np.asarray(ordered, object).reshape(shape)
-    inside = tuple(n // a for n, a in zip(shape, across, strict=True))
-    rows = [
-        inside_a_node(inside, [d for d in devices if node_of(d) == node]) for node in sorted(nodes)
-    ]
-    whole = np.asarray(rows, object).reshape(*across, *inside)
-    order = [i + offset for i in range(len(shape)) for offset in (0, len(shape))]
-    return whole.transpose(order).reshape(shape)
-
-
-def _across(shape: Sequence[int], nodes: int) -> tuple[int, ...] | None:
-    """How many nodes each axis spans, the outermost first; None where they do not come out even."""
-    found = []
-    for size in shape:
-        found.append(math.gcd(size, nodes))
-        nodes //= found[-1]
-    return tuple(found) if nodes == 1 else None
-
-
 def nodes_per_axis(mesh: Mesh, node_of: Callable[[jax.Device], int] = node_of) -> dict[str, int]:
     """For each axis with more than one device, the number of nodes along it."""
     found = {}
@@ -126,17 +119,17 @@ def nodes_per_axis(mesh: Mesh, node_of: Callable[[jax.Device], int] = node_of) -
 
 
 def device_order_table(mesh: Mesh, node_of: Callable[[jax.Device], int] = node_of) -> list[str]:
-    """Lines for people, one an axis that is in use: its size, and whether it crosses nodes."""
-    num_nodes = len({node_of(d) for d in mesh.devices.flat})
-    if num_nodes == 1:
+    """Lines for people: size of each axis, and whether it crosses nodes; none for one node."""
+    if len({node_of(d) for d in mesh.devices.flat}) == 1:
         return []
     lines = []
     word = "slice" if in_slice(mesh.devices.flat[0]) else "node"
     for axis, nodes in nodes_per_axis(mesh, node_of).items():
         size = mesh.shape[axis]
-        inside = nodes == 1
-        where = f"inside a {word}" if inside else f"across {nodes} {word}s, {size // nodes} in each"
-        if nodes > 1 and axis in ("tensor", "sequence"):
-            where += "; it talks in every layer: slow, make it fit into one"
+        where = f"inside a {word}"
+        if nodes > 1:
+            where = f"across {nodes} {word}s, {size // nodes} in each"
+            if axis in ("tensor", "sequence"):
+                where += "; it talks in every layer: slow, make it fit into one"
         lines.append(f"{axis:<9}{size:<4} {where}")
     return lines

@@ -1,4 +1,4 @@
-"""Whether a model, its batches and its sequences divide over a mesh: every reason, at the door."""
+"""Checks that a model, its batches and its sequences divide over a mesh."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -31,18 +31,20 @@ def check_divides(
     """Raise one UserError naming every size that the mesh does not divide, with the nearest fit.
 
     `dims` is ModelConfig.dims; `batch` counts samples a step; `seq_len` tokens of a sample, where
-    they are to be split. Nothing is padded or replicated silently: a size that does not divide is
-    an error. Layers alone need not divide over stages: the last are filled up.
+    they are split. Nothing is padded or replicated silently, except that layers need not divide
+    over stages: layers of zeros are added.
     """
-    problems = [*_weights(dims, mesh)]
-    problems += _batch(mesh, batch, accumulation, microbatch_size)
-    problems += _sequence(mesh, seq_len) if seq_len else ()
-    problems += _stages(dims["L"], mesh, microbatch_size, rounds)
+    problems = [
+        *_weight_problems(dims, mesh),
+        *_batch_problems(mesh, batch, accumulation, microbatch_size),
+        *(_sequence_problems(mesh, seq_len) if seq_len else ()),
+        *_stage_problems(dims["L"], mesh, microbatch_size, rounds),
+    ]
     if problems:
         raise combine(problems, title="this model and batch do not divide over this mesh:")
 
 
-def _weights(dims: Mapping[str, int], mesh: Mesh) -> Iterator[str]:
+def _weight_problems(dims: Mapping[str, int], mesh: Mesh) -> Iterator[str]:
     for letter, name in _NAMES.items():
         entry = WEIGHTS[letter]
         parts = math.prod(mesh.shape[axis] for axis in axes_of(entry))
@@ -56,7 +58,9 @@ def _weights(dims: Mapping[str, int], mesh: Mesh) -> Iterator[str]:
             )
 
 
-def _batch(mesh: Mesh, batch: int, accumulation: int, microbatch_size: int) -> Iterator[str]:
+def _batch_problems(
+    mesh: Mesh, batch: int, accumulation: int, microbatch_size: int
+) -> Iterator[str]:
     stages = mesh.shape["stage"]
     names = {
         "mesh.data x mesh.fsdp": batch_shards(mesh),
@@ -73,9 +77,9 @@ def _batch(mesh: Mesh, batch: int, accumulation: int, microbatch_size: int) -> I
         )
 
 
-def _sequence(mesh: Mesh, seq_len: int) -> Iterator[str]:
+def _sequence_problems(mesh: Mesh, seq_len: int) -> Iterator[str]:
     pieces, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
-    # a device's piece from the front of a sequence and the mirrored one from its back are as long
+    # each device has a piece from the front and the mirrored one from the back, of equal length
     unit = tensor if pieces == 1 else pieces * math.lcm(2, tensor)
     if seq_len % unit:
         why = "between the blocks each device of mesh.tensor has a part of the tokens"
@@ -87,7 +91,7 @@ def _sequence(mesh: Mesh, seq_len: int) -> Iterator[str]:
         )
 
 
-def _stages(layers: int, mesh: Mesh, microbatch_size: int, rounds: int) -> Iterator[str]:
+def _stage_problems(layers: int, mesh: Mesh, microbatch_size: int, rounds: int) -> Iterator[str]:
     stages = mesh.shape["stage"]
     if stages > 1:
         if stages * rounds > layers:

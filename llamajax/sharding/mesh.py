@@ -36,25 +36,24 @@ def axis_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
 def build_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     """Mesh over `devices` with all AXES (size 1 where unused), Explicit axis types.
 
-    Raises UserError when they do not make the axes, or slices of TPUs would have to share one of
-    those that talk in every layer.
+    Raises UserError when the sizes do not fit the devices, or when slices of TPUs would have to
+    share an axis that communicates in every layer.
     """
     sizes = axis_sizes(config, num_devices=len(devices))
     check_slices(sizes, devices)
-    return Mesh(
-        order_devices(sizes, devices), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes)
-    )
-
-
-def batch_shards(mesh: Mesh) -> int:
-    """Number of parts that the batch is split into."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    explicit = (AxisType.Explicit,) * len(sizes)
+    return Mesh(order_devices(sizes, devices), tuple(sizes), axis_types=explicit)
 
 
 def describe(mesh: Mesh) -> str:
     """One line for people: the axes that are in use."""
     used = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
     return f"{used or 'one device'} ({mesh.size} device{'s' if mesh.size > 1 else ''})"
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Number of parts that the batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_spec(mesh: Mesh) -> PartitionSpec:
@@ -68,7 +67,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> range:
-    """Rows of the global batch that this process has to read: those its devices hold."""
+    """Rows of the global batch that this process has to read: those of its devices."""
     sharding = NamedSharding(mesh, spec("B", ACTIVATIONS, mesh))
     held = sharding.addressable_devices_indices_map((batch_size,))
     bounds = sorted({(rows.start or 0, rows.stop or batch_size) for (rows,) in held.values()})
@@ -78,6 +77,6 @@ def local_rows(mesh: Mesh, batch_size: int) -> range:
 
 
 def put_batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global (B, T) arrays on the mesh from this process's rows; the copy does not block."""
+    """Make global (B, T) arrays from this process's rows; the copy does not block."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in rows.items()}
