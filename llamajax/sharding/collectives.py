@@ -3,8 +3,8 @@
 The step runs in one `jax.shard_map` over all mesh axes: arrays are one device's part and every
 collective is visible. These are the whole communication of the model:
 
-- `gather`: a stored weight -> the weight as it is used (FSDP). Backward, the gradient is reduced and
-  scattered in float32. A plain cast-then-gather would transpose to a reduction in bfloat16, and
+- `gather`: a stored weight -> the weight as it is used (FSDP). Backward, the gradient is reduced
+  and scattered in float32. A plain cast-then-gather would transpose to a reduction in bfloat16, and
   float32 accumulators would then sum rounded values.
 - `enter_tensor` / `leave_tensor`: around a pair of matrices split over `tensor`. With split tokens
   (training) all tokens are gathered before the pair, and the sum of the partial products is
@@ -16,7 +16,7 @@ collective is visible. These are the whole communication of the model:
 
 Derivatives are written by hand so that they are the same with and without JAX's check of varying
 axes, which some fused kernels cannot pass. Where an axis splits nothing (one device, or outside
-`shard_map`) all of these are the identity (`gather` still casts), so a model also runs on one device.
+`shard_map`) these return their input (`gather` still casts), so a model also runs on one device.
 """
 
 import functools
@@ -86,7 +86,7 @@ def _ones_before(x: jax.Array, dim: int) -> tuple[int, ...]:
 
 
 def all_to_all(x: jax.Array, axis: str, *, split: int, join: int) -> jax.Array:
-    """Split dimension `split` over the devices along `axis`, and join what they send along `join`."""
+    """Send each device along `axis` its part of dim `split`; join what arrives along dim `join`."""
     if not is_split(axis):
         return x
     return jax.lax.all_to_all(x, axis, split_axis=split, concat_axis=join, tiled=True)
