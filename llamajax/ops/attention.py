@@ -8,11 +8,10 @@
 - `split`: for a sequence that is split over the mesh axis `sequence`, and for very long ones: never
   more scores than those of 512 x 512 tokens a head (`attention_split.py`). Any platform.
 
-All the others see local arrays: they work the same outside and inside `jax.shard_map`, where batch
-and heads may be split, and communicate nothing. The output (and the row statistics of those that do
-not hold the whole matrix) is tagged "attention" with `jax.ad_checkpoint.checkpoint_name`: under
-`jax.checkpoint` with `save_only_these_names("attention")` the backward pass finds both and does not
-run the forward kernel again; q, k and v alone are recomputed.
+All but `split` communicate nothing: they work the same outside and inside `jax.shard_map`, where
+batch and heads may be split. The output (and the row statistics of those that do not hold the whole
+matrix) has the checkpoint name "attention": a remat policy that keeps this name keeps the backward
+pass from running the forward kernel again, and only q, k and v are recomputed.
 """
 
 from collections.abc import Sequence
@@ -32,8 +31,8 @@ from llamajax.sharding import collectives
 
 SUPPORTED = ("xla", "blocked", "split", "cudnn", "splash")
 
-# pass check_vma=False to the `jax.shard_map` around these: JAX's Splash kernel does not say along
-# which mesh axes its outputs vary
+# `jax.shard_map` needs check_vma=False around these: JAX's Splash kernel does not say along which
+# mesh axes its outputs vary.
 NEEDS_UNCHECKED = frozenset({"splash"})
 
 
@@ -45,19 +44,19 @@ def attention(
     impl: str,
     segment_ids_BT: jax.Array | None,
 ) -> jax.Array:
-    """Causal attention of each query over the earlier keys of its own document, (B, T, N, H).
+    """Attend from each query to the earlier keys of its own document, (B, T, N, H).
 
-    T equals S; for `split` inside `shard_map` q, k and v are those of the device's own tokens, and
-    the segment ids those of the whole sequence. N is a multiple of K and query head n uses kv head
-    n // (N / K). Scores are scaled by H**-0.5, the softmax is float32, the output has the dtype of
-    q. `segment_ids` (int32) numbers the documents packed in a row, each of them contiguous; 0 is
-    padding, which attends to itself only and so stays finite. Without segment ids a row is one
-    document.
+    T equals S; for `split` inside `shard_map` q, k and v are those of the device's local tokens,
+    and the segment ids those of the whole sequence. N is a multiple of K and query head n uses kv
+    head n // (N / K). Scores are scaled by H**-0.5, the softmax is float32, the output has the
+    dtype of q. `segment_ids` (int32) numbers the documents packed in a row, each of them
+    contiguous; 0 is padding, which attends to itself only and so stays finite. Without segment ids
+    a row is one document.
     """
     assert q_BTNH.shape[1] == k_BSKH.shape[1], "self-attention: as many queries as keys"
     assert q_BTNH.shape[2] % k_BSKH.shape[2] == 0, (q_BTNH.shape, k_BSKH.shape)
-    # one type for all inside shard_map; where k is the same on several devices of an axis and q is
-    # not, the derivative of this cast sums dk over that axis
+    # One type for all inside shard_map. Where k is the same on several devices of an axis and q is
+    # not, the derivative of this cast sums dk over that axis.
     arrays = [x for x in (q_BTNH, k_BSKH, v_BSKH, segment_ids_BT) if x is not None]
     arrays = [collectives.pcast_varying_like(x, *arrays) for x in arrays]
     q, k, v, segment_ids = arrays if segment_ids_BT is not None else (*arrays, None)
@@ -74,7 +73,7 @@ def check_supported(
     compute_capability: str | None = None,
     sequence_parts: int = 1,
 ) -> list[str]:
-    """Why `impl` cannot train such a model on `platform`, in words; empty where it can.
+    """Say why `impl` cannot train such a model on `platform`; nothing where it can.
 
     `platform` is "cpu", "cuda" (or JAX's other word for it, "gpu"), "tpu" or a plugin's name;
     `compute_capability` that of the NVIDIA device ("9.0" for Hopper), where it is known.
@@ -89,39 +88,37 @@ def check_supported(
             f"{impl} attention sees one device's tokens only, and mesh.sequence = {sequence_parts} "
             "splits them: use split"
         ]
+    facts = {}
+    if impl in ("cudnn", "splash"):
+        needs = f"needs platform {platform_of_attention(impl)}, this is {platform}"
+        facts[needs] = computes_attention(platform, impl)
     if impl == "cudnn":
-        hopper = compute_capability is None or float(compute_capability) >= 9.0
-        facts = {
-            f"needs platform {platform_of_attention(impl)}, this is {platform}": (
-                computes_attention(platform, impl)
-            ),
+        facts |= {
             f"needs bfloat16 or float16, not {dtype}": dtype in (jnp.bfloat16, jnp.float16),
             f"needs a head size that is a multiple of 8, at most 128; it is {head_size}": (
                 head_size % 8 == 0 and head_size <= 128
             ),
             "needs a GPU of compute capability 9.0 (Hopper) or later for packed documents, "
-            f"this one has {compute_capability}": hopper,
-        }
-        problems = [why] if (why := cudnn.problem()) else []
-    elif impl == "splash":
-        facts = {
-            f"needs platform {platform_of_attention(impl)}, this is {platform}": (
-                computes_attention(platform, impl)
+            f"this one has {compute_capability}": (
+                compute_capability is None or float(compute_capability) >= 9.0
             ),
+        }
+    if impl == "splash":
+        facts |= {
             f"needs bfloat16 or float32, not {dtype}": dtype in (jnp.bfloat16, jnp.float32),
             f"needs a head size that is a multiple of 64; it is {head_size}": head_size % 64 == 0,
             f"needs a sequence length that is a multiple of 128; it is {seq_len}": (
                 seq_len % 128 == 0
             ),
         }
-        problems = []
-    else:
-        return []
-    return [f"{impl} attention {fact}" for fact, holds in facts.items() if not holds] + problems
+    problems = [f"{impl} attention {fact}" for fact, holds in facts.items() if not holds]
+    if impl == "cudnn" and (why := cudnn.problem()):
+        problems.append(why)
+    return problems
 
 
 def first_supported(preferences: Sequence[str], **facts: Any) -> str:
-    """The first of `preferences` that `check_supported` has nothing against, given its facts.
+    """Return the first of `preferences` that `check_supported` accepts with these facts.
 
     Raises UserError with every reason if there is none.
     """
@@ -149,7 +146,7 @@ def best_attention(machine: Machine, dtype: str, head_size: int, seq_len: int) -
 def xla_attention(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array | None
 ) -> jax.Array:
-    """Attention as `attention` defines it, in its plainest form."""
+    """Compute `attention` in its plainest form."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)

@@ -1,10 +1,10 @@
 """Causal attention in blocks of queries, never holding the whole score matrix, on any platform.
 
-Each block of queries meets the keys up to its own end and no others, so a little more than half
-of the score matrix is ever computed, and none of it outlives its block: the forward pass keeps the
-row log-sum-exp, from which the backward pass recomputes the probabilities (FlashAttention-2,
-arXiv:2307.08691). Plain XLA operations only. All products are batched matrix products over X = B*K
-with G*T rows, keys transposed to (H, S): the layouts that XLA's CPU backend multiplies fastest.
+A block of queries uses the keys up to its own end only, so little more than half of the score
+matrix is computed, one block at a time. The forward pass keeps the row log-sum-exp, from which the
+backward pass recomputes the probabilities (FlashAttention-2, arXiv:2307.08691). Plain XLA
+operations only. All products are batched matrix products over X = B*K with G*T rows, keys
+transposed to (H, S): the layouts that XLA's CPU backend multiplies fastest.
 """
 
 import jax
@@ -13,9 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 MASKED = -1e30  # finite, so that a fully masked row would stay finite
 
-MIN_BLOCK = (
-    64  # queries; measured at T = 512 on two CPU cores: 32 is slower, 128 and 256 do more work
-)
+MIN_BLOCK = 64  # queries; at T = 512 on two CPU cores 32 is slower, 128 and 256 do more work
 MAX_BLOCKS = 16  # the program is unrolled over blocks; at 16 the waste is 1/32 of the whole matrix
 
 
@@ -33,7 +31,7 @@ def queries(x_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
 
 
 def as_queries(x_XGTH: jax.Array, shape_BTNH: tuple[int, ...]) -> jax.Array:
-    """The inverse of `queries`."""
+    """Invert `queries`."""
     B, T, N, H = shape_BTNH
     G = x_XGTH.shape[1]
     return x_XGTH.reshape(B, N // G, G, T, H).transpose(0, 3, 1, 2, 4).reshape(shape_BTNH)
@@ -55,12 +53,12 @@ def _rows(x_XGTH: jax.Array, start: int, end: int) -> jax.Array:
 
 
 def _after(x: jax.Array, *previous: jax.Array) -> jax.Array:
-    """`x`, which the compiler can only compute from once `previous` have been computed.
+    """Return `x`, made to depend on `previous`.
 
-    Without it XLA's CPU scheduler starts all blocks at once and keeps every one's scores: together
-    as much memory as the whole matrix. It removes optimization barriers before it schedules, so
-    this adds a zero that it cannot know to be zero: nothing is greater than infinity. It costs a
-    tenth of the time and is left out up to T = 1024, where that memory is small.
+    Otherwise XLA's CPU scheduler starts all blocks at once and keeps the scores of all: as much
+    memory as the whole matrix. It removes optimization barriers before it schedules, so this adds a
+    zero that it cannot know to be zero: nothing is greater than infinity. It costs a tenth of the
+    time and is left out up to T = 1024, where that memory is small.
     """
     for array in previous:
         zero = jnp.where(array.reshape(-1)[0] > jnp.inf, 1.0, 0.0)
@@ -90,15 +88,15 @@ def _scores(q_XRH, kT_XHS, segment_ids_BT, batch: int, start: int, end: int) -> 
 def blocked_attention(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array | None
 ) -> jax.Array:
-    """Attention as `attention.attention` defines it; saves q, k, v, o and one float32 a query row.
+    """Compute `attention` in blocks; save q, k, v, o and one float32 a query row.
 
-    The output and the row statistics are tagged "attention" for remat policies.
+    The output and the row statistics have the checkpoint name "attention".
     """
     return _tagged_forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)[0]
 
 
 def forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
-    """The output, and what `backward` wants: the inputs, the output, log-sum-exp (B*K, G, T)."""
+    """Return the output, and for `backward` the inputs, the output, log-sum-exp (B*K, G, T)."""
     B, T, _, H = q_BTNH.shape
     q_XGTH = queries(q_BTNH, k_BSKH.shape[2])
     (_, kT_XHS), (v_XSH, _) = _keys(k_BSKH), _keys(v_BSKH)

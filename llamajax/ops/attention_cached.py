@@ -7,12 +7,12 @@ import jax.numpy as jnp
 def cached_attention(
     q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, allowed_BS: jax.Array
 ) -> jax.Array:
-    """Each query's attention over the slots that its row may see, (B, T, N, H), dtype of q.
+    """Attend from each query to the slots that its row may see, (B, T, N, H), dtype of q.
 
     N is a multiple of K and query head n uses kv head n // (N / K). Scores are scaled by H**-0.5,
-    the softmax is float32. Every row sees one slot at least. Kv heads stand before slots: both
-    products are then batched matrix products over the cache as it lies (measured on a CPU, six
-    times as fast as with slots first).
+    the softmax is float32. Every row sees at least one slot. Kv heads come before slots, so that
+    both products are batched matrix products over the cache as it is stored (on a CPU six times as
+    fast as with slots first).
     """
     B, T, N, H = q_BTNH.shape
     K = k_BKSH.shape[1]

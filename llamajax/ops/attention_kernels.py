@@ -13,8 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 from llamajax.backends.jax_private import cudnn
 from llamajax.ops import attention_blocked
 
-# cuDNN wants a bound on the documents of a batch, and its row statistics take 4 bytes for each of
-# B * bound * N * T: at 128 tokens a document they are half the output's size at T = 4096, H = 128
+# cuDNN needs a bound on the documents of a batch, and its row statistics take 4 bytes for each of
+# B * bound * N * T: at 128 tokens a document, half the output's size at T = 4096, H = 128.
 TOKENS_PER_DOCUMENT = 128
 MIN_DOCUMENTS = 8
 
@@ -27,10 +27,10 @@ SPLASH_BLOCK = 512
 def cudnn_attention(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array | None
 ) -> jax.Array:
-    """Attention as `attention.attention` defines it, by cuDNN's fused kernel: bfloat16 or float16.
+    """Compute `attention` with cuDNN's fused kernel: bfloat16 or float16.
 
-    Documents go in as lengths and offsets, at most T / 128 a row on average over the local batch.
-    A batch with more takes a slow exact path (blocks, one kv head at a time) instead of the kernel.
+    Documents are given as lengths and offsets, at most T / 128 a row on average over the local
+    batch. A batch with more takes a slow exact path (blocks, one kv head at a time) instead.
     """
     return _cudnn_forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)[0]
 
@@ -41,9 +41,8 @@ def _cudnn_forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
         o, statistics = cudnn.forward(*qkv, None)
     else:
         docs, fits = _documents(q_BTNH, k_BSKH, segment_ids_BT)
-        o, statistics = jax.lax.cond(
-            fits, _fused_forward, _slow_forward, *qkv, docs, segment_ids_BT
-        )
+        operands = (*qkv, docs, segment_ids_BT)
+        o, statistics = jax.lax.cond(fits, _fused_forward, _slow_forward, *operands)
     o, statistics = checkpoint_name(o, "attention"), checkpoint_name(statistics, "attention")
     return o, (*qkv, segment_ids_BT, statistics, o)
 
@@ -62,18 +61,14 @@ cudnn_attention.defvjp(_cudnn_forward, _cudnn_backward)
 
 
 def max_documents(seq_len: int) -> int:
-    """Documents a row for which room is made, on average over the local batch."""
+    """Documents a row that the kernel has room for, on average over the local batch."""
     return max(MIN_DOCUMENTS, seq_len // TOKENS_PER_DOCUMENT)
 
 
 def _documents(q_BTNH, k_BSKH, segment_ids_BT):
     _, T, N, H = q_BTNH.shape
-    return cudnn.documents(
-        segment_ids_BT,
-        max_documents=max_documents(T),
-        q_stride=N * H,
-        kv_stride=k_BSKH.shape[2] * H,
-    )
+    kv_stride, most = k_BSKH.shape[2] * H, max_documents(T)
+    return cudnn.documents(segment_ids_BT, max_documents=most, q_stride=N * H, kv_stride=kv_stride)
 
 
 def _fused_forward(q, k, v, docs, _):
@@ -99,7 +94,10 @@ def _from_kv_heads(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _slow_forward(q, k, v, docs, segment_ids_BT):
-    """What the kernel returns, for any number of documents; log-sum-exp in the first B rows."""
+    """Compute what the kernel returns, for any number of documents.
+
+    The log-sum-exp is in the first B rows of the statistics.
+    """
     K = k.shape[2]
 
     def one(parts):
@@ -136,7 +134,7 @@ def splash_attention(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attention as `attention.attention` defines it, by JAX's Pallas kernel for TPUs.
+    """Compute `attention` with JAX's Pallas kernel for TPUs.
 
     T is a multiple of 128. The causal mask is a function of positions, not an array. With
     `interpret` the kernel is evaluated step by step on any platform: slow, for tests.
@@ -153,7 +151,7 @@ def splash_attention(
 
 
 def _splash() -> tuple[Any, Any]:
-    """The kernel's modules, on use: they are for TPUs, and importing them takes 0.2 s a start."""
+    """Import the kernel's modules, which takes 0.2 s, when a TPU needs them."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

@@ -1,14 +1,15 @@
 """Causal attention over a sequence that is split over the mesh axis `sequence`.
 
-Each device holds two pieces of T / (2 * parts) tokens, one from the front and the one that mirrors
-it from the back, so that the causal triangle costs every device the same. Keys and values are
-gathered (with grouped queries they are small; Llama 3, arXiv:2407.21783, section 3.3.2), queries
-stay. Then each device visits its pairs of a block of queries and a block of keys one by one, in a
-scan: as many pairs on every device, none above the diagonal, and no more scores at one time than
-those of one pair, so that no S x S buffer exists however long the sequence is. The sums over keys
-are those of FlashAttention-2 (arXiv:2307.08691), forward and backward.
+Each device holds two pieces of S / (2 * count) tokens, one from the front and the mirrored one from
+the back, so that the causal triangle costs every device the same. Keys and values are gathered
+(with grouped queries they are small; Llama 3, arXiv:2407.21783, section 3.3.2), queries stay. Then
+each device visits its pairs of a block of queries and a block of keys one by one, in a scan: as
+many pairs on every device, none above the diagonal, and the scores of one pair at a time, so that
+no S x S buffer exists. The sums over keys are those of FlashAttention-2 (arXiv:2307.08691), forward
+and backward.
 
-The dims are those of `attention_blocked`: X = B*K, with the G query heads of a group as rows.
+Dims: `count` devices along `sequence`, S tokens of a sequence, T local ones; X = B*K, with the G
+query heads of a group as rows, as in `attention_blocked`.
 """
 
 import functools
@@ -26,7 +27,7 @@ MAX_BLOCK = 512  # queries and keys of a pair
 
 
 def local_tokens(x_BT: jax.Array) -> jax.Array:
-    """This device's columns of an array over all tokens: (B, T, ...) -> (B, T / parts, ...)."""
+    """Select this device's columns of an array over all tokens: (B, S, ...) -> (B, T, ...)."""
     count = collectives.axis_size(AXIS)
     if count == 1:
         return x_BT
@@ -37,7 +38,7 @@ def local_tokens(x_BT: jax.Array) -> jax.Array:
 
 
 def all_tokens(x_BT: jax.Array) -> jax.Array:
-    """The reverse of `own_tokens`, equal on all devices along the axis; not differentiable."""
+    """Invert `local_tokens`: equal on all devices along the axis; not differentiable."""
     count = collectives.axis_size(AXIS)
     if count == 1:
         return x_BT
@@ -51,20 +52,20 @@ def all_tokens(x_BT: jax.Array) -> jax.Array:
 
 
 def _pieces(count: int) -> tuple[jax.Array, jax.Array]:
-    """Numbers of this device's two pieces among the 2 * count of a sequence."""
+    """Numbers of this device's two pieces among the 2 * count pieces of a sequence."""
     rank = collectives.axis_index(AXIS)
     return rank, 2 * count - 1 - rank
 
 
 def _in_order(x: jax.Array, count: int, *, dim: int) -> jax.Array:
-    """Gathered parts of an array, (front 0, back 0, front 1, ...) along `dim`, in natural order."""
+    """Reorder gathered parts, (front 0, back 0, front 1, ...) along `dim`, as in the sequence."""
     order = [2 * i for i in range(count)] + [2 * i + 1 for i in reversed(range(count))]
     pieces = jnp.split(x, 2 * count, axis=dim)
     return jnp.concatenate([pieces[i] for i in order], axis=dim)
 
 
 def _by_device(x: jax.Array, count: int, *, dim: int) -> jax.Array:
-    """The reverse of `_in_order`."""
+    """Invert `_in_order`."""
     order = [piece for i in range(count) for piece in (i, 2 * count - 1 - i)]
     pieces = jnp.split(x, 2 * count, axis=dim)
     return jnp.concatenate([pieces[i] for i in order], axis=dim)
@@ -73,14 +74,14 @@ def _by_device(x: jax.Array, count: int, *, dim: int) -> jax.Array:
 def pair_table(num_tokens: int, count: int, block: int) -> np.ndarray:
     """(count, pairs, 3) int32: for each device its pairs as numbers of blocks.
 
-    The columns are the block of queries among the device's own, the same block in the whole
+    The columns are the block of queries among the local ones, the same block in the whole
     sequence, and the block of keys in the whole sequence; keys ascend within a block of queries.
     """
     each = num_tokens // (2 * count * block)  # blocks a piece
     rows = []
     for rank in range(count):
         whole = [piece * each + i for piece in (rank, 2 * count - 1 - rank) for i in range(each)]
-        rows.append([(own, q, k) for own, q in enumerate(whole) for k in range(q + 1)])
+        rows.append([(local, q, k) for local, q in enumerate(whole) for k in range(q + 1)])
     return np.asarray(rows, np.int32)
 
 
@@ -123,7 +124,7 @@ def _scores(q_XRH, k_XSH, segment_ids_BT, pair, block: int, batch: int) -> jax.A
 
 
 def _gathered(x_BTKH: jax.Array, count: int) -> jax.Array:
-    """Keys or values of all tokens, in natural order: (X, S, H)."""
+    """Gather keys or values of all tokens, in the order of the sequence: (X, S, H)."""
     whole = _in_order(collectives.all_gather(x_BTKH, AXIS, dim=1), count, dim=1)
     B, S, K, H = whole.shape
     return whole.transpose(0, 2, 1, 3).reshape(B * K, S, H)
@@ -133,11 +134,11 @@ def _gathered(x_BTKH: jax.Array, count: int) -> jax.Array:
 def split_attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BS: jax.Array | None
 ) -> jax.Array:
-    """Attention as `attention.attention` defines it, of this device's tokens over all tokens.
+    """Compute `attention` of this device's tokens over all tokens.
 
-    q, k and v are those of the own tokens (`own_tokens`), the segment ids those of the whole
-    sequence in its natural order. Saves the own q, k, v, o and one float32 a query row; keys and
-    values are gathered again in backward.
+    q, k and v are those of the local tokens (`local_tokens`), the segment ids those of the whole
+    sequence. Saves the local q, k, v, o and one float32 a query row; keys and values are gathered
+    again in backward.
     """
     return _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BS)[0]
 
@@ -162,8 +163,12 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segment_ids_BS):
         put = functools.partial(_put, number=pair[0], block=block, dim=2)
         return tuple(put(a, b) for a, b in zip(carry, new, strict=True)), None
 
-    zeros = lambda width, value: jnp.full((X, G, T, width), value, jnp.float32)  # noqa: E731
-    carry = (zeros(H, 0.0), zeros(1, 0.0), zeros(1, MASKED))
+    shape = (X, G, T)
+    carry = (
+        jnp.zeros((*shape, H)),
+        jnp.zeros((*shape, 1)),
+        jnp.full((*shape, 1), MASKED, jnp.float32),
+    )
     carry = tuple(collectives.pcast_varying_like(a, q, k, v) for a in carry)
     (o, total, top), _ = jax.lax.scan(visit, carry, _pairs(S, count, block))
     o_BTNH = as_queries((o / total).astype(q_BTNH.dtype), q_BTNH.shape)
@@ -201,12 +206,12 @@ def _backward(saved, do_BTNH):
     zeros = [jnp.zeros(a.shape, jnp.float32) for a in (q, k, v)]
     carry = tuple(collectives.pcast_varying_like(a, q, k, v, do) for a in zeros)
     (dq, dk, dv), _ = jax.lax.scan(visit, carry, _pairs(S, count, block))
-    dk, dv = (_own_keys(a, count, like) for a, like in ((dk, k_BTKH), (dv, v_BTKH)))
+    dk, dv = (_local_keys(a, count, like) for a, like in ((dk, k_BTKH), (dv, v_BTKH)))
     return as_queries(dq.astype(q.dtype), q_BTNH.shape), dk, dv, None
 
 
-def _own_keys(x_XSH: jax.Array, count: int, like_BTKH: jax.Array) -> jax.Array:
-    """Gradients of all keys -> of the own ones, summed over devices in float32."""
+def _local_keys(x_XSH: jax.Array, count: int, like_BTKH: jax.Array) -> jax.Array:
+    """Sum gradients of all keys over devices in float32, and keep those of the local keys."""
     B, _, K, H = like_BTKH.shape
     x = x_XSH.reshape(B, K, x_XSH.shape[1], H).transpose(0, 2, 1, 3)
     own = collectives.psum_scatter(_by_device(x, count, dim=1), AXIS, dim=1)

@@ -1,7 +1,8 @@
 """Cross-entropy of a language model's head, without ever holding the logits of all tokens.
 
 The head and the loss are one function with one derivative: logits exist for a chunk of local tokens
-at a time, and their gradient is formed right where they are, in the forward pass.
+at a time (dims: N chunks of C tokens), and their gradient is computed with them, in the forward
+pass.
 """
 
 import functools
@@ -23,10 +24,9 @@ class LossTerms(NamedTuple):
 
 class _Settings(NamedTuple):
     vocab_size: int
-    chunk: int
     z_weight: float
     dtype: jnp.dtype
-    split_tokens: bool  # the gradient of x is left as this device's part of a sum over tensor
+    split_tokens: bool  # the gradient of x stays this device's part of a sum over `tensor`
 
 
 def cross_entropy(
@@ -40,24 +40,21 @@ def cross_entropy(
     z_weight: float,
     split_tokens: bool = False,
 ) -> LossTerms:
-    """Summed losses of the tokens where `mask` is true.
+    """Sum the losses of the tokens where `mask` is true.
 
     `head_VD` is the float32 head as it is stored: this device's part, V over `tensor` and D over
-    `fsdp`; it is gathered over `fsdp` once, in the dtype of `x`. Maximum, sum and target logit are
-    reduced over `tensor`. The head's gradient is accumulated over chunks in float32 and reduced
-    once. Rows of the head from `vocab_size` on are padding: their logits are -inf. With
-    `split_tokens`, T of `x` alone is split over `tensor`: all are gathered first.
+    `fsdp`. It is gathered over `fsdp` once, in the dtype of `x`; its gradient is accumulated over
+    chunks in float32 and reduced once. Maximum, sum and target logit are reduced over `tensor`.
+    Rows of the head from `vocab_size` on are padding: their logits are -inf. With `split_tokens`,
+    T of `x` alone is split over `tensor`: all are gathered first.
     """
     if split_tokens:
         x_BTD = collectives.enter_tensor(x_BTD, split_tokens=True)
-    tokens, width = targets_BT.size, x_BTD.shape[-1]
-    chunk = min(chunk_tokens, tokens)
-    pad = -tokens % chunk
-    x = jnp.pad(x_BTD.reshape(tokens, width), ((0, pad), (0, 0)))
-    targets = jnp.pad(targets_BT.reshape(tokens), (0, pad))
-    mask = jnp.pad(mask_BT.reshape(tokens).astype(jnp.float32), (0, pad))
-    settings = _Settings(vocab_size, chunk, z_weight, x_BTD.dtype, split_tokens)
-    return LossTerms(*_summed(x, head_VD, targets, mask, settings))
+    x_NCD, targets_NC, mask_NC = _in_chunks(
+        x_BTD, targets_BT, mask_BT.astype(jnp.float32), chunk_tokens=chunk_tokens
+    )
+    settings = _Settings(vocab_size, z_weight, x_BTD.dtype, split_tokens)
+    return LossTerms(*_sum_losses(x_NCD, head_VD, targets_NC, mask_NC, settings))
 
 
 def token_nll(
@@ -70,33 +67,30 @@ def token_nll(
 ) -> jax.Array:
     """Negative log-likelihood of each target in nats, float32 (B, T); for measuring, not training.
 
-    Arguments as for `cross_entropy`: the same numbers before they are summed, and like there no
-    more logits at one time than those of a chunk.
+    The terms that `cross_entropy` sums, with the same arguments and the same chunks of logits.
     """
-    tokens, width = targets_BT.size, x_BTD.shape[-1]
-    chunk = min(chunk_tokens, tokens)
-    pad = -tokens % chunk
-    x = jnp.pad(x_BTD.reshape(tokens, width), ((0, pad), (0, 0)))
-    targets = jnp.pad(targets_BT.reshape(tokens), (0, pad))
-    settings = _Settings(vocab_size, chunk, 0.0, x_BTD.dtype, False)
-    head = _gathered_head(head_VD, settings)
+    x_NCD, targets_NC = _in_chunks(x_BTD, targets_BT, chunk_tokens=chunk_tokens)
+    settings = _Settings(vocab_size, 0.0, x_BTD.dtype, False)
+    head = _gather_head(head_VD, settings)
 
     def body(carry, part):
         log_partition, target, _ = _chunk_logs(part[0], head, part[1], settings)
         return carry, log_partition - target
 
-    _, nll = jax.lax.scan(body, None, [_chunks(a, chunk) for a in (x, targets)])
-    return nll.reshape(tokens + pad)[:tokens].reshape(targets_BT.shape)
+    _, nll_NC = jax.lax.scan(body, None, (x_NCD, targets_NC))
+    return nll_NC.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
 
 
-def _chunk_terms(x_CD, head_VD, targets_C, mask_C, settings: _Settings):
-    """Sums of one chunk, and what its gradient is made of."""
-    log_partition, target, (odds, partition, is_target) = _chunk_logs(
-        x_CD, head_VD, targets_C, settings
-    )
-    nll = jnp.sum((log_partition - target) * mask_C)
-    z = jnp.sum(log_partition * log_partition * mask_C)
-    return (nll, z), (odds, partition, log_partition, is_target)
+def _in_chunks(*arrays: jax.Array, chunk_tokens: int) -> list[jax.Array]:
+    """(B, T, ...) -> (N, C, ...), padded with zeros to a multiple of C."""
+    tokens = arrays[0].shape[0] * arrays[0].shape[1]
+    chunk = min(chunk_tokens, tokens)
+    found = []
+    for array in arrays:
+        rest = array.shape[2:]
+        padding = [(0, -tokens % chunk)] + [(0, 0)] * len(rest)
+        found.append(jnp.pad(array.reshape(tokens, *rest), padding).reshape(-1, chunk, *rest))
+    return found
 
 
 def _chunk_logs(x_CD, head_VD, targets_C, settings: _Settings):
@@ -114,52 +108,51 @@ def _chunk_logs(x_CD, head_VD, targets_C, settings: _Settings):
     return jnp.log(partition) + top, target, (odds, partition, is_target)
 
 
-def _gathered_head(head_VD: jax.Array, settings: _Settings) -> jax.Array:
+def _chunk_sums(x_CD, head_VD, targets_C, mask_C, settings: _Settings):
+    """Sums (nll, z) of one chunk, and what its gradient is made of."""
+    log_partition, target, parts = _chunk_logs(x_CD, head_VD, targets_C, settings)
+    nll = jnp.sum((log_partition - target) * mask_C)
+    z = jnp.sum(log_partition * log_partition * mask_C)
+    return (nll, z), (log_partition, *parts)
+
+
+def _gather_head(head_VD: jax.Array, settings: _Settings) -> jax.Array:
     return collectives.all_gather(head_VD.astype(settings.dtype), "fsdp", dim=1)
 
 
-def _chunks(array: jax.Array, chunk: int) -> jax.Array:
-    return array.reshape(array.shape[0] // chunk, chunk, *array.shape[1:])
-
-
 def _zero(x: jax.Array) -> jax.Array:
-    """What sums start from: of whole rows of logits, they are the same along `tensor`."""
-    return collectives.pcast_varying(
-        jnp.float32(0), tuple(collectives.varying_axes(x) - {"tensor"})
-    )
-
-
-def _objective(nll: jax.Array, z: jax.Array, settings: _Settings) -> tuple[jax.Array, ...]:
-    return nll + settings.z_weight * z, nll, z
+    """Initial value of the sums, which are the same along `tensor`."""
+    axes = tuple(collectives.varying_axes(x) - {"tensor"})
+    return collectives.pcast_varying(jnp.float32(0), axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _summed(x, head_VD, targets, mask, settings: _Settings):
-    head = _gathered_head(head_VD, settings)
+def _sum_losses(x_NCD, head_VD, targets_NC, mask_NC, settings: _Settings):
+    head = _gather_head(head_VD, settings)
 
     def body(sums, part):
-        (nll, z), _ = _chunk_terms(part[0], head, part[1], part[2], settings)
+        x_CD, targets_C, mask_C = part
+        (nll, z), _ = _chunk_sums(x_CD, head, targets_C, mask_C, settings)
         return (sums[0] + nll, sums[1] + z), None
 
-    parts = [_chunks(a, settings.chunk) for a in (x, targets, mask)]
-    zero = _zero(x)
-    (nll, z), _ = jax.lax.scan(body, (zero, zero), parts)
-    return _objective(nll, z, settings)
+    zero = _zero(x_NCD)
+    (nll, z), _ = jax.lax.scan(body, (zero, zero), (x_NCD, targets_NC, mask_NC))
+    return nll + settings.z_weight * z, nll, z
 
 
-def _summed_forward(x, head_VD, targets, mask, settings: _Settings):
+def _sum_losses_forward(x_NCD, head_VD, targets_NC, mask_NC, settings: _Settings):
     """The sums and, chunk by chunk, the gradients of the objective: no logits are kept.
 
     A head that is frozen (not differentiated) has no gradient, nor a buffer for one.
     """
     train_head = head_VD.perturbed
-    x, head_VD, targets, mask = (primal.value for primal in (x, head_VD, targets, mask))
-    head = _gathered_head(head_VD, settings)
+    x_NCD, head_VD, targets_NC, mask_NC = (a.value for a in (x_NCD, head_VD, targets_NC, mask_NC))
+    head = _gather_head(head_VD, settings)
 
     def body(carry, part):
         nll, z, grad_head = carry
         x_CD, targets_C, mask_C = part
-        sums, (odds, partition, log_partition, is_target) = _chunk_terms(
+        sums, (log_partition, odds, partition, is_target) = _chunk_sums(
             x_CD, head, targets_C, mask_C, settings
         )
         scale = (1.0 + 2.0 * settings.z_weight * log_partition) / partition * mask_C
@@ -172,16 +165,15 @@ def _summed_forward(x, head_VD, targets, mask, settings: _Settings):
             grad_head += jnp.dot(grad.T, x_CD, preferred_element_type=jnp.float32)
         return (nll + sums[0], z + sums[1], grad_head), grad_x
 
-    parts = [_chunks(a, settings.chunk) for a in (x, targets, mask)]
-    zero = _zero(x)
-    zeros = None
+    zero, zeros = _zero(x_NCD), None
     if train_head:
-        zeros = collectives.pcast_varying_like(jnp.zeros(head.shape, jnp.float32), head, x)
-    (nll, z, grad_head), grad_x = jax.lax.scan(body, (zero, zero, zeros), parts)
-    return _objective(nll, z, settings), (grad_x.reshape(x.shape), grad_head)
+        zeros = collectives.pcast_varying_like(jnp.zeros(head.shape, jnp.float32), head, x_NCD)
+    carry, parts = (zero, zero, zeros), (x_NCD, targets_NC, mask_NC)
+    (nll, z, grad_head), grad_x = jax.lax.scan(body, carry, parts)
+    return (nll + settings.z_weight * z, nll, z), (grad_x, grad_head)
 
 
-def _summed_backward(settings: _Settings, saved, grads):
+def _sum_losses_backward(settings: _Settings, saved, grads):
     grad_x, grad_head = saved
     scale = grads[0]  # of the objective; nll and z are for the log
     if grad_head is not None:
@@ -189,4 +181,4 @@ def _summed_backward(settings: _Settings, saved, grads):
     return grad_x * scale.astype(grad_x.dtype), grad_head, None, None
 
 
-_summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
+_sum_losses.defvjp(_sum_losses_forward, _sum_losses_backward, symbolic_zeros=True)

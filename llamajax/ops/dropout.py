@@ -1,4 +1,4 @@
-"""Dropout whose mask belongs to a token and a feature, wherever on the mesh those are."""
+"""Dropout whose mask depends on token and feature alone, not on the mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,11 @@ from llamajax.sharding import collectives
 
 
 def dropout(x: jax.Array, keys_BT: jax.Array, *, rate: float, split: bool) -> jax.Array:
-    """`x` (B, T, ...) with features zeroed with probability `rate`, the rest over 1 - rate.
+    """Zero features of `x` (B, T, ...) with probability `rate`; divide the rest by 1 - rate.
 
     `keys_BT` are typed keys, one a token, the same for a token on every mesh. `split`: whether the
-    first feature dim is this device's part along `tensor`; the mask is then drawn for the whole
-    and cut, so that it does not depend on the number of parts.
+    first feature dim is this device's part along `tensor`; the mask is then drawn for all parts and
+    cut, so that it does not depend on their number.
     """
     here, *rest = x.shape[2:]
     parts = collectives.axis_size("tensor") if split else 1

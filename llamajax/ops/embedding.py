@@ -9,7 +9,7 @@ from llamajax.sharding import collectives
 
 
 def _rows(tokens: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    """Row of each token in this device's part of the vocabulary, and whether it is there."""
+    """Row of each token in this device's part of the vocabulary, and whether it has one."""
     row = tokens - collectives.axis_index("tensor") * num_rows
     here = (row >= 0) & (row < num_rows)
     return jnp.where(here, row, 0), here
@@ -19,14 +19,14 @@ def _rows(tokens: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
 def embed(
     table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, split_tokens: bool = False
 ) -> jax.Array:
-    """Embeddings (B, T, D) in `dtype` of local tokens; `table_VD` is this device's float32 part.
+    """Look up embeddings (B, T, D) in `dtype`; `table_VD` is this device's float32 part.
 
     With `split_tokens` each device along `tensor` keeps its part of T.
 
-    The table never moves: tokens (small) are gathered over `fsdp`, each device looks up its slice
-    of the width for all of them, and an all-to-all brings the slices of the own tokens together.
-    That moves B x T x D values instead of V x D, and in backward the gradient of a frequent token
-    is summed in float32 without a rounding in between.
+    The table is not gathered: tokens (small) are gathered over `fsdp`, each device looks up its
+    slice of the width for all of them, and an all-to-all joins the slices of the local tokens. That
+    moves B x T x D values instead of V x D, and in backward the gradient of a frequent token is
+    summed in float32 without a rounding in between.
     """
     return _embed_forward(table_VD, tokens_BT, dtype, split_tokens)[0]
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 
 def linear(x: jax.Array, w: jax.Array, *, contract: int = 1) -> jax.Array:
-    """`x` (..., C) times `w` (C, ...), contracting the last/first `contract` dims; dtype of `x`.
+    """Multiply `x` (..., C) by `w` (C, ...) over the last/first `contract` dims; dtype of `x`.
 
-    Both operands are flattened to matrices first: forward, and above all the two backward
-    products, then reach the backend as plain matrix products. On a CPU this alone makes a
-    feed-forward layer 1.4 times as fast as three-dimensional einsums.
+    Both operands are flattened to matrices first, so that the product and its two backward products
+    are plain matrix products. On a CPU this alone makes a feed-forward layer 1.4 times as fast as
+    three-dimensional einsums.
     """
     free, inner = x.shape[: x.ndim - contract], x.shape[x.ndim - contract :]
     assert inner == w.shape[:contract], (x.shape, w.shape)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, *, eps: float) -> jax.Array:
-    """`x` over its root mean square, times a float32 scale; dtype of `x`, computed in float32."""
+    """Divide `x` by its root mean square, times `scale`, in float32; dtype of `x`."""
     x = x_BTD.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
     scale = scale_D.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + scale_D.shape)

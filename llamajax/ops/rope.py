@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), half-split as in Hugging Face.
 
-Dimension i of a head turns together with dimension i + H/2. Meta's own files interleave the pairs
-(i, i + 1) instead; a converter permutes q and k once, the model never does.
+Dimension i of a head is rotated together with dimension i + H/2. Meta's own files interleave the
+pairs (i, i + 1) instead; converting them permutes q and k once.
 """
 
 import math
@@ -16,8 +16,8 @@ from llamajax.config.schema import RopeScaling
 def frequencies(head_size: int, *, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Radians a position of each of the H/2 pairs, float32 (H/2,).
 
-    With `scaling`, as Llama 3.1: wavelengths that fit often into the original context stay, those
-    that don't fit are slowed by `factor`, and in between the two are blended linearly.
+    With `scaling`, as in Llama 3.1, wavelengths that fit often into the original context stay,
+    those that do not fit are slowed by `factor`, and those in between are blended linearly.
     """
     exponent = np.arange(0, head_size, 2, dtype=np.float64) / head_size
     turn = theta**-exponent
@@ -37,7 +37,7 @@ def angles(positions_BT: jax.Array, frequency: np.ndarray) -> tuple[jax.Array, j
 
 
 def rotate(x_BTNH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """`x` turned by its position, computed in float32; dtype of `x`."""
+    """Rotate `x` by its position, in float32; dtype of `x`."""
     cos, sin = (a[:, :, None, :] for a in cos_sin)
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
