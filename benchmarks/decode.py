@@ -194,7 +194,7 @@ def main(argv: list[str]) -> None:
     mesh_wanted = mesh_config(flags.mesh, rest="tensor") if flags.mesh else chosen
     mesh = sharding.build_mesh(mesh_wanted, jax.devices())
     sharding.check_divides(config.dims, mesh, batch=sharding.batch_shards(mesh), accumulation=1)
-    dtype = flags.dtype or backends.default_dtype(machine.platform)
+    dtype = flags.dtype or backends.platform_facts(machine.platform).dtype
     engine, generate = ours(config, mesh, machine, dtype, flags)
     reference = theirs(config, dtype, flags) if flags.transformers else None
     generate(), reference and reference()  # compiles; touches all memory once
