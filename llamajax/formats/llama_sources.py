@@ -137,7 +137,7 @@ class MergedSource(_LlamaSource):
     """A base with adapters added to its matrices, tensor by tensor in float32.
 
     The base is rounded to the dtype in which it was held in training. The formula of one matrix is
-    that of `ops.lora.merged`.
+    that of `models.lora.merge`.
     """
 
     def __init__(
