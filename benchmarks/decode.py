@@ -19,8 +19,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 from llamajax.config import PRESETS, mesh_config, preset
-from llamajax.config.flags import backend_config
-from llamajax.config.schema import ComputeDtype, ModelConfig
+from llamajax.config.schema import BackendConfig, ComputeDtype, ModelConfig
 from llamajax.errors import UserError
 from llamajax.verbs import run_verb
 
@@ -189,7 +188,14 @@ def main(argv: list[str]) -> None:
     from llamajax.decoding.generator import default_mesh
     from llamajax.models.counts import num_parameters
 
-    machine = backends.start(backend_config(flags))
+    machine = backends.start(
+        BackendConfig(
+            name=flags.backend,
+            plugin=flags.plugin,
+            options=flags.options,
+            num_cpu_devices=flags.num_cpu_devices,
+        )
+    )
     chosen = default_mesh(config, machine.num_devices)
     mesh_wanted = mesh_config(flags.mesh, rest="tensor") if flags.mesh else chosen
     mesh = sharding.build_mesh(mesh_wanted, jax.devices())

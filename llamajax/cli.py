@@ -1,12 +1,12 @@
-"""The command `llamajax VERB ...`: runs the module `llamajax.VERB` as `python -m` would."""
+"""The command `llamajax VERB ...`: run the module `llamajax.VERB` as `python -m` would."""
 
 import ast
 import runpy
 import sys
 from pathlib import Path
 
-from llamajax.config import did_you_mean, nearest
-from llamajax.errors import UserError
+from llamajax.config.command_line import answer_help
+from llamajax.errors import UserError, did_you_mean, nearest
 from llamajax.verbs import run_verb
 
 _NOT_VERBS = ("__init__", "__main__", "cli", "errors", "verbs")
@@ -22,27 +22,27 @@ Verbs (llamajax VERB --help tells more):"""
 
 
 def verbs() -> dict[str, str]:
-    """The verbs that exist, each with the first line of its docstring; imports none of them."""
-    folder = Path(__file__).parent
-    names = sorted(path.stem for path in folder.glob("*.py") if path.stem not in _NOT_VERBS)
-    return {name: _first_line(folder / f"{name}.py") for name in names}
+    """Return the verbs, each with the first line of its docstring; import none of them."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem not in _NOT_VERBS:
+            docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            found[path.stem] = docstring.partition("\n")[0]
+    return found
 
 
 def help_text() -> str:
-    """The text of `llamajax --help`."""
-    lines = [f"  {name:<14}{summary}" for name, summary in verbs().items()]
-    return "\n".join([_USAGE, *lines])
+    """Return the text of `llamajax --help`."""
+    return "\n".join([_USAGE, *(f"  {name:<14}{doc}" for name, doc in verbs().items())])
 
 
-def dispatch(argv: list[str]) -> int:
-    """Run the verb named first with the rest as its command line; it ends the process itself.
+def dispatch(argv: list[str]) -> None:
+    """Run the verb named first, with the rest as its command line; it ends the process itself.
 
     Raises:
         UserError: no verb, or none of this name.
     """
-    if argv[:1] in (["--help"], ["-h"], ["help"]):
-        print(help_text())
-        return 0
+    answer_help(["--help"] if argv[:1] == ["help"] else argv[:1], help_text)
     known = verbs()
     if not argv:
         raise UserError(f"no verb given; one of {', '.join(known)} (llamajax --help)")
@@ -55,15 +55,8 @@ def dispatch(argv: list[str]) -> int:
     module = f"llamajax.{verb}"
     sys.argv = [module, *rest]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
-    return 0
 
 
 def main() -> None:
-    """The entry point of the installed command: exits with the verb's code."""
+    """Run the installed command and exit with the verb's code."""
     run_verb(dispatch)
-
-
-def _first_line(path: Path) -> str:
-    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    line = docstring.partition("\n")[0]
-    return line.removeprefix(f"`python -m llamajax.{path.stem}`: ")

@@ -1,14 +1,17 @@
-"""`python -m llamajax.convert`: weights from one format to another, in little memory."""
+"""Convert weights of any known kind to a Hugging Face directory, in little memory.
+
+Example:
+  python -m llamajax.convert --from=runs/quickstart --to=hf/quickstart
+"""
 
 import contextlib
+import dataclasses
 import functools
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal
 
-from llamajax.config import Flag, parse_command_line
-from llamajax.config.schema import BackendConfig, MeshConfig
+from llamajax.config import BackendConfig, Flags, MeshConfig, key, parse_command_line
 from llamajax.errors import UserError, say
 from llamajax.monitoring.progress import BytesProgress
 from llamajax.verbs import run_verb
@@ -17,54 +20,38 @@ if TYPE_CHECKING:
     from llamajax.formats.foreign_weights import TensorSource
     from llamajax.formats.weights import Weights
 
-SUMMARY = "Convert weights of any known kind to a Hugging Face directory."
-EXAMPLE = "python -m llamajax.convert --from=runs/quickstart --to=hf/quickstart"
 
-_FLAGS = (
-    Flag(
-        name="from",
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertFlags(Flags):
+    """Flags of `convert`."""
+
+    from_: str = key(
+        "a --workdir of train, one of its checkpoints/STEP, a Hugging Face directory, a GGUF file, "
+        "or a directory of Meta's",
         metavar="DIR",
-        doc="a --workdir of train, one of its checkpoints/STEP, a Hugging Face directory, a GGUF "
-        "file, or a directory of Meta's",
-    ),
-    Flag(name="to", metavar="DIR", doc="directory to write; appears whole or not at all"),
-    Flag(
-        name="format",
+        is_path=True,
+    )
+    to: str = key("directory to write; appears whole or not at all", metavar="DIR", is_path=True)
+    format: Literal["hf"] = key(
+        "what to write: a Hugging Face directory, which every verb takes",
         metavar="NAME",
-        annotation=Literal["hf"],
         default="hf",
-        doc="what to write: a Hugging Face directory, which every verb takes",
-    ),
-    Flag(
-        name="dtype",
-        metavar="NAME",
-        annotation=Literal["bfloat16", "float32", "float16"],
-        default="bfloat16",
-        doc="dtype of the written weights",
-    ),
-    Flag(
-        name="max_shard_bytes",
+    )
+    dtype: Literal["bfloat16", "float32", "float16"] = key(
+        "dtype of the written weights", metavar="NAME", default="bfloat16"
+    )
+    max_shard_bytes: int = key(
+        "largest size of one safetensors file, in bytes",
         metavar="N",
-        annotation=int,
         default=4_000_000_000,
-        doc="largest size of one safetensors file, in bytes",
-    ),
-    Flag(name="overwrite", annotation=bool, default=False, doc="replace --to if it exists"),
-)
+        at_least=1,
+    )
+    overwrite: bool = key("replace --to if it exists", default=False)
 
 
 def main(argv: list[str]) -> int:
     """Write the weights; return 0. A signal leaves what was there."""
-    flags = parse_command_line(
-        argv, verb="convert", takes_config=False, flags=_FLAGS, summary=SUMMARY, example=EXAMPLE
-    )
-    if flags.max_shard_bytes < 1:
-        raise UserError(f"--max_shard_bytes={flags.max_shard_bytes}: must be at least 1")
-    _convert(flags)
-    return 0
-
-
-def _convert(flags: SimpleNamespace) -> None:
+    flags = parse_command_line(argv, ConvertFlags, verb="convert", doc=__doc__)
     # JAX takes seconds to import: --help and mistakes are answered without it.
     from llamajax import backends
     from llamajax.formats.huggingface.hf_write import write_hf
@@ -73,14 +60,13 @@ def _convert(flags: SimpleNamespace) -> None:
 
     started, target = time.monotonic(), Path(flags.to)
     backends.start(BackendConfig(name="cpu"))  # an accelerator would be taken for nothing
-    weights = open_weights(getattr(flags, "from"))
+    weights = open_weights(flags.from_)
     _check_apart(flags, weights)
     tokenizer = load_recorded(weights.tokenizer, weights.tokenizer_record, of=weights.path)
     check_vocabulary(tokenizer, weights.model.vocab_size)
-    for line in () if tokenizer is None else tokenizer.warnings:
+    missing = f"{weights.path} has no tokenizer: the weights are converted without one"
+    for line in [missing] if tokenizer is None else tokenizer.warnings:
         say(f"warning: {line}")
-    if tokenizer is None:
-        say(f"warning: {weights.path} has no tokenizer: the weights are converted without one")
     source = _tensors(weights)
     _note_rounding(source, flags.dtype)
     progress = BytesProgress()
@@ -102,18 +88,19 @@ def _convert(flags: SimpleNamespace) -> None:
         f"{time.monotonic() - started:.1f} s",
         flush=True,
     )
+    return 0
 
 
-def _check_apart(flags: SimpleNamespace, weights: "Weights") -> None:
+def _check_apart(flags: ConvertFlags, weights: "Weights") -> None:
     """Raise UserError when --to holds what is read: writing it would delete that."""
     target = Path(flags.to).resolve()
-    for read in (Path(getattr(flags, "from")), weights.path, weights.tokenizer):
+    for read in (Path(flags.from_), weights.path, weights.tokenizer):
         if read is not None and read.resolve().is_relative_to(target):
             raise UserError(f"--to={flags.to} holds what is read, {read}; name another directory")
 
 
 def _tensors(weights: "Weights") -> "TensorSource":
-    """The tensors that are read."""
+    """Open the tensors that are read."""
     import jax
 
     from llamajax import sharding
@@ -124,7 +111,7 @@ def _tensors(weights: "Weights") -> "TensorSource":
 
 
 def _note_rounding(source: "TensorSource", dtype: str) -> None:
-    """Say so when the written matrices hold less than those that are read."""
+    """Print a note when the written matrices hold less than those that are read."""
     keeps_all_of = {"float32": ("bfloat16", "float16", "float32")}
     stored = {source.dtype(n).name for n in source.names() if len(source.shape(n)) > 1}
     if rounded := sorted(stored - set(keeps_all_of.get(dtype, (dtype,)))):

@@ -1,28 +1,25 @@
-"""`python -m llamajax.launch`: start a command as several workers, watch them, start them again."""
+"""Run a command as several workers, on this node and on others, and restart them when one fails.
+
+When a worker fails, all are ended and started again from the newest checkpoint. Each worker and
+attempt has one log. The command stands after `--`.
+
+Example:
+  python -m llamajax.launch --processes_per_node=1 --nodes=8 --node_rank=0 \\
+      --coordinator=node0:8476 -- \\
+      python -m llamajax.train --config=configs/llama3_70b.py --workdir=/shared/llama3_70b
+"""
 
 from llamajax.config import parse_command_line
-from llamajax.launching.launch_options import FLAGS, build_options, split_command
+from llamajax.launching.launch_options import LaunchFlags, build_options, split_command
 from llamajax.launching.launcher import launch
 from llamajax.verbs import run_verb
 
-SUMMARY = (
-    "Run COMMAND (after --) as several workers on this node and on others; when one fails, end all "
-    "and start them again from the newest checkpoint. One log a worker and attempt."
-)
-EXAMPLE = (
-    "python -m llamajax.launch --processes_per_node=1 --nodes=8 --node_rank=0 "
-    "--coordinator=node0:8476 -- python -m llamajax.train --config=configs/llama3_70b.py "
-    "--workdir=/shared/llama3_70b"
-)
-
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0 finished, 143 stopped by a signal, else that of the worker that failed."""
+    """Return 0 if finished, 143 if stopped by a signal, else the code of the worker that failed."""
     own, command = split_command(argv)
-    flags = parse_command_line(
-        own, verb="launch", flags=FLAGS, takes_config=False, summary=SUMMARY, example=EXAMPLE
-    )
-    return launch(build_options(flags, command))
+    flags = parse_command_line(own, LaunchFlags, verb="launch", doc=__doc__, command=tuple(command))
+    return launch(build_options(flags))
 
 
 if __name__ == "__main__":

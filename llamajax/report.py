@@ -1,28 +1,28 @@
 """Write the report of a run: one self-contained HTML page, also while the run goes on.
 
-example:
+Example:
   python -m llamajax.report --workdir=runs/quickstart
 """
 
-import argparse
+import dataclasses
 from pathlib import Path
 
+from llamajax.config import Flags, key, parse_command_line
 from llamajax.monitoring.report.run_report import write_report
 from llamajax.verbs import run_verb
 
 
-def main(arguments: list[str]) -> int:
-    """Parse the command line, rewrite `report.html` and print its path."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llamajax.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--workdir", required=True, type=Path, metavar="DIR", help="the --workdir of a run"
-    )
-    print(write_report(parser.parse_args(arguments).workdir))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportFlags(Flags):
+    """Flags of `report`."""
+
+    workdir: str = key("the --workdir of a run", metavar="DIR", is_path=True)
+
+
+def main(argv: list[str]) -> int:
+    """Rewrite `report.html` and print its path; return 0."""
+    flags = parse_command_line(argv, ReportFlags, verb="report", doc=__doc__)
+    print(write_report(Path(flags.workdir)))
     return 0
 
 

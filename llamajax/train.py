@@ -1,4 +1,10 @@
-"""`python -m llamajax.train`: pretrain or finetune, or continue where the same command stopped."""
+"""Pretrain or finetune a Llama, or continue where the same command stopped.
+
+Example:
+  python -m llamajax.train --config=configs/quickstart.py --workdir=runs/quickstart
+  python -m llamajax.train --config=configs/quickstart.py --workdir=runs/short \\
+      --config.train.steps=50
+"""
 
 import gc
 from pathlib import Path
@@ -7,29 +13,22 @@ from llamajax.backends import exit_with_launcher, with_huge_pages
 from llamajax.training.safety.shutdown import Shutdown
 from llamajax.verbs import run_verb
 
-SUMMARY = (
-    "Pretrain or finetune a Llama. Rerunning the same command continues from the newest checkpoint."
-)
-EXAMPLE = "python -m llamajax.train --config=configs/quickstart.py --workdir=runs/quickstart"
-
 
 def main(argv: list[str]) -> int:
     """Return an ExitCode: finished, stopped by a signal after saving, or by a guard."""
     shutdown = Shutdown().install()  # before anything slow, so that no signal is lost
     exit_with_launcher()
     # Not before `with_huge_pages`, which would have it imported twice.
-    from llamajax.config import WORKDIR, parse_command_line
+    from llamajax.config import TrainFlags, parse_command_line
 
-    command = parse_command_line(
-        argv, verb="train", flags=(WORKDIR,), summary=SUMMARY, example=EXAMPLE
-    )
+    flags = parse_command_line(argv, TrainFlags, verb="train", doc=__doc__)
     # JAX takes seconds to import: --help and mistakes are answered without it.
     from llamajax.training.run import train
     from llamajax.training.run_record import process_start_s
 
     return train(
-        command.config,
-        workdir=Path(command.workdir),
+        flags.config,
+        workdir=Path(flags.workdir),
         shutdown=shutdown,
         began_s=process_start_s(),
     )

@@ -4,13 +4,13 @@ import contextlib
 import faulthandler
 import gc
 import os
-import re
 import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from llamajax.errors import ExitCode, UserError, say
@@ -50,7 +50,7 @@ def run_verb(main: Callable[[list[str]], int | None]) -> NoReturn:
     code: Any = 0
     try:
         try:
-            code = main([_with_home(arg) for arg in sys.argv[1:]])
+            code = main(sys.argv[1:])
         except SystemExit as left:
             code = left.code
         out.flush()
@@ -68,13 +68,6 @@ def run_verb(main: Callable[[list[str]], int | None]) -> NoReturn:
     if interruption.number is not None:
         say(f"stopped by {interruption.number.name}")
     sys.exit(code or 0)
-
-
-def _with_home(arg: str) -> str:
-    """A flag whose paths may start with `~`, which shells leave alone after `=` and `,`."""
-    if not arg.startswith("--") or arg.startswith("--prompt="):
-        return arg
-    return re.sub(r"(?<=[=,])~(?=/|$)", lambda _: os.path.expanduser("~"), arg)
 
 
 class _Interruption:
@@ -177,3 +170,9 @@ def _given_up(out: Output) -> int:
         "send it elsewhere"
     )
     return ExitCode.USER_ERROR
+
+
+def output_problem(flag: str, path: str | None) -> Iterator[str]:
+    """Yield why no file can be written at `--FLAG=PATH`, if so; nothing without a path."""
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        yield f"--{flag}={path}: there is no directory to write it in"

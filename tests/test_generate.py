@@ -30,8 +30,8 @@ MISTAKES = {
     "at most 127$",
     f"--prompt={'x' * 127}": "128 tokens and a new one are more than .* shorten the prompt",
     "--prompt=x --temperature=-1 --top_k=0 --top_p=1.5 --repetition_penalty=0": "(?s)"
-    r"temperature=-1\.0.*top_k=0.*top_p=1\.5.*penalty=0",
-    "--prompt=x --seed=4294967296 --batch_size=0 --max_new_tokens=0": "(?s)tokens=0.*size=0.*seed=",
+    r"top_k=0.*penalty=0.*temperature=-1\.0.*top_p=1\.5",
+    "--prompt=x --seed=4294967296 --batch_size=0 --max_new_tokens=0": "(?s)tokens=0.*seed=.*size=0",
     "--prompt=x --stop_ids=260": r"--stop_ids: 260 is outside",
     "--prompt=x --mesh=tensor=8": "num_kv_heads = 2 does not divide over mesh.tensor = 8",
     "--prompt=x --mesh=sequence=2,data=4": "sequence must be 1",

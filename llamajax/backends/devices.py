@@ -27,9 +27,8 @@ from llamajax.backends.device_data import (
     GPU_MEMORY_FRACTION,
     Device,
 )
-from llamajax.config import did_you_mean, nearest
 from llamajax.config.schema import ComputeDtype
-from llamajax.errors import UserError, combine
+from llamajax.errors import UserError, combine, did_you_mean, nearest
 
 _GIB = 2**30
 _REQUIRED_TEXTS, _TEXTS = ("kind", "source"), ("kind", "source", "name")

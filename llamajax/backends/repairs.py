@@ -26,8 +26,7 @@ import jax
 from llamajax.backends.compile_cache import cache_directory
 from llamajax.backends.jax_private import TESTED, cache_hook, donation
 from llamajax.backends.platforms import platform_facts
-from llamajax.config import did_you_mean, nearest
-from llamajax.errors import combine
+from llamajax.errors import combine, did_you_mean, nearest
 from llamajax.files import write_file
 
 READY, READY_WITH_REPAIRS, NOT_READY = "ready", "ready with repairs", "not ready"

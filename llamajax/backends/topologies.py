@@ -22,9 +22,8 @@ from jax.experimental import topologies
 from llamajax.backends import devices, runtime
 from llamajax.backends.plugin import named_to_jax
 from llamajax.backends.repairs import apply_to_lowering, choose_repairs, read_verdict
-from llamajax.config import did_you_mean, nearest
 from llamajax.config.schema import BackendConfig
-from llamajax.errors import UserError
+from llamajax.errors import UserError, did_you_mean, nearest
 
 GPUS_A_NODE = 8
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")

@@ -25,7 +25,7 @@ from llamajax.checkpoint.location import (
 )
 from llamajax.checkpoint.manifest import DamagedError
 from llamajax.checkpoint.stored_array import StoredArray, array_from_parts
-from llamajax.config.flags import show
+from llamajax.config.values import show
 from llamajax.errors import UserError, combine
 from llamajax.processes.host_collectives import broadcast_from_first, first_problem, raise_together
 

@@ -1,20 +1,22 @@
-"""Configuration, floor 0, free of jax: what a run is, how it is given, what is wrong with it."""
+"""Configuration, free of jax: what a run is, how it is given, what is wrong with it.
 
-from llamajax.config.commandline import parse_command_line, parse_weights_command
-from llamajax.config.draft import new_config
+In the order of what happens: `values`, `schema`, `keys` and `presets` declare; `config_file` runs
+the user's file; `load` applies overrides and freezes it, after `check`; `flags` and `command_line`
+do the same for the flags of a verb; `saved_config` writes and reads `config.json`.
+"""
+
+from llamajax.config.command_line import parse_command_line
+from llamajax.config.config_file import new_config
 from llamajax.config.flags import (
-    BACKEND_FLAGS,
-    CHECKPOINT,
-    DTYPE,
-    MACHINE_FLAGS,
-    WORKDIR,
-    Flag,
-    backend_config,
+    BackendFlags,
+    Flags,
+    MachineFlags,
+    RunFlags,
+    TrainFlags,
+    WeightsFlags,
     mesh_config,
 )
-from llamajax.config.help import help_text
-from llamajax.config.load import freeze, load
-from llamajax.config.nearest import did_you_mean, nearest
+from llamajax.config.load import build_model, freeze, load
 from llamajax.config.presets import PRESETS, preset
 from llamajax.config.saved_config import common_values, diff, from_json_dict, to_json_dict
 from llamajax.config.schema import (
@@ -30,39 +32,37 @@ from llamajax.config.schema import (
     RunConfig,
     TrainConfig,
 )
+from llamajax.config.values import key
 
 __all__ = [
-    "BACKEND_FLAGS",
-    "CHECKPOINT",
-    "DTYPE",
-    "MACHINE_FLAGS",
     "PRESETS",
-    "WORKDIR",
     "BackendConfig",
+    "BackendFlags",
     "CheckpointConfig",
     "DataConfig",
-    "Flag",
+    "Flags",
     "LoraConfig",
+    "MachineFlags",
     "MeshConfig",
     "ModelConfig",
     "MonitoringConfig",
     "OptimConfig",
     "RopeScaling",
     "RunConfig",
+    "RunFlags",
     "TrainConfig",
-    "backend_config",
+    "TrainFlags",
+    "WeightsFlags",
+    "build_model",
     "common_values",
-    "did_you_mean",
     "diff",
     "freeze",
     "from_json_dict",
-    "help_text",
+    "key",
     "load",
     "mesh_config",
-    "nearest",
     "new_config",
     "parse_command_line",
-    "parse_weights_command",
     "preset",
     "to_json_dict",
 ]

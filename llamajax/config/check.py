@@ -1,126 +1,39 @@
-"""Relations between keys that types cannot state. Each problem names value, constraint and fix.
+"""Constraints on the values of keys. Each problem names the value, the constraint and the fix.
 
-A rule reads the valid values by path; a rule that needs an absent one (mistyped or not set, and
-reported as such) is passed over, so that one mistake never hides another.
+A rule reads the valid values by path. If one is absent (mistyped or not set, which is reported
+elsewhere), the KeyError skips the rule: one mistake never hides another.
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llamajax.config.nearest import did_you_mean, nearest
+from llamajax.config.keys import all_keys
 from llamajax.config.schema import LORA_TARGETS, REMAT_NAMES
+from llamajax.errors import did_you_mean, nearest
 
-
-class _Absent(LookupError):
-    """A rule asked for a value that is not valid."""
-
-
-class _Values(dict[str, Any]):
-    def __missing__(self, path: str) -> Any:
-        raise _Absent(path)
-
-
-Rule = Callable[[_Values], Iterator[str]]
-
-_AT_LEAST: dict[str, float] = {
-    "model.vocab_size": 1,
-    "model.hidden_size": 1,
-    "model.intermediate_size": 1,
-    "model.num_layers": 1,
-    "model.num_heads": 1,
-    "model.num_kv_heads": 1,
-    "model.head_size": 2,
-    "model.max_seq_len": 1,
-    "model.rope_scaling.factor": 1,
-    "model.rope_scaling.original_max_seq_len": 1,
-    "data.seq_len": 1,
-    "data.global_batch_size": 1,
-    "data.num_threads": 1,
-    "data.prefetch_batches": 1,
-    "optim.warmup_steps": 0,
-    "optim.decay_steps": 1,
-    "optim.final_learning_rate": 0,
-    "optim.weight_decay": 0,
-    "train.steps": 1,
-    "train.resume_step": 1,
-    "train.accumulation_steps": 1,
-    "train.microbatch_size": 1,
-    "train.pipeline_rounds": 1,
-    "train.loss_chunk_tokens": 1,
-    "train.z_loss": 0,
-    "train.log_every": 1,
-    "train.eval_every": 0,
-    "train.eval_batches": 1,
-    "lora.rank": 0,
-    "guard.spike_window": 8,
-    "guard.max_in_a_row": 1,
-    "guard.max_rollbacks": 0,
-    "guard.hang_timeout_s": 1,
-    "guard.canary_every": 1,
-    "guard.blackbox_steps": 1,
-    "checkpoint.every_steps": 1,
-    "checkpoint.keep": 1,
-    "checkpoint.keep_every": 1,
-    "checkpoint.export_hf_every": 1,
-    "backend.num_cpu_devices": 1,
-    "backend.num_processes": 1,
-    "backend.process_id": 0,
-    "backend.timeout_s": 1,
-}
-_ABOVE_ZERO = (
-    "model.rope_theta",
-    "model.rope_scaling.low_freq_factor",
-    "model.rope_scaling.high_freq_factor",
-    "model.norm_eps",
-    "model.init_std",
-    "optim.learning_rate",
-    "optim.epsilon",
-    "optim.clip_norm",
-    "lora.alpha",
-    "guard.spike_factor",
-    "checkpoint.every_minutes",
-)
-# JAX keys and grain shuffles are seeded with 32 bits.
-_BELOW = {
-    "optim.beta1": 1,
-    "optim.beta2": 1,
-    "lora.dropout": 1,
-    "data.seed": 2**32,
-    "train.seed": 2**32,
-}
-
+Values = Mapping[str, Any]  # by path
 
 # Without the characters that fsspec takes for patterns when it deletes.
 _GS_FOLDER = re.compile(r"gs://[^/*?\[\]]+/[^*?\[\]]*[^/*?\[\]]/?")
 
 
-def check(values: Mapping[str, Any]) -> list[str]:
-    """Every violated constraint among the values given by path, in the order of the rules."""
-    view = _Values(values)
-    problems = list(_ranges(view))
+def check(values: Values) -> list[str]:
+    """Return every violated constraint among valid values: ranges first, then the rules."""
+    problems = [
+        f"{path} = {value}: {problem}"
+        for path, value in values.items()
+        if (problem := all_keys()[path].out_of_range(value))
+    ]
     for rule in _RULES:
-        try:
-            problems += list(rule(view))
-        except _Absent:
-            continue
+        with contextlib.suppress(KeyError):
+            problems += list(rule(values))
     return problems
 
 
-def _ranges(v: _Values) -> Iterator[str]:
-    for path, value in v.items():
-        if value is None:
-            continue
-        if path in _AT_LEAST and value < _AT_LEAST[path]:
-            yield f"{path} = {value}: must be at least {_AT_LEAST[path]}"
-        if path in _ABOVE_ZERO and value <= 0:
-            yield f"{path} = {value}: must be above 0"
-        if path in _BELOW and not 0 <= value < _BELOW[path]:
-            yield f"{path} = {value}: must be at least 0 and below {_BELOW[path]}"
-
-
-def _even_head(v: _Values) -> Iterator[str]:
+def _even_head(v: Values) -> Iterator[str]:
     size = v["model.head_size"]
     if size > 1 and size % 2:
         yield (
@@ -129,7 +42,7 @@ def _even_head(v: _Values) -> Iterator[str]:
         )
 
 
-def _kv_heads(v: _Values) -> Iterator[str]:
+def _kv_heads(v: Values) -> Iterator[str]:
     heads, kv_heads = v["model.num_heads"], v["model.num_kv_heads"]
     if heads > 0 and kv_heads > 0 and heads % kv_heads:
         fits = ", ".join(str(k) for k in range(1, heads + 1) if heads % k == 0)
@@ -139,7 +52,7 @@ def _kv_heads(v: _Values) -> Iterator[str]:
         )
 
 
-def _rope_scaling(v: _Values) -> Iterator[str]:
+def _rope_scaling(v: Values) -> Iterator[str]:
     low, high = v["model.rope_scaling.low_freq_factor"], v["model.rope_scaling.high_freq_factor"]
     if low >= high:
         yield (
@@ -148,7 +61,7 @@ def _rope_scaling(v: _Values) -> Iterator[str]:
         )
 
 
-def _context(v: _Values) -> Iterator[str]:
+def _context(v: Values) -> Iterator[str]:
     seq_len, longest = v["data.seq_len"], v["model.max_seq_len"]
     if seq_len > longest:
         yield (
@@ -157,7 +70,7 @@ def _context(v: _Values) -> Iterator[str]:
         )
 
 
-def _mesh_sizes(v: _Values) -> Iterator[str]:
+def _mesh_sizes(v: Values) -> Iterator[str]:
     axes = ("data", "fsdp", "sequence", "tensor", "stage")
     sizes = {axis: v[f"mesh.{axis}"] for axis in axes}
     for axis, size in sizes.items():
@@ -170,7 +83,7 @@ def _mesh_sizes(v: _Values) -> Iterator[str]:
         yield f"{' and '.join(rest)} are -1: only one axis can take the devices that are left"
 
 
-def _accumulation(v: _Values) -> Iterator[str]:
+def _accumulation(v: Values) -> Iterator[str]:
     batch, steps = v["data.global_batch_size"], v["train.accumulation_steps"]
     if batch < 1 or steps < 1:
         return
@@ -195,7 +108,7 @@ def _multiples(value: int, step: int) -> str:
     return f"make it {below} or {below + step}" if below else f"make it {step}"
 
 
-def _paths(v: _Values) -> Iterator[str]:
+def _paths(v: Values) -> Iterator[str]:
     names = [name.strip() for name in v["data.path"].split(",")]
     if not all(names):
         yield (
@@ -204,7 +117,7 @@ def _paths(v: _Values) -> Iterator[str]:
         )
 
 
-def _weights(v: _Values) -> Iterator[str]:
+def _weights(v: Values) -> Iterator[str]:
     weights, num_paths = v["data.weights"], len(v["data.path"].split(","))
     if weights is None:
         return
@@ -217,7 +130,7 @@ def _weights(v: _Values) -> Iterator[str]:
         yield f"data.weights = {_list(weights)}: each must be above 0; leave the directory out"
 
 
-def _warmup(v: _Values) -> Iterator[str]:
+def _warmup(v: Values) -> Iterator[str]:
     warmup, steps = v["optim.warmup_steps"], v["train.steps"]
     if warmup > steps:
         yield (
@@ -226,7 +139,7 @@ def _warmup(v: _Values) -> Iterator[str]:
         )
 
 
-def _decay(v: _Values) -> Iterator[str]:
+def _decay(v: Values) -> Iterator[str]:
     schedule, decay = v["optim.schedule"], v["optim.decay_steps"]
     if schedule != "wsd" and decay is not None:
         yield (
@@ -246,7 +159,7 @@ def _decay(v: _Values) -> Iterator[str]:
         )
 
 
-def _final_rate(v: _Values) -> Iterator[str]:
+def _final_rate(v: Values) -> Iterator[str]:
     final, peak = v["optim.final_learning_rate"], v["optim.learning_rate"]
     if v["optim.schedule"] != "constant" and final > peak:
         yield (
@@ -255,7 +168,7 @@ def _final_rate(v: _Values) -> Iterator[str]:
         )
 
 
-def _remat_names(v: _Values) -> Iterator[str]:
+def _remat_names(v: Values) -> Iterator[str]:
     for key in ("train.remat_keep", "train.remat_offload"):
         for name in v[key]:
             if name not in REMAT_NAMES:
@@ -268,18 +181,18 @@ def _remat_names(v: _Values) -> Iterator[str]:
             )
 
 
-def _init_from(v: _Values) -> Iterator[str]:
+def _init_from(v: Values) -> Iterator[str]:
     if v["train.init_from"] is not None and not v["train.init_from"].strip():
         yield "train.init_from = '': is empty; name a directory of weights, or set it to none"
 
 
-def _continuation(v: _Values) -> Iterator[str]:
+def _continuation(v: Values) -> Iterator[str]:
     step = v["train.resume_step"]
     if step is not None and v["train.restart"]:
         yield f"train.resume_step = {step} and train.restart = true: choose one of the two"
 
 
-def _directory(v: _Values) -> Iterator[str]:
+def _directory(v: Values) -> Iterator[str]:
     directory = v["checkpoint.directory"]
     if directory is None:
         return
@@ -292,7 +205,7 @@ def _directory(v: _Values) -> Iterator[str]:
         )
 
 
-def _lora_base(v: _Values) -> Iterator[str]:
+def _lora_base(v: Values) -> Iterator[str]:
     if v["lora.rank"] > 0 and v["train.init_from"] is None:
         yield (
             f"lora.rank = {v['lora.rank']}: adapters need weights to adapt; set train.init_from "
@@ -300,7 +213,7 @@ def _lora_base(v: _Values) -> Iterator[str]:
         )
 
 
-def _lora_targets(v: _Values) -> Iterator[str]:
+def _lora_targets(v: Values) -> Iterator[str]:
     targets = v["lora.targets"]
     for name in dict.fromkeys(targets):
         if name not in LORA_TARGETS:
@@ -312,7 +225,7 @@ def _lora_targets(v: _Values) -> Iterator[str]:
         yield f"lora.targets: is empty; name some of {', '.join(LORA_TARGETS)}"
 
 
-def _lora_rank(v: _Values) -> Iterator[str]:
+def _lora_rank(v: Values) -> Iterator[str]:
     keys = {"D": "hidden_size", "N": "num_heads", "K": "num_kv_heads", "H": "head_size"}
     keys["F"] = "intermediate_size"
     sizes = {}
@@ -327,7 +240,7 @@ def _lora_rank(v: _Values) -> Iterator[str]:
         )
 
 
-def _plugin(v: _Values) -> Iterator[str]:
+def _plugin(v: Values) -> Iterator[str]:
     name = v["backend.name"]
     for key in ("plugin", "options"):
         value = v[f"backend.{key}"]
@@ -341,7 +254,7 @@ def _plugin(v: _Values) -> Iterator[str]:
             yield f"backend.{key} = {value!r}: is empty; write {instead}"
 
 
-def _spikes(v: _Values) -> Iterator[str]:
+def _spikes(v: Values) -> Iterator[str]:
     factor = v["guard.spike_factor"]
     if factor is not None and v["guard.nonfinite"] == "off":
         yield (
@@ -350,7 +263,7 @@ def _spikes(v: _Values) -> Iterator[str]:
         )
 
 
-def _plugin_options(v: _Values) -> Iterator[str]:
+def _plugin_options(v: Values) -> Iterator[str]:
     if v["backend.options"] is None:
         return
     for part in v["backend.options"].split(","):
@@ -359,7 +272,7 @@ def _plugin_options(v: _Values) -> Iterator[str]:
             yield f"backend.options = {v['backend.options']}: {part!r} is not k=v; write k=v,k=v"
 
 
-def _processes(v: _Values) -> Iterator[str]:
+def _processes(v: Values) -> Iterator[str]:
     names = ("coordinator_address", "num_processes", "process_id")
     given = {f"backend.{name}": v[f"backend.{name}"] for name in names}
     missing = [path for path, value in given.items() if value is None]
@@ -384,7 +297,7 @@ def _list(items: tuple[float, ...]) -> str:
     return ",".join(f"{item:g}" for item in items)
 
 
-_RULES: tuple[Rule, ...] = (
+_RULES = (
     _even_head, _kv_heads, _rope_scaling, _context, _mesh_sizes, _accumulation, _paths, _weights,
     _warmup, _decay, _final_rate, _remat_names, _init_from, _continuation, _lora_base,
     _lora_targets, _lora_rank, _directory, _spikes, _plugin, _plugin_options, _processes,

@@ -1,116 +1,120 @@
-"""A flag of a verb that is not a config key, such as `--workdir`."""
+"""Flags that several verbs take. A verb declares its own as a dataclass derived from `Flags`."""
 
 import dataclasses
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Iterator
 
-from llamajax.config.schema import BackendConfig, ComputeDtype, MeshConfig
-from llamajax.config.values import describe
+from llamajax.config.schema import BackendConfig, ComputeDtype, MeshConfig, RunConfig
+from llamajax.config.values import key
 from llamajax.errors import UserError
-
-REQUIRED: Any = object()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Flag:
-    """`--name=METAVAR`; `annotation` is a type as in the schema: int, bool, Literal, `X | None`.
+class Flags:
+    """What a command line gives: a field declared with `key` is the flag `--NAME=METAVAR`.
 
-    `verbatim`: any text is a value, the empty one and `none` included.
+    A field named like a Python keyword ends in an underscore that the flag has not. Fields without
+    `key` are no flags.
     """
 
-    name: str
-    doc: str
-    annotation: Any = str
-    default: Any = REQUIRED
-    metavar: str = "VALUE"
-    verbatim: bool = False
-
-    @property
-    def usage(self) -> str:
-        """The flag as the help shows it."""
-        return f"--{self.name}" if self.annotation is bool else f"--{self.name}={self.metavar}"
-
-    @property
-    def type_words(self) -> str:
-        """The type and the default as a user reads them."""
-        if self.default is REQUIRED:
-            return f"{describe(self.annotation)}; required"
-        return f"{describe(self.annotation)}; default {show(self.default)}"
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with the values together, beyond the type and range of each one."""
+        yield from ()
 
 
-def show(value: Any) -> str:
-    """A value as it is written on the command line."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return ",".join(show(item) for item in value)
-    return '""' if value == "" else str(value)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFlags(Flags):
+    """Flags of a verb that takes a run: also `--config.SECTION.KEY=VALUE` for every config key."""
+
+    config: RunConfig = key(
+        "Python file whose get_config() or get_config(ARG) returns the config",
+        metavar="FILE.py[:ARG]",
+    )
+    config_file: str = ""  # FILE.py[:ARG] as given
 
 
-WORKDIR = Flag(
-    name="workdir",
-    metavar="DIR",
-    doc="directory of the run: config, metrics, checkpoints, report; rerun to continue from it",
-)
-CHECKPOINT = Flag(
-    name="checkpoint",
-    metavar="DIR",
-    doc="weights: a --workdir of train, one of its checkpoints/STEP, a Hugging Face directory, a "
-    "GGUF file, or a directory of Meta's",
-)
-DTYPE = Flag(
-    name="dtype",
-    metavar="NAME",
-    annotation=ComputeDtype | None,
-    default=None,
-    doc="dtype of weights, computation and cache; none: bfloat16 on accelerators, float32 on cpu",
-)
-MESH = Flag(
-    name="mesh",
-    metavar="AXIS=SIZE,...",
-    annotation=str | None,
-    default=None,
-    doc="devices along each mesh axis, for example fsdp=4,tensor=2; one size may be -1",
-)
-NUM_CPU_DEVICES = Flag(
-    name="num_cpu_devices",
-    metavar="N",
-    annotation=int | None,
-    default=None,
-    doc="virtual devices of the cpu backend, to try a mesh without one",
-)
-BACKEND_FLAGS = (
-    Flag(
-        name="backend",
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainFlags(RunFlags):
+    """Flags of `train`."""
+
+    workdir: str = key(
+        "directory of the run: config, metrics, checkpoints, report; rerun to continue from it",
+        metavar="DIR",
+        is_path=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackendFlags(Flags):
+    """Flags that choose a backend."""
+
+    num_cpu_devices: int | None = key(
+        "virtual devices of the cpu backend, to try a mesh without one",
+        metavar="N",
+        default=None,
+    )
+    backend: str | None = key(
+        "JAX platform: cpu, cuda, tpu, or a plugin's; none: what JAX finds",
         metavar="NAME",
-        annotation=str | None,
         default=None,
-        doc="JAX platform: cpu, cuda, tpu, or a plugin's; none: what JAX finds",
-    ),
-    Flag(
-        name="plugin",
+    )
+    plugin: str | None = key(
+        "bare PJRT plugin library that serves --backend",
         metavar="PATH.so",
-        annotation=str | None,
         default=None,
-        doc="bare PJRT plugin library that serves --backend",
-    ),
-    Flag(
-        name="options",
-        metavar="K=V,...",
-        annotation=str | None,
+        is_path=True,
+    )
+    options: str | None = key("options of that plugin", metavar="K=V,...", default=None)
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        for name in ("plugin", "options"):
+            if getattr(self, name) is not None and self.backend is None:
+                yield f"--{name} needs --backend, the plugin's platform"
+
+    @property
+    def backend_config(self) -> BackendConfig:
+        """The backend as the section of a run's config."""
+        return BackendConfig(
+            name=self.backend,
+            plugin=self.plugin,
+            options=self.options,
+            num_cpu_devices=self.num_cpu_devices,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MachineFlags(BackendFlags):
+    """Flags that choose a backend, and a mesh of its devices."""
+
+    mesh: str | None = key(
+        "devices along each mesh axis, for example fsdp=4,tensor=2; one size may be -1",
+        metavar="AXIS=SIZE,...",
         default=None,
-        doc="options of that plugin",
-    ),
-)
-MACHINE_FLAGS = (MESH, NUM_CPU_DEVICES, *BACKEND_FLAGS)
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightsFlags(MachineFlags):
+    """Flags of a verb that computes with weights."""
+
+    checkpoint: str = key(
+        "weights: a --workdir of train, one of its checkpoints/STEP, a Hugging Face directory, a "
+        "GGUF file, or a directory of Meta's",
+        metavar="DIR",
+        is_path=True,
+    )
+    dtype: ComputeDtype | None = key(
+        "dtype of weights, computation and cache; none: bfloat16 on accelerators, float32 on cpu",
+        metavar="NAME",
+        default=None,
+    )
 
 
 def mesh_config(text: str | None, *, rest: str) -> MeshConfig:
-    """The mesh that `fsdp=4,tensor=2` asks for; axis `rest` takes all devices where it is None.
+    """Return the mesh of `fsdp=4,tensor=2`; without text, axis `rest` takes all devices.
 
-    Raises UserError when it is not written like that, or splits over a reserved axis.
+    Raises:
+        UserError: the text is not of this form, or splits over another axis than the three.
     """
     axes = [field.name for field in dataclasses.fields(MeshConfig)]
     sizes: dict[str, int] = {}
@@ -125,19 +129,3 @@ def mesh_config(text: str | None, *, rest: str) -> MeshConfig:
     if unused := [axis for axis in ("sequence", "stage") if sizes.get(axis, 1) != 1]:
         raise UserError(f"--mesh={text}: {unused[0]} must be 1; split over data, fsdp and tensor")
     return MeshConfig(**sizes)
-
-
-def backend_config(flags: SimpleNamespace) -> BackendConfig:
-    """What MACHINE_FLAGS say of the machine, as the section of a run's config.
-
-    Raises UserError for a plugin or options without the platform that they serve.
-    """
-    for name in ("plugin", "options"):
-        if getattr(flags, name) is not None and flags.backend is None:
-            raise UserError(f"--{name} needs --backend, the plugin's platform")
-    return BackendConfig(
-        name=flags.backend,
-        plugin=flags.plugin,
-        options=flags.options,
-        num_cpu_devices=flags.num_cpu_devices,
-    )

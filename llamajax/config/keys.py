@@ -1,4 +1,4 @@
-"""The keys that the schema declares, as one flat table from path to type, default and doc."""
+"""Tables of what dataclasses declare: all config keys by path, and the flags of a verb by name."""
 
 import dataclasses
 import functools
@@ -6,87 +6,66 @@ import typing
 from typing import Any
 
 from llamajax.config.schema import RunConfig
-from llamajax.config.values import describe, split_optional
-
-
-class NotSet:
-    """The marker of a required key that nobody has set yet."""
-
-    def __repr__(self) -> str:
-        return "<not set>"
-
-    def __bool__(self) -> bool:
-        return False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "NotSet":
-        return self
-
-    def __copy__(self) -> "NotSet":
-        return self
-
-    def __reduce__(self) -> str:
-        return "NOT_SET"
-
-
-NOT_SET = NotSet()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Key:
-    """One key of the schema; `default` is NOT_SET where the config file must give it."""
-
-    path: str
-    annotation: Any
-    default: Any
-    doc: str
-
-    @property
-    def type_words(self) -> str:
-        """The type as a user reads it."""
-        return describe(self.annotation)
+from llamajax.config.values import NOT_SET, Key, split_optional
+from llamajax.errors import nearest
 
 
 def nested_class(annotation: Any) -> type | None:
-    """The dataclass that an annotation holds (`RopeScaling | None` -> RopeScaling), or None."""
+    """Return the dataclass of an annotation (`RopeScaling | None` -> RopeScaling), or None."""
     inner, _ = split_optional(annotation)
     return inner if dataclasses.is_dataclass(inner) else None
 
 
 @functools.cache
-def annotations(cls: type) -> dict[str, Any]:
-    """The resolved annotations of a dataclass's fields, in order."""
+def own_keys(cls: type, prefix: str = "") -> dict[str, Key]:
+    """Return the keys that a dataclass declares, by field name; `prefix` begins their paths.
+
+    The trailing underscore of a field named like a Python keyword is no part of the path.
+    """
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return {
+        field.name: Key(
+            path=prefix + field.name.removesuffix("_"),
+            annotation=hints[field.name],
+            default=NOT_SET if field.default is dataclasses.MISSING else field.default,
+            **field.metadata,
+        )
+        for field in dataclasses.fields(cls)
+        if field.metadata
+    }
 
 
-def default_of(field: dataclasses.Field) -> Any:
-    """The default of a field, or NOT_SET."""
-    return NOT_SET if field.default is dataclasses.MISSING else field.default
-
-
+@functools.cache
 def sections() -> dict[str, type]:
-    """The sections of a run: name to dataclass, in the schema's order."""
-    return annotations(RunConfig)
+    """Return the sections of a run: name to dataclass, in the schema's order."""
+    hints = typing.get_type_hints(RunConfig)
+    return {field.name: hints[field.name] for field in dataclasses.fields(RunConfig)}
 
 
 @functools.cache
 def all_keys() -> dict[str, Key]:
-    """Every key of the schema by path, in its order; `model.rope_scaling` before its own keys."""
+    """Return every key of the schema by path, in its order; a nested class before its own keys."""
     table: dict[str, Key] = {}
     for section, cls in sections().items():
-        _collect(cls, prefix=f"{section}.", table=table)
+        for key in own_keys(cls, f"{section}.").values():
+            table[key.path] = key
+            if inner := nested_class(key.annotation):
+                table |= {
+                    nested.path: nested for nested in own_keys(inner, f"{key.path}.").values()
+                }
     return table
 
 
-def _collect(cls: type, *, prefix: str, table: dict[str, Key]) -> None:
-    for field in dataclasses.fields(cls):
-        annotation = annotations(cls)[field.name]
-        path = prefix + field.name
-        table[path] = Key(
-            path=path,
-            annotation=annotation,
-            default=default_of(field),
-            doc=field.metadata["doc"],
-        )
-        if inner := nested_class(annotation):
-            _collect(inner, prefix=f"{path}.", table=table)
+def nearest_key(path: str) -> str | None:
+    """Return the key most like `path`: in the same section, else of the same name in another."""
+    paths = list(all_keys())
+    section, _, name = path.rpartition(".")
+    by_name = {p.rpartition(".")[2]: p for p in reversed(paths) if p.startswith(f"{section}.")}
+    if not section:
+        by_name = {p.rpartition(".")[2]: p for p in reversed(paths)}
+    if found := nearest(name, by_name):
+        return by_name[found]
+    if same := [p for p in paths if p.rpartition(".")[2] == name]:
+        return nearest(path, same) or same[0]
+    # Paths of one section are alike by their prefix alone, so ask for more.
+    return nearest(path, paths, cutoff=0.8)

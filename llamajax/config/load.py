@@ -1,55 +1,69 @@
 """From a config file and overrides to a frozen run, every problem reported at once."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import RequiredValueError
 
-from llamajax.config.build import build
-from llamajax.config.draft import plain
-from llamajax.config.file import read_file
-from llamajax.config.keys import all_keys, sections
-from llamajax.config.nearest import did_you_mean, nearest, nearest_key
-from llamajax.config.schema import RunConfig
-from llamajax.config.values import Mistyped, coerce, parse
-from llamajax.errors import UserError, combine
+from llamajax.config.check import check
+from llamajax.config.config_file import read_file
+from llamajax.config.keys import all_keys, nearest_key, nested_class, own_keys, sections
+from llamajax.config.schema import ModelConfig, RunConfig
+from llamajax.config.values import NOT_SET, Key, Mistyped, coerce
+from llamajax.errors import UserError, combine, did_you_mean, nearest
+
+Tree = Mapping | ConfigDict  # nested values by name: a config file's, or JSON
 
 
 def load(path_arg: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """The run of FILE.py[:ARG] with overrides by path: `{"train.steps": "1e3"}`.
+    """Return the run of FILE.py[:ARG] with overrides by path: `{"train.steps": "1e3"}`.
 
     A text is parsed as on the command line; any other value is taken as it is.
 
     Raises:
         UserError: names every problem of the file and of the overrides.
     """
-    run, problems = resolve(path_arg, overrides or {}, flag="")
-    if run is None:
-        raise combine(problems, title=f"{_count(problems)} in {path_arg}:")
-    return run
+    return _valid(*resolve(path_arg, overrides or {}), source=path_arg)
 
 
 def freeze(config: ConfigDict, *, source: str = "config") -> RunConfig:
-    """The run that a ConfigDict made in Python describes.
+    """Return the run that a ConfigDict made in Python describes.
 
     Raises:
         UserError: names every problem.
     """
-    run, problems = build(plain(config))
+    return _valid(*build(config), source=source)
+
+
+def _valid(run: RunConfig | None, problems: list[str], *, source: str) -> RunConfig:
     if run is None:
-        raise combine(problems, title=f"{_count(problems)} in {source}:")
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise combine(problems, title=f"{count} in {source}:")
     return run
 
 
 def resolve(
-    path_arg: str, overrides: Mapping[str, Any], *, flag: str
+    path_arg: str, overrides: Mapping[str, Any], *, flag: str = ""
 ) -> tuple[RunConfig | None, list[str]]:
-    """The run and no problems, or None and every problem; `flag` goes before an override's path.
+    """Return the run and no problems, or None and every problem.
 
-    Overrides are applied before references are resolved, so a value that the file derives from
-    another one (`config.train.get_ref("steps") // 10`) follows an override of it.
+    `flag` is written before the path of an override. Overrides are applied before references are
+    resolved: what the file derives from another value (`config.train.get_ref("steps") // 10`)
+    follows an override of that value.
     """
-    values, problems = _convert(overrides, flag=flag)
+    values: dict[str, Any] = {}
+    problems = []
+    for path, given in overrides.items():
+        key = all_keys().get(path)
+        if key is None:
+            problems.append(_unknown_override(path, flag=flag))
+            continue
+        try:
+            is_text = isinstance(given, str)
+            values[path] = key.parse(given) if is_text else coerce(given, key.annotation)
+        except Mistyped as error:
+            problems.append(f"{flag}{path}={given}: {error}")
     try:
         config = read_file(path_arg)
     except UserError as error:
@@ -57,40 +71,20 @@ def resolve(
     with config.ignore_type():
         for path, value in values.items():
             _put(config, path, value)
-    run, found = build(plain(config), known_bad=frozenset(overrides) - frozenset(values))
+    run, found = build(config, reported=set(overrides) - set(values))
     return (None if problems else run), [*found, *problems]
 
 
-def _convert(overrides: Mapping[str, Any], *, flag: str) -> tuple[dict[str, Any], list[str]]:
-    """The overrides as values of their declared types, and the problems with the others."""
-    values: dict[str, Any] = {}
-    problems: list[str] = []
-    for path, given in overrides.items():
-        if path not in all_keys():
-            problems.append(_unknown(path, flag=flag))
-            continue
-        annotation = all_keys()[path].annotation
-        try:
-            values[path] = (parse if isinstance(given, str) else coerce)(given, annotation)
-        except Mistyped as error:
-            problems.append(f"{flag}{path}={given}: {error}")
-    return values, problems
-
-
-def _unknown(path: str, *, flag: str) -> str:
+def _unknown_override(path: str, *, flag: str) -> str:
     if path in sections():
         first = next(key for key in all_keys() if key.startswith(f"{path}."))
         return f"{flag}{path}: names a section; set one of its keys, e.g. {flag}{first}"
-    found = nearest_key(path, all_keys())
-    if "." not in path:
-        by_name = {key.rpartition(".")[2]: key for key in reversed(all_keys())}
-        name = nearest(path, by_name)
-        found = by_name[name] if name else found
+    found = nearest_key(path)
     return f"{flag}{path}: unknown key{did_you_mean(found and flag + found)}"
 
 
 def _put(config: ConfigDict, path: str, value: Any) -> None:
-    """Set a known path, making the sections on the way; a section that is no section stays."""
+    """Set a known path and make the sections on the way; no-op where a section is another value."""
     *parents, name = path.split(".")
     for depth, parent in enumerate(parents):
         if parent not in config or (depth > 0 and not isinstance(config[parent], ConfigDict)):
@@ -101,5 +95,83 @@ def _put(config: ConfigDict, path: str, value: Any) -> None:
     config[name] = value
 
 
-def _count(problems: list[str]) -> str:
-    return "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+def build(tree: Tree, *, reported: Collection[str] = ()) -> tuple[RunConfig | None, list[str]]:
+    """Return the run that nested values describe and no problems, or None and every problem.
+
+    `reported` are paths whose problem the caller has reported already (a mistyped flag): they are
+    not reported again as missing. Constraints between keys are checked among the valid ones.
+    """
+    reader = _Reader(reported)
+    found = {
+        name: reader.section(name, cls, tree.get(name, {})) for name, cls in sections().items()
+    }
+    reader.problems += [_unknown(name) for name in tree if name not in found]
+    problems = reader.problems + check(reader.values)
+    return (None if problems or reported else RunConfig(**found)), problems
+
+
+def build_model(tree: Tree) -> tuple[ModelConfig | None, list[str]]:
+    """Return the architecture of nested values and no problems, or None and every problem."""
+    reader = _Reader()
+    model = reader.section("model", ModelConfig, tree)
+    problems = reader.problems + check(reader.values)
+    return (None if problems else model), problems
+
+
+class _Reader:
+    """Turn nested values into dataclasses; collect the valid values by path, and every problem."""
+
+    def __init__(self, reported: Collection[str] = ()) -> None:
+        self.values: dict[str, Any] = {}
+        self.problems: list[str] = []
+        self._reported = reported
+
+    def section(self, path: str, cls: type, tree: Any) -> Any:
+        """Return an instance of `cls`, or NOT_SET after adding to the problems."""
+        if not isinstance(tree, Tree):
+            self.problems.append(f"{path}: a section with keys, got {tree!r}")
+            return NOT_SET
+        keys = own_keys(cls, f"{path}.")
+        self.problems += [_unknown(f"{path}.{name}") for name in tree if name not in keys]
+        found = {name: self._value(key, tree, name) for name, key in keys.items()}
+        return NOT_SET if NOT_SET in found.values() else cls(**found)
+
+    def _value(self, key: Key, tree: Tree, name: str) -> Any:
+        """Return the valid value of a key, or NOT_SET after adding to the problems."""
+        inner = nested_class(key.annotation)
+        try:
+            raw = _resolved(tree, name, key.default)
+            if inner and isinstance(raw, Tree):
+                value = self.section(key.path, inner, raw)
+            elif raw is not NOT_SET:
+                value = coerce(raw, key.annotation)
+            elif key.path in self._reported:
+                value = NOT_SET
+            else:
+                raise Mistyped(f"not set ({key.type_words}: {key.doc})")
+        except Mistyped as error:
+            self.problems.append(f"{key.path}: {error}")
+            return NOT_SET
+        if value is not NOT_SET:
+            self.values[key.path] = value
+        return value
+
+
+def _resolved(tree: Tree, name: str, default: Any) -> Any:
+    """Return a value after computing references (`get_ref`); raise Mistyped where that fails."""
+    try:
+        return tree.get(name, default)
+    except RequiredValueError:
+        return NOT_SET
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise Mistyped(f"cannot be computed from other keys: {error}") from error
+
+
+def _unknown(path: str) -> str:
+    """Return the problem of a key (or, at the top, a section) that does not exist."""
+    section = None if "." in path else nearest(path, sections())
+    found = nearest_key(path)
+    if "." in path or (found and not section):
+        return f"{path}: unknown key{did_you_mean(found)}"
+    hint = section or f"one of {', '.join(sections())}"
+    return f"{path}: unknown section{did_you_mean(hint)}"

@@ -8,9 +8,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from llamajax.config.nearest import did_you_mean, nearest
 from llamajax.config.schema import ModelConfig, RopeScaling
-from llamajax.errors import UserError
+from llamajax.errors import UserError, did_you_mean, nearest
 
 _LLAMA2 = ModelConfig(
     name="llama2-7b",

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llamajax.config.build import build
-from llamajax.config.flags import show
 from llamajax.config.keys import all_keys
+from llamajax.config.load import build
 from llamajax.config.schema import RunConfig
+from llamajax.config.values import show
 from llamajax.errors import combine
 
 # Keys in which the processes of one run may differ, and why.
@@ -33,8 +33,8 @@ ONCE = ("train.resume_step", "train.restart")
 
 
 def to_json_dict(run: RunConfig) -> dict[str, Any]:
-    """The run as nested dicts of JSON values, every key written out."""
-    return _jsonable(dataclasses.asdict(run))
+    """Return the run as nested dicts of JSON values, with every key."""
+    return json.loads(json.dumps(dataclasses.asdict(run), allow_nan=False))
 
 
 def read_saved_config(workdir: Path) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def read_saved_config(workdir: Path) -> dict[str, Any]:
 
 
 def from_json_dict(tree: Mapping[str, Any], *, source: str = "config.json") -> RunConfig:
-    """The run that `to_json_dict` wrote; a key added since then takes its default.
+    """Return the run that `to_json_dict` wrote; a key added since then takes its default.
 
     Raises:
         UserError: unknown, mistyped or missing keys, all of them; `source` names the file.
@@ -79,7 +79,7 @@ def common_values(run: RunConfig) -> dict[str, str]:
 
 
 def _leaves(run: RunConfig) -> dict[str, Any]:
-    """Every value by its path; a nested optional dataclass also under its own path."""
+    """Return every value by its path; a nested optional dataclass also under its own path."""
     values: dict[str, Any] = {}
     for path in all_keys():
         value: Any = run
@@ -87,9 +87,3 @@ def _leaves(run: RunConfig) -> dict[str, Any]:
             value = getattr(value, name, None)
         values[path] = value
     return values
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
-    return [_jsonable(item) for item in value] if isinstance(value, list | tuple) else value

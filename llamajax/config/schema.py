@@ -1,16 +1,13 @@
-"""The configuration of a run as frozen dataclasses: every key, its type, unit and documentation.
+"""The configuration of a run as frozen dataclasses: every key, its type, unit, range and meaning.
 
-This file is the only place where a key is declared. Loading and checking live in `load.py`,
-published architectures in `presets.py`. Importing this package must not import jax.
-
-A key without a default must be set by the config file: no number that changes the loss has one.
+A key is declared only here. A key without a default must be set by the config file: no number that
+changes the loss has one. `check.py` has the constraints between several keys.
 """
 
-# `key` returns a dataclass field; ruff takes it for a mutable default.
-# ruff: noqa: RUF009
-
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
+
+from llamajax.config.values import key
 
 ComputeDtype = Literal["bfloat16", "float32"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
@@ -18,21 +15,20 @@ Remat = Literal["none", "full", "dots", "save_attention", "save_qkv"]
 # Tensors of a block that train.remat_keep and train.remat_offload can name.
 REMAT_NAMES = ("block_input", "qkv", "attention", "mlp_input", "gate", "up")
 AttentionImpl = Literal["auto", "xla", "blocked", "split", "cudnn", "splash"]
-
-
-def key(doc: str, **default: Any) -> Any:
-    """A config key with its documentation, as `--help` prints it."""
-    return dataclasses.field(metadata={"doc": doc}, **default)
+# JAX keys and grain shuffles are seeded with 32 bits.
+_SEED_LIMIT = 2**32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """Llama-3.1's frequency scaling of the rotary embedding (`rope_type: llama3`)."""
 
-    factor: float = key("how much longer than the original context the model reads")
-    low_freq_factor: float = key("wavelengths above original length / this are slowed")
-    high_freq_factor: float = key("wavelengths below original length / this stay")
-    original_max_seq_len: int = key("context, in tokens, that the unscaled model was trained with")
+    factor: float = key("how much longer than the original context the model reads", at_least=1)
+    low_freq_factor: float = key("wavelengths above original length / this are slowed", above=0)
+    high_freq_factor: float = key("wavelengths below original length / this stay", above=0)
+    original_max_seq_len: int = key(
+        "context, in tokens, that the unscaled model was trained with", at_least=1
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,28 +36,30 @@ class ModelConfig:
     """The architecture: what a checkpoint fixes for ever."""
 
     name: str = key("name of the preset, for people; changes nothing", default="")
-    vocab_size: int = key("V: number of tokens in the embedding and the head")
-    hidden_size: int = key("D: width of the residual stream")
-    intermediate_size: int = key("F: width of the feed-forward layer")
-    num_layers: int = key("L: number of blocks")
-    num_heads: int = key("N: number of query heads")
-    num_kv_heads: int = key("K: number of key and value heads; divides num_heads")
-    head_size: int = key("H: width of one head; even")
-    rope_theta: float = key("base of the rotary embedding")
+    vocab_size: int = key("V: number of tokens in the embedding and the head", at_least=1)
+    hidden_size: int = key("D: width of the residual stream", at_least=1)
+    intermediate_size: int = key("F: width of the feed-forward layer", at_least=1)
+    num_layers: int = key("L: number of blocks", at_least=1)
+    num_heads: int = key("N: number of query heads", at_least=1)
+    num_kv_heads: int = key("K: number of key and value heads; divides num_heads", at_least=1)
+    head_size: int = key("H: width of one head; even", at_least=2)
+    rope_theta: float = key("base of the rotary embedding", above=0)
     rope_scaling: RopeScaling | None = key(
         "Llama-3.1 scaling of the rotary embedding, or none", default=None
     )
-    norm_eps: float = key("epsilon of RMSNorm")
+    norm_eps: float = key("epsilon of RMSNorm", above=0)
     tie_embeddings: bool = key("whether the head is the transposed embedding")
-    init_std: float = key("standard deviation of the normal initial weights")
-    max_seq_len: int = key("longest sequence, in tokens, that the architecture is meant for")
+    init_std: float = key("standard deviation of the normal initial weights", above=0)
+    max_seq_len: int = key(
+        "longest sequence, in tokens, that the architecture is meant for", at_least=1
+    )
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the stored embedding: vocab_size rounded up to 128, so that it splits evenly.
 
-        The padding is the same for every mesh (a checkpoint fits all); its rows stay zero, are
-        never looked up, and their logits are -inf. Published vocabularies need none.
+        It is the same for every mesh, so that a checkpoint fits all. The added rows stay zero, are
+        never looked up, and have logits of -inf. Published vocabularies need none.
         """
         return -(-self.vocab_size // 128) * 128
 
@@ -105,42 +103,43 @@ class DataConfig:
     """What is read, and in which order."""
 
     path: str = key(
-        "directory written by `llamajax.prepare`; several, separated by commas, are mixed"
+        "directory written by `llamajax.prepare`; several, separated by commas, are mixed",
+        is_path=True,
     )
     weights: tuple[float, ...] | None = key(
         "share of the samples drawn from each of several paths; none: as their numbers of tokens",
         default=None,
     )
-    seq_len: int = key("T: tokens a sample; chosen here, not at preparation")
+    seq_len: int = key("T: tokens a sample; chosen here, not at preparation", at_least=1)
     global_batch_size: int = key(
-        "samples an optimizer step, over all devices and accumulation steps"
+        "samples an optimizer step, over all devices and accumulation steps", at_least=1
     )
     shuffle: bool = key(
         "whether samples are drawn in a random order, a new one each epoch", default=True
     )
-    seed: int = key("seed of the order of the samples")
+    seed: int = key("seed of the order of the samples", at_least=0, below=_SEED_LIMIT)
     mask_documents: bool = key(
         "whether attention and positions stop at the borders of documents packed into one sample",
         default=True,
     )
-    num_threads: int = key("reader threads; changes speed only", default=2)
-    prefetch_batches: int = key("batches held ready; changes speed only", default=4)
+    num_threads: int = key("reader threads; changes speed only", default=2, at_least=1)
+    prefetch_batches: int = key("batches held ready; changes speed only", default=4, at_least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with bias correction on fp32 master weights, after clipping by the global norm."""
 
-    learning_rate: float = key("peak learning rate")
-    warmup_steps: int = key("steps of linear warm-up from 0")
+    learning_rate: float = key("peak learning rate", above=0)
+    warmup_steps: int = key("steps of linear warm-up from 0", at_least=0)
     schedule: Schedule = key("shape of the learning rate after warm-up")
-    decay_steps: int | None = key("wsd only: steps of the final linear decay", default=None)
-    final_learning_rate: float = key("learning rate at the last step (unused by constant)")
-    beta1: float = key("decay of Adam's first moment")
-    beta2: float = key("decay of Adam's second moment")
-    epsilon: float = key("Adam's epsilon, added outside the square root")
-    weight_decay: float = key("decoupled decay of matrices; norms are never decayed")
-    clip_norm: float | None = key("largest global norm of the gradient; none: no clipping")
+    decay_steps: int | None = key("wsd: steps of the final linear decay", default=None, at_least=1)
+    final_learning_rate: float = key("rate at the last step (unused by constant)", at_least=0)
+    beta1: float = key("decay of Adam's first moment", at_least=0, below=1)
+    beta2: float = key("decay of Adam's second moment", at_least=0, below=1)
+    epsilon: float = key("Adam's epsilon, added outside the square root", above=0)
+    weight_decay: float = key("decoupled decay of matrices; norms are never decayed", at_least=0)
+    clip_norm: float | None = key("largest global norm of the gradient; none: no clipping", above=0)
     moment_dtype: ComputeDtype = key(
         "dtype of Adam's first moment (the second is always fp32)", default="float32"
     )
@@ -155,8 +154,12 @@ class OptimConfig:
 class TrainConfig:
     """How the step computes, and how long it runs."""
 
-    steps: int = key("optimizer steps of the whole run")
-    seed: int = key("seed of the initial weights, of adapters and of their dropout")
+    steps: int = key("optimizer steps of the whole run", at_least=1)
+    seed: int = key(
+        "seed of the initial weights, of adapters and of their dropout",
+        at_least=0,
+        below=_SEED_LIMIT,
+    )
     dtype: ComputeDtype = key(
         "dtype of the matrix products; weights, moments, norms, softmax and loss stay fp32"
     )
@@ -164,11 +167,13 @@ class TrainConfig:
         "weights to start from: a Hugging Face directory, a --workdir or one of its checkpoints; "
         "none: random weights",
         default=None,
+        is_path=True,
     )
     resume_step: int | None = key(
         "step of an older checkpoint to resume, optimizer state included; later ones are set "
         "aside; counts once: the same command again continues from the newest; none: the newest",
         default=None,
+        at_least=1,
     )
     restart: bool = key(
         "whether to begin anew in a used --workdir; old rows and checkpoints are set aside; counts "
@@ -176,16 +181,18 @@ class TrainConfig:
         default=False,
     )
     accumulation_steps: int = key(
-        "microbatches a step; the loss is that of the whole batch", default=1
+        "microbatches a step; the loss is that of the whole batch", default=1, at_least=1
     )
     microbatch_size: int = key(
         "pipeline: samples that a device takes at a time; small ones idle less, large ones "
         "multiply faster",
         default=1,
+        at_least=1,
     )
     pipeline_rounds: int = key(
         "pipeline: groups of layers a stage (interleaved schedule); more idle less and move more",
         default=1,
+        at_least=1,
     )
     remat_stage: bool = key(
         "pipeline: whether a stage keeps its input alone, for one more forward pass of its layers",
@@ -204,15 +211,23 @@ class TrainConfig:
     attention: AttentionImpl = key(
         "attention kernel; auto: the first that this backend supports", default="auto"
     )
-    loss_chunk_tokens: int = key("tokens whose logits exist at one time on a device", default=512)
+    loss_chunk_tokens: int = key(
+        "tokens whose logits exist at one time on a device", default=512, at_least=1
+    )
     z_loss: float = key(
-        "weight of the squared log-partition; logged as z_loss, never part of loss", default=0.0
+        "weight of the squared log-partition; logged as z_loss, never part of loss",
+        default=0.0,
+        at_least=0,
     )
-    log_every: int = key("steps between rows of metrics", default=1)
+    log_every: int = key("steps between rows of metrics", default=1, at_least=1)
     eval_every: int = key(
-        "steps between evaluations on the validation split; 0: only at the end", default=0
+        "steps between evaluations on the validation split; 0: only at the end",
+        default=0,
+        at_least=0,
     )
-    eval_batches: int | None = key("batches an evaluation; none: the whole split", default=None)
+    eval_batches: int | None = key(
+        "batches an evaluation; none: the whole split", default=None, at_least=1
+    )
 
 
 # The matrices that can be adapted, as dimension letters of their inputs and of their outputs.
@@ -231,9 +246,11 @@ LORA_TARGETS = {
 class LoraConfig:
     """Low-rank adapters beside frozen weights (Hu et al. 2021); needs train.init_from."""
 
-    rank: int = key("rank of the adapters; 0: train all weights", default=0)
-    alpha: float = key("adapters are scaled by alpha / rank", default=16.0)
-    dropout: float = key("probability that an input of an adapter is dropped", default=0.0)
+    rank: int = key("rank of the adapters; 0: train all weights", default=0, at_least=0)
+    alpha: float = key("adapters are scaled by alpha / rank", default=16.0, above=0)
+    dropout: float = key(
+        "probability that an input of an adapter is dropped", default=0.0, at_least=0, below=1
+    )
     # All of them: at equal numbers of weights, adapting every matrix with a lower rank learns more
     # than adapting query and value alone (Dettmers et al. 2023, arXiv:2305.14314, section 4).
     targets: tuple[str, ...] = key(
@@ -257,30 +274,38 @@ class GuardConfig:
         "also leave out updates whose loss or gradient norm is so many deviations above the median "
         "of the last ones applied; 10 is mild, 5 strict; none: never",
         default=None,
+        above=0,
     )
     spike_window: int = key(
         "updates applied that the median is of; spikes are judged once there are as many",
         default=128,
+        at_least=8,
     )
     max_in_a_row: int | None = key(
-        "updates left out one after the other until `then` happens; none: never", default=8
+        "updates left out one after the other until `then` happens; none: never",
+        default=8,
+        at_least=1,
     )
     then: Literal["rollback", "stop"] = key(
         "return to the last checkpoint before them and go on after their data, or end the run",
         default="rollback",
     )
-    max_rollbacks: int = key("returns to one and the same checkpoint; then the run ends", default=3)
+    max_rollbacks: int = key(
+        "returns to one and the same checkpoint; then the run ends", default=3, at_least=0
+    )
     hang_timeout_s: int | None = key(
         "seconds without a finished step or evaluation batch until all stacks are written and the "
         "process ends; none: never",
         default=1800,
+        at_least=1,
     )
     canary_every: int | None = key(
         "steps between checks that all replicas compute and hold the same bits; none: never",
         default=None,
+        at_least=1,
     )
     blackbox_steps: int = key(
-        "steps kept for blackbox/, written when something goes wrong", default=64
+        "steps kept for blackbox/, written when something goes wrong", default=64, at_least=1
     )
 
 
@@ -292,21 +317,23 @@ class CheckpointConfig:
         "where checkpoints are kept: a path that all processes share, or gs://BUCKET/FOLDER; none: "
         "WORKDIR/checkpoints",
         default=None,
+        is_path=True,
     )
     every_steps: int | None = key(
-        "steps between checkpoints; none: by minutes and at the end", default=None
+        "steps between checkpoints; none: by minutes and at the end", default=None, at_least=1
     )
     every_minutes: float | None = key(
-        "minutes between checkpoints; none: by steps and at the end", default=15.0
+        "minutes between checkpoints; none: by steps and at the end", default=15.0, above=0
     )
-    keep: int = key("newest checkpoints to keep", default=3)
+    keep: int = key("newest checkpoints to keep", default=3, at_least=1)
     keep_every: int | None = key(
-        "also keep every checkpoint whose step is a multiple of this", default=None
+        "also keep every checkpoint whose step is a multiple of this", default=None, at_least=1
     )
     asynchronous: bool = key("whether saving overlaps training", default=True)
     export_hf_every: int | None = key(
         "steps between exports in Hugging Face's format to hf/STEP, also at the end; none: never",
         default=None,
+        at_least=1,
     )
 
 
@@ -317,19 +344,21 @@ class BackendConfig:
     name: str | None = key(
         "JAX platform: cpu, cuda, tpu, or a plugin's; none: what JAX finds", default=None
     )
-    plugin: str | None = key("path of a bare PJRT plugin library for `name`", default=None)
+    plugin: str | None = key(
+        "path of a bare PJRT plugin library for `name`", default=None, is_path=True
+    )
     options: str | None = key("options of that plugin, as k=v,k=v", default=None)
     num_cpu_devices: int | None = key(
-        "virtual devices of the cpu backend, to try a mesh without one", default=None
+        "virtual devices of the cpu backend, to try a mesh without one", default=None, at_least=1
     )
     coordinator_address: str | None = key(
         "HOST:PORT of process 0, the same on every node", default=None
     )
-    num_processes: int | None = key("processes of the whole run", default=None)
-    process_id: int | None = key("rank of this process, from 0", default=None)
-    timeout_s: int = key("seconds to wait for the other processes", default=300)
+    num_processes: int | None = key("processes of the whole run", default=None, at_least=1)
+    process_id: int | None = key("rank of this process, from 0", default=None, at_least=0)
+    timeout_s: int = key("seconds to wait for the other processes", default=300, at_least=1)
     device_table: str | None = key(
-        "TOML file with entries for devices that llamajax does not know", default=None
+        "TOML file with entries for devices that llamajax does not know", default=None, is_path=True
     )
     repairs: str = key(
         "auto: what the doctor saw work on a new platform; none; or names of repairs",
@@ -338,6 +367,7 @@ class BackendConfig:
     compile_cache: str | None = key(
         "folder of compiled programs; auto: in the user's cache directory; none: keep none",
         default="auto",
+        is_path=True,
     )
 
 

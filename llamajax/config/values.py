@@ -1,28 +1,94 @@
-"""One value of a config key or a flag: its declared type in words, and conversion to it.
+"""One config key or flag: its declaration, its type in words, and conversion of values to it.
 
 A value comes as text from the command line (`parse`) or as an object from a config file or
 JSON (`coerce`). Both return exactly the declared type or raise `Mistyped`.
 """
 
 import dataclasses
+import enum
 import math
 import numbers
 import os
+import re
 import types
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, Union, get_args, get_origin
 
-from llamajax.config.nearest import did_you_mean, nearest
+from llamajax.errors import did_you_mean, nearest
 
-_TRUE_FALSE = {"true": True, "false": False}
+
+class NotSet(enum.Enum):
+    """The only marker of a value that is absent."""
+
+    NOT_SET = "<not set>"
+
+    def __repr__(self) -> str:
+        return self.value
+
+    def __bool__(self) -> bool:
+        return False
+
+
+NOT_SET = NotSet.NOT_SET
 
 
 class Mistyped(ValueError):
     """A value that is not of the declared type; the message says what was expected and given."""
 
 
+def key(doc: str, *, default: Any = dataclasses.MISSING, **facts: Any) -> Any:
+    """Declare a config key or a flag as a dataclass field; required if it has no default.
+
+    `doc` is what `--help` prints; `facts` are further fields of `Key`.
+    """
+    return dataclasses.field(default=default, metadata={"doc": doc, **facts})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Key:
+    """A config key or a flag as its dataclass declares it. path: `train.steps`, or a flag's name.
+
+    default: NOT_SET if required. is_path: `~` on the command line is the home directory, also after
+    a comma.
+    """
+
+    path: str
+    annotation: Any
+    default: Any
+    doc: str
+    metavar: str = "VALUE"
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    is_path: bool = False
+
+    @property
+    def type_words(self) -> str:
+        """The type as a user reads it."""
+        return describe(self.annotation)
+
+    def parse(self, text: str) -> Any:
+        """Return the value that `text` on the command line stands for; raise Mistyped."""
+        if self.is_path:
+            text = re.sub(r"(?:^|(?<=,))~(?=/|$)", lambda _: os.path.expanduser("~"), text)
+        return parse(text, self.annotation)
+
+    def out_of_range(self, value: Any) -> str:
+        """Return what is wrong with a number, as `must be at least 1`; empty if nothing is."""
+        if value is None:
+            return ""
+        low = self.at_least is not None and value < self.at_least
+        high = self.below is not None and value >= self.below
+        if low or high:
+            limit = f" and below {self.below}" if self.below is not None else ""
+            return f"must be at least {self.at_least}{limit}"
+        if self.above is not None and value <= self.above:
+            return f"must be above {self.above}"
+        return ""
+
+
 def split_optional(annotation: Any) -> tuple[Any, bool]:
-    """The annotation without None, and whether None was among it."""
+    """Return the annotation without None, and whether None was part of it."""
     if get_origin(annotation) not in (Union, types.UnionType):
         return annotation, False
     members = [a for a in get_args(annotation) if a is not type(None)]
@@ -32,7 +98,7 @@ def split_optional(annotation: Any) -> tuple[Any, bool]:
 
 
 def describe(annotation: Any) -> str:
-    """The type in words a user can act on, e.g. `int or none` or `bfloat16 | float32`."""
+    """Return the type in words a user can act on, e.g. `int or none` or `bfloat16 | float32`."""
     inner, optional = split_optional(annotation)
     if get_origin(inner) is Literal:
         words = " | ".join(get_args(inner))
@@ -47,8 +113,19 @@ def describe(annotation: Any) -> str:
     return f"{words} or none" if optional else words
 
 
+def show(value: Any) -> str:
+    """Return a value as it is written on the command line."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(show(item) for item in value)
+    return '""' if value == "" else str(value)
+
+
 def parse(text: str, annotation: Any) -> Any:
-    """The value that `text` spells for a key of this type.
+    """Return the value that `text` spells for a key of this type.
 
     Raises:
         Mistyped: it spells no such value.
@@ -56,42 +133,43 @@ def parse(text: str, annotation: Any) -> Any:
     inner, optional = split_optional(annotation)
     if optional and text.casefold() == "none":
         return None
+    if dataclasses.is_dataclass(inner):
+        names = ", ".join(f.name for f in dataclasses.fields(inner))
+        raise Mistyped(f"expected none, got {text!r}; otherwise set its keys: {names}")
     if get_origin(inner) is tuple:
         parts = [part.strip() for part in text.split(",") if part.strip()]
-        item = get_args(inner)[0]
-        return tuple(_parse_one(part, item, whole=annotation) for part in parts)
+        return tuple(_parse_one(part, get_args(inner)[0], whole=annotation) for part in parts)
     return _parse_one(text, inner, whole=annotation)
 
 
 def _parse_one(text: str, inner: Any, *, whole: Any) -> Any:
-    mistyped = Mistyped(f"expected {describe(whole)}, got {text!r}")
-    if dataclasses.is_dataclass(inner):
-        names = ", ".join(f.name for f in dataclasses.fields(inner))
-        raise Mistyped(f"expected none, got {text!r}; otherwise set its keys: {names}")
     if get_origin(inner) is Literal or inner is str:
         return coerce(text, inner)
-    if inner is bool:
-        if text.casefold() not in _TRUE_FALSE:
-            raise mistyped
-        return _TRUE_FALSE[text.casefold()]
+    value = {"true": True, "false": False}.get(text.casefold()) if inner is bool else None
+    if inner in (int, float):
+        value = _parse_number(text, inner)
+    if value is None:
+        raise Mistyped(f"expected {describe(whole)}, got {text!r}")
+    return value
+
+
+def _parse_number(text: str, kind: type) -> int | float | None:
+    """Return the finite number that `text` spells, or None."""
     try:
         number = Decimal(text)
     except InvalidOperation:
-        raise mistyped from None
-    if not number.is_finite():
-        raise mistyped
-    if inner is float:
-        if not math.isfinite(float(number)):
-            raise mistyped
+        return None
+    if not number.is_finite() or not math.isfinite(float(number)):
+        return None
+    if kind is float:
         return float(number)
     # 19 digits hold every 64-bit integer; int() of a huge exponent would fill the memory.
-    if number.adjusted() > 18 or number != number.to_integral_value():
-        raise mistyped
-    return int(number)
+    is_int = number.adjusted() <= 18 and number == number.to_integral_value()
+    return int(number) if is_int else None
 
 
 def coerce(value: Any, annotation: Any) -> Any:
-    """`value` as exactly the declared type: 3 for a float key becomes 3.0, 1e3 for an int key 1000.
+    """Return `value` as exactly the declared type: 3 for a float key is 3.0, 1e3 for an int 1000.
 
     Raises:
         Mistyped: the value is of another type, or not one of the choices.
@@ -99,10 +177,11 @@ def coerce(value: Any, annotation: Any) -> Any:
     inner, optional = split_optional(annotation)
     if value is None and optional:
         return None
-    mistyped = Mistyped(f"expected {describe(annotation)}, got {_show(value)}")
+    shown = repr(value) if len(repr(value)) <= 120 else f"{repr(value)[:117]}..."
+    given = shown if value is None else f"{shown} ({type(value).__name__})"
+    mistyped = Mistyped(f"expected {describe(annotation)}, got {given}")
     if get_origin(inner) is Literal:
-        choices = get_args(inner)
-        if value in choices:
+        if value in (choices := get_args(inner)):
             return value
         hint = nearest(value, choices) if isinstance(value, str) else None
         raise Mistyped(f"{mistyped}{did_you_mean(hint)}")
@@ -120,24 +199,16 @@ def coerce(value: Any, annotation: Any) -> Any:
 
 
 def _convert_scalar(value: Any, kind: Any) -> Any:
-    """The value as `kind`, or None when it is of another type."""
+    """Return the value as `kind`, or None when it is of another type."""
     if kind is bool or isinstance(value, bool):
         return value if kind is bool and isinstance(value, bool) else None
-    if kind is int:
-        if isinstance(value, numbers.Integral):
-            return int(value)
-        whole = isinstance(value, numbers.Real) and math.isfinite(value) and value == int(value)
-        return int(value) if whole else None
-    if kind is float:
-        return float(value) if isinstance(value, numbers.Real) and math.isfinite(value) else None
-    if kind is str:
-        if isinstance(value, os.PathLike):
-            value = os.fspath(value)
+    if kind is str and isinstance(value, str | os.PathLike):
+        value = os.fspath(value)
         return value if isinstance(value, str) else None
+    if kind is int and isinstance(value, numbers.Integral):
+        return int(value)
+    if kind in (int, float) and isinstance(value, numbers.Real) and math.isfinite(value):
+        if kind is float:
+            return float(value)
+        return int(value) if value == int(value) else None
     return None
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    text = text if len(text) <= 120 else f"{text[:117]}..."
-    return text if value is None else f"{text} ({type(value).__name__})"

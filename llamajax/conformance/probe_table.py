@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from llamajax.backends import PlatformVerdict, ProbeResult
 from llamajax.backends.repairs import NOT_READY, READY, READY_WITH_REPAIRS
-from llamajax.config import did_you_mean, nearest
-from llamajax.errors import combine
+from llamajax.errors import combine, did_you_mean, nearest
 
 NOT_TRIED = "not tried: "  # begins the message of a probe that the ones before made pointless
 

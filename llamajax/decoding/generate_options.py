@@ -1,11 +1,12 @@
-"""The options of `generate`, checked as far as that needs no model and no machine. Free of jax."""
+"""The flags of `generate`, checked as far as that needs neither a model nor a machine; no jax."""
 
 import dataclasses
-import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
-from llamajax.config.schema import BackendConfig, ComputeDtype
-from llamajax.errors import combine
+from llamajax.config import WeightsFlags, key
+from llamajax.tokenizers.chat import CHAT_TEMPLATES
 
 SOURCES = ("prompt", "prompts_file", "prompt_ids", "interactive")
 
@@ -21,77 +22,113 @@ class Sampling:
 
     @property
     def penalizes(self) -> bool:
-        """Whether the tokens seen so far change the probabilities."""
+        """Whether the tokens seen so far matter."""
         return self.repetition_penalty != 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
-    """The flags of `generate` by name, None where one was not given."""
+class GenerateOptions(WeightsFlags):
+    """One session of `generate`."""
 
-    checkpoint: str
-    backend: BackendConfig
-    sampling: Sampling
-    seed: int
-    batch_size: int
-    prompt: str | None = None
-    prompts_file: str | None = None
-    prompt_ids: tuple[int, ...] | None = None
-    interactive: bool = False
-    chat_template: str = "none"  # the prompt is the user's message of such a chat
-    max_new_tokens: int | None = None
-    stop_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    json: bool = False
-    dtype: ComputeDtype | None = None
-    mesh: str | None = None
+    prompt: str = key("text to continue, after a BOS; may be empty", metavar="TEXT", default=None)
+    prompts_file: str | None = key(
+        "a prompt a line, or JSON lines with a `prompt`; empty lines count for nothing",
+        metavar="F",
+        default=None,
+        is_path=True,
+    )
+    prompt_ids: tuple[int, ...] | None = key(
+        "token ids to continue, exactly these: no BOS, no tokenizer needed",
+        metavar="1,2,3",
+        default=None,
+    )
+    interactive: bool = key(
+        "read prompts from the terminal or a pipe, one a line, each on its own; Ctrl-D leaves",
+        default=False,
+    )
+    chat_template: Literal[CHAT_TEMPLATES] = key(
+        "not none: each prompt is the user's message in a chat of this form",
+        metavar="NAME",
+        default="none",
+    )
+    max_new_tokens: int | None = key(
+        "most new tokens a prompt; none: 128, or fewer where the context ends",
+        metavar="N",
+        default=None,
+        at_least=1,
+    )
+    temperature: float = key(
+        "0: the most probable token; 1: as the model says; in between: safer",
+        metavar="X",
+        default=0.0,
+    )
+    top_k: int | None = key(
+        "draw among the K most probable tokens only", metavar="K", default=None, at_least=1
+    )
+    top_p: float | None = key(
+        "draw among the most probable tokens that together reach probability P only",
+        metavar="P",
+        default=None,
+    )
+    repetition_penalty: float = key(
+        "divides positive logits, and multiplies negative ones, of tokens in prompt or output; 1 "
+        "changes nothing, 1.2 is strong",
+        metavar="X",
+        default=1.0,
+        above=0,
+    )
+    seed: int = key(
+        "of the random draws; the same text on every mesh and in every batch",
+        metavar="S",
+        default=0,
+        at_least=0,
+        below=2**32,
+    )
+    stop_ids: tuple[int, ...] = key(
+        "token ids that end the text, besides EOS", metavar="1,2", default=()
+    )
+    ignore_eos: bool = key("whether to go on after EOS", default=False)
+    json: bool = key(
+        "print one JSON object a prompt, one line each: prompt_ids, output_ids (new tokens, the "
+        "stop token included), text (null without a tokenizer)",
+        default=False,
+    )
+    batch_size: int = key(
+        "prompts of a file at a time; changes memory and speed only",
+        metavar="N",
+        default=8,
+        at_least=1,
+    )
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn."""
+        names = [field.name for field in dataclasses.fields(Sampling)]
+        return Sampling(**{name: getattr(self, name) for name in names})
 
     @property
     def streams(self) -> bool:
-        """Whether text is printed as it comes."""
+        """Whether a person watches the text come."""
         return not self.json and self.prompts_file is None
 
-
-def check_options(options: GenerateOptions) -> None:
-    """Raise one UserError with every flag that is missing, out of range or contradicts another."""
-    given = [f"--{name}" for name in SOURCES if getattr(options, name) not in (None, False)]
-    problems = []
-    if len(given) != 1:
-        problems.append(
-            f"{' and '.join(given) or 'no prompt'} given: name exactly one of --prompt=TEXT, "
-            "--prompts_file=F, --prompt_ids=1,2,3 and --interactive"
-        )
-    if options.prompt_ids == ():
-        problems.append("--prompt_ids is empty: name at least one token id; none is added to them")
-    if options.prompt_ids is not None and options.chat_template != "none":
-        problems.append("--chat_template is for texts: --prompt_ids are taken as they are")
-    if options.prompts_file is not None:
-        file = Path(options.prompts_file)
-        if not file.exists() or file.is_dir():
-            what = "is a directory" if file.is_dir() else "there is no such file"
-            problems.append(f"--prompts_file={options.prompts_file}: {what}")
-    for name in ("max_new_tokens", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            problems.append(f"--{name}={value}: must be at least 1")
-    if not 0 <= options.seed < 2**32:
-        problems.append(f"--seed={options.seed}: must be at least 0 and below 2**32")
-    problems += _sampling_problems(options.sampling)
-    if problems:
-        raise combine(problems, title="nothing can be generated like this:")
-
-
-def _sampling_problems(s: Sampling) -> list[str]:
-    problems = []
-    if s.temperature != 0 and not (math.isfinite(s.temperature) and s.temperature >= 1e-6):
-        problems.append(f"--temperature={s.temperature}: must be 0 (greedy) or at least 1e-6")
-    if s.top_k is not None and s.top_k < 1:
-        problems.append(f"--top_k={s.top_k}: must be at least 1; leave it out for all tokens")
-    if s.top_p is not None and not 0 < s.top_p <= 1:
-        problems.append(f"--top_p={s.top_p}: must be above 0 and at most 1")
-    if not (math.isfinite(s.repetition_penalty) and s.repetition_penalty > 0):
-        problems.append(
-            f"--repetition_penalty={s.repetition_penalty}: must be above 0; 1 changes nothing, "
-            "1.2 is strong"
-        )
-    return problems
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        given = [f"--{name}" for name in SOURCES if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            yield (
+                f"{' and '.join(given) or 'no prompt'} given: name exactly one of --prompt=TEXT, "
+                "--prompts_file=F, --prompt_ids=1,2,3 and --interactive"
+            )
+        if self.prompt_ids == ():
+            yield "--prompt_ids is empty: name at least one token id; none is added to them"
+        if self.prompt_ids is not None and self.chat_template != "none":
+            yield "--chat_template is for texts: --prompt_ids are taken as they are"
+        if self.prompts_file is not None:
+            file = Path(self.prompts_file)
+            if not file.exists() or file.is_dir():
+                what = "is a directory" if file.is_dir() else "there is no such file"
+                yield f"--prompts_file={file}: {what}"
+        if self.temperature != 0 and not self.temperature >= 1e-6:
+            yield f"--temperature={self.temperature}: must be 0 (greedy) or at least 1e-6"
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            yield f"--top_p={self.top_p}: must be above 0 and at most 1"

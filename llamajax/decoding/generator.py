@@ -14,7 +14,7 @@ from llamajax.config.flags import mesh_config
 from llamajax.config.schema import MeshConfig, ModelConfig
 from llamajax.data import Tokenizer
 from llamajax.decoding.engine import Engine
-from llamajax.decoding.generate_options import GenerateOptions, check_options
+from llamajax.decoding.generate_options import GenerateOptions
 from llamajax.decoding.prompts import Prompt, as_prompt, eos_ids, read_prompts, text_ids
 from llamajax.errors import UserError, say
 from llamajax.formats.load_model import load_model
@@ -73,7 +73,6 @@ class Generator:
 
 def open_generator(options: GenerateOptions) -> Generator:
     """Do everything up to the first token. Raises UserError for what a user can fix."""
-    check_options(options)
     sampling = options.sampling
     if sampling.temperature == 0 and (sampling.top_k, sampling.top_p) != (None, None):
         say("warning: --top_k and --top_p have no effect at --temperature=0; set one above 0")
@@ -84,7 +83,7 @@ def open_generator(options: GenerateOptions) -> Generator:
         text_ids("", tokenizer, options.chat_template)  # refuses a checkpoint without one
     prompts = [] if options.interactive else read_prompts(options, config, tokenizer)
     stop_ids = _stop_ids(options, weights, tokenizer)
-    machine = backends.start(options.backend, keep_programs=True)
+    machine = backends.start(options.backend_config, keep_programs=True)
     mesh = _mesh(options, config)
     dtype = options.dtype or backends.platform_facts(machine.platform).dtype
     sharding.check_divides(config.dims, mesh, batch=sharding.batch_shards(mesh), accumulation=1)

@@ -1,75 +1,118 @@
-"""The options of `evaluate`, checked as far as that needs no model and no machine. Free of jax."""
+"""The flags of `evaluate`, checked as far as that needs neither a model nor a machine; no jax."""
 
 import dataclasses
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from llamajax.config.schema import BackendConfig, ComputeDtype
-from llamajax.errors import combine
+from llamajax.config import WeightsFlags, key
 
 Protocol = Literal["non_overlapping", "sliding_window"]
 SOURCES = ("data", "text", "token_ids")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
-    """The flags of `evaluate` by name, None where one was not given."""
+class EvaluateOptions(WeightsFlags):
+    """One evaluation."""
 
-    checkpoint: str
-    backend: BackendConfig
-    data: str | None = None
-    text: str | None = None
-    token_ids: str | None = None
-    split: str | None = None
-    protocol: Protocol | None = None
-    seq_len: int | None = None
-    stride: int | None = None
-    batch_size: int | None = None
-    max_batches: int | None = None
-    per_token_nll: str | None = None
-    dtype: ComputeDtype | None = None
-    mesh: str | None = None
+    data: str | None = key(
+        "directory written by llamajax.prepare, packed with document masks as in training: every "
+        "token of a document but its BOS is a target once (of instruction data, those of the "
+        "answers)",
+        metavar="PREPARED",
+        default=None,
+        is_path=True,
+    )
+    split: str | None = key(
+        "with --data: the split to read; none: validation", metavar="NAME", default=None
+    )
+    text: str | None = key(
+        "UTF-8 text, also .gz or .zst: all of it as one document with one BOS before it, read by "
+        "the checkpoint's tokenizer; every token but the BOS is a target once",
+        metavar="FILE",
+        default=None,
+        is_path=True,
+    )
+    token_ids: str | None = key(
+        "integers (T,) or (B, T), used exactly as given, without BOS or windows; each row on its "
+        "own, its first token is context alone",
+        metavar="FILE.npy",
+        default=None,
+        is_path=True,
+    )
+    protocol: Protocol | None = key(
+        "with --text. non_overlapping: window j reads tokens j*L to j*L + L - 1 of the text "
+        "(L = --seq_len) and predicts the token after each, so that its first token, the last "
+        "target of the window before, is context alone; the last window reads the last L tokens "
+        "and scores those that are left (lm-evaluation-harness's rolling log-likelihood; figures "
+        "in the manner of GPTQ leave out the last target of every window, and what is left). "
+        "sliding_window: windows of L tokens begin every --stride tokens, and each scores only "
+        "what no window before it scored, with at least L - stride tokens of context (Hugging "
+        "Face's guide to perplexity of fixed-length models). none: non_overlapping",
+        metavar="NAME",
+        default=None,
+    )
+    seq_len: int | None = key(
+        "tokens a row or window; none: with --data that of the run which made the checkpoint, else "
+        "the model's context, at most 4096",
+        metavar="N",
+        default=None,
+        at_least=1,
+    )
+    stride: int | None = key(
+        "with sliding_window: tokens between windows, below --seq_len; none: half of it",
+        metavar="N",
+        default=None,
+        at_least=1,
+    )
+    batch_size: int | None = key(
+        "rows at a time, rounded up to the devices; changes memory and speed only; none: about "
+        "8,192 tokens a device",
+        metavar="N",
+        default=None,
+        at_least=1,
+    )
+    max_batches: int | None = key(
+        "stop after so many batches; none: all", metavar="N", default=None, at_least=1
+    )
+    per_token_nll: str | None = key(
+        "write the loss of every target in nats, float32: (B, T - 1) for --token_ids, else (1, "
+        "number of targets) in the order of the text",
+        metavar="OUT.npy",
+        default=None,
+        is_path=True,
+    )
 
     @property
     def source(self) -> str:
         """Which of SOURCES was given."""
         return next(name for name in SOURCES if getattr(self, name) is not None)
 
-
-def check_options(options: EvaluateOptions) -> None:
-    """Raise one UserError with every flag that is missing, out of range or of another source."""
-    given = [f"--{name}" for name in SOURCES if getattr(options, name) is not None]
-    problems = []
-    if len(given) != 1:
-        problems.append(
-            f"{' and '.join(given) or 'no source'} given: name exactly one of --data=PREPARED, "
-            "--text=FILE and --token_ids=FILE.npy"
-        )
-    problems += [
-        f"--{name}={getattr(options, name)}: must be at least 1"
-        for name in ("seq_len", "stride", "batch_size", "max_batches")
-        if getattr(options, name) is not None and getattr(options, name) < 1
-    ]
-    if len(given) == 1:
-        problems += _other_source_problems(options)
-    if options.stride is not None and options.protocol != "sliding_window":
-        problems.append("--stride belongs to --protocol=sliding_window")
-    if options.per_token_nll is not None:
-        problems += _write_problems(options.per_token_nll)
-    if problems:
-        raise combine(problems, title="this evaluation cannot be made:")
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        given = [f"--{name}" for name in SOURCES if getattr(self, name) is not None]
+        if len(given) != 1:
+            yield (
+                f"{' and '.join(given) or 'no source'} given: name exactly one of "
+                "--data=PREPARED, --text=FILE and --token_ids=FILE.npy"
+            )
+        else:
+            yield from _of_another_source(self)
+        if self.stride is not None and self.protocol != "sliding_window":
+            yield "--stride belongs to --protocol=sliding_window"
+        yield from _unwritable(self.per_token_nll)
 
 
-def _other_source_problems(options: EvaluateOptions) -> list[str]:
+def _of_another_source(flags: EvaluateOptions) -> list[str]:
     serves = {"split": ("data",), "protocol": ("text",), "seq_len": ("data", "text")}
     problems = [
-        f"--{name}={getattr(options, name)} does not go with --{options.source}: it belongs to "
+        f"--{name}={getattr(flags, name)} does not go with --{flags.source}: it belongs to "
         + " and ".join(f"--{source}" for source in sources)
         for name, sources in serves.items()
-        if getattr(options, name) is not None and options.source not in sources
+        if getattr(flags, name) is not None and flags.source not in sources
     ]
-    if options.source == "token_ids" and options.per_token_nll and options.max_batches:
+    if flags.source == "token_ids" and flags.per_token_nll and flags.max_batches:
         problems.append(
             "--max_batches with --per_token_nll: the file has one value for each token of "
             "--token_ids; give fewer rows instead"
@@ -77,8 +120,10 @@ def _other_source_problems(options: EvaluateOptions) -> list[str]:
     return problems
 
 
-def _write_problems(path: str) -> list[str]:
-    """Why no file can be written there; known before the work and not after it."""
+def _unwritable(path: str | None) -> list[str]:
+    """Why no file can be put there, found before the work and not after it."""
+    if path is None:
+        return []
     file = Path(path)
     folder = file.absolute().parent
     if file.is_dir():
@@ -86,7 +131,7 @@ def _write_problems(path: str) -> list[str]:
     if not folder.is_dir():
         return [f"--per_token_nll={path}: there is no directory {folder}; make it first"]
     try:
-        with tempfile.TemporaryFile(dir=folder):  # permissions do not show a full disk
+        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell: full disks
             return []
     except OSError as error:
         return [f"--per_token_nll={path}: {folder} cannot be written: {error.strerror}"]

@@ -11,7 +11,7 @@ import numpy as np
 from llamajax import backends, sharding
 from llamajax.config.flags import mesh_config
 from llamajax.errors import UserError
-from llamajax.evaluation.evaluate_options import EvaluateOptions, check_options
+from llamajax.evaluation.evaluate_options import EvaluateOptions
 from llamajax.evaluation.row_sources import RowSource, open_rows
 from llamajax.evaluation.scoring import Score, rows_a_batch, score
 from llamajax.files import replaced_file
@@ -30,11 +30,10 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
     Raises UserError for what a user can fix.
     """
-    check_options(options)
     weights = open_weights(options.checkpoint)
     source, model = open_rows(options, weights), weights.model
     rows = source.rows
-    machine = backends.start(options.backend, keep_programs=True)
+    machine = backends.start(options.backend_config, keep_programs=True)
     devices = jax.devices()
     # weights split over all devices, or copied where their width does not divide
     axis = "fsdp" if model.hidden_size % len(devices) == 0 else "data"

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from llamajax.checkpoint.stored_array import Index
-from llamajax.config.build import build_model
+from llamajax.config import build_model
 from llamajax.config.presets import PRESETS
 from llamajax.config.schema import ModelConfig
 from llamajax.errors import UserError, combine, say

@@ -28,7 +28,7 @@ from llamajax.checkpoint.restore import (
     open_checkpoint,
     restore_state,
 )
-from llamajax.config.build import build_model
+from llamajax.config import build_model
 from llamajax.config.saved_config import from_json_dict
 from llamajax.config.schema import LoraConfig, ModelConfig
 from llamajax.errors import UserError, combine

@@ -1,70 +1,80 @@
-"""The command line of `launch`, checked before anything is started."""
+"""The flags of `launch`, checked before anything is started."""
 
 import dataclasses
 import itertools
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
-from llamajax.config.flags import Flag
-from llamajax.errors import UserError, combine
+from llamajax.config import Flags, key
+from llamajax.errors import UserError
 
-FLAGS = (
-    Flag(
-        name="processes_per_node",
-        metavar="N",
-        annotation=int,
-        doc="workers on this node, each with its share of the node's devices",
-    ),
-    Flag(name="nodes", metavar="M", annotation=int, default=1, doc="nodes of the run"),
-    Flag(
-        name="node_rank",
-        metavar="R",
-        annotation=int | None,
-        default=None,
-        doc="number of this node, from 0; required with several nodes",
-    ),
-    Flag(
-        name="coordinator",
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaunchFlags(Flags):
+    """Flags of `launch`, and the command after `--`."""
+
+    processes_per_node: int = key(
+        "workers on this node, each with its share of the node's devices", metavar="N", at_least=1
+    )
+    nodes: int = key("nodes of the run", metavar="M", default=1, at_least=1)
+    node_rank: int | None = key(
+        "number of this node, from 0; required with several nodes", metavar="R", default=None
+    )
+    coordinator: str | None = key(
+        "node 0 as all nodes reach it; the launchers meet at PORT + 1. none: this machine",
         metavar="HOST:PORT",
-        annotation=str | None,
         default=None,
-        doc="node 0 as all nodes reach it; the launchers meet at PORT + 1. none: this machine",
-    ),
-    Flag(
-        name="max_restarts",
+    )
+    max_restarts: int = key(
+        "failures in a row, without a newer checkpoint, after which all workers are started again; "
+        "0: never",
         metavar="K",
-        annotation=int,
         default=3,
-        doc="failures in a row, without a newer checkpoint, after which all workers are started "
-        "again; 0: never",
-    ),
-    Flag(
-        name="backoff_s",
+        at_least=0,
+    )
+    backoff_s: float = key(
+        "seconds before the first restart; doubled for each further one, up to a minute",
         metavar="S",
-        annotation=float,
         default=1.0,
-        doc="seconds before the first restart; doubled for each further one, up to a minute",
-    ),
-    Flag(
-        name="timeout_s",
+        at_least=0,
+    )
+    timeout_s: float = key(
+        "seconds without progress (no worker logs or steps) that count as a failure; also how long "
+        "nodes wait for each other",
         metavar="S",
-        annotation=float,
         default=300.0,
-        doc="seconds without progress (no worker logs or steps) that count as a failure; also how "
-        "long nodes wait for each other",
-    ),
-    Flag(
-        name="log_dir",
+        above=0,
+    )
+    log_dir: str | None = key(
+        "where worker_RANK.ATTEMPT.log go; none: logs in the command's --workdir, else ./logs",
         metavar="DIR",
-        annotation=str | None,
         default=None,
-        doc="where worker_RANK.ATTEMPT.log go; none: logs in the command's --workdir, else ./logs",
-    ),
-)
+        is_path=True,
+    )
+    command: tuple[str, ...] = ()
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.nodes > 1 and self.node_rank is None:
+            yield f"--nodes={self.nodes} needs --node_rank, from 0 to {self.nodes - 1}"
+        if self.nodes > 1 and self.coordinator is None:
+            yield f"--nodes={self.nodes} needs --coordinator=HOST:PORT of node 0"
+        if self.node_rank is not None and not 0 <= self.node_rank < max(self.nodes, 1):
+            yield f"--node_rank={self.node_rank}: must be from 0 to --nodes - 1"
+        if self.coordinator is not None:
+            match = re.fullmatch(r".+:(\d+)", self.coordinator)
+            if not match or not 0 < int(match.group(1)) < 65535:
+                yield (
+                    f"--coordinator={self.coordinator}: is not HOST:PORT with a port below 65535, "
+                    "for example node0:8476"
+                )
+        if not self.command:
+            yield "no command: write it after --, as in `-- python -m llamajax.train ...`"
+        elif shutil.which(self.command[0]) is None:
+            yield f"{self.command[0]}: there is no such program; the command starts after --"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,16 +109,14 @@ def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return before, list(argv[len(before) + 1 :])
 
 
-def build_options(flags: SimpleNamespace, command: Sequence[str]) -> LaunchOptions:
-    """Return the options of a launch. Raises one UserError with everything that is wrong."""
-    if problems := _problems(flags, command):
-        raise combine(problems, title="this launch is not possible:")
+def build_options(flags: LaunchFlags) -> LaunchOptions:
+    """Return the options of a launch that valid flags ask for."""
     address = None
     if flags.coordinator is not None:
         host, _, port = flags.coordinator.rpartition(":")
         address = (host, int(port))
     return LaunchOptions(
-        command=tuple(command),
+        command=flags.command,
         processes_per_node=flags.processes_per_node,
         nodes=flags.nodes,
         node_rank=flags.node_rank or 0,
@@ -116,45 +124,15 @@ def build_options(flags: SimpleNamespace, command: Sequence[str]) -> LaunchOptio
         max_restarts=flags.max_restarts,
         backoff_s=flags.backoff_s,
         timeout_s=flags.timeout_s,
-        log_dir=Path(flags.log_dir) if flags.log_dir else _default_log_dir(command),
+        log_dir=Path(flags.log_dir) if flags.log_dir else _default_log_dir(flags.command),
     )
-
-
-def _problems(flags: SimpleNamespace, command: Sequence[str]) -> list[str]:
-    found = []
-    for name in ("processes_per_node", "nodes"):
-        if getattr(flags, name) < 1:
-            found.append(f"--{name}={getattr(flags, name)}: must be at least 1")
-    for name in ("max_restarts", "backoff_s"):
-        if getattr(flags, name) < 0:
-            found.append(f"--{name}={getattr(flags, name):g}: must not be negative")
-    if not flags.timeout_s > 0:
-        found.append(f"--timeout_s={flags.timeout_s:g}: must be positive")
-    if flags.nodes > 1 and flags.node_rank is None:
-        found.append(f"--nodes={flags.nodes} needs --node_rank, from 0 to {flags.nodes - 1}")
-    if flags.nodes > 1 and flags.coordinator is None:
-        found.append(f"--nodes={flags.nodes} needs --coordinator=HOST:PORT of node 0")
-    if flags.node_rank is not None and not 0 <= flags.node_rank < max(flags.nodes, 1):
-        found.append(f"--node_rank={flags.node_rank}: must be from 0 to --nodes - 1")
-    if flags.coordinator is not None:
-        match = re.fullmatch(r".+:(\d+)", flags.coordinator)
-        if not match or not 0 < int(match.group(1)) < 65535:
-            found.append(
-                f"--coordinator={flags.coordinator}: is not HOST:PORT with a port below 65535, "
-                "for example node0:8476"
-            )
-    if not command:
-        found.append("no command: write it after --, as in `-- python -m llamajax.train ...`")
-    elif shutil.which(command[0]) is None:
-        found.append(f"{command[0]}: there is no such program; the command starts after --")
-    return found
 
 
 def _default_log_dir(command: Sequence[str]) -> Path:
     """Return `logs` in the --workdir of the command, else in the current directory."""
     for token, following in zip(command, [*command[1:], ""], strict=True):
         if token.startswith("--workdir="):
-            return Path(token.partition("=")[2]) / "logs"
+            return Path(token.partition("=")[2]).expanduser() / "logs"
         if token == "--workdir" and following:
             return Path(following) / "logs"
     return Path("logs")

@@ -13,8 +13,8 @@ from llamajax import data
 from llamajax.checkpoint.location import locate
 from llamajax.checkpoint.restore import model_differences
 from llamajax.config import from_json_dict
-from llamajax.config.flags import show
 from llamajax.config.schema import LoraConfig, RunConfig
+from llamajax.config.values import show
 from llamajax.errors import UserError, combine
 from llamajax.formats.weights import Weights, open_base, open_weights
 from llamajax.tokenizers.tokenizer_identity import data_mismatch, load_recorded

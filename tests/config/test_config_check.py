@@ -4,7 +4,6 @@ import pytest
 
 from llamajax.config import freeze
 from llamajax.config.check import check
-from llamajax.config.keys import all_keys
 from llamajax.errors import UserError
 
 
@@ -165,10 +164,3 @@ def test_low_and_high_frequency_factors_are_ordered(valid):
     assert "low_freq_factor = 4.0: must be below" in str(caught.value)
     assert "factor = 0.5: must be at least 1" in str(caught.value)
     assert "original_max_seq_len = 0: must be at least 1" in str(caught.value)
-
-
-def test_every_checked_path_exists():
-    from llamajax.config import check as module
-
-    tables = [module._AT_LEAST, module._ABOVE_ZERO, module._BELOW]
-    assert {path for table in tables for path in table} <= set(all_keys())

@@ -6,7 +6,8 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from llamajax.config import freeze, load, new_config, preset
-from llamajax.config.keys import NOT_SET, all_keys
+from llamajax.config.keys import all_keys
+from llamajax.config.values import NOT_SET
 from llamajax.errors import UserError
 
 

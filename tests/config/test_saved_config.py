@@ -6,9 +6,9 @@ import json
 import pytest
 
 from llamajax.config import common_values, diff, freeze, from_json_dict, load, preset, to_json_dict
-from llamajax.config.flags import show
 from llamajax.config.keys import all_keys
 from llamajax.config.saved_config import PER_PROCESS
+from llamajax.config.values import show
 from llamajax.errors import UserError
 
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from llamajax.config import new_config
-from llamajax.config.flags import show
-from llamajax.config.keys import NOT_SET, all_keys, sections
+from llamajax.config.keys import all_keys, sections
+from llamajax.config.values import NOT_SET, show
 
 GOLDEN = Path(__file__).with_name("config_keys.txt")
 CONTRACT = [

@@ -22,8 +22,8 @@ def test_every_mistake_is_named_at_once(tmp_path):
         "--processes_per_node=0: must be at least 1",
         "--nodes=2 needs --node_rank, from 0 to 1",
         "--nodes=2 needs --coordinator=HOST:PORT",
-        "--max_restarts=-1: must not be negative",
-        "--timeout_s=0: must be positive",
+        "--max_restarts=-1: must be at least 0",
+        "--timeout_s=0.0: must be above 0",
         "no command: write it after --",
     ):
         assert words in str(raised.value)

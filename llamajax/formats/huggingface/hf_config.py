@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llamajax.config.build import build_model
+from llamajax.config import build_model
 from llamajax.config.schema import ModelConfig
 
 # Theirs -> ours, all required: transformers' own defaults for these are one particular model's.

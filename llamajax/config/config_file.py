@@ -1,0 +1,124 @@
+"""Config files: the ConfigDict that they fill in, and running `get_config()` or `get_config(arg)`.
+
+Whatever goes wrong in a file is the user's to fix and becomes one UserError with the file's line.
+"""
+
+import contextlib
+import inspect
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from llamajax.config.keys import own_keys, sections
+from llamajax.errors import UserError, did_you_mean, nearest
+
+
+class _NewConfig(ConfigDict):
+    """A ConfigDict that keeps a misspelt section (`config.trian.steps = 3`) so it can be reported.
+
+    Reading an absent attribute makes an empty section instead of ending the user's file there.
+    """
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute not in self and not attribute.startswith("_"):
+            self[attribute] = ConfigDict(type_safe=False)
+        return super().__getattr__(attribute)
+
+
+def new_config() -> ConfigDict:
+    """Return a whole run with every default filled in and NOT_SET at each required key.
+
+    It accepts unknown keys and any type: `load` reports all of them at once.
+    """
+    config = _NewConfig(type_safe=False)
+    for section, cls in sections().items():
+        values = {name: key.default for name, key in own_keys(cls).items()}
+        config[section] = ConfigDict(values, type_safe=False)
+    return config
+
+
+def read_file(path_arg: str) -> ConfigDict:
+    """Return what `get_config` of FILE.py[:ARG] returns, unlocked.
+
+    Raises:
+        UserError: no such file, a syntax error, an exception (with its line), no `get_config`,
+            an argument it does not take or lacks, or a result that is not a ConfigDict.
+    """
+    stem, mark, argument = path_arg.partition(".py:")
+    name = f"{stem}.py" if mark else path_arg
+    get_config = _get_config(name)
+    arguments = [argument] if mark else []
+    signature = inspect.signature(get_config)
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        wanted = f"{name}:{next(iter(signature.parameters), 'arg').upper()}"
+        problem = f"takes no argument; drop ':{argument}'"
+        problem = problem if mark else f"needs an argument: --config={wanted}"
+        raise UserError(f"{path_arg}: get_config{signature} {problem}") from None
+    with _errors_name_the_line(name):
+        config = get_config(*arguments)
+    if not isinstance(config, ConfigDict):
+        hint = "; does it end in `return config`?" if config is None else ""
+        raise UserError(
+            f"{name}: get_config() must return a ConfigDict, got {type(config).__name__}{hint}"
+        )
+    if isinstance(config, FrozenConfigDict):
+        config = ConfigDict(config)
+    return config.unlock() or config
+
+
+def _get_config(name: str) -> Callable[..., Any]:
+    """Return the `get_config` that a file defines."""
+    path = Path(name)
+    if not path.is_file():
+        there = [str(p) for p in sorted(path.parent.glob("*.py"))]
+        hint = did_you_mean(nearest(str(path), there))
+        what = "is a directory" if path.is_dir() else "no such config file"
+        raise UserError(f"{name}: {what}{hint}")
+    try:
+        source = path.read_text(encoding="utf-8")
+        code = compile(source, str(path), "exec")
+    except SyntaxError as error:
+        line = _quoted((error.text or "").strip())
+        raise UserError(f"{name}, line {error.lineno}: not Python: {error.msg}{line}") from error
+    except (OSError, ValueError) as error:  # no text, or null bytes
+        raise UserError(f"{name}: cannot be read as a Python file: {error}") from error
+    namespace = {"__name__": "llamajax_run_config", "__file__": str(path)}
+    with _errors_name_the_line(name):
+        exec(code, namespace)
+    get_config = namespace.get("get_config")
+    if not callable(get_config):
+        found = nearest("get_config", [key for key, value in namespace.items() if callable(value)])
+        hint = f"; rename {found}" if found else ""
+        raise UserError(f"{name}: defines no function get_config(){hint}")
+    return get_config
+
+
+@contextlib.contextmanager
+def _errors_name_the_line(name: str) -> Iterator[None]:
+    """Turn any exception of the user's file into a UserError with the line it comes from."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if frame.filename == str(Path(name))]
+        where = f", line {own[-1].lineno}" if own else ""
+        line = _quoted(own[-1].line or "") if own else ""
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{name}{where}: {kind}{_message(error)}{line}") from error
+
+
+def _message(error: BaseException) -> str:
+    """Return the text of an exception on one line."""
+    while len(error.args) == 1 and isinstance(error.args[0], BaseException):
+        error = error.args[0]  # ml-collections nests KeyErrors in AttributeErrors
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split()) or "(no message)"
+
+
+def _quoted(line: str) -> str:
+    return f"\n      {line}" if line else ""
