@@ -9,7 +9,7 @@ from llamajax.config.command_line import answer_help
 from llamajax.errors import UserError, did_you_mean, nearest
 from llamajax.verbs import run_verb
 
-_NOT_VERBS = ("__init__", "__main__", "cli", "errors", "verbs")
+_NOT_VERBS = ("__init__", "__main__", "cli", "errors", "files", "verbs")
 _USAGE = """llamajax: pretrain Llama-2 and Llama-3 class models on any accelerator that JAX can see.
 
 Usage:
