@@ -1,13 +1,14 @@
-"""The errors that a user can fix, and the exit codes of all verbs."""
+"""Errors that a user can fix, the words that were probably meant, and the verbs' exit codes."""
 
 import contextlib
+import difflib
 import enum
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class ExitCode(enum.IntEnum):
-    """Every exit code of a verb: number, meaning, whether starting the same command again can help.
+    """All exit codes of the verbs: number, meaning, whether a restart of the command can help.
 
     75 is EX_TEMPFAIL of sysexits.h, 124 that of timeout(1); 79 and 80 are free in both. A worker
     that a signal ended has 128 + its number, as in a shell.
@@ -41,21 +42,21 @@ class ExitCode(enum.IntEnum):
 
 
 def restart_helps(code: int) -> bool:
-    """Return whether starting again can help after `code`; True for a code that is not ours."""
+    """Return whether a restart can help after `code`; True for a code that is not ours."""
     return all(known.restart_helps for known in ExitCode if known == code)
 
 
 class UserError(ValueError):
-    """A mistake of the user's: names the offending value, the constraint and the fix.
+    """A mistake of the user's; the message names what is wrong, where, and the fix.
 
-    The message is printed as it is, without a traceback. Never raise it for a bug of ours.
+    It is printed without a traceback. Never raise it for a bug of ours.
     """
 
     exit_code = ExitCode.USER_ERROR
 
 
 class TransientError(UserError):
-    """Something that passes by itself: the same command may work later, and is started again."""
+    """A problem that passes by itself: the same command may work later, and is restarted."""
 
     exit_code = ExitCode.TRANSIENT
 
@@ -71,8 +72,20 @@ def combine(problems: Sequence[str], *, title: str, listed: int | None = None) -
     return UserError("\n".join([title, *(f"  - {p}" for p in shown)]))
 
 
+def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """Return the choice most like `word`, or None if none has a similarity of `cutoff` (0 to 1)."""
+    by_folded = {choice.casefold(): choice for choice in choices}
+    found = difflib.get_close_matches(word.casefold(), by_folded, n=1, cutoff=cutoff)
+    return by_folded[found[0]] if found else None
+
+
+def did_you_mean(choice: str | None) -> str:
+    """Return a clause that ends a message; empty without a choice to offer."""
+    return f"; did you mean {choice}?" if choice else ""
+
+
 def say(text: str) -> None:
-    """Print a line to standard error; never raise, for a broken terminal must not end a run."""
+    """Print a line to standard error; never raise, since a broken terminal must not end a run."""
     with contextlib.suppress(OSError, ValueError):
         if sys.stderr is not None:  # print would take standard output instead
             print(text, file=sys.stderr, flush=True)

@@ -13,12 +13,12 @@ from llamajax.verbs import run_verb
 
 def main(argv: list[str]) -> int:
     """Print one JSON object on the last line of standard output; return 0."""
-    flags = parse_command_line(argv, EvaluateOptions, verb="evaluate", doc=__doc__)
+    options = parse_command_line(argv, EvaluateOptions, verb="evaluate", doc=__doc__)
     # JAX takes seconds to import: --help and mistakes are answered without it.
     from llamajax.evaluation.evaluator import evaluate
     from llamajax.monitoring.jsonl import encode_row
 
-    print(encode_row(evaluate(flags)), flush=True)
+    print(encode_row(evaluate(options)), flush=True)
     return 0
 
 

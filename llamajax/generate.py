@@ -17,25 +17,25 @@ from llamajax.verbs import run_verb
 
 def main(argv: list[str]) -> int:
     """Print texts or JSON lines on standard output and the speed on standard error."""
-    flags = parse_command_line(argv, GenerateOptions, verb="generate", doc=__doc__)
+    options = parse_command_line(argv, GenerateOptions, verb="generate", doc=__doc__)
     # JAX takes seconds to import: --help and mistakes are answered without it.
-    from llamajax.decoding.generator import open_session
+    from llamajax.decoding.generator import open_generator
     from llamajax.decoding.printed_texts import converse, write_json, write_text
 
-    session, code = open_session(flags), 0
+    generator, code = open_generator(options), 0
     try:
-        if flags.interactive:
-            converse(session, sys.stdin, sys.stdout)
-        for n, prompts in enumerate(session.batches()):
-            if flags.json:
-                write_json(session, prompts, sys.stdout)
+        if options.interactive:
+            converse(generator, sys.stdin, sys.stdout)
+        for n, prompts in enumerate(generator.batches()):
+            if options.json:
+                write_json(generator, prompts, sys.stdout)
             else:
                 sys.stdout.write("\n" * (n > 0))
-                write_text(session, prompts, sys.stdout, with_prompt=True)
+                write_text(generator, prompts, sys.stdout, with_prompt=True)
     except SystemExit as interrupted:
         code = interrupted.code
-    if session.engine.times.batches:
-        say(session.summary())
+    if generator.engine.times.batches:
+        say(generator.summary())
     return code
 
 
