@@ -1,4 +1,4 @@
-"""Prepared directories out of a few documents, and the stream of tokens that they must hold."""
+"""Prepared directories of a few documents, and the stream of tokens that they must hold."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -9,22 +9,23 @@ import pytest
 
 from llamajax import prepare
 from llamajax.config.schema import DataConfig
+from llamajax.data import Mixture, open_mixture
 from llamajax.data.shards import BLOCK_TOKENS
 
 BOS, EOS = 256, 257
 
-Prepare = Callable[..., Path]
-
 
 @pytest.fixture
-def prepared(tmp_path: Path) -> Prepare:
-    """Writes documents with the byte tokenizer; all of them to train unless told otherwise."""
+def prepared(tmp_path: Path) -> Callable[..., Path]:
+    """Prepare documents, or objects of JSON lines; all of them for training without other flags."""
 
-    def write(name: str, documents: Sequence[str], *flags: str, tokenizer: str = "byte") -> Path:
+    def write(name: str, lines: Sequence[object], *flags: str, tokenizer: str = "byte") -> Path:
         source = tmp_path / f"{name}.jsonl"
-        source.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents), "utf-8")
+        lines = [{"text": line} if isinstance(line, str) else line for line in lines]
+        source.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
         args = [f"--input={source}", f"--output={tmp_path / name}", "--workers=1"]
-        flags = flags or ("--validation_fraction=0",)
+        if not any("validation_fraction" in flag for flag in flags):
+            args.append("--validation_fraction=0")
         assert prepare.main([*args, f"--tokenizer={tokenizer}", *flags]) == 0
         return tmp_path / name
 
@@ -54,3 +55,20 @@ def config() -> Callable[..., DataConfig]:
         return DataConfig(path=",".join(map(str, paths)), **settings)
 
     return make
+
+
+@pytest.fixture
+def opened(config) -> Callable[..., Mixture]:
+    """The mixture of paths, with what a test changes of the config."""
+
+    def open_paths(*paths: Path, split: str = "train", **changes: object) -> Mixture:
+        data = config(*paths, **changes)
+        return open_mixture(data, split=split, vocab_size=258, verify=True)
+
+    return open_paths
+
+
+@pytest.fixture
+def mixture(opened, prepared, documents) -> Mixture:
+    """The documents, in samples of 100 tokens."""
+    return opened(prepared("a", documents))

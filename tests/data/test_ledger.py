@@ -5,67 +5,49 @@ import json
 
 import pytest
 
-from llamajax.data import Ledger, Position, check_ledger, open_mixture
+from llamajax.data import Ledger, Position, check_ledger
 from llamajax.data import ledger as module
 from llamajax.errors import UserError
 
 STEPS = 70  # more than are checked; several epochs
 
 
-@pytest.fixture
-def opened(prepared, documents, config):
-    """The mixture of the documents in another order of samples for each seed."""
-    path = prepared("data", documents)
-
-    def open_it(seed: int = 11):
-        return open_mixture(config(path, seed=seed), split="train", vocab_size=258)
-
-    return open_it
-
-
 def begin(mixture, batch_size: int = 4) -> Position:
     return Position.start(batch_size=batch_size, seq_len=100, mixture_hash=mixture.hash)
 
 
-def entered(mixture, position, steps: int, *, start: int = 0, saved=None):
+def ledger_of(mixture, position, steps: int, *, start: int = 0, saved=None):
     ledger = Ledger(mixture, position, step=start, saved=saved)
     for step in range(start + 1, steps + 1):
         ledger.add(step)
     return json.loads(json.dumps(ledger.to_json()))
 
 
-def test_a_resumed_ledger_equals_an_undisturbed_one(opened):
-    mixture = opened()
-    whole = entered(mixture, begin(mixture), STEPS)
-    half = entered(mixture, begin(mixture), 41)
-    assert entered(mixture, begin(mixture), STEPS, start=41, saved=half) == whole
-    assert whole["digest"] != half["digest"]
+def test_a_resumed_ledger_equals_an_undisturbed_one(mixture):
+    whole = ledger_of(mixture, begin(mixture), STEPS)
+    half = ledger_of(mixture, begin(mixture), 41)
+    assert ledger_of(mixture, begin(mixture), STEPS, start=41, saved=half) == whole
+    # A digest depends on all that came before:
+    digests = [half["digest"], ledger_of(mixture, begin(mixture), STEPS, start=41)["digest"]]
+    assert whole["digest"] not in digests
 
 
-def test_a_digest_holds_all_that_came_before(opened):
-    mixture = opened()
-    whole = entered(mixture, begin(mixture), 8)
-    assert entered(mixture, begin(mixture), 8, start=5)["digest"] != whole["digest"]
-
-
-def test_a_large_batch_is_hashed_by_rows_spread_over_it(opened, monkeypatch):
+def test_a_large_batch_is_hashed_by_rows_spread_over_it(mixture, monkeypatch):
     asked, sample_ids = [], module.sample_ids
-    mixture = opened()
 
     def recorded(*args, **kwargs):
         asked.append(sample_ids(*args, **kwargs))
         return asked[-1]
 
     monkeypatch.setattr(module, "sample_ids", recorded)
-    saved = entered(mixture, begin(mixture, 400), 3)
+    saved = ledger_of(mixture, begin(mixture, 400), 3)
     assert [len(ids) for ids in asked] == [58, 58, 58]
     assert asked[2].tolist() == sample_ids(mixture, begin(mixture, 400), 2)[::7].tolist()
     assert check_ledger(saved, mixture, begin(mixture, 400), step=3) == 3
 
 
-def test_a_ledger_of_an_earlier_release_is_checked_by_all_rows_and_continued(opened):
+def test_a_ledger_of_an_earlier_release_is_checked_by_all_rows_and_continued(mixture):
     """Its steps hashed every row, whatever the batch size, and it did not say so."""
-    mixture = opened()
     position = begin(mixture, 400)
     digests = [""]
     for step in range(9):
@@ -74,43 +56,35 @@ def test_a_ledger_of_an_earlier_release_is_checked_by_all_rows_and_continued(ope
         digests.append(hashlib.blake2b(before + ids, digest_size=16).hexdigest())
     old = {"digest": digests[-1], "recent": [list(entry) for entry in enumerate(digests[:-1])]}
     assert check_ledger(old, mixture, position, step=9) == 9
-    continued = entered(mixture, position, 12, start=9, saved=old)
+    continued = ledger_of(mixture, position, 12, start=9, saved=old)
     assert check_ledger(continued, mixture, position, step=12) == 12
-    spoiled = old | {"digest": digests[-2]}
     with pytest.raises(UserError, match="samples of steps 1 to 9 are not those"):
-        check_ledger(spoiled, mixture, position, step=9)
+        check_ledger(old | {"digest": digests[-2]}, mixture, position, step=9)
 
 
-def test_the_same_order_is_confirmed(opened):
-    mixture = opened()
-    assert check_ledger(entered(mixture, begin(mixture), 3), mixture, begin(mixture), step=3) == 3
-    saved = entered(mixture, begin(mixture), STEPS)
-    assert check_ledger(saved, mixture, begin(mixture), step=STEPS) == 32
-
-
-def test_another_order_of_the_same_data_is_refused(opened, monkeypatch):
-    mixture = opened()
-    saved = entered(mixture, begin(mixture), STEPS)
+def test_the_same_order_is_confirmed_and_another_refused(mixture, monkeypatch):
+    for steps, checked in ((3, 3), (STEPS, 32)):
+        saved = ledger_of(mixture, begin(mixture), steps)
+        assert check_ledger(saved, mixture, begin(mixture), step=steps) == checked
     shuffled = module.sample_ids
     monkeypatch.setattr(module, "sample_ids", lambda *a, **k: shuffled(*a, **k)[::-1])
     with pytest.raises(UserError, match="samples of steps 39 to 70 are not those"):
         check_ledger(saved, mixture, begin(mixture), step=STEPS)
 
 
-def test_changes_that_the_position_knows_are_no_error(opened):
-    mixture = opened()
-    saved = entered(mixture, begin(mixture), 10)
-    assert check_ledger(saved, opened(seed=12), begin(mixture), step=10) == 0
-    # A larger batch from step 10 on: what was read before is checked as it was read.
+def test_changes_that_the_position_knows_are_no_error(mixture, opened):
+    saved = ledger_of(mixture, begin(mixture), 10)
+    other = opened(mixture.sources[0].path, seed=12)
+    assert check_ledger(saved, other, begin(mixture), step=10) == 0
+    # A larger batch from step 10 on: the steps before are checked as they were read.
     changed = begin(mixture).continued(
         step=10, batch_size=6, seq_len=100, mixture_hash=mixture.hash
     )
-    later = entered(mixture, changed, 14, start=10, saved=saved)
+    later = ledger_of(mixture, changed, 14, start=10, saved=saved)
     assert check_ledger(later, mixture, changed, step=14) == 4
 
 
-def test_steps_are_entered_one_after_the_other(opened):
-    mixture = opened()
+def test_steps_are_added_one_after_the_other(mixture):
     ledger = Ledger(mixture, begin(mixture), step=5, saved=None)
     with pytest.raises(ValueError, match="step 7 does not follow step 5"):
         ledger.add(7)

@@ -10,8 +10,7 @@ import pytest
 from llamajax.data.shards import BLOCK_TOKENS, SplitReader, SplitWriter, token_dtype
 
 
-def test_what_is_written_does_not_depend_on_how_it_came(tmp_path):
-    """Enough tokens that the writer empties itself in between."""
+def test_the_blocks_do_not_depend_on_the_calls_of_the_writer(tmp_path):
     rng = np.random.default_rng(2)
     tokens, answer = rng.integers(0, 258, 600_000), rng.random(600_000) < 0.5
     read = []
@@ -34,7 +33,7 @@ def test_what_is_written_does_not_depend_on_how_it_came(tmp_path):
 
 
 @pytest.fixture
-def restless():
+def fast_switching():
     """Threads take turns after every few instructions."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -42,7 +41,7 @@ def restless():
     sys.setswitchinterval(before)
 
 
-@pytest.mark.usefixtures("restless")
+@pytest.mark.usefixtures("fast_switching")
 def test_many_threads_read_the_blocks_they_ask_for(tmp_path: Path):
     tokens = np.repeat(np.arange(200), BLOCK_TOKENS)  # block n holds n
     writer = SplitWriter(tmp_path, "train", 258, masked=False)

@@ -6,41 +6,21 @@ Expected values: transformers 5.24.0 with tokenizers 0.23.3 on the same files, 2
 import hashlib
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers
 
 from llamajax import prepare
 from llamajax.data import load_tokenizer
 from llamajax.errors import UserError
 from llamajax.tokenizers.chat import encode_chat
-from llamajax.tokenizers.tokenizer import Tokenizer
-from llamajax.tokenizers.tokenizer_export import export_tokenizer
 from llamajax.tokenizers.tokenizer_identity import matches_record, same_tokens, tokenizer_record
 
 SPECIALS = ["<|a|>", "<|b|>", "</s>", "<|endoftext|>", "<|im_end|>"]  # ids 258 to 262
 
 
-def byte_level(specials: list[str]) -> tokenizers.Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {piece: i for i, piece in enumerate([*alphabet, "<s", "<s>"])}
-    model = models.BPE(vocab=vocab, merges=[("<", "s"), ("<s", ">")], ignore_merges=True)
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(specials)
-    return tokenizer
-
-
-def write(directory: Path, **files: dict) -> None:
-    for name, content in files.items():
-        (directory / f"{name}.json").write_text(json.dumps(content), "utf-8")
-
-
-def generic(**named: object) -> dict:
-    return {"tokenizer_class": "PreTrainedTokenizerFast", **named}
+def named(**names: object) -> dict:
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **names}
 
 
 @pytest.mark.parametrize(
@@ -53,13 +33,14 @@ def generic(**named: object) -> dict:
         ("x <think>  y", [87, 220, 259, 220, 220, 88]),
     ],
 )  # fmt: skip
-def test_added_tokens_that_are_not_special_are_ordinary_ones(text, ids, tmp_path):
+def test_added_tokens_that_are_not_special_are_ordinary_ones(
+    text, ids, tmp_path, byte_level, store
+):
     model = byte_level(["<|bos|>"])
     model.add_tokens(["<think>", "</think>"])
     model.add_special_tokens(["<|eos|>"])  # leaves a hole among the others' ids
     model.add_tokens(["        ", "    "])
-    model.save(str(tmp_path / "tokenizer.json"))
-    write(tmp_path, tokenizer_config=generic(bos_token="<|bos|>", eos_token="<|eos|>"))
+    store(tmp_path, model, tokenizer_config=named(bos_token="<|bos|>", eos_token="<|eos|>"))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode(text) == ids
     assert tokenizer.decode([258, *ids, 261]) == text
@@ -68,103 +49,78 @@ def test_added_tokens_that_are_not_special_are_ordinary_ones(text, ids, tmp_path
 
 
 LLAMA = {"model_type": "llama"}
-FORMS = {
-    "null BOS": ({"tokenizer_config": generic(bos_token=None, eos_token="<|b|>")}, None, 259),
-    "no BOS": ({"tokenizer_config": generic(eos_token="<|b|>")}, None, 259),
-    "objects": (
-        {"tokenizer_config": generic(bos_token={"content": "<|a|>"},
-                                     eos_token={"content": "<|b|>"})}, 258, 259,
-    ),
-    "special_tokens_map": (
-        {"special_tokens_map": {"bos_token": "<|a|>", "eos_token": {"content": "<|b|>"}}}, 258, 259,
-    ),
-    "GPT-2": ({"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer"}}, 261, 261),
-    "bare, ids of the model": (
-        {"config": LLAMA | {"bos_token_id": 258, "eos_token_id": 259}}, 258, 259,
-    ),
+A, B = {"content": "<|a|>"}, {"content": "<|b|>"}
+FORMS = {  # files, BOS, all EOS
+    "null BOS": ({"tokenizer_config": named(bos_token=None, eos_token="<|b|>")}, None, (259,)),
+    "no BOS": ({"tokenizer_config": named(eos_token="<|b|>")}, None, (259,)),
+    "objects": ({"tokenizer_config": named(bos_token=A, eos_token=B)}, 258, (259,)),
+    "legacy": ({"special_tokens_map": {"bos_token": "<|a|>", "eos_token": B}}, 258, (259,)),
+    "GPT-2": ({"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer"}}, 261, (261,)),
+    "ids of the model": ({"config": LLAMA | {"bos_token_id": 258, "eos_token_id": 259}},
+                         258, (259,)),
+    "several EOS": ({"tokenizer_config": named(bos_token=A, eos_token=B),
+                     "config": LLAMA | {"eos_token_id": [259, 262]}}, 258, (259, 262)),
+    "generation": ({"tokenizer_config": named(bos_token=A, eos_token=B),
+                    "config": LLAMA | {"eos_token_id": 259},
+                    "generation_config": {"eos_token_id": [259, 262], "pad_token_id": 261}},
+                   258, (259, 262)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_ends_of_a_text_in_every_form(form, tmp_path):
-    files, bos, eos = FORMS[form]
-    byte_level(SPECIALS).save(str(tmp_path / "tokenizer.json"))
-    write(tmp_path, **files)
-    tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.warnings) == (bos, eos, ())
+def test_ends_of_a_text_in_every_form_and_from_every_writer(
+    form, tmp_path, byte_level, store, export
+):
+    files, bos, stops = FORMS[form]
+    tokenizer = load_tokenizer(store(tmp_path, byte_level(SPECIALS), **files))
     (tmp_path / "copy").mkdir()
     tokenizer.save(tmp_path / "copy")
-    copy = load_tokenizer(tmp_path / "copy")
-    assert (copy.bos_id, copy.eos_id, copy.stop_ids) == (bos, eos, tokenizer.stop_ids)
-    (tmp_path / "export").mkdir()
-    export_tokenizer(tokenizer, tmp_path / "export")
-    exported = load_tokenizer(tmp_path / "export")
-    assert (exported.bos_id, exported.eos_id) == (bos, eos)
+    for read in (tokenizer, load_tokenizer(tmp_path / "copy"), export(tokenizer)):
+        assert (read.bos_id, read.eos_id, read.stop_ids) == (bos, stops[0], stops)
+        assert read.facts.model.pad_id == (261 if form == "generation" else None)
+        assert read.warnings == ()
 
 
-@pytest.mark.parametrize(
-    ("files", "stop_ids"),
-    [
-        ({"config": LLAMA | {"eos_token_id": [259, 262]}}, (259, 262)),
-        ({"config": LLAMA | {"eos_token_id": 259},
-          "generation_config": {"eos_token_id": [259, 262], "pad_token_id": 261}}, (259, 262)),
-        ({}, (259,)),
-    ],
-)  # fmt: skip
-def test_every_eos_survives_each_writer(files, stop_ids, tmp_path):
-    byte_level(SPECIALS).save(str(tmp_path / "tokenizer.json"))
-    write(tmp_path, tokenizer_config=generic(bos_token="<|a|>", eos_token="<|b|>"), **files)
-    for write_to in (Tokenizer.save, export_tokenizer):
-        target = tmp_path / write_to.__name__
-        target.mkdir()
-        write_to(load_tokenizer(tmp_path), target)
-        copy = load_tokenizer(target)
-        assert copy.stop_ids == stop_ids
-        assert copy.facts.model.pad_id == files.get("generation_config", {}).get("pad_token_id")
-
-
-def test_one_token_at_both_ends_is_the_last_resort_and_said(tmp_path):
-    byte_level(["<|endoftext|>"]).save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_tokenizer(tmp_path)
+def test_one_token_at_both_ends_is_the_last_resort_and_named(tmp_path, byte_level, store):
+    tokenizer = load_tokenizer(store(tmp_path, byte_level(["<|endoftext|>"])))
     assert tokenizer.bos_id == tokenizer.eos_id == 258
     assert "<|endoftext|> begins and ends every text" in tokenizer.warnings[0]
 
 
 @pytest.mark.parametrize("name", ["llama2", "llama3"])
-def test_a_bare_tokenizer_json_that_we_exported(name, assets, tmp_path):
+def test_a_bare_tokenizer_json_that_we_exported(name, assets, tmp_path, export):
     original = load_tokenizer(assets / "tokenizers" / f"{name}.model")
-    export_tokenizer(original, tmp_path)
-    for file in tmp_path.iterdir():
-        if file.name != "tokenizer.json":
-            file.unlink()
+    export(original)
+    shutil.copy(tmp_path / "export" / "tokenizer.json", tmp_path)
     bare = load_tokenizer(tmp_path)
     assert (bare.bos_id, bare.eos_id, bare.warnings) == (original.bos_id, original.eos_id, ())
 
 
-def test_ranks_without_a_bos_are_exported(assets, tmp_path):
+def test_ranks_without_a_bos_are_exported(assets, tmp_path, store, export):
     shutil.copyfile(assets / "tokenizers" / "llama3.model", tmp_path / "tokenizer.model")
-    write(tmp_path, tokenizer_config=generic(bos_token=None, eos_token="<|end_of_text|>"))
+    store(tmp_path, tokenizer_config=named(bos_token=None, eos_token="<|end_of_text|>"))
     tokenizer = load_tokenizer(tmp_path)
-    (tmp_path / "export").mkdir()
-    assert export_tokenizer(tokenizer, tmp_path / "export") == []
-    exported = load_tokenizer(tmp_path / "export")
+    exported = export(tokenizer)
     assert (exported.bos_id, exported.eos_id) == (None, 128001)
     spec = tokenizers.Tokenizer.from_file(str(tmp_path / "export" / "tokenizer.json"))
     assert spec.encode("Hello there").ids == tokenizer.encode("Hello there")
 
 
 @pytest.mark.parametrize("form", ["added_tokens.json", "added_tokens_decoder"])
-def test_chatml_on_llama_2(form, assets, tmp_path):
+def test_chatml_on_llama_2(form, assets, tmp_path, store, export):
     shutil.copyfile(assets / "tokenizers" / "llama2.model", tmp_path / "tokenizer.model")
     added = {"<|im_end|>": 32000, "<|im_start|>": 32001, "<think>": 32002, "</think>": 32003}
     config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "<|im_end|>"}
     if form == "added_tokens.json":
-        write(tmp_path, added_tokens=added, tokenizer_config=config)
+        store(tmp_path, added_tokens=added, tokenizer_config=config)
     else:
         decoder = {i: {"content": n, "special": "im" in n} for n, i in added.items()}
-        write(tmp_path, tokenizer_config=config | {"added_tokens_decoder": decoder})
+        store(tmp_path, tokenizer_config=config | {"added_tokens_decoder": decoder})
     tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 32000, 32004)
+    exported = export(tokenizer, num_warnings=1)
+    for each in (tokenizer, exported):
+        assert (each.bos_id, each.eos_id, each.vocab_size) == (1, 32000, 32004)
+        assert each.control_ids["<|im_start|>"] == 32001
     for text, ids in [
         ("Hello<think>a b</think> c", [15043, 32002, 29874, 289, 32003, 274]),
         ("<think>x", [32002, 29916]),
@@ -173,14 +129,7 @@ def test_chatml_on_llama_2(form, assets, tmp_path):
         assert tokenizer.encode(text) == ids
         assert tokenizer.decode([1, *ids, 32000]) == text
     assert not {1, 32000, 32001} & set(tokenizer.encode("<s><|im_start|>user<|im_end|>"))
-    assert tokenizer.control_ids["<|im_start|>"] == 32001
-    export = tmp_path / "export"
-    export.mkdir()
-    export_tokenizer(tokenizer, export)
-    exported = load_tokenizer(export)
-    assert (exported.bos_id, exported.eos_id, exported.vocab_size) == (1, 32000, 32004)
-    assert exported.control_ids["<|im_start|>"] == 32001
-    spec = tokenizers.Tokenizer.from_file(str(export / "tokenizer.json"))
+    spec = tokenizers.Tokenizer.from_file(str(tmp_path / "export" / "tokenizer.json"))
     for text in ("Hello<think>", "a <think></think>", "<think>", "Hello<think></think><think>"):
         assert spec.encode(text).ids == [1, *tokenizer.encode(text)]
     assert same_tokens(tokenizer, exported)
@@ -189,21 +138,19 @@ def test_chatml_on_llama_2(form, assets, tmp_path):
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("beside", [True, False])
-def test_tokenizers_that_number_an_added_token_differently_are_two(special, beside, tmp_path):
+def test_tokenizers_that_number_an_added_token_differently_are_two(
+    special, beside, tmp_path, byte_level, store
+):
     both = []
     for names in (["<x>", "<y>"], ["<y>", "<x>"]):
-        path = tmp_path / names[0]
-        path.mkdir()
         model = byte_level(["<|bos|>", "<|eos|>"])
-        config = generic(bos_token="<|bos|>", eos_token="<|eos|>")
+        config = named(bos_token="<|bos|>", eos_token="<|eos|>")
         if beside:
             tokens = {260 + i: {"content": n, "special": special} for i, n in enumerate(names)}
             config |= {"added_tokens_decoder": tokens}
         else:
             model.add_tokens([tokenizers.AddedToken(name, special=special) for name in names])
-        model.save(str(path / "tokenizer.json"))
-        write(path, tokenizer_config=config)
-        both.append(load_tokenizer(path))
+        both.append(load_tokenizer(store(tmp_path / names[0], model, tokenizer_config=config)))
     one, other = both
     assert same_tokens(one, one)
     assert not same_tokens(one, other)
@@ -211,11 +158,10 @@ def test_tokenizers_that_number_an_added_token_differently_are_two(special, besi
     assert matches_record(one, old)  # of an older checkpoint
 
 
-def test_padding_beyond_the_model_counts_for_nothing(assets, tmp_path):
+def test_padding_beyond_the_model_counts_for_nothing(assets, tmp_path, store):
     """Llama 2 is published with `<pad>` as token 32000, and 32000 rows of the embedding."""
     shutil.copyfile(assets / "tokenizers" / "llama2.model", tmp_path / "tokenizer.model")
-    write(tmp_path, added_tokens={"<pad>": 32000})
-    tokenizer = load_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(store(tmp_path, added_tokens={"<pad>": 32000}))
     assert tokenizer.vocab_size == 32000
     assert max(tokenizer.encode("a <pad> b")) < 32000
 
@@ -226,8 +172,8 @@ CHAT = [
     {"role": "assistant", "content": " Hello! "},
     {"role": "user", "content": "2+2?"},
 ]
-# Of transformers' apply_chat_template(CHAT, add_generation_prompt=True) with the template that we
-# write (of this sha256): the ids.
+# The sha256 of the template that we write, transformers' ids for it
+# (apply_chat_template(CHAT, add_generation_prompt=True)), and the ids that end an answer.
 IDS = {
     "llama2": ("7c250c75082e0106", [
         1, 518, 25580, 29962, 3532, 14816, 29903, 6778, 13, 3629, 11473, 29889, 13, 29966, 829,
@@ -250,22 +196,21 @@ IDS = {
 
 
 @pytest.mark.parametrize("template", IDS)
-def test_a_template_that_was_trained_on_is_exported(template, assets, tmp_path):
-    base = tmp_path / "base"
-    base.mkdir()
-    byte_level([*SPECIALS[2:], "<|im_start|>"]).save(str(base / "tokenizer.json"))
-    write(base, tokenizer_config=generic(bos_token=None, eos_token="</s>"))
-    path = base if template == "chatml" else assets / "tokenizers" / f"{template}.model"
+def test_a_template_that_was_trained_on_is_exported(
+    template, assets, tmp_path, byte_level, store, export
+):
+    path = assets / "tokenizers" / f"{template}.model"
+    if template == "chatml":
+        config = named(bos_token=None, eos_token="</s>")
+        model = byte_level([*SPECIALS[2:], "<|im_start|>"])
+        path = store(tmp_path / "base", model, tokenizer_config=config)
     lines = [{"messages": [*CHAT, {"role": "assistant", "content": "4"}]}] * 30
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
     args = [f"--input={tmp_path / 'chat.jsonl'}", "--format=instructions", "--workers=1"]
     args += [f"--tokenizer={path}", f"--chat_template={template}", f"--output={tmp_path / 'out'}"]
     assert prepare.main(args) == 0
-    export = tmp_path / "export"
-    export.mkdir()
-    export_tokenizer(load_tokenizer(tmp_path / "out"), export)
-    text = (export / "chat_template.jinja").read_bytes()
-    tokenizer = load_tokenizer(export)
+    tokenizer = export(load_tokenizer(tmp_path / "out"))
+    text = (tmp_path / "export" / "chat_template.jinja").read_bytes()
     digest, ids, stop_ids = IDS[template]
     assert encode_chat(tokenizer, template, CHAT) == ids
     assert hashlib.sha256(text).hexdigest()[:16] == digest
@@ -281,8 +226,7 @@ def test_a_template_that_was_trained_on_is_exported(template, assets, tmp_path):
         ({"added_tokens": {"<x>": 263, "<y>": 265}}, r"\[263, 265\].*follow the 263 tokens"),
     ],
 )
-def test_malformed_or_foreign_files_beside_a_tokenizer(files, message, tmp_path):
-    byte_level(SPECIALS).save(str(tmp_path / "tokenizer.json"))
-    write(tmp_path, **files)
+def test_malformed_or_foreign_files_beside_a_tokenizer(files, message, tmp_path, byte_level, store):
+    store(tmp_path, byte_level(SPECIALS), **files)
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path)
