@@ -119,11 +119,7 @@ def test_broken_files_are_named(tmp_path, name, content, message):
         ([1, 2], "text", "holds int64, not strings"),
         (["a", None], "text", "row 2: 'text' is null"),
         ([b"a", b"\xff"], "text", r"row 2: 'text' is not UTF-8 \(invalid start byte at byte 0"),
-        (
-            pa.array([b"a", b"\xff"]).view(pa.string()),
-            "text",
-            "row 2: 'text' is not UTF-8",
-        ),
+        (pa.array([b"a", b"\xff"]).view(pa.string()), "text", "row 2: 'text' is not UTF-8"),
         (["a"], "n", "two columns are named 'n'"),
     ],
 )
@@ -134,14 +130,11 @@ def test_parquet_of_the_wrong_shape(tmp_path, column, name, message):
         read(tmp_path / "f.parquet", text_key="n" if name == "n" else "text")
 
 
-def test_a_truncated_parquet_file(tmp_path):
+def test_other_string_columns_and_a_truncated_file(tmp_path):
     content = parquet(tmp_path / "f.parquet", TEXTS)
     (tmp_path / "f.parquet").write_bytes(content[:-20])
     with pytest.raises(UserError, match="truncated or damaged"):
         read(tmp_path / "f.parquet")
-
-
-def test_other_string_columns(tmp_path):
     kinds = (pa.large_string(), pa.dictionary(pa.int8(), pa.string()))
     kinds += (pa.string_view(), pa.binary(), pa.large_binary())
     for i, kind in enumerate(kinds):
@@ -157,27 +150,18 @@ def test_byte_order_marks_and_blank_documents_are_left_out(tmp_path):
     assert read(tmp_path) == ["abc", "c"]
 
 
-def test_cleaning_joins_rows_to_articles(tmp_path):
-    rows = WIKI.splitlines(keepends=True)
-    parquet(tmp_path / "f.parquet", rows)
-    (tmp_path / "f.txt").write_text(WIKI)
-    (tmp_path / "f.tokens").write_text(WIKI)
-    cleaned = ["= A =\n\na, b\n\n== S ==\nx\n", "= B =\n\nb1\n"]
-    assert read(tmp_path, clean="wikitext") == cleaned * 3
-
-
-def test_wikitext_as_hugging_face_ships_it(tmp_path):
-    """Rows of Parquet and of JSON lines, one a line of the raw file, blank lines empty."""
+def test_cleaning_joins_lines_and_rows_to_articles(tmp_path):
+    """Hugging Face ships WikiText as rows of Parquet and JSON lines, blank lines empty."""
+    for name in ("f.txt", "f.tokens", "f.train.raw"):
+        (tmp_path / name).write_text(WIKI)
+    parquet(tmp_path / "lines.parquet", WIKI.splitlines(keepends=True))
     raw = WIKI.replace(" \n", "\n")
     rows = ["" if line == "\n" else line for line in raw.splitlines(keepends=True)]
     parquet(tmp_path / "rows.parquet", rows)
     lines = "".join(json.dumps({"text": row}) + "\n" for row in rows)
     (tmp_path / "rows.json.gz").write_bytes(gzip.compress(lines.encode()))
-    (tmp_path / "wiki.train.raw").write_text(WIKI)
-    wanted = read(tmp_path / "wiki.train.raw", clean="wikitext")
-    assert len(wanted) == 2
-    for name in ("rows.parquet", "rows.json.gz"):
-        assert read(tmp_path / name, clean="wikitext") == wanted
+    cleaned = ["= A =\n\na, b\n\n== S ==\nx\n", "= B =\n\nb1\n"]
+    assert read(tmp_path, clean="wikitext") == cleaned * 6
     articles = [f" = {c} = \n\n text {c} .\n" for c in "AB"]  # an article a row
     parquet(tmp_path / "articles.parquet", articles)
     assert len(read(tmp_path / "articles.parquet", clean="wikitext")) == 2

@@ -28,60 +28,62 @@ def words(rng: np.random.Generator, most: int) -> str:
     return " ".join(rng.choice(WORDS, rng.integers(1, most)))
 
 
-@pytest.fixture
-def many(tmp_path: Path) -> Path:
+def write_many(folder: Path) -> None:
     """1,300 documents in five files of several sizes: one in a hundred is held out."""
-    rng, folder = np.random.default_rng(0), tmp_path / "many"
-    folder.mkdir()
+    rng = np.random.default_rng(0)
     for name, count in {"a": 30, "b": 700, "c": 1, "d": 400, "e": 169}.items():
         lines = [json.dumps({"text": words(rng, 60)}) + "\n" for _ in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(lines))
-    return folder
 
 
-@pytest.fixture
-def books(tmp_path: Path) -> Path:
+def write_books(folder: Path) -> None:
     """Three texts, too long for any to be held out whole."""
-    rng, folder = np.random.default_rng(1), tmp_path / "books"
-    folder.mkdir()
+    rng = np.random.default_rng(1)
     for name in "abc":
         (folder / f"{name}.txt").write_text(words(rng, 9000))
-    return folder
 
 
-@pytest.fixture
-def stories(tmp_path: Path) -> Path:
+def write_stories(folder: Path) -> None:
     """Forty texts, of which some are held out whole."""
-    rng, folder = np.random.default_rng(2), tmp_path / "stories"
-    folder.mkdir()
+    rng = np.random.default_rng(2)
     for number in range(40):
         (folder / f"{number}.txt").write_text(words(rng, 900))
-    return folder
 
 
-@pytest.fixture
-def chats(tmp_path: Path) -> Path:
+def write_chats(folder: Path) -> None:
     """Instructions in three files."""
-    rng, folder = np.random.default_rng(3), tmp_path / "chats"
-    folder.mkdir()
+    rng = np.random.default_rng(3)
     for name in "abc":
         pairs = [{"prompt": words(rng, 9), "completion": words(rng, 20)} for _ in range(90)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def many(folder: Path) -> Path:
+    write_many(folder)
     return folder
 
 
-CASES = {
-    "many": ("train:330",),
-    "books": ("byte", "--validation_fraction=0.02"),
-    "stories": ("byte", "--validation_fraction=0.2"),
-    "chats": ("byte", "--format=instructions", "--validation_fraction=0.1"),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("num_tasks", [1, 3, 7])
-def test_merged_tasks_are_one_process_byte_for_byte(case, num_tasks, tmp_path, request):
-    folder, (tokenizer, *flags) = request.getfixturevalue(case), CASES[case]
+@pytest.mark.parametrize(
+    ("write", "tokenizer", "flags"),
+    [
+        (write_many, "train:330", []),
+        (write_books, "byte", ["--validation_fraction=0.02"]),
+        (write_stories, "byte", ["--validation_fraction=0.2"]),
+        (write_chats, "byte", ["--format=instructions", "--validation_fraction=0.1"]),
+    ],
+)
+def test_merged_tasks_are_one_process_byte_for_byte(
+    write, tokenizer, flags, num_tasks, folder, tmp_path
+):
+    write(folder)
     run(folder, tmp_path / "one", *flags, tokenizer=tokenizer)
     flags = [*flags, f"--num_tasks={num_tasks}"]
     for index in reversed(range(num_tasks)):
@@ -92,16 +94,20 @@ def test_merged_tasks_are_one_process_byte_for_byte(case, num_tasks, tmp_path, r
 
 
 @pytest.mark.parametrize("num_files", [1, 2])
-def test_a_single_article_is_told_of_by_the_merge_alone(num_files, tmp_path, capsys):
-    (tmp_path / "in").mkdir()
+def test_a_single_article_is_named_by_one_process_and_by_the_merge(
+    num_files, folder, tmp_path, capsys
+):
     for number in range(num_files):
-        (tmp_path / "in" / f"{number}.txt").write_text("no title\n\nanywhere\n" * 99)
-    flags = ["--clean=wikitext", "--num_tasks=2"]
+        (folder / f"{number}.txt").write_text("no title\n\nanywhere\n" * 99)
+    flags, outputs = ("--clean=wikitext", "--num_tasks=2"), []
     for index in range(2):
-        run(tmp_path / "in", tmp_path / "out", *flags, f"--task_index={index}")
+        run(folder, tmp_path / "out", *flags, f"--task_index={index}")
     assert "single article" not in capsys.readouterr().err
-    run(tmp_path / "in", tmp_path / "out", *flags, "--merge")
-    assert ("a single article in all files" in capsys.readouterr().err) == (num_files == 1)
+    run(folder, tmp_path / "out", *flags, "--merge")
+    outputs.append(capsys.readouterr().err)
+    run(folder, tmp_path / "one", "--clean=wikitext")
+    outputs.append(capsys.readouterr().err)
+    assert ["a single article in all files" in said for said in outputs] == [num_files == 1] * 2
 
 
 def test_a_task_that_was_killed_is_run_again_and_a_finished_one_is_left_alone(
@@ -127,7 +133,7 @@ def test_a_merge_names_the_parts_that_are_missing_and_writes_nothing(many, tmp_p
     run(many, tmp_path / "out", "--num_tasks=3", "--task_index=1")
     with pytest.raises(UserError, match=r"lacks 2 of 3 parts.*--task_index of 0, 2"):
         run(many, tmp_path / "out", "--num_tasks=3", "--merge")
-    assert sorted(os.listdir(tmp_path)) == ["many", "out.parts"]
+    assert sorted(os.listdir(tmp_path)) == ["in", "out.parts"]
 
 
 def test_parts_of_another_command_are_refused(many, tmp_path):
@@ -162,7 +168,7 @@ def test_parts_of_another_command_are_refused(many, tmp_path):
 def test_wrong_numbers_are_refused(many, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
         run(many, tmp_path / "out", *flags)
-    assert sorted(os.listdir(tmp_path)) == ["many"]
+    assert sorted(os.listdir(tmp_path)) == ["in"]
 
 
 def test_files_keep_their_order_and_are_shared_by_size(many):
