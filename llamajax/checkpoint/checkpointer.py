@@ -18,19 +18,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from llamajax.checkpoint import location
 from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.leaf_names import named_leaves
-from llamajax.checkpoint.location import (
-    Location,
-    is_remote,
-    locate,
-    reason,
-    remove_tree,
-    storage_errors,
-    store_errors_explained,
-    user_error_type,
-    with_rank,
-)
+from llamajax.checkpoint.location import Location
 from llamajax.checkpoint.restore import Checkpoint, newest_intact
 from llamajax.checkpoint.save_checks import check_all_parts, check_room
 from llamajax.checkpoint.stored_array import prove_readable
@@ -42,7 +33,7 @@ if TYPE_CHECKING:
 
 # Loggers that Orbax (and its tasks, when they fail unobserved) and gcsfs write tracebacks to.
 _NOISY = ("absl", "asyncio", "gcsfs")
-_SAVE_FAILURES = (OSError, ValueError, RuntimeError)
+_SAVE_FAILURES = (OSError, ValueError, RuntimeError, manifests.DamagedError)
 
 
 class CheckpointError(RuntimeError):
@@ -123,7 +114,7 @@ class Checkpointer:
             raise UserError(f"checkpoint.keep is {keep}; at least 1 checkpoint must be kept")
         if keep_every is not None and keep_every < 1:
             raise UserError(f"checkpoint.keep_every is {keep_every}; it must be positive or none")
-        self.directory = locate(directory)
+        self.directory = location.locate(directory)
         self.completed: collections.deque[int] = collections.deque()
         self._retention = keep, keep_every
         self._asynchronous = asynchronous
@@ -140,9 +131,9 @@ class Checkpointer:
         def remove() -> None:
             try:
                 manifests.remove_leftovers(self.directory)
-            except storage_errors(self.directory) as error:
-                kind = user_error_type(error, self.directory)
-                raise kind(f"cannot clear {self.directory}: {reason(error)}") from None
+            except location.storage_errors(self.directory) as error:
+                kind = location.user_error_type(error, self.directory)
+                raise kind(f"cannot clear {self.directory}: {location.reason(error)}") from None
 
         broadcast_from_first(remove)
 
@@ -168,14 +159,14 @@ class Checkpointer:
 
         Raises UserError if the object store cannot be reached.
         """
-        with store_errors_explained(self.directory):
+        with location.store_errors_explained(self.directory):
             return manifests.complete_steps(self.directory)
 
     def newest_intact(
         self, *, without: Collection[int] = ()
     ) -> tuple[Checkpoint | None, list[str]]:
         """Return the checkpoint to continue from, and warnings; see `restore.newest_intact`."""
-        with store_errors_explained(self.directory):
+        with location.store_errors_explained(self.directory):
             return newest_intact(self.directory, without=without, when_accepted=self._when_accepted)
 
     def save(self, step: int, state: Any, *, meta: Mapping[str, Any], wait: bool = False) -> None:
@@ -246,16 +237,16 @@ class Checkpointer:
             if jax.process_index() == 0:
                 if self._check_owner is not None:
                     self._check_owner()
-                if not is_remote(directory):
+                if not location.is_remote(directory):
                     found = directory.exists()
                 elif manifests.is_committed(directory):
                     found = True
                 else:
-                    remove_tree(directory)
+                    location.remove_tree(directory)
             if found and (damage := manifests.find_damage(directory)):
                 problem = f"a damaged one is in the way ({damage})"
-        except storage_errors(self.directory) as error:
-            problem = reason(error)
+        except location.storage_errors(self.directory) as error:
+            problem = location.reason(error)
         if problem := first_problem(problem):
             text = f"checkpoint of step {step} was not saved: {problem}"
             raise CheckpointError(text, step=step)
@@ -285,7 +276,7 @@ class Checkpointer:
         """Called by Orbax on process 0 after all files are written, before the rename."""
         save = self._save
         directory = self.directory / str(save.step)  # where an object store has it from the start
-        if not is_remote(directory):
+        if not location.is_remote(directory):
             (directory,) = self.directory.glob(f"{save.step}.orbax-checkpoint-tmp*")
         check_all_parts(directory / manifests.STATE, save.writers)
         prove_readable(directory / manifests.STATE, save.arrays)
@@ -307,7 +298,7 @@ class Checkpointer:
             if self._on_complete is not None:
                 self._on_complete(save.step)
             # What can't be deleted now is tried again after the next save.
-            with contextlib.suppress(*storage_errors(self.directory)):
+            with contextlib.suppress(*location.storage_errors(self.directory)):
                 self._prune(save.step)
 
     def _give_up(self, _: _Save) -> None:
@@ -318,7 +309,7 @@ class Checkpointer:
     def _clear(self) -> None:
         """Remove what a failed save left, now that no process writes there any more."""
         if jax.process_index() == 0:
-            with contextlib.suppress(*storage_errors(self.directory)):
+            with contextlib.suppress(*location.storage_errors(self.directory)):
                 manifests.remove_leftovers(self.directory)
 
     @contextlib.contextmanager
@@ -326,16 +317,17 @@ class Checkpointer:
         """Turn an error in this block into `save.failure`."""
         try:
             yield
-        except (*_SAVE_FAILURES, *storage_errors(self.directory), manifests.DamagedError) as error:
+        except (*_SAVE_FAILURES, *location.storage_errors(self.directory)) as error:
             try:
                 steps = manifests.complete_steps(self.directory)
                 newest = (
                     f"the newest complete one is step {steps[-1]}" if steps else "there is none yet"
                 )
-            except storage_errors(self.directory) as another:
-                newest = f"earlier ones cannot be seen: {reason(another)}"
-            what = f"checkpoint of step {save.step} was not saved: {with_rank(reason(error))}"
-            save.failure, save.seen_elsewhere = f"{what}; {newest}", isinstance(error, TimeoutError)
+            except location.storage_errors(self.directory) as another:
+                newest = f"earlier ones cannot be seen: {location.reason(another)}"
+            why = location.with_rank(location.reason(error))
+            save.failure = f"checkpoint of step {save.step} was not saved: {why}; {newest}"
+            save.seen_elsewhere = isinstance(error, TimeoutError)
 
     def _prune(self, newest: int) -> None:
         """Delete old checkpoints, now that the one of step `newest` is complete."""

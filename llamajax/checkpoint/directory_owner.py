@@ -13,17 +13,8 @@ from pathlib import Path
 
 import jax
 
-from llamajax.checkpoint.location import (
-    Location,
-    create_file,
-    entry_names,
-    fix_for,
-    is_remote,
-    locate,
-    reason,
-    storage_errors,
-    user_error_type,
-)
+from llamajax.checkpoint import location
+from llamajax.checkpoint.location import Location
 from llamajax.config.saved_config import read_saved_config
 from llamajax.errors import UserError
 from llamajax.files import undo_new_folders
@@ -35,7 +26,7 @@ _RUN_ID = ".run_id"
 
 def checkpoint_directory(workdir: Path, directory: str | None) -> Location:
     """Return where a run saves. directory: `checkpoint.directory` of its config."""
-    return workdir.absolute() / "checkpoints" if directory is None else locate(directory)
+    return workdir.absolute() / "checkpoints" if directory is None else location.locate(directory)
 
 
 def recorded_directory(workdir: Path) -> Location:
@@ -61,19 +52,19 @@ def claim(
     undo = undo or contextlib.ExitStack()
     try:
         if jax.process_index() == 0:
-            if not is_remote(directory):
+            if not location.is_remote(directory):
                 undo_new_folders(directory, undo)
                 directory.mkdir(parents=True, exist_ok=True)
             words = _write_claim(directory, workdir, undo)
         else:
-            entry_names(directory)
+            location.entry_names(directory)
     except UserError as error:
         problem = error
-    except storage_errors(directory) as error:
-        gone = is_remote(directory) and isinstance(error, FileNotFoundError)
-        why = "there is no such bucket" if gone else reason(error)
-        fix = fix_for(directory) if is_remote(directory) else "choose another"
-        kind = user_error_type(error, directory)
+    except location.storage_errors(directory) as error:
+        gone = location.is_remote(directory) and isinstance(error, FileNotFoundError)
+        why = "there is no such bucket" if gone else location.reason(error)
+        fix = location.fix_for(directory) if location.is_remote(directory) else "choose another"
+        kind = location.user_error_type(error, directory)
         problem = kind(f"checkpoint.directory = {directory} cannot be used: {why}; {fix}")
     raise_together(problem)
     return words
@@ -91,7 +82,7 @@ def _write_claim(directory: Location, workdir: Path, undo: contextlib.ExitStack)
         undo.callback((workdir / _RUN_ID).unlink, missing_ok=True)
     me = {"id": _run_id(workdir), "workdir": str(workdir.absolute()), "host": socket.gethostname()}
     text = json.dumps(me)
-    if create_file(directory / OWNER, text):
+    if location.create_file(directory / OWNER, text):
         undo.callback((directory / OWNER).unlink)
         return None
     owner = _read_owner(directory)

@@ -14,15 +14,10 @@ from typing import Any
 
 import jax
 
+from llamajax.checkpoint import location
 from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.leaf_names import named_leaves, rebuild
-from llamajax.checkpoint.location import (
-    Location,
-    fix_for,
-    is_directory,
-    is_remote,
-    storage_errors,
-)
+from llamajax.checkpoint.location import Location
 from llamajax.checkpoint.manifest import DamagedError
 from llamajax.checkpoint.stored_array import StoredArray, array_from_parts
 from llamajax.config.values import show
@@ -82,7 +77,7 @@ class Checkpoint:
         share = files[jax.process_index() :: jax.process_count()]
         try:
             manifests.check_contents(self.directory, self.manifest, share)
-        except (DamagedError, *storage_errors(self.directory)) as caught:
+        except (DamagedError, *location.storage_errors(self.directory)) as caught:
             error = caught
         problem = _damage_on_any(self.directory, error)
         self._verified = problem is None
@@ -91,7 +86,7 @@ class Checkpoint:
 
 def open_checkpoint(directory: Location) -> Checkpoint:
     """Open one checkpoint (`checkpoints/STEP`); cheap. Raises UserError if it is damaged."""
-    if not is_directory(directory):
+    if not location.is_directory(directory):
         steps = manifests.complete_steps(directory.parent)
         have = f"complete ones are {', '.join(map(str, steps))}" if steps else "there is none"
         raise UserError(f"no checkpoint {directory}; in {directory.parent} {have}")
@@ -156,7 +151,7 @@ def _open_verified(directory: Location) -> tuple[Checkpoint | None, str | None]:
     checkpoint = error = None
     try:
         checkpoint = Checkpoint(directory)
-    except (DamagedError, *storage_errors(directory)) as caught:
+    except (DamagedError, *location.storage_errors(directory)) as caught:
         error = caught
     problem = _damage_on_any(directory, error) or checkpoint.find_damage()
     return (None, problem) if problem else (checkpoint, None)
@@ -170,8 +165,8 @@ def _damage_on_any(directory: Location, error: Exception | None) -> str | None:
     problem = refusal = None
     if isinstance(error, DamagedError):
         problem = str(error)
-    elif error is not None and is_remote(directory):
-        refusal = f"cannot read checkpoint {directory}: {error}; {fix_for(directory)}"
+    elif error is not None and location.is_remote(directory):
+        refusal = f"cannot read checkpoint {directory}: {error}; {location.fix_for(directory)}"
     elif error is not None and error.errno == errno.EIO:  # the disk itself gives up on these bytes
         problem = f"{error.filename or directory} cannot be read: {error.strerror}"
     elif error is not None:
@@ -186,8 +181,8 @@ def _set_aside(damaged: list[tuple[Location, str]]) -> None:
     for path, what in damaged if jax.process_index() == 0 else ():
         try:
             manifests.set_aside(path, "damaged")
-        except storage_errors(path) as error:
-            why = error if is_remote(path) else error.strerror
+        except location.storage_errors(path) as error:
+            why = error if location.is_remote(path) else error.strerror
             problem = UserError(f"{path} is damaged ({what}) and cannot be renamed: {why}")
     raise_together(problem)
 
@@ -198,7 +193,7 @@ def _fallback_warnings(damaged: list[tuple[Location, str]], step: int) -> list[s
     for path, what in damaged:
         kept = (
             f"marked by {manifests.ASIDE}, and kept until its step is saved again"
-            if is_remote(path)
+            if location.is_remote(path)
             else f"kept aside as {manifests.aside_name(path, 'damaged').name}"
         )
         warnings.append(f"{_ALARM} checkpoint {path} is damaged: {what}; {kept}")
@@ -217,7 +212,7 @@ def _damaged(directory: Location, problem: str, *, hopeless: bool = False) -> Us
     step = int(directory.name)
     others = [n for n in manifests.complete_steps(directory.parent) if n < step]
     away = f"mv {directory} {directory}.damaged"
-    if is_remote(directory):
+    if location.is_remote(directory):
         away = f"rename {directory / manifests.MANIFEST} to {manifests.ASIDE}"
     if others and not hopeless:
         fix = (

@@ -9,16 +9,9 @@ from typing import Any
 
 import jax
 
+from llamajax.checkpoint import location
 from llamajax.checkpoint import manifest as manifests
-from llamajax.checkpoint.location import (
-    Location,
-    file_sizes,
-    is_directory,
-    is_remote,
-    reason,
-    storage_errors,
-    with_rank,
-)
+from llamajax.checkpoint.location import Location
 from llamajax.processes.host_collectives import all_gather_host, broadcast_from_first, first_problem
 
 # Network file systems show a new directory to other hosts only after their caches' time.
@@ -37,9 +30,9 @@ def check_room(directory: Location, leaves: Mapping[str, Any]) -> list[int]:
     oldest = broadcast_from_first(_oldest, directory)
     try:
         # Orbax would wait for hours for a directory that this process cannot see.
-        if oldest is not None and not is_directory(directory / str(oldest)):
+        if oldest is not None and not location.is_directory(directory / str(oldest)):
             raise OSError(0, f"there is no {directory / str(oldest)}; is the mount gone?")
-        if not is_remote(directory):
+        if not location.is_remote(directory):
             directory.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(directory).free
             if needed > free:
@@ -48,8 +41,8 @@ def check_room(directory: Location, leaves: Mapping[str, Any]) -> list[int]:
         probe = directory / f".probe_{jax.process_index()}"  # read only, no inode, no mount?
         probe.write_bytes(b"x")
         probe.unlink()
-    except storage_errors(directory) as error:
-        problem = with_rank(reason(error))
+    except location.storage_errors(directory) as error:
+        problem = location.with_rank(location.reason(error))
     if problem := first_problem(problem):
         raise OSError(0, problem)
     return [rank for rank, size in enumerate(all_gather_host(needed)) if size]
@@ -66,7 +59,7 @@ def _oldest(directory: Location) -> int | None:
     """Return the oldest checkpoint, which no file system's cache hides any more, or None."""
     try:
         return next((int(path.name) for path in manifests.step_directories(directory)), None)
-    except storage_errors(directory):
+    except location.storage_errors(directory):
         return None  # the caller's own access fails next and says why
 
 
@@ -76,8 +69,8 @@ def check_all_parts(state: Location, writers: Sequence[int]) -> None:
     A process whose mount is gone writes into an empty directory of its own without an error.
     """
     missing = [state / f"ocdbt.process_{rank}" for rank in writers]
-    if is_remote(state):  # without a delay, unlike a network file system
-        found = {name.partition("/")[0] for name in file_sizes(state)}
+    if location.is_remote(state):  # without a delay, unlike a network file system
+        found = {name.partition("/")[0] for name in location.file_sizes(state)}
         missing = [path for path in missing if path.name not in found]
     deadline = time.monotonic() + _SHOWN_WITHIN_S
     while missing := [path for path in missing if not path.is_dir()]:

@@ -12,16 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from llamajax.checkpoint import location
 from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.directory_owner import recorded_directory
-from llamajax.checkpoint.location import (
-    Location,
-    fix_for,
-    is_directory,
-    is_remote,
-    locate,
-    storage_errors,
-)
+from llamajax.checkpoint.location import Location
 from llamajax.checkpoint.restore import (
     Checkpoint,
     newest_checkpoint,
@@ -130,8 +124,8 @@ def open_weights(path: str | PurePath) -> Weights:
     (of these two also the URL), a Hugging Face directory, or another kind of RECOGNIZERS. Raises
     UserError when it is none of these, or when it is one that is damaged or not supported.
     """
-    path = locate(path)
-    if is_remote(path):
+    path = location.locate(path)
+    if location.is_remote(path):
         return _open_url(path)
     if not path.exists():
         raise UserError(
@@ -170,25 +164,25 @@ def _open_url(path: Location) -> Weights:
     try:
         if (checkpoint := _checkpoint_in(path)) is not None:
             return _of_checkpoint(checkpoint)
-    except storage_errors(path) as error:
-        raise UserError(f"{path} cannot be read: {error}; {fix_for(path)}") from None
+    except location.storage_errors(path) as error:
+        raise UserError(f"{path} cannot be read: {error}; {location.fix_for(path)}") from None
     raise UserError(
         f"{path}: there is no checkpoint of llamajax (weights in other formats are read from local "
-        f"paths); {fix_for(path)}"
+        f"paths); {location.fix_for(path)}"
     )
 
 
 def _checkpoint_in(path: Location) -> Checkpoint | None:
     """Open one of our checkpoints: `path` itself, or the newest under it."""
-    if path.name.isdecimal() and is_directory(path / manifests.STATE):
+    if path.name.isdecimal() and location.is_directory(path / manifests.STATE):
         return open_checkpoint(path)
     directories = [path / "checkpoints", path]
-    if not is_remote(path) and recorded_directory(path) not in directories:
+    if not location.is_remote(path) and recorded_directory(path) not in directories:
         directories.insert(0, recorded_directory(path))
     for directory in directories:
         if (checkpoint := newest_checkpoint(directory)) is not None:
             return checkpoint
-    if is_directory(path / "checkpoints"):
+    if location.is_directory(path / "checkpoints"):
         raise UserError(f"{path} holds a run without a finished checkpoint yet")
     return None
 
@@ -199,7 +193,7 @@ def open_base(record: Mapping[str, str], *, path: Location | None, adapters: Pur
     record: their path and fingerprint, from the checkpoint of the adapters. path: where they are
     now, None: where they were. Raises UserError when they are gone or have changed.
     """
-    where = locate(record["path"]) if path is None else path
+    where = location.locate(record["path"]) if path is None else path
     if not where.exists():
         raise UserError(
             f"{adapters} holds adapters only, and the weights that they were trained on are gone: "
@@ -242,7 +236,7 @@ def _of_checkpoint(checkpoint: Checkpoint, *, run: Path | None = None) -> Weight
 
 def _tokenizer_of(directory: Location, config: dict[str, Any], run: Path | None) -> Path | None:
     """Find the tokenizer beside the checkpoints, else that of the first data set of the run."""
-    beside = [] if is_remote(directory) else [directory.parent.parent]
+    beside = [] if location.is_remote(directory) else [directory.parent.parent]
     beside += [] if run is None else [run]
     for folder in (each for path in beside for each in (path, path / TOKENIZER)):
         if file := find_tokenizer(folder):
