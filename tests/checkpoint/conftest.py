@@ -4,17 +4,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_state import META, checkpointer, make_mesh, make_state
+from tiny_state import META, checkpointer, make_state
 
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of steps 10 and 20, to be copied before they are damaged."""
+    """Checkpoints of steps 10 and 20, of seeds 1 and 2."""
     directory = tmp_path_factory.mktemp("run") / "checkpoints"
-    mesh = make_mesh((4, 2))
     with checkpointer(directory) as saver:
-        saver.save(10, make_state(mesh, seed=1), meta=META)
-        saver.save(20, make_state(mesh, seed=2), meta=META | {"later": True})
+        saver.save(10, make_state((4, 2), seed=1), meta=META)
+        saver.save(20, make_state((4, 2), seed=2), meta=META | {"later": True})
     return directory
 
 

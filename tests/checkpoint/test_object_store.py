@@ -1,17 +1,11 @@
 """Checkpoints at a URL: what a disk promises, an object store keeps as well."""
 
-import json
-import os
-import subprocess
-import sys
 import time
 import types
-from pathlib import Path
 
 import fsspec
 import jax
 import pytest
-import warm
 from etils import epath
 from object_store import BUCKET, environment, free_port, need_packages, running
 from tiny_state import (
@@ -19,11 +13,14 @@ from tiny_state import (
     abstract,
     assert_same_bits,
     checkpointer,
-    make_mesh,
+    flip,
     make_state,
     newest,
+    remove,
     restore,
+    truncate,
 )
+from two_savers import run_both
 
 from llamajax.checkpoint import (
     CheckpointError,
@@ -60,22 +57,15 @@ def tops(folder):
 
 
 def saved(folder, *steps, **options):
-    mesh = make_mesh((4, 2))
     with checkpointer(folder, **options) as run:
         for step in steps:
-            run.save(step, make_state(mesh, seed=step), meta=META, wait=True)
+            run.save(step, make_state((4, 2), seed=step), meta=META, wait=True)
         return run.steps()
 
 
-def restored(folder, step=None):
-    mesh = make_mesh((2, 1))
-    return restore(folder, abstract(make_state(mesh), mesh), step)
-
-
-def largest(folder):
-    """The object that holds most of the arrays."""
-    found = {n: size for n, size in location.file_sizes(folder).items() if "/d/" in n}
-    return folder / max(found, key=found.get)
+def assert_restored(folder, step):
+    restored = restore(folder, abstract(make_state((2, 1)), (2, 1)), step)
+    assert_same_bits(restored, make_state((1, 1), seed=step))
 
 
 def test_what_was_saved_is_restored_and_old_ones_are_removed(folder):
@@ -84,12 +74,11 @@ def test_what_was_saved_is_restored_and_old_ones_are_removed(folder):
     with checkpointer(folder) as run:
         found, words = run.newest_intact()
     assert (found.step, found.meta, words) == (30, META, [])
-    assert_same_bits(restored(folder), make_state(make_mesh((1, 1)), seed=30))
+    assert_restored(folder, 30)
 
 
 def test_a_save_is_complete_with_its_manifest_and_not_before(folder, monkeypatch):
-    seen = []
-    real = manifest.write_durably
+    seen, real = [], manifest.write_durably
 
     def watched(path, text):
         if path.name == manifest.MANIFEST:
@@ -112,35 +101,24 @@ def test_what_killed_saves_and_removals_leave_is_removed_and_nothing_else(folder
     assert tops(folder) == ["10", "2024", "30"]
 
 
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-@pytest.mark.parametrize("damage", [flip, truncate, lambda path: path.unlink()])
+@pytest.mark.parametrize("damage", [flip, truncate, remove])
 def test_a_damaged_newest_is_marked_and_its_step_saved_again(folder, damage):
     saved(folder, 10, 20)
-    path = largest(folder / "20")
-    damage(path)
+    path = damage(folder / "20")
     with checkpointer(folder) as run:
         step, words = newest(run)
         assert step == 10
         assert f"{path} " in words[0]
         assert manifest.ASIDE in words[0]
         assert run.steps() == [10]
-        assert_same_bits(restored(folder, 10), make_state(make_mesh((1, 1)), seed=10))
+        assert_restored(folder, 10)
     with checkpointer(folder) as run:  # a rerun leaves the marked one where it is
         assert (folder / "20" / manifest.ASIDE).exists()
         assert newest(run) == (10, [])
-        run.save(20, make_state(make_mesh((4, 2)), seed=20), meta=META)
+        run.save(20, make_state((4, 2), seed=20), meta=META)
     with checkpointer(folder) as run:
         assert newest(run) == (20, [])
-        assert_same_bits(restored(folder, 20), make_state(make_mesh((1, 1)), seed=20))
+        assert_restored(folder, 20)
     assert not (folder / "20" / manifest.ASIDE).exists()
 
 
@@ -181,7 +159,7 @@ def test_a_store_that_goes_away_in_a_save_costs_that_checkpoint(tmp_path, impati
         monkeypatch.setenv(name, value)
     fsspec.get_filesystem_class("gs").clear_instance_cache()
     epath.backend.fsspec_backend._get_filesystem.cache_clear()
-    folder, state = location.locate(f"gs://{BUCKET}/run"), make_state(make_mesh((4, 2)))
+    folder, state = location.locate(f"gs://{BUCKET}/run"), make_state((4, 2))
     with running(port, hold):
         run = checkpointer(folder)
         run.save(1, state, meta=META, wait=True)
@@ -219,27 +197,8 @@ def test_mistakes_are_one_message(store, tmp_path, monkeypatch):
 
 
 def test_two_processes_save_one_checkpoint_and_agree_on_damage(folder):
-    script, port = Path(__file__).with_name("two_url_savers.py"), free_port()
-    environ = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    environ.pop("XLA_FLAGS", None)
-    both = [
-        warm.Popen(
-            [sys.executable, str(script), str(rank), str(port), str(folder)],
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        texts = [process.communicate(timeout=120) for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], texts[0][1] + texts[1][1]
-    seen = [json.loads(out.splitlines()[-1]) for out, _ in texts]
-    assert seen[0] == seen[1]
-    assert seen[0]["saves"] == [["saved", [1]], ["saved", [1, 2]], ["saved", [2, 3]]]
-    assert seen[0]["flipped"] == [2, 2, 2.0]
-    assert seen[0]["again"] == ["saved", [2, 3]]
+    seen = run_both(folder)
+    assert [steps for _, steps in seen["saves"]] == [[1], [1, 2], [1, 2, 3], [2, 3, 4]]
+    assert {how for how, _ in seen["saves"]} == {"saved"}
+    assert seen["flipped"] == [3, 2, 3.0]
+    assert seen["again"] == ["saved", [2, 3, 4]]

@@ -1,6 +1,7 @@
-"""A state like the training state, small: a module in a module, an optax chain, a step."""
+"""A small state like the training state (a module in a module, an optax chain, a step); damage."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from llamajax.checkpoint import (
     Checkpointer,
+    location,
     named_leaves,
     newest_checkpoint,
     open_checkpoint,
@@ -24,16 +26,12 @@ META = {"config": {"model": {"hidden_size": 16, "name": "tiny"}}, "position": [[
 
 
 class Block(nnx.Module):
-    """Two weights: one in bf16, one in fp32."""
-
     def __init__(self, key: jax.Array):
         self.wq = nnx.Param(jax.random.normal(key, (16, 24), jnp.bfloat16), axes="DN")
         self.norm = nnx.Param(jax.random.normal(key, (16,), jnp.float32), axes="D")
 
 
 class Model(nnx.Module):
-    """A module in a module, as the real model is."""
-
     def __init__(self, key: jax.Array):
         self.blocks = Block(key)
 
@@ -41,8 +39,6 @@ class Model(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Like the training state: module, optax state, step."""
-
     model: Any
     opt_state: Any
     step: jax.Array
@@ -57,14 +53,17 @@ def spec(leaf: Any) -> P:
     return P("fsdp", "tensor") if len(leaf.shape) == 2 else P()
 
 
-def make_state(mesh: jax.sharding.Mesh, *, seed: int = 0) -> State:
-    model = Model(jax.random.key(seed))
+def make_state(shape: tuple[int, int], *, seed: int = 0) -> State:
+    """The state of a seed, on a mesh of that shape."""
+    model, mesh = Model(jax.random.key(seed)), make_mesh(shape)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.9, 0.95, 1e-8))
     state = State(model, optimizer.init(model), jnp.asarray(7 + seed, jnp.int32))
     return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec(x))), state)
 
 
-def abstract(state: Any, mesh: jax.sharding.Mesh) -> Any:
+def abstract(state: Any, shape: tuple[int, int]) -> Any:
+    """What to restore a state as, on a mesh of that shape."""
+    mesh = make_mesh(shape)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(x))),
         state,
@@ -72,6 +71,7 @@ def abstract(state: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def assert_same_bits(actual: Any, expected: Any) -> None:
+    """Equal names, dtypes, shapes and bits of all leaves."""
     old, new = named_leaves(expected), named_leaves(actual)
     assert list(old) == list(new)
     for name in old:
@@ -95,3 +95,53 @@ def newest(run: Checkpointer) -> tuple[int | None, list[str]]:
     """The step at which a run continues, and what it says."""
     found, words = run.newest_intact()
     return (None if found is None else found.step), words
+
+
+def largest(directory: Any) -> Any:
+    """The file that holds most of the arrays of a checkpoint."""
+    found = {n: size for n, size in location.file_sizes(directory).items() if "/d/" in n}
+    return directory / max(found, key=found.get)
+
+
+# Each damages a checkpoint and returns the file that a message must name.
+def truncate(directory: Any) -> Any:
+    path = largest(directory)
+    path.write_bytes(path.read_bytes()[:-1])
+    return path
+
+
+def flip(directory: Any) -> Any:
+    path = largest(directory)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    return path
+
+
+def remove(directory: Any) -> Any:
+    path = largest(directory)
+    path.unlink()
+    return path
+
+
+def remove_manifest(directory: Path) -> Path:
+    (directory / "manifest.json").unlink()
+    return directory / "manifest.json"
+
+
+def edit_manifest(directory: Path) -> Path:
+    path = directory / "manifest.json"
+    path.write_text(path.read_text().replace("bfloat16", "float16"))
+    return path
+
+
+def edit_meta(directory: Path) -> Path:
+    path = directory / "meta.json"
+    path.write_text(path.read_text().replace("tiny", "tidy"))
+    return path
+
+
+def empty(directory: Path) -> Path:
+    shutil.rmtree(directory)
+    directory.mkdir()
+    return directory / "manifest.json"
