@@ -1,4 +1,4 @@
-"""Rows as lines of strict JSON.
+"""Rows as lines of strict JSON, and files that hold one object.
 
 Numbers read back bit for bit. JSON has no NaN and no infinity: such a value is written as null and
 named in the row's `nonfinite` object, e.g. `{"step": 7, "loss": null, "nonfinite": {"loss":
@@ -55,6 +55,15 @@ def read_lines(path: Path) -> list[str]:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the whole rows of a file in its order; none where there is no file."""
     return [row for row in map(decode_row, read_lines(path)) if row is not None]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; {} where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class RowFile:

@@ -20,19 +20,19 @@ _SMOOTHING = 0.1
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds for people: 8s, 3m12s, 5h07m, 12d04h."""
+    """Format seconds for people: 8s, 3m12s, 5h07m, 12d04h."""
     minutes, s = divmod(int(seconds + 0.5), 60)
-    if minutes == 0:
-        return f"{s}s"
     hours, m = divmod(minutes, 60)
-    if hours == 0:
-        return f"{m}m{s:02d}s"
     days, h = divmod(hours, 24)
-    return f"{h}h{m:02d}m" if days == 0 else f"{days}d{h:02d}h"
+    if days:
+        return f"{days}d{h:02d}h"
+    if hours:
+        return f"{h}h{m:02d}m"
+    return f"{m}m{s:02d}s" if minutes else f"{s}s"
 
 
 def format_count(number: float) -> str:
-    """A count to three digits: 870, 12.3k, 1.24M, 70.6B."""
+    """Format a count to three digits: 870, 12.3k, 1.24M, 70.6B."""
     if abs(number) < 999.5:
         return f"{number:.0f}"
     for unit in "kMBT":
@@ -44,22 +44,22 @@ def format_count(number: float) -> str:
 
 
 def format_row(row: Mapping[str, Any]) -> str:
-    """The numbers of a metrics row that people read, in the order they read them."""
-    parts = []
-    for key, text in (
-        ("loss", "loss {:.3f}"),
-        ("eval_loss", "eval loss {:.3f}"),
-        ("eval_perplexity", "perplexity {:.2f}"),
-        ("learning_rate", "lr {:.1e}"),
-        ("grad_norm", "grad {:.2f}"),
-    ):
-        if row.get(key) is not None:
-            parts.append(text.format(row[key]))
-    if row.get("tokens_per_s") is not None:
-        parts.append(f"{format_count(row['tokens_per_s'])} tok/s")
-    if row.get("mfu_full") is not None:
-        parts.append(f"mfu {row['mfu_full'] * 100:.1f} %")
-    return "  ".join(parts)
+    """Format the numbers of a metrics row that people read, in the order they read them."""
+    formats = {
+        "loss": "loss {:.3f}",
+        "eval_loss": "eval loss {:.3f}",
+        "eval_perplexity": "perplexity {:.2f}",
+        "learning_rate": "lr {:.1e}",
+        "grad_norm": "grad {:.2f}",
+        "tokens_per_s": "{} tok/s",
+        "mfu_full": "mfu {:.1f} %",
+    }
+    shown = {key: row[key] for key in formats if row.get(key) is not None}
+    if "tokens_per_s" in shown:
+        shown["tokens_per_s"] = format_count(shown["tokens_per_s"])
+    if "mfu_full" in shown:
+        shown["mfu_full"] *= 100
+    return "  ".join(formats[key].format(value) for key, value in shown.items())
 
 
 class Progress:
@@ -80,16 +80,13 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._stream = Output(sys.stderr if stream is None else stream, raises=False)
-        self._clock = clock
-        self._total = total_steps
-        if mode == "auto":
-            mode = "bar" if self._stream.isatty() else "lines"
-        self._mode = mode if primary else "none"
-        self._step, self._at_s = start_step, clock()
+        self._clock, self._total = clock, total_steps
+        self._silent = mode == "none" or not primary
+        self._step, self._at_s = start_step, clock()  # of the last row
         self._seconds_a_step: float | None = None
         self._line_s: float | None = None
         self._bar: tqdm | None = None
-        if self._mode == "bar":
+        if not self._silent and (mode == "bar" or (mode == "auto" and self._stream.isatty())):
             self._bar = tqdm(
                 total=total_steps,
                 initial=start_step,
@@ -104,7 +101,7 @@ class Progress:
 
         In a log, training lines come at most once a second; the first and the last always come.
         """
-        if self._mode == "none":
+        if self._silent:
             return
         step = int(row["step"])
         if "eval_loss" in row:
@@ -123,7 +120,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print one line of text without tearing the bar."""
-        if self._mode == "none":
+        if self._silent:
             return
         if self._bar is not None:
             self._bar.clear()
@@ -138,23 +135,22 @@ class Progress:
             self._bar = None
 
     def _eta(self, step: int, row: Mapping[str, Any]) -> str:
-        """Time left, from the wall time between rows, evaluations and checkpoints included.
+        """Return the time left, from the wall time between rows, with evaluations and checkpoints.
 
         The first row has only compilation before it, so its own step time is used.
         """
         now = self._clock()
-        done = step - self._step
         if self._seconds_a_step is None:
             self._seconds_a_step = row.get("step_time_s") or 0.0
-        elif done > 0:
-            newest = (now - self._at_s) / done
+        elif step > self._step:
+            newest = (now - self._at_s) / (step - self._step)
             self._seconds_a_step += _SMOOTHING * (newest - self._seconds_a_step)
         self._step, self._at_s = step, now
         return format_duration(self._seconds_a_step * max(0, self._total - step))
 
 
 class BytesProgress:
-    """A bar on a terminal, a line every ten seconds elsewhere; one of each phase."""
+    """Shows bytes done: a bar on a terminal, a line every ten seconds elsewhere, for each phase."""
 
     def __init__(self) -> None:
         self.total = 0
@@ -175,11 +171,9 @@ class BytesProgress:
         elif time.monotonic() - self._last > _BYTES_LINE_EVERY_S:
             self._last = time.monotonic()
             rate = done / (self._last - self._start)
-            left = (total - done) / max(rate, 1.0)
-            say(
-                f"{phase}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s,"
-                f" {left:,.0f} s left"
-            )
+            left_s = (total - done) / max(rate, 1.0)
+            amount = f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB"
+            say(f"{phase}: {amount}, {rate / 1e6:.1f} MB/s, {left_s:,.0f} s left")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -1,4 +1,4 @@
-"""`run.json`: what is known of a run that stands neither in its config nor its metrics."""
+"""`run.json`: what is known of a run beside its config and its metrics."""
 
 import collections
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 from llamajax.files import write_file
 from llamajax.monitoring.events import is_running, load_events
+from llamajax.monitoring.jsonl import read_object
 from llamajax.monitoring.metrics import load_metrics
 
 RUN_FACTS = "run.json"
@@ -23,7 +24,7 @@ _PARTS = {
 
 
 def write_run_facts(workdir: Path, facts: Mapping[str, Any]) -> None:
-    """Atomically write `facts`, and what events and rows say, to `workdir/run.json`.
+    """Write `facts`, and what events and rows say, to `workdir/run.json` atomically.
 
     Keys, all optional, null where unknown. What the last process found:
       platform             JAX platform, e.g. "cpu"
@@ -44,19 +45,13 @@ def write_run_facts(workdir: Path, facts: Mapping[str, Any]) -> None:
       samples              [{"prompt": ..., "text": ...}, ...] generated at the end
     And those of `summarize`. Raises OSError where the disk refuses.
     """
-    path = Path(workdir) / RUN_FACTS
     merged = read_run_facts(workdir) | dict(facts)
-    write_file(path, json.dumps(merged, indent=1))
+    write_file(Path(workdir) / RUN_FACTS, json.dumps(merged, indent=1))
 
 
 def read_run_facts(workdir: Path) -> dict[str, Any]:
     """Return the facts of a run as they are now; empty where nothing can be read."""
-    try:
-        facts = json.loads((Path(workdir) / RUN_FACTS).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        facts = {}
-    facts = facts if isinstance(facts, dict) else {}
-    events = load_events(workdir)
+    facts, events = read_object(Path(workdir) / RUN_FACTS), load_events(workdir)
     return facts | summarize(events, load_metrics(workdir), running=is_running(workdir))
 
 
@@ -79,10 +74,9 @@ def summarize(
         return {}
     last, kinds = events[-1], collections.Counter(event["event"] for event in events)
     first_s = events[0]["time_s"] - events[0].get("duration_s", 0.0)
-    wall = max([e["time_s"] for e in events] + [r.get("time_s", 0.0) for r in rows]) - first_s
-    parts = _steps(events, rows)
+    wall_s = max([e["time_s"] for e in events] + [r.get("time_s", 0.0) for r in rows]) - first_s
+    parts = _time_parts(events, rows)
     tokens = parts.pop("tokens")
-    parts.update(_parts(events))
     peaks = [max(row["peak_memory_bytes"]) for row in rows if row.get("peak_memory_bytes")]
     status = "running" if running else "dead"
     return {
@@ -90,24 +84,30 @@ def summarize(
         "starts": kinds["start"],
         "rollbacks": kinds["rollback"],
         "time_breakdown": {
-            "wall_s": wall,
+            "wall_s": wall_s,
             **parts,
-            "other_s": max(0.0, wall - sum(parts.values())),
-            "goodput": parts["steps_s"] / wall if wall > 0 else 0.0,
+            "other_s": max(0.0, wall_s - sum(parts.values())),
+            "goodput": parts["steps_s"] / wall_s if wall_s > 0 else 0.0,
         },
         "tokens_per_s": tokens / parts["steps_s"] if parts["steps_s"] > 0 else None,
         "peak_memory_bytes": max(peaks, default=None),
     }
 
 
-def _parts(events: Sequence[Mapping[str, Any]]) -> collections.Counter[str]:
-    """Return the seconds of everything but the steps that count, by part."""
-    parts: collections.Counter[str] = collections.Counter()
+def _time_parts(
+    events: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> collections.Counter[str]:
+    """Return the seconds of a run by part, and the tokens of the steps that count."""
+    parts = collections.Counter({"steps_s": 0.0, "data_wait_s": 0.0, "tokens": 0.0})
+    for row, before in _covered(events, rows):
+        parts.update(_seconds(row, row["step"] - before))
     seen_s = None
     for event in events:
         kind, duration = event["event"], event.get("duration_s", 0.0)
         if kind == "start" and seen_s is not None:
             parts["down_s"] += max(0.0, event["time_s"] - duration - seen_s)
+        for part in ("steps_s", "data_wait_s", "tokens"):
+            parts[part] += event.get(f"kept_{part}", 0.0)
         parts["redone_s"] += event.get("removed_steps_s", 0.0)
         parts["data_wait_s"] += event.get("removed_data_wait_s", 0.0)
         if kind == "restore":
@@ -136,21 +136,10 @@ def _covered(
 def _seconds(row: Mapping[str, Any], count: int) -> dict[str, float]:
     """Return what `count` steps with the means of `row` add to the parts."""
     steps_s = count * row["step_time_s"]
-    tokens = steps_s * (row["tokens_per_s"] or 0.0)
-    data_wait_s = count * row.get("data_wait_s", 0.0)
-    return {"steps_s": steps_s, "data_wait_s": data_wait_s, "tokens": tokens}
-
-
-def _steps(
-    events: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
-) -> collections.Counter[str]:
-    """Return the seconds of the steps that count and of waiting for their batches, and tokens."""
-    parts = collections.Counter({"steps_s": 0.0, "data_wait_s": 0.0, "tokens": 0.0})
-    for row, before in _covered(events, rows):
-        parts.update(_seconds(row, row["step"] - before))
-    for event in events:
-        parts.update({part: event.get(f"kept_{part}", 0.0) for part in list(parts)})
-    return parts
+    wait_s = count * row.get("data_wait_s", 0.0)
+    return {
+        "steps_s": steps_s, "data_wait_s": wait_s, "tokens": steps_s * (row["tokens_per_s"] or 0.0)
+    }  # fmt: skip
 
 
 def steps_after(

@@ -1,4 +1,4 @@
-"""The time of steps, measured so that it never flatters.
+"""Measure the time of steps so that it is never too short.
 
 A step is dispatched long before it is done. Its time is from the end of the step before it to its
 own end, without what the loop did between the two while no step was in flight: waiting for a batch,
@@ -42,8 +42,7 @@ class StepTimer:
 
     def __init__(self, *, tokens_per_step: int, clock: Callable[[], float] = time.monotonic):
         self.paused_s = 0.0
-        self._tokens_per_step = tokens_per_step
-        self._clock = clock
+        self._tokens_per_step, self._clock = tokens_per_step, clock
         self._fetched_step: int | None = None
         self._dispatched_step: int | None = None
         self._done_s: dict[int, float] = {}  # by step: the fetched one, and those in flight
@@ -54,7 +53,7 @@ class StepTimer:
         self._watched: queue.SimpleQueue | None = None
 
     def mark_dispatched(self, step: int) -> None:
-        """Step `step` (n for the n-th update) is about to be handed to the device."""
+        """Note that step `step` (n for the n-th update) is about to be dispatched."""
         if self._fetched_step is None:
             self._fetched_step = step - 1
             self._done_s[step - 1] = self._clock()
@@ -64,7 +63,7 @@ class StepTimer:
         self._dispatched_step = step
 
     def watch(self, step: int, wait: Callable[[], object]) -> None:
-        """Note in a thread when `wait` returns: from then on no step is in flight."""
+        """Note in a thread when `wait` returns: from then on the step is done."""
         if self._watched is None:
             self._watched = queue.SimpleQueue()
             threading.Thread(target=self._watch, name="step_timer", daemon=True).start()
@@ -83,11 +82,11 @@ class StepTimer:
             self._watched.put(None)
 
     def mark_done(self, step: int) -> None:
-        """Step `step` is done now, unless that is known already."""
+        """Note that step `step` is done now, unless that is known already."""
         self._done_s.setdefault(step, self._clock())
 
     def mark_fetched(self, step: int) -> None:
-        """The metrics of `step` are on the host."""
+        """Note that the metrics of `step` are on the host."""
         assert self._fetched_step is not None
         first = self._fetched_step + 1
         if step < first:
@@ -95,15 +94,15 @@ class StepTimer:
         self.mark_done(step)
         before = [self._before.pop(n) for n in range(first, step + 1)]
         idle_s, wait_s = map(sum, zip(*before, strict=True))
-        elapsed = max(0.0, self._done_s[step] - self._done_s[first - 1] - idle_s)
+        elapsed_s = max(0.0, self._done_s[step] - self._done_s[first - 1] - idle_s)
         for done in [n for n in list(self._done_s) if n < step]:
             del self._done_s[done]
         self._fetched_step = step
-        count, step_s, data_wait_s = self._taken
-        self._taken = (count + step - first + 1, step_s + elapsed, data_wait_s + wait_s)
+        count, steps_s, data_wait_s = self._taken
+        self._taken = (count + len(before), steps_s + elapsed_s, data_wait_s + wait_s)
 
     def take(self) -> StepTime:
-        """Means over the steps fetched since the last call, of which there must be one."""
+        """Return means over the steps fetched since the last call, of which there must be one."""
         count, step_s, data_wait_s = self._taken
         self._taken = (0, 0.0, 0.0)
         return StepTime(

@@ -1,4 +1,4 @@
-"""A bar for people at a terminal, lines for logs, silence for everybody else."""
+"""A bar for people at a terminal, lines for logs, nothing for everybody else."""
 
 import io
 
@@ -8,13 +8,9 @@ from llamajax.monitoring import Progress
 from llamajax.monitoring.progress import format_count, format_duration, format_row
 
 ROW = {
-    "loss": 3.4123,
-    "learning_rate": 3e-4,
-    "grad_norm": 0.912,
-    "tokens_per_s": 12345.0,
-    "mfu_full": 0.4123,
-    "step_time_s": 1.0,
-}
+    "loss": 3.4123, "learning_rate": 3e-4, "grad_norm": 0.912, "tokens_per_s": 12345.0,
+    "mfu_full": 0.4123, "step_time_s": 1.0,
+}  # fmt: skip
 
 
 class Terminal(io.StringIO):
@@ -24,11 +20,18 @@ class Terminal(io.StringIO):
         return True
 
 
+def shown_on(stream, total_steps=300, start_step=0, mode="auto", primary=True, **options):
+    return Progress(
+        total_steps=total_steps, start_step=start_step, mode=mode, primary=primary, stream=stream,
+        **options,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0, "0s"), (59.6, "1m00s"), (192, "3m12s"), (18420, "5h07m"), (1051200, "12d04h")],
 )
-def test_durations(seconds: float, text: str):
+def test_durations(seconds, text):
     assert format_duration(seconds) == text
 
 
@@ -37,13 +40,13 @@ def test_durations(seconds: float, text: str):
     [(0, "0"), (870, "870"), (999.6, "1.00k"), (12345, "12.3k"), (999_600, "1.00M"),
      (70_553_706_496, "70.6B"), (15e12, "15.0T"), (2e16, "20000T")],
 )  # fmt: skip
-def test_counts(number: float, text: str):
+def test_counts(number, text):
     assert format_count(number) == text
 
 
 def test_a_line_in_a_log():
     stream = io.StringIO()
-    progress = Progress(total_steps=300, start_step=119, mode="auto", primary=True, stream=stream)
+    progress = shown_on(stream, start_step=119)
     progress.show({"step": 120, **ROW})
     progress.show({"step": 120, "eval_loss": 3.5, "eval_perplexity": 33.12})
     progress.close()
@@ -54,58 +57,43 @@ def test_a_line_in_a_log():
 
 
 def test_what_is_unknown_is_left_out():
-    assert format_row({"loss": 1.0, "mfu_full": None, "grad_norm": float("nan")}) == (
-        "loss 1.000  grad nan"
-    )
+    row = {"loss": 1.0, "mfu_full": None, "grad_norm": float("nan")}
+    assert format_row(row) == "loss 1.000  grad nan"
 
 
-def test_lines_come_at_most_once_a_second_but_the_last_comes():
+@pytest.mark.parametrize(
+    ("steps", "every_s", "num_lines", "first", "last"),
+    [(100, 0.3, 1 + 24 + 1, "1m39s", "0s"), (1000, 2.0, 1000, "16m39s", "0s")],
+)
+def test_lines_come_once_a_second_with_the_time_left(steps, every_s, num_lines, first, last):
+    """The first line has the step time of its row, later ones the wall clock; the last comes."""
     stream, now = io.StringIO(), [0.0]
-    progress = Progress(
-        total_steps=100, start_step=0, mode="lines", primary=True, stream=stream,
-        clock=lambda: now[0],
-    )  # fmt: skip
-    for step in range(1, 101):
-        now[0] += 0.3
-        progress.show({"step": step, **ROW})
-    lines = stream.getvalue().splitlines()
-    assert lines[0].startswith("step 1/100 ")
-    assert lines[-1].startswith("step 100/100 ")
-    assert len(lines) == 1 + 24 + 1
-
-
-def test_time_left_follows_the_wall_clock():
-    stream, now = io.StringIO(), [0.0]
-    progress = Progress(
-        total_steps=1000, start_step=0, mode="lines", primary=True, stream=stream,
-        clock=lambda: now[0],
-    )  # fmt: skip
-    for step in range(1, 201):
-        now[0] += 2.0
+    progress = shown_on(stream, total_steps=steps, mode="lines", clock=lambda: now[0])
+    for step in range(1, steps + 1):
+        now[0] += every_s
         progress.show({"step": step, "step_time_s": 1.0})
     lines = stream.getvalue().splitlines()
-    assert lines[0].endswith("eta 16m39s")
-    assert lines[-1].endswith("eta 26m40s")
+    assert len(lines) == num_lines
+    assert lines[0] == f"step 1/{steps}    eta {first}"
+    assert lines[-1] == f"step {steps}/{steps}    eta {last}"
+    if every_s == 2.0:
+        assert lines[199].endswith("eta 26m40s")
 
 
 def test_a_bar_on_a_terminal():
     stream = Terminal()
-    progress = Progress(total_steps=300, start_step=100, mode="auto", primary=True, stream=stream)
+    progress = shown_on(stream, start_step=100)
     progress.show({"step": 120, **ROW})
     progress.note("checkpoint saved")
     progress.close()
-    text = stream.getvalue()
-    assert "100/300" in text
-    assert "120/300" in text
-    assert "loss 3.412" in text
-    assert "eta 3m00s" in text
-    assert "\rcheckpoint saved\n" in text
+    for text in ("100/300", "120/300", "loss 3.412", "eta 3m00s", "\rcheckpoint saved\n"):
+        assert text in stream.getvalue()
 
 
 @pytest.mark.parametrize(("mode", "primary"), [("none", True), ("bar", False), ("lines", False)])
-def test_silence(mode: str, primary: bool):
+def test_silence(mode, primary):
     stream = Terminal()
-    progress = Progress(total_steps=3, start_step=0, mode=mode, primary=primary, stream=stream)
+    progress = shown_on(stream, mode=mode, primary=primary)
     progress.show({"step": 1, **ROW})
     progress.note("text")
     progress.close()
@@ -123,8 +111,8 @@ class Refusing(io.StringIO):
 
 
 @pytest.mark.parametrize("mode", ["bar", "lines"])
-def test_a_stream_that_refuses_ends_nothing(mode: str):
-    progress = Progress(total_steps=9, start_step=0, mode=mode, primary=True, stream=Refusing())
+def test_a_stream_that_refuses_ends_nothing(mode):
+    progress = shown_on(Refusing(), mode=mode)
     progress.show({"step": 1} | ROW)
     progress.note("warning: something")
     progress.show({"step": 1, "eval_loss": 1.0})

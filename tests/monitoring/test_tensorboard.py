@@ -4,15 +4,12 @@ import os
 import struct
 import subprocess
 import sys
-from pathlib import Path
-
-import pytest
 
 from llamajax.monitoring import MetricsWriter, load_metrics
 
 
-def read_events(path: Path) -> list:
-    """Events of one file: length (8 bytes), its checksum (4), data, its checksum (4)."""
+def read_events(path):
+    """Return the events of a file: length (8 bytes), its checksum (4), data, its checksum (4)."""
     from tensorboardX.proto import event_pb2
 
     data, events = path.read_bytes(), []
@@ -23,7 +20,7 @@ def read_events(path: Path) -> list:
     return events
 
 
-def test_scalars_and_the_mark_of_a_resume(tmp_path: Path):
+def test_scalars_and_the_mark_of_a_resume(tmp_path):
     metrics = MetricsWriter(tmp_path, tensorboard=True, resume_step=4, primary=True)
     metrics.write({"step": 5, "loss": 0.5, "mfu_full": None, "note": "x"})
     metrics.write({"step": 5, "eval_loss": 0.25})
@@ -37,17 +34,13 @@ def test_scalars_and_the_mark_of_a_resume(tmp_path: Path):
     assert evaluation.step == 5
 
 
-def test_a_full_disk_ends_tensorboard_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_a_full_disk_ends_tensorboard_only(tmp_path, monkeypatch, capsys):
     metrics = MetricsWriter(tmp_path, tensorboard=True, resume_step=0, primary=True)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    from tensorboardX.event_file_writer import EventsWriter
-
-    monkeypatch.setattr(EventsWriter, "write_event", full)
+    monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", full)
     for step in range(1, 30):
         metrics.write({"step": step, "loss": 0.5})
     metrics.close()
@@ -55,7 +48,7 @@ def test_a_full_disk_ends_tensorboard_only(
     assert capsys.readouterr().err.count("tensorboard/ is no longer written") == 1
 
 
-def test_no_package_is_imported_that_is_not_needed(tmp_path: Path):
+def test_no_package_is_imported_that_is_not_needed(tmp_path):
     """Stand-ins of what tensorboardX would import end the process."""
     for name in ("torch", "boto3", "google/cloud/storage"):
         stand_in = tmp_path / "site" / f"{name}.py"

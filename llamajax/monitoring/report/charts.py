@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, without scripts; coloured by the page, so light and dark both work."""
+"""Line charts as inline SVG, without scripts; colored by the page, so light and dark both work."""
 
 import dataclasses
 import html
@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 WIDTH, HEIGHT = 560, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 24, 10, 28
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, WIDTH - 24, 10, HEIGHT - 28  # of the plot
 _MAX_POINTS = 500
 _LOG_RATIO = 100
 
@@ -26,7 +26,7 @@ class Series:
 
 
 def nice_ticks(low: float, high: float, *, count: int) -> list[float]:
-    """Round numbers in [low, high], about `count` of them, 1, 2 or 5 times a power of ten apart."""
+    """Return about `count` round numbers in [low, high], 1, 2 or 5 times a power of ten apart."""
     span = high - low
     if span <= 0 or not math.isfinite(span):
         return [low]
@@ -39,7 +39,7 @@ def nice_ticks(low: float, high: float, *, count: int) -> list[float]:
 
 
 def thin(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most about 500 points that keep every bucket's smallest and largest value."""
+    """Return at most about 500 points that keep every bucket's smallest and largest value."""
     if len(points) <= _MAX_POINTS:
         return list(points)
     size = math.ceil(2 * len(points) / _MAX_POINTS)
@@ -54,7 +54,7 @@ def thin(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The mean over a fiftieth of the points around each; what is not finite is skipped."""
+    """Average over a fiftieth of the points around each; skip what is not finite."""
     whole = [point for point in points if math.isfinite(point[1])]
     half = max(1, len(whole) // 100)
     sums = [0.0, *itertools.accumulate(value for _, value in whole)]
@@ -75,24 +75,18 @@ def _range(values: Sequence[float], *, zero: bool) -> tuple[float, float]:
     return (low if zero else low - margin), high + margin
 
 
-def _log_range(values: Sequence[float]) -> tuple[float, float]:
-    return math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-
-
-def _paths(series: Series, x: Callable[[float], float], y: Callable[[float], float]) -> str:
+def _line(series: Series, x: Callable[[float], float], y: Callable[[float], float]) -> str:
     parts, run = [], []
     for step, value in [*thin(series.points), (0, math.nan)]:
         if math.isfinite(value):
-            run.append(f"{x(step):.1f},{y(value):.1f}")
+            run.append((f"{x(step):.1f}", f"{y(value):.1f}"))
+        elif len(run) == 1 and not series.markers:
+            left, top = run[0]
+            parts.append(f'<circle class="dot {series.style}" cx="{left}" cy="{top}" r="2.5"/>')
+            run = []
         elif run:
-            single = len(run) == 1 and not series.markers
-            shape = (
-                f'<circle class="dot {series.style}" cx="{run[0].split(",")[0]}" '
-                f'cy="{run[0].split(",")[1]}" r="2.5"/>'
-                if single
-                else f'<polyline class="line {series.style}" points="{" ".join(run)}"/>'
-            )
-            parts.append(shape)
+            points = " ".join(",".join(point) for point in run)
+            parts.append(f'<polyline class="line {series.style}" points="{points}"/>')
             run = []
     if series.markers:
         parts += [
@@ -104,22 +98,12 @@ def _paths(series: Series, x: Callable[[float], float], y: Callable[[float], flo
     return "".join(parts)
 
 
-def _axes(x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[tuple[float, str]]) -> list[str]:
-    right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
-    parts = [
-        f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
-        for y, label in y_ticks
-    ]
-    parts += [
-        f'<text class="tick" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{label}</text>'
-        for x, label in x_ticks
-    ]
-    parts.append(
-        f'<text class="tick" x="{_LEFT - 8}" y="{bottom + 18}" text-anchor="end">step</text>'
-    )
-    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
-    return parts
+def _text(x: str, y: str, label: str, anchor: str = "end") -> str:
+    return f'<text class="tick" x="{x}" y="{y}" text-anchor="{anchor}">{label}</text>'
+
+
+def _level_line(css: str, y: str) -> str:
+    return f'<line class="{css}" x1="{_LEFT}" x2="{_RIGHT}" y1="{y}" y2="{y}"/>'
 
 
 def line_chart(
@@ -130,56 +114,49 @@ def line_chart(
     zero: bool = False,
     level: tuple[str, float] | None = None,
 ) -> str:
-    """An SVG element with a figure caption; a plain note where there is no finite point.
+    """Return an SVG element with a figure caption; a plain note where there is no finite point.
 
     zero: the value axis starts at 0. level: a labelled horizontal line. The value axis is
     logarithmic where positive values span more than two powers of ten.
     """
-    caption = f"<figcaption>{html.escape(title)}{_legend(series)}</figcaption>"
+    named = [line for line in series if line.label and line.points]
+    keys = [f'<span class="key {s.style}">{html.escape(s.label)}</span>' for s in named]
+    legend = "".join(keys) if len(keys) > 1 else ""
+    caption = f"<figcaption>{html.escape(title)}{legend}</figcaption>"
     points = [p for line in series for p in line.points if math.isfinite(p[1])]
     if not points:
         return f'<figure>{caption}<p class="none">nothing logged yet</p></figure>'
     values = [value for _, value in points] + ([level[1]] if level else [])
+    low, high = _range(values, zero=zero)
+    y_ticks = nice_ticks(low, high, count=5)
     log = min(values) > 0 and max(values) / min(values) > _LOG_RATIO and not zero
-    low, high = _log_range(values) if log else _range(values, zero=zero)
+    if log:
+        low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+        y_ticks = [10.0**power for power in range(low, high + 1)]
     first, last = min(s for s, _ in points), max(s for s, _ in points)
-    bottom, right = HEIGHT - _BOTTOM, WIDTH - _RIGHT
 
     def x(step: float) -> float:
-        return _LEFT + (right - _LEFT) * (step - first) / ((last - first) or 1)
+        return _LEFT + (_RIGHT - _LEFT) * (step - first) / ((last - first) or 1)
 
     def y(value: float) -> float:
-        place = math.log10(value) if log else value
-        return bottom - (bottom - _TOP) * (place - low) / ((high - low) or 1)
+        height = (math.log10(value) if log else value) - low
+        return _BOTTOM - (_BOTTOM - _TOP) * height / ((high - low) or 1)
 
-    if log:
-        y_values = [10.0**power for power in range(int(low), int(high) + 1)]
-    else:
-        y_values = nice_ticks(low, high, count=5)
-    x_values = [s for s in nice_ticks(first, last, count=6) if s == int(s)]
-    parts = _axes(
-        [(x(s), f"{int(s):,}") for s in x_values],
-        [(y(v), html.escape(format_value(v))) for v in y_values],
-    )
+    left, below = f"{_LEFT - 8}", f"{_BOTTOM + 18}"
+    parts = []
+    for value in y_ticks:
+        parts.append(_level_line("grid", f"{y(value):.1f}"))
+        parts.append(_text(left, f"{y(value) + 4:.1f}", html.escape(format_value(value))))
+    for step in nice_ticks(first, last, count=6):
+        if step == int(step):
+            parts.append(_text(f"{x(step):.1f}", below, f"{int(step):,}", "middle"))
+    parts += [_text(left, below, "step"), _level_line("axis", str(_BOTTOM))]
     if level:
-        place = y(level[1])
-        parts.append(
-            f'<line class="level" x1="{_LEFT}" x2="{right}" y1="{place:.1f}" y2="{place:.1f}"/>'
-            f'<text class="tick" x="{right}" y="{place - 5:.1f}" text-anchor="end">'
-            f"{html.escape(level[0])}</text>"
-        )
-    parts += [_paths(line, x, y) for line in series]
+        parts.append(_level_line("level", f"{y(level[1]):.1f}"))
+        parts.append(_text(str(_RIGHT), f"{y(level[1]) - 5:.1f}", html.escape(level[0])))
+    parts += [_line(line, x, y) for line in series]
     label = html.escape(f"{title}, steps {first} to {last}", quote=True)
     return (
         f'<figure>{caption}<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
         f"{''.join(parts)}</svg></figure>"
-    )
-
-
-def _legend(series: Sequence[Series]) -> str:
-    named = [line for line in series if line.label and line.points]
-    if len(named) < 2:
-        return ""
-    return "".join(
-        f'<span class="key {line.style}">{html.escape(line.label)}</span>' for line in named
     )
