@@ -1,7 +1,6 @@
-"""Bare PJRT plugin libraries: looked at before JAX sees them, then named to JAX with their options.
+"""PJRT plugins: check a bare library and name it to JAX, and say which JAX a plugin was built for.
 
-JAX itself finds the plugins that are installed as Python packages. Of both kinds: what they say of
-the JAX that they were built for.
+JAX itself finds the plugins that are installed as Python packages.
 """
 
 import contextlib
@@ -50,7 +49,7 @@ class _Head(ctypes.Structure):
 
 
 def typed_options(text: str | None) -> dict[str, Option]:
-    """The options that `k=v,k=v` means, typed as PJRT wants them.
+    """Return the options that `k=v,k=v` means, typed as PJRT wants them.
 
     `true` and `false` are bools, 8 is an int, 0.5 and 1e9 are floats, anything else a string; in
     quotes ("8") everything is one. UserError with every part that is no k=v or comes twice.
@@ -80,38 +79,37 @@ def _typed(text: str) -> Option:
     return text[1:-1] if quoted else text
 
 
-def api_version(library: Path) -> tuple[int, int]:
-    """Version of the PJRT C API that a library offers, read from its table; loads the library.
+def check_library(library: Path) -> tuple[int, int]:
+    """Load a library and return the version of the PJRT C API that it offers.
 
     UserError for a file that is missing, no shared library, without `GetPjrtApi`, or of a version
     that this JAX does not take.
     """
+    title = f"backend.plugin = {library}:"
     if not library.is_file():
         raise UserError(
-            f"backend.plugin = {library}: there is no such file; give the path of the vendor's "
-            "PJRT library (often libpjrt_NAME.so)"
+            f"{title} there is no such file; give the path of the vendor's PJRT library (often "
+            "libpjrt_NAME.so)"
         )
     try:
         loaded = ctypes.CDLL(str(library))
     except OSError as error:
-        raise UserError(f"backend.plugin = {library}: {_not_loaded(library, error)}") from None
-    try:
-        get = loaded.GetPjrtApi
-    except AttributeError:
+        raise UserError(f"{title} {_not_loaded(library, error)}") from None
+    if not hasattr(loaded, "GetPjrtApi"):
         raise UserError(
-            f"backend.plugin = {library}: is a shared library without the function GetPjrtApi, so "
-            "it is no PJRT plugin; ask the vendor which of its libraries is"
-        ) from None
-    get.restype = ctypes.POINTER(_Head)
-    table = get()
+            f"{title} is a shared library without the function GetPjrtApi, so it is no PJRT "
+            "plugin; ask the vendor which of its libraries is"
+        )
+    loaded.GetPjrtApi.restype = ctypes.POINTER(_Head)
+    table = loaded.GetPjrtApi()
     if not table:
-        raise UserError(f"backend.plugin = {library}: GetPjrtApi gave no table of functions")
+        raise UserError(f"{title} GetPjrtApi gave no table of functions")
     major, minor = table.contents.version.major, table.contents.version.minor
     if major != _MAJOR or minor < _OLDEST_MINOR:
         raise UserError(
-            f"backend.plugin = {library}: offers version {major}.{minor} of the PJRT C API, but "
-            f"this JAX takes {_MAJOR}.{_OLDEST_MINOR} or later of major version {_MAJOR}; install "
-            "a plugin that was built for a JAX of about the same age, or a JAX that fits it "
+            f"{title} offers version {major}.{minor} of the PJRT C API, but this JAX takes "
+            f"{_MAJOR}.{_OLDEST_MINOR} or later of major version {_MAJOR}; install a plugin that "
+            "was built for a JAX of about the same age, or a JAX that fits it "
             f"({_package(library, ()) or _installed()})"
         )
     return major, minor
@@ -133,17 +131,17 @@ def _not_loaded(library: Path, error: OSError) -> str:
 
 @contextlib.contextmanager
 def named_to_jax(config: BackendConfig) -> Iterator[None]:
-    """Within it JAX, when it first looks for its backends, finds the config's library and options.
+    """Let JAX find the config's library and options when it first looks for its backends.
 
-    Does nothing without `backend.plugin`. The variable that says it is put back afterwards, so that
-    processes started later are not told of a file that is gone.
+    Does nothing without `backend.plugin`. The variable for JAX is restored afterwards, so that
+    processes started later do not get the name of a file that is gone.
     """
     if not config.plugin:
         yield
         return
     library = Path(config.plugin).absolute()
     options = typed_options(config.options)
-    api_version(library)
+    check_library(library)
     before = os.environ.get(_JAX_VARIABLE)
     with tempfile.TemporaryDirectory(prefix="llamajax_plugin_") as folder:
         file = Path(folder) / "plugin.json"
@@ -204,31 +202,30 @@ def _package(library: Path | None, names: Sequence[str]) -> str | None:
 
 
 def why_not(name: str, reason: str, config: BackendConfig) -> str:
-    """What to tell a user whose backend did not come up, from JAX's own words."""
+    """Return the message for a backend that did not come up. reason: JAX's own words."""
     reason = reason.splitlines()[0].removeprefix(f"Unable to initialize backend '{name}': ")
     reason = re.sub(r"\s*\(set JAX_PLATFORMS=.*\)$", "", reason)
-    package = _package(Path(config.plugin) if config.plugin else None, (name,))
-    reason += f" [{package}]" if package else ""
-    said = f"backend {name!r} did not come up: {reason}"
+    title = f"backend {name!r} did not come up:"
     if "list of known backends" in reason:
         return (
-            f"backend {name!r} did not come up: no plugin of that name is installed"
-            f"{_known(reason)}. Install its JAX plugin, give a bare library with backend.plugin, "
-            "or choose another backend (cpu always works)"
+            f"{title} no plugin of that name is installed{_known(reason)}. Install its JAX plugin, "
+            "give a bare library with backend.plugin, or choose another backend (cpu always works)"
         )
+    if package := _package(Path(config.plugin) if config.plugin else None, (name,)):
+        reason += f" [{package}]"
     if "INVALID_ARGUMENT" in reason and config.options:
         return (
-            f"{said}. Correct backend.options = {config.options} (8 is an int, 8.0 a float, true a "
-            'bool, "8" in quotes a string)'
+            f"{title} {reason}. Correct backend.options = {config.options} (8 is an int, 8.0 a "
+            'float, true a bool, "8" in quotes a string)'
         )
     if "NOT_FOUND" in reason or "provides no devices" in reason:
         return (
-            f"{said}. Is a device there, its driver loaded, and is it visible to this process? "
-            "Choose another backend otherwise (cpu always works)"
+            f"{title} {reason}. Is a device there, its driver loaded, and is it visible to this "
+            "process? Choose another backend otherwise (cpu always works)"
         )
     return (
-        f"{said}. Check the vendor's driver and runtime (its own tool should list the device), or "
-        "choose another backend (cpu always works)"
+        f"{title} {reason}. Check the vendor's driver and runtime (its own tool should list the "
+        "device), or choose another backend (cpu always works)"
     )
 
 

@@ -1,6 +1,6 @@
-"""Devices that are not here, to compile for: from `v5p:4x4x4` or `h200:64` to JAX device objects.
+"""Make JAX device objects of hardware that is not here, to compile for: `v5p:4x4x4`, `h200:64`.
 
-`2*v5p:4x4x4` is two slices of TPUs joined by the data-centre network, `2*b200:9x8` two NVLink
+`2*v5p:4x4x4` is two slices of TPUs joined by the data-center network, `2*b200:9x8` two NVLink
 domains of 9 hosts; without a number before it each host of GPUs is a domain of its own.
 
 TPUs through the libtpu wheel, NVIDIA GPUs through the compile-only path of JAX's CUDA plugin (no
@@ -54,7 +54,7 @@ class Target:
     devices_a_node: int | None = None
 
     def machine(self) -> runtime.Machine:
-        """The facts that a run would see there."""
+        """Return the machine that a run would get there."""
         return runtime.Machine(
             platform=self.platform,
             device_kind=self.device_kind,
@@ -72,10 +72,10 @@ def _num_processes(devices: Sequence[Any]) -> int:
 
 
 def absent_devices(text: str, backend: BackendConfig) -> Target:
-    """The devices that `text` (KIND:SHAPE) means; `backend` names a plugin's library, if any.
+    """Return the devices that `text` (KIND:SHAPE) means, with JAX itself started on the CPU.
 
-    JAX itself is started on the CPU. Raises UserError for a kind or shape that nothing here can
-    compile for, naming the nearest kind or what is to be installed.
+    backend: names a plugin's library, if any. Raises UserError for a kind or shape that nothing
+    here can compile for, naming the nearest kind or what is to be installed.
     """
     kind, colon, shape = (part.strip() for part in text.partition(":"))
     example = "write KIND:SHAPE, for example v5p:4x4x4, 2*v5p:4x4x4, h200:64, h100:8x8 or cpu:8"
@@ -88,25 +88,31 @@ def absent_devices(text: str, backend: BackendConfig) -> Target:
     sizes = [int(n) for n in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
     if not is_plugin and (not sizes or 0 in sizes):
         raise UserError(f"--devices={text}: {shape!r} is not a shape; {example}")
-    num_cpu_devices = sizes[0] if kind == "cpu" else None
     if kind == "cpu" and len(sizes) != 1:
         raise UserError(f"--devices={text}: cpu takes one number, for example cpu:8")
     devices.use_device_table(backend.device_table)
     if is_plugin and not (backend.plugin and backend.name == kind):
         backend = BackendConfig(repairs=backend.repairs)
-    _quiet_libtpu()
-    _start_host(backend, num_cpu_devices=num_cpu_devices or 1)
+    _start_host(backend, num_cpu_devices=sizes[0] if kind == "cpu" else 1)
+    packages = ["jax", "jaxlib"]
     if kind == "cpu":
-        found, versions = jax.devices()[: sizes[0]], ("jaxlib",)
+        found, packages = jax.devices()[: sizes[0]], ["jaxlib"]
     elif kind in TPUS:
-        found, versions = _tpus(text, kind, sizes, slices=count or 1), ("jax", "jaxlib", "libtpu")
+        found = _tpus(text, kind, sizes, slices=count or 1)
+        packages.append("libtpu")
     elif kind in GPUS:
-        packages = ("jax", "jaxlib", "jax-cuda13-plugin")
-        found, versions = _gpus(text, kind, sizes, domains=count), packages
+        found = _gpus(text, kind, sizes, domains=count)
+        packages.append("jax-cuda13-plugin")
     else:
-        found, versions = _of_plugin(text, kind, shape), ("jax", "jaxlib")
+        found = _of_plugin(text, kind, shape)
     first = found[0]
-    repairs = _repairs(first, backend)
+    verdict = read_verdict(
+        platform=first.platform,
+        platform_version=" ".join(str(first.client.platform_version).split()),
+        device_kind=first.device_kind,
+    )
+    repairs = choose_repairs(backend.repairs, platform=first.platform, verdict=verdict)
+    apply_to_lowering(first.platform, repairs)
     return Target(
         text=f"{count}*{kind}:{shape}" if count else f"{kind}:{shape}",
         platform=first.platform,
@@ -114,16 +120,16 @@ def absent_devices(text: str, backend: BackendConfig) -> Target:
         devices=tuple(found),
         entry=devices.find(first.device_kind),
         compute_capability=_GPU[kind].capability if kind in GPUS else None,
-        versions={name: importlib.metadata.version(name) for name in versions}
+        versions={name: importlib.metadata.version(name) for name in packages}
         | {name: os.environ[name] for name in _FLAGS if os.environ.get(name)},
         repairs=repairs,
-        # of GPUs that are not here JAX gives all the same slice_index
+        # JAX gives all GPUs that are not here the same slice_index.
         devices_a_node=len(found) // (count or _num_processes(found)) if kind in GPUS else None,
     )
 
 
 def _count(text: str, kind: str, shape: str) -> tuple[int | None, str]:
-    """The number before `*`, if any, and the kind behind it."""
+    """Return the number before `*`, if any, and the kind behind it."""
     number, star, rest = (part.strip() for part in kind.partition("*"))
     if not star:
         return None, kind
@@ -140,19 +146,13 @@ def _count(text: str, kind: str, shape: str) -> tuple[int | None, str]:
     return int(number), rest
 
 
-def _repairs(device: Any, backend: BackendConfig) -> tuple[str, ...]:
-    """What a run on such devices would make up for, made up for in the programs lowered here."""
-    version = " ".join(str(device.client.platform_version).split())
-    verdict = read_verdict(
-        platform=device.platform, platform_version=version, device_kind=device.device_kind
-    )
-    repairs = choose_repairs(backend.repairs, platform=device.platform, verdict=verdict)
-    apply_to_lowering(device.platform, repairs)
-    return repairs
-
-
 def _start_host(backend: BackendConfig, *, num_cpu_devices: int) -> None:
     """Start JAX on the CPU, which lowers for every target, with that many devices at least."""
+    # libtpu asks the cloud's metadata server who it is, waits, and complains; no need here. Nor
+    # does one that only compiles need to be the only one on the machine.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     jax.config.update("jax_platforms", "cpu")
     if jax.config.jax_num_cpu_devices < num_cpu_devices:
         jax.config.update("jax_num_cpu_devices", num_cpu_devices)
@@ -160,31 +160,15 @@ def _start_host(backend: BackendConfig, *, num_cpu_devices: int) -> None:
         jax.devices()  # JAX looks for plugins now
 
 
-def _quiet_libtpu() -> None:
-    """libtpu asks the cloud's metadata server who it is, waits, and complains; no need here.
-
-    Nor does one that only compiles need to be the only one on the machine.
-    """
-    settings = {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
-
-
 def _tpus(text: str, kind: str, sizes: list[int], *, slices: int) -> list[Any]:
-    flat = kind in ("v5e", "v6e")
-    if len(sizes) != (2 if flat else 3):
-        example = "2x4" if flat else "4x4x4"
-        words = "two" if flat else "three"
+    words, example = ("two", "2x4") if kind in ("v5e", "v6e") else ("three", "4x4x4")
+    if len(sizes) != len(example.split("x")):
         raise UserError(
             f"--devices={text}: a slice of {kind} has {words} sides, counted in chips, for example "
             f"{kind}:{example}"
         )
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
-    host = (*_HOST[: len(sizes)],)
+    host = _HOST[: len(sizes)]
     if any(size % side for size, side in zip(sizes, host, strict=True)):
         if max(sizes) > 2:  # not a part of one host
             raise UserError(
@@ -203,14 +187,13 @@ def _tpus(text: str, kind: str, sizes: list[int], *, slices: int) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(name, "tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(
-            f"--devices={text}: libtpu has no such slice: {_first_line(error)}"
-        ) from None
+        line = str(error).splitlines()[0]
+        raise UserError(f"--devices={text}: libtpu has no such slice: {line}") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Gpu:
-    """What XLA's GPU compiler must know of a chip, beside the device table."""
+    """What XLA's GPU compiler must know of a chip, besides the device table."""
 
     description: str
     capability: str
@@ -262,7 +245,7 @@ def _gpus(text: str, kind: str, sizes: list[int], *, domains: int | None) -> lis
 
 
 def _gpu_target(kind: str) -> str:
-    """A `GpuTargetConfigProto` of XLA in text form."""
+    """Return a `GpuTargetConfigProto` of XLA in text form."""
     gpu, entry = _GPU[kind], next(d for d in devices.DEVICES if d.name == kind)
     major, minor = gpu.capability.split(".")
     return f"""gpu_device_info {{
@@ -302,10 +285,7 @@ def _of_plugin(text: str, kind: str, shape: str) -> list[Any]:
             "installed PJRT plugin that implements topologies"
         ) from None
     except jax.errors.JaxRuntimeError as error:
+        line = str(error).splitlines()[0]
         raise UserError(
-            f"--devices={text}: plugin {kind!r} has no topology {shape!r}: {_first_line(error)}"
+            f"--devices={text}: plugin {kind!r} has no topology {shape!r}: {line}"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

@@ -14,49 +14,8 @@ from jax.experimental import multihost_utils
 
 from llamajax.errors import ExitCode, TransientError, UserError
 
-_MESSAGE_BYTES = 1024
+_PAD_BYTES = 1024  # texts are padded to multiples: each other length is a program to compile
 T = TypeVar("T")
-
-
-def first_problem(problem: str | None) -> str | None:
-    """Return on all processes the first problem that any of them has; None if none has one."""
-    if jax.process_count() == 1:
-        return problem
-    for row in np.asarray(multihost_utils.process_allgather(_padded(problem or ""))):
-        if found := _text(row):
-            return found
-    return None
-
-
-def raise_together(error: UserError | None) -> None:
-    """Raise on all processes the first error that any of them has."""
-    if jax.process_count() == 1:
-        if error is not None:
-            raise error
-        return
-    if found := first_problem(None if error is None else f"{error.exit_code:d} {error}"):
-        code, _, text = found.partition(" ")
-        raise (TransientError if int(code) == ExitCode.TRANSIENT else UserError)(text)
-
-
-def broadcast_from_first(decide: Callable[..., T], *args: Any) -> T:
-    """Return on all processes what `decide(*args)` returns on process 0; it runs there only.
-
-    For what is read from a shared directory, which two processes may see a moment apart. The
-    result must be JSON of at most 1024 bytes. Raises the UserError of `decide` on all processes.
-    """
-    if jax.process_count() == 1:
-        return decide(*args)
-    found, error = None, None
-    if jax.process_index() == 0:
-        try:
-            found = decide(*args)
-        except UserError as raised:
-            error = raised
-    raise_together(error)
-    text = json.dumps(found)
-    assert len(text) <= _MESSAGE_BYTES, text
-    return json.loads(_text(multihost_utils.broadcast_one_to_all(_padded(text))))
 
 
 def all_gather_host(number: int) -> list[int]:
@@ -69,10 +28,42 @@ def all_gather_host(number: int) -> list[int]:
     return [(int(high) << 31) + int(low) for high, low in rows]
 
 
-def _padded(text: str) -> np.ndarray:
-    encoded = text.encode()[:_MESSAGE_BYTES]
-    return np.frombuffer(encoded.ljust(_MESSAGE_BYTES, b"\0"), np.uint8)
+def all_gather_text(text: str) -> list[str]:
+    """Return the text that each process passes, by process."""
+    if jax.process_count() == 1:
+        return [text]
+    encoded = text.encode()
+    longest = max(all_gather_host(len(encoded)))
+    if not longest:
+        return [""] * jax.process_count()
+    padded = encoded.ljust(-(-longest // _PAD_BYTES) * _PAD_BYTES, b"\0")
+    rows = np.asarray(multihost_utils.process_allgather(np.frombuffer(padded, np.uint8)))
+    return [bytes(row).rstrip(b"\0").decode() for row in rows]
 
 
-def _text(row: np.ndarray) -> str:
-    return bytes(np.asarray(row)).rstrip(b"\0").decode(errors="replace")
+def first_problem(problem: str | None) -> str | None:
+    """Return on all processes the first problem that any of them has; None if none has one."""
+    return next(filter(None, all_gather_text(problem or "")), None)
+
+
+def raise_together(error: UserError | None) -> None:
+    """Raise on all processes the first error that any of them has."""
+    if found := first_problem(None if error is None else f"{error.exit_code:d} {error}"):
+        code, _, text = found.partition(" ")
+        raise (TransientError if int(code) == ExitCode.TRANSIENT else UserError)(text)
+
+
+def broadcast_from_first(decide: Callable[..., T], *args: Any) -> T:
+    """Return on all processes what `decide(*args)` returns on process 0; it runs there only.
+
+    For what is read from a shared directory, which two processes may see a moment apart. The
+    result must be JSON. Raises the UserError of `decide` on all processes.
+    """
+    found, error = None, None
+    if jax.process_index() == 0:
+        try:
+            found = decide(*args)
+        except UserError as raised:
+            error = raised
+    raise_together(error)
+    return found if jax.process_count() == 1 else json.loads(all_gather_text(json.dumps(found))[0])

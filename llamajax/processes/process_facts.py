@@ -13,10 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jax.experimental import multihost_utils
-
 from llamajax.errors import UserError
+from llamajax.processes.host_collectives import all_gather_text
 
 Facts = Mapping[str, Any]
 # The fact that names why this process cannot start; absent or None where it can.
@@ -60,18 +58,10 @@ def describe_difference(facts: Sequence[Facts], hosts: Sequence[str]) -> str | N
 
 def check_same(facts: Facts) -> None:
     """Raise the same UserError on all processes where their facts differ. A collective."""
-    text = json.dumps([facts, socket.gethostname()]).encode()
-    digest = hashlib.sha256(json.dumps(facts).encode()).digest()
-    # JAX's integers have 32 bits without x64, so the digest travels as bytes.
-    mine = np.frombuffer(digest + len(text).to_bytes(8, "little"), np.uint8)
-    rows = [bytes(row) for row in np.asarray(multihost_utils.process_allgather(mine))]
-    if len({row[:32] for row in rows}) == 1:
-        return
-    padded = np.zeros(max(int.from_bytes(row[32:], "little") for row in rows), np.uint8)
-    padded[: len(text)] = np.frombuffer(text, np.uint8)
-    found = np.asarray(multihost_utils.process_allgather(padded))
-    everyone = [json.loads(bytes(row).rstrip(b"\0")) for row in found]
-    raise UserError(describe_difference([f for f, _ in everyone], [host for _, host in everyone]))
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    if len(set(all_gather_text(digest))) > 1:
+        everyone = map(json.loads, all_gather_text(json.dumps([facts, socket.gethostname()])))
+        raise UserError(describe_difference(*zip(*everyone, strict=True)))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from llamajax.backends.plugin import api_version, built_for, named_to_jax, typed_options, why_not
+from llamajax.backends.plugin import built_for, check_library, named_to_jax, typed_options, why_not
 from llamajax.config.schema import BackendConfig
 from llamajax.errors import UserError
 
@@ -58,28 +58,28 @@ def test_options_that_cannot_be_read_are_all_named():
 
 
 def test_the_version_is_read_before_jax_sees_the_library(compiled):
-    assert api_version(compiled(_TABLE % (0, 81))) == (0, 81)
+    assert check_library(compiled(_TABLE % (0, 81))) == (0, 81)
 
 
 @pytest.mark.parametrize("version", [(0, 28), (1, 0)])
 def test_a_version_that_jax_refuses_is_named(compiled, version):
     library = compiled(_TABLE % version)
     with pytest.raises(UserError, match=rf"offers version {version[0]}\.{version[1]} of the PJRT"):
-        api_version(library)
+        check_library(library)
 
 
 def test_a_library_without_the_function_is_named():
     library = next((Path(np.__file__).parent / "_core").glob("_multiarray_umath*.so"))
     with pytest.raises(UserError, match="without the function GetPjrtApi"):
-        api_version(library)
+        check_library(library)
 
 
 def test_a_missing_file_and_one_that_is_no_library_are_named(tmp_path):
     with pytest.raises(UserError, match=r"absent\.so: there is no such file"):
-        api_version(tmp_path / "absent.so")
+        check_library(tmp_path / "absent.so")
     (tmp_path / "text.so").write_text("hello")
     with pytest.raises(UserError, match="is no shared library"):
-        api_version(tmp_path / "text.so")
+        check_library(tmp_path / "text.so")
 
 
 def test_a_library_that_lacks_another_is_told_where_to_look(compiled, tmp_path):
@@ -90,7 +90,7 @@ def test_a_library_that_lacks_another_is_told_where_to_look(compiled, tmp_path):
     with pytest.raises(
         UserError, match=r"needs a library .*libvendor_runtime\.so.*LD_LIBRARY_PATH"
     ):
-        api_version(library)
+        check_library(library)
 
 
 def test_jax_is_told_only_while_it_looks(compiled, monkeypatch):
@@ -197,4 +197,4 @@ def test_a_package_tells_which_jax_it_wants(package):
 def test_a_refused_version_names_the_package(package, compiled):
     compiled(_TABLE % (0, 28)).replace(package)
     with pytest.raises(UserError, match=r"npu-jax 1\.2 wants jax==0\.7\.1, jaxlib<=0\.7\.1; inst"):
-        api_version(package)
+        check_library(package)

@@ -18,7 +18,7 @@ import os, signal, sys
 from pathlib import Path
 rank = int(os.environ["LLAMAJAX_PROCESS_ID"])
 attempt = int((Path(os.readlink("/proc/self/fd/1")).suffixes[-2:] or [".-1"])[0][1:])
-def print(*values, flush=True):  # one write, so that no signal handler's line lands inside it
+def print(*values):  # one write, so that no signal handler's line lands inside it
     os.write(1, (" ".join(map(str, values)) + "\\n").encode())
 def wait_for_ever():
     os.read(int(os.environ["LLAMAJAX_PARENT_PIPE"].partition(":")[0]), 1)  # till the launcher ends

@@ -7,7 +7,7 @@ import signal
 from llamajax.launching.worker_logs import log_path
 
 PLACE = "print(rank, os.environ['LLAMAJAX_NUM_PROCESSES'], os.environ['LLAMAJAX_COORDINATOR'])\n"
-WAIT = "print(os.getpid(), os.getppid(), flush=True)\nif attempt == {}: wait_for_ever()"
+WAIT = "print(os.getpid(), os.getppid())\nif attempt == {}: wait_for_ever()"
 
 
 def test_ranks_go_over_the_nodes_and_all_finish(start_node, free_ports):
@@ -23,7 +23,7 @@ def test_nodes_agree_on_the_attempt_and_a_failure_restarts_all(start_node, tmp_p
     earlier.mkdir()
     for attempt in range(3):
         log_path(earlier, 3, attempt).write_text("earlier\n")
-    lines = "print('attempt', attempt, flush=True)\n"
+    lines = "print('attempt', attempt)\n"
     lines += "if attempt == 3 and rank == 3: os._exit(9)\nif attempt == 3: wait_for_ever()"
     first, second = (start_node(rank, lines) for rank in (0, 1))
     (code, text), (other, _) = first.wait(), second.wait()
@@ -93,7 +93,7 @@ def test_nodes_that_contradict_each_other_are_refused(start_node):
 
 
 def test_a_second_launcher_of_a_node_is_refused_and_harms_nobody(start_node, tmp_path):
-    lines = "print('x', flush=True)\nsignal.signal(signal.SIGTERM, lambda *_: os._exit(143))\n"
+    lines = "print('x')\nsignal.signal(signal.SIGTERM, lambda *_: os._exit(143))\n"
     lines += "wait_for_ever()"
     first, second = (start_node(rank, lines) for rank in (0, 1))
     assert first.log(0, 0)
