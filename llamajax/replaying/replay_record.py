@@ -57,7 +57,7 @@ class ReplayRecord:
         later = audit.position(saved, step=max(step, self.first_step), rollbacks=rollbacks)
         return later.continued(step=max(self.first_step, later.segments[-1].first_step), **now)
 
-    def recorded_directory(self, step: int, position: data.Position) -> Mapping[str, Any] | None:
+    def recorded_row(self, step: int, position: data.Position) -> Mapping[str, Any] | None:
         """Loss and gradient norm of a step that read at `position`, and why its update was skipped.
 
         None where they are not on record.

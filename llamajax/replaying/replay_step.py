@@ -72,7 +72,7 @@ def replay(options: ReplayOptions) -> Evidence:
         and same_number(first.loss, second.loss)
         and same_number(first.grad_norm, second.grad_norm),
         record=RecordComparison(
-            row=record.recorded(record.step, position),
+            row=record.recorded_row(record.step, position),
             same_machine=_is_same_machine(record, session),
             dtype=config.train.dtype,
             first_difference=first_difference,
@@ -118,7 +118,7 @@ def _state_before(
         state, metrics = update(state, next(batches))
         row = {name: metrics[name].item() for name in ("loss", "grad_norm")}
         progress.show({"step": step} | row)
-        was = record.recorded(step, position)
+        was = record.recorded_row(step, position)
         if first_difference is None and was and not all(same_number(was[n], row[n]) for n in row):
             first_difference = (
                 f"step {step}: loss {was['loss']!r} is on record, {row['loss']!r} came out now"
