@@ -1,6 +1,6 @@
 """The process in which probes run: `python -m llamajax.conformance.probe_process FD`.
 
-It reads a request from standard input and writes one JSON object a line to file descriptor FD. A
+It reads a request from standard input and sends messages on the socket of file descriptor FD. A
 probe that dies takes this process with it; the parent then knows which one it was.
 """
 
@@ -8,13 +8,12 @@ import dataclasses
 import faulthandler
 import importlib
 import json
-import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -22,6 +21,7 @@ from llamajax import backends
 from llamajax.config.schema import BackendConfig
 from llamajax.conformance.bench import Bench, UnsupportedError, WrongError
 from llamajax.errors import UserError
+from llamajax.processes.line_protocol import Connection
 
 _MESSAGE_CHARACTERS = 400
 
@@ -31,40 +31,30 @@ def main() -> int:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # the parent asks where a probe hangs
     backends.exit_with_launcher()
+    parent = Connection(socket.socket(fileno=int(sys.argv[1])))
     request = json.load(sys.stdin)
-    with os.fdopen(int(sys.argv[1]), "w", buffering=1, encoding="utf-8") as pipe:
-
-        def report(**facts: Any) -> None:
-            print(json.dumps(facts), file=pipe, flush=True)
-
-        try:
-            config = BackendConfig(**request["backend"])
-            machine = backends.start(config, keep_programs=request["keep_programs"])
-        except UserError as error:
-            report(refused=str(error))
-            return 2
-        plugin = backends.built_for(config, jax.devices()[0].client)
-        report(machine=dataclasses.asdict(machine), plugin=plugin)
-        _run_all(request["probes"], machine, Path(request["folder"]), report)
-    return 0
-
-
-def _run_all(
-    probes: list[dict[str, str]], machine: Any, folder: Path, report: Callable[..., None]
-) -> None:
-    for probe in probes:
-        report(begins=probe["name"])
-        own = folder / probe["name"]
-        own.mkdir(parents=True)
-        bench = Bench(devices=jax.devices(), machine=machine, folder=own)
-        module, _, name = probe["function"].partition(":")
-        function = getattr(importlib.import_module(module), name)
+    try:
+        config = BackendConfig(**request["backend"])
+        machine = backends.start(config, keep_programs=request["keep_programs"])
+    except UserError as error:
+        parent.send({"refused": str(error)})
+        return 2
+    plugin = backends.built_for(config, jax.devices()[0].client)
+    parent.send({"machine": dataclasses.asdict(machine), "plugin": plugin})
+    for probe in request["probes"]:
+        name, folder = probe["name"], Path(request["folder"]) / probe["name"]
+        parent.send({"begins": name})
+        folder.mkdir(parents=True)
+        module, _, function = probe["function"].partition(":")
+        run = getattr(importlib.import_module(module), function)
         begun = time.monotonic()
-        status, message, healthy = _result(function, bench)
+        bench = Bench(devices=jax.devices(), machine=machine, folder=folder)
+        status, message, healthy = _result(run, bench)
         time_s = round(time.monotonic() - begun, 3)
-        report(ends=probe["name"], status=status, message=message, time_s=time_s)
+        parent.send({"ends": name, "status": status, "message": message, "time_s": time_s})
         if not healthy:  # what failed may leave the runtime in disorder: the rest gets a new one
-            return
+            break
+    return 0
 
 
 def _result(function: Callable[[Bench], str], bench: Bench) -> tuple[str, str, bool]:

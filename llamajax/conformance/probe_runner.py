@@ -1,12 +1,13 @@
 """Run the probes in processes of their own: start them, watch the clock, record every result."""
 
+import collections
 import contextlib
 import dataclasses
 import itertools
 import json
 import os
-import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from llamajax.backends import ProbeResult, child_environment
 from llamajax.config.schema import BackendConfig
 from llamajax.conformance.probe_table import NOT_TRIED, Probe, repairs_for
 from llamajax.errors import UserError
+from llamajax.processes.line_protocol import Connection
 
 # Where so many probes hang, the device does: the rest would wait for nothing.
 _MOST_HANGS = 3
@@ -170,11 +172,12 @@ def _batch(left: Sequence[Probe]) -> list[Probe]:
 
 
 class _ProbeProcess:
-    """A process that runs probes, the pipe with its messages, and its other output."""
+    """A process that runs probes, the connection to it, and its other output."""
 
     def __init__(self, request: dict[str, Any]):
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        self._pipe, theirs = os.pipe()
+        ours, theirs = socket.socketpair()
+        self._connection, self._messages = Connection(ours), collections.deque()
         parent_pipe, self._held = os.pipe()
         environment = child_environment(
             coordinator_address="",
@@ -184,35 +187,28 @@ class _ProbeProcess:
             parent_pipe=parent_pipe,
         )
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "llamajax.conformance.probe_process", str(theirs)],
+            [sys.executable, "-m", "llamajax.conformance.probe_process", str(theirs.fileno())],
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=subprocess.STDOUT,
             text=True,
             env=environment,
-            pass_fds=(theirs, parent_pipe),
+            pass_fds=(theirs.fileno(), parent_pipe),
             process_group=0,
         )
-        os.close(theirs)
+        theirs.close()
         os.close(parent_pipe)
         with contextlib.suppress(BrokenPipeError):  # it died at once; reading from it tells
             self._process.stdin.write(json.dumps(request))
             self._process.stdin.close()
-        self._buffer = b""
 
     def read(self, timeout_s: float) -> dict[str, Any] | None:
         """Return the next message; {} when the process has ended, None when none comes in time."""
-        until = time.monotonic() + timeout_s
-        while b"\n" not in self._buffer:
-            ready, _, _ = select.select([self._pipe], [], [], max(0.0, until - time.monotonic()))
-            if not ready:
-                return None
-            read = os.read(self._pipe, 65536)
-            if not read:
-                return {}
-            self._buffer += read
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return json.loads(line)
+        if not self._messages:
+            self._messages += self._connection.receive(max(0.0, timeout_s))
+        if self._messages:
+            return self._messages.popleft()
+        return None if self._connection.alive else {}
 
     def death(self) -> str:
         """Return how the process ended, in words."""
@@ -249,7 +245,7 @@ class _ProbeProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._log.close()
-        os.close(self._pipe)
+        self._connection.close()
         os.close(self._held)
 
 
