@@ -119,29 +119,22 @@ def test_a_fault_is_found_and_named(doctor, npu, options, probe, status, said, r
 
 
 @pytest.mark.slow  # a minute and a half
-@pytest.mark.parametrize("devices", [1])
-def test_a_plain_cpu_is_ready(doctor, devices):
-    code, text, found = doctor("--backend=cpu", f"--num_cpu_devices={devices}")
+def test_a_plain_cpu_is_ready(doctor):
+    code, text, found = doctor("--backend=cpu", "--num_cpu_devices=1")
     assert (code, found["verdict"], found["repairs"]) == (0, "ready", []), text
     assert "fail" not in {status for status, _ in by_name(found).values()}, text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [8])
-def test_the_test_npu_is_ready_with_repairs_that_runs_then_make(
-    doctor, npu, devices, tmp_path, monkeypatch
-):
+def test_the_test_npu_is_ready_with_repairs_that_runs_then_make(doctor, npu, tmp_path, monkeypatch):
     code, text, found = doctor(
-        "--backend=npu", f"--plugin={npu}", f"--options=num_devices={devices},memory_gib=2.0"
+        "--backend=npu", f"--plugin={npu}", "--options=num_devices=8,memory_gib=2.0"
     )
     assert (code, found["verdict"]) == (0, "ready with repairs"), text
     assert found["repairs"] == ["donation", "compile_cache"]
     assert "100% of the state aliased" in by_name(found)["train_float32"][1]
     assert "; plugin built for jax 0.11.2 (StableHLO 1.20, " in by_name(found)["start"][1]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    kept = read_verdict(
-        platform="npu",
-        platform_version=found["platform_version"],
-        device_kind=found["device_kind"],
-    )
+    facts = {key: found[key] for key in ("platform", "platform_version", "device_kind")}
+    kept = read_verdict(**facts)
     assert kept.repairs == ("donation", "compile_cache")

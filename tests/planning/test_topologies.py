@@ -1,4 +1,4 @@
-"""KIND:SHAPE, read: what is there, what is not, and what is said of it."""
+"""KIND:SHAPE is read into devices, or refused with what to write instead."""
 
 import importlib.util
 
@@ -6,15 +6,14 @@ import pytest
 
 from llamajax import sharding
 from llamajax.backends import absent_devices
-from llamajax.backends.devices import DEVICES, GPU_MEMORY_FRACTION
+from llamajax.backends.devices import GPU_MEMORY_FRACTION
 from llamajax.config import BackendConfig
 from llamajax.errors import UserError
 from llamajax.planning.compilation import node_of
 
-
-def has_cuda_plugin():
-    parent = importlib.util.find_spec("jax_plugins")
-    return bool(parent and importlib.util.find_spec("jax_plugins.xla_cuda13"))
+HAS_TPU = importlib.util.find_spec("libtpu") is not None
+PLUGINS = importlib.util.find_spec("jax_plugins")
+HAS_CUDA = bool(PLUGINS and importlib.util.find_spec("jax_plugins.xla_cuda13"))
 
 
 def message(text):
@@ -56,19 +55,19 @@ def test_a_kind_or_shape_that_is_none_is_named(text, words):
     assert words in found
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
-def test_without_libtpu_it_says_what_to_install():
-    assert "plan-tpu" in message("v5p:4x4x4")
+@pytest.mark.parametrize(
+    ("text", "extra"),
+    [
+        pytest.param("v5p:4x4x4", "plan-tpu", marks=pytest.mark.skipif(HAS_TPU, reason="there")),
+        pytest.param("h100:8", "plan-gpu", marks=pytest.mark.skipif(HAS_CUDA, reason="there")),
+    ],
+)
+def test_without_a_compiler_it_says_what_to_install(text, extra):
+    assert extra in message(text)
 
 
-@pytest.mark.skipif(has_cuda_plugin(), reason="the CUDA plugin is installed")
-def test_without_the_cuda_plugin_it_says_what_to_install():
-    assert "plan-gpu" in message("h100:8")
-
-
-def test_a_gpu_program_may_take_what_the_environment_says(monkeypatch):
-    h100 = next(d for d in DEVICES if d.name == "h100")
-    v5p = next(d for d in DEVICES if d.name == "v5p")
+def test_a_gpu_program_may_take_what_the_environment_says(monkeypatch, table):
+    h100, v5p = table["h100"], table["v5p"]
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         monkeypatch.delenv(name, raising=False)
     assert h100.limit_bytes == int(h100.xla_bytes * GPU_MEMORY_FRACTION)
@@ -77,7 +76,7 @@ def test_a_gpu_program_may_take_what_the_environment_says(monkeypatch):
     assert v5p.limit_bytes == v5p.xla_bytes
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra plan-tpu")
+@pytest.mark.skipif(not HAS_TPU, reason="needs the extra plan-tpu")
 def test_slices_of_tpus_are_nodes():
     target = absent_devices("2*v5e:2x2", BackendConfig())
     assert (target.text, len(target.devices)) == ("2*v5e:2x2", 8)
@@ -85,7 +84,7 @@ def test_slices_of_tpus_are_nodes():
     assert {sharding.node_of(d) for d in absent_devices("v5e:2x4", BackendConfig()).devices} == {0}
 
 
-@pytest.mark.skipif(not has_cuda_plugin(), reason="needs JAX's CUDA plugin")
+@pytest.mark.skipif(not HAS_CUDA, reason="needs JAX's CUDA plugin")
 @pytest.mark.parametrize(
     ("text", "nodes"), [("h100:2x4", 2), ("2*h100:2x2", 2), ("1*h100:2x4", 1), ("h100:8", 1)]
 )
