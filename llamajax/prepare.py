@@ -75,7 +75,7 @@ class PrepareFlags(Flags):
         at_least=1,
     )
     overwrite: bool = key("replace DIR if it exists", default=False)
-    num_tasks: int | None = key("number of tasks", metavar="N", default=None)
+    num_tasks: int | None = key("number of tasks", metavar="N", default=None, at_least=1)
     task_index: int | None = key("do this task, into DIR.parts", metavar="I", default=None)
     merge: bool = key("make DIR of all parts, and remove DIR.parts", default=False)
     runner: Literal["local", "beam"] = key(
@@ -93,6 +93,14 @@ class PrepareFlags(Flags):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
+        if not 0 <= self.validation_fraction <= 0.5:
+            yield f"--validation_fraction={self.validation_fraction}: must lie in 0..0.5"
+        of_others = {"chat_template": "none"}
+        if self.format == "instructions":
+            of_others = {"text_key": "text", "clean": "none"}
+        useless = [f"--{name}" for name, value in of_others.items() if getattr(self, name) != value]
+        if useless:
+            yield f"--format={self.format} has no use for {', '.join(useless)}"
         one_task = self.task_index is not None
         if self.runner == "beam":
             if one_task or self.merge:
@@ -100,11 +108,15 @@ class PrepareFlags(Flags):
             return
         if self.beam_options:
             yield "--beam_options needs --runner=beam"
-        if self.num_tasks is None and (one_task or self.merge):
-            yield "--task_index and --merge need --num_tasks, the same in all commands"
-        if self.num_tasks is not None and one_task == self.merge:
-            last = self.num_tasks - 1
-            yield f"--num_tasks={self.num_tasks} needs one of --task_index=0..{last} and --merge"
+        if self.num_tasks is None:
+            if one_task or self.merge:
+                yield "--task_index and --merge need --num_tasks, the same in all commands"
+            return
+        indices = f"0..{self.num_tasks - 1}"
+        if one_task == self.merge:
+            yield f"--num_tasks={self.num_tasks} needs one of --task_index={indices} and --merge"
+        elif one_task and not 0 <= self.task_index < self.num_tasks:
+            yield f"--task_index={self.task_index}: must lie in {indices}"
 
 
 def main(argv: list[str]) -> int:

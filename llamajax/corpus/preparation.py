@@ -73,17 +73,7 @@ def prepare(settings: Settings, progress: Progress) -> dict[str, Any]:
 
 
 def check_input(settings: Settings) -> list[Path]:
-    """Return the files to prepare. Raises UserError for settings that cannot be carried out."""
-    if not 0 <= settings.validation_fraction <= 0.5:
-        raise UserError(f"--validation_fraction={settings.validation_fraction}: must lie in 0..0.5")
-    if settings.workers < 1:
-        raise UserError(f"--workers={settings.workers}: must be at least 1")
-    of_others = {"text_key": "text", "clean": "none"}
-    if settings.format == "text":
-        of_others = {"chat_template": "none"}
-    useless = [f"--{k}" for k, default in of_others.items() if getattr(settings, k) != default]
-    if useless:
-        raise UserError(f"--format={settings.format} has no use for {', '.join(useless)}")
+    """Return the files to prepare. Raises UserError for what is wrong on the disk."""
     tokenizer = None
     if parse_train(settings.tokenizer) is None:
         tokenizer = load_tokenizer(settings.tokenizer)
@@ -92,13 +82,11 @@ def check_input(settings: Settings) -> list[Path]:
     check_template(settings.chat_template, tokenizer)
     files = find_files(settings.input)
     output = settings.output
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        if not (output / MANIFEST).is_file():
-            raise UserError(
-                f"--output={output} exists and was not written by prepare; name another"
-            )
-        if not settings.overwrite:
-            raise UserError(f"--output={output} exists; pass --overwrite to replace it")
+    is_empty = output.is_dir() and not any(output.iterdir())
+    if output.exists() and not is_empty and not (output / MANIFEST).is_file():
+        raise UserError(f"--output={output} exists and was not written by prepare; name another")
+    if output.exists() and not is_empty and not settings.overwrite:
+        raise UserError(f"--output={output} exists; pass --overwrite to replace it")
     return files
 
 

@@ -66,8 +66,6 @@ def parts_of(output: Path) -> Path:
 
 def share_out(output: Path, files: list[Path], num_tasks: int) -> list[Task]:
     """Divide the files among tasks: the middle byte of a file decides to which it belongs."""
-    if num_tasks < 1:
-        raise UserError(f"--num_tasks={num_tasks}: must be at least 1")
     sizes = [file.stat().st_size for file in files]
     total, before = max(1, sum(sizes)), 0
     names = (f"part-{i:05d}-of-{num_tasks:05d}" for i in range(num_tasks))
@@ -86,8 +84,6 @@ def run_task(settings: Settings, *, index: int, num_tasks: int, progress: Progre
     """
     files = check_input(settings)
     tasks = share_out(settings.output, files, num_tasks)
-    if not 0 <= index < num_tasks:
-        raise UserError(f"--task_index={index}: must lie in 0..{num_tasks - 1} (--num_tasks)")
     part, own_files = tasks[index]
     tokenizer_path = find_or_train_tokenizer(settings, files, progress)
     facts = _facts_of_part(settings, files, num_tasks, tokenizer_path)
@@ -244,7 +240,8 @@ def _merged(
             flags = np.fromiter(held, bool, last - first)
             start, count = int(ends[first]), int(ends[last] - ends[first])
             if first == cut:
-                halves = holdout.halves(_read_document(settings, task, cut))
+                again = itertools.islice(open_corpus(settings, task.files), cut, None)
+                halves = holdout.halves(next(again))
                 yield from tokenize(halves, tokenizer, settings.chat_template)
             else:
                 tokens = np.fromfile(path, dtype, count, offset=start * dtype.itemsize)
@@ -291,8 +288,3 @@ def _by_split(
                 lengths[flags].tolist(),
                 int(text_bytes[flags].sum()),
             )
-
-
-def _read_document(settings: Settings, task: Task, number: int) -> str:
-    """Read a document of a task again."""
-    return next(itertools.islice(open_corpus(settings, task.files), number, None))

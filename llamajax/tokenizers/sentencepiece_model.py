@@ -37,7 +37,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(
                 f"{path}: neither a SentencePiece model nor a tiktoken rank file"
             ) from error
-        self.files = (path,)
+        self.file = path
         self.facts = facts = read_facts(path)
         size = self._model.vocab_size()
         pieces = {self._model.id_to_piece(i): i for i in range(size)}

@@ -50,7 +50,7 @@ class TiktokenTokenizer(Tokenizer):
         complete = sorted(self.ranks.values()) == list(range(size))
         if not complete or any(bytes([b]) not in self.ranks for b in range(256)):
             raise UserError(f"{path}: ranks are not 0..{size - 1} over all 256 bytes: damaged file")
-        self.files = (path,)
+        self.file = path
         self.vocab_size = size + _NUM_SPECIALS
         self.facts = read_facts(path)
         self.control_ids = {name: size + i for i, name in _CONTROL.items()}

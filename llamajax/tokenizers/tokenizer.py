@@ -27,7 +27,7 @@ class Tokenizer:
     warnings: tuple[str, ...] = ()
     control_ids: Mapping[str, int] = MappingProxyType({})  # by name; no text encodes to them
     added_ids: Mapping[str, int] = MappingProxyType({})  # by name, of ordinary added tokens
-    files: tuple[Path, ...] = ()
+    file: Path | None = None
     # Of a model that puts a space before texts: number of tokens of "\n" at the start of a text.
     _after_newline = 0
 
@@ -66,9 +66,8 @@ class Tokenizer:
     def save(self, directory: Path) -> str:
         """Copy the tokenizer into `directory`; return the file name for `load_tokenizer`."""
         name = "tokenizer.json" if self.kind == "huggingface" else "tokenizer.model"
-        for file in self.files:
-            shutil.copyfile(file, directory / name)
-            copy_companions(file, directory)
+        shutil.copyfile(self.file, directory / name)
+        copy_companions(self.file, directory)
         return name
 
     def _encode(self, text: str) -> list[int]:

@@ -22,20 +22,20 @@ _SPACE = "\u2581"
 
 def export_tokenizer(tokenizer: Tokenizer, directory: Path) -> list[str]:
     """Write the files from which transformers loads this tokenizer; return warnings."""
-    if tokenizer.files:
-        copy_companions(tokenizer.files[0], directory)
+    if tokenizer.file is not None:
+        copy_companions(tokenizer.file, directory)
     ids = ModelIds(tokenizer.bos_id, tokenizer.stop_ids, tokenizer.facts.model.pad_id)
     write_model_ids(directory, ids)
     kind, warnings, spec = "PreTrainedTokenizerFast", [], None
     if tokenizer.kind == "huggingface":
-        shutil.copyfile(tokenizer.files[0], directory / "tokenizer.json")
+        shutil.copyfile(tokenizer.file, directory / "tokenizer.json")
     elif tokenizer.kind == "sentencepiece":
-        shutil.copyfile(tokenizer.files[0], directory / "tokenizer.model")
+        shutil.copyfile(tokenizer.file, directory / "tokenizer.model")
         spec = _sentencepiece_spec(tokenizer)
         if spec is None:
             kind = "LlamaTokenizer"
             warnings.append(
-                f"{tokenizer.files[0]} is not a BPE without normalization: it is exported as "
+                f"{tokenizer.file} is not a BPE without normalization: it is exported as "
                 "it is, and transformers may split texts in another way"
             )
         elif set(tokenizer.facts.added) - set(tokenizer.control_ids):
@@ -88,7 +88,7 @@ def _sentencepiece_spec(tokenizer: Tokenizer) -> tokenizers.Tokenizer | None:
     """
     from sentencepiece import sentencepiece_model_pb2 as proto
 
-    model = proto.ModelProto.FromString(tokenizer.files[0].read_bytes())
+    model = proto.ModelProto.FromString(tokenizer.file.read_bytes())
     trainer, normalizer, kinds = model.trainer_spec, model.normalizer_spec, proto.ModelProto
     normalizes = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
     if trainer.model_type != proto.TrainerSpec.BPE or normalizes:

@@ -81,9 +81,8 @@ def data_mismatch(
 def check_vocabulary(tokenizer: Tokenizer | None, vocab_size: int) -> None:
     """Raise UserError if a tokenizer has more tokens than the model (`vocab_size`)."""
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
-        name = next(iter(tokenizer.files), tokenizer.kind)
         raise UserError(
-            f"the tokenizer {name} has {tokenizer.vocab_size:,} tokens and the model's vocabulary "
-            f"only {vocab_size:,}: they do not belong together; put the model's own tokenizer "
-            "there, or remove it if only token ids or weights are needed"
+            f"the tokenizer {tokenizer.file or tokenizer.kind} has {tokenizer.vocab_size:,} tokens "
+            f"and the model's vocabulary only {vocab_size:,}: they do not belong together; put the "
+            "model's own tokenizer there, or remove it if only token ids or weights are needed"
         )

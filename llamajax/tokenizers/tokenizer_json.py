@@ -35,7 +35,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(
                 f"{path}: not a Hugging Face tokenizer.json ({str(error)[:200]})"
             ) from error
-        self.files = (path,)
+        self.file = path
         self.facts = read_facts(path)
         vocab = full.get_vocab(with_added_tokens=True)
         more = sorted((i, n, s) for n, (i, s) in self.facts.added.items() if n not in vocab)

@@ -89,22 +89,6 @@ def test_by_hand(ranks, chatml_file):
     )
 
 
-def test_known_ids(real):
-    def talk(text: str, answer: str) -> list[Message]:
-        return [Message("user", text), Message("assistant", answer)]
-
-    ids, answer = encode_example(real("llama2"), "llama2", talk("Hi", "Hello"))
-    inst, end = [518, 25580, 29962], [518, 29914, 25580, 29962]
-    assert ids == [1, *inst, 6324, *end, 15043, 29871, 2]
-    assert answer == [False] * 9 + [True] * 3
-    ids, answer = encode_example(real("llama3"), "llama3", talk("Hello world", "Hello world"))
-    user, assistant = ([128006, role, 128007, 271] for role in (882, 78191))
-    hello = [9906, 1917, 128009]
-    assert ids == [128000, *user, *hello, *assistant, *hello]
-    assert answer == [False] * 12 + [True] * 3
-    assert stop_ids(real("llama3"), "llama3") == [128009, 128001]
-
-
 @pytest.mark.parametrize("template", ["llama2", "llama3", "chatml"])
 def test_conversations_as_transformers_has_them(template, real, chatml_file):
     """For Llama 3 the stored text is encoded here, with the control tokens taken for such."""
@@ -224,7 +208,8 @@ def test_encode_chat_names_the_users_mistakes(template, messages, add_generation
         encode_chat(byte, template, dicts(messages), add_generation_prompt=add_generation_prompt)
 
 
-def test_a_template_that_the_tokenizer_lacks(ranks):
+def test_stop_ids_and_a_template_that_the_tokenizer_lacks(ranks):
+    assert stop_ids(load_tokenizer(ranks), "llama3") == [261 + 9, 261 + 1]
     with pytest.raises(UserError, match=r"<\|im_start\|>, <\|im_end\|>, which this tiktoken"):
         stop_ids(load_tokenizer(ranks), "chatml")
     with pytest.raises(UserError, match="a tokenizer trained here lacks"):
