@@ -46,29 +46,22 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in directory.iterdir()}
 
 
-def stream(path: Path, split: str) -> tuple[list[int], list[int]]:
-    """Tokens of a split, and where its documents start, out of its shards."""
+def blocks(path: Path, split: str) -> list[list]:
+    """The blocks of a split: tokens with the next one, document starts, which tokens carry loss."""
     prepared = PreparedSplit(path, read_manifest(path), split)
+    count = sum(s["records"] for s in prepared.stats["shards"])
+    return [
+        [a if a is None else a.tolist() for a in b] for b in prepared.reader.blocks(range(count))
+    ]
+
+
+def stream(path: Path, split: str) -> tuple[list[int], list[int]]:
+    """Tokens of a split, and where its documents start."""
     tokens, starts = [], []
-    blocks = range(sum(s["records"] for s in prepared.stats["shards"]))
-    for number, (block, offsets, _) in enumerate(prepared.reader.blocks(blocks)):
-        tokens += block[:4096].tolist()
-        starts += [4096 * number + int(o) for o in offsets if o < 4096]
+    for number, (block, offsets, _) in enumerate(blocks(path, split)):
+        tokens += block[:4096]
+        starts += [4096 * number + o for o in offsets if o < 4096]
     return tokens, starts
-
-
-@pytest.mark.parametrize("tokenizer", ["byte", "train:330"])
-def test_the_output_does_not_depend_on_the_workers(corpus, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("llamajax.corpus.tokenizing._BATCH_CHARS", 20_000)
-    written = []
-    for workers in (1, 2, 3):
-        output = tmp_path / f"out{workers}"
-        assert run(corpus, output, f"--workers={workers}", tokenizer=tokenizer) == 0
-        written.append(contents(output))
-    assert written[0] == written[1] == written[2]
-    names = {f.split("-")[0] for f in written[0]}
-    kept = "tokenizer.byte" if tokenizer == "byte" else "tokenizer.model"
-    assert names == {"manifest.json", kept, "train", "validation"}
 
 
 @pytest.fixture
@@ -87,41 +80,52 @@ def chats(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("tokenizer", ["byte", "train:300"])
-def test_instructions_do_not_depend_on_the_workers(chats, tmp_path, tokenizer, monkeypatch, capsys):
+INSTRUCTIONS = ("--format=instructions", "--chat_template=llama2", "--validation_fraction=0.1")
+KINDS = pytest.mark.parametrize(("kind", "flags"), [("corpus", ()), ("chats", INSTRUCTIONS)])
+
+
+@KINDS
+@pytest.mark.parametrize("tokenizer", ["byte", "train:330"])
+def test_the_output_does_not_depend_on_the_workers(
+    kind, flags, tmp_path, tokenizer, monkeypatch, request
+):
     monkeypatch.setattr("llamajax.corpus.tokenizing._BATCH_CHARS", 9_000)
-    flags = ("--format=instructions", "--chat_template=llama2", "--validation_fraction=0.1")
-    written = []
-    for workers in (1, 3):
+    source, written = request.getfixturevalue(kind), []
+    for workers in (1, 2, 3):
         output = tmp_path / f"out{workers}"
-        assert run(chats, output, *flags, f"--workers={workers}", tokenizer=tokenizer) == 0
+        assert run(source, output, *flags, f"--workers={workers}", tokenizer=tokenizer) == 0
         written.append(contents(output))
-    assert written[0] == written[1]
-    manifest = json.loads(written[0]["manifest.json"])
-    summary = capsys.readouterr().out
-    for split, stats in manifest["splits"].items():
+    assert written[0] == written[1] == written[2]
+    kept = {"tokenizer.byte"} if tokenizer == "byte" else {"tokenizer.model"}
+    kept |= {"chat_template.jinja", "generation_config.json"} if flags else set()
+    names = {f.split("-")[0] for f in written[0]}
+    assert names == {"manifest.json", "train", "validation", *kept}
+
+
+def test_the_summary_of_instructions(chats, tmp_path, capsys):
+    assert run(chats, tmp_path / "out", *INSTRUCTIONS) == 0
+    splits, summary = read_manifest(tmp_path / "out")["splits"], capsys.readouterr().out
+    for split, stats in splits.items():
         assert f"{split:<11} {stats['documents']} examples, {stats['tokens']:,} tokens" in summary
         share = stats["loss_tokens"] / stats["tokens"]
         assert f"{stats['loss_tokens']:,} tokens ({share:.1%}) carry loss" in summary
         assert 0.2 < share < 0.6
         assert f"longest example {stats['longest_document']:,} tokens" in summary
-    assert sum(s["documents"] for s in manifest["splits"].values()) == 250
+    assert sum(s["documents"] for s in splits.values()) == 250
 
 
-def test_instructions_over_several_shards_and_flushes(chats, tmp_path, monkeypatch):
-    """As `test_several_shards_are_one_stream`, with the bits beside the tokens."""
-    flags = ("--format=instructions", "--chat_template=llama2", "--validation_fraction=0")
-    run(chats, tmp_path / "one", *flags)
+@KINDS
+def test_several_shards_are_one_stream(kind, flags, tmp_path, monkeypatch, request):
+    source = request.getfixturevalue(kind)
+    run(source, tmp_path / "one", *flags)
     monkeypatch.setattr("llamajax.data.shards.RECORDS_PER_SHARD", 7)
     monkeypatch.setattr("llamajax.corpus.tokenizing._BATCH_PARTS", 3)
-    run(chats, tmp_path / "many", *flags)
-    found = []
-    for name in ("one", "many"):
-        prepared = PreparedSplit(tmp_path / name, read_manifest(tmp_path / name), "train")
-        count = sum(s["records"] for s in prepared.stats["shards"])
-        found.append([[a.tolist() for a in b] for b in prepared.reader.blocks(range(count))])
-    assert found[0] == found[1]
-    assert len(read_manifest(tmp_path / "many")["splits"]["train"]["shards"]) > 2
+    run(source, tmp_path / "many", *flags)
+    shards = read_manifest(tmp_path / "many")["splits"]["train"]["shards"]
+    assert len(shards) > 2
+    assert shards[0]["file"] == f"train-00000-of-{len(shards):05d}.array_record"
+    assert sum(s["tokens"] for s in shards) == len(stream(tmp_path / "one", "train")[0])
+    assert blocks(tmp_path / "many", "train") == blocks(tmp_path / "one", "train")
 
 
 def test_the_manifest_and_the_tokens(corpus, tmp_path):
@@ -151,17 +155,6 @@ def test_the_manifest_and_the_tokens(corpus, tmp_path):
     smoothed = {t: math.log((train[t] + 1) / (sum(train.values()) + 330)) for t in held}
     loss = -sum(c * smoothed[t] for t, c in held.items()) / sum(held.values())
     assert manifest["splits"]["validation"]["unigram_loss"] == pytest.approx(loss, rel=1e-12)
-
-
-def test_several_shards_are_one_stream(corpus, tmp_path, monkeypatch):
-    run(corpus, tmp_path / "one")
-    monkeypatch.setattr("llamajax.data.shards.RECORDS_PER_SHARD", 7)
-    run(corpus, tmp_path / "many")
-    shards = read_manifest(tmp_path / "many")["splits"]["train"]["shards"]
-    assert len(shards) > 3
-    assert shards[0]["file"] == f"train-00000-of-{len(shards):05d}.array_record"
-    assert sum(s["tokens"] for s in shards) == len(stream(tmp_path / "one", "train")[0])
-    assert stream(tmp_path / "many", "train") == stream(tmp_path / "one", "train")
 
 
 def test_control_tokens_in_the_text_stay_text(tmp_path):

@@ -122,10 +122,6 @@ class Mixture:
         counts = [s.num_loss_tokens for s in self.sources]
         return sum(x * n for x, n in zip(losses, counts, strict=True)) / sum(counts)
 
-    def num_samples(self, seq_len: int) -> int:
-        """Count the different training samples of this length, over all sources."""
-        return sum(s.num_samples(seq_len) for s in self.sources)
-
     def locate(self, sample_id: int, seq_len: int) -> tuple[PreparedSplit, int]:
         """Return the source of a sample, and its number within it."""
         for source in self.sources:
@@ -133,7 +129,7 @@ class Mixture:
             if sample_id < count:
                 return source, sample_id
             sample_id -= count
-        raise IndexError(f"sample id beyond the {self.num_samples(seq_len)} of this mixture")
+        raise IndexError("sample id beyond the last of this mixture")
 
     def order(self, seq_len: int, rounds: int = ROUNDS) -> EndlessOrder | grain.MapDataset:
         """Return the endless sequence of sample ids of this length: `order[i]` is the i-th."""

@@ -50,8 +50,8 @@ def test_samples_are_the_stream_cut_at_the_sequence_length(
 ):
     path = prepared("a", documents)
     mixture = opened(path, seq_len=seq_len, shuffle=False, mask_documents=masked)
-    assert mixture.num_samples(seq_len) == (len(stream) - 1) // seq_len
-    rows = range(min(300, mixture.num_samples(seq_len)))
+    assert mixture.sources[0].num_samples(seq_len) == (len(stream) - 1) // seq_len
+    rows = range(min(300, mixture.sources[0].num_samples(seq_len)))
     batch = next(train(mixture, start(mixture, batch_size=999, seq_len=seq_len), rows=rows))
     for row in rows:
         window = stream[row * seq_len : row * seq_len + seq_len + 1]
@@ -97,7 +97,7 @@ def test_evaluation_of_a_mixture_starts_with_both_sources(prepared, opened):
 
 
 def test_every_epoch_is_another_permutation_of_all_samples(mixture):
-    count = mixture.num_samples(100)
+    count = mixture.sources[0].num_samples(100)
     ids = sample_ids(mixture, start(mixture, batch_size=3 * count), 0).reshape(3, count)
     assert [sorted(epoch) for epoch in ids] == [list(range(count))] * 3
     assert (np.diff(ids, axis=0) == 0).mean() < 0.1
