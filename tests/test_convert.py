@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import tokenizers
 import warm
-from llamas import BASE, assert_same, edit_config, mesh, random_model
+from llamas import BASE, edit_config, mesh, random_model
+from tiny_state import assert_same_bits
 
 from llamajax import convert
 from llamajax.checkpoint import Checkpointer
@@ -66,7 +67,7 @@ def test_float32_is_converted_bit_for_bit(kind, source, workdir, tmp_path, capsy
     assert {p.name for p in source.iterdir()} == {p.name for p in back.iterdir()}
     for file in source.iterdir():
         assert file.read_bytes() == (back / file.name).read_bytes(), file.name
-    assert_same(open_weights(back).load(abstract_model(CONFIG, mesh(fsdp=2))), MODEL)
+    assert_same_bits(open_weights(back).load(abstract_model(CONFIG, mesh(fsdp=2))), MODEL)
     out, err = capsys.readouterr()
     assert f"{kind} -> hf" in out
     assert err == ""

@@ -75,15 +75,6 @@ def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
     assert error <= TOLERANCE, f"{error:.2e}"
 
 
-def assert_same(actual: Any, expected: Any) -> None:
-    """Bitwise equality of two models' weights, dtypes included."""
-    pairs = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
-    for (path, a), b in pairs:
-        a, b = np.asarray(a), np.asarray(b)
-        name = jax.tree_util.keystr(path)
-        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), name
-
-
 def edit_config(directory: Path, **changes: Any) -> None:
     """Change keys of a config.json; `...` removes one."""
     file = directory / "config.json"

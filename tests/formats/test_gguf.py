@@ -1,9 +1,9 @@
 """GGUF files: the same logits as transformers, block arithmetic, tokenizers, refusals."""
 
+import base64
 import dataclasses
 import itertools
 import sys
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -12,16 +12,21 @@ import stored
 from llama_cases import STORED, tokens, weights
 from llamas import assert_close, load, logits
 from meta_cases import interleaved
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import pre_tokenizers
 
 from llamajax.config.schema import ModelConfig
-from llamajax.data import load_tokenizer
 from llamajax.errors import UserError
 from llamajax.formats.weights import open_weights
 from llamajax.ops.rope import frequencies
+from llamajax.tokenizers import load_tokenizer
 
 PLAIN = STORED["plain"]
 Type = gguf.GGMLQuantizationType
-LAYER = {
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -32,65 +37,20 @@ LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-WHOLE = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
 
 
 def as_gguf(c: ModelConfig) -> dict[str, np.ndarray]:
     """The weights under llama.cpp's names, q and k interleaved."""
     found = {}
     for name, weight in weights(c).items():
-        if name in WHOLE:
-            found[WHOLE[name]] = weight
+        name = name.removesuffix(".weight")
+        if "layers." not in name:
+            found[f"{NAMES[name]}.weight"] = weight
             continue
-        _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+        _, _, layer, part = name.split(".", 3)
         heads = {"self_attn.q_proj": c.num_heads, "self_attn.k_proj": c.num_kv_heads}.get(part)
-        found[f"blk.{layer}.{LAYER[part]}.weight"] = interleaved(weight, heads) if heads else weight
+        found[f"blk.{layer}.{NAMES[part]}.weight"] = interleaved(weight, heads) if heads else weight
     return found
-
-
-def store(
-    file: Path, arrays: dict, c: ModelConfig, *, kind=Type.F32, architecture="llama", more=None
-) -> Path:
-    """A GGUF file; `more` adds to or (None) takes from its metadata.
-
-    Matrices are stored as `kind`, but for those of a pair: its type and bytes.
-    """
-    writer = gguf.GGUFWriter(file, architecture)
-    facts = {
-        "llama.block_count": c.num_layers,
-        "llama.context_length": c.max_seq_len,
-        "llama.embedding_length": c.hidden_size,
-        "llama.feed_forward_length": c.intermediate_size,
-        "llama.attention.head_count": c.num_heads,
-        "llama.attention.head_count_kv": c.num_kv_heads,
-        "llama.attention.key_length": c.head_size,
-        "llama.attention.layer_norm_rms_epsilon": c.norm_eps,
-        "llama.rope.freq_base": c.rope_theta,
-        "llama.rope.dimension_count": c.head_size,
-    } | (more or {})
-    add = {
-        int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
-        bool: writer.add_bool, list: writer.add_array,
-    }  # fmt: skip
-    for key, value in facts.items():
-        if value is not None:
-            add[type(value)](key, value)
-    for name, array in arrays.items():
-        if isinstance(array, tuple):
-            one, stored = array
-        else:
-            one = kind if array.ndim == 2 else Type.F32
-            stored = gguf.quantize(array, one)
-        writer.add_tensor(name, stored, raw_dtype=one)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -98,27 +58,67 @@ def arrays() -> dict[str, np.ndarray]:
     return as_gguf(PLAIN)
 
 
+@pytest.fixture
+def store(tmp_path, arrays):
+    """Returns what writes a GGUF file."""
+
+    def store(c=PLAIN, arrays=arrays, *, kind=Type.F32, architecture="llama", more=None):
+        """`more` adds to or (None) takes from the metadata. Matrices are stored as `kind`, but for
+        those of a pair: its type and bytes."""
+        file = tmp_path / "model.gguf"
+        writer = gguf.GGUFWriter(file, architecture)
+        facts = {
+            "llama.block_count": c.num_layers,
+            "llama.context_length": c.max_seq_len,
+            "llama.embedding_length": c.hidden_size,
+            "llama.feed_forward_length": c.intermediate_size,
+            "llama.attention.head_count": c.num_heads,
+            "llama.attention.head_count_kv": c.num_kv_heads,
+            "llama.attention.key_length": c.head_size,
+            "llama.attention.layer_norm_rms_epsilon": c.norm_eps,
+            "llama.rope.freq_base": c.rope_theta,
+            "llama.rope.dimension_count": c.head_size,
+        } | (more or {})
+        add = {
+            int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+            bool: writer.add_bool, list: writer.add_array,
+        }  # fmt: skip
+        for key, value in facts.items():
+            if value is not None:
+                add[type(value)](key, value)
+        for name, array in arrays.items():
+            one, content = array if isinstance(array, tuple) else (None, None)
+            if one is None:
+                one = kind if array.ndim == 2 else Type.F32
+                content = gguf.quantize(array, one)
+            writer.add_tensor(name, content, raw_dtype=one)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return file
+
+    return store
+
+
 @pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1])
-def test_tensors_are_half_split_and_slices_those_of_the_whole(tmp_path, arrays, kind):
-    source = open_weights(store(tmp_path / "x.gguf", arrays, PLAIN, kind=kind)).source
-    exact = weights(PLAIN)
+def test_tensors_are_half_split_and_slices_those_of_the_whole(store, kind):
+    source, exact = open_weights(store(kind=kind)).source, weights(PLAIN)
     assert sorted(source.names()) == sorted(exact)
-    for name in source.names():
-        whole, expected = source.read(name), exact[name]
+    for name, expected in exact.items():
+        whole = source.read(name)
         assert whole.shape == source.shape(name) == expected.shape
         assert whole.dtype == source.dtype(name)
         # A step of Q4_1 is a fifteenth of the range of its block, of Q4_0 an eighth of the largest.
         step = {Type.F32: 0, Type.Q4_0: 0.15, Type.Q4_1: 0.1}.get(kind, 0.01)
         largest = np.abs(expected).max()
         assert np.abs(whole.astype(np.float32) - expected).max() <= step * largest, name
-        for cut in [(slice(5, n - 3),) for n in whole.shape[:1]]:
-            cut += (slice(7, whole.shape[-1] - 9),) * (whole.ndim - 1)
-            assert np.array_equal(source.read(name, cut), whole[cut]), name
+        cut = (slice(5, len(whole) - 3), slice(7, whole.shape[-1] - 9))[: whole.ndim]
+        assert np.array_equal(source.read(name, cut), whole[cut]), name
 
 
-def test_logits_equal_transformers(tmp_path, arrays):
-    file = store(tmp_path / "model.gguf", arrays, PLAIN)
-    for path in (file, tmp_path):
+def test_logits_equal_transformers(store, tmp_path):
+    for path in (store(), tmp_path):
         opened = open_weights(path)
         assert (opened.kind, opened.model) == ("gguf", PLAIN)
     ours = logits(load(tmp_path, fsdp=2, tensor=2), tokens(PLAIN))
@@ -126,7 +126,7 @@ def test_logits_equal_transformers(tmp_path, arrays):
 
 
 @pytest.mark.parametrize("name", ["tied", "llama31"])
-def test_tied_heads_and_scaled_rotary_embeddings(tmp_path, name):
+def test_tied_heads_and_scaled_rotary_embeddings(store, name):
     config = STORED[name]
     found = as_gguf(config)
     if config.rope_scaling is not None:
@@ -134,66 +134,40 @@ def test_tied_heads_and_scaled_rotary_embeddings(tmp_path, name):
         plain, slow = (frequencies(size, theta=theta, scaling=s)
                        for s in (None, config.rope_scaling))  # fmt: skip
         found["rope_freqs.weight"] = plain / slow
-    file = store(tmp_path / "x.gguf", found, config)
+    file = store(config, found)
     assert open_weights(file).model == config
     assert_close(logits(load(file), tokens(config)), stored.arrays("stored")[name])
     if config.rope_scaling is not None:
         found["rope_freqs.weight"] = found["rope_freqs.weight"] ** 0.9
         with pytest.raises(UserError, match=r"rope_freqs\.weight holds other factors than Llama"):
-            open_weights(store(file, found, config))
+            open_weights(store(config, found))
 
 
-def by_hand(content: bytes, kind) -> np.ndarray:
-    """One block of 32 values, as ggml's ggml-common.h lays them out."""
-    half = [float(np.frombuffer(content[i : i + 2], np.float16)[0]) for i in (0, 2)]
-    if kind == Type.Q8_0:
-        return np.frombuffer(content[2:], np.int8).astype(np.float32) * np.float32(half[0])
-    packed = content[4:] if kind == Type.Q4_1 else content[2:]
-    nibbles = [b & 15 for b in packed] + [b >> 4 for b in packed]
-    if kind == Type.Q4_1:
-        return np.array([n * half[0] + half[1] for n in nibbles], np.float32)
-    return np.array([(n - 8) * half[0] for n in nibbles], np.float32)
-
-
-@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0, Type.Q4_1])
-def test_blocks_by_hand(tmp_path, arrays, kind):
-    file = store(tmp_path / "x.gguf", arrays, PLAIN, kind=kind)
-    source = open_weights(file).source
-    stored = gguf.quantize(arrays["blk.0.ffn_gate.weight"], kind)
-    size = stored.shape[1] // 2
-    expected = [by_hand(row[i : i + size].tobytes(), kind) for row in stored for i in (0, size)]
-    found = source.read("model.layers.0.mlp.gate_proj.weight")
-    assert np.allclose(found, np.reshape(expected, found.shape), rtol=1e-6, atol=1e-7)
-
-
-def test_blocks_of_256_values(tmp_path, arrays):
+def test_blocks_of_256_values(store, arrays):
     """Types that most published files have; bytes at random, as the package cannot make them."""
     wide = dataclasses.replace(PLAIN, intermediate_size=512)
-    stored = np.random.default_rng(0).integers(0, 60, (64, 2 * 210), np.uint8)  # no scale is NaN
+    blocks = np.random.default_rng(0).integers(0, 60, (64, 2 * 210), np.uint8)  # no scale is NaN
     found = arrays | {
         f"blk.{i}.{part}.weight": np.zeros((512, 64), np.float32)
         for i in range(2)
         for part in ("ffn_gate", "ffn_up")
     }
-    found |= {f"blk.{i}.ffn_down.weight": (Type.Q6_K, stored) for i in range(2)}
-    file = store(tmp_path / "x.gguf", found, wide)
-    source, name = open_weights(file).source, "model.layers.1.mlp.down_proj.weight"
-    expected = gguf.dequantize(stored, Type.Q6_K)
+    found |= {f"blk.{i}.ffn_down.weight": (Type.Q6_K, blocks) for i in range(2)}
+    source, name = open_weights(store(wide, found)).source, "model.layers.1.mlp.down_proj.weight"
+    expected = gguf.dequantize(blocks, Type.Q6_K)
     assert source.shape(name) == (64, 512)
     assert np.array_equal(source.read(name), expected)
     cut = (slice(3, 9), slice(200, 300))
     assert np.array_equal(source.read(name, cut), expected[cut])
 
 
-def byte_level(*, pre: str, model="gpt2") -> dict:
+def byte_level(*, pre: str) -> dict:
     """Metadata of a tokenizer: 256 bytes, four merges, BOS and EOS."""
-    from tokenizers import pre_tokenizers
-
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merged = ["th", "the", "11", "Ġ<", "Ġthe", "xyz"]  # no merges lead to the last
     names = [*letters, *merged, "<|begin_of_text|>", "<|end_of_text|>"]
     return {
-        "tokenizer.ggml.model": model,
+        "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": names,
         "tokenizer.ggml.token_type": [1] * (len(names) - 2) + [3, 3],
@@ -204,10 +178,9 @@ def byte_level(*, pre: str, model="gpt2") -> dict:
 
 
 @pytest.mark.parametrize(("pre", "ones"), [("smollm", 4), ("llama-bpe", 3), ("gpt-2", 2)])
-def test_byte_level_tokenizers(tmp_path, arrays, pre, ones):
+def test_byte_level_tokenizers(store, pre, ones):
     """How digits are split tells the three apart: one by one, by three, not at all."""
-    opened = open_weights(store(tmp_path / "x.gguf", arrays, PLAIN, more=byte_level(pre=pre)))
-    tokenizer = load_tokenizer(opened.tokenizer)
+    tokenizer = load_tokenizer(open_weights(store(more=byte_level(pre=pre))).tokenizer)
     assert len(tokenizer.encode("1111")) == ones
     assert len(tokenizer.encode("xyz")) == (1 if pre == "llama-bpe" else 3)
     names = byte_level(pre=pre)["tokenizer.ggml.tokens"]
@@ -218,12 +191,10 @@ def test_byte_level_tokenizers(tmp_path, arrays, pre, ones):
         assert not {tokenizer.bos_id, tokenizer.eos_id} & set(tokenizer.encode(text))
 
 
-def test_llama3s_own_ranks_as_gguf_has_them(tmp_path, arrays, assets):
+def test_llama3s_own_ranks_as_gguf_has_them(store, tmp_path, assets):
     """Converted as llama.cpp does it, from the merges that the ranks imply, on a real text."""
-    import base64
-
-    file = assets / "tokenizers" / "llama3.model"
-    ranks = [base64.b64decode(line.split()[0]) for line in file.read_bytes().splitlines()[:20_000]]
+    lines = (assets / "tokenizers" / "llama3.model").read_bytes().splitlines()[:20_000]
+    ranks = [base64.b64decode(line.split()[0]) for line in lines]
     order = {token: i for i, token in enumerate(ranks)}
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's letters for bytes
     hidden = [b for b in range(256) if b not in shown]
@@ -244,18 +215,15 @@ def test_llama3s_own_ranks_as_gguf_has_them(tmp_path, arrays, assets):
         "tokenizer.ggml.bos_token_id": len(names),
         "tokenizer.ggml.eos_token_id": len(names) + 1,
     }
-    opened = open_weights(store(tmp_path / "x.gguf", arrays, PLAIN, more=more))
     small = tmp_path / "small.model"
-    small.write_bytes(b"\n".join(file.read_bytes().splitlines()[:20_000]))
+    small.write_bytes(b"\n".join(lines))
     text = (assets / "text" / "moby_dick.txt").read_text("utf-8")[20_000:120_000]
     text += " It's 12345 o'clock\n\n\t  and\r\n日本語 🦙 don't"
-    expected = load_tokenizer(small).encode(text)
-    assert load_tokenizer(opened.tokenizer).encode(text) == expected
+    found = load_tokenizer(open_weights(store(more=more)).tokenizer)
+    assert found.encode(text) == load_tokenizer(small).encode(text)
 
 
-def test_a_sentencepiece_model_taken_apart_is_put_together(tmp_path, arrays, assets):
-    from sentencepiece import sentencepiece_model_pb2
-
+def test_a_sentencepiece_model_taken_apart_is_put_together(store, assets):
     file = assets / "tokenizers" / "llama2.model"
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(file.read_bytes())
@@ -268,93 +236,94 @@ def test_a_sentencepiece_model_taken_apart_is_put_together(tmp_path, arrays, ass
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
     }
-    opened = open_weights(store(tmp_path / "x.gguf", arrays, PLAIN, more=more))
-    found, original = load_tokenizer(opened.tokenizer), load_tokenizer(file)
+    found = load_tokenizer(open_weights(store(more=more)).tokenizer)
     assert found.encode("Hello world") == [15043, 3186]
     assert (found.bos_id, found.eos_id, found.vocab_size) == (1, 2, 32_000)
     text = (assets / "text" / "moby_dick.txt").read_text("utf-8")[:200_000]
     text += "<s> </s> <unk> [INST]  x\n\n\t🦙 \x00 日本語"
-    assert found.encode(text) == original.encode(text)
+    assert found.encode(text) == load_tokenizer(file).encode(text)
     assert found.decode(found.encode(text)) == text
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("key", "value", "message"),
     [
-        ({"tokenizer.ggml.pre": "qwen2"}, "pre 'qwen2': known are"),
-        ({"tokenizer.ggml.model": "bert"}, "model 'bert'"),
-        ({"tokenizer.ggml.merges": None}, "merges is missing"),
-        ({"tokenizer.ggml.merges": ["t x"]}, "merges tokens that are not in"),
-        ({"tokenizer.ggml.token_type": [1, 1]}, "different lengths"),
-        ({"tokenizer.ggml.bos_token_id": 999}, "outside of its vocabulary"),
+        ("pre", "qwen2", "pre 'qwen2': known are"),
+        ("model", "bert", "model 'bert'"),
+        ("merges", None, "merges is missing"),
+        ("merges", ["t x"], "merges tokens that are not in"),
+        ("token_type", [1, 1], "different lengths"),
+        ("bos_token_id", 999, "outside of its vocabulary"),
     ],
 )
-def test_no_tokenizer_and_a_note_where_it_is_unknown(tmp_path, arrays, capsys, more, message):
-    more = byte_level(pre="smollm") | more
-    opened = open_weights(store(tmp_path / "x.gguf", arrays, PLAIN, more=more))
-    assert opened.tokenizer is None
+def test_no_tokenizer_and_a_note_where_it_is_unknown(store, capsys, key, value, message):
+    more = byte_level(pre="smollm") | {f"tokenizer.ggml.{key}": value}
+    assert open_weights(store(more=more)).tokenizer is None
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"llama.attention.head_count": None}, r"head_count = None: must be one int"),
-        ({"llama.expert_count": 8}, r"llama\.expert_count = 8: only 0"),
-        ({"llama.rope.dimension_count": 8}, r"dimension_count = 8: only 16"),
-        ({"llama.attention.sliding_window": 4096}, "sliding_window = 4096"),
-        (
-            {"llama.attention.head_count_kv": [2, 2]},
-            r"head_count_kv = \[2 2\]: must be one int above 0",
-        ),
-        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "'yarn'"),
-        ({"llama.attention.head_count_kv": 3}, r"num_kv_heads = 3: must divide"),
-        ({"llama.block_count": 1}, r"layers\.1\..*: not part of a Llama of this"),
-        ({"llama.block_count": 3}, r"layers\.2\..*: missing"),
-        ({"llama.embedding_length": 32}, "has shape"),
+        ({"attention.head_count": None}, r"head_count = None: must be one int"),
+        ({"expert_count": 8}, r"llama\.expert_count = 8: only 0"),
+        ({"rope.dimension_count": 8}, r"dimension_count = 8: only 16"),
+        ({"attention.sliding_window": 4096}, "sliding_window = 4096"),
+        ({"attention.head_count_kv": [2, 2]}, r"head_count_kv = \[2 2\]: must be one int above 0"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "'yarn'"),
+        ({"attention.head_count_kv": 3}, r"num_kv_heads = 3: must divide"),
+        ({"block_count": 1}, r"layers\.1\..*: not part of a Llama of this"),
+        ({"block_count": 3}, r"layers\.2\..*: missing"),
+        ({"embedding_length": 32}, "has shape"),
     ],
 )
-def test_metadata_of_other_models_is_refused(tmp_path, arrays, more, message):
+def test_metadata_of_other_models_is_refused(store, more, message):
+    file = store(more={f"llama.{key}": value for key, value in more.items()})
     with pytest.raises(UserError, match=message):
-        open_weights(store(tmp_path / "x.gguf", arrays, PLAIN, more=more))
+        open_weights(file)
 
 
-def test_other_tensors_and_types_are_named(tmp_path, arrays):
-    odd = {"blk.0.attn_q.bias": np.ones(64, np.float32)}
-    with pytest.raises(UserError, match=r"tensor blk\.0\.attn_q\.bias: no part of a Llama"):
-        open_weights(store(tmp_path / "x.gguf", arrays | odd, PLAIN))
-    odd = {"blk.1.ffn_up.weight": (Type.TQ1_0, np.zeros((96, 54), np.uint8))}
-    with pytest.raises(UserError, match=r"blk\.1\.ffn_up\.weight: type TQ1_0 cannot be read"):
-        open_weights(store(tmp_path / "x.gguf", arrays | odd, PLAIN))
-    with pytest.raises(UserError, match="architecture 'qwen2'"):
-        open_weights(store(tmp_path / "x.gguf", arrays, PLAIN, architecture="qwen2"))
+@pytest.mark.parametrize(
+    ("odd", "architecture", "message"),
+    [
+        ({"attn_q.bias": np.ones(64, np.float32)}, "llama", r"1\.attn_q\.bias: no part of a Llama"),
+        (
+            {"ffn_up.weight": (Type.TQ1_0, np.zeros((96, 54), np.uint8))},
+            "llama",
+            r"blk\.1\.ffn_up\.weight: type TQ1_0 cannot be read",
+        ),
+        ({}, "qwen2", "architecture 'qwen2'"),
+    ],
+)
+def test_other_tensors_types_and_architectures_are_named(store, arrays, odd, architecture, message):
+    found = arrays | {f"blk.1.{name}": array for name, array in odd.items()}
+    with pytest.raises(UserError, match=message):
+        open_weights(store(arrays=found, architecture=architecture))
 
 
-def test_damage_costs_one_message(tmp_path, arrays):
-    file = store(tmp_path / "x.gguf", arrays, PLAIN, more=byte_level(pre="smollm"))
+def test_damage_costs_one_message(store):
+    file = store(more=byte_level(pre="smollm"))
     content = file.read_bytes()
-    for size in (4, 10, 30, 500, 3000):
-        file.write_bytes(content[:size])
-        with pytest.raises(UserError, match=r"truncated or damaged|GGUF version"):
+    cuts = [(content[:size], "truncated or damaged|GGUF version") for size in (4, 10, 30, 500)]
+    for damaged, message in (
+        *cuts,
+        (content[:3000], "truncated or damaged"),
+        (content[:-4000], r"output\.weight: ends after the file .*truncated"),
+        (content[:4] + b"\x00\x00\x00\x03" + content[8:], "GGUF version 50331648; little-endian"),
+        (b"", "not a GGUF file: it starts with b''"),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=message):
             open_weights(file)
-    file.write_bytes(content[:-4000])
-    with pytest.raises(UserError, match=r"output\.weight: ends after the file .*truncated"):
-        open_weights(file)
-    file.write_bytes(content[:4] + b"\x00\x00\x00\x03" + content[8:])
-    with pytest.raises(UserError, match="GGUF version 50331648; little-endian"):
-        open_weights(file)
-    file.write_bytes(b"")
-    with pytest.raises(UserError, match="not a GGUF file: it starts with b''"):
-        open_weights(file)
 
 
-def test_several_files_and_a_missing_package(tmp_path, arrays, monkeypatch):
-    file = store(tmp_path / "a.gguf", arrays, PLAIN)
+def test_several_files_and_a_missing_package(store, tmp_path, monkeypatch):
+    file = store()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "gguf", None)
         with pytest.raises(UserError, match=r"pip install 'llamajax\[gguf\]'") as caught:
             open_weights(file)
         assert str(caught.value).count("\n") == 0
     (tmp_path / "b.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UserError, match=r"2 GGUF files, name one of them: a\.gguf, b\.gguf"):
+    with pytest.raises(UserError, match=r"2 GGUF files, name one of them: b\.gguf, model\.gguf"):
         open_weights(tmp_path)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import stored
-from llamas import BASE, assert_close, assert_same, load, logits, mesh, random_model
+from llamas import BASE, assert_close, load, logits, mesh, random_model
+from tiny_state import assert_same_bits
 
 from llamajax import sharding
 from llamajax.formats.huggingface.hf_write import export_hf, write_hf
@@ -19,16 +20,23 @@ from llamajax.models.abstract import abstract_model
 RANDOM = [name for name in llama_cases.STORED if name.startswith("random")]
 
 
-def exported(path):
-    """The tensors of an export, read by the library safetensors."""
-    return safetensors.numpy.load_file(path / "model.safetensors")
+def export(model, config, path, dtype="float32"):
+    export_hf(model, config, path, dtype=dtype, tokenizer=None)
+    return path
 
 
-def assert_same_arrays(actual, expected):
+def assert_same_tensors(path, expected):
+    """What the library safetensors reads of an export."""
+    actual = safetensors.numpy.load_file(path / "model.safetensors")
     assert actual.keys() == expected.keys()
     for name, array in expected.items():
         assert actual[name].dtype == array.dtype, name
         np.testing.assert_array_equal(actual[name], array, err_msg=name)
+
+
+def assert_same_files(one, other):
+    files = [path / "model.safetensors" for path in (one, other)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize("name", RANDOM)
@@ -39,12 +47,12 @@ def test_weights_give_the_logits_of_transformers_and_go_back(name, tmp_path):
     assert weights.model == config
     model = weights.load(abstract_model(config, mesh()))
     assert_close(logits(model, ids), stored.arrays("stored")[name])
-    export_hf(model, config, tmp_path / "again", dtype="float32", tokenizer=None)
-    assert_same_arrays(exported(tmp_path / "again"), theirs)
-    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    again = export(model, config, tmp_path / "again")
+    assert_same_tensors(again, theirs)
+    written = json.loads((again / "config.json").read_text())
     expected = llama_cases.hugging_face_config(config) | {"model_type": "llama", "dtype": "float32"}
     assert {key: written[key] for key in expected} == expected
-    assert_same(load(tmp_path / "again"), model)
+    assert_same_bits(load(again), model)
 
 
 def test_what_transformers_saves_gives_the_same_logits():
@@ -58,42 +66,32 @@ def test_what_transformers_saves_gives_the_same_logits():
 
 
 def test_bfloat16_survives_a_round_trip_through_a_mesh(tmp_path):
-    model = random_model(BASE)
-    first = tmp_path / "first"
-    export_hf(model, BASE, first, dtype="bfloat16", tokenizer=None)
+    first, shards = export(random_model(BASE), BASE, tmp_path / "1", "bfloat16"), tmp_path / "2"
     source = open_weights(first).source
-    write_hf(
-        source, BASE, tmp_path / "sharded", dtype="bfloat16", tokenizer=None, max_shard_bytes=9000
-    )
-    assert len(list((tmp_path / "sharded").glob("model-0000?-of-0000?.safetensors"))) > 2
-    weights = open_weights(tmp_path / "sharded")
+    write_hf(source, BASE, shards, dtype="bfloat16", tokenizer=None, max_shard_bytes=9000)
+    assert len(list(shards.glob("model-0000?-of-0000?.safetensors"))) > 2
     wanted = abstract_model(BASE, mesh(data=2, fsdp=2, tensor=2), dtype=jnp.bfloat16)
-    loaded = weights.load(wanted)
+    loaded = open_weights(shards).load(wanted)
     assert loaded.embedding[...].dtype == jnp.bfloat16
     assert loaded.norm[...].dtype == jnp.float32
-    export_hf(loaded, BASE, tmp_path / "again", dtype="bfloat16", tokenizer=None)
-    files = [tmp_path / name / "model.safetensors" for name in ("first", "again")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    assert_same_files(first, export(loaded, BASE, tmp_path / "3", "bfloat16"))
 
 
 def test_a_sharded_model_exports_what_a_whole_one_does(tmp_path):
     model = random_model(BASE)
-    placed = jax.device_put(model, sharding.shardings(model, mesh(fsdp=4, tensor=2)))
-    for name, one in (("whole", model), ("sharded", placed)):
-        export_hf(one, BASE, tmp_path / name, dtype="float32", tokenizer=None)
-    files = [tmp_path / name / "model.safetensors" for name in ("whole", "sharded")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    sharded = jax.device_put(model, sharding.shardings(model, mesh(fsdp=4, tensor=2)))
+    whole = export(model, BASE, tmp_path / "whole")
+    assert_same_files(whole, export(sharded, BASE, tmp_path / "sharded"))
 
 
 def test_float16_is_read_and_written(tmp_path):
     config = llama_cases.STORED["plain"]
     theirs = llama_cases.weights(config)
     model = load(llama_cases.save_hugging_face(tmp_path / "whole", config, theirs))
-    export_hf(model, config, tmp_path / "half", dtype="float16", tokenizer=None)
-    half = {name: array.astype(np.float16) for name, array in theirs.items()}
-    assert_same_arrays(exported(tmp_path / "half"), half)
-    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "float16"
-    ours = logits(load(tmp_path / "half"), llama_cases.tokens(config))
+    half = export(model, config, tmp_path / "half", "float16")
+    assert_same_tensors(half, {name: array.astype(np.float16) for name, array in theirs.items()})
+    assert json.loads((half / "config.json").read_text())["dtype"] == "float16"
+    ours = logits(load(half), llama_cases.tokens(config))
     assert_close(ours, stored.arrays("stored")["plain, float16"])
 
 
@@ -102,9 +100,8 @@ def test_float16_is_read_and_written(tmp_path):
 @pytest.mark.parametrize("name", ["random 2", "random 4", "small"])
 def test_transformers_loads_an_export(name, dtype, tmp_path, live):
     config = llama_cases.STORED[name]
-    model, ids = random_model(config), llama_cases.tokens(config)
-    export_hf(model, config, tmp_path / "hf", dtype=dtype, tokenizer=None)
-    theirs = live.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ids, path = llama_cases.tokens(config), tmp_path / "hf"
+    export(random_model(config), config, path, dtype)
+    theirs = live.transformers.AutoModelForCausalLM.from_pretrained(path)
     assert str(theirs.dtype) == f"torch.{dtype}"
-    ours = logits(load(tmp_path / "hf"), ids)
-    assert_close(ours, live.logits(theirs.float(), ids))
+    assert_close(logits(load(path), ids), live.logits(theirs.float(), ids))

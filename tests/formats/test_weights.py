@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from llamas import BASE, assert_same, edit_config, mesh, random_model
-from tiny_state import checkpointer
+from llamas import BASE, edit_config, mesh, random_model
+from tiny_state import assert_same_bits, checkpointer, flip
 
 from llamajax.checkpoint.restore import open_checkpoint
 from llamajax.errors import UserError
@@ -23,6 +23,7 @@ from llamajax.models.abstract import abstract_model
 MESHES = [{}, {"fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
 MODEL = random_model(BASE)
 META = {"config": {"model": dataclasses.asdict(BASE)}}
+NORM = "model.norm.weight"
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +44,26 @@ def workdir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def damaged(exported, tmp_path) -> Path:
-    return Path(shutil.copytree(exported, tmp_path / "damaged"))
+def copy(exported, tmp_path) -> Path:
+    """The Hugging Face directory, free to be damaged."""
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
 
 
-def cast(model, dtype):
-    wanted = abstract_model(BASE, mesh(), dtype=dtype)
-    flat = zip(*(jax.tree.leaves(m) for m in (model, wanted)), strict=True)
-    return [np.asarray(a).astype(w.dtype) for a, w in flat]
+def read(directory: Path) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(directory / "model.safetensors")
+
+
+def write(directory: Path, arrays: dict[str, np.ndarray], name: str = "model.safetensors") -> None:
+    safetensors.numpy.save_file(arrays, directory / name)
+
+
+def write_index(directory: Path, index: object) -> None:
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def assert_refused(path: Path | str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_weights(path)
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
@@ -61,10 +74,11 @@ def test_weights_reach_any_mesh(kind, dtype, axes, exported, workdir):
     assert (weights.kind, weights.model) == (kind, BASE)
     wanted = abstract_model(BASE, mesh(**axes), dtype=dtype)
     loaded = weights.load(wanted)
-    assert_same(jax.tree.leaves(loaded), cast(MODEL, dtype))
-    assert [a.sharding for a in jax.tree.leaves(loaded)] == [
-        a.sharding for a in jax.tree.leaves(wanted)
-    ]
+    assert_same_bits(
+        loaded, jax.tree.map(lambda a, w: np.asarray(a).astype(w.dtype), MODEL, wanted)
+    )
+    leaves = [jax.tree.leaves(model) for model in (loaded, wanted)]
+    assert [a.sharding for a in leaves[0]] == [a.sharding for a in leaves[1]]
 
 
 def test_a_run_is_opened_at_its_newest_step_and_a_step_at_itself(workdir):
@@ -82,16 +96,14 @@ def test_a_checkpoint_is_read_as_tensors_of_hugging_face(workdir, exported):
 
 
 def test_a_damaged_checkpoint_is_refused(workdir, tmp_path):
-    copy = Path(shutil.copytree(workdir / "checkpoints" / "7", tmp_path / "7"))
-    file = max(copy.rglob("d/*"), key=lambda path: path.stat().st_size)
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
+    copy, wanted = tmp_path / "7", abstract_model(BASE, mesh())
+    shutil.copytree(workdir / "checkpoints" / "7", copy)
+    flip(copy)
     weights = open_weights(copy)
     with pytest.raises(UserError, match="checksum"):
-        weights.load(abstract_model(BASE, mesh()))
+        weights.load(wanted)
     with pytest.raises(UserError, match="checksum"):
-        CheckpointSource(open_checkpoint(copy), BASE, abstract_model(BASE, mesh()))
+        CheckpointSource(open_checkpoint(copy), BASE, wanted)
 
 
 def test_another_architecture_is_not_filled(exported):
@@ -100,126 +112,87 @@ def test_another_architecture_is_not_filled(exported):
         open_weights(exported).load(abstract_model(other, mesh()))
 
 
-def test_every_wrong_tensor_is_named_before_any_is_read(damaged):
-    file = damaged / "model.safetensors"
-    arrays = safetensors.numpy.load_file(file)
-    del arrays["model.norm.weight"]
+def test_every_wrong_tensor_is_named_before_any_is_read(copy):
+    arrays = read(copy)
+    del arrays[NORM]
     arrays["lm_head.weight"] = arrays["lm_head.weight"][:-1]
     arrays["model.embed_tokens.weight"] = arrays["model.embed_tokens.weight"].astype(np.int8)
     arrays["model.layers.0.self_attn.q_proj.bias"] = np.zeros(24, np.float32)
     arrays["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(3, np.float32)
-    safetensors.numpy.save_file(arrays, file)
+    write(copy, arrays)
     with pytest.raises(UserError) as caught:
-        open_weights(damaged)
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 5
-    assert "model.embed_tokens.weight" in lines[1]
-    assert "int8" in lines[1]
-    assert "model.norm.weight: missing" in lines[2]
-    assert "[130, 24], the architecture [131, 24]" in lines[3]
-    assert "q_proj.bias: not part" in lines[4]
+        open_weights(copy)
+    _, embedding, *lines = str(caught.value).splitlines()
+    assert "model.embed_tokens.weight" in embedding
+    assert "int8" in embedding
+    for part in ("norm.weight: missing", "[130, 24], the architecture [131, 24]", "bias: not part"):
+        assert part in lines.pop(0)
+    assert lines == []
 
 
-def test_a_missing_shard_and_a_wrong_index_are_named(damaged):
-    (damaged / "model.safetensors").rename(damaged / "one.safetensors")
-    index = damaged / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
-    with pytest.raises(UserError, match=r"two\.safetensors is missing"):
-        open_weights(damaged)
-    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
-    with pytest.raises(UserError, match=r"a: .*does not hold it"):
-        open_weights(damaged)
-    index.write_text("[]")
-    with pytest.raises(UserError, match="no weight_map"):
-        open_weights(damaged)
+def test_damaged_and_missing_files_are_named(copy):
+    file = copy / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-100])
+    assert_refused(copy, r"model\.safetensors is cut off")
+    file.rename(copy / "pytorch_model.bin")
+    assert_refused(copy, r"pytorch_model\.bin, pickled")
+    (copy / "pytorch_model.bin").rename(copy / "training_args.bin")
+    assert_refused(copy, r"there is neither model\.safetensors nor")
+    (copy / "one.safetensors").write_bytes(content)
+    write_index(copy, {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
+    assert_refused(copy, r"two\.safetensors is missing")
+    write_index(copy, {"weight_map": {"a": "one.safetensors"}})
+    assert_refused(copy, r"a: .*does not hold it")
+    write_index(copy, [])
+    assert_refused(copy, "no weight_map")
 
 
-def test_a_cut_file_is_named(damaged):
-    file = damaged / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"model\.safetensors is cut off"):
-        open_weights(damaged)
-
-
-def test_pickled_weights_are_refused(damaged):
-    (damaged / "model.safetensors").rename(damaged / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin, pickled"):
-        open_weights(damaged)
-
-
-def test_a_tied_head_may_be_there_but_not_differ(damaged):
-    edit_config(damaged, tie_word_embeddings=True)
-    tied = dataclasses.replace(BASE, tie_embeddings=True)
-    wanted = abstract_model(tied, mesh())
+def test_a_tied_head_may_be_there_but_not_differ(copy):
+    edit_config(copy, tie_word_embeddings=True)
+    wanted = abstract_model(dataclasses.replace(BASE, tie_embeddings=True), mesh())
     with pytest.raises(UserError, match=r"lm_head\.weight that differs"):
-        open_weights(damaged).load(wanted)
-    file = damaged / "model.safetensors"
-    arrays = safetensors.numpy.load_file(file)
-    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
-    safetensors.numpy.save_file(arrays, file)
-    loaded = open_weights(damaged).load(wanted)
+        open_weights(copy).load(wanted)
+    arrays = read(copy)
+    write(copy, arrays | {"lm_head.weight": arrays["model.embed_tokens.weight"].copy()})
+    loaded = open_weights(copy).load(wanted)
     assert loaded.head is None
-    assert_same(loaded.embedding, MODEL.embedding)
+    assert_same_bits(loaded.embedding, MODEL.embedding)
 
 
 @pytest.mark.parametrize("content", ["{", '{"model_type": "gpt2"}', '{"train": {}}'])
 def test_what_is_no_llama_is_refused(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=r"not readable as JSON|'gpt2' is not|holds no weights"):
-        open_weights(tmp_path)
-    with pytest.raises(UserError, match="no such file"):
-        open_weights(tmp_path / "nowhere")
+    assert_refused(tmp_path, "not readable as JSON|'gpt2' is not|holds no weights")
+    assert_refused(tmp_path / "nowhere", "no such file")
 
 
-def test_a_run_without_a_checkpoint_is_told_apart(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="without a finished checkpoint"):
-        open_weights(tmp_path)
-
-
-def test_names_that_wrappers_of_torch_prefix_are_read(damaged, exported):
-    file = damaged / "model.safetensors"
-    arrays = safetensors.numpy.load_file(file)
+def test_names_that_wrappers_of_torch_prefix_are_read(copy, exported):
+    arrays = read(copy)
     for prefix in ("_orig_mod.", "module.", "module._orig_mod.", "base_model.model."):
-        safetensors.numpy.save_file({prefix + n: a for n, a in arrays.items()}, file)
-        assert open_weights(damaged).fingerprint() == open_weights(exported).fingerprint()
+        write(copy, {prefix + n: a for n, a in arrays.items()})
+        assert open_weights(copy).fingerprint() == open_weights(exported).fingerprint()
+    write(copy, arrays | {f"module.{NORM}": arrays[NORM] + 1})
+    assert_refused(copy, rf"module\.{NORM}.* {NORM}, which .*model\.safetensors holds too")
 
 
-def test_two_names_of_one_weight_in_a_file_are_refused(damaged):
-    file, name = damaged / "model.safetensors", "model.norm.weight"
-    arrays = safetensors.numpy.load_file(file)
-    safetensors.numpy.save_file(arrays | {f"module.{name}": arrays[name] + 1}, file)
-    with pytest.raises(UserError, match=rf"module\.{name}.* {name}, which .*{file.name} holds too"):
-        open_weights(damaged)
+def test_the_index_decides_between_two_copies_of_a_tensor(copy, exported):
+    arrays = read(copy)
+    (copy / "model.safetensors").unlink()
+    write(copy, {NORM: arrays[NORM]}, "1.safetensors")
+    write(copy, arrays | {NORM: arrays[NORM] + 1}, "2.safetensors")
+    files = dict.fromkeys(arrays, "2.safetensors") | {NORM: "1.safetensors"}
+    write_index(copy, {"weight_map": files})
+    assert open_weights(copy).fingerprint() == open_weights(exported).fingerprint()
 
 
-def test_the_index_decides_between_two_copies_of_a_tensor(damaged, exported):
-    file, name = damaged / "model.safetensors", "model.norm.weight"
-    arrays = safetensors.numpy.load_file(file)
-    wanted = open_weights(exported).fingerprint()
-    rest = {n: a for n, a in arrays.items() if n != name}
-    safetensors.numpy.save_file({name: arrays[name]}, damaged / "1.safetensors")
-    safetensors.numpy.save_file(rest | {name: arrays[name] + 1}, damaged / "2.safetensors")
-    file.unlink()
-    weight_map = dict.fromkeys(rest, "2.safetensors") | {name: "1.safetensors"}
-    index = damaged / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
-    assert open_weights(damaged).fingerprint() == wanted
-
-
-def test_what_holds_no_weights_is_named(damaged, tmp_path):
-    (damaged / "model.safetensors").unlink()
-    (damaged / "training_args.bin").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"there is neither model\.safetensors nor"):
-        open_weights(damaged)
-    adapters = tmp_path / "adapters"
+def test_directories_without_weights_are_told_apart(tmp_path):
+    adapters, cache, run = (tmp_path / name for name in ("adapters", "models--a--b", "run"))
+    (run / "checkpoints").mkdir(parents=True)
+    assert_refused(run, "without a finished checkpoint")
     adapters.mkdir()
     (adapters / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="adapters of PEFT alone"):
-        open_weights(adapters)
-    cache = tmp_path / "models--a--b"
+    assert_refused(adapters, "adapters of PEFT alone")
     (cache / "snapshots" / "0123").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"root of a hub cache.*snapshots/0123"):
-        open_weights(cache)
-    with pytest.raises(UserError, match="hf download"):
-        open_weights("organization/name")
+    assert_refused(cache, r"root of a hub cache.*snapshots/0123")
+    assert_refused("organization/name", "hf download")
