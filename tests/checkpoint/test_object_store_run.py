@@ -10,21 +10,11 @@ from pathlib import Path
 import pytest
 import warm
 from object_store import BUCKET, environment, free_port, need_packages, running
+from write_old_run import unpack_data
 
 CONFIG = Path(__file__).parents[1] / "training" / "tiny_run.py"
 FIELDS = ("step", "loss", "grad_norm", "learning_rate", "tokens_seen", "eval_loss")
 HELD_WITHIN_S = 240
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    text = "\n\n".join(f"{'abcdefgh' * (i % 7)} line {i} of a small corpus." for i in range(900))
-    (folder / "corpus.txt").write_text(text)
-    arguments = [f"--input={folder / 'corpus.txt'}", "--tokenizer=byte", "--workers=1"]
-    arguments += [f"--output={folder / 'data'}", "--validation_fraction=0.1"]
-    warm.run([sys.executable, "-m", "llamajax.prepare", *arguments], check=True)
-    return folder / "data"
 
 
 def train(prepared, workdir, *overrides):
@@ -39,19 +29,20 @@ def rows(workdir):
     return sorted(kept, key=lambda row: (row["step"], "eval_loss" in row))
 
 
-def said(command, environ):
-    done = warm.run(command, env=environ, capture_output=True, text=True, timeout=240)
-    return done.returncode, done.stdout, done.stderr
-
-
 @pytest.mark.slow
-def test_a_run_killed_in_a_save_resumes_bit_by_bit(prepared, tmp_path):
+def test_a_run_killed_in_a_save_resumes_bit_by_bit(tmp_path):
     need_packages()
-    port, hold = free_port(), tmp_path / "hold"
+    prepared, port, hold = unpack_data(tmp_path / "data"), free_port(), tmp_path / "hold"
     environ = os.environ | environment(port)
+
+    def said(command):
+        done = warm.run(command, env=environ, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        return done
+
     here, there, url = tmp_path / "here", tmp_path / "there", f"gs://{BUCKET}/run"
     elsewhere = train(prepared, there, f"checkpoint.directory={url}")
-    assert said(train(prepared, here), environ)[0] == 0
+    said(train(prepared, here))
     with running(port, hold):
         hold.write_text("run/8/meta.json")
         with warm.Popen(elsewhere, env=environ, stderr=subprocess.DEVNULL) as process:
@@ -62,14 +53,11 @@ def test_a_run_killed_in_a_save_resumes_bit_by_bit(prepared, tmp_path):
                 time.sleep(0.02)
             process.kill()
         hold.unlink()
-        code, _, text = said(elsewhere, environ)
-        assert code == 0
+        text = said(elsewhere).stderr
         assert "from step 4" in text
         assert f"Checkpoint {url}/12" in text
         assert rows(there) == rows(here)
         evaluate = [sys.executable, "-m", "llamajax.evaluate", f"--data={prepared}"]
-        scores = [
-            json.loads(said([*evaluate, f"--checkpoint={where}"], environ)[1].splitlines()[-1])
-            for where in (url, there)
-        ]
+        texts = [said([*evaluate, f"--checkpoint={where}"]).stdout for where in (url, there)]
+        scores = [json.loads(text.splitlines()[-1]) for text in texts]
         assert scores[0]["loss"] == scores[1]["loss"]

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore as ts
+from jax.sharding import SingleDeviceSharding
+from tiny_state import checkpointer, restore
 
 from llamajax.checkpoint import stored_array
-from llamajax.checkpoint.checkpointer import Checkpointer
 from llamajax.checkpoint.manifest import DamagedError
-from llamajax.checkpoint.restore import open_checkpoint, restore_state
 from llamajax.checkpoint.stored_array import (
     StoredArray,
     aligned_zeros,
@@ -30,23 +30,18 @@ def stored(directory: Path, value: np.ndarray, blocks: tuple[int, ...], **metada
     return StoredArray(directory, "x")
 
 
-def some_indices(shape: tuple[int, ...], count: int) -> list[tuple[slice, ...]]:
-    rng = np.random.default_rng(0)
-    ends = [[sorted(rng.choice(n + 1, 2, replace=False)) for n in shape] for _ in range(count)]
-    return [tuple(slice(0, n) for n in shape), *(tuple(slice(*e) for e in i) for i in ends)]
-
-
 @pytest.mark.parametrize("blocks", [SHAPE, (1, 5, 4, 6), (2, 2, 3, 4), (3, 1, 4, 5)])
 @pytest.mark.parametrize(("slab", "worth"), [(1 << 24, 1 << 20), (100, 16), (8, 1)])
 def test_any_part_of_any_blocks(tmp_path: Path, monkeypatch, blocks, slab: int, worth: int):
     monkeypatch.setattr(stored_array, "SLAB_BYTES", slab)
     monkeypatch.setattr(stored_array, "_WORTH_A_READ_BYTES", worth)
     value = np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
-    array = stored(tmp_path, value, blocks)
-    for index in some_indices(SHAPE, 20):
+    array, draw = stored(tmp_path, value, blocks), np.random.default_rng(0)
+    ends = [[sorted(draw.choice(n + 1, 2, replace=False)) for n in SHAPE] for _ in range(20)]
+    for one in ([(0, n) for n in SHAPE], *ends):
+        index = tuple(slice(*pair) for pair in one)
         np.testing.assert_array_equal(array.read(index, np.float32), value[index])
-        slabs = list(array._slabs(index))
-        assert all(s.stop - s.start <= slab for s in slabs)
+        assert all(s.stop - s.start <= slab for s in array._slabs(index))
     read = array.read(index, jnp.bfloat16)
     np.testing.assert_array_equal(read, value[index].astype(jnp.bfloat16))
 
@@ -62,58 +57,49 @@ def test_blocks_that_are_not_rows_are_read_whole(tmp_path: Path, metadata: dict)
 def test_a_missing_block_is_not_zeros(tmp_path: Path):
     array = stored(tmp_path, np.ones((4, 6), np.float32), (2, 6))
     array._array.kvstore.delete_range(ts.KvStore.KeyRange("1", "2")).result()
-    whole = (slice(0, 4), slice(0, 6))
     with pytest.raises(DamagedError, match=r"block 1\.0 is missing"):
-        array.read(whole, np.float32)
+        array.read((slice(0, 4), slice(0, 6)), np.float32)
 
 
 def test_restoring_reads_a_few_slabs_of_a_weight_at_a_time(tmp_path: Path, monkeypatch):
-    """All layers lie in one block; what bounds the host's memory is that it is never read whole."""
+    """All layers are in one block; what bounds the host's memory is that it is never read whole."""
     value = jnp.arange(4 * 6 * 8, dtype=jnp.float32).reshape(4, 6, 8)
-    with Checkpointer(tmp_path, keep=1, keep_every=None, asynchronous=False) as checkpointer:
-        checkpointer.save(1, {"w": value}, meta={})
+    with checkpointer(tmp_path) as saver:
+        saver.save(1, {"w": value}, meta={})
     monkeypatch.setattr(stored_array, "SLAB_BYTES", 64)
-    seen, under_way, most = [], 0, 0
+    sizes, in_flight, most = [], 0, 0
     slabs, take = StoredArray._slabs, StoredArray._take
 
     def counted_slabs(self, index):
-        nonlocal under_way, most
+        nonlocal in_flight, most
         for slab in slabs(self, index):
-            under_way += 1
-            most = max(most, under_way)
-            seen.append(slab.stop - slab.start)
+            in_flight += 1
+            most = max(most, in_flight)
+            sizes.append(slab.stop - slab.start)
             yield slab
 
     def counted_take(self, *args):
-        nonlocal under_way
-        under_way -= 1
+        nonlocal in_flight
+        in_flight -= 1
         take(self, *args)
 
     monkeypatch.setattr(StoredArray, "_slabs", counted_slabs)
     monkeypatch.setattr(StoredArray, "_take", counted_take)
     wanted = {"w": jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding)}
-    restored = restore_state(open_checkpoint(tmp_path / "1"), wanted)["w"]
-    np.testing.assert_array_equal(restored, value)
-    assert seen == [64] * (value.nbytes // 64)
-    assert most <= 9  # eight under way, one about to be
+    np.testing.assert_array_equal(restore(tmp_path, wanted)["w"], value)
+    assert sizes == [64] * (value.nbytes // 64)
+    assert most <= 9  # eight in flight, one about to be
 
 
 @pytest.mark.parametrize("donated", [False, True])
 def test_the_cpu_takes_over_what_was_read_unless_it_is_donated(donated: bool):
-    device = jax.devices()[0]
-    wanted = jax.ShapeDtypeStruct(
-        (64, 3), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device)
-    )
-    held = []
-
-    def read(index):
-        held.append(aligned_zeros(tuple(s.stop - s.start for s in index), np.float32))
-        return held[0]
-
-    array = array_from_parts(wanted, read, donated=donated)
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    part = aligned_zeros((64, 3), np.float32)
+    wanted = jax.ShapeDtypeStruct((64, 3), jnp.float32, sharding=sharding)
+    array = array_from_parts(wanted, lambda index: part, donated=donated)
     memory = array.unsafe_buffer_pointer()
     after = jax.jit(lambda x: x + 1, donate_argnums=0)(array)
-    assert (memory == held[0].ctypes.data) == (not donated)
+    assert (memory == part.ctypes.data) == (not donated)
     assert (memory == after.unsafe_buffer_pointer()) == donated
     np.testing.assert_array_equal(after, np.ones((64, 3)))
 
@@ -121,14 +107,9 @@ def test_the_cpu_takes_over_what_was_read_unless_it_is_donated(donated: bool):
 def test_a_part_is_read_once_for_all_its_devices():
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
-    whole = np.arange(8.0, dtype=np.float32)
-    reads = []
-
-    def read(index):
-        reads.append(index)
-        return whole[index]
-
-    array = array_from_parts(jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding), read)
+    whole, reads = np.arange(8.0, dtype=np.float32), []
+    wanted = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding)
+    array = array_from_parts(wanted, lambda index: reads.append(index) or whole[index])
     np.testing.assert_array_equal(array, whole)
     assert sorted(s.start for (s,) in reads) == [0, 2, 4, 6]
     assert len(array.addressable_shards) == 8
@@ -137,7 +118,7 @@ def test_a_part_is_read_once_for_all_its_devices():
 @pytest.mark.parametrize("donated", [False, True])
 @pytest.mark.parametrize("kind", ["device", "pinned_host"])
 def test_a_part_lands_in_the_memory_that_is_wanted(kind: str, donated: bool):
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=kind)
+    sharding = SingleDeviceSharding(jax.devices()[0], memory_kind=kind)
     wanted = jax.ShapeDtypeStruct((4, 3), jnp.float32, sharding=sharding)
     whole = np.arange(12, dtype=np.float32).reshape(4, 3)
     found = array_from_parts(wanted, lambda index: whole[index], donated=donated)
