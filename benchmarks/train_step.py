@@ -102,14 +102,14 @@ def compiled(config: RunConfig, *, document_masks: bool = True) -> Run:
     import numpy as np
 
     from llamajax import backends, optim, sharding
-    from llamajax.training.session import check_mesh, how_to_compute, layout_of
+    from llamajax.training.setup import check_mesh, layout_of, resolve_compute
     from llamajax.training.state import init_state
     from llamajax.training.step import train_step
 
     machine = backends.start(config.backend)
     mesh = sharding.build_mesh(config.mesh, jax.devices())
     check_mesh(config, mesh)
-    compute = how_to_compute(config, machine, mesh)
+    compute = resolve_compute(config, machine, mesh)
     optimizer = optim.build(config.optim, steps=config.train.steps)
     seed, layout = config.train.seed, layout_of(config)
     state = init_state(config.model, optimizer, mesh, seed=seed, layout=layout)

@@ -13,7 +13,7 @@ import pytest
 from llamajax import files
 from llamajax.errors import TransientError
 from llamajax.files import lock_file
-from llamajax.training.workdir import opened
+from llamajax.training.workdir import lock_workdir
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def sleeps(monkeypatch):
 
 def test_a_lock_that_a_dying_process_gives_up_is_waited_for(tmp_path, held, sleeps):
     sleeps["then"] = held.close
-    with opened(tmp_path, process_id=0, undo=contextlib.ExitStack()) as locked:
+    with lock_workdir(tmp_path, process_id=0, undo=contextlib.ExitStack()) as locked:
         assert locked
 
 
@@ -43,7 +43,7 @@ def test_a_run_that_lives_keeps_another_out(tmp_path, held, sleeps, monkeypatch)
     monkeypatch.setattr(files, "LOCK_WITHIN_S", 0.01)
     sleeps["then"] = lambda: waited.append(1)
     with pytest.raises(TransientError, match="another run is using it"):
-        opened(tmp_path, process_id=0, undo=contextlib.ExitStack()).__enter__()
+        lock_workdir(tmp_path, process_id=0, undo=contextlib.ExitStack()).__enter__()
     assert waited
 
 
@@ -54,7 +54,7 @@ def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     for process_id, warnings in ((0, 1), (1, 0)):
-        with opened(tmp_path, process_id=process_id, undo=contextlib.ExitStack()) as locked:
+        with lock_workdir(tmp_path, process_id=process_id, undo=contextlib.ExitStack()) as locked:
             assert not locked
         text = capsys.readouterr().err
         assert text.count(f"cannot be locked ({os.strerror(number)})") == warnings

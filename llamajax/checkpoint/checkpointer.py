@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import operator
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from llamajax.checkpoint import location
 from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.leaf_names import named_leaves
 from llamajax.checkpoint.location import Location
-from llamajax.checkpoint.restore import Checkpoint, newest_intact
+from llamajax.checkpoint.restore import Checkpoint, Damaged, newest_intact, set_aside_damaged
 from llamajax.checkpoint.save_checks import check_all_parts, check_room
 from llamajax.checkpoint.stored_array import prove_readable
 from llamajax.errors import UserError
@@ -92,8 +91,8 @@ class Checkpointer:
     keep_every: checkpoints whose step is a multiple of this are kept as well. asynchronous: whether
     `save` returns before the files are written. check_owner: called by process 0 before each save;
     raises OSError if the directory is another run's by now. on_complete: called by process 0,
-    in a thread, with the step of each checkpoint that is complete. when_accepted: makes a change to
-    the directory, perhaps later. Removes what a killed save left behind, so only the run itself may
+    in a thread, with the step of each checkpoint that is complete. hold: change nothing in the
+    directory before `begin`. Removes what a killed save left behind, so only the run itself may
     make one; to read checkpoints use `open_checkpoint`.
 
     completed: steps of the saves that ended well, for the caller to take.
@@ -108,7 +107,7 @@ class Checkpointer:
         asynchronous: bool,
         check_owner: Callable[[], None] | None = None,
         on_complete: Callable[[int], None] | None = None,
-        when_accepted: Callable[[Callable[[], None]], None] = operator.call,
+        hold: bool = False,
     ):
         if keep < 1:
             raise UserError(f"checkpoint.keep is {keep}; at least 1 checkpoint must be kept")
@@ -119,15 +118,22 @@ class Checkpointer:
         self._retention = keep, keep_every
         self._asynchronous = asynchronous
         self._check_owner, self._on_complete = check_owner, on_complete
-        self._when_accepted = when_accepted
+        self._begun = False
+        self._damaged: Damaged = []  # to be set aside
         self._orbax: OrbaxWriter | None = None
         self._save: _Save | None = None
         self._filter = _DropOrbaxRecords()
         for name in _NOISY:
             logging.getLogger(name).addFilter(self._filter)
-        when_accepted(self._remove_leftovers)
+        if not hold:
+            self.begin()
 
-    def _remove_leftovers(self) -> None:
+    def begin(self) -> None:
+        """Remove what a killed save left, and set aside the damaged checkpoints found so far.
+
+        To be called by all processes.
+        """
+
         def remove() -> None:
             try:
                 manifests.remove_leftovers(self.directory)
@@ -135,7 +141,9 @@ class Checkpointer:
                 kind = location.user_error_type(error, self.directory)
                 raise kind(f"cannot clear {self.directory}: {location.reason(error)}") from None
 
+        self._begun = True
         broadcast_from_first(remove)
+        set_aside_damaged(self._damaged)
 
     def warm_up(self) -> None:
         """Import Orbax and start its threads before the first save needs them. Cheap to repeat.
@@ -167,7 +175,10 @@ class Checkpointer:
     ) -> tuple[Checkpoint | None, list[str]]:
         """Return the checkpoint to continue from, and warnings; see `restore.newest_intact`."""
         with location.store_errors_explained(self.directory):
-            return newest_intact(self.directory, without=without, when_accepted=self._when_accepted)
+            found, warnings, self._damaged = newest_intact(self.directory, without=without)
+            if self._begun:
+                set_aside_damaged(self._damaged)
+        return found, warnings
 
     def save(self, step: int, state: Any, *, meta: Mapping[str, Any], wait: bool = False) -> None:
         """Save `state` and `meta` together as the checkpoint of `step`.

@@ -9,7 +9,7 @@ other readers are refused, since they would take older weights for the newest.
 import errno
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +27,8 @@ from llamajax.processes.host_collectives import broadcast_from_first, first_prob
 # Keys of the model section that change neither the arrays nor the function they compute.
 _HARMLESS = ("name", "init_std", "max_seq_len")
 _ALARM = "!" * 12
+
+Damaged = list[tuple[Location, str]]  # checkpoints, and what is wrong with each
 
 
 class Checkpoint:
@@ -106,20 +108,16 @@ def newest_checkpoint(directory: Location) -> Checkpoint | None:
 
 
 def newest_intact(
-    directory: Location,
-    *,
-    without: Collection[int],
-    when_accepted: Callable[[Callable[[], None]], None],
-) -> tuple[Checkpoint | None, list[str]]:
+    directory: Location, *, without: Collection[int]
+) -> tuple[Checkpoint | None, list[str], Damaged]:
     """Return the newest checkpoint with no damaged file, verified, and warnings to print.
 
-    None where there is no checkpoint at all. Newer, damaged ones are set aside as `STEP.damaged`
-    (in an object store: marked, and kept until that step is saved again), so that their steps can
-    be saved again. without: steps that do not count. when_accepted: renames, perhaps later. Raises
-    UserError when all are damaged; then nothing is renamed. To be called by all processes, which
-    get the same answer whichever of them saw the damage.
+    None where there is no checkpoint at all. Also returns the newer, damaged ones, which are to be
+    set aside so that their steps can be saved again. without: steps that do not count. Raises
+    UserError when all are damaged. To be called by all processes, which get the same answer
+    whichever of them saw the damage.
     """
-    damaged: list[tuple[Location, str]] = []
+    damaged: Damaged = []
     steps = [int(path.name) for path in manifests.step_directories(directory)]
     steps = [step for step in steps if step not in without]
 
@@ -130,16 +128,13 @@ def newest_intact(
         path = directory / str(step)
         checkpoint, problem = _open_verified(path)
         if checkpoint is not None:
-            if not damaged:
-                return checkpoint, []
-            warnings = _fallback_warnings(damaged, step)
-            when_accepted(functools.partial(_set_aside, damaged))
-            return checkpoint, warnings
+            warnings = _fallback_warnings(damaged, step) if damaged else []
+            return checkpoint, warnings, damaged
         damaged.append((path, problem))
         steps = [number for number in steps if number < step]
     if damaged:
         raise _damaged(*damaged[0], hopeless=True)
-    return None, []
+    return None, [], []
 
 
 def _open_verified(directory: Location) -> tuple[Checkpoint | None, str | None]:
@@ -175,8 +170,12 @@ def _damage_on_any(directory: Location, error: Exception | None) -> str | None:
     return first_problem(problem)
 
 
-def _set_aside(damaged: list[tuple[Location, str]]) -> None:
-    """Set damaged checkpoints aside, on process 0. UserError on all if the disk refuses."""
+def set_aside_damaged(damaged: Damaged) -> None:
+    """Set damaged checkpoints aside, on process 0. UserError on all if the disk refuses.
+
+    They become `STEP.damaged`; in an object store they are marked, and kept until their step is
+    saved again.
+    """
     problem = None
     for path, what in damaged if jax.process_index() == 0 else ():
         try:
@@ -187,7 +186,7 @@ def _set_aside(damaged: list[tuple[Location, str]]) -> None:
     raise_together(problem)
 
 
-def _fallback_warnings(damaged: list[tuple[Location, str]], step: int) -> list[str]:
+def _fallback_warnings(damaged: Damaged, step: int) -> list[str]:
     """Describe damaged checkpoints, newest first, and the step to continue from."""
     warnings = []
     for path, what in damaged:

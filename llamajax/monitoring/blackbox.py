@@ -45,14 +45,11 @@ class BlackBox:
             return
         self._begun = True
         with self._one_warning():
-            files = [self._directory / name for name in (_OLDER, _RECENT)]
-            for file in files:
-                self._rows.extend(read_rows(file))
+            self._rows.extend(read_leftovers(self._directory.parent)[0])
             if self._rows:
                 self.write("killed", step=self.newest_step)
                 self._rows.clear()
-            for file in files:
-                file.unlink(missing_ok=True)
+            self._remove_recent()
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Enter a step; `row` has `step` and flat JSON values."""
@@ -99,8 +96,11 @@ class BlackBox:
         self._close()
         if self._begun:
             with self._one_warning():
-                for name in (_RECENT, _OLDER):
-                    (self._directory / name).unlink(missing_ok=True)
+                self._remove_recent()
+
+    def _remove_recent(self) -> None:
+        for name in (_RECENT, _OLDER):
+            (self._directory / name).unlink(missing_ok=True)
 
     def _start_file(self) -> None:
         """Start a new file of recent rows; keep the last one beside it."""
@@ -128,11 +128,11 @@ class BlackBox:
                 say(f"{text}; training goes on")
 
 
-def last_seen(workdir: Path) -> dict[str, Any]:
-    """Return the last `step` that a killed process entered, and when (`time_s`); 0 without one."""
-    file = Path(workdir) / BLACKBOX / _RECENT
-    rows = read_rows(file)
-    return {"step": rows[-1]["step"], "time_s": file.stat().st_mtime} if rows else {"step": 0}
+def read_leftovers(workdir: Path) -> tuple[list[dict[str, Any]], float]:
+    """Return the rows that a killed process left, and when it wrote the last (wall clock, s)."""
+    files = [Path(workdir) / BLACKBOX / name for name in (_OLDER, _RECENT)]
+    times = [file.stat().st_mtime for file in files if file.exists()]
+    return [row for file in files for row in read_rows(file)], max(times, default=0.0)
 
 
 def read_box(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -111,6 +111,13 @@ class StepTimer:
             tokens_per_s=count * self._tokens_per_step / step_s if step_s > 0 else 0.0,
         )
 
+    @property
+    def untaken(self) -> dict[str, float]:
+        """Seconds of the steps fetched since the last `take`, and of waiting; their tokens."""
+        count, step_s, data_wait_s = self._taken
+        tokens = count * self._tokens_per_step
+        return {"steps_s": step_s, "data_wait_s": data_wait_s, "tokens": tokens}
+
     @contextlib.contextmanager
     def pause(self, *, data_wait: bool = False) -> Iterator[None]:
         """Take the time inside out of the steps' time, as far as no step is in flight.

@@ -32,7 +32,7 @@ from llamajax.planning.hlo import (
     slow_share,
 )
 from llamajax.training.feed import abstract_batch
-from llamajax.training.session import check_mesh, how_to_compute, layout_of
+from llamajax.training.setup import check_mesh, layout_of, resolve_compute
 from llamajax.training.state import TrainState, abstract_state
 from llamajax.training.step import train_step
 
@@ -102,7 +102,7 @@ def abstract_step(config: RunConfig, target: Target) -> Step:
     check_mesh(config, mesh)
     optimizer = optim.build(config.optim, steps=config.train.steps)
     lora = config.lora if config.lora.rank else None
-    compute = how_to_compute(config, target.machine(), mesh)
+    compute = resolve_compute(config, target.machine(), mesh)
     compiled = _WITHOUT_CUDNN if compute.attention == "cudnn" else compute.attention
     return Step(
         config=config,

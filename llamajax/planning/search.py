@@ -23,7 +23,7 @@ from llamajax.planning.compilation import node_of
 from llamajax.planning.estimate import axes_slow_share, held_bytes, sent_bytes
 from llamajax.planning.planner import Plan, make_plan
 from llamajax.planning.roofline import link_seconds, predict
-from llamajax.training.session import check_mesh, how_to_compute
+from llamajax.training.setup import check_mesh, resolve_compute
 
 _MOST_ROWS = 8  # of a microbatch on a device: more changes little but memory
 _SLACK = 1.05  # XLA recomputes more where memory is short, and then takes less than is estimated
@@ -114,7 +114,7 @@ def _estimated(config: RunConfig, target: Target) -> Iterator[Candidate]:
             try:
                 checked = from_json_dict(to_json_dict(variant))
                 check_mesh(checked, mesh)
-                compute = how_to_compute(checked, target.machine(), mesh)
+                compute = resolve_compute(checked, target.machine(), mesh)
             except UserError:
                 continue
             links_s = {

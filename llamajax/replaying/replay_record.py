@@ -15,7 +15,7 @@ from llamajax.monitoring import load_metrics
 from llamajax.monitoring.blackbox import boxes, read_box
 from llamajax.monitoring.run_facts import read_run_facts
 from llamajax.optim.guard import REASONS
-from llamajax.training.safety.audit import Audit
+from llamajax.training.safety.rollback import RollbackLog
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class ReplayRecord:
         """Step of `base`."""
         return self.base.step if self.base else 0
 
-    def read_position(self, mixture: data.Mixture, audit: Audit) -> data.Position:
+    def read_position(self, mixture: data.Mixture, audit: RollbackLog) -> data.Position:
         """The position in the data of the steps from `base` to this one."""
         if self.position is not None:
             return self.position
@@ -53,7 +53,7 @@ class ReplayRecord:
         else:
             saved = data.Position.from_json(self.base.meta["position"])
             rollbacks = self.base.meta.get("rollbacks", 0)
-        step = audit.rollbacks[-1].to_step if audit.rollbacks else 0
+        step = audit.entries[-1].to_step if audit.entries else 0
         later = audit.position(saved, step=max(step, self.first_step), rollbacks=rollbacks)
         return later.continued(step=max(self.first_step, later.segments[-1].first_step), **now)
 

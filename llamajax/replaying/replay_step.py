@@ -27,12 +27,11 @@ from llamajax.replaying.step_probe import (
     nonfinite_probe,
     nonfinite_weights,
 )
-from llamajax.training.feed import Feed
-from llamajax.training.origin import open_origin
-from llamajax.training.safety.audit import Audit
-from llamajax.training.session import Session, prepare
-from llamajax.training.starting import starting_state, update_of
-from llamajax.training.state import TrainState, to_natural
+from llamajax.training.feed import Feed, abstract_batch
+from llamajax.training.run_start import open_initial_weights
+from llamajax.training.safety.rollback import RollbackLog
+from llamajax.training.setup import Setup, build_update, initial_state, set_up
+from llamajax.training.state import TrainState, to_stored_order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,11 +48,11 @@ class ReplayOptions:
 def replay(options: ReplayOptions) -> Evidence:
     """Find out all about the step. Raises UserError for what the user can fix."""
     record = read_record(options.workdir, options.step, box=options.box)
-    session = prepare(_config(record, options))
+    session = set_up(_config(record, options))
     config, mixture = session.config, session.mixture
     if session.machine.num_processes > 1:
         raise UserError("replay runs in one process: start it on one node, with a mesh that it has")
-    position = record.read_position(mixture, Audit(options.workdir, primary=False))
+    position = record.read_position(mixture, RollbackLog(options.workdir, primary=False))
     base = record.base or "the beginning"
     say(f"replay   step {record.step}, from {base}: {record.step - record.first_step} steps")
     state, first_difference = _state_before(session, record, position)
@@ -99,19 +98,21 @@ def _config(record: ReplayRecord, options: ReplayOptions) -> Any:
 
 
 def _state_before(
-    session: Session, record: ReplayRecord, position: data.Position
+    session: Setup, record: ReplayRecord, position: data.Position
 ) -> tuple[TrainState, str | None]:
     """The state before the step, and the first step on the way that was not as recorded."""
     meta = None if record.base is None else record.base.meta
-    state = starting_state(session, record.base, open_origin(session.config, meta))
+    state = initial_state(session, record.base, open_initial_weights(session.config, meta))
     start, first_difference = record.first_step, None
     if start + 1 == record.step:
         return state, None
     feed = Feed(
         session.config, session.mesh, mixture=session.mixture, held_out=None, position=position
     )
-    batches, update = feed.train(start), update_of(session)
-    update = update.lower(state, feed.abstract(session.config.data.global_batch_size)).compile()
+    batches, update = feed.train(start), build_update(session)
+    batch_size = session.config.data.global_batch_size
+    batch = abstract_batch(session.config.data, session.mesh, batch_size=batch_size)
+    update = update.lower(state, batch).compile()
     total = record.step - 1
     progress = Progress(total_steps=total, start_step=start, mode="auto", primary=True)
     for step in range(start + 1, record.step):
@@ -127,7 +128,7 @@ def _state_before(
     return state, first_difference
 
 
-def _put_rows(session: Session, batch: dict[str, np.ndarray], rows: slice) -> dict[str, jax.Array]:
+def _put_rows(session: Setup, batch: dict[str, np.ndarray], rows: slice) -> dict[str, jax.Array]:
     """Put some rows of the global batch on the devices, with what the step reads of them."""
     drop = () if session.config.data.mask_documents else ("segment_ids",)
     part = {name: array[rows] for name, array in batch.items() if name not in drop}
@@ -135,7 +136,7 @@ def _put_rows(session: Session, batch: dict[str, np.ndarray], rows: slice) -> di
 
 
 def _forward(
-    session: Session, state: TrainState, batch: dict[str, np.ndarray], ids: np.ndarray
+    session: Setup, state: TrainState, batch: dict[str, np.ndarray], ids: np.ndarray
 ) -> tuple[tuple[str, list[int]] | None, DocumentLosses | None]:
     """The first activation that is not finite, with its rows; and the documents by their loss.
 
@@ -145,7 +146,7 @@ def _forward(
     if mesh.shape["stage"] > 1 or mesh.shape["sequence"] > 1:
         return None, None
     c = session.config
-    model = to_natural(state, c.model, mesh, layout=session.layout).whole
+    model = to_stored_order(state, c.model, mesh, layout=session.layout).whole
     compute = dataclasses.replace(session.compute, split_tokens=False, remat="none")
     probe, losses = nonfinite_probe(compute, mesh), token_losses(compute, mesh)
     size = c.data.global_batch_size // c.train.accumulation_steps
@@ -166,7 +167,7 @@ def _forward(
     return found, document_losses(session.mixture, ids, batch, nll_BT)
 
 
-def _is_same_machine(record: ReplayRecord, session: Session) -> bool:
+def _is_same_machine(record: ReplayRecord, session: Setup) -> bool:
     """Whether bits should be the same: platform, kind of device, mesh, JAX."""
     was, now = record.machine, session.machine
     versions = {name: was.get("versions", {}).get(name) for name in ("jax", "jaxlib")}

@@ -15,7 +15,7 @@ from llamajax.models.llama import Batch, Block, Compute, LayerInputs, Llama
 from llamajax.models.sharded_step import sharded_step
 from llamajax.sharding import ACTIVATIONS, batch_spec, spec
 from llamajax.sharding.collectives import pcast_varying, psum
-from llamajax.training.session import Session
+from llamajax.training.setup import Setup
 from llamajax.training.state import TrainState
 from llamajax.training.step import mean_gradient
 
@@ -39,7 +39,7 @@ class GradientSummary:
 
 
 def gradient_probe(
-    session: Session, state: TrainState, batch: Batch
+    session: Setup, state: TrainState, batch: Batch
 ) -> Callable[[], GradientSummary]:
     """Compile a function that computes the gradient of a step each time it is called."""
     gradient = mean_gradient(session.config.train, session.compute, session.mesh)

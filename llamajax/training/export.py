@@ -1,7 +1,5 @@
-"""Weights leaving a run in formats of others: Hugging Face's while training, PEFT's at the end."""
+"""Export the weights of a run: Hugging Face's format while training, PEFT's at the end."""
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -17,8 +15,9 @@ from llamajax.formats.huggingface.hf_write import export_hf
 from llamajax.formats.peft import write_peft
 from llamajax.formats.weights import TOKENIZER
 from llamajax.models.lora import merge
-from llamajax.monitoring import Progress
 from llamajax.training.state import TrainState
+
+_merge = jax.jit(merge, static_argnames="dtype")
 
 
 def _target(workdir: Path, step: int) -> Path:
@@ -26,39 +25,29 @@ def _target(workdir: Path, step: int) -> Path:
 
 
 def is_exported(workdir: Path, step: int) -> bool:
-    """Whether the export of `step` is there; one that was cut off is not."""
+    """Return whether the export of `step` is there; one that was cut off is not."""
     return _target(workdir, step).is_dir()
 
 
-def exporter(
-    config: RunConfig, workdir: Path, progress: Progress
-) -> Callable[[int, TrainState], None]:
-    """What writes `hf/STEP`: adapters merged, in the dtype of `train.dtype`.
+def export_weights(config: RunConfig, workdir: Path, step: int, state: TrainState) -> list[str]:
+    """Write `hf/STEP`, adapters merged, in the dtype of `train.dtype`; return warnings.
 
-    A failure costs the export and a warning, never the run. To be called by all processes.
+    state: in stored order. A failure is a warning. To be called by all processes.
     """
-
-    merged = jax.jit(functools.partial(merge, dtype=jnp.dtype(config.train.dtype)))
-
-    def export(step: int, state: TrainState) -> None:
-        whole = state.whole
-        model = whole if state.adapters is None else merged(whole)
-        try:
-            tokenizer = data.load_tokenizer(workdir / TOKENIZER)
-            lines = export_hf(
-                model,
-                config.model,
-                _target(workdir, step),
-                dtype=config.train.dtype,
-                tokenizer=tokenizer,
-                overwrite=True,
-            )
-        except UserError as error:
-            lines = [f"step {step} was not exported: {error}"]
-        for line in lines:
-            progress.note(f"warning: {line}")
-
-    return export
+    model = state.whole
+    if state.adapters is not None:
+        model = _merge(model, dtype=jnp.dtype(config.train.dtype))
+    try:
+        return export_hf(
+            model,
+            config.model,
+            _target(workdir, step),
+            dtype=config.train.dtype,
+            tokenizer=data.load_tokenizer(workdir / TOKENIZER),
+            overwrite=True,
+        )
+    except UserError as error:
+        return [f"step {step} was not exported: {error}"]
 
 
 def write_adapters(config: RunConfig, base: dict[str, str], workdir: Path) -> None:

@@ -1,4 +1,7 @@
-"""The loop: draw batch n, update, read the metrics of step n-1 meanwhile; evaluate, save, stop."""
+"""The loop: update, read the metrics of the step before meanwhile, then run what is due.
+
+A hook is what is done after some of the steps: check replicas, save, export, evaluate.
+"""
 
 import contextlib
 import dataclasses
@@ -6,215 +9,331 @@ import functools
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from llamajax.backends import memory_in_use, report_alive
-from llamajax.checkpoint import Checkpointer, CheckpointError
-from llamajax.config.schema import CheckpointConfig, TrainConfig
-from llamajax.monitoring import EventLog, MetricsWriter, Progress, StepTimer
-from llamajax.training.decisions import agreed
-from llamajax.training.safety.canary import Canary
-from llamajax.training.safety.guardian import Guardian
+from llamajax.checkpoint import CheckpointError
+from llamajax.config import to_json_dict
+from llamajax.errors import ExitCode
+from llamajax.monitoring import MetricsWriter, Progress, StepTimer
+from llamajax.processes.host_collectives import broadcast_from_first
+from llamajax.training.export import export_weights, is_exported
+from llamajax.training.feed import Feed
+from llamajax.training.messages import mfu_from_speed
+from llamajax.training.run_start import Start
 from llamajax.training.safety.hang import HangWatch
 from llamajax.training.safety.shutdown import Shutdown
+from llamajax.training.safety.step_checks import StepChecks
+from llamajax.training.setup import Programs
 from llamajax.training.state import TrainState
+from llamajax.training.workdir import Run
 
 DeviceBatch = dict[str, jax.Array]
+# Asking the other processes waits for the devices, so clocks are compared rarely.
+_COMPARE_CLOCKS_EVERY = 16
+
+
+@dataclasses.dataclass
+class Saves:
+    """The checkpoints of an attempt: seconds that those in flight took, messages of the failed."""
+
+    duration_s: dict[int, float] = dataclasses.field(default_factory=dict)
+    failed: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Loop:
-    """Everything that the loop uses; `run` is the loop."""
+class Attempt:
+    """What trains a run from a start to its end, to a stop signal or to a rollback."""
 
-    train: TrainConfig
-    checkpoint: CheckpointConfig
-    step: Callable[[TrainState, DeviceBatch], tuple[TrainState, dict[str, jax.Array]]]
-    eval_step: Callable[[Any, DeviceBatch], tuple[jax.Array, jax.Array]]
-    train_batches: Iterator[DeviceBatch]  # already on their way to the devices
-    eval_batches: Callable[[], Iterator[DeviceBatch]] | None  # None: no validation split
-    rates: Callable[[float], dict[str, float | None]]  # tokens/s -> both MFUs
-    tokens_seen: Callable[[int], int]
-    meta: Callable[[int], dict[str, Any]]
-    at_rest: Callable[[TrainState], TrainState]  # as it is saved: layers in their own order
-    export: Callable[[int, TrainState], None]  # of a state at rest, to hf/STEP
-    checkpointer: Checkpointer
-    metrics: MetricsWriter
-    events: EventLog
-    progress: Progress
+    run: Run
+    start: Start
+    programs: Programs
+    feed: Feed
     timer: StepTimer
-    shutdown: Shutdown
-    saw: Callable[[int], None]  # enters the samples of a step in the ledger
-    guardian: Guardian
+    metrics: MetricsWriter
+    progress: Progress
+    checks: StepChecks
     hang: HangWatch
-    canary: Canary | None
-    saves_s: dict[int, float] = dataclasses.field(default_factory=dict)  # not yet complete
-    failed_checkpoints: list[str] = dataclasses.field(default_factory=list)  # of this start
+    saves: Saves
 
-    def run(self, state: TrainState, start: int) -> int:
-        """Train from step `start` to the end or to a signal; the step of the last checkpoint."""
-        pending: tuple[int, dict[str, jax.Array]] | None = None
-        saved_at_s, last = time.monotonic(), self.train.steps
-        batch = self._next_batch() if start < last else None
-        for step in range(start + 1, last + 1):
-            self.timer.mark_dispatched(step)
-            state, metrics = self.step(state, batch)
-            self.timer.watch(step, functools.partial(jax.block_until_ready, metrics))
-            self.shutdown.begin_updates()
-            gc.enable()  # off while starting (train.py)
-            self.saw(step)
-            batch = self._next_batch() if step < last else None
-            if pending is not None:
-                self._log(*pending)  # waits for step - 1 while this one runs
-                self.checkpointer.warm_up()  # not before a step was shown; the device is busy
-            pending = (step, metrics)
-            stop = agreed(step, self.shutdown)
-            self._report_alive()
-            self.record_saves()
-            if stop:
-                self.events.write("signal", step=step)
-            save = stop or step == last or self._save_is_due(step, saved_at_s)
-            evaluate = self.eval_is_due(step)
-            examine = self.canary is not None and self.canary.is_due(step)
-            if save or evaluate or examine:
-                self._log(*pending)
-                pending = None
-            if examine:
-                self._examine(step, state)  # before a save: what is saved was found sound
-            if save:
-                self._save(step, state, final=stop or step == last)
-                saved_at_s = time.monotonic()
-            if self.export_is_due(step) and not stop:
-                with self._phase("export", step), self.hang.paused():
-                    self.export(step, self.at_rest(state))
-            if stop:
-                return step
-            if evaluate and not self.evaluate(step, state):
-                self.events.write("signal", step=step)
-                self._save(step, state, final=True)
-                return step
-        return last
-
-    def _next_batch(self) -> DeviceBatch:
+    def next_batch(self, batches: Iterator[DeviceBatch]) -> DeviceBatch:
+        """Draw a batch; waiting for it while no step is in flight is `data_wait_s`."""
         with self.timer.pause(data_wait=True):
-            return next(self.train_batches)
+            return next(batches)
 
     @contextlib.contextmanager
-    def _phase(self, event: str, step: int) -> Iterator[dict[str, Any]]:
-        """Take the time inside out of the steps', and enter it as an event when it is over."""
+    def phase(self, event: str, step: int) -> Iterator[dict[str, Any]]:
+        """Keep the time inside out of the steps' time, and write it as an event when it is over."""
         fields: dict[str, Any] = {}
         with self.timer.pause():
             yield fields
-        self.events.write(event, step=step, duration_s=self.timer.paused_s, **fields)
+        self.run.events.write(event, step=step, duration_s=self.timer.paused_s, **fields)
 
-    def eval_is_due(self, step: int) -> bool:
-        """Whether an evaluation belongs to `step`."""
-        every = self.train.eval_every
-        due = step == self.train.steps or bool(every and step % every == 0)
-        return due and self.eval_batches is not None
-
-    def export_is_due(self, step: int) -> bool:
-        """Whether the weights of `step` are wanted in Hugging Face's format."""
-        every = self.checkpoint.export_hf_every
-        return bool(every) and (step == self.train.steps or step % every == 0)
-
-    def evaluate(self, step: int, state: TrainState) -> bool:
-        """Log the loss on the validation split; False when a signal cut it short (no row then).
-
-        Summed in float64 over batches of a fixed order. The last batch is padded, never dropped.
-        """
-        sums = np.zeros(2, np.float64)
-        pending = None
-        with self._phase("evaluation", step) as fields:
-            for batch in self.eval_batches():
-                current = self.eval_step(state.whole, batch)
-                if pending is not None:
-                    sums += np.array(jax.device_get(pending), np.float64)
-                pending = current
-                self._report_alive()
-                if agreed(step, self.shutdown):
-                    return False
-            sums += np.array(jax.device_get(pending), np.float64)
-            loss = fields["eval_loss"] = float(sums[0] / sums[1])
-        row = {"step": step, "eval_loss": loss, "eval_perplexity": _perplexity(loss)}
-        row |= {"eval_tokens": int(sums[1]), "time_s": self.events.time_s}
-        self.metrics.write(row)
-        self.progress.show(row)
-        return True
-
-    def _log(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Wait for the metrics of `step`; write them where a row is due, times as means since."""
-        fetched = jax.device_get(metrics)
-        self.timer.mark_fetched(step)
-        values = self.guardian.look(step, fetched)
-        due = step % self.train.log_every == 0 or step == self.train.steps
-        if due or "update_skipped" in values:
-            self._write(step, values)
-        self.guardian.act(step, fetched)
-
-    def _write(self, step: int, values: dict[str, Any]) -> None:
-        times = dataclasses.asdict(self.timer.take())
-        row = {"step": step} | values | times | {"tokens_seen": self.tokens_seen(step)}
-        row |= self.rates(times["tokens_per_s"]) | memory_in_use()
-        row["time_s"] = self.events.time_s
-        if self.failed_checkpoints:
-            row["failed_checkpoints"] = len(self.failed_checkpoints)
-        self.events.check_directory()
-        self.metrics.write(row)
-        self.progress.show(row)
-        if not math.isfinite(values["loss"]) and "update_skipped" not in values:
-            self.progress.note(f"warning: the loss of step {step} is {values['loss']}")
-
-    def _examine(self, step: int, state: TrainState) -> None:
-        with self._phase("canary", step):
-            self.canary.check(step, state)
-        self._report_alive()
-
-    def _report_alive(self) -> None:
+    def report_alive(self) -> None:
+        """Tell the launcher and the hang watch that something was finished."""
         report_alive()
         self.hang.beat()
 
-    def _save_is_due(self, step: int, saved_at_s: float) -> bool:
-        steps, minutes = self.checkpoint.every_steps, self.checkpoint.every_minutes
-        if steps and step % steps == 0:
-            return True
-        late = minutes is not None and time.monotonic() - saved_at_s >= 60 * minutes
-        return agreed(step, late)
+    def record_saves(self) -> None:
+        """Write an event for each checkpoint that is complete by now."""
+        completed = self.run.checkpointer.completed
+        while completed:
+            step = completed.popleft()
+            duration_s = self.saves.duration_s.pop(step, 0.0)
+            self.run.events.write("save", step=step, duration_s=duration_s)
 
-    def _save(self, step: int, state: TrainState, *, final: bool) -> None:
-        """Save; a failure costs the checkpoint and a warning, never the run, but for the last."""
-        self.events.check_directory()
-        with self.timer.pause(), self.hang.paused():
+    def record_signal(self, step: int) -> None:
+        """Write the event of a stop signal, with the time of the steps that stand in no row."""
+        unlogged = {f"kept_{part}": value for part, value in self.timer.untaken.items() if value}
+        name = self.run.shutdown.signal  # none: it came to another process
+        self.run.events.write("signal", step=step, signal=name, **unlogged)
+
+
+class Hook(Protocol):
+    """What is done after the steps at which it is due. stop: the run ends at this step."""
+
+    def is_due(self, step: int, stop: bool) -> bool: ...
+
+    def __call__(self, step: int, state: TrainState, stop: bool) -> None: ...
+
+
+def train_steps(attempt: Attempt, state: TrainState) -> ExitCode:
+    """Train to the last step, or to a stop signal: FINISHED or STOPPED.
+
+    Raises GuardStop, RollbackNeeded, and CheckpointError where the last save failed.
+    """
+    run, start, timer = attempt.run, attempt.start, attempt.timer
+    last = run.config.train.steps
+    log, save, evaluate = LogHook(attempt), SaveHook(attempt), EvaluateHook(attempt)
+    export = ExportHook(attempt)
+    hooks: list[Hook] = [CanaryHook(attempt), save, export, evaluate]  # saved: what was found sound
+    if start.step:
+        for hook in (evaluate, export):  # the process before ended between its save and these
+            if hook.is_due(start.step, stop=False) and not hook.was_done(start.step):
+                hook(start.step, state, stop=False)
+    batches = attempt.feed.train(start.step)
+    batch = attempt.next_batch(batches) if start.step < last else None
+    for step in range(start.step + 1, last + 1):
+        timer.mark_dispatched(step)
+        state, metrics = attempt.programs.update(state, batch)
+        timer.watch(step, functools.partial(jax.block_until_ready, metrics))
+        run.shutdown.begin_updates()
+        gc.enable()  # off while starting (train.py)
+        start.ledger.add(step)
+        batch = attempt.next_batch(batches) if step < last else None
+        log(step, metrics)  # reads those of step - 1 while this step runs
+        stop = any_process_stops(run.shutdown)
+        attempt.report_alive()
+        attempt.record_saves()
+        due = [hook for hook in hooks if hook.is_due(step, stop)]
+        if due:
+            log.flush()  # the guard may stop the run: no hook sees a state that it has not seen
+        if stop:
+            attempt.record_signal(step)
+        for hook in due:
+            hook(step, state, stop)
+        if evaluate.was_interrupted:
+            stop = True
+            attempt.record_signal(step)
+            save(step, state, stop)
+        if stop:
+            return ExitCode.STOPPED
+    return ExitCode.STOPPED if run.shutdown.requested else ExitCode.FINISHED
+
+
+def any_process_stops(shutdown: Shutdown) -> bool:
+    """Return whether a process was asked to stop, the same on all. A collective.
+
+    JAX's preemption service, which catches the signals of several processes, agrees on the step.
+    """
+    if jax.process_count() == 1:
+        return shutdown.requested
+    stop = multihost_utils.reached_preemption_sync_point(shutdown.next_question())
+    if stop:
+        shutdown.request()
+    return stop
+
+
+class LogHook:
+    """Reads the metrics of each step while the next one runs, so that no step waits for the host.
+
+    Writes the rows of `metrics.jsonl`, times as means since the last row, and lets the checks see
+    every step.
+    """
+
+    def __init__(self, attempt: Attempt):
+        self._attempt = attempt
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._mfu = mfu_from_speed(attempt.run.setup)
+
+    def __call__(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Read the metrics of the step before; keep these for the next call."""
+        if self._pending is not None:
+            self.flush()
+            self._attempt.run.checkpointer.warm_up()  # the device is busy meanwhile
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Wait for the metrics that were kept; write their row, and raise what the checks raise."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        a, train = self._attempt, self._attempt.run.config.train
+        values = jax.device_get(metrics)
+        a.timer.mark_fetched(step)
+        unlogged = {f"unlogged_{part}": value for part, value in a.timer.untaken.items()}
+        row = a.checks.inspect(step, values, unlogged)
+        if step % train.log_every == 0 or step == train.steps or "update_skipped" in row:
+            self._write(step, row)
+        a.checks.react(step, values)
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        a, events = self._attempt, self._attempt.run.events
+        times = dataclasses.asdict(a.timer.take())
+        row = {"step": step} | values | times
+        row["tokens_seen"] = a.start.position.tokens_seen(step)
+        row |= self._mfu(times["tokens_per_s"]) | memory_in_use()
+        row["time_s"] = events.time_s
+        if a.saves.failed:
+            row["failed_checkpoints"] = len(a.saves.failed)
+        events.check_directory()
+        a.metrics.write(row)
+        a.progress.show(row)
+        if not math.isfinite(values["loss"]) and "update_skipped" not in values:
+            a.progress.note(f"warning: the loss of step {step} is {values['loss']}")
+
+
+class CanaryHook:
+    """Compares the replicas of the run."""
+
+    def __init__(self, attempt: Attempt):
+        self._attempt, self._canary = attempt, attempt.programs.canary
+
+    def is_due(self, step: int, stop: bool) -> bool:
+        return self._canary is not None and self._canary.is_due(step)
+
+    def __call__(self, step: int, state: TrainState, stop: bool) -> None:
+        with self._attempt.phase("canary", step):
+            self._canary.check(step, state)
+        self._attempt.report_alive()
+
+
+class SaveHook:
+    """Saves checkpoints; a failure costs the checkpoint and a warning, the run only at its end."""
+
+    def __init__(self, attempt: Attempt):
+        self._attempt, self._config = attempt, attempt.run.config
+        self._saved_at_s = time.monotonic()
+
+    def is_due(self, step: int, stop: bool) -> bool:
+        steps, minutes = self._config.checkpoint.every_steps, self._config.checkpoint.every_minutes
+        if stop or step == self._config.train.steps or (steps and step % steps == 0):
+            return True
+        late = minutes is not None and time.monotonic() - self._saved_at_s >= 60 * minutes
+        if jax.process_count() == 1:
+            return late
+        return step % _COMPARE_CLOCKS_EVERY == 0 and broadcast_from_first(lambda: late)
+
+    def __call__(self, step: int, state: TrainState, stop: bool) -> None:
+        a, run = self._attempt, self._attempt.run
+        final = stop or step == self._config.train.steps
+        run.events.check_directory()
+        with a.timer.pause(), a.hang.paused():
             try:
-                self.checkpointer.wait()  # the one before, which may have failed meanwhile
+                run.checkpointer.wait()  # the one before, which may have failed meanwhile
             except CheckpointError as error:
-                self._lack(error)
+                self._checkpoint_failed(error)
             try:
-                saved = self.at_rest(state.to_save)
-                self.checkpointer.save(step, saved, meta=self.meta(step), wait=final)
+                saved = run.setup.to_stored_order(state.to_save)
+                run.checkpointer.save(step, saved, meta=self._meta(), wait=final)
             except CheckpointError as error:
-                self._lack(error, final=final)
+                self._checkpoint_failed(error, final=final)
                 if final:
                     raise
-        self.saves_s[step] = self.timer.paused_s
-        self.record_saves()
+        a.saves.duration_s[step] = a.timer.paused_s
+        a.record_saves()
+        self._saved_at_s = time.monotonic()
 
-    def record_saves(self) -> None:
-        """Enter the checkpoints that are complete by now, and the time that each took."""
-        while self.checkpointer.completed:
-            step = self.checkpointer.completed.popleft()
-            self.events.write("save", step=step, duration_s=self.saves_s.pop(step, 0.0))
+    def _meta(self) -> dict[str, Any]:
+        """Return what is saved with every checkpoint, besides the arrays."""
+        run, start = self._attempt.run, self._attempt.start
+        meta = {
+            "config": to_json_dict(self._config),
+            "position": start.position.to_json(),
+            "tokenizer": start.tokenizer,
+            "data": run.setup.data_record,
+            "ledger": start.ledger.to_json(),
+            "rollbacks": len(run.rollbacks.entries),
+        }
+        return meta | ({"base": start.base} if start.base else {})
 
-    def _lack(self, error: CheckpointError, *, final: bool = False) -> None:
-        self.events.write("save", step=error.step, duration_s=0.0, error=str(error))
-        self.failed_checkpoints.append(str(error))
+    def _checkpoint_failed(self, error: CheckpointError, *, final: bool = False) -> None:
+        a = self._attempt
+        a.run.events.write("save", step=error.step, duration_s=0.0, error=str(error))
+        a.saves.failed.append(str(error))
         if not final:
-            self.progress.note(f"warning: {error}; training goes on, the next one is tried in turn")
+            a.progress.note(f"warning: {error}; training goes on, the next one is tried in turn")
 
 
-def _perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
+class ExportHook:
+    """Writes the weights of some steps in Hugging Face's format."""
+
+    def __init__(self, attempt: Attempt):
+        self._attempt, self._run = attempt, attempt.run
+
+    def is_due(self, step: int, stop: bool) -> bool:
+        every = self._run.config.checkpoint.export_hf_every
+        last = self._run.config.train.steps
+        return not stop and bool(every) and (step == last or step % every == 0)
+
+    def was_done(self, step: int) -> bool:
+        return broadcast_from_first(is_exported, self._run.workdir, step)
+
+    def __call__(self, step: int, state: TrainState, stop: bool) -> None:
+        with self._attempt.phase("export", step), self._attempt.hang.paused():
+            stored = self._run.setup.to_stored_order(state)
+            for line in export_weights(self._run.config, self._run.workdir, step, stored):
+                self._attempt.progress.note(f"warning: {line}")
+
+
+class EvaluateHook:
+    """Writes the loss on the validation split; no row where a stop signal comes meanwhile."""
+
+    def __init__(self, attempt: Attempt):
+        self._attempt, self._setup = attempt, attempt.run.setup
+        self.was_interrupted = False
+
+    def is_due(self, step: int, stop: bool) -> bool:
+        every, last = self._setup.config.train.eval_every, self._setup.config.train.steps
+        due = step == last or bool(every and step % every == 0)
+        return due and not stop and self._setup.held_out is not None
+
+    def was_done(self, step: int) -> bool:
+        """Whether it is on record for the step of the start."""
+        return broadcast_from_first(lambda: self._attempt.start.is_evaluated)
+
+    def __call__(self, step: int, state: TrainState, stop: bool) -> None:
+        """Sum in float64 over batches of a fixed order. The last is padded, never dropped."""
+        a, sums, pending = self._attempt, np.zeros(2, np.float64), None
+        with a.phase("evaluation", step) as fields:
+            for batch in a.feed.evaluation():
+                current = a.programs.evaluate(state.whole, batch)
+                if pending is not None:
+                    sums += np.array(jax.device_get(pending), np.float64)
+                pending = current
+                a.report_alive()
+                if any_process_stops(a.run.shutdown):
+                    self.was_interrupted = True
+                    return
+            sums += np.array(jax.device_get(pending), np.float64)
+            loss = fields["eval_loss"] = float(sums[0] / sums[1])
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        row = {"step": step, "eval_loss": loss, "eval_perplexity": perplexity}
+        row |= {"eval_tokens": int(sums[1]), "time_s": a.run.events.time_s}
+        a.metrics.write(row)
+        a.progress.show(row)

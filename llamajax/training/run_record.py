@@ -1,38 +1,94 @@
-"""What a run enters in its record when it starts and ends: events, facts, a log with times."""
+"""What the record of a run says at a start, and the events of its start and end."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 import platform
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import llamajax
-from llamajax.backends import report_checkpoint
-from llamajax.checkpoint import Checkpointer
 from llamajax.config import RunConfig, diff, from_json_dict
 from llamajax.config.saved_config import read_saved_config
 from llamajax.errors import ExitCode, UserError
-from llamajax.monitoring import EventLog, load_events, load_metrics
-from llamajax.monitoring.blackbox import last_seen
+from llamajax.monitoring import load_events, load_metrics
+from llamajax.monitoring.blackbox import read_leftovers
 from llamajax.monitoring.run_facts import steps_after
-from llamajax.processes.host_collectives import broadcast_from_first
-from llamajax.training.export import is_exported
-from llamajax.training.narration import previous
-from llamajax.training.safety.shutdown import Shutdown
-from llamajax.training.session import Session
+from llamajax.training.messages import previous_checkpoint
+from llamajax.training.workdir import Run
 
-LOG = "train.log"
 _PACKAGES = (
     "llamajax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain",
     "numpy", "ml-dtypes",
 )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """Events and rows that earlier processes of a run, or this one, have left in its directory."""
+
+    workdir: Path
+    events: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, workdir: Path) -> "History":
+        """Read what is there now."""
+        return cls(workdir, load_events(workdir), load_metrics(workdir))
+
+    def is_finished(self, step: int) -> bool:
+        """Whether the run ended at `step` with all done."""
+        last = self.events[-1] if self.events else {}
+        return last.get("status") == "finished" and last["step"] == step
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the evaluation of `step` is on record."""
+        return any(row["step"] == step and "eval_loss" in row for row in self.rows)
+
+    def time_after(self, step: int) -> dict[str, float]:
+        """Return the seconds of the rows after `step`, which a start from there removes."""
+        return steps_after(self.events, self.rows, step)
+
+    def found_dead(self, step: int) -> dict[str, Any] | None:
+        """Describe the last process if it wrote no end, for a start from `step`."""
+        if not self.events or self.events[-1]["event"] == "end":
+            return None
+        begun = [event for event in self.events if event["event"] == "start"][-1:]
+        box, box_s = read_leftovers(self.workdir)
+        seen = [*begun, self.events[-1], *self.rows, *box]
+        return {
+            "step": max(entry["step"] for entry in seen),
+            "last_seen_s": max([box_s, *(entry.get("time_s", 0.0) for entry in seen)]),
+            "host": begun[0].get("host") if begun else None,
+            "pid": begun[0].get("pid") if begun else None,
+        } | self._unlogged(box, step)
+
+    def _unlogged(self, box: list[dict[str, Any]], step: int) -> dict[str, float]:
+        """Return the seconds of a dead process's steps since its last row, from its black box.
+
+        kept_*: of steps up to `step`. removed_*: of later ones, which are done again.
+        """
+        logged = max((row["step"] for row in self.rows if "step_time_s" in row), default=0)
+        zero = {"unlogged_steps_s": 0.0, "unlogged_data_wait_s": 0.0, "unlogged_tokens": 0}
+        kept = last = zero
+        for row in box:  # each has the sums of all steps since the last row
+            if row["step"] > logged and "unlogged_steps_s" in row:
+                last = row
+                kept = row if row["step"] <= step else kept
+        removed = {key: last[key] - kept[key] for key in zero}
+        return {
+            "kept_steps_s": kept["unlogged_steps_s"],
+            "kept_data_wait_s": kept["unlogged_data_wait_s"],
+            "kept_tokens": kept["unlogged_tokens"],
+            "removed_steps_s": removed["unlogged_steps_s"],
+            "removed_data_wait_s": removed["unlogged_data_wait_s"],
+        }
 
 
 def process_start_s() -> float:
@@ -42,52 +98,14 @@ def process_start_s() -> float:
     return time.monotonic() - age_s
 
 
-def is_finished(config: RunConfig, workdir: Path, step: int) -> bool:
-    """Return whether a run that is at `step` has done all that its config asks for."""
+def write_start(run: Run, *, step: int, began_s: float, overrides: Mapping[str, Any]) -> None:
+    """Write the `start` event.
 
-    def decide() -> bool:
-        exports = config.checkpoint.export_hf_every
-        return _is_ended(workdir, step) and (not exports or is_exported(workdir, step))
-
-    return step == config.train.steps and broadcast_from_first(decide)
-
-
-def is_evaluated(workdir: Path, step: int) -> bool:
-    """Return whether the evaluation of `step` is on record."""
-    return any(row["step"] == step and "eval_loss" in row for row in load_metrics(workdir))
-
-
-def _is_ended(workdir: Path, step: int) -> bool:
-    last = (load_events(workdir) or [{}])[-1]
-    return last.get("status") == "finished" and last["step"] == step
-
-
-def removed_time(workdir: Path, step: int) -> dict[str, float]:
-    """Return the seconds of the rows after `step`, which are about to be removed."""
-    return steps_after(load_events(workdir), load_metrics(workdir), step)
-
-
-def write_start(
-    events: EventLog, workdir: Path, session: Session, *, step: int, began_s: float, anew: bool
-) -> None:
-    """Enter a start, and before it the death of a process that wrote no end; tell the launcher.
-
-    anew: this start begins a record of its own.
+    step: that the run continues from. began_s: of the process, `time.monotonic`. overrides: by key,
+    the config file's value and the command line's.
     """
-    before = [] if anew else load_events(workdir)
-    if before and before[-1]["event"] != "end":
-        begun = [event for event in before if event["event"] == "start"][-1:]
-        seen = [*begun, before[-1], *load_metrics(workdir), last_seen(workdir)]
-        events.write(
-            "found_dead",
-            step=max(entry["step"] for entry in seen),
-            last_seen_s=max(entry.get("time_s", 0.0) for entry in seen),
-            host=begun[0].get("host") if begun else None,
-            pid=begun[0].get("pid") if begun else None,
-        )
-    report_checkpoint(step)
-    machine = session.machine
-    events.write(
+    machine = run.setup.machine
+    run.events.write(
         "start",
         step=step,
         duration_s=time.monotonic() - began_s,
@@ -100,8 +118,8 @@ def write_start(
         device_kind=machine.device_kind,
         num_devices=machine.num_devices,
         num_processes=machine.num_processes,
-        overrides=[a for a in sys.argv if a.startswith("--config.")],
-        changed=_changed(workdir, session.config),
+        overrides=overrides,
+        changed=_changed(run.workdir, run.config),
     )
 
 
@@ -114,7 +132,7 @@ def _versions() -> dict[str, str]:
 
 
 def _git_state(folder: Path) -> dict[str, Any] | None:
-    """The commit of a checkout and whether files differ from it; None where it is no checkout."""
+    """Return the commit of a checkout and whether files differ from it; None for no checkout."""
     if not (folder / ".git").exists():
         return None
     answers = []
@@ -129,101 +147,43 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _changed(workdir: Path, config: RunConfig) -> dict[str, list[str]] | None:
-    """Old and new value of each key that differs from the previous start's; None for the first."""
+    """Return old and new value of each key that differs from the previous start's, if any."""
     try:
         before = from_json_dict(read_saved_config(workdir))
-    except (ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):  # none, or one of another version
         return None
     return {key: list(values) for key, values in diff(before, config).items()}
 
 
 @contextlib.contextmanager
-def end_written(
-    events: EventLog, newest_step: Callable[[], int], shutdown: Shutdown, checkpointer: Checkpointer
-) -> Iterator[dict[str, Any]]:
-    """Enter the end of a run when the block is left; what the block yields is given its `code`.
+def end_event(run: Run, start_step: int) -> Iterator[dict[str, Any]]:
+    """Write the `end` event when the block is left; give what the block yields its `code`.
 
-    A signal that ends the process at once, before the block is left, enters the end as well.
+    A signal that ends the process at once, before the block is left, writes it as well.
     """
     outcome: dict[str, Any] = {}
-    shutdown.name_previous(lambda: _leaving(events, newest_step(), checkpointer))
+
+    def newest_step() -> int:
+        return max(start_step, run.box.newest_step)
+
+    def before_exit() -> str:
+        run.events.write("signal", step=newest_step(), signal=run.shutdown.signal)
+        write_end(run, newest_step(), code=ExitCode.STOPPED)
+        return previous_checkpoint(run.checkpointer)
+
+    run.shutdown.call_before_exit(before_exit)
     try:
         yield outcome
     finally:
         if (error := sys.exception()) is not None:
             code = error.exit_code if isinstance(error, UserError) else ExitCode.FAILED
             outcome.update(code=code, error=f"{type(error).__name__}: {error}")
-        shutdown.name_previous(lambda: previous(checkpointer))
-        write_end(events, newest_step(), **outcome)
-        events.close()
+        run.shutdown.call_before_exit(lambda: previous_checkpoint(run.checkpointer))
+        write_end(run, newest_step(), **outcome)
+        run.events.close()
 
 
-def write_end(events: EventLog, step: int, *, code: int, **fields: Any) -> None:
-    """Enter the end of a run."""
+def write_end(run: Run, step: int, *, code: int, **fields: Any) -> None:
+    """Write the `end` event."""
     status = "finished" if code == ExitCode.FINISHED else "stopped"
-    events.write("end", step=step, status=status, code=int(code), **fields)
-
-
-def _leaving(events: EventLog, step: int, checkpointer: Checkpointer) -> str:
-    """Enter that a signal ends a run at once; return the checkpoint that a rerun continues from."""
-    events.write("signal", step=step)
-    write_end(events, step, code=ExitCode.STOPPED)
-    return previous(checkpointer)
-
-
-@contextlib.contextmanager
-def logged(
-    workdir: Path,
-    *,
-    primary: bool,
-    when_accepted: Callable[[Callable[[], None]], None] = lambda change: change(),
-) -> Iterator[None]:
-    """Copy each line of standard error, with the time, to the log of the run.
-
-    when_accepted: makes a change to the disk, perhaps later; lines are kept until then.
-    """
-    if not primary:
-        yield
-        return
-    copied, before = _Copied(sys.stderr), sys.stderr
-    when_accepted(lambda: copied.begin(workdir / LOG))
-    sys.stderr = copied
-    try:
-        yield
-    finally:
-        sys.stderr = before
-
-
-class _Copied:
-    """Write to standard error and, line by line with the time, to a file."""
-
-    def __init__(self, stream: TextIO | None):
-        self._stream, self._line = stream, ""
-        self._lock = threading.Lock()
-        self._kept: list[str] = []
-        self._file: Path | None = None
-
-    def begin(self, file: Path) -> None:
-        """Write to `file` from now on, what was written before included."""
-        with self._lock:
-            self._file = file
-            self._copy()
-
-    def write(self, text: str) -> int:
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        with self._lock:
-            # A progress bar writes over itself: only what follows its last return counts.
-            found = (self._line + text).split("\n")
-            *lines, self._line = (line.rpartition("\r")[2] for line in found)
-            self._kept += [f"{now}  {line}\n" for line in lines]
-            self._copy()
-        return self._stream.write(text) if self._stream is not None else len(text)
-
-    def _copy(self) -> None:
-        if self._file is not None and self._kept:
-            with contextlib.suppress(OSError), self._file.open("a", errors="replace") as file:
-                file.writelines(self._kept)
-            self._kept = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+    run.events.write("end", step=step, status=status, code=int(code), **fields)

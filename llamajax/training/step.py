@@ -25,7 +25,7 @@ from llamajax.sharding.collectives import (
     psum,
     psum_tree,
 )
-from llamajax.training.state import TrainState, fetched, stowed
+from llamajax.training.state import TrainState, to_device, to_host
 
 Metrics = dict[str, jax.Array]
 
@@ -145,10 +145,10 @@ def _updated(
     offload: bool,
 ) -> tuple[Any, optax.OptState]:
     """Weights and optimizer state after the update; as they were where it is not `applied`."""
-    old = (state.trained, fetched(state.opt_state) if offload else state.opt_state)
+    old = (state.trained, to_device(state.opt_state) if offload else state.opt_state)
     new = optim.apply(optimizer, grads, old[1], state.trained, step=state.step)
     trained, opt_state = new if applied is None else guards.select_update(applied, new, old)
-    return trained, stowed(opt_state) if offload else opt_state
+    return trained, to_host(opt_state) if offload else opt_state
 
 
 def _updated_behind(
@@ -158,19 +158,19 @@ def _updated_behind(
     norm: jax.Array,
     applied: jax.Array | None,
 ) -> tuple[Any, optax.OptState]:
-    """`_updated` with moments that are fetched from the host's memory behind the gradients.
+    """`_updated` with moments that are to_device from the host's memory behind the gradients.
 
     Left to itself, libtpu fetches the largest before the forward pass, where they take the memory
-    that was to be saved; at a barrier it has all of them fetched by then. What a branch needs
+    that was to be saved; at a barrier it has all of them to_device by then. What a branch needs
     comes when it is taken: the update is one, on a condition that only the gradients can tell.
     """
 
     def update(trained: Any, resting: optax.OptState) -> tuple[Any, optax.OptState]:
-        new, moments = optim.apply(optimizer, grads, fetched(resting), trained, step=state.step)
-        return new, stowed(moments)
+        new, moments = optim.apply(optimizer, grads, to_device(resting), trained, step=state.step)
+        return new, to_host(moments)
 
     def leave(trained: Any, resting: optax.OptState) -> tuple[Any, optax.OptState]:
-        return trained, stowed(resting)  # where they are: it makes the two branches' types alike
+        return trained, to_host(resting)  # where they are: it makes the two branches' types alike
 
     taken = ~(norm < 0) if applied is None else applied  # a norm is never negative
     return jax.lax.cond(taken, update, leave, state.trained, state.opt_state)

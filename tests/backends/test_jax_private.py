@@ -19,7 +19,7 @@ from packaging.version import Version
 from llamajax.backends import jax_private
 from llamajax.backends.jax_private import cache_hook, cudnn, donation
 from llamajax.backends.jax_private.experimental_warning import no_experimental_warning
-from llamajax.training import narration
+from llamajax.training import messages
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 PLATFORMS = ("cpu", "gpu", "tpu", "npu")
@@ -59,15 +59,15 @@ def test_a_run_says_in_one_warning_what_it_does_without(monkeypatch):
     session = SimpleNamespace(
         config=SimpleNamespace(checkpoint=checkpoint), machine=SimpleNamespace(platform="npu")
     )
-    lost = narration.lost_features(session)
+    lost = messages.lost_features(session)
     assert list(lost) == ["atomic_compile_cache", "donation"]
-    (line,) = narration.lost_feature_warnings(lost)
+    (line,) = messages.lost_feature_warnings(lost)
     assert line.startswith("warning: this run does without atomic_compile_cache: jax ")
     assert "; donation: jax " in line
-    assert narration.lost_feature_warnings({}) == []
+    assert messages.lost_feature_warnings({}) == []
     checkpoint.directory = "gs://bucket/run"
     monkeypatch.delattr(tensorstore_utils, "get_ts_context")
-    assert list(narration.lost_features(session)) == [*lost, "gcs_retries"]
+    assert list(messages.lost_features(session)) == [*lost, "gcs_retries"]
 
 
 def test_a_cache_that_opens_in_another_way_is_left_alone(monkeypatch):

@@ -32,7 +32,7 @@ from llamajax.checkpoint import (
 from llamajax.checkpoint.directory_owner import OWNER, check_owner, claim
 from llamajax.errors import TransientError, UserError
 from llamajax.formats.weights import open_weights
-from llamajax.training.narration import previous
+from llamajax.training.messages import previous_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_a_store_that_goes_away_in_a_save_costs_that_checkpoint(tmp_path, impati
         run.wait()
     with pytest.raises(CheckpointError, match=r"step 3 was not saved: .*Connect call failed"):
         run.save(3, state, meta=META, wait=True)
-    assert "cannot be read now" in previous(run)
+    assert "cannot be read now" in previous_checkpoint(run)
     gone = r"cannot be reached: .*Connect.*check the bucket's name"
     for look in (run.steps, run.newest_intact):
         with pytest.raises(TransientError, match=gone):

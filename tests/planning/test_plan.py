@@ -16,7 +16,7 @@ from llamajax.planning.compilation import refusal, temporary_bytes
 from llamajax.planning.planner import make_plan
 from llamajax.planning.roofline import pipeline_facts
 from llamajax.training.feed import abstract_batch
-from llamajax.training.session import layout_of
+from llamajax.training.setup import layout_of
 from llamajax.training.state import init_state
 
 CONFIG = str(Path(__file__).with_name("small_run.py"))

@@ -11,7 +11,7 @@ from llamajax.config import load
 from llamajax.errors import UserError
 from llamajax.planning.estimate import held_bytes
 from llamajax.planning.search import candidates, meshes, search
-from llamajax.training.session import check_mesh
+from llamajax.training.setup import check_mesh
 
 
 def test_meshes_are_all_products_and_each_once():

@@ -12,7 +12,13 @@ from llamajax import optim, sharding
 from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from llamajax.models.llama import Compute
 from llamajax.models.pipeline import PipelineOptions
-from llamajax.training.state import Layout, TrainState, abstract_state, to_natural, to_pipeline
+from llamajax.training.state import (
+    Layout,
+    TrainState,
+    abstract_state,
+    to_pipeline_order,
+    to_stored_order,
+)
 from llamajax.training.step import train_step
 
 MODEL = ModelConfig(
@@ -73,7 +79,7 @@ def drawn_state(model: ModelConfig, optimizer, mesh, *, layout=PLAIN) -> TrainSt
 
     That `init_state` gives every mesh the same weights is in `test_init.py`.
     """
-    abstract = abstract_state(model, optimizer, mesh, layout=layout.at_rest)
+    abstract = abstract_state(model, optimizer, mesh, layout=layout.stored_order)
     rng = np.random.default_rng(3)
 
     def draw(leaf):
@@ -86,7 +92,7 @@ def drawn_state(model: ModelConfig, optimizer, mesh, *, layout=PLAIN) -> TrainSt
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
     state = zeros.replace(model=jax.tree.map(draw, abstract.model))
     state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
-    return to_pipeline(state, model, mesh, layout=layout)
+    return to_pipeline_order(state, model, mesh, layout=layout)
 
 
 @functools.cache
@@ -136,7 +142,7 @@ def run(
     weights = {
         jax.tree_util.keystr(path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(
-            to_natural(state, model, mesh, layout=layout).model
+            to_stored_order(state, model, mesh, layout=layout).model
         )
     }
     return rows, weights, jitted._cache_size()

@@ -13,7 +13,7 @@ from llamajax.data import load_tokenizer, open_mixture
 from llamajax.errors import UserError
 from llamajax.optim import schedule
 from llamajax.prepare import main as prepare
-from llamajax.training.changes import changes, run_tokenizer
+from llamajax.training.run_start import changes, run_tokenizer
 
 PIECES = 300
 KEYS = {"model.vocab_size": PIECES, "train.steps": 6, "optim.warmup_steps": 1}

@@ -20,7 +20,7 @@ from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
 from llamajax.models.llama import Compute
 from llamajax.prepare import main as prepare
-from llamajax.training.origin import open_origin
+from llamajax.training.run_start import open_initial_weights
 
 UNMASKED = {"data__mask_documents": False}
 
@@ -84,7 +84,7 @@ def test_weights_of_ours_are_taken_bit_by_bit_and_once(short_run, short_config, 
     options = {"train__init_from": str(source), "train__steps": 4}
     config = short_config(**options)
     mesh = sharding.build_mesh(MeshConfig(fsdp=4, tensor=2), jax.devices())
-    weights = open_origin(config, None)
+    weights = open_initial_weights(config, None)
     assert weights.tokenizer == source / "tokenizer" / "tokenizer.byte"
     loaded = weights.load(abstract_model(config.model, mesh))
     checkpoint = open_checkpoint(source / "checkpoints" / "3")
@@ -117,7 +117,7 @@ def test_every_mismatch_is_named(short_config, hugging_face):
     }
     config = short_config(train__init_from=str(hugging_face), train__steps=3, **other)
     with pytest.raises(UserError) as caught:
-        open_origin(config, None)
+        open_initial_weights(config, None)
     lines = str(caught.value).splitlines()[1:]
     found = {line.strip(" -").partition(":")[0] for line in lines}
     named = {key.replace("__", ".") for key in other}
@@ -141,7 +141,7 @@ def test_another_tokenizer_is_refused(short_config, short_data, hugging_face, tm
     shutil.copy(other / "tokenizer.model", source)
     config = short_config(train__init_from=str(source), train__steps=3)
     with pytest.raises(UserError, match="was prepared with another tokenizer") as caught:
-        open_origin(config, None)
+        open_initial_weights(config, None)
     assert f"--tokenizer={source / 'tokenizer.model'}" in str(caught.value)
 
 
@@ -149,5 +149,5 @@ def test_what_holds_no_weights_is_refused(short_config, tmp_path):
     for path, words in ((tmp_path / "nothing", "no such"), (tmp_path, "holds no weights")):
         config = short_config(train__init_from=str(path), train__steps=3)
         with pytest.raises(UserError, match=words) as caught:
-            open_origin(config, None)
+            open_initial_weights(config, None)
         assert f"train.init_from = {path}" in str(caught.value)

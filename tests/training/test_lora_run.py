@@ -17,7 +17,7 @@ from llamajax.errors import UserError
 from llamajax.formats.llama_sources import read_factors
 from llamajax.formats.weights import open_base, open_weights
 from llamajax.models.abstract import abstract_model
-from llamajax.training.origin import open_origin
+from llamajax.training.run_start import open_initial_weights
 
 LORA = {
     "lora__rank": 3,
@@ -121,13 +121,13 @@ def test_the_base_may_move_but_not_change(short_config, adapted, base, tmp_path)
     meta = open_checkpoint(adapted / "checkpoints" / "6").meta
     moved = shutil.copytree(base, tmp_path / "moved")
     config = short_config(train__init_from=str(moved), **LORA, **STEPS)
-    assert open_origin(config, meta).path == moved / "checkpoints" / "3"
+    assert open_initial_weights(config, meta).path == moved / "checkpoints" / "3"
     shutil.rmtree(moved / "checkpoints" / "3")  # the one of step 2 is left
     with pytest.raises(UserError, match="has other weights than those"):
-        open_origin(config, meta)
+        open_initial_weights(config, meta)
     shutil.rmtree(moved)
     with pytest.raises(UserError, match="are gone"):
-        open_origin(config, meta)
+        open_initial_weights(config, meta)
 
 
 def test_a_workdir_without_its_base_cannot_be_read(adapted, tmp_path):

@@ -10,7 +10,7 @@ from llamajax.errors import UserError
 from llamajax.monitoring import load_events, read_run_facts, write_report
 from llamajax.monitoring.events import EVENTS
 from llamajax.training import run
-from llamajax.training.loop import Loop
+from llamajax.training.loop import LogHook
 
 
 def kinds(workdir):
@@ -53,7 +53,7 @@ def test_a_run_that_is_stopped_and_continued(finished):
 
 def test_a_finished_run_that_is_run_again_changes_nothing(finished, short_run, monkeypatch):
     before = contents(finished)
-    monkeypatch.setattr(run, "_trained", None)  # neither restores nor compiles
+    monkeypatch.setattr(run, "_train", None)  # neither restores nor compiles
     assert short_run(finished, train__steps=4) == 0
     assert contents(finished) == before
 
@@ -81,14 +81,14 @@ def test_a_killed_run_is_dead_and_the_next_start_says_so(finished, short_run, tm
 
 
 def test_a_workdir_that_vanishes_is_one_error(short_run, tmp_path, monkeypatch):
-    workdir, write = tmp_path / "run", Loop._write
+    workdir, write = tmp_path / "run", LogHook._write
 
-    def remove_first(loop, step, values):
+    def remove_first(log, step, values):
         if step == 2:
             shutil.rmtree(workdir)
-        write(loop, step, values)
+        write(log, step, values)
 
-    monkeypatch.setattr(Loop, "_write", remove_first)
+    monkeypatch.setattr(LogHook, "_write", remove_first)
     with pytest.raises(UserError, match="has gone while the run was using it"):
         short_run(workdir, train__steps=4)
     assert not workdir.exists()

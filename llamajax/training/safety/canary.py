@@ -18,9 +18,7 @@ from llamajax.checkpoint import named_leaves
 from llamajax.models import replicas
 from llamajax.models.llama import Compute, Llama
 from llamajax.models.sharded_step import sharded_step
-from llamajax.sharding import batch_shards
-from llamajax.training.safety.guardian import BadDevice
-from llamajax.training.session import Session
+from llamajax.training.safety.step_checks import BadDevice
 from llamajax.training.state import TrainState
 
 REPLICA_AXES = ("data", "fsdp", "sequence")  # along these devices compute the same of other tokens
@@ -109,23 +107,6 @@ class Canary:
             f"step {step}: silent data corruption: {shown}. Take that device's node out and start "
             f"again; all was well at {since}, checkpoints after it may be wrong: move them away"
         )
-
-
-def canary_of(session: Session, state: TrainState) -> Canary | None:
-    """The canary that the config asks for, on microbatches of the size that training has."""
-    config, mesh = session.config, session.mesh
-    if config.guard.canary_every is None:
-        return None
-    parts = config.train.accumulation_steps * batch_shards(mesh)
-    return Canary(
-        state,
-        mesh,
-        session.compute,
-        every=config.guard.canary_every,
-        rows=max(config.data.global_batch_size // parts, 1),
-        seq_len=config.data.seq_len,
-        vocab_size=config.model.vocab_size,
-    )
 
 
 _WHOLE = PartitionSpec()

@@ -1,4 +1,4 @@
-"""A step that never ends: the stacks of all threads are written, and the process leaves."""
+"""End a process whose step never ends, after writing the stacks of all its threads."""
 
 import contextlib
 import faulthandler
@@ -11,16 +11,16 @@ from llamajax.errors import ExitCode, say
 
 _TICKS_A_LIMIT = 20
 _LONGEST_TICK_S = 5.0
-_LEAVE_WITHIN_S = 30.0
+_EXIT_WITHIN_S = 30.0
 
 
 class HangWatch:
     """Watches a block for `limit_s` seconds without a `beat`; None: not at all.
 
     Time is counted in ticks of this process's own, so that one that was stopped (SIGSTOP, a closed
-    laptop) does not find itself hung when it goes on. A thread that holds the interpreter for ever
-    cannot be seen from here; the launcher's `--timeout_s` sees it. file: for the stacks, which go
-    to stderr as well. farewell: called before the process leaves, with what to say.
+    laptop) does not find itself hung when it continues. A thread that holds the interpreter for
+    ever cannot be seen from here; the launcher's `--timeout_s` sees it. file: for the stacks, which
+    go to stderr as well. on_hang: called with the reason before the process ends.
     """
 
     def __init__(
@@ -28,21 +28,21 @@ class HangWatch:
         limit_s: float | None,
         *,
         file: Path,
-        farewell: Callable[[str], None],
-        leave: Callable[[int], None] = os._exit,
+        on_hang: Callable[[str], None],
+        exit_process: Callable[[int], None] = os._exit,
     ):
         self._limit_s = limit_s
-        self._file, self._farewell, self._leave = file, farewell, leave
+        self._file, self._on_hang, self._exit = file, on_hang, exit_process
         self._quiet_s, self._pauses = 0.0, 0
         self._done = threading.Event()
 
     def beat(self) -> None:
-        """Something was finished: a step, or a batch of an evaluation."""
+        """Note that something was finished: a step, or a batch of an evaluation."""
         self._quiet_s = 0.0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Not watched: what has a limit of its own, such as a save."""
+        """Do not watch what has a limit of its own, such as a save."""
         self._pauses += 1
         try:
             yield
@@ -66,7 +66,7 @@ class HangWatch:
             self.tick(tick_s)
 
     def tick(self, seconds: float) -> None:
-        """So much time has passed."""
+        """Count so many seconds as passed."""
         if self._pauses:
             return
         self._quiet_s += seconds
@@ -76,7 +76,7 @@ class HangWatch:
 
     def _end(self) -> None:
         # What hung the run, such as a dead file system, may block all that follows.
-        in_any_case = threading.Timer(_LEAVE_WITHIN_S, self._leave, (ExitCode.FAILED,))
+        in_any_case = threading.Timer(_EXIT_WITHIN_S, self._exit, (ExitCode.FAILED,))
         in_any_case.daemon = True
         in_any_case.start()
         text = f"no step was finished within {self._limit_s:g} s (guard.hang_timeout_s)"
@@ -86,11 +86,11 @@ class HangWatch:
                 self._file.parent.mkdir(exist_ok=True)
                 with self._file.open("w") as stream:
                     faulthandler.dump_traceback(file=stream, all_threads=True)
-            self._farewell(text)
+            self._on_hang(text)
             say(
                 f"error: {text}: this process ends with code {ExitCode.FAILED:d}; its stacks are "
                 f"above and in {self._file}. A rerun continues from the last checkpoint"
             )
         finally:
             in_any_case.cancel()
-            self._leave(ExitCode.FAILED)
+            self._exit(ExitCode.FAILED)

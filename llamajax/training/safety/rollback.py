@@ -1,40 +1,154 @@
-"""Going back to a checkpoint within a run, and on with other data."""
+"""Rolling back to an earlier checkpoint within a run, and on from there with other data.
+
+`audit.jsonl` records it, for people and for resuming: a rollback counts from the moment its line is
+on disk. Checkpoints know how many rollbacks they come after (`rollbacks` in their meta); those that
+come after fewer, and hold later steps, are superseded.
+"""
 
 import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
 
-from llamajax.checkpoint import Checkpointer, CheckpointError
+from llamajax import data
+from llamajax.checkpoint import Checkpointer, CheckpointError, open_checkpoint
+from llamajax.checkpoint.location import store_errors_explained
+from llamajax.checkpoint.manifest import remove_checkpoint
+from llamajax.data.position import Segment
+from llamajax.errors import UserError
 from llamajax.processes.host_collectives import broadcast_from_first
-from llamajax.training.safety.audit import Audit, Rollback
-from llamajax.training.safety.guardian import Guardian, RolledBack, Stopped
+from llamajax.training.safety.step_checks import GuardStop, RollbackNeeded, StepChecks
+
+AUDIT = "audit.jsonl"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollback:
+    """At step `at_step`, back to step `to_step`, which continues with the data of `segment`."""
+
+    at_step: int
+    to_step: int
+    first_skipped_step: int  # the first of those that were left out in a row
+    segment: dict[str, Any]
+    reason: str
+
+
+class RollbackLog:
+    """The rollbacks of a run, in order. Only process 0 writes them to disk."""
+
+    def __init__(self, workdir: Path, *, primary: bool):
+        self._file, self._primary = workdir / AUDIT, primary
+        self.entries = [Rollback(**entry) for entry in _read(self._file)]
+
+    def count_to(self, step: int) -> int:
+        """Return how often the run has gone back to `step` already."""
+        return sum(entry.to_step == step for entry in self.entries)
+
+    def add(self, entry: Rollback) -> None:
+        """Record a rollback; when this returns, it has happened. UserError if the disk refuses."""
+        self.entries.append(entry)
+        if not self._primary:
+            return
+        line = json.dumps({"event": "rollback", "time": time.time(), **dataclasses.asdict(entry)})
+        try:
+            with self._file.open("a", encoding="utf-8") as stream:
+                stream.write(f"\n{line}\n")  # a line that a full disk broke ends here
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._file}: {error.strerror}; without it no rollback can be made"
+            ) from None
+
+    def superseded(self, checkpointer: Checkpointer) -> list[int]:
+        """Return, on process 0, the steps of checkpoints that a rollback went back before.
+
+        To be called by all processes.
+        """
+        found: list[int] = []
+
+        def find() -> None:
+            if not self.entries:
+                return
+            with store_errors_explained(checkpointer.directory):
+                later = [s for s in checkpointer.steps() if s > self.entries[-1].to_step]
+                found.extend(s for s in later if self._is_superseded(checkpointer, s))
+
+        broadcast_from_first(find)
+        return found
+
+    def _is_superseded(self, checkpointer: Checkpointer, step: int) -> bool:
+        try:
+            meta = open_checkpoint(checkpointer.directory / str(step)).meta
+            return meta.get("rollbacks", 0) < len(self.entries)
+        except UserError:
+            return False  # damaged: restoring sets it aside
+
+    def position(self, saved: data.Position, *, step: int, rollbacks: int) -> data.Position:
+        """Return where a checkpoint's run continues in the data: after what was left out since.
+
+        saved, step, rollbacks: of the checkpoint.
+        """
+        # One that went back to a later step than this says nothing about the data from here on.
+        since = [entry for entry in self.entries[rollbacks:] if entry.to_step <= step]
+        if not since:
+            return saved
+        segment = Segment(**since[-1].segment | {"first_step": step})
+        return data.Position((*saved.segments, segment))
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    fields = {field.name for field in dataclasses.fields(Rollback)}
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            entry = json.loads(line)
+            found.append({name: entry[name] for name in fields})
+        except (ValueError, KeyError, TypeError):
+            continue  # cut off by a crash: it did not happen
+    return found
+
+
+def remove_checkpoints(checkpointer: Checkpointer, steps: list[int]) -> None:
+    """Remove the checkpoints of `steps`; process 0 does it. To be called by all processes."""
+
+    def remove() -> None:
+        with store_errors_explained(checkpointer.directory):
+            for step in steps:
+                remove_checkpoint(checkpointer.directory / str(step))
+
+    broadcast_from_first(remove)
 
 
 def roll_back(
-    cause: RolledBack, checkpointer: Checkpointer, audit: Audit, guardian: Guardian
+    cause: RollbackNeeded, checkpointer: Checkpointer, log: RollbackLog, checks: StepChecks
 ) -> str:
-    """Decide and note the return, in the audit and a black box; what to say of it.
+    """Choose the checkpoint to go back to and record the rollback; return what to say of it.
 
     To be called by all processes. The run then starts anew as after a kill: from the newest
-    checkpoint that the audit does not supersede. It skips the data of all steps from there to the
-    one of `cause`: what led to the first update that was left out may lie before it. Raises Stopped
-    after as many returns to one checkpoint as the config allows.
+    checkpoint that is not superseded. It skips the data of all steps from there to the one of
+    `cause`: what led to the first update that was left out may lie before it. Raises GuardStop
+    after as many rollbacks to one checkpoint as the config allows.
     """
     try:
         checkpointer.wait()
     except CheckpointError as error:
-        guardian.note(f"warning: {error}")
+        checks.note(f"warning: {error}")
     to_step = broadcast_from_first(lambda: target(checkpointer.steps(), cause.first_skipped_step))
     to_step = to_step or 0  # no checkpoint at all: the beginning
     where = f"the checkpoint of step {to_step}" if to_step else "the beginning"
-    times, most = audit.returns_to(to_step), guardian.config.max_rollbacks
-    if times >= most:
-        raise Stopped(f"{cause}; the run has gone back to {where} {times} times already")
-    position = guardian.position
+    times = log.count_to(to_step)
+    if times >= checks.config.max_rollbacks:
+        raise GuardStop(f"{cause}; the run has gone back to {where} {times} times already")
+    position = checks.position
     segment = dataclasses.replace(
         position.segment(cause.step),
         first_step=to_step,
         first_sample=position.first_sample(cause.step),
     )
-    audit.add(
+    log.add(
         Rollback(
             at_step=cause.step,
             to_step=to_step,
@@ -50,7 +164,7 @@ def roll_back(
 
 
 def target(steps: list[int], first_skipped_step: int) -> int | None:
-    """The newest of the checkpoints before the updates that were left out.
+    """Return the newest of the checkpoints before the updates that were left out.
 
     Where none is kept, the oldest after: its weights are the same, as nothing was applied since.
     """

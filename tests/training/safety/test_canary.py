@@ -14,7 +14,7 @@ from llamajax import optim, sharding
 from llamajax.config.schema import MeshConfig
 from llamajax.models import replicas
 from llamajax.training.safety.canary import Canary
-from llamajax.training.safety.guardian import BadDevice
+from llamajax.training.safety.step_checks import BadDevice
 
 FAULTY = 3  # the position along the first replica axis of the device with a fault
 

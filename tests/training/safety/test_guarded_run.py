@@ -34,17 +34,17 @@ COMMON = {"train__steps": STEPS, "checkpoint__every_steps": 1, "checkpoint__keep
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
     """The runs differ in what the host does: each program is compiled once for all of them."""
-    compiled, compile_steps = {}, run_module.compile_steps
+    compiled, compile_programs = {}, run_module.compile_programs
 
-    def steps(session, feed, state):
-        guard = session.config.guard
+    def programs(setup, state):
+        guard = setup.config.guard
         key = (guard.nonfinite == "off", guard.spike_window)
         if key not in compiled:
-            compiled[key] = compile_steps(session, feed, state)
+            compiled[key] = compile_programs(setup, state)
         return compiled[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "compile_steps", steps)
+        patch.setattr(run_module, "compile_programs", programs)
         yield
 
 

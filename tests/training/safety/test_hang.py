@@ -11,7 +11,7 @@ from llamajax.training.safety.hang import HangWatch
 def watch(tmp_path, limit_s=10.0):
     said, codes = [], []
     found = HangWatch(
-        limit_s, file=tmp_path / "box" / "hang.txt", farewell=said.append, leave=codes.append
+        limit_s, file=tmp_path / "box" / "hang.txt", on_hang=said.append, exit_process=codes.append
     )
     return found, said, codes
 
@@ -54,7 +54,9 @@ def test_a_beat_starts_the_count_again_and_a_pause_holds_it(tmp_path):
 
 def test_the_thread_itself_ends_it_and_without_a_limit_there_is_none(tmp_path):
     left = threading.Event()
-    with HangWatch(0.02, file=tmp_path / "f", farewell=lambda _: None, leave=lambda _: left.set()):
+    with HangWatch(
+        0.02, file=tmp_path / "f", on_hang=lambda _: None, exit_process=lambda _: left.set()
+    ):
         assert left.wait(30)
     before = threading.active_count()
     with watch(tmp_path, None)[0]:
@@ -63,13 +65,13 @@ def test_the_thread_itself_ends_it_and_without_a_limit_there_is_none(tmp_path):
 
 def test_a_farewell_that_blocks_or_fails_does_not_keep_the_process(tmp_path, monkeypatch):
     """As on a file system that is gone: the same one that hung the run."""
-    monkeypatch.setattr("llamajax.training.safety.hang._LEAVE_WITHIN_S", 0.05)
+    monkeypatch.setattr("llamajax.training.safety.hang._EXIT_WITHIN_S", 0.05)
     left, done = threading.Event(), threading.Event()
 
     def block(_: str) -> None:
         done.wait()
 
-    stuck = HangWatch(10.0, file=tmp_path / "f", farewell=block, leave=lambda _: left.set())
+    stuck = HangWatch(10.0, file=tmp_path / "f", on_hang=block, exit_process=lambda _: left.set())
     thread = threading.Thread(target=stuck.tick, args=(10.0,))
     thread.start()
     assert left.wait(30)
@@ -80,7 +82,7 @@ def test_a_farewell_that_blocks_or_fails_does_not_keep_the_process(tmp_path, mon
         raise UserError("gone")
 
     codes: list[int] = []
-    failing = HangWatch(10.0, file=tmp_path / "f", farewell=fail, leave=codes.append)
+    failing = HangWatch(10.0, file=tmp_path / "f", on_hang=fail, exit_process=codes.append)
     with pytest.raises(UserError):
         failing.tick(10.0)
     assert codes == [1]

@@ -1,6 +1,7 @@
-"""What the guard decided in the step, read by the host one step later: told, kept, acted upon.
+"""What the host does about an update that the guard left out: warn, stop, or roll back.
 
-All numbers here are replicated and all processes read the same, so they act alike without asking.
+The guard decides inside the step; its metrics are read one step later. All numbers here are
+replicated, so all processes act alike without asking each other.
 """
 
 import dataclasses
@@ -19,20 +20,20 @@ from llamajax.optim.guard import REASONS
 _SHOWN_IDS = 8
 
 
-class Stopped(Exception):
-    """The run is to end here, without saving; says why and what to do."""
+class GuardStop(Exception):
+    """The run must end here, without saving; the message says why and what to do."""
 
     exit_code = ExitCode.GUARD_STOP
 
 
-class BadDevice(Stopped):
+class BadDevice(GuardStop):
     """A device computes wrongly: the same devices would do so again."""
 
     exit_code = ExitCode.BAD_DEVICE
 
 
-class RolledBack(Exception):
-    """The run is to go on from before step `first_skipped_step`, after the data of `step`."""
+class RollbackNeeded(Exception):
+    """The run must continue from before step `first_skipped_step`, after the data of `step`."""
 
     def __init__(self, *, step: int, first_skipped_step: int, reason: str):
         super().__init__(f"step {step}: {reason}")
@@ -40,8 +41,8 @@ class RolledBack(Exception):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Guardian:
-    """Reads the metrics of each step: `look` before its row is written, `act` after."""
+class StepChecks:
+    """Checks the metrics of each step: `inspect` before its row is written, `react` after."""
 
     config: GuardConfig
     box: BlackBox
@@ -52,13 +53,18 @@ class Guardian:
     weights: tuple[str, ...]  # names of what is trained, in the order of its norms
     note: Callable[[str], None]
 
-    def look(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """What the row of `step` says of it; warns of an update that was left out."""
+    def inspect(
+        self, step: int, metrics: Mapping[str, Any], times: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """Return the row of `step`; enter it in the black box; warn of an update left out.
+
+        times: for the black box alone.
+        """
         plain = {name: value.item() for name, value in metrics.items() if value.ndim == 0}
         segment = self.position.segment(step - 1)
         norms = zip(self.weights, metrics.get("weight_norms", np.zeros(0)), strict=False)
         row = {"step": step, "first_sample": self.position.first_sample(step - 1)}
-        row |= {"batch_size": segment.batch_size, "seed": self.seed} | plain
+        row |= {"batch_size": segment.batch_size, "seed": self.seed} | times | plain
         self.box.add(row | {f"norm/{name}": norm.item() for name, norm in norms})
         reason = plain.pop("update_skipped", None)
         for internal in ("skipped_in_a_row", "loss_limit", "grad_norm_limit"):
@@ -68,14 +74,14 @@ class Guardian:
         self._warn(step, reason, metrics)
         return plain | {"update_skipped": REASONS[reason]}
 
-    def act(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Raise Stopped or RolledBack where the config asks for it."""
+    def react(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Raise GuardStop or RollbackNeeded where the config asks for it."""
         reason = int(metrics.get("update_skipped", 0))
         if not reason:
             return
         in_a_row, config = int(metrics["skipped_in_a_row"]), self.config
         if config.nonfinite == "stop" and reason <= 2:
-            raise Stopped(
+            raise GuardStop(
                 f"the update of step {step} was left out, {REASONS[reason]}, and guard.nonfinite "
                 "= stop"
             )
@@ -83,18 +89,18 @@ class Guardian:
             return
         what = f"{in_a_row} updates in a row were left out, the last because {REASONS[reason]}"
         if config.then == "stop":
-            raise Stopped(f"step {step}: {what}, and guard.then = stop")
-        raise RolledBack(step=step, first_skipped_step=step - in_a_row + 1, reason=what)
+            raise GuardStop(f"step {step}: {what}, and guard.then = stop")
+        raise RollbackNeeded(step=step, first_skipped_step=step - in_a_row + 1, reason=what)
 
-    def write(self, reason: str, *, step: int, **facts: Any) -> str:
-        """Write the black box, and say where it is."""
+    def write_box(self, reason: str, *, step: int, **facts: Any) -> str:
+        """Write the black box; return its path in words."""
         file = self.box.write(reason, step=step, position=self.position.to_json(), **facts)
         return f"{file}" if file else "not written"
 
     def _warn(self, step: int, reason: int, metrics: Mapping[str, Any]) -> None:
         ids = data.sample_ids(self.mixture, self.position, step - 1).tolist()
         spiked = reason in (3, 4)
-        file = self.write("spike" if spiked else "skip", step=step, sample_ids=ids)
+        file = self.write_box("spike" if spiked else "skip", step=step, sample_ids=ids)
         for event in ("spike", "skipped_update") if spiked else ("skipped_update",):
             self.events.write(event, step=step, reason=REASONS[reason])
         shown = ", ".join(map(str, ids[:_SHOWN_IDS]))

@@ -9,7 +9,13 @@ import pytest
 
 from llamajax.checkpoint import Checkpointer, complete_steps
 from llamajax.errors import UserError
-from llamajax.training.continuation import check_start, choose, newest_recorded, set_aside
+from llamajax.training.resume import (
+    choose_checkpoint,
+    newest_save,
+    requested_start,
+    set_aside,
+)
+from llamajax.training.run_record import History
 
 
 def lines(path: Path, *rows: dict) -> None:
@@ -37,7 +43,7 @@ def test_the_record_names_the_newest_save(tmp_path: Path, events: list[dict], ne
     lines(tmp_path / "events.jsonl", *events)
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"event": "save", "st')  # torn by a crash
-    assert newest_recorded(tmp_path) == newest
+    assert newest_save(History.read(tmp_path)) == newest
 
 
 @pytest.mark.parametrize(
@@ -47,7 +53,7 @@ def test_the_record_names_the_newest_save(tmp_path: Path, events: list[dict], ne
 def test_rows_of_an_earlier_version_tell_what_must_have_been_saved(tmp_path, last, extra, newest):
     lines(tmp_path / "config.json", {"checkpoint": {"every_steps": 4}})
     lines(tmp_path / "metrics.jsonl", {"step": 1}, {"step": last} | extra)
-    assert newest_recorded(tmp_path) == newest
+    assert newest_save(History.read(tmp_path)) == newest
 
 
 @pytest.fixture
@@ -65,10 +71,11 @@ def used(tmp_path: Path) -> Path:
 def start(config, workdir: Path) -> tuple[int, list[str]]:
     """Where a start continues, and what it says; as `train` does, without training."""
     directory = workdir / "checkpoints"
-    asked = check_start(config, workdir)
+    history = History.read(workdir)
+    request = requested_start(config, history)
     with Checkpointer(directory, keep=5, keep_every=None, asynchronous=False) as checkpointer:
-        found, words = choose(asked, config, workdir, checkpointer)
-    set_aside(asked, config, workdir, directory)
+        found, words = choose_checkpoint(request, config, checkpointer, history)
+    set_aside(request, config, workdir, directory)
     train = {"restart": config.train.restart, "resume_step": config.train.resume_step}
     lines(workdir / "config.json", {"train": train})
     return (0 if found is None else found.step), words
@@ -91,7 +98,7 @@ def test_checkpoints_that_have_gone_are_refused(short_config, used, gone):
 
 def test_the_place_where_they_were_is_named(short_config, used):
     with pytest.raises(UserError, match=r"in .*/mistyped\. It was saved in .*/checkpoints: see"):
-        check_start(short_config(checkpoint__directory=str(used / "mistyped")), used)
+        start(short_config(checkpoint__directory=str(used / "mistyped")), used)
     assert not (used / "mistyped").exists()
 
 

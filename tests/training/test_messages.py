@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llamajax.training.narration import data_warnings
+from llamajax.training.messages import data_warnings
 
 
 def session(*, steps: int = 10, vocab_size: int = 300, held_out: tuple[str, ...] = ("a", "b")):

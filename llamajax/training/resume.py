@@ -24,29 +24,29 @@ from llamajax.config import RunConfig
 from llamajax.config.saved_config import read_saved_config
 from llamajax.errors import UserError, say
 from llamajax.files import free_name
-from llamajax.monitoring import load_events, load_metrics
 from llamajax.processes.host_collectives import broadcast_from_first
-from llamajax.training.safety.audit import AUDIT
+from llamajax.training.run_record import History
+from llamajax.training.safety.rollback import AUDIT
 
-# again: after a rollback within a run.
-Asked = Literal["newest", "restart", "older", "again"]
+# rollback: within a run. The others: what the config asks of a start.
+Request = Literal["newest", "restart", "older", "rollback"]
 # What a run writes in its --workdir, besides checkpoints and logs.
 _RECORD = ("metrics.jsonl", "events.jsonl", AUDIT, "run.json", "config.json", "tokenizer")
 _RECORD += ("tensorboard", "blackbox", "hf", "peft", "report.html")
 _ASIDE = "before_restart"
 
 
-def check_start(config: RunConfig, workdir: Path) -> Asked:
-    """Return where the config asks to continue; to be called by all processes.
+def requested_start(config: RunConfig, history: History) -> Request:
+    """Return where the config asks to continue. To be called by all processes.
 
     `train.restart` and `train.resume_step` count once: the same command again continues from the
     newest checkpoint. Raises UserError where checkpoints were saved and all of them have gone.
     """
-    checkpoints = checkpoint_directory(workdir, config.checkpoint.directory)
+    checkpoints = checkpoint_directory(history.workdir, config.checkpoint.directory)
 
-    def decide() -> Asked:
+    def decide() -> Request:
         with store_errors_explained(checkpoints):
-            before = read_saved_config(workdir).get("train", {})
+            before = read_saved_config(history.workdir).get("train", {})
             if config.train.restart and not before.get("restart"):
                 if is_remote(checkpoints) and manifests.step_directories(checkpoints):
                     raise UserError(
@@ -56,49 +56,48 @@ def check_start(config: RunConfig, workdir: Path) -> Asked:
                 return "restart"
             if config.train.resume_step not in (None, before.get("resume_step")):
                 return "older"
-            _check_not_gone(workdir, checkpoints)
+            _check_not_gone(history, checkpoints)
             return "newest"
 
     return broadcast_from_first(decide)
 
 
-def choose(
-    asked: Asked,
+def choose_checkpoint(
+    request: Request,
     config: RunConfig,
-    workdir: Path,
     checkpointer: Checkpointer,
+    history: History,
     superseded: Collection[int] = (),
 ) -> tuple[Checkpoint | None, list[str]]:
-    """Return the verified checkpoint to continue from, and what to say.
+    """Return the verified checkpoint to continue from, and what to say of it.
 
     superseded: steps of checkpoints that a rollback went back before. To be called by all
     processes.
     """
-    if asked == "restart":
+    if request == "restart":
         return None, []
-    if asked == "older":
+    if request == "older":
         with store_errors_explained(checkpointer.directory):
             checkpoint = open_checkpoint(checkpointer.directory / str(config.train.resume_step))
         checkpoint.verify()
         return checkpoint, []
     checkpoint, words = checkpointer.newest_intact(without=superseded)
-    if words or asked == "again":
+    if words or request == "rollback":
         return checkpoint, words
     step = 0 if checkpoint is None else checkpoint.step
-    saved = newest_recorded(workdir)
+    saved = newest_save(history)
     if saved is not None and saved > step:
         words.append(
             f"warning: the checkpoint of step {saved} was saved and is not in "
             f"{checkpointer.directory} any more: steps {step + 1} to {saved} are done again"
         )
-    elif checkpoint is None and (rows := load_metrics(workdir)):
-        words.append(
-            f"no checkpoint was saved before: steps 1 to {rows[-1]['step']} are done again"
-        )
+    elif checkpoint is None and history.rows:
+        last = history.rows[-1]["step"]
+        words.append(f"no checkpoint was saved before: steps 1 to {last} are done again")
     return checkpoint, words
 
 
-def set_aside(asked: Asked, config: RunConfig, workdir: Path, checkpoints: Location) -> None:
+def set_aside(request: Request, config: RunConfig, workdir: Path, checkpoints: Location) -> None:
     """Move what does not belong to the run any more out of its way, and say so.
 
     To be called by all processes, once the start is accepted; process 0 does it.
@@ -106,52 +105,51 @@ def set_aside(asked: Asked, config: RunConfig, workdir: Path, checkpoints: Locat
 
     def move() -> None:
         try:
-            if asked == "restart":
+            if request == "restart":
                 say(_set_aside_all(workdir, checkpoints))
             else:
                 say(_set_aside_later(workdir, checkpoints, config.train.resume_step))
         except storage_errors(checkpoints) as error:
             raise UserError(f"what was there before cannot be set aside: {reason(error)}") from None
 
-    if asked in ("restart", "older"):
+    if request in ("restart", "older"):
         broadcast_from_first(move)
 
 
-def newest_recorded(workdir: Path) -> int | None:
+def newest_save(history: History) -> int | None:
     """Return the step of the newest save that the record of a run names, None where there is none.
 
     A start or a rollback that went back to an earlier step supersedes the saves after it.
     """
     newest: int | None = None
-    found = False
-    for event in load_events(workdir):
-        found, kind = True, event["event"]
+    for event in history.events:
+        kind = event["event"]
         if kind == "save" and not event.get("error"):
             newest = event["step"]
         elif kind == "start":
             newest = event["step"] or None
         elif kind == "rollback":
             newest = min(newest or 0, event.get("to_step", 0)) or None
-    if found or (workdir / AUDIT).exists():
+    if history.events or (history.workdir / AUDIT).exists():
         return newest
     # A run of an earlier version has no events. Its last save but one ended before the last began.
-    every = read_saved_config(workdir).get("checkpoint", {}).get("every_steps")
-    rows = load_metrics(workdir)
+    every = read_saved_config(history.workdir).get("checkpoint", {}).get("every_steps")
+    rows = history.rows
     if not every or not rows or any("failed_checkpoints" in row for row in rows):
         return None
     return max(0, rows[-1]["step"] // every - 1) * every or None
 
 
-def _check_not_gone(workdir: Path, checkpoints: Location) -> None:
-    saved = newest_recorded(workdir)
+def _check_not_gone(history: History, checkpoints: Location) -> None:
+    saved = newest_save(history)
     if saved is None or manifests.step_directories(checkpoints):
         return
-    before = recorded_directory(workdir)
+    before = recorded_directory(history.workdir)
     where = "" if before == checkpoints else f" It was saved in {before}: see checkpoint.directory."
     raise UserError(
-        f"--workdir={workdir}: the checkpoint of step {saved} was saved, and there is none in "
-        f"{checkpoints}.{where} Bring the checkpoints back (is the disk mounted?), or begin anew "
-        "with --config.train.restart=true, which sets the old rows aside"
+        f"--workdir={history.workdir}: the checkpoint of step {saved} was saved, and there is none "
+        f"in {checkpoints}.{where} Bring the checkpoints back (is the disk mounted?), or begin "
+        "anew with --config.train.restart=true, which sets the old rows aside"
     )
 
 

@@ -1,0 +1,162 @@
+"""What a run prints when it starts and ends, and writes about itself to `run.json`."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llamajax import backends, sharding
+from llamajax.checkpoint import Checkpointer
+from llamajax.checkpoint.location import is_url
+from llamajax.config import RunConfig
+from llamajax.errors import ExitCode, UserError
+from llamajax.models.counts import flops_per_token, num_parameters
+from llamajax.models.lora import num_adapter_parameters
+from llamajax.monitoring import write_report
+from llamajax.monitoring.progress import format_count
+from llamajax.training.setup import Setup
+
+_MANY_PASSES = 100  # over the same text
+
+
+def run_header(setup: Setup, start: int) -> Iterator[str]:
+    """Yield the lines that say what runs where, and from which step."""
+    c, m = setup.config, setup.machine
+    if setup.held_out is None:
+        yield "warning: the data has no validation split: no evaluation"
+    for line in data_warnings(setup):
+        yield f"warning: {line}"
+    trained = f", {format_count(num_trained(c))} trained" if c.lora.rank else ""
+    parameters = format_count(num_parameters(c.model))
+    yield f"model    {c.model.name or 'custom'}, {parameters} parameters{trained}"
+    yield f"machine  {m.platform}, {m.device_kind}; mesh {sharding.describe(setup.mesh)}"
+    yield from backends.profile_lines(backends.machine_profile(m), m.note)
+    yield from lost_feature_warnings(lost_features(setup))
+    for line in sharding.device_order_table(setup.mesh):
+        yield f"layout   {line}"
+    yield f"compute  {c.train.dtype}, attention {setup.compute.attention}, remat {c.train.remat}"
+    if peak := backends.peak_flops(m.device_kind, c.train.dtype):
+        yield f"peak     {peak[0] / 1e12:g} TFLOP/s a device ({peak[1]})"
+    else:
+        yield f"peak     unknown for {m.device_kind!r}: no MFU"
+    tokens = format_count(c.data.global_batch_size * c.data.seq_len)
+    shape = f"{c.data.global_batch_size} x {c.data.seq_len}"
+    yield f"data     {c.data.path}; {shape} = {tokens} tokens a step"
+    origin = c.train.init_from or "the beginning"
+    where = f"continuing from step {start}" if start else f"from {origin}"
+    yield f"steps    {c.train.steps}, {where}"
+
+
+def data_warnings(setup: Setup) -> list[str]:
+    """Return what is odd about this data for this run."""
+    c, mixture, warnings = setup.config, setup.mixture, []
+    passes = c.train.steps * c.data.global_batch_size * c.data.seq_len / mixture.num_tokens
+    if passes >= _MANY_PASSES:
+        text = format_count(mixture.num_tokens)
+        warnings.append(f"train.steps reads the {text} tokens of data.path {passes:,.0f} times")
+    known = mixture.manifests[0]["tokenizer"]["vocab_size"]
+    if c.model.vocab_size > 4 * known:
+        warnings.append(
+            f"model.vocab_size = {c.model.vocab_size:,}, but the tokenizer of data.path has only "
+            f"{known:,} tokens: most of the embedding is never used"
+        )
+    used = setup.held_out.sources if setup.held_out else mixture.sources
+    if left := {s.path for s in mixture.sources} - {s.path for s in used}:
+        names = ", ".join(sorted(map(str, left)))
+        warnings.append(f"evaluation leaves out {names}: prepared without a validation split")
+    return warnings
+
+
+def lost_features(setup: Setup) -> dict[str, str]:
+    """Return what the run does without because a private part of a library has changed, and why."""
+    uses_gcs = is_url(setup.config.checkpoint.directory)
+    return backends.lost_features(setup.machine.platform, uses_gcs=uses_gcs)
+
+
+def lost_feature_warnings(lost: dict[str, str]) -> list[str]:
+    """Return the warning that a run prints about them, or nothing."""
+    reasons = "; ".join(f"{feature}: {reason}" for feature, reason in lost.items())
+    return [f"warning: this run does without {reasons}"] if lost else []
+
+
+def warn_undonated(update: Any) -> list[str]:
+    """Return a warning where a compiled step keeps part of the state twice, or nothing."""
+    donated = backends.donated_bytes(update)
+    if not donated or donated[1] >= donated[0]:
+        return []
+    twice = (donated[0] - donated[1]) / 2**30
+    return [
+        f"warning: the step does not reuse {twice:.3g} GiB of its state on each device, which is "
+        "in memory twice"
+    ]
+
+
+def num_trained(config: RunConfig) -> int:
+    """Return the number of weights that updates change."""
+    if config.lora.rank:
+        return num_adapter_parameters(config.model, config.lora)
+    return num_parameters(config.model)
+
+
+def previous_checkpoint(checkpointer: Checkpointer) -> str:
+    """Describe the checkpoint that a rerun continues from."""
+    try:
+        steps = checkpointer.steps()
+    except (UserError, OSError):
+        return f"the newest in {checkpointer.directory}, which cannot be read now"
+    return f"{checkpointer.directory / str(steps[-1])}" if steps else "none yet, it starts anew"
+
+
+def mfu_from_speed(setup: Setup) -> Callable[[float], dict[str, float | None]]:
+    """Return the function from tokens/s to both MFUs; null where the device's peak is not known."""
+    config, machine = setup.config, setup.machine
+    peak = backends.peak_flops(machine.device_kind, config.train.dtype)
+    flops = {
+        name: flops_per_token(
+            config.model, config.data.seq_len, causal=causal, frozen=config.lora.rank > 0
+        )
+        for name, causal in (("mfu_full", False), ("mfu_causal", True))
+    }
+
+    def mfu(tokens_per_s: float) -> dict[str, float | None]:
+        total = peak and peak[0] * machine.num_devices
+        return {name: total and tokens_per_s * each / total for name, each in flops.items()}
+
+    return mfu
+
+
+def run_facts(setup: Setup, update: Any) -> dict[str, Any]:
+    """Return what `run.json` says of a run that has begun. update: its compiled step."""
+    machine, config = setup.machine, setup.config
+    peak = backends.peak_flops(machine.device_kind, config.train.dtype)
+    donated = backends.donated_bytes(update)
+    facts = dataclasses.asdict(machine)
+    del facts["process_id"]
+    return facts | {
+        "profile": backends.machine_profile(machine),
+        "mesh": dict(setup.mesh.shape),
+        "attention": setup.compute.attention,
+        "num_parameters": num_parameters(config.model),
+        "num_trained_parameters": num_trained(config),
+        "program_bytes": backends.program_bytes(update),
+        "donated_bytes": donated and donated[0],
+        "reused_bytes": donated and donated[1],
+        "peak_flops": peak[0] if peak else None,
+        "peak_source": peak[1] if peak else None,
+        "lost_features": lost_features(setup),
+        "untested_versions": backends.untested_versions(),
+        "unigram_entropy": setup.held_out.unigram_loss if setup.held_out else None,
+    }
+
+
+def run_summary(workdir: Path, checkpointer: Checkpointer, code: int) -> str:
+    """Write the report of a run; return how it ended and where its files are."""
+    try:
+        write_report(workdir)
+    except (OSError, UserError) as error:
+        return f"warning: no report was written: {error}"
+    stopped = "stopped; rerun the same command to continue"
+    words = {ExitCode.FINISHED: "finished", ExitCode.STOPPED: stopped}
+    word = words.get(code, "ended for the reason above")
+    report = workdir / "report.html"
+    return f"{word}. Checkpoint {previous_checkpoint(checkpointer)}, report {report}"

@@ -1,0 +1,209 @@
+"""Where a run starts: checkpoint, place in the data, weights to import, and what has changed.
+
+A run imports weights once (`train.init_from`). Afterwards its own checkpoints hold everything, but
+for the frozen weights of a run with adapters: those are read again from where they were, and must
+be the same ones.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llamajax import data, optim
+from llamajax.checkpoint import Checkpoint
+from llamajax.checkpoint.location import locate
+from llamajax.checkpoint.restore import model_differences
+from llamajax.config import diff, from_json_dict
+from llamajax.config.schema import LoraConfig, RunConfig
+from llamajax.config.values import show
+from llamajax.errors import UserError, combine
+from llamajax.formats.weights import TOKENIZER, Weights, open_base, open_weights
+from llamajax.tokenizers.tokenizer_identity import (
+    data_mismatch,
+    describe,
+    load_recorded,
+    matches_record,
+    tokenizer_record,
+)
+from llamajax.training.resume import Request, choose_checkpoint
+from llamajax.training.run_record import History
+from llamajax.training.setup import Setup
+from llamajax.training.workdir import Run
+
+# What must not change in a run with adapters: the function, or the arrays of its checkpoints.
+_FIXED = ("rank", "alpha", "targets", "base_dtype")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run starts, resumes, or continues after a rollback.
+
+    superseded: on process 0, steps of checkpoints that a rollback went back before. weights: to
+    import. base: of a run with adapters, what its checkpoints record of the frozen weights.
+    tokenizer: what they record of the tokenizer. is_evaluated: whether the evaluation of its step
+    is on record. time_after: seconds of the rows after its step, which are removed.
+    """
+
+    request: Request
+    checkpoint: Checkpoint | None  # to restore
+    superseded: list[int]
+    position: data.Position
+    ledger: data.Ledger
+    weights: Weights | None
+    base: dict[str, str] | None
+    tokenizer: dict[str, Any]
+    is_evaluated: bool
+    time_after: dict[str, float]
+
+    @property
+    def step(self) -> int:
+        """Updates already applied."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
+
+def find_start(run: Run, request: Request, history: History) -> Start:
+    """Choose where to start, and say what has changed since the checkpoint there was saved.
+
+    To be called by all processes. Raises UserError where something does not fit.
+    """
+    setup, config, mixture = run.setup, run.config, run.setup.mixture
+    superseded = [] if request == "older" else run.rollbacks.superseded(run.checkpointer)
+    checkpoint, words = choose_checkpoint(request, config, run.checkpointer, history, superseded)
+    for line in words:
+        run.say(line)
+    meta = None if checkpoint is None else checkpoint.meta
+    step = 0 if checkpoint is None else checkpoint.step
+    weights = open_initial_weights(config, meta)
+    tokenizer = run_tokenizer(setup, meta, run.workdir)
+    if step > config.train.steps:
+        raise UserError(
+            f"the newest checkpoint is of step {step}, beyond train.steps = {config.train.steps}: "
+            "raise train.steps, or choose another --workdir"
+        )
+    now = {
+        "batch_size": config.data.global_batch_size,
+        "seq_len": config.data.seq_len,
+        "mixture_hash": mixture.hash,
+    }
+    before, saved, rollbacks = data.Position.start(**now), None, 0
+    if meta is not None:
+        for line in changes(setup, meta, step):
+            run.say(line)
+        before, saved = data.Position.from_json(meta["position"]), meta.get("ledger")
+        rollbacks = meta.get("rollbacks", 0)
+        if saved and step:
+            data.check_ledger(saved, mixture, before, step=step)
+    position = run.rollbacks.position(before, step=step, rollbacks=rollbacks)
+    position = position.continued(step=step, **now)
+    return Start(
+        request=request,
+        checkpoint=checkpoint,
+        superseded=superseded,
+        position=position,
+        ledger=data.Ledger(mixture, position, step=step, saved=saved),
+        weights=weights,
+        base=base_record(weights) if config.lora.rank else None,
+        tokenizer=tokenizer,
+        is_evaluated=history.is_evaluated(step),
+        time_after=history.time_after(step),
+    )
+
+
+def run_tokenizer(setup: Setup, meta: Mapping[str, Any] | None, workdir: Path) -> dict:
+    """Return the record of the run's tokenizer; UserError where the data has another one.
+
+    meta: of the checkpoint that the run continues from, if it does.
+    """
+    saved, kept = (meta or {}).get("tokenizer"), workdir / TOKENIZER
+    if meta is not None and saved is None and kept.is_dir():
+        saved = tokenizer_record(data.load_tokenizer(kept))  # older checkpoints have no record
+    if saved and saved["fingerprint"] == setup.mixture.tokenizer_fingerprint:
+        return saved
+    path = setup.mixture.sources[0].path
+    ours = data.load_tokenizer(path)
+    if saved is None or matches_record(ours, saved):
+        return saved or tokenizer_record(ours)
+    raise UserError(
+        f"data.path: {path} was prepared with another tokenizer "
+        f"({describe(tokenizer_record(ours))}) than the one that the checkpoints in --workdir were "
+        f"trained with ({describe(saved)}): its token ids mean other text. Prepare the text again "
+        f"with --tokenizer={kept}, or begin another --workdir"
+    )
+
+
+def changes(setup: Setup, meta: Mapping[str, Any], step: int) -> Iterator[str]:
+    """Yield a line for all that changed since the checkpoint of `step` was saved."""
+    before, now = from_json_dict(meta["config"]), setup.config
+    keys = diff(before, now)
+    for key, (old, new) in keys.items():
+        yield f"changed since step {step}: {key}: {old} -> {new}"
+    if keys and step < now.train.steps:
+        rates = [
+            float(optim.schedule(c.optim, steps=c.train.steps)(step + 1)) for c in (before, now)
+        ]
+        if not math.isclose(*rates, rel_tol=1e-5):
+            old, new = (f"{rate:.6g}" for rate in rates)
+            yield f"changed since step {step}: learning rate of step {step + 1}: {old} -> {new}"
+    if "data" not in meta:
+        if meta["position"]["segments"][-1]["mixture_hash"] != setup.mixture.hash:
+            yield f"data changed since step {step}; the checkpoint does not say what it was"
+        return
+    for split in ("train", "validation"):
+        old, new = (record.get(split, "none") for record in (meta["data"], setup.data_record))
+        if old != new:
+            where = f"{split} split of {now.data.path}"
+            yield f"data changed since step {step}: {where}: {old} -> {new}"
+
+
+def open_initial_weights(config: RunConfig, meta: Mapping[str, Any] | None) -> Weights | None:
+    """Return the weights to import before the first or next step; None where there are none.
+
+    meta: of the checkpoint that the run continues from, if it does. Raises one UserError with
+    everything that does not fit: architecture, tokenizer, the base of earlier adapters.
+    """
+    if meta is not None:
+        before = from_json_dict(meta["config"], source="the config of the newest checkpoint")
+        _check_adapters(before.lora, config.lora)
+        if not config.lora.rank:
+            return None
+        moved = before.train.init_from != config.train.init_from
+        path = locate(config.train.init_from) if moved else None
+        return open_base(meta["base"], path=path, adapters=Path("this --workdir"))
+    if config.train.init_from is None:
+        return None
+    try:
+        weights = open_weights(config.train.init_from)
+    except UserError as error:
+        raise UserError(f"train.init_from = {config.train.init_from}: {error}") from None
+    problems = model_differences(*map(dataclasses.asdict, (weights.model, config.model)))
+    if (tokenizer := weights.tokenizer) is not None:
+        path = config.data.path.split(",")[0].strip()
+        theirs = load_recorded(tokenizer, weights.tokenizer_record, of=weights.path)
+        ours = data.load_tokenizer(path)
+        if problem := data_mismatch(f"data.path: {path}", ours, theirs, tokenizer):
+            problems.append(problem)
+    if problems:
+        raise combine(
+            problems, title=f"train.init_from = {config.train.init_from}: its weights do not fit:"
+        )
+    return weights
+
+
+def base_record(weights: Weights) -> dict[str, str]:
+    """Return what checkpoints of adapters record of the weights that they belong to."""
+    return {"path": str(weights.path), "fingerprint": weights.fingerprint()}
+
+
+def _check_adapters(old: LoraConfig, new: LoraConfig) -> None:
+    """Raise UserError when the run that continues has other adapters than the one that it was."""
+    keys = _FIXED if old.rank and new.rank else ("rank",)
+    pairs = {key: (show(getattr(old, key)), show(getattr(new, key))) for key in keys}
+    problems = [f"lora.{k}: it was {a}, now it is {b}" for k, (a, b) in pairs.items() if a != b]
+    if problems:
+        raise combine(
+            problems,
+            title="the checkpoints in --workdir are of other adapters; choose another --workdir, "
+            "or go back to what it was:",
+        )

@@ -1,0 +1,237 @@
+"""What a run needs besides its directory: machine, mesh, data, first state, compiled programs."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from llamajax import backends, data, optim, sharding
+from llamajax.checkpoint import Checkpoint, check_same_model, named_leaves, restore_state
+from llamajax.config import RunConfig, common_values, to_json_dict
+from llamajax.errors import UserError, combine
+from llamajax.formats.weights import Weights
+from llamajax.models.abstract import abstract_model
+from llamajax.models.llama import Compute
+from llamajax.models.pipeline import PipelineOptions
+from llamajax.ops.attention import check_supported, first_supported
+from llamajax.processes import process_facts
+from llamajax.training.feed import abstract_batch, eval_batch_size
+from llamajax.training.safety.canary import Canary
+from llamajax.training.state import (
+    Layout,
+    TrainState,
+    abstract_state,
+    init_state,
+    state_from_weights,
+    to_pipeline_order,
+    to_stored_order,
+    with_own_guard,
+    with_stored_guard,
+)
+from llamajax.training.step import eval_step, train_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a run consists of before any memory is taken."""
+
+    config: RunConfig
+    machine: backends.Machine
+    mesh: Mesh
+    compute: Compute
+    optimizer: optax.GradientTransformation
+    mixture: data.Mixture
+    held_out: data.Mixture | None  # the validation split
+
+    @property
+    def data_record(self) -> dict[str, str]:
+        """What is read, by split, as checkpoints record it."""
+        splits = {"train": self.mixture, "validation": self.held_out}
+        return {name: split.describe() for name, split in splits.items() if split is not None}
+
+    @property
+    def layout(self) -> Layout:
+        """How the state is stored."""
+        return layout_of(self.config)
+
+    def to_stored_order(self, state: TrainState) -> TrainState:
+        """Reorder the layers as checkpoints have them; both copies exist until one is dropped."""
+        return to_stored_order(state, self.config.model, self.mesh, layout=self.layout)
+
+
+def set_up(config: RunConfig) -> Setup:
+    """Start the machine and check everything against it. UserError for what a user can fix."""
+    mixture = held_out = refusal = None
+    size = config.model.vocab_size
+    try:
+        mixture = data.open_mixture(config.data, split="train", vocab_size=size)
+        if data.has_split(config.data, "validation"):
+            held_out = data.open_mixture(config.data, split="validation", vocab_size=size)
+    except UserError as error:
+        refusal = error  # raised below: the other processes must hear of it first
+
+    def common_facts() -> dict[str, str | None]:
+        """Describe what all processes of a run must have in common."""
+        facts = {**common_values(config), "problem": refusal and str(refusal)}
+        for name, split in (("train", mixture), ("validation", held_out)):
+            facts[f"the {name} data in data.path"] = split and split.describe()
+        facts["the tokenizer in data.path"] = mixture and mixture.tokenizer_fingerprint[:12]
+        return facts | process_facts.versions()
+
+    machine = backends.start(config.backend, keep_programs=True, facts=common_facts)
+    mesh = sharding.build_mesh(config.mesh, jax.devices())
+    check_mesh(config, mesh)
+    if refusal is not None:
+        raise refusal
+    return Setup(
+        config=config,
+        machine=machine,
+        mesh=mesh,
+        compute=resolve_compute(config, machine, mesh),
+        optimizer=optim.build(config.optim, steps=config.train.steps),
+        mixture=mixture,
+        held_out=held_out,
+    )
+
+
+def check_mesh(config: RunConfig, mesh: Mesh) -> None:
+    """Raise one UserError with everything about the run that its mesh does not divide."""
+    sharding.check_divides(
+        config.model.dims,
+        mesh,
+        batch=config.data.global_batch_size,
+        accumulation=config.train.accumulation_steps,
+        seq_len=config.data.seq_len,
+        microbatch_size=config.train.microbatch_size,
+        rounds=config.train.pipeline_rounds,
+    )
+
+
+def resolve_compute(config: RunConfig, machine: backends.Machine, mesh: Mesh) -> Compute:
+    """Return how a run computes; `auto` attention becomes the first that the machine supports."""
+    t = config.train
+    facts = {
+        "platform": machine.platform,
+        "compute_capability": machine.compute_capability,
+        "dtype": t.dtype,
+        "head_size": config.model.head_size,
+        "seq_len": config.data.seq_len,
+        "sequence_parts": mesh.shape["sequence"],
+    }
+    impl = t.attention
+    if impl == "auto":
+        impl = first_supported(machine.attention_preferences, **facts)
+    problems = check_supported(impl, **facts)
+    if problems:
+        raise combine(problems, title=f"train.attention = {impl!r} cannot run here:")
+    return Compute(
+        dtype=jnp.dtype(t.dtype),
+        remat=t.remat,
+        attention=impl,
+        loss_chunk_tokens=t.loss_chunk_tokens,
+        z_weight=t.z_loss,
+        remat_keep=t.remat_keep,
+        remat_offload=t.remat_offload,
+        split_tokens=mesh.shape["tensor"] > 1,
+        pipeline=PipelineOptions(
+            microbatch_size=t.microbatch_size, rounds=t.pipeline_rounds, remat_stage=t.remat_stage
+        ),
+    )
+
+
+def layout_of(config: RunConfig) -> Layout:
+    """Return how the state of a run is stored."""
+    guarded = config.guard.nonfinite != "off" or config.guard.spike_factor is not None
+    return Layout(
+        rounds=config.train.pipeline_rounds,
+        offload=config.optim.offload,
+        guard_window=config.guard.spike_window if guarded else None,
+    )
+
+
+def initial_state(setup: Setup, stored: Checkpoint | None, weights: Weights | None) -> TrainState:
+    """Return the first state: random, imported, restored, or restored adapters on imported weights.
+
+    stored: the checkpoint to restore, if any. weights: to import. To be called by all processes.
+    """
+    config, layout, to = setup.config, setup.layout, (setup.optimizer, setup.mesh)
+    lora = config.lora if config.lora.rank else None
+    model = None
+    if weights is not None:
+        dtype = jnp.dtype(lora.base_dtype if lora else "float32")
+        model = weights.load(abstract_model(config.model, setup.mesh, dtype=dtype))
+    if stored is not None:
+        abstract = _abstract_stored(setup, stored)
+        saved = restore_state(stored, abstract, model=to_json_dict(config)["model"], donated=True)
+        saved = with_own_guard(saved, layout)
+        state = saved if model is None else saved.replace(model=model)
+    elif model is None:
+        return init_state(config.model, *to, seed=config.train.seed, layout=layout)
+    else:
+        state = state_from_weights(model, *to, lora=lora, seed=config.train.seed, layout=layout)
+    return to_pipeline_order(state, config.model, setup.mesh, layout=layout)
+
+
+def check_stored(setup: Setup, stored: Checkpoint | None) -> None:
+    """Raise UserError where a checkpoint is of another model or optimizer than the setup's."""
+    if stored is None:
+        return
+    abstract = named_leaves(_abstract_stored(setup, stored))
+    check_same_model(stored, abstract, model=to_json_dict(setup.config)["model"], partial=False)
+
+
+def _abstract_stored(setup: Setup, stored: Checkpoint) -> Any:
+    """Return the abstract state that a run saves, with the guard's arrays that `stored` has."""
+    config = setup.config
+    abstract = abstract_state(
+        config.model,
+        setup.optimizer,
+        setup.mesh,
+        lora=config.lora if config.lora.rank else None,
+        layout=setup.layout.stored_order,
+    )
+    return with_stored_guard(abstract.to_save, stored.arrays)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs:
+    """What a run compiles, once for a process."""
+
+    update: Callable  # (state, batch) -> (state, metrics); the state is donated
+    evaluate: Callable  # (model, batch) -> (summed loss, number of targets)
+    canary: Canary | None
+
+
+def build_update(setup: Setup) -> Callable:
+    """Return the jitted, guarded update of a run, not yet compiled."""
+    c = setup.config
+    return train_step(setup.optimizer, c.optim, c.train, setup.compute, setup.mesh, c.guard)
+
+
+def compile_programs(setup: Setup, state: TrainState) -> Programs:
+    """Compile before the first update, so that no signal meets a compiler."""
+    config, mesh = setup.config, setup.mesh
+    batch, eval_batch = (
+        abstract_batch(config.data, mesh, batch_size=size)
+        for size in (config.data.global_batch_size, eval_batch_size(config))
+    )
+    update = build_update(setup).lower(state, batch)
+    evaluate = eval_step(setup.compute, mesh).lower(state.whole, eval_batch)
+    canary = None
+    if config.guard.canary_every is not None:
+        # Microbatches of the size that training has.
+        parts = config.train.accumulation_steps * sharding.batch_shards(mesh)
+        canary = Canary(
+            state,
+            mesh,
+            setup.compute,
+            every=config.guard.canary_every,
+            rows=max(config.data.global_batch_size // parts, 1),
+            seq_len=config.data.seq_len,
+            vocab_size=config.model.vocab_size,
+        )
+    return Programs(update=update.compile(), evaluate=evaluate.compile(), canary=canary)
