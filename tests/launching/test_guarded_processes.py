@@ -63,7 +63,7 @@ def flags(data, environment):
     save_file(tensors, file, metadata={"format": "pt"})
     code = (  # such weights of others are refused
         "from llamajax import train\n"
-        "from llamajax.checkpoint import hf_read\n"
+        "from llamajax.formats.huggingface import hf_read\n"
         "hf_read.check_finite = lambda *_: None\n"
         "train.run_verb(train.main)\n"
     )
