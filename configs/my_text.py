@@ -1,42 +1,65 @@
-"""Your own text on one accelerator: any preset, sized for hours rather than weeks.
+"""Your own text: a small model on a laptop, or any preset on an accelerator.
 
-Hardware: one accelerator of 16 GB or more for the default of 32 M parameters (a CPU works, and is
-          slow); more devices share it by themselves.
-Command:  python -m llamajax.prepare --input='my/*.txt' --tokenizer=train:8192 --output=data/mine
+Hardware: two CPU cores and 2 GB of memory for the default of 5 M parameters; one accelerator of
+          16 GB or more for `bench-32m`. More devices share the work by themselves.
+Command:  python -m llamajax.prepare --input='my/*.txt' --tokenizer=train:4096 --output=data/mine
           python -m llamajax.train --config=configs/my_text.py --workdir=runs/mine
-          Another architecture as an argument, --config=configs/my_text.py:smollm2-135m, with a
-          tokenizer of its vocabulary size (--tokenizer=train:49152), or the size of yours in
-          --config.model.vocab_size.
-Batch:    64 sequences of at most 1024 tokens: 65,536 tokens a step. Choose --config.train.steps
-          so that the text is read no more than about four times.
+          Another directory or preset as an argument: --config=configs/my_text.py:data/other or
+          --config=configs/my_text.py:bench-32m,data/other. Any tokenizer fits any preset.
+Batch:    2,048 tokens; 65,536 of other presets. The text is read four times, in at least 100 and at
+          most 3,000 steps; more by --config.train.steps.
 Speed:    unmeasured.
-Loss:     unmeasured; depends on the text.
+Loss:     unmeasured.
 """
+
+import json
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from llamajax.config import new_config, preset
+from llamajax.config import PRESETS, new_config, preset
+
+# Up to about four readings teach nearly as much as new text (Muennighoff et al. 2023,
+# arXiv:2305.16264).
+EPOCHS = 4
 
 
-def get_config(name: str = "bench-32m") -> ConfigDict:
-    """The run of the preset `name`."""
+def get_config(arguments: str = "quickstart,data/mine") -> ConfigDict:
+    """Return the run of a preset and a prepared directory, either or both, separated by a comma."""
+    name, path = "quickstart", "data/mine"
+    for argument in arguments.split(","):
+        if argument in PRESETS:
+            name = argument
+        else:
+            path = argument
+    is_small = name == "quickstart"
+
     config = new_config()
     config.model = preset(name)
     config.mesh.fsdp = -1
 
-    config.data.path = "data/mine"
-    config.data.seq_len = min(1024, config.model.max_seq_len)
-    config.data.global_batch_size = 64
+    config.data.path = path
+    config.data.seq_len = 256 if is_small else min(1024, config.model.max_seq_len)
+    config.data.global_batch_size = 8 if is_small else 64
     config.data.seed = 0
 
-    config.train.steps = 2000
+    config.train.steps = 1000
+    manifest = Path(path, "manifest.json")
+    if manifest.is_file():  # written by `prepare`
+        facts = json.loads(manifest.read_text(encoding="utf-8"))
+        config.model.vocab_size = facts["tokenizer"]["vocab_size"]
+        tokens = facts["splits"]["train"]["tokens"]
+        batch_tokens = config.data.seq_len * config.data.global_batch_size
+        config.train.steps = max(100, min(3000, EPOCHS * tokens // batch_tokens))
     config.train.seed = 0
-    config.train.dtype = "bfloat16"
-    config.train.accumulation_steps = 4
-    config.train.eval_every = 200
+    config.train.dtype = "float32" if is_small else "bfloat16"
+    config.train.remat = "dots" if is_small else "full"
+    config.train.accumulation_steps = 1 if is_small else 4
+    config.train.log_every = 10
+    config.train.eval_every = 100
 
-    config.optim.learning_rate = 1e-3
-    config.optim.warmup_steps = config.train.get_ref("steps") // 20
+    config.optim.learning_rate = 2e-3 if is_small else 1e-3
+    config.optim.warmup_steps = config.train.get_ref("steps") // 10
     config.optim.schedule = "cosine"
     config.optim.final_learning_rate = 1e-4
     config.optim.beta1 = 0.9
@@ -45,5 +68,5 @@ def get_config(name: str = "bench-32m") -> ConfigDict:
     config.optim.weight_decay = 0.1
     config.optim.clip_norm = 1.0
 
-    config.checkpoint.every_steps = 200
+    config.checkpoint.every_steps = 100
     return config

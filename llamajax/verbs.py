@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import gc
+import io
 import os
 import select
 import signal
@@ -15,8 +16,8 @@ from typing import Any, NoReturn, TextIO
 
 from llamajax.errors import ExitCode, UserError, say
 
-# JAX's import and the tracing of a step make half a million objects that stay: at the usual 700,
-# looking through them for rubbish takes an eighth of what a second start needs to its first step.
+# Importing JAX and tracing a step make half a million objects that stay: at the usual 700, garbage
+# collection takes an eighth of the time that a second start needs to its first step.
 _OBJECTS_BETWEEN_COLLECTIONS = 50_000
 # Ask a process to end. SIGUSR2 is what some schedulers send before a job's time limit.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
@@ -33,14 +34,14 @@ def caught_signals() -> list[signal.Signals]:
 def run_verb(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a verb on the command line's arguments and exit: its own code, or that of a UserError.
 
-    A stop signal unwinds `main`, so that half-written output is removed, and ends it with 143;
-    SIGUSR1 writes the stacks of all threads. All that was printed has then left. Where standard
-    output refuses it (a full disk), that is one message and 2; a reader that has seen enough
-    (`| head`) ends the verb in silence. Standard error may refuse what it likes.
+    A stop signal unwinds `main`, so that half-written output is removed, and the exit code is 143.
+    SIGUSR1 writes the stacks of all threads. Standard output is flushed: if that fails (a full
+    disk), it is an error of the user's; a closed pipe (`| head`) is none. Errors of standard error
+    are ignored.
     """
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     _open_closed_descriptors()
-    faulthandler.enable(file=2)  # a crash below Python says where every thread was
+    faulthandler.enable(file=2)  # a crash below Python writes the stack of every thread
     if signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN:
         faulthandler.register(signal.SIGUSR1, file=2)
     out = sys.stdout = Output(sys.stdout)
@@ -60,8 +61,12 @@ def run_verb(main: Callable[[list[str]], int | None]) -> NoReturn:
     except OSError as error:
         if error is not out.refusal:
             raise
-        refused = _given_up(out)
-        code = code or refused
+        # The interpreter flushes once more at exit and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        if not isinstance(error, BrokenPipeError):
+            problem = f"standard output could not be written: {error.strerror}"
+            say(f"error: {problem}; free some space, or send it elsewhere")
+            code = code or ExitCode.USER_ERROR
     finally:
         interruption.disarm()
         sys.stdout = out.stream
@@ -71,12 +76,12 @@ def run_verb(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 
 class _Interruption:
-    """Turns the first stop signal into a SystemExit in the main thread.
+    """Turn the first stop signal into a SystemExit in the main thread.
 
-    A handler runs between bytecodes of the main thread only, and what it raises may be swallowed,
-    as in a callback of a library. So a thread, woken by the C-level descriptor, has it raised again
-    and ends the process when it has not ended in time, or at a second Ctrl-C. `train` and `launch`
-    put handlers of their own in this one's place.
+    A handler runs only between bytecodes of the main thread, and a library's callback may swallow
+    what it raises. So a thread, woken by the C-level descriptor, raises it again, and ends the
+    process if that has not ended in time, or at a second Ctrl-C. `train` and `launch` replace the
+    handler by their own.
     """
 
     def __init__(self) -> None:
@@ -108,7 +113,7 @@ class _Interruption:
 
 
 def _end_in_time(reading: int, numbers: Sequence[int]) -> None:
-    """Wait for a stop signal and give the process its time to end by itself; then end it."""
+    """Wait for a stop signal, then until the process should have ended by itself; then end it."""
     while (first := os.read(reading, 1)[0]) not in numbers:  # other handlers write here as well
         pass
     deadline = time.monotonic() + _UNWIND_WITHIN_S
@@ -117,14 +122,14 @@ def _end_in_time(reading: int, numbers: Sequence[int]) -> None:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
         elif os.read(reading, 1)[0] == signal.SIGINT:
             break
-    # Not `say`: the interpreter may be past it.
+    # Not `say`: the interpreter may have removed sys.stderr.
     with contextlib.suppress(OSError):
         os.write(2, f"stopped by {signal.Signals(first).name}\n".encode())
     os._exit(ExitCode.STOPPED)
 
 
 def _open_closed_descriptors() -> None:
-    """Give closed standard streams to /dev/null: else the next file opened would be written to."""
+    """Open closed standard streams as /dev/null: else the next file opened would be written to."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -133,43 +138,33 @@ def _open_closed_descriptors() -> None:
 
 
 class Output:
-    """A standard stream that remembers why it refused something; raises: and lets it be known."""
+    """A standard stream that keeps the OSError of a failed write. raises: and raises it."""
 
     def __init__(self, stream: TextIO | None, *, raises: bool = True):
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+        self.stream = stream or io.TextIOWrapper(io.FileIO(os.devnull, "w"))
         self.refusal: OSError | None = None
         self._raises = raises
 
     def write(self, text: str) -> int:
-        return self._asked(self.stream.write, text)
+        with self._keep_refusal():
+            self.stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        self._asked(self.stream.flush)
+        with self._keep_refusal():
+            self.stream.flush()
 
-    def _asked(self, action: Callable[..., Any], *args: str) -> Any:
+    @contextlib.contextmanager
+    def _keep_refusal(self) -> Iterator[None]:
         try:
-            return action(*args)
+            yield
         except OSError as error:
             self.refusal = error
             if self._raises:
                 raise
-            return sum(map(len, args))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
-
-
-def _given_up(out: Output) -> int:
-    """The exit code of a verb whose output is not wanted, or finds no room."""
-    # The interpreter flushes once more at exit and would complain then.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-    if isinstance(out.refusal, BrokenPipeError):
-        return ExitCode.FINISHED
-    say(
-        f"error: standard output could not be written: {out.refusal.strerror}; free some space, or "
-        "send it elsewhere"
-    )
-    return ExitCode.USER_ERROR
 
 
 def output_problem(flag: str, path: str | None) -> Iterator[str]:

@@ -1,13 +1,13 @@
 """Constraints on the values of keys. Each problem names the value, the constraint and the fix.
 
-A rule reads the valid values by path. If one is absent (mistyped or not set, which is reported
-elsewhere), the KeyError skips the rule: one mistake never hides another.
+A rule reads valid values by path. If one is absent (mistyped, not set or out of range, which is
+reported elsewhere), the KeyError skips the rule, so that one mistake never hides another.
 """
 
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from llamajax.config.keys import all_keys
@@ -18,24 +18,29 @@ Values = Mapping[str, Any]  # by path
 
 # Without the characters that fsspec takes for patterns when it deletes.
 _GS_FOLDER = re.compile(r"gs://[^/*?\[\]]+/[^*?\[\]]*[^/*?\[\]]/?")
+_NOT_EMPTY = {
+    "train.init_from": "name a directory of weights, or set it to none",
+    "checkpoint.directory": "name a directory, or set it to none",
+    "backend.name": "name a platform, or set it to none",
+    "backend.repairs": "write auto, none or names",
+    "backend.compile_cache": "write auto or none",
+}
 
 
 def check(values: Values) -> list[str]:
-    """Return every violated constraint among valid values: ranges first, then the rules."""
-    problems = [
-        f"{path} = {value}: {problem}"
-        for path, value in values.items()
-        if (problem := all_keys()[path].out_of_range(value))
-    ]
+    """Return every violated constraint among the values: ranges first, then the rules."""
+    wrong = {path: all_keys()[path].out_of_range(value) for path, value in values.items()}
+    problems = [f"{path} = {values[path]}: {problem}" for path, problem in wrong.items() if problem]
+    in_range = {path: value for path, value in values.items() if not wrong[path]}
     for rule in _RULES:
         with contextlib.suppress(KeyError):
-            problems += list(rule(values))
+            problems += list(rule(in_range))
     return problems
 
 
 def _even_head(v: Values) -> Iterator[str]:
     size = v["model.head_size"]
-    if size > 1 and size % 2:
+    if size % 2:
         yield (
             f"model.head_size = {size}: must be even, the rotary embedding turns pairs; "
             f"make it {size - 1} or {size + 1}"
@@ -44,7 +49,7 @@ def _even_head(v: Values) -> Iterator[str]:
 
 def _kv_heads(v: Values) -> Iterator[str]:
     heads, kv_heads = v["model.num_heads"], v["model.num_kv_heads"]
-    if heads > 0 and kv_heads > 0 and heads % kv_heads:
+    if heads % kv_heads:
         fits = ", ".join(str(k) for k in range(1, heads + 1) if heads % k == 0)
         yield (
             f"model.num_kv_heads = {kv_heads}: must divide model.num_heads = {heads}; "
@@ -70,47 +75,36 @@ def _context(v: Values) -> Iterator[str]:
         )
 
 
-def _mesh_sizes(v: Values) -> Iterator[str]:
-    axes = ("data", "fsdp", "sequence", "tensor", "stage")
-    sizes = {axis: v[f"mesh.{axis}"] for axis in axes}
-    for axis, size in sizes.items():
+def _mesh(v: Values) -> Iterator[str]:
+    sizes = {path: size for path, size in v.items() if path.startswith("mesh.")}
+    for path, size in sizes.items():
         if size != -1 and size < 1:
-            yield (
-                f"mesh.{axis} = {size}: must be at least 1, or -1 for all the devices that are left"
-            )
-    rest = [f"mesh.{axis}" for axis, size in sizes.items() if size == -1]
+            yield f"{path} = {size}: must be at least 1, or -1 for all the devices that are left"
+    rest = [path for path, size in sizes.items() if size == -1]
     if len(rest) > 1:
         yield f"{' and '.join(rest)} are -1: only one axis can take the devices that are left"
 
 
-def _accumulation(v: Values) -> Iterator[str]:
+def _batch(v: Values) -> Iterator[str]:
     batch, steps = v["data.global_batch_size"], v["train.accumulation_steps"]
-    if batch < 1 or steps < 1:
-        return
+    shards = max(v["mesh.data"], 1) * max(v["mesh.fsdp"], 1)
     if batch % steps:
-        yield (
-            f"data.global_batch_size = {batch}: must be a multiple of train.accumulation_steps = "
-            f"{steps}; {_multiples(batch, steps)}"
+        reason, divisor = f"must be a multiple of train.accumulation_steps = {steps}", steps
+    elif (batch // steps) % shards:
+        divisor = steps * shards
+        reason = (
+            f"each of {steps} microbatches is split over mesh.data x mesh.fsdp = {shards} devices, "
+            f"so it must be a multiple of {divisor}"
         )
+    else:
         return
-    sizes = (v["mesh.data"], v["mesh.fsdp"])
-    shards = max(sizes[0], 1) * max(sizes[1], 1)
-    if (batch // steps) % shards:
-        yield (
-            f"data.global_batch_size = {batch}: each of {steps} microbatches is split over "
-            f"mesh.data x mesh.fsdp = {shards} devices, so it must be a multiple of "
-            f"{steps * shards}; {_multiples(batch, steps * shards)}"
-        )
+    below = batch // divisor * divisor
+    fix = f"make it {below} or {below + divisor}" if below else f"make it {divisor}"
+    yield f"data.global_batch_size = {batch}: {reason}; {fix}"
 
 
-def _multiples(value: int, step: int) -> str:
-    below = value // step * step
-    return f"make it {below} or {below + step}" if below else f"make it {step}"
-
-
-def _paths(v: Values) -> Iterator[str]:
-    names = [name.strip() for name in v["data.path"].split(",")]
-    if not all(names):
+def _data_path(v: Values) -> Iterator[str]:
+    if not all(name.strip() for name in v["data.path"].split(",")):
         yield (
             f"data.path = {v['data.path']!r}: has an empty name; give a directory written by "
             "`llamajax prepare`, or several separated by single commas"
@@ -118,16 +112,15 @@ def _paths(v: Values) -> Iterator[str]:
 
 
 def _weights(v: Values) -> Iterator[str]:
-    weights, num_paths = v["data.weights"], len(v["data.path"].split(","))
-    if weights is None:
-        return
-    if len(weights) != num_paths:
+    weights, num_paths = v["data.weights"] or (), len(v["data.path"].split(","))
+    shown = ",".join(f"{weight:g}" for weight in weights)
+    if weights and len(weights) != num_paths:
         yield (
-            f"data.weights = {_list(weights)}: {len(weights)} weights for {num_paths} "
-            "directories in data.path; give one for each, or none"
+            f"data.weights = {shown}: {len(weights)} weights for {num_paths} directories in "
+            "data.path; give one for each, or none"
         )
-    if any(w <= 0 for w in weights):
-        yield f"data.weights = {_list(weights)}: each must be above 0; leave the directory out"
+    if any(weight <= 0 for weight in weights):
+        yield f"data.weights = {shown}: each must be above 0; leave the directory out"
 
 
 def _warmup(v: Values) -> Iterator[str]:
@@ -168,41 +161,27 @@ def _final_rate(v: Values) -> Iterator[str]:
         )
 
 
-def _remat_names(v: Values) -> Iterator[str]:
-    for key in ("train.remat_keep", "train.remat_offload"):
-        for name in v[key]:
-            if name not in REMAT_NAMES:
-                hint = did_you_mean(nearest(name, REMAT_NAMES)) or "."
-                yield f"{key}: unknown tensor {name!r}{hint} They are {', '.join(REMAT_NAMES)}"
-        if v[key] and v["train.remat"] in ("none", "dots"):
+def _remat(v: Values) -> Iterator[str]:
+    for path in ("train.remat_keep", "train.remat_offload"):
+        yield from _unknown_names(f"{path}: unknown tensor", v[path], REMAT_NAMES)
+        if v[path] and v["train.remat"] in ("none", "dots"):
             yield (
-                f"{key} = {','.join(v[key])}: train.remat = {v['train.remat']} keeps more than "
+                f"{path} = {','.join(v[path])}: train.remat = {v['train.remat']} keeps more than "
                 "names can say; set train.remat to full, save_attention or save_qkv"
             )
 
 
-def _init_from(v: Values) -> Iterator[str]:
-    if v["train.init_from"] is not None and not v["train.init_from"].strip():
-        yield "train.init_from = '': is empty; name a directory of weights, or set it to none"
+def _unknown_names(what: str, names: Collection[str], known: Collection[str]) -> Iterator[str]:
+    for name in dict.fromkeys(names):
+        if name not in known:
+            hint = did_you_mean(nearest(name, known)) or "."
+            yield f"{what} {name!r}{hint} They are {', '.join(known)}"
 
 
 def _continuation(v: Values) -> Iterator[str]:
     step = v["train.resume_step"]
     if step is not None and v["train.restart"]:
         yield f"train.resume_step = {step} and train.restart = true: choose one of the two"
-
-
-def _directory(v: Values) -> Iterator[str]:
-    directory = v["checkpoint.directory"]
-    if directory is None:
-        return
-    if not directory.strip():
-        yield "checkpoint.directory = '': is empty; name a directory, or set it to none"
-    elif "://" in directory and not _GS_FOLDER.fullmatch(directory):
-        yield (
-            f"checkpoint.directory = {directory}: is not a path, nor gs://BUCKET/FOLDER without "
-            "*?[] (of URLs, Orbax takes gs:// only)"
-        )
 
 
 def _lora_base(v: Values) -> Iterator[str]:
@@ -215,11 +194,9 @@ def _lora_base(v: Values) -> Iterator[str]:
 
 def _lora_targets(v: Values) -> Iterator[str]:
     targets = v["lora.targets"]
+    yield from _unknown_names("lora.targets: unknown matrix", targets, LORA_TARGETS)
     for name in dict.fromkeys(targets):
-        if name not in LORA_TARGETS:
-            hint = did_you_mean(nearest(name, LORA_TARGETS)) or "."
-            yield f"lora.targets: unknown matrix {name!r}{hint} They are {', '.join(LORA_TARGETS)}"
-        elif targets.count(name) > 1:
+        if targets.count(name) > 1:
             yield f"lora.targets: {name} is there {targets.count(name)} times; name it once"
     if not targets and v["lora.rank"] > 0:
         yield f"lora.targets: is empty; name some of {', '.join(LORA_TARGETS)}"
@@ -228,30 +205,32 @@ def _lora_targets(v: Values) -> Iterator[str]:
 def _lora_rank(v: Values) -> Iterator[str]:
     keys = {"D": "hidden_size", "N": "num_heads", "K": "num_kv_heads", "H": "head_size"}
     keys["F"] = "intermediate_size"
-    sizes = {}
-    for target in v["lora.targets"]:
-        for letters in LORA_TARGETS.get(target, ()):
-            sizes[target, letters] = math.prod(v[f"model.{keys[letter]}"] for letter in letters)
-    least = min(sizes, key=sizes.__getitem__, default=None)
-    if least is not None and v["lora.rank"] > sizes[least] > 0:
+    sizes = [
+        (math.prod(v[f"model.{keys[letter]}"] for letter in letters), target)
+        for target in v["lora.targets"]
+        for letters in LORA_TARGETS.get(target, ())
+    ]
+    least, target = min(sizes, default=(math.inf, ""))
+    if v["lora.rank"] > least:
         yield (
-            f"lora.rank = {v['lora.rank']}: is more than {sizes[least]}, the smaller dimension of "
-            f"the {least[0]} matrix, which has no higher rank; make it at most {sizes[least]}"
+            f"lora.rank = {v['lora.rank']}: is more than {least}, the smaller dimension of the "
+            f"{target} matrix, which has no higher rank; make it at most {least}"
         )
 
 
-def _plugin(v: Values) -> Iterator[str]:
-    name = v["backend.name"]
-    for key in ("plugin", "options"):
-        value = v[f"backend.{key}"]
-        if value is not None and name is None:
-            yield f"backend.{key} = {value}: needs backend.name, the plugin's platform"
-    if name is not None and not name.strip():
-        yield f"backend.name = {name!r}: is empty; name a platform, or set it to none"
-    for key, instead in (("repairs", "auto, none or names"), ("compile_cache", "auto or none")):
-        value = v[f"backend.{key}"]
-        if value is not None and not value.strip():
-            yield f"backend.{key} = {value!r}: is empty; write {instead}"
+def _not_empty(v: Values) -> Iterator[str]:
+    for path, fix in _NOT_EMPTY.items():
+        if v.get(path) is not None and not v[path].strip():
+            yield f"{path} = '': is empty; {fix}"
+
+
+def _directory(v: Values) -> Iterator[str]:
+    directory = v["checkpoint.directory"] or ""
+    if "://" in directory and not _GS_FOLDER.fullmatch(directory):
+        yield (
+            f"checkpoint.directory = {directory}: is not a path, nor gs://BUCKET/FOLDER without "
+            "*?[] (of URLs, Orbax takes gs:// only)"
+        )
 
 
 def _spikes(v: Values) -> Iterator[str]:
@@ -263,27 +242,31 @@ def _spikes(v: Values) -> Iterator[str]:
         )
 
 
+def _plugin(v: Values) -> Iterator[str]:
+    for path in ("backend.plugin", "backend.options"):
+        if v[path] is not None and v["backend.name"] is None:
+            yield f"{path} = {v[path]}: needs backend.name, the plugin's platform"
+
+
 def _plugin_options(v: Values) -> Iterator[str]:
-    if v["backend.options"] is None:
-        return
-    for part in v["backend.options"].split(","):
+    options = v["backend.options"]
+    for part in [] if options is None else options.split(","):
         name, equals, _ = part.partition("=")
         if not name.strip() or not equals:
-            yield f"backend.options = {v['backend.options']}: {part!r} is not k=v; write k=v,k=v"
+            yield f"backend.options = {options}: {part!r} is not k=v; write k=v,k=v"
 
 
 def _processes(v: Values) -> Iterator[str]:
     names = ("coordinator_address", "num_processes", "process_id")
     given = {f"backend.{name}": v[f"backend.{name}"] for name in names}
     missing = [path for path, value in given.items() if value is None]
-    if len(missing) == len(given):
-        return
-    if missing:
-        present = ", ".join(f"{p} = {x}" for p, x in given.items() if x is not None)
+    if missing and len(missing) < len(given):
+        present = ", ".join(f"{path} = {x}" for path, x in given.items() if x is not None)
         yield f"{present}: needs {' and '.join(missing)} as well; set all three or none"
+    if missing:
         return
     address, count, rank = given.values()
-    if rank >= count > 0:
+    if rank >= count:
         yield (
             f"backend.process_id = {rank}: must be below backend.num_processes = {count}; "
             f"ranks go from 0 to {count - 1}"
@@ -293,12 +276,8 @@ def _processes(v: Values) -> Iterator[str]:
         yield f"backend.coordinator_address = {address}: is not HOST:PORT, e.g. node0:8476"
 
 
-def _list(items: tuple[float, ...]) -> str:
-    return ",".join(f"{item:g}" for item in items)
-
-
 _RULES = (
-    _even_head, _kv_heads, _rope_scaling, _context, _mesh_sizes, _accumulation, _paths, _weights,
-    _warmup, _decay, _final_rate, _remat_names, _init_from, _continuation, _lora_base,
-    _lora_targets, _lora_rank, _directory, _spikes, _plugin, _plugin_options, _processes,
+    _even_head, _kv_heads, _rope_scaling, _context, _mesh, _batch, _data_path, _weights, _warmup,
+    _decay, _final_rate, _remat, _continuation, _lora_base, _lora_targets, _lora_rank, _not_empty,
+    _directory, _spikes, _plugin, _plugin_options, _processes,
 )  # fmt: skip
