@@ -1,4 +1,4 @@
-"""A valid config, as an object and as a file, for each test to spoil."""
+"""A valid config, as an object and as a file, for each test to change."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from llamajax.config import new_config, preset
+from llamajax.config.config_file import read_file
 
 VALID = """
 from llamajax.config import new_config, preset
@@ -14,22 +14,11 @@ from llamajax.config import new_config, preset
 def get_config(name="tiny"):
     config = new_config()
     config.model = preset(name)
-    config.data.path = "somewhere"
-    config.data.seq_len = 64
-    config.data.global_batch_size = 8
-    config.data.seed = 0
-    config.train.steps = 100
-    config.train.seed = 0
-    config.train.dtype = "float32"
-    config.optim.learning_rate = 1e-3
+    config.data.update(path="somewhere", seq_len=64, global_batch_size=8, seed=0)
+    config.train.update(steps=100, seed=0, dtype="float32")
     config.optim.warmup_steps = config.train.get_ref("steps") // 10
-    config.optim.schedule = "cosine"
-    config.optim.final_learning_rate = 0.0
-    config.optim.beta1 = 0.9
-    config.optim.beta2 = 0.95
-    config.optim.epsilon = 1e-8
-    config.optim.weight_decay = 0.1
-    config.optim.clip_norm = 1.0
+    config.optim.update(learning_rate=1e-3, schedule="cosine", final_learning_rate=0.0)
+    config.optim.update(beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1, clip_norm=1.0)
     {extra}
     return config
 """
@@ -37,7 +26,7 @@ def get_config(name="tiny"):
 
 @pytest.fixture
 def config_file(tmp_path: Path) -> Callable[..., str]:
-    """Writes a config file: the valid one with extra lines, or any source; returns its path."""
+    """Write a config file, the valid one with extra lines or any source; return its path."""
 
     def write(extra: str = "", *, source: str | None = None, name: str = "run.py") -> str:
         path = tmp_path / name
@@ -49,8 +38,6 @@ def config_file(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def valid() -> ConfigDict:
+def valid(config_file) -> ConfigDict:
     """A valid config to change and freeze."""
-    namespace: dict = {"new_config": new_config, "preset": preset}
-    exec(VALID.replace("{extra}", ""), namespace)
-    return namespace["get_config"]()
+    return read_file(config_file())

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,38 +10,38 @@ from llamajax import cli
 from llamajax.errors import UserError
 
 
-def test_unknown_verbs_name_the_nearest(monkeypatch):
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian", "--config=x"], r"unknown verb 'trian'; did you mean train\? Verbs: train"),
+        (["xyzzy"], r"unknown verb 'xyzzy'\. Verbs: train"),
+        ([], "no verb given; one of train, prepare"),
+    ],
+)
+def test_unknown_verbs_name_the_nearest(monkeypatch, argv, message):
     monkeypatch.setattr(cli, "verbs", lambda: {"train": "", "prepare": "", "verify_resume": ""})
-    with pytest.raises(UserError, match=r"unknown verb 'trian'; did you mean train\? Verbs: train"):
-        cli.dispatch(["trian", "--config=x"])
-    with pytest.raises(UserError, match=r"unknown verb 'xyzzy'\. Verbs: train"):
-        cli.dispatch(["xyzzy"])
-    with pytest.raises(UserError, match="no verb given; one of train, prepare"):
-        cli.dispatch([])
+    with pytest.raises(UserError, match=message):
+        cli.dispatch(argv)
 
 
 def test_a_verb_runs_as_main_with_the_rest_of_the_line(monkeypatch):
     ran = []
-    monkeypatch.setattr(cli, "verbs", lambda: {"verify_resume": ""})
     monkeypatch.setattr(cli.sys, "argv", ["llamajax", "verify-resume", "--a=b", "c"])
     monkeypatch.setattr(
-        cli.runpy,
-        "run_module",
-        lambda name, **how: ran.append((name, how["run_name"], *cli.sys.argv[1:])),
+        cli.runpy, "run_module", lambda name, **how: ran.append((name, how["run_name"]))
     )
     cli.dispatch(["verify-resume", "--a=b", "c"])
-    assert ran == [("llamajax.verify_resume", "__main__", "--a=b", "c")]
+    assert ran == [("llamajax.verify_resume", "__main__")]
+    assert cli.sys.argv[1:] == ["--a=b", "c"]
 
 
-def test_the_help_lists_what_exists(capsys):
-    with pytest.raises(SystemExit) as left:
-        cli.dispatch(["--help"])
-    assert left.value.code == 0
+@pytest.mark.parametrize("word", ["--help", "-h", "help"])
+def test_the_help_lists_what_exists(capsys, word):
+    with pytest.raises(SystemExit, match="0"):
+        cli.dispatch([word])
     text = capsys.readouterr().out
-    assert "llamajax VERB" in text
-    for verb in cli.verbs():
-        assert f"\n  {verb}" in text
-    assert not {"cli", "errors", "__main__", "config"} & set(cli.verbs())
+    assert all(f"\n  {verb}" in text for verb in ("train", "prepare", "launch", *cli.verbs()))
+    assert not {"cli", "errors", "files", "__main__", "config"} & set(cli.verbs())
 
 
 @pytest.mark.parametrize("verb", ["nonsense", *cli.verbs()])
@@ -50,4 +51,12 @@ def test_the_shell_sees_exit_code_2_and_no_traceback(verb):
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert "error: " in done.stderr
+    assert verb == "nonsense" or "--nonsense: unknown flag" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", cli.verbs())
+def test_every_verb_begins_with_an_example_and_ends_by_run_verb(verb):
+    source = (Path(cli.__file__).parent / f"{verb}.py").read_text()
+    assert f"\n\nExample:\n  python -m llamajax.{verb}" in source.split('"""')[1]
+    assert source.endswith("    run_verb(main)\n")
