@@ -10,7 +10,7 @@ Example:
 """
 
 from llamajax.config import parse_command_line
-from llamajax.launching.launch_options import LaunchFlags, build_options, split_command
+from llamajax.launching.launch_options import LaunchOptions, split_command
 from llamajax.launching.launcher import launch
 from llamajax.verbs import run_verb
 
@@ -18,8 +18,10 @@ from llamajax.verbs import run_verb
 def main(argv: list[str]) -> int:
     """Return 0 if finished, 143 if stopped by a signal, else the code of the worker that failed."""
     own, command = split_command(argv)
-    flags = parse_command_line(own, LaunchFlags, verb="launch", doc=__doc__, command=tuple(command))
-    return launch(build_options(flags))
+    options = parse_command_line(
+        own, LaunchOptions, verb="launch", doc=__doc__, command=tuple(command)
+    )
+    return launch(options)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ _GIB = 2**30
 _NVLINK = "NVLink and one network adapter a GPU from the DGX data sheet"
 _ICI = (
     "ICI from the Cloud TPU documentation: both directions of a ring over one link each; between "
-    "slices the data-centre network's share of a chip, from there as well"
+    "slices the data-center network's share of a chip, from there as well"
 )
 
 
@@ -75,9 +75,10 @@ def _nvidia(kind: str, *, name: str, peaks: tuple[float, float], **facts: float)
 
 def _tpu(kind: str, *, name: str, peak: float, gib: tuple[float, float], hbm: float, link: float,
          network: float | None, efficiency: float) -> Device:  # fmt: skip
-    """`gib`: memory, and what XLA sees of it; `link`: bytes/s of one ICI link in one direction.
+    """Return an entry. gib: memory, and what XLA sees of it.
 
-    `network`: bytes/s between slices, None where that is not published.
+    link: bytes/s of one ICI link in one direction. network: bytes/s between slices, None where that
+    is not published.
     """
     return Device(
         kind=f"TPU {kind}" if kind.startswith("v") else kind,
@@ -97,7 +98,7 @@ def _tpu(kind: str, *, name: str, peak: float, gib: tuple[float, float], hbm: fl
 def _untested(kind: str, *, name: str, peaks: tuple[float, float | None], gib: float, hbm: float,
               links: tuple[float, float | None], efficiency: float, source: str,
               has_share: bool = False) -> Device:  # fmt: skip
-    """`peaks`: bfloat16 and float32; `links`: bytes/s within a node and between nodes."""
+    """Return an entry. peaks: bfloat16, float32. links: bytes/s in a node and between nodes."""
     return Device(
         kind=kind,
         name=name,

@@ -9,7 +9,7 @@ kind = "Ascend 910B"            # how JAX's device_kind begins
 bfloat16 = 376e12               # peak FLOP/s of matrix products, dense
 memory_gib = 64
 hbm_bytes_per_s = 1.6e12
-fast_bytes_per_s = 196e9        # to its neighbours in the node, one direction
+fast_bytes_per_s = 196e9        # to its neighbors in the node, one direction
 source = "the vendor's data sheet"
 # optional: name, float32, xla_gib, slow_bytes_per_s, efficiency
 ```

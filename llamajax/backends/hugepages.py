@@ -6,7 +6,9 @@ for pages of 2 MiB instead, but reads that setting only when a process starts. N
 runs before it is imported.
 """
 
+import contextlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -23,33 +25,23 @@ def with_huge_pages() -> None:
     no glibc of 2.35 or later, a kernel that gives huge pages always or never, or a
     `glibc.malloc.hugetlb` of the user's own (0 turns this off).
     """
-    wanted = _tunables(os.environ.get(_VARIABLE, ""), mode=_mode(), glibc=_glibc())
+    mode, libc = "", None
+    with contextlib.suppress(OSError, ValueError):
+        mode = _MODE.read_text(encoding="ascii")
+        libc = os.confstr("CS_GNU_LIBC_VERSION")
+    wanted = _tunables(os.environ.get(_VARIABLE, ""), mode=mode, libc=libc or "")
     if wanted is not None:
         os.execve(sys.executable, sys.orig_argv, dict(os.environ) | {_VARIABLE: wanted})
 
 
-def _tunables(present: str, *, mode: str, glibc: tuple[int, int] | None) -> str | None:
-    """The variable to start again with; None where all is well as it is."""
-    if _NAME in present or "[madvise]" not in mode or glibc is None or glibc < _FIRST_GLIBC:
+def _tunables(present: str, *, mode: str, libc: str) -> str | None:
+    """Return the variable to start again with; None where that would not help.
+
+    mode: as the kernel writes it, `always [madvise] never`. libc: such as `glibc 2.36`.
+    """
+    version = re.match(r"glibc (\d+)\.(\d+)", libc)
+    if version is None or tuple(map(int, version.groups())) < _FIRST_GLIBC:
+        return None
+    if _NAME in present or "[madvise]" not in mode:
         return None
     return ":".join(filter(None, (present, f"{_NAME}=1")))
-
-
-def _mode() -> str:
-    """What the kernel does, as in `always [madvise] never`; empty where it does not tell."""
-    try:
-        return _MODE.read_text(encoding="ascii")
-    except OSError:
-        return ""
-
-
-def _glibc() -> tuple[int, int] | None:
-    """Version of the C library, None where it is another one."""
-    try:
-        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
-    except (ValueError, OSError):
-        return None
-    if name != "glibc":
-        return None
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)

@@ -13,8 +13,8 @@ from llamajax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LaunchFlags(Flags):
-    """Flags of `launch`, and the command after `--`."""
+class LaunchOptions(Flags):
+    """Flags of `launch`, and the command after `--`, which every worker runs."""
 
     processes_per_node: int = key(
         "workers on this node, each with its share of the node's devices", metavar="N", at_least=1
@@ -76,21 +76,6 @@ class LaunchFlags(Flags):
         elif shutil.which(self.command[0]) is None:
             yield f"{self.command[0]}: there is no such program; the command starts after --"
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LaunchOptions:
-    """This node's part of a launch, and the command that every worker runs."""
-
-    command: tuple[str, ...]
-    processes_per_node: int
-    nodes: int
-    node_rank: int
-    coordinator: tuple[str, int] | None  # host, port; None: one node, a free port each attempt
-    max_restarts: int
-    backoff_s: float
-    timeout_s: float
-    log_dir: Path
-
     @property
     def num_processes(self) -> int:
         """Workers on all nodes."""
@@ -99,43 +84,34 @@ class LaunchOptions:
     @property
     def ranks(self) -> range:
         """Ranks of this node's workers."""
-        first = self.node_rank * self.processes_per_node
+        first = (self.node_rank or 0) * self.processes_per_node
         return range(first, first + self.processes_per_node)
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Host and port of process 0; None: this machine, and a free port for each attempt."""
+        if self.coordinator is None:
+            return None
+        host, _, port = self.coordinator.rpartition(":")
+        return host, int(port)
+
+    @property
+    def logs(self) -> Path:
+        """Directory of the workers' logs: by default `logs` in the --workdir of the command."""
+        if self.log_dir is not None:
+            return Path(self.log_dir)
+        for token, following in zip(self.command, [*self.command[1:], ""], strict=True):
+            if token.startswith("--workdir="):
+                return Path(token.partition("=")[2]).expanduser() / "logs"
+            if token == "--workdir" and following:
+                return Path(following) / "logs"
+        return Path("logs")
 
 
 def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the arguments before the first `--`, and the command after it."""
     before = list(itertools.takewhile(lambda token: token != "--", argv))
     return before, list(argv[len(before) + 1 :])
-
-
-def build_options(flags: LaunchFlags) -> LaunchOptions:
-    """Return the options of a launch that valid flags ask for."""
-    address = None
-    if flags.coordinator is not None:
-        host, _, port = flags.coordinator.rpartition(":")
-        address = (host, int(port))
-    return LaunchOptions(
-        command=flags.command,
-        processes_per_node=flags.processes_per_node,
-        nodes=flags.nodes,
-        node_rank=flags.node_rank or 0,
-        coordinator=address,
-        max_restarts=flags.max_restarts,
-        backoff_s=flags.backoff_s,
-        timeout_s=flags.timeout_s,
-        log_dir=Path(flags.log_dir) if flags.log_dir else _default_log_dir(flags.command),
-    )
-
-
-def _default_log_dir(command: Sequence[str]) -> Path:
-    """Return `logs` in the --workdir of the command, else in the current directory."""
-    for token, following in zip(command, [*command[1:], ""], strict=True):
-        if token.startswith("--workdir="):
-            return Path(token.partition("=")[2]).expanduser() / "logs"
-        if token == "--workdir" and following:
-            return Path(following) / "logs"
-    return Path("logs")
 
 
 def make_log_dir(log_dir: Path) -> None:

@@ -28,8 +28,8 @@ def launch(options: LaunchOptions) -> int:
 
     Returns the exit code.
     """
-    make_log_dir(options.log_dir)
-    node = NodeServer(options) if options.node_rank == 0 else NodeClient(options)
+    make_log_dir(options.logs)
+    node = NodeClient(options) if options.node_rank else NodeServer(options)
     with contextlib.closing(node), _signals() as signals, _pipe() as parent, _pipe() as reports:
         os.set_blocking(reports[1], False)  # a worker never waits for its launcher
         launcher = Launcher(options, node, parent_pipe=parent[0], reports=reports)
@@ -105,7 +105,7 @@ class Launcher:
         self._node.say(
             {
                 "say": "ready",
-                "attempt": next_attempt(options.log_dir, options.ranks),
+                "attempt": next_attempt(options.logs, options.ranks),
                 "nodes": options.nodes,
                 "processes_per_node": options.processes_per_node,
             }
@@ -131,7 +131,7 @@ class Launcher:
         return None
 
     def _start(self, attempt: int) -> None:
-        options, address = self._options, self._options.coordinator
+        options, address = self._options, self._options.address
         if address is None:  # one node: a free port for each attempt
             with socket.create_server(("127.0.0.1", 0)) as free:
                 address = free.getsockname()
@@ -146,7 +146,7 @@ class Launcher:
         ranks, pids = options.ranks, ", ".join(map(str, self._workers.pids))
         say(
             f"attempt {attempt}: workers {ranks[0]} to {ranks[-1]} of {options.num_processes} "
-            f"started (pids {pids}), logs in {options.log_dir}"
+            f"started (pids {pids}), logs in {options.logs}"
         )
 
     def _report_checkpoints(self) -> None:

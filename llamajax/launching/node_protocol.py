@@ -27,7 +27,7 @@ class NodeServer:
         self._listener = None
         if options.nodes > 1:
             self._listener = Listener(
-                options.coordinator[1] + 1,
+                options.address[1] + 1,
                 who="the launcher",
                 fix="choose another --coordinator, whose port + 1 the launchers use, or end the "
                 "launcher that runs already",
@@ -91,7 +91,8 @@ class NodeClient:
     """Another node: reports to node 0 and obeys; without it, waits for a new one."""
 
     def __init__(self, options: LaunchOptions):
-        self._host, self._port = options.coordinator[0], options.coordinator[1] + 1
+        self._host, port = options.address
+        self._port = port + 1
         self._node, self._timeout_s = options.node_rank, options.timeout_s
         self._connection: Connection | None = None
         self._ready: Message | None = None  # to be repeated to a node 0 that comes later

@@ -16,12 +16,12 @@ _TAIL_BYTES = 1 << 16
 
 
 def log_path(log_dir: Path, rank: int, attempt: int) -> Path:
-    """`worker_3.0.log`: of worker 3 at the first attempt."""
+    """Return the path of a log, such as `worker_3.0.log` of worker 3 at the first attempt."""
     return log_dir / f"worker_{rank}.{attempt}.log"
 
 
 def next_attempt(log_dir: Path, ranks: Iterable[int]) -> int:
-    """The first attempt of which none of these workers has a log: an earlier launch's stay."""
+    """Return the first attempt of which none of these workers has a log, so that none is lost."""
     wanted, taken = set(ranks), [-1]
     for path in log_dir.glob("worker_*.*.log"):
         match = re.fullmatch(r"worker_(\d+)\.(\d+)\.log", path.name)

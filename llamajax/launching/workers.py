@@ -62,7 +62,7 @@ class WorkerGroup:
                     parent_pipe=parent_pipe,
                     checkpoints=reports if rank == 0 else None,
                 )
-                log = self._logs[rank] = open_log(options.log_dir, rank, attempt)
+                log = self._logs[rank] = open_log(options.logs, rank, attempt)
                 process = self._processes[rank] = subprocess.Popen(
                     options.command,
                     stdin=subprocess.DEVNULL,
@@ -79,7 +79,7 @@ class WorkerGroup:
 
     def log(self, rank: int) -> Path:
         """Return the path of a worker's log."""
-        return log_path(self._options.log_dir, rank, self.attempt)
+        return log_path(self._options.logs, rank, self.attempt)
 
     @property
     def pids(self) -> list[int]:

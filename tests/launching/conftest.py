@@ -50,13 +50,10 @@ def launched(tmp_path: Path):
         values = {
             "command": fake_worker(lines),
             "processes_per_node": 2,
-            "nodes": 1,
-            "node_rank": 0,
-            "coordinator": None,
             "max_restarts": 0,
             "backoff_s": 0.0,
             "timeout_s": 60.0,
-            "log_dir": tmp_path / "logs",
+            "log_dir": str(tmp_path / "logs"),
         }
         return launch(LaunchOptions(**values | overrides))
 

@@ -1,7 +1,5 @@
 """The orders for all nodes, without sockets and processes."""
 
-from pathlib import Path
-
 import pytest
 
 from llamajax.errors import ExitCode
@@ -12,9 +10,8 @@ from llamajax.launching.restart_policy import RestartPolicy
 def policy_of(*, max_restarts: int = 2) -> RestartPolicy:
     """Two nodes of four workers."""
     options = LaunchOptions(
-        command=("true",), processes_per_node=4, nodes=2, node_rank=0, coordinator=("a", 1),
-        max_restarts=max_restarts, backoff_s=1.0, timeout_s=10.0, log_dir=Path(),
-    )  # fmt: skip
+        processes_per_node=4, nodes=2, max_restarts=max_restarts, timeout_s=10.0
+    )
     return RestartPolicy(options, now=0.0)
 
 

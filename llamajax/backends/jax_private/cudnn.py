@@ -90,7 +90,7 @@ def problem() -> str | None:
 
 
 def documents(segment_ids_BT: jax.Array, *, max_documents: int, q_stride: int, kv_stride: int):
-    """`Documents` of the packed rows, and whether they fit into B * `max_documents` places.
+    """Return the `Documents` of packed rows, and whether they fit into B * `max_documents` slots.
 
     A document is a run of equal ids within a row; the padding at the end is one, too. Strides are
     the array elements of one token: heads times head size.
@@ -99,8 +99,8 @@ def documents(segment_ids_BT: jax.Array, *, max_documents: int, q_stride: int, k
     assert B * T * q_stride < 2**31, "cuDNN's offsets are 32-bit: use a smaller local batch"
     before = jnp.concatenate([segment_ids_BT[:, :1] - 1, segment_ids_BT[:, :-1]], axis=1)
     is_start = (segment_ids_BT != before).reshape(B * T)
-    places = B * (max_documents + 1)
-    (starts,) = jnp.nonzero(is_start, size=places, fill_value=B * T)
+    slots = B * (max_documents + 1)
+    (starts,) = jnp.nonzero(is_start, size=slots, fill_value=B * T)
     starts = starts.astype(jnp.int32)
     lengths = jnp.diff(starts)[: B * max_documents]
     shape = (B, max_documents + 1)
@@ -115,7 +115,7 @@ def documents(segment_ids_BT: jax.Array, *, max_documents: int, q_stride: int, k
 def forward(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, docs: Documents | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Output (B, T, N, H) and float32 row statistics (B * M, N, T) of causal attention."""
+    """Return output (B, T, N, H) and float32 row statistics (B * M, N, T) of causal attention."""
     module, parameters = _bound(q_BTNH, docs)
     operands = (q_BTNH, k_BSKH, v_BSKH, *_operands(q_BTNH, docs))
     o, statistics = module._dot_product_attention_fwd_p.bind(
@@ -133,7 +133,7 @@ def backward(
     o_BTNH: jax.Array,
     do_BTNH: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v, from what `forward` returned and the gradient of its output."""
+    """Return the gradients of q, k and v, from the results of `forward` and do."""
     module, parameters = _bound(q_BTNH, docs)
     operands = (q_BTNH, k_BSKH, v_BSKH, *_operands(q_BTNH, docs), statistics, o_BTNH, do_BTNH)
     grads = module._dot_product_attention_bwd_p.bind(*operands, **parameters)
@@ -149,7 +149,7 @@ def _varying_like(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _operands(q_BTNH: jax.Array, docs: Documents | None) -> tuple[jax.Array, ...]:
-    """bias, lengths and offsets of queries and keys, two page tables; empty arrays where unused."""
+    """Return bias, lengths and offsets of queries and keys, two page tables; empty if unused."""
     unused = jnp.zeros(0, q_BTNH.dtype)
     if docs is None:
         return (unused,) * 7
