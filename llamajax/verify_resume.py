@@ -7,44 +7,17 @@ Example:
   python -m llamajax.verify_resume --config=configs/quickstart.py --workdir=runs/proof
 """
 
-import dataclasses
-from pathlib import Path
-
-from llamajax.config import RunFlags, key, parse_command_line
+from llamajax.config import parse_command_line
 from llamajax.proving.resume_proof import ProofOptions, prove, train_arguments
 from llamajax.verbs import run_verb
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ProofFlags(RunFlags):
-    """Flags of `verify_resume`."""
-
-    workdir: str = key("directory for the runs of the proof alone", metavar="DIR", is_path=True)
-    kills: int = key("how often it is killed", metavar="N", default=3, at_least=1)
-    seed: int = key("seed of the moments", metavar="S", default=0)
-    steps: int = key("steps of each run", metavar="N", default=12, at_least=6)
-    other: str | None = key(
-        "config keys of the other mesh, as mesh.fsdp=4,mesh.tensor=2; none: chosen here",
-        metavar="KEY=VALUE,...",
-        default=None,
-    )
-    processes: int | None = key(
-        "resume the run with the other mesh as N processes of this machine; none: as one",
-        metavar="N",
-        default=None,
-        at_least=2,
-    )
+_OWN = ("workdir", "kills", "seed", "steps", "other", "processes")
 
 
 def main(argv: list[str]) -> int:
     """Return 0 if it is proven, 1 if not, 2 if the config does not train."""
-    flags = parse_command_line(argv, ProofFlags, verb="verify_resume", doc=__doc__)
-    own = ("workdir", "kills", "seed", "steps", "other", "processes")
-    options = ProofOptions(
-        train=train_arguments(argv, own),
-        config=flags.config,
-        workdir=Path(flags.workdir),
-        **{name: getattr(flags, name) for name in own[1:]},
+    options = parse_command_line(
+        argv, ProofOptions, verb="verify_resume", doc=__doc__, train=train_arguments(argv, _OWN)
     )
     return 0 if prove(options) else 1
 

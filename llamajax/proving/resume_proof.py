@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llamajax.backends import platform_facts
-from llamajax.config import RunConfig
+from llamajax.config import RunConfig, RunFlags, key
 from llamajax.config.schema import MeshConfig
 from llamajax.errors import UserError, combine, say
 from llamajax.launching.worker_logs import last_lines
@@ -36,20 +36,25 @@ _SHOWN_LINES = 15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProofOptions:
-    """train: the command line of `train` without its --workdir. other: overrides, or None.
+class ProofOptions(RunFlags):
+    """Flags of `verify_resume`, and the arguments that are meant for `train`."""
 
-    processes: into how many the other run is split, by `launch`; None: as the first one.
-    """
-
-    train: tuple[str, ...]
-    config: RunConfig
-    workdir: Path
-    steps: int
-    kills: int
-    seed: int
-    other: str | None
-    processes: int | None = None
+    workdir: str = key("directory for the runs of the proof alone", metavar="DIR", is_path=True)
+    kills: int = key("how often it is killed", metavar="N", default=3, at_least=1)
+    seed: int = key("seed of the moments", metavar="S", default=0)
+    steps: int = key("steps of each run", metavar="N", default=12, at_least=6)
+    other: str | None = key(
+        "config keys of the other mesh, as mesh.fsdp=4,mesh.tensor=2; none: chosen here",
+        metavar="KEY=VALUE,...",
+        default=None,
+    )
+    processes: int | None = key(
+        "resume the run with the other mesh as N processes of this machine; none: as one",
+        metavar="N",
+        default=None,
+        at_least=2,
+    )
+    train: tuple[str, ...] = ()
 
 
 def prove(options: ProofOptions) -> bool:
@@ -57,9 +62,10 @@ def prove(options: ProofOptions) -> bool:
 
     Raises UserError when the config does not train at all, or the directory is in use.
     """
-    _make_room(options.workdir)
+    workdir = Path(options.workdir)
+    _make_room(workdir)
     say(f"undisturbed: {options.steps} steps")
-    undisturbed, killed, moved = (options.workdir / name for name in _RUNS)
+    undisturbed, killed, moved = (workdir / name for name in _RUNS)
     _finish(options, undisturbed)
     other = other_mesh(options, undisturbed)
     if not _kill_repeatedly(options, killed, undisturbed):
@@ -144,7 +150,7 @@ def _finish(
     options: ProofOptions, workdir: Path, *overrides: str, processes: int | None = None
 ) -> None:
     """Run or resume to the end."""
-    log = options.workdir / f"{workdir.name}.log"
+    log = workdir.with_name(f"{workdir.name}.log")
     command = _command(options, workdir, *overrides)
     if processes is not None:
         launch = [sys.executable, "-m", "llamajax.launch", f"--processes_per_node={processes}"]
@@ -171,7 +177,7 @@ def _kill_repeatedly(options: ProofOptions, workdir: Path, undisturbed: Path) ->
     times = read_run_facts(undisturbed)["time_breakdown"]
     step_s, last = times["steps_s"] / options.steps, TrialResult(code=None, step=0, checkpoint=0)
     for number in range(1, options.kills + 1):
-        log = options.workdir / f"{workdir.name}.{number}.log"
+        log = workdir.with_name(f"{workdir.name}.{number}.log")
         kind = _KINDS[(number - 1) % len(_KINDS)]
         # Two steps from the end at the latest, so that something is left to resume.
         first = last.checkpoint + 1
