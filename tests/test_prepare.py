@@ -217,10 +217,13 @@ def test_a_full_disk_is_the_users_to_fix(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"big.txt"}
 
 
-def test_a_script_without_a_main_guard_can_prepare(corpus, tmp_path):
+def test_a_script_without_a_main_guard_can_prepare_and_imports_no_jax(corpus, tmp_path):
     script = tmp_path / "script.py"
     args = [f"--input={corpus}", f"--output={tmp_path / 'out'}", "--tokenizer=byte", "--workers=2"]
-    script.write_text(f"from llamajax import prepare\nprepare.main({args!r})\nprint('once')\n")
+    script.write_text(
+        f"import sys\nfrom llamajax import prepare\nprepare.main({args!r})\n"
+        "print('once', {'jax', 'grain'} & set(sys.modules))"
+    )
     done = subprocess.run(
         [sys.executable, script],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
@@ -228,7 +231,7 @@ def test_a_script_without_a_main_guard_can_prepare(corpus, tmp_path):
         text=True,
         check=True,
     )
-    assert done.stdout.count("once") == 1
+    assert done.stdout.count("once") == done.stdout.count("once set()") == 1
     assert done.stderr == ""
 
 

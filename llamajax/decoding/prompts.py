@@ -97,7 +97,7 @@ def as_prompt(
 
 def eos_ids(path: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
     """The tokens that end a text, by the model's directory, else by the tokenizer."""
-    return model_ids(path)[1] or (() if tokenizer is None else tokenizer.stop_ids)
+    return model_ids(path).eos_ids or (() if tokenizer is None else tokenizer.stop_ids)
 
 
 def _file_texts(file: Path) -> Iterator[tuple[str, str]]:
