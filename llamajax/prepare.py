@@ -25,7 +25,7 @@ from typing import Any, Literal
 from llamajax.config import Flags, key, parse_command_line
 from llamajax.corpus import tasks
 from llamajax.corpus.beam import prepare_on_beam
-from llamajax.corpus.preparation import FORMATS, Settings, prepare
+from llamajax.corpus.preparation import FORMATS, PrepareSettings, prepare
 from llamajax.monitoring.progress import BytesProgress
 from llamajax.tokenizers.chat import CHAT_TEMPLATES
 from llamajax.verbs import run_verb
@@ -122,9 +122,9 @@ class PrepareFlags(Flags):
 def main(argv: list[str]) -> int:
     """Write the prepared directory, or a part of it; return 0."""
     flags = parse_command_line(argv, PrepareFlags, verb="prepare", doc=__doc__)
-    content = {f.name: getattr(flags, f.name) for f in dataclasses.fields(Settings)}
+    content = {f.name: getattr(flags, f.name) for f in dataclasses.fields(PrepareSettings)}
     workers = flags.workers or len(os.sched_getaffinity(0))
-    settings = Settings(**content | {"output": Path(flags.output), "workers": workers})
+    settings = PrepareSettings(**content | {"output": Path(flags.output), "workers": workers})
     progress, start = BytesProgress(), time.monotonic()
     try:
         result = _prepare(settings, flags, progress)
@@ -137,7 +137,7 @@ def main(argv: list[str]) -> int:
 
 
 def _prepare(
-    settings: Settings, flags: PrepareFlags, progress: BytesProgress
+    settings: PrepareSettings, flags: PrepareFlags, progress: BytesProgress
 ) -> dict[str, Any] | str:
     """Return the manifest of the directory; after one task, a sentence about it."""
     num_tasks = flags.num_tasks

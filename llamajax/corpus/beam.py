@@ -8,14 +8,14 @@ import dataclasses
 from typing import Any
 
 from llamajax.corpus import tasks
-from llamajax.corpus.preparation import Progress, Settings, check_input
+from llamajax.corpus.preparation import PrepareSettings, ReportProgress, check_input
 from llamajax.errors import UserError, combine
 
 _REFUSAL = ".refusal.txt"
 
 
 def prepare_on_beam(
-    settings: Settings, *, num_tasks: int | None, options: str, progress: Progress
+    settings: PrepareSettings, *, num_tasks: int | None, options: str, progress: ReportProgress
 ) -> dict[str, Any]:
     """Write the output directory by a pipeline and return its manifest, as `preparation.prepare`.
 
@@ -46,7 +46,7 @@ def prepare_on_beam(
     return tasks.merge(settings, num_tasks=count, progress=progress)
 
 
-def _run(index: int, *, settings: Settings, num_tasks: int) -> None:
+def _run(index: int, *, settings: PrepareSettings, num_tasks: int) -> None:
     """Run one task on some worker. A UserError goes into a file: Beam would retry a raised one."""
     try:
         tasks.run_task(settings, index=index, num_tasks=num_tasks, progress=lambda *_: None)

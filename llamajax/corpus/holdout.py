@@ -14,7 +14,7 @@ _HELD_PER_GROUP = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class DocumentPart:
     """A document, or the part of a text, that goes to one split."""
 
     split: str
@@ -70,13 +70,13 @@ class Holdout:
             self.cut = next((n for n in order if sizes[n] > wanted), order[0])
             self._cut_at = sizes[self.cut] - max(1, round(wanted))
 
-    def split(self, documents: Iterable[str | Example]) -> Iterator[Part]:
+    def split(self, documents: Iterable[str | Example]) -> Iterator[DocumentPart]:
         """Yield the parts of all documents, in order."""
         for number, (document, held) in enumerate(zip(documents, self.held(), strict=False)):
             if number == self.cut:
                 yield from self.halves(document)
             else:
-                yield Part("validation" if held else "train", document)
+                yield DocumentPart("validation" if held else "train", document)
 
     def held(self) -> Iterator[bool]:
         """Yield without end, for each document in turn, whether it is held out whole."""
@@ -90,10 +90,10 @@ class Holdout:
                 in_group = set(sorted(members, key=_hash)[:_HELD_PER_GROUP])
             yield number in in_group
 
-    def halves(self, document: str) -> list[Part]:
+    def halves(self, document: str) -> list[DocumentPart]:
         """Return both parts of the document `cut`."""
         at = _paragraph_start(document, self._cut_at)
-        return [Part("train", document[:at]), Part("validation", document[at:])]
+        return [DocumentPart("train", document[:at]), DocumentPart("validation", document[at:])]
 
 
 def _hash(number: int) -> bytes:

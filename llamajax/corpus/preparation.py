@@ -15,7 +15,7 @@ from llamajax.corpus.holdout import SPLITS, Holdout
 from llamajax.corpus.input_files import Corpus, find_files, warn_of_single_article
 from llamajax.corpus.instructions import Example, InstructionCorpus
 from llamajax.corpus.tokenizer_training import MAX_BYTES, parse_train, train_tokenizer
-from llamajax.corpus.tokenizing import Tokens, tokenize_all
+from llamajax.corpus.tokenizing import TokenizedDocuments, tokenize_all
 from llamajax.data import shards
 from llamajax.errors import TransientError, UserError, say
 from llamajax.files import lock_file, replaced_directory
@@ -29,7 +29,7 @@ FORMATS = ("text", "instructions")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class PrepareSettings:
     """The flags of `prepare` that decide what is written, and with how many workers."""
 
     input: str
@@ -45,10 +45,10 @@ class Settings:
 
 
 # Called with the phase, the bytes done and all bytes.
-Progress = Callable[[str, int, int], None]
+ReportProgress = Callable[[str, int, int], None]
 
 
-def prepare(settings: Settings, progress: Progress) -> dict[str, Any]:
+def prepare(settings: PrepareSettings, progress: ReportProgress) -> dict[str, Any]:
     """Write the output directory and return its manifest. A UserError leaves nothing behind."""
     files = check_input(settings)
     corpus = open_corpus(settings, files)
@@ -72,7 +72,7 @@ def prepare(settings: Settings, progress: Progress) -> dict[str, Any]:
     return manifest
 
 
-def check_input(settings: Settings) -> list[Path]:
+def check_input(settings: PrepareSettings) -> list[Path]:
     """Return the files to prepare. Raises UserError for what is wrong on the disk."""
     tokenizer = None
     if parse_train(settings.tokenizer) is None:
@@ -90,7 +90,7 @@ def check_input(settings: Settings) -> list[Path]:
     return files
 
 
-def open_corpus(settings: Settings, files: list[Path]) -> Corpus:
+def open_corpus(settings: PrepareSettings, files: list[Path]) -> Corpus:
     """Return the documents of some of the files."""
     if settings.format == "instructions":
         return InstructionCorpus(files, template=settings.chat_template)
@@ -119,7 +119,7 @@ def locked_output(output: Path) -> Iterator[Path]:
         yield stack.enter_context(replaced_directory(output))
 
 
-def watched(corpus: Corpus, phase: str, progress: Progress) -> Iterator[str | Example]:
+def watched(corpus: Corpus, phase: str, progress: ReportProgress) -> Iterator[str | Example]:
     """Yield the documents and report progress."""
     for document in corpus:
         yield document
@@ -127,7 +127,11 @@ def watched(corpus: Corpus, phase: str, progress: Progress) -> Iterator[str | Ex
 
 
 def train_on(
-    settings: Settings, corpus: Corpus, holdout: Holdout, output: Path, progress: Progress
+    settings: PrepareSettings,
+    corpus: Corpus,
+    holdout: Holdout,
+    output: Path,
+    progress: ReportProgress,
 ) -> None:
     """Train the tokenizer that `train:N` asks for; it has the same bytes on every machine."""
     parts = holdout.split(watched(corpus, "reading for the tokenizer", progress))
@@ -137,9 +141,9 @@ def train_on(
 
 
 def write_results(
-    settings: Settings,
+    settings: PrepareSettings,
     files: list[Path],
-    results: Generator[Tokens],
+    results: Generator[TokenizedDocuments],
     directory: Path,
     tokenizer_path: str,
 ) -> dict[str, Any]:
@@ -183,7 +187,7 @@ def write_results(
 
 
 def _write_splits(
-    results: Generator[Tokens], directory: Path, tokenizer: Tokenizer, *, masked: bool
+    results: Generator[TokenizedDocuments], directory: Path, tokenizer: Tokenizer, *, masked: bool
 ) -> dict[str, Any]:
     """Write the shards of all splits that have documents; return their part of the manifest."""
     size = tokenizer.vocab_size

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llamajax.corpus.holdout import Holdout, Part
+from llamajax.corpus.holdout import DocumentPart, Holdout
 from llamajax.corpus.input_files import warn_of_single_article
 from llamajax.corpus.preparation import (
     TRAINED,
-    Progress,
-    Settings,
+    PrepareSettings,
+    ReportProgress,
     check_input,
     locked_output,
     open_corpus,
@@ -33,7 +33,7 @@ from llamajax.corpus.preparation import (
     write_results,
 )
 from llamajax.corpus.tokenizer_training import parse_train
-from llamajax.corpus.tokenizing import Tokens, tokenize, tokenize_all
+from llamajax.corpus.tokenizing import TokenizedDocuments, tokenize, tokenize_all
 from llamajax.data.shards import token_dtype
 from llamajax.errors import UserError, combine
 from llamajax.files import lock_file, replaced_file, write_file
@@ -48,7 +48,7 @@ _MERGED_DOCUMENTS = 1 << 16
 _MERGED_TOKENS = 1 << 22
 
 
-class Task(NamedTuple):
+class PrepareTask(NamedTuple):
     """A run of the input files, so that documents keep their order, and where its part is."""
 
     part: Path
@@ -64,12 +64,12 @@ def parts_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.parts")
 
 
-def share_out(output: Path, files: list[Path], num_tasks: int) -> list[Task]:
+def share_out(output: Path, files: list[Path], num_tasks: int) -> list[PrepareTask]:
     """Divide the files among tasks: the middle byte of a file decides to which it belongs."""
     sizes = [file.stat().st_size for file in files]
     total, before = max(1, sum(sizes)), 0
     names = (f"part-{i:05d}-of-{num_tasks:05d}" for i in range(num_tasks))
-    tasks = [Task(parts_of(output) / name, []) for name in names]
+    tasks = [PrepareTask(parts_of(output) / name, []) for name in names]
     for file, size in zip(files, sizes, strict=True):
         middle = before + size / 2
         tasks[min(num_tasks - 1, int(num_tasks * middle / total))].files.append(file)
@@ -77,7 +77,9 @@ def share_out(output: Path, files: list[Path], num_tasks: int) -> list[Task]:
     return tasks
 
 
-def run_task(settings: Settings, *, index: int, num_tasks: int, progress: Progress) -> str:
+def run_task(
+    settings: PrepareSettings, *, index: int, num_tasks: int, progress: ReportProgress
+) -> str:
     """Do one task, unless it is done. Return a line for the user. UserError leaves nothing behind.
 
     UserError too if the part is there, but of another input or other flags.
@@ -98,7 +100,7 @@ def run_task(settings: Settings, *, index: int, num_tasks: int, progress: Progre
     return f"wrote {part}: {num_documents:,} documents of {len(own_files)} files"
 
 
-def merge(settings: Settings, *, num_tasks: int, progress: Progress) -> dict[str, Any]:
+def merge(settings: PrepareSettings, *, num_tasks: int, progress: ReportProgress) -> dict[str, Any]:
     """Write the output from all parts, remove them, and return the manifest.
 
     Raises UserError that names missing parts and those of another input or other flags.
@@ -128,7 +130,9 @@ def merge(settings: Settings, *, num_tasks: int, progress: Progress) -> dict[str
     return manifest
 
 
-def find_or_train_tokenizer(settings: Settings, files: list[Path], progress: Progress) -> str:
+def find_or_train_tokenizer(
+    settings: PrepareSettings, files: list[Path], progress: ReportProgress
+) -> str:
     """Return the tokenizer's path. The first task trains `train:N`, on the whole input."""
     parts = parts_of(settings.output)
     path, facts_path = parts / TRAINED, parts / f"{TRAINED}.json"
@@ -154,7 +158,7 @@ def find_or_train_tokenizer(settings: Settings, files: list[Path], progress: Pro
     return str(path)
 
 
-def _facts_of_input(settings: Settings, files: list[Path]) -> dict[str, Any]:
+def _facts_of_input(settings: PrepareSettings, files: list[Path]) -> dict[str, Any]:
     """Return all but the tokenizer that decides the bytes of the parts together."""
     names = ("format", "chat_template", "text_key", "clean", "validation_fraction")
     listed = [[file.name, file.stat().st_size] for file in files]
@@ -162,7 +166,7 @@ def _facts_of_input(settings: Settings, files: list[Path]) -> dict[str, Any]:
 
 
 def _facts_of_part(
-    settings: Settings, files: list[Path], num_tasks: int, tokenizer_path: str
+    settings: PrepareSettings, files: list[Path], num_tasks: int, tokenizer_path: str
 ) -> dict[str, Any]:
     fingerprint = load_tokenizer(tokenizer_path).fingerprint
     own = {"num_tasks": num_tasks, "tokenizer": fingerprint}
@@ -179,19 +183,19 @@ def _mismatch(part: Path, facts: dict[str, Any]) -> str | None:
 
 
 def _write_part(
-    settings: Settings,
+    settings: PrepareSettings,
     files: list[Path],
     directory: Path,
     tokenizer_path: str,
-    progress: Progress,
+    progress: ReportProgress,
 ) -> int:
     """Write the tokens and the columns of all documents in `files`; return their number."""
     corpus = open_corpus(settings, files)
     columns: tuple[list[int], ...] = ([], [], [])
 
-    def parts() -> Iterator[Part]:
+    def parts() -> Iterator[DocumentPart]:
         for document in watched(corpus, "tokenizing", progress):
-            part = Part("train", document)
+            part = DocumentPart("train", document)
             columns[1].append(part.text_bytes)
             columns[2].append(len(document))
             yield part
@@ -216,8 +220,11 @@ def _write_part(
 
 
 def _merged(
-    settings: Settings, tasks: list[Task], tokenizer_path: str, progress: Progress
-) -> Generator[Tokens]:
+    settings: PrepareSettings,
+    tasks: list[PrepareTask],
+    tokenizer_path: str,
+    progress: ReportProgress,
+) -> Generator[TokenizedDocuments]:
     """Yield the tokens of all parts, divided into splits as one process would.
 
     Raises UserError for a part that was cut short.
@@ -276,12 +283,12 @@ def _by_split(
     answer: np.ndarray | None,
     lengths: np.ndarray,
     text_bytes: np.ndarray,
-) -> Iterator[Tokens]:
+) -> Iterator[TokenizedDocuments]:
     """Divide documents into splits; `held` says of each whether it is held out."""
     for split, flags in (("train", ~held), ("validation", held)):
         if flags.any():
             each = np.repeat(flags, lengths)
-            yield Tokens(
+            yield TokenizedDocuments(
                 split,
                 tokens[each],
                 None if answer is None else answer[each],

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from llamajax.corpus.holdout import Part
+from llamajax.corpus.holdout import DocumentPart
 from llamajax.errors import UserError
 from llamajax.tokenizers.tokenizer import well_formed
 
@@ -28,7 +28,9 @@ def parse_train(tokenizer: str) -> int | None:
     return int(number)
 
 
-def train_tokenizer(parts: Iterable[Part], *, num_pieces: int, share: float, output: Path) -> None:
+def train_tokenizer(
+    parts: Iterable[DocumentPart], *, num_pieces: int, share: float, output: Path
+) -> None:
     """Train on the lines of the training parts and write the model: same text, same bytes.
 
     share: fraction of the documents to learn from, drawn by the hash of their number.
@@ -70,7 +72,7 @@ def _refusal(message: str) -> str:
     return f"SentencePiece refuses: {message}"
 
 
-def _lines(parts: Iterable[Part], share: float) -> Iterator[str]:
+def _lines(parts: Iterable[DocumentPart], share: float) -> Iterator[str]:
     """Yield lines without their newline, so that no piece ever spans two lines."""
     left = 2 * MAX_BYTES
     for number, part in enumerate(p for p in parts if p.split == "train"):

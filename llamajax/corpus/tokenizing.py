@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from llamajax.corpus.holdout import SPLITS, Part
+from llamajax.corpus.holdout import SPLITS, DocumentPart
 from llamajax.data.shards import token_dtype
 from llamajax.errors import UserError
 from llamajax.tokenizers import Tokenizer, load_tokenizer
@@ -36,7 +36,7 @@ _WORKER = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens:
+class TokenizedDocuments:
     """Tokenized documents of one split: BOS and EOS around each, all in one array.
 
     answer: of examples, whether each token carries loss. lengths: tokens of each document.
@@ -50,7 +50,9 @@ class Tokens:
     text_bytes: int
 
 
-def tokenize(parts: list[Part], tokenizer: Tokenizer, template: str) -> list[Tokens]:
+def tokenize(
+    parts: list[DocumentPart], tokenizer: Tokenizer, template: str
+) -> list[TokenizedDocuments]:
     """Tokenize texts or examples; one result for each split."""
     results = []
     for split in SPLITS:
@@ -68,13 +70,15 @@ def tokenize(parts: list[Part], tokenizer: Tokenizer, template: str) -> list[Tok
             text_bytes += part.text_bytes
         if pieces:
             mask = np.concatenate(answers) if answers else None
-            results.append(Tokens(split, np.concatenate(pieces), mask, lengths, text_bytes))
+            results.append(
+                TokenizedDocuments(split, np.concatenate(pieces), mask, lengths, text_bytes)
+            )
     return results
 
 
 def tokenize_all(
-    parts: Iterable[Part], *, tokenizer_path: str, template: str, num_workers: int
-) -> Iterator[Tokens]:
+    parts: Iterable[DocumentPart], *, tokenizer_path: str, template: str, num_workers: int
+) -> Iterator[TokenizedDocuments]:
     """Yield the tokens of all parts in their order, whatever the number of workers.
 
     One worker: the work is done in this process. Raises UserError if a worker dies.
@@ -89,7 +93,7 @@ def tokenize_all(
     workers: list[subprocess.Popen] = []
     own = threading.local()
 
-    def ask(batch: list[Part]) -> list[Tokens]:
+    def ask(batch: list[DocumentPart]) -> list[TokenizedDocuments]:
         """Have the worker of this thread tokenize a batch."""
         if not hasattr(own, "worker"):
             own.worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -97,7 +101,7 @@ def tokenize_all(
         return _ask(own.worker, batch)
 
     threads = ThreadPoolExecutor(num_workers)
-    results: collections.deque[Future[list[Tokens]]] = collections.deque()
+    results: collections.deque[Future[list[TokenizedDocuments]]] = collections.deque()
     try:
         for batch in _batched(parts):
             results.append(threads.submit(ask, batch))
@@ -114,8 +118,8 @@ def tokenize_all(
                 pass
 
 
-def _batched(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    batch: list[Part] = []
+def _batched(parts: Iterable[DocumentPart]) -> Iterator[list[DocumentPart]]:
+    batch: list[DocumentPart] = []
     chars = 0
     for part in parts:
         batch.append(part)
@@ -127,7 +131,7 @@ def _batched(parts: Iterable[Part]) -> Iterator[list[Part]]:
         yield batch
 
 
-def _ask(worker: subprocess.Popen, batch: list[Part]) -> list[Tokens]:
+def _ask(worker: subprocess.Popen, batch: list[DocumentPart]) -> list[TokenizedDocuments]:
     """Send a worker a batch and return its tokens."""
     try:
         pickle.dump(batch, worker.stdin, pickle.HIGHEST_PROTOCOL)

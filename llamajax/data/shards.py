@@ -45,7 +45,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-class Block(NamedTuple):
+class TokenBlock(NamedTuple):
     """Tokens with the one after them, offsets of document starts, which tokens carry loss.
 
     answer: bool for each token; None for data that is no instructions.
@@ -62,15 +62,15 @@ class Block(NamedTuple):
         return record if self.answer is None else record + np.packbits(self.answer).tobytes()
 
 
-def unpack_block(record: bytes, dtype: np.dtype, *, masked: bool) -> Block:
+def unpack_block(record: bytes, dtype: np.dtype, *, masked: bool) -> TokenBlock:
     """Return the block of a record; tokens and starts are views of its memory."""
     num_tokens, num_starts = _HEADER.unpack_from(record)
     starts = np.frombuffer(record, _OFFSET, num_starts, _HEADER.size)
     tokens = np.frombuffer(record, dtype, num_tokens, _HEADER.size + starts.nbytes)
     if not masked:
-        return Block(tokens, starts, None)
+        return TokenBlock(tokens, starts, None)
     bits = np.frombuffer(record, np.uint8, offset=len(record) - -(-num_tokens // 8))
-    return Block(tokens, starts, np.unpackbits(bits, count=num_tokens).view(bool))
+    return TokenBlock(tokens, starts, np.unpackbits(bits, count=num_tokens).view(bool))
 
 
 class _ShardFiles:
@@ -186,7 +186,7 @@ class SplitWriter:
             part = slice(begin, begin + BLOCK_TOKENS + 1)
             starts = self._starts[first[block] : end[block + 1]] - begin
             answer = self._answer[part] if self._masked else None
-            self._files.write(Block(self._tokens[part], starts, answer).to_record())
+            self._files.write(TokenBlock(self._tokens[part], starts, answer).to_record())
         done = count * BLOCK_TOKENS
         self._tokens, self._answer = self._tokens[done:].copy(), self._answer[done:].copy()
         self._starts = self._starts[first[-1] :] - done
@@ -241,7 +241,7 @@ class SplitReader:
         self._locks = [threading.Lock() for _ in shards]
         self._dtype, self._masked = dtype, masked
 
-    def blocks(self, numbers: Sequence[int]) -> list[Block]:
+    def blocks(self, numbers: Sequence[int]) -> list[TokenBlock]:
         """Read the blocks with these numbers, in this order."""
         shards = np.searchsorted(self._ends, numbers, side="right").tolist()
         found: dict[int, bytes] = {}

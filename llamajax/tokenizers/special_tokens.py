@@ -48,7 +48,7 @@ class ModelIds(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Facts:
+class TokenFacts:
     """What the files beside a tokenizer state.
 
     named: `bos_token` and `eos_token`; None where a file says that there is none.
@@ -60,13 +60,13 @@ class Facts:
     model: ModelIds = dataclasses.field(default_factory=ModelIds)
 
 
-def read_facts(file: Path) -> Facts:
+def read_facts(file: Path) -> TokenFacts:
     """Read the files beside a tokenizer's file. Raises UserError for a malformed one.
 
     A file with a name of its own (`llama2.model`) may stand beside other models' files: no facts.
     """
     if not file.name.startswith("tokenizer"):
-        return Facts()
+        return TokenFacts()
     config = _read_object(file.with_name("tokenizer_config.json"))
     legacy = _read_object(file.with_name("special_tokens_map.json"))
     kind = str(config.get("tokenizer_class", "")).removesuffix("Fast").removesuffix("Tokenizer")
@@ -88,7 +88,7 @@ def read_facts(file: Path) -> Facts:
             f"{file.parent}: added_tokens.json or added_tokens_decoder of tokenizer_config.json is "
             "malformed; copy it again"
         ) from None
-    return Facts(named=named, added=added, model=model_ids(file.parent))
+    return TokenFacts(named=named, added=added, model=model_ids(file.parent))
 
 
 def model_ids(directory: Path) -> ModelIds:
@@ -114,7 +114,7 @@ def model_ids(directory: Path) -> ModelIds:
 
 def find_ends(
     path: Path,
-    facts: Facts,
+    facts: TokenFacts,
     vocab: Mapping[str, int],
     *,
     own: tuple[int | None, int | None],

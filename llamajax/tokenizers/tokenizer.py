@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from llamajax.errors import UserError
-from llamajax.tokenizers.special_tokens import Facts, copy_companions
+from llamajax.tokenizers.special_tokens import TokenFacts, copy_companions
 
 
 class Tokenizer:
@@ -23,7 +23,7 @@ class Tokenizer:
     bos_id: int | None  # None: texts begin without one
     eos_id: int
     fingerprint: str  # sha256 of all that decides about encoding and decoding
-    facts: Facts = Facts()
+    facts: TokenFacts = TokenFacts()
     warnings: tuple[str, ...] = ()
     control_ids: Mapping[str, int] = MappingProxyType({})  # by name; no text encodes to them
     added_ids: Mapping[str, int] = MappingProxyType({})  # by name, of ordinary added tokens

@@ -7,7 +7,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from llamajax.corpus.holdout import Part
+from llamajax.corpus.holdout import DocumentPart
 from llamajax.corpus.tokenizer_training import train_tokenizer
 from llamajax.data import load_tokenizer
 from llamajax.errors import UserError
@@ -33,7 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = "\n".join(
         f"The {w} fox, number {i}, said: «{w}s»" for i, w in enumerate(["red", "old"] * 99)
     )
-    train_tokenizer([Part("train", text)], num_pieces=335, share=1.0, output=path)
+    train_tokenizer([DocumentPart("train", text)], num_pieces=335, share=1.0, output=path)
     return path
 
 
@@ -177,7 +177,7 @@ def test_training_reads_lines_that_sentencepiece_skips(tmp_path):
     long = " ".join(["abracadabra"] * 100_000)
     plain = "\n".join(f"line {i} of the text that is short" for i in range(200))
     marked = "\n".join(f"zyzzyva {i} \u2585 zyzzyva" for i in range(200))
-    parts = [Part("train", text) for text in (long, plain, marked, "half \ud83d surrogate")]
+    parts = [DocumentPart("train", text) for text in (long, plain, marked, "half \ud83d surrogate")]
     train_tokenizer(parts, num_pieces=360, share=1.0, output=tmp_path / "tokenizer.model")
     tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
     assert len(tokenizer.encode("abracadabra")) == 1
