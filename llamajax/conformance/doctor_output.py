@@ -103,7 +103,7 @@ def _body(
     name = html.escape(f"{verdict.platform}: {verdict.device_kind}")
     yield _STYLE
     yield f'<header><h1>{name} <span class="status{bad}">{verdict.verdict}</span></h1>'
-    yield f"<p>{html.escape(verdict.platform_version or 'version not told')}</p></header>"
+    yield f"<p>{html.escape(verdict.platform_version or 'version unknown')}</p></header>"
     tiles = {
         "devices": str(machine["num_devices"]) if machine else "none",
         "probes": str(len(verdict.probes)),

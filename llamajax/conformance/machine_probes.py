@@ -94,14 +94,14 @@ def memory_stats(bench: Bench) -> str:
     first = bench.devices[0]
     stats = _memory_stats(first)
     if "bytes_in_use" not in stats:
-        raise UnsupportedError("the backend tells nothing of its memory")
+        raise UnsupportedError("the backend does not report its memory")
     block = jax.block_until_ready(bench.put(np.zeros(_BLOCK_BYTES, np.uint8)))
     grown = _memory_stats(first)["bytes_in_use"] - stats["bytes_in_use"]
     if not block.nbytes <= grown <= 2 * block.nbytes:
         raise WrongError(f"bytes_in_use grew by {grown} for an array of {block.nbytes} bytes")
     limit = stats.get("bytes_limit")
-    told = f"limit {limit / 2**30:.2f} GiB" if limit else "limit unknown"
-    return f"{told}; use follows what is allocated"
+    shown = f"limit {limit / 2**30:.2f} GiB" if limit else "limit unknown"
+    return f"{shown}; use follows what is allocated"
 
 
 def out_of_memory(bench: Bench) -> str:
@@ -141,7 +141,7 @@ def donation(bench: Bench) -> str:
     if not bench.machine.donates:
         raise UnsupportedError(f"JAX does not donate on platform {device.platform}")
     if not all(x.is_deleted() for x in jax.tree.leaves(state)):
-        raise WrongError("the backend ignores donation: a state lives twice in a step")
+        raise WrongError("the backend ignores donation: a step holds its state twice")
     for name, x in start.items():
         if not np.array_equal(np.asarray(after[name]), x * 2 + 1):
             raise WrongError(f"{name} is wrong after an update of donated memory")
@@ -151,13 +151,13 @@ def donation(bench: Bench) -> str:
         aliased = analysis.alias_size_in_bytes
         texts.append(f"{aliased} of {size} bytes aliased")
         if aliased < size:
-            raise WrongError(f"only {texts[0]}: a state lives twice in a step")
+            raise WrongError(f"only {texts[0]}: a step holds its state twice")
     if before is not None:
         grown = _memory_stats(device)["bytes_in_use"] - before
         texts.append(f"memory in use grew by {max(0, grown)} bytes")
         if grown > size // 2:
             raise WrongError(f"{', '.join(texts)}: the donated memory was not given back")
-    return ", ".join(texts) or "donated arrays are gone; the backend tells no bytes"
+    return ", ".join(texts) or "donated arrays are gone; the backend reports no bytes"
 
 
 def host_offload(bench: Bench) -> str:

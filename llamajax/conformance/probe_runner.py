@@ -122,7 +122,8 @@ class ProbeRunner:
                 return self._refused(message["refused"], batch)
             running = None
             if "machine" in message:
-                self._came_up(message["machine"], message["plugin"], spent_s)
+                if self.machine is None:
+                    self._came_up(message["machine"], message["plugin"], spent_s)
             elif "begins" in message:
                 running = message["begins"]
                 self.begin(running)
@@ -133,11 +134,9 @@ class ProbeRunner:
             begun = time.monotonic()
 
     def _came_up(self, machine: dict[str, Any], plugin: str | None, spent_s: float) -> None:
-        if self.machine is None:
-            self.machine = machine
-            count = machine["num_devices"]
-            text = f"{count} device{'s' * (count > 1)} of kind {machine['device_kind']}"
-            self._end("start", "pass", text + (f"; plugin {plugin}" if plugin else ""), spent_s)
+        self.machine, count = machine, machine["num_devices"]
+        text = f"{count} device{'s' * (count > 1)} of kind {machine['device_kind']}"
+        self._end("start", "pass", text + (f"; plugin {plugin}" if plugin else ""), spent_s)
 
     def _refused(self, reason: str, batch: Sequence[Probe]) -> None:
         """Handle a backend that was not started: the user's mistake, unless it started before."""
@@ -198,7 +197,7 @@ class _ProbeProcess:
         )
         theirs.close()
         os.close(parent_pipe)
-        with contextlib.suppress(BrokenPipeError):  # it died at once; reading from it tells
+        with contextlib.suppress(BrokenPipeError):  # it died at once, which `read` finds
             self._process.stdin.write(json.dumps(request))
             self._process.stdin.close()
 

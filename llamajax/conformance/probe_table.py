@@ -23,7 +23,7 @@ class Probe:
     the verdict does not depend on it. repair: name in `backends.repairs` of what is applied where
     it does not pass, provided that probe `by` (if any) passed. With `instead_of` the probe is tried
     where that other one did not pass, with the repair forced, which is applied where it passes.
-    repaired: tried with all repairs applied. keeps_programs: with a folder for compiled programs.
+    keeps_programs: it gets a folder for compiled programs.
     """
 
     name: str
@@ -35,8 +35,12 @@ class Probe:
     repair: str | None = None
     by: str | None = None
     instead_of: str | None = None
-    repaired: bool = False
     keeps_programs: bool = False
+
+    @property
+    def repaired(self) -> bool:
+        """Whether it runs with all repairs applied, as training does."""
+        return self.group == "training"
 
 
 # The probes of a group and the module of their functions. Rows: name, needed, why; otherwise where
@@ -119,18 +123,16 @@ _GROUPS = {
          "`plan` needs the device itself"),
     ]),
     "training": ("training_probes", [
-        ("train_float32", "always", "twenty steps whose losses are known", "nothing trains on it",
-         {"repaired": True}),
+        ("train_float32", "always", "twenty steps whose losses are known"),
         ("train_bfloat16", "if_there", "the same in the dtype of accelerators",
-         "train with train.dtype=float32", {"repaired": True}),
+         "train with train.dtype=float32"),
         ("reproducible", "never", "the same steps twice, bit for bit",
-         "a resumed run follows the undisturbed one within rounding only",
-         {"repaired": True}),
+         "a resumed run follows the undisturbed one within rounding only"),
         ("checkpoint_synchronous", "always", "a checkpoint restores the bits that were saved",
-         "nothing can be resumed", {"repaired": True}),
+         "nothing can be resumed"),
         ("checkpoint_asynchronous", "never", "saves while training goes on",
          "a checkpoint is on disk before the next step",
-         {"repair": "synchronous_checkpoints", "by": "checkpoint_synchronous", "repaired": True}),
+         {"repair": "synchronous_checkpoints", "by": "checkpoint_synchronous"}),
     ]),
 }  # fmt: skip
 

@@ -84,17 +84,23 @@ def batches() -> list[dict[str, np.ndarray]]:
 
 
 class TinyRun:
-    """A run of the tiny model on some devices in one dtype: its step, compiled, and its batches."""
+    """A run of the tiny model in one dtype: its step, compiled, and its batches.
 
-    def __init__(self, mesh: Mesh, *, dtype: str, attention: str):
+    On fsdp and tensor, over a power of two of the devices, 8 at most.
+    """
+
+    def __init__(self, devices: Sequence[Any], *, dtype: str, attention: str):
+        count = 1 << min(3, len(devices).bit_length() - 1)
+        tensor = 2 if count > 2 else 1
+        axes = MeshConfig(fsdp=count // tensor, tensor=tensor)
+        self.mesh = mesh = sharding.build_mesh(axes, devices[:count])
         compute = Compute(
             dtype=jnp.dtype(dtype),
             remat="full",
             attention=attention,
             loss_chunk_tokens=50,
-            split_tokens=mesh.shape["tensor"] > 1,
+            split_tokens=tensor > 1,
         )
-        self.mesh = mesh
         optimizer = optim.build(OPTIM, steps=STEPS)
         self.abstract = abstract_state(MODEL, optimizer, mesh)
         train = TrainConfig(steps=STEPS, seed=7, dtype=dtype)
@@ -114,7 +120,7 @@ class TinyRun:
         """Return how much of the state is updated in its own memory, in words."""
         memory = self.step.memory_analysis()
         if memory is None:
-            return "aliased bytes not told"
+            return "aliased bytes unknown"
         arrays = jax.tree.leaves(self.initial_state())
         size = sum(x.addressable_shards[0].data.nbytes for x in arrays)
         return f"{memory.alias_size_in_bytes / size:.0%} of the state aliased"
@@ -128,13 +134,6 @@ class TinyRun:
         return state, losses
 
 
-def mesh_of(devices: Sequence[Any]) -> Mesh:
-    """Return fsdp and tensor over as many devices, a power of two up to 8, as there are."""
-    count = 1 << min(3, len(devices).bit_length() - 1)
-    tensor = 2 if count > 2 else 1
-    return sharding.build_mesh(MeshConfig(fsdp=count // tensor, tensor=tensor), devices[:count])
-
-
 @functools.cache
 def _initial_arrays(mesh: Mesh) -> TrainState:
     """Return the state of step 0 as the devices made it, on the host: the same for every dtype."""
@@ -143,11 +142,11 @@ def _initial_arrays(mesh: Mesh) -> TrainState:
 
 @functools.cache
 def _compiled_run(devices: tuple[Any, ...], dtype: str, attention: str) -> TinyRun:
-    return TinyRun(mesh_of(devices), dtype=dtype, attention=attention)
+    """Return the run of a dtype, compiled once in a process."""
+    return TinyRun(devices, dtype=dtype, attention=attention)
 
 
 def _tiny_run(bench: Bench, dtype: str) -> TinyRun:
-    """Return the run of a dtype, compiled once in a process."""
     attention = bench.attention(dtype=dtype, head_size=MODEL.head_size, seq_len=_TOKENS)
     return _compiled_run(tuple(bench.devices), dtype, attention)
 

@@ -1,4 +1,4 @@
-"""What a run tells people: metrics on disk, progress on the terminal, honest times, a report."""
+"""The record of a run: metrics and events on disk, progress on the terminal, times, a report."""
 
 from llamajax.monitoring.events import EventLog, load_events
 from llamajax.monitoring.metrics import MetricsWriter, load_metrics

@@ -85,16 +85,16 @@ class Progress:
         self._step, self._at_s = start_step, clock()  # of the last row
         self._seconds_a_step: float | None = None
         self._line_s: float | None = None
-        self._bar: tqdm | None = None
-        if not self._silent and (mode == "bar" or (mode == "auto" and self._stream.isatty())):
-            self._bar = tqdm(
-                total=total_steps,
-                initial=start_step,
-                unit="step",
-                file=self._stream,
-                dynamic_ncols=True,
-                bar_format="{n_fmt}/{total_fmt} |{bar:12}|{postfix}",
-            )
+        has_bar = mode == "bar" or (mode == "auto" and self._stream.isatty())
+        self._bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            file=self._stream,
+            dynamic_ncols=True,
+            bar_format="{n_fmt}/{total_fmt} |{bar:12}|{postfix}",
+            disable=self._silent or not has_bar,
+        )
 
     def show(self, row: Mapping[str, Any]) -> None:
         """Show one row of metrics: a training step's moves the bar, an evaluation's is a line.
@@ -108,7 +108,7 @@ class Progress:
             self.note(f"step {step}/{self._total}  {format_row(row)}")
             return
         text = f"{format_row(row)}  eta {self._eta(step, row)}"
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.n = step
             self._bar.refresh()
@@ -120,19 +120,14 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print one line of text without tearing the bar."""
-        if self._silent:
-            return
-        if self._bar is not None:
+        if not self._silent:
             self._bar.clear()
-        print(text, file=self._stream, flush=True)
-        if self._bar is not None:
+            print(text, file=self._stream, flush=True)
             self._bar.refresh()
 
     def close(self) -> None:
         """Leave the bar as it is and end its line."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._bar.close()
 
     def _eta(self, step: int, row: Mapping[str, Any]) -> str:
         """Return the time left, from the wall time between rows, with evaluations and checkpoints.
@@ -155,27 +150,26 @@ class BytesProgress:
     def __init__(self) -> None:
         self.total = 0
         self._phase = ""
-        self._bar: tqdm | None = None
-        self._start = self._last = 0.0
+        self._bar = tqdm(disable=True)
+        self._start_s = self._line_s = 0.0
 
     def __call__(self, phase: str, done: int, total: int) -> None:
+        """Show that `done` of `total` bytes of a phase are done."""
         self.total = total
         if phase != self._phase:
             self.close()
-            self._phase, self._start = phase, time.monotonic()
-            self._last = self._start
-            if sys.stderr.isatty():
-                self._bar = tqdm(total=total, desc=phase, unit="B", unit_scale=True)
-        if self._bar is not None:
+            self._phase, self._start_s = phase, time.monotonic()
+            self._line_s = self._start_s
+            self._bar = tqdm(total=total, desc=phase, unit="B", unit_scale=True, disable=None)
+        if not self._bar.disable:
             self._bar.update(done - self._bar.n)
-        elif time.monotonic() - self._last > _BYTES_LINE_EVERY_S:
-            self._last = time.monotonic()
-            rate = done / (self._last - self._start)
+        elif time.monotonic() - self._line_s > _BYTES_LINE_EVERY_S:
+            self._line_s = time.monotonic()
+            rate = done / (self._line_s - self._start_s)
             left_s = (total - done) / max(rate, 1.0)
             amount = f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB"
             say(f"{phase}: {amount}, {rate / 1e6:.1f} MB/s, {left_s:,.0f} s left")
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        """Leave the bar as it is and end its line."""
+        self._bar.close()

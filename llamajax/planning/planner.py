@@ -129,8 +129,8 @@ def plan_notes(plan: Plan) -> list[str]:
             notes.append("cpu: XLA moves float32 there where an accelerator moves bfloat16")
     if not target.machine().donates:
         notes.append(
-            f"donation: JAX gives {target.platform!r} none, so weights and optimizer live twice in "
-            "a step; run the doctor there, or see it repaired with backend.repairs = donation"
+            f"donation: JAX gives {target.platform!r} none, so a step holds weights and optimizer "
+            "twice; run the doctor there, or see it repaired with backend.repairs = donation"
         )
     crosses = any(row.slow_bytes for row in facts.traffic or ())
     if crosses and target.entry is not None and target.entry.slow_bytes_per_s is None:

@@ -59,7 +59,7 @@ def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
         "mfu_causal": p and p.mfu_causal,
         "terms": None if p is None else {
             "products_s": p.products_s, "attention_s": p.attention_s, "memory_s": p.memory_s,
-            "links_s": p.links_s, "hidden_s": p.hidden_s, "bubble": p.bubble,
+            "links_s": p.links_s, "hidden_s": p.hidden_s, "bubble": pipe.bubble if pipe else 0.0,
             "bubble_s": p.bubble_s,
         },
         "pipeline": pipe and dataclasses.asdict(pipe),

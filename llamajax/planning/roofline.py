@@ -34,7 +34,7 @@ class Prediction:
     """Seconds of one step on every device, and the terms that add up to them.
 
     links_s: by mesh axes, all that they send. hidden_s: how much of it matrix products hide.
-    bubble: share of its ticks in which a stage is idle; bubble_s: the time of these.
+    bubble_s: the time of a pipeline's idle ticks.
     """
 
     products_s: float
@@ -42,7 +42,6 @@ class Prediction:
     memory_s: float
     links_s: dict[str, float]
     hidden_s: float
-    bubble: float
     bubble_s: float
     step_time_s: float
     tokens_per_s: float
@@ -113,7 +112,6 @@ def predict(
         memory_s=memory_s,
         links_s={"+".join(axes): s for axes, s in links_s.items()},
         hidden_s=hidden_s,
-        bubble=idle,
         bubble_s=bubble_s,
         step_time_s=step_s,
         tokens_per_s=tokens / step_s,

@@ -12,9 +12,9 @@ from llamajax.backends.repairs import read_verdict
 
 @pytest.fixture
 def doctor(tmp_path, monkeypatch):
-    """Runs the verb with flags; its exit code, what it printed, and its JSON (None without)."""
+    """Runs the verb; its exit code, what it printed, its JSON (None without), results by name."""
 
-    def run(*flags: str) -> tuple[int, str, dict | None]:
+    def run(*flags: str) -> tuple[int, str, dict | None, dict[str, tuple[str, str]]]:
         out = tmp_path / "doctor.json"
         monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)  # that of all tests
         done = warm.run(
@@ -24,26 +24,24 @@ def doctor(tmp_path, monkeypatch):
             text=True,
         )
         found = json.loads(out.read_text()) if out.exists() else None
-        return done.returncode, done.stdout + done.stderr, found
+        probes = found["probes"] if found else []
+        results = {p["name"]: (p["status"], p["message"]) for p in probes}
+        return done.returncode, done.stdout + done.stderr, found, results
 
     return run
-
-
-def by_name(found: dict) -> dict[str, tuple[str, str]]:
-    return {p["name"]: (p["status"], p["message"]) for p in found["probes"]}
 
 
 def test_some_probes_of_a_cpu(doctor, tmp_path):
     page = tmp_path / "page.html"
     names = "dtypes,matmul_float32,cross_entropy,donation,all_reduce,random_sharded"
-    code, text, found = doctor(
+    code, text, found, results = doctor(
         "--backend=cpu", "--num_cpu_devices=4", f"--only={names}", f"--html={page}"
     )
     assert code == 0, text
     assert (found["platform"], found["device_kind"], found["verdict"]) == ("cpu", "cpu", "ready")
     assert found["repairs"] == []
-    assert {status for status, _ in by_name(found).values()} == {"pass"}
-    assert set(by_name(found)) == {"start", "program", *names.split(",")}
+    assert {status for status, _ in results.values()} == {"pass"}
+    assert set(results) == {"start", "program", *names.split(",")}
     assert all(set(p) == {"name", "status", "message", "time_s"} for p in found["probes"])
     html = page.read_text()
     assert "cross_entropy" in html
@@ -51,30 +49,30 @@ def test_some_probes_of_a_cpu(doctor, tmp_path):
     assert not (tmp_path / "llamajax").exists()  # a part of a verdict is not kept
 
 
-def test_mistakes_cost_a_second(doctor):
-    flags = ("--plugin=x.so", "--timeout_s=0", "--html=/not/there/x", "--only=ropes")
-    for flag in flags:
-        code, text, found = doctor(flag)
-        assert (code, found) == (2, None), text
-        assert "Traceback" not in text
-        assert flag.partition("=")[0] in text
+@pytest.mark.parametrize(
+    "flag", ["--plugin=x.so", "--timeout_s=0", "--html=/not/there/x", "--only=ropes"]
+)
+def test_mistakes_cost_a_second(doctor, flag):
+    code, text, found, _ = doctor(flag)
+    assert (code, found) == (2, None), text
+    assert "Traceback" not in text
+    assert flag.partition("=")[0] in text
 
 
 def test_several_faults_at_once(doctor, npu):
-    code, text, found = doctor(
+    code, text, found, results = doctor(
         "--backend=npu", f"--plugin={npu}",
         "--options=memory_stats=false,wrong_matmul=bfloat16,refuse=sort,crash=tanh",
         "--only=memory_stats,matmul_float32,matmul_bfloat16,sampling,scan,donation,"
         "donation_by_name",
     )  # fmt: skip
-    probes = by_name(found)
     assert (code, found["verdict"], found["repairs"]) == (1, "not ready", ["donation"]), text
-    assert probes["memory_stats"] == ("unsupported", "the backend tells nothing of its memory")
-    assert probes["matmul_float32"][0] == "pass"
-    assert "times what products of bfloat16" in probes["matmul_bfloat16"][1]
-    assert "operation sort is not supported" in probes["sampling"][1]
-    assert "ended by SIGABRT" in probes["scan"][1]
-    assert probes["donation"] == ("unsupported", "JAX does not donate on platform npu")
+    assert results["memory_stats"] == ("unsupported", "the backend does not report its memory")
+    assert results["matmul_float32"][0] == "pass"
+    assert "times what products of bfloat16" in results["matmul_bfloat16"][1]
+    assert "operation sort is not supported" in results["sampling"][1]
+    assert "ended by SIGABRT" in results["scan"][1]
+    assert results["donation"] == ("unsupported", "JAX does not donate on platform npu")
     assert "of the state" not in text
 
 
@@ -106,34 +104,33 @@ def test_several_faults_at_once(doctor, npu):
 )
 def test_a_fault_is_found_and_named(doctor, npu, options, probe, status, said, ready):
     only = f"{probe},donation,rope" if probe.startswith("donation") else f"{probe},rope"
-    code, text, found = doctor(
+    code, text, _, results = doctor(
         "--backend=npu", f"--plugin={npu}", f"--options=num_devices=2,{options}",
         f"--only={only}", "--timeout_s=9",
     )  # fmt: skip
-    probes = by_name(found)
-    assert probes[probe][0] == status, text
-    assert said in probes[probe][1], text
+    assert results[probe][0] == status, text
+    assert said in results[probe][1], text
     assert (code == 0) == ready, text
     if probe != "program":
-        assert probes["rope"][0] == "pass", text
+        assert results["rope"][0] == "pass", text
 
 
 @pytest.mark.slow  # a minute and a half
 def test_a_plain_cpu_is_ready(doctor):
-    code, text, found = doctor("--backend=cpu", "--num_cpu_devices=1")
+    code, text, found, results = doctor("--backend=cpu", "--num_cpu_devices=1")
     assert (code, found["verdict"], found["repairs"]) == (0, "ready", []), text
-    assert "fail" not in {status for status, _ in by_name(found).values()}, text
+    assert "fail" not in {status for status, _ in results.values()}, text
 
 
 @pytest.mark.slow
 def test_the_test_npu_is_ready_with_repairs_that_runs_then_make(doctor, npu, tmp_path, monkeypatch):
-    code, text, found = doctor(
+    code, text, found, results = doctor(
         "--backend=npu", f"--plugin={npu}", "--options=num_devices=8,memory_gib=2.0"
     )
     assert (code, found["verdict"]) == (0, "ready with repairs"), text
     assert found["repairs"] == ["donation", "compile_cache"]
-    assert "100% of the state aliased" in by_name(found)["train_float32"][1]
-    assert "; plugin built for jax 0.11.2 (StableHLO 1.20, " in by_name(found)["start"][1]
+    assert "100% of the state aliased" in results["train_float32"][1]
+    assert "; plugin built for jax 0.11.2 (StableHLO 1.20, " in results["start"][1]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     facts = {key: found[key] for key in ("platform", "platform_version", "device_kind")}
     kept = read_verdict(**facts)
