@@ -26,7 +26,7 @@ from typing import Any
 
 from llamajax.checkpoint import location
 from llamajax.checkpoint.location import Location, is_remote
-from llamajax.files import free_name
+from llamajax.files import free_name, write_file
 
 MANIFEST = "manifest.json"
 # In an object store: the manifest of a checkpoint that was found damaged.
@@ -90,11 +90,8 @@ def write_durably(path: Location, text: str) -> None:
     """Write a small file and force it onto the disk."""
     if is_remote(path):
         path.write_text(text)
-        return
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    else:
+        write_file(path, text, durable=True)
 
 
 def seal(

@@ -6,9 +6,9 @@ in `hf_read.py`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -22,26 +22,36 @@ from llamajax.errors import UserError, combine, say
 _INIT_STD = 0.02
 
 
-class TensorSource(Protocol):
-    """Tensors named as in a Hugging Face Llama: `model.layers.3.self_attn.q_proj.weight`."""
+class TensorSource:
+    """Tensors named as in a Hugging Face Llama: `model.layers.3.self_attn.q_proj.weight`.
+
+    One subclass a format. `_tensors`: by name, what has the `shape` and `dtype` of a tensor.
+    """
+
+    _tensors: Mapping[str, Any]
 
     def names(self) -> list[str]:
         """Names of all tensors; reads none."""
+        return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor."""
+        return self._tensors[name].shape
 
     def dtype(self, name: str) -> np.dtype:
         """Dtype that `read` returns: bfloat16, float16 or float32 for weights."""
+        return self._tensors[name].dtype
+
+    def where(self, name: str) -> str:
+        """File of one tensor, for messages."""
+        raise NotImplementedError
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """One tensor, or the part of it that `index` (a slice a dimension) selects.
 
         Takes no more memory than that part, and keeps nothing.
         """
-
-    def where(self, name: str) -> str:
-        """File of one tensor, for messages."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

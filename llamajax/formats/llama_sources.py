@@ -22,18 +22,12 @@ from llamajax.sharding import letters
 _MODEL, _ADAPTERS = "model/", "adapters/"
 
 
-class _LlamaSource:
+class _LlamaSource(TensorSource):
     """What the sources share: names and shapes follow from the architecture."""
 
     def __init__(self, model: ModelConfig):
         self._model = model
         self._tensors = {tensor.name: tensor for tensor in tensors(model)}
-
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors[name].shape
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         tensor = self._tensors[name]

@@ -1,4 +1,4 @@
-"""A Google Cloud Storage of one bucket on this machine; a script, and what tests start it with.
+"""A Google Cloud Storage of one bucket on this machine: a script, and what tests start it with.
 
     python object_store.py PORT [HOLD]
 

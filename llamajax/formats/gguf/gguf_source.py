@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from llamajax.errors import UserError, combine
-from llamajax.formats.foreign_weights import Index, half_split_rows, select
+from llamajax.formats.foreign_weights import Index, TensorSource, half_split_rows, select
 from llamajax.formats.gguf.gguf_header import GgufHeader, GgufTensor
 
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -48,12 +48,12 @@ class _Matrix:
     order: np.ndarray | None  # stored row of each row
 
 
-class GgufSource:
-    """The tensors of one file; a TensorSource. Quantized ones are read as float32."""
+class GgufSource(TensorSource):
+    """The tensors of one file. Quantized ones are read as float32."""
 
     def __init__(self, header: GgufHeader, *, num_heads: int, num_kv_heads: int) -> None:
         self._path = header.path
-        self._matrices: dict[str, _Matrix] = {}
+        self._tensors: dict[str, _Matrix] = {}
         try:
             import gguf  # noqa: F401
         except ImportError as error:
@@ -69,28 +69,19 @@ class GgufSource:
                 continue
             heads = {"q_proj": num_heads, "k_proj": num_kv_heads}.get(name.split(".")[-2])
             try:
-                self._matrices[name] = _matrix(header, tensor, heads)
+                self._tensors[name] = _matrix(header, tensor, heads)
             except ValueError as error:
                 problems.append(f"tensor {tensor.name}: {error}")
         if problems:
             title = f"{self._path}: tensors that cannot be imported:"
             raise combine(problems, title=title, listed=10)
 
-    def names(self) -> list[str]:
-        return list(self._matrices)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._matrices[name].shape
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._matrices[name].dtype
-
     def where(self, name: str) -> str:
         return str(self._path)
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """Dequantize a tensor, with the rows of q and k half-split."""
-        matrix = self._matrices[name]
+        matrix = self._tensors[name]
         taken, rows, columns = select(matrix.shape, index)
         found = np.empty((len(rows), len(columns)), matrix.dtype)
         step = max(1, _CHUNK_VALUES // max(1, len(columns)))

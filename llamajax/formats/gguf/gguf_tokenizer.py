@@ -1,8 +1,8 @@
 """Write the tokenizer inside a GGUF file as files that `load_tokenizer` reads.
 
 `tokenizer.ggml.model` "llama" is a SentencePiece model taken apart: it is put together again.
-"gpt2" is a byte-level BPE; how it splits text into words before merging is named by
-`tokenizer.ggml.pre` and stands nowhere in the file, so that an unknown name gives no tokenizer.
+"gpt2" is a byte-level BPE. `tokenizer.ggml.pre` only names how it splits text into words before
+merging, so an unknown name gives no tokenizer.
 """
 
 import atexit

@@ -1,4 +1,4 @@
-"""Hugging Face's `config.json` of a Llama <-> ModelConfig. Reads old and new keys, writes both."""
+"""Convert between a Llama's `config.json` and ModelConfig. Reads old and new keys, writes both."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -28,7 +28,7 @@ _INIT_STD = 0.02
 
 
 def read_model_config(config: Mapping[str, Any]) -> tuple[ModelConfig | None, list[str]]:
-    """The architecture that a `config.json` describes, or None and every problem with it."""
+    """Return the architecture that a `config.json` describes, or None and every problem."""
     problems = list(_unsupported(config))
     if problems and config.get("model_type") != "llama":
         return None, problems  # another architecture's keys would only add noise
@@ -51,13 +51,13 @@ def read_model_config(config: Mapping[str, Any]) -> tuple[ModelConfig | None, li
 
 
 def _get(config: Mapping[str, Any], key: str, default: Any) -> Any:
-    """A value; null counts as absent."""
+    """Return a value; null counts as absent."""
     value = config.get(key)
     return default if value is None else value
 
 
 def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
-    """What makes it another function than ours."""
+    """Yield what our model does not compute."""
     kind = config.get("model_type")
     if kind != "llama":
         yield f"config.json: model_type {kind!r} is not supported; only llama is"
@@ -72,16 +72,16 @@ def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
     if (quantization := config.get("quantization_config")) is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         yield (
-            f"config.json: quantization_config ({method}): quantised weights are not supported; "
+            f"config.json: quantization_config ({method}): quantized weights are not supported; "
             "use the model's bf16, fp16 or fp32 weights"
         )
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Our keys of the rotary embedding, and problems.
+    """Return our keys of the rotary embedding, and problems.
 
     Up to transformers 4: `rope_theta` and `rope_scaling` (its kind under `type` or `rope_type`);
-    from 5: all in `rope_parameters`. Where both stand, transformers 5 prefers `rope_scaling`.
+    from 5: all in `rope_parameters`. Where both are given, transformers 5 prefers `rope_scaling`.
     """
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
@@ -105,10 +105,11 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def write_model_config(model: ModelConfig, *, dtype: str, ids: Mapping[str, Any]) -> dict[str, Any]:
-    """The `config.json` of an architecture: every key, so that no version fills in its own default.
+    """Return the `config.json` of an architecture.
 
-    Both spellings of what transformers 5 renamed; it reads `rope_scaling` first where that is not
-    null, so that the two say the same.
+    It has every key, so that no version fills in its own default, and both spellings of what
+    transformers 5 renamed. That version reads `rope_scaling` first where it is not null, so the
+    two say the same.
     """
     rope: dict[str, Any] = {"rope_type": "default"}
     if model.rope_scaling is not None:

@@ -1,12 +1,13 @@
 """The one table of Hugging Face's Llama: its tensor names and layouts beside ours, both ways.
 
 A layout writes one tensor's dimensions in the letters of `ModelConfig.dims`, blanks between them:
-`NH D` is a matrix whose rows are heads times head size. Theirs are (out, in) as PyTorch has them;
-the two halves of a head that the rotary embedding turns together stand as in ours (half-split), so
-that between the two there is nothing but reshaping, transposing and the padding of the vocabulary.
+`NH D` is a matrix whose rows are heads times head size. Theirs are (out, in) as in PyTorch, and
+half-split for the rotary embedding, as ours are. So only reshaping, transposing and the padding of
+the vocabulary differ.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -43,7 +44,7 @@ ROWS = {row.ours: row for row in TABLE}
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of theirs: its name and shape, and the row and layer that it belongs to."""
+    """One Hugging Face tensor: its name and shape, and the row and layer that it belongs to."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,64 +53,52 @@ class Tensor:
 
 
 def tensors(model: ModelConfig) -> Iterator[Tensor]:
-    """Every tensor of a Hugging Face Llama of this architecture, layer by layer."""
+    """Yield every tensor of a Hugging Face Llama of this architecture, layer by layer."""
     dims = model.dims | {"V": model.vocab_size}
-
-    def of(row: Row, layer: int | None) -> Tensor:
-        groups = row.layout.split()
-        shape = tuple(int(np.prod([dims[d] for d in group])) for group in groups)
-        return Tensor(row.theirs.format(layer), shape, row, layer)
-
     stacked = [row for row in TABLE if "{}" in row.theirs]
-    yield of(ROWS["embedding"], None)
-    for layer in range(model.num_layers):
-        for row in stacked:
-            yield of(row, layer)
-    yield of(ROWS["norm"], None)
-    if not model.tie_embeddings:
-        yield of(ROWS["head"], None)
+    rows: list[tuple[Row, int | None]] = [(ROWS["embedding"], None)]
+    rows += [(row, layer) for layer in range(model.num_layers) for row in stacked]
+    rows += [(ROWS["norm"], None)]
+    rows += [] if model.tie_embeddings else [(ROWS["head"], None)]
+    for row, layer in rows:
+        shape = tuple(math.prod(dims[d] for d in group) for group in row.layout.split())
+        yield Tensor(row.theirs.format(layer), shape, row, layer)
 
 
 def their_index(row: Row, letters: str, index: Index, model: ModelConfig) -> Index:
-    """The part of their tensor that holds `index` (slices with bounds) of ours, per layer.
+    """Return the part of their tensor that holds `index` (slices with bounds) of ours, per layer.
 
     Ours has dims `letters`. Within a group such as NH only the first letter may be split.
     Rows that pad the vocabulary are not in theirs and left out.
     """
-    dims = model.dims
+    dims, found = model.dims, []
     wanted = dict(zip(letters, index, strict=True))
-
-    def one(group: str) -> slice:
-        first, *rest = group
-        inner = 1
+    for first, *rest in row.layout.split():
         for letter in rest:
             assert wanted[letter] == slice(0, dims[letter]), f"{row.theirs}: {letter} is split"
-            inner *= dims[letter]
-        stop = wanted[first].stop
-        if first == "V":
-            stop = min(stop, model.vocab_size)
-        return slice(min(wanted[first].start, stop) * inner, stop * inner)
-
-    return tuple(one(group) for group in row.layout.split())
+        inner, stop = math.prod(dims[letter] for letter in rest), wanted[first].stop
+        stop = min(stop, model.vocab_size) if first == "V" else stop
+        found.append(slice(min(wanted[first].start, stop) * inner, stop * inner))
+    return tuple(found)
 
 
 def to_ours(theirs: np.ndarray, row: Row, letters: str, model: ModelConfig) -> np.ndarray:
-    """A view of (a part of) their tensor in our layout, dims `letters`, without padding rows."""
+    """View (a part of) their tensor in our layout, dims `letters`, without padding rows."""
     dims, expanded = model.dims, row.layout.replace(" ", "")
     shape: list[int] = []
     for group, size in zip(row.layout.split(), theirs.shape, strict=True):
         inner = [dims[d] for d in group[1:]]
-        shape += [size // int(np.prod(inner, dtype=int)), *inner]
+        shape += [size // math.prod(inner), *inner]
     return theirs.reshape(shape).transpose([expanded.index(d) for d in letters])
 
 
 def to_theirs(ours: np.ndarray, row: Row, letters: str, model: ModelConfig) -> np.ndarray:
-    """One layer of our weight (dims `letters`) in their layout, without padding rows; a copy."""
+    """Copy one layer of our weight (dims `letters`) to their layout, without padding rows."""
     expanded = row.layout.replace(" ", "")
     array = ours.transpose([letters.index(d) for d in expanded])
     if expanded[0] == "V":
         array = array[: model.vocab_size]
     sizes = dict(zip(expanded, array.shape, strict=True))
     return np.ascontiguousarray(array).reshape(
-        [int(np.prod([sizes[d] for d in group])) for group in row.layout.split()]
+        [math.prod(sizes[d] for d in group) for group in row.layout.split()]
     )

@@ -18,7 +18,7 @@ import numpy as np
 
 from llamajax.errors import UserError
 from llamajax.files import lfs_problem
-from llamajax.formats.foreign_weights import Index
+from llamajax.formats.foreign_weights import Index, TensorSource
 
 # The specification's own limit; a longer header is a damaged length.
 _MAX_HEADER_BYTES = 100_000_000
@@ -57,27 +57,18 @@ class TensorPlace:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class SafetensorsSource:
-    """The tensors of one or several safetensors files; a TensorSource."""
+class SafetensorsSource(TensorSource):
+    """The tensors of one or several safetensors files."""
 
     def __init__(self, places: Mapping[str, TensorPlace]):
-        self._places = places
-
-    def names(self) -> list[str]:
-        return list(self._places)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._places[name].shape
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._places[name].dtype
+        self._tensors = places
 
     def where(self, name: str) -> str:
-        return str(self._places[name].file)
+        return str(self._tensors[name].file)
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         try:
-            return read_part(self._places[name], index)
+            return read_part(self._tensors[name], index)
         except DamagedFile as error:
             raise UserError(f"{self.where(name)} {error}; copy or download it again") from None
         except OSError as error:

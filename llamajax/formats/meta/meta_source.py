@@ -5,13 +5,14 @@ was split is a property of the matrix. The exception is the embedding: Llama 2 s
 Llama 3 its rows.
 """
 
+import dataclasses
 import re
 from pathlib import Path
 
 import numpy as np
 
 from llamajax.errors import combine
-from llamajax.formats.foreign_weights import Index, half_split_rows, select
+from llamajax.formats.foreign_weights import Index, TensorSource, half_split_rows, select
 from llamajax.formats.meta.torch_pickle import read_tensors
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -36,17 +37,35 @@ _BUFFER = "rope.freqs"  # computed, yet stored by Llama 1 and 2
 _CHUNK_ROWS = 1024  # of q and k, permuted at one time
 
 
-class MetaSource:
-    """The tensors of one checkpoint; a TensorSource."""
+@dataclasses.dataclass(frozen=True)
+class _Joined:
+    """The parts of a tensor; order: stored row of each row, of q and k."""
+
+    parts: list[np.ndarray]
+    split: str
+    order: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.parts[0].shape)
+        if self.split != _SAME:
+            shape[self.split == _COLUMNS] *= len(self.parts)
+        return tuple(shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parts[0].dtype
+
+
+class MetaSource(TensorSource):
+    """The tensors of one checkpoint."""
 
     def __init__(
         self, files: list[Path], *, hidden_size: int, num_heads: int, num_kv_heads: int
     ) -> None:
         self._directory = files[0].parent
         shards = [read_tensors(file) for file in files]
-        self._parts: dict[str, list[np.ndarray]] = {}
-        self._split: dict[str, str] = {}
-        self._order: dict[str, np.ndarray] = {}  # stored row of each row, of q and k
+        self._tensors: dict[str, _Joined] = {}
         problems = []
         for theirs in dict.fromkeys(name for shard in shards for name in shard):
             if theirs == _BUFFER:
@@ -55,59 +74,48 @@ class MetaSource:
             parts = [shard[theirs] for shard in shards if theirs in shard]
             if name is None:
                 problems.append(f"tensor {theirs}: no part of a Llama language model")
-            elif len(parts) != len(shards):
+                continue
+            heads = {"q_proj": num_heads, "k_proj": num_kv_heads}.get(name.split(".")[-2])
+            if len(parts) != len(shards):
                 problems.append(f"tensor {theirs}: in {len(parts)} of {len(shards)} files only")
             elif problem := _mismatch(parts, split):
                 problems.append(f"tensor {theirs}: {problem}")
             else:
                 by_rows = parts[0].shape[-1] == hidden_size  # asked of the embedding only
-                self._parts[name] = parts
-                self._split[name] = split or (_ROWS if by_rows else _COLUMNS)
-                heads = {"q_proj": num_heads, "k_proj": num_kv_heads}.get(name.split(".")[-2])
-                rows = self.shape(name)[0]
+                joined = _Joined(parts, split or (_ROWS if by_rows else _COLUMNS))
+                rows = joined.shape[0]
                 if heads and rows % (2 * heads):
                     problems.append(f"tensor {theirs}: {rows} rows are no {heads} heads")
                 elif heads:
-                    self._order[name] = half_split_rows(heads, rows // heads)
+                    order = half_split_rows(heads, rows // heads)
+                    joined = dataclasses.replace(joined, order=order)
+                self._tensors[name] = joined
         if problems:
             title = f"{self._directory}: tensors that cannot be imported:"
             raise combine(problems, title=title, listed=10)
-
-    def names(self) -> list[str]:
-        return list(self._parts)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        parts, split = self._parts[name], self._split[name]
-        shape = list(parts[0].shape)
-        if split != _SAME:
-            shape[split == _COLUMNS] *= len(parts)
-        return tuple(shape)
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._parts[name][0].dtype
 
     def where(self, name: str) -> str:
         return str(self._directory)  # each file holds a part
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """Join the parts, with the rows of q and k half-split."""
-        parts, split, order = self._parts[name], self._split[name], self._order.get(name)
-        taken, rows, columns = select(self.shape(name), index)
-        parts = [part.reshape(1, -1) if part.ndim == 1 else part for part in parts]
-        found = np.empty((len(rows), len(columns)), parts[0].dtype)
+        joined = self._tensors[name]
+        taken, rows, columns = select(joined.shape, index)
+        parts = [part.reshape(1, -1) if part.ndim == 1 else part for part in joined.parts]
+        found = np.empty((len(rows), len(columns)), joined.dtype)
         height, width = parts[0].shape
-        for number, part in enumerate(parts[:1] if split == _SAME else parts):
-            top = number * height if split == _ROWS else 0
-            left = number * width if split == _COLUMNS else 0
+        for number, part in enumerate(parts[:1] if joined.split == _SAME else parts):
+            top = number * height if joined.split == _ROWS else 0
+            left = number * width if joined.split == _COLUMNS else 0
             here = range(max(columns.start, left), min(columns.stop, left + width))
             if not here:
                 continue
             target = found[:, here.start - columns.start : here.stop - columns.start]
             source = part[:, here.start - left : here.stop - left]
-            if order is None:
+            if joined.order is None:
                 _copy_rows(target, source, rows, top)
             else:
-                _copy_permuted(target, source, order[rows.start : rows.stop] - top)
+                _copy_permuted(target, source, joined.order[rows.start : rows.stop] - top)
         return found.reshape(taken)
 
 

@@ -1,9 +1,9 @@
-"""Tensors of one file of `torch.save`, found without PyTorch and without running what it pickles.
+"""Read the tensors of a `torch.save` file without PyTorch and without running what it pickles.
 
 Such a file is a zip of uncompressed members: `data.pkl` describes the tensors, `data/KEY` hold
 their bytes (https://pytorch.org/docs/stable/notes/serialization.html). A pickle may call any
-function of any module; here it can name nothing but what rebuilds plain tensors, and each of these
-names stands for a function of ours that only takes notes.
+function of any module. Here it can name only what rebuilds plain tensors, and each of these names
+is replaced by a function of ours that records its arguments.
 """
 
 import collections
