@@ -13,7 +13,7 @@ from llamajax.errors import UserError
 from llamajax.monitoring.jsonl import RowFile, read_rows
 
 EVENTS = "events.jsonl"
-LOCK = ".lock_0"  # of process 0, held while a run uses its directory
+LOCK = ".lock_{process_id}"  # each process of a run holds its own
 
 
 class EventLog:
@@ -69,7 +69,7 @@ def load_events(workdir: Path) -> list[dict[str, Any]]:
 def is_running(workdir: Path) -> bool:
     """Return whether a process holds the lock of a run; True where the file system has no locks."""
     try:
-        with (Path(workdir) / LOCK).open() as file:
+        with (Path(workdir) / LOCK.format(process_id=0)).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -84,7 +84,7 @@ def test_a_directory_that_has_gone_is_one_error(tmp_path):
 
 def test_a_run_is_running_while_its_lock_is_held(tmp_path):
     assert not is_running(tmp_path)
-    with (tmp_path / LOCK).open("w") as file:
+    with (tmp_path / LOCK.format(process_id=0)).open("w") as file:
         assert not is_running(tmp_path)
         fcntl.flock(file, fcntl.LOCK_EX)
         assert is_running(tmp_path)
