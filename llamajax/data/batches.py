@@ -11,7 +11,7 @@ A batch is a dict of arrays (B, T), B the rows asked for:
 With `mask_documents` off a sample is one segment, and the next document's first token counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -57,8 +57,15 @@ def train_batches(
     if segment.mixture_hash != mixture.hash:
         raise ValueError("the position is of another mixture: call Position.continued first")
     mixture.order(segment.seq_len, segment.rounds)  # UserError for data shorter than a sample
-    steps = _TrainSteps(mixture, position, first_step, rows)
-    return _iterate(steps, num_threads=num_threads, prefetch=prefetch)
+
+    def read(index: int) -> Batch:
+        step = first_step + index
+        seq_len = position.segment(step).seq_len
+        ids = sample_ids(mixture, position, step, rows=rows)
+        samples = [mixture.locate(int(i), seq_len) for i in ids]
+        return make_batch(samples, seq_len, mask_documents=mixture.mask_documents)
+
+    return _iterate(read, 2**62, num_threads=num_threads, prefetch=prefetch)
 
 
 def eval_batches(
@@ -80,62 +87,27 @@ def eval_batches(
     number = np.concatenate([np.arange(c) for c in counts])
     progress = np.concatenate([(np.arange(c) + 0.5) / c for c in counts if c])
     order = np.argsort(progress, kind="stable")
-    samples = np.stack([source, number], axis=1)[order].tolist()
-    num_batches = -(-len(samples) // batch_size)
-    samples += [None] * (num_batches * batch_size - len(samples))
+    num_batches = -(-len(order) // batch_size)
+
+    def sample(index: int) -> Sample:
+        if index >= len(order):
+            return None
+        return mixture.sources[source[order[index]]], int(number[order[index]])
+
+    def read(index: int) -> Batch:
+        samples = [sample(index * batch_size + row) for row in rows]
+        return make_batch(samples, seq_len, mask_documents=mixture.mask_documents)
+
     if max_batches is not None:
-        del samples[max_batches * batch_size :]
-    steps = _EvalSteps(mixture, batch_size, seq_len, rows, samples)
-    return _iterate(steps, num_threads=num_threads, prefetch=prefetch)
+        num_batches = min(max_batches, num_batches)
+    return _iterate(read, num_batches, num_threads=num_threads, prefetch=prefetch)
 
 
 def _iterate(
-    steps: "_TrainSteps | _EvalSteps", *, num_threads: int, prefetch: int
+    read: Callable[[int], Batch], num_batches: int, *, num_threads: int, prefetch: int
 ) -> grain.DatasetIterator[Batch]:
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-    return iter(grain.MapDataset.source(steps).to_iter_dataset(options))
-
-
-class _TrainSteps:
-    """Random access to training batches by step, as a source for grain."""
-
-    def __init__(self, mixture: Mixture, position: Position, first_step: int, rows: range) -> None:
-        self._mixture, self._position = mixture, position
-        self._first_step, self._rows = first_step, rows
-
-    def __len__(self) -> int:
-        return 2**62
-
-    def __getitem__(self, index: int) -> Batch:
-        step = self._first_step + index
-        seq_len = self._position.segment(step).seq_len
-        ids = sample_ids(self._mixture, self._position, step, rows=self._rows)
-        samples = [self._mixture.locate(int(i), seq_len) for i in ids]
-        return make_batch(samples, seq_len, mask_documents=self._mixture.mask_documents)
-
-
-class _EvalSteps:
-    """Random access to the batches of an evaluation, as a source for grain."""
-
-    def __init__(
-        self,
-        mixture: Mixture,
-        batch_size: int,
-        seq_len: int,
-        rows: range,
-        samples: list[list[int] | None],
-    ) -> None:
-        self._mixture, self._batch_size, self._seq_len = mixture, batch_size, seq_len
-        self._rows, self._samples = rows, samples
-
-    def __len__(self) -> int:
-        return len(self._samples) // self._batch_size
-
-    def __getitem__(self, index: int) -> Batch:
-        chosen = (self._samples[index * self._batch_size + row] for row in self._rows)
-        sources = self._mixture.sources
-        samples = [None if s is None else (sources[s[0]], s[1]) for s in chosen]
-        return make_batch(samples, self._seq_len, mask_documents=self._mixture.mask_documents)
+    return iter(grain.MapDataset.range(num_batches).map(read).to_iter_dataset(options))
 
 
 def make_batch(samples: Sequence[Sample], seq_len: int, *, mask_documents: bool) -> Batch:
