@@ -147,9 +147,7 @@ def test_protocols_equal_a_loop_with_transformers(grouped, protocol, tmp_path, c
     seq_len, stride = PROTOCOLS[protocol]
     (tmp_path / "text.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
     expected = stored.arrays("evaluated")[protocol]
-    args = [f"--protocol={protocol}", f"--seq_len={seq_len}"] + [f"--stride={stride}"] * bool(
-        stride
-    )
+    args = [f"--protocol={protocol}", f"--seq_len={seq_len}", f"--stride={stride or 'none'}"]
     args += [f"--text={tmp_path / 'text.txt.gz'}", f"--per_token_nll={tmp_path / 'out.npy'}"]
     found = run(capsys, grouped, *args, "--mesh=data=2,fsdp=2,tensor=2")
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), [expected], rtol=0, atol=TOLERANCE)
