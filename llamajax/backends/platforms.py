@@ -20,15 +20,14 @@ class Platform:
     may share memory with NumPy's, so that donated ones must be copied first. is_host: computes on
     the host itself, where virtual devices can be had and memory of programs predicts nothing.
     is_deterministic: the same program on the same arguments gives the same bits. fused_attention:
-    kernels built for it, best first. dtype: what to compute in when nobody says. memory_kinds: as
-    JAX names them, the default first. start_up: what joins several processes. xla_options: worth
-    setting in XLA_FLAGS or LIBTPU_INIT_ARGS; never set by us, XLA aborts on a flag it does not
-    know. says_peak: a program's `memory_analysis` says the most that is in use at any time, its
-    arguments included. host_branches: a condition may hold arrays in the host's memory (compiled
-    2026-11-29; XLA for GPUs refuses the copies of such a one). slow_link: words
-    for what leaves a node or slice. exact_options: of the compiler, with which the bits of an
-    element do not depend on the shape of its array. tested: what of llamajax ran there. source:
-    who says all this.
+    kernels built for it, best first. dtype: what to compute in when nobody says. start_up: what
+    joins several processes. xla_options: worth setting in XLA_FLAGS or LIBTPU_INIT_ARGS; never set
+    by us, as XLA aborts on a flag it does not know. says_peak: a program's `memory_analysis` has
+    the most that is in use at any time, its arguments included. host_branches: a condition may hold
+    arrays in the host's memory (compiled 2026-11-29; XLA for GPUs refuses the copies in one).
+    slow_link: words for what leaves a node or slice. exact_options: of the compiler, with which
+    the bits of an element do not depend on the shape of its array. tested: what of llamajax ran
+    there. source: who says all this.
     """
 
     names: tuple[str, ...]
@@ -38,7 +37,6 @@ class Platform:
     is_host: bool = False
     is_deterministic: bool = False
     is_known_to_jax: bool = True
-    memory_kinds: tuple[str, ...] = ("device", "pinned_host")
     start_up: str = "llamajax.launch, or a scheduler that JAX knows; coordinator over TCP"
     xla_options: tuple[str, ...] = ()
     says_peak: bool = False
@@ -80,7 +78,6 @@ PLATFORMS = (
         # Else vectors and the rest of a loop may be computed by different formulas (jax 0.12.0.1
         # with AVX-512: log1p, and products fused with sums).
         exact_options={"xla_backend_optimization_level": 0},
-        memory_kinds=("device", "pinned_host", "unpinned_host"),
         tested="everything, in every change",
         source="JAX's own backend",
     ),
@@ -108,20 +105,17 @@ PLATFORMS = (
     Platform(
         names=("sycl", "oneapi", "xpu"),
         is_known_to_jax=False,
-        memory_kinds=("device",),
         source="intel-extension-for-openxla 0.7.0 registers `sycl` with options allocator and "
         "visible_devices; jax 0.12 lists `oneapi`; read, not run",
     ),
     Platform(
         names=("tt",),
         is_known_to_jax=False,
-        memory_kinds=("device",),
         start_up="one process",
         source="tt-xla's jax_plugin_tt registers `tt`; read, not run",
     ),
     Platform(
         names=("neuron",),
-        memory_kinds=("device",),
         start_up="NEURON_RT_ROOT_COMM_ID, NEURON_PJRT_PROCESSES_NUM_DEVICES and "
         "NEURON_PJRT_PROCESS_INDEX in each process, set by whoever launches",
         source="AWS's libneuronxla: `neuron`, in JAX's lists of donation and cache; documentation "
@@ -130,7 +124,6 @@ PLATFORMS = (
     Platform(
         names=("METAL", "mps"),
         is_known_to_jax=False,
-        memory_kinds=("device",),
         may_alias_host_memory=True,
         dtype="float32",
         start_up="one process",

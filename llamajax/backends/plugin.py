@@ -207,9 +207,13 @@ def why_not(name: str, reason: str, config: BackendConfig) -> str:
     reason = re.sub(r"\s*\(set JAX_PLATFORMS=.*\)$", "", reason)
     title = f"backend {name!r} did not come up:"
     if "list of known backends" in reason:
+        found = re.search(r"\[(.*)\]", reason)
+        names = [name.strip(" '") for name in found[1].split(",")] if found else []
+        usable = ", ".join(n for n in names if n not in ("interpreter", "fake", "METAL"))
         return (
-            f"{title} no plugin of that name is installed{_known(reason)}. Install its JAX plugin, "
-            "give a bare library with backend.plugin, or choose another backend (cpu always works)"
+            f"{title} no plugin of that name is installed (JAX knows {usable or 'none'}). Install "
+            "its JAX plugin, give a bare library with backend.plugin, or choose another backend "
+            "(cpu always works)"
         )
     if package := _package(Path(config.plugin) if config.plugin else None, (name,)):
         reason += f" [{package}]"
@@ -227,10 +231,3 @@ def why_not(name: str, reason: str, config: BackendConfig) -> str:
         f"{title} {reason}. Check the vendor's driver and runtime (its own tool should list the "
         "device), or choose another backend (cpu always works)"
     )
-
-
-def _known(reason: str) -> str:
-    found = re.search(r"\[(.*)\]", reason)
-    names = [name.strip(" '") for name in found[1].split(",")] if found else []
-    usable = [name for name in names if name not in ("interpreter", "fake", "METAL")]
-    return f" (JAX knows {', '.join(usable)})" if usable else ""

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+import tensorstore as ts
 from jax._src import compilation_cache, xla_bridge
 from jax._src.cudnn import fused_attention_stablehlo
 from jax._src.interpreters import mlir
@@ -17,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from llamajax.backends import jax_private
-from llamajax.backends.jax_private import cache_hook, cudnn, donation
+from llamajax.backends.jax_private import cache_hook, cudnn, donation, orbax_retries
 from llamajax.backends.jax_private.experimental_warning import no_experimental_warning
 from llamajax.training import messages
 
@@ -143,3 +144,30 @@ def test_donated_memory_is_reused_on_a_platform_that_jax_does_not_know(monkeypat
         assert not is_donated("npu")
     donation.enable("npu")
     assert is_donated("npu")
+
+
+RETRIES = {"max_retries": 3, "initial_delay": "2s", "max_delay": "3s"}
+
+
+@pytest.fixture
+def orbax_tables(monkeypatch):
+    """Orbax's tables, without the limit of a test before this one."""
+    for name in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"):
+        table = dict(getattr(tensorstore_utils, name))
+        table.pop("gcs_request_retries", None)
+        monkeypatch.setattr(tensorstore_utils, name, table)
+
+
+@pytest.mark.parametrize("use_ocdbt", [False, True])
+def test_the_installed_orbax_opens_tensorstore_with_our_limit(orbax_tables, use_ocdbt):
+    assert orbax_retries.limit_gcs_retries(RETRIES)
+    context = tensorstore_utils.get_ts_context(use_ocdbt=use_ocdbt)
+    assert isinstance(context, ts.Context)
+    assert context["gcs_request_retries"].to_json() == RETRIES
+
+
+def test_tables_of_orbax_that_have_changed_are_left_alone(orbax_tables, monkeypatch):
+    monkeypatch.delattr(tensorstore_utils, "_DEFAULT_OCDBT_TS_CONTEXT")
+    assert "takes minutes to give up" in orbax_retries.problem()
+    assert not orbax_retries.limit_gcs_retries(RETRIES)
+    assert "gcs_request_retries" not in tensorstore_utils._BASE_TS_CONTEXT

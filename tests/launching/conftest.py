@@ -20,6 +20,10 @@ rank = int(os.environ["LLAMAJAX_PROCESS_ID"])
 attempt = int((Path(os.readlink("/proc/self/fd/1")).suffixes[-2:] or [".-1"])[0][1:])
 def print(*values):  # one write, so that no signal handler's line lands inside it
     os.write(1, (" ".join(map(str, values)) + "\\n").encode())
+def wait_for(text, *, of):  # in the log of another worker of this attempt
+    log = Path(os.readlink("/proc/self/fd/1")).with_name(f"worker_{of}.{attempt}.log")
+    while not (log.exists() and text in log.read_text()):
+        os.sched_yield()
 def wait_for_ever():
     os.read(int(os.environ["LLAMAJAX_PARENT_PIPE"].partition(":")[0]), 1)  # till the launcher ends
     os._exit(1)

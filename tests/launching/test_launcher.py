@@ -60,27 +60,35 @@ def test_all_finish(launched, tmp_path, capfdbinary):
     assert b"finished" in err
 
 
-def test_the_first_failure_ends_the_siblings_and_gives_its_code(launched, tmp_path, capfd):
-    lines = """
+@pytest.mark.parametrize(
+    ("end", "code", "words"),
+    [
+        ("os._exit(7)", 7, "worker 1 failed: code 7"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "worker 1 was killed by SIGKILL"),
+    ],
+)
+def test_the_first_failure_ends_the_siblings_and_gives_its_code(
+    launched, tmp_path, capfd, end, code, words
+):
+    lines = f"""
 print("pid", os.getpid())
 if rank == 1:
+    wait_for("pid", of=0)
     print("I give up")
-    os._exit(7)
+    {end}
 wait_for_ever()"""
-    assert launched(lines) == 7
+    assert launched(lines) == code
     pid = int(re.search(r"pid (\d+)", log(tmp_path, 0)).group(1))
     assert not is_running(pid)
     err = capfd.readouterr().err
-    assert "worker 1 failed: code 7" in err
+    assert words in err
     assert "  | I give up" in err
 
 
 def test_children_of_workers_end_as_well(launched, tmp_path):
     lines = """
-siblings_log = Path(os.readlink("/proc/self/fd/1")).with_name("worker_0.0.log")
 if rank == 1:
-    while "child" not in siblings_log.read_text():
-        pass
+    wait_for("child", of=0)
     os._exit(7)
 child = os.fork()
 if child:
@@ -106,39 +114,29 @@ def test_failures_are_restarted_and_every_log_is_kept(launched, tmp_path, capfd)
     assert "restart 2 of 3" in capfd.readouterr().err
 
 
+# Attempt n starts at checkpoint n, completes the next one, and fails.
+_SAVES = """
+pipe = os.environ["LLAMAJAX_CHECKPOINTS"].partition(":")[0]
+if rank != 0:
+    os._exit(0)
+os.write(int(pipe), b"%d\\n%d\\n" % (attempt, attempt + 1))
+"""
+
+
 @pytest.mark.parametrize(
     ("lines", "max_restarts", "code", "started"),
     [
         ("os._exit(5)", 2, 5, 3),
         ("os._exit(75 if attempt == 0 else 0)", 1, 0, 2),
         ("print('error: no such key'); os._exit(2)", 5, 2, 1),
+        (_SAVES + "os._exit(1 if attempt < 4 else 0)", 1, 0, 5),
+        (_SAVES + "os._exit(79)", 5, 79, 1),
     ],
-    ids=["counted", "what passes", "the user's mistake"],
+    ids=["counted", "what passes", "the user's mistake", "progress", "guard stop"],
 )
 def test_restarts_by_exit_code(launched, tmp_path, lines, max_restarts, code, started):
     assert launched(lines, max_restarts=max_restarts) == code
     assert starts(tmp_path) == started
-
-
-# Attempt n starts at checkpoint n, completes the next one, and fails.
-_SAVES = """
-pipe = os.environ["LLAMAJAX_CHECKPOINTS"].partition(":")[0]
-if rank == 0:
-    os.write(int(pipe), b"%d\\n%d\\n" % (attempt, attempt + 1))
-"""
-
-
-def test_a_launch_goes_on_as_long_as_its_attempts_make_progress(launched, tmp_path, capfd):
-    lines = _SAVES + "os._exit(1 if attempt < 4 else 0)"
-    assert launched(lines, processes_per_node=1, max_restarts=1) == 0
-    assert starts(tmp_path) == 5
-    assert capfd.readouterr().err.count("this failure does not count") == 4
-
-
-def test_a_run_that_a_guard_stopped_is_not_started_again(launched, tmp_path, capfd):
-    assert launched(_SAVES + "os._exit(79)", max_restarts=5) == 79
-    assert starts(tmp_path) == 1
-    assert "not started again: after code 79 that would not help" in capfd.readouterr().err
 
 
 def test_an_earlier_launchs_logs_stay(launched, tmp_path):
@@ -146,12 +144,6 @@ def test_an_earlier_launchs_logs_stay(launched, tmp_path):
     assert launched("print('second', attempt)") == 0
     assert log(tmp_path, 0, 0) == "first\n"
     assert log(tmp_path, 0, 1) == "second 1\n"
-
-
-def test_a_killed_worker_is_named(launched, capfd):
-    lines = "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\nwait_for_ever()"
-    assert launched(lines) == 137
-    assert "worker 1 was killed by SIGKILL" in capfd.readouterr().err
 
 
 def test_not_the_worker_is_blamed_that_aborts_for_the_loss_of_another():
@@ -249,13 +241,10 @@ def test_sigusr1_asks_for_stacks_and_ends_nobody(launched, tmp_path):
     lines = """
 import faulthandler
 def where_it_is():
-    while "where_it_is" not in own.with_name("worker_0.0.log").read_text():
-        pass
-own = Path(os.readlink("/proc/self/fd/1"))
+    wait_for("where_it_is", of=0)
 if rank == 0:
     faulthandler.register(signal.SIGUSR1)
-    while not own.with_name("worker_1.0.log").exists():
-        pass
+    wait_for("", of=1)
     print("ready")
 where_it_is()"""
     thread = signal_when("ready", tmp_path / "logs" / "worker_0.0.log", signal.SIGUSR1)
@@ -360,9 +349,7 @@ for _ in range(50):
 def test_workers_of_an_attempt_get_one_port_and_the_next_attempt_another(launched, tmp_path):
     lines = """
 print(os.environ["LLAMAJAX_COORDINATOR"])
-other = Path(os.readlink("/proc/self/fd/1")).with_name(f"worker_{1 - rank}.{attempt}.log")
-while not (other.exists() and other.read_text()):
-    pass
+wait_for("127.0.0.1", of=1 - rank)
 os._exit(1)"""
     launched(lines, max_restarts=1)
     first, second = ([log(tmp_path, rank, n) for rank in (0, 1)] for n in (0, 1))
