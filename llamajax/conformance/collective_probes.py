@@ -20,7 +20,6 @@ _LONG_ENOUGH_S = 1e-3
 # The largest integer below which bfloat16 has them all: sums are then exact in any order.
 _EXACT = 256
 
-Collective = Callable[[jax.Array, str], jax.Array]
 Blocks = np.ndarray  # (members of the axis, the others, rows, columns)
 
 
@@ -102,7 +101,7 @@ def layouts(count: int) -> list[dict[str, int]]:
 
 def on_every_axis(
     bench: Bench,
-    collective: Collective,
+    collective: Callable[[jax.Array, str], jax.Array],
     expected: Callable[[Blocks], Blocks],
     *,
     sent: Callable[[int], float] | None = None,

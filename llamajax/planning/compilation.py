@@ -1,6 +1,6 @@
 """Compile the step that `train` runs for a target, and collect the facts its compiler gives.
 
-Facts are stored on disk by a hash of the lowered program and of what compiles it: the same program
+The facts are stored by a hash of the lowered program and of what compiles it: the same program
 is never compiled twice.
 """
 
@@ -59,7 +59,7 @@ class Traffic:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Facts:
+class CompilerFacts:
     """The compiler's facts of one device's part of the program; bytes.
 
     temporary_bytes is None where the compiler refused the program for its memory: needed_bytes is
@@ -78,7 +78,7 @@ class Facts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Step:
+class PlannedStep:
     """A step on a mesh of the target's devices, before it is lowered.
 
     attention: the kernel that `train` would use there; compute has the one that is compiled.
@@ -93,7 +93,7 @@ class Step:
     state: TrainState
 
 
-def abstract_step(config: RunConfig, target: Target) -> Step:
+def abstract_step(config: RunConfig, target: Target) -> PlannedStep:
     """Return the step and its state, with nothing allocated.
 
     Raises UserError where model, batch and mesh do not fit, as `train` would.
@@ -104,7 +104,7 @@ def abstract_step(config: RunConfig, target: Target) -> Step:
     lora = config.lora if config.lora.rank else None
     compute = resolve_compute(config, target.machine(), mesh)
     compiled = _WITHOUT_CUDNN if compute.attention == "cudnn" else compute.attention
-    return Step(
+    return PlannedStep(
         config=config,
         mesh=mesh,
         target=target,
@@ -115,7 +115,7 @@ def abstract_step(config: RunConfig, target: Target) -> Step:
     )
 
 
-def lowered_step(step: Step) -> jax.stages.Lowered:
+def lowered_step(step: PlannedStep) -> jax.stages.Lowered:
     """Return the step as a program, not yet compiled."""
     c = step.config
     update = train_step(step.optimizer, c.optim, c.train, step.compute, step.mesh, c.guard)
@@ -123,7 +123,7 @@ def lowered_step(step: Step) -> jax.stages.Lowered:
     return update.lower(step.state, batch)
 
 
-def compiled_facts(step: Step, *, cache: Path | None) -> Facts:
+def compiled_facts(step: PlannedStep, *, cache: Path | None) -> CompilerFacts:
     """Lower and compile the step, or read what an earlier compilation of this program gave."""
     lowered = lowered_step(step)
     file = None if cache is None else cache / f"{_fingerprint(lowered, step)}.json"
@@ -144,10 +144,10 @@ def compiled_facts(step: Step, *, cache: Path | None) -> Facts:
     return facts
 
 
-def _facts(compiled: Any, step: Step, compile_s: float) -> Facts:
+def _facts(compiled: Any, step: PlannedStep, compile_s: float) -> CompilerFacts:
     memory = compiled.memory_analysis()
     temporary = temporary_bytes(memory, step.target.platform)
-    return Facts(
+    return CompilerFacts(
         arguments_bytes=memory.argument_size_in_bytes,
         temporary_bytes=temporary,
         needed_bytes=memory.argument_size_in_bytes + temporary,
@@ -179,10 +179,13 @@ def node_of(target: Target) -> Callable[[Any], int]:
 
 
 def traffic(
-    text: str, mesh: Mesh, node_of: Callable[[Any], int] = sharding.node_of
+    text: str, mesh: Mesh, node: Callable[[Any], int] = sharding.node_of
 ) -> tuple[Traffic, ...]:
-    """Return what a compiled program sends in one run, by kind, axes and dtype; most first."""
-    nodes = [node_of(device) for device in mesh.devices.flat]
+    """Return what a compiled program sends in one run, by kind, axes and dtype; most first.
+
+    node: the number of a device's node.
+    """
+    nodes = [node(device) for device in mesh.devices.flat]
     positions = {device.id: n for n, device in enumerate(mesh.devices.flat)}
     sums: dict[tuple, tuple[int, float, float]] = {}
     for collective in collectives(text):
@@ -201,23 +204,23 @@ def traffic(
     return tuple(sorted(rows, key=lambda row: -row.sent_bytes))
 
 
-def refusal(message: str, compile_s: float) -> Facts:
+def refusal(message: str, compile_s: float) -> CompilerFacts:
     """Return the facts of a program that libtpu refused for its memory, from its message."""
     sizes = [float(n) * 2 ** {"K": 10, "M": 20, "G": 30}[u]
              for n, u in re.findall(r"\b(\d+(?:\.\d+)?)([KMG])\b", message)]  # fmt: skip
     used = re.search(r"Used .* of .* hbm", message) or "exceeds available" in message
     if not used or len(sizes) < 2:
-        return Facts(compile_s=compile_s)
-    return Facts(needed_bytes=int(sizes[0]), limit_bytes=int(sizes[1]), compile_s=compile_s)
+        return CompilerFacts(compile_s=compile_s)
+    return CompilerFacts(needed_bytes=int(sizes[0]), limit_bytes=int(sizes[1]), compile_s=compile_s)
 
 
-def _fingerprint(lowered: Any, step: Step) -> str:
+def _fingerprint(lowered: Any, step: PlannedStep) -> str:
     parts = [lowered.as_text(), step.target.text, step.target.versions, _FORMAT]
     parts += [[device.id for device in step.mesh.devices.flat]]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def _read(file: Path) -> Facts | None:
+def _read(file: Path) -> CompilerFacts | None:
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -225,4 +228,4 @@ def _read(file: Path) -> Facts | None:
     if stored["traffic"] is not None:
         rows = (row | {"axes": tuple(row["axes"])} for row in stored["traffic"])
         stored["traffic"] = tuple(Traffic(**row) for row in rows)
-    return Facts(**stored | {"cached": True})
+    return CompilerFacts(**stored | {"cached": True})

@@ -237,7 +237,7 @@ def device_groups(text: str, num_devices: int) -> list[list[int]]:
 
 
 def slice_groups(text: str, positions: Mapping[int, int]) -> list[list[int]]:
-    """Return the groups that `text` means, which tells hosts of several slices who exchanges.
+    """Return the groups that `text` means: the devices of several slices that exchange arrays.
 
     `{1,2}x{0:3}`: each of devices 0 to 3 of slice 1 with its counterpart in slice 2;
     `{{100000,200000},{100001,200001}}`: ids of devices; `{{100000->200000}}`: pairs of such.

@@ -11,7 +11,7 @@ from llamajax.backends import Target
 from llamajax.backends.platforms import platform_facts
 from llamajax.config import RunConfig
 from llamajax.models.counts import flops_per_token
-from llamajax.planning.compilation import Facts, Step, abstract_step, compiled_facts
+from llamajax.planning.compilation import CompilerFacts, PlannedStep, abstract_step, compiled_facts
 from llamajax.planning.roofline import Prediction, link_seconds, predict
 
 
@@ -23,8 +23,8 @@ class Plan:
     float32 sums of what is trained, and the rest.
     """
 
-    step: Step
-    facts: Facts
+    step: PlannedStep
+    facts: CompilerFacts
     params_bytes: int
     optimizer_bytes: int
     gradients_bytes: int
@@ -91,7 +91,7 @@ def shard_bytes(tree: Any) -> int:
     )
 
 
-def _fits(facts: Facts, peak: int | None, limit: int | None) -> bool | None:
+def _fits(facts: CompilerFacts, peak: int | None, limit: int | None) -> bool | None:
     if facts.traffic is None:
         return False  # the compiler refused it
     if limit is None:
@@ -101,7 +101,7 @@ def _fits(facts: Facts, peak: int | None, limit: int | None) -> bool | None:
     return False if facts.arguments_bytes > limit else None
 
 
-def _prediction(step: Step, facts: Facts) -> Prediction | None:
+def _prediction(step: PlannedStep, facts: CompilerFacts) -> Prediction | None:
     entry = step.target.entry
     if facts.traffic is None or entry is None:
         return None

@@ -52,7 +52,7 @@ def test_some_probes_of_a_cpu(doctor, tmp_path):
 @pytest.mark.parametrize(
     "flag", ["--plugin=x.so", "--timeout_s=0", "--html=/not/there/x", "--only=ropes"]
 )
-def test_mistakes_cost_a_second(doctor, flag):
+def test_a_mistake_is_exit_code_2(doctor, flag):
     code, text, found, _ = doctor(flag)
     assert (code, found) == (2, None), text
     assert "Traceback" not in text

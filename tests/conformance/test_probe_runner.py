@@ -32,7 +32,7 @@ def results(monkeypatch):
     return run
 
 
-def test_every_end_of_a_probe_is_its_own(results):
+def test_every_probe_gets_its_own_result(results):
     ends = ("is_wrong", "is_unsupported", "raises", "aborts", "leaves")
     probes = [probe for name in ends for probe in (fake(name, name), fake(f"after_{name}"))]
     found = results(fake("first"), *probes)

@@ -91,7 +91,7 @@ def test_a_bar_on_a_terminal():
 
 
 @pytest.mark.parametrize(("mode", "primary"), [("none", True), ("bar", False), ("lines", False)])
-def test_silence(mode, primary):
+def test_nothing_is_shown_where_none_is_wanted(mode, primary):
     stream = Terminal()
     progress = shown_on(stream, mode=mode, primary=primary)
     progress.show({"step": 1, **ROW})

@@ -56,7 +56,7 @@ def test_a_tpu_step_is_compiled_with_its_own_attention(tmp_path):
 
 
 @needs_tpu
-def test_offloaded_moments_rest_in_the_host_of_a_tpu(tmp_path):
+def test_offloaded_moments_are_kept_in_the_host_of_a_tpu(tmp_path):
     # enough of activations that the backward pass needs the most
     long = (*BF16, "--config.data.seq_len=1024", "--config.model.max_seq_len=1024")
     here = planned(tmp_path, "v5e:2x4", *long)
@@ -70,7 +70,7 @@ def test_offloaded_moments_rest_in_the_host_of_a_tpu(tmp_path):
 
 
 @needs_tpu
-def test_libtpus_refusal_is_a_plan_that_does_not_fit(tmp_path):
+def test_a_program_that_libtpu_refuses_does_not_fit(tmp_path):
     plan = planned(
         tmp_path, "v5e:1x1", *BF16, "--config.mesh.fsdp=1", "--config.mesh.tensor=1",
         "--config.model.vocab_size=4000000",
@@ -81,7 +81,7 @@ def test_libtpus_refusal_is_a_plan_that_does_not_fit(tmp_path):
 
 
 @needs_tpu
-def test_between_slices_of_tpus_only_data_and_stages_talk(tmp_path):
+def test_only_data_and_stage_communicate_between_slices_of_tpus(tmp_path):
     plan = planned(
         tmp_path, "4*v5e:2x2", *BF16, "--config.mesh.data=2", "--config.mesh.stage=2",
         "--config.mesh.tensor=1", "--config.data.global_batch_size=32",
@@ -95,7 +95,7 @@ def test_between_slices_of_tpus_only_data_and_stages_talk(tmp_path):
 
 
 @needs_cuda
-def test_between_nodes_of_gpus_goes_what_crosses_them(tmp_path):
+def test_traffic_between_nodes_of_gpus(tmp_path):
     plan = planned(tmp_path, "h100:2x4", *BF16)  # fsdp 4 x tensor 2: two of fsdp in each node
     assert plan["slow_bytes"]["tensor"] == 0 < plan["collective_bytes"]["tensor"]
     assert plan["slow_bytes"]["fsdp"] == pytest.approx(plan["collective_bytes"]["fsdp"] / 2)

@@ -156,7 +156,7 @@ def test_the_peak_of_a_tpu_is_its_compilers_own():
     assert temporary_bytes(memory, "tpu") == 145
 
 
-def test_a_pipeline_tells_what_it_idles_and_keeps():
+def test_the_idle_share_and_the_kept_inputs_of_a_pipeline():
     """70B as the ancestor splits it: 263 ticks of 16 MiB, ten times that without `remat_stage`."""
     config = load(str(Path(__file__).parents[2] / "configs/llama3_70b.py:pipeline"), {})
     sizes = {"data": 1, "stage": 8, "fsdp": 1, "sequence": 1, "tensor": 8}
