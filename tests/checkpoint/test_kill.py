@@ -13,7 +13,7 @@ from tiny_state import checkpointer
 
 from llamajax.checkpoint import newest_checkpoint, restore_state
 
-# A different remainder of the 121 operations each: 1 walks through all of them, by hand.
+# A different remainder of the 145 operations each: 1 walks through all of them, by hand.
 _STRIDE = 9
 
 

@@ -1,5 +1,6 @@
 """Small Llamas of ours, and what the tests of weights in files share."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,29 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from llama_cases import GROUPED
 
 from llamajax import sharding
-from llamajax.config.schema import MeshConfig, ModelConfig, RopeScaling
+from llamajax.config.schema import MeshConfig, ModelConfig
 from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
 from llamajax.models.llama import Compute, Llama
 
 TOLERANCE = 1e-5  # largest difference over largest value: float32, sums in another order
-BASE = ModelConfig(
-    vocab_size=131,
-    hidden_size=24,
-    intermediate_size=44,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=6,
-    rope_theta=12_345.0,
-    norm_eps=3e-5,
-    tie_embeddings=False,
-    init_std=0.1,
-    max_seq_len=64,
+BASE = dataclasses.replace(
+    GROUPED, vocab_size=131, intermediate_size=44, num_layers=2, rope_theta=12_345.0, norm_eps=3e-5
 )
-LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16)
 COMPUTE = Compute(dtype=jnp.dtype("float32"), remat="none", attention="xla", loss_chunk_tokens=16)
 
 

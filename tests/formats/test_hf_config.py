@@ -3,40 +3,20 @@
 import dataclasses
 
 import pytest
-from llamas import BASE, LLAMA3
+from llama_cases import LLAMA3, hugging_face_config
+from llamas import BASE
 
 from llamajax.formats.huggingface.hf_config import read_model_config, write_model_config
 
 SCALED = dataclasses.replace(BASE, rope_scaling=LLAMA3, tie_embeddings=True)
 ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
+    k: v for k, v in hugging_face_config(SCALED)["rope_parameters"].items() if k != "rope_theta"
 }
-# As published up to transformers 4, and as transformers 5 writes it.
-OLD = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 131,
-    "hidden_size": 24,
-    "intermediate_size": 44,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-    "hidden_act": "silu",
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-    "rms_norm_eps": 3e-5,
-    "rope_theta": 12_345.0,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-NEW = {k: v for k, v in OLD.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")}
-NEW |= {"rope_parameters": {"rope_type": "default", "rope_theta": 12_345.0}, "dtype": "bfloat16"}
+# As transformers 5 writes it, and as published up to transformers 4.
+NEW = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+NEW |= hugging_face_config(BASE) | {"dtype": "bfloat16"}
+OLD = {k: v for k, v in NEW.items() if k not in ("rope_parameters", "dtype")}
+OLD |= {"rope_theta": 12_345.0, "rope_scaling": None, "torch_dtype": "bfloat16"}
 
 
 def read(config, **changes):
