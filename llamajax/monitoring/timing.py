@@ -6,24 +6,10 @@ evaluating, saving. What a running step hides stays in the step's time.
 """
 
 import contextlib
-import dataclasses
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-
-
-@dataclasses.dataclass(frozen=True)
-class StepTime:
-    """Means over some steps.
-
-    step_time_s: seconds a step. data_wait_s: seconds a step that the devices waited for its batch,
-    which are not in step_time_s. tokens_per_s: tokens a second of step time.
-    """
-
-    step_time_s: float
-    data_wait_s: float
-    tokens_per_s: float
 
 
 class StepTimer:
@@ -32,7 +18,7 @@ class StepTimer:
         timer.mark_dispatched(n)        before the jitted step n is called
         timer.watch(n, wait)            after; `wait` blocks until step n is done
         timer.mark_fetched(n)           after the metrics of step n arrived
-        timer.take()                    a StepTime over the steps fetched since the last call
+        timer.take()                    means over the steps fetched since the last call
         with timer.pause():             anything that is not a step
 
     A step that is not watched counts as done when it is fetched. tokens_per_step: tokens of the
@@ -101,22 +87,26 @@ class StepTimer:
         count, steps_s, data_wait_s = self._taken
         self._taken = (count + len(before), steps_s + elapsed_s, data_wait_s + wait_s)
 
-    def take(self) -> StepTime:
-        """Return means over the steps fetched since the last call, of which there must be one."""
-        count, step_s, data_wait_s = self._taken
+    def take(self) -> dict[str, float]:
+        """Return means over the steps fetched since the last call, of which there must be one.
+
+        step_time_s; data_wait_s: seconds a step that the devices waited for its batch, which are
+        not in step_time_s; tokens_per_s: tokens a second of step time.
+        """
+        count, steps_s, data_wait_s = self._taken
         self._taken = (0, 0.0, 0.0)
-        return StepTime(
-            step_time_s=step_s / count,
-            data_wait_s=data_wait_s / count,
-            tokens_per_s=count * self._tokens_per_step / step_s if step_s > 0 else 0.0,
-        )
+        return {
+            "step_time_s": steps_s / count,
+            "data_wait_s": data_wait_s / count,
+            "tokens_per_s": count * self._tokens_per_step / steps_s if steps_s > 0 else 0.0,
+        }
 
     @property
     def untaken(self) -> dict[str, float]:
-        """Seconds of the steps fetched since the last `take`, and of waiting; their tokens."""
-        count, step_s, data_wait_s = self._taken
+        """The seconds of the steps fetched since the last `take`, and of waiting; their tokens."""
+        count, steps_s, data_wait_s = self._taken
         tokens = count * self._tokens_per_step
-        return {"steps_s": step_s, "data_wait_s": data_wait_s, "tokens": tokens}
+        return {"steps_s": steps_s, "data_wait_s": data_wait_s, "tokens": tokens}
 
     @contextlib.contextmanager
     def pause(self, *, data_wait: bool = False) -> Iterator[None]:

@@ -194,7 +194,7 @@ class LogHook:
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         a, events = self._attempt, self._attempt.run.events
-        times = dataclasses.asdict(a.timer.take())
+        times = a.timer.take()
         row = {"step": step} | values | times
         row["tokens_seen"] = a.start.position.tokens_seen(step)
         row |= self._mfu(times["tokens_per_s"]) | memory_in_use()
