@@ -51,15 +51,9 @@ def launched(tmp_path: Path):
     """Launches workers on one node, in this process; gives the exit code."""
 
     def run(lines: str, **overrides) -> int:
-        values = {
-            "command": fake_worker(lines),
-            "processes_per_node": 2,
-            "max_restarts": 0,
-            "backoff_s": 0.0,
-            "timeout_s": 60.0,
-            "log_dir": str(tmp_path / "logs"),
-        }
-        return launch(LaunchOptions(**values | overrides))
+        values = {"processes_per_node": 2, "max_restarts": 0, "backoff_s": 0.0, "timeout_s": 60.0}
+        logs, command = str(tmp_path / "logs"), fake_worker(lines)
+        return launch(LaunchOptions(command=command, log_dir=logs, **values | overrides))
 
     return run
 
