@@ -8,12 +8,12 @@ Trainium (links too) and of the n150 were checked against the makers' pages on 2
 the Max 1550's cores, clock and memory against what others cite of Intel's; other links and the
 other untested entries are as remembered from data sheets. Gaudi has no entry: what JAX calls it is
 not known here. What is published in contradictory ways (Tenstorrent's Blackhole) is left out: no
-peak is better than a wrong one. What is looked up how: `devices`.
+peak is better than a wrong one. `devices` looks them up.
 """
 
 import dataclasses
 import os
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 # Share of a GPU's memory that llamajax lets XLA have. JAX's own default is 0.75; the rest here is
 # left to the CUDA context, to NCCL's buffers and to cuDNN's and cuBLAS's workspaces.
@@ -59,125 +59,84 @@ class Device:
 
 
 _GIB = 2**30
-_NVLINK = "NVLink and one network adapter a GPU from the DGX data sheet"
-_ICI = (
-    "ICI from the Cloud TPU documentation: both directions of a ring over one link each; between "
-    "slices the data-center network's share of a chip, from there as well"
-)
 
-
-def _nvidia(kind: str, *, name: str, peaks: tuple[float, float], **facts: float) -> Device:
-    bfloat16, float32 = peaks
-    source = f"NVIDIA {kind} data sheet, dense; {_NVLINK}"
-    return Device(kind=f"NVIDIA {kind}", name=name, bfloat16=bfloat16, float32=float32,
-                  source=source, has_share=True, **facts)  # fmt: skip
-
-
-def _tpu(kind: str, *, name: str, peak: float, gib: tuple[float, float], hbm: float, link: float,
-         network: float | None, efficiency: float) -> Device:  # fmt: skip
-    """Return an entry. gib: memory, and what XLA sees of it.
-
-    link: bytes/s of one ICI link in one direction. network: bytes/s between slices, None where that
-    is not published.
-    """
-    return Device(
-        kind=f"TPU {kind}" if kind.startswith("v") else kind,
-        name=name,
-        bfloat16=peak,
-        float32=None,
-        memory_bytes=int(gib[0] * _GIB),
-        xla_bytes=int(gib[1] * _GIB),
-        hbm_bytes_per_s=hbm,
-        fast_bytes_per_s=2 * link,
-        slow_bytes_per_s=network,
-        efficiency=efficiency,
-        source=f"Cloud TPU documentation of {name}, per device; {_ICI}",
-    )
-
-
-def _untested(kind: str, *, name: str, peaks: tuple[float, float | None], gib: float, hbm: float,
-              links: tuple[float, float | None], efficiency: float, source: str,
-              has_share: bool = False) -> Device:  # fmt: skip
-    """Return an entry. peaks: bfloat16, float32. links: bytes/s in a node and between nodes."""
-    return Device(
-        kind=kind,
-        name=name,
-        bfloat16=peaks[0],
-        float32=peaks[1],
-        memory_bytes=int(gib * _GIB),
-        xla_bytes=int(gib * _GIB),
-        hbm_bytes_per_s=hbm,
-        fast_bytes_per_s=links[0],
-        slow_bytes_per_s=links[1],
-        efficiency=efficiency,
-        source=f"{source}; untested",
-        has_share=has_share,
-        tested=False,
-    )
-
-
-def _amd(kind: str, **facts: Any) -> Device:
-    source = f"AMD Instinct {kind} data sheet, dense matrix peaks; one 400 Gbit/s adapter a GPU"
-    return _untested(f"AMD Instinct {kind}", source=source, has_share=True, **facts)
-
-
+# Columns: kind, name; peak FLOP/s in bfloat16 and float32; memory in GiB; what XLA sees of it, in
+# bytes, None: all; bytes/s of HBM, within a node or torus, between nodes or slices; efficiency.
 # Efficiencies are set so that published training runs come out within a tenth or so (MaxText on
 # H100, v5p, v6e; benchmarks/results says which); v4, v5e, A100, B200 and v7x are guesses by these.
-_HOPPER = {"efficiency": 0.66, "fast_bytes_per_s": 450e9, "slow_bytes_per_s": 50e9}
-_V5E = {"name": "v5e", "peak": 197e12, "gib": (16, 15.75), "hbm": 0.819e12, "link": 45e9,
-        "network": 3.125e9, "efficiency": 0.7}  # fmt: skip
-_V5P = {"name": "v5p", "peak": 459e12, "gib": (95, 95.74), "hbm": 2.765e12, "link": 90e9,
-        "network": 6.25e9, "efficiency": 0.85}  # fmt: skip
-_V6E = {"name": "v6e", "peak": 918e12, "gib": (32, 31.25), "hbm": 1.64e12, "link": 90e9,
-        "network": 12.5e9, "efficiency": 0.68}  # fmt: skip
+# fmt: off
+_NVIDIA = (
+    ("A100",      "a100",     312e12,  19.5e12, 80,  85_100_068_864,  2.039e12, 300e9, 25e9, 0.7),
+    ("H100 PCIe", "h100pcie", 756e12,  51e12,   80,  85_520_809_984,  2.0e12,   64e9,  50e9, 0.66),
+    ("H100",      "h100",     989e12,  67e12,   80,  84_942_979_072,  3.352e12, 450e9, 50e9, 0.66),
+    ("H200",      "h200",     989e12,  67e12,   141, 151_397_597_184, 4.8e12,   450e9, 50e9, 0.66),
+    ("B200",      "b200",     2250e12, 75e12,   180, 191_514_411_008, 7.672e12, 900e9, 50e9, 0.6),
+)
+# Within a torus: both directions of a ring over one link of ICI each.
+_TPU = (
+    ("TPU v4",      "v4",    275e12,    None, 32, 30.75 * _GIB, 1.2e12,   90e9,  None,    0.7),
+    ("TPU v5 lite", "v5e",   197e12,    None, 16, 15.75 * _GIB, 0.819e12, 90e9,  3.125e9, 0.7),
+    ("TPU v5e",     "v5e",   197e12,    None, 16, 15.75 * _GIB, 0.819e12, 90e9,  3.125e9, 0.7),
+    ("TPU v5p",     "v5p",   459e12,    None, 95, 95.74 * _GIB, 2.765e12, 180e9, 6.25e9,  0.85),
+    ("TPU v5",      "v5p",   459e12,    None, 95, 95.74 * _GIB, 2.765e12, 180e9, 6.25e9,  0.85),
+    ("TPU v6 lite", "v6e",   918e12,    None, 32, 31.25 * _GIB, 1.64e12,  180e9, 12.5e9,  0.68),
+    ("TPU v6e",     "v6e",   918e12,    None, 32, 31.25 * _GIB, 1.64e12,  180e9, 12.5e9,  0.68),
+    ("TPU7x",       "tpu7x", 1153.5e12, None, 96, 94.75 * _GIB, 3.69e12,  180e9, 6.25e9,  0.6),
+)
+# One device is one of the two dies (GCDs) of an MI250X.
+_AMD = (
+    ("MI250X", "mi250x", 191.5e12,  47.9e12,  64,  None, 1.638e12, 100e9, 25e9, 0.6),
+    ("MI300X", "mi300x", 1307.4e12, 163.4e12, 192, None, 5.3e12,   448e9, 50e9, 0.5),
+    ("MI325X", "mi325x", 1307.4e12, 163.4e12, 256, None, 6.0e12,   448e9, 50e9, 0.5),
+    ("MI355X", "mi355x", 2516.6e12, 157.3e12, 288, None, 8.0e12,   538e9, 50e9, 0.5),
+)
+# One device is one of the two stacks, as the oneAPI runtime shows them by default.
+_INTEL = (
+    ("Intel(R) Data Center GPU Max 1550", "max1550", 419e12, 26.2e12, 64, None, 1.638e12, 185e9,
+     25e9, 0.5),
+)
+# One device is one NeuronCore of two, or one logical core of four.
+_TRN1 = (("NC_v2", "trn1", 95e12, 23.75e12, 16, None, 410e9, 192e9, 12.5e9, 0.5),)
+_TRN2 = (("NC_v3", "trn2", 166.75e12, 45.25e12, 24, None, 725e9, 320e9, 6.25e9, 0.5),)
+_WORMHOLE = (("Wormhole", "n150", 74e12, None, 12, None, 288e9, 25e9, None, 0.4),)
+# fmt: on
+
+
+def _devices(
+    rows: Sequence[tuple], source: str, *, prefix: str = "", has_share: bool = False,
+    tested: bool = False,
+) -> Iterator[Device]:  # fmt: skip
+    """Yield the entries of a maker. source: with {name} and {kind} where it differs by device."""
+    for kind, name, bfloat16, float32, gib, xla_bytes, hbm, fast, slow, efficiency in rows:
+        yield Device(
+            kind=prefix + kind,
+            name=name,
+            bfloat16=bfloat16,
+            float32=float32,
+            memory_bytes=gib * _GIB,
+            xla_bytes=int(xla_bytes or gib * _GIB),
+            hbm_bytes_per_s=hbm,
+            fast_bytes_per_s=fast,
+            slow_bytes_per_s=slow,
+            efficiency=efficiency,
+            source=source.format(name=name, kind=prefix + kind) + ("" if tested else "; untested"),
+            has_share=has_share,
+            tested=tested,
+        )
+
 
 DEVICES = (
-    _nvidia("A100", name="a100", peaks=(312e12, 19.5e12), memory_bytes=80 * _GIB,
-            xla_bytes=85_100_068_864, hbm_bytes_per_s=2.039e12, fast_bytes_per_s=300e9,
-            slow_bytes_per_s=25e9, efficiency=0.7),
-    _nvidia("H100 PCIe", name="h100pcie", peaks=(756e12, 51e12), memory_bytes=80 * _GIB,
-            xla_bytes=85_520_809_984, hbm_bytes_per_s=2.0e12, fast_bytes_per_s=64e9,
-            slow_bytes_per_s=50e9, efficiency=0.66),
-    _nvidia("H100", name="h100", peaks=(989e12, 67e12), memory_bytes=80 * _GIB,
-            xla_bytes=84_942_979_072, hbm_bytes_per_s=3.352e12, **_HOPPER),
-    _nvidia("H200", name="h200", peaks=(989e12, 67e12), memory_bytes=141 * _GIB,
-            xla_bytes=151_397_597_184, hbm_bytes_per_s=4.8e12, **_HOPPER),
-    _nvidia("B200", name="b200", peaks=(2250e12, 75e12), memory_bytes=180 * _GIB,
-            xla_bytes=191_514_411_008, hbm_bytes_per_s=7.672e12, fast_bytes_per_s=900e9,
-            slow_bytes_per_s=50e9, efficiency=0.6),
-    _tpu("v4", name="v4", peak=275e12, gib=(32, 30.75), hbm=1.2e12, link=45e9, network=None,
-         efficiency=0.7),
-    _tpu("v5 lite", **_V5E),
-    _tpu("v5e", **_V5E),
-    _tpu("v5p", **_V5P),
-    _tpu("v5", **_V5P),
-    _tpu("v6 lite", **_V6E),
-    _tpu("v6e", **_V6E),
-    _tpu("TPU7x", name="tpu7x", peak=1153.5e12, gib=(96, 94.75), hbm=3.69e12, link=90e9,
-         network=6.25e9, efficiency=0.6),
-    # One device is one of the two dies (GCDs) of an MI250X.
-    _amd("MI250X", name="mi250x", peaks=(191.5e12, 47.9e12), gib=64, hbm=1.638e12,
-         links=(100e9, 25e9), efficiency=0.6),
-    _amd("MI300X", name="mi300x", peaks=(1307.4e12, 163.4e12), gib=192, hbm=5.3e12,
-         links=(448e9, 50e9), efficiency=0.5),
-    _amd("MI325X", name="mi325x", peaks=(1307.4e12, 163.4e12), gib=256, hbm=6.0e12,
-         links=(448e9, 50e9), efficiency=0.5),
-    _amd("MI355X", name="mi355x", peaks=(2516.6e12, 157.3e12), gib=288, hbm=8.0e12,
-         links=(538e9, 50e9), efficiency=0.5),
-    # One device is one of the two stacks, as the oneAPI runtime shows them by default.
-    _untested("Intel(R) Data Center GPU Max 1550", name="max1550", peaks=(419e12, 26.2e12), gib=64,
-              hbm=1.638e12, links=(185e9, 25e9), efficiency=0.5,
-              source="Intel Data Center GPU Max 1550, 128 Xe cores at 1.6 GHz, halved: one stack"),
-    # One device is one NeuronCore of two, or one logical core of four.
-    _untested("NC_v2", name="trn1", peaks=(95e12, 23.75e12), gib=16, hbm=410e9,
-              links=(192e9, 12.5e9), efficiency=0.5,
-              source="AWS Neuron documentation, Trainium architecture, halved: one NeuronCore-v2"),
-    _untested("NC_v3", name="trn2", peaks=(166.75e12, 45.25e12), gib=24, hbm=725e9,
-              links=(320e9, 6.25e9), efficiency=0.5,
-              source="AWS Neuron documentation, Trainium2 architecture, a quarter: a logical "
-              "core of two cores"),
-    _untested("Wormhole", name="n150", peaks=(74e12, None), gib=12, hbm=288e9,
-              links=(25e9, None), efficiency=0.4,
-              source="Tenstorrent Wormhole specifications, n150s, FP16; "
-              "a link of 200 Gbit/s assumed"),
+    *_devices(_NVIDIA, "{kind} data sheet, dense; NVLink and one network adapter a GPU from the "
+              "DGX data sheet", prefix="NVIDIA ", has_share=True, tested=True),
+    *_devices(_TPU, "Cloud TPU documentation of {name}, per device; ICI from the Cloud TPU "
+              "documentation: both directions of a ring over one link each; between slices the "
+              "data-center network's share of a chip, from there as well", tested=True),
+    *_devices(_AMD, "{kind} data sheet, dense matrix peaks; one 400 Gbit/s adapter a GPU",
+              prefix="AMD Instinct ", has_share=True),
+    *_devices(_INTEL, "Intel Data Center GPU Max 1550, 128 Xe cores at 1.6 GHz, halved: one stack"),
+    *_devices(_TRN1, "AWS Neuron documentation, Trainium architecture, halved: one NeuronCore-v2"),
+    *_devices(_TRN2, "AWS Neuron documentation, Trainium2 architecture, a quarter: a logical core "
+              "of two cores"),
+    *_devices(_WORMHOLE, "Tenstorrent Wormhole specifications, n150s, FP16; a link of 200 Gbit/s "
+              "assumed"),
 )  # fmt: skip
