@@ -1,4 +1,4 @@
-"""A model's shapes, dtypes and shardings, before any of it exists."""
+"""Shapes, dtypes and shardings of a model, without any array."""
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ def abstract_model(config: ModelConfig, mesh: Mesh, *, dtype: jnp.dtype = jnp.fl
     """
     shapes = jax.eval_shape(lambda key: Llama(config, key), jax.random.key(0))
 
-    def one(weight: nnx.Variable, placed: nnx.Variable) -> nnx.Variable:
+    def abstract(weight: nnx.Variable, sharding: nnx.Variable) -> nnx.Variable:
         kind = jnp.dtype(dtype) if len(weight.axes) > 1 else jnp.dtype("float32")
-        shape, sharding = weight.get_value().shape, placed.get_value()
-        return weight.replace(jax.ShapeDtypeStruct(shape, kind, sharding=sharding))
+        shape = weight.get_value().shape
+        return weight.replace(jax.ShapeDtypeStruct(shape, kind, sharding=sharding.get_value()))
 
-    return map_weights(one, shapes, shardings(shapes, mesh))
+    return map_weights(abstract, shapes, shardings(shapes, mesh))

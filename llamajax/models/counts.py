@@ -1,7 +1,7 @@
-"""Parameters and floating-point operations of a model, counted from its configuration alone.
+"""Parameters and floating-point operations of a model, from its configuration alone.
 
-Nothing here touches an array: `cost_analysis` of a compiled program counts a scanned block once,
-so operations are counted by hand. One multiply-add is two operations.
+`cost_analysis` of a compiled program counts a scanned block once, so operations are counted by
+formula. One multiply-add is two operations.
 """
 
 from llamajax.config.schema import ModelConfig

@@ -1,4 +1,4 @@
-"""How a weight is declared: its dimension letters and its initial values, once."""
+"""Declaration of weights: dimension letters and initial values, in one place."""
 
 import zlib
 
@@ -17,7 +17,7 @@ def named_key(key: jax.Array, name: str) -> jax.Array:
 def normal(config: ModelConfig, axes: str, key: jax.Array, name: str) -> nnx.Param:
     """A float32 matrix of dims `axes`, normal with std `config.init_std`.
 
-    A function of the key and of the published sizes alone, on every mesh (partitionable threefry).
+    A function of the key and the published sizes alone, on every mesh (partitionable threefry).
     Rows that pad the vocabulary are zero.
     """
     shape = tuple(config.dims[d] for d in axes)

@@ -1,10 +1,10 @@
-"""In which order layers are stored: their own, or that of a pipeline.
+"""The order in which stacked layers are stored: that of the model, or that of a pipeline.
 
-On disk, in every exchange of weights and without a pipeline layers stand in their natural order.
-With stages and rounds each stage's part of the stack holds its groups of layers one after the
-other: with 2 stages and 2 rounds of one layer, (0, 2 | 1, 3). Where layers do not divide, the stack
-is filled up with layers of zeros at its end: zero weights and zero norm scales make a block the
-identity, with gradients and so AdamW updates of exactly zero, and no mask is needed.
+On disk, in other file formats and without a pipeline, layers are in the order of the model
+(*stored order*). For a pipeline each stage's part of the stack holds its groups of layers one
+after the other: with 2 stages and 2 rounds of one layer, (0, 2 | 1, 3). Where layers do not divide,
+layers of zeros are added at the end: zero weights and zero norm scales make a block the identity,
+with gradients and so AdamW updates of exactly zero, and no mask is needed.
 """
 
 from collections.abc import Callable
@@ -24,43 +24,41 @@ def padded_layers(num_layers: int, *, stages: int, rounds: int) -> int:
 
 
 def pipeline_order(num_layers: int, *, stages: int, rounds: int) -> np.ndarray:
-    """Layer (from `num_layers` on: one of zeros) at each place of the stored stack."""
+    """Number of the layer at each place of a pipeline's stack; from `num_layers` on it is zeros."""
     total = padded_layers(num_layers, stages=stages, rounds=rounds)
-    by_round = np.arange(total).reshape(rounds, stages, total // (stages * rounds))
-    return by_round.swapaxes(0, 1).reshape(-1)
-
-
-def to_pipeline_order(tree: Any, mesh: Mesh, *, rounds: int) -> Any:
-    """A tree with stacks in natural order -> with stacks in the order of the mesh's pipeline."""
-
-    def one(stack: jax.Array) -> jax.Array:
-        places = pipeline_order(stack.shape[0], stages=mesh.shape["stage"], rounds=rounds)
-        filler = [(0, len(places) - stack.shape[0]), *[(0, 0)] * (stack.ndim - 1)]
-        return jnp.pad(stack, filler)[places]
-
-    return _stacks(one, tree, mesh)
-
-
-def to_stored_order(tree: Any, num_layers: int, mesh: Mesh, *, rounds: int) -> Any:
-    """The reverse of `arranged`; layers of zeros are left out."""
-    places = pipeline_order(num_layers, stages=mesh.shape["stage"], rounds=rounds)
-    return _stacks(lambda stack: stack[np.argsort(places)[:num_layers]], tree, mesh)
-
-
-def _stacks(function: Callable[[jax.Array], jax.Array], tree: Any, mesh: Mesh) -> Any:
-    """Inside `jax.jit`: `function` of every stack, laid out so that none of its layers is apart."""
-
-    def one(leaf: Any) -> Any:
-        if not is_weight(leaf) or not is_stacked(leaf):
-            return leaf
-        together = NamedSharding(mesh, stored_spec(leaf, mesh))
-        stack = function(jax.sharding.reshard(leaf.get_value(), together))
-        return leaf.replace(stack)
-
-    return map_weights(one, tree)
+    return np.arange(total).reshape(rounds, stages, -1).swapaxes(0, 1).reshape(-1)
 
 
 def is_stored_order(num_layers: int, *, stages: int, rounds: int) -> bool:
-    """Whether a pipeline stores layers as they stand anyway."""
-    places = pipeline_order(num_layers, stages=stages, rounds=rounds)
-    return np.array_equal(places, np.arange(num_layers))
+    """Whether the order of a pipeline is that of the model."""
+    order = pipeline_order(num_layers, stages=stages, rounds=rounds)
+    return np.array_equal(order, np.arange(num_layers))
+
+
+def to_pipeline_order(tree: Any, mesh: Mesh, *, rounds: int) -> Any:
+    """Reorder the stacks of a tree for the mesh's pipeline; inside `jax.jit`."""
+
+    def reorder(stack: jax.Array) -> jax.Array:
+        order = pipeline_order(stack.shape[0], stages=mesh.shape["stage"], rounds=rounds)
+        padding = [(0, len(order) - stack.shape[0]), *[(0, 0)] * (stack.ndim - 1)]
+        return jnp.pad(stack, padding)[order]
+
+    return _map_stacks(reorder, tree, mesh)
+
+
+def to_stored_order(tree: Any, num_layers: int, mesh: Mesh, *, rounds: int) -> Any:
+    """Invert `to_pipeline_order`; layers of zeros are left out."""
+    order = pipeline_order(num_layers, stages=mesh.shape["stage"], rounds=rounds)
+    return _map_stacks(lambda stack: stack[np.argsort(order)[:num_layers]], tree, mesh)
+
+
+def _map_stacks(function: Callable[[jax.Array], jax.Array], tree: Any, mesh: Mesh) -> Any:
+    """Apply `function` to every stack, resharded first so that every device has all layers."""
+
+    def apply(leaf: Any) -> Any:
+        if not is_weight(leaf) or not is_stacked(leaf):
+            return leaf
+        sharding = NamedSharding(mesh, stored_spec(leaf, mesh))
+        return leaf.replace(function(jax.sharding.reshard(leaf.get_value(), sharding)))
+
+    return map_weights(apply, tree)

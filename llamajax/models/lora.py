@@ -1,8 +1,8 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): y = x W + (alpha / rank) dropout(x) A B.
 
-Adapters are a tree of their own, `{target: Adapter}`, stacked over layers like the blocks: what is
-trained, saved and counted apart. `attach` puts them beside the weights that they adapt, where
-`project` finds them; a model without them computes what it always did.
+Adapters are a tree of their own, `{target: Adapter}`, stacked over layers like the blocks: they are
+trained, saved and counted without the model. `attach` puts them beside the weights that they adapt,
+where `project` finds them.
 """
 
 import math
@@ -21,6 +21,7 @@ from llamajax.ops.linear import linear
 from llamajax.sharding import WEIGHTS
 from llamajax.sharding.axes import axes_of
 
+# The module of a Block that holds the matrix of each target.
 MODULES = {
     target: "mlp" if "F" in inputs + outputs else "attention"
     for target, (inputs, outputs) in LORA_TARGETS.items()
@@ -48,10 +49,10 @@ class Adapter(nnx.Module):
         self.b = nnx.Param(b, axes="R" + outputs)
 
     def __call__(self, x: jax.Array, keys_BT: jax.Array | None) -> jax.Array:
-        """What is added to the product of `x` with the adapted matrix; dtype of `x`."""
+        """Compute what is added to `x` times the adapted matrix; dtype of `x`."""
         inputs = self.a.axes[:-1]
         if keys_BT is not None and self.dropout:
-            # One mask an input: query, key and value read the same one, gate and up as well.
+            # One mask an input: query, key and value have the same one, gate and up as well.
             number = zlib.crc32(f"{MODULES[self.target]}/{inputs}".encode())
             split = "tensor" in axes_of(WEIGHTS.get(inputs[0]))
             x = dropout(x, fold_in(keys_BT, number, word=1), rate=self.dropout, split=split)
@@ -70,18 +71,13 @@ def project(
     *,
     contract: int = 1,
 ) -> jax.Array:
-    """`x` times a matrix, and its adapter if it has one; `keys_BT` where dropout is wanted."""
+    """Multiply `x` by a matrix, and add its adapter if it has one; `keys_BT` for dropout."""
     y = linear(x, weight[...], contract=contract)
     return y if adapter is None else y + adapter(x, keys_BT)
 
 
-def drops_out(adapters: Adapters | None) -> bool:
-    """Whether training them needs `dropout_keys` in its batches."""
-    return any(adapter.dropout for adapter in (adapters or {}).values())
-
-
 def fold_in(keys_BT: jax.Array | None, number: Any, *, word: int = 0) -> jax.Array | None:
-    """Other keys for each number (layers in word 0, inputs in word 1); no keys stay none.
+    """Make other keys for each number (layers in word 0, inputs in word 1); no keys stay none.
 
     By exclusive or: the keys are random already, and the generator mixes them with each counter.
     `jax.random.fold_in` would run the generator once more for each mask.
@@ -97,12 +93,15 @@ def fold_in(keys_BT: jax.Array | None, number: Any, *, word: int = 0) -> jax.Arr
 def init_adapters(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Adapters:
     """Fresh adapters of every target, stacked over layers."""
     keys = jax.random.split(named_key(key, "lora"), config.num_layers)
-    make = lambda target: jax.vmap(lambda k: Adapter(config, lora, target, k))(keys)  # noqa: E731
-    return {target: make(target) for target in lora.targets}
+
+    def stack(target: str) -> Adapter:
+        return jax.vmap(lambda k: Adapter(config, lora, target, k))(keys)
+
+    return {target: stack(target) for target in lora.targets}
 
 
 def attach(model: Any, adapters: Adapters | None) -> Any:
-    """A copy of `model` that shares its arrays and has `adapters` beside what they adapt."""
+    """Copy `model`, sharing its arrays, with `adapters` beside the weights that they adapt."""
     model = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))
     for target, adapter in (adapters or {}).items():
         setattr(getattr(model.blocks, MODULES[target]), f"{target}_lora", adapter)
@@ -110,37 +109,41 @@ def attach(model: Any, adapters: Adapters | None) -> Any:
 
 
 def detach(model: Any) -> tuple[Any, Adapters | None]:
-    """The model without adapters, and the adapters; the reverse of `attach`."""
+    """Return the model without adapters, and the adapters: invert `attach`."""
     model, adapters = attach(model, None), {}
     for target, module in MODULES.items():
-        where = getattr(model.blocks, module)
-        if (adapter := getattr(where, f"{target}_lora")) is not None:
+        block = getattr(model.blocks, module)
+        if (adapter := getattr(block, f"{target}_lora")) is not None:
             adapters[target] = adapter
-            setattr(where, f"{target}_lora", None)
+            setattr(block, f"{target}_lora", None)
     return model, adapters or None
 
 
 def trainable(model: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """What of a model is trained (its adapters, or all of it), and the way back to a model."""
+    """Return what of a model is trained (its adapters, or all), and the way back to a model."""
     base, adapters = detach(model)
     if adapters is None:
         return base, lambda weights: weights
     return adapters, lambda weights: attach(base, weights)
 
 
+def drops_out(adapters: Adapters | None) -> bool:
+    """Whether training needs `dropout_keys` in its batches."""
+    return any(adapter.dropout for adapter in (adapters or {}).values())
+
+
 def merge(model: Any, *, dtype: jnp.dtype) -> Any:
-    """The model with its adapters added into their matrices, which are then of `dtype`."""
+    """Add the adapters into their matrices in exact float32, and cast these to `dtype`."""
     base, adapters = detach(model)
     for target, adapter in (adapters or {}).items():
-        where = getattr(base.blocks, MODULES[target])
-        weight = getattr(where, target)
-        a, b = adapter.a[...], adapter.b[...]  # (L, in, R) and (L, R, out), of one or several dims
-        dims = (((a.ndim - 1,), (1,)), ((0,), (0,)))
+        block = getattr(base.blocks, MODULES[target])
+        weight, a, b = getattr(block, target), adapter.a[...], adapter.b[...]
+        dims = (((a.ndim - 1,), (1,)), ((0,), (0,)))  # (L, in, R) x (L, R, out)
         product = jax.lax.dot_general(
             a, b, dims, precision="highest", preferred_element_type=jnp.float32
         )
         value = weight[...].astype(jnp.float32) + adapter.scale * product
-        setattr(where, target, weight.replace(value.astype(dtype)))
+        setattr(block, target, weight.replace(value.astype(dtype)))
     return base
 
 

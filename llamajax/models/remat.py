@@ -9,9 +9,9 @@
 | `save_attention` | the attention output (and a kernel's row statistics) | all but attention      |
 | `full`           | nothing                                              | the whole block        |
 
-Besides these, single tensors can be kept by name, on the device or in the host's memory (`NAMES`),
-where the host has room and the link to it has time: a block's `block_input` is what `full` keeps.
-Gathered weights are never kept: that would undo FSDP.
+Besides these, single tensors can be kept by their checkpoint name, on the device or in the host's
+memory, where the host has room and the link to it has time: a block's `block_input` is what `full`
+keeps. Gathered weights are never kept: that would undo FSDP.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ import jax
 
 _POLICIES = jax.checkpoint_policies
 
-_KEPT = {
+_KEPT_NAMES = {
     "save_qkv": ("qkv", "attention"),
     "save_attention": ("attention",),
     "full": (),
@@ -31,21 +31,20 @@ REMAT: dict[str, Callable] = {
     "dots": _POLICIES.save_from_both_policies(
         _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names("attention")
     ),
-} | {name: _POLICIES.save_only_these_names(*kept) for name, kept in _KEPT.items()}
+} | {name: _POLICIES.save_only_these_names(*kept) for name, kept in _KEPT_NAMES.items()}
 
 
 def remat_policy(
     name: str, *, keep: tuple[str, ...] = (), offload: tuple[str, ...] = ()
 ) -> Callable:
-    """Policy for `jax.checkpoint`: keep what `name` keeps, and these tensors besides.
+    """Policy `name` of REMAT for `jax.checkpoint`, which also keeps or offloads named tensors.
 
-    keep: tensors of `NAMES` on the device; offload: in pinned memory of the host.
+    keep: on the device; offload: in pinned memory of the host.
     """
     if not keep and not offload:
         return REMAT[name]
-    kept = {*_KEPT[name], *keep} - {*offload}
     return _POLICIES.save_and_offload_only_these_names(
-        names_which_can_be_saved=sorted(kept),
+        names_which_can_be_saved=sorted({*_KEPT_NAMES[name], *keep} - {*offload}),
         names_which_can_be_offloaded=list(offload),
         offload_src="device",
         offload_dst="pinned_host",

@@ -1,8 +1,8 @@
-"""What the copies of a model compute and hold, each as a few numbers that must be the same bits.
+"""Digests of what the copies of a model compute and hold, to find a device that is wrong.
 
-Devices that see the same tokens with the same weights run the same program on the same numbers:
+Devices that compute the same tokens with the same weights run the same program on the same numbers:
 one whose digest differs is broken. Nothing that is compared here has been summed over the copies,
-which would make one device's mistake everyone's.
+which would hide whose mistake it was.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _ODD = 2654435761  # of Knuth's multiplicative hash; odd, so that one flipped bi
 def digest(tree: Any) -> jax.Array:
     """A uint32 of the bits of all arrays of a tree, in order; any single flipped bit changes it.
 
-    A sum of integers: the same however it is summed.
+    It is a sum of integers, so the order of adding does not change it.
     """
     total = jnp.uint32(0)
     for x in jax.tree.leaves(tree):
@@ -36,9 +36,9 @@ def digest(tree: Any) -> jax.Array:
 def compute_digests(model: Llama, tokens_BT: jax.Array, compute: Compute) -> jax.Array:
     """uint32 (2,): digests of all blocks, forward and backward, and of the loss, on one device.
 
-    The tokens are the same on all. Each block's gradients, of its input and of its weights before
-    any reduction, are those for its own output as the gradient that comes in: the same products as
-    in training, and a backward pass that keeps nothing for later. Where stages split the layers,
+    The tokens are the same on all devices. Each block's gradients, of its input and of its weights
+    before any reduction, are those for its own output as the incoming gradient: the same products
+    as in training, and a backward pass that keeps nothing for later. Where stages split the layers,
     each device runs those that it has.
     """
     compute = dataclasses.replace(
@@ -49,17 +49,14 @@ def compute_digests(model: Llama, tokens_BT: jax.Array, compute: Compute) -> jax
         remat_offload=(),
         attention="blocked" if compute.attention == "split" else compute.attention,
     )
-    model, tokens_BT = pcast_varying_tree(model), pcast_varying(tokens_BT, TOKEN_AXES)
-    positions_BT = pcast_varying(
-        jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape),
-        TOKEN_AXES,
-    )
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+    batch = pcast_varying({"tokens": tokens_BT, "positions": positions_BT}, TOKEN_AXES)
+    model = pcast_varying_tree(model)
 
     def visit(block: Block, x_BTD: jax.Array, so_far: jax.Array, inputs: LayerInputs):
         out_BTD, vjp = jax.vjp(lambda b, x: b(x, inputs, inputs.attend)[0], block, x_BTD)
         return out_BTD, so_far * jnp.uint32(31) + digest((out_BTD, vjp(out_BTD))), None
 
-    batch = {"tokens": tokens_BT, "positions": positions_BT}
     zero = pcast_varying(jnp.uint32(0), tuple(jax.sharding.get_abstract_mesh().manual_axes))
     x_BTD, blocks, _ = model.forward(batch, compute, visit, zero)
 
@@ -67,12 +64,11 @@ def compute_digests(model: Llama, tokens_BT: jax.Array, compute: Compute) -> jax
         return cross_entropy(
             x_BTD,
             jax.lax.stop_gradient(model.head_or_embedding[...]),
-            tokens_BT,
-            jnp.ones_like(tokens_BT, dtype=bool),
+            batch["tokens"],
+            jnp.ones_like(batch["tokens"], dtype=bool),
             vocab_size=model.config.vocab_size,
             chunk_tokens=compute.loss_chunk_tokens,
             z_weight=compute.z_weight,
-            split_tokens=False,
         ).objective
 
     return jnp.stack([blocks, digest(jax.value_and_grad(loss)(x_BTD))])

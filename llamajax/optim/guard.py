@@ -1,9 +1,9 @@
-"""Which updates are left out, decided inside the jitted step; pure functions over arrays.
+"""The update guard: which updates are skipped, decided inside the jitted step.
 
-An update is left out when its loss or gradient norm is not finite, or lies far above those of the
-last updates that were applied, and when no token of its batch carries loss. Everything here is
-replicated and a function of two scalars that are the same on every device, so all devices and
-processes decide alike, and nothing waits for the host.
+An update is skipped when its loss or gradient norm is not finite, or far above those of the last
+applied updates, and when no token of its batch carries loss. Everything here is replicated and a
+function of two scalars that are the same on every device, so all devices and processes decide
+alike, and nothing waits for the host.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from flax import struct
 
 from llamajax.config.schema import GuardConfig
 
-# Why an update was left out, by the number that the step returns.
+# Why an update was skipped, by the number that the step returns.
 REASONS = (
     "applied",
     "the loss is not finite",
@@ -35,14 +35,14 @@ class GuardState:
 
     applied: jax.Array  # int32 scalars: updates since the run began
     skipped: jax.Array
-    in_a_row: jax.Array  # left out since the last that was applied
+    in_a_row: jax.Array  # skipped since the last that was applied
     loss_W: jax.Array  # float32, a ring: of the last W updates that were applied
     grad_norm_W: jax.Array
 
 
 @struct.dataclass
 class GuardDecision:
-    """What is decided of one update: an index into REASONS, and where spikes begin (or inf)."""
+    """The decision on one update: an index into REASONS, and where spikes begin (or inf)."""
 
     reason: jax.Array
     loss_limit: jax.Array
@@ -58,34 +58,32 @@ def new_guard(window: int) -> GuardState:
 def decide(
     state: GuardState, *, loss: jax.Array, grad_norm: jax.Array, config: GuardConfig
 ) -> GuardDecision:
-    """Whether an update with this loss and gradient norm (float32 scalars) is to be applied."""
+    """Decide whether to apply an update with this loss and gradient norm (float32 scalars)."""
     factor, window = config.spike_factor, state.loss_W.shape[0]
-    limits = [jnp.float32(jnp.inf)] * 2
+    loss_limit = grad_norm_limit = jnp.float32(jnp.inf)
     if factor is not None:
         full = state.applied >= window
-        rings = (state.loss_W, state.grad_norm_W)
-        limits = [jnp.where(full, _limit(ring, factor), jnp.inf) for ring in rings]
-    # The first that holds counts.
-    signs = [
-        ~jnp.isfinite(loss),
-        ~jnp.isfinite(grad_norm),
-        loss > limits[0],
-        grad_norm > limits[1],
-    ]
-    if config.nonfinite == "off":
-        signs[:2] = [jnp.bool_(False)] * 2
-    signs.insert(0, jnp.isnan(loss) & (grad_norm == 0))  # nothing to average
-    reason = jnp.select(signs, [jnp.int32(n) for n in (5, 1, 2, 3, 4)], jnp.int32(0))
-    return GuardDecision(reason=reason, loss_limit=limits[0], grad_norm_limit=limits[1])
+        loss_limit = jnp.where(full, _limit(state.loss_W, factor), jnp.inf)
+        grad_norm_limit = jnp.where(full, _limit(state.grad_norm_W, factor), jnp.inf)
+    checked = jnp.bool_(config.nonfinite != "off")
+    reasons = {  # the first that holds counts
+        5: jnp.isnan(loss) & (grad_norm == 0),  # nothing to average
+        1: checked & ~jnp.isfinite(loss),
+        2: checked & ~jnp.isfinite(grad_norm),
+        3: loss > loss_limit,
+        4: grad_norm > grad_norm_limit,
+    }
+    reason = jnp.select([*reasons.values()], [jnp.int32(n) for n in reasons], jnp.int32(0))
+    return GuardDecision(reason=reason, loss_limit=loss_limit, grad_norm_limit=grad_norm_limit)
 
 
 def advance(
-    state: GuardState, verdict: GuardDecision, *, loss: jax.Array, grad_norm: jax.Array
+    state: GuardState, decision: GuardDecision, *, loss: jax.Array, grad_norm: jax.Array
 ) -> GuardState:
-    """The state after an update; values of one that was left out never enter the medians."""
-    applied = verdict.reason == 0
-    place_W = jnp.arange(state.loss_W.shape[0], dtype=jnp.int32)
-    here_W = (place_W == state.applied % state.loss_W.shape[0]) & applied
+    """The state after an update; values of a skipped one never enter the medians."""
+    applied, window = decision.reason == 0, state.loss_W.shape[0]
+    slot_W = jnp.arange(window, dtype=jnp.int32)
+    here_W = (slot_W == state.applied % window) & applied
     skipped = jnp.int32(~applied)
     return GuardState(
         applied=state.applied + 1 - skipped,
@@ -102,7 +100,7 @@ def select_update(applied: jax.Array, new: Any, old: Any) -> Any:
 
 
 def _limit(values_W: jax.Array, factor: float) -> jax.Array:
-    """So many deviations above the median; both of them robust to half of the values."""
+    """`factor` deviations above the median; both are robust to half of the values."""
     middle = values_W.shape[0] // 2
     median = jnp.sort(values_W)[middle]
     deviation = _DEVIATIONS * jnp.sort(jnp.abs(values_W - median))[middle]

@@ -1,4 +1,4 @@
-"""Learning rate of each update: warm-up, then one of four shapes."""
+"""Learning rate of each update: warm-up, then one of four schedules."""
 
 from typing import Any
 
