@@ -5,28 +5,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from meshes import mesh_of
+from tiny_model import tiny_model
 
 from llamajax import sharding
-from llamajax.config.schema import MeshConfig, ModelConfig, RopeScaling
+from llamajax.config.schema import ModelConfig, RopeScaling
 from llamajax.decoding.engine import Engine
 from llamajax.decoding.generate_options import Sampling
 from llamajax.decoding.prompts import Prompt
 from llamajax.models.llama import Llama
 
-GROUPED = ModelConfig(
-    vocab_size=97,
-    hidden_size=24,
-    intermediate_size=52,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=6,
-    rope_theta=10_000.0,
-    norm_eps=1e-5,
-    tie_embeddings=False,
-    init_std=0.3,
-    max_seq_len=96,
-)
+GROUPED = tiny_model(hidden_size=24, intermediate_size=52, head_size=6, max_seq_len=96)
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16)
 CONFIGS = {
     "grouped": GROUPED,
@@ -50,14 +39,12 @@ def new_engine():
 
     random = jax.jit(lambda key: Llama(GROUPED, key))(jax.random.key(0))
 
-    def make(*, model=None, mesh=None, stop_ids=(), **sampling) -> Engine:
-        mesh = mesh or MeshConfig()
-        devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
-        placed = sharding.build_mesh(mesh, devices)
-        model = jax.device_put(model or random, sharding.shardings(model or random, placed))
+    def make(*, model=None, sizes=None, stop_ids=(), **sampling) -> Engine:
+        mesh = mesh_of(**(sizes or {}))
+        model = jax.device_put(model or random, sharding.shardings(model or random, mesh))
         return Engine(
             model,
-            placed,
+            mesh,
             dtype=jnp.dtype("float32"),
             attention=lambda seq_len: "blocked",
             sampling=Sampling(**({"temperature": 0.0} | sampling)),

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_model import COMPUTE
 
 from llamajax.decoding import kv_cache as kv
 from llamajax.decoding.decode_steps import Rows, append_token, fill_cache
-from llamajax.models.llama import Compute, Llama
+from llamajax.models.llama import Llama
 from llamajax.ops.attention_cached import cached_attention
 
 TOLERANCE = 1e-5  # largest difference over largest value: float32, sums in another order
-COMPUTE = Compute(dtype=jnp.dtype("float32"), remat="none", attention="xla", loss_chunk_tokens=1)
 
 
 def test_cached_attention_equals_numpy():

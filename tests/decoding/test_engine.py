@@ -1,15 +1,13 @@
 """Generated tokens: the same alone, in a batch, in any bucket, on any mesh; where rows stop."""
 
-import jax
 import numpy as np
 import pytest
 import stored
 from llama_cases import DECODED, NEW_TOKENS, PROMPTS, save_hugging_face, weights
+from meshes import mesh_of
 
-from llamajax.config.schema import MeshConfig
 from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
-from llamajax.sharding import build_mesh
 
 DRAWN = {"temperature": 0.9, "top_k": 60, "top_p": 0.95, "repetition_penalty": 1.1}
 
@@ -44,13 +42,9 @@ def test_neither_batch_nor_bucket_nor_chunk_changes_a_token(engine, new_tokens, 
     assert new_tokens(engine, PROMPTS, count=40, interval_s=1e-9) == longer
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [MeshConfig(tensor=2), MeshConfig(fsdp=2, data=2, tensor=2)],
-    ids=["tensor 2", "data 2 fsdp 2 tensor 2"],
-)
-def test_every_mesh_draws_the_same_tokens(new_engine, new_tokens, drawn, mesh):
-    assert new_tokens(new_engine(mesh=mesh, **DRAWN), PROMPTS) == drawn
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"fsdp": 2, "data": 2, "tensor": 2}], ids=str)
+def test_every_mesh_draws_the_same_tokens(new_engine, new_tokens, drawn, sizes):
+    assert new_tokens(new_engine(sizes=sizes, **DRAWN), PROMPTS) == drawn
 
 
 def test_a_session_compiles_a_bounded_number_of_programs(new_engine, new_tokens):
@@ -89,7 +83,7 @@ def test_nothing_is_decoded_when_the_first_token_stops_all(new_engine, new_token
 
 
 def test_the_speed_counts_new_tokens_of_prompts_alone(new_engine, new_tokens):
-    engine = new_engine(mesh=MeshConfig(data=4))
+    engine = new_engine(sizes={"data": 4})
     new_tokens(engine, {0: [1], 1: [2]}, count=5)  # two rows of the four are no prompts
     assert (engine.times.batches, engine.times.decode_tokens) == (1, 8)
 
@@ -98,8 +92,7 @@ def test_the_speed_counts_new_tokens_of_prompts_alone(new_engine, new_tokens):
 def test_greedy_tokens_equal_transformers(new_engine, new_tokens, name, tmp_path):
     config = DECODED[name]
     folder = save_hugging_face(tmp_path, config, weights(config, std=0.3))
-    mesh = build_mesh(MeshConfig(), jax.devices()[:1])
-    model = open_weights(folder).load(abstract_model(config, mesh))
+    model = open_weights(folder).load(abstract_model(config, mesh_of()))
     found = new_tokens(new_engine(model=model), PROMPTS, count=NEW_TOKENS)
     assert list(found.values()) == stored.facts()["decoded"][name]
     assert len({tuple(ids) for ids in found.values()}) > 1

@@ -6,28 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import mesh_of
+from tiny_model import COMPUTE, tiny_model
 
 from llamajax import sharding
-from llamajax.config.schema import MeshConfig, ModelConfig
 from llamajax.evaluation.scoring import rows_a_batch, score
 from llamajax.evaluation.windows import WindowRows, sliding_window
-from llamajax.models.llama import Compute, Llama
+from llamajax.models.llama import Llama
 
-CONFIG = ModelConfig(
-    vocab_size=131,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=4,
-    rope_theta=12_345.0,
-    norm_eps=1e-4,
-    tie_embeddings=False,
-    init_std=0.4,
-    max_seq_len=32,
-)
-COMPUTE = Compute(dtype=jnp.dtype("float32"), remat="none", attention="xla", loss_chunk_tokens=20)
+CONFIG = tiny_model(vocab_size=131, rope_theta=12_345.0, norm_eps=1e-4, init_std=0.4)
 IDS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 61).astype(np.int32)
 ROWS = WindowRows(IDS, sliding_window(len(IDS), 12, 5))
 TOLERANCE = 1e-5  # nats, of losses of several nats: float32, sums in another order
@@ -53,8 +40,7 @@ def expected() -> np.ndarray:
 
 
 def run(shape: dict[str, int], batch_size: int, **options):
-    devices = jax.devices()[: np.prod(list(shape.values()), dtype=int)]
-    mesh = sharding.build_mesh(MeshConfig(**shape), devices)
+    mesh = mesh_of(**shape)
     placed = jax.device_put(model(), sharding.shardings(model(), mesh))
     batch_size, shown = rows_a_batch(ROWS, mesh, batch_size), []
     whole = {"num_batches": -(-ROWS.num_rows // batch_size), "keep": True}
@@ -97,7 +83,7 @@ def test_the_first_batches_are_the_first_tokens():
 
 
 def test_batches_fill_the_mesh_and_no_more():
-    mesh = sharding.build_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
     assert rows_a_batch(ROWS, mesh, 1) == 4
     assert rows_a_batch(ROWS, mesh, 5) == 8
     assert rows_a_batch(ROWS, mesh, None) == -(-ROWS.num_rows // 4) * 4

@@ -2,64 +2,32 @@
 
 import dataclasses
 import functools
-import math
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import mesh_of
 from plain_batch import plain_batch
-from stepping import FAST_COMPILE
+from stepping import FAST_COMPILE, OPTIM
+from tiny_model import COMPUTE, draw_like, draw_llama, tiny_model
 
 from llamajax import optim, sharding
 from llamajax.config.presets import PRESETS
-from llamajax.config.schema import (
-    LORA_TARGETS,
-    LoraConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-)
+from llamajax.config.schema import LORA_TARGETS, LoraConfig, TrainConfig
 from llamajax.models import sharded_step
 from llamajax.models.counts import flops_per_token
-from llamajax.models.llama import Compute, Llama
+from llamajax.models.llama import Llama
 from llamajax.models.lora import attach, detach, init_adapters, merge, num_adapter_parameters
 from llamajax.ops.dropout import dropout
 from llamajax.training.state import state_from_weights
 from llamajax.training.step import train_step
 
-MODEL = ModelConfig(
-    vocab_size=97,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=6,
-    rope_theta=12_345.0,
-    norm_eps=1e-5,
-    tie_embeddings=False,
-    init_std=0.2,
-    max_seq_len=64,
-)
+MODEL = tiny_model(head_size=6, rope_theta=12_345.0, init_std=0.2)
 LORA = LoraConfig(rank=3, alpha=6.0)
 # Split by columns (N, and K), by rows (N, and F): one of each, to compile less.
 TARGETS = ("query", "value", "out", "down")
-# An epsilon far above the gradients: updates are then proportional to them, see test_step.py.
-OPTIM = OptimConfig(
-    learning_rate=0.1,
-    warmup_steps=0,
-    schedule="constant",
-    final_learning_rate=0.1,
-    beta1=0.9,
-    beta2=0.95,
-    epsilon=0.1,
-    weight_decay=0.1,
-    clip_norm=1.0,
-)
-COMPUTE = Compute(dtype=jnp.dtype("float32"), remat="none", attention="xla", loss_chunk_tokens=12)
 B, T, STEPS = 8, 8, 5
 UNCHECKED = {"base_dtype": "bfloat16", "checked": False}
 
@@ -69,21 +37,15 @@ def batch(seed: int) -> dict[str, np.ndarray]:
     return plain_batch(tokens)
 
 
-def drawn(shapes, seed: int, *, std: float):
-    """Arrays of these shapes from NumPy: compiling JAX's own random numbers takes seconds."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(std * rng.normal(size=x.shape), x.dtype), shapes)
-
-
 @functools.cache
 def base_model() -> Llama:
-    return drawn(jax.eval_shape(lambda key: Llama(MODEL, key), jax.random.key(0)), 3, std=0.2)
+    return draw_llama(MODEL, 3, std=0.2)
 
 
 def trained_adapters(lora: LoraConfig = LORA):
     """Adapters with a B that is not zero."""
     init = functools.partial(init_adapters, MODEL, lora)
-    return drawn(jax.eval_shape(init, jax.random.key(0)), 6, std=0.3)
+    return draw_like(jax.eval_shape(init, jax.random.key(0)), 6, std=0.3)
 
 
 def logits(model: Llama) -> np.ndarray:
@@ -97,8 +59,7 @@ def run(mesh_shape, *, dropout=0.0, accumulation=1, base_dtype="float32", checke
     One compiled program takes all five: it would refuse a state that is placed another way.
     """
     axes = ("data", "fsdp", "tensor", "sequence", "stage")
-    sizes = dict(zip(axes, mesh_shape, strict=False))
-    mesh = sharding.build_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(mesh_shape)])
+    mesh = mesh_of(**dict(zip(axes, mesh_shape, strict=False)))
     compute = dataclasses.replace(
         COMPUTE,
         split_tokens=mesh.shape["tensor"] > 1,

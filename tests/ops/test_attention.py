@@ -60,20 +60,11 @@ def test_gradients_are_those_of_finite_differences(impl):
     weights = rng.standard_normal(q.shape)
     grads = value_and_grads(impl, q, k, v, jnp.asarray(ids), jnp.asarray(weights, jnp.float32))[1:]
     for which, grad in enumerate(grads):
-        direction = rng.standard_normal(grad.shape)
-        shifted = [
-            np.sum(
-                weights
-                * numpy_attention(
-                    *(
-                        np.asarray(x, np.float64) + (step * direction if i == which else 0)
-                        for i, x in enumerate((q, k, v))
-                    ),
-                    ids,
-                )
-            )
-            for step in (1e-5, -1e-5)
-        ]
+        direction, shifted = rng.standard_normal(grad.shape), []
+        for step in (1e-5, -1e-5):
+            moved = [np.asarray(x, np.float64) for x in (q, k, v)]
+            moved[which] = moved[which] + step * direction
+            shifted.append(np.sum(weights * numpy_attention(*moved, ids)))
         expected = (shifted[0] - shifted[1]) / 2e-5
         np.testing.assert_allclose(np.sum(np.asarray(grad) * direction), expected, rtol=1e-4)
 
@@ -132,9 +123,25 @@ def test_padding_is_finite_and_reaches_nobody(impl):
         assert np.asarray(grad)[~is_padding].any()
 
 
+def assert_sharded_equals(function, mesh, arrays, specs, *, check_vma=True, atol=1e-5):
+    """Value and gradients by q, k, v of `function`, whose output is sharded as q."""
+    run = functools.partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=specs[0])
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)
+    ]
+
+    def grads(f, arrays):
+        run = jax.value_and_grad(lambda *a: jnp.sum(jnp.sin(f(*a))), (0, 1, 2))
+        return jax.tree.leaves(jax.jit(run)(*arrays))
+
+    found = grads(run(function, check_vma=check_vma), placed)
+    for a, b in zip(found, grads(function, arrays), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=atol)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("impl", PLAIN)
-def test_sharded_in_a_rematerialised_scan_equals_unsharded(impl, check_vma):
+def test_sharded_in_a_rematerialized_scan_equals_unsharded(impl, check_vma):
     q, k, v = inputs((4, 70, 4, 2, 8), seed=5)
     ids = jnp.asarray(np.tile(DOCUMENTS, (2, 1)))
     policy = jax.checkpoint_policies.save_only_these_names("attention")
@@ -150,18 +157,7 @@ def test_sharded_in_a_rematerialised_scan_equals_unsharded(impl, check_vma):
     mesh = jax.make_mesh((4, 2), ("data", "tensor"))
     heads = P("data", None, "tensor")
     specs = (heads, heads, heads, P("data"))
-    sharded = jax.shard_map(layers, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=check_vma)
-
-    def grads(f, *args):
-        return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(jnp.sin(f(*a))), (0, 1, 2)))(*args)
-
-    placed = [
-        jax.device_put(x, NamedSharding(mesh, spec))
-        for x, spec in zip((q, k, v, ids), specs, strict=True)
-    ]
-    want, got = grads(layers, q, k, v, ids), grads(sharded, *placed)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
+    assert_sharded_equals(layers, mesh, (q, k, v, ids), specs, check_vma=check_vma)
 
 
 @pytest.mark.parametrize("impl", PLAIN)
@@ -169,19 +165,8 @@ def test_keys_that_are_equal_on_several_devices_get_the_sum_of_their_gradients(i
     """Four query heads over two devices share one kv head, which each of them holds."""
     q, k, v = inputs((1, 70, 4, 1, 8), seed=6)
     mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
-    heads = P(None, None, "tensor")
     plain = functools.partial(attention, impl=impl, segment_ids_BT=None)
-    sharded = jax.shard_map(plain, mesh=mesh, in_specs=(heads, P(), P()), out_specs=heads)
-
-    def grads(f, *args):
-        return jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), (1, 2)))(*args)
-
-    specs = (heads, P(), P())
-    placed = [
-        jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip((q, k, v), specs, strict=True)
-    ]
-    for a, b in zip(grads(sharded, *placed), grads(plain, q, k, v), strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
+    assert_sharded_equals(plain, mesh, (q, k, v), (P(None, None, "tensor"), P(), P()), atol=1e-6)
 
 
 def count(jaxpr, name):

@@ -1,55 +1,102 @@
-"""Value and gradient of the chunked cross-entropy against float64 NumPy."""
+"""Value and gradient of the chunked cross-entropy, on every way to split it, against float64."""
+
+import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import on_mesh
 
-from llamajax.ops.cross_entropy import cross_entropy
+from llamajax.ops.cross_entropy import cross_entropy, token_nll
+from llamajax.sharding import BATCH_AXES
+from llamajax.sharding.collectives import pcast_varying, psum
 
-B, T, D, ROWS = 3, 7, 6, 16
+# 300 tokens are stored in 384 rows: neither a multiple of 128 x 2, and one part is half padding.
+B, T, D, VOCAB, ROWS = 8, 5, 6, 300, 384
 TOLERANCE = 1e-5  # largest difference over largest value: float32 against float64
+ALL_AXES = {"data": 2, "fsdp": 2, "tensor": 2}
+# With tokens a chunk: of the 10, 20 or 40 local ones no multiple, but for 512, which is all.
+SPLITS = [
+    ({}, 7), ({}, 512), ({"fsdp": 2}, 7), ({"tensor": 2}, 3), ({"fsdp": 2, "tensor": 2}, 512),
+    (ALL_AXES, 3),
+]  # fmt: skip
 
 
-def inputs(vocab: int):
+def inputs(vocab: int = VOCAB):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(B, T, D)).astype(np.float32)
-    head = 3 * rng.normal(size=(ROWS, D)).astype(np.float32)
-    return x, head, rng.integers(0, vocab, (B, T)).astype(np.int32), rng.random((B, T)) < 0.6
+    head = rng.normal(size=(ROWS, D)).astype(np.float32)
+    targets = rng.integers(0, vocab, (B, T)).astype(np.int32)
+    targets[0, :3] = 0, 191, vocab - 1  # the edges of the parts
+    mask = rng.random((B, T)) < 0.6
+    mask[1] = False
+    return {"BTD": x, "VD": head, "BT": targets, "BT ": mask}
 
 
-def reference(x, head, targets, mask, *, vocab: int, z_weight: float):
-    """(nll, z, gradient by x, gradient by the head) of the sum, in float64."""
+@functools.cache
+def reference(vocab: int, z_weight: float):
+    """(nll, z, gradient by x, gradient by the head, nll of each token), in float64."""
+    x, head, targets, mask = inputs(vocab).values()
     x, head = x.reshape(-1, D).astype(np.float64), head.astype(np.float64)
-    mask, targets = mask.reshape(-1).astype(np.float64), targets.reshape(-1)
+    targets, mask = targets.reshape(-1), mask.reshape(-1).astype(np.float64)
     odds = np.exp(x @ head[:vocab].T)
     partition = odds.sum(axis=1)
     log_partition = np.log(partition)
-    nll = (log_partition - np.sum(x * head[targets], axis=1)) @ mask
+    nll = log_partition - np.sum(x * head[targets], axis=1)
     grad = odds / partition[:, None] * (1 + 2 * z_weight * log_partition)[:, None]
     grad = (grad - np.eye(vocab)[targets]) * mask[:, None]
     grad_head = np.zeros_like(head)
     grad_head[:vocab] = grad.T @ x
-    return nll, log_partition**2 @ mask, (grad @ head[:vocab]).reshape(B, T, D), grad_head
+    grad_x = (grad @ head[:vocab]).reshape(B, T, D)
+    return nll @ mask, log_partition**2 @ mask, grad_x, grad_head, nll.reshape(B, T)
 
 
-@pytest.mark.parametrize("vocab", [ROWS, 11])
-@pytest.mark.parametrize(("chunk", "z_weight"), [(4, 0.0), (7, 0.3), (512, 0.3)])
-def test_value_and_gradient_equal_float64(vocab, chunk, z_weight):
-    x, head, targets, mask = inputs(vocab)
+def check(sizes, chunk: int, *, vocab: int = VOCAB, z_weight: float, check_vma: bool = True):
+    """Compare the loss with the reference, reduced as the training step does it."""
 
-    def objective(x, head):
-        options = {"vocab_size": vocab, "chunk_tokens": chunk, "z_weight": z_weight}
-        terms = cross_entropy(x, head, jnp.asarray(targets), jnp.asarray(mask), **options)
-        return terms.objective, terms
+    def gradients(x, head, targets, mask):
+        def objective(x, head):
+            options = {"vocab_size": vocab, "chunk_tokens": chunk, "z_weight": z_weight}
+            terms = cross_entropy(x, head, targets, mask, **options)
+            return terms.objective, terms
 
-    run = jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
-    (value, terms), grads = run(jnp.asarray(x), jnp.asarray(head))
-    nll, z, *expected = reference(x, head, targets, mask, vocab=vocab, z_weight=z_weight)
-    np.testing.assert_allclose(terms.nll, nll, rtol=TOLERANCE)
-    np.testing.assert_allclose(terms.z, z, rtol=TOLERANCE)
-    np.testing.assert_allclose(value, nll + z_weight * z, rtol=TOLERANCE)
-    for got, want in zip(grads, expected, strict=True):
+        run = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+        (_, terms), (grad_x, grad_head) = run(x, pcast_varying(head, "data"))
+        return *psum(tuple(terms), BATCH_AXES), grad_x, psum(grad_head, "data")
+
+    arrays = [(name.strip(), array) for name, array in inputs(vocab).items()]
+    outputs = ("", "", "", "BTD", "VD")
+    found = on_mesh(sizes, gradients, arrays, outputs, check_vma=check_vma)
+    objective, nll, z, *grads = found
+    expected_nll, expected_z, *expected_grads, _ = reference(vocab, z_weight)
+    np.testing.assert_allclose(nll, expected_nll, rtol=TOLERANCE)
+    np.testing.assert_allclose(z, expected_z, rtol=TOLERANCE)
+    np.testing.assert_allclose(objective, expected_nll + z_weight * expected_z, rtol=TOLERANCE)
+    for got, want in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE * np.abs(want).max())
-    assert not np.asarray(grads[1])[vocab:].any(), "padding has no gradient"
-    assert not np.asarray(grads[0])[~mask].any(), "nor have tokens that do not count"
+    assert not grads[1][vocab:].any(), "padding has no gradient"
+    assert not grads[0][~inputs(vocab)["BT "]].any(), "nor have tokens that do not count"
+
+
+@pytest.mark.parametrize(("sizes", "chunk"), SPLITS, ids=str)
+def test_value_and_gradient_equal_float64(sizes, chunk):
+    check(sizes, chunk, z_weight=0.3)
+
+
+def test_a_head_without_padding_rows():
+    check({}, 4, vocab=ROWS, z_weight=0.0)
+
+
+def test_the_same_without_the_check_of_varying_axes():
+    check(ALL_AXES, 7, z_weight=0.0, check_vma=False)
+
+
+@pytest.mark.parametrize(("sizes", "chunk"), SPLITS[3:], ids=str)
+def test_losses_of_single_tokens_equal_float64(sizes, chunk):
+    def losses(x, head, targets):
+        head = pcast_varying(head, "data")
+        return (token_nll(x, head, targets, vocab_size=VOCAB, chunk_tokens=chunk),)
+
+    arrays = list(inputs().items())[:3]
+    (found,) = on_mesh(sizes, losses, arrays, ("BT",))
+    np.testing.assert_allclose(found, reference(VOCAB, 0.0)[4], rtol=0, atol=TOLERANCE * 10)

@@ -1,13 +1,10 @@
-"""Each wrong mesh is refused with its reason and the nearest that fits, all reasons at once."""
+"""Refusal of a mesh that does not fit, with all reasons and the nearest that fits."""
 
-import math
-
-import jax
 import pytest
+from meshes import mesh_of
 
-from llamajax.config.schema import MeshConfig
 from llamajax.errors import UserError
-from llamajax.sharding import build_mesh, check_divides
+from llamajax.sharding import check_divides
 
 DIMS = {"V": 128, "D": 16, "F": 24, "N": 8, "K": 4, "H": 4, "L": 4}
 FITS = {"batch": 8, "accumulation": 1, "seq_len": 16}
@@ -15,8 +12,7 @@ FITS = {"batch": 8, "accumulation": 1, "seq_len": 16}
 
 def check(mesh, **wrong):
     dims = DIMS | {k: wrong.pop(k) for k in list(wrong) if k in DIMS}
-    devices = jax.devices()[: math.prod(mesh.values())]
-    check_divides(dims, build_mesh(MeshConfig(**mesh), devices), **(FITS | wrong))
+    check_divides(dims, mesh_of(**mesh), **(FITS | wrong))
 
 
 @pytest.mark.parametrize(
@@ -50,9 +46,16 @@ def test_a_wrong_mesh_is_refused_with_the_nearest_fit(mesh, wrong, message):
 
 def test_several_reasons_come_together():
     with pytest.raises(UserError) as caught:
-        check({"tensor": 2, "stage": 2}, N=7, batch=9, seq_len=15)
-    assert all(name in str(caught.value) for name in ("num_heads", "global_batch", "seq_len"))
+        check(
+            {"fsdp": 2, "tensor": 2, "stage": 2}, V=129, D=15, F=23, N=7, K=3, batch=9, seq_len=15
+        )
+    for name in (
+        "= 129", "hidden_size = 15", "intermediate_size = 23", "num_heads = 7", "num_kv_heads = 3",
+        "global_batch_size = 9", "seq_len = 15",
+    ):  # fmt: skip
+        assert name in str(caught.value)
 
 
-def test_layers_need_not_divide_over_stages():
+def test_what_divides_passes_and_layers_need_not_divide_over_stages():
+    check({"fsdp": 2, "tensor": 4}, batch=8, accumulation=4)
     check({"stage": 2, "data": 2}, L=3)
