@@ -2,27 +2,29 @@
 
 Names of arrays end in the letters of their dimensions:
 
-    B  rows of a batch       N  query heads                  D  width of the model
-    T  tokens of a row       K  key-value heads, N = G x K   F  width of the feed-forward layer
-    S  all tokens of a row   H  width of a head              V  vocabulary, padded
-    L  layers                R  rank of an adapter
+    B  rows of a batch           N  query heads                  D  width of the model
+    T  local tokens of a row     K  key-value heads, N = G x K   F  width of the feed-forward layer
+    S  all tokens of a row       H  width of a head              V  vocabulary, padded
+    Q  microbatches of a stage   L  layers                       R  rank of an adapter
 
 A weight is declared once, by its letters: `normal(config, "DNH", ...)` makes a matrix from D inputs
-to N x H outputs. Its shape, its sharding, its weight decay and its names in other file formats all
-follow from the letters.
+to N x H outputs. Its shape, sharding, weight decay and names in other formats follow from them.
 
-A model is a pytree of weights (Flax NNX modules that hold nothing mutable). The same code runs on
-one device, where arrays are whole, and in a `sharded_step`, where every array is one device's part
-and every communication is a visible call:
+A model is a pytree of float32 weights (Flax NNX modules that hold nothing mutable). The same code
+runs on one device, where arrays are whole, and in a `sharded_step`, where every array is one
+device's part and all communication is in a few functions:
 
-- `gather` casts the float32 weights of one layer to the compute dtype and joins their parts along
-  the mesh axis `fsdp`. It runs at the top of each layer, so only one layer is ever whole.
-- `enter_tensor` and `leave_tensor` surround two matrices in a row that are split over `tensor`.
-- A batch comes with all tokens of its rows. A device embeds its `local_part` of them and computes
-  the loss of the same part: along `sequence` a part of each row, along `stage` every P-th
-  microbatch of P stages.
+- `gather` casts weights to the compute dtype and joins their parts along the mesh axis `fsdp`. It
+  runs at the top of each layer, so that only one layer is whole at a time (in a pipeline: the
+  layers of one stage).
+- `enter_tensor` and `leave_tensor` come before and after a pair of matrices that is split over the
+  axis `tensor`.
+- `embed` and `cross_entropy` do what the embedding and the head need; `attention` joins the keys of
+  a row that is split over `sequence`.
 
-Outside `shard_map` all of these return their input.
+A batch comes with all tokens of its rows. A device embeds, and computes the loss of, its
+`local_part`: along `sequence` a part of each row, along `stage` every P-th microbatch of P stages.
+Where an axis has one device, and outside `shard_map`, nothing is communicated or cut.
 """
 
 import dataclasses
@@ -55,9 +57,9 @@ from llamajax.ops.norm import rms_norm
 from llamajax.ops.rope import angles, frequencies, rotate
 from llamajax.sharding.collectives import all_gather, enter_tensor, gather, leave_tensor
 
-# Arrays (B, S) by name: int32 `tokens`, `positions` in their document, and where they are needed
-# `targets`, bool `loss_mask`, `segment_ids` (one number a document; without them a row is one
-# document) and `dropout_keys` (typed keys; without them the adapters' dropout does not happen).
+# Arrays (B, S) by name: int32 `tokens` and their `positions` in their document. Optional are int32
+# `targets`, bool `loss_mask`, int32 `segment_ids` (one number a document; without them a row is one
+# document) and `dropout_keys` (one key a token; without them nothing is dropped).
 Batch = Mapping[str, jax.Array]
 
 
@@ -70,9 +72,9 @@ class Compute:
     attention: str  # an implementation of ops/attention.py
     loss_chunk_tokens: int  # tokens whose logits exist at one time
     z_weight: float = 0.0  # of the z-loss in the objective
-    remat_keep: tuple[str, ...] = ()
-    remat_offload: tuple[str, ...] = ()
-    split_tokens: bool = False  # split T over `tensor` between the matrices; T must divide
+    remat_keep: tuple[str, ...] = ()  # checkpoint names to keep besides the policy's
+    remat_offload: tuple[str, ...] = ()  # checkpoint names to keep in the host's memory
+    split_tokens: bool = False  # split T over `tensor` where no matrix is; T must divide
     pipeline: PipelineOptions = dataclasses.field(default_factory=PipelineOptions)
 
 
@@ -87,17 +89,22 @@ class LayerInputs:
     number: jax.Array | None = None  # of the layer, int32 scalar; set by `walk_layers`
 
     def attend(self, q_BTNH, k_BTKH, v_BTKH) -> tuple[jax.Array, None]:
-        """Causal attention inside each document, (B, T, N, H), and nothing besides."""
+        """Causal attention inside each document, (B, T, N, H): the Attend of training."""
         impl, segment_ids = self.compute.attention, self.segment_ids_BS
         return attention(q_BTNH, k_BTKH, v_BTKH, impl=impl, segment_ids_BT=segment_ids), None
 
 
-# (q, k, v) -> the attention's output (B, T, N, H) and anything that the caller wants to get back.
+# (q, k, v) -> output (B, T, N, H) of the attention, and anything that the caller wants returned:
+# decoding writes and reads a cache here.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with grouped queries and rotary positions."""
+    """Self-attention with grouped queries and rotary positions.
+
+    The `_lora` attributes are adapters that `models/lora.py` attaches. `checkpoint_name` gives an
+    array a name by which a remat policy can keep it for the backward pass.
+    """
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         self.query = normal(config, "DNH", key, "query")
@@ -133,7 +140,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention and feed-forward, each normalized first and added to the activations."""
+    """One layer: attention and feed-forward, each of normalized activations and added to them."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         self.norm_eps = config.norm_eps
@@ -156,24 +163,24 @@ class Block(nnx.Module):
         return x_BTD + leave_tensor(h_BTD, split_tokens=split), extra
 
 
-# (block, activations, carry, inputs) -> activations, carry, output: what happens at a layer, in the
-# form of a body of `jax.lax.scan`.
+# (block, activations, carry, inputs) -> activations, carry, output: what is done with each layer,
+# in the form of a body of `jax.lax.scan`. Decoding carries its cache, probes output their counts.
 Visit = Callable[[Any, jax.Array, Any, LayerInputs], tuple[jax.Array, Any, Any]]
 
 
 def apply_block(block: Block, x_BTD: jax.Array, carry: Any, inputs: LayerInputs):
-    """Run a layer as training does: the Visit that neither changes its carry nor has an output."""
+    """Run a layer: the Visit of training, without a carry or an output."""
     return block(x_BTD, inputs, inputs.attend)[0], carry, None
 
 
 def walk_layers(
     visit: Visit, layers: Any, numbers: jax.Array, x_BTD: jax.Array, carry: Any, inputs: LayerInputs
 ) -> tuple[jax.Array, Any, Any]:
-    """Visit stacked layers in order: the one loop over layers of all uses of the model.
+    """Visit stacked layers in order: the one loop over layers, whatever the model is used for.
 
-    `layers` have a leading dimension, and these `numbers` in the model. Returns the activations
-    and the carry after the last, and the outputs, stacked. The backward pass keeps of each layer
-    what the remat policy says.
+    `layers` have a leading dimension; `numbers` are theirs in the model. Returns the activations
+    and the carry after the last layer, and the outputs of all, stacked. Of each layer the backward
+    pass has what the remat policy keeps, and computes the rest again.
     """
 
     def body(activations_and_carry: tuple, layer_and_number: tuple) -> tuple[tuple, Any]:
@@ -190,8 +197,17 @@ def walk_layers(
     return x_BTD, carry, outputs
 
 
+def local_part(x_BS: jax.Array, compute: Compute) -> jax.Array:
+    """The part of a batch's array whose embedding and loss are this device's."""
+    return local_microbatches(local_tokens(x_BS), microbatch_size=compute.pipeline.microbatch_size)
+
+
 class Llama(nnx.Module):
-    """The whole model. `blocks` is one Block whose weights have a leading dimension L."""
+    """The whole model. `blocks` is one Block whose weights have a leading dimension L.
+
+    Training calls `loss_terms`, evaluation `token_nll`: both call `hidden_states`, which calls
+    `forward` on the local tokens, or the pipeline. Decoding and probes call `forward` themselves.
+    """
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         self.config = config
@@ -206,27 +222,28 @@ class Llama(nnx.Module):
         """The matrix (V, D) that makes logits: the embedding where the two are tied."""
         return self.embedding if self.head is None else self.head
 
-    def forward(
-        self, batch: Batch, compute: Compute, visit: Visit = apply_block, carry: Any = None
-    ) -> tuple[jax.Array, Any, Any]:
-        """Embed tokens, visit all layers, normalize.
-
-        Returns the last hidden states (B, T, D) in the compute dtype, the last carry, and the
-        visits' outputs with a leading dimension L. `visit` gets blocks whose weights are gathered.
-        A device uses the tokens that it is given and the layers that it holds.
-        """
-        dtype, split = compute.dtype, compute.split_tokens
-
-        def gather_and_visit(layer, x_BTD, carry, inputs: LayerInputs):
-            return visit(gather(layer, dtype, split_tokens=split), x_BTD, carry, inputs)
-
-        x_BTD = embed(self.embedding[...], batch["tokens"], dtype, split)
-        inputs = self._layer_inputs(batch, compute)
-        numbers = jnp.arange(self.blocks.mlp_norm[...].shape[0])
-        x_BTD, carry, outputs = walk_layers(
-            gather_and_visit, self.blocks, numbers, x_BTD, carry, inputs
+    def loss_terms(self, batch: Batch, compute: Compute) -> LossTerms:
+        """Sum the losses of the local targets whose `loss_mask` is true."""
+        return cross_entropy(
+            self.hidden_states(batch, compute),
+            self.head_or_embedding[...],
+            local_part(batch["targets"], compute),
+            local_part(batch["loss_mask"], compute),
+            vocab_size=self.config.vocab_size,
+            chunk_tokens=compute.loss_chunk_tokens,
+            z_weight=compute.z_weight,
+            split_tokens=compute.split_tokens,
         )
-        return self._normalize(x_BTD, compute), carry, outputs
+
+    def token_nll(self, batch: Batch, compute: Compute) -> jax.Array:
+        """Negative log-likelihood of each target, nats, float32 (B, S); not with split rows."""
+        return token_nll(
+            self.hidden_states(batch, compute),
+            self.head_or_embedding[...],
+            batch["targets"],
+            vocab_size=self.config.vocab_size,
+            chunk_tokens=compute.loss_chunk_tokens,
+        )
 
     def hidden_states(self, batch: Batch, compute: Compute) -> jax.Array:
         """Last hidden states (B, T, D) of this device's `local_part` of the batch.
@@ -241,8 +258,29 @@ class Llama(nnx.Module):
             return self._pipelined_states(local, compute)
         return self.forward(local, compute)[0]
 
+    def forward(
+        self, batch: Batch, compute: Compute, visit: Visit = apply_block, carry: Any = None
+    ) -> tuple[jax.Array, Any, Any]:
+        """Embed the tokens of `batch`, visit all layers, normalize.
+
+        Returns the last hidden states (B, T, D) in the compute dtype, the last carry, and the
+        visits' outputs with a leading dimension L. `visit` gets blocks whose weights are gathered.
+        """
+        dtype, split = compute.dtype, compute.split_tokens
+
+        def gather_and_visit(layer, x_BTD, carry, inputs: LayerInputs):
+            return visit(gather(layer, dtype, split_tokens=split), x_BTD, carry, inputs)
+
+        x_BTD = embed(self.embedding[...], batch["tokens"], dtype, split)
+        inputs = self._layer_inputs(batch, compute)
+        numbers = jnp.arange(self.blocks.mlp_norm[...].shape[0])
+        x_BTD, carry, outputs = walk_layers(
+            gather_and_visit, self.blocks, numbers, x_BTD, carry, inputs
+        )
+        return self._normalize(x_BTD, compute), carry, outputs
+
     def _pipelined_states(self, batch: Batch, compute: Compute) -> jax.Array:
-        """`hidden_states` where layers are split over `stage`: by microbatches, stage after stage.
+        """`hidden_states` where layers are split over `stage`: microbatches pass stage after stage.
 
         Each stage gathers its layers once for all microbatches.
         """
@@ -278,29 +316,6 @@ class Llama(nnx.Module):
         norm = gather(self.norm, compute.dtype, split_tokens=compute.split_tokens)
         return rms_norm(x_BTD, norm[...], eps=self.config.norm_eps)
 
-    def loss_terms(self, batch: Batch, compute: Compute) -> LossTerms:
-        """Sum the losses of the local targets whose `loss_mask` is true."""
-        return cross_entropy(
-            self.hidden_states(batch, compute),
-            self.head_or_embedding[...],
-            local_part(batch["targets"], compute),
-            local_part(batch["loss_mask"], compute),
-            vocab_size=self.config.vocab_size,
-            chunk_tokens=compute.loss_chunk_tokens,
-            z_weight=compute.z_weight,
-            split_tokens=compute.split_tokens,
-        )
-
-    def token_nll(self, batch: Batch, compute: Compute) -> jax.Array:
-        """Negative log-likelihood of each of the batch's `targets`, nats, float32 (B, T)."""
-        return token_nll(
-            self.hidden_states(batch, compute),
-            self.head_or_embedding[...],
-            batch["targets"],
-            vocab_size=self.config.vocab_size,
-            chunk_tokens=compute.loss_chunk_tokens,
-        )
-
     def logits(self, batch: Batch, compute: Compute) -> jax.Array:
         """Float32 logits (B, T, V) of every token; for tests, never for training."""
         head_VD = gather(self.head_or_embedding, compute.dtype)[...]
@@ -315,8 +330,3 @@ class Llama(nnx.Module):
         head_VD = gather(self.head_or_embedding, compute.dtype)[...]
         logits_BV = jnp.dot(x_BD, head_VD.T, preferred_element_type=jnp.float32)
         return all_gather(logits_BV, "tensor", dim=1)[:, : self.config.vocab_size]
-
-
-def local_part(x_BS: jax.Array, compute: Compute) -> jax.Array:
-    """The part of a batch's array whose embedding and loss are this device's."""
-    return local_microbatches(local_tokens(x_BS), microbatch_size=compute.pipeline.microbatch_size)
