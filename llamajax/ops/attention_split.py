@@ -26,35 +26,15 @@ AXIS = "sequence"
 MAX_BLOCK = 512  # queries and keys of a pair
 
 
-def local_tokens(x_BT: jax.Array) -> jax.Array:
+def local_tokens(x_BS: jax.Array) -> jax.Array:
     """Select this device's columns of an array over all tokens: (B, S, ...) -> (B, T, ...)."""
     count = collectives.axis_size(AXIS)
     if count == 1:
-        return x_BT
-    piece = x_BT.shape[1] // (2 * count)
-    starts = _pieces(count)
-    own = [jax.lax.dynamic_slice_in_dim(x_BT, start * piece, piece, axis=1) for start in starts]
-    return jnp.concatenate(own, axis=1)
-
-
-def all_tokens(x_BT: jax.Array) -> jax.Array:
-    """Invert `local_tokens`: equal on all devices along the axis; not differentiable."""
-    count = collectives.axis_size(AXIS)
-    if count == 1:
-        return x_BT
-    piece = x_BT.shape[1] // 2
-    whole = jnp.zeros((x_BT.shape[0], x_BT.shape[1] * count, *x_BT.shape[2:]), x_BT.dtype)
-    whole = collectives.pcast_varying_like(collectives.pcast_varying(whole, AXIS), x_BT)
-    for number, start in enumerate(_pieces(count)):
-        own = x_BT[:, number * piece : (number + 1) * piece]
-        whole = jax.lax.dynamic_update_slice_in_dim(whole, own, start * piece, axis=1)
-    return collectives.psum(whole, AXIS)
-
-
-def _pieces(count: int) -> tuple[jax.Array, jax.Array]:
-    """Numbers of this device's two pieces among the 2 * count pieces of a sequence."""
-    rank = collectives.axis_index(AXIS)
-    return rank, 2 * count - 1 - rank
+        return x_BS
+    rank, piece = collectives.axis_index(AXIS), x_BS.shape[1] // (2 * count)
+    starts = (rank * piece, (2 * count - 1 - rank) * piece)
+    parts = [jax.lax.dynamic_slice_in_dim(x_BS, start, piece, axis=1) for start in starts]
+    return jnp.concatenate(parts, axis=1)
 
 
 def _in_order(x: jax.Array, count: int, *, dim: int) -> jax.Array:
