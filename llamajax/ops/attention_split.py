@@ -13,6 +13,7 @@ query heads of a group as rows, as in `attention_blocked`.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,18 +38,10 @@ def local_tokens(x_BS: jax.Array) -> jax.Array:
     return jnp.concatenate(parts, axis=1)
 
 
-def _in_order(x: jax.Array, count: int, *, dim: int) -> jax.Array:
-    """Reorder gathered parts, (front 0, back 0, front 1, ...) along `dim`, as in the sequence."""
-    order = [2 * i for i in range(count)] + [2 * i + 1 for i in reversed(range(count))]
-    pieces = jnp.split(x, 2 * count, axis=dim)
-    return jnp.concatenate([pieces[i] for i in order], axis=dim)
-
-
-def _by_device(x: jax.Array, count: int, *, dim: int) -> jax.Array:
-    """Invert `_in_order`."""
-    order = [piece for i in range(count) for piece in (i, 2 * count - 1 - i)]
-    pieces = jnp.split(x, 2 * count, axis=dim)
-    return jnp.concatenate([pieces[i] for i in order], axis=dim)
+def _take_pieces(x: jax.Array, order: Sequence[int]) -> jax.Array:
+    """Cut dimension 1 into as many pieces as `order` names, and join them in that order."""
+    pieces = jnp.split(x, len(order), axis=1)
+    return jnp.concatenate([pieces[i] for i in order], axis=1)
 
 
 def pair_table(num_tokens: int, count: int, block: int) -> np.ndarray:
@@ -105,7 +98,8 @@ def _scores(q_XRH, k_XSH, segment_ids_BT, pair, block: int, batch: int) -> jax.A
 
 def _gathered(x_BTKH: jax.Array, count: int) -> jax.Array:
     """Gather keys or values of all tokens, in the order of the sequence: (X, S, H)."""
-    whole = _in_order(collectives.all_gather(x_BTKH, AXIS, dim=1), count, dim=1)
+    by_device = collectives.all_gather(x_BTKH, AXIS, dim=1)  # front 0, back 0, front 1, ...
+    whole = _take_pieces(by_device, [*range(0, 2 * count, 2), *range(2 * count - 1, 0, -2)])
     B, S, K, H = whole.shape
     return whole.transpose(0, 2, 1, 3).reshape(B * K, S, H)
 
@@ -193,9 +187,10 @@ def _backward(saved, do_BTNH):
 def _local_keys(x_XSH: jax.Array, count: int, like_BTKH: jax.Array) -> jax.Array:
     """Sum gradients of all keys over devices in float32, and keep those of the local keys."""
     B, _, K, H = like_BTKH.shape
-    x = x_XSH.reshape(B, K, x_XSH.shape[1], H).transpose(0, 2, 1, 3)
-    own = collectives.psum_scatter(_by_device(x, count, dim=1), AXIS, dim=1)
-    return own.astype(like_BTKH.dtype)
+    x_BSKH = x_XSH.reshape(B, K, x_XSH.shape[1], H).transpose(0, 2, 1, 3)
+    order = [piece for i in range(count) for piece in (i, 2 * count - 1 - i)]
+    local = collectives.psum_scatter(_take_pieces(x_BSKH, order), AXIS, dim=1)
+    return local.astype(like_BTKH.dtype)
 
 
 split_attention.defvjp(_forward, _backward)
