@@ -4,13 +4,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import COMPUTE
+from tiny_model import COMPUTE, tiny_model
 
+from llamajax.config.schema import RopeScaling
 from llamajax.decoding import kv_cache as kv
 from llamajax.decoding.decode_steps import Rows, append_token, fill_cache
 from llamajax.models.llama import Llama
 from llamajax.ops.attention_cached import cached_attention
 
+LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16)
+CONFIGS = {
+    "grouped": {},
+    "tied": {"tie_embeddings": True},
+    "llama3 rope": {"rope_scaling": LLAMA3, "rope_theta": 12_345.0},
+    "odd sizes": {
+        "hidden_size": 33, "num_heads": 3, "num_kv_heads": 1, "head_size": 6,
+        "intermediate_size": 55, "num_layers": 1,
+    },
+}  # fmt: skip
 TOLERANCE = 1e-5  # largest difference over largest value: float32, sums in another order
 
 
@@ -29,9 +40,9 @@ def test_cached_attention_equals_numpy():
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["grouped", "tied", "llama3 rope", "odd sizes"])
-def test_prefill_and_decode_give_the_logits_of_a_full_forward_at_every_position(configs, name):
-    config, length, prompt_slots, slots = configs[name], 24, 16, 32
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_prefill_and_decode_give_the_logits_of_a_full_forward_at_every_position(changes):
+    config, length, prompt_slots, slots = tiny_model(**changes), 24, 16, 32
     model = jax.jit(lambda key: Llama(config, key))(jax.random.key(1))
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (4, length)).astype(np.int32)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)

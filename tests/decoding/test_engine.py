@@ -1,30 +1,70 @@
 """Generated tokens: the same alone, in a batch, in any bucket, on any mesh; where rows stop."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import stored
 from llama_cases import DECODED, NEW_TOKENS, PROMPTS, save_hugging_face, weights
 from meshes import mesh_of
+from tiny_model import tiny_model
 
+from llamajax import sharding
+from llamajax.decoding.engine import Engine
+from llamajax.decoding.generate_options import Sampling
+from llamajax.decoding.prompts import Prompt
 from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
+from llamajax.models.llama import Llama
 
+# Weights large enough that greedy text is no repetition of one token.
+MODEL = tiny_model(hidden_size=24, intermediate_size=52, head_size=6, max_seq_len=96)
 DRAWN = {"temperature": 0.9, "top_k": 60, "top_p": 0.95, "repetition_penalty": 1.1}
 
 
+@functools.cache
+def random_model() -> Llama:
+    return jax.jit(lambda key: Llama(MODEL, key))(jax.random.key(0))
+
+
+def new_engine(*, model=None, sizes=None, stop_ids=(), **sampling) -> Engine:
+    """An engine on a mesh, with random or given weights."""
+    mesh, model = mesh_of(**(sizes or {})), model or random_model()
+    return Engine(
+        jax.device_put(model, sharding.shardings(model, mesh)),
+        mesh,
+        dtype=jnp.dtype("float32"),
+        attention=lambda seq_len: "blocked",
+        sampling=Sampling(**({"temperature": 0.0} | sampling)),
+        stop_ids=stop_ids,
+    )
+
+
+def new_tokens(engine, prompts, *, count=12, seed=0, interval_s=None) -> dict[int, list[int]]:
+    """All new tokens of prompts, given as {number: ids}."""
+    rows = [Prompt(number, ids, count) for number, ids in prompts.items()]
+    found = {number: [] for number in prompts}
+    for update in engine.generate(rows, seed=seed, interval_s=interval_s):
+        for number, ids in zip(prompts, update, strict=True):
+            found[number] += ids
+    return found
+
+
 @pytest.fixture(scope="module")
-def engine(new_engine):
+def engine():
     """One that draws, on one device."""
     return new_engine(**DRAWN)
 
 
 @pytest.fixture(scope="module")
-def drawn(engine, new_tokens):
+def drawn(engine):
     """What the others are compared with: all prompts in one batch on one device."""
     return new_tokens(engine, PROMPTS)
 
 
-def test_the_draws_differ_between_seeds_and_prompts(engine, new_tokens, drawn):
+def test_the_draws_differ_between_seeds_and_prompts(engine, drawn):
     assert new_tokens(engine, PROMPTS, seed=0) == drawn
     assert new_tokens(engine, PROMPTS, seed=1) != drawn
     same = new_tokens(engine, dict.fromkeys(PROMPTS, PROMPTS[1]))
@@ -32,7 +72,7 @@ def test_the_draws_differ_between_seeds_and_prompts(engine, new_tokens, drawn):
     assert all(len(ids) == 12 and len(set(ids)) > 3 for ids in drawn.values())
 
 
-def test_neither_batch_nor_bucket_nor_chunk_changes_a_token(engine, new_tokens, drawn):
+def test_neither_batch_nor_bucket_nor_chunk_changes_a_token(engine, drawn):
     assert new_tokens(engine, {3: PROMPTS[3]}) == {3: drawn[3]}  # alone, in the smallest bucket
     some = {4: PROMPTS[4], 2: PROMPTS[2], 0: PROMPTS[0]}  # another order, a batch of four
     assert new_tokens(engine, some) == {n: drawn[n] for n in some}
@@ -43,11 +83,11 @@ def test_neither_batch_nor_bucket_nor_chunk_changes_a_token(engine, new_tokens, 
 
 
 @pytest.mark.parametrize("sizes", [{"tensor": 2}, {"fsdp": 2, "data": 2, "tensor": 2}], ids=str)
-def test_every_mesh_draws_the_same_tokens(new_engine, new_tokens, drawn, sizes):
+def test_every_mesh_draws_the_same_tokens(drawn, sizes):
     assert new_tokens(new_engine(sizes=sizes, **DRAWN), PROMPTS) == drawn
 
 
-def test_a_session_compiles_a_bounded_number_of_programs(new_engine, new_tokens):
+def test_a_session_compiles_a_bounded_number_of_programs():
     engine = new_engine()
     for length in range(1, 33):
         new_tokens(engine, {0: [3] * length}, count=3)
@@ -55,7 +95,7 @@ def test_a_session_compiles_a_bounded_number_of_programs(new_engine, new_tokens)
     assert sorted(key[0] for key in engine.programs) == ["decode"] * 2 + ["prefill"] * 2
 
 
-def test_the_rows_that_pad_the_vocabulary_are_never_drawn(new_engine, new_tokens):
+def test_the_rows_that_pad_the_vocabulary_are_never_drawn():
     engine = new_engine(temperature=1e4)
     found = new_tokens(engine, PROMPTS, count=60)
     ids = np.concatenate(list(found.values()))
@@ -64,7 +104,7 @@ def test_the_rows_that_pad_the_vocabulary_are_never_drawn(new_engine, new_tokens
     assert 86 < ids.max() < 97
 
 
-def test_a_stop_token_ends_its_row_and_no_other(new_engine, new_tokens):
+def test_a_stop_token_ends_its_row_and_no_other():
     free = new_tokens(new_engine(), PROMPTS, count=40)
     stop = free[0][2]  # in the middle of row 0
     stopped = new_tokens(new_engine(stop_ids=(stop, 96)), PROMPTS, count=40)
@@ -75,21 +115,21 @@ def test_a_stop_token_ends_its_row_and_no_other(new_engine, new_tokens):
     assert max(map(len, stopped.values())) > 3
 
 
-def test_nothing_is_decoded_when_the_first_token_stops_all(new_engine, new_tokens):
+def test_nothing_is_decoded_when_the_first_token_stops_all():
     first = new_tokens(new_engine(), {0: [1, 2, 3]}, count=1)[0]
     engine = new_engine(stop_ids=first)
     assert new_tokens(engine, {0: [1, 2, 3]}, count=40) == {0: first}
     assert [key[0] for key in engine.programs] == ["prefill"]
 
 
-def test_the_speed_counts_new_tokens_of_prompts_alone(new_engine, new_tokens):
+def test_the_speed_counts_new_tokens_of_prompts_alone():
     engine = new_engine(sizes={"data": 4})
     new_tokens(engine, {0: [1], 1: [2]}, count=5)  # two rows of the four are no prompts
     assert (engine.times.batches, engine.times.decode_tokens) == (1, 8)
 
 
 @pytest.mark.parametrize("name", DECODED)
-def test_greedy_tokens_equal_transformers(new_engine, new_tokens, name, tmp_path):
+def test_greedy_tokens_equal_transformers(name, tmp_path):
     config = DECODED[name]
     folder = save_hugging_face(tmp_path, config, weights(config, std=0.3))
     model = open_weights(folder).load(abstract_model(config, mesh_of()))
