@@ -70,7 +70,7 @@ def test_an_axis_may_lie_half_across():
     assert device_order_table(mesh_over(nodes_of(1, 8), fsdp=8)) == []
 
 
-def test_nodes_of_unlike_size_keep_neighbours_together():
+def test_nodes_of_unlike_size_keep_neighbors_together():
     devices = [*nodes_of(2, 4)[:7], Device(9, 9)]
     mesh = mesh_over(devices, data=4, tensor=2)
     assert mesh.devices.shape == (4, 1, 1, 1, 2)
