@@ -9,6 +9,7 @@ Names of arrays end in the letters of their dimensions:
 
 A weight is declared once, by its letters: `normal(config, "DNH", ...)` makes a matrix from D inputs
 to N x H outputs. Its shape, sharding, weight decay and names in other formats follow from them.
+`weight[...]` is its array.
 
 A model is a pytree of float32 weights (Flax NNX modules that hold nothing mutable). The same code
 runs on one device, where arrays are whole, and in a `sharded_step`, where every array is one
@@ -185,14 +186,14 @@ def walk_layers(
 
     def body(activations_and_carry: tuple, layer_and_number: tuple) -> tuple[tuple, Any]:
         (x_BTD, carry), (layer, number) = activations_and_carry, layer_and_number
-        keys_BT = fold_in(inputs.dropout_keys_BT, number)
+        keys_BT = fold_in(inputs.dropout_keys_BT, number)  # each layer drops other features
         here = dataclasses.replace(inputs, number=number, dropout_keys_BT=keys_BT)
         x_BTD, carry, output = visit(layer, x_BTD, carry, here)
         return (x_BTD, carry), output
 
     c = inputs.compute
     policy = remat_policy(c.remat, keep=c.remat_keep, offload=c.remat_offload)
-    body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # a scan needs no such barrier
     (x_BTD, carry), outputs = jax.lax.scan(body, (x_BTD, carry), (layers, numbers))
     return x_BTD, carry, outputs
 
