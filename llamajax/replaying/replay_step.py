@@ -48,20 +48,20 @@ class ReplayOptions:
 def replay(options: ReplayOptions) -> Evidence:
     """Find out all about the step. Raises UserError for what the user can fix."""
     record = read_record(options.workdir, options.step, box=options.box)
-    session = set_up(_config(record, options))
-    config, mixture = session.config, session.mixture
-    if session.machine.num_processes > 1:
+    setup = set_up(_config(record, options))
+    config, mixture = setup.config, setup.mixture
+    if setup.machine.num_processes > 1:
         raise UserError("replay runs in one process: start it on one node, with a mesh that it has")
     position = record.read_position(mixture, RollbackLog(options.workdir, primary=False))
     base = record.base or "the beginning"
     say(f"replay   step {record.step}, from {base}: {record.step - record.first_step} steps")
-    state, first_difference = _state_before(session, record, position)
+    state, first_difference = _state_before(setup, record, position)
     ids = data.sample_ids(mixture, position, record.step - 1)
     samples = [mixture.locate(int(i), config.data.seq_len) for i in ids]
     batch = make_batch(samples, config.data.seq_len, mask_documents=config.data.mask_documents)
-    probe = gradient_probe(session, state, _put_rows(session, batch, slice(None)))
+    probe = gradient_probe(setup, state, _put_rows(setup, batch, slice(None)))
     first, second = probe(), probe()
-    first_nonfinite, documents = _forward(session, state, batch, ids)
+    first_nonfinite, documents = _forward(setup, state, batch, ids)
     return Evidence(
         step=record.step,
         base=None if record.base is None else str(record.base),
@@ -72,7 +72,7 @@ def replay(options: ReplayOptions) -> Evidence:
         and same_number(first.grad_norm, second.grad_norm),
         record=RecordComparison(
             row=record.recorded_row(record.step, position),
-            same_machine=_is_same_machine(record, session),
+            same_machine=_is_same_machine(record, setup),
             dtype=config.train.dtype,
             first_difference=first_difference,
         ),
@@ -98,20 +98,18 @@ def _config(record: ReplayRecord, options: ReplayOptions) -> Any:
 
 
 def _state_before(
-    session: Setup, record: ReplayRecord, position: data.Position
+    setup: Setup, record: ReplayRecord, position: data.Position
 ) -> tuple[TrainState, str | None]:
     """The state before the step, and the first step on the way that was not as recorded."""
     meta = None if record.base is None else record.base.meta
-    state = initial_state(session, record.base, open_initial_weights(session.config, meta))
+    state = initial_state(setup, record.base, open_initial_weights(setup.config, meta))
     start, first_difference = record.first_step, None
     if start + 1 == record.step:
         return state, None
-    feed = Feed(
-        session.config, session.mesh, mixture=session.mixture, held_out=None, position=position
-    )
-    batches, update = feed.train(start), build_update(session)
-    batch_size = session.config.data.global_batch_size
-    batch = abstract_batch(session.config.data, session.mesh, batch_size=batch_size)
+    feed = Feed(setup.config, setup.mesh, mixture=setup.mixture, held_out=None, position=position)
+    batches, update = feed.train(start), build_update(setup)
+    batch_size = setup.config.data.global_batch_size
+    batch = abstract_batch(setup.config.data, setup.mesh, batch_size=batch_size)
     update = update.lower(state, batch).compile()
     total = record.step - 1
     progress = Progress(total_steps=total, start_step=start, mode="auto", primary=True)
@@ -128,31 +126,31 @@ def _state_before(
     return state, first_difference
 
 
-def _put_rows(session: Setup, batch: dict[str, np.ndarray], rows: slice) -> dict[str, jax.Array]:
+def _put_rows(setup: Setup, batch: dict[str, np.ndarray], rows: slice) -> dict[str, jax.Array]:
     """Put some rows of the global batch on the devices, with what the step reads of them."""
-    drop = () if session.config.data.mask_documents else ("segment_ids",)
+    drop = () if setup.config.data.mask_documents else ("segment_ids",)
     part = {name: array[rows] for name, array in batch.items() if name not in drop}
-    return sharding.put_batch(part, session.mesh)
+    return sharding.put_batch(part, setup.mesh)
 
 
 def _forward(
-    session: Setup, state: TrainState, batch: dict[str, np.ndarray], ids: np.ndarray
+    setup: Setup, state: TrainState, batch: dict[str, np.ndarray], ids: np.ndarray
 ) -> tuple[tuple[str, list[int]] | None, DocumentLosses | None]:
     """The first activation that is not finite, with its rows; and the documents by their loss.
 
     One microbatch of the run at a time. Both are None on a mesh with stages or parts of sequences.
     """
-    mesh = session.mesh
+    mesh = setup.mesh
     if mesh.shape["stage"] > 1 or mesh.shape["sequence"] > 1:
         return None, None
-    c = session.config
-    model = to_stored_order(state, c.model, mesh, layout=session.layout).whole
-    compute = dataclasses.replace(session.compute, split_tokens=False, remat="none")
+    c = setup.config
+    model = to_stored_order(state, c.model, mesh, layout=setup.layout).whole
+    compute = dataclasses.replace(setup.compute, split_tokens=False, remat="none")
     probe, losses = nonfinite_probe(compute, mesh), token_losses(compute, mesh)
     size = c.data.global_batch_size // c.train.accumulation_steps
     probed, nll = [], []
     for start in range(0, c.data.global_batch_size, size):
-        rows = _put_rows(session, batch, slice(start, start + size))
+        rows = _put_rows(setup, batch, slice(start, start + size))
         probed.append(jax.device_get(probe(model, rows)))
         del rows["loss_mask"]
         nll.append(jax.device_get(losses(model, rows)))
@@ -164,17 +162,17 @@ def _forward(
         named += [(f"layer {layer}: {name}", counts) for name, counts in inside]
     named += [("last hidden states", last_B), ("token losses", ~np.isfinite(nll_BT).all(axis=1))]
     found = next(((name, np.flatnonzero(odd).tolist()) for name, odd in named if odd.any()), None)
-    return found, document_losses(session.mixture, ids, batch, nll_BT)
+    return found, document_losses(setup.mixture, ids, batch, nll_BT)
 
 
-def _is_same_machine(record: ReplayRecord, session: Setup) -> bool:
+def _is_same_machine(record: ReplayRecord, setup: Setup) -> bool:
     """Whether bits should be the same: platform, kind of device, mesh, JAX."""
-    was, now = record.machine, session.machine
+    was, now = record.machine, setup.machine
     versions = {name: was.get("versions", {}).get(name) for name in ("jax", "jaxlib")}
     return (
         was.get("platform") == now.platform
         and was.get("device_kind") == now.device_kind
-        and was.get("mesh") == dict(session.mesh.shape)
+        and was.get("mesh") == dict(setup.mesh.shape)
         and was.get("num_processes") == 1
         and versions == {name: now.versions.get(name) for name in versions}
     )

@@ -38,11 +38,9 @@ class GradientSummary:
     nonfinite: Mapping[str, np.ndarray]
 
 
-def gradient_probe(
-    session: Setup, state: TrainState, batch: Batch
-) -> Callable[[], GradientSummary]:
+def gradient_probe(setup: Setup, state: TrainState, batch: Batch) -> Callable[[], GradientSummary]:
     """Compile a function that computes the gradient of a step each time it is called."""
-    gradient = mean_gradient(session.config.train, session.compute, session.mesh)
+    gradient = mean_gradient(setup.config.train, setup.compute, setup.mesh)
 
     def probe(state: TrainState, batch: Batch) -> Any:
         grads, (loss, _, _) = gradient(state, batch)
