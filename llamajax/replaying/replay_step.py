@@ -13,13 +13,13 @@ import numpy as np
 
 from llamajax import data, sharding
 from llamajax.config.flags import mesh_config
-from llamajax.config.schema import BackendConfig
 from llamajax.data.batches import make_batch
 from llamajax.errors import UserError, say
 from llamajax.evaluation.scoring import token_losses
 from llamajax.monitoring import Progress
 from llamajax.replaying.document_losses import DocumentLosses, document_losses
 from llamajax.replaying.evidence import Evidence, RecordComparison, same_number
+from llamajax.replaying.replay_options import ReplayOptions
 from llamajax.replaying.replay_record import ReplayRecord, read_record
 from llamajax.replaying.step_probe import (
     IN_A_LAYER,
@@ -34,25 +34,16 @@ from llamajax.training.setup import Setup, build_update, initial_state, set_up
 from llamajax.training.state import TrainState, to_stored_order
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReplayOptions:
-    """The flags of `replay`. box: --blackbox; mesh: None for the run's own."""
-
-    workdir: Path
-    step: int
-    box: Path | None
-    mesh: str | None
-    backend: BackendConfig
-
-
 def replay(options: ReplayOptions) -> Evidence:
     """Find out all about the step. Raises UserError for what the user can fix."""
-    record = read_record(options.workdir, options.step, box=options.box)
+    workdir = Path(options.workdir)
+    box = None if options.blackbox is None else Path(options.blackbox)
+    record = read_record(workdir, options.step, box=box)
     setup = set_up(_config(record, options))
     config, mixture = setup.config, setup.mixture
     if setup.machine.num_processes > 1:
         raise UserError("replay runs in one process: start it on one node, with a mesh that it has")
-    position = record.read_position(mixture, RollbackLog(options.workdir, primary=False))
+    position = record.read_position(mixture, RollbackLog(workdir, primary=False))
     base = record.base or "the beginning"
     say(f"replay   step {record.step}, from {base}: {record.step - record.first_step} steps")
     state, first_difference = _state_before(setup, record, position)
@@ -85,7 +76,7 @@ def replay(options: ReplayOptions) -> Evidence:
 
 def _config(record: ReplayRecord, options: ReplayOptions) -> Any:
     """The run's config, for one process, on the machine and mesh that were asked for."""
-    config, given = record.config, options.backend
+    config, given = record.config, options.backend_config
     changed: dict[str, Any] = dict.fromkeys(("coordinator_address", "num_processes", "process_id"))
     if given.name is not None:
         changed |= {"name": given.name, "plugin": given.plugin, "options": given.options}

@@ -12,7 +12,6 @@ from safetensors.numpy import load_file, save_file
 
 from llamajax import data
 from llamajax.checkpoint import open_checkpoint, restore_state
-from llamajax.config.schema import BackendConfig
 from llamajax.convert import main as convert
 from llamajax.data.batches import make_batch
 from llamajax.errors import UserError
@@ -22,7 +21,8 @@ from llamajax.monitoring.blackbox import boxes, read_box
 from llamajax.monitoring.jsonl import encode_row
 from llamajax.monitoring.metrics import MEASURED
 from llamajax.prepare import main as prepare
-from llamajax.replaying.replay_step import ReplayOptions, replay
+from llamajax.replaying.replay_options import ReplayOptions
+from llamajax.replaying.replay_step import replay
 from llamajax.training import run as run_module
 from llamajax.training.safety.rollback import target
 
@@ -120,9 +120,7 @@ def arrays(workdir, step):
 
 
 def asked(workdir, step, **options):
-    backend = BackendConfig()
-    given = {"workdir": workdir, "step": step, "box": None, "mesh": None, "backend": backend}
-    return replay(ReplayOptions(**given | options))
+    return replay(ReplayOptions(workdir=str(workdir), step=step, **options))
 
 
 def test_a_skipped_update_leaves_weights_and_moments_bit_for_bit(skipping, guarded):
@@ -257,7 +255,7 @@ def test_replay_refuses_what_it_cannot_do(skipping, tmp_path):
     for options, message in (
         ({"step": STEPS + 1}, f"has made steps 1 to {STEPS}"),
         ({"workdir": tmp_path}, "there is no run in it"),
-        ({"box": skipping / "metrics.jsonl"}, "cannot be read"),
+        ({"blackbox": str(skipping / "metrics.jsonl")}, "cannot be read"),
         ({"mesh": "fsdp=3"}, "mesh"),
     ):
         with pytest.raises(UserError, match=message):
