@@ -88,7 +88,8 @@ def run_task(
     tasks = share_out(settings.output, files, num_tasks)
     part, own_files = tasks[index]
     tokenizer_path = find_or_train_tokenizer(settings, files, progress)
-    facts = _facts_of_part(settings, files, num_tasks, tokenizer_path)
+    fingerprint = load_tokenizer(tokenizer_path).fingerprint
+    facts = _facts(settings, files, num_tasks=num_tasks, tokenizer=fingerprint)
     if not settings.overwrite and (part / _FACTS).is_file():
         if problem := _mismatch(part, facts):
             raise UserError(problem)
@@ -116,7 +117,8 @@ def merge(settings: PrepareSettings, *, num_tasks: int, progress: ReportProgress
             f"{parts} lacks {len(missing)} of {num_tasks} parts; run them first: "
             f"--num_tasks={num_tasks} and --task_index of {shown or 0}"
         )
-    facts = _facts_of_part(settings, files, num_tasks, tokenizer_path)
+    fingerprint = load_tokenizer(tokenizer_path).fingerprint
+    facts = _facts(settings, files, num_tasks=num_tasks, tokenizer=fingerprint)
     if problems := [problem for task in tasks if (problem := _mismatch(task.part, facts))]:
         raise combine(problems, title="parts that are not of this command:")
     num_documents = sum(len(task.column(0)) for task in tasks)
@@ -136,7 +138,7 @@ def find_or_train_tokenizer(
     """Return the tokenizer's path. The first task trains `train:N`, on the whole input."""
     parts = parts_of(settings.output)
     path, facts_path = parts / TRAINED, parts / f"{TRAINED}.json"
-    facts = _facts_of_input(settings, files) | {"tokenizer": settings.tokenizer}
+    facts = _facts(settings, files, tokenizer=settings.tokenizer)
     try:
         parts.mkdir(parents=True, exist_ok=True)
         if parse_train(settings.tokenizer) is None:
@@ -158,19 +160,11 @@ def find_or_train_tokenizer(
     return str(path)
 
 
-def _facts_of_input(settings: PrepareSettings, files: list[Path]) -> dict[str, Any]:
-    """Return all but the tokenizer that decides the bytes of the parts together."""
+def _facts(settings: PrepareSettings, files: list[Path], **others: Any) -> dict[str, Any]:
+    """Return what decides the bytes of the parts: flags, input files, and `others`."""
     names = ("format", "chat_template", "text_key", "clean", "validation_fraction")
     listed = [[file.name, file.stat().st_size] for file in files]
-    return {name: getattr(settings, name) for name in names} | {"input": listed}
-
-
-def _facts_of_part(
-    settings: PrepareSettings, files: list[Path], num_tasks: int, tokenizer_path: str
-) -> dict[str, Any]:
-    fingerprint = load_tokenizer(tokenizer_path).fingerprint
-    own = {"num_tasks": num_tasks, "tokenizer": fingerprint}
-    return _facts_of_input(settings, files) | own
+    return {name: getattr(settings, name) for name in names} | {"input": listed} | others
 
 
 def _mismatch(part: Path, facts: dict[str, Any]) -> str | None:

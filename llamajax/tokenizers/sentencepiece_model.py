@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llamajax.errors import UserError
 from llamajax.tokenizers.special_tokens import (
-    ALWAYS_CONTROL,
+    divide_added,
     find_ends,
     foreign_tokens,
     num_used,
@@ -51,18 +51,15 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id, self.eos_id, self.warnings = find_ends(
             path, facts, pieces | added, own=own, added=added
         )
-        self.control_ids = {name: i for name, i in pieces.items() if self._model.is_control(i)}
-        self.control_ids |= {
-            name: i
-            for name, i in added.items()
-            if facts.added[name][1] or name in ALWAYS_CONTROL or i in (self.bos_id, self.eos_id)
-        }
-        self.added_ids = {name: i for name, i in added.items() if name not in self.control_ids}
+        added = {name: facts.added[name] for name in added}
+        control, self.added_ids = divide_added(added, (self.bos_id, self.eos_id))
+        own_control = {name: i for name, i in pieces.items() if self._model.is_control(i)}
+        self.control_ids = own_control | control
         self._added_names = {i: name for name, i in self.added_ids.items()}
         longest_first = sorted(self.added_ids, reverse=True)
         self._splitter = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         self.fingerprint = fingerprint_of(
-            self.kind, content, self.bos_id, self.eos_id, *filter(None, [self.added_ids])
+            self.kind, content, self.bos_id, self.eos_id, self.added_ids
         )
         if (back := self._model.decode(self._model.encode("a\nb"))) != "a\nb":
             self.warnings += (

@@ -23,7 +23,7 @@ _COMPANIONS = (
 )
 _PAD_NAMES = ("[PAD]", "<pad>", "<PAD>", "<|pad|>")
 # Padding, and tokens that chat templates insert by id. No text encodes to them.
-ALWAYS_CONTROL = (
+_ALWAYS_CONTROL = (
     "<|im_start|>", "<|im_end|>", *_PAD_NAMES,
     "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
 )  # fmt: skip
@@ -154,6 +154,20 @@ def find_ends(
             f"tokens: {', '.join(sorted(added)[:20]) or 'none'}"
         )
     return bos, eos, ()
+
+
+def divide_added(
+    added: Mapping[str, tuple[int, bool]], ends: Collection[int | None]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Divide added tokens (id, whether special) into control tokens and ordinary ones, by name.
+
+    ends: the ids of BOS and EOS.
+    """
+    control, ordinary = {}, {}
+    for name, (i, special) in added.items():
+        is_control = special or name in _ALWAYS_CONTROL or i in ends
+        (control if is_control else ordinary)[name] = i
+    return control, ordinary
 
 
 def foreign_tokens(path: Path, ids: Collection[int], size: int) -> UserError:

@@ -78,8 +78,11 @@ class Tokenizer:
 
 
 def fingerprint_of(kind: str, content: bytes, *facts: Any) -> str:
-    """Return the hash of a tokenizer's file and of the other facts that its ids depend on."""
-    head = json.dumps([kind, *facts]).encode() + b"\n"
+    """Return the hash of a tokenizer's file and of the other facts that its ids depend on.
+
+    An empty dict, of no added tokens, counts for nothing.
+    """
+    head = json.dumps([kind, *(fact for fact in facts if fact != {})]).encode() + b"\n"
     return hashlib.sha256(head + content).hexdigest()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from llamajax.errors import UserError
 from llamajax.tokenizers.special_tokens import (
-    ALWAYS_CONTROL,
+    divide_added,
     find_ends,
     foreign_tokens,
     num_used,
@@ -47,27 +47,21 @@ class HuggingFaceTokenizer(Tokenizer):
                 raise foreign_tokens(path, [i for i, *_ in more], len(vocab))
             spec, vocab = json.loads(full.to_str()), full.get_vocab(with_added_tokens=True)
         self.vocab_size = num_used(vocab)
-        listed = {t["content"]: t for t in spec.get("added_tokens") or []}
+        listed = {t["content"]: (t["id"], t["special"]) for t in spec.get("added_tokens") or []}
         ends = _ends_of_template(spec.get("post_processor"))
         own = tuple(vocab.get(end or "") for end in ends)
         self.bos_id, self.eos_id, self.warnings = find_ends(
             path, self.facts, vocab, own=own, added=listed
         )
-        names = {name for name, i in vocab.items() if i in (self.bos_id, self.eos_id)}
-        self.control_ids = {
-            name: token["id"]
-            for name, token in listed.items()
-            if token["special"] or name in ALWAYS_CONTROL or name in names
-        }
+        self.control_ids, self.added_ids = divide_added(listed, (self.bos_id, self.eos_id))
         self._control = {*self.control_ids.values(), self.bos_id, self.eos_id}
-        names |= set(self.control_ids)
-        self.added_ids = {name: t["id"] for name, t in listed.items() if name not in names}
         self.fingerprint = fingerprint_of(
-            self.kind, content, self.bos_id, self.eos_id, *filter(None, [self.added_ids])
+            self.kind, content, self.bos_id, self.eos_id, self.added_ids
         )
         full.no_truncation()
         full.no_padding()
         self._decoder = full
+        names = {name for name, i in vocab.items() if i in self._control}
         self._encoder = tokenizers.Tokenizer.from_str(json.dumps(_without_control(spec, names)))
         # The encoder lacks some added tokens, so that it numbers the others anew.
         pairs = [(self._encoder.token_to_id(name), i) for name, i in self.added_ids.items()]
