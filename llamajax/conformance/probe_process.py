@@ -50,8 +50,8 @@ def main() -> int:
         begun = time.monotonic()
         bench = Bench(devices=jax.devices(), machine=machine, folder=folder)
         status, message, healthy = _result(run, bench)
-        time_s = round(time.monotonic() - begun, 3)
-        parent.send({"ends": name, "status": status, "message": message, "time_s": time_s})
+        result = {"name": name, "status": status, "message": message}
+        parent.send({"result": result | {"time_s": time.monotonic() - begun}})
         if not healthy:  # what failed may leave the runtime in disorder: the rest gets a new one
             break
     return 0

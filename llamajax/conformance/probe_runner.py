@@ -50,7 +50,7 @@ class ProbeRunner:
         """
         left = list(probes)
         while left:
-            if reason := self._hopeless():
+            if reason := self._reason_to_stop():
                 self._end(left.pop(0).name, "unsupported", NOT_TRIED + reason, 0.0)
                 continue
             if left[0].instead_of and self._status(left[0].instead_of) == "pass":
@@ -91,7 +91,7 @@ class ProbeRunner:
         """Return the status of a probe; None where it was not tried."""
         return next((r.status for r in self.results if r.name == name), None)
 
-    def _hopeless(self) -> str | None:
+    def _reason_to_stop(self) -> str | None:
         """Return why further probes would tell nothing."""
         if self._status("start") == "fail":
             return "the backend did not start"
@@ -128,8 +128,8 @@ class ProbeRunner:
                 running = message["begins"]
                 self.begin(running)
             else:
-                self._end(message["ends"], *(message[k] for k in ("status", "message", "time_s")))
-                if self._hopeless():
+                self._end(**message["result"])
+                if self._reason_to_stop():
                     return None
             begun = time.monotonic()
 

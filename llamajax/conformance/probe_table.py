@@ -1,6 +1,6 @@
 """Every probe of the doctor, and what follows from their results: verdict, repairs, advice.
 
-Imports no JAX: the parent reads it. A probe's function is named `module:function`.
+A probe's function is named `module:function`, and imported in the process that runs it alone.
 """
 
 import dataclasses
