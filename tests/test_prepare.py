@@ -165,7 +165,7 @@ def test_control_tokens_in_the_text_stay_text(tmp_path):
     assert [tokens.count(i) for i in (tokenizer.bos_id, tokenizer.eos_id)] == [1, 1]
 
 
-def test_an_existing_output_is_replaced_only_when_told(corpus, tmp_path):
+def test_an_existing_output_is_replaced_only_with_overwrite(corpus, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
     assert run(corpus, output) == 0
@@ -269,7 +269,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
-def test_mistakes_are_told_and_leave_nothing(corpus, tmp_path, flags, monkeypatch):
+def test_mistakes_are_named_and_leave_nothing(corpus, tmp_path, flags, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, text in {"empty": "", "blank": " \n\n", "short": "x"}.items():
         (tmp_path / f"{name}.txt").write_text(text)
