@@ -23,9 +23,9 @@ _SEED_LIMIT = 2**32
 class RopeScaling:
     """Llama-3.1's frequency scaling of the rotary embedding (`rope_type: llama3`)."""
 
-    factor: float = key("how much longer than the original context the model reads", at_least=1)
-    low_freq_factor: float = key("wavelengths above original length / this are slowed", above=0)
-    high_freq_factor: float = key("wavelengths below original length / this stay", above=0)
+    factor: float = key("how many times the original context the model can read", at_least=1)
+    low_freq_factor: float = key("wavelengths above original length / this are scaled", above=0)
+    high_freq_factor: float = key("wavelengths below original length / this are kept", above=0)
     original_max_seq_len: int = key(
         "context, in tokens, that the unscaled model was trained with", at_least=1
     )
@@ -33,7 +33,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The architecture: what a checkpoint fixes for ever."""
+    """The architecture, which a checkpoint fixes."""
 
     name: str = key("name of the preset, for people; changes nothing", default="")
     vocab_size: int = key("V: number of tokens in the embedding and the head", at_least=1)
@@ -79,51 +79,52 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Number of devices along each mesh axis; one may be -1: all the devices that are left."""
+    """Number of devices along each mesh axis; one may be -1: all remaining devices."""
 
     data: int = key("replicas that see different samples and hold the same weights", default=1)
     fsdp: int = key(
         "shards of parameters, gradients and optimizer state; also splits the batch", default=1
     )
     sequence: int = key(
-        "shards of each sample (context parallelism), for long ones; weights are copied along it",
+        "shards of each sample (context parallelism), for long ones; weights are replicated",
         default=1,
     )
     tensor: int = key(
         "shards of heads, feed-forward and vocabulary; keep it inside a node", default=1
     )
     stage: int = key(
-        "pipeline stages, each with a part of the layers; moves least, so it may cross nodes",
+        "pipeline stages, each with a part of the layers; needs the least communication, so it may "
+        "cross nodes",
         default=1,
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read, and in which order."""
+    """Which samples are read, and in which order."""
 
     path: str = key(
         "directory written by `llamajax.prepare`; several, separated by commas, are mixed",
         is_path=True,
     )
     weights: tuple[float, ...] | None = key(
-        "share of the samples drawn from each of several paths; none: as their numbers of tokens",
+        "share of the samples drawn from each of several paths; none: by their numbers of tokens",
         default=None,
     )
-    seq_len: int = key("T: tokens a sample; chosen here, not at preparation", at_least=1)
+    seq_len: int = key("T: tokens per sample; chosen here, not by `prepare`", at_least=1)
     global_batch_size: int = key(
-        "samples an optimizer step, over all devices and accumulation steps", at_least=1
+        "samples per optimizer step, over all devices and accumulation steps", at_least=1
     )
     shuffle: bool = key(
         "whether samples are drawn in a random order, a new one each epoch", default=True
     )
     seed: int = key("seed of the order of the samples", at_least=0, below=_SEED_LIMIT)
     mask_documents: bool = key(
-        "whether attention and positions stop at the borders of documents packed into one sample",
+        "whether attention and positions are separate for each document packed into one sample",
         default=True,
     )
     num_threads: int = key("reader threads; changes speed only", default=2, at_least=1)
-    prefetch_batches: int = key("batches held ready; changes speed only", default=4, at_least=1)
+    prefetch_batches: int = key("batches read ahead; changes speed only", default=4, at_least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,8 +145,8 @@ class OptimConfig:
         "dtype of Adam's first moment (the second is always fp32)", default="float32"
     )
     offload: bool = key(
-        "whether both moments rest in the host's memory between updates; slower, and 8 bytes a "
-        "weight less on the device",
+        "whether both moments are kept in host memory between updates; slower, and saves 8 bytes "
+        "per weight on the device",
         default=False,
     )
 
@@ -170,49 +171,50 @@ class TrainConfig:
         is_path=True,
     )
     resume_step: int | None = key(
-        "step of an older checkpoint to resume, optimizer state included; later ones are set "
-        "aside; counts once: the same command again continues from the newest; none: the newest",
+        "step of an older checkpoint to resume; later ones are set aside. It applies once: the "
+        "same command again continues from the newest. none: the newest",
         default=None,
         at_least=1,
     )
     restart: bool = key(
-        "whether to begin anew in a used --workdir; old rows and checkpoints are set aside; counts "
-        "once: the same command again continues",
+        "whether to start over in a used --workdir; old rows and checkpoints are set aside. It "
+        "applies once: the same command again continues",
         default=False,
     )
     accumulation_steps: int = key(
-        "microbatches a step; the loss is that of the whole batch", default=1, at_least=1
+        "microbatches per step; the loss is that of the whole batch", default=1, at_least=1
     )
     microbatch_size: int = key(
-        "pipeline: samples that a device takes at a time; small ones idle less, large ones "
-        "multiply faster",
+        "pipeline: samples that a device computes at a time; a small number means less idle time, "
+        "a large one faster matrix products",
         default=1,
         at_least=1,
     )
     pipeline_rounds: int = key(
-        "pipeline: groups of layers a stage (interleaved schedule); more idle less and move more",
+        "pipeline: groups of layers per stage (interleaved schedule); more of them mean less idle "
+        "time and more communication",
         default=1,
         at_least=1,
     )
     remat_stage: bool = key(
-        "pipeline: whether a stage keeps its input alone, for one more forward pass of its layers",
+        "pipeline: whether a stage keeps only its input, at the cost of one more forward pass",
         default=True,
     )
     remat: Remat = key(
         "what a block keeps for the backward pass; changes memory and speed only", default="full"
     )
     remat_keep: tuple[str, ...] = key(
-        f"tensors of a block to keep besides, among {','.join(REMAT_NAMES)}", default=()
+        f"further tensors of a block to keep, among {','.join(REMAT_NAMES)}", default=()
     )
     remat_offload: tuple[str, ...] = key(
-        "such tensors to keep in the host's memory; for accelerators with a fast link to it",
+        "such tensors to keep in host memory; for accelerators with a fast link to it",
         default=(),
     )
     attention: AttentionImpl = key(
         "attention kernel; auto: the first that this backend supports", default="auto"
     )
     loss_chunk_tokens: int = key(
-        "tokens whose logits exist at one time on a device", default=512, at_least=1
+        "tokens whose logits are in the memory of a device at a time", default=512, at_least=1
     )
     z_loss: float = key(
         "weight of the squared log-partition; logged as z_loss, never part of loss",
@@ -226,11 +228,11 @@ class TrainConfig:
         at_least=0,
     )
     eval_batches: int | None = key(
-        "batches an evaluation; none: the whole split", default=None, at_least=1
+        "batches per evaluation; none: the whole split", default=None, at_least=1
     )
 
 
-# The matrices that can be adapted, as dimension letters of their inputs and of their outputs.
+# The matrices that can have an adapter: dimension letters of their inputs and of their outputs.
 LORA_TARGETS = {
     "query": ("D", "NH"),
     "key": ("D", "KH"),
@@ -251,50 +253,50 @@ class LoraConfig:
     dropout: float = key(
         "probability that an input of an adapter is dropped", default=0.0, at_least=0, below=1
     )
-    # All of them: at equal numbers of weights, adapting every matrix with a lower rank learns more
-    # than adapting query and value alone (Dettmers et al. 2023, arXiv:2305.14314, section 4).
+    # All: at equal numbers of weights, a lower rank for every matrix gives better results than a
+    # higher one for query and value alone (Dettmers et al. 2023, arXiv:2305.14314, section 4).
     targets: tuple[str, ...] = key(
         f"matrices with an adapter, among {','.join(LORA_TARGETS)}", default=tuple(LORA_TARGETS)
     )
     base_dtype: ComputeDtype = key(
-        "dtype in which the frozen matrices are held; norms stay fp32", default="float32"
+        "dtype of the frozen matrices; norms stay fp32", default="float32"
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """What happens when an update is not to be trusted, or none comes (docs/guards.md)."""
+    """What happens when an update looks wrong, or none is finished (docs/guards.md)."""
 
     nonfinite: Literal["skip", "stop", "off"] = key(
-        "an update whose loss or gradient is not finite: leave it out, end the run, or apply it",
+        "what to do with an update whose loss or gradient is not finite; off: apply it",
         default="skip",
     )
-    # No default: whether a large loss is to be left out depends on the data, and changes the loss.
+    # Off by default: which loss is too large depends on the data, and skipping changes the loss.
     spike_factor: float | None = key(
-        "also leave out updates whose loss or gradient norm is so many deviations above the median "
-        "of the last ones applied; 10 is mild, 5 strict; none: never",
+        "also skip updates whose loss or gradient norm is so many deviations above the median of "
+        "the last applied ones; 10 is mild, 5 strict; none: never",
         default=None,
         above=0,
     )
     spike_window: int = key(
-        "updates applied that the median is of; spikes are judged once there are as many",
+        "number of applied updates in that median; before, no spike is detected",
         default=128,
         at_least=8,
     )
     max_in_a_row: int | None = key(
-        "updates left out one after the other until `then` happens; none: never",
+        "skipped updates in a row after which `then` happens; none: never",
         default=8,
         at_least=1,
     )
     then: Literal["rollback", "stop"] = key(
-        "return to the last checkpoint before them and go on after their data, or end the run",
+        "go back to the last checkpoint before them and leave out their data, or end the run",
         default="rollback",
     )
     max_rollbacks: int = key(
-        "returns to one and the same checkpoint; then the run ends", default=3, at_least=0
+        "how often to go back to the same checkpoint before the run ends", default=3, at_least=0
     )
     hang_timeout_s: int | None = key(
-        "seconds without a finished step or evaluation batch until all stacks are written and the "
+        "seconds without a finished step or evaluation batch; then all stacks are written and the "
         "process ends; none: never",
         default=1800,
         at_least=1,
@@ -314,7 +316,7 @@ class CheckpointConfig:
     """When and where the state is saved, and which checkpoints are kept."""
 
     directory: str | None = key(
-        "where checkpoints are kept: a path that all processes share, or gs://BUCKET/FOLDER; none: "
+        "where checkpoints are kept: a path shared by all processes, or gs://BUCKET/FOLDER; none: "
         "WORKDIR/checkpoints",
         default=None,
         is_path=True,
@@ -339,7 +341,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackendConfig:
-    """Which machine runs it."""
+    """Which platform, devices and processes run it."""
 
     name: str | None = key(
         "JAX platform: cpu, cuda, tpu, or a plugin's; none: what JAX finds", default=None
@@ -354,14 +356,14 @@ class BackendConfig:
     coordinator_address: str | None = key(
         "HOST:PORT of process 0, the same on every node", default=None
     )
-    num_processes: int | None = key("processes of the whole run", default=None, at_least=1)
+    num_processes: int | None = key("number of processes of the run", default=None, at_least=1)
     process_id: int | None = key("rank of this process, from 0", default=None, at_least=0)
     timeout_s: int = key("seconds to wait for the other processes", default=300, at_least=1)
     device_table: str | None = key(
         "TOML file with entries for devices that llamajax does not know", default=None, is_path=True
     )
     repairs: str = key(
-        "auto: what the doctor saw work on a new platform; none; or names of repairs",
+        "auto: what `doctor` found to work on a new platform; none; or names of repairs",
         default="auto",
     )
     compile_cache: str | None = key(
@@ -373,7 +375,7 @@ class BackendConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MonitoringConfig:
-    """What is written for people."""
+    """What is shown besides metrics.jsonl."""
 
     tensorboard: bool = key("whether to write tensorboard/ besides metrics.jsonl", default=True)
     progress: Literal["auto", "bar", "lines", "none"] = key(

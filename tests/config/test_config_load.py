@@ -74,7 +74,7 @@ def test_every_problem_is_named_at_once(config_file):
         "data.seed: expected int, got 'zero' (str)",
         "model.head_size = 9: must be even",
         "mesh: a section with keys, got 8",
-        "data.seq_len: not set (int: T: tokens a sample",
+        "data.seq_len: not set (int: T: tokens per sample",
         "train.stepz: unknown key; did you mean train.steps?",
         "train.log_every=often: expected int, got 'often'",
         "steps: unknown key; did you mean train.steps?",
