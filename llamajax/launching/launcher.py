@@ -7,7 +7,6 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from multiprocessing.connection import wait
 
 from llamajax import errors
 from llamajax.errors import ExitCode
@@ -15,7 +14,7 @@ from llamajax.launching.launch_options import LaunchOptions, make_log_dir
 from llamajax.launching.node_protocol import NodeClient, NodeServer
 from llamajax.launching.worker_logs import next_attempt
 from llamajax.launching.workers import WorkerGroup, exit_code, first_failed
-from llamajax.processes.line_protocol import Message
+from llamajax.processes.line_protocol import Message, readable
 from llamajax.verbs import STOP_SIGNALS, caught_signals
 
 _LOOK_EVERY_S = 0.1
@@ -85,7 +84,7 @@ class Launcher:
                 self._watch_workers(self._workers)
             wakers = [signals, *self._node.wakers]
             wakers += self._workers.wakers if self._workers else []
-            if signals in wait(wakers, _LOOK_EVERY_S):
+            if signals in readable(wakers, _LOOK_EVERY_S):
                 numbers = os.read(signals, 64)
                 if signal.SIGUSR1 in numbers and self._workers is not None:
                     self._workers.ask_for_stacks()
@@ -152,7 +151,7 @@ class Launcher:
     def _report_checkpoints(self) -> None:
         """Tell node 0 which checkpoints are complete. Call it before reporting a failure."""
         reading = self._reports[0]
-        if select.select([reading], [], [], 0)[0]:
+        if readable([reading], 0):
             for step in os.read(reading, 1 << 16).split():
                 self._node.say({"say": "checkpoint", "step": int(step)})
 

@@ -7,9 +7,10 @@ check) or stays silent is dropped and disturbs nobody.
 import contextlib
 import errno
 import json
+import select
 import socket
 import time
-from multiprocessing.connection import wait
+from collections.abc import Sequence
 from typing import Any
 
 from llamajax.errors import TransientError, UserError
@@ -23,6 +24,19 @@ _BACKLOG = 1024
 _MAX_LINE_BYTES = 1 << 20
 
 Message = dict[str, Any]
+
+
+def readable(sources: Sequence[Any], within_s: float) -> list[Any]:
+    """Return the sources (descriptors, or objects that have one) that can be read or have ended.
+
+    within_s: how long to wait for the first.
+    """
+    poll, found = select.poll(), {}
+    for source in sources:
+        descriptor = source if isinstance(source, int) else source.fileno()
+        found[descriptor] = source
+        poll.register(descriptor, select.POLLIN)
+    return [found[descriptor] for descriptor, _ in poll.poll(max(0.0, within_s) * 1000)]
 
 
 class Connection:
@@ -48,7 +62,7 @@ class Connection:
         """Return the messages that arrived. within_s: how long to wait for the first."""
         found: list[Message] = []
         deadline = time.monotonic() + within_s
-        while self.alive and wait([self._socket], 0 if found else deadline - time.monotonic()):
+        while self.alive and readable([self._socket], 0 if found else deadline - time.monotonic()):
             try:
                 part = self._socket.recv(1 << 16)
             except OSError:
@@ -122,8 +136,8 @@ class Listener:
 
     def accept(self, *, within_s: float = 0.0) -> list[tuple[Connection, list[Message]]]:
         """Return peers with their first messages. within_s: how long to wait for any news."""
-        wait(self.wakers, within_s)
-        while wait([self._socket], 0):
+        readable(self.wakers, within_s)
+        while readable([self._socket], 0):
             self._unidentified.append(Connection(self._socket.accept()[0]))
         found = []
         for peer in list(self._unidentified):

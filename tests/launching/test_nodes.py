@@ -6,18 +6,18 @@ import signal
 
 from llamajax.launching.worker_logs import log_path
 
-PLACE = "print(rank, os.environ['LLAMAJAX_NUM_PROCESSES'], os.environ['LLAMAJAX_COORDINATOR'])\n"
+RANK = "print(rank, os.environ['LLAMAJAX_NUM_PROCESSES'], os.environ['LLAMAJAX_COORDINATOR'])\n"
 WAIT = "print(os.getpid(), os.getppid())\nif attempt == {}: wait_for_ever()"
 
 
 def test_ranks_go_over_the_nodes_and_all_finish(start_node, free_ports):
-    second, first = (start_node(rank, PLACE) for rank in (1, 0))
+    second, first = (start_node(rank, RANK) for rank in (1, 0))
     assert (first.wait()[0], second.wait()[0]) == (0, 0)
     for node, rank in ((first, 0), (first, 1), (second, 2), (second, 3)):
         assert node.log(rank, 0) == f"{rank} 4 127.0.0.1:{free_ports}\n"
 
 
-def test_nodes_agree_on_the_attempt_and_a_failure_restarts_all(start_node, tmp_path):
+def test_nodes_share_the_attempt_number_and_a_failure_restarts_all(start_node, tmp_path):
     """Node 1 has logs of three earlier attempts, node 0 of none."""
     earlier = tmp_path / "logs_1"
     earlier.mkdir()
@@ -33,7 +33,7 @@ def test_nodes_agree_on_the_attempt_and_a_failure_restarts_all(start_node, tmp_p
     assert not log_path(first.logs, 0, 2).exists()
 
 
-def test_all_nodes_leave_with_the_culprits_code(start_node):
+def test_all_nodes_exit_with_the_code_of_the_worker_that_failed(start_node):
     lines = "if rank == 2: os._exit(6)\nwait_for_ever()"
     first, second = (start_node(rank, lines, "--max_restarts=1") for rank in (0, 1))
     assert (first.wait()[0], second.wait()[0]) == (6, 6)
@@ -72,21 +72,21 @@ def test_node_0_may_come_back_as_well(start_node):
 
 
 def test_a_missing_node_is_named(start_node):
-    first = start_node(0, PLACE, "--timeout_s=2", nodes_in_all=3)
-    third = start_node(2, PLACE, nodes_in_all=3)
+    first = start_node(0, RANK, "--timeout_s=2", nodes_in_all=3)
+    third = start_node(2, RANK, nodes_in_all=3)
     for code, text in (first.wait(), third.wait()):
         assert code == 75
         assert "missing: node 1" in text
 
 
 def test_a_missing_node_0_is_named(start_node, free_ports):
-    code, text = start_node(1, PLACE, "--timeout_s=1").wait()
+    code, text = start_node(1, RANK, "--timeout_s=1").wait()
     assert code == 75
     assert f"no launcher of node 0 at 127.0.0.1:{free_ports + 1}" in text
 
 
 def test_nodes_that_contradict_each_other_are_refused(start_node):
-    first, second = start_node(0, PLACE), start_node(1, PLACE, nodes_in_all=3)
+    first, second = start_node(0, RANK), start_node(1, RANK, nodes_in_all=3)
     for code, text in (first.wait(), second.wait()):
         assert code == 2
         assert re.search(r"node 1 was launched with --nodes=3 .* --nodes=2", text)

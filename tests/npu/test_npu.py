@@ -21,7 +21,7 @@ plugin, options = sys.argv[1:]
 machine = backends.start(BackendConfig(name="npu", plugin=plugin, options=options))
 found = {}
 
-def told(call):
+def tried(call):
     try:
         call()
     except Exception as error:
@@ -33,9 +33,9 @@ device = jax.devices()[0]
 found["identity"] = [device.platform, device.device_kind, machine.platform_version, str(device)]
 found["num_devices"] = len(jax.devices())
 with jax.enable_x64(True):
-    found["float64"] = told(lambda: jax.device_put(np.ones(2), device))
-found["refused"] = told(lambda: jax.jit(jnp.sort)(np.ones(3, np.float32)))
-found["statistics"] = told(lambda: device.memory_stats()["bytes_in_use"])
+    found["float64"] = tried(lambda: jax.device_put(np.ones(2), device))
+found["refused"] = tried(lambda: jax.jit(jnp.sort)(np.ones(3, np.float32)))
+found["statistics"] = tried(lambda: device.memory_stats()["bytes_in_use"])
 ones = np.ones((4, 4), np.float32)
 multiply = jax.jit(lambda x: x @ x)
 found["product32"] = float(multiply(ones)[0, 0])
@@ -63,8 +63,8 @@ found["one"] = device.memory_stats()["bytes_in_use"] - found["before"]["bytes_in
 del x
 found["freed"] = device.memory_stats()["bytes_in_use"] - found["before"]["bytes_in_use"]
 big = jax.ShapeDtypeStruct((1024, 1024, 80), jnp.float32)
-found["program"] = told(lambda: jax.jit(lambda x: x + 1).lower(big).compile())
-found["array"] = told(lambda: jax.device_put(np.zeros((1024, 1024, 80), np.float32), device))
+found["program"] = tried(lambda: jax.jit(lambda x: x + 1).lower(big).compile())
+found["array"] = tried(lambda: jax.device_put(np.zeros((1024, 1024, 80), np.float32), device))
 from llamajax.backends.jax_private import donation
 double = lambda: jax.jit(lambda x: 2 * x, donate_argnums=0)
 shape = jax.ShapeDtypeStruct((256,), jnp.float32)
@@ -78,7 +78,7 @@ found["deleted"] = given.is_deleted()
 counted = jax.jit(lambda x: x * 3)
 y = jax.device_put(np.ones(3, np.float32), device)
 for i in range(40):
-    found["failure"] = told(lambda: np.asarray(counted(y)))
+    found["failure"] = tried(lambda: np.asarray(counted(y)))
     if found["failure"] != "no error":
         break
 found["failed_after"] = i
@@ -157,7 +157,7 @@ def test_it_fails_after_so_many_executions(healthy):
 
 
 def test_programs_may_be_too_new(npu):
-    code = "found['compiled'] = told(lambda: jnp.ones(3) + 1)\nprint(json.dumps(found))"
+    code = "found['compiled'] = tried(lambda: jnp.ones(3) + 1)\nprint(json.dumps(found))"
     found = in_child(code, npu, "newest_program=0.9.0")[0]
     assert "the newest supported is 0.9.0" in found["compiled"]
 

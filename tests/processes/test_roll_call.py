@@ -82,7 +82,7 @@ def test_a_contradiction_is_told_to_all(called, processes, words):
     assert set(said) == {said[0]}
 
 
-def test_strangers_do_no_harm(called, port):
+def test_unidentified_peers_are_ignored(called, port):
     """One speaks another protocol, one says nothing and stays."""
     done = threading.Event()
 
@@ -97,9 +97,9 @@ def test_strangers_do_no_harm(called, port):
         return None
 
     with ThreadPoolExecutor(3) as pool:
-        strangers = [pool.submit(knock, text) for text in (b"GET / HTTP/1.1\r\n\r\n", b"")]
+        peers = [pool.submit(knock, text) for text in (b"GET / HTTP/1.1\r\n\r\n", b"")]
         first = pool.submit(called, (0, 2))
-        connections = [stranger.result() for stranger in strangers]
+        connections = [peer.result() for peer in peers]
         assert called((1, 2)) == first.result() == [""]
         done.set()
     for connection in connections:
