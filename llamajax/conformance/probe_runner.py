@@ -92,7 +92,7 @@ class ProbeRunner:
         return next((r.status for r in self.results if r.name == name), None)
 
     def _reason_to_stop(self) -> str | None:
-        """Return why further probes would tell nothing."""
+        """Return why further probes are pointless; None where they are not."""
         if self._status("start") == "fail":
             return "the backend did not start"
         if self._status("program") in ("fail", "unsupported"):
