@@ -26,7 +26,7 @@ from llamajax.formats import peft
 def refuse(*_args, **_options):
     raise RuntimeError("this process writes an export")
 for module in (hf_write, peft):
-    module.replaced = module.write_json = module.write_file = refuse
+    module.replaced_directory = module.write_json = module.write_safetensors = refuse
 sys.exit(train.main(sys.argv[1:]))
 """
 
