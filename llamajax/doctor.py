@@ -1,6 +1,6 @@
-"""Try everything that training needs on a backend, and tell what llamajax does about the rest.
+"""Try everything that training needs on a backend, each probe by itself.
 
-Each probe runs by itself.
+It tells what works, what does not, and what llamajax does about it.
 
 Example:
   python -m llamajax.doctor

@@ -1,4 +1,4 @@
-"""Run a command as several workers, on this node and on others, and restart them when one fails.
+"""Run a command as several workers, on one node or many, and restart them when one fails.
 
 When a worker fails, all are ended and started again from the newest checkpoint. Each worker and
 attempt has one log. The command stands after `--`.

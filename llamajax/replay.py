@@ -1,4 +1,4 @@
-"""Repeat one step of a run twice from the checkpoint before it, and say what was wrong with it.
+"""Repeat one step of a run, twice, from the checkpoint before it, and say what was wrong.
 
 It tells whether the step repeats and is as recorded, the first tensor that is not finite, and the
 documents with the largest loss.

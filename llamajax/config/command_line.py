@@ -155,6 +155,7 @@ def help_text(flags: type[Flags], *, verb: str, doc: str) -> str:
     usage = [f"python -m llamajax.{verb}"]
     usage += [_usage(k) if k.default is NOT_SET else f"[{_usage(k)}]" for k in keys]
     usage += ["[--config.SECTION.KEY=VALUE ...]"] * takes_config
+    usage += ["-- COMMAND..."] * ("command" in flags.__dataclass_fields__)
     lines = [f"llamajax {verb}: {doc.strip()}", "", "Usage:"]
     lines += [*_wrap(" ".join(usage), indent=2, hanging=6), "", "Flags:"]
     for flag in keys:

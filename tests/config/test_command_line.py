@@ -26,6 +26,7 @@ class SearchFlags(TrainFlags):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputFlags(Flags):
     from_: str = key("what to read", is_path=True)
+    command: tuple[str, ...] = ()
 
 
 def parse(*argv: str, flags=SearchFlags):
@@ -83,6 +84,13 @@ def test_a_tilde_is_the_home_directory_in_paths_only(config_file, monkeypatch):
     assert found.config.data.path == "/home/x/a,b~,/home/x/c"
     assert found.config.model.name == "~/name"
     assert parse("--from", "~", flags=OutputFlags).from_ == "/home/x"
+
+
+def test_fields_that_are_no_flags_are_given_by_the_verb():
+    found = parse_command_line(["--from=x"], OutputFlags, verb="x", doc="", command=("a", "b"))
+    assert (found.from_, found.command) == ("x", ("a", "b"))
+    usage = help_text(OutputFlags, verb="x", doc="").partition("Usage:\n")[2].splitlines()[0]
+    assert usage == "  python -m llamajax.x --from=VALUE -- COMMAND..."
 
 
 def test_every_mistake_of_flags_and_config_is_named_at_once(config_file):
