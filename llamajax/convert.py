@@ -56,13 +56,13 @@ def main(argv: list[str]) -> int:
     from llamajax import backends
     from llamajax.formats.huggingface.hf_write import write_hf
     from llamajax.formats.weights import open_weights
-    from llamajax.tokenizers.tokenizer_identity import check_vocabulary, load_recorded
+    from llamajax.tokenizers.tokenizer_identity import check_vocabulary
 
     started, target = time.monotonic(), Path(flags.to)
     backends.start(BackendConfig(name="cpu"))  # an accelerator would be taken for nothing
     weights = open_weights(flags.from_)
     _check_apart(flags, weights)
-    tokenizer = load_recorded(weights.tokenizer, weights.tokenizer_record, of=weights.path)
+    tokenizer = weights.load_tokenizer()
     check_vocabulary(tokenizer, weights.model.vocab_size)
     missing = f"{weights.path} has no tokenizer: the weights are converted without one"
     for line in [missing] if tokenizer is None else tokenizer.warnings:

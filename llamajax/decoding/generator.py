@@ -21,7 +21,7 @@ from llamajax.formats.load_model import load_model
 from llamajax.formats.weights import Weights, open_weights
 from llamajax.ops.attention import best_attention
 from llamajax.tokenizers import chat
-from llamajax.tokenizers.tokenizer_identity import check_vocabulary, load_recorded
+from llamajax.tokenizers.tokenizer_identity import check_vocabulary
 
 STREAM_INTERVAL_S = 0.1
 
@@ -124,7 +124,7 @@ def _mesh(options: GenerateOptions, model: ModelConfig) -> Mesh:
 def _tokenizer(options: GenerateOptions, weights: Weights) -> Tokenizer | None:
     """Load the model's tokenizer. UserError where it does not fit, but for ids, which need none."""
     try:
-        tokenizer = load_recorded(weights.tokenizer, weights.tokenizer_record, of=weights.path)
+        tokenizer = weights.load_tokenizer()
         check_vocabulary(tokenizer, weights.model.vocab_size)
         return tokenizer
     except UserError as error:

@@ -13,7 +13,7 @@ from llamajax.evaluation.evaluate_options import EvaluateOptions
 from llamajax.evaluation.windows import WindowRows, non_overlapping, separate, sliding_window
 from llamajax.formats.weights import Weights
 from llamajax.tokenizers.loading import MANIFEST
-from llamajax.tokenizers.tokenizer_identity import check_vocabulary, data_mismatch, load_recorded
+from llamajax.tokenizers.tokenizer_identity import check_vocabulary, data_mismatch
 
 # A longer context than this has to be asked for: Llama 3.1's 131,072 tokens would be a surprise.
 _DEFAULT_MAX_SEQ_LEN = 4096
@@ -61,7 +61,7 @@ def _prepared(options: EvaluateOptions, weights: Weights) -> RowSource:
         vocab_size=weights.model.vocab_size,
     )
     if weights.tokenizer is not None:
-        theirs = load_recorded(weights.tokenizer, weights.tokenizer_record, of=weights.path)
+        theirs = weights.load_tokenizer()
         ours = load_tokenizer(path)
         if problem := data_mismatch(f"--data={path}", ours, theirs, weights.tokenizer):
             raise UserError(problem)
@@ -90,7 +90,7 @@ def _text(options: EvaluateOptions, weights: Weights) -> RowSource:
             f"{weights.path} has no tokenizer, and --text needs one: put the tokenizer.json or "
             "tokenizer.model of the model there, or give --token_ids"
         )
-    tokenizer = load_recorded(weights.tokenizer, weights.tokenizer_record, of=weights.path)
+    tokenizer = weights.load_tokenizer()
     check_vocabulary(tokenizer, weights.model.vocab_size)
     text = read_text(path)
     # Without a BOS token EOS precedes the first target, as in lm-evaluation-harness.

@@ -32,7 +32,9 @@ from llamajax.formats.huggingface import hf_read
 from llamajax.formats.huggingface.hf_names import tensors
 from llamajax.formats.llama_sources import CheckpointSource, MergedSource, read_factors
 from llamajax.formats.meta import meta_config
+from llamajax.tokenizers import Tokenizer
 from llamajax.tokenizers.loading import find_tokenizer
+from llamajax.tokenizers.tokenizer_identity import load_recorded
 
 # Kind -> what opens a path: returns None if it is of another kind, UserError if it is broken.
 RECOGNIZERS: dict[str, Callable[[Path], ForeignWeights | None]] = {
@@ -71,6 +73,10 @@ class Weights:
     def step(self) -> int | None:
         """Step of a llamajax checkpoint."""
         return None if self.checkpoint is None else self.checkpoint.step
+
+    def load_tokenizer(self) -> Tokenizer | None:
+        """Load the tokenizer. UserError if the checkpoint was trained with another one."""
+        return load_recorded(self.tokenizer, self.tokenizer_record, of=self.path)
 
     def fingerprint(self) -> str:
         """Return an identity of these weights: equal for a copy, another after any training.

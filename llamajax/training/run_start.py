@@ -23,7 +23,6 @@ from llamajax.formats.weights import TOKENIZER, Weights, open_base, open_weights
 from llamajax.tokenizers.tokenizer_identity import (
     data_mismatch,
     describe,
-    load_recorded,
     matches_record,
     tokenizer_record,
 )
@@ -180,7 +179,7 @@ def open_initial_weights(config: RunConfig, meta: Mapping[str, Any] | None) -> W
     problems = model_differences(*map(dataclasses.asdict, (weights.model, config.model)))
     if (tokenizer := weights.tokenizer) is not None:
         path = config.data.path.split(",")[0].strip()
-        theirs = load_recorded(tokenizer, weights.tokenizer_record, of=weights.path)
+        theirs = weights.load_tokenizer()
         ours = data.load_tokenizer(path)
         if problem := data_mismatch(f"data.path: {path}", ours, theirs, tokenizer):
             problems.append(problem)
