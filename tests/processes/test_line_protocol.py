@@ -1,0 +1,49 @@
+"""Messages as lines of JSON, and peers that hang up, fall silent or send anything else."""
+
+import socket
+
+import pytest
+
+from llamajax.processes import line_protocol
+from llamajax.processes.line_protocol import Connection
+
+
+@pytest.fixture
+def ends():
+    """A connection, and the socket of its peer."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield Connection(ours), theirs
+
+
+def test_messages_arrive_whole_until_the_peer_hangs_up(ends):
+    connection, peer = ends
+    assert connection.receive() == []
+    peer.sendall(b'{"a": 1}\n{"b"')
+    assert connection.receive() == [{"a": 1}]
+    peer.sendall(b': 2}\n{"c": 3}\n')
+    peer.close()
+    assert connection.receive(within_s=60) == [{"b": 2}, {"c": 3}]
+    assert not connection.alive
+
+
+@pytest.mark.parametrize("text", [b"GET / HTTP/1.1\r\n", b"[1]\n", b"x" * 100])
+def test_what_is_no_message_ends_the_connection(ends, monkeypatch, text):
+    monkeypatch.setattr(line_protocol, "_MAX_LINE_BYTES", 100)
+    connection, peer = ends
+    peer.sendall(text)
+    assert connection.receive() == []
+    assert not connection.alive
+
+
+def test_beats_keep_a_connection_alive_and_silence_ends_it(ends, monkeypatch):
+    now = line_protocol.time.monotonic()
+    connection, peer = ends[0], Connection(ends[1])
+    for later, alive in ((15, True), (30, True), (60, False)):
+        monkeypatch.setattr(line_protocol.time, "monotonic", lambda at=now + later: at)
+        if alive:
+            peer.beat()
+        assert connection.receive() == []
+        connection.beat()
+        assert connection.alive == alive
+        assert peer.receive() == []
