@@ -19,38 +19,19 @@ from llamajax.config.flags import (
 from llamajax.config.load import build_model, freeze, load
 from llamajax.config.presets import PRESETS, preset
 from llamajax.config.saved_config import common_values, diff, from_json_dict, to_json_dict
-from llamajax.config.schema import (
-    BackendConfig,
-    CheckpointConfig,
-    DataConfig,
-    LoraConfig,
-    MeshConfig,
-    ModelConfig,
-    MonitoringConfig,
-    OptimConfig,
-    RopeScaling,
-    RunConfig,
-    TrainConfig,
-)
+from llamajax.config.schema import BackendConfig, MeshConfig, ModelConfig, RunConfig
 from llamajax.config.values import key
 
 __all__ = [
     "PRESETS",
     "BackendConfig",
     "BackendFlags",
-    "CheckpointConfig",
-    "DataConfig",
     "Flags",
-    "LoraConfig",
     "MachineFlags",
     "MeshConfig",
     "ModelConfig",
-    "MonitoringConfig",
-    "OptimConfig",
-    "RopeScaling",
     "RunConfig",
     "RunFlags",
-    "TrainConfig",
     "TrainFlags",
     "WeightsFlags",
     "build_model",
