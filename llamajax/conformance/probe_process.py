@@ -1,13 +1,12 @@
 """The process in which probes run: `python -m llamajax.conformance.probe_process FD`.
 
-It reads a request from standard input and sends messages on the socket of file descriptor FD. A
-probe that dies takes this process with it; the parent then knows which one it was.
+It reads a request from the socket of file descriptor FD, and sends messages there. A probe that
+dies takes this process with it; the parent then knows which one it was.
 """
 
 import dataclasses
 import faulthandler
 import importlib
-import json
 import signal
 import socket
 import sys
@@ -24,6 +23,7 @@ from llamajax.errors import UserError
 from llamajax.processes.line_protocol import Connection
 
 _MESSAGE_CHARACTERS = 400
+_REQUEST_WITHIN_S = 60.0
 
 
 def main() -> int:
@@ -32,7 +32,7 @@ def main() -> int:
     faulthandler.register(signal.SIGUSR1)  # the parent asks where a probe hangs
     backends.exit_with_launcher()
     parent = Connection(socket.socket(fileno=int(sys.argv[1])))
-    request = json.load(sys.stdin)
+    (request,) = parent.receive(within_s=_REQUEST_WITHIN_S)
     try:
         config = BackendConfig(**request["backend"])
         machine = backends.start(config, keep_programs=request["keep_programs"])

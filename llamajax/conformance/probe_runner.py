@@ -4,7 +4,6 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import signal
 import socket
@@ -13,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from llamajax.backends import ProbeResult, child_environment
@@ -174,7 +174,7 @@ class _ProbeProcess:
     """A process that runs probes, the connection to it, and its other output."""
 
     def __init__(self, request: dict[str, Any]):
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._log = Path(request["folder"]) / "output.log"
         ours, theirs = socket.socketpair()
         self._connection, self._messages = Connection(ours), collections.deque()
         parent_pipe, self._held = os.pipe()
@@ -185,21 +185,19 @@ class _ProbeProcess:
             local=(0, 1),
             parent_pipe=parent_pipe,
         )
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "llamajax.conformance.probe_process", str(theirs.fileno())],
-            stdin=subprocess.PIPE,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-            pass_fds=(theirs.fileno(), parent_pipe),
-            process_group=0,
-        )
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "llamajax.conformance.probe_process", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=(theirs.fileno(), parent_pipe),
+                process_group=0,
+            )
         theirs.close()
         os.close(parent_pipe)
-        with contextlib.suppress(BrokenPipeError):  # it died at once, which `read` finds
-            self._process.stdin.write(json.dumps(request))
-            self._process.stdin.close()
+        self._connection.send(request)
 
     def read(self, timeout_s: float) -> dict[str, Any] | None:
         """Return the next message; {} when the process has ended, None when none comes in time."""
@@ -233,8 +231,7 @@ class _ProbeProcess:
         return _location(self._output())
 
     def _output(self) -> str:
-        self._log.seek(0)
-        return self._log.read()
+        return self._log.read_text(encoding="utf-8", errors="replace")
 
     def __enter__(self) -> "_ProbeProcess":
         return self
@@ -243,7 +240,6 @@ class _ProbeProcess:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._log.close()
         self._connection.close()
         os.close(self._held)
 

@@ -24,8 +24,8 @@ def results(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
     def run(*probes, backend=CPU, limit_s=60.0):
-        ignore = lambda _: None  # noqa: E731
-        runner = ProbeRunner(backend=backend, limit_s=limit_s, show=ignore, begin=ignore)
+        options = {"show": lambda _: None, "begin": lambda _: None}
+        runner = ProbeRunner(backend=backend, limit_s=limit_s, **options)
         runner.run(probes)
         return {r.name: (r.status, r.message) for r in runner.results}
 

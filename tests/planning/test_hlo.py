@@ -76,7 +76,9 @@ def test_a_compiled_scan_of_scans_sends_as_often_as_it_turns():
         return jax.lax.psum(x, "b") * 0.5, None
 
     def local(x):
-        outer = lambda x, _: (jax.lax.scan(turn, x, None, length=3)[0] + 1, None)  # noqa: E731
+        def outer(x, _):
+            return jax.lax.scan(turn, x, None, length=3)[0] + 1, None
+
         return jax.lax.scan(outer, jax.lax.psum(x, "a"), None, length=7)[0]
 
     spec = PartitionSpec(("a", "b"))
