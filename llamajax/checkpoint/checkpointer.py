@@ -118,8 +118,7 @@ class Checkpointer:
         self._retention = keep, keep_every
         self._asynchronous = asynchronous
         self._check_owner, self._on_complete = check_owner, on_complete
-        self._begun = False
-        self._damaged: Damaged = []  # to be set aside
+        self._held: Damaged | None = []  # to be set aside by `begin`; None after that
         self._orbax: OrbaxWriter | None = None
         self._save: _Save | None = None
         self._filter = _DropOrbaxRecords()
@@ -141,9 +140,9 @@ class Checkpointer:
                 kind = location.user_error_type(error, self.directory)
                 raise kind(f"cannot clear {self.directory}: {location.reason(error)}") from None
 
-        self._begun = True
+        damaged, self._held = self._held or [], None
         broadcast_from_first(remove)
-        set_aside_damaged(self._damaged)
+        set_aside_damaged(damaged)
 
     def warm_up(self) -> None:
         """Import Orbax and start its threads before the first save needs them. Cheap to repeat.
@@ -175,9 +174,11 @@ class Checkpointer:
     ) -> tuple[Checkpoint | None, list[str]]:
         """Return the checkpoint to continue from, and warnings; see `restore.newest_intact`."""
         with location.store_errors_explained(self.directory):
-            found, warnings, self._damaged = newest_intact(self.directory, without=without)
-            if self._begun:
-                set_aside_damaged(self._damaged)
+            found, warnings, damaged = newest_intact(self.directory, without=without)
+            if self._held is None:
+                set_aside_damaged(damaged)
+            else:
+                self._held = damaged
         return found, warnings
 
     def save(self, step: int, state: Any, *, meta: Mapping[str, Any], wait: bool = False) -> None:
