@@ -5,6 +5,7 @@ optional extra.
 """
 
 import dataclasses
+import importlib
 import math
 import re
 from typing import Any
@@ -55,7 +56,7 @@ class GgufSource(TensorSource):
         self._path = header.path
         self._tensors: dict[str, _Matrix] = {}
         try:
-            import gguf  # noqa: F401
+            importlib.import_module("gguf")
         except ImportError as error:
             raise UserError(
                 f"{self._path}: GGUF files need the gguf package: pip install 'llamajax[gguf]'"
