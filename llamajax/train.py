@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
         workdir=Path(flags.workdir),
         shutdown=shutdown,
         began_s=process_start_s(),
+        config_file=flags.config_file,
     )
 
 

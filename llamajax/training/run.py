@@ -5,10 +5,8 @@ checkpoint, and only then memory and compilation.
 """
 
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from llamajax.backends import report_checkpoint
 from llamajax.checkpoint import CheckpointError, named_leaves
@@ -54,12 +52,12 @@ def train(
     workdir: Path,
     shutdown: Shutdown,
     began_s: float | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    config_file: str | None = None,
 ) -> int:
     """Train to the end, to a stop signal or to a guard's stop; return the exit code.
 
-    began_s: when this process started, `time.monotonic`. overrides: by key, the config file's value
-    and the command line's. Raises UserError where the start is refused: then nothing has changed.
+    began_s: when this process started, `time.monotonic`. config_file: FILE.py[:ARG] as given, for
+    the record. Raises UserError where the start is refused: then nothing has changed.
     """
     began_s = time.monotonic() if began_s is None else began_s
     undo = ExitStack()
@@ -90,7 +88,7 @@ def train(
             if run.is_primary:
                 if dead := history.found_dead(start.step):
                     run.events.write("found_dead", **dead)
-                write_start(run, step=start.step, began_s=began_s, overrides=overrides or {})
+                write_start(run, step=start.step, began_s=began_s, config_file=config_file)
                 report_checkpoint(start.step)
             del history
             for line in run_header(setup, start.step):

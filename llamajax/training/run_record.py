@@ -9,12 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import llamajax
-from llamajax.config import RunConfig, diff, from_json_dict
+from llamajax.config import RunConfig, diff, from_json_dict, load
 from llamajax.config.saved_config import read_saved_config
 from llamajax.errors import ExitCode, UserError
 from llamajax.monitoring import load_events, load_metrics
@@ -61,6 +61,10 @@ class History:
             return None
         begun = [event for event in self.events if event["event"] == "start"][-1:]
         box, box_s = read_leftovers(self.workdir)
+        for i in range(1, len(box)):
+            if box[-i]["step"] <= box[-i - 1]["step"]:  # what is before a rollback does not count
+                box = box[-i:]
+                break
         seen = [*begun, self.events[-1], *self.rows, *box]
         return {
             "step": max(entry["step"] for entry in seen),
@@ -75,20 +79,14 @@ class History:
         kept_*: of steps up to `step`. removed_*: of later ones, which are done again.
         """
         logged = max((row["step"] for row in self.rows if "step_time_s" in row), default=0)
-        zero = {"unlogged_steps_s": 0.0, "unlogged_data_wait_s": 0.0, "unlogged_tokens": 0}
-        kept = last = zero
-        for row in box:  # each has the sums of all steps since the last row
+        parts = ("steps_s", "data_wait_s", "tokens")
+        kept = total = dict.fromkeys(parts, 0)
+        for row in box:  # each has the sums over all steps since the last row
             if row["step"] > logged and "unlogged_steps_s" in row:
-                last = row
-                kept = row if row["step"] <= step else kept
-        removed = {key: last[key] - kept[key] for key in zero}
-        return {
-            "kept_steps_s": kept["unlogged_steps_s"],
-            "kept_data_wait_s": kept["unlogged_data_wait_s"],
-            "kept_tokens": kept["unlogged_tokens"],
-            "removed_steps_s": removed["unlogged_steps_s"],
-            "removed_data_wait_s": removed["unlogged_data_wait_s"],
-        }
+                total = {part: row[f"unlogged_{part}"] for part in parts}
+                kept = total if row["step"] <= step else kept
+        removed = {f"removed_{part}": total[part] - kept[part] for part in parts[:2]}
+        return {f"kept_{part}": value for part, value in kept.items()} | removed
 
 
 def process_start_s() -> float:
@@ -98,11 +96,10 @@ def process_start_s() -> float:
     return time.monotonic() - age_s
 
 
-def write_start(run: Run, *, step: int, began_s: float, overrides: Mapping[str, Any]) -> None:
+def write_start(run: Run, *, step: int, began_s: float, config_file: str | None) -> None:
     """Write the `start` event.
 
-    step: that the run continues from. began_s: of the process, `time.monotonic`. overrides: by key,
-    the config file's value and the command line's.
+    step: that the run continues from. began_s: of the process, `time.monotonic`.
     """
     machine = run.setup.machine
     run.events.write(
@@ -118,7 +115,7 @@ def write_start(run: Run, *, step: int, began_s: float, overrides: Mapping[str, 
         device_kind=machine.device_kind,
         num_devices=machine.num_devices,
         num_processes=machine.num_processes,
-        overrides=overrides,
+        overrides=_overrides(config_file, run.config) if config_file else {},
         changed=_changed(run.workdir, run.config),
     )
 
@@ -144,6 +141,20 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
             return None
         answers.append(done.stdout.strip())
     return {"commit": answers[0], "modified": bool(answers[1])}
+
+
+def _overrides(config_file: str, config: RunConfig) -> dict[str, list[str | None]]:
+    """Return the file's value and the one used of each key in which they differ.
+
+    A file that is no whole config without the command line has no values to show: null.
+    """
+    try:
+        return {key: list(values) for key, values in diff(load(config_file), config).items()}
+    except UserError:
+        given = (
+            text.removeprefix("--config.") for text in sys.argv if text.startswith("--config.")
+        )
+        return {key: [None, value] for key, _, value in (text.partition("=") for text in given)}
 
 
 def _changed(workdir: Path, config: RunConfig) -> dict[str, list[str]] | None:
