@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import warm
 
+from llamajax.monitoring import load_events
+
 CONFIG = Path(__file__).with_name("tiny_run.py")
 FIELDS = ("step", "loss", "grad_norm", "learning_rate", "tokens_seen", "eval_loss")
 # A sentence as a document, of any length: several share a sample.
@@ -119,6 +121,8 @@ def test_an_interrupted_run_continues_bit_by_bit(
     assert code == (-9 if number == signal.SIGKILL else 143), (step, text)
     if number != signal.SIGKILL:
         assert stderr or "stopping: finishing this step" in text
+        signals = [event for event in load_events(tmp_path) if event["event"] == "signal"]
+        assert [event["signal"] for event in signals] == [signal.Signals(number).name]
         newest = max(row["step"] for row in curve(tmp_path))
         assert (tmp_path / "checkpoints" / str(newest)).is_dir()
     code, text = run(prepared, tmp_path)
@@ -145,6 +149,8 @@ def test_another_mesh_continues_with_the_same_samples(prepared, undisturbed, tmp
     code, text = run(prepared, tmp_path, *mesh)
     assert code == 0, text
     assert "changed since step" in text
+    changed = [e["overrides"] for e in load_events(tmp_path) if e["event"] == "start"][-1]
+    assert changed["mesh.fsdp"] == ["1", "2"]
     for ours, theirs in zip(ordered(curve(tmp_path)), ordered(curve(undisturbed)), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-5)
 

@@ -11,6 +11,7 @@ from llamajax.monitoring import load_events, read_run_facts, write_report
 from llamajax.monitoring.events import EVENTS
 from llamajax.training import run
 from llamajax.training.loop import LogHook
+from llamajax.training.run_record import History
 
 
 def kinds(workdir):
@@ -41,6 +42,9 @@ def test_a_run_that_is_stopped_and_continued(finished):
     first, second = (event for event in events if event["event"] == "start")
     assert first["changed"] is None
     assert second["changed"] == {}
+    # Stopped by the test at step 3 of log_every 1: no step is outside the rows, no signal came.
+    (asked,) = [event for event in events if event["event"] == "signal"]
+    assert (asked["signal"], "kept_steps_s" in asked) == (None, False)
     assert {"host", "pid", "command", "versions", "git", "num_devices"} <= set(first)
     assert [e["status"] for e in events if e["event"] == "end"] == ["stopped", "finished"]
     facts = json.loads((finished / "run.json").read_text())
@@ -78,6 +82,33 @@ def test_a_killed_run_is_dead_and_the_next_start_says_so(finished, short_run, tm
     ours = [json.loads(line).get("loss") for line in rows]
     theirs = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert ours == [row.get("loss") for row in theirs]
+
+
+def test_the_last_steps_of_a_dead_process_are_counted(tmp_path):
+    """Steps 12 and 13 are in no row; a rollback from step 15 before them is in the black box."""
+    (tmp_path / "blackbox").mkdir()
+    sums = [(14, 9.0), (15, 9.5), (11, 0.5), (12, 1.0), (13, 1.75)]
+    box = [
+        {
+            "step": n,
+            "unlogged_steps_s": s,
+            "unlogged_data_wait_s": s / 4,
+            "unlogged_tokens": 100 * s,
+        }
+        for n, s in sums
+    ]
+    (tmp_path / "blackbox" / "recent.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in box))
+    start = {"event": "start", "step": 10, "time_s": 1.0, "host": "a", "pid": 3}
+    rows = [{"step": 11, "step_time_s": 0.5, "time_s": 2.0}]
+    history = History(tmp_path, [start], rows)
+    found = history.found_dead(12)
+    assert {k: v for k, v in found.items() if k != "last_seen_s"} == {
+        "step": 13, "host": "a", "pid": 3, "kept_steps_s": 1.0, "kept_data_wait_s": 0.25,
+        "kept_tokens": 100.0, "removed_steps_s": 0.75, "removed_data_wait_s": 0.1875,
+    }  # fmt: skip
+    assert history.found_dead(10)["removed_steps_s"] == 1.75
+    ended = History(tmp_path, [start, {"event": "end", "step": 13, "time_s": 2.0}], rows)
+    assert ended.found_dead(12) is None
 
 
 def test_a_workdir_that_vanishes_is_one_error(short_run, tmp_path, monkeypatch):
