@@ -10,7 +10,7 @@ import gc
 import math
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -94,12 +94,19 @@ class Attempt:
         self.run.events.write("signal", step=step, signal=name, **unlogged)
 
 
-class Hook(Protocol):
+class Hook:
     """What is done after the steps at which it is due. stop: the run ends at this step."""
 
-    def is_due(self, step: int, stop: bool) -> bool: ...
+    def __init__(self, attempt: Attempt):
+        self.attempt, self.run, self.config = attempt, attempt.run, attempt.run.config
 
-    def __call__(self, step: int, state: TrainState, stop: bool) -> None: ...
+    def is_due(self, step: int, stop: bool) -> bool:
+        """Return whether to call this after `step`; the same on all processes."""
+        raise NotImplementedError
+
+    def __call__(self, step: int, state: TrainState, stop: bool) -> None:
+        """Do it, with the state after `step`. To be called by all processes."""
+        raise NotImplementedError
 
 
 def train_steps(attempt: Attempt, state: TrainState) -> ExitCode:
@@ -111,10 +118,11 @@ def train_steps(attempt: Attempt, state: TrainState) -> ExitCode:
     last = run.config.train.steps
     log, save, evaluate = LogHook(attempt), SaveHook(attempt), EvaluateHook(attempt)
     export = ExportHook(attempt)
-    hooks: list[Hook] = [CanaryHook(attempt), save, export, evaluate]  # saved: what was found sound
+    # In this order: what is saved was found sound.
+    hooks: list[Hook] = [CanaryHook(attempt), save, export, evaluate]
     if start.step:
         for hook in (evaluate, export):  # the process before ended between its save and these
-            if hook.is_due(start.step, stop=False) and not hook.was_done(start.step):
+            if hook.is_due(start.step, stop=False) and not hook.was_done():
                 hook(start.step, state, stop=False)
     batches = attempt.feed.train(start.step)
     batch = attempt.next_batch(batches) if start.step < last else None
@@ -208,31 +216,29 @@ class LogHook:
             a.progress.note(f"warning: the loss of step {step} is {values['loss']}")
 
 
-class CanaryHook:
-    """Compares the replicas of the run."""
-
-    def __init__(self, attempt: Attempt):
-        self._attempt, self._canary = attempt, attempt.programs.canary
+class CanaryHook(Hook):
+    """Compares what the replicas compute and hold; raises BadDevice."""
 
     def is_due(self, step: int, stop: bool) -> bool:
-        return self._canary is not None and self._canary.is_due(step)
+        every = self.config.guard.canary_every
+        return every is not None and step % every == 0
 
     def __call__(self, step: int, state: TrainState, stop: bool) -> None:
-        with self._attempt.phase("canary", step):
-            self._canary.check(step, state)
-        self._attempt.report_alive()
+        with self.attempt.phase("canary", step):
+            self.attempt.programs.canary.check(step, state)
+        self.attempt.report_alive()
 
 
-class SaveHook:
+class SaveHook(Hook):
     """Saves checkpoints; a failure costs the checkpoint and a warning, the run only at its end."""
 
     def __init__(self, attempt: Attempt):
-        self._attempt, self._config = attempt, attempt.run.config
+        super().__init__(attempt)
         self._saved_at_s = time.monotonic()
 
     def is_due(self, step: int, stop: bool) -> bool:
-        steps, minutes = self._config.checkpoint.every_steps, self._config.checkpoint.every_minutes
-        if stop or step == self._config.train.steps or (steps and step % steps == 0):
+        steps, minutes = self.config.checkpoint.every_steps, self.config.checkpoint.every_minutes
+        if stop or step == self.config.train.steps or (steps and step % steps == 0):
             return True
         late = minutes is not None and time.monotonic() - self._saved_at_s >= 60 * minutes
         if jax.process_count() == 1:
@@ -240,8 +246,8 @@ class SaveHook:
         return step % _COMPARE_CLOCKS_EVERY == 0 and broadcast_from_first(lambda: late)
 
     def __call__(self, step: int, state: TrainState, stop: bool) -> None:
-        a, run = self._attempt, self._attempt.run
-        final = stop or step == self._config.train.steps
+        a, run = self.attempt, self.run
+        final = stop or step == self.config.train.steps
         run.events.check_directory()
         with a.timer.pause(), a.hang.paused():
             try:
@@ -261,9 +267,9 @@ class SaveHook:
 
     def _meta(self) -> dict[str, Any]:
         """Return what is saved with every checkpoint, besides the arrays."""
-        run, start = self._attempt.run, self._attempt.start
+        run, start = self.run, self.attempt.start
         meta = {
-            "config": to_json_dict(self._config),
+            "config": to_json_dict(self.config),
             "position": start.position.to_json(),
             "tokenizer": start.tokenizer,
             "data": run.setup.data_record,
@@ -273,53 +279,48 @@ class SaveHook:
         return meta | ({"base": start.base} if start.base else {})
 
     def _checkpoint_failed(self, error: CheckpointError, *, final: bool = False) -> None:
-        a = self._attempt
+        a = self.attempt
         a.run.events.write("save", step=error.step, duration_s=0.0, error=str(error))
         a.saves.failed.append(str(error))
         if not final:
             a.progress.note(f"warning: {error}; training goes on, the next one is tried in turn")
 
 
-class ExportHook:
+class ExportHook(Hook):
     """Writes the weights of some steps in Hugging Face's format."""
 
-    def __init__(self, attempt: Attempt):
-        self._attempt, self._run = attempt, attempt.run
-
     def is_due(self, step: int, stop: bool) -> bool:
-        every = self._run.config.checkpoint.export_hf_every
-        last = self._run.config.train.steps
+        every, last = self.config.checkpoint.export_hf_every, self.config.train.steps
         return not stop and bool(every) and (step == last or step % every == 0)
 
-    def was_done(self, step: int) -> bool:
-        return broadcast_from_first(is_exported, self._run.workdir, step)
+    def was_done(self) -> bool:
+        """Return whether an earlier process has done it for the step of the start."""
+        return broadcast_from_first(is_exported, self.run.workdir, self.attempt.start.step)
 
     def __call__(self, step: int, state: TrainState, stop: bool) -> None:
-        with self._attempt.phase("export", step), self._attempt.hang.paused():
-            stored = self._run.setup.to_stored_order(state)
-            for line in export_weights(self._run.config, self._run.workdir, step, stored):
-                self._attempt.progress.note(f"warning: {line}")
+        with self.attempt.phase("export", step), self.attempt.hang.paused():
+            stored = self.run.setup.to_stored_order(state)
+            for line in export_weights(self.config, self.run.workdir, step, stored):
+                self.attempt.progress.note(f"warning: {line}")
 
 
-class EvaluateHook:
+class EvaluateHook(Hook):
     """Writes the loss on the validation split; no row where a stop signal comes meanwhile."""
 
-    def __init__(self, attempt: Attempt):
-        self._attempt, self._setup = attempt, attempt.run.setup
-        self.was_interrupted = False
+    was_interrupted = False
 
     def is_due(self, step: int, stop: bool) -> bool:
-        every, last = self._setup.config.train.eval_every, self._setup.config.train.steps
+        every, last = self.config.train.eval_every, self.config.train.steps
         due = step == last or bool(every and step % every == 0)
-        return due and not stop and self._setup.held_out is not None
+        return due and not stop and self.run.setup.held_out is not None
 
-    def was_done(self, step: int) -> bool:
-        """Whether it is on record for the step of the start."""
-        return broadcast_from_first(lambda: self._attempt.start.is_evaluated)
+    def was_done(self) -> bool:
+        """Return whether an earlier process has done it for the step of the start."""
+        return broadcast_from_first(lambda: self.attempt.start.is_evaluated)
 
     def __call__(self, step: int, state: TrainState, stop: bool) -> None:
         """Sum in float64 over batches of a fixed order. The last is padded, never dropped."""
-        a, sums, pending = self._attempt, np.zeros(2, np.float64), None
+        a, sums, pending = self.attempt, np.zeros(2, np.float64), None
         with a.phase("evaluation", step) as fields:
             for batch in a.feed.evaluation():
                 current = a.programs.evaluate(state.whole, batch)

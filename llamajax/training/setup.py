@@ -229,7 +229,6 @@ def compile_programs(setup: Setup, state: TrainState) -> Programs:
             state,
             mesh,
             setup.compute,
-            every=config.guard.canary_every,
             rows=max(config.data.global_batch_size // parts, 1),
             seq_len=config.data.seq_len,
             vocab_size=config.model.vocab_size,

@@ -1,4 +1,4 @@
-"""The jitted steps: one update, and one batch of evaluation. Each fits on a screen."""
+"""The jitted steps: one update, and one batch of evaluation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +31,7 @@ Metrics = dict[str, jax.Array]
 
 
 def _gradients(model: Llama, batch: Batch, *, compute: Compute, accumulation: int) -> Any:
-    """Summed gradient, loss terms and target count of a batch, on one device's part of both.
+    """Return the summed gradient, loss terms and target count of one device's part of a batch.
 
     Microbatches add up in float32 and nothing is divided here. Gradients are reduced over `fsdp`
     by `gather` (weights are gathered for every microbatch) and over the axes along which weights
@@ -52,18 +52,21 @@ def _gradients(model: Llama, batch: Batch, *, compute: Compute, accumulation: in
 
     zero = pcast_varying(pcast_varying_like(jnp.float32(0), batch["tokens"]), TOKEN_AXES)
     zeros = jax.tree.map(lambda x: pcast_varying_like(jnp.zeros_like(x), x), weights)
-    split = lambda x: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:])  # noqa: E731
     sums = (zeros, zero, zero, zero)
     if accumulation == 1:
         sums, _ = add(sums, batch)
     else:
-        sums, _ = jax.lax.scan(add, sums, jax.tree.map(split, dict(batch)))
+        microbatches = {
+            name: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:])
+            for name, x in batch.items()
+        }
+        sums, _ = jax.lax.scan(add, sums, microbatches)
     grads, *scalars = sums
     return psum_tree(grads), psum(tuple(scalars), TOKEN_AXES)
 
 
 def _dropout_keys(seed: int, step: jax.Array, tokens_BT: jax.Array, mesh: Mesh) -> jax.Array:
-    """A key for each token of the global batch of a step, the same on every mesh."""
+    """Return a key for each token of a step's global batch, the same on every mesh."""
     key = jax.random.fold_in(named_key(jax.random.key(seed), "dropout"), step)
     number_BT = jnp.arange(tokens_BT.size, dtype=jnp.int32).reshape(tokens_BT.shape)
     number_BT = jax.sharding.reshard(number_BT, batch_sharding(mesh))
@@ -73,9 +76,9 @@ def _dropout_keys(seed: int, step: jax.Array, tokens_BT: jax.Array, mesh: Mesh) 
 def mean_gradient(
     train_config: TrainConfig, compute: Compute, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[Any, tuple[jax.Array, jax.Array, jax.Array]]]:
-    """Gradient, loss, z-loss term (means over the batch's targets) and number of targets.
+    """Return the function that computes gradient, loss, z-loss term and number of targets.
 
-    To be called inside `jax.jit`.
+    The first three are means over the batch's targets. To be called inside `jax.jit`.
     """
     accumulation = train_config.accumulation_steps
 
@@ -105,14 +108,14 @@ def train_step(
     mesh: Mesh,
     guard: GuardConfig | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The update of one global batch, jitted, its state donated; guarded if the state has a guard.
+    """Return the jitted update of one global batch, its state donated; guarded if the state is.
 
     A step whose update is left out returns weights and optimizer state bit for bit as they were.
     """
     rate = optim.schedule(optim_config, steps=train_config.steps)
     gradient = mean_gradient(train_config, compute, mesh)
     offload = optim_config.offload
-    behind = offload and platform_facts(mesh.devices.flat[0].platform).host_branches
+    by_branch = offload and platform_facts(mesh.devices.flat[0].platform).host_branches
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, (loss, z, count) = gradient(state, batch)
@@ -124,9 +127,9 @@ def train_step(
             seen = {"loss": loss, "grad_norm": norm}
             verdict = guards.decide(memory, **seen, config=guard)
             memory, applied = guards.advance(memory, verdict, **seen), verdict.reason == 0
-            metrics |= _of_guard(verdict, memory, grads)
-        if behind:
-            trained, opt_state = _updated_behind(optimizer, grads, state, norm, applied)
+            metrics |= _guard_metrics(verdict, memory, grads)
+        if by_branch:
+            trained, opt_state = _updated_on_host(optimizer, grads, state, norm, applied)
         else:
             trained, opt_state = _updated(optimizer, grads, state, applied, offload=offload)
         if compute.z_weight:
@@ -144,40 +147,40 @@ def _updated(
     *,
     offload: bool,
 ) -> tuple[Any, optax.OptState]:
-    """Weights and optimizer state after the update; as they were where it is not `applied`."""
+    """Return weights and optimizer state after the update; unchanged where it is not `applied`."""
     old = (state.trained, to_device(state.opt_state) if offload else state.opt_state)
     new = optim.apply(optimizer, grads, old[1], state.trained, step=state.step)
     trained, opt_state = new if applied is None else guards.select_update(applied, new, old)
     return trained, to_host(opt_state) if offload else opt_state
 
 
-def _updated_behind(
+def _updated_on_host(
     optimizer: optax.GradientTransformation,
     grads: Any,
     state: TrainState,
     norm: jax.Array,
     applied: jax.Array | None,
 ) -> tuple[Any, optax.OptState]:
-    """`_updated` with moments that are to_device from the host's memory behind the gradients.
+    """Do what `_updated` does, with moments copied from the host after the gradients are there.
 
-    Left to itself, libtpu fetches the largest before the forward pass, where they take the memory
-    that was to be saved; at a barrier it has all of them to_device by then. What a branch needs
-    comes when it is taken: the update is one, on a condition that only the gradients can tell.
+    Left to itself, libtpu copies the largest before the forward pass, where they take the memory
+    that was to be saved; a barrier does not delay the copies. What a branch needs is copied when
+    the branch is taken, so the update is a branch whose condition depends on the gradients.
     """
 
-    def update(trained: Any, resting: optax.OptState) -> tuple[Any, optax.OptState]:
-        new, moments = optim.apply(optimizer, grads, to_device(resting), trained, step=state.step)
+    def update(trained: Any, on_host: optax.OptState) -> tuple[Any, optax.OptState]:
+        new, moments = optim.apply(optimizer, grads, to_device(on_host), trained, step=state.step)
         return new, to_host(moments)
 
-    def leave(trained: Any, resting: optax.OptState) -> tuple[Any, optax.OptState]:
-        return trained, to_host(resting)  # where they are: it makes the two branches' types alike
+    def leave(trained: Any, on_host: optax.OptState) -> tuple[Any, optax.OptState]:
+        return trained, to_host(on_host)  # no copy: it makes the two branches' types alike
 
     taken = ~(norm < 0) if applied is None else applied  # a norm is never negative
     return jax.lax.cond(taken, update, leave, state.trained, state.opt_state)
 
 
-def _of_guard(verdict: guards.GuardDecision, memory: guards.GuardState, grads: Any) -> Metrics:
-    """What the host is told of a guarded step; the norms, one a weight, are part of `grad_norm`."""
+def _guard_metrics(verdict: guards.GuardDecision, memory: guards.GuardState, grads: Any) -> Metrics:
+    """Return the metrics of a guarded step; `weight_norms`, one a weight, make up `grad_norm`."""
     norms = [optax.tree.norm(g) for g in named_leaves(grads).values()]
     return {
         "update_skipped": verdict.reason,
@@ -192,7 +195,7 @@ def _of_guard(verdict: guards.GuardDecision, memory: guards.GuardState, grads: A
 def eval_step(
     compute: Compute, mesh: Mesh
 ) -> Callable[[Llama, Batch], tuple[jax.Array, jax.Array]]:
-    """Summed negative log-likelihood and number of target tokens of a batch, jitted."""
+    """Return the jitted sum of negative log-likelihoods and number of targets of a batch."""
 
     def local(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
         nll = pcast_varying_tree(model).loss_terms(batch, compute).nll

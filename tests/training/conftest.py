@@ -1,11 +1,19 @@
 """Prepared text and whole runs inside this process, on its 8 virtual devices."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from llamajax import sharding
 from llamajax.config import RunConfig, load
+from llamajax.config.schema import MeshConfig
+from llamajax.formats.weights import open_weights
+from llamajax.models.abstract import abstract_model
 from llamajax.prepare import main as prepare
 from llamajax.training.run import train
 from llamajax.training.safety.shutdown import Shutdown
@@ -41,14 +49,26 @@ class StopAfter(Shutdown):
 
 
 @pytest.fixture(scope="session")
-def short_data(tmp_path_factory) -> Path:
+def prepare_texts():
+    """Prepares texts as `folder/data` with one worker; they stay in `folder/corpus.jsonl`."""
+
+    def run(folder: Path, texts: Iterable[str], *flags: str, tokenizer: str = "byte") -> Path:
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / "corpus.jsonl").write_text(lines)
+        arguments = [f"--input={folder / 'corpus.jsonl'}", f"--output={folder / 'data'}"]
+        defaults = [f"--tokenizer={tokenizer}", "--workers=1"]
+        if not any(flag.startswith("--validation_fraction") for flag in flags):
+            defaults.append("--validation_fraction=0.05")
+        prepare([*arguments, *defaults, *flags])
+        return folder / "data"
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def short_data(tmp_path_factory, prepare_texts) -> Path:
     """Bytes of a small corpus."""
-    folder = tmp_path_factory.mktemp("short")
-    lines = "".join(json.dumps({"text": line}) + "\n" for line in TEXT)
-    (folder / "corpus.jsonl").write_text(lines)
-    arguments = [f"--input={folder / 'corpus.jsonl'}", "--tokenizer=byte", "--workers=1"]
-    prepare([*arguments, f"--output={folder / 'data'}", "--validation_fraction=0.05"])
-    return folder / "data"
+    return prepare_texts(tmp_path_factory.mktemp("short"), TEXT)
 
 
 @pytest.fixture(scope="session")
@@ -82,3 +102,17 @@ def logged():
         return [{k: row[k] for k in kept if k in row} for row in map(json.loads, lines)]
 
     return rows
+
+
+@pytest.fixture(scope="session")
+def loaded():
+    """The weights of a checkpoint or an export by name, in float32 and on 8 devices."""
+
+    def arrays(path: Path) -> dict[str, np.ndarray]:
+        weights = open_weights(path)
+        mesh = sharding.build_mesh(MeshConfig(fsdp=4, tensor=2), jax.devices())
+        model = weights.load(abstract_model(weights.model, mesh, dtype=jnp.dtype("float32")))
+        leaves = jax.tree_util.tree_leaves_with_path(model)
+        return {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in leaves}
+
+    return arrays

@@ -1,6 +1,5 @@
 """A run that is resumed with another tokenizer is refused; other data and keys are reported."""
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,6 @@ from llamajax.checkpoint import open_checkpoint
 from llamajax.data import load_tokenizer, open_mixture
 from llamajax.errors import UserError
 from llamajax.optim import schedule
-from llamajax.prepare import main as prepare
 from llamajax.training.run_start import changes, run_tokenizer
 
 PIECES = 300
@@ -20,17 +18,20 @@ KEYS = {"model.vocab_size": PIECES, "train.steps": 6, "optim.warmup_steps": 1}
 TEXTS = ("abcdefgh ijkl the quick brown fox", "zyxwvuts mnop what jumps over lazy dogs")
 
 
-def prepared(folder: Path, text: str, *, tokenizer: str, repeats: int = 60) -> Path:
+@pytest.fixture(scope="module")
+def prepared(prepare_texts):
     """Data in the same place each time."""
-    lines = (json.dumps({"text": f"{text} number {i}"}) + "\n" for i in range(repeats))
-    (folder / "text.jsonl").write_text("".join(lines))
-    arguments = [f"--input={folder / 'text.jsonl'}", f"--output={folder / 'data'}", "--workers=1"]
-    prepare([*arguments, f"--tokenizer={tokenizer}", "--validation_fraction=0.1", "--overwrite"])
-    return folder / "data"
+
+    def run(folder: Path, text: str, *, tokenizer: str, repeats: int = 60) -> Path:
+        texts = (f"{text} number {i}" for i in range(repeats))
+        flags = ("--validation_fraction=0.1", "--overwrite")
+        return prepare_texts(folder, texts, *flags, tokenizer=tokenizer)
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory) -> list[Path]:
+def tokenizers(tmp_path_factory, prepared) -> list[Path]:
     """Two tokenizers of the same size."""
     folders = [tmp_path_factory.mktemp(f"tokenizer_{n}") for n in (0, 1)]
     pairs = zip(folders, TEXTS, strict=True)
@@ -38,7 +39,7 @@ def tokenizers(tmp_path_factory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def begun(short_run, tokenizers, tmp_path_factory) -> Path:
+def begun(short_run, prepared, tokenizers, tmp_path_factory) -> Path:
     """A folder with `data`, and a `run` of it that stopped at step 2."""
     folder = tmp_path_factory.mktemp("begun")
     data = prepared(folder, TEXTS[0], tokenizer=str(tokenizers[0]))
@@ -47,7 +48,7 @@ def begun(short_run, tokenizers, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def resumed(begun, short_run, tmp_path):
+def resumed(begun, prepared, short_run, tmp_path):
     """Resumes a copy of the run, with data that may have been prepared again in its place."""
     shutil.copytree(begun / "run", tmp_path / "run")
 
@@ -66,7 +67,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
-def test_another_tokenizer_of_the_same_size_is_refused(begun, tokenizers, resumed, tmp_path):
+def test_another_tokenizer_of_the_same_size_is_refused(
+    begun, prepared, tokenizers, resumed, tmp_path
+):
     kept = files_of(tmp_path / "run" / "tokenizer")
     prepared(begun, TEXTS[0], tokenizer=str(tokenizers[1]))
     with pytest.raises(UserError) as refusal:
@@ -78,7 +81,9 @@ def test_another_tokenizer_of_the_same_size_is_refused(begun, tokenizers, resume
     assert files_of(tmp_path / "run" / "tokenizer") == kept
 
 
-def test_without_a_record_the_kept_tokenizer_decides(begun, tokenizers, short_config, tmp_path):
+def test_without_a_record_the_kept_tokenizer_decides(
+    begun, prepared, tokenizers, short_config, tmp_path
+):
     other = prepared(tmp_path, TEXTS[0], tokenizer=str(tokenizers[1]))
     data = short_config(**KEYS, **{"data.path": str(other)}).data
     mixture = open_mixture(data, split="train", vocab_size=PIECES)
@@ -91,7 +96,7 @@ def test_without_a_record_the_kept_tokenizer_decides(begun, tokenizers, short_co
 
 
 def test_other_data_and_keys_are_reported_and_the_run_goes_on(
-    begun, tokenizers, resumed, short_config, capsys
+    begun, prepared, tokenizers, resumed, short_config, capsys
 ):
     prepared(begun, TEXTS[0], tokenizer=str(tokenizers[0]), repeats=80)
     workdir = resumed(**{"train.steps": 12, "optim.clip_norm": None})

@@ -1,5 +1,6 @@
 """The same seed gives the same weights on every mesh, bit for bit."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -7,39 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import stepping
 from flax import nnx
 
 from llamajax import optim, sharding
 from llamajax.backends.platforms import exact_options
-from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig
+from llamajax.config.schema import MeshConfig
 from llamajax.models.declare import normal, ones
 from llamajax.training.state import init_state
 
-MODEL = ModelConfig(
-    vocab_size=97,  # stored in 128 rows: some parts have padding and some have none
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=8,
-    num_kv_heads=8,
-    head_size=6,
-    rope_theta=10_000.0,
-    norm_eps=1e-5,
-    tie_embeddings=True,
-    init_std=0.2,
-    max_seq_len=64,
-)
-OPTIM = OptimConfig(
-    learning_rate=0.1,
-    warmup_steps=0,
-    schedule="constant",
-    final_learning_rate=0.1,
-    beta1=0.9,
-    beta2=0.95,
-    epsilon=0.1,
-    weight_decay=0.1,
-    clip_norm=1.0,
-)
+# The vocabulary is stored in 128 rows: some parts have padding and some have none.
+MODEL = dataclasses.replace(stepping.MODEL, num_heads=8, head_size=6, tie_embeddings=True)
 SIZES = (1, 2, 4, 8)
 SHAPES = [shape for shape in itertools.product(SIZES, repeat=3) if np.prod(shape) == 8]
 
@@ -96,7 +75,7 @@ def test_weights_differ_from_each_other_and_padding_is_zero():
 
 
 def test_a_whole_state_is_the_same_on_one_device_and_on_eight():
-    optimizer = optim.build(OPTIM, steps=10)
+    optimizer = optim.build(stepping.OPTIM, steps=10)
     states = [init_state(MODEL, optimizer, mesh_of(s), seed=3) for s in ((1, 1, 1), (2, 2, 2))]
     assert_same_bits(named(states[1]), named(states[0]))
     assert states[1].step.dtype == jnp.int32

@@ -4,19 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from llamajax import sharding
 from llamajax.checkpoint import open_checkpoint
-from llamajax.config.schema import MeshConfig
 from llamajax.errors import UserError
 from llamajax.formats.llama_sources import read_factors
 from llamajax.formats.weights import open_base, open_weights
-from llamajax.models.abstract import abstract_model
 from llamajax.training.run_start import open_initial_weights
 
 LORA = {
@@ -43,14 +38,6 @@ def adapted(short_run, base, tmp_path_factory) -> Path:
     return workdir
 
 
-def loaded(path: Path) -> dict[str, np.ndarray]:
-    weights = open_weights(path)
-    mesh = sharding.build_mesh(MeshConfig(fsdp=4, tensor=2), jax.devices())
-    model = weights.load(abstract_model(weights.model, mesh, dtype=jnp.dtype("float32")))
-    leaves = jax.tree_util.tree_leaves_with_path(model)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-
-
 def test_a_checkpoint_holds_adapters_and_names_their_base(adapted, base):
     names = list(open_checkpoint(adapted / "checkpoints" / "6").arrays)
     assert not [name for name in names if name.startswith("model/")]
@@ -59,7 +46,7 @@ def test_a_checkpoint_holds_adapters_and_names_their_base(adapted, base):
     assert meta["base"]["path"] == str(base / "checkpoints" / "3")
 
 
-def test_reading_it_gives_the_merged_model(adapted, base):
+def test_reading_it_gives_the_merged_model(adapted, base, loaded):
     before, after = loaded(base), loaded(adapted)
     factors = read_factors(open_checkpoint(adapted / "checkpoints" / "6"))
     for name, value in after.items():
@@ -73,7 +60,7 @@ def test_reading_it_gives_the_merged_model(adapted, base):
         np.testing.assert_allclose(value, before[name] + 2.0 * added, rtol=0, atol=1e-6)
 
 
-def test_it_exports_what_it_is(adapted):
+def test_it_exports_what_it_is(adapted, loaded):
     assert sorted(path.name for path in (adapted / "hf").iterdir()) == ["4", "6"]
     merged = loaded(adapted)
     for name, value in loaded(adapted / "hf" / "6").items():

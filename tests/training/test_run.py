@@ -14,20 +14,13 @@ import warm
 from llamajax.monitoring import load_events
 
 CONFIG = Path(__file__).with_name("tiny_run.py")
-FIELDS = ("step", "loss", "grad_norm", "learning_rate", "tokens_seen", "eval_loss")
-# A sentence as a document, of any length: several share a sample.
-TEXT = [f"{'abcdefgh' * (i % 7)} line {i} of a small corpus." for i in range(900)]
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    lines = "".join(json.dumps({"text": line}) + "\n" for line in TEXT)
-    (folder / "corpus.jsonl").write_text(lines)
-    arguments = [f"--input={folder / 'corpus.jsonl'}", "--tokenizer=byte"]
-    arguments += [f"--output={folder / 'data'}", "--validation_fraction=0.05", "--workers=1"]
-    warm.run([sys.executable, "-m", "llamajax.prepare", *arguments], check=True)
-    return folder / "data"
+def prepared(tmp_path_factory, prepare_texts):
+    """Documents of any length, a sentence each: several share a sample."""
+    texts = [f"{'abcdefgh' * (i % 7)} line {i} of a small corpus." for i in range(900)]
+    return prepare_texts(tmp_path_factory.mktemp("corpus"), texts)
 
 
 def command(prepared, workdir, *overrides):
@@ -62,11 +55,6 @@ def interrupted(prepared, workdir, number, *overrides, after_step, stderr=None):
             poll.wait(0.005)
         text = "" if stderr else process.stderr.read()
     return process.returncode, text
-
-
-def curve(workdir):
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in FIELDS if key in row} for row in rows]
 
 
 def ordered(rows):
@@ -113,7 +101,7 @@ def test_finished_runs_are_left_alone(prepared, undisturbed):
     ],
 )
 def test_an_interrupted_run_continues_bit_by_bit(
-    prepared, undisturbed, tmp_path, number, stderr, rng
+    prepared, undisturbed, logged, tmp_path, number, stderr, rng
 ):
     """stderr: a log on a full disk, or a pipe to a `tee` that is gone, as after Ctrl-C."""
     step = rng.randint(1, 40)
@@ -123,11 +111,11 @@ def test_an_interrupted_run_continues_bit_by_bit(
         assert stderr or "stopping: finishing this step" in text
         signals = [event for event in load_events(tmp_path) if event["event"] == "signal"]
         assert [event["signal"] for event in signals] == [signal.Signals(number).name]
-        newest = max(row["step"] for row in curve(tmp_path))
+        newest = max(row["step"] for row in logged(tmp_path))
         assert (tmp_path / "checkpoints" / str(newest)).is_dir()
     code, text = run(prepared, tmp_path)
     assert code == 0, text
-    assert ordered(curve(tmp_path)) == ordered(curve(undisturbed))
+    assert ordered(logged(tmp_path)) == ordered(logged(undisturbed))
 
 
 def test_a_signal_before_the_first_update_names_the_previous_checkpoint(prepared, tmp_path):
@@ -142,7 +130,7 @@ def test_a_signal_before_the_first_update_names_the_previous_checkpoint(prepared
     assert "none yet" in rest
 
 
-def test_another_mesh_continues_with_the_same_samples(prepared, undisturbed, tmp_path):
+def test_another_mesh_continues_with_the_same_samples(prepared, undisturbed, logged, tmp_path):
     mesh = ("backend.num_cpu_devices=4", "mesh.fsdp=2", "mesh.tensor=2", "mesh.data=1")
     code, text = interrupted(prepared, tmp_path, signal.SIGTERM, after_step=9)
     assert code == 143, text
@@ -151,7 +139,7 @@ def test_another_mesh_continues_with_the_same_samples(prepared, undisturbed, tmp
     assert "changed since step" in text
     changed = [e["overrides"] for e in load_events(tmp_path) if e["event"] == "start"][-1]
     assert changed["mesh.fsdp"] == ["1", "2"]
-    for ours, theirs in zip(ordered(curve(tmp_path)), ordered(curve(undisturbed)), strict=True):
+    for ours, theirs in zip(ordered(logged(tmp_path)), ordered(logged(undisturbed)), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-5)
 
 
@@ -173,7 +161,7 @@ def test_mistakes_exit_2_with_one_message(prepared, undisturbed, tmp_path):
         assert "Traceback" not in text
 
 
-def test_a_damaged_checkpoint_is_kept_aside_for_the_previous(prepared, undisturbed, tmp_path):
+def test_a_damaged_checkpoint_is_kept_aside(prepared, undisturbed, logged, tmp_path):
     code, _ = interrupted(prepared, tmp_path, signal.SIGTERM, after_step=9)
     assert code == 143
     steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
@@ -186,4 +174,4 @@ def test_a_damaged_checkpoint_is_kept_aside_for_the_previous(prepared, undisturb
     assert code == 0, text
     assert largest.name in text
     assert list((tmp_path / "checkpoints").glob(f"{steps[-1]}*damaged*"))
-    assert curve(tmp_path) == curve(undisturbed)
+    assert logged(tmp_path) == logged(undisturbed)

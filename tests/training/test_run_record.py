@@ -1,8 +1,11 @@
 """The record of whole runs, in this process: ends, deaths, a finished run, a folder that goes."""
 
+import gc
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -123,3 +126,21 @@ def test_a_workdir_that_vanishes_is_one_error(short_run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="has gone while the run was using it"):
         short_run(workdir, train__steps=4)
     assert not workdir.exists()
+
+
+def test_the_collector_is_on_again_after_the_first_step(short_run, tmp_path):
+    gc.disable()  # as train.py does
+    try:
+        assert short_run(tmp_path, stop_after=1) == 143
+        assert gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_a_start_does_not_import_orbax_which_can_be_imported_afterwards():
+    code = (
+        "import sys, llamajax.training.run\n"
+        "assert 'orbax.checkpoint' not in sys.modules\n"
+        "import orbax.checkpoint, llamajax.checkpoint.orbax_writer\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,16 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import warm
-
-from llamajax import sharding
-from llamajax.config.schema import MeshConfig
-from llamajax.formats.weights import open_weights
-from llamajax.models.abstract import abstract_model
 
 CONFIG = Path(__file__).with_name("tiny_run.py")
 # `train` in a process that may not write a byte of an export.
@@ -45,16 +38,10 @@ def started(rank: int, port: int, *flags: str) -> subprocess.Popen:
     )
 
 
-def loaded(path: Path) -> dict[str, np.ndarray]:
-    weights = open_weights(path)
-    mesh = sharding.build_mesh(MeshConfig(), jax.devices()[:1])
-    model = weights.load(abstract_model(weights.model, mesh, dtype=jnp.dtype("float32")))
-    leaves = jax.tree_util.tree_leaves_with_path(model)
-    return {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in leaves}
-
-
 @pytest.mark.slow
-def test_both_end_and_the_first_writes_the_exports(short_run, short_data, tmp_path, monkeypatch):
+def test_both_end_and_the_first_writes_the_exports(
+    short_run, short_data, loaded, tmp_path, monkeypatch
+):
     base, workdir = tmp_path / "base", tmp_path / "run"
     assert short_run(base, train__steps=3) == 0
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

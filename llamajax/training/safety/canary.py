@@ -1,9 +1,9 @@
-"""The canary: whether all copies of the run compute and hold the same bits.
+"""The canary: compare what the replicas of a run compute and hold, bit by bit.
 
-Silent data corruption is a chip that computes wrongly and says nothing. Every so many steps all
-data-parallel replicas run the same tokens through the same weights, forward and backward, and what
-lies in several copies is compared. Where there is one replica, it runs twice instead: that finds a
-fault that comes and goes, not one that repeats.
+It finds silent data corruption: a chip that computes wrongly and reports nothing. All data-parallel
+replicas run the same tokens through the same weights, forward and backward, and arrays that several
+devices hold are compared. A single replica runs twice instead: that finds a fault that comes and
+goes, not one that repeats.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ _SEED = 20250703
 
 
 class Canary:
-    """Compiled once; `check` compares, and raises BadDevice naming the devices that differ."""
+    """Compiled once; `check` raises BadDevice naming the devices whose bits differ."""
 
     def __init__(
         self,
@@ -35,13 +35,11 @@ class Canary:
         mesh: Mesh,
         compute: Compute,
         *,
-        every: int,
         rows: int,
         seq_len: int,
         vocab_size: int,
     ):
-        """every: steps between checks; rows: samples of a device's microbatch."""
-        self._every = every
+        """rows: samples of a device's microbatch."""
         self._mesh = mesh
         self._names = list(named_leaves(state.whole))
         shape = (rows, seq_len)
@@ -51,36 +49,28 @@ class Canary:
         self._tables: Callable = tables.lower(state.whole, tokens).compile()
         self._clean_at: int | None = None
 
-    def is_due(self, step: int) -> bool:
-        """Whether a check belongs to `step`."""
-        return step % self._every == 0
-
     def check(self, step: int, state: TrainState) -> None:
         """Raise BadDevice where bits differ. Waits for the devices; all processes see the same."""
         computed, stored = self._run(state)
-        if self._num_replicas == 1:
+        if all(self._mesh.shape[axis] == 1 for axis in REPLICA_AXES):
             again, _ = self._run(state)
             problems = [] if np.array_equal(computed, again) else [_TWICE]
         else:
-            problems = self._odd_ones(computed, REPLICA_AXES, ("blocks", "loss"), _COMPUTED)
-        problems += self._odd_ones(stored, _COPY_AXES, self._names, _STORED)
+            problems = self._odd_devices(computed, REPLICA_AXES, ("blocks", "loss"), _COMPUTED)
+        problems += self._odd_devices(stored, _COPY_AXES, self._names, _STORED)
         if problems:
             raise BadDevice(self._report(step, problems))
         self._clean_at = step
 
     def _run(self, state: TrainState) -> list[np.ndarray]:
-        placed = NamedSharding(self._mesh, _WHOLE)
-        tokens = jax.make_array_from_process_local_data(placed, self._tokens)
+        sharding = NamedSharding(self._mesh, _WHOLE)
+        tokens = jax.make_array_from_process_local_data(sharding, self._tokens)
         return [np.asarray(table) for table in jax.device_get(self._tables(state.whole, tokens))]
 
-    @property
-    def _num_replicas(self) -> int:
-        return int(np.prod([self._mesh.shape[axis] for axis in REPLICA_AXES]))
-
-    def _odd_ones(
+    def _odd_devices(
         self, table: np.ndarray, axes: tuple[str, ...], names: Any, words: str
     ) -> list[str]:
-        """A sentence for each device whose digests are not those of most of its copies."""
+        """Return a sentence for each device whose digests are not those of most of its copies."""
         order = self._mesh.axis_names
         along = [order.index(axis) for axis in axes]
         rest = [i for i in range(len(order)) if i not in along]
@@ -120,7 +110,7 @@ def _name(device: jax.Device) -> str:
 
 
 def _tables(model: Llama, mesh: Mesh, compute: Compute) -> Callable:
-    """(model, tokens) -> digests of what each device computes and holds, axes in mesh order."""
+    """Return a function of (model, tokens): digests by device of what it computes and holds."""
     whole, ones = NamedSharding(mesh, _WHOLE), (1,) * len(mesh.axis_names)
 
     def on_each(model: Llama, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -29,7 +29,7 @@ def built(**sizes):
     compute = dataclasses.replace(
         COMPUTE, dtype=jnp.dtype("bfloat16"), attention=attention, split_tokens=split
     )
-    shape = {"every": 10, "rows": 2, "seq_len": T, "vocab_size": MODEL.vocab_size}
+    shape = {"rows": 2, "seq_len": T, "vocab_size": MODEL.vocab_size}
     return Canary(state, mesh, compute, **shape), state
 
 

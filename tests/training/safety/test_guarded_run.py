@@ -20,7 +20,6 @@ from llamajax.monitoring import load_metrics
 from llamajax.monitoring.blackbox import boxes, read_box
 from llamajax.monitoring.jsonl import encode_row
 from llamajax.monitoring.metrics import MEASURED
-from llamajax.prepare import main as prepare
 from llamajax.replaying.replay_options import ReplayOptions
 from llamajax.replaying.replay_step import replay
 from llamajax.training import run as run_module
@@ -49,14 +48,10 @@ def compiled_once():
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
+def corpus(tmp_path_factory, prepare_texts):
     """Text in which few samples have the rare byte."""
-    folder = tmp_path_factory.mktemp("corpus")
     lines = [f"line {i} {'of a small corpus ' * (i % 5)}{'Z' * (i % 43 == 7)}" for i in range(400)]
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
-    arguments = [f"--input={folder / 'a.jsonl'}", "--tokenizer=byte", "--workers=1"]
-    prepare([*arguments, f"--output={folder / 'data'}", "--validation_fraction=0"])
-    return folder / "data"
+    return prepare_texts(tmp_path_factory.mktemp("corpus"), lines, "--validation_fraction=0")
 
 
 @pytest.fixture(scope="module")
