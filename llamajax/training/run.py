@@ -67,6 +67,7 @@ def train(
     if setup.machine.num_processes > 1:
         shutdown.take_back()
     with exit_on_error(), ExitStack() as stack:
+        # The directory is locked and opened; nothing in it changes before `_accept`.
         lock = lock_workdir(workdir, process_id=setup.machine.process_id, undo=undo)
         is_locked = stack.enter_context(lock)
         check_shared(workdir, key="--workdir")
@@ -76,6 +77,7 @@ def train(
             setup, workdir, is_locked=is_locked, shutdown=shutdown, undo=undo, stack=stack
         )
         shutdown.call_before_exit(lambda: previous_checkpoint(run.checkpointer))
+        # Where to start: finds most of what can refuse it.
         if request == "restart":
             history = History(workdir, [], [])
             run.rollbacks.entries.clear()
@@ -84,6 +86,7 @@ def train(
             check_stored(setup, start.checkpoint)
             run.say(f"finished before, at step {start.step}: {workdir}")
             return ExitCode.FINISHED
+        # From here on the record says how the run goes and ends.
         with end_event(run, start.step) as outcome:
             if run.is_primary:
                 if dead := history.found_dead(start.step):
@@ -96,8 +99,9 @@ def train(
             outcome["code"] = code = _train(run, start)
             if code == ExitCode.FINISHED and config.lora.rank:
                 write_adapters(config, start.base, workdir)
-        if run.is_primary:
-            run.say(run_summary(workdir, run.checkpointer, code))
+    if run.is_primary:
+        with run.log:  # the report shows a run that has ended
+            say(run_summary(workdir, run.checkpointer, code))
     return code
 
 

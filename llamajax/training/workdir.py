@@ -222,7 +222,7 @@ def keep_tokenizer(workdir: Path, config: RunConfig, record: Mapping[str, Any]) 
 class LogCopy:
     """A context in which each line of standard error is also written, with the time, to a file.
 
-    Lines are kept in memory until `begin`.
+    Lines are kept in memory until `begin`. It can be entered several times.
     """
 
     def __init__(self, file: Path):
