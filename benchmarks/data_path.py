@@ -1,4 +1,4 @@
-"""Prints how fast prepared data is read, or (`--tokenizers`) how fast text is tokenised.
+"""Prints how fast prepared data is read, or (`--tokenizers`) how fast text is tokenized.
 
     python benchmarks/data_path.py [--path=PREPARED] [--seq_len=4096] [--batch_size=8]
     taskset -c 0 python benchmarks/data_path.py        (one core, as a table of its own)
@@ -112,7 +112,7 @@ def reading(args: argparse.Namespace) -> None:
         table("M tokens/s", "wall", "CPU", {n: v[1:] for n, v in measured.items()})
 
 
-def tokenising(args: argparse.Namespace) -> None:
+def tokenizing(args: argparse.Namespace) -> None:
     """Print the table of the tokenizers."""
     text = Path(args.text).read_text("utf-8")[: args.chars]
     size = len(text.encode()) / 1e6
@@ -157,12 +157,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seq_len", type=int, default=4096)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=300, help="batches a round and row")
-    parser.add_argument("--tokenizers", action="store_true", help="measure tokenisation instead")
+    parser.add_argument("--tokenizers", action="store_true", help="measure tokenization instead")
     parser.add_argument("--text", default="launch/text/moby_dick.txt")
     parser.add_argument("--chars", type=int, default=5_000_000, help="of the text")
     parser.add_argument("--tokenizer", action="append", default=[], help="a file; may be repeated")
     args = parser.parse_args(argv)
-    tokenising(args) if args.tokenizers else reading(args)
+    tokenizing(args) if args.tokenizers else reading(args)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def test_programs_may_be_too_new(npu):
         ("memory_gib=2", "option memory_gib is of type float, not int"),
         ("levle=1", "the NPU has no option levle"),
         ("num_devices=0", "no NPU was found on this host"),
-        ("donation=maybe", "option donation is honour, ignore or refuse, not maybe"),
+        ("donation=maybe", "option donation is honor, ignore or refuse, not maybe"),
     ],
 )
 def test_options_are_typed_and_checked(npu, options, words):

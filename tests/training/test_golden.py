@@ -82,7 +82,7 @@ def test_the_losses_are_those_of_the_file():
         assert error.max() <= TOLERANCE, (
             f"{name} of step {int(np.argmax(error > TOLERANCE)) + 1} differs from {GOLDEN.name} by "
             f"{error.max():.1e} (relative), more than float32 explains: this change trains other "
-            "models than before. If that is meant (another initialisation, a corrected formula), "
+            "models than before. If that is meant (another initialization, a corrected formula), "
             "say why in LOG.md and write the file anew: python tests/training/test_golden.py. "
             "If it was to change speed, memory or layout only, the change is wrong; never raise "
             "the tolerance."

@@ -40,7 +40,7 @@ def mesh_of(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
 
 
 @functools.cache
-def initialised(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+def initialized(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     abstract = jax.eval_shape(EveryKind, jax.random.key(0))
     placed = sharding.shardings(abstract, mesh_of(shape))
     options = exact_options(jax.default_backend())
@@ -62,11 +62,11 @@ def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarra
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_mesh_draws_the_weights_of_one_device(shape):
-    assert_same_bits(initialised(shape), initialised((1, 1, 1)))
+    assert_same_bits(initialized(shape), initialized((1, 1, 1)))
 
 
 def test_weights_differ_from_each_other_and_padding_is_zero():
-    found = initialised((1, 1, 1))
+    found = initialized((1, 1, 1))
     table = next(value for name, value in found.items() if "table" in name)
     assert not table[MODEL.vocab_size :].any()
     assert table[: MODEL.vocab_size].std() == pytest.approx(MODEL.init_std, rel=0.1)

@@ -116,7 +116,7 @@ def line_chart(
 ) -> str:
     """Return an SVG element with a figure caption; a plain note where there is no finite point.
 
-    zero: the value axis starts at 0. level: a labelled horizontal line. The value axis is
+    zero: the value axis starts at 0. level: a labeled horizontal line. The value axis is
     logarithmic where positive values span more than two powers of ten.
     """
     named = [line for line in series if line.label and line.points]
