@@ -9,7 +9,7 @@ A line of instructions, of which only the completion or the assistant's answers 
   {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
 
 Example:
-  python -m llamajax.prepare --input=books/ --tokenizer=train:8192 --output=data/books
+  python -m llamajax.prepare --input=books/ --tokenizer=train:4096 --output=data/books
   python -m llamajax.prepare --input='web-*.jsonl.zst' --tokenizer=tokenizer.model --output=data/web
   python -m llamajax.prepare --input=chats.jsonl --format=instructions --chat_template=llama3 \\
       --tokenizer=tokenizer.model --output=data/chats
