@@ -68,7 +68,11 @@ class MetricsWriter:
             ) from None
         self._file.begin()
         if tensorboard:
-            self._board = TensorBoard(path.parent / "tensorboard", resume_step=resume_step)
+            board = path.parent / "tensorboard"
+            try:
+                self._board = TensorBoard(board, resume_step=resume_step)
+            except OSError as error:
+                say(f"warning: {board} cannot be written: {error.strerror}; training goes on")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; it must have `step`, and is an evaluation's if it has `eval_loss`.

@@ -48,6 +48,15 @@ def test_a_full_disk_ends_tensorboard_only(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("tensorboard/ is no longer written") == 1
 
 
+def test_a_folder_that_cannot_be_made_costs_tensorboard_only(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("a file")
+    metrics = MetricsWriter(tmp_path, tensorboard=True, resume_step=0, primary=True)
+    metrics.write({"step": 1, "loss": 0.5})
+    metrics.close()
+    assert "tensorboard cannot be written: File exists" in capsys.readouterr().err
+    assert load_metrics(tmp_path) == [{"step": 1, "loss": 0.5}]
+
+
 def test_no_package_is_imported_that_is_not_needed(tmp_path):
     """Stand-ins of what tensorboardX would import end the process."""
     for name in ("torch", "boto3", "google/cloud/storage"):
