@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from llamajax.config import PRESETS, new_config, preset
+from llamajax.config import new_config, preset
 
 # Up to about four readings teach nearly as much as new text (Muennighoff et al. 2023,
 # arXiv:2305.16264).
@@ -28,12 +28,13 @@ EPOCHS = 4
 
 def get_config(arguments: str = "quickstart,data/mine") -> ConfigDict:
     """Return the run of a preset and a prepared directory, either or both, separated by a comma."""
-    name, path = "quickstart", "data/mine"
-    for argument in arguments.split(","):
-        if argument in PRESETS:
-            name = argument
-        else:
-            path = argument
+    given = arguments.split(",")
+    paths = [part for part in given if "/" in part or Path(part).is_dir()]
+    names = [part for part in given if part not in paths]
+    if len(paths) > 1 or len(names) > 1:
+        raise ValueError(f"{arguments}: expected a preset, a directory, or both")
+    name = names[0] if names else "quickstart"
+    path = paths[0] if paths else "data/mine"
     is_small = name == "quickstart"
 
     config = new_config()

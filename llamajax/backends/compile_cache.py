@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import os
 import platform as host
+import time
 from pathlib import Path
 
 import jax
@@ -28,6 +29,7 @@ _SUFFIX = ".program"
 # All programs are kept, small ones too, as a start compiles many.
 _LEAST_COMPILE_S = 0.0
 _MOST_BYTES = 10 * 2**30
+_KILLED_AFTER_S = 3600.0  # no write takes as long
 
 
 def cache_directory(name: str) -> Path:
@@ -82,6 +84,10 @@ class FileCache:
             with contextlib.suppress(OSError):  # another process removed it
                 files.append((path.stat(), path))
         total = sum(stat.st_size for stat, _ in files)
+        for path in folder.glob(f".*{_SUFFIX}.*.partial"):  # of processes that were killed
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _KILLED_AFTER_S:
+                    path.unlink()
         for stat, path in sorted(files, key=lambda item: item[0].st_mtime):
             if total <= most_bytes:
                 break

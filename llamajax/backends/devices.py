@@ -65,7 +65,7 @@ def use_device_table(file: str | None) -> None:
     Raises one UserError with every mistake in it.
     """
     global _added
-    _added = () if file is None else _read(file)
+    _added = _read(file) if file else ()
 
 
 def _read(file: str) -> tuple[Device, ...]:

@@ -112,9 +112,11 @@ def _data_path(v: Values) -> Iterator[str]:
 
 
 def _weights(v: Values) -> Iterator[str]:
-    weights, num_paths = v["data.weights"] or (), len(v["data.path"].split(","))
+    weights, num_paths = v["data.weights"], len(v["data.path"].split(","))
+    if weights is None:
+        return
     shown = ",".join(f"{weight:g}" for weight in weights)
-    if weights and len(weights) != num_paths:
+    if len(weights) != num_paths:
         yield (
             f"data.weights = {shown}: {len(weights)} weights for {num_paths} directories in "
             "data.path; give one for each, or none"

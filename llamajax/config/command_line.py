@@ -95,7 +95,7 @@ def _value(flag: Key, text: str | None) -> Any:
     if not text and flag.default is NOT_SET:
         raise Mistyped(f"--{flag.path}= is empty: {flag.doc}")
     if flag.annotation is RunConfig:
-        return text
+        return flag.expand_home(text)
     try:
         return flag.parse(text)
     except Mistyped as error:

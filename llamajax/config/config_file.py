@@ -51,9 +51,11 @@ def read_file(path_arg: str) -> ConfigDict:
     name = f"{stem}.py" if mark else path_arg
     get_config = _get_config(name)
     arguments = [argument] if mark else []
-    signature = inspect.signature(get_config)
     try:
+        signature = inspect.signature(get_config)
         signature.bind(*arguments)
+    except ValueError:
+        raise UserError(f"{name}: get_config must be a function of the file") from None
     except TypeError:
         wanted = f"{name}:{next(iter(signature.parameters), 'arg').upper()}"
         problem = f"takes no argument; drop ':{argument}'"

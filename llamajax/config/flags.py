@@ -28,6 +28,7 @@ class RunFlags(Flags):
     config: RunConfig = key(
         "Python file whose get_config() or get_config(ARG) returns the config",
         metavar="FILE.py[:ARG]",
+        is_path=True,
     )
     config_file: str = ""  # FILE.py[:ARG] as given
 
@@ -63,7 +64,9 @@ class BackendFlags(Flags):
         default=None,
         is_path=True,
     )
-    options: str | None = key("options of that plugin", metavar="K=V,...", default=None)
+    options: str | None = key(
+        "options of that plugin", metavar="K=V,...", default=None, is_path=True
+    )
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -349,7 +349,7 @@ class BackendConfig:
     plugin: str | None = key(
         "path of a bare PJRT plugin library for `name`", default=None, is_path=True
     )
-    options: str | None = key("options of that plugin, as k=v,k=v", default=None)
+    options: str | None = key("options of that plugin, as k=v,k=v", default=None, is_path=True)
     num_cpu_devices: int | None = key(
         "virtual devices of the cpu backend, to try a mesh without one", default=None, at_least=1
     )

@@ -69,9 +69,13 @@ class Key:
 
     def parse(self, text: str) -> Any:
         """Return the value that `text` on the command line stands for; raise Mistyped."""
-        if self.is_path:
-            text = re.sub(r"(?:^|(?<=,))~(?=/|$)", lambda _: os.path.expanduser("~"), text)
-        return parse(text, self.annotation)
+        return parse(self.expand_home(text), self.annotation)
+
+    def expand_home(self, text: str) -> str:
+        """Replace `~` by the home directory where a path begins; no-op for what is no path."""
+        if not self.is_path:
+            return text
+        return re.sub(r"(?:^|(?<=[,=]))~(?=/|$)", lambda _: os.path.expanduser("~"), text)
 
     def out_of_range(self, value: Any) -> str:
         """Return what is wrong with a number, as `must be at least 1`; empty if nothing is."""

@@ -235,7 +235,7 @@ def _merged(
         path, lengths, text_bytes = task.part / _TOKENS, task.column(0), task.column(1)
         if lengths.sum() * dtype.itemsize != path.stat().st_size:
             raise UserError(f"{path} was cut short; remove {task.part} and run its task again")
-        ends = np.cumsum([0, *lengths])
+        ends = np.concatenate(([0], np.cumsum(lengths)))
         cut = -1 if holdout.cut is None else holdout.cut - before
         for first, last in _chunks(ends, cut):
             flags = np.fromiter(held, bool, last - first)

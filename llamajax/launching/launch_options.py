@@ -98,7 +98,7 @@ class LaunchOptions(Flags):
     @property
     def logs(self) -> Path:
         """Directory of the workers' logs: by default `logs` in the --workdir of the command."""
-        if self.log_dir is not None:
+        if self.log_dir:
             return Path(self.log_dir)
         for token, following in zip(self.command, [*self.command[1:], ""], strict=True):
             if token.startswith("--workdir="):

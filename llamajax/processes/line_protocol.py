@@ -95,13 +95,16 @@ class Connection:
         Waits a second at most. after_peer: let the peer close first, which leaves this side's port
         free for the next listener.
         """
+        deadline = time.monotonic() + _HANG_UP_S
         with contextlib.suppress(OSError):
-            if self.alive:
-                if not after_peer:
-                    self._socket.shutdown(socket.SHUT_WR)
-                self._socket.settimeout(_HANG_UP_S)
-                while self._socket.recv(1 << 16):
-                    pass
+            if self.alive and not after_peer:
+                self._socket.shutdown(socket.SHUT_WR)
+            while self.alive and readable([self._socket], deadline - time.monotonic()):
+                self.alive = bool(self._socket.recv(1 << 16)) and time.monotonic() < deadline
+        self.drop()
+
+    def drop(self) -> None:
+        """Hang up at once, whatever the peer has read."""
         self._socket.close()
 
 
@@ -147,7 +150,7 @@ class Listener:
             elif peer.alive and time.monotonic() - peer.opened_at < _IDENTIFY_WITHIN_S:
                 continue
             else:
-                peer.close()
+                peer.drop()  # a stranger must not make the others wait
             self._unidentified.remove(peer)
         return found
 
@@ -155,4 +158,4 @@ class Listener:
         """Stop listening and hang up on peers that are not identified."""
         self._socket.close()
         for peer in self._unidentified:
-            peer.close()
+            peer.drop()

@@ -135,6 +135,7 @@ def _train(run: Run, start: Start) -> int:
                 return ExitCode.TRANSIENT if remote else ExitCode.USER_ERROR
         del state  # its memory is needed for the next one
         began_s, newest = time.monotonic(), run.box.newest_step
+        attempt.record_saves()
         reason = "rollback" if isinstance(problem, RollbackNeeded) else "stop"
         box = attempt.checks.write_box(reason, step=newest, cause=str(problem))
         try:
@@ -148,7 +149,6 @@ def _train(run: Run, start: Start) -> int:
                 "the step (docs/guards.md)"
             )
             return error.exit_code
-        attempt.record_saves()
         to_step = run.rollbacks.entries[-1].to_step
         run.events.write("rollback", step=problem.step, to_step=to_step, reason=problem.reason)
         run.say(words)

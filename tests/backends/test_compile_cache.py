@@ -68,6 +68,15 @@ def test_the_least_recently_used_make_room_when_the_cache_is_opened(cache, tmp_p
     assert [name for name in "abcd" if opened.get(name) is not None] == ["a", "c", "d"]
 
 
+def test_what_killed_processes_left_is_removed(tmp_path):
+    old, new = tmp_path / ".a.program.0.partial", tmp_path / ".b.program.0.partial"
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (1000, 1000))
+    FileCache(tmp_path)
+    assert list(tmp_path.iterdir()) == [new]
+
+
 def test_a_user_who_forbids_it_is_obeyed(tmp_path):
     jax.config.update("jax_enable_compilation_cache", False)
     try:

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -79,11 +80,16 @@ def test_a_tilde_is_the_home_directory_in_paths_only(config_file, monkeypatch):
     found = parse(
         f"--config={config_file()}", "--workdir=~/out", "--text=~/text",
         "--config.data.path=~/a,b~,~/c", "--config.model.name=~/name",
+        "--config.backend.options=n=~1,lib=~/lib.so", "--config.backend.name=npu",
     )  # fmt: skip
     assert (found.workdir, found.text) == ("/home/x/out", "~/text")
     assert found.config.data.path == "/home/x/a,b~,/home/x/c"
     assert found.config.model.name == "~/name"
+    assert found.config.backend.options == "n=~1,lib=/home/x/lib.so"
     assert parse("--from", "~", flags=OutputFlags).from_ == "/home/x"
+    path = Path(config_file())
+    monkeypatch.setenv("HOME", str(path.parent))
+    assert parse(f"--config=~/{path.name}", "--workdir=out").config_file == str(path)
 
 
 def test_fields_that_are_no_flags_are_given_by_the_verb():

@@ -152,6 +152,7 @@ def test_unknown_presets_name_the_nearest():
         ("", ["defines no function get_config()"]),
         ("def get_config():\n    pass\n", ["got NoneType; does it end in `return config`?"]),
         ("def get_config():\n    return {}\n", ["must return a ConfigDict, got dict"]),
+        ("get_config = dict\n", ["get_config must be a function"]),
         ("def get_config(size):\n    pass\n", ["needs an argument: --config=", ".py:SIZE"]),
         (
             "from llamajax.config import preset\n\ndef get_config():\n    preset('lama2-7b')\n",

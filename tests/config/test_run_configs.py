@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llamajax.config import load
+from llamajax.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(FOLDER.glob("*.py"))
@@ -48,3 +49,12 @@ def test_own_text_is_read_four_times_within_limits(tmp_path, tokens, preset, ste
     run = load(f"{FOLDER}/my_text.py:{preset}{tmp_path}")
     assert (run.train.steps, run.model.vocab_size, run.data.path) == (steps, 5000, str(tmp_path))
     assert run.model.name == (preset.strip(",") or "quickstart")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("bench-23m,data/mine", "did you mean bench-32m"), ("data/a,data/b", "a preset, a directory")],
+)
+def test_own_text_refuses_what_is_neither_a_preset_nor_one_directory(argument, message):
+    with pytest.raises(UserError, match=message):
+        load(f"{FOLDER}/my_text.py:{argument}")

@@ -143,6 +143,28 @@ def test_tied_heads_and_scaled_rotary_embeddings(store, name):
             open_weights(store(config, found))
 
 
+def by_hand(content: bytes, kind) -> np.ndarray:
+    """One block of 32 values, as ggml's ggml-common.h lays them out."""
+    half = [float(np.frombuffer(content[i : i + 2], np.float16)[0]) for i in (0, 2)]
+    if kind == Type.Q8_0:
+        return np.frombuffer(content[2:], np.int8).astype(np.float32) * np.float32(half[0])
+    packed = content[4:] if kind == Type.Q4_1 else content[2:]
+    nibbles = [b & 15 for b in packed] + [b >> 4 for b in packed]
+    if kind == Type.Q4_1:
+        return np.array([n * half[0] + half[1] for n in nibbles], np.float32)
+    return np.array([(n - 8) * half[0] for n in nibbles], np.float32)
+
+
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0, Type.Q4_1])
+def test_blocks_by_hand(store, arrays, kind):
+    source = open_weights(store(kind=kind)).source
+    quantized = gguf.quantize(arrays["blk.0.ffn_gate.weight"], kind)
+    size = quantized.shape[1] // 2
+    expected = [by_hand(row[i : i + size].tobytes(), kind) for row in quantized for i in (0, size)]
+    found = source.read("model.layers.0.mlp.gate_proj.weight")
+    assert np.allclose(found, np.reshape(expected, found.shape), rtol=1e-6, atol=1e-7)
+
+
 def test_blocks_of_256_values(store, arrays):
     """Types that most published files have; bytes at random, as the package cannot make them."""
     wide = dataclasses.replace(PLAIN, intermediate_size=512)

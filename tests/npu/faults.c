@@ -26,7 +26,7 @@ static int64_t executions;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 bool faults_have_donation_mode(void) {
-  return !strcmp(options.donation, "honour") || !strcmp(options.donation, "ignore") ||
+  return !strcmp(options.donation, "honor") || !strcmp(options.donation, "ignore") ||
          !strcmp(options.donation, "refuse");
 }
 

@@ -147,7 +147,7 @@ static PJRT_Error* take(const PJRT_NamedValue* value) {
 
 static void use_defaults(void) {
   options = (Options){.num_devices = 1, .kind = "Test NPU", .memory_stats = true, .float64 = true,
-                      .asynchronous = true, .donation = "honour", .fail_after = -1,
+                      .asynchronous = true, .donation = "honor", .fail_after = -1,
                       .hang_after = -1, .crash_after = -1};
 }
 
@@ -174,7 +174,7 @@ static PJRT_Error* client_create(PJRT_Client_Create_Args* args) {
     return fail(PJRT_Error_Code_NOT_FOUND, "no NPU was found on this host");
   if (!faults_have_donation_mode())
     return fail(PJRT_Error_Code_INVALID_ARGUMENT,
-                "option donation is honour, ignore or refuse, not %s", options.donation);
+                "option donation is honor, ignore or refuse, not %s", options.donation);
   return create(args, options.num_devices);
 }
 

@@ -17,7 +17,7 @@ typedef struct {
   bool memory_stats;        /* bool: false answers UNIMPLEMENTED */
   bool float64;             /* bool: false refuses arrays and programs of float64 */
   bool asynchronous;        /* bool: false makes every execution wait for its results */
-  char donation[16];        /* string: honour, ignore (no aliasing) or refuse (an error) */
+  char donation[16];        /* string: honor, ignore (no aliasing) or refuse (an error) */
   char newest_program[24];  /* string: newest StableHLO version taken, such as 1.9.0 */
   char refuse[256];         /* string: operations that do not compile */
   char wrong[256];          /* string: operations whose programs return wrong numbers */

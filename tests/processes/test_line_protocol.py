@@ -1,11 +1,13 @@
 """Messages as lines of JSON, and peers that hang up, fall silent or send anything else."""
 
+import contextlib
 import socket
+import threading
 
 import pytest
 
 from llamajax.processes import line_protocol
-from llamajax.processes.line_protocol import Connection
+from llamajax.processes.line_protocol import Connection, Listener
 
 
 @pytest.fixture
@@ -47,3 +49,34 @@ def test_beats_keep_a_connection_alive_and_silence_ends_it(ends, monkeypatch):
         connection.beat()
         assert connection.alive == alive
         assert peer.receive() == []
+
+
+def returns(call, *arguments) -> bool:
+    """Return whether a call comes back; one that does not is left to its thread."""
+    thread = threading.Thread(target=call, args=arguments, daemon=True)
+    thread.start()
+    thread.join(30)
+    return not thread.is_alive()
+
+
+def test_closing_ends_with_a_peer_that_never_stops_sending(ends, monkeypatch):
+    monkeypatch.setattr(line_protocol, "_HANG_UP_S", 0.1)
+    connection, peer = ends
+
+    def send() -> None:
+        with peer, contextlib.suppress(OSError):  # until the connection is closed
+            while True:
+                peer.sendall(b"x")
+
+    threading.Thread(target=send, daemon=True).start()
+    assert returns(connection.close)
+
+
+def test_a_silent_peer_is_dropped_without_waiting_for_it(monkeypatch):
+    monkeypatch.setattr(line_protocol, "_HANG_UP_S", 1000.0)
+    monkeypatch.setattr(line_protocol, "_IDENTIFY_WITHIN_S", 0.0)
+    listener = Listener(0, who="a test", fix="")
+    with socket.create_connection(("127.0.0.1", listener.wakers[0].getsockname()[1])) as peer:
+        assert returns(lambda: listener.accept(within_s=60))
+        assert peer.recv(1) == b""
+    listener.close()

@@ -184,16 +184,30 @@ CHAT = [
     {"role": "assistant", "content": " Hello! "},
     {"role": "user", "content": "2+2?"},
 ]
-# The sha256 of the template that we write, and the ids that end an answer. With these templates
-# transformers' apply_chat_template(CHAT, add_generation_prompt=True) gives what `encode_chat` does.
-TEMPLATES = {
-    "llama2": ("7c250c75082e0106", (2,)),
-    "llama3": ("54112a6f3c2906f6", (128001, 128009)),
-    "chatml": ("f0ccc12278f1261f", (258, 260)),
-}
+# The sha256 of the template that we write; the ids of transformers' apply_chat_template(CHAT,
+# add_generation_prompt=True) with it; the ids that end an answer.
+IDS = {
+    "llama2": ("7c250c75082e0106", [
+        1, 518, 25580, 29962, 3532, 14816, 29903, 6778, 13, 3629, 11473, 29889, 13, 29966, 829,
+        14816, 29903, 6778, 13, 13, 29871, 6324, 727, 518, 29914, 25580, 29962, 15043, 29991,
+        29871, 2, 1, 518, 25580, 29962, 29871, 29906, 29974, 29906, 29973, 518, 29914, 25580,
+        29962,
+    ], (2,)),
+    "llama3": ("54112a6f3c2906f6", [
+        128000, 128006, 9125, 128007, 271, 3513, 10015, 13, 128009, 128006, 882, 128007, 271,
+        13347, 1070, 128009, 128006, 78191, 128007, 271, 9906, 0, 128009, 128006, 882, 128007,
+        271, 17, 10, 17, 30, 128009, 128006, 78191, 128007, 271,
+    ], (128001, 128009)),
+    "chatml": ("f0ccc12278f1261f", [
+        261, 82, 88, 82, 83, 68, 76, 198, 33, 68, 220, 65, 81, 72, 68, 69, 13, 260, 198, 261,
+        84, 82, 68, 81, 198, 220, 220, 39, 72, 220, 83, 71, 68, 81, 68, 198, 260, 198, 261, 64,
+        82, 82, 72, 82, 83, 64, 77, 83, 198, 220, 39, 68, 75, 75, 78, 0, 220, 260, 198, 261, 84,
+        82, 68, 81, 198, 17, 10, 17, 30, 260, 198, 261, 64, 82, 82, 72, 82, 83, 64, 77, 83, 198,
+    ], (258, 260)),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", IDS)
 def test_a_template_that_was_trained_on_is_exported(
     template, assets, tmp_path, byte_level, store, export
 ):
@@ -209,9 +223,8 @@ def test_a_template_that_was_trained_on_is_exported(
     assert prepare.main(args) == 0
     tokenizer = export(load_tokenizer(tmp_path / "out"))
     text = (tmp_path / "export" / "chat_template.jinja").read_bytes()
-    digest, stop_ids = TEMPLATES[template]
-    ids = encode_chat(tokenizer, template, CHAT)
-    assert ids == encode_chat(load_tokenizer(path), template, CHAT)
+    digest, ids, stop_ids = IDS[template]
+    assert encode_chat(tokenizer, template, CHAT) == ids
     assert hashlib.sha256(text).hexdigest()[:16] == digest
     assert tokenizer.stop_ids == stop_ids
 

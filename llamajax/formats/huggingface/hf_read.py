@@ -145,7 +145,8 @@ def check_tied_head(source: TensorSource, model: ModelConfig) -> None:
     """Raise UserError when a tied model comes with a head of its own."""
     if not model.tie_embeddings or _HEAD not in source.names():
         return
-    if not same_matrix(source, _HEAD, _EMBEDDING):
+    shape = (model.vocab_size, model.hidden_size)  # a stored head may have rows of padding
+    if not same_matrix(source, _HEAD, _EMBEDDING, shape=shape):
         raise UserError(
             f"{source.where(_HEAD)} holds a {_HEAD} that differs from {_EMBEDDING}, but the config "
             "says that they are one (tie_word_embeddings true); set tie_word_embeddings to false "
