@@ -1,14 +1,14 @@
-"""Llama 2 and 3: one forward pass for training, evaluation, decoding and probes.
+"""Llama 2 and 3: one forward pass for training, evaluation, decoding, and `replay`.
 
 Names of arrays end in the letters of their dimensions:
 
     B  rows of a batch           N  query heads                  D  width of the model
     T  local tokens of a row     K  key-value heads, N = G x K   F  width of the feed-forward layer
     S  all tokens of a row       H  width of a head              V  vocabulary, padded
-    Q  microbatches of a stage   L  layers                       R  rank of an adapter
+    Q  microbatches of a stage   L  layers                       G  query heads of a key-value head
 
 A weight is declared once, by its letters: `normal(config, "DNH", ...)` makes a matrix from D inputs
-to N x H outputs. Its shape, sharding, weight decay and names in other formats follow from them.
+to N x H outputs. Shape, sharding, weight decay, and names in other formats follow from the letters.
 `weight[...]` is its array.
 
 A model is a pytree of float32 weights (Flax NNX modules that hold nothing mutable). The same code
@@ -18,14 +18,16 @@ device's part and all communication is in a few functions:
 - `gather` casts weights to the compute dtype and joins their parts along the mesh axis `fsdp`. It
   runs at the top of each layer, so that only one layer is whole at a time (in a pipeline: the
   layers of one stage).
-- `enter_tensor` and `leave_tensor` come before and after a pair of matrices that is split over the
-  axis `tensor`.
-- `embed` and `cross_entropy` do what the embedding and the head need; `attention` joins the keys of
-  a row that is split over `sequence`.
+- `enter_tensor` and `leave_tensor` communicate around matrices that are split over the axis
+  `tensor`: the first gives each device all tokens, the second sums the partial products. With
+  `split_tokens`, each device holds only a part of the tokens in between (sequence parallelism).
+- `embed` and `cross_entropy` communicate for the embedding and the head; `attention` joins the keys
+  and values of a row that is split over `sequence`.
 
-A batch comes with all tokens of its rows. A device embeds, and computes the loss of, its
-`local_part`: along `sequence` a part of each row, along `stage` every P-th microbatch of P stages.
-Where an axis has one device, and outside `shard_map`, nothing is communicated or cut.
+The axes `data` and `fsdp` split the rows: every device has its own. A batch comes with all tokens
+of these rows. A device embeds, and computes the loss of, its `local_part`: along `sequence` a part
+of each row; along `stage` every P-th microbatch of P stages, although all of them pass through all
+stages. Where an axis has one device, and outside `shard_map`, these functions do nothing.
 """
 
 import dataclasses
@@ -58,15 +60,16 @@ from llamajax.ops.norm import rms_norm
 from llamajax.ops.rope import angles, frequencies, rotate
 from llamajax.sharding.collectives import all_gather, enter_tensor, gather, leave_tensor
 
-# Arrays (B, S) by name: int32 `tokens` and their `positions` in their document. Optional are int32
-# `targets`, bool `loss_mask`, int32 `segment_ids` (one number a document; without them a row is one
-# document) and `dropout_keys` (one key a token; without them nothing is dropped).
+# Arrays (B, S), or (B, T) of a local part, by name: int32 `tokens` and their `positions` in their
+# document. Optional are int32 `targets`, bool `loss_mask`, int32 `segment_ids`, always (B, S) (one
+# number for each document; without them a row is one document), and `dropout_keys` (one key for
+# each token; without them nothing is dropped).
 Batch = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How a model is computed: changes speed and memory, and the result by rounding alone."""
+    """How a model is computed. But for `z_weight`, it changes speed and memory, and rounding."""
 
     dtype: jnp.dtype
     remat: str  # a policy of models/remat.py
@@ -75,7 +78,7 @@ class Compute:
     z_weight: float = 0.0  # of the z-loss in the objective
     remat_keep: tuple[str, ...] = ()  # checkpoint names to keep besides the policy's
     remat_offload: tuple[str, ...] = ()  # checkpoint names to keep in the host's memory
-    split_tokens: bool = False  # split T over `tensor` where no matrix is; T must divide
+    split_tokens: bool = False  # split T over `tensor` between matrices; its size must divide T
     pipeline: PipelineOptions = dataclasses.field(default_factory=PipelineOptions)
 
 
@@ -141,7 +144,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention and feed-forward, each of normalized activations and added to them."""
+    """One layer: attention, then feed-forward; each reads normalized activations and is added."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         self.norm_eps = config.norm_eps
@@ -165,7 +168,8 @@ class Block(nnx.Module):
 
 
 # (block, activations, carry, inputs) -> activations, carry, output: what is done with each layer,
-# in the form of a body of `jax.lax.scan`. Decoding carries its cache, probes output their counts.
+# in the form of a body of `jax.lax.scan`. Decoding carries its cache of keys and values; `replay`
+# outputs the number of values that are not finite.
 Visit = Callable[[Any, jax.Array, Any, LayerInputs], tuple[jax.Array, Any, Any]]
 
 
@@ -179,9 +183,9 @@ def walk_layers(
 ) -> tuple[jax.Array, Any, Any]:
     """Visit stacked layers in order: the one loop over layers, whatever the model is used for.
 
-    `layers` have a leading dimension; `numbers` are theirs in the model. Returns the activations
-    and the carry after the last layer, and the outputs of all, stacked. Of each layer the backward
-    pass has what the remat policy keeps, and computes the rest again.
+    `layers` are stacked along a leading dimension; `numbers` are their positions in the model.
+    Returns the activations and the carry after the last layer, and the stacked outputs of all. The
+    backward pass uses what the remat policy keeps of each layer, and computes the rest again.
     """
 
     def body(activations_and_carry: tuple, layer_and_number: tuple) -> tuple[tuple, Any]:
@@ -199,15 +203,16 @@ def walk_layers(
 
 
 def local_part(x_BS: jax.Array, compute: Compute) -> jax.Array:
-    """The part of a batch's array whose embedding and loss are this device's."""
+    """Return the rows and tokens of an array that this device embeds and computes the loss of."""
     return local_microbatches(local_tokens(x_BS), microbatch_size=compute.pipeline.microbatch_size)
 
 
 class Llama(nnx.Module):
     """The whole model. `blocks` is one Block whose weights have a leading dimension L.
 
-    Training calls `loss_terms`, evaluation `token_nll`: both call `hidden_states`, which calls
-    `forward` on the local tokens, or the pipeline. Decoding and probes call `forward` themselves.
+    Training and its evaluation call `loss_terms`, scoring of texts calls `token_nll`. Both call
+    `hidden_states`, which calls `forward` on the local tokens, or runs the pipeline if layers are
+    split over `stage`. Decoding and `replay` call `forward` themselves.
     """
 
     def __init__(self, config: ModelConfig, key: jax.Array):
@@ -237,7 +242,10 @@ class Llama(nnx.Module):
         )
 
     def token_nll(self, batch: Batch, compute: Compute) -> jax.Array:
-        """Negative log-likelihood of each target, nats, float32 (B, S); not with split rows."""
+        """Return the negative log-likelihood of each target, nats, float32 (B, S).
+
+        Rows must be whole: no `sequence`, no `stage`, no `split_tokens`.
+        """
         return token_nll(
             self.hidden_states(batch, compute),
             self.head_or_embedding[...],
@@ -247,7 +255,7 @@ class Llama(nnx.Module):
         )
 
     def hidden_states(self, batch: Batch, compute: Compute) -> jax.Array:
-        """Last hidden states (B, T, D) of this device's `local_part` of the batch.
+        """Return the last hidden states (B, T, D) of this device's `local_part` of the batch.
 
         With `split_tokens` each device along `tensor` has its part of T.
         """
@@ -262,10 +270,11 @@ class Llama(nnx.Module):
     def forward(
         self, batch: Batch, compute: Compute, visit: Visit = apply_block, carry: Any = None
     ) -> tuple[jax.Array, Any, Any]:
-        """Embed the tokens of `batch`, visit all layers, normalize.
+        """Embed the tokens of `batch`, run `visit` on each layer in order, and normalize.
 
         Returns the last hidden states (B, T, D) in the compute dtype, the last carry, and the
-        visits' outputs with a leading dimension L. `visit` gets blocks whose weights are gathered.
+        outputs of the visits, stacked to a leading dimension L. `visit` gets each block with its
+        weights gathered.
         """
         dtype, split = compute.dtype, compute.split_tokens
 
@@ -281,9 +290,10 @@ class Llama(nnx.Module):
         return self._normalize(x_BTD, compute), carry, outputs
 
     def _pipelined_states(self, batch: Batch, compute: Compute) -> jax.Array:
-        """`hidden_states` where layers are split over `stage`: microbatches pass stage after stage.
+        """Return `hidden_states` where layers are split over `stage`.
 
-        Each stage gathers its layers once for all microbatches.
+        Microbatches, of B rows each, pass stage after stage. Each stage gathers its layers once
+        for all of them.
         """
         dtype, split = compute.dtype, compute.split_tokens
         size = compute.pipeline.microbatch_size
@@ -318,15 +328,15 @@ class Llama(nnx.Module):
         return rms_norm(x_BTD, norm[...], eps=self.config.norm_eps)
 
     def logits(self, batch: Batch, compute: Compute) -> jax.Array:
-        """Float32 logits (B, T, V) of every token; for tests, never for training."""
+        """Return float32 logits (B, T, V) of the local tokens; for tests, on whole heads."""
         head_VD = gather(self.head_or_embedding, compute.dtype)[...]
         logits_BTV = linear(self.hidden_states(batch, compute), head_VD.T).astype(jnp.float32)
         return logits_BTV[:, :, : self.config.vocab_size]
 
     def next_logits(self, x_BD: jax.Array, compute: Compute) -> jax.Array:
-        """Float32 logits (B, V) of the tokens after those with last hidden states `x_BD`.
+        """Return float32 logits (B, V) of the next token, given each row's last hidden state.
 
-        Each device along `tensor` multiplies with its part of V; the logits are then gathered.
+        Each device along `tensor` computes its part of V; the parts are then gathered.
         """
         head_VD = gather(self.head_or_embedding, compute.dtype)[...]
         logits_BV = jnp.dot(x_BD, head_VD.T, preferred_element_type=jnp.float32)

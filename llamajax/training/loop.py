@@ -1,6 +1,7 @@
 """The loop: update, read the metrics of the step before meanwhile, then run what is due.
 
-A hook is what is done after some of the steps: check replicas, save, export, evaluate.
+A hook is what is done after some of the steps: check replicas, save, export, evaluate. Only the log
+comes after each step.
 """
 
 import contextlib
@@ -34,13 +35,17 @@ from llamajax.training.state import TrainState
 from llamajax.training.workdir import Run
 
 DeviceBatch = dict[str, jax.Array]
-# Asking the other processes waits for the devices, so clocks are compared rarely.
+# Process 0's clock decides when to save. Asking it waits for the devices, so it is asked rarely.
 _COMPARE_CLOCKS_EVERY = 16
 
 
 @dataclasses.dataclass
 class Saves:
-    """The checkpoints of an attempt: seconds that those in flight took, messages of the failed."""
+    """The checkpoints of an attempt.
+
+    duration_s: by step, seconds that training waited for a checkpoint that is being written.
+    failed: the message of each one that failed.
+    """
 
     duration_s: dict[int, float] = dataclasses.field(default_factory=dict)
     failed: list[str] = dataclasses.field(default_factory=list)
@@ -48,7 +53,7 @@ class Saves:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """What trains a run from a start to its end, to a stop signal or to a rollback."""
+    """What trains a run from one start: to its end, a stop signal, a guard's stop or a rollback."""
 
     run: Run
     start: Start
@@ -62,13 +67,13 @@ class Attempt:
     saves: Saves
 
     def next_batch(self, batches: Iterator[DeviceBatch]) -> DeviceBatch:
-        """Draw a batch; waiting for it while no step is in flight is `data_wait_s`."""
+        """Draw a batch. The part of the wait with no step in flight counts as `data_wait_s`."""
         with self.timer.pause(data_wait=True):
             return next(batches)
 
     @contextlib.contextmanager
     def phase(self, event: str, step: int) -> Iterator[dict[str, Any]]:
-        """Keep the time inside out of the steps' time, and write it as an event when it is over."""
+        """Write an event with the seconds that the block took; they do not count as step time."""
         fields: dict[str, Any] = {}
         with self.timer.pause():
             yield fields
@@ -88,24 +93,24 @@ class Attempt:
             self.run.events.write("save", step=step, duration_s=duration_s)
 
     def record_signal(self, step: int) -> None:
-        """Write the event of a stop signal, with the time of the steps that stand in no row."""
+        """Write the event of a stop signal, with the time of the steps after the last row."""
         unlogged = {f"kept_{part}": value for part, value in self.timer.untaken.items() if value}
         name = self.run.shutdown.signal  # none: it came to another process
         self.run.events.write("signal", step=step, signal=name, **unlogged)
 
 
 class Hook:
-    """What is done after the steps at which it is due. stop: the run ends at this step."""
+    """Something that is done after certain steps. `stop` is true where the run ends at this one."""
 
     def __init__(self, attempt: Attempt):
         self.attempt, self.run, self.config = attempt, attempt.run, attempt.run.config
 
     def is_due(self, step: int, stop: bool) -> bool:
-        """Return whether to call this after `step`; the same on all processes."""
+        """Return whether the hook is called after `step`; the same on all processes."""
         raise NotImplementedError
 
     def __call__(self, step: int, state: TrainState, stop: bool) -> None:
-        """Do it, with the state after `step`. To be called by all processes."""
+        """Run the hook on the state after `step`. To be called by all processes."""
         raise NotImplementedError
 
 
@@ -118,10 +123,10 @@ def train_steps(attempt: Attempt, state: TrainState) -> ExitCode:
     last = run.config.train.steps
     log, save, evaluate = LogHook(attempt), SaveHook(attempt), EvaluateHook(attempt)
     export = ExportHook(attempt)
-    # In this order: what is saved was found sound.
+    # The canary comes before the save, so that no checkpoint holds what a bad device computed.
     hooks: list[Hook] = [CanaryHook(attempt), save, export, evaluate]
     if start.step:
-        for hook in (evaluate, export):  # the process before ended between its save and these
+        for hook in (evaluate, export):  # the previous process may have ended before these
             if hook.is_due(start.step, stop=False) and not hook.was_done():
                 hook(start.step, state, stop=False)
     batches = attempt.feed.train(start.step)
@@ -140,17 +145,18 @@ def train_steps(attempt: Attempt, state: TrainState) -> ExitCode:
         attempt.record_saves()
         due = [hook for hook in hooks if hook.is_due(step, stop)]
         if due:
-            log.flush()  # the guard may stop the run: no hook sees a state that it has not seen
+            log.flush()  # now rather than a step later: the guard judges a step before it is saved
         if stop:
             attempt.record_signal(step)
         for hook in due:
             hook(step, state, stop)
-        if evaluate.was_interrupted:
+        if evaluate.was_interrupted and not stop:
             stop = True
             attempt.record_signal(step)
             save(step, state, stop)
         if stop:
             return ExitCode.STOPPED
+    # A signal may have come in the evaluation of the last step, before this loop or in it.
     return ExitCode.STOPPED if run.shutdown.requested else ExitCode.FINISHED
 
 
@@ -170,8 +176,8 @@ def any_process_stops(shutdown: Shutdown) -> bool:
 class LogHook:
     """Reads the metrics of each step while the next one runs, so that no step waits for the host.
 
-    Writes the rows of `metrics.jsonl`, times as means since the last row, and lets the checks see
-    every step.
+    Writes rows of `metrics.jsonl`, whose times are means over the steps since the last row, and
+    passes every step to the checks.
     """
 
     def __init__(self, attempt: Attempt):
@@ -180,14 +186,14 @@ class LogHook:
         self._mfu = mfu_from_speed(attempt.run.setup)
 
     def __call__(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Read the metrics of the step before; keep these for the next call."""
+        """Read the metrics of the previous step; keep those of `step` for the next call."""
         if self._pending is not None:
             self.flush()
-            self._attempt.run.checkpointer.warm_up()  # the device is busy meanwhile
+            self._attempt.run.checkpointer.warm_up()  # imports Orbax once, while a step runs
         self._pending = (step, metrics)
 
     def flush(self) -> None:
-        """Wait for the metrics that were kept; write their row, and raise what the checks raise."""
+        """Wait for the metrics that were kept, write their row, and raise what the checks raise."""
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
@@ -230,7 +236,7 @@ class CanaryHook(Hook):
 
 
 class SaveHook(Hook):
-    """Saves checkpoints; a failure costs the checkpoint and a warning, the run only at its end."""
+    """Saves checkpoints. One that fails is a warning; only where the run ends is it an error."""
 
     def __init__(self, attempt: Attempt):
         super().__init__(attempt)
@@ -266,7 +272,7 @@ class SaveHook(Hook):
         self._saved_at_s = time.monotonic()
 
     def _meta(self) -> dict[str, Any]:
-        """Return what is saved with every checkpoint, besides the arrays."""
+        """Return the JSON object that every checkpoint holds besides the arrays."""
         run, start = self.run, self.attempt.start
         meta = {
             "config": to_json_dict(self.config),
@@ -294,7 +300,7 @@ class ExportHook(Hook):
         return not stop and bool(every) and (step == last or step % every == 0)
 
     def was_done(self) -> bool:
-        """Return whether an earlier process has done it for the step of the start."""
+        """Return whether an earlier process exported the step that this one resumes from."""
         return broadcast_from_first(is_exported, self.run.workdir, self.attempt.start.step)
 
     def __call__(self, step: int, state: TrainState, stop: bool) -> None:
@@ -315,7 +321,7 @@ class EvaluateHook(Hook):
         return due and not stop and self.run.setup.held_out is not None
 
     def was_done(self) -> bool:
-        """Return whether an earlier process has done it for the step of the start."""
+        """Return whether an earlier process evaluated the step that this one resumes from."""
         return broadcast_from_first(lambda: self.attempt.start.is_evaluated)
 
     def __call__(self, step: int, state: TrainState, stop: bool) -> None:

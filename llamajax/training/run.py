@@ -61,13 +61,15 @@ def train(
     """
     began_s = time.monotonic() if began_s is None else began_s
     undo = ExitStack()
-    undo_new_folders(workdir.absolute(), undo)  # before the processes meet: each sees which are new
+    # Before the processes meet: afterwards another one may have made the folders.
+    undo_new_folders(workdir.absolute(), undo)
     with exit_on_error():
         setup = set_up(config)
     if setup.machine.num_processes > 1:
         shutdown.take_back()
     with exit_on_error(), ExitStack() as stack:
-        # The directory is locked and opened; nothing in it changes before `_accept`.
+        # The directory is locked and opened. Nothing in it changes before `_accept`: until then
+        # events, log and black box are kept in memory.
         lock = lock_workdir(workdir, process_id=setup.machine.process_id, undo=undo)
         is_locked = stack.enter_context(lock)
         check_shared(workdir, key="--workdir")
@@ -86,7 +88,7 @@ def train(
             check_stored(setup, start.checkpoint)
             run.say(f"finished before, at step {start.step}: {workdir}")
             return ExitCode.FINISHED
-        # From here on the record says how the run goes and ends.
+        # From here on every way out is recorded, once the start is accepted.
         with end_event(run, start.step) as outcome:
             if run.is_primary:
                 if dead := history.found_dead(start.step):
@@ -100,7 +102,7 @@ def train(
             if code == ExitCode.FINISHED and config.lora.rank:
                 write_adapters(config, start.base, workdir)
     if run.is_primary:
-        with run.log:  # the report shows a run that has ended
+        with run.log:  # after `end_event`, so that the report shows a run that has ended
             say(run_summary(workdir, run.checkpointer, code))
     return code
 
@@ -117,7 +119,7 @@ def _is_finished(run: Run, start: Start, history: History) -> bool:
 
 
 def _train(run: Run, start: Start) -> int:
-    """Train from `start` to the end; where the guard asks for it, again from an earlier step."""
+    """Train from `start` to the end. After a rollback, train again from an earlier step."""
     programs, rolled_back_s = None, 0.0
     while True:
         with ExitStack() as stack:
@@ -127,10 +129,10 @@ def _train(run: Run, start: Start) -> int:
                 with attempt.hang:
                     return train_steps(attempt, state)
             except (GuardStop, RollbackNeeded) as error:
-                problem = error.with_traceback(None)  # its frames hold the state
+                problem = error.with_traceback(None)  # a traceback would keep the state in memory
             except CheckpointError as error:
                 fix = "Make room or repair the directory; a rerun continues from the last"
-                say(f"error: {error}. {fix}")
+                say(f"error: {error}. {fix} checkpoint")
                 remote = is_remote(run.checkpointer.directory)
                 return ExitCode.TRANSIENT if remote else ExitCode.USER_ERROR
         del state  # its memory is needed for the next one
@@ -144,7 +146,7 @@ def _train(run: Run, start: Start) -> int:
             words = roll_back(problem, run.checkpointer, run.rollbacks, attempt.checks)
         except GuardStop as error:
             run.say(
-                f"error: {error}. Nothing was saved since; the black box is {box}, and "
+                f"error: {error}. Nothing was saved since then; the black box is {box}, and "
                 f"`python -m llamajax.replay --workdir={run.workdir} --step={newest}` looks into "
                 "the step (docs/guards.md)"
             )
@@ -159,8 +161,9 @@ def _train(run: Run, start: Start) -> int:
 def _load(
     run: Run, start: Start, programs: Programs | None, timer: StepTimer, rolled_back_s: float
 ) -> tuple[TrainState, Programs]:
-    """Take the memory of the state, and compile if this process has not done so before.
+    """Load the state; at the first start of this process also compile, and accept the start.
 
+    Deletes the checkpoints that a rollback has superseded, last of all.
     rolled_back_s: seconds that going back to this start took.
     """
     with timer.pause():

@@ -35,6 +35,14 @@ def finished(short_run, tmp_path_factory):
     return workdir
 
 
+def test_a_stop_in_the_evaluation_of_a_start_is_recorded_and_saved_once(short_run, tmp_path):
+    options = {"train__steps": 6, "train__eval_every": 2, "checkpoint__asynchronous": False}
+    assert short_run(tmp_path, **options, stop_after=2) == 143
+    assert short_run(tmp_path, **options, stop_after=0) == 143
+    second = kinds(tmp_path)[kinds(tmp_path).index("end") + 1 :]
+    assert second == ["start", "restore", "compile", "evaluation", "signal", "save", "end"]
+
+
 def test_a_run_that_is_stopped_and_continued(finished):
     assert kinds(finished) == [
         "start", "restore", "compile", "save", "signal", "save", "end",
