@@ -178,8 +178,8 @@ def test_the_step_reuses_the_whole_state_once_donation_is_repaired(folder, first
     assert plain["donated_bytes"] > parameters + moments
     assert plain["reused_bytes"] == 0
     assert plain["profile"]["donates"] is False
-    assert "lives twice" in one_device[1]
-    assert "lives twice" not in first[0]
+    assert "in memory twice" in one_device[1]
+    assert "in memory twice" not in first[0]
 
 
 @pytest.mark.slow
