@@ -1,6 +1,8 @@
 """The report's table of what was planned beside what was measured."""
 
-from llamajax.monitoring.report.run_report import planned_and_measured
+import json
+
+from llamajax.monitoring.report.run_report import planned_and_measured, render_report
 
 ROWS = [{"step": n, "step_time_s": t} for n, t in enumerate([9.0, 2.0, 2.2, 2.4, 2.2], start=1)]
 FACTS = {"peak_memory_bytes": 5 * 2**30, "program_bytes": 2**32, "tokens_per_s": 1100.0}
@@ -30,3 +32,9 @@ def test_nothing_planned_or_measured_shows_nothing_wrong():
     assert planned_and_measured({}, {}, ROWS) == ""
     unknown = row("memory of a device", "4.000 GiB", "unknown", "")
     assert unknown in planned_and_measured(PLAN, {}, [])
+
+
+def test_the_report_reads_the_plan_of_its_directory_and_survives_a_damaged_one(tmp_path):
+    for text, found in ((json.dumps(PLAN), True), ("{", False)):
+        (tmp_path / "plan.json").write_text(text)
+        assert ("Planned for h200:8" in render_report(tmp_path)) == found
