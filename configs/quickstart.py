@@ -6,7 +6,7 @@ Command:  ./launch/quickstart.sh, which prepares the book and then runs
 Model:    5.0 M parameters, sequences of 256 tokens, batches of 2,048 tokens, float32.
 Speed:    measured 2026-11-25 on 2 shared CPU cores (jax 0.10.2): about 3,100 tokens/s; the whole
           script, installation (without pip's cache) included, 3 min 8 s; 7 min under other load.
-Loss:     measured in the same run: 5.49 nats a token on held-out text after 200 steps (perplexity
+Loss:     measured in the same run: 5.49 nats per token on held-out text after 200 steps (perplexity
           242), against 6.53 of the book's unigram entropy.
 """
 

@@ -175,7 +175,9 @@ def _summary(manifest: dict[str, Any], output: Path, seconds: float) -> str:
             )
     if "validation" in manifest["splits"]:
         loss = manifest["splits"]["validation"]["unigram_loss"]
-        lines.append(f"to beat     {loss:.3f} nats a token: validation under train's unigrams")
+        lines.append(
+            f"baseline    {loss:.3f} nats per token: validation, by train's token frequencies"
+        )
     return "\n".join([*lines, f"wrote       {output} in {seconds:.1f} s"])
 
 

@@ -112,9 +112,9 @@ class Mixture:
 
     @property
     def unigram_loss(self) -> float | None:
-        """Loss to beat on the validation split: mean -log p of its tokens, in nats.
+        """Return the validation loss of token frequencies, nats per token; None for a train split.
 
-        p is their frequency in the train split of their source. None for a train split.
+        It is the mean of -log p. p is a token's frequency in the train split of its source.
         """
         losses = [s.stats.get("unigram_loss") for s in self.sources]
         if None in losses:

@@ -104,7 +104,7 @@ class Evidence:
         long = [part for part in parts if part.num_targets >= _LEAST_TOKENS]
         if out := [part for part in long if part.loss > _STANDS_OUT * median]:
             return "data", (
-                f"{len(out)} of the documents stand out: {out[0].loss:.3g} nats a token over "
+                f"{len(out)} of the documents stand out: {out[0].loss:.3g} nats per token over "
                 f"{out[0].num_targets} tokens, where the batch's median is {median:.3g}"
             )
         skipped = (self.record.row or {}).get("update_skipped", REASONS[0])

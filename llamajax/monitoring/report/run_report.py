@@ -143,7 +143,7 @@ def _tiles(rows: Sequence[Row], config: Row, facts: Row) -> str:
     total = _section(config, "train").get("steps")
     done = max((row["step"] for row in rows), default=0)
     tiles = [("steps", f"{done:,}", f"of {total:,}" if _is_number(total) else "")]
-    tiles.append(("training loss", loss(losses), "nats a token, last"))
+    tiles.append(("training loss", loss(losses), "nats per token, last"))
     if evals:
         step, held_out = evals[-1]
         small = math.isfinite(held_out) and held_out < 50
@@ -183,7 +183,7 @@ def _charts(rows: Sequence[Row], facts: Row) -> str:
         return line_chart(title, [Series("", _column(rows, key))], **options)
 
     charts = [
-        line_chart("Loss, nats a token", lines, format_value="{:.4g}".format, level=level),
+        line_chart("Loss, nats per token", lines, format_value="{:.4g}".format, level=level),
         chart("Throughput, tokens a second", "tokens_per_s", format_value=_count, zero=True),
         chart("Learning rate", "learning_rate", format_value=_exponent, zero=True),
         chart("Gradient norm", "grad_norm", format_value="{:.4g}".format),
