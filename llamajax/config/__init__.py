@@ -2,11 +2,13 @@
 
 In the order of what happens: `values`, `schema`, `keys` and `presets` declare; `config_file` runs
 the user's file; `load` applies overrides and freezes it, after `check`; `flags` and `command_line`
-do the same for the flags of a verb; `saved_config` writes and reads `config.json`.
+do the same for the flags of a verb; `saved_config` writes and reads `config.json`. Only what works
+on a ConfigDict (`new_config`, `preset`, `freeze`, `load`) imports ml-collections.
 """
 
+from typing import Any
+
 from llamajax.config.command_line import parse_command_line
-from llamajax.config.config_file import new_config
 from llamajax.config.flags import (
     BackendFlags,
     Flags,
@@ -17,7 +19,7 @@ from llamajax.config.flags import (
     mesh_config,
 )
 from llamajax.config.load import build_model, freeze, load
-from llamajax.config.presets import PRESETS, preset
+from llamajax.config.presets import PRESETS, find_preset, preset
 from llamajax.config.saved_config import common_values, diff, from_json_dict, to_json_dict
 from llamajax.config.schema import BackendConfig, MeshConfig, ModelConfig, RunConfig
 from llamajax.config.values import key
@@ -37,6 +39,7 @@ __all__ = [
     "build_model",
     "common_values",
     "diff",
+    "find_preset",
     "freeze",
     "from_json_dict",
     "key",
@@ -47,3 +50,11 @@ __all__ = [
     "preset",
     "to_json_dict",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "new_config":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from llamajax.config.config_file import new_config
+
+    return new_config

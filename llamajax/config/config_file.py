@@ -1,6 +1,8 @@
 """Config files: the ConfigDict that they fill in, and running `get_config()` or `get_config(arg)`.
 
 Whatever goes wrong in a file is the user's to fix and becomes one UserError with the file's line.
+The only module that imports ml-collections with itself: `doctor` and `benchmarks/` read no config
+file, and run where it is not installed.
 """
 
 import contextlib
@@ -11,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections.config_dict import RequiredValueError
 
 from llamajax.config.keys import own_keys, sections
+from llamajax.config.values import NOT_SET, Mistyped
 from llamajax.errors import UserError, did_you_mean, nearest
 
 
@@ -38,6 +42,36 @@ def new_config() -> ConfigDict:
         values = {name: key.default for name, key in own_keys(cls).items()}
         config[section] = ConfigDict(values, type_safe=False)
     return config
+
+
+def set_value(config: ConfigDict, path: str, value: Any) -> None:
+    """Set a known path and make the sections on the way; no-op where a section is another value."""
+    *parents, name = path.split(".")
+    for depth, parent in enumerate(parents):
+        if parent not in config or (depth > 0 and not isinstance(config[parent], ConfigDict)):
+            config[parent] = ConfigDict(type_safe=False)
+        config = config[parent]
+        if not isinstance(config, ConfigDict):
+            return
+    config[name] = value
+
+
+def values_of(config: ConfigDict) -> dict[str, Any]:
+    """Return a config as nested dicts, with references (`get_ref`) computed.
+
+    A required value that is missing is NOT_SET, one that cannot be computed a Mistyped.
+    """
+    return {name: _value(config, name) for name in config}
+
+
+def _value(config: ConfigDict, name: str) -> Any:
+    try:
+        value = config[name]
+    except RequiredValueError:
+        return NOT_SET
+    except (ArithmeticError, TypeError, ValueError) as error:
+        return Mistyped(f"cannot be computed from other keys: {error}")
+    return values_of(value) if isinstance(value, ConfigDict) else value
 
 
 def read_file(path_arg: str) -> ConfigDict:

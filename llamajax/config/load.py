@@ -1,19 +1,16 @@
 """From a config file and overrides to a frozen run, every problem reported at once."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
-
-from ml_collections import ConfigDict
-from ml_collections.config_dict import RequiredValueError
+from typing import TYPE_CHECKING, Any
 
 from llamajax.config.check import check
-from llamajax.config.config_file import read_file
 from llamajax.config.keys import all_keys, nearest_key, nested_class, own_keys, sections
 from llamajax.config.schema import ModelConfig, RunConfig
 from llamajax.config.values import NOT_SET, Key, Mistyped, coerce
 from llamajax.errors import UserError, combine, did_you_mean, nearest
 
-Tree = Mapping | ConfigDict  # nested values by name: a config file's, or JSON
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 
 def load(path_arg: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -27,13 +24,15 @@ def load(path_arg: str, overrides: Mapping[str, Any] | None = None) -> RunConfig
     return _valid(*resolve(path_arg, overrides or {}), source=path_arg)
 
 
-def freeze(config: ConfigDict, *, source: str = "config") -> RunConfig:
+def freeze(config: "ConfigDict", *, source: str = "config") -> RunConfig:
     """Return the run that a ConfigDict made in Python describes.
 
     Raises:
         UserError: names every problem.
     """
-    return _valid(*build(config), source=source)
+    from llamajax.config.config_file import values_of
+
+    return _valid(*build(values_of(config)), source=source)
 
 
 def _valid(run: RunConfig | None, problems: list[str], *, source: str) -> RunConfig:
@@ -52,6 +51,8 @@ def resolve(
     resolved: what the file derives from another value (`config.train.get_ref("steps") // 10`)
     follows an override of that value.
     """
+    from llamajax.config.config_file import read_file, set_value, values_of
+
     values: dict[str, Any] = {}
     problems = []
     for path, given in overrides.items():
@@ -70,8 +71,8 @@ def resolve(
         return None, [str(error), *problems]
     with config.ignore_type():
         for path, value in values.items():
-            _put(config, path, value)
-    run, found = build(config, reported=set(overrides) - set(values))
+            set_value(config, path, value)
+    run, found = build(values_of(config), reported=set(overrides) - set(values))
     return (None if problems else run), [*found, *problems]
 
 
@@ -83,19 +84,7 @@ def _unknown_override(path: str, *, flag: str) -> str:
     return f"{flag}{path}: unknown key{did_you_mean(found and flag + found)}"
 
 
-def _put(config: ConfigDict, path: str, value: Any) -> None:
-    """Set a known path and make the sections on the way; no-op where a section is another value."""
-    *parents, name = path.split(".")
-    for depth, parent in enumerate(parents):
-        if parent not in config or (depth > 0 and not isinstance(config[parent], ConfigDict)):
-            config[parent] = ConfigDict(type_safe=False)
-        config = config[parent]
-        if not isinstance(config, ConfigDict):
-            return
-    config[name] = value
-
-
-def build(tree: Tree, *, reported: Collection[str] = ()) -> tuple[RunConfig | None, list[str]]:
+def build(tree: Mapping, *, reported: Collection[str] = ()) -> tuple[RunConfig | None, list[str]]:
     """Return the run that nested values describe and no problems, or None and every problem.
 
     `reported` are paths whose problem the caller has reported already (a mistyped flag): they are
@@ -110,7 +99,7 @@ def build(tree: Tree, *, reported: Collection[str] = ()) -> tuple[RunConfig | No
     return (None if problems or reported else RunConfig(**found)), problems
 
 
-def build_model(tree: Tree) -> tuple[ModelConfig | None, list[str]]:
+def build_model(tree: Mapping) -> tuple[ModelConfig | None, list[str]]:
     """Return the architecture of nested values and no problems, or None and every problem."""
     reader = _Reader()
     model = reader.section("model", ModelConfig, tree)
@@ -128,7 +117,7 @@ class _Reader:
 
     def section(self, path: str, cls: type, tree: Any) -> Any:
         """Return an instance of `cls`, or NOT_SET after adding to the problems."""
-        if not isinstance(tree, Tree):
+        if not isinstance(tree, Mapping):
             self.problems.append(f"{path}: a section with keys, got {tree!r}")
             return NOT_SET
         keys = own_keys(cls, f"{path}.")
@@ -136,12 +125,14 @@ class _Reader:
         found = {name: self._value(key, tree, name) for name, key in keys.items()}
         return NOT_SET if NOT_SET in found.values() else cls(**found)
 
-    def _value(self, key: Key, tree: Tree, name: str) -> Any:
+    def _value(self, key: Key, tree: Mapping, name: str) -> Any:
         """Return the valid value of a key, or NOT_SET after adding to the problems."""
         inner = nested_class(key.annotation)
         try:
-            raw = _resolved(tree, name, key.default)
-            if inner and isinstance(raw, Tree):
+            raw = tree.get(name, key.default)
+            if isinstance(raw, Mistyped):
+                raise raw
+            if inner and isinstance(raw, Mapping):
                 value = self.section(key.path, inner, raw)
             elif raw is not NOT_SET:
                 value = coerce(raw, key.annotation)
@@ -155,16 +146,6 @@ class _Reader:
         if value is not NOT_SET:
             self.values[key.path] = value
         return value
-
-
-def _resolved(tree: Tree, name: str, default: Any) -> Any:
-    """Return a value after computing references (`get_ref`); raise Mistyped where that fails."""
-    try:
-        return tree.get(name, default)
-    except RequiredValueError:
-        return NOT_SET
-    except (ArithmeticError, TypeError, ValueError) as error:
-        raise Mistyped(f"cannot be computed from other keys: {error}") from error
 
 
 def _unknown(path: str) -> str:

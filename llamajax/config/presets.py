@@ -5,11 +5,13 @@ published parameter counts. A preset is the `model` section of a run and nothing
 """
 
 import dataclasses
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING
 
 from llamajax.config.schema import ModelConfig, RopeScaling
 from llamajax.errors import UserError, did_you_mean, nearest
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 _LLAMA2 = ModelConfig(
     name="llama2-7b",
@@ -158,8 +160,8 @@ _ALL = [
 PRESETS: dict[str, ModelConfig] = {model.name: model for model in _ALL}
 
 
-def preset(name: str) -> ConfigDict:
-    """The `model` section of a published architecture, free to be changed by the caller.
+def find_preset(name: str) -> ModelConfig:
+    """Return a published architecture.
 
     Raises:
         UserError: there is no such preset; the message names the nearest and lists all.
@@ -167,4 +169,11 @@ def preset(name: str) -> ConfigDict:
     if name not in PRESETS:
         hint = did_you_mean(nearest(str(name), PRESETS)) or "."
         raise UserError(f"unknown preset {name!r}{hint} Presets: {', '.join(PRESETS)}")
-    return ConfigDict(dataclasses.asdict(PRESETS[name]), type_safe=False)
+    return PRESETS[name]
+
+
+def preset(name: str) -> "ConfigDict":
+    """Return the `model` section of `find_preset`, free to be changed by the caller."""
+    from ml_collections import ConfigDict
+
+    return ConfigDict(dataclasses.asdict(find_preset(name)), type_safe=False)

@@ -10,7 +10,6 @@ from typing import Any
 from llamajax.tokenizers import Tokenizer, load_tokenizer
 
 _FILE_OF = {
-    "BATCH_KEYS": "batches",
     "Ledger": "ledger",
     "Mixture": "mixture",
     "Position": "position",
@@ -22,7 +21,9 @@ _FILE_OF = {
     "train_batches": "batches",
 }
 
-__all__ = ["Tokenizer", "load_tokenizer", *_FILE_OF]
+BATCH_KEYS = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
+
+__all__ = ["BATCH_KEYS", "Tokenizer", "load_tokenizer", *_FILE_OF]
 
 
 def __getattr__(name: str) -> Any:

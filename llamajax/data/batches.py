@@ -21,7 +21,6 @@ from llamajax.data.position import Position
 from llamajax.data.shards import BLOCK_TOKENS
 
 Batch = dict[str, np.ndarray]
-BATCH_KEYS = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
 # A sample is a source and a number within it; None is a row of padding.
 Sample = tuple[PreparedSplit, int] | None
 

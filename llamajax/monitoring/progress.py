@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TextIO
 
-from tqdm import tqdm
-
 from llamajax.errors import say
 from llamajax.verbs import Output
 
@@ -62,6 +60,13 @@ def format_row(row: Mapping[str, Any]) -> str:
     return "  ".join(formats[key].format(value) for key, value in shown.items())
 
 
+def _bar(**options: Any) -> Any:
+    """Return a bar of tqdm, imported here: `benchmarks/` runs where it is not installed."""
+    from tqdm import tqdm
+
+    return tqdm(**options)
+
+
 class Progress:
     """Shows the rows of a run while it goes on.
 
@@ -86,7 +91,7 @@ class Progress:
         self._seconds_a_step: float | None = None
         self._line_s: float | None = None
         has_bar = mode == "bar" or (mode == "auto" and self._stream.isatty())
-        self._bar = tqdm(
+        self._bar = _bar(
             total=total_steps,
             initial=start_step,
             unit="step",
@@ -150,7 +155,7 @@ class BytesProgress:
     def __init__(self) -> None:
         self.total = 0
         self._phase = ""
-        self._bar = tqdm(disable=True)
+        self._bar = _bar(disable=True)
         self._start_s = self._line_s = 0.0
 
     def __call__(self, phase: str, done: int, total: int) -> None:
@@ -160,7 +165,7 @@ class BytesProgress:
             self.close()
             self._phase, self._start_s = phase, time.monotonic()
             self._line_s = self._start_s
-            self._bar = tqdm(total=total, desc=phase, unit="B", unit_scale=True, disable=None)
+            self._bar = _bar(total=total, desc=phase, unit="B", unit_scale=True, disable=None)
         if not self._bar.disable:
             self._bar.update(done - self._bar.n)
         elif time.monotonic() - self._line_s > _BYTES_LINE_EVERY_S:

@@ -1,4 +1,7 @@
-"""From prepared data to batches on the devices, one step ahead."""
+"""From prepared data to batches on the devices, one step ahead.
+
+Types of `data` are quoted: to name them would import grain, which `abstract_batch` does not need.
+"""
 
 from collections.abc import Iterator, Mapping
 
@@ -18,9 +21,9 @@ class Feed:
         config: RunConfig,
         mesh: Mesh,
         *,
-        mixture: data.Mixture,
-        held_out: data.Mixture | None,
-        position: data.Position,
+        mixture: "data.Mixture",
+        held_out: "data.Mixture | None",
+        position: "data.Position",
     ):
         self._config = config
         self._mesh = mesh

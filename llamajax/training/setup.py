@@ -44,8 +44,8 @@ class Setup:
     mesh: Mesh
     compute: Compute
     optimizer: optax.GradientTransformation
-    mixture: data.Mixture
-    held_out: data.Mixture | None  # the validation split
+    mixture: "data.Mixture"
+    held_out: "data.Mixture | None"  # the validation split
 
     @property
     def data_record(self) -> dict[str, str]:

@@ -47,8 +47,8 @@ class StepChecks:
     config: GuardConfig
     box: BlackBox
     events: EventLog
-    mixture: data.Mixture
-    position: data.Position
+    mixture: "data.Mixture"
+    position: "data.Position"
     seed: int  # train.seed
     weights: tuple[str, ...]  # names of what is trained, in the order of its norms
     note: Callable[[str], None]
