@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +115,16 @@ def check_target(target: Path, *, overwrite: bool, needed_bytes: int) -> None:
             f"{target} needs {needed_bytes:,} bytes, and that disk has {free:,} free; make room, "
             "or name a directory on another one"
         )
+
+
+def write_problem(folder: Path) -> str | None:
+    """Make a folder and write into it. Return why that fails, None where it does not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror
 
 
 def undo_new_folders(folder: Path, undo: contextlib.ExitStack) -> None:

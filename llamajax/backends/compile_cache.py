@@ -22,24 +22,31 @@ from pathlib import Path
 import jax
 
 from llamajax.backends.jax_private import cache_hook
-from llamajax.files import write_file
+from llamajax.errors import say
+from llamajax.files import write_file, write_problem
 
 _DIGEST_BYTES = 32
 _SUFFIX = ".program"
 # All programs are kept, small ones too, as a start compiles many.
 _LEAST_COMPILE_S = 0.0
+_NO_HOME = "/dev/null/no home directory"  # nothing can be made there
 _MOST_BYTES = 10 * 2**30
 _KILLED_AFTER_S = 3600.0  # no write takes as long
 
 
 def cache_directory(name: str) -> Path:
-    """Return the user's directory for what can be computed again; it may not exist yet."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "llamajax" / name
+    """Return the user's directory for what can be computed again.
+
+    It may not exist yet, and a user may have no folder to make it in.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(_NO_HOME if base.startswith("~") else base) / "llamajax" / name
 
 
 def enable(folder: str, *, force: bool) -> Path | None:
-    """Keep compiled programs from now on. Return the folder; None where the user's JAX forbids it.
+    """Keep compiled programs from now on. Return the folder.
+
+    None where the user's JAX forbids it, and with a warning where nothing can be written.
 
     folder: `auto` is the one of JAX_COMPILATION_CACHE_DIR, else the user's cache directory, one for
     each kind of processor, since a CPU's programs fit no other. force: also on a platform that JAX
@@ -51,6 +58,13 @@ def enable(folder: str, *, force: bool) -> Path | None:
     if folder == "auto":
         path = Path(jax.config.jax_compilation_cache_dir or _default_folder())
     path = path.expanduser().absolute()
+    if problem := write_problem(path):
+        say(
+            f"warning: compiled programs are not kept: {path}: {problem}; set XDG_CACHE_HOME or "
+            "backend.compile_cache to a folder that can be written"
+        )
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_COMPILE_S)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

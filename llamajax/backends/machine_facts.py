@@ -12,14 +12,13 @@ from llamajax.backends.platforms import platform_facts
 from llamajax.backends.repairs import read_verdict
 from llamajax.backends.runtime import Machine
 
-# What of the environment changes how programs are compiled or memory is given.
+# What of the environment changes how programs are compiled or memory is given, besides JAX_*.
 _VARIABLES = (
     "XLA_FLAGS",
     "LIBTPU_INIT_ARGS",
     "XLA_CLIENT_MEM_FRACTION",
     "XLA_PYTHON_CLIENT_MEM_FRACTION",
     "XLA_PYTHON_CLIENT_PREALLOCATE",
-    "JAX_OPTIMIZATION_LEVEL",
 )
 
 
@@ -47,7 +46,11 @@ def machine_profile(machine: Machine) -> dict[str, Any]:
         "compile_cache": machine.compile_cache,
         "start_up": facts.start_up,
         "xla_options_advised": list(facts.xla_options),
-        "environment": {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)},
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if value and (name in _VARIABLES or name.startswith("JAX_"))
+        },
         "tested": facts.tested,
         "source": facts.source,
     }

@@ -6,14 +6,18 @@ Both are in environment variables: of a launcher (`child_environment` writes the
 import contextlib
 import dataclasses
 import glob
+import importlib
 import os
 import re
+import socket
 import stat
 import sys
 import threading
 import time
+from pathlib import Path
 
 from llamajax.config.schema import BackendConfig
+from llamajax.config.values import Mistyped, parse_address
 from llamajax.errors import ExitCode, UserError, say
 
 _COORDINATOR = "LLAMAJAX_COORDINATOR"  # HOST:PORT of process 0
@@ -30,6 +34,8 @@ _VISIBLE = (
     ("ROCR_VISIBLE_DEVICES", None),  # the kernel's nodes do not tell GPUs of computation apart
     ("ASCEND_RT_VISIBLE_DEVICES", "/dev/davinci[0-9]*"),
 )
+_ALONE = f"for a process that joins no others set {_NUM_PROCESSES}=1"
+_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 # SLURM gives every job its own port this way; it is JAX's choice as well.
 _SLURM_PORTS = (65536 - 4096, 4096)
 
@@ -66,11 +72,57 @@ def find_rank(config: BackendConfig) -> Rank | None:
 
 def detected_scheduler() -> str | None:
     """Return the scheduler that started several processes, where JAX finds out their ranks."""
-    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+    if _number("OMPI_COMM_WORLD_SIZE", 1) > 1:
         return "Open MPI"
-    if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ:
-        return "Kubernetes"
+    if os.environ.get("KUBERNETES_SERVICE_HOST") and os.environ.get("JOB_COMPLETION_INDEX"):
+        return "Kubernetes" if _is_one_of_several_pods() else None
     return None
+
+
+def _number(name: str, default: int = 0) -> int:
+    """Return the number in a scheduler's variable; `default` where it is unset or empty."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(f"{name}={text}: is not a number; {_ALONE}")
+    return int(text)
+
+
+def _is_one_of_several_pods() -> bool:
+    """Return whether the indexed Kubernetes job of this pod runs several pods at a time.
+
+    Its variables do not tell, so the cluster is asked, for which JAX needs the package kubernetes
+    too. Without it pod 0 is taken to be alone, with a warning, and any other one refused.
+    """
+    index = _number("JOB_COMPLETION_INDEX")
+    try:
+        kubernetes, urllib3 = map(importlib.import_module, ("kubernetes", "urllib3"))
+    except ImportError:
+        what = (
+            f"JOB_COMPLETION_INDEX={index}: without the package kubernetes (pip install "
+            "'jax[k8s]') the other pods of this job cannot be found"
+        )
+        if index:
+            raise UserError(f"{what}: install it, use llamajax.launch, or, {_ALONE}") from None
+        say(f"warning: {what}: this process trains alone")
+        return False
+    try:
+        kubernetes.config.load_incluster_config()
+        job = kubernetes.client.BatchV1Api().read_namespaced_job(
+            name=socket.gethostname().rpartition("-")[0],  # pods are called JOB-INDEX
+            namespace=_NAMESPACE.read_text().strip(),
+        )
+    except (
+        OSError,
+        kubernetes.config.ConfigException,
+        kubernetes.client.ApiException,
+        urllib3.exceptions.HTTPError,
+    ) as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"JOB_COMPLETION_INDEX={index}: the cluster does not say how many pods the job has "
+            f"({line}): let the pod's service account read jobs, or, {_ALONE}"
+        ) from None
+    return (job.spec.parallelism or 1) > 1
 
 
 def _rank_of_launcher() -> Rank | None:
@@ -81,11 +133,15 @@ def _rank_of_launcher() -> Rank | None:
     if given.get(_NUM_PROCESSES) == "1":  # one process joins nobody, whatever a scheduler says
         return Rank(coordinator_address="", num_processes=1, process_id=0)
     address, count, rank = (given.get(name, "") for name in names)
-    if not (re.fullmatch(r".+:\d+", address) and count.isdecimal() and rank.isdecimal()):
+    if len(given) < 3 or not (count.isdecimal() and rank.isdecimal()):
         shown = ", ".join(f"{name}={value}" for name, value in given.items())
         raise UserError(
             f"{shown}: set {', '.join(names)} to HOST:PORT and two numbers, all three or none"
         )
+    try:
+        parse_address(address)
+    except Mistyped as problem:
+        raise UserError(f"{_COORDINATOR}={address}: {problem}") from None
     if int(rank) >= int(count):
         raise UserError(f"{_PROCESS_ID}={rank}: must be below {_NUM_PROCESSES}={count}")
     return Rank(coordinator_address=address, num_processes=int(count), process_id=int(rank))
@@ -96,22 +152,25 @@ def _rank_of_slurm() -> Rank | None:
 
     A shell of `salloc` is a step of one task inside a job of several: the job's count is no sign.
     """
-    names = ("SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST")
-    if any(name not in os.environ for name in names):
+    names = ("SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
+    nodes = os.environ.get("SLURM_STEP_NODELIST")
+    if not nodes or not all(os.environ.get(name) for name in names):
         return None
-    job, count, rank, nodes = (os.environ[name] for name in names)
-    if int(count) < 2:
+    job, count, rank = map(_number, names)
+    if count < 2:
         return None
+    if rank >= count:
+        raise UserError(f"SLURM_PROCID={rank}: must be below {names[1]}={count}; {_ALONE}")
     # One GPU a task where a node has several tasks and each sees the GPUs of all.
     several = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     is_alone = several is None or int(several.group()) == 1
     is_bound = os.environ.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
-    local = (int(os.environ.get("SLURM_LOCALID", "0")),)
+    local = (_number("SLURM_LOCALID"),)
     first, number = _SLURM_PORTS
     return Rank(
-        coordinator_address=f"{first_host(nodes)}:{first + int(job) % number}",
-        num_processes=int(count),
-        process_id=int(rank),
+        coordinator_address=f"{first_host(nodes)}:{first + job % number}",
+        num_processes=count,
+        process_id=rank,
         local_device_ids=None if is_alone or is_bound else local,
     )
 

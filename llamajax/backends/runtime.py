@@ -35,6 +35,13 @@ from llamajax.processes.roll_call import call_roll
 PLUGIN_VARIABLE = "LLAMAJAX_PJRT_PLUGIN"
 # A process that stays silent so long is dead to the others; JAX's own 100 s waste a pod's time.
 _HEARTBEAT_S = 20
+# Settings of JAX on which the bits of every run depend, its random numbers first of all.
+_NUMBERS = {
+    "jax_enable_x64": False,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +102,7 @@ def start(
     silent run on the CPU.
     """
     config = _with_environment(config)
+    ignored = _fix_numbers()
     use_device_table(config.device_table)
     give_gpu_memory()  # before JAX's CUDA plugin reads it; elsewhere it means nothing
     if config.num_cpu_devices is not None:
@@ -118,21 +126,44 @@ def start(
         )
     if rank is None and jax.process_count() > 1:
         process_facts.check_same(facts())
-    return _with_repairs(_machine(devices), config, keep_programs=keep_programs)
+    machine = _with_repairs(_machine(devices), config, keep_programs=keep_programs)
+    notes = [note for note in (machine.note, ignored) if note]
+    return dataclasses.replace(machine, note="; ".join(notes) or None)
+
+
+def _fix_numbers() -> str | None:
+    """Set what would change numbers back to JAX's default, and say so if it was something else.
+
+    Of variables that change other things, such as the precision of products, nothing is touched:
+    the record of a run has all that are set. Raises UserError where nothing could be compiled.
+    """
+    if jax.config.jax_disable_jit:
+        raise UserError(
+            "JAX_DISABLE_JIT is set: a step runs as one compiled program or not at all; unset it"
+        )
+    changed = [name for name, value in _NUMBERS.items() if getattr(jax.config, name) != value]
+    for name in changed:
+        jax.config.update(name, _NUMBERS[name])
+    if not changed:
+        return None
+    names = ", ".join(map(str.upper, changed))
+    return f"{names} of the environment would change the numbers and is ignored"
 
 
 def _devices(config: BackendConfig) -> list[jax.Device]:
     """Return the devices of the platform that was asked for; UserError when it does not come up."""
+    wanted = config.name or os.environ.get("JAX_PLATFORMS", "").partition(",")[0]
     try:
         with no_experimental_warning():
             devices = jax.devices()
+        is_cpu = platform_facts(devices[0].platform).is_host
     except RuntimeError as error:
-        wanted = config.name or os.environ.get("JAX_PLATFORMS") or "the default"
-        raise UserError(why_not(wanted, str(error), config)) from None
-    # JAX 0.10.2 leaves cuda and rocm out where the host has no such device, and says nothing
-    is_cpu = platform_facts(devices[0].platform).is_host
-    if config.name and is_cpu and not platform_facts(config.name).is_host:
-        raise UserError(why_not(config.name, f"{config.name} provides no devices", config))
+        raise UserError(why_not(wanted or "the default", str(error), config)) from None
+    except AssertionError:  # JAX's, for a host without the only platform that it may use
+        is_cpu = True
+    # JAX leaves cuda and rocm out where the host has no such device, and says nothing.
+    if wanted and is_cpu and not platform_facts(wanted).is_host:
+        raise UserError(why_not(wanted, f"{wanted} provides no devices", config))
     return devices
 
 

@@ -22,7 +22,7 @@ from llamajax.config.load import build_model, freeze, load
 from llamajax.config.presets import PRESETS, find_preset, preset
 from llamajax.config.saved_config import common_values, diff, from_json_dict, to_json_dict
 from llamajax.config.schema import BackendConfig, MeshConfig, ModelConfig, RunConfig
-from llamajax.config.values import key
+from llamajax.config.values import Mistyped, key, parse_address
 
 __all__ = [
     "PRESETS",
@@ -31,6 +31,7 @@ __all__ = [
     "Flags",
     "MachineFlags",
     "MeshConfig",
+    "Mistyped",
     "ModelConfig",
     "RunConfig",
     "RunFlags",
@@ -46,6 +47,7 @@ __all__ = [
     "load",
     "mesh_config",
     "new_config",
+    "parse_address",
     "parse_command_line",
     "preset",
     "to_json_dict",

@@ -12,6 +12,7 @@ from typing import Any
 
 from llamajax.config.keys import all_keys
 from llamajax.config.schema import LORA_TARGETS, REMAT_NAMES
+from llamajax.config.values import Mistyped, parse_address
 from llamajax.errors import did_you_mean, nearest
 
 Values = Mapping[str, Any]  # by path
@@ -273,9 +274,10 @@ def _processes(v: Values) -> Iterator[str]:
             f"backend.process_id = {rank}: must be below backend.num_processes = {count}; "
             f"ranks go from 0 to {count - 1}"
         )
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        yield f"backend.coordinator_address = {address}: is not HOST:PORT, e.g. node0:8476"
+    try:
+        parse_address(address)
+    except Mistyped as problem:
+        yield f"backend.coordinator_address = {address}: {problem}"
 
 
 _RULES = (

@@ -1,13 +1,16 @@
 """Config files: the ConfigDict that they fill in, and running `get_config()` or `get_config(arg)`.
 
-Whatever goes wrong in a file is the user's to fix and becomes one UserError with the file's line.
-The only module that imports ml-collections with itself: `doctor` and `benchmarks/` read no config
-file, and run where it is not installed.
+A config may import the files beside it, as `import sibling` or `from . import sibling`. Whatever
+goes wrong in a file is the user's to fix and becomes one UserError with the file's line. The only
+module that imports ml-collections with itself: `doctor` and `benchmarks/` read no config file, and
+run where it is not installed.
 """
 
 import contextlib
 import inspect
+import sys
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from ml_collections.config_dict import RequiredValueError
 from llamajax.config.keys import own_keys, sections
 from llamajax.config.values import NOT_SET, Mistyped
 from llamajax.errors import UserError, did_you_mean, nearest
+
+_PACKAGE = "llamajax_run_config"  # of a config and the files beside it
 
 
 class _NewConfig(ConfigDict):
@@ -83,8 +88,13 @@ def read_file(path_arg: str) -> ConfigDict:
     """
     stem, mark, argument = path_arg.partition(".py:")
     name = f"{stem}.py" if mark else path_arg
+    with _imports_beside(Path(name).absolute().parent):
+        return _run_file(name, path_arg, [argument] if mark else [])
+
+
+def _run_file(name: str, path_arg: str, arguments: list[str]) -> ConfigDict:
+    """Return what `get_config(*arguments)` of the file returns, unlocked."""
     get_config = _get_config(name)
-    arguments = [argument] if mark else []
     try:
         signature = inspect.signature(get_config)
         signature.bind(*arguments)
@@ -92,8 +102,8 @@ def read_file(path_arg: str) -> ConfigDict:
         raise UserError(f"{name}: get_config must be a function of the file") from None
     except TypeError:
         wanted = f"{name}:{next(iter(signature.parameters), 'arg').upper()}"
-        problem = f"takes no argument; drop ':{argument}'"
-        problem = problem if mark else f"needs an argument: --config={wanted}"
+        problem = f"needs an argument: --config={wanted}"
+        problem = f"takes no argument; drop ':{arguments[0]}'" if arguments else problem
         raise UserError(f"{path_arg}: get_config{signature} {problem}") from None
     with _errors_name_the_line(name):
         config = get_config(*arguments)
@@ -123,7 +133,7 @@ def _get_config(name: str) -> Callable[..., Any]:
         raise UserError(f"{name}, line {error.lineno}: not Python: {error.msg}{line}") from error
     except (OSError, ValueError) as error:  # no text, or null bytes
         raise UserError(f"{name}: cannot be read as a Python file: {error}") from error
-    namespace = {"__name__": "llamajax_run_config", "__file__": str(path)}
+    namespace = {"__name__": _PACKAGE, "__package__": _PACKAGE, "__file__": str(path)}
     with _errors_name_the_line(name):
         exec(code, namespace)
     get_config = namespace.get("get_config")
@@ -135,17 +145,40 @@ def _get_config(name: str) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
+def _imports_beside(folder: Path) -> Iterator[None]:
+    """Let what is run in the block import the modules of a folder, and forget them afterwards.
+
+    Another config may have a module of the same name beside it.
+    """
+    package = types.ModuleType(_PACKAGE)
+    package.__path__ = [str(folder)]
+    before = set(sys.modules)
+    sys.modules[_PACKAGE] = package
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if name.startswith(_PACKAGE) or (file and Path(file).parent == folder):
+                del sys.modules[name]
+
+
+@contextlib.contextmanager
 def _errors_name_the_line(name: str) -> Iterator[None]:
     """Turn any exception of the user's file into a UserError with the line it comes from."""
     try:
         yield
     except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if frame.filename == str(Path(name))]
-        where = f", line {own[-1].lineno}" if own else ""
-        line = _quoted(own[-1].line or "") if own else ""
+        frames, folder = traceback.extract_tb(error.__traceback__), Path(name).absolute().parent
+        own = [frame for frame in frames if Path(frame.filename).absolute().parent == folder]
+        where, line = name, ""
+        if own:  # the file itself, or one beside it
+            file = name if own[-1].filename == str(Path(name)) else own[-1].filename
+            where, line = f"{file}, line {own[-1].lineno}", _quoted(own[-1].line or "")
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        raise UserError(f"{name}{where}: {kind}{_message(error)}{line}") from error
+        raise UserError(f"{where}: {kind}{_message(error)}{line}") from error
 
 
 def _message(error: BaseException) -> str:

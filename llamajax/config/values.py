@@ -172,6 +172,21 @@ def _parse_number(text: str, kind: type) -> int | float | None:
     return int(number) if is_int else None
 
 
+def parse_address(text: str) -> tuple[str, int]:
+    """Return host and port of HOST:PORT. An IPv6 host is in brackets, which it keeps.
+
+    Raises:
+        Mistyped: the text is no such address.
+    """
+    found = re.fullmatch(r"([^\s/:\[\]]+|\[[\w:.%]+\]):(\d+)", text)
+    if found and 0 < int(found[2]) < 65536:
+        return found[1], int(found[2])
+    host, _, port = text.rpartition(":")
+    is_bare = re.fullmatch(r"[0-9a-fA-F.]*(:[0-9a-fA-F.]*){2,}", host)
+    fix = f"an IPv6 address is in brackets: [{host}]:{port}" if is_bare else "e.g. node0:8476"
+    raise Mistyped(f"is not HOST:PORT, {fix}")
+
+
 def coerce(value: Any, annotation: Any) -> Any:
     """Return `value` as exactly the declared type: 3 for a float key is 3.0, 1e3 for an int 1000.
 

@@ -2,14 +2,14 @@
 
 import dataclasses
 import itertools
-import re
+import shlex
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llamajax.config import Flags, key
+from llamajax.config import Flags, Mistyped, key, parse_address
 from llamajax.errors import UserError
+from llamajax.files import write_problem
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,12 +65,11 @@ class LaunchOptions(Flags):
         if self.node_rank is not None and not 0 <= self.node_rank < max(self.nodes, 1):
             yield f"--node_rank={self.node_rank}: must be from 0 to --nodes - 1"
         if self.coordinator is not None:
-            match = re.fullmatch(r".+:(\d+)", self.coordinator)
-            if not match or not 0 < int(match.group(1)) < 65535:
-                yield (
-                    f"--coordinator={self.coordinator}: is not HOST:PORT with a port below 65535, "
-                    "for example node0:8476"
-                )
+            try:
+                if parse_address(self.coordinator)[1] == 65535:
+                    yield f"--coordinator={self.coordinator}: has no port + 1 for the launchers"
+            except Mistyped as problem:
+                yield f"--coordinator={self.coordinator}: {problem}"
         if not self.command:
             yield "no command: write it after --, as in `-- python -m llamajax.train ...`"
         elif shutil.which(self.command[0]) is None:
@@ -92,8 +91,7 @@ class LaunchOptions(Flags):
         """Host and port of process 0; None: this machine, and a free port for each attempt."""
         if self.coordinator is None:
             return None
-        host, _, port = self.coordinator.rpartition(":")
-        return host, int(port)
+        return parse_address(self.coordinator)
 
     @property
     def logs(self) -> Path:
@@ -109,18 +107,21 @@ class LaunchOptions(Flags):
 
 
 def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments before the first `--`, and the command after it."""
+    """Return the arguments before the first `--`, and the command after it.
+
+    Raises UserError for a command without `--`.
+    """
     before = list(itertools.takewhile(lambda token: token != "--", argv))
+    if len(before) == len(argv):
+        for previous, (index, token) in zip(["", *argv], enumerate(argv), strict=False):
+            is_value = previous.startswith("--") and "=" not in previous
+            if not token.startswith("-") and not is_value:
+                command = shlex.join(argv[index : index + 3])
+                raise UserError(f"there is no -- before the command: write `-- {command} ...`")
     return before, list(argv[len(before) + 1 :])
 
 
 def make_log_dir(log_dir: Path) -> None:
     """Make the directory of the logs. Raises UserError when it cannot be written."""
-    try:
-        log_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=log_dir):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"--log_dir={log_dir}: {error.strerror}; choose a directory that can be written"
-        ) from None
+    if problem := write_problem(log_dir):
+        raise UserError(f"--log_dir={log_dir}: {problem}; choose a directory that can be written")

@@ -5,14 +5,20 @@ node. Both have `say` (report what happened on this node) and `orders` (what all
 and never block for long.
 """
 
-import contextlib
 import time
 from typing import Any
 
 from llamajax.errors import ExitCode
 from llamajax.launching.launch_options import LaunchOptions
-from llamajax.launching.restart_policy import RestartPolicy, end
-from llamajax.processes.line_protocol import Connection, Listener, Message, connect
+from llamajax.launching.restart_policy import MESSAGES, ORDERS, RestartPolicy, end
+from llamajax.processes.line_protocol import (
+    Connection,
+    Listener,
+    Message,
+    connect,
+    has_fields,
+    why_unreachable,
+)
 
 _RETRY_EVERY_S = 0.5
 
@@ -65,20 +71,20 @@ class NodeServer:
 
     def _admit(self, connection: Connection, messages: list[Message]) -> None:
         """Take in a launcher; the first message of each says which node it is."""
-        node = messages[0].get("node")
-        if node in self._nodes:
-            why = f"there is a launcher of node {node} already: give each its own --node_rank"
-            connection.send(end(ExitCode.USER_ERROR, why))
-        elif isinstance(node, int):
-            self._nodes[node] = connection
-            self._pass_on(node, messages)
-            return
-        connection.close()
+        first = messages[0]
+        if not (has_fields(first, {"node": int}) and first["node"] > 0 and _is_message(first)):
+            connection.drop()
+        elif first["node"] in self._nodes:
+            why = f"there is a launcher of node {first['node']} already: give each its own rank"
+            connection.send(end(ExitCode.USER_ERROR, f"{why} (--node_rank)"))
+            connection.close()
+        else:
+            self._nodes[first["node"]] = connection
+            self._pass_on(first["node"], messages)
 
     def _pass_on(self, node: int, messages: list[Message]) -> None:
-        for message in messages:
-            if "say" in message:
-                self._announce(self._policy.on_message(node, message, time.monotonic()))
+        for message in filter(_is_message, messages):
+            self._announce(self._policy.on_message(node, message, time.monotonic()))
 
     def _announce(self, orders: list[Message]) -> None:
         self._orders += orders
@@ -98,6 +104,7 @@ class NodeClient:
         self._ready: Message | None = None  # to be repeated to a node 0 that comes later
         self._deadline = time.monotonic() + options.timeout_s
         self._tried_at = 0.0
+        self._unreachable: OSError | None = None  # why the last try to connect failed
 
     @property
     def wakers(self) -> list[Any]:
@@ -116,13 +123,15 @@ class NodeClient:
         """Return the orders since the last call; `end` when node 0 is gone or does not come."""
         if self._connection is None:
             return self._connect()
-        found = [message for message in self._connection.receive() if "order" in message]
+        found = list(filter(_is_order, self._connection.receive()))
         if any(message["order"] == "start" for message in found):
             self._ready = None
         self._connection.beat()
         if not self._connection.alive:
             self._connection.close()
-            self._connection, self._deadline = None, time.monotonic() + self._timeout_s
+            if self._connection.heard:  # else it is no launcher that listens there
+                self._deadline = time.monotonic() + self._timeout_s
+            self._connection = None
             if not any(message["order"] == "end" for message in found) and self._ready is None:
                 why = "the launcher of node 0 is gone; waiting for it to come back"
                 found.append(end(ExitCode.FAILED, why, again_in_s=0.0))
@@ -136,13 +145,25 @@ class NodeClient:
         now = time.monotonic()
         if now > self._deadline:
             why = (
-                f"no launcher of node 0 at {self._host}:{self._port} within --timeout_s = "
-                f"{self._timeout_s:g}: start it there, or correct --coordinator"
+                f"no launcher of node 0 at {self._host}:{self._port} (--coordinator's port + 1) "
+                f"within --timeout_s = {self._timeout_s:g}: "
+                f"{why_unreachable(self._unreachable, self._host, self._port)}"
             )
             return [end(ExitCode.TRANSIENT, why)]
         if now - self._tried_at > _RETRY_EVERY_S and self._ready is not None:
             self._tried_at = now
-            with contextlib.suppress(OSError):
-                self._connection = connect(self._host, self._port)
+            try:
+                self._connection, self._unreachable = connect(self._host, self._port), None
+            except OSError as error:
+                self._unreachable = error
+            else:
                 self._connection.send(self._ready)
         return []
+
+
+def _is_message(message: Message) -> bool:
+    return has_fields(message, MESSAGES.get(str(message.get("say"))))
+
+
+def _is_order(message: Message) -> bool:
+    return has_fields(message, ORDERS.get(str(message.get("order"))))

@@ -1,11 +1,7 @@
 """Decide for all nodes when an attempt starts, when it ends, and whether another one follows.
 
 Runs in the launcher of node 0. It sees no sockets and no processes: messages of the launchers come
-in, orders for all of them go out. Both are dicts of JSON:
-
-    messages  ready (attempt, nodes, processes_per_node) | failed (attempt, code, why, lines)
-              | ended (attempt, code) | stopping | checkpoint (step: the newest complete one)
-    orders    start (attempt) | stop | end (code, why, lines, then; again_in_s, None: exit)
+in, orders for all of them go out. Both are dicts of JSON.
 """
 
 from collections.abc import Sequence
@@ -14,6 +10,21 @@ from llamajax.errors import ExitCode, restart_helps
 from llamajax.launching.launch_options import LaunchOptions
 from llamajax.processes.line_protocol import Message
 
+# By the value of `say`: what a launcher reports. step: of the newest complete checkpoint.
+MESSAGES = {
+    "ready": {"attempt": int, "nodes": int, "processes_per_node": int},
+    "failed": {"attempt": int, "code": int, "why": str, "lines": list},
+    "ended": {"attempt": int, "code": int},
+    "stopping": {},
+    "checkpoint": {"step": int},
+}
+# By the value of `order`: what all launchers are to do. again_in_s: None means to exit.
+_SECONDS = (int, float, type(None))
+ORDERS = {
+    "start": {"attempt": int},
+    "stop": {},
+    "end": {"code": int, "why": str, "lines": list, "then": str, "again_in_s": _SECONDS},
+}
 _LONGEST_WAIT_S = 60.0
 _MOST_DOUBLINGS = 30  # a float holds no more than a thousand of them
 

@@ -21,6 +21,7 @@ from llamajax import optim, sharding
 from llamajax.backends import Target
 from llamajax.backends.platforms import platform_facts
 from llamajax.config import RunConfig
+from llamajax.errors import say
 from llamajax.files import write_file
 from llamajax.models.llama import Compute
 from llamajax.planning.hlo import (
@@ -139,8 +140,11 @@ def compiled_facts(step: PlannedStep, *, cache: Path | None) -> CompilerFacts:
     else:
         facts = _facts(compiled, step, time.perf_counter() - began)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, json.dumps(dataclasses.asdict(facts)))
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_file(file, json.dumps(dataclasses.asdict(facts)))
+        except OSError as error:
+            say(f"warning: this plan is not kept in {file.parent}: {error.strerror}")
     return facts
 
 
@@ -223,7 +227,7 @@ def _fingerprint(lowered: Any, step: PlannedStep) -> str:
 def _read(file: Path) -> CompilerFacts | None:
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return None
     if stored["traffic"] is not None:
         rows = (row | {"axes": tuple(row["axes"])} for row in stored["traffic"])

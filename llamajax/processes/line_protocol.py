@@ -1,7 +1,7 @@
 """JSON lines over TCP, as the roll call and the launchers of several nodes speak them.
 
 One object a line, in both directions. Whatever else connects to the port (a port scanner, a health
-check) or stays silent is dropped and disturbs nobody.
+check) or stays silent is dropped and disturbs nobody: `Listener` and `has_fields` see to it.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import json
 import select
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llamajax.errors import TransientError, UserError
@@ -39,14 +39,25 @@ def readable(sources: Sequence[Any], within_s: float) -> list[Any]:
     return [found[descriptor] for descriptor, _ in poll.poll(max(0.0, within_s) * 1000)]
 
 
+def has_fields(message: Message, fields: Mapping[str, type | tuple[type, ...]] | None) -> bool:
+    """Return whether a message has these fields, of exactly these types. fields: None has none."""
+    if fields is None:
+        return False
+    kinds = {name: kind if isinstance(kind, tuple) else (kind,) for name, kind in fields.items()}
+    return all(name in message and type(message[name]) in kinds[name] for name in kinds)
+
+
 class Connection:
-    """Messages to and from one peer. `alive` turns false when it hung up, broke or sent no JSON."""
+    """Messages to and from one peer. `alive` turns false when it hung up, broke or sent no JSON.
+
+    heard: whether any message came.
+    """
 
     def __init__(self, connected: socket.socket):
         self._socket, self._unread = connected, b""
         self._socket.settimeout(_SEND_WITHIN_S)
         self.opened_at = self._received_at = self._beat_at = time.monotonic()
-        self.alive = True
+        self.alive, self.heard = True, False
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -72,10 +83,12 @@ class Connection:
             self._received_at = time.monotonic()
             try:
                 messages = [json.loads(line) for line in lines]
-            except ValueError:
+            except (ValueError, RecursionError):
                 messages = [None]
-            self.alive &= all(isinstance(message, dict) for message in messages)
-            found += [m for m in messages if isinstance(m, dict) and "beat" not in m]
+            objects = [message for message in messages if isinstance(message, dict)]
+            self.alive &= len(objects) == len(messages)
+            self.heard |= bool(objects)
+            found += [message for message in objects if "beat" not in message]
         return found
 
     def beat(self) -> None:
@@ -111,6 +124,23 @@ class Connection:
 def connect(host: str, port: int, *, timeout_s: float = _SEND_WITHIN_S) -> Connection:
     """Connect to a `Listener`. host: a name or an address, IPv6 in brackets. Raises OSError."""
     return Connection(socket.create_connection((host.strip("[]"), port), timeout=timeout_s))
+
+
+def why_unreachable(error: OSError | None, host: str, port: int) -> str:
+    """Say why nobody was reached at an address, and what to correct.
+
+    error: that of `connect`; None where a peer answered that does not speak this protocol.
+    """
+    match error:
+        case None:
+            return f"what listens on port {port} of {host} is no process of this run: choose a port"
+        case socket.gaierror():
+            return f"the name {host} is not known here ({error.strerror}): correct it, or the DNS"
+        case ConnectionRefusedError():
+            return f"{host} answers, and nothing listens on port {port}: start it there"
+        case TimeoutError():
+            return f"no answer from {host} on port {port}: is it up, is a firewall in between?"
+    return f"{error.strerror or error}: correct the address, or the network"
 
 
 class Listener:

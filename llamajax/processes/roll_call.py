@@ -11,11 +11,20 @@ import socket
 import time
 
 from llamajax.errors import TransientError, UserError
-from llamajax.processes.line_protocol import Connection, Listener, Message, connect
+from llamajax.processes.line_protocol import (
+    Connection,
+    Listener,
+    Message,
+    connect,
+    has_fields,
+    why_unreachable,
+)
 from llamajax.processes.process_facts import Facts, describe_difference
 
 _RETRY_S = 0.2
 _CONNECT_WITHIN_S = 5.0
+_QUESTION = {"process_id": int, "num_processes": int, "host": str, "facts": dict}
+_ANSWER = {"problem": (str, type(None)), "absent": bool}
 # Process 0 gives up first; the others wait a little longer, in case it died in silence.
 _ANSWER_WITHIN_S = 5.0
 
@@ -57,10 +66,12 @@ def _serve(address: str, me: Message, timeout_s: float) -> Message:
                 problem, absent = _missing(came, num_processes, timeout_s), True
             # Wake up now and then, for peers that connected and say nothing are dropped then.
             for connection, (peer, *_) in listener.accept(within_s=min(max(left, 0.0), 1.0)):
+                if not _is_process(peer):
+                    connection.drop()
+                    continue
                 connections.append(connection)
-                if peer.keys() >= me.keys():
-                    problem = problem or _contradiction(peer, came, num_processes)
-                    came.setdefault(peer["process_id"], peer)
+                problem = problem or _contradiction(peer, came, num_processes)
+                came.setdefault(peer["process_id"], peer)
         if problem is None:
             everyone = [came[rank] for rank in range(num_processes)]
             problem = describe_difference(
@@ -74,26 +85,34 @@ def _serve(address: str, me: Message, timeout_s: float) -> Message:
     return answer
 
 
+def _is_process(peer: Message) -> bool:
+    """Return whether a first message can be that of a process, of this run or of another."""
+    if not has_fields(peer, _QUESTION) or not 0 <= peer["process_id"] < peer["num_processes"]:
+        return False
+    return all(isinstance(value, str | None) for value in peer["facts"].values())
+
+
 def _join(address: str, me: Message, timeout_s: float) -> Message:
     """Tell process 0 who this is, as soon as it listens. Return its answer."""
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + timeout_s
-    reason = "nothing listens there"
+    reason = None
     while (left := deadline - time.monotonic()) > 0:
         try:
             connection = connect(host, int(port), timeout_s=min(left, _CONNECT_WITHIN_S))
         except OSError as error:
-            reason = str(error)
+            reason = error
         else:
+            reason = None
             with contextlib.closing(connection):
                 connection.send(me)
-                for answer in connection.receive(left + _ANSWER_WITHIN_S):
-                    return answer
+                for answer in connection.receive(left + _ANSWER_WITHIN_S)[:1]:
+                    if has_fields(answer, _ANSWER):
+                        return answer
         time.sleep(_RETRY_S)
     raise TransientError(
         f"process {me['process_id']} of {me['num_processes']} found no process 0 at {address} "
-        f"within backend.timeout_s = {timeout_s:g} ({reason}): start it there, or correct the "
-        "coordinator's address"
+        f"within backend.timeout_s = {timeout_s:g}: {why_unreachable(reason, host, int(port))}"
     )
 
 

@@ -12,7 +12,8 @@ import jax
 import pytest
 import warm
 
-from llamajax.backends.compile_cache import FileCache, enable
+from llamajax.backends.compile_cache import FileCache, cache_directory, enable
+from llamajax.files import write_problem
 
 
 @pytest.fixture
@@ -84,6 +85,23 @@ def test_a_user_who_forbids_it_is_obeyed(tmp_path):
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
     assert not (tmp_path / "programs").exists()
+
+
+def test_without_a_folder_to_write_nothing_is_kept_and_the_user_is_told(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    try:
+        assert enable(str(tmp_path / "file" / "x"), force=True) is None
+        assert not jax.config.jax_enable_compilation_cache
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+    assert "programs are not kept: " in (said := capsys.readouterr().err)
+    assert "file/x: Not a directory; set XDG_CACHE_HOME" in said
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)  # of nobody that the system knows
+    assert write_problem(cache_directory("programs")) == "Not a directory"
 
 
 _ONE_OF_TWO = """

@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -84,13 +85,20 @@ def test_tasks_on_one_node_take_a_gpu_each_unless_bound(environment, more, devic
     [
         ({"LLAMAJAX_PROCESS_ID": "2"}, "LLAMAJAX_PROCESS_ID=2: must be below"),
         ({"LLAMAJAX_PROCESS_ID": "x"}, "all three or none"),
-        ({"LLAMAJAX_COORDINATOR": "a"}, "all three or none"),
+        ({"LLAMAJAX_COORDINATOR": ""}, "all three or none"),
+        ({"LLAMAJAX_COORDINATOR": "a"}, "LLAMAJAX_COORDINATOR=a: is not HOST:PORT"),
+        ({"LLAMAJAX_COORDINATOR": "::1:88"}, r"brackets: \[::1\]:88"),
+        ({"SLURM_JOB_ID": "x"}, "SLURM_JOB_ID=x: is not a number"),
+        ({"SLURM_STEP_NUM_TASKS": "2(x2)"}, r"SLURM_STEP_NUM_TASKS=2\(x2\): is not a number"),
+        ({"SLURM_PROCID": "4"}, "SLURM_PROCID=4: must be below SLURM_STEP_NUM_TASKS=4"),
+        ({"SLURM_LOCALID": "-1"}, "SLURM_LOCALID=-1: is not a number"),
+        ({"OMPI_COMM_WORLD_SIZE": "x"}, "OMPI_COMM_WORLD_SIZE=x: is not a number; for a process"),
     ],
 )
 def test_variables_that_make_no_sense_are_refused(environment, changes, words):
-    environment(LAUNCHED | changes)
+    environment((LAUNCHED if min(changes).startswith("LLAMAJAX") else SLURM) | changes)
     with pytest.raises(UserError, match=words):
-        find_rank(BackendConfig())
+        assert find_rank(BackendConfig()) is None or detected_scheduler()
 
 
 @pytest.mark.parametrize(
@@ -106,12 +114,54 @@ def test_slurms_lists_of_hosts(nodes, first):
     [
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # any pod, not an indexed job's
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
+        ({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": ""}, None),
     ],
 )
 def test_schedulers_that_jax_asks_itself(environment, variables, scheduler):
     environment(variables)
     assert detected_scheduler() == scheduler
+
+
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
+
+
+def test_a_pod_that_cannot_ask_for_others_is_alone_if_it_is_the_first(environment, capsys):
+    environment(POD)
+    assert detected_scheduler() is None
+    assert "warning: JOB_COMPLETION_INDEX=0: without the package" in capsys.readouterr().err
+    environment(POD | {"JOB_COMPLETION_INDEX": "3"})
+    with pytest.raises(UserError, match=r"cannot be found: .* set LLAMAJAX_NUM_PROCESSES=1"):
+        detected_scheduler()
+
+
+def test_the_cluster_says_how_many_pods_a_job_has(environment, monkeypatch, tmp_path):
+    """With a stand-in of the package kubernetes: no cluster was at hand."""
+    refused = type("ApiException", (Exception,), {})
+    pods = {"train": 1, "pair": 2}
+
+    def read_namespaced_job(*, name: str, namespace: str) -> types.SimpleNamespace:
+        if name not in pods:
+            raise refused("(403)\nReason: Forbidden")
+        assert namespace == "research"
+        return types.SimpleNamespace(spec=types.SimpleNamespace(parallelism=pods[name]))
+
+    api = types.SimpleNamespace(read_namespaced_job=read_namespaced_job)
+    kubernetes = types.SimpleNamespace(
+        config=types.SimpleNamespace(load_incluster_config=lambda: None, ConfigException=refused),
+        client=types.SimpleNamespace(BatchV1Api=lambda: api, ApiException=refused),
+    )
+    urllib3 = types.SimpleNamespace(exceptions=types.SimpleNamespace(HTTPError=refused))
+    monkeypatch.setitem(sys.modules, "kubernetes", kubernetes)
+    monkeypatch.setitem(sys.modules, "urllib3", urllib3)
+    (tmp_path / "namespace").write_text("research\n")
+    monkeypatch.setattr(process_environment, "_NAMESPACE", tmp_path / "namespace")
+    environment(POD)
+    for host, scheduler in (("train-0", None), ("pair-1", "Kubernetes")):
+        monkeypatch.setattr(process_environment.socket, "gethostname", lambda host=host: host)
+        assert detected_scheduler() == scheduler
+    monkeypatch.setattr(process_environment.socket, "gethostname", lambda: "other-0")
+    with pytest.raises(UserError, match=r"how many pods the job has \(\(403\)\): let"):
+        detected_scheduler()
 
 
 @pytest.fixture

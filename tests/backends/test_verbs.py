@@ -70,10 +70,29 @@ def test_a_platform_that_is_not_there_is_one_message_and_2(workdir, verb, platfo
     assert not (workdir / "new").exists(), "nothing was begun on another platform"
 
 
-def test_a_platform_of_the_environment_is_no_less_wanted(workdir):
-    done = run(commands(workdir)["generate"], JAX_PLATFORMS="nosuch")
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [
+        ("JAX_PLATFORMS=nosuch", "backend 'nosuch' did not come up"),
+        (f"JAX_PLATFORMS={ABSENT}", f"backend '{ABSENT}' did not come up"),
+        (f"JAX_PLATFORMS={ABSENT},cpu", f"backend '{ABSENT}' did not come up"),
+        ("JAX_DISABLE_JIT=1", "JAX_DISABLE_JIT is set"),
+    ],
+)
+def test_the_environment_is_no_less_wanted(workdir, variable, words):
+    name, _, value = variable.partition("=")
+    done = run(commands(workdir)["generate"], **{name: value})
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: backend 'nosuch' did not come up")
+    assert done.stderr.startswith(f"error: {words}")
+
+
+def test_what_would_change_numbers_in_the_environment_is_ignored_and_said():
+    code = "from llamajax.backends import start; from llamajax.config import BackendConfig;"
+    code += "import jax; print(start(BackendConfig(name='cpu')).note, jax.numpy.arange(2.0).dtype)"
+    env = os.environ | {"JAX_ENABLE_X64": "1", "JAX_RANDOM_SEED_OFFSET": "1"}
+    done = warm.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.startswith("JAX_ENABLE_X64, JAX_RANDOM_SEED_OFFSET of the environment")
+    assert done.stdout.endswith("is ignored float32\n")
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "generate"])

@@ -54,6 +54,8 @@ WRONG = [
     (TRIPLE | {"backend.process_id": 2}, "backend.process_id = 2: must be below"),
     (TRIPLE | {"backend.coordinator_address": "node0"}, "= node0: is not HOST:PORT"),
     (TRIPLE | {"backend.coordinator_address": "node0:99999"}, "is not HOST:PORT"),
+    (TRIPLE | {"backend.coordinator_address": "tcp://a:8"}, "is not HOST:PORT, e.g. node0:8476"),
+    (TRIPLE | {"backend.coordinator_address": "::1:8"}, "address is in brackets: [::1]:8"),
 ]
 RIGHT = [
     {"data.seq_len": 128},

@@ -174,6 +174,19 @@ def test_mistakes_in_the_file_name_its_line(config_file, source, fragments):
         assert fragment in message
 
 
+@pytest.mark.parametrize("how", ["import sizes", "from . import sizes"])
+def test_a_config_imports_the_files_beside_it(config_file, tmp_path, how):
+    """Each its own, also where two folders have a file of one name."""
+    for steps in (30, 40):
+        (tmp_path / str(steps)).mkdir()
+        config_file(source=f"STEPS = {steps}\n", name=f"{steps}/sizes.py")
+        path = config_file(f"{how}\nconfig.train.steps = sizes.STEPS", name=f"{steps}/run.py")
+        assert load(path).train.steps == steps
+    broken = config_file(source="STEPS = 1\nSTEPS = x\n", name="40/sizes.py")
+    with pytest.raises(UserError, match=f"{broken}, line 2: NameError: name 'x' is not defined"):
+        load(path)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

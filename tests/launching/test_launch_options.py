@@ -12,6 +12,10 @@ from llamajax.launching.launch_options import split_command
 def test_the_command_starts_after_the_first_dashes():
     assert split_command(["--nodes=2", "--", "a", "--", "b"]) == (["--nodes=2"], ["a", "--", "b"])
     assert split_command(["--nodes=2"]) == (["--nodes=2"], [])
+    assert split_command(["--nodes", "2"]) == (["--nodes", "2"], [])
+    for flags in (["--nodes=2"], ["--nodes", "2"], []):
+        with pytest.raises(UserError, match="no -- before the command: write `-- a b --c=d "):
+            split_command([*flags, "a", "b", "--c=d", "--e"])
 
 
 def test_every_mistake_is_named_at_once(tmp_path):
@@ -35,7 +39,8 @@ def test_every_mistake_is_named_at_once(tmp_path):
     [
         (["--nodes=2", "--node_rank=2", "--coordinator=a:1"], "--node_rank=2: must be from 0"),
         (["--nodes=2", "--node_rank=0", "--coordinator=a"], "--coordinator=a: is not HOST:PORT"),
-        (["--nodes=2", "--node_rank=0", "--coordinator=a:65535"], "a port below 65535"),
+        (["--nodes=2", "--node_rank=0", "--coordinator=a:65535"], "a:65535: has no port"),
+        (["--nodes=2", "--node_rank=0", "--coordinator=::1:8"], r"in brackets: \[::1\]:8"),
         (["--nodez=2"], "--nodes"),
         (["--max_restarts=many"], "--max_restarts=many"),
         (["--log_dir=/dev/null/logs"], "--log_dir=/dev/null/logs: Not a directory; choose a"),

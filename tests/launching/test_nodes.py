@@ -1,10 +1,15 @@
 """Several launchers, started by hand as on several nodes: they start, fail and stop together."""
 
+import contextlib
 import os
 import re
 import signal
+import socket
 
+from llamajax.launching.launch_options import LaunchOptions
+from llamajax.launching.node_protocol import NodeServer
 from llamajax.launching.worker_logs import log_path
+from llamajax.processes.line_protocol import connect
 
 RANK = "print(rank, os.environ['LLAMAJAX_NUM_PROCESSES'], os.environ['LLAMAJAX_COORDINATOR'])\n"
 WAIT = "print(os.getpid(), os.getppid())\nif attempt == {}: wait_for_ever()"
@@ -83,6 +88,45 @@ def test_a_missing_node_0_is_named(start_node, free_ports):
     code, text = start_node(1, RANK, "--timeout_s=1").wait()
     assert code == 75
     assert f"no launcher of node 0 at 127.0.0.1:{free_ports + 1}" in text
+
+
+def test_strangers_disturb_no_launcher_of_node_0(free_ports):
+    coordinator = f"127.0.0.1:{free_ports}"
+    server = NodeServer(
+        LaunchOptions(processes_per_node=1, nodes=2, node_rank=0, coordinator=coordinator)
+    )
+    ready = {"say": "ready", "node": 1, "attempt": 0, "nodes": 2, "processes_per_node": 1}
+    server.say(ready)
+    odd = [{"node": True}, {"node": 0}, {"attempt": "0"}, {"nodes": None}, {"say": ["ready"]}]
+    messages = [{}, {"node": 1}, *(ready | wrong for wrong in odd), {"say": "stopping", "node": []}]
+    strangers = [connect("127.0.0.1", free_ports + 1) for _ in messages]
+    for stranger, message in zip(strangers, messages, strict=True):
+        stranger.send(message)
+    heard = [stranger.receive(within_s=0.1) or server.orders() for stranger in strangers]
+    assert heard == [[] for _ in strangers]
+    node = connect("127.0.0.1", free_ports + 1)
+    node.send(ready)
+    node.send({"say": "failed", "attempt": 0})  # of a node, and damaged
+    orders = []
+    while not orders:
+        orders = server.orders()
+    assert orders == node.receive(within_s=60) == [{"order": "start", "attempt": 0}]
+    for connection in (*strangers, node, server):
+        connection.close()
+
+
+def test_a_stranger_in_the_place_of_node_0_is_no_reason_to_wait_longer(start_node, free_ports):
+    with socket.create_server(("127.0.0.1", free_ports + 1)) as server:
+        node = start_node(1, RANK, "--timeout_s=2")
+        server.settimeout(0.1)
+        while node.process.poll() is None:
+            with contextlib.suppress(TimeoutError):
+                connection = server.accept()[0]
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n")
+                connection.close()
+    code, text = node.wait()
+    assert code == 75
+    assert "is no process of this run" in text
 
 
 def test_nodes_that_contradict_each_other_are_refused(start_node):

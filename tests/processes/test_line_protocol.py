@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from llamajax.processes import line_protocol
-from llamajax.processes.line_protocol import Connection, Listener
+from llamajax.processes.line_protocol import Connection, Listener, why_unreachable
 
 
 @pytest.fixture
@@ -29,13 +29,29 @@ def test_messages_arrive_whole_until_the_peer_hangs_up(ends):
     assert not connection.alive
 
 
-@pytest.mark.parametrize("text", [b"GET / HTTP/1.1\r\n", b"[1]\n", b"x" * 100])
+@pytest.mark.parametrize(
+    "text", [b"GET / HTTP/1.1\r\n", b"[1]\n", b"x" * 10**5, b"[" * 9999 + b"\n"]
+)
 def test_what_is_no_message_ends_the_connection(ends, monkeypatch, text):
-    monkeypatch.setattr(line_protocol, "_MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(line_protocol, "_MAX_LINE_BYTES", 10**5)
     connection, peer = ends
     peer.sendall(text)
     assert connection.receive() == []
     assert not connection.alive
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (None, "what listens on port 7 of host is no process of this run"),
+        (socket.gaierror(-2, "Name or service not known"), "the name host is not known here"),
+        (ConnectionRefusedError(111, "Connection refused"), "nothing listens on port 7"),
+        (TimeoutError("timed out"), "no answer from host on port 7"),
+        (OSError(113, "No route to host"), "No route to host: correct the address"),
+    ],
+)
+def test_why_nobody_was_reached(error, words):
+    assert words in why_unreachable(error, "host", 7)
 
 
 def test_beats_keep_a_connection_alive_and_silence_ends_it(ends, monkeypatch):

@@ -1,5 +1,7 @@
 """The roll call of processes: all come, one is missing, two contradict each other."""
 
+import contextlib
+import json
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +63,20 @@ def test_the_missing_are_named_to_all_that_came(called):
 def test_without_process_0_its_address_is_named(called, port):
     (said,) = called((1, 2), timeout_s=0.5)
     assert f"process 1 of 2 found no process 0 at 127.0.0.1:{port}" in said
+    assert f"127.0.0.1 answers, and nothing listens on port {port}" in said
+
+
+@pytest.mark.parametrize("text", [b"HTTP/1.1 400 Bad Request\r\n", b'{"problem": null}\n'])
+def test_what_is_no_process_0_is_named(called, port, text):
+    with socket.create_server(("127.0.0.1", port)) as server, ThreadPoolExecutor(1) as pool:
+        said = pool.submit(called, (1, 2), timeout_s=0.5)
+        server.settimeout(0.1)
+        while not said.done():
+            with contextlib.suppress(TimeoutError):
+                connection = server.accept()[0]
+                connection.sendall(text)
+                connection.close()
+    assert f"what listens on port {port} of 127.0.0.1 is no process of this run" in said.result()[0]
 
 
 def test_a_busy_port_passes(port):
@@ -82,8 +98,20 @@ def test_a_contradiction_is_told_to_all(called, processes, words):
     assert set(said) == {said[0]}
 
 
+ODD = {"process_id": 1, "num_processes": 2, "host": "a", "facts": {}}
+STRANGERS = [b"GET / HTTP/1.1\r\n\r\n", b"", b"{}\n", b"[" * 100_000 + b"\n"]
+STRANGERS += [
+    json.dumps(ODD | wrong).encode() + b"\n"
+    for wrong in (
+        {"process_id": "1"}, {"process_id": [1]}, {"process_id": True}, {"process_id": -1},
+        {"process_id": 2}, {"num_processes": float("nan")}, {"host": {}}, {"facts": 3},
+        {"facts": {"a": []}},
+    )
+]  # fmt: skip
+
+
 def test_unidentified_peers_are_ignored(called, port):
-    """One speaks another protocol, one says nothing and stays."""
+    """Some speak another protocol, one says nothing and stays, others send almost the right."""
     done = threading.Event()
 
     def knock(text: bytes) -> socket.socket | None:
@@ -96,8 +124,8 @@ def test_unidentified_peers_are_ignored(called, port):
                 done.wait(0.01)
         return None
 
-    with ThreadPoolExecutor(3) as pool:
-        peers = [pool.submit(knock, text) for text in (b"GET / HTTP/1.1\r\n\r\n", b"")]
+    with ThreadPoolExecutor(len(STRANGERS) + 1) as pool:
+        peers = [pool.submit(knock, text) for text in STRANGERS]
         first = pool.submit(called, (0, 2))
         connections = [peer.result() for peer in peers]
         assert called((1, 2)) == first.result() == [""]
