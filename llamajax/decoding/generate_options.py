@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from llamajax.config import WeightsFlags, key
-from llamajax.tokenizers.chat import CHAT_TEMPLATES
+from llamajax.tokenizers.chat import CHAT_TEMPLATES, OWN_TEMPLATE
 
 SOURCES = ("prompt", "prompts_file", "prompt_ids", "interactive")
 
@@ -46,8 +46,9 @@ class GenerateOptions(WeightsFlags):
         "read prompts from the terminal or a pipe, one a line, each on its own; Ctrl-D leaves",
         default=False,
     )
-    chat_template: Literal[CHAT_TEMPLATES] = key(
-        "not none: each prompt is the user's message in a chat of this form",
+    chat_template: Literal[(*CHAT_TEMPLATES, OWN_TEMPLATE)] = key(
+        "not none: each prompt is the user's message in a chat of this form; model: in the form "
+        "that the model's own template has",
         metavar="NAME",
         default="none",
     )
@@ -110,6 +111,11 @@ class GenerateOptions(WeightsFlags):
     def streams(self) -> bool:
         """Whether a person watches the text come."""
         return not self.json and self.prompts_file is None
+
+    @property
+    def continues_text(self) -> bool:
+        """Whether prompts are texts that are put into no chat."""
+        return self.prompt_ids is None and self.chat_template == "none"
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -81,6 +81,11 @@ def open_generator(options: GenerateOptions) -> Generator:
     tokenizer = _tokenizer(options, weights)
     if options.interactive:
         text_ids("", tokenizer, options.chat_template)  # refuses a checkpoint without one
+    if tokenizer is not None and tokenizer.facts.chat_template and options.continues_text:
+        say(
+            "note: prompts are continued as they are; --chat_template=model puts them into the "
+            "model's own chat template"
+        )
     prompts = [] if options.interactive else read_prompts(options, config, tokenizer)
     stop_ids = _stop_ids(options, weights, tokenizer)
     machine = backends.start(options.backend_config, keep_programs=True)
@@ -141,6 +146,6 @@ def _stop_ids(
     if wrong := [i for i in options.stop_ids if not 0 <= i < size]:
         raise UserError(f"--stop_ids: {wrong[0]} is outside the model's vocabulary, 0..{size - 1}")
     ends = () if options.ignore_eos else eos_ids(weights.path, tokenizer)
-    if ends and tokenizer is not None and options.chat_template != "none":
+    if ends and tokenizer is not None and options.chat_template not in ("none", chat.OWN_TEMPLATE):
         ends = (*ends, *chat.stop_ids(tokenizer, options.chat_template))
     return tuple(sorted({*options.stop_ids, *ends}))

@@ -10,7 +10,7 @@ from llamajax.corpus.input_files import decompressed, json_object, numbered_line
 from llamajax.data import Tokenizer
 from llamajax.decoding.generate_options import GenerateOptions
 from llamajax.errors import UserError, combine
-from llamajax.tokenizers.chat import encode_chat
+from llamajax.tokenizers.chat import OWN_TEMPLATE, encode_chat
 from llamajax.tokenizers.special_tokens import model_ids
 
 DEFAULT_MAX_NEW_TOKENS = 128  # or what the context has room for
@@ -67,6 +67,10 @@ def text_ids(text: str, tokenizer: Tokenizer | None, chat_template: str) -> list
         )
     if chat_template == "none":
         return [*tokenizer.start_ids, *tokenizer.encode(text)]
+    if chat_template == OWN_TEMPLATE:
+        from llamajax.tokenizers.chat_jinja import encode_with_own_template  # imports Jinja
+
+        return encode_with_own_template(tokenizer, [{"role": "user", "content": text}])
     return encode_chat(tokenizer, chat_template, [{"role": "user", "content": text}])
 
 

@@ -137,6 +137,7 @@ _TEMPLATES = {
     ),
 }
 CHAT_TEMPLATES = tuple(_TEMPLATES)
+OWN_TEMPLATE = "model"  # the one in the model's directory: `chat_jinja.py`
 
 
 def check_template(template: str, tokenizer: Tokenizer | None) -> None:

@@ -33,7 +33,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             " Hugging Face hub is downloaded first"
         )
     if file.suffix == ".byte":
-        return ByteTokenizer()
+        return ByteTokenizer(file)
     with file.open("rb") as stream:
         first_line = stream.readline(4096)
     if problem := lfs_problem(first_line):

@@ -28,6 +28,7 @@ _ALWAYS_CONTROL = (
     "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
 )  # fmt: skip
 _ENDS = ("bos_token", "eos_token")
+_OTHER_NAMES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>")
 _EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>", "<|im_end|>")
@@ -51,13 +52,14 @@ class ModelIds(NamedTuple):
 class TokenFacts:
     """What the files beside a tokenizer state.
 
-    named: `bos_token` and `eos_token`; None where a file says that there is none.
-    added: id of each added token, and whether it is special.
+    named: `bos_token`, `eos_token`, `pad_token` ...; None where a file says that there is none.
+    added: id of each added token, and whether it is special. chat_template: Jinja's source.
     """
 
     named: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     added: Mapping[str, tuple[int, bool]] = dataclasses.field(default_factory=dict)
     model: ModelIds = dataclasses.field(default_factory=ModelIds)
+    chat_template: str | None = None
 
 
 def read_facts(file: Path) -> TokenFacts:
@@ -73,7 +75,7 @@ def read_facts(file: Path) -> TokenFacts:
     named = dict(zip(_ENDS, _OF_CLASS[kind], strict=True)) if kind in _OF_CLASS else {}
     special = set()
     for source in (legacy, config):
-        named |= {key: _content(source[key]) for key in _ENDS if key in source}
+        named |= {k: _content(source[k]) for k in (*_ENDS, *_OTHER_NAMES) if k in source}
         special |= {_content(value) for key, value in source.items() if key.endswith("_token")}
         for key in ("additional_special_tokens", "extra_special_tokens"):
             if isinstance(source.get(key), list):
@@ -88,7 +90,26 @@ def read_facts(file: Path) -> TokenFacts:
             f"{file.parent}: added_tokens.json or added_tokens_decoder of tokenizer_config.json is "
             "malformed; copy it again"
         ) from None
-    return TokenFacts(named=named, added=added, model=model_ids(file.parent))
+    template = _chat_template(file.with_name("chat_template.jinja"), config.get("chat_template"))
+    return TokenFacts(
+        named=named, added=added, model=model_ids(file.parent), chat_template=template
+    )
+
+
+def _chat_template(file: Path, configured: Any) -> str | None:
+    """Read the chat template: a file of its own comes before tokenizer_config.json, as there.
+
+    configured: one template, or a list of them by name, of which the default counts.
+    """
+    if file.is_file():
+        try:
+            return file.read_text("utf-8")
+        except ValueError as error:
+            raise UserError(f"{file}: not UTF-8 ({error}); copy it again") from None
+    if isinstance(configured, list):
+        named = {each.get("name"): each.get("template") for each in configured}
+        configured = named.get("default")
+    return configured if isinstance(configured, str) else None
 
 
 def model_ids(directory: Path) -> ModelIds:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from llamajax.errors import UserError
-from llamajax.tokenizers.special_tokens import TokenFacts, copy_companions
+from llamajax.tokenizers.special_tokens import TokenFacts, copy_companions, read_facts
 
 
 class Tokenizer:
@@ -53,6 +54,21 @@ class Tokenizer:
         if not self._after_newline:
             return self.encode(text)
         return self.encode("\n" + text)[self._after_newline :]
+
+    def encode_rendered(self, text: str, *, as_text: str) -> list[int]:
+        """Return the tokens of a rendered chat template: names of control tokens are those tokens.
+
+        as_text: a character that stands within names that are text, and is left out.
+        """
+        names = sorted(self.control_ids, key=len, reverse=True)
+        ids: list[int] = []
+        for part in re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]:
+            if part in self.control_ids:
+                ids.append(self.control_ids[part])
+            elif part := part.replace(as_text, ""):
+                starts = not ids or ids[-1] == self.bos_id
+                ids += self.encode(part) if starts else self.encode_continuation(part)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of tokens. Control tokens have none; broken UTF-8 becomes U+FFFD."""
@@ -100,7 +116,12 @@ class ByteTokenizer(Tokenizer):
 
     kind = "byte"
     vocab_size, bos_id, eos_id = 258, 256, 257
+    control_ids = MappingProxyType({"<s>": 256, "</s>": 257})
     fingerprint = fingerprint_of("byte", b"", 258, 256, 257)
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file = file
+        self.facts = TokenFacts() if file is None else read_facts(file)
 
     def _encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -110,4 +131,6 @@ class ByteTokenizer(Tokenizer):
 
     def save(self, directory: Path) -> str:
         (directory / "tokenizer.byte").write_text("llamajax byte tokenizer: 256 bytes, BOS, EOS\n")
+        if self.file is not None:
+            copy_companions(self.file, directory)
         return "tokenizer.byte"

@@ -133,11 +133,10 @@ def _byte_level_spec(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     in the order of ranks. A word that is a token is taken whole (`ignore_merges`).
     """
     words, ranks = [], {bytes([b]): b for b in range(256)}
-    control = {256: "<s>", 257: "</s>"}
+    control = {i: name for name, i in tokenizer.control_ids.items()}
     if tokenizer.kind == "tiktoken":
         ranks = tokenizer.ranks
         words = [pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), behavior="isolated")]
-        control = {i: name for name, i in tokenizer.control_ids.items()}
         # Llama 3 numbers those without a use.
         unused = [i for i in range(len(ranks), tokenizer.vocab_size) if i not in control]
         control |= {i: f"<|reserved_special_token_{n}|>" for n, i in enumerate(unused)}

@@ -74,6 +74,11 @@ class HuggingFaceTokenizer(Tokenizer):
         ids = self._encoder.encode(text, add_special_tokens=False).ids
         return [self._renumbered.get(i, i) for i in ids] if self._renumbered else ids
 
+    def encode_rendered(self, text: str, *, as_text: str) -> list[int]:
+        if as_text in text:
+            return super().encode_rendered(text, as_text=as_text)
+        return self._decoder.encode(text, add_special_tokens=False).ids  # as transformers does
+
     def _decode(self, ids: list[int]) -> str:
         plain = [i for i in ids if i not in self._control]
         return self._decoder.decode(plain, skip_special_tokens=False)

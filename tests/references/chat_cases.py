@@ -17,9 +17,12 @@ TALKS = {
     "llama2": (TALK[1:3], TALK, TALK[1:], TALK[1:2], TALK[:-1], TALK[1:-1]),
     "llama3": (TALK[1:3], TALK, TALK[:-1]),
     "chatml": (TALK, TALK[:-1]),
+    "odd": (TALK, TALK[:-1]),
 }
 # As published in the tokenizer_config.json of the chat models, less their checks of the roles;
-# that of SmolLM2 also less its default system message.
+# that of SmolLM2 also less its default system message. The odd one uses what others do not: blocks
+# with lines of their own, a loop that is left, JSON, the date, marks for a loss mask, tokens that
+# the tokenizer may lack, and what generate never gives.
 PUBLISHED = {
     "llama2": (
         "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
@@ -40,6 +43,27 @@ PUBLISHED = {
         " '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
         "{% endif %}"
     ),
+    "odd": """{% set ns = namespace(n=0) %}
+{%- if tools is not none or documents %}{{ raise_exception('no tools') }}{% endif %}
+{{ bos_token }}{{ pad_token }}{{ unk_token }}
+{% for m in messages %}
+    {% if loop.index > 4 %}{% break %}{% endif %}
+    {% set ns.n = ns.n + 1 %}
+    {% if m['role'] not in ['system', 'user', 'assistant'] %}
+        {{ raise_exception('Who is ' + m['role'] + '?') }}
+    {% endif %}
+    {% generation %}
+    {{ ns.n }} {{ {'b': m.content, 'a': ['<é>', none, true]} | tojson }} {{ m.name }}
+    {% endgeneration %}
+{% endfor %}
+{{ messages[0] | tojson(indent=1, sort_keys=true) }} {{ strftime_now('now') }}
+{%- if add_generation_prompt %}{{ eos_token }}>{% endif %}""",
+}
+NAMES = {
+    "llama2": {"bos_token": "<s>", "eos_token": "</s>"},
+    "llama3": {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
+    "chatml": {},
+    "odd": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<|pad|>"},
 }
 
 

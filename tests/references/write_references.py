@@ -184,8 +184,8 @@ def continued(model: transformers.LlamaForCausalLM, ids: list[int], count: int) 
     return made.sequences[0, len(ids) :].tolist()
 
 
-def talked(assets: Path) -> dict[str, list[Any]]:
-    """Conversations in the published templates: ids, and the text for Llama 3."""
+def talked(assets: Path) -> dict[str, list[list[int]]]:
+    """Conversations in the published templates of Llama 2 and SmolLM2: ids."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(assets / "tokenizers" / "llama2.model", Path(folder) / "tokenizer.model")
         llama2 = transformers.LlamaTokenizer.from_pretrained(folder, legacy=True)
@@ -193,7 +193,7 @@ def talked(assets: Path) -> dict[str, list[Any]]:
         chatml = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
     llama2.chat_template = chat_cases.PUBLISHED["llama2"]
     chatml.chat_template = chat_cases.PUBLISHED["chatml"]
-    found: dict[str, list[Any]] = {}
+    found = {}
     for name, tokenizer in (("llama2", llama2), ("chatml", chatml)):
         found[name] = [
             tokenizer.apply_chat_template(
@@ -203,16 +203,23 @@ def talked(assets: Path) -> dict[str, list[Any]]:
             )
             for talk in chat_cases.TALKS[name]
         ]
-    found["llama3"] = [
-        render_jinja_template(
-            conversations=[chat_cases.dicts(talk)],
-            chat_template=chat_cases.PUBLISHED["llama3"],
-            add_generation_prompt=chat_cases.asks(talk),
-            bos_token="<|begin_of_text|>",
-        )[0][0]
-        for talk in chat_cases.TALKS["llama3"]
-    ]
     return found
+
+
+def rendered() -> dict[str, list[str]]:
+    """The texts of conversations in the published templates and an odd one."""
+    return {
+        name: [
+            render_jinja_template(
+                conversations=[chat_cases.dicts(talk)],
+                chat_template=template,
+                add_generation_prompt=chat_cases.asks(talk),
+                **chat_cases.NAMES[name],
+            )[0][0]
+            for talk in chat_cases.TALKS[name]
+        ]
+        for name, template in chat_cases.PUBLISHED.items()
+    }
 
 
 def save_torch_files(folder: Path) -> None:
@@ -265,6 +272,7 @@ def write(folder: Path, assets: Path) -> dict[str, str]:
         "decoded": decoded(),
         "smollm2": continuation,
         "chats": talked(assets),
+        "rendered": rendered(),
     }
     text = json.dumps(facts, indent=1, ensure_ascii=False)
     (folder / "facts.json").write_text(text + "\n", "utf-8")

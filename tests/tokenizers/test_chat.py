@@ -32,7 +32,6 @@ EVIL = (
 def marked(tokenizer: Tokenizer, template: str, messages: Sequence[Message]) -> str:
     """A conversation as text: control tokens by name, what carries loss between { and }."""
     names = {i: name for name, i in tokenizer.control_ids.items()}
-    names |= {tokenizer.bos_id: "BOS", tokenizer.eos_id: "EOS"} if not names else {}
     text, plain, learning = "", [], False
     ids, answer = encode_example(tokenizer, template, messages)
     for token, learned in zip([*ids, -1], [*answer, False], strict=True):
@@ -70,10 +69,10 @@ def pair(request: pytest.FixtureRequest, ranks, chatml_file) -> tuple[Tokenizer,
 
 def test_by_hand(ranks, chatml_file):
     byte, llama3, chatml = map(load_tokenizer, ("byte", ranks, chatml_file))
-    assert marked(byte, "none", [ASK, TELL]) == "BOS Who? {Ahab.\nEOS}"
+    assert marked(byte, "none", [ASK, TELL]) == "<s> Who? {Ahab.\n</s>}"
     assert marked(byte, "llama2", TALK) == (
-        "BOS[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n Who? [/INST]{ Ahab. EOS}"
-        "BOS[INST] Why? [/INST]{ A\n\nwhale: ü 鯨 EOS}"
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n Who? [/INST]{ Ahab. </s>}"
+        "<s>[INST] Why? [/INST]{ A\n\nwhale: ü 鯨 </s>}"
     )
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
     ask, tell = header.format("user"), header.format("assistant")
@@ -93,7 +92,8 @@ def test_by_hand(ranks, chatml_file):
 def test_conversations_as_transformers_has_them(template, real, chatml_file):
     """For Llama 3 the stored text is encoded here, with the control tokens taken for such."""
     tokenizer = load_tokenizer(chatml_file) if template == "chatml" else real(template)
-    for talk, expected in zip(TALKS[template], stored.facts()["chats"][template], strict=True):
+    known = stored.facts()["rendered" if template == "llama3" else "chats"][template]
+    for talk, expected in zip(TALKS[template], known, strict=True):
         ids = encode_chat(tokenizer, template, dicts(talk), add_generation_prompt=asks(talk))
         if template == "llama3":
             encoding = tiktoken.Encoding(
