@@ -5,13 +5,15 @@
         --backend=cpu --num_cpu_devices=8 --mesh=fsdp=4,tensor=2
 
 The step is that of `llamajax.train`: float32 weights, AdamW with clipping, document masks, donated
-state. Tokens are random, drawn once and reused. Every step is waited for before the next begins,
-so a step's time is never that of its dispatch. Runs on whatever backend JAX finds.
+state. Tokens are random, drawn once and reused. Steps are timed twice: each waited for before the
+next begins, and a window of them dispatched without waiting, as a run does it. Speed and MFU are
+those of the window. Runs on whatever backend JAX finds, with jax, flax, optax and orbax alone.
 """
 
 import argparse
 import dataclasses
 import datetime
+import json
 import os
 import resource
 import statistics
@@ -21,10 +23,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from llamajax.backends import with_huge_pages
-from llamajax.config import RunConfig, freeze, mesh_config, new_config, preset
+from llamajax.config import RunConfig, find_preset, freeze, mesh_config
 from llamajax.config.schema import AttentionImpl, ComputeDtype, Remat
 from llamajax.errors import UserError
-from llamajax.verbs import run_verb
+from llamajax.files import write_file
+from llamajax.verbs import output_problem, run_verb
 
 WARM_UP = 2  # steps after the first that are not counted
 
@@ -38,7 +41,7 @@ class Run:
     mesh: Any
     attention: str
     compile_s: float
-    update: Callable
+    update: Callable  # the compiled program
     state: Any
     batch: dict[str, Any]
 
@@ -46,46 +49,59 @@ class Run:
         """The loss of one more update; returns when the whole new state exists."""
         import jax
 
-        self.state, metrics = self.update(self.state, self.batch)
+        metrics = self.dispatch()
         jax.block_until_ready(self.state)
         return float(metrics["loss"])
+
+    def dispatch(self) -> dict[str, Any]:
+        """Start one more update and return its metrics, for which nobody has waited yet."""
+        self.state, metrics = self.update(self.state, self.batch)
+        return metrics
 
 
 def run_config(flags: argparse.Namespace) -> RunConfig:
     """The checked run that the flags describe. UserError for what does not fit together."""
-    config = new_config()
-    config.model = preset(flags.preset)
-    config.mesh.update(dataclasses.asdict(mesh_config(flags.mesh, rest="fsdp")))
-    config.data.update(
-        path="random", seq_len=flags.seq_len, global_batch_size=flags.batch, seed=flags.seed
-    )
-    config.train.update(
-        steps=flags.steps + WARM_UP + 1,
-        seed=flags.seed,
-        dtype=flags.dtype,
-        remat=flags.remat,
-        attention=flags.attention,
-        accumulation_steps=flags.accumulation,
-        loss_chunk_tokens=flags.loss_chunk_tokens,
-    )
-    config.optim.update(
-        learning_rate=3e-4,
-        warmup_steps=0,
-        schedule="constant",
-        final_learning_rate=3e-4,
-        beta1=0.9,
-        beta2=0.95,
-        epsilon=1e-8,
-        weight_decay=0.1,
-        clip_norm=1.0,
-    )
-    config.backend.update(
-        name=flags.backend,
-        plugin=flags.plugin,
-        options=flags.options,
-        num_cpu_devices=flags.num_cpu_devices,
-    )
-    return freeze(config, source="these flags, as config keys")
+    found = {
+        "model": dataclasses.asdict(find_preset(flags.preset)),
+        "mesh": dataclasses.asdict(mesh_config(flags.mesh, rest="fsdp")),
+        "data": {
+            "path": "random",
+            "seq_len": flags.seq_len,
+            "global_batch_size": flags.batch,
+            "seed": flags.seed,
+            "mask_documents": flags.documents > 0,
+        },
+        "train": {
+            "steps": 2 * flags.steps + WARM_UP + 1,
+            "seed": flags.seed,
+            "dtype": flags.dtype,
+            "remat": flags.remat,
+            "remat_keep": tuple(filter(None, flags.remat_keep.split(","))),
+            "attention": flags.attention,
+            "accumulation_steps": flags.accumulation,
+            "loss_chunk_tokens": flags.loss_chunk_tokens,
+        },
+        "optim": {
+            "learning_rate": 3e-4,
+            "warmup_steps": 0,
+            "schedule": "constant",
+            "final_learning_rate": 3e-4,
+            "beta1": 0.9,
+            "beta2": 0.95,
+            "epsilon": 1e-8,
+            "weight_decay": 0.1,
+            "clip_norm": 1.0,
+            "moment_dtype": flags.moment_dtype,
+        },
+        "backend": {
+            "name": flags.backend,
+            "plugin": flags.plugin,
+            "options": flags.options,
+            "num_cpu_devices": flags.num_cpu_devices,
+            "device_table": flags.device_table,
+        },
+    }
+    return freeze(found, source="these flags, as config keys")
 
 
 def random_rows(config: RunConfig) -> Any:
@@ -96,10 +112,31 @@ def random_rows(config: RunConfig) -> Any:
     return np.random.default_rng(config.data.seed).integers(config.model.vocab_size, size=shape)
 
 
-def compiled(config: RunConfig, *, document_masks: bool = True) -> Run:
-    """The step as a run builds it, compiled, with its first state and one batch on the devices."""
-    import jax
+def random_batch(config: RunConfig, *, documents: int) -> dict[str, Any]:
+    """A host's batch of random tokens, each row cut into that many documents of one length."""
     import numpy as np
+
+    rows, T = random_rows(config).astype(np.int32), config.data.seq_len
+    ids_T = np.arange(T, dtype=np.int32) * max(documents, 1) // T
+    starts_T = np.searchsorted(ids_T, ids_T).astype(np.int32)
+    batch = {
+        "tokens": np.ascontiguousarray(rows[:, :-1]),
+        "targets": np.ascontiguousarray(rows[:, 1:]),
+        "positions": np.tile(np.arange(T, dtype=np.int32) - starts_T, (len(rows), 1)),
+        "loss_mask": np.ones((len(rows), T), bool),
+    }
+    if config.data.mask_documents:
+        batch["segment_ids"] = np.tile(ids_T + 1, (len(rows), 1))
+    return batch
+
+
+def compiled(config: RunConfig, *, documents: int = 1, options: str = "", state: Any = None) -> Run:
+    """The step as a run builds it, compiled, with its first state and one batch on the devices.
+
+    documents: of a row. options: XLA's, `k=v,k=v`. state: of an earlier Run of the same model and
+    optimizer, which this one takes over.
+    """
+    import jax
 
     from llamajax import backends, optim, sharding
     from llamajax.training.setup import check_mesh, layout_of, resolve_compute
@@ -111,25 +148,115 @@ def compiled(config: RunConfig, *, document_masks: bool = True) -> Run:
     check_mesh(config, mesh)
     compute = resolve_compute(config, machine, mesh)
     optimizer = optim.build(config.optim, steps=config.train.steps)
-    seed, layout = config.train.seed, layout_of(config)
-    state = init_state(config.model, optimizer, mesh, seed=seed, layout=layout)
-    state = jax.block_until_ready(state)
-    ids = random_rows(config).astype(np.int32)
-    tokens = np.ascontiguousarray(ids[:, :-1])
-    batch = {
-        "tokens": tokens,
-        "targets": np.ascontiguousarray(ids[:, 1:]),
-        "positions": np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1)),
-        "loss_mask": np.ones(tokens.shape, bool),
-    }
-    if document_masks:
-        batch["segment_ids"] = np.ones_like(tokens)
-    batch = sharding.put_batch(batch, mesh)
+    if state is None:
+        layout, seed = layout_of(config), config.train.seed
+        state = init_state(config.model, optimizer, mesh, seed=seed, layout=layout)
+        state = jax.block_until_ready(state)
+    batch = sharding.put_batch(random_batch(config, documents=documents), mesh)
     start = time.perf_counter()
     update = train_step(optimizer, config.optim, config.train, compute, mesh, config.guard)
-    update = update.lower(state, batch).compile()
+    update = update.lower(state, batch).compile(compiler_options=compiler_options(options))
     compile_s = time.perf_counter() - start
     return Run(config, machine, mesh, compute.attention, compile_s, update, state, batch)
+
+
+def compiler_options(text: str) -> dict[str, Any] | None:
+    """XLA's options from `k=v,k=v`, numbers and truth values as such; None where there are none."""
+    found = {}
+    for entry in filter(None, text.split(",")):
+        name, equals, value = entry.partition("=")
+        if not equals:
+            raise UserError(f"--compiler_options={text}: {entry!r} is not NAME=VALUE")
+        try:
+            found[name] = json.loads(value)  # true, false, 3, 0.5
+        except ValueError:
+            found[name] = value
+    return found or None
+
+
+def measure(run: Run, *, steps: int) -> dict[str, Any]:
+    """Time `steps` waited steps and a window of as many; all that is known of them, as JSON."""
+    import jax
+
+    losses = [run.step() for _ in range(WARM_UP)]
+    waited = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        losses.append(run.step())
+        waited.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    for _ in range(steps):
+        metrics = run.dispatch()
+    jax.block_until_ready(run.state)
+    window_s = (time.perf_counter() - start) / steps
+    losses.append(float(metrics["loss"]))
+    return facts(run) | speed(run, window_s) | {
+        "steps": steps,
+        "waited_step_s": statistics.median(waited),
+        "waited_least_s": min(waited),
+        "waited_most_s": max(waited),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+    }  # fmt: skip
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What is known of a compiled step before it runs."""
+    import jax
+
+    from llamajax import backends, sharding
+    from llamajax.backends.devices import find
+    from llamajax.models.counts import num_parameters
+    from llamajax.planning.roofline import predict
+
+    c, machine, memory = run.config, run.machine, run.update.memory_analysis()
+    device, predicted = find(machine.device_kind), None
+    if device is not None and run.mesh.size == 1:  # with more, links have a part in it
+        predicted = predict(c, run.mesh.shape, device, {}, attention=run.attention)
+    return {
+        "date": str(datetime.date.today()),
+        "versions": machine.versions,
+        "platform": machine.platform,
+        "device_kind": machine.device_kind,
+        "num_devices": machine.num_devices,
+        "mesh": sharding.describe(run.mesh),
+        "model": c.model.name,
+        "parameters": num_parameters(c.model),
+        "batch": c.data.global_batch_size,
+        "seq_len": c.data.seq_len,
+        "mask_documents": c.data.mask_documents,
+        "attention": run.attention,
+        "moment_dtype": c.optim.moment_dtype,
+        **{
+            key: getattr(c.train, key)
+            for key in ("dtype", "remat", "remat_keep", "accumulation_steps", "loss_chunk_tokens")
+        },
+        "compile_s": run.compile_s,
+        "program_bytes": backends.program_bytes(run.update),
+        "temporary_bytes": memory and memory.temp_size_in_bytes,
+        "limit_bytes": (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"),
+        "predicted_step_s": predicted and predicted.step_time_s,
+    }
+
+
+def speed(run: Run, step_s: float) -> dict[str, Any]:
+    """Speed, both MFUs (null where the peak is unknown) and memory of a step of so many seconds."""
+    from llamajax import backends
+    from llamajax.models.counts import flops_per_token
+
+    c, machine = run.config, run.machine
+    tokens = c.data.global_batch_size * c.data.seq_len
+    peak = backends.peak_flops(machine.device_kind, c.train.dtype)
+    found = {"step_s": step_s, "tokens_per_s": tokens / step_s}
+    for name, causal in (("full", False), ("causal", True)):
+        flops = flops_per_token(c.model, c.data.seq_len, causal=causal)
+        reached = tokens / step_s * flops / machine.num_devices
+        found[f"flops_per_s_{name}"] = reached  # of a device
+        found[f"mfu_{name}"] = reached / peak[0] if peak else None
+    memory = max(backends.memory_in_use().get("peak_memory_bytes", []), default=None)
+    found["peak_bytes"] = memory  # of a device since the process began; None: unknown
+    found["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return found
 
 
 def seconds_alive() -> float | None:
@@ -142,46 +269,45 @@ def seconds_alive() -> float | None:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
-def table(run: Run, times: list[float], *, start_up_s: float | None) -> str:
-    """Everything measured, as the rows of one Markdown table."""
-    from llamajax import backends, sharding
-    from llamajax.models.counts import flops_per_token, num_parameters
-
-    config, machine = run.config, run.machine
-    tokens = config.data.global_batch_size * config.data.seq_len
-    median = statistics.median(times)
-    peak = backends.peak_flops(machine.device_kind, config.train.dtype)
+def table(found: dict[str, Any]) -> str:
+    """What `measure` found, as the rows of one Markdown table."""
+    each = found["tokens_per_s"] / found["num_devices"]
     mfu = {}
-    for name, causal in (("full", False), ("causal", True)):
-        flops = flops_per_token(config.model, config.data.seq_len, causal=causal)
-        reached = tokens / median * flops / machine.num_devices
-        mfu[name] = f"{100 * reached / peak[0]:.1f} %" if peak else "null, peak unknown"
-        mfu[name] += f" ({reached / 1e12:.3g} TFLOP/s a device)"
-    memory = max(backends.memory_in_use().get("peak_memory_bytes", []), default=None)
-    kind = "device statistics" if memory else "process peak RSS"
-    memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    t = config.train
+    for name in ("full", "causal"):
+        share = found[f"mfu_{name}"]
+        mfu[name] = "null, peak unknown" if share is None else f"{100 * share:.1f} %"
+        mfu[name] += f" ({found[f'flops_per_s_{name}'] / 1e12:.3g} TFLOP/s a device)"
+    memory, kind = found["peak_bytes"], "device statistics"
+    if memory is None:
+        memory, kind = found["peak_rss_bytes"], "process peak RSS"
+    tokens, versions = found["batch"] * found["seq_len"], found["versions"]
+    kept = "".join(f", keeping {name}" for name in found["remat_keep"])
     rows = {
-        "model": f"{config.model.name}, {num_parameters(config.model):,} parameters",
-        "machine": f"{machine.platform}, {machine.device_kind}, {sharding.describe(run.mesh)}",
-        "date, versions": f"{datetime.date.today()}, jax {machine.versions['jax']}, "
-        f"flax {machine.versions['flax']}",
-        "batch": f"{config.data.global_batch_size} x {config.data.seq_len} = {tokens:,} tokens, "
-        f"{t.accumulation_steps} microbatch(es)",
-        "compute": f"{t.dtype}, attention {run.attention}, remat {t.remat}, "
-        f"loss in chunks of {t.loss_chunk_tokens}",
-        "tokens/s": f"{tokens / median:,.0f} ({tokens / median / machine.num_devices:,.0f} "
-        "a device)",
-        "step time": f"median {median * 1e3:.1f} ms, min {min(times) * 1e3:.1f}, "
-        f"max {max(times) * 1e3:.1f}, of {len(times)} steps",
+        "model": f"{found['model']}, {found['parameters']:,} parameters",
+        "machine": f"{found['platform']}, {found['device_kind']}, {found['mesh']}",
+        "date, versions": f"{found['date']}, jax {versions['jax']}, flax {versions['flax']}",
+        "batch": f"{found['batch']} x {found['seq_len']} = {tokens:,} tokens, "
+        f"{found['accumulation_steps']} microbatch(es), {found['documents']} document(s) a row",
+        "compute": f"{found['dtype']}, attention {found['attention']}, remat {found['remat']}"
+        f"{kept}, loss in chunks of {found['loss_chunk_tokens']}, "
+        f"first moment {found['moment_dtype']}",
+        "tokens/s": f"{found['tokens_per_s']:,.0f} ({each:,.0f} a device)",
+        "step time": f"{found['step_s'] * 1e3:.1f} ms, of {found['steps']} steps without waiting",
+        "step time, waited for": f"median {found['waited_step_s'] * 1e3:.1f} ms, "
+        f"min {found['waited_least_s'] * 1e3:.1f}, max {found['waited_most_s'] * 1e3:.1f}, "
+        f"of {found['steps']} steps",
         "MFU, full attention matrix": mfu["full"],
         "MFU, causal half of it": mfu["causal"],
         "peak memory": f"{memory / 2**20:,.0f} MiB ({kind})",
-        "start-up": f"{start_up_s:.1f} s from process start to first step done"
-        if start_up_s
+        "start-up": f"{found['start_up_s']:.1f} s from process start to first step done"
+        if found["start_up_s"]
         else "unknown: no /proc",
-        "of it compiling the step": f"{run.compile_s:.1f} s",
+        "of it compiling the step": f"{found['compile_s']:.1f} s",
     }
+    if found["compiler_options"]:
+        rows["compiler options"] = found["compiler_options"]
+    if found["predicted_step_s"]:
+        rows["predicted step time"] = f"{found['predicted_step_s'] * 1e3:.1f} ms"
     return "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows.items())])
 
 
@@ -198,16 +324,37 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=get_args(ComputeDtype), default="float32")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
     parser.add_argument("--remat", choices=get_args(Remat), default="dots")
+    parser.add_argument("--remat_keep", default="", help="tensors of a block to keep, a,b")
     parser.add_argument("--attention", choices=get_args(AttentionImpl), default="auto")
     parser.add_argument("--accumulation", type=int, default=1, help="microbatches a step")
     parser.add_argument("--loss_chunk_tokens", type=int, default=512)
+    parser.add_argument("--moment_dtype", choices=get_args(ComputeDtype), default="float32")
+    parser.add_argument(
+        "--documents", type=int, default=1, help="documents a row; 0: no document masks"
+    )
+    parser.add_argument("--compiler_options", default="", help="of XLA for the step, k=v,k=v")
     parser.add_argument("--mesh", help="AXIS=SIZE,...; default: all devices along fsdp")
     parser.add_argument("--backend", help="JAX platform; none: what JAX finds")
     parser.add_argument("--plugin", help="bare PJRT plugin library that serves --backend")
     parser.add_argument("--options", help="options of that plugin, k=v,k=v")
     parser.add_argument("--num_cpu_devices", type=int, help="virtual devices of the cpu backend")
+    parser.add_argument("--device_table", help="TOML file with peaks, as backend.device_table")
+    parser.add_argument("--json", help="file to write everything measured to, as one object")
     parser.add_argument("--seed", type=int, default=0, help="of weights and tokens")
     return parser
+
+
+def measured(flags: argparse.Namespace, *, state: Any = None) -> tuple[dict[str, Any], Run]:
+    """What the step that the flags describe takes, and the Run, whose state can be used again."""
+    config = run_config(flags)
+    run = compiled(config, documents=flags.documents, options=flags.compiler_options, state=state)
+    run.step()
+    found = {
+        "start_up_s": seconds_alive(),
+        "documents": flags.documents,
+        "compiler_options": flags.compiler_options,
+    }
+    return found | measure(run, steps=flags.steps), run
 
 
 def main(argv: list[str]) -> None:
@@ -215,17 +362,15 @@ def main(argv: list[str]) -> None:
     flags = arguments().parse_args(argv)
     if flags.steps < 1:
         raise UserError(f"--steps={flags.steps}: at least one step has to be timed")
-    run = compiled(run_config(flags))
-    run.step()
-    start_up_s = seconds_alive()
-    times = []
-    for i in range(-WARM_UP, flags.steps):
-        start = time.perf_counter()
-        run.step()
-        if i >= 0:
-            times.append(time.perf_counter() - start)
+    if flags.documents < 0 or flags.documents > flags.seq_len:
+        raise UserError(f"--documents={flags.documents}: 0 to --seq_len={flags.seq_len}")
+    for problem in output_problem("json", flags.json):
+        raise UserError(problem)
+    found, run = measured(flags)
     if run.machine.is_primary:
-        print(table(run, times, start_up_s=start_up_s))
+        if flags.json:
+            write_file(Path(flags.json), json.dumps(found, indent=1) + "\n")
+        print(table(found))
 
 
 if __name__ == "__main__":

@@ -24,15 +24,17 @@ def load(path_arg: str, overrides: Mapping[str, Any] | None = None) -> RunConfig
     return _valid(*resolve(path_arg, overrides or {}), source=path_arg)
 
 
-def freeze(config: "ConfigDict", *, source: str = "config") -> RunConfig:
-    """Return the run that a ConfigDict made in Python describes.
+def freeze(config: "ConfigDict | Mapping", *, source: str = "config") -> RunConfig:
+    """Return the run that a ConfigDict or nested dicts made in Python describe.
 
     Raises:
         UserError: names every problem.
     """
-    from llamajax.config.config_file import values_of
+    if not isinstance(config, Mapping):
+        from llamajax.config.config_file import values_of
 
-    return _valid(*build(values_of(config)), source=source)
+        config = values_of(config)
+    return _valid(*build(config), source=source)
 
 
 def _valid(run: RunConfig | None, problems: list[str], *, source: str) -> RunConfig:
