@@ -32,6 +32,10 @@ from llamajax.verbs import output_problem, run_verb
 WARM_UP = 2  # steps after the first that are not counted
 
 
+class DoesNotFit(UserError):
+    """A compiled step that takes more memory than the device has."""
+
+
 @dataclasses.dataclass
 class Run:
     """A compiled step with everything it needs; `step()` is one update, waited for."""
@@ -172,6 +176,21 @@ def compiler_options(text: str) -> dict[str, Any] | None:
         except ValueError:
             found[name] = value
     return found or None
+
+
+def check_fits(run: Run) -> None:
+    """Raise DoesNotFit before a program runs that its compiler says is too large."""
+    import jax
+
+    from llamajax.backends import program_bytes
+
+    needed = program_bytes(run.update)
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if needed and limit and needed > limit:
+        raise DoesNotFit(
+            f"the step takes {needed / 2**30:.1f} GiB of a device, which has "
+            f"{limit / 2**30:.1f}: lower --batch, or keep less with --remat"
+        )
 
 
 def measure(run: Run, *, steps: int) -> dict[str, Any]:
@@ -348,6 +367,7 @@ def measured(flags: argparse.Namespace, *, state: Any = None) -> tuple[dict[str,
     """What the step that the flags describe takes, and the Run, whose state can be used again."""
     config = run_config(flags)
     run = compiled(config, documents=flags.documents, options=flags.compiler_options, state=state)
+    check_fits(run)
     run.step()
     found = {
         "start_up_s": seconds_alive(),
