@@ -51,14 +51,14 @@ def _plain(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece]
 
 def _llama2(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece]:
     """BOS [INST] user [/INST] answer EOS for each turn; system text goes into the first user's."""
-    system = ""
+    system, start = "", [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     for message in messages:
         role, content, _ = message
         if role == "system":
             system = f"<<SYS>>\n{content}\n<</SYS>>\n\n"
         elif role == "user":
             text, system = f"[INST] {(system + content).strip()} [/INST]", ""
-            yield [*tokenizer.start_ids, *tokenizer.encode(text)], False
+            yield [*start, *tokenizer.encode(text)], False
         else:
             # A space on either side, as Meta has it; the one before EOS is learned with the answer.
             answer = tokenizer.encode_continuation(f" {content.strip()} ")

@@ -54,12 +54,30 @@ class TokenFacts:
 
     named: `bos_token`, `eos_token`, `pad_token` ...; None where a file says that there is none.
     added: id of each added token, and whether it is special. chat_template: Jinja's source.
+    add_bos: `add_bos_token`, if stated.
     """
 
     named: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     added: Mapping[str, tuple[int, bool]] = dataclasses.field(default_factory=dict)
     model: ModelIds = dataclasses.field(default_factory=ModelIds)
     chat_template: str | None = None
+    add_bos: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """The tokens of a tokenizer that are no piece of ordinary text.
+
+    bos_id: None if there is none. adds_bos: whether texts begin with it. control_ids: by name; no
+    text encodes to them. added_ids: by name, of ordinary added tokens. warnings: on the choice.
+    """
+
+    bos_id: int | None
+    eos_id: int
+    adds_bos: bool = True
+    control_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    added_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 def read_facts(file: Path) -> TokenFacts:
@@ -90,9 +108,14 @@ def read_facts(file: Path) -> TokenFacts:
             f"{file.parent}: added_tokens.json or added_tokens_decoder of tokenizer_config.json is "
             "malformed; copy it again"
         ) from None
+    add_bos = config.get("add_bos_token")
     template = _chat_template(file.with_name("chat_template.jinja"), config.get("chat_template"))
     return TokenFacts(
-        named=named, added=added, model=model_ids(file.parent), chat_template=template
+        named=named,
+        added=added,
+        model=model_ids(file.parent),
+        chat_template=template,
+        add_bos=add_bos if isinstance(add_bos, bool) else None,
     )
 
 
@@ -133,7 +156,35 @@ def model_ids(directory: Path) -> ModelIds:
     return ModelIds(bos, found.get("eos_token_id", ()), pad)
 
 
-def find_ends(
+def find_special_tokens(
+    path: Path,
+    facts: TokenFacts,
+    vocab: Mapping[str, int],
+    *,
+    own: tuple[int | None, int | None],
+    added: Mapping[str, tuple[int, bool]],
+) -> SpecialTokens:
+    """Return BOS and EOS, and divide the `added` tokens (id, whether special) into two kinds.
+
+    own: BOS and EOS as the tokenizer's file states them. Added tokens that are special, that chat
+    templates insert, or that are BOS or EOS are control tokens; the others are ordinary.
+    """
+    bos, eos, warnings = _find_ends(path, facts, vocab, own=own, added=added)
+    control, ordinary = {}, {}
+    for name, (i, special) in added.items():
+        is_control = special or name in _ALWAYS_CONTROL or i in (bos, eos)
+        (control if is_control else ordinary)[name] = i
+    return SpecialTokens(
+        bos_id=bos,
+        eos_id=eos,
+        adds_bos=facts.add_bos is not False,
+        control_ids=control,
+        added_ids=ordinary,
+        warnings=warnings,
+    )
+
+
+def _find_ends(
     path: Path,
     facts: TokenFacts,
     vocab: Mapping[str, int],
@@ -175,20 +226,6 @@ def find_ends(
             f"tokens: {', '.join(sorted(added)[:20]) or 'none'}"
         )
     return bos, eos, ()
-
-
-def divide_added(
-    added: Mapping[str, tuple[int, bool]], ends: Collection[int | None]
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Divide added tokens (id, whether special) into control tokens and ordinary ones, by name.
-
-    ends: the ids of BOS and EOS.
-    """
-    control, ordinary = {}, {}
-    for name, (i, special) in added.items():
-        is_control = special or name in _ALWAYS_CONTROL or i in ends
-        (control if is_control else ordinary)[name] = i
-    return control, ordinary
 
 
 def foreign_tokens(path: Path, ids: Collection[int], size: int) -> UserError:

@@ -6,14 +6,10 @@ import re
 from pathlib import Path
 
 from llamajax.errors import UserError
-from llamajax.tokenizers.special_tokens import find_ends, read_facts
+from llamajax.tokenizers.safe_cuts import LLAMA3_WORDS, cut_every
+from llamajax.tokenizers.special_tokens import find_special_tokens, read_facts
 from llamajax.tokenizers.tokenizer import Tokenizer, fingerprint_of
 
-# How Llama 3 splits a text into words before it merges; its ranks depend on it.
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _NUM_SPECIALS = 256
 _CONTROL = {
     0: "<|begin_of_text|>", 1: "<|end_of_text|>", 6: "<|start_header_id|>",
@@ -23,6 +19,7 @@ _CONTROL = {
 # cuts its input here. A cut changes the tokens around it: these two numbers belong to the model.
 _MAX_CHARS = 400_000
 _MAX_RUN = 25_000
+_RUN = re.compile(r"\s+|\S+")
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -32,6 +29,7 @@ class TiktokenTokenizer(Tokenizer):
     """
 
     kind = "tiktoken"
+    _part_chars = _MAX_CHARS
 
     def __init__(self, path: Path) -> None:
         import tiktoken
@@ -53,21 +51,25 @@ class TiktokenTokenizer(Tokenizer):
         self.file = path
         self.vocab_size = size + _NUM_SPECIALS
         self.facts = read_facts(path)
-        self.control_ids = {name: size + i for i, name in _CONTROL.items()}
-        self.bos_id, self.eos_id, _ = find_ends(
-            path, self.facts, self.control_ids, own=(size, size + 1), added=()
+        control = {name: size + i for i, name in _CONTROL.items()}
+        self.special = find_special_tokens(
+            path,
+            self.facts,
+            control,
+            own=(size, size + 1),
+            added={name: (i, True) for name, i in control.items()},
         )
-        self.fingerprint = fingerprint_of(self.kind, content, self.bos_id, self.eos_id)
+        self.fingerprint = fingerprint_of(self.kind, content, self.special)
         self._encoding = tiktoken.Encoding(
             name=path.name, pat_str=LLAMA3_WORDS, mergeable_ranks=self.ranks, special_tokens={}
         )
 
+    def safe_cut(self, text: str, at: int) -> int | None:
+        return cut_every(_MAX_CHARS)(text, at)
+
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for start in range(0, len(text), _MAX_CHARS):
-            for piece in cut_long_runs(text[start : start + _MAX_CHARS], _MAX_RUN):
-                ids += self._encoding.encode_ordinary(piece)
-        return ids
+        pieces = cut_long_runs(text, _MAX_RUN)
+        return [i for piece in pieces for i in self._encoding.encode_ordinary(piece)]
 
     def _decode(self, ids: list[int]) -> str:
         known = [i for i in ids if i < len(self.ranks)]
@@ -75,10 +77,14 @@ class TiktokenTokenizer(Tokenizer):
 
 
 def cut_long_runs(text: str, size: int) -> list[str]:
-    """Cut a text so that no run of spaces, or of non-spaces, exceeds `size` characters."""
-    if len(text) <= size:
-        return [text]
-    cuts = [0]
-    for run in re.finditer(r"\s+|\S+", text):
-        cuts += range(run.start() + size, run.end(), size)
+    """Cut a text so that no run of spaces, or of non-spaces, exceeds `size` characters.
+
+    A longer run holds a multiple of `size`, so that only the runs there are looked at.
+    """
+    cuts, end = [0], 0
+    for at in range(0, len(text), size):
+        if at >= end:
+            before = _RUN.match(text[max(0, at - size + 1) : at + 1][::-1]).end()
+            end = _RUN.match(text, at).end()
+            cuts += range(at + 1 - before + size, end, size)
     return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]

@@ -4,13 +4,18 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+
+import numpy as np
 
 from llamajax.errors import UserError
-from llamajax.tokenizers.special_tokens import TokenFacts, copy_companions, read_facts
+from llamajax.tokenizers.special_tokens import (
+    SpecialTokens,
+    TokenFacts,
+    copy_companions,
+    read_facts,
+)
 
 
 class Tokenizer:
@@ -21,21 +26,44 @@ class Tokenizer:
 
     kind: str
     vocab_size: int
-    bos_id: int | None  # None: texts begin without one
-    eos_id: int
+    special: SpecialTokens
     fingerprint: str  # sha256 of all that decides about encoding and decoding
     facts: TokenFacts = TokenFacts()
-    warnings: tuple[str, ...] = ()
-    control_ids: Mapping[str, int] = MappingProxyType({})  # by name; no text encodes to them
-    added_ids: Mapping[str, int] = MappingProxyType({})  # by name, of ordinary added tokens
     file: Path | None = None
+    # Texts are encoded in parts of about so many characters, where `safe_cut` finds cuts.
+    _part_chars = 50_000
     # Of a model that puts a space before texts: number of tokens of "\n" at the start of a text.
     _after_newline = 0
 
     @property
+    def bos_id(self) -> int | None:
+        """The token that begins texts, None if there is none; `start_ids` says whether it does."""
+        return self.special.bos_id
+
+    @property
+    def eos_id(self) -> int:
+        """The token after texts."""
+        return self.special.eos_id
+
+    @property
+    def control_ids(self) -> Mapping[str, int]:
+        """Control tokens by name; no text encodes to them."""
+        return self.special.control_ids
+
+    @property
+    def added_ids(self) -> Mapping[str, int]:
+        """Ordinary added tokens by name."""
+        return self.special.added_ids
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user of this tokenizer should know."""
+        return self.special.warnings
+
+    @property
     def start_ids(self) -> list[int]:
-        """The tokens before a text: BOS, or none."""
-        return [] if self.bos_id is None else [self.bos_id]
+        """The tokens before a text: BOS, or none (no BOS, or `add_bos_token: false`)."""
+        return [self.bos_id] if self.special.adds_bos and self.bos_id is not None else []
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -44,16 +72,31 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, without BOS and EOS. Control tokens in it are text."""
-        return self._encode(well_formed(text))
+        return self.encode_array(text).tolist()
 
     def encode_continuation(self, text: str) -> list[int]:
         """Return the tokens of a text that follows another: no space is put before it.
 
         `decode(encode(a) + encode_continuation(b))` is a + b.
         """
-        if not self._after_newline:
-            return self.encode(text)
-        return self.encode("\n" + text)[self._after_newline :]
+        return self.encode_array(text, continues=True).tolist()
+
+    def encode_array(self, text: str, *, continues: bool = False) -> np.ndarray:
+        """Return the tokens of a text, or of one that follows another, as uint32."""
+        parts = []
+        for part in self._parts(well_formed(text)):
+            drop = self._after_newline if continues else 0
+            ids = self._encode("\n" + part if drop else part)
+            parts.append(np.asarray(ids, np.uint32)[drop:])
+            continues = True
+        return np.concatenate(parts)
+
+    def safe_cut(self, text: str, at: int) -> int | None:
+        """Return the first place from `at` on where `text` may be cut; None if there is none.
+
+        The text before it and its continuation from there have the tokens that the whole has.
+        """
+        return None
 
     def encode_rendered(self, text: str, *, as_text: str) -> list[int]:
         """Return the tokens of a rendered chat template: names of control tokens are those tokens.
@@ -86,19 +129,29 @@ class Tokenizer:
         copy_companions(self.file, directory)
         return name
 
-    def _encode(self, text: str) -> list[int]:
+    def _parts(self, text: str) -> Iterator[str]:
+        """Cut a text where that changes no token; at least one part."""
+        start = 0
+        while len(text) - start > self._part_chars:
+            end = self.safe_cut(text, start + self._part_chars)
+            if end is None:
+                break
+            yield text[start:end]
+            start = end
+        yield text[start:] if start else text
+
+    def _encode(self, text: str) -> Sequence[int] | np.ndarray:
         raise NotImplementedError
 
     def _decode(self, ids: list[int]) -> str:
         raise NotImplementedError
 
 
-def fingerprint_of(kind: str, content: bytes, *facts: Any) -> str:
-    """Return the hash of a tokenizer's file and of the other facts that its ids depend on.
-
-    An empty dict, of no added tokens, counts for nothing.
-    """
-    head = json.dumps([kind, *(fact for fact in facts if fact != {})]).encode() + b"\n"
+def fingerprint_of(kind: str, content: bytes, special: SpecialTokens) -> str:
+    """Return the hash of a tokenizer's file and of the other facts that its ids depend on."""
+    facts = [kind, special.bos_id if special.adds_bos else None, special.eos_id]
+    facts += [special.added_ids] if special.added_ids else []
+    head = json.dumps(facts).encode() + b"\n"
     return hashlib.sha256(head + content).hexdigest()
 
 
@@ -115,16 +168,20 @@ class ByteTokenizer(Tokenizer):
     """The 256 byte values, then BOS 256 and EOS 257. Decoding restores every text."""
 
     kind = "byte"
-    vocab_size, bos_id, eos_id = 258, 256, 257
-    control_ids = MappingProxyType({"<s>": 256, "</s>": 257})
-    fingerprint = fingerprint_of("byte", b"", 258, 256, 257)
+    vocab_size = 258
+    special = SpecialTokens(bos_id=256, eos_id=257, control_ids={"<s>": 256, "</s>": 257})
+    # Of its vocabulary, BOS and EOS, as in data that was prepared before.
+    fingerprint = hashlib.sha256(b'["byte", 258, 256, 257]\n').hexdigest()
 
     def __init__(self, file: Path | None = None) -> None:
         self.file = file
         self.facts = TokenFacts() if file is None else read_facts(file)
 
-    def _encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
+    def safe_cut(self, text: str, at: int) -> int | None:
+        return at if at < len(text) else None
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), np.uint8)
 
     def _decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace")

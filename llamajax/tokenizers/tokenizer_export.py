@@ -13,8 +13,9 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from llamajax.tokenizers.byte_level import BYTE_LETTERS
+from llamajax.tokenizers.safe_cuts import LLAMA3_WORDS
 from llamajax.tokenizers.special_tokens import ModelIds, copy_companions, write_model_ids
-from llamajax.tokenizers.tiktoken_ranks import LLAMA3_WORDS
 from llamajax.tokenizers.tokenizer import Tokenizer
 
 _SPACE = "\u2581"
@@ -46,7 +47,7 @@ def export_tokenizer(tokenizer: Tokenizer, directory: Path) -> list[str]:
     else:
         spec = _byte_level_spec(tokenizer)
     if spec is not None:
-        if tokenizer.bos_id is not None:  # before every text, as the Llamas were trained
+        if tokenizer.start_ids:  # before every text, as the Llamas were trained
             bos = spec.id_to_token(tokenizer.bos_id)
             spec.post_processor = processors.TemplateProcessing(
                 single=f"{bos} $A",
@@ -140,8 +141,7 @@ def _byte_level_spec(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
         # Llama 3 numbers those without a use.
         unused = [i for i in range(len(ranks), tokenizer.vocab_size) if i not in control]
         control |= {i: f"<|reserved_special_token_{n}|>" for n, i in enumerate(unused)}
-    letters = _byte_letters()
-    vocab = {"".join(letters[b] for b in token): ranks[token] for token in ranks}
+    vocab = {"".join(BYTE_LETTERS[b] for b in token): ranks[token] for token in ranks}
     merges = _merges(sorted(vocab, key=vocab.__getitem__))
     spec = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -165,11 +165,3 @@ def _merges(pieces: list[str]) -> list[tuple[str, str]]:
 def _add_tokens(spec: tokenizers.Tokenizer, tokens: list[tuple[str, bool]]) -> None:
     """Add tokens by name, each with whether it is special."""
     spec.add_tokens([tokenizers.AddedToken(n, special=s, normalized=False) for n, s in tokens])
-
-
-def _byte_letters() -> list[str]:
-    """Return the printable character for each byte in a byte-level vocabulary (GPT-2's)."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in shown]
-    letters = {b: chr(b) for b in shown} | {b: chr(256 + n) for n, b in enumerate(hidden)}
-    return [letters[b] for b in range(256)]

@@ -19,7 +19,8 @@ _PROBE = (
 
 def tokenizer_record(tokenizer: Tokenizer) -> dict[str, Any]:
     """Describe a tokenizer, for a checkpoint to be compared with later ones."""
-    ids = json.dumps([tokenizer.bos_id, tokenizer.eos_id, tokenizer.encode(_PROBE)])
+    first = next(iter(tokenizer.start_ids), None)
+    ids = json.dumps([first, tokenizer.eos_id, tokenizer.encode(_PROBE)])
     return {
         "kind": tokenizer.kind,
         "vocab_size": tokenizer.vocab_size,

@@ -1,18 +1,57 @@
 """Tokenizers of Hugging Face: `tokenizer.json`, and the files beside it."""
 
+import dataclasses
+import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llamajax.errors import UserError
+from llamajax.tokenizers.byte_level import proven_encoding
+from llamajax.tokenizers.safe_cuts import cuts_of_json
 from llamajax.tokenizers.special_tokens import (
-    divide_added,
-    find_ends,
+    SpecialTokens,
+    find_special_tokens,
     foreign_tokens,
     num_used,
     read_facts,
 )
+from llamajax.tokenizers.tiktoken_ranks import cut_long_runs
 from llamajax.tokenizers.tokenizer import Tokenizer, fingerprint_of
+
+# Shorter texts are not worth the second that the proof for tiktoken takes; in longer words tiktoken
+# is slow, in time that grows with the square of the length.
+_FAST_CHARS, _FAST_WORD_CHARS = 20_000, 2_000
+
+
+class _PlainEncoder:
+    """The library's tokenizer without the control tokens, and tiktoken where it makes the same ids.
+
+    spec: the tokenizer.json. ids: of the added tokens that it keeps.
+    """
+
+    def __init__(self, spec: dict[str, Any], ids: Mapping[str, int]) -> None:
+        import tokenizers
+
+        self._spec = spec
+        self._model = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        # It lacks some added tokens, so that it numbers the others anew.
+        pairs = [(self._model.token_to_id(name), i) for name, i in ids.items()]
+        self._renumbered = {theirs: i for theirs, i in pairs if theirs != i}
+        self.find_cut = cuts_of_json(spec)
+
+    @functools.cached_property
+    def _fast(self) -> Any:
+        """A tiktoken encoding; None where it is not proven to make the same ids."""
+        return proven_encoding(self._spec)
+
+    def encode(self, text: str) -> list[int]:
+        is_long = len(text) >= _FAST_CHARS and len(cut_long_runs(text, _FAST_WORD_CHARS)) == 1
+        if is_long and self._fast:
+            return self._fast.encode_ordinary(text)
+        ids = self._model.encode(text, add_special_tokens=False).ids
+        return [self._renumbered.get(i, i) for i in ids] if self._renumbered else ids
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -47,32 +86,40 @@ class HuggingFaceTokenizer(Tokenizer):
                 raise foreign_tokens(path, [i for i, *_ in more], len(vocab))
             spec, vocab = json.loads(full.to_str()), full.get_vocab(with_added_tokens=True)
         self.vocab_size = num_used(vocab)
-        listed = {t["content"]: (t["id"], t["special"]) for t in spec.get("added_tokens") or []}
-        ends = _ends_of_template(spec.get("post_processor"))
-        own = tuple(vocab.get(end or "") for end in ends)
-        self.bos_id, self.eos_id, self.warnings = find_ends(
-            path, self.facts, vocab, own=own, added=listed
-        )
-        self.control_ids, self.added_ids = divide_added(listed, (self.bos_id, self.eos_id))
-        self._control = {*self.control_ids.values(), self.bos_id, self.eos_id}
-        self.fingerprint = fingerprint_of(
-            self.kind, content, self.bos_id, self.eos_id, self.added_ids
-        )
+        self.special = self._special_tokens(spec, vocab)
+        self.fingerprint = fingerprint_of(self.kind, content, self.special)
         full.no_truncation()
         full.no_padding()
         self._decoder = full
         names = {name for name, i in vocab.items() if i in self._control}
-        self._encoder = tokenizers.Tokenizer.from_str(json.dumps(_without_control(spec, names)))
-        # The encoder lacks some added tokens, so that it numbers the others anew.
-        pairs = [(self._encoder.token_to_id(name), i) for name, i in self.added_ids.items()]
-        self._renumbered = {theirs: i for theirs, i in pairs if theirs != i}
+        self._encoder = _PlainEncoder(_without_control(spec, names), self.added_ids)
         newline = self._encode("\n")
         if len(newline) == 2 and full.id_to_token(newline[0]) == "\u2581":
             self._after_newline = 2
 
+    @property
+    def _control(self) -> set[int | None]:
+        return {*self.control_ids.values(), self.bos_id, self.eos_id}
+
+    def _special_tokens(self, spec: dict[str, Any], vocab: dict[str, int]) -> SpecialTokens:
+        """Find BOS, EOS and added tokens. The post-processor states what begins and ends a text."""
+        ends = _ends_of_template(spec.get("post_processor"))
+        own = tuple(vocab.get(end or "") for end in ends)
+        listed = {t["content"]: (t["id"], t["special"]) for t in spec.get("added_tokens") or []}
+        special = find_special_tokens(self.file, self.facts, vocab, own=own, added=listed)
+        if own[0] is None or special.adds_bos:
+            return special
+        warning = (
+            f"{self.file} puts {ends[0]} before every text, although tokenizer_config.json has "
+            "add_bos_token: false; transformers ignores that beside a tokenizer.json, and so do we"
+        )
+        return dataclasses.replace(special, adds_bos=True, warnings=(*special.warnings, warning))
+
+    def safe_cut(self, text: str, at: int) -> int | None:
+        return self._encoder.find_cut and self._encoder.find_cut(text, at)
+
     def _encode(self, text: str) -> list[int]:
-        ids = self._encoder.encode(text, add_special_tokens=False).ids
-        return [self._renumbered.get(i, i) for i in ids] if self._renumbered else ids
+        return self._encoder.encode(text)
 
     def encode_rendered(self, text: str, *, as_text: str) -> list[int]:
         if as_text in text:
@@ -80,8 +127,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._decoder.encode(text, add_special_tokens=False).ids  # as transformers does
 
     def _decode(self, ids: list[int]) -> str:
-        plain = [i for i in ids if i not in self._control]
-        return self._decoder.decode(plain, skip_special_tokens=False)
+        control = self._control
+        return self._decoder.decode([i for i in ids if i not in control], skip_special_tokens=False)
 
 
 def _without_control(spec: dict[str, Any], names: set[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Instruction data: lines read, prepared, and batches in which only the answers count."""
 
+import dataclasses
 import gzip
 import json
 import math
@@ -241,7 +242,8 @@ def test_a_bad_line_is_named_before_anything_is_tokenized(prepared_pairs, monkey
 @pytest.mark.parametrize("template", ["llama2", "chatml"])
 def test_an_answer_of_weight_0_carries_no_loss(template):
     tokenizer = load_tokenizer("byte")
-    tokenizer.control_ids = {"<|im_start|>": 256, "<|im_end|>": 257}
+    control = {"<|im_start|>": 256, "<|im_end|>": 257}
+    tokenizer.special = dataclasses.replace(tokenizer.special, control_ids=control)
     lines = chat({"weight": 0}, {"weight": 1}, {})
     messages, problems = parse_example({"messages": lines}, template)
     assert problems == []

@@ -69,6 +69,10 @@ FORMS = {  # files, BOS, all EOS
                     "config": LLAMA | {"eos_token_id": 259},
                     "generation_config": {"eos_token_id": [259, 262], "pad_token_id": 261}},
                    258, (259, 262)),
+    "add_bos_token": ({"tokenizer_config": named(bos_token=A, eos_token=B, add_bos_token=False)},
+                      258, (259,)),
+    "add_eos_token": ({"tokenizer_config": named(bos_token=A, eos_token=B, add_eos_token=True)},
+                      258, (259,)),
 }  # fmt: skip
 
 
@@ -82,8 +86,34 @@ def test_ends_of_a_text_in_every_form_and_from_every_writer(
     tokenizer.save(tmp_path / "copy")
     for read in (tokenizer, load_tokenizer(tmp_path / "copy"), export(tokenizer)):
         assert (read.bos_id, read.eos_id, read.stop_ids) == (bos, stops[0], stops)
+        assert bool(read.start_ids) == (bos is not None and form != "add_bos_token")
         assert read.facts.model.pad_id == (261 if form == "generation" else None)
         assert read.warnings == ()
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_a_model_file_follows_add_bos_token(name, assets, tmp_path, store, export):
+    """As transformers does: its ids of "a" with True and False are [1, 263] and [263]."""
+    shutil.copyfile(assets / "tokenizers" / f"{name}.model", tmp_path / "tokenizer.model")
+    both = []
+    for add in (True, False):
+        both.append(load_tokenizer(store(tmp_path, tokenizer_config={"add_bos_token": add})))
+    assert [len(each.start_ids) for each in both] == [1, 0]
+    assert not same_tokens(*both)
+    exported = export(both[1])
+    assert (exported.bos_id, exported.start_ids) == (both[0].bos_id, [])
+
+
+def test_a_tokenizer_json_decides_about_its_bos_itself(tmp_path, byte_level, store):
+    """transformers reads no add_bos_token beside a tokenizer.json that writes a BOS."""
+    model = byte_level(SPECIALS)
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|a|> $A", special_tokens=[("<|a|>", 258)]
+    )
+    config = named(bos_token=A, eos_token=B, add_bos_token=False)
+    tokenizer = load_tokenizer(store(tmp_path, model, tokenizer_config=config))
+    assert tokenizer.start_ids == [258]
+    assert "add_bos_token: false; transformers ignores that" in tokenizer.warnings[0]
 
 
 def test_one_token_at_both_ends_is_the_last_resort_and_named(tmp_path, byte_level, store):

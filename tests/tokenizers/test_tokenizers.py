@@ -1,5 +1,8 @@
 """Tokenizers: round trips, no control token out of a text, clear refusals."""
 
+import itertools
+import random
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from llamajax.corpus.holdout import DocumentPart
 from llamajax.corpus.tokenizer_training import train_tokenizer
 from llamajax.data import load_tokenizer
 from llamajax.errors import UserError
+from llamajax.tokenizers.byte_level import proven_encoding
 from llamajax.tokenizers.tiktoken_ranks import cut_long_runs
 
 CONTROL = (
@@ -105,6 +109,44 @@ def test_texts_without_a_space_end_in_time(request, name):
 )
 def test_long_runs_are_cut(text, pieces):
     assert cut_long_runs(text, 3) == pieces
+
+
+def test_long_runs_are_cut_wherever_they_begin():
+    rng = random.Random(0)
+    for _ in range(500):
+        text = "".join(rng.choice("ab \n") * rng.choice((1, 2, 9)) for _ in range(12))
+        runs = re.finditer(r"\s+|\S+", text)
+        cuts = [0, *(c for run in runs for c in range(run.start() + 4, run.end(), 4)), len(text)]
+        assert cut_long_runs(text, 4) == [text[a:b] for a, b in itertools.pairwise(cuts)]
+
+
+@pytest.mark.parametrize("name", ["byte", "trained", "hugging_face"])
+def test_a_cut_changes_no_token(name, request, monkeypatch):
+    tokenizer = load_tokenizer("byte" if name == "byte" else request.getfixturevalue(name))
+    text = " ".join(TRICKY)
+    whole = tokenizer.encode(text)
+    for size in (1, 50):
+        monkeypatch.setattr(tokenizer, "_part_chars", size)
+        assert len(list(tokenizer._parts(text))) > 50 / size
+        assert tokenizer.encode(text) == whole
+
+
+def test_tiktoken_is_taken_only_where_it_is_proven_equal(ranks, export, tmp_path):
+    tokenizer = export(load_tokenizer(ranks))
+    spec = tokenizer._encoder._spec
+    text = "the <s> thethe  \n\n 1234 don't ſ " * 9
+    assert proven_encoding(spec).encode_ordinary(text) == tokenizer.encode(text)
+    model, split = spec["model"], spec["pre_tokenizer"]["pretokenizers"]
+    assert len(model["merges"]) > 4
+    other_words = split[0] | {"pattern": {"Regex": r"\s+|\S+"}}
+    for change in (
+        {"model": model | {"merges": model["merges"][::-1]}},
+        {"model": model | {"merges": model["merges"][1:]}},
+        {"model": model | {"ignore_merges": False}},
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": spec["pre_tokenizer"] | {"pretokenizers": [other_words, split[1]]}},
+    ):
+        assert proven_encoding(spec | change) is None
 
 
 def test_hugging_face_control_words_in_the_vocabulary_are_out_of_reach(tmp_path, store):

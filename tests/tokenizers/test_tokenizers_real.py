@@ -9,6 +9,7 @@ import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 
 from llamajax.data import load_tokenizer
+from llamajax.tokenizers.tokenizer_export import export_tokenizer
 
 CHARS = 250_000  # of each text
 TRAPS = [
@@ -67,5 +68,30 @@ def test_known_ids_and_the_two_things_that_a_round_trip_changes(both):
     assert tokenizer.decode(tokenizer.encode("a\ud83e b")) == "a\ufffd b"  # a half surrogate
     # SentencePiece writes a space as U+2581, so that it comes back as one.
     assert tokenizer.decode(tokenizer.encode("x\u2581y")) == ("x y" if is_llama2 else "x\u2581y")
-    if is_llama2:
-        assert tokenizer._line_start == 1  # lines are encoded one by one, three times faster
+
+
+def test_texts_in_parts_of_any_size(both, texts, tmp_path, monkeypatch):
+    """A text is encoded in parts, also as tokenizer.json: a cut changes no token."""
+    tokenizer, encode, *_ = both
+    export_tokenizer(tokenizer, tmp_path)
+    (tmp_path / "tokenizer.model").unlink(missing_ok=True)
+    exported = load_tokenizer(tmp_path)
+    for size in (1, 300):
+        for each in (exported, tokenizer) if tokenizer.kind == "sentencepiece" else (exported,):
+            monkeypatch.setattr(each, "_part_chars", size)
+            for text in texts:
+                text = text[:40_000]
+                assert max(map(len, each._parts(text))) < 1000
+                assert each.encode(text) == encode(text), text[:80]
+
+
+def test_llama3_as_json_takes_the_fast_engine(both, texts, tmp_path, monkeypatch):
+    tokenizer, encode, *_ = both
+    if tokenizer.kind == "tiktoken":
+        monkeypatch.setattr("llamajax.tokenizers.tokenizer_json._FAST_CHARS", 0)
+        export_tokenizer(tokenizer, tmp_path)
+        exported = load_tokenizer(tmp_path)
+        slow = exported._encoder._model.encode
+        assert exported._encoder._fast is not None
+        for text in texts:
+            assert exported.encode(text) == encode(text) == slow(text, add_special_tokens=False).ids
