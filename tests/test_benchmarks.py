@@ -1,5 +1,6 @@
 """The benchmarks run as a user runs them, small; how fast they are is not looked at."""
 
+import json
 import os
 import re
 import subprocess
@@ -35,16 +36,82 @@ def number(text: str) -> float:
     return float(text.split()[0].replace(",", ""))
 
 
-def test_train_step_prints_one_table():
+def test_train_step_prints_one_table_and_writes_it_as_json(tmp_path):
+    file = tmp_path / "step.json"
     rows = rows_of(
         run("train_step.py", "--preset=tiny", "--batch=2", "--seq_len=16", "--steps=3",
-            "--num_cpu_devices=2", "--mesh=data=2", "--accumulation=1")
+            "--num_cpu_devices=2", "--mesh=data=2", "--accumulation=1", f"--json={file}",
+            "--documents=3", "--remat=full", "--remat_keep=gate,up", "--moment_dtype=bfloat16",
+            "--compiler_options=xla_cpu_enable_fast_math=false")
     )  # fmt: skip
     assert rows["machine"] == "cpu, cpu, data 2 (2 devices)"
     assert "of 3 steps" in rows["step time"]
+    assert "of 3 steps" in rows["step time, waited for"]
+    assert rows["batch"].endswith("3 document(s) a row")
+    assert "remat full, keeping gate, keeping up" in rows["compute"]
+    assert rows["compute"].endswith("first moment bfloat16")
+    assert rows["compiler options"] == "xla_cpu_enable_fast_math=false"
+    found = json.loads(file.read_text())
+    assert found["loss_last"] < found["loss_first"]
+    assert found["tokens_per_s"] == 32 / found["step_s"]
     assert rows["MFU, causal half of it"].startswith("null, peak unknown")
     assert rows["peak memory"].endswith("(process peak RSS)")
     assert number(rows["tokens/s"]) > 0
+
+
+_CPU = """
+[[device]]
+kind = "cpu"
+bfloat16 = 1e12
+float32 = 1e12
+memory_gib = 8
+hbm_bytes_per_s = 1e10
+fast_bytes_per_s = 1e9
+source = "this test"
+"""
+# What a machine with a card may not have; the script needs jax, flax, optax and orbax alone.
+_ABSENT = ("array_record", "grain", "ml_collections", "pyarrow", "sentencepiece", "tensorboardX",
+           "tiktoken", "tokenizers", "tqdm")  # fmt: skip
+
+
+def test_accelerator_goes_on_where_it_was_killed_or_out_of_time(tmp_path):
+    (tmp_path / "cpu.toml").write_text(_CPU)
+    for name in _ABSENT:
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} was imported')")
+    output = tmp_path / "output"
+
+    def accelerator(*flags: str) -> tuple[int, dict]:
+        command = [sys.executable, "benchmarks/accelerator.py", f"--output={output}", *flags]
+        paths = f"{tmp_path}{os.pathsep}{REPOSITORY}"
+        done = subprocess.run(
+            [*command, f"--device_table={tmp_path / 'cpu.toml'}"], cwd=REPOSITORY,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}, timeout=300,
+            stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert not done.stderr, done.stderr
+        found = json.loads((output / "results.json").read_text())
+        return done.returncode, {(row["part"], row["name"]): row for row in found["rows"]}
+
+    code, first = accelerator("--parts=parity")
+    assert code == 0
+    assert {part for part, _ in first} == {"environment", "parity"}
+    assert all(row["right"] and row["same_bits_twice"] for row in [*first.values()][1:])
+
+    with (output / "results.jsonl").open("a") as file:
+        file.write('{"part": "32m", "na')  # killed while it wrote
+    code, second = accelerator("--parts=parity,32m", "--minutes=0.01")
+    (name,) = {key for key in second if key not in first}
+    assert code == 1
+    assert second[name]["status"] == "skipped"
+    assert "s of --minutes=0.01 were left" in second[name]["reason"]
+
+    code, third = accelerator("--parts=parity,32m")
+    assert code == 0
+    assert {key: third[key] for key in first} == first  # kept, not measured again
+    assert third[name]["predicted_step_s"] > 0
+    assert third[name]["tokens_per_s"] > 0
+    table = json.loads((output / "results.json").read_text())["table"]
+    assert re.search(rf"\| predicted \| {name[1]} \| .* ms predicted, .* measured", table)
 
 
 def test_decode_prints_one_table():
@@ -68,6 +135,11 @@ def test_decode_prints_one_table():
         ("train_step.py", "--batch=3 --accumulation=2", "data.global_batch_size = 3"),
         ("train_step.py", "--seq_len=4096", "longer than model.max_seq_len = 2048"),
         ("train_step.py", "--steps=0", "--steps=0"),
+        ("train_step.py", "--documents=-1", "--documents=-1: 0 to --seq_len=512"),
+        ("train_step.py", "--compiler_options=fast", "'fast' is not NAME=VALUE"),
+        ("train_step.py", "--remat_keep=gates", "train.remat_keep"),
+        ("accelerator.py", "--parts=7b,8b", "no part '8b'; parts: environment,parity,7b"),
+        ("accelerator.py", "--minutes=0", "--minutes=0: must be above 0"),
         ("decode.py", "--new_tokens=1", "--new_tokens=1: two at least"),
         ("decode.py", "--rounds=0", "--rounds=0: must be at least 1"),
         ("decode.py", "--preset=tiny --prompt_len=4096", "are more than the"),
