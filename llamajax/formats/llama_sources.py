@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llamajax.checkpoint.restore import Checkpoint, check_same_model, restore_state
 from llamajax.checkpoint.stored_array import StoredArray
-from llamajax.config.schema import LORA_TARGETS, LoraConfig, ModelConfig
+from llamajax.config.schema import LoraConfig, ModelConfig
 from llamajax.formats.foreign_weights import Index, TensorSource
-from llamajax.formats.huggingface.hf_names import Tensor, tensors, to_theirs
+from llamajax.formats.huggingface.hf_names import TABLE, Tensor, tensors, to_theirs
 from llamajax.formats.huggingface.hf_read import named_weights
 from llamajax.sharding import letters
 
@@ -127,41 +127,69 @@ def read_factors(checkpoint: Checkpoint) -> dict[str, Factors]:
     return {target: Factors(**found[target]) for target in targets}
 
 
+class Pair(NamedTuple):
+    """The adapter of one matrix (out, in) of Hugging Face: A (R, in), B (out, R), float32."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+
+def pairs_of(factors: Mapping[str, Factors], lora: LoraConfig) -> dict[str, Pair]:
+    """Return adapters by the tensor that they are added to.
+
+    `in` and `out` are our dims flattened, so nothing is permuted.
+    """
+    found = {}
+    for row in TABLE:
+        ours = factors.get(row.ours.rpartition("/")[2])
+        for layer in range(0 if ours is None else len(ours.a)):
+            a, b = ours.a[layer], ours.b[layer]
+            pair = Pair(
+                a.reshape(-1, a.shape[-1]).T, b.reshape(b.shape[0], -1).T, lora.alpha / lora.rank
+            )
+            found[row.theirs.format(layer)] = pair
+    return found
+
+
 class MergedSource(_LlamaSource):
     """A base with adapters added to its matrices, tensor by tensor in float32.
 
-    The base is rounded to the dtype in which it was held in training. The formula of one matrix is
-    that of `models.lora.merge`.
+    base_dtype: the dtype to which the base's matrices were rounded in training; None: not rounded.
+    replaced: tensors that stand for those of the base.
     """
 
     def __init__(
         self,
         base: TensorSource,
         model: ModelConfig,
-        factors: Mapping[str, Factors],
-        lora: LoraConfig,
+        pairs: Mapping[str, Pair],
+        *,
+        base_dtype: str | None = None,
+        replaced: TensorSource | None = None,
     ):
         super().__init__(model)
-        self._base, self._factors, self._lora = base, factors, lora
+        self._base, self._pairs, self._base_dtype = base, pairs, base_dtype
+        self._replaced = replaced
+        self._in_replaced = set() if replaced is None else set(replaced.names())
 
     def dtype(self, name: str) -> np.dtype:
         return np.dtype("float32")
 
     def where(self, name: str) -> str:
-        return self._base.where(name)
+        if name in self._in_replaced:
+            return self._replaced.where(name)
+        return self._base.where(name) + (" with adapters" if name in self._pairs else "")
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        tensor = self._tensors[name]
+        if name in self._in_replaced:
+            return self._replaced.read(name, index).astype(np.float32)
         weight = self._base.read(name, index)
-        if weight.ndim > 1:
-            weight = weight.astype(jnp.dtype(self._lora.base_dtype))
+        if weight.ndim > 1 and self._base_dtype is not None:
+            weight = weight.astype(jnp.dtype(self._base_dtype))
         weight = weight.astype(np.float32)
-        target = tensor.row.ours.rpartition("/")[2]
-        if target not in self._factors:
+        if name not in self._pairs:
             return weight
-        a, b = (side[tensor.layer] for side in self._factors[target])
-        product = a.reshape(-1, a.shape[-1]) @ b.reshape(b.shape[0], -1)
-        product = product.reshape(*a.shape[:-1], *b.shape[1:])
-        added = to_theirs(product, tensor.row, "".join(LORA_TARGETS[target]), self._model)
-        scale = np.float32(self._lora.alpha / self._lora.rank)
-        return weight + scale * (added if index is None else added[index])
+        a, b, scale = self._pairs[name]
+        rows, columns = index or (slice(None), slice(None))
+        return weight + np.float32(scale) * (b[rows] @ a[:, columns])

@@ -30,10 +30,17 @@ from llamajax.formats.foreign_weights import ForeignWeights, TensorSource
 from llamajax.formats.gguf import gguf_config
 from llamajax.formats.huggingface import hf_read
 from llamajax.formats.huggingface.hf_names import tensors
-from llamajax.formats.llama_sources import CheckpointSource, MergedSource, read_factors
+from llamajax.formats.llama_sources import (
+    CheckpointSource,
+    MergedSource,
+    pairs_of,
+    read_factors,
+)
 from llamajax.formats.meta import meta_config
+from llamajax.formats.peft import PeftAdapters, find_base, is_peft, open_adapters, read_peft_config
 from llamajax.tokenizers import Tokenizer
 from llamajax.tokenizers.loading import find_tokenizer
+from llamajax.tokenizers.special_tokens import model_ids
 from llamajax.tokenizers.tokenizer_identity import load_recorded
 
 # Kind -> what opens a path: returns None if it is of another kind, UserError if it is broken.
@@ -52,11 +59,11 @@ _FINGERPRINT_ROWS = 4
 class Weights:
     """Opened weights, checked as far as headers allow; nothing is read yet.
 
-    kind: llamajax, or one of RECOGNIZERS. path: what was opened; for llamajax the checkpoint of one
-    step. tokenizer: what `load_tokenizer` takes, None where there is none. tokenizer_record: what a
-    checkpoint says of the tokenizer that it was trained with, if it does. checkpoint: None for a
-    foreign kind. source: the tensors of a foreign kind, None for llamajax. base and lora: of a
-    checkpoint of adapters, what those are added to; it is read as the merged model.
+    kind: llamajax, peft, or one of RECOGNIZERS. path: what was opened; for llamajax the checkpoint
+    of one step. tokenizer: what `load_tokenizer` takes, None where there is none. tokenizer_record:
+    what a checkpoint says of the tokenizer that it was trained with, if it does. checkpoint: of
+    llamajax; source: the tensors of another kind. base: what adapters are added to; they are read
+    as the merged model. lora: the config of our adapters; adapters: those of PEFT.
     """
 
     kind: str
@@ -68,6 +75,7 @@ class Weights:
     tokenizer_record: Mapping[str, Any] | None = None
     base: "Weights | None" = None
     lora: LoraConfig | None = None
+    adapters: PeftAdapters | None = None
 
     @property
     def step(self) -> int | None:
@@ -76,15 +84,22 @@ class Weights:
 
     def load_tokenizer(self) -> Tokenizer | None:
         """Load the tokenizer. UserError if the checkpoint was trained with another one."""
-        return load_recorded(self.tokenizer, self.tokenizer_record, of=self.path)
+        found = load_recorded(self.tokenizer, self.tokenizer_record, of=self.path)
+        if found is not None and self.adapters is not None and not found.facts.model.eos_ids:
+            # PEFT keeps a copy of the tokenizer, but not of what ends a text.
+            found.facts = dataclasses.replace(found.facts, model=model_ids(self.base.path))
+        return found
 
     def fingerprint(self) -> str:
         """Return an identity of these weights: equal for a copy, another after any training.
 
         Of foreign weights it covers the shape, dtype and first rows of each tensor.
         """
-        if self.source is None:
+        if self.checkpoint is not None:
             return self.checkpoint.manifest.fingerprint
+        if self.adapters is not None:
+            both = self.base.fingerprint() + self.adapters.fingerprint
+            return hashlib.sha256(both.encode()).hexdigest()
         digest, available = hashlib.sha256(), set(self.source.names())
         for tensor in tensors(self.model):
             if tensor.name in available:
@@ -106,8 +121,12 @@ class Weights:
             return self.source
         if self.base is None:
             return CheckpointSource(self.checkpoint, self.model, abstract_model)
-        factors = read_factors(self.checkpoint)
-        return MergedSource(self.base.tensors(abstract_model), self.model, factors, self.lora)
+        base = self.base.tensors(abstract_model)
+        if self.adapters is not None:
+            pairs, replaced = self.adapters.pairs, self.adapters.replaced
+            return MergedSource(base, self.model, pairs, replaced=replaced)
+        pairs = pairs_of(read_factors(self.checkpoint), self.lora)
+        return MergedSource(base, self.model, pairs, base_dtype=self.lora.base_dtype)
 
     def load(self, abstract_model: Any) -> Any:
         """Read a model like `abstract_model`, each leaf straight into its shards.
@@ -141,6 +160,8 @@ def open_weights(path: str | PurePath) -> Weights:
     checkpoint = _checkpoint_in(path)
     if checkpoint is not None:
         return _of_checkpoint(checkpoint, run=path)
+    if is_peft(path):
+        return _of_peft(path)
     for kind, recognize in RECOGNIZERS.items():
         found = recognize(path)
         if found is not None:
@@ -152,17 +173,28 @@ def open_weights(path: str | PurePath) -> Weights:
                 tokenizer=found.tokenizer,
                 source=found.source,
             )
-    if (path / "adapter_config.json").is_file():
-        raise UserError(
-            f"{path} holds adapters of PEFT alone; merge them into their base with PEFT's "
-            "merge_and_unload, save that, and name its directory"
-        )
     if revisions := sorted(path.glob("snapshots/*")):
         raise UserError(f"{path} is the root of a hub cache; name a revision in it: {revisions[0]}")
     raise UserError(
         f"{path} holds no weights that llamajax knows: give a --workdir of train with a finished "
         "checkpoint, one of its checkpoints/STEP, a Hugging Face directory (config.json and "
-        "safetensors), a GGUF file, or Meta's params.json with consolidated.*.pth"
+        "safetensors), a directory of PEFT's adapters, a GGUF file, or Meta's params.json with "
+        "consolidated.*.pth"
+    )
+
+
+def _of_peft(path: Path) -> Weights:
+    """Return a base with the adapters of a PEFT directory; its tokenizer, else the base's."""
+    config = read_peft_config(path)
+    base = open_weights(find_base(path, config))
+    return Weights(
+        kind="peft",
+        path=path,
+        model=base.model,
+        tokenizer=find_tokenizer(path) or base.tokenizer,
+        tokenizer_record=base.tokenizer_record if find_tokenizer(path) is None else None,
+        base=base,
+        adapters=open_adapters(path, config, base.model),
     )
 
 

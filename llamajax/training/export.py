@@ -50,8 +50,16 @@ def export_weights(config: RunConfig, workdir: Path, step: int, state: TrainStat
         return [f"step {step} was not exported: {error}"]
 
 
-def write_adapters(config: RunConfig, base: dict[str, str], workdir: Path) -> None:
-    """Write the newest adapters as `peft/`. To be called by all processes."""
+def write_adapters(config: RunConfig, base: dict[str, str], workdir: Path) -> list[str]:
+    """Write the newest adapters as `peft/`; return warnings. To be called by all processes."""
     checkpoints = checkpoint_directory(workdir, config.checkpoint.directory)
     newest = newest_checkpoint(checkpoints)
-    write_peft(newest, workdir / "peft", lora=config.lora, base=locate(base["path"]))
+    target, weights = workdir / "peft", locate(base["path"])
+    write_peft(newest, target, lora=config.lora, base=weights)
+    if (weights / "config.json").is_file():
+        return []
+    return [
+        f"{target} names {weights} as its base, which PEFT cannot load, as it is no Hugging Face "
+        f"directory: python -m llamajax.convert --from={weights} --to=DIRECTORY, then write that "
+        f'directory as "base_model_name_or_path" into {target / "adapter_config.json"}'
+    ]

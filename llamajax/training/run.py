@@ -100,7 +100,8 @@ def train(
                 run.say(line)
             outcome["code"] = code = _train(run, start)
             if code == ExitCode.FINISHED and config.lora.rank:
-                write_adapters(config, start.base, workdir)
+                for line in write_adapters(config, start.base, workdir):
+                    run.say(f"warning: {line}")
     if run.is_primary:
         with run.log:  # after `end_event`, so that the report shows a run that has ended
             say(run_summary(workdir, run.checkpointer, code))

@@ -190,12 +190,9 @@ def test_the_index_decides_between_two_copies_of_a_tensor(copy, exported):
 
 
 def test_directories_without_weights_are_told_apart(tmp_path):
-    adapters, cache, run = (tmp_path / name for name in ("adapters", "models--a--b", "run"))
+    cache, run = (tmp_path / name for name in ("models--a--b", "run"))
     (run / "checkpoints").mkdir(parents=True)
     assert_refused(run, "without a finished checkpoint")
-    adapters.mkdir()
-    (adapters / "adapter_config.json").write_text("{}")
-    assert_refused(adapters, "adapters of PEFT alone")
     (cache / "snapshots" / "0123").mkdir(parents=True)
     assert_refused(cache, r"root of a hub cache.*snapshots/0123")
     assert_refused("organization/name", "hf download")

@@ -61,6 +61,25 @@ DECODED = {
     "tied": dataclasses.replace(DECODED_BASE, tie_embeddings=True),
     "llama3 rope": dataclasses.replace(DECODED_BASE, rope_scaling=LLAMA3, rope_theta=12_345.0),
 }
+# Adapters of PEFT on STORED["plain"].
+ADAPTED: dict[str, dict[str, Any]] = {
+    "plain": {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "o_proj"]},
+    "rslora": {
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": ["k_proj", "down_proj"],
+        "use_rslora": True,
+        "fan_in_fan_out": True,  # which PEFT sets to false for a Llama
+    },
+    "patterns": {
+        "r": 3,
+        "lora_alpha": 6,
+        "target_modules": ["q_proj", "gate_proj", "up_proj"],
+        "rank_pattern": {"1.self_attn.q_proj": 2, "up_proj": 5},
+        "alpha_pattern": {r"layers\.0\.mlp\..*": 20.0},
+        "modules_to_save": ["lm_head"],
+    },
+}
 PROMPTS = {
     0: [1, 2, 3],
     1: list(range(7, 29)),
@@ -229,6 +248,27 @@ def hugging_face_config(c: ModelConfig) -> dict[str, Any]:
         "initializer_range": c.init_std,
         "max_position_embeddings": c.max_seq_len,
     }
+
+
+def save_peft(folder: Path, c: ModelConfig, config: dict[str, Any], base: Path) -> Path:
+    """Write adapters as PEFT does: for each layer and target, and a head of their own if asked."""
+    draw, arrays = Draw(7), {}
+    for name, (rows, columns) in ((n, s) for n, s in shapes(c).items() if len(s) == 2):
+        module = name.removesuffix(".weight")
+        if module in config.get("modules_to_save", ()):
+            arrays[name] = draw.uniform((rows, columns), mean=0.0, std=0.2)
+        if module.split(".")[-1] not in config["target_modules"]:
+            continue
+        ranks = [r for end, r in config.get("rank_pattern", {}).items() if module.endswith(end)]
+        rank = ranks[0] if ranks else config["r"]
+        arrays[f"{module}.lora_A.weight"] = draw.uniform((rank, columns), mean=0.0, std=0.3)
+        arrays[f"{module}.lora_B.weight"] = draw.uniform((rows, rank), mean=0.0, std=0.3)
+    folder.mkdir(exist_ok=True)
+    arrays = {f"base_model.model.{name}": array for name, array in arrays.items()}
+    safetensors.numpy.save_file(arrays, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(base), **config}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
 
 
 def save_hugging_face(folder: Path, c: ModelConfig, arrays: dict[str, np.ndarray]) -> Path:

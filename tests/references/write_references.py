@@ -15,6 +15,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import chat_cases
 import llama_cases as cases
 import meta_cases
 import numpy as np
+import peft
 import smollm2_cases
 import tokenizers
 import torch
@@ -128,6 +130,13 @@ def stored() -> Arrays:
         if name == "plain":
             half = {key: w.astype(np.float16).astype(np.float32) for key, w in weights.items()}
             found["plain, float16"] = logits(torch_llama(c, half), ids)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to True")
+        c = cases.STORED["plain"]
+        for name, config in cases.ADAPTED.items():
+            path = cases.save_peft(Path(folder) / name, c, config, base=Path("unused"))
+            model = peft.PeftModel.from_pretrained(torch_llama(c, cases.weights(c)), path)
+            found[f"adapted, {name}"] = logits(model.eval(), cases.tokens(c))
     return found
 
 
@@ -265,7 +274,8 @@ def write(folder: Path, assets: Path) -> dict[str, str]:
     subjects = {"trained": trained(), "stored": stored(), "evaluated": evaluated()}
     for name, arrays in (subjects | {"smollm2": real}).items():
         np.savez(folder / f"{name}.npz", **arrays)
-    versions = {m.__name__: m.__version__ for m in (torch, transformers, tokenizers, np)}
+    modules = (torch, transformers, peft, tokenizers, np)
+    versions = {m.__name__: m.__version__ for m in modules}
     versions["python"] = platform.python_version()
     facts = {
         "versions": versions,

@@ -68,7 +68,7 @@ def test_it_exports_what_it_is(adapted, loaded):
     assert open_weights(adapted / "hf" / "6").tokenizer is not None
 
 
-def test_peft_has_the_factors_under_its_own_names(adapted, base):
+def test_peft_has_the_factors_under_its_own_names(adapted, base, loaded):
     config = json.loads((adapted / "peft" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (3, 6.0)
     assert config["target_modules"] == ["q_proj", "o_proj", "down_proj"]
@@ -80,6 +80,11 @@ def test_peft_has_the_factors_under_its_own_names(adapted, base):
     np.testing.assert_array_equal(a.T.reshape(ours.a[0].shape), ours.a[0])
     np.testing.assert_array_equal(b.T, ours.b[0])
     assert len(tensors) == 6
+    merged = loaded(adapted)  # PEFT's directory is read back, whatever kind its base is
+    for name, value in loaded(adapted / "peft").items():
+        np.testing.assert_array_equal(value, merged[name], err_msg=name)
+    log = (adapted / "train.log").read_text("utf-8")
+    assert "which PEFT cannot load, as it is no Hugging Face directory" in log
 
 
 def test_an_interrupted_run_continues_bit_by_bit(short_run, logged, adapted, base, tmp_path):

@@ -40,7 +40,7 @@ WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
 _LISTED = 10
 # What torch.compile, DistributedDataParallel and PEFT put before the names of what they wrap.
 _WRAPPERS = re.compile(r"^(_orig_mod\.|module\.|base_model\.model\.)+")
-_EMBEDDING, _HEAD = ROWS["embedding"].theirs, ROWS["head"].theirs
+EMBEDDING, _HEAD = ROWS["embedding"].theirs, ROWS["head"].theirs
 # Buffers that old versions of transformers stored beside the weights.
 _IGNORED = ("rotary_emb.inv_freq",)
 
@@ -146,9 +146,9 @@ def check_tied_head(source: TensorSource, model: ModelConfig) -> None:
     if not model.tie_embeddings or _HEAD not in source.names():
         return
     shape = (model.vocab_size, model.hidden_size)  # a stored head may have rows of padding
-    if not same_matrix(source, _HEAD, _EMBEDDING, shape=shape):
+    if not same_matrix(source, _HEAD, EMBEDDING, shape=shape):
         raise UserError(
-            f"{source.where(_HEAD)} holds a {_HEAD} that differs from {_EMBEDDING}, but the config "
+            f"{source.where(_HEAD)} holds a {_HEAD} that differs from {EMBEDDING}, but the config "
             "says that they are one (tie_word_embeddings true); set tie_word_embeddings to false "
             "in config.json if the head is right, or remove it"
         )
