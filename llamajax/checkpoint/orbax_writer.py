@@ -5,9 +5,10 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from llamajax.backends.jax_private import orbax_tensorstore
 from llamajax.backends.jax_private.literal_glob import take_directories_literally
-from llamajax.backends.jax_private.orbax_retries import limit_gcs_retries
 from llamajax.checkpoint.location import RETRIES, Location, is_remote
+from llamajax.checkpoint.worker_thread import KeptWorkers
 from llamajax.processes.save_barrier import SaveBarrier
 
 # Orbax's own default (20 minutes) is less than a 70B state takes on a slow disk.
@@ -21,10 +22,13 @@ class OrbaxWriter:
     """
 
     def __init__(self, directory: Location, *, seal: Callable[[], None]):
+        options = {"file_io_concurrency": {"limit": "shared"}}  # the queue that KeptWorkers knows
         if is_remote(directory):
-            limit_gcs_retries(RETRIES)
+            options["gcs_request_retries"] = RETRIES
         else:
             take_directories_literally()
+        orbax_tensorstore.set_options(options)
+        self._workers = KeptWorkers()
         self.save_barrier = SaveBarrier(ocp.multihost.get_barrier_sync_fn())
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
@@ -52,3 +56,4 @@ class OrbaxWriter:
     def close(self) -> None:
         """Release the threads."""
         self._orbax.close()
+        self._workers.close()

@@ -7,7 +7,6 @@ from typing import Any
 
 from llamajax import backends, sharding
 from llamajax.checkpoint import Checkpointer
-from llamajax.checkpoint.location import is_url
 from llamajax.config import RunConfig
 from llamajax.errors import ExitCode, UserError
 from llamajax.models.counts import flops_per_token, num_parameters
@@ -31,7 +30,7 @@ def run_header(setup: Setup, start: int) -> Iterator[str]:
     yield f"model    {c.model.name or 'custom'}, {parameters} parameters{trained}"
     yield f"machine  {m.platform}, {m.device_kind}; mesh {sharding.describe(setup.mesh)}"
     yield from backends.profile_lines(backends.machine_profile(m), m.note)
-    yield from lost_feature_warnings(lost_features(setup))
+    yield from lost_feature_warnings(backends.lost_features(setup.machine.platform))
     for line in sharding.device_order_table(setup.mesh):
         yield f"layout   {line}"
     yield f"compute  {c.train.dtype}, attention {setup.compute.attention}, remat {c.train.remat}"
@@ -65,12 +64,6 @@ def data_warnings(setup: Setup) -> list[str]:
         names = ", ".join(sorted(map(str, left)))
         warnings.append(f"evaluation leaves out {names}: prepared without a validation split")
     return warnings
-
-
-def lost_features(setup: Setup) -> dict[str, str]:
-    """Return what the run does without because a private part of a library has changed, and why."""
-    uses_gcs = is_url(setup.config.checkpoint.directory)
-    return backends.lost_features(setup.machine.platform, uses_gcs=uses_gcs)
 
 
 def lost_feature_warnings(lost: dict[str, str]) -> list[str]:
@@ -143,7 +136,7 @@ def run_facts(setup: Setup, update: Any) -> dict[str, Any]:
         "reused_bytes": donated and donated[1],
         "peak_flops": peak[0] if peak else None,
         "peak_source": peak[1] if peak else None,
-        "lost_features": lost_features(setup),
+        "lost_features": backends.lost_features(setup.machine.platform),
         "untested_versions": backends.untested_versions(),
         "unigram_entropy": setup.held_out.unigram_loss if setup.held_out else None,
     }

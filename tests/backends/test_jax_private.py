@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from llamajax.backends import jax_private
-from llamajax.backends.jax_private import cache_hook, cudnn, donation, orbax_retries
+from llamajax.backends.jax_private import cache_hook, cudnn, donation, orbax_tensorstore
 from llamajax.backends.jax_private.experimental_warning import no_experimental_warning
 from llamajax.training import messages
 
@@ -29,7 +29,7 @@ PLATFORMS = ("cpu", "gpu", "tpu", "npu")
 def test_every_private_part_is_there_in_the_installed_releases():
     assert jax_private.untested_versions() == []
     for platform in PLATFORMS:
-        assert jax_private.lost_features(platform, uses_gcs=True) == {}
+        assert jax_private.lost_features(platform) == {}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_every_private_part_is_there_in_the_installed_releases():
         (compilation_cache, "get_file_cache", "atomic_compile_cache", PLATFORMS),
         (fused_attention_stablehlo, "MaskType", "cudnn_attention", ("gpu",)),
         (mlir, "_platforms_with_donation", "donation", ("npu",)),
-        (tensorstore_utils, "_BASE_TS_CONTEXT", "gcs_retries", PLATFORMS),
+        (tensorstore_utils, "_BASE_TS_CONTEXT", "tensorstore_options", PLATFORMS),
     ],
 )
 def test_what_is_lost_is_named_on_the_platforms_that_lose_it(
@@ -47,28 +47,20 @@ def test_what_is_lost_is_named_on_the_platforms_that_lose_it(
 ):
     monkeypatch.delattr(module, name)
     for platform in PLATFORMS:
-        lost = jax_private.lost_features(platform, uses_gcs=True)
+        lost = jax_private.lost_features(platform)
         assert list(lost) == [feature] * (platform in platforms)
         assert all(version("jax") in why or "orbax" in why for why in lost.values())
-    assert "gcs_retries" not in jax_private.lost_features("cpu", uses_gcs=False)
 
 
 def test_a_run_says_in_one_warning_what_it_does_without(monkeypatch):
     monkeypatch.delattr(mlir, "_platforms_with_donation")
     monkeypatch.delattr(compilation_cache, "reset_cache")
-    checkpoint = SimpleNamespace(directory=None)
-    session = SimpleNamespace(
-        config=SimpleNamespace(checkpoint=checkpoint), machine=SimpleNamespace(platform="npu")
-    )
-    lost = messages.lost_features(session)
+    lost = jax_private.lost_features("npu")
     assert list(lost) == ["atomic_compile_cache", "donation"]
     (line,) = messages.lost_feature_warnings(lost)
     assert line.startswith("warning: this run does without atomic_compile_cache: jax ")
     assert "; donation: jax " in line
     assert messages.lost_feature_warnings({}) == []
-    checkpoint.directory = "gs://bucket/run"
-    monkeypatch.delattr(tensorstore_utils, "get_ts_context")
-    assert list(messages.lost_features(session)) == [*lost, "gcs_retries"]
 
 
 def test_a_cache_that_opens_in_another_way_is_left_alone(monkeypatch):
@@ -146,12 +138,15 @@ def test_donated_memory_is_reused_on_a_platform_that_jax_does_not_know(monkeypat
     assert is_donated("npu")
 
 
-RETRIES = {"max_retries": 3, "initial_delay": "2s", "max_delay": "3s"}
+OPTIONS = {
+    "file_io_concurrency": {"limit": 7},
+    "gcs_request_retries": {"max_retries": 3, "initial_delay": "2s", "max_delay": "3s"},
+}
 
 
 @pytest.fixture
 def orbax_tables(monkeypatch):
-    """Orbax's tables, without the limit of a test before this one."""
+    """Orbax's tables, of which changes are undone."""
     for name in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"):
         table = dict(getattr(tensorstore_utils, name))
         table.pop("gcs_request_retries", None)
@@ -159,15 +154,15 @@ def orbax_tables(monkeypatch):
 
 
 @pytest.mark.parametrize("use_ocdbt", [False, True])
-def test_the_installed_orbax_opens_tensorstore_with_our_limit(orbax_tables, use_ocdbt):
-    assert orbax_retries.limit_gcs_retries(RETRIES)
+def test_the_installed_orbax_opens_tensorstore_with_our_options(orbax_tables, use_ocdbt):
+    assert orbax_tensorstore.set_options(OPTIONS)
     context = tensorstore_utils.get_ts_context(use_ocdbt=use_ocdbt)
     assert isinstance(context, ts.Context)
-    assert context["gcs_request_retries"].to_json() == RETRIES
+    assert {name: context[name].to_json() for name in OPTIONS} == OPTIONS
 
 
 def test_tables_of_orbax_that_have_changed_are_left_alone(orbax_tables, monkeypatch):
     monkeypatch.delattr(tensorstore_utils, "_DEFAULT_OCDBT_TS_CONTEXT")
-    assert "takes minutes to give up" in orbax_retries.problem()
-    assert not orbax_retries.limit_gcs_retries(RETRIES)
+    assert "takes minutes to give up" in orbax_tensorstore.problem()
+    assert not orbax_tensorstore.set_options(OPTIONS)
     assert "gcs_request_retries" not in tensorstore_utils._BASE_TS_CONTEXT

@@ -27,14 +27,14 @@ def untested_versions() -> list[str]:
     ]
 
 
-def lost_features(platform: str, *, uses_gcs: bool) -> dict[str, str]:
+def lost_features(platform: str) -> dict[str, str]:
     """Return what a run on this platform does without, and why; empty if every part is there."""
     from llamajax.backends.jax_private import (
         cache_hook,
         cudnn,
         donation,
         literal_glob,
-        orbax_retries,
+        orbax_tensorstore,
     )
     from llamajax.backends.platforms import platform_facts
 
@@ -42,11 +42,10 @@ def lost_features(platform: str, *, uses_gcs: bool) -> dict[str, str]:
     problems = {
         "atomic_compile_cache": cache_hook.problem(),
         "brackets_in_paths": literal_glob.problem(),
+        "tensorstore_options": orbax_tensorstore.problem(),
     }
     if "cudnn" in facts.fused_attention:
         problems["cudnn_attention"] = cudnn.problem()
     if not facts.is_known_to_jax:
         problems["donation"] = donation.problem()
-    if uses_gcs:
-        problems["gcs_retries"] = orbax_retries.problem()
     return {feature: reason for feature, reason in problems.items() if reason}

@@ -1,6 +1,7 @@
-"""Orbax's private tables of TensorStore options, which decide how long it waits for a lost store.
+"""Orbax's private tables of TensorStore options.
 
-Without them a save to `gs://` takes minutes to give up. It is not wrong.
+They decide how long a save waits for a lost object store, and whether a clock that is set back can
+keep it waiting. Without them a save is slower to give up. It is not wrong.
 """
 
 import importlib
@@ -21,7 +22,7 @@ def _module() -> ModuleType | None:
 
 
 def problem() -> str | None:
-    """Return why Orbax's retries cannot be limited; None if they can."""
+    """Return why Orbax's options cannot be set; None if they can."""
     module = _module()
     tables = [getattr(module, name, None) for name in _TABLES]
     opens = getattr(module, "get_ts_context", None)
@@ -33,18 +34,19 @@ def problem() -> str | None:
         return None
     return (
         f"orbax-checkpoint {version('orbax-checkpoint')} opens TensorStore in another way than "
-        "earlier releases: a save takes minutes to give up when the object store is gone"
+        "earlier releases: a save takes minutes to give up when the object store is gone, and may "
+        "wait for as long as the wall clock is set back"
     )
 
 
-def limit_gcs_retries(retries: Mapping[str, int | str]) -> bool:
-    """Have Orbax retry requests to `gs://` so often; False if this release has no way to say so.
+def set_options(options: Mapping[str, Mapping[str, int | str]]) -> bool:
+    """Have Orbax open TensorStore with these options; False if this release has no way to say so.
 
-    retries: TensorStore's `gcs_request_retries` (max_retries, initial_delay, max_delay).
+    options: entries of a TensorStore context, such as `gcs_request_retries`.
     """
     if problem():
         return False
     module = _module()
     for name in _TABLES:
-        getattr(module, name)["gcs_request_retries"] = dict(retries)
+        getattr(module, name).update({key: dict(value) for key, value in options.items()})
     return True
