@@ -199,7 +199,7 @@ def main(argv: list[str]) -> None:
     chosen = default_mesh(config, machine.num_devices)
     mesh_wanted = mesh_config(flags.mesh, rest="tensor") if flags.mesh else chosen
     mesh = sharding.build_mesh(mesh_wanted, jax.devices())
-    sharding.check_divides(config.dims, mesh, batch=sharding.batch_shards(mesh), accumulation=1)
+    sharding.check_divides(config.dims, mesh, batch=sharding.batch_shards(mesh))
     dtype = flags.dtype or backends.platform_facts(machine.platform).dtype
     engine, generate = ours(config, mesh, machine, dtype, flags)
     reference = theirs(config, dtype, flags) if flags.transformers else None

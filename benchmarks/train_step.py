@@ -142,23 +142,21 @@ def compiled(config: RunConfig, *, documents: int = 1, options: str = "", state:
     """
     import jax
 
-    from llamajax import backends, optim, sharding
-    from llamajax.training.setup import check_mesh, layout_of, resolve_compute
-    from llamajax.training.state import init_state
+    from llamajax import backends, sharding
+    from llamajax.training.setup import check_mesh, resolve_compute
+    from llamajax.training.state import StateSpec
     from llamajax.training.step import train_step
 
     machine = backends.start(config.backend)
     mesh = sharding.build_mesh(config.mesh, jax.devices())
     check_mesh(config, mesh)
     compute = resolve_compute(config, machine, mesh)
-    optimizer = optim.build(config.optim, steps=config.train.steps)
+    spec = StateSpec.of(config, mesh)
     if state is None:
-        layout, seed = layout_of(config), config.train.seed
-        state = init_state(config.model, optimizer, mesh, seed=seed, layout=layout)
-        state = jax.block_until_ready(state)
+        state = jax.block_until_ready(spec.init(config.train.seed))
     batch = sharding.put_batch(random_batch(config, documents=documents), mesh)
     start = time.perf_counter()
-    update = train_step(optimizer, config.optim, config.train, compute, mesh, config.guard)
+    update = train_step(spec.optimizer, config.optim, config.train, compute, mesh, config.guard)
     update = update.lower(state, batch).compile(compiler_options=compiler_options(options))
     compile_s = time.perf_counter() - start
     return Run(config, machine, mesh, compute.attention, compile_s, update, state, batch)

@@ -126,6 +126,11 @@ class DataConfig:
     num_threads: int = key("reader threads; changes speed only", default=2, at_least=1)
     prefetch_batches: int = key("batches read ahead; changes speed only", default=4, at_least=1)
 
+    @property
+    def paths(self) -> list[str]:
+        """The prepared directories that `path` names."""
+        return [part.strip() for part in self.path.split(",") if part.strip()]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -157,9 +162,7 @@ class TrainConfig:
 
     steps: int = key("optimizer steps of the whole run", at_least=1)
     seed: int = key(
-        "seed of the initial weights, of adapters and of their dropout",
-        at_least=0,
-        below=_SEED_LIMIT,
+        "seed of initial weights, of adapters and of their dropout", at_least=0, below=_SEED_LIMIT
     )
     dtype: ComputeDtype = key(
         "dtype of the matrix products; weights, moments, norms, softmax and loss stay fp32"
@@ -207,8 +210,7 @@ class TrainConfig:
         f"further tensors of a block to keep, among {','.join(REMAT_NAMES)}", default=()
     )
     remat_offload: tuple[str, ...] = key(
-        "such tensors to keep in host memory; for accelerators with a fast link to it",
-        default=(),
+        "such tensors to keep in host memory; for accelerators with a fast link to it", default=()
     )
     attention: AttentionImpl = key(
         "attention kernel; auto: the first that this backend supports", default="auto"
@@ -284,9 +286,7 @@ class GuardConfig:
         at_least=8,
     )
     max_in_a_row: int | None = key(
-        "skipped updates in a row after which `then` happens; none: never",
-        default=8,
-        at_least=1,
+        "skipped updates in a row after which `then` happens; none: never", default=8, at_least=1
     )
     then: Literal["rollback", "stop"] = key(
         "go back to the last checkpoint before them and leave out their data, or end the run",

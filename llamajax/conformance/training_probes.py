@@ -19,7 +19,7 @@ from llamajax.checkpoint import Checkpointer, newest_checkpoint, restore_state
 from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from llamajax.conformance.bench import Bench, WrongError
 from llamajax.models.llama import Compute
-from llamajax.training.state import TrainState, abstract_state, init_state
+from llamajax.training.state import StateSpec, TrainState
 from llamajax.training.step import train_step
 
 STEPS = 20
@@ -102,7 +102,7 @@ class TinyRun:
             split_tokens=tensor > 1,
         )
         optimizer = optim.build(OPTIM, steps=STEPS)
-        self.abstract = abstract_state(MODEL, optimizer, mesh)
+        self.abstract = StateSpec(model=MODEL, optimizer=optimizer, mesh=mesh).abstract()
         train = TrainConfig(steps=STEPS, seed=7, dtype=dtype)
         self.batches = [sharding.put_batch(batch, mesh) for batch in batches()]
         jitted = train_step(optimizer, OPTIM, train, compute, mesh)
@@ -137,7 +137,8 @@ class TinyRun:
 @functools.cache
 def _initial_arrays(mesh: Mesh) -> TrainState:
     """Return the state of step 0 as the devices made it, on the host: the same for every dtype."""
-    return jax.device_get(init_state(MODEL, optim.build(OPTIM, steps=STEPS), mesh, seed=7))
+    spec = StateSpec(model=MODEL, optimizer=optim.build(OPTIM, steps=STEPS), mesh=mesh)
+    return jax.device_get(spec.init(7))
 
 
 @functools.cache

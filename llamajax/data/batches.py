@@ -74,8 +74,6 @@ def eval_batches(
     seq_len: int,
     rows: range,
     max_batches: int | None = None,
-    num_threads: int = 1,
-    prefetch: int = 2,
 ) -> grain.DatasetIterator[Batch]:
     """Iterate over every target of the mixture once, in order; padding fills the last batch.
 
@@ -99,7 +97,7 @@ def eval_batches(
 
     if max_batches is not None:
         num_batches = min(max_batches, num_batches)
-    return _iterate(read, num_batches, num_threads=num_threads, prefetch=prefetch)
+    return _iterate(read, num_batches, num_threads=1, prefetch=2)
 
 
 def _iterate(

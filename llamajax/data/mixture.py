@@ -160,11 +160,7 @@ class Mixture:
 
 def has_split(data: DataConfig, split: str) -> bool:
     """Return whether any of the paths was prepared with tokens in this split."""
-    return bool(_with_split(_paths(data), split))
-
-
-def _paths(data: DataConfig) -> list[Path]:
-    return [Path(p.strip()) for p in data.path.split(",") if p.strip()]
+    return bool(_with_split([Path(path) for path in data.paths], split))
 
 
 def _with_split(paths: list[Path], split: str) -> list[Path]:
@@ -178,7 +174,7 @@ def open_mixture(data: DataConfig, *, split: str, vocab_size: int, verify: bool 
     is within the model's `vocab_size`, and at least one sample in each source. verify: also read
     every shard once and compare its checksum. Raises UserError.
     """
-    paths = _paths(data)
+    paths = [Path(path) for path in data.paths]
     if not paths:
         raise UserError("data.path is empty; name a directory written by llamajax.prepare")
     if len({p.resolve() for p in paths}) < len(paths):

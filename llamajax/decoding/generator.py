@@ -91,7 +91,7 @@ def open_generator(options: GenerateOptions) -> Generator:
     machine = backends.start(options.backend_config, keep_programs=True)
     mesh = _mesh(options, config)
     dtype = options.dtype or backends.platform_facts(machine.platform).dtype
-    sharding.check_divides(config.dims, mesh, batch=sharding.batch_shards(mesh), accumulation=1)
+    sharding.check_divides(config.dims, mesh, batch=sharding.batch_shards(mesh))
     engine = Engine(
         load_model(weights, machine, mesh, dtype, notes=[f"compute  {dtype}"]),
         mesh,

@@ -41,7 +41,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     dtype = options.dtype or backends.platform_facts(machine.platform).dtype
     attention = best_attention(machine, dtype, model.head_size, rows.seq_len)
     batch_size = rows_a_batch(rows, mesh, options.batch_size)
-    sharding.check_divides(model.dims, mesh, batch=batch_size, accumulation=1)
+    sharding.check_divides(model.dims, mesh, batch=batch_size)
     stride = "" if source.stride is None else f", stride {source.stride}"
     notes = [
         f"compute  {dtype}, attention {attention}",

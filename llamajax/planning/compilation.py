@@ -17,7 +17,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from llamajax import optim, sharding
+from llamajax import sharding
 from llamajax.backends import Target
 from llamajax.backends.platforms import platform_facts
 from llamajax.config import RunConfig
@@ -33,8 +33,8 @@ from llamajax.planning.hlo import (
     slow_share,
 )
 from llamajax.training.feed import abstract_batch
-from llamajax.training.setup import check_mesh, layout_of, resolve_compute
-from llamajax.training.state import TrainState, abstract_state
+from llamajax.training.setup import check_mesh, resolve_compute
+from llamajax.training.state import StateSpec, TrainState
 from llamajax.training.step import train_step
 
 # Attention for a GPU that is not here: cuDNN's kernel is built by cuDNN on a GPU. This one holds no
@@ -101,8 +101,7 @@ def abstract_step(config: RunConfig, target: Target) -> PlannedStep:
     """
     mesh = sharding.build_mesh(config.mesh, target.devices)
     check_mesh(config, mesh)
-    optimizer = optim.build(config.optim, steps=config.train.steps)
-    lora = config.lora if config.lora.rank else None
+    spec = StateSpec.of(config, mesh)
     compute = resolve_compute(config, target.machine(), mesh)
     compiled = _WITHOUT_CUDNN if compute.attention == "cudnn" else compute.attention
     return PlannedStep(
@@ -111,8 +110,8 @@ def abstract_step(config: RunConfig, target: Target) -> PlannedStep:
         target=target,
         attention=compute.attention,
         compute=dataclasses.replace(compute, attention=compiled),
-        optimizer=optimizer,
-        state=abstract_state(config.model, optimizer, mesh, lora=lora, layout=layout_of(config)),
+        optimizer=spec.optimizer,
+        state=spec.abstract(),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llamajax import data, sharding
+from llamajax import data
 from llamajax.config.flags import mesh_config
 from llamajax.data.batches import make_batch
 from llamajax.errors import UserError, say
@@ -27,11 +27,11 @@ from llamajax.replaying.step_probe import (
     nonfinite_probe,
     nonfinite_weights,
 )
-from llamajax.training.feed import Feed, abstract_batch
+from llamajax.training.feed import abstract_batch, eval_batch_size, put_batch, train_batches
 from llamajax.training.run_start import open_initial_weights
 from llamajax.training.safety.rollback import RollbackLog
 from llamajax.training.setup import Setup, build_update, initial_state, set_up
-from llamajax.training.state import TrainState, to_stored_order
+from llamajax.training.state import TrainState
 
 
 def replay(options: ReplayOptions) -> Evidence:
@@ -50,7 +50,7 @@ def replay(options: ReplayOptions) -> Evidence:
     ids = data.sample_ids(mixture, position, record.step - 1)
     samples = [mixture.locate(int(i), config.data.seq_len) for i in ids]
     batch = make_batch(samples, config.data.seq_len, mask_documents=config.data.mask_documents)
-    probe = gradient_probe(setup, state, _put_rows(setup, batch, slice(None)))
+    probe = gradient_probe(setup, state, put_batch(config.data, setup.mesh, batch))
     first, second = probe(), probe()
     first_nonfinite, documents = _forward(setup, state, batch, ids)
     return Evidence(
@@ -70,7 +70,7 @@ def replay(options: ReplayOptions) -> Evidence:
         weights=nonfinite_weights(state),
         first_nonfinite=first_nonfinite,
         documents=documents,
-        tokenizer=data.load_tokenizer(config.data.path.split(",")[0].strip()),
+        tokenizer=data.load_tokenizer(config.data.paths[0]),
     )
 
 
@@ -97,11 +97,10 @@ def _state_before(
     start, first_difference = record.first_step, None
     if start + 1 == record.step:
         return state, None
-    feed = Feed(setup.config, setup.mesh, mixture=setup.mixture, held_out=None, position=position)
-    batches, update = feed.train(start), build_update(setup)
-    batch_size = setup.config.data.global_batch_size
-    batch = abstract_batch(setup.config.data, setup.mesh, batch_size=batch_size)
-    update = update.lower(state, batch).compile()
+    c, mesh = setup.config.data, setup.mesh
+    batches = train_batches(c, mesh, setup.mixture, position, step=start)
+    batch = abstract_batch(c, mesh, batch_size=c.global_batch_size)
+    update = build_update(setup).lower(state, batch).compile()
     total = record.step - 1
     progress = Progress(total_steps=total, start_step=start, mode="auto", primary=True)
     for step in range(start + 1, record.step):
@@ -117,13 +116,6 @@ def _state_before(
     return state, first_difference
 
 
-def _put_rows(setup: Setup, batch: dict[str, np.ndarray], rows: slice) -> dict[str, jax.Array]:
-    """Put some rows of the global batch on the devices, with what the step reads of them."""
-    drop = () if setup.config.data.mask_documents else ("segment_ids",)
-    part = {name: array[rows] for name, array in batch.items() if name not in drop}
-    return sharding.put_batch(part, setup.mesh)
-
-
 def _forward(
     setup: Setup, state: TrainState, batch: dict[str, np.ndarray], ids: np.ndarray
 ) -> tuple[tuple[str, list[int]] | None, DocumentLosses | None]:
@@ -135,13 +127,14 @@ def _forward(
     if mesh.shape["stage"] > 1 or mesh.shape["sequence"] > 1:
         return None, None
     c = setup.config
-    model = to_stored_order(state, c.model, mesh, layout=setup.layout).whole
+    model = setup.spec.to_stored_order(state).whole
     compute = dataclasses.replace(setup.compute, split_tokens=False, remat="none")
     probe, losses = nonfinite_probe(compute, mesh), token_losses(compute, mesh)
-    size = c.data.global_batch_size // c.train.accumulation_steps
+    size = eval_batch_size(c)
     probed, nll = [], []
     for start in range(0, c.data.global_batch_size, size):
-        rows = _put_rows(setup, batch, slice(start, start + size))
+        part = {name: array[start : start + size] for name, array in batch.items()}
+        rows = put_batch(c.data, mesh, part)
         probed.append(jax.device_get(probe(model, rows)))
         del rows["loss_mask"]
         nll.append(jax.device_get(losses(model, rows)))

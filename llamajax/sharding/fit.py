@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from jax.sharding import Mesh
 
+from llamajax.config.schema import TrainConfig
 from llamajax.errors import combine
 from llamajax.sharding.axes import WEIGHTS, axes_of
 from llamajax.sharding.mesh import batch_shards
@@ -23,22 +24,21 @@ def check_divides(
     mesh: Mesh,
     *,
     batch: int,
-    accumulation: int,
     seq_len: int | None = None,
-    microbatch_size: int = 1,
-    rounds: int = 1,
+    train: TrainConfig | None = None,
 ) -> None:
     """Raise one UserError naming every size that the mesh does not divide, with the nearest fit.
 
     `dims` is ModelConfig.dims; `batch` counts samples a step; `seq_len` tokens of a sample, where
-    they are split. Nothing is padded or replicated silently, except that layers need not divide
-    over stages: layers of zeros are added.
+    they are split; `train` says in which microbatches, and None: in one. Nothing is padded or
+    replicated silently, except that layers need not divide over stages: layers of zeros are added.
     """
+    size = train.microbatch_size if train else 1
     problems = [
         *_weight_problems(dims, mesh),
-        *_batch_problems(mesh, batch, accumulation, microbatch_size),
+        *_batch_problems(mesh, batch, train.accumulation_steps if train else 1, size),
         *(_sequence_problems(mesh, seq_len) if seq_len else ()),
-        *_stage_problems(dims["L"], mesh, microbatch_size, rounds),
+        *_stage_problems(dims["L"], mesh, size, train.pipeline_rounds if train else 1),
     ]
     if problems:
         raise combine(problems, title="this model and batch do not divide over this mesh:")

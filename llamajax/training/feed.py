@@ -1,4 +1,4 @@
-"""From prepared data to batches on the devices, one step ahead.
+"""From prepared data to batches on the devices, of the rows that each process holds.
 
 Types of `data` are quoted: to name them would import grain, which `abstract_batch` does not need.
 """
@@ -12,59 +12,45 @@ from jax.sharding import Mesh
 from llamajax import data, sharding
 from llamajax.config.schema import DataConfig, RunConfig
 
+DeviceBatch = dict[str, jax.Array]
 
-class Feed:
-    """Batches of a run on its mesh; each process reads the rows that its devices hold."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        mesh: Mesh,
-        *,
-        mixture: "data.Mixture",
-        held_out: "data.Mixture | None",
-        position: "data.Position",
-    ):
-        self._config = config
-        self._mesh = mesh
-        self._mixture = mixture
-        self._held_out = held_out
-        self._position = position
+def train_batches(
+    config: DataConfig, mesh: Mesh, mixture: "data.Mixture", position: "data.Position", *, step: int
+) -> Iterator[DeviceBatch]:
+    """Yield batches of updates step + 1, step + 2, ... without end; copies don't block."""
+    batches = data.train_batches(
+        mixture,
+        position,
+        first_step=step,
+        rows=sharding.local_rows(mesh, config.global_batch_size),
+        num_threads=config.num_threads,
+        prefetch=config.prefetch_batches,
+    )
+    return (put_batch(config, mesh, batch) for batch in batches)
 
-    def train(self, step: int) -> Iterator[dict[str, jax.Array]]:
-        """Yield batches of updates step + 1, step + 2, ... without end; copies don't block."""
-        c = self._config.data
-        batches = data.train_batches(
-            self._mixture,
-            self._position,
-            first_step=step,
-            rows=sharding.local_rows(self._mesh, c.global_batch_size),
-            num_threads=c.num_threads,
-            prefetch=c.prefetch_batches,
-        )
-        return map(self._put, batches)
 
-    def evaluation(self) -> Iterator[dict[str, jax.Array]]:
-        """Yield batches of the validation split, in order; none where there is no such split."""
-        if self._held_out is None:
-            return iter(())
-        batch_size = eval_batch_size(self._config)
-        batches = data.eval_batches(
-            self._held_out,
-            batch_size=batch_size,
-            seq_len=self._config.data.seq_len,
-            rows=sharding.local_rows(self._mesh, batch_size),
-            max_batches=self._config.train.eval_batches,
-        )
-        return map(self._put, batches)
-
-    def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        return sharding.put_batch(_used(self._config.data, batch), self._mesh)
+def eval_batches(config: RunConfig, mesh: Mesh, held_out: "data.Mixture") -> Iterator[DeviceBatch]:
+    """Yield batches of the validation split, in order."""
+    batch_size = eval_batch_size(config)
+    batches = data.eval_batches(
+        held_out,
+        batch_size=batch_size,
+        seq_len=config.data.seq_len,
+        rows=sharding.local_rows(mesh, batch_size),
+        max_batches=config.train.eval_batches,
+    )
+    return (put_batch(config.data, mesh, batch) for batch in batches)
 
 
 def eval_batch_size(config: RunConfig) -> int:
     """Return the rows of an evaluation batch: those of one microbatch, which its memory fits."""
     return config.data.global_batch_size // config.train.accumulation_steps
+
+
+def put_batch(config: DataConfig, mesh: Mesh, batch: Mapping[str, np.ndarray]) -> DeviceBatch:
+    """Put what the step reads of a batch on the devices; copies don't block."""
+    return sharding.put_batch(_used(config, batch), mesh)
 
 
 def abstract_batch(

@@ -1,117 +1,22 @@
-"""The loop: update, read the metrics of the step before meanwhile, then run what is due.
+"""The loop: update, read the metrics of the step before meanwhile, then run what is due."""
 
-A hook is what is done after some of the steps: check replicas, save, export, evaluate. Only the log
-comes after each step.
-"""
-
-import contextlib
-import dataclasses
 import functools
 import gc
-import math
-import time
-from collections.abc import Iterator
-from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from llamajax.backends import memory_in_use, report_alive
-from llamajax.checkpoint import CheckpointError
-from llamajax.config import to_json_dict
 from llamajax.errors import ExitCode
-from llamajax.monitoring import MetricsWriter, Progress, StepTimer
-from llamajax.processes.host_collectives import broadcast_from_first
-from llamajax.training.export import export_weights, is_exported
-from llamajax.training.feed import Feed
-from llamajax.training.messages import mfu_from_speed
-from llamajax.training.run_start import Start
-from llamajax.training.safety.hang import HangWatch
-from llamajax.training.safety.shutdown import Shutdown
-from llamajax.training.safety.step_checks import StepChecks
-from llamajax.training.setup import Programs
+from llamajax.training.feed import DeviceBatch, train_batches
+from llamajax.training.hooks import (
+    Attempt,
+    CanaryHook,
+    EvaluateHook,
+    ExportHook,
+    Hook,
+    LogHook,
+    SaveHook,
+)
 from llamajax.training.state import TrainState
-from llamajax.training.workdir import Run
-
-DeviceBatch = dict[str, jax.Array]
-# Process 0's clock decides when to save. Asking it waits for the devices, so it is asked rarely.
-_COMPARE_CLOCKS_EVERY = 16
-
-
-@dataclasses.dataclass
-class Saves:
-    """The checkpoints of an attempt.
-
-    duration_s: by step, seconds that training waited for a checkpoint that is being written.
-    failed: the message of each one that failed.
-    """
-
-    duration_s: dict[int, float] = dataclasses.field(default_factory=dict)
-    failed: list[str] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Attempt:
-    """What trains a run from one start: to its end, a stop signal, a guard's stop or a rollback."""
-
-    run: Run
-    start: Start
-    programs: Programs
-    feed: Feed
-    timer: StepTimer
-    metrics: MetricsWriter
-    progress: Progress
-    checks: StepChecks
-    hang: HangWatch
-    saves: Saves
-
-    def next_batch(self, batches: Iterator[DeviceBatch]) -> DeviceBatch:
-        """Draw a batch. The part of the wait with no step in flight counts as `data_wait_s`."""
-        with self.timer.pause(data_wait=True):
-            return next(batches)
-
-    @contextlib.contextmanager
-    def phase(self, event: str, step: int) -> Iterator[dict[str, Any]]:
-        """Write an event with the seconds that the block took; they do not count as step time."""
-        fields: dict[str, Any] = {}
-        with self.timer.pause():
-            yield fields
-        self.run.events.write(event, step=step, duration_s=self.timer.paused_s, **fields)
-
-    def report_alive(self) -> None:
-        """Tell the launcher and the hang watch that something was finished."""
-        report_alive()
-        self.hang.beat()
-
-    def record_saves(self) -> None:
-        """Write an event for each checkpoint that is complete by now."""
-        completed = self.run.checkpointer.completed
-        while completed:
-            step = completed.popleft()
-            duration_s = self.saves.duration_s.pop(step, 0.0)
-            self.run.events.write("save", step=step, duration_s=duration_s)
-
-    def record_signal(self, step: int) -> None:
-        """Write the event of a stop signal, with the time of the steps after the last row."""
-        unlogged = {f"kept_{part}": value for part, value in self.timer.untaken.items() if value}
-        name = self.run.shutdown.signal  # none: it came to another process
-        self.run.events.write("signal", step=step, signal=name, **unlogged)
-
-
-class Hook:
-    """Something that is done after certain steps. `stop` is true where the run ends at this one."""
-
-    def __init__(self, attempt: Attempt):
-        self.attempt, self.run, self.config = attempt, attempt.run, attempt.run.config
-
-    def is_due(self, step: int, stop: bool) -> bool:
-        """Return whether the hook is called after `step`; the same on all processes."""
-        raise NotImplementedError
-
-    def __call__(self, step: int, state: TrainState, stop: bool) -> None:
-        """Run the hook on the state after `step`. To be called by all processes."""
-        raise NotImplementedError
 
 
 def train_steps(attempt: Attempt, state: TrainState) -> ExitCode:
@@ -129,8 +34,17 @@ def train_steps(attempt: Attempt, state: TrainState) -> ExitCode:
         for hook in (evaluate, export):  # the previous process may have ended before these
             if hook.is_due(start.step, stop=False) and not hook.was_done():
                 hook(start.step, state, stop=False)
-    batches = attempt.feed.train(start.step)
-    batch = attempt.next_batch(batches) if start.step < last else None
+    setup = run.setup
+    batches = train_batches(
+        run.config.data, setup.mesh, setup.mixture, start.position, step=start.step
+    )
+
+    def next_batch(step: int) -> DeviceBatch | None:
+        """Draw the batch of a step. Waiting with no step in flight counts as `data_wait_s`."""
+        with timer.pause(data_wait=True):
+            return next(batches) if step <= last else None
+
+    batch = next_batch(start.step + 1)
     for step in range(start.step + 1, last + 1):
         timer.mark_dispatched(step)
         state, metrics = attempt.programs.update(state, batch)
@@ -138,9 +52,9 @@ def train_steps(attempt: Attempt, state: TrainState) -> ExitCode:
         run.shutdown.begin_updates()
         gc.enable()  # off while starting (train.py)
         start.ledger.add(step)
-        batch = attempt.next_batch(batches) if step < last else None
+        batch = next_batch(step + 1)
         log(step, metrics)  # reads those of step - 1 while this step runs
-        stop = any_process_stops(run.shutdown)
+        stop = run.shutdown.any_process_stops()
         attempt.report_alive()
         attempt.record_saves()
         due = [hook for hook in hooks if hook.is_due(step, stop)]
@@ -158,189 +72,3 @@ def train_steps(attempt: Attempt, state: TrainState) -> ExitCode:
             return ExitCode.STOPPED
     # A signal may have come in the evaluation of the last step, before this loop or in it.
     return ExitCode.STOPPED if run.shutdown.requested else ExitCode.FINISHED
-
-
-def any_process_stops(shutdown: Shutdown) -> bool:
-    """Return whether a process was asked to stop, the same on all. A collective.
-
-    JAX's preemption service, which catches the signals of several processes, agrees on the step.
-    """
-    if jax.process_count() == 1:
-        return shutdown.requested
-    stop = multihost_utils.reached_preemption_sync_point(shutdown.next_question())
-    if stop:
-        shutdown.request()
-    return stop
-
-
-class LogHook:
-    """Reads the metrics of each step while the next one runs, so that no step waits for the host.
-
-    Writes rows of `metrics.jsonl`, whose times are means over the steps since the last row, and
-    passes every step to the checks.
-    """
-
-    def __init__(self, attempt: Attempt):
-        self._attempt = attempt
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._mfu = mfu_from_speed(attempt.run.setup)
-
-    def __call__(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Read the metrics of the previous step; keep those of `step` for the next call."""
-        if self._pending is not None:
-            self.flush()
-            self._attempt.run.checkpointer.warm_up()  # imports Orbax once, while a step runs
-        self._pending = (step, metrics)
-
-    def flush(self) -> None:
-        """Wait for the metrics that were kept, write their row, and raise what the checks raise."""
-        if self._pending is None:
-            return
-        (step, metrics), self._pending = self._pending, None
-        a, train = self._attempt, self._attempt.run.config.train
-        values = jax.device_get(metrics)
-        a.timer.mark_fetched(step)
-        unlogged = {f"unlogged_{part}": value for part, value in a.timer.untaken.items()}
-        row = a.checks.inspect(step, values, unlogged)
-        if step % train.log_every == 0 or step == train.steps or "update_skipped" in row:
-            self._write(step, row)
-        a.checks.react(step, values)
-
-    def _write(self, step: int, values: dict[str, Any]) -> None:
-        a, events = self._attempt, self._attempt.run.events
-        times = a.timer.take()
-        row = {"step": step} | values | times
-        row["tokens_seen"] = a.start.position.tokens_seen(step)
-        row |= self._mfu(times["tokens_per_s"]) | memory_in_use()
-        row["time_s"] = events.time_s
-        if a.saves.failed:
-            row["failed_checkpoints"] = len(a.saves.failed)
-        events.check_directory()
-        a.metrics.write(row)
-        a.progress.show(row)
-        if not math.isfinite(values["loss"]) and "update_skipped" not in values:
-            a.progress.note(f"warning: the loss of step {step} is {values['loss']}")
-
-
-class CanaryHook(Hook):
-    """Compares what the replicas compute and hold; raises BadDevice."""
-
-    def is_due(self, step: int, stop: bool) -> bool:
-        every = self.config.guard.canary_every
-        return every is not None and step % every == 0
-
-    def __call__(self, step: int, state: TrainState, stop: bool) -> None:
-        with self.attempt.phase("canary", step):
-            self.attempt.programs.canary.check(step, state)
-        self.attempt.report_alive()
-
-
-class SaveHook(Hook):
-    """Saves checkpoints. One that fails is a warning; only where the run ends is it an error."""
-
-    def __init__(self, attempt: Attempt):
-        super().__init__(attempt)
-        self._saved_at_s = time.monotonic()
-
-    def is_due(self, step: int, stop: bool) -> bool:
-        steps, minutes = self.config.checkpoint.every_steps, self.config.checkpoint.every_minutes
-        if stop or step == self.config.train.steps or (steps and step % steps == 0):
-            return True
-        late = minutes is not None and time.monotonic() - self._saved_at_s >= 60 * minutes
-        if jax.process_count() == 1:
-            return late
-        return step % _COMPARE_CLOCKS_EVERY == 0 and broadcast_from_first(lambda: late)
-
-    def __call__(self, step: int, state: TrainState, stop: bool) -> None:
-        a, run = self.attempt, self.run
-        final = stop or step == self.config.train.steps
-        run.events.check_directory()
-        with a.timer.pause(), a.hang.paused():
-            try:
-                run.checkpointer.wait()  # the one before, which may have failed meanwhile
-            except CheckpointError as error:
-                self._checkpoint_failed(error)
-            try:
-                saved = run.setup.to_stored_order(state.to_save)
-                run.checkpointer.save(step, saved, meta=self._meta(), wait=final)
-            except CheckpointError as error:
-                self._checkpoint_failed(error, final=final)
-                if final:
-                    raise
-        a.saves.duration_s[step] = a.timer.paused_s
-        a.record_saves()
-        self._saved_at_s = time.monotonic()
-
-    def _meta(self) -> dict[str, Any]:
-        """Return the JSON object that every checkpoint holds besides the arrays."""
-        run, start = self.run, self.attempt.start
-        meta = {
-            "config": to_json_dict(self.config),
-            "position": start.position.to_json(),
-            "tokenizer": start.tokenizer,
-            "data": run.setup.data_record,
-            "ledger": start.ledger.to_json(),
-            "rollbacks": len(run.rollbacks.entries),
-        }
-        return meta | ({"base": start.base} if start.base else {})
-
-    def _checkpoint_failed(self, error: CheckpointError, *, final: bool = False) -> None:
-        a = self.attempt
-        a.run.events.write("save", step=error.step, duration_s=0.0, error=str(error))
-        a.saves.failed.append(str(error))
-        if not final:
-            a.progress.note(f"warning: {error}; training goes on, the next one is tried in turn")
-
-
-class ExportHook(Hook):
-    """Writes the weights of some steps in Hugging Face's format."""
-
-    def is_due(self, step: int, stop: bool) -> bool:
-        every, last = self.config.checkpoint.export_hf_every, self.config.train.steps
-        return not stop and bool(every) and (step == last or step % every == 0)
-
-    def was_done(self) -> bool:
-        """Return whether an earlier process exported the step that this one resumes from."""
-        return broadcast_from_first(is_exported, self.run.workdir, self.attempt.start.step)
-
-    def __call__(self, step: int, state: TrainState, stop: bool) -> None:
-        with self.attempt.phase("export", step), self.attempt.hang.paused():
-            stored = self.run.setup.to_stored_order(state)
-            for line in export_weights(self.config, self.run.workdir, step, stored):
-                self.attempt.progress.note(f"warning: {line}")
-
-
-class EvaluateHook(Hook):
-    """Writes the loss on the validation split; no row where a stop signal comes meanwhile."""
-
-    was_interrupted = False
-
-    def is_due(self, step: int, stop: bool) -> bool:
-        every, last = self.config.train.eval_every, self.config.train.steps
-        due = step == last or bool(every and step % every == 0)
-        return due and not stop and self.run.setup.held_out is not None
-
-    def was_done(self) -> bool:
-        """Return whether an earlier process evaluated the step that this one resumes from."""
-        return broadcast_from_first(lambda: self.attempt.start.is_evaluated)
-
-    def __call__(self, step: int, state: TrainState, stop: bool) -> None:
-        """Sum in float64 over batches of a fixed order. The last is padded, never dropped."""
-        a, sums, pending = self.attempt, np.zeros(2, np.float64), None
-        with a.phase("evaluation", step) as fields:
-            for batch in a.feed.evaluation():
-                current = a.programs.evaluate(state.whole, batch)
-                if pending is not None:
-                    sums += np.array(jax.device_get(pending), np.float64)
-                pending = current
-                a.report_alive()
-                if any_process_stops(a.run.shutdown):
-                    self.was_interrupted = True
-                    return
-            sums += np.array(jax.device_get(pending), np.float64)
-            loss = fields["eval_loss"] = float(sums[0] / sums[1])
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        row = {"step": step, "eval_loss": loss, "eval_perplexity": perplexity}
-        row |= {"eval_tokens": int(sums[1]), "time_s": a.run.events.time_s}
-        a.metrics.write(row)
-        a.progress.show(row)

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from llamajax.backends import report_checkpoint
-from llamajax.checkpoint import CheckpointError, named_leaves
+from llamajax.checkpoint import CheckpointError
 from llamajax.checkpoint.location import is_remote
 from llamajax.config import RunConfig
 from llamajax.errors import ExitCode, say
@@ -18,15 +18,9 @@ from llamajax.monitoring import MetricsWriter, Progress, StepTimer, write_run_fa
 from llamajax.monitoring.blackbox import BLACKBOX
 from llamajax.processes.host_collectives import broadcast_from_first
 from llamajax.training.export import is_exported, write_adapters
-from llamajax.training.feed import Feed
-from llamajax.training.loop import Attempt, Saves, train_steps
-from llamajax.training.messages import (
-    previous_checkpoint,
-    run_facts,
-    run_header,
-    run_summary,
-    warn_undonated,
-)
+from llamajax.training.hooks import Attempt
+from llamajax.training.loop import train_steps
+from llamajax.training.messages import run_facts, run_header, run_summary, warn_undonated
 from llamajax.training.resume import requested_start, set_aside
 from llamajax.training.run_record import History, end_event, write_end, write_start
 from llamajax.training.run_start import Start, find_start
@@ -36,14 +30,7 @@ from llamajax.training.safety.shutdown import Shutdown, exit_on_error
 from llamajax.training.safety.step_checks import GuardStop, RollbackNeeded, StepChecks
 from llamajax.training.setup import Programs, check_stored, compile_programs, initial_state, set_up
 from llamajax.training.state import TrainState
-from llamajax.training.workdir import (
-    Run,
-    check_shared,
-    keep_tokenizer,
-    lock_workdir,
-    open_run,
-    write_config,
-)
+from llamajax.training.workdir import Run, keep_tokenizer, open_run, write_config
 
 
 def train(
@@ -67,25 +54,18 @@ def train(
         setup = set_up(config)
     if setup.machine.num_processes > 1:
         shutdown.take_back()
-    with exit_on_error(), ExitStack() as stack:
-        # The directory is locked and opened. Nothing in it changes before `_accept`: until then
-        # events, log and black box are kept in memory.
-        lock = lock_workdir(workdir, process_id=setup.machine.process_id, undo=undo)
-        is_locked = stack.enter_context(lock)
-        check_shared(workdir, key="--workdir")
+    # Nothing changes in the directory before `_accept`: until then events, log and black box are
+    # kept in memory.
+    with exit_on_error(), open_run(setup, workdir, shutdown=shutdown, undo=undo) as run:
         history = History.read(workdir)
         request = requested_start(config, history)
-        run = open_run(
-            setup, workdir, is_locked=is_locked, shutdown=shutdown, undo=undo, stack=stack
-        )
-        shutdown.call_before_exit(lambda: previous_checkpoint(run.checkpointer))
-        # Where to start: finds most of what can refuse it.
         if request == "restart":
             history = History(workdir, [], [])
             run.rollbacks.entries.clear()
         start = find_start(run, request, history)
         if _is_finished(run, start, history):
-            check_stored(setup, start.checkpoint)
+            if start.checkpoint is not None:
+                check_stored(setup, start.checkpoint)
             run.say(f"finished before, at step {start.step}: {workdir}")
             return ExitCode.FINISHED
         # From here on every way out is recorded, once the start is accepted.
@@ -100,7 +80,7 @@ def train(
                 run.say(line)
             outcome["code"] = code = _train(run, start)
             if code == ExitCode.FINISHED and config.lora.rank:
-                for line in write_adapters(config, start.base, workdir):
+                for line in write_adapters(config, start.recorded["base"], workdir):
                     run.say(f"warning: {line}")
     if run.is_primary:
         with run.log:  # after `end_event`, so that the report shows a run that has ended
@@ -121,11 +101,19 @@ def _is_finished(run: Run, start: Start, history: History) -> bool:
 
 def _train(run: Run, start: Start) -> int:
     """Train from `start` to the end. After a rollback, train again from an earlier step."""
+    tokens_per_step = run.config.data.global_batch_size * run.config.data.seq_len
     programs, rolled_back_s = None, 0.0
     while True:
         with ExitStack() as stack:
-            attempt, state = _open_attempt(run, start, programs, rolled_back_s, stack)
-            programs = attempt.programs
+            timer = StepTimer(tokens_per_step=tokens_per_step)
+            stack.callback(timer.close)
+            state = _load(run, start, timer, rolled_back_s)
+            if programs is None:
+                programs = _compile(run, state, timer)
+                _accept(run, start, programs)
+                run.events.write("compile", step=start.step, duration_s=timer.paused_s)
+            remove_checkpoints(run.checkpointer, start.superseded)
+            attempt = _open_attempt(run, start, programs, timer, stack)
             try:
                 with attempt.hang:
                     return train_steps(attempt, state)
@@ -137,36 +125,15 @@ def _train(run: Run, start: Start) -> int:
                 remote = is_remote(run.checkpointer.directory)
                 return ExitCode.TRANSIENT if remote else ExitCode.USER_ERROR
         del state  # its memory is needed for the next one
-        began_s, newest = time.monotonic(), run.box.newest_step
-        attempt.record_saves()
-        reason = "rollback" if isinstance(problem, RollbackNeeded) else "stop"
-        box = attempt.checks.write_box(reason, step=newest, cause=str(problem))
-        try:
-            if isinstance(problem, GuardStop):
-                raise problem
-            words = roll_back(problem, run.checkpointer, run.rollbacks, attempt.checks)
-        except GuardStop as error:
-            run.say(
-                f"error: {error}. Nothing was saved since then; the black box is {box}, and "
-                f"`python -m llamajax.replay --workdir={run.workdir} --step={newest}` looks into "
-                "the step (docs/guards.md)"
-            )
-            return error.exit_code
-        to_step = run.rollbacks.entries[-1].to_step
-        run.events.write("rollback", step=problem.step, to_step=to_step, reason=problem.reason)
-        run.say(words)
+        began_s = time.monotonic()
+        if (code := _go_back(attempt, problem)) is not None:
+            return code
         start = find_start(run, "rollback", History.read(run.workdir))
         rolled_back_s = time.monotonic() - began_s
 
 
-def _load(
-    run: Run, start: Start, programs: Programs | None, timer: StepTimer, rolled_back_s: float
-) -> tuple[TrainState, Programs]:
-    """Load the state; at the first start of this process also compile, and accept the start.
-
-    Deletes the checkpoints that a rollback has superseded, last of all.
-    rolled_back_s: seconds that going back to this start took.
-    """
+def _load(run: Run, start: Start, timer: StepTimer, rolled_back_s: float) -> TrainState:
+    """Return the state of a start. rolled_back_s: seconds that going back to it took."""
     with timer.pause():
         state = initial_state(run.setup, start.checkpoint, start.weights)
     source = "restore" if start.step else "import" if start.weights else "init"
@@ -174,71 +141,20 @@ def _load(
     run.events.write(
         "restore", step=start.step, source=source, duration_s=duration_s, **start.time_after
     )
-    if programs is None:
-        with timer.pause():
-            programs = compile_programs(run.setup, state)
-        _accept(run, start)
-        run.events.write("compile", step=start.step, duration_s=timer.paused_s)
-        run.say(f"ready    compiled in {timer.paused_s:.1f} s")
-        for line in warn_undonated(programs.update):
-            run.say(line)
-    remove_checkpoints(run.checkpointer, start.superseded)
-    return state, programs
+    return state
 
 
-def _open_attempt(
-    run: Run, start: Start, programs: Programs | None, rolled_back_s: float, stack: ExitStack
-) -> tuple[Attempt, TrainState]:
-    """Load the state, and open what shows and watches the attempt until `stack` is closed."""
-    setup, config, workdir, primary = run.setup, run.config, run.workdir, run.is_primary
-    timer = StepTimer(tokens_per_step=config.data.global_batch_size * config.data.seq_len)
-    stack.callback(timer.close)
-    state, programs = _load(run, start, programs, timer, rolled_back_s)
-    board = config.monitoring.tensorboard
-    metrics = MetricsWriter(workdir, tensorboard=board, resume_step=start.step, primary=primary)
-    stack.callback(metrics.close)
-    progress = Progress(
-        total_steps=config.train.steps,
-        start_step=start.step,
-        mode=config.monitoring.progress,
-        primary=primary,
-    )
-    stack.callback(progress.close)
-    if primary:
-        facts = run_facts(setup, programs.update)
-        write_run_facts(workdir, facts | {"workdir_locked": run.is_locked})
-    checks = StepChecks(
-        config=config.guard,
-        box=run.box,
-        events=run.events,
-        mixture=setup.mixture,
-        position=start.position,
-        seed=config.train.seed,
-        weights=tuple(named_leaves(state.trained)),
-        note=progress.note,
-    )
-
-    def on_hang(text: str) -> None:
-        checks.write_box("hang", step=run.box.newest_step, cause=text)
-        write_end(run, run.box.newest_step, code=ExitCode.FAILED, error=text)
-
-    splits = {"mixture": setup.mixture, "held_out": setup.held_out}
-    stacks = workdir / BLACKBOX / f"hang_process{setup.machine.process_id}.txt"
-    return Attempt(
-        run=run,
-        start=start,
-        programs=programs,
-        feed=Feed(config, setup.mesh, **splits, position=start.position),
-        timer=timer,
-        metrics=metrics,
-        progress=progress,
-        checks=checks,
-        hang=HangWatch(config.guard.hang_timeout_s, file=stacks, on_hang=on_hang),
-        saves=Saves(),
-    ), state
+def _compile(run: Run, state: TrainState, timer: StepTimer) -> Programs:
+    """Compile what the run needs, once for this process."""
+    with timer.pause():
+        programs = compile_programs(run.setup, state)
+    run.say(f"ready    compiled in {timer.paused_s:.1f} s")
+    for line in warn_undonated(programs.update):
+        run.say(line)
+    return programs
 
 
-def _accept(run: Run, start: Start) -> None:
+def _accept(run: Run, start: Start, programs: Programs) -> None:
     """Make the changes of a start in its directory, now that nothing can refuse it any more.
 
     To be called by all processes.
@@ -251,4 +167,73 @@ def _accept(run: Run, start: Start) -> None:
         run.events.begin()
         run.box.begin()
         write_config(run.workdir, run.config)
-        keep_tokenizer(run.workdir, run.config, start.tokenizer)
+        keep_tokenizer(run.workdir, run.config, start.recorded["tokenizer"])
+        facts = run_facts(run.setup, programs.update)
+        write_run_facts(run.workdir, facts | {"workdir_locked": run.is_locked})
+
+
+def _open_attempt(
+    run: Run, start: Start, programs: Programs, timer: StepTimer, stack: ExitStack
+) -> Attempt:
+    """Open what shows and watches the steps from `start` on, until `stack` is closed."""
+    setup, config, primary = run.setup, run.config, run.is_primary
+    board = config.monitoring.tensorboard
+    metrics = MetricsWriter(run.workdir, tensorboard=board, resume_step=start.step, primary=primary)
+    stack.callback(metrics.close)
+    progress = Progress(
+        total_steps=config.train.steps,
+        start_step=start.step,
+        mode=config.monitoring.progress,
+        primary=primary,
+    )
+    stack.callback(progress.close)
+    checks = StepChecks(
+        config=config.guard,
+        box=run.box,
+        events=run.events,
+        mixture=setup.mixture,
+        position=start.position,
+        seed=config.train.seed,
+        weights=programs.weight_names,
+        note=progress.note,
+    )
+
+    def on_hang(text: str) -> None:
+        checks.write_box("hang", step=run.box.newest_step, cause=text)
+        write_end(run, run.box.newest_step, code=ExitCode.FAILED, error=text)
+
+    stacks = run.workdir / BLACKBOX / f"hang_process{setup.machine.process_id}.txt"
+    return Attempt(
+        run=run,
+        start=start,
+        programs=programs,
+        timer=timer,
+        metrics=metrics,
+        progress=progress,
+        checks=checks,
+        hang=HangWatch(config.guard.hang_timeout_s, file=stacks, on_hang=on_hang),
+    )
+
+
+def _go_back(attempt: Attempt, problem: GuardStop | RollbackNeeded) -> int | None:
+    """Record that the run must go back to a checkpoint; return the exit code if it must end."""
+    run = attempt.run
+    newest = run.box.newest_step
+    attempt.record_saves()
+    reason = "rollback" if isinstance(problem, RollbackNeeded) else "stop"
+    box = attempt.checks.write_box(reason, step=newest, cause=str(problem))
+    try:
+        if isinstance(problem, GuardStop):
+            raise problem
+        words = roll_back(problem, run.checkpointer, run.rollbacks, attempt.checks)
+    except GuardStop as error:
+        run.say(
+            f"error: {error}. Nothing was saved since then; the black box is {box}, and "
+            f"`python -m llamajax.replay --workdir={run.workdir} --step={newest}` looks into the "
+            "step (docs/guards.md)"
+        )
+        return error.exit_code
+    to_step = run.rollbacks.entries[-1].to_step
+    run.events.write("rollback", step=problem.step, to_step=to_step, reason=problem.reason)
+    run.say(words)
+    return None

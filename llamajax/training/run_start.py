@@ -15,7 +15,7 @@ from llamajax import data, optim
 from llamajax.checkpoint import Checkpoint
 from llamajax.checkpoint.location import locate
 from llamajax.checkpoint.restore import model_differences
-from llamajax.config import diff, from_json_dict
+from llamajax.config import diff, from_json_dict, to_json_dict
 from llamajax.config.schema import LoraConfig, RunConfig
 from llamajax.config.values import show
 from llamajax.errors import UserError, combine
@@ -40,9 +40,9 @@ class Start:
     """Where a run starts, resumes, or continues after a rollback.
 
     superseded: on process 0, steps of checkpoints that a rollback went back before. weights: to
-    import. base: of a run with adapters, what its checkpoints record of the frozen weights.
-    tokenizer: what they record of the tokenizer. is_evaluated: whether the evaluation of its step
-    is on record. time_after: seconds of the rows after its step, which are removed.
+    import. recorded: the JSON object that its checkpoints hold besides the arrays and the ledger.
+    is_evaluated: whether the evaluation of its step is on record. time_after: seconds of the rows
+    after its step, which are removed.
     """
 
     request: Request
@@ -51,8 +51,7 @@ class Start:
     position: data.Position
     ledger: data.Ledger
     weights: Weights | None
-    base: dict[str, str] | None
-    tokenizer: dict[str, Any]
+    recorded: dict[str, Any]
     is_evaluated: bool
     time_after: dict[str, float]
 
@@ -75,7 +74,14 @@ def find_start(run: Run, request: Request, history: History) -> Start:
     meta = None if checkpoint is None else checkpoint.meta
     step = 0 if checkpoint is None else checkpoint.step
     weights = open_initial_weights(config, meta)
-    tokenizer = run_tokenizer(setup, meta, run.workdir)
+    recorded = {
+        "config": to_json_dict(config),
+        "tokenizer": run_tokenizer(setup, meta, run.workdir),
+        "data": setup.data_record,
+        "rollbacks": len(run.rollbacks.entries),
+    }
+    if config.lora.rank:
+        recorded["base"] = base_record(weights)
     if step > config.train.steps:
         raise UserError(
             f"the newest checkpoint is of step {step}, beyond train.steps = {config.train.steps}: "
@@ -103,8 +109,7 @@ def find_start(run: Run, request: Request, history: History) -> Start:
         position=position,
         ledger=data.Ledger(mixture, position, step=step, saved=saved),
         weights=weights,
-        base=base_record(weights) if config.lora.rank else None,
-        tokenizer=tokenizer,
+        recorded=recorded | {"position": position.to_json()},
         is_evaluated=history.is_evaluated(step),
         time_after=history.time_after(step),
     )
@@ -178,7 +183,7 @@ def open_initial_weights(config: RunConfig, meta: Mapping[str, Any] | None) -> W
         raise UserError(f"train.init_from = {config.train.init_from}: {error}") from None
     problems = model_differences(*map(dataclasses.asdict, (weights.model, config.model)))
     if (tokenizer := weights.tokenizer) is not None:
-        path = config.data.path.split(",")[0].strip()
+        path = config.data.paths[0]
         theirs = weights.load_tokenizer()
         ours = data.load_tokenizer(path)
         if problem := data_mismatch(f"data.path: {path}", ours, theirs, tokenizer):

@@ -6,32 +6,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
-from llamajax import backends, data, optim, sharding
+from llamajax import backends, data, sharding
 from llamajax.checkpoint import Checkpoint, check_same_model, named_leaves, restore_state
 from llamajax.config import RunConfig, common_values, to_json_dict
 from llamajax.errors import UserError, combine
 from llamajax.formats.weights import Weights
-from llamajax.models.abstract import abstract_model
 from llamajax.models.llama import Compute
 from llamajax.models.pipeline import PipelineOptions
 from llamajax.ops.attention import check_supported, first_supported
 from llamajax.processes import process_facts
 from llamajax.training.feed import abstract_batch, eval_batch_size
 from llamajax.training.safety.canary import Canary
-from llamajax.training.state import (
-    Layout,
-    TrainState,
-    abstract_state,
-    init_state,
-    state_from_weights,
-    to_pipeline_order,
-    to_stored_order,
-    with_own_guard,
-    with_stored_guard,
-)
+from llamajax.training.state import StateSpec, TrainState, with_stored_guard
 from llamajax.training.step import eval_step, train_step
 
 
@@ -43,7 +31,7 @@ class Setup:
     machine: backends.Machine
     mesh: Mesh
     compute: Compute
-    optimizer: optax.GradientTransformation
+    spec: StateSpec
     mixture: "data.Mixture"
     held_out: "data.Mixture | None"  # the validation split
 
@@ -52,15 +40,6 @@ class Setup:
         """What is read, by split, as checkpoints record it."""
         splits = {"train": self.mixture, "validation": self.held_out}
         return {name: split.describe() for name, split in splits.items() if split is not None}
-
-    @property
-    def layout(self) -> Layout:
-        """How the state is stored."""
-        return layout_of(self.config)
-
-    def to_stored_order(self, state: TrainState) -> TrainState:
-        """Reorder the layers as checkpoints have them; both copies exist until one is dropped."""
-        return to_stored_order(state, self.config.model, self.mesh, layout=self.layout)
 
 
 def set_up(config: RunConfig) -> Setup:
@@ -92,7 +71,7 @@ def set_up(config: RunConfig) -> Setup:
         machine=machine,
         mesh=mesh,
         compute=resolve_compute(config, machine, mesh),
-        optimizer=optim.build(config.optim, steps=config.train.steps),
+        spec=StateSpec.of(config, mesh),
         mixture=mixture,
         held_out=held_out,
     )
@@ -100,14 +79,9 @@ def set_up(config: RunConfig) -> Setup:
 
 def check_mesh(config: RunConfig, mesh: Mesh) -> None:
     """Raise one UserError with everything about the run that its mesh does not divide."""
+    batch, seq_len = config.data.global_batch_size, config.data.seq_len
     sharding.check_divides(
-        config.model.dims,
-        mesh,
-        batch=config.data.global_batch_size,
-        accumulation=config.train.accumulation_steps,
-        seq_len=config.data.seq_len,
-        microbatch_size=config.train.microbatch_size,
-        rounds=config.train.pipeline_rounds,
+        config.model.dims, mesh, batch=batch, seq_len=seq_len, train=config.train
     )
 
 
@@ -143,58 +117,39 @@ def resolve_compute(config: RunConfig, machine: backends.Machine, mesh: Mesh) ->
     )
 
 
-def layout_of(config: RunConfig) -> Layout:
-    """Return how the state of a run is stored."""
-    guarded = config.guard.nonfinite != "off" or config.guard.spike_factor is not None
-    return Layout(
-        rounds=config.train.pipeline_rounds,
-        offload=config.optim.offload,
-        guard_window=config.guard.spike_window if guarded else None,
-    )
-
-
 def initial_state(setup: Setup, stored: Checkpoint | None, weights: Weights | None) -> TrainState:
     """Return the first state: random, imported, restored, or restored adapters on imported weights.
 
     stored: the checkpoint to restore, if any. weights: to import. To be called by all processes.
     """
-    config, layout, to = setup.config, setup.layout, (setup.optimizer, setup.mesh)
-    lora = config.lora if config.lora.rank else None
-    model = None
-    if weights is not None:
-        dtype = jnp.dtype(lora.base_dtype if lora else "float32")
-        model = weights.load(abstract_model(config.model, setup.mesh, dtype=dtype))
+    spec, seed = setup.spec, setup.config.train.seed
+    model = None if weights is None else weights.load(spec.abstract_model())
     if stored is not None:
-        abstract = _abstract_stored(setup, stored)
-        saved = restore_state(stored, abstract, model=to_json_dict(config)["model"], donated=True)
-        saved = with_own_guard(saved, layout)
+        abstract = _abstract_stored(spec, stored)
+        saved = restore_state(stored, abstract, model=_model_keys(setup), donated=True)
+        saved = spec.with_own_guard(saved)
         state = saved if model is None else saved.replace(model=model)
     elif model is None:
-        return init_state(config.model, *to, seed=config.train.seed, layout=layout)
+        return spec.init(seed)
     else:
-        state = state_from_weights(model, *to, lora=lora, seed=config.train.seed, layout=layout)
-    return to_pipeline_order(state, config.model, setup.mesh, layout=layout)
+        state = spec.from_weights(model, seed)
+    return spec.to_pipeline_order(state)
 
 
-def check_stored(setup: Setup, stored: Checkpoint | None) -> None:
+def check_stored(setup: Setup, stored: Checkpoint) -> None:
     """Raise UserError where a checkpoint is of another model or optimizer than the setup's."""
-    if stored is None:
-        return
-    abstract = named_leaves(_abstract_stored(setup, stored))
-    check_same_model(stored, abstract, model=to_json_dict(setup.config)["model"], partial=False)
+    abstract = named_leaves(_abstract_stored(setup.spec, stored))
+    check_same_model(stored, abstract, model=_model_keys(setup), partial=False)
 
 
-def _abstract_stored(setup: Setup, stored: Checkpoint) -> Any:
+def _abstract_stored(spec: StateSpec, stored: Checkpoint) -> Any:
     """Return the abstract state that a run saves, with the guard's arrays that `stored` has."""
-    config = setup.config
-    abstract = abstract_state(
-        config.model,
-        setup.optimizer,
-        setup.mesh,
-        lora=config.lora if config.lora.rank else None,
-        layout=setup.layout.stored_order,
-    )
-    return with_stored_guard(abstract.to_save, stored.arrays)
+    return with_stored_guard(spec.in_stored_order.abstract().to_save, stored.arrays)
+
+
+def _model_keys(setup: Setup) -> dict[str, Any]:
+    """Return the keys of `config.model`, as checkpoints record them."""
+    return to_json_dict(setup.config)["model"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,12 +159,13 @@ class Programs:
     update: Callable  # (state, batch) -> (state, metrics); the state is donated
     evaluate: Callable  # (model, batch) -> (summed loss, number of targets)
     canary: Canary | None
+    weight_names: tuple[str, ...]  # of what is trained, in the order of the norms in the metrics
 
 
 def build_update(setup: Setup) -> Callable:
     """Return the jitted, guarded update of a run, not yet compiled."""
     c = setup.config
-    return train_step(setup.optimizer, c.optim, c.train, setup.compute, setup.mesh, c.guard)
+    return train_step(setup.spec.optimizer, c.optim, c.train, setup.compute, setup.mesh, c.guard)
 
 
 def compile_programs(setup: Setup, state: TrainState) -> Programs:
@@ -233,4 +189,9 @@ def compile_programs(setup: Setup, state: TrainState) -> Programs:
             seq_len=config.data.seq_len,
             vocab_size=config.model.vocab_size,
         )
-    return Programs(update=update.compile(), evaluate=evaluate.compile(), canary=canary)
+    return Programs(
+        update=update.compile(),
+        evaluate=evaluate.compile(),
+        canary=canary,
+        weight_names=tuple(named_leaves(state.trained)),
+    )

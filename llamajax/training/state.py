@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,9 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
+from llamajax import optim
 from llamajax.backends.platforms import exact_options
-from llamajax.config.schema import LoraConfig, ModelConfig
+from llamajax.config.schema import LoraConfig, ModelConfig, RunConfig
 from llamajax.models import layer_order
 from llamajax.models.abstract import abstract_model
 from llamajax.models.llama import Llama
@@ -58,37 +59,144 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How a state is stored on its mesh; changes no value.
+class StateSpec:
+    """What the state of a run consists of, and how it is stored on the mesh.
 
-    rounds: layers are in pipeline order for so many rounds; None: in stored order, as on disk.
-    offload: the moments are in pinned host memory. guard_window: updates that the guard remembers;
-    None: there is no guard.
+    lora: adapters train and the model is frozen in `lora.base_dtype`. rounds: layers are in
+    pipeline order for so many rounds; None: in stored order, as on disk. offload: the moments are
+    in pinned host memory. guard_window: updates that the guard remembers; None: no guard.
     """
 
+    model: ModelConfig
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    lora: LoraConfig | None = None
     rounds: int | None = 1
     offload: bool = False
     guard_window: int | None = None
 
+    @classmethod
+    def of(cls, config: RunConfig, mesh: Mesh) -> Self:
+        """Return the spec of a run's state."""
+        guard = config.guard
+        guarded = guard.nonfinite != "off" or guard.spike_factor is not None
+        return cls(
+            model=config.model,
+            optimizer=optim.build(config.optim, steps=config.train.steps),
+            mesh=mesh,
+            lora=config.lora if config.lora.rank else None,
+            rounds=config.train.pipeline_rounds,
+            offload=config.optim.offload,
+            guard_window=guard.spike_window if guarded else None,
+        )
+
     @property
-    def stored_order(self) -> "Layout":
-        """The same layout with layers in stored order."""
+    def in_stored_order(self) -> Self:
+        """The same state with its layers in stored order."""
         return dataclasses.replace(self, rounds=None)
 
+    def abstract_model(self) -> Llama:
+        """Return shapes, dtypes and shardings of the model, in stored order."""
+        dtype = jnp.dtype(self.lora.base_dtype if self.lora else "float32")
+        return abstract_model(self.model, self.mesh, dtype=dtype)
 
-def _new_state(
-    model: Llama,
-    optimizer: optax.GradientTransformation,
-    lora: LoraConfig | None,
-    layout: Layout,
-    key: jax.Array,
-) -> TrainState:
-    """Return the state of step 0 with these weights."""
-    adapters = init_adapters(model.config, lora, key) if lora else None
-    guard = None if layout.guard_window is None else new_guard(layout.guard_window)
-    state = TrainState(step=jnp.int32(0), model=model, opt_state=(), adapters=adapters, guard=guard)
-    with jax.numpy_dtype_promotion("standard"):
-        return state.replace(opt_state=optimizer.init(state.trained))
+    def abstract(self) -> TrainState:
+        """Return shapes, dtypes and shardings of the whole state; nothing is allocated."""
+
+        def whole(model: Llama, key: jax.Array) -> TrainState:
+            return self._in_pipeline_order(self._new(model, key))
+
+        shapes = jax.eval_shape(whole, self.abstract_model(), jax.random.key(0))
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            shapes,
+            self._shardings(shapes),
+        )
+
+    def init(self, seed: int) -> TrainState:
+        """Return a random state of step 0, made in shards; the same weights on any mesh."""
+        out = jax.tree.map(lambda x: x.sharding, self.abstract())
+        options = exact_options(self.mesh.devices.flat[0].platform)
+
+        def fresh(key: jax.Array) -> TrainState:
+            return self._in_pipeline_order(self._new(Llama(self.model, key), key))
+
+        init: Any = jax.jit(fresh, out_shardings=out, compiler_options=options)
+        return init(jax.random.key(seed))
+
+    def from_weights(self, model: Llama, seed: int) -> TrainState:
+        """Return the state of step 0 with these weights, in stored order; they are not copied."""
+        abstract = self.in_stored_order.abstract()
+
+        def rest(key: jax.Array) -> TrainState:
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract.model)
+            return self._new(zeros, key).replace(model=None)
+
+        out = jax.tree.map(lambda x: x.sharding, abstract.replace(model=None))
+        return jax.jit(rest, out_shardings=out)(jax.random.key(seed)).replace(model=model)
+
+    def to_pipeline_order(self, state: TrainState) -> TrainState:
+        """Reorder a stored state's layers for the pipeline; no-op without one."""
+        return self._reorder(state, self._in_pipeline_order)
+
+    def to_stored_order(self, state: TrainState) -> TrainState:
+        """Invert `to_pipeline_order`; both copies exist until the old one is dropped."""
+        layers, mesh, rounds = self.model.num_layers, self.mesh, self.rounds
+        return self._reorder(
+            state, lambda s: layer_order.to_stored_order(s, layers, mesh, rounds=rounds)
+        )
+
+    def with_own_guard(self, state: TrainState) -> TrainState:
+        """Return a restored state with the guard of this spec; a new window begins empty."""
+        window, found = self.guard_window, state.guard
+        if window is None:
+            return state.replace(guard=None)
+        if found is not None and found.loss_W.shape == (window,):
+            return state
+        make: Any = jax.jit(new_guard, static_argnums=0, out_shardings=state.step.sharding)
+        fresh = make(window)
+        return state.replace(guard=fresh if found is None else fresh.replace(skipped=found.skipped))
+
+    def _new(self, model: Llama, key: jax.Array) -> TrainState:
+        """Return the state of step 0 with these weights, in stored order; inside `jax.jit`."""
+        adapters = init_adapters(self.model, self.lora, key) if self.lora else None
+        guard = None if self.guard_window is None else new_guard(self.guard_window)
+        state = TrainState(jnp.int32(0), model, opt_state=(), adapters=adapters, guard=guard)
+        with jax.numpy_dtype_promotion("standard"):
+            return state.replace(opt_state=self.optimizer.init(state.trained))
+
+    def _is_stored_order(self) -> bool:
+        """Return whether pipeline order is the same as stored order."""
+        layers, stages, rounds = self.model.num_layers, self.mesh.shape["stage"], self.rounds
+        return rounds is None or layer_order.is_stored_order(layers, stages=stages, rounds=rounds)
+
+    def _in_pipeline_order(self, state: TrainState) -> TrainState:
+        if self._is_stored_order():
+            return state
+        return layer_order.to_pipeline_order(state, self.mesh, rounds=self.rounds)
+
+    def _reorder(
+        self, state: TrainState, function: Callable[[TrainState], TrainState]
+    ) -> TrainState:
+        if self._is_stored_order():
+            return state
+
+        def reordered(state: TrainState) -> TrainState:
+            return function(state.replace(opt_state=to_device(state.opt_state)))
+
+        out = self._shardings(jax.eval_shape(reordered, state))
+        return jax.jit(reordered, out_shardings=out)(state)
+
+    def _shardings(self, shapes: TrainState) -> TrainState:
+        """Return the sharding and the memory of every array of a state."""
+        found = shardings(shapes, self.mesh)
+        if not self.offload:
+            return found
+
+        def on_host(x: Any, sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+            return sharding.with_memory_kind("pinned_host") if x.ndim else sharding
+
+        return found.replace(opt_state=jax.tree.map(on_host, shapes.opt_state, found.opt_state))
 
 
 def with_stored_guard(state: TrainState, stored: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
@@ -100,25 +208,12 @@ def with_stored_guard(state: TrainState, stored: Mapping[str, jax.ShapeDtypeStru
     names = {field.name: f"guard/{field.name}" for field in dataclasses.fields(GuardState)}
     if not all(name in stored for name in names.values()):
         return state.replace(guard=None)
+    where = state.step.sharding
     arrays = {
-        field: jax.ShapeDtypeStruct(
-            stored[name].shape, stored[name].dtype, sharding=state.step.sharding
-        )
+        field: jax.ShapeDtypeStruct(stored[name].shape, stored[name].dtype, sharding=where)
         for field, name in names.items()
     }
     return state.replace(guard=GuardState(**arrays))
-
-
-def with_own_guard(state: TrainState, layout: Layout) -> TrainState:
-    """Return a restored state with the guard of its layout; a new window begins empty."""
-    window, found = layout.guard_window, state.guard
-    if window is None:
-        return state.replace(guard=None)
-    if found is not None and found.loss_W.shape == (window,):
-        return state
-    make: Any = jax.jit(new_guard, static_argnums=0, out_shardings=state.step.sharding)
-    fresh = make(window)
-    return state.replace(guard=fresh if found is None else fresh.replace(skipped=found.skipped))
 
 
 def to_device(opt_state: optax.OptState) -> optax.OptState:
@@ -131,138 +226,3 @@ def to_host(opt_state: optax.OptState) -> optax.OptState:
     return jax.tree.map(
         lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x, opt_state
     )
-
-
-def _shardings(shapes: TrainState, mesh: Mesh, layout: Layout) -> TrainState:
-    """Return the sharding and the memory of every array of a state."""
-    found = shardings(shapes, mesh)
-    if not layout.offload:
-        return found
-
-    def on_host(x: Any, sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-        return sharding.with_memory_kind("pinned_host") if x.ndim else sharding
-
-    return found.replace(opt_state=jax.tree.map(on_host, shapes.opt_state, found.opt_state))
-
-
-def abstract_state(
-    config: ModelConfig,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    *,
-    lora: LoraConfig | None = None,
-    layout: Layout = Layout(),
-) -> TrainState:
-    """Return shapes, dtypes and shardings of the whole state; nothing is allocated.
-
-    With `lora`, adapters train and the model is frozen in `lora.base_dtype`.
-    """
-    model = abstract_model(config, mesh, dtype=jnp.dtype(lora.base_dtype if lora else "float32"))
-
-    def whole(model: Llama, key: jax.Array) -> TrainState:
-        state = _new_state(model, optimizer, lora, layout, key)
-        return _to_pipeline_order(state, config, mesh, layout)
-
-    shapes = jax.eval_shape(whole, model, jax.random.key(0))
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        _shardings(shapes, mesh, layout),
-    )
-
-
-def _is_stored_order(config: ModelConfig, mesh: Mesh, layout: Layout) -> bool:
-    """Return whether pipeline order is the same as stored order."""
-    stages, rounds = mesh.shape["stage"], layout.rounds
-    return rounds is None or layer_order.is_stored_order(
-        config.num_layers, stages=stages, rounds=rounds
-    )
-
-
-def _to_pipeline_order(
-    state: TrainState, config: ModelConfig, mesh: Mesh, layout: Layout
-) -> TrainState:
-    if _is_stored_order(config, mesh, layout):
-        return state
-    return layer_order.to_pipeline_order(state, mesh, rounds=layout.rounds)
-
-
-def to_pipeline_order(
-    state: TrainState, config: ModelConfig, mesh: Mesh, *, layout: Layout
-) -> TrainState:
-    """Reorder a stored state's layers for the pipeline; no-op without one."""
-    return _reorder(
-        state, config, mesh, layout, lambda s: _to_pipeline_order(s, config, mesh, layout)
-    )
-
-
-def to_stored_order(
-    state: TrainState, config: ModelConfig, mesh: Mesh, *, layout: Layout
-) -> TrainState:
-    """Invert `to_pipeline_order`; both copies exist until the old one is dropped."""
-    return _reorder(
-        state,
-        config,
-        mesh,
-        layout,
-        lambda s: layer_order.to_stored_order(s, config.num_layers, mesh, rounds=layout.rounds),
-    )
-
-
-def _reorder(
-    state: TrainState,
-    config: ModelConfig,
-    mesh: Mesh,
-    layout: Layout,
-    function: Callable[[TrainState], TrainState],
-) -> TrainState:
-    if _is_stored_order(config, mesh, layout):
-        return state
-
-    def reordered(state: TrainState) -> TrainState:
-        return function(state.replace(opt_state=to_device(state.opt_state)))
-
-    out = _shardings(jax.eval_shape(reordered, state), mesh, layout)
-    return jax.jit(reordered, out_shardings=out)(state)
-
-
-def init_state(
-    config: ModelConfig,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    *,
-    seed: int,
-    layout: Layout = Layout(),
-) -> TrainState:
-    """Return a random state of step 0, made in shards; the same weights for a seed on any mesh."""
-    abstract = abstract_state(config, optimizer, mesh, layout=layout)
-
-    def fresh(key: jax.Array) -> TrainState:
-        state = _new_state(Llama(config, key), optimizer, None, layout, key)
-        return _to_pipeline_order(state, config, mesh, layout)
-
-    out = jax.tree.map(lambda x: x.sharding, abstract)
-    options = exact_options(mesh.devices.flat[0].platform)
-    init: Any = jax.jit(fresh, out_shardings=out, compiler_options=options)
-    return init(jax.random.key(seed))
-
-
-def state_from_weights(
-    model: Llama,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    *,
-    lora: LoraConfig | None,
-    seed: int,
-    layout: Layout = Layout(),
-) -> TrainState:
-    """Return the state of step 0 with these weights, in stored order; they are not copied."""
-    layout = layout.stored_order
-    abstract = abstract_state(model.config, optimizer, mesh, lora=lora, layout=layout)
-
-    def rest(key: jax.Array) -> TrainState:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract.model)
-        return _new_state(zeros, optimizer, lora, layout, key).replace(model=None)
-
-    out = jax.tree.map(lambda x: x.sharding, abstract.replace(model=None))
-    return jax.jit(rest, out_shardings=out)(jax.random.key(seed)).replace(model=model)

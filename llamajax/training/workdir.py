@@ -5,15 +5,9 @@ import dataclasses
 import functools
 import json
 import os
-import socket
-import sys
-import threading
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, TextIO
-
-import jax
+from typing import IO, Any
 
 from llamajax import data
 from llamajax.backends import report_checkpoint
@@ -27,14 +21,14 @@ from llamajax.formats.weights import TOKENIZER
 from llamajax.monitoring import EventLog
 from llamajax.monitoring.blackbox import BlackBox
 from llamajax.monitoring.events import LOCK
-from llamajax.processes.host_collectives import broadcast_from_first, raise_together
+from llamajax.monitoring.log_copy import LogCopy
+from llamajax.processes.shared_directory import check_shared_directory
+from llamajax.training.messages import previous_checkpoint
 from llamajax.training.safety.rollback import RollbackLog
 from llamajax.training.safety.shutdown import Shutdown, exit_on_error
 from llamajax.training.setup import Setup
 
 LOG = "train.log"
-# Network file systems show a new file to other hosts only after their caches' time.
-_SHARED_WITHIN_S = 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +44,7 @@ class Run:
     is_locked: bool  # against a second run
     checkpointer: Checkpointer
     rollbacks: RollbackLog
-    log: "LogCopy"
+    log: LogCopy
     events: EventLog
     box: BlackBox
     shutdown: Shutdown
@@ -72,36 +66,39 @@ class Run:
             say(text)
 
 
+@contextlib.contextmanager
 def open_run(
-    setup: Setup,
-    workdir: Path,
-    *,
-    is_locked: bool,
-    shutdown: Shutdown,
-    undo: contextlib.ExitStack,
-    stack: contextlib.ExitStack,
-) -> Run:
-    """Open what a run writes to, until `stack` is closed. To be called by all processes."""
-    primary = setup.machine.is_primary
-    checkpointer = stack.enter_context(_open_checkpoints(setup, workdir, undo))
-    stack.enter_context(exit_on_error())  # before the checkpointer waits for the other processes
-    stack.callback(undo.close)  # before this process exits
-    log = LogCopy(workdir / LOG)
-    if primary:
-        stack.enter_context(log)
-    box = BlackBox(workdir, steps=setup.config.guard.blackbox_steps, primary=primary)
-    return Run(
-        setup=setup,
-        workdir=workdir,
-        is_locked=is_locked,
-        checkpointer=checkpointer,
-        rollbacks=RollbackLog(workdir, primary=primary),
-        log=log,
-        events=EventLog(workdir, primary=primary),
-        box=stack.enter_context(box),
-        shutdown=shutdown,
-        undo=undo,
-    )
+    setup: Setup, workdir: Path, *, shutdown: Shutdown, undo: contextlib.ExitStack
+) -> Iterator[Run]:
+    """Lock the directory of a run and open what is written there. To be called by all processes.
+
+    undo: as in Run.
+    """
+    machine = setup.machine
+    with contextlib.ExitStack() as stack:
+        lock = lock_workdir(workdir, process_id=machine.process_id, undo=undo)
+        is_locked = stack.enter_context(lock)
+        check_shared_directory(workdir, key="--workdir")
+        checkpointer = stack.enter_context(_open_checkpoints(setup, workdir, undo))
+        shutdown.call_before_exit(lambda: previous_checkpoint(checkpointer))
+        stack.enter_context(exit_on_error())  # before the checkpointer waits for other processes
+        stack.callback(undo.close)  # before this process exits
+        log = LogCopy(workdir / LOG)
+        if machine.is_primary:
+            stack.enter_context(log)
+        box = BlackBox(workdir, steps=setup.config.guard.blackbox_steps, primary=machine.is_primary)
+        yield Run(
+            setup=setup,
+            workdir=workdir,
+            is_locked=is_locked,
+            checkpointer=checkpointer,
+            rollbacks=RollbackLog(workdir, primary=machine.is_primary),
+            log=log,
+            events=EventLog(workdir, primary=machine.is_primary),
+            box=stack.enter_context(box),
+            shutdown=shutdown,
+            undo=undo,
+        )
 
 
 @contextlib.contextmanager
@@ -150,35 +147,6 @@ def _locked(file: Path) -> tuple[IO[str], str | None]:
         lock.close()  # a start that was refused has removed this file: lock the new one
 
 
-def check_shared(directory: Path, *, key: str) -> None:
-    """Raise UserError on all processes unless all see the same directory. To be called by all.
-
-    Process 0 leaves a random token in it, which every other one must find there.
-    """
-    if jax.process_count() == 1:
-        return
-
-    def leave_token() -> str:
-        name = f".shared_{os.urandom(8).hex()}"
-        (directory / name).touch()
-        return name
-
-    file, problem = directory / broadcast_from_first(leave_token), None
-    deadline = time.monotonic() + _SHARED_WITHIN_S
-    while not (found := file.exists()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    if not found:
-        problem = UserError(
-            f"{key}={directory} on {socket.gethostname()} (process {jax.process_index()}) is "
-            "not the directory of process 0: checkpoints need storage that all nodes share"
-        )
-    try:
-        raise_together(problem)
-    finally:
-        if jax.process_index() == 0:
-            file.unlink(missing_ok=True)
-
-
 def _open_checkpoints(setup: Setup, workdir: Path, undo: contextlib.ExitStack) -> Checkpointer:
     """Claim the directory of the run's checkpoints and open it. To be called by all processes."""
     c = setup.config.checkpoint
@@ -187,7 +155,7 @@ def _open_checkpoints(setup: Setup, workdir: Path, undo: contextlib.ExitStack) -
     if (words := claim(directory, workdir, undo)) and setup.machine.is_primary:
         say(words)
     if not is_remote(directory) and workdir.absolute() not in directory.parents:
-        check_shared(directory, key="checkpoint.directory")
+        check_shared_directory(directory, key="checkpoint.directory")
     mine = functools.partial(check_owner, directory, workdir)
     return Checkpointer(
         directory,
@@ -214,52 +182,6 @@ def keep_tokenizer(workdir: Path, config: RunConfig, record: Mapping[str, Any]) 
     target = workdir / TOKENIZER
     if target.is_dir() and data.load_tokenizer(target).fingerprint == record["fingerprint"]:
         return
-    tokenizer = data.load_tokenizer(config.data.path.split(",")[0].strip())
+    tokenizer = data.load_tokenizer(config.data.paths[0])
     with replaced_directory(target) as hidden:
         tokenizer.save(hidden)
-
-
-class LogCopy:
-    """A context in which each line of standard error is also written, with the time, to a file.
-
-    Lines are kept in memory until `begin`. It can be entered several times.
-    """
-
-    def __init__(self, file: Path):
-        self._file = file
-        self._stream: TextIO | None = None
-        self._lock = threading.Lock()
-        self._line, self._kept, self._begun = "", [], False
-
-    def __enter__(self) -> "LogCopy":
-        self._stream, sys.stderr = sys.stderr, self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.stderr = self._stream
-
-    def begin(self) -> None:
-        """Write the lines that were kept, and all later ones at once."""
-        with self._lock:
-            self._begun = True
-            self._flush()
-
-    def write(self, text: str) -> int:
-        """Write to standard error and to the file."""
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        with self._lock:
-            # A progress bar writes over itself: only what follows its last return counts.
-            found = (self._line + text).split("\n")
-            *lines, self._line = (line.rpartition("\r")[2] for line in found)
-            self._kept += [f"{now}  {line}\n" for line in lines]
-            self._flush()
-        return self._stream.write(text) if self._stream is not None else len(text)
-
-    def _flush(self) -> None:
-        if self._begun and self._kept:
-            with contextlib.suppress(OSError), self._file.open("a", errors="replace") as file:
-                file.writelines(self._kept)
-            self._kept = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)

@@ -16,7 +16,7 @@ from llamajax.models.counts import num_parameters
 from llamajax.models.llama import Compute
 from llamajax.models.pipeline import PipelineOptions, num_ticks
 from llamajax.planning.hlo import axes_of_groups, collectives, device_groups
-from llamajax.training.state import Layout, abstract_state
+from llamajax.training.state import StateSpec
 from llamajax.training.step import train_step
 
 MODEL = ModelConfig(
@@ -45,7 +45,7 @@ def compiled(*axes, rounds=1, split=True):
         split_tokens=split and mesh.shape["tensor"] > 1,
     )  # fmt: skip
     optimizer = optim.build(OPTIM, steps=10)
-    state = abstract_state(MODEL, optimizer, mesh, layout=Layout(rounds=rounds))
+    state = StateSpec(model=MODEL, optimizer=optimizer, mesh=mesh, rounds=rounds).abstract()
     placed = sharding.batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct((B, T), dtype, sharding=placed)

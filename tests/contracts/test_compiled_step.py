@@ -23,13 +23,13 @@ from llamajax import optim, sharding
 from llamajax.config import load
 from llamajax.models.counts import num_parameters
 from llamajax.models.llama import Compute
-from llamajax.training.state import abstract_state
+from llamajax.training.state import StateSpec
 from llamajax.training.step import train_step
 
 config = load(sys.argv[1], json.loads(sys.argv[3]))
 mesh = sharding.build_mesh(config.mesh, jax.devices())
 optimizer = optim.build(config.optim, steps=config.train.steps)
-state = abstract_state(config.model, optimizer, mesh)
+state = StateSpec(model=config.model, optimizer=optimizer, mesh=mesh).abstract()
 compute = Compute(
     dtype=jnp.dtype(config.train.dtype), remat=config.train.remat, attention="blocked",
     loss_chunk_tokens=config.train.loss_chunk_tokens, z_weight=0.0,

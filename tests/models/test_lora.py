@@ -21,7 +21,7 @@ from llamajax.models.counts import flops_per_token
 from llamajax.models.llama import Llama
 from llamajax.models.lora import attach, detach, init_adapters, merge, num_adapter_parameters
 from llamajax.ops.dropout import dropout
-from llamajax.training.state import state_from_weights
+from llamajax.training.state import StateSpec
 from llamajax.training.step import train_step
 
 MODEL = tiny_model(head_size=6, rope_theta=12_345.0, init_std=0.2)
@@ -70,7 +70,8 @@ def run(mesh_shape, *, dropout=0.0, accumulation=1, base_dtype="float32", checke
     base = jax.tree.map(lambda x: x.astype(base_dtype) if x.ndim > 2 else x, base_model())
     before = jax.tree.map(np.asarray, base)
     model = jax.device_put(base, sharding.shardings(base, mesh))
-    state = state_from_weights(model, optimizer, mesh, lora=lora, seed=4)
+    spec = StateSpec(model=MODEL, optimizer=optimizer, mesh=mesh, lora=lora)
+    state = spec.from_weights(model, 4)
     train = TrainConfig(steps=10, seed=7, dtype="float32", accumulation_steps=accumulation)
     step = train_step(optimizer, OPTIM, train, compute, mesh)
     batches, rows = [sharding.put_batch(batch(n), mesh) for n in range(STEPS)], []

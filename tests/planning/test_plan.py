@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from llamajax import optim, plan, sharding
+from llamajax import plan, sharding
 from llamajax.config import load
 from llamajax.errors import UserError
 from llamajax.models.counts import flops_per_token
@@ -16,8 +16,7 @@ from llamajax.planning.compilation import refusal, temporary_bytes
 from llamajax.planning.planner import make_plan
 from llamajax.planning.roofline import pipeline_facts
 from llamajax.training.feed import abstract_batch
-from llamajax.training.setup import layout_of
-from llamajax.training.state import init_state
+from llamajax.training.state import StateSpec
 
 CONFIG = str(Path(__file__).with_name("small_run.py"))
 COMMAND = [f"--config={CONFIG}", "--devices=cpu:8"]
@@ -66,8 +65,7 @@ def test_the_json_has_the_keys_of_the_contract(planned, config):
 
 def test_arguments_are_the_bytes_of_the_real_state_and_batch(planned, config):
     mesh = sharding.build_mesh(config.mesh, jax.devices())
-    optimizer = optim.build(config.optim, steps=config.train.steps)
-    state = init_state(config.model, optimizer, mesh, seed=0, layout=layout_of(config))
+    state = StateSpec.of(config, mesh).init(0)
 
     def held(tree):
         return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))

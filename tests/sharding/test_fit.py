@@ -3,16 +3,19 @@
 import pytest
 from meshes import mesh_of
 
+from llamajax.config.schema import TrainConfig
 from llamajax.errors import UserError
 from llamajax.sharding import check_divides
 
 DIMS = {"V": 128, "D": 16, "F": 24, "N": 8, "K": 4, "H": 4, "L": 4}
-FITS = {"batch": 8, "accumulation": 1, "seq_len": 16}
+FITS = {"batch": 8, "seq_len": 16}
 
 
 def check(mesh, **wrong):
     dims = DIMS | {k: wrong.pop(k) for k in list(wrong) if k in DIMS}
-    check_divides(dims, mesh_of(**mesh), **(FITS | wrong))
+    sizes = {k: wrong.pop(k, v) for k, v in FITS.items()}
+    train = TrainConfig(steps=1, seed=0, dtype="float32", **wrong)
+    check_divides(dims, mesh_of(**mesh), **sizes, train=train)
 
 
 @pytest.mark.parametrize(
@@ -31,8 +34,8 @@ def check(mesh, **wrong):
         ({"sequence": 2, "tensor": 4}, {"seq_len": 12}, "data.seq_len = 12 does not divide by 8"),
         ({"tensor": 4}, {"seq_len": 18}, "make it 16 or 20"),
         ({"stage": 8}, {}, "model.num_layers = 4 is less than mesh.stage = 8"),
-        ({"stage": 2}, {"rounds": 4}, "less than mesh.stage x train.pipeline_rounds = 8"),
-        ({"data": 2}, {"rounds": 2}, "train.pipeline_rounds = 2 is for a pipeline"),
+        ({"stage": 2}, {"pipeline_rounds": 4}, "less than mesh.stage x train.pipeline_rounds = 8"),
+        ({"data": 2}, {"pipeline_rounds": 2}, "train.pipeline_rounds = 2 is for a pipeline"),
         ({"data": 2}, {"microbatch_size": 2}, "train.microbatch_size = 2 is for a pipeline"),
     ],
     ids=str,
@@ -57,5 +60,5 @@ def test_several_reasons_come_together():
 
 
 def test_what_divides_passes_and_layers_need_not_divide_over_stages():
-    check({"fsdp": 2, "tensor": 4}, batch=8, accumulation=4)
+    check({"fsdp": 2, "tensor": 4}, batch=8, accumulation_steps=4)
     check({"stage": 2, "data": 2}, L=3)

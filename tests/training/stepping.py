@@ -12,13 +12,7 @@ from llamajax import optim, sharding
 from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from llamajax.models.llama import Compute
 from llamajax.models.pipeline import PipelineOptions
-from llamajax.training.state import (
-    Layout,
-    TrainState,
-    abstract_state,
-    to_pipeline_order,
-    to_stored_order,
-)
+from llamajax.training.state import StateSpec, TrainState
 from llamajax.training.step import train_step
 
 MODEL = ModelConfig(
@@ -55,9 +49,6 @@ B, T, STEPS = 16, 16, 2
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 
-PLAIN = Layout()
-
-
 def packed_batch(seed: int = 0) -> dict[str, np.ndarray]:
     """Two documents a row and padding, with very unequal numbers of targets in the rows."""
     rng = np.random.default_rng(seed)
@@ -74,12 +65,12 @@ def packed_batch(seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def drawn_state(model: ModelConfig, optimizer, mesh, *, layout=PLAIN) -> TrainState:
+def drawn_state(spec: StateSpec) -> TrainState:
     """A state whose weights NumPy draws: a program that does takes longer to compile than a step.
 
-    That `init_state` gives every mesh the same weights is in `test_init.py`.
+    That `StateSpec.init` gives every mesh the same weights is in `test_init.py`.
     """
-    abstract = abstract_state(model, optimizer, mesh, layout=layout.stored_order)
+    model, abstract = spec.model, spec.in_stored_order.abstract()
     rng = np.random.default_rng(3)
 
     def draw(leaf):
@@ -92,7 +83,7 @@ def drawn_state(model: ModelConfig, optimizer, mesh, *, layout=PLAIN) -> TrainSt
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
     state = zeros.replace(model=jax.tree.map(draw, abstract.model))
     state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
-    return to_pipeline_order(state, model, mesh, layout=layout)
+    return spec.to_pipeline_order(state)
 
 
 @functools.cache
@@ -119,14 +110,14 @@ def run(
         name: options.pop(name) for name in ("microbatch_size", "remat_stage") & options.keys()
     }
     pipeline = PipelineOptions(rounds=rounds, **given)
-    sharding.check_divides(
-        model.dims, mesh, batch=B, accumulation=accumulation, seq_len=T, rounds=rounds,
+    train = dataclasses.replace(
+        TRAIN, accumulation_steps=accumulation, pipeline_rounds=rounds,
         microbatch_size=pipeline.microbatch_size,
     )  # fmt: skip
+    sharding.check_divides(model.dims, mesh, batch=B, seq_len=T, train=train)
     optimizer = optim.build(OPTIM, steps=TRAIN.steps)
-    layout = Layout(rounds=rounds, offload=offload)
-    state = drawn_state(model, optimizer, mesh, layout=layout)
-    train = dataclasses.replace(TRAIN, accumulation_steps=accumulation)
+    spec = StateSpec(model=model, optimizer=optimizer, mesh=mesh, rounds=rounds, offload=offload)
+    state = drawn_state(spec)
     split = {"split_tokens": mesh.shape["tensor"] > 1}
     if mesh.shape["sequence"] > 1:
         split["attention"] = "split"
@@ -141,9 +132,7 @@ def run(
         rows.append({name: value.item() for name, value in metrics.items()})
     weights = {
         jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(
-            to_stored_order(state, model, mesh, layout=layout).model
-        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(spec.to_stored_order(state).model)
     }
     return rows, weights, jitted._cache_size()
 

@@ -15,7 +15,7 @@ from plain_batch import plain_batch
 from llamajax import optim, sharding
 from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, RopeScaling, TrainConfig
 from llamajax.models.llama import Compute
-from llamajax.training.state import init_state
+from llamajax.training.state import StateSpec
 from llamajax.training.step import train_step
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -62,7 +62,7 @@ def curve(model: ModelConfig = MODEL, optimizer_config: OptimConfig = OPTIM) -> 
     compute = Compute(
         dtype=jnp.dtype("float32"), remat="none", attention="xla", loss_chunk_tokens=50
     )
-    state = init_state(model, optimizer, mesh, seed=train.seed)
+    state = StateSpec(model=model, optimizer=optimizer, mesh=mesh).init(train.seed)
     step = train_step(optimizer, optimizer_config, train, compute, mesh)
     # RandomState's numbers are frozen for ever, unlike default_rng's. Few batches, seen again: the
     # losses fall, so that the later ones depend on all updates.

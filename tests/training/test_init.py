@@ -15,7 +15,7 @@ from llamajax import optim, sharding
 from llamajax.backends.platforms import exact_options
 from llamajax.config.schema import MeshConfig
 from llamajax.models.declare import normal, ones
-from llamajax.training.state import init_state
+from llamajax.training.state import StateSpec
 
 # The vocabulary is stored in 128 rows: some parts have padding and some have none.
 MODEL = dataclasses.replace(stepping.MODEL, num_heads=8, head_size=6, tie_embeddings=True)
@@ -76,7 +76,8 @@ def test_weights_differ_from_each_other_and_padding_is_zero():
 
 def test_a_whole_state_is_the_same_on_one_device_and_on_eight():
     optimizer = optim.build(stepping.OPTIM, steps=10)
-    states = [init_state(MODEL, optimizer, mesh_of(s), seed=3) for s in ((1, 1, 1), (2, 2, 2))]
+    meshes = map(mesh_of, ((1, 1, 1), (2, 2, 2)))
+    states = [StateSpec(model=MODEL, optimizer=optimizer, mesh=mesh).init(3) for mesh in meshes]
     assert_same_bits(named(states[1]), named(states[0]))
     assert states[1].step.dtype == jnp.int32
     weights = jax.tree.leaves(states[1].model)

@@ -13,7 +13,7 @@ from llamajax.errors import UserError
 from llamajax.monitoring import load_events, read_run_facts, write_report
 from llamajax.monitoring.events import EVENTS
 from llamajax.training import run
-from llamajax.training.loop import LogHook
+from llamajax.training.hooks import LogHook
 from llamajax.training.run_record import History
 
 

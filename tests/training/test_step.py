@@ -24,7 +24,7 @@ from llamajax.backends.platforms import platform_facts
 from llamajax.config.schema import GuardConfig, MeshConfig
 from llamajax.models.remat import REMAT
 from llamajax.optim.guard import REASONS
-from llamajax.training.state import Layout
+from llamajax.training.state import StateSpec
 from llamajax.training.step import eval_step, train_step
 
 
@@ -92,8 +92,10 @@ def test_moments_fetched_in_a_branch_change_nothing(host_branches):
 def test_moments_are_fetched_behind_the_gradients_alone(host_branches, guard):
     mesh = sharding.build_mesh(MeshConfig(), jax.devices()[:1])
     optimizer = optim.build(OPTIM, steps=TRAIN.steps)
-    layout = Layout(offload=True, guard_window=guard and guard.spike_window)
-    state = drawn_state(MODEL, optimizer, mesh, layout=layout)
+    window = guard and guard.spike_window
+    state = drawn_state(
+        StateSpec(model=MODEL, optimizer=optimizer, mesh=mesh, offload=True, guard_window=window)
+    )
     config = dataclasses.replace(OPTIM, offload=True)
     step = train_step(optimizer, config, TRAIN, COMPUTE, mesh, guard)
     jaxpr = step.trace(state, sharding.put_batch(packed_batch(0), mesh)).jaxpr
@@ -145,7 +147,7 @@ def test_bfloat16_is_close_to_float32():
 
 def test_evaluation_sums_the_loss_of_the_first_step():
     mesh = sharding.build_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
-    state = drawn_state(MODEL, optim.build(OPTIM, steps=10), mesh)
+    state = drawn_state(StateSpec(model=MODEL, optimizer=optim.build(OPTIM, steps=10), mesh=mesh))
     nll, count = eval_step(COMPUTE, mesh)(state.model, sharding.put_batch(packed_batch(), mesh))
     (first, _), _, _ = run()
     assert float(nll / count) == pytest.approx(first["loss"], rel=1e-5)
@@ -155,7 +157,9 @@ def test_evaluation_sums_the_loss_of_the_first_step():
 def test_a_batch_without_a_target_has_no_loss_and_changes_nothing():
     mesh = sharding.build_mesh(MeshConfig(data=2), jax.devices()[:2])
     optimizer, config = optim.build(OPTIM, steps=TRAIN.steps), GuardConfig()
-    state = drawn_state(MODEL, optimizer, mesh, layout=Layout(guard_window=config.spike_window))
+    state = drawn_state(
+        StateSpec(model=MODEL, optimizer=optimizer, mesh=mesh, guard_window=config.spike_window)
+    )
     before = jax.tree.map(np.asarray, (state.model, state.opt_state))
     batch = packed_batch()
     batch["loss_mask"] = np.zeros_like(batch["loss_mask"])

@@ -7,8 +7,7 @@ import threading
 import pytest
 
 from llamajax.monitoring import StepTimer
-from llamajax.training import run
-from llamajax.training.feed import Feed
+from llamajax.training import loop, run
 
 
 class LoaderTimer(StepTimer):
@@ -28,16 +27,16 @@ DONE: dict[int, threading.Event] = collections.defaultdict(threading.Event)
 
 
 def test_a_slow_loader_is_waiting_for_data(short_run, tmp_path, monkeypatch):
-    batches = Feed.train
+    batches = loop.train_batches
 
-    def slow(feed, step):
-        for number, batch in enumerate(batches(feed, step)):
+    def slow(*args, step):
+        for number, batch in enumerate(batches(*args, step=step)):
             assert number == 0 or DONE[number].wait(60)
             LoaderTimer.now += 0.5
             yield batch
 
     monkeypatch.setattr(run, "StepTimer", LoaderTimer)
-    monkeypatch.setattr(Feed, "train", slow)
+    monkeypatch.setattr(loop, "train_batches", slow)
     assert short_run(tmp_path, train__steps=4) == 0
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     times = [(row["data_wait_s"], row["step_time_s"]) for row in rows if "loss" in row]

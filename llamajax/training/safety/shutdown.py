@@ -34,7 +34,7 @@ class Shutdown:
         self._before_exit: Callable[[], str] = lambda: "nothing was saved yet"
         self._wakeup = -1
         self._jax_handler: ctypes.Array | None = None
-        self._questions = 0
+        self._calls = 0
 
     @property
     def requested(self) -> bool:
@@ -62,17 +62,22 @@ class Shutdown:
         ctypes.CDLL(None).sigaction(signal.SIGTERM, None, self._jax_handler)
         self.install()
 
-    def next_question(self) -> int:
-        """Return the number of this question to the other processes, the same on all of them.
+    def any_process_stops(self) -> bool:
+        """Return whether a process was asked to stop, the same on all. A collective.
 
-        A step would not do: an evaluation asks many times within one.
+        JAX's preemption service, which catches the signals of several processes, agrees on the
+        call at which all of them stop.
         """
-        self._questions += 1
-        return self._questions
+        import jax
+        from jax.experimental import multihost_utils
 
-    def request(self) -> None:
-        """Stop as if the signal had come here: all processes agreed on it."""
-        self._event.set()
+        if jax.process_count() == 1:
+            return self.requested
+        self._calls += 1  # not the step: an evaluation asks many times within one
+        stop = multihost_utils.reached_preemption_sync_point(self._calls)
+        if stop:
+            self._event.set()
+        return stop
 
     def call_before_exit(self, function: Callable[[], str]) -> None:
         """Call `function` before ending the process at once.

@@ -15,6 +15,7 @@ from llamajax.config.schema import MeshConfig
 from llamajax.models import replicas
 from llamajax.training.safety.canary import Canary
 from llamajax.training.safety.step_checks import BadDevice
+from llamajax.training.state import StateSpec
 
 FAULTY = 3  # the position along the first replica axis of the device with a fault
 
@@ -23,7 +24,8 @@ def built(**sizes):
     """(canary, state) of a small model in bfloat16 on a mesh of the first devices."""
     devices = jax.devices()[: int(np.prod([*sizes.values(), 1]))]
     mesh = sharding.build_mesh(MeshConfig(**sizes), devices)
-    state = drawn_state(MODEL, optim.build(OPTIM, steps=TRAIN.steps), mesh)
+    optimizer = optim.build(OPTIM, steps=TRAIN.steps)
+    state = drawn_state(StateSpec(model=MODEL, optimizer=optimizer, mesh=mesh))
     attention = "split" if mesh.shape["sequence"] > 1 else "blocked"
     split = mesh.shape["tensor"] > 1
     compute = dataclasses.replace(

@@ -1,0 +1,54 @@
+"""Copy standard error to a file, each line with its time."""
+
+import contextlib
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class LogCopy:
+    """A context in which each line of standard error is also written, with the time, to a file.
+
+    Lines are kept in memory until `begin`. It can be entered several times.
+    """
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._stream: TextIO | None = None
+        self._lock = threading.Lock()
+        self._line, self._kept, self._begun = "", [], False
+
+    def __enter__(self) -> "LogCopy":
+        self._stream, sys.stderr = sys.stderr, self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.stderr = self._stream
+
+    def begin(self) -> None:
+        """Write the lines that were kept, and all later ones at once."""
+        with self._lock:
+            self._begun = True
+            self._flush()
+
+    def write(self, text: str) -> int:
+        """Write to standard error and to the file."""
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        with self._lock:
+            # A progress bar writes over itself: only what follows its last return counts.
+            found = (self._line + text).split("\n")
+            *lines, self._line = (line.rpartition("\r")[2] for line in found)
+            self._kept += [f"{now}  {line}\n" for line in lines]
+            self._flush()
+        return self._stream.write(text) if self._stream is not None else len(text)
+
+    def _flush(self) -> None:
+        if self._begun and self._kept:
+            with contextlib.suppress(OSError), self._file.open("a", errors="replace") as file:
+                file.writelines(self._kept)
+            self._kept = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
