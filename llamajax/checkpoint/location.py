@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
-import fsspec
 import jax
 from etils import epath
 
@@ -58,6 +57,8 @@ def locate(text: str | PurePath) -> Location:
     except ImportError as error:
         raise UserError(f"{text}: {error}; run: pip install 'llamajax[{extra}]'") from None
     # Orbax and TensorStore do not write through fsspec, whose cached listings would become wrong.
+    import fsspec
+
     for name in fsspec.get_filesystem_class(scheme).protocol:
         fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
     return epath.Path(str(text).rstrip("/"))
@@ -155,6 +156,13 @@ def tensorstore_spec(directory: PurePath) -> dict[str, Any]:
     return {"driver": "gcs", "bucket": bucket, "path": f"{key}/", "gcs_request_retries": RETRIES}
 
 
+def _filesystem(path: PurePath) -> tuple[Any, str]:
+    """Return fsspec's file system of a remote location, and the name of the location there."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(str(path))
+
+
 def entry_names(directory: Location) -> set[str]:
     """List a directory; empty if it does not exist. Raises one of `storage_errors`.
 
@@ -177,7 +185,7 @@ def file_sizes(directory: Location) -> dict[str, int]:
     if not is_remote(directory):
         paths = (path for path in directory.rglob("*") if path.is_file())
         return {path.relative_to(directory).as_posix(): path.stat().st_size for path in paths}
-    fs, root = fsspec.core.url_to_fs(str(directory))
+    fs, root = _filesystem(directory)
     found = fs.find(root, detail=True)
     return {
         name.removeprefix(f"{root}/"): entry["size"]
@@ -199,7 +207,7 @@ def create_file(path: Location, text: str) -> bool:
     """Write a file unless it exists; return whether it was written. Raises `storage_errors`."""
     try:
         if is_remote(path):
-            fs, name = fsspec.core.url_to_fs(str(path))
+            fs, name = _filesystem(path)
             fs.pipe_file(name, text.encode(), mode="create")
         else:
             with path.open("x", encoding="utf-8") as file:
@@ -211,6 +219,6 @@ def create_file(path: Location, text: str) -> bool:
 
 def remove_tree(directory: Location) -> None:
     """Delete everything under a remote directory. Raises one of `storage_errors`."""
-    fs, root = fsspec.core.url_to_fs(str(directory))
+    fs, root = _filesystem(directory)
     if found := fs.find(root):
         fs.rm(found)

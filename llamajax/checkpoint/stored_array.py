@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorstore as ts
 from jax.sharding import SingleDeviceSharding
 
 from llamajax.backends import platform_facts
@@ -67,6 +66,8 @@ class StoredArray:
     """One array of a checkpoint, of which any part can be read."""
 
     def __init__(self, state: Location, name: str):
+        import tensorstore as ts  # not needed where nothing is restored
+
         self._array = ts.open(array_spec(state, name), open=True, read=True).result()
         self._name = name
         self.shape: tuple[int, ...] = self._array.shape
@@ -86,7 +87,7 @@ class StoredArray:
         if not self._by_bytes:
             part[...] = self._array[index].read().result().astype(dtype, copy=False)
             return part
-        in_flight: deque[tuple[_Slab, ts.Future]] = deque()
+        in_flight: deque[tuple[_Slab, Any]] = deque()
         for slab in self._slabs(index):
             if len(in_flight) == _IN_FLIGHT:
                 self._take(*in_flight.popleft(), part)
@@ -96,7 +97,7 @@ class StoredArray:
             self._take(*in_flight.popleft(), part)
         return part
 
-    def _take(self, slab: _Slab, read: ts.Future, part: np.ndarray) -> None:
+    def _take(self, slab: _Slab, read: Any, part: np.ndarray) -> None:
         found = read.result()
         if found.state != "value":
             raise DamagedError(self._name, f"block {slab.key} is missing")

@@ -137,15 +137,8 @@ _GROUPS = {
 }  # fmt: skip
 
 
-def _probe(
-    group: str,
-    module: str,
-    name: str,
-    needed: Any,
-    why: str,
-    otherwise: str | None = None,
-    fields: dict[str, Any] | None = None,
-) -> Probe:
+def _probe(group: str, module: str, row: Sequence[Any]) -> Probe:
+    name, needed, why, otherwise, fields = (*row, None, None)[:5]
     named = {"name": name, "group": group, "function": f"{module}:{name}"} | (fields or {})
     named["function"] = f"{__package__}.{named['function']}"
     return Probe(**named, needed=needed, why=why, otherwise=otherwise or _USUALLY[needed])
@@ -160,7 +153,7 @@ START = Probe(
     otherwise="nothing runs on it",
 )
 PROBES = tuple(
-    _probe(group, module, *row) for group, (module, rows) in _GROUPS.items() for row in rows
+    _probe(group, module, row) for group, (module, rows) in _GROUPS.items() for row in rows
 )
 
 

@@ -44,7 +44,8 @@ class RestartPolicy:
         self._running = self._stopping = False
         self._ready: dict[int, int] = {}  # next free attempt number by node
         self._ended: dict[int, int] = {}  # exit code by node
-        self._newest, self._has_reported, self._progressed = -1, False, False
+        self._newest = -1  # checkpoint before this attempt
+        self._reported: list[int] = []  # checkpoints of this attempt, as they came
         self._deadline = now + options.timeout_s
 
     def on_message(self, node: int, message: Message, now: float) -> list[Message]:
@@ -61,10 +62,7 @@ class RestartPolicy:
                 self._stopping = True
                 return [{"order": "stop"} if self._running else end(ExitCode.STOPPED, "stopped")]
             case "checkpoint":
-                newer = message["step"] > self._newest
-                self._progressed |= newer and self._has_reported
-                self._newest = max(message["step"], self._newest)
-                self._has_reported = True
+                self._reported.append(message["step"])
         return []
 
     def on_disconnect(self, node: int, now: float) -> list[Message]:
@@ -99,12 +97,14 @@ class RestartPolicy:
             return []
         self.attempt = max(self.attempt + 1, *self._ready.values())
         self._running, self._ended = True, {}
-        self._has_reported = self._progressed = False
+        self._newest, self._reported = max([self._newest, *self._reported]), []
         return [{"order": "start", "attempt": self.attempt}]
 
     def _on_failed(self, code: int, why: str, lines: list[str], now: float) -> list[Message]:
         self._running, self._ready = False, {}
-        self.without_progress = 0 if self._progressed else self.without_progress + 1
+        newest = max(self._reported, default=-1)
+        progressed = newest > max([self._newest, *self._reported[:1]])
+        self.without_progress = 0 if progressed else self.without_progress + 1
         again_in_s, then, most = None, "", self._options.max_restarts
         if self._stopping:
             code = ExitCode.STOPPED
@@ -117,8 +117,8 @@ class RestartPolicy:
             again_in_s = min(self._options.backoff_s * 2**doublings, _LONGEST_WAIT_S)
             self._deadline = now + again_in_s + self._options.timeout_s
             which = f"restart {self.without_progress} of {most} without progress"
-            if self._progressed:
-                which = f"checkpoint {self._newest} was reached: this failure does not count"
+            if progressed:
+                which = f"checkpoint {newest} was reached: this failure does not count"
             then = f"starting all workers again in {again_in_s:g} s ({which})"
         return [end(code, why, lines=lines, again_in_s=again_in_s, then=then)]
 

@@ -30,10 +30,9 @@ class StepTimer:
         self.paused_s = 0.0
         self._tokens_per_step, self._clock = tokens_per_step, clock
         self._fetched_step: int | None = None
-        self._dispatched_step: int | None = None
         self._done_s: dict[int, float] = {}  # by step: the fetched one, and those in flight
         self._before: dict[int, tuple[float, float]] = {}  # by step: idle, and waiting for data
-        self._idle_s, self._wait_s = 0.0, 0.0  # since the last dispatch
+        self._since = (0.0, 0.0)  # the same, since the last dispatch
         self._depth = 0
         self._taken = (0, 0.0, 0.0)  # of the steps fetched since `take`: how many, s, waiting s
         self._watched: queue.SimpleQueue | None = None
@@ -43,10 +42,8 @@ class StepTimer:
         if self._fetched_step is None:
             self._fetched_step = step - 1
             self._done_s[step - 1] = self._clock()
-            self._idle_s = 0.0
-        self._before[step] = self._idle_s, self._wait_s
-        self._idle_s, self._wait_s = 0.0, 0.0
-        self._dispatched_step = step
+            self._since = (0.0, self._since[1])
+        self._before[step], self._since = self._since, (0.0, 0.0)
 
     def watch(self, step: int, wait: Callable[[], object]) -> None:
         """Note in a thread when `wait` returns: from then on the step is done."""
@@ -122,8 +119,10 @@ class StepTimer:
             self._depth -= 1
             if self._depth == 0:
                 now = self._clock()
-                if self._dispatched_step is not None:
-                    started = max(started, self._done_s.get(self._dispatched_step, now))
+                newest = max(self._before, default=self._fetched_step)  # the one dispatched last
+                if newest is not None:
+                    started = max(started, self._done_s.get(newest, now))
                 self.paused_s = max(0.0, now - started)
-                self._idle_s += self.paused_s
-                self._wait_s += self.paused_s if data_wait else 0.0
+                idle_s, wait_s = self._since
+                waited_s = self.paused_s if data_wait else 0.0
+                self._since = (idle_s + self.paused_s, wait_s + waited_s)

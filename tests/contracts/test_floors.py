@@ -47,6 +47,30 @@ FLOORS |= dict.fromkeys(VERBS, 11) | {"cli": 12, "__main__": 13}
 FILE_LINES = 400
 FOLDER_FILES = 20
 FUNCTION_LINES = 60
+CLASS_FIELDS = 10
+PARAMETERS = 6
+# Where a list of things is the point, and no object is missing.
+LONG_LISTS = {
+    "config/schema.py:ModelConfig": "keys of a config",
+    "config/schema.py:OptimConfig": "keys of a config",
+    "config/schema.py:TrainConfig": "keys of a config",
+    "config/schema.py:BackendConfig": "keys of a config",
+    "prepare.py:PrepareFlags": "flags of a verb",
+    "decoding/generate_options.py:GenerateOptions": "flags of a verb",
+    "backends/platforms.py:Platform": "a row of the table of platforms",
+    "backends/device_data.py:Device": "a row of the table of devices",
+    "backends/runtime.py:Machine": "facts of run.json",
+    "tokenizers/tokenizer_json.py:HuggingFaceTokenizer": "parts of a tokenizer's file",
+    "tokenizers/sentencepiece_model.py:SentencePieceTokenizer": "parts of a tokenizer's file",
+    "ops/cross_entropy.py:cross_entropy": "four arrays, and what they are computed with",
+    "ops/attention_kernels.py:_fused_backward": "arrays, in the order that JAX passes them",
+    "ops/attention_kernels.py:_slow_backward": "arrays, in the order that JAX passes them",
+    "backends/jax_private/cudnn.py:backward": "arrays, in the order that JAX passes them",
+    "ops/attention.py:check_supported": "facts of a machine and a model, each with a rule",
+    "evaluation/scoring.py:score": "what is scored, on what, and how it is shown",
+    "formats/huggingface/hf_write.py:write_hf": "what is written, where, and how",
+    "checkpoint/checkpointer.py:__init__": "what is kept, and what is called when",
+}
 OTHER_LIMITS = {"training/step.py": 40, "training/loop.py": 100}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
 # A module mutated inside these and not returned is lost without an error.
@@ -151,6 +175,34 @@ def check_functions(tree: ast.AST, name: str) -> Iterator[str]:
                 yield f"{name}:{node.lineno} {node.name} has {lines} lines, limit {limit}"
 
 
+def fields_of(node: ast.ClassDef) -> set[str]:
+    """Names that a class declares, or that its __init__ sets."""
+    declared = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign)}
+    inits = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+    stored = {
+        n.attr
+        for init in inits
+        for n in ast.walk(init)
+        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
+    }
+    return declared | stored
+
+
+def check_lists(tree: ast.AST, name: str) -> Iterator[str]:
+    """Classes and functions in which an object is missing: too many fields or parameters."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            found, limit, what = fields_of(node), CLASS_FIELDS, "fields"
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            a = node.args
+            found = {arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs)} - {"self", "cls"}
+            limit, what = PARAMETERS, "parameters"
+        else:
+            continue
+        if len(found) > limit and f"{name}:{node.name}" not in LONG_LISTS:
+            yield f"{name}:{node.lineno} {node.name} has {len(found)} {what}, limit {limit}"
+
+
 def check_transforms(tree: ast.AST, name: str) -> Iterator[str]:
     """NNX's own transforms: only jax.* ones are used."""
     for node in ast.walk(tree):
@@ -161,7 +213,10 @@ def check_transforms(tree: ast.AST, name: str) -> Iterator[str]:
             yield f"{name}:{node.lineno} imports from flax.nnx; write nnx.NAME"
 
 
-CHECKS = [check_floor, check_environment, check_private, check_functions, check_transforms]
+LONG = [f"self.x{i}" for i in range(11)] + ["1"]
+CHECKS = [
+    check_floor, check_environment, check_private, check_functions, check_lists, check_transforms,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -194,6 +249,9 @@ def test_the_package_keeps_the_rule(check):
         (check_private, "checkpoint/x.py", "self._orbax._handler"),
         (check_functions, "ops/x.py", "def f():\n" + "    pass\n" * 60),
         (check_functions, "training/step.py", "def f():\n" + "    pass\n" * 40),
+        (check_lists, "ops/x.py", "def f(a, b, c, *, d, e, f, g): pass"),
+        (check_lists, "ops/x.py", "class A:\n" + "".join(f"    x{i}: int\n" for i in range(11))),
+        (check_lists, "ops/x.py", "class A:\n def __init__(self):\n  " + "=".join(LONG)),
         (check_transforms, "training/x.py", "nnx.jit(f)"),
         (check_transforms, "training/x.py", "from flax.nnx import jit"),
     ],
@@ -216,6 +274,7 @@ def test_the_rule_complains(check, name, source):
             "self._x\ncls._y\nrow._replace(a=1)\nimport jax.numpy\n'a._srcs'",
         ),
         (check_functions, "ops/x.py", "def f():\n" + "    pass\n" * 59),
+        (check_lists, "ops/x.py", "class A:\n def f(self, a, b, c, d, e, f): self.x = 1"),
         (check_transforms, "models/x.py", "nnx.Module, nnx.Param, jax.jit"),
     ],
 )
