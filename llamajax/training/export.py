@@ -7,9 +7,8 @@ import jax.numpy as jnp
 
 from llamajax import data
 from llamajax.checkpoint import newest_checkpoint
-from llamajax.checkpoint.directory_owner import checkpoint_directory
-from llamajax.checkpoint.location import locate
-from llamajax.config import RunConfig
+from llamajax.checkpoint.location import Location, locate
+from llamajax.config.schema import LoraConfig
 from llamajax.errors import UserError
 from llamajax.formats.huggingface.hf_write import export_hf
 from llamajax.formats.peft import write_peft
@@ -29,20 +28,20 @@ def is_exported(workdir: Path, step: int) -> bool:
     return _target(workdir, step).is_dir()
 
 
-def export_weights(config: RunConfig, workdir: Path, step: int, state: TrainState) -> list[str]:
-    """Write `hf/STEP`, adapters merged, in the dtype of `train.dtype`; return warnings.
+def export_weights(workdir: Path, step: int, state: TrainState, *, dtype: str) -> list[str]:
+    """Write `hf/STEP` in `dtype`, adapters merged; return warnings.
 
     state: in stored order. A failure is a warning. To be called by all processes.
     """
     model = state.whole
     if state.adapters is not None:
-        model = _merge(model, dtype=jnp.dtype(config.train.dtype))
+        model = _merge(model, dtype=jnp.dtype(dtype))
     try:
         return export_hf(
             model,
-            config.model,
+            model.config,
             _target(workdir, step),
-            dtype=config.train.dtype,
+            dtype=dtype,
             tokenizer=data.load_tokenizer(workdir / TOKENIZER),
             overwrite=True,
         )
@@ -50,12 +49,15 @@ def export_weights(config: RunConfig, workdir: Path, step: int, state: TrainStat
         return [f"step {step} was not exported: {error}"]
 
 
-def write_adapters(config: RunConfig, base: dict[str, str], workdir: Path) -> list[str]:
-    """Write the newest adapters as `peft/`; return warnings. To be called by all processes."""
-    checkpoints = checkpoint_directory(workdir, config.checkpoint.directory)
-    newest = newest_checkpoint(checkpoints)
+def write_adapters(
+    workdir: Path, checkpoints: Location, lora: LoraConfig, base: dict[str, str]
+) -> list[str]:
+    """Write the adapters of the newest checkpoint as `peft/`; return warnings.
+
+    To be called by all processes.
+    """
     target, weights = workdir / "peft", locate(base["path"])
-    write_peft(newest, target, lora=config.lora, base=weights)
+    write_peft(newest_checkpoint(checkpoints), target, lora=lora, base=weights)
     if (weights / "config.json").is_file():
         return []
     return [

@@ -210,7 +210,8 @@ class ExportHook(Hook):
     def __call__(self, step: int, state: TrainState, stop: bool) -> None:
         with self.attempt.phase("export", step), self.attempt.hang.paused():
             stored = self.run.setup.spec.to_stored_order(state)
-            for line in export_weights(self.config, self.run.workdir, step, stored):
+            dtype = self.config.train.dtype
+            for line in export_weights(self.run.workdir, step, stored, dtype=dtype):
                 self.attempt.progress.note(f"warning: {line}")
 
 

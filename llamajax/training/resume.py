@@ -64,21 +64,22 @@ def requested_start(config: RunConfig, history: History) -> Request:
 
 def choose_checkpoint(
     request: Request,
-    config: RunConfig,
     checkpointer: Checkpointer,
     history: History,
+    *,
+    resume_step: int | None,
     superseded: Collection[int] = (),
 ) -> tuple[Checkpoint | None, list[str]]:
     """Return the verified checkpoint to continue from, and what to say of it.
 
-    superseded: steps of checkpoints that a rollback went back before. To be called by all
-    processes.
+    resume_step: of `older`. superseded: steps of checkpoints that a rollback went back before. To
+    be called by all processes.
     """
     if request == "restart":
         return None, []
     if request == "older":
         with store_errors_explained(checkpointer.directory):
-            checkpoint = open_checkpoint(checkpointer.directory / str(config.train.resume_step))
+            checkpoint = open_checkpoint(checkpointer.directory / str(resume_step))
         checkpoint.verify()
         return checkpoint, []
     checkpoint, words = checkpointer.newest_intact(without=superseded)
@@ -97,7 +98,9 @@ def choose_checkpoint(
     return checkpoint, words
 
 
-def set_aside(request: Request, config: RunConfig, workdir: Path, checkpoints: Location) -> None:
+def set_aside(
+    request: Request, workdir: Path, checkpoints: Location, resume_step: int | None
+) -> None:
     """Move what does not belong to the run any more out of its way, and say so.
 
     To be called by all processes, once the start is accepted; process 0 does it.
@@ -108,7 +111,7 @@ def set_aside(request: Request, config: RunConfig, workdir: Path, checkpoints: L
             if request == "restart":
                 say(_set_aside_all(workdir, checkpoints))
             else:
-                say(_set_aside_later(workdir, checkpoints, config.train.resume_step))
+                say(_set_aside_later(workdir, checkpoints, resume_step))
         except storage_errors(checkpoints) as error:
             raise UserError(f"what was there before cannot be set aside: {reason(error)}") from None
 

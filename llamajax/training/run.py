@@ -80,7 +80,9 @@ def train(
                 run.say(line)
             outcome["code"] = code = _train(run, start)
             if code == ExitCode.FINISHED and config.lora.rank:
-                for line in write_adapters(config, start.recorded["base"], workdir):
+                checkpoints = run.checkpointer.directory
+                base = start.recorded["base"]
+                for line in write_adapters(workdir, checkpoints, config.lora, base):
                     run.say(f"warning: {line}")
     if run.is_primary:
         with run.log:  # after `end_event`, so that the report shows a run that has ended
@@ -161,13 +163,14 @@ def _accept(run: Run, start: Start, programs: Programs) -> None:
     """
     run.undo.pop_all()
     run.checkpointer.begin()
-    set_aside(start.request, run.config, run.workdir, run.checkpointer.directory)
+    resume_step = run.config.train.resume_step
+    set_aside(start.request, run.workdir, run.checkpointer.directory, resume_step)
     if run.is_primary:
         run.log.begin()
         run.events.begin()
         run.box.begin()
         write_config(run.workdir, run.config)
-        keep_tokenizer(run.workdir, run.config, start.recorded["tokenizer"])
+        keep_tokenizer(run.workdir, run.config.data.paths[0], start.recorded["tokenizer"])
         facts = run_facts(run.setup, programs.update)
         write_run_facts(run.workdir, facts | {"workdir_locked": run.is_locked})
 

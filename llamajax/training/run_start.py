@@ -66,53 +66,73 @@ def find_start(run: Run, request: Request, history: History) -> Start:
 
     To be called by all processes. Raises UserError where something does not fit.
     """
-    setup, config, mixture = run.setup, run.config, run.setup.mixture
+    setup, config = run.setup, run.config
     superseded = [] if request == "older" else run.rollbacks.superseded(run.checkpointer)
-    checkpoint, words = choose_checkpoint(request, config, run.checkpointer, history, superseded)
+    checkpoint, words = choose_checkpoint(
+        request,
+        run.checkpointer,
+        history,
+        resume_step=config.train.resume_step,
+        superseded=superseded,
+    )
     for line in words:
         run.say(line)
-    meta = None if checkpoint is None else checkpoint.meta
-    step = 0 if checkpoint is None else checkpoint.step
+    meta, step = (None, 0) if checkpoint is None else (checkpoint.meta, checkpoint.step)
     weights = open_initial_weights(config, meta)
-    recorded = {
-        "config": to_json_dict(config),
-        "tokenizer": run_tokenizer(setup, meta, run.workdir),
-        "data": setup.data_record,
-        "rollbacks": len(run.rollbacks.entries),
-    }
-    if config.lora.rank:
-        recorded["base"] = base_record(weights)
+    tokenizer = run_tokenizer(setup, meta, run.workdir)
     if step > config.train.steps:
         raise UserError(
             f"the newest checkpoint is of step {step}, beyond train.steps = {config.train.steps}: "
             "raise train.steps, or choose another --workdir"
         )
+    if meta is not None:
+        for line in changes(setup, meta, step):
+            run.say(line)
+    position, ledger = _place_in_data(run, meta, step)
+    recorded = {
+        "config": to_json_dict(config),
+        "position": position.to_json(),
+        "tokenizer": tokenizer,
+        "data": setup.data_record,
+        "rollbacks": len(run.rollbacks.entries),
+    }
+    if config.lora.rank:
+        recorded["base"] = base_record(weights)
+    return Start(
+        request=request,
+        checkpoint=checkpoint,
+        superseded=superseded,
+        position=position,
+        ledger=ledger,
+        weights=weights,
+        recorded=recorded,
+        is_evaluated=history.is_evaluated(step),
+        time_after=history.time_after(step),
+    )
+
+
+def _place_in_data(
+    run: Run, meta: Mapping[str, Any] | None, step: int
+) -> tuple[data.Position, data.Ledger]:
+    """Return where in the data a run continues, and what it has read.
+
+    meta, step: of the checkpoint that it continues from, if it does.
+    """
+    config, mixture = run.config.data, run.setup.mixture
     now = {
-        "batch_size": config.data.global_batch_size,
-        "seq_len": config.data.seq_len,
+        "batch_size": config.global_batch_size,
+        "seq_len": config.seq_len,
         "mixture_hash": mixture.hash,
     }
     before, saved, rollbacks = data.Position.start(**now), None, 0
     if meta is not None:
-        for line in changes(setup, meta, step):
-            run.say(line)
         before, saved = data.Position.from_json(meta["position"]), meta.get("ledger")
         rollbacks = meta.get("rollbacks", 0)
         if saved and step:
             data.check_ledger(saved, mixture, before, step=step)
     position = run.rollbacks.position(before, step=step, rollbacks=rollbacks)
     position = position.continued(step=step, **now)
-    return Start(
-        request=request,
-        checkpoint=checkpoint,
-        superseded=superseded,
-        position=position,
-        ledger=data.Ledger(mixture, position, step=step, saved=saved),
-        weights=weights,
-        recorded=recorded | {"position": position.to_json()},
-        is_evaluated=history.is_evaluated(step),
-        time_after=history.time_after(step),
-    )
+    return position, data.Ledger(mixture, position, step=step, saved=saved)
 
 
 def run_tokenizer(setup: Setup, meta: Mapping[str, Any] | None, workdir: Path) -> dict:

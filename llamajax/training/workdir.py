@@ -174,14 +174,14 @@ def write_config(workdir: Path, config: RunConfig) -> None:
     write_file(file, json.dumps(to_json_dict(config), indent=1) + "\n", label=f"{file}")
 
 
-def keep_tokenizer(workdir: Path, config: RunConfig, record: Mapping[str, Any]) -> None:
-    """Copy the tokenizer of the data, so that the workdir is complete wherever it is moved.
+def keep_tokenizer(workdir: Path, source: str, record: Mapping[str, Any]) -> None:
+    """Copy the tokenizer of `source`, so that the workdir is complete wherever it is moved.
 
     record: of the run's tokenizer; one that is already kept stays.
     """
     target = workdir / TOKENIZER
     if target.is_dir() and data.load_tokenizer(target).fingerprint == record["fingerprint"]:
         return
-    tokenizer = data.load_tokenizer(config.data.paths[0])
+    tokenizer = data.load_tokenizer(source)
     with replaced_directory(target) as hidden:
         tokenizer.save(hidden)

@@ -74,8 +74,9 @@ def start(config, workdir: Path) -> tuple[int, list[str]]:
     history = History.read(workdir)
     request = requested_start(config, history)
     with Checkpointer(directory, keep=5, keep_every=None, asynchronous=False) as checkpointer:
-        found, words = choose_checkpoint(request, config, checkpointer, history)
-    set_aside(request, config, workdir, directory)
+        step = config.train.resume_step
+        found, words = choose_checkpoint(request, checkpointer, history, resume_step=step)
+    set_aside(request, workdir, directory, step)
     train = {"restart": config.train.restart, "resume_step": config.train.resume_step}
     lines(workdir / "config.json", {"train": train})
     return (0 if found is None else found.step), words
