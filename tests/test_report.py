@@ -70,18 +70,18 @@ def test_a_whole_run(tmp_path: Path):
     write_run_facts(
         tmp_path / "run",
         {
-            "status": "finished", "platform": "cpu", "device_kind": "cpu", "num_devices": 8,
-            "num_parameters": 4_213_504, "unigram_entropy": 6.21, "mesh": {"data": 4, "fsdp": 2},
+            "status": "finished", "platform": "cpu", "num_devices": 8,
+            "device_kind": "<script>alert(1)</script>", "num_parameters": 4_213_504,
+            "unigram_entropy": 6.21, "mesh": {"data": 4, "fsdp": 2},
             "time_breakdown": {"wall_s": 200.0, "steps_s": 150.0, "compile_s": 30.0,
                                "other_s": 20.0, "goodput": 0.75},
-            "samples": [{"prompt": "Call me", "text": " <script>alert(1)</script>"}],
         },
     )  # fmt: skip
     path = write_report(tmp_path / "run")
     page = Page(path.read_text(encoding="utf-8"))
     for expected in (
-        "tiny <b>&", "4.21M parameters", "8 × cpu", "40", "2.645", "3.000", "perplexity 20.09",
-        "6.210", "12.3k", "3m20s", "75.0 %", "<script>alert(1)</script>", "vocab_size", "512",
+        "tiny <b>&", "4.21M parameters", "8 × <script>alert(1)</script>", "40", "2.645", "3.000",
+        "perplexity 20.09", "6.210", "12.3k", "3m20s", "75.0 %", "vocab_size", "512",
         "1 row is not finite: step 7",
     ):  # fmt: skip
         assert expected in page.text, expected
@@ -97,7 +97,7 @@ def test_a_whole_run(tmp_path: Path):
 
 
 @pytest.mark.parametrize("config", [None, "{", "[1]", '{"model": 3, "train": {"steps": null}}'])
-@pytest.mark.parametrize("facts", [None, "", '{"time_breakdown": null, "samples": [3]}'])
+@pytest.mark.parametrize("facts", [None, "", '{"time_breakdown": null, "mesh": [3]}'])
 @pytest.mark.parametrize(
     "metrics",
     ["", '{"step": 1, "loss": null}\n', '{"step": 1, "loss": 3.5, "tokens_per_s": 0.0}\n{"st'],

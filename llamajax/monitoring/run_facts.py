@@ -39,10 +39,8 @@ def write_run_facts(workdir: Path, facts: Mapping[str, Any]) -> None:
       num_parameters       integer
       peak_flops, peak_source   FLOP/s of one device, and who says so
       unigram_entropy      nats a token of the corpus: the loss of knowing frequencies only
-      initial_eval_loss    held-out loss before the first update
       program_bytes        memory of one device that the compiled step asks for
       donated_bytes, reused_bytes   of the state on one device, given to the step, and used again
-      samples              [{"prompt": ..., "text": ...}, ...] generated at the end
     And those of `summarize`. Raises OSError where the disk refuses.
     """
     merged = read_run_facts(workdir) | dict(facts)

@@ -34,7 +34,7 @@ header p { margin: 6px 0 0; color: var(--soft); }
 .warning { color: var(--bad); border-left: 3px solid currentColor; padding-left: 10px; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px;
   margin: 26px 0; }
-.tile, figure, .config > div, blockquote { background: var(--card); border: 1px solid var(--rule);
+.tile, figure, .config > div { background: var(--card); border: 1px solid var(--rule);
   border-radius: 10px; }
 .tile { padding: 12px 16px; }
 .label, .note { color: var(--soft); font-size: 13px; }
@@ -74,8 +74,6 @@ table.time td { padding-right: 28px; }
 .config > div { break-inside: avoid; margin-bottom: 14px; padding: 12px 16px; }
 .config td { border-top: 1px solid var(--rule); }
 .config td:first-child { color: var(--soft); padding-right: 16px; white-space: nowrap; }
-blockquote { margin: 0 0 12px; padding: 12px 16px; white-space: pre-wrap; overflow-wrap: anywhere;
-  font-family: ui-serif, Georgia, serif; }
 </style>
 </head>
 <body>

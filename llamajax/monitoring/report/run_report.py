@@ -73,7 +73,6 @@ def render_report(workdir: Path) -> str:
             _charts(rows, facts),
             _time(facts),
             planned_and_measured(plan, facts, rows),
-            _samples(facts),
             _config_tables(config),
         ]
     )
@@ -255,19 +254,6 @@ def planned_and_measured(plan: Row, facts: Row, rows: Sequence[Row]) -> str:
         f"<section><h2>Planned and measured</h2><table><tr>{head}</tr>{_table_rows(lines)}</table>"
         f'<p class="none">Planned {html.escape(source)}.</p></section>'
     )
-
-
-def _samples(facts: Row) -> str:
-    samples = facts.get("samples")
-    if not isinstance(samples, list):
-        return ""
-    blocks = "".join(
-        f"<blockquote><b>{html.escape(str(sample.get('prompt', '')))}</b>"
-        f"{html.escape(str(sample.get('text', '')))}</blockquote>"
-        for sample in samples
-        if isinstance(sample, Mapping)
-    )
-    return f"<section><h2>Samples</h2>{blocks}</section>" if blocks else ""
 
 
 def _config_tables(config: Row) -> str:
