@@ -143,37 +143,33 @@ def compiled(config: RunConfig, *, documents: int = 1, options: str = "", state:
     import jax
 
     from llamajax import backends, sharding
-    from llamajax.training.setup import check_mesh, resolve_compute
+    from llamajax.training.setup import (
+        check_mesh,
+        resolve_attention,
+        resolve_compiler_options,
+        resolve_compute,
+    )
     from llamajax.training.state import StateSpec
     from llamajax.training.step import train_step
 
+    if options:
+        backend = dataclasses.replace(config.backend, compiler_options=options)
+        config = dataclasses.replace(config, backend=backend)
     machine = backends.start(config.backend)
     mesh = sharding.build_mesh(config.mesh, jax.devices())
     check_mesh(config, mesh)
-    compute = resolve_compute(config, machine, mesh)
+    attention = resolve_attention(config, machine, mesh)
+    compute = resolve_compute(config, mesh, attention.impl)
+    chosen = resolve_compiler_options(config, machine, mesh)
     spec = StateSpec.of(config, mesh)
     if state is None:
         state = jax.block_until_ready(spec.init(config.train.seed))
     batch = sharding.put_batch(random_batch(config, documents=documents), mesh)
     start = time.perf_counter()
     update = train_step(spec.optimizer, config.optim, config.train, compute, mesh, config.guard)
-    update = update.lower(state, batch).compile(compiler_options=compiler_options(options))
+    update = chosen.compile(update.lower(state, batch))
     compile_s = time.perf_counter() - start
     return Run(config, machine, mesh, compute.attention, compile_s, update, state, batch)
-
-
-def compiler_options(text: str) -> dict[str, Any] | None:
-    """XLA's options from `k=v,k=v`, numbers and truth values as such; None where there are none."""
-    found = {}
-    for entry in filter(None, text.split(",")):
-        name, equals, value = entry.partition("=")
-        if not equals:
-            raise UserError(f"--compiler_options={text}: {entry!r} is not NAME=VALUE")
-        try:
-            found[name] = json.loads(value)  # true, false, 3, 0.5
-        except ValueError:
-            found[name] = value
-    return found or None
 
 
 def check_fits(run: Run) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 _NAMES = {
     "compile_cache": ("cache_directory",),
+    "compiler_options": ("CompilerOptions", "choose_compiler_options"),
     "devices": ("Device", "peak_flops"),
     "hugepages": ("with_huge_pages",),
     "jax_private": ("lost_features", "untested_versions"),

@@ -45,7 +45,6 @@ def machine_profile(machine: Machine) -> dict[str, Any]:
         "doctor": None if verdict is None else verdict.verdict,
         "compile_cache": machine.compile_cache,
         "start_up": facts.start_up,
-        "xla_options_advised": list(facts.xla_options),
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())

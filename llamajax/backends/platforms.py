@@ -11,6 +11,8 @@ import jax
 
 from llamajax.config.schema import ComputeDtype
 
+LAYER_BYTES = "bytes of a layer"  # in place of a number of a compiler option
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Platform:
@@ -21,10 +23,11 @@ class Platform:
     the host itself, where virtual devices can be had and memory of programs predicts nothing.
     is_deterministic: the same program on the same arguments gives the same bits. fused_attention:
     kernels built for it, best first. dtype: what to compute in when nobody says. start_up: what
-    joins several processes. xla_options: worth setting in XLA_FLAGS or LIBTPU_INIT_ARGS; never set
-    by us, as XLA aborts on a flag it does not know. says_peak: a program's `memory_analysis` has
-    the most that is in use at any time, its arguments included. host_branches: a condition may hold
-    arrays in the host's memory (compiled 2026-11-29; XLA for GPUs refuses the copies in one).
+    joins several processes. compiler_options: of a step's program, each by the names that it has in
+    different releases, the newest first; LAYER_BYTES stands for the size of a layer. says_peak: a
+    program's `memory_analysis` has the most that is in use at any time, its arguments included.
+    host_branches: a condition may hold arrays in the host's memory (compiled 2026-11-29; XLA for
+    GPUs refuses the copies in one).
     slow_link: words for what leaves a node or slice. exact_options: of the compiler, with which
     the bits of an element do not depend on the shape of its array. tested: what of llamajax ran
     there. source: who says all this.
@@ -38,7 +41,7 @@ class Platform:
     is_deterministic: bool = False
     is_known_to_jax: bool = True
     start_up: str = "llamajax.launch, or a scheduler that JAX knows; coordinator over TCP"
-    xla_options: tuple[str, ...] = ()
+    compiler_options: tuple[Mapping[str, bool | int | str], ...] = ()
     says_peak: bool = False
     host_branches: bool = False
     slow_link: str = "between nodes"
@@ -52,12 +55,25 @@ class Platform:
         return (*self.fused_attention, "blocked", "split", "xla")
 
 
+# Of XLA for GPUs. Its own pass for rematerialization runs products again near the memory limit,
+# which the remat policies have done already (Llama2-7B on one H200, 2 rows, `dots`, jax 0.10.2:
+# 4.109e14 instead of 3.248e14 FLOPs of products for the same temporary memory). Pipelining moves
+# the gathering of a layer's weights before the layer, and the reduction of its gradients behind
+# it, beside the products of another one; a buffer for each of two layers in turn saves copies.
+_ON = "COLLECTIVE_PIPELINING_MODE_ON"
 _GPU_OPTIONS = (
-    "--xla_gpu_enable_latency_hiding_scheduler=true",
-    "--xla_gpu_enable_command_buffer=",
-    "--xla_gpu_all_gather_combine_threshold_bytes=1073741824",
-    "--xla_gpu_reduce_scatter_combine_threshold_bytes=134217728",
+    {"xla_disable_hlo_passes": "rematerialization"},
+    # by the name that they have since August 2026, and by the earlier one
+    {"xla_gpu_pipeline_all_gather": _ON, "xla_gpu_enable_pipelined_all_gather": True},
+    {"xla_gpu_pipeline_reduce_scatter": _ON, "xla_gpu_enable_pipelined_reduce_scatter": True},
+    {"xla_gpu_pipeline_all_reduce": _ON, "xla_gpu_enable_pipelined_all_reduce": True},
+    {"xla_gpu_enable_while_loop_double_buffering": True},
+    {"xla_gpu_all_gather_combine_threshold_bytes": LAYER_BYTES},
+    {"xla_gpu_reduce_scatter_combine_threshold_bytes": LAYER_BYTES},
+    {"xla_gpu_all_reduce_combine_threshold_bytes": LAYER_BYTES},
 )
+
+_TPU_OPTIONS = ({"xla_tpu_scoped_vmem_limit_kib": 98304},)
 
 # An unknown platform is taken for a plugin of an accelerator with memory of its own, of which
 # nothing is sure: it may lend host memory, and it may not repeat its bits.
@@ -84,14 +100,14 @@ PLATFORMS = (
     Platform(
         names=("gpu", "cuda"),
         fused_attention=("cudnn",),
-        xla_options=_GPU_OPTIONS,
+        compiler_options=_GPU_OPTIONS,
         tested="lowering and compilation; see LOG.md for runs on hardware",
         source="JAX's CUDA plugin",
     ),
     Platform(
         names=("tpu",),
         fused_attention=("splash",),
-        xla_options=("--xla_tpu_scoped_vmem_limit_kib=98304",),
+        compiler_options=_TPU_OPTIONS,
         says_peak=True,
         host_branches=True,
         slow_link="over DCN, the rest over ICI",

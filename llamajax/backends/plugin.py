@@ -48,7 +48,7 @@ class _Head(ctypes.Structure):
     )
 
 
-def typed_options(text: str | None) -> dict[str, Option]:
+def typed_options(text: str | None, *, key: str = "backend.options") -> dict[str, Option]:
     """Return the options that `k=v,k=v` means, typed as PJRT wants them.
 
     `true` and `false` are bools, 8 is an int, 0.5 and 1e9 are floats, anything else a string; in
@@ -59,12 +59,12 @@ def typed_options(text: str | None) -> dict[str, Option]:
     for part in text.split(",") if text else ():
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not (name and equals):
-            problems.append(f"backend.options: {part!r} is not k=v; write k=v,k=v")
+            problems.append(f"{key}: {part!r} is not k=v; write k=v,k=v")
         elif name in found:
-            problems.append(f"backend.options: {name} is there twice; name it once")
+            problems.append(f"{key}: {name} is there twice; name it once")
         found[name] = _typed(value)
     if problems:
-        raise combine(problems, title="the plugin's options cannot be read:")
+        raise combine(problems, title=f"{key} cannot be read:")
     return found
 
 

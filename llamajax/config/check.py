@@ -252,11 +252,11 @@ def _plugin(v: Values) -> Iterator[str]:
 
 
 def _plugin_options(v: Values) -> Iterator[str]:
-    options = v["backend.options"]
-    for part in [] if options is None else options.split(","):
-        name, equals, _ = part.partition("=")
-        if not name.strip() or not equals:
-            yield f"backend.options = {options}: {part!r} is not k=v; write k=v,k=v"
+    for path in ("backend.options", "backend.compiler_options"):
+        for part in [] if v[path] is None else v[path].split(","):
+            name, equals, _ = part.partition("=")
+            if not name.strip() or not equals:
+                yield f"{path} = {v[path]}: {part!r} is not k=v; write k=v,k=v"
 
 
 def _processes(v: Values) -> Iterator[str]:

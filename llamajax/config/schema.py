@@ -366,6 +366,10 @@ class BackendConfig:
         "auto: what `doctor` found to work on a new platform; none; or names of repairs",
         default="auto",
     )
+    compiler_options: str | None = key(
+        "options of XLA for the step's program, as k=v,k=v; before XLA_FLAGS and llamajax's own",
+        default=None,
+    )
     compile_cache: str | None = key(
         "folder of compiled programs; auto: in the user's cache directory; none: keep none",
         default="auto",

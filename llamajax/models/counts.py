@@ -12,7 +12,7 @@ def num_parameters(model: ModelConfig) -> int:
     norms = (2 * model.num_layers + 1) * model.hidden_size
     head = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
     embedding = model.vocab_size * model.hidden_size
-    return embedding + head + norms + model.num_layers * _matrices_per_layer(model)
+    return embedding + head + norms + model.num_layers * matrices_per_layer(model)
 
 
 def flops_per_token(
@@ -26,13 +26,14 @@ def flops_per_token(
     gradient, so each costs two products and not three; adapters beside them are not counted.
     """
     head = model.vocab_size * model.hidden_size
-    weights = head + model.num_layers * _matrices_per_layer(model)
+    weights = head + model.num_layers * matrices_per_layer(model)
     # Scores (T x H . H x S) and the weighted values (T x S . S x H): 2 products, 2 operations.
     attention = 4 * seq_len * model.num_heads * model.head_size * model.num_layers
     return (4.0 if frozen else 6.0) * weights + 3.0 * (attention / 2 if causal else attention)
 
 
-def _matrices_per_layer(model: ModelConfig) -> int:
+def matrices_per_layer(model: ModelConfig) -> int:
+    """Return the number of weights in the matrices of one layer."""
     query_and_output = 2 * model.hidden_size * model.num_heads * model.head_size
     key_and_value = 2 * model.hidden_size * model.num_kv_heads * model.head_size
     feed_forward = 3 * model.hidden_size * model.intermediate_size

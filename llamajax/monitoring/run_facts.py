@@ -32,6 +32,9 @@ def write_run_facts(workdir: Path, facts: Mapping[str, Any]) -> None:
       num_devices, num_processes
       profile              what is known and was decided of the machine: backends.machine_profile
       mesh                 {axis: size}
+      attention, attention_reason   the kernel, and why it was taken
+      compiler_options     {option: value} of XLA that the step was compiled with
+      program              digest of the step's program; a plan of the same run has the same
       workdir_locked       whether a second run is kept out; false where the file system cannot
       lost_features        {feature: reason}: private parts of JAX or Orbax that have changed
       untested_versions    installed releases that the tests did not run with, ["jax 0.13.0"]

@@ -15,21 +15,22 @@ pass from running the forward kernel again, and only q, k and v are recomputed.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llamajax.backends import Machine, computes_attention, platform_of_attention
+from llamajax.backends import Machine, computes_attention, platform_facts, platform_of_attention
 from llamajax.backends.jax_private import cudnn
 from llamajax.errors import combine
-from llamajax.ops.attention_blocked import blocked_attention
+from llamajax.ops.attention_blocked import block_starts, blocked_attention
 from llamajax.ops.attention_kernels import cudnn_attention, splash_attention
-from llamajax.ops.attention_split import split_attention
+from llamajax.ops.attention_split import block_size, pair_table, split_attention
 from llamajax.sharding import collectives
 
-SUPPORTED = ("xla", "blocked", "split", "cudnn", "splash")
+FUSED = ("cudnn", "splash")
+SUPPORTED = ("xla", "blocked", "split", *FUSED)
 
 # `jax.shard_map` needs check_vma=False around these: JAX's Splash kernel does not say along which
 # mesh axes its outputs vary.
@@ -89,14 +90,14 @@ def check_supported(
             "splits them: use split"
         ]
     facts = {}
-    if impl in ("cudnn", "splash"):
+    if impl in FUSED:
         needs = f"needs platform {platform_of_attention(impl)}, this is {platform}"
         facts[needs] = computes_attention(platform, impl)
     if impl == "cudnn":
         facts |= {
             f"needs bfloat16 or float16, not {dtype}": dtype in (jnp.bfloat16, jnp.float16),
-            f"needs a head size that is a multiple of 8, at most 128; it is {head_size}": (
-                head_size % 8 == 0 and head_size <= 128
+            f"needs a head size that is a multiple of 8, at most 256; it is {head_size}": (
+                head_size % 8 == 0 and head_size <= 256
             ),
             "needs a GPU of compute capability 9.0 (Hopper) or later for packed documents, "
             f"this one has {compute_capability}": (
@@ -117,18 +118,40 @@ def check_supported(
     return problems
 
 
-def first_supported(preferences: Sequence[str], **facts: Any) -> str:
-    """Return the first of `preferences` that `check_supported` accepts with these facts.
+class AttentionChoice(NamedTuple):
+    """An implementation, and why it was taken. is_second_best: a faster one was passed over."""
 
-    Raises UserError with every reason if there is none.
+    impl: str
+    reason: str
+    is_second_best: bool = False
+
+
+def choose_attention(asked: str, preferences: Sequence[str], **facts: Any) -> AttentionChoice:
+    """Return the implementation that was asked for, or the first of `preferences` for `auto`.
+
+    facts: of `check_supported`. Raises UserError with every reason where none can be used.
     """
-    problems = []
+    if asked != "auto":
+        if problems := check_supported(asked, **facts):
+            raise combine(problems, title=f"train.attention = {asked!r} cannot run here:")
+        return AttentionChoice(asked, f"train.attention = {asked}")
+    problems, platform = [], facts["platform"]
     for impl in preferences:
-        found = check_supported(impl, **facts)
-        if not found:
-            return impl
-        problems += found
+        if found := check_supported(impl, **facts):
+            problems += found
+        elif problems:
+            return AttentionChoice(impl, "; ".join(problems), not platform_facts(platform).is_host)
+        elif impl in FUSED or platform_facts(platform).is_host:
+            return AttentionChoice(impl, f"the first choice on {platform}")
+        else:
+            reason = f"no fused kernel is known for {platform}, or the doctor saw it fail"
+            return AttentionChoice(impl, reason, is_second_best=True)
     raise combine(problems, title="no attention implementation fits this run:")
+
+
+def first_supported(preferences: Sequence[str], **facts: Any) -> str:
+    """Return the implementation that `choose_attention` takes for `auto`."""
+    return choose_attention("auto", preferences, **facts).impl
 
 
 def best_attention(machine: Machine, dtype: str, head_size: int, seq_len: int) -> str:
@@ -141,6 +164,23 @@ def best_attention(machine: Machine, dtype: str, head_size: int, seq_len: int) -
         head_size=head_size,
         seq_len=seq_len,
     )
+
+
+def computed_scores(impl: str, seq_len: int, *, parts: int) -> int | None:
+    """Return the entries of the T x S matrix that `impl` computes, masked ones included.
+
+    parts: of the sequence, for `split`. None for a kernel.
+    """
+    if impl == "xla":
+        return seq_len * seq_len
+    if impl == "blocked":
+        starts = block_starts(seq_len)
+        return sum((min(b + starts.step, seq_len) - b) * min(b + starts.step, seq_len)
+                   for b in starts)  # fmt: skip
+    if impl == "split":
+        block = block_size(seq_len, parts)
+        return pair_table(seq_len, parts, block)[..., 0].size * block * block
+    return None
 
 
 def xla_attention(

@@ -18,12 +18,13 @@ import optax
 from jax.sharding import Mesh
 
 from llamajax import sharding
-from llamajax.backends import Target
+from llamajax.backends import CompilerOptions, Target
 from llamajax.backends.platforms import platform_facts
 from llamajax.config import RunConfig
 from llamajax.errors import say
 from llamajax.files import write_file
 from llamajax.models.llama import Compute
+from llamajax.ops.attention import AttentionChoice
 from llamajax.planning.hlo import (
     axes_of_groups,
     collectives,
@@ -32,16 +33,18 @@ from llamajax.planning.hlo import (
     slice_groups,
     slow_share,
 )
-from llamajax.training.feed import abstract_batch
-from llamajax.training.setup import check_mesh, resolve_compute
+from llamajax.planning.hlo_products import product_flops
+from llamajax.training.setup import (
+    check_mesh,
+    lower_update,
+    program_digest,
+    resolve_attention,
+    resolve_compiler_options,
+    resolve_compute,
+)
 from llamajax.training.state import StateSpec, TrainState
-from llamajax.training.step import train_step
 
-# Attention for a GPU that is not here: cuDNN's kernel is built by cuDNN on a GPU. This one holds no
-# T x S matrix either, so that the memory of a step is alike, and compiles three times as fast as
-# `blocked`.
-_WITHOUT_CUDNN = "split"
-_FORMAT = 4  # of the stored facts
+_FORMAT = 5  # of the stored facts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +67,9 @@ class CompilerFacts:
     """The compiler's facts of one device's part of the program; bytes.
 
     temporary_bytes is None where the compiler refused the program for its memory: needed_bytes is
-    then what it asked for, if it said so, and traffic is None. host_bytes: what is kept in the
-    host's memory (optim.offload, train.remat_offload), in none of the others.
+    then what it asked for, if it said so, and traffic is None. product_flops: of all matrix
+    products, those of fused kernels left out. digest: `program_digest`. host_bytes: what is kept in
+    the host's memory (optim.offload, train.remat_offload), in none of the others.
     """
 
     arguments_bytes: int | None = None
@@ -73,6 +77,8 @@ class CompilerFacts:
     needed_bytes: int | None = None
     limit_bytes: int | None = None
     traffic: tuple[Traffic, ...] | None = None
+    product_flops: float | None = None
+    digest: str = ""
     compile_s: float
     host_bytes: int | None = None
     cached: bool = False
@@ -80,16 +86,14 @@ class CompilerFacts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannedStep:
-    """A step on a mesh of the target's devices, before it is lowered.
-
-    attention: the kernel that `train` would use there; compute has the one that is compiled.
-    """
+    """A step on a mesh of the target's devices, before it is lowered."""
 
     config: RunConfig
     mesh: Mesh
     target: Target
-    attention: str
+    attention: AttentionChoice
     compute: Compute
+    compiler_options: CompilerOptions
     optimizer: optax.GradientTransformation
     state: TrainState
 
@@ -101,15 +105,15 @@ def abstract_step(config: RunConfig, target: Target) -> PlannedStep:
     """
     mesh = sharding.build_mesh(config.mesh, target.devices)
     check_mesh(config, mesh)
-    spec = StateSpec.of(config, mesh)
-    compute = resolve_compute(config, target.machine(), mesh)
-    compiled = _WITHOUT_CUDNN if compute.attention == "cudnn" else compute.attention
+    spec, machine = StateSpec.of(config, mesh), target.machine()
+    attention = resolve_attention(config, machine, mesh)
     return PlannedStep(
         config=config,
         mesh=mesh,
         target=target,
-        attention=compute.attention,
-        compute=dataclasses.replace(compute, attention=compiled),
+        attention=attention,
+        compute=resolve_compute(config, mesh, attention.impl),
+        compiler_options=resolve_compiler_options(config, machine, mesh),
         optimizer=spec.optimizer,
         state=spec.abstract(),
     )
@@ -117,27 +121,26 @@ def abstract_step(config: RunConfig, target: Target) -> PlannedStep:
 
 def lowered_step(step: PlannedStep) -> jax.stages.Lowered:
     """Return the step as a program, not yet compiled."""
-    c = step.config
-    update = train_step(step.optimizer, c.optim, c.train, step.compute, step.mesh, c.guard)
-    batch = abstract_batch(c.data, step.mesh, batch_size=c.data.global_batch_size)
-    return update.lower(step.state, batch)
+    return lower_update(step.config, step.mesh, step.compute, step.optimizer, step.state)
 
 
 def compiled_facts(step: PlannedStep, *, cache: Path | None) -> CompilerFacts:
     """Lower and compile the step, or read what an earlier compilation of this program gave."""
     lowered = lowered_step(step)
-    file = None if cache is None else cache / f"{_fingerprint(lowered, step)}.json"
+    digest = program_digest(lowered)
+    file = None if cache is None else cache / f"{_fingerprint(digest, step)}.json"
     if file is not None and (stored := _read(file)):
         return stored
     began = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = step.compiler_options.compile(lowered)
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
         facts = refusal(str(error), time.perf_counter() - began)
     else:
         facts = _facts(compiled, step, time.perf_counter() - began)
+    facts = dataclasses.replace(facts, digest=digest)
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -148,13 +151,14 @@ def compiled_facts(step: PlannedStep, *, cache: Path | None) -> CompilerFacts:
 
 
 def _facts(compiled: Any, step: PlannedStep, compile_s: float) -> CompilerFacts:
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     temporary = temporary_bytes(memory, step.target.platform)
     return CompilerFacts(
         arguments_bytes=memory.argument_size_in_bytes,
         temporary_bytes=temporary,
         needed_bytes=memory.argument_size_in_bytes + temporary,
-        traffic=traffic(compiled.as_text(), step.mesh, node_of(step.target)),
+        traffic=traffic(text, step.mesh, node_of(step.target)),
+        product_flops=product_flops(text),
         compile_s=compile_s,
         host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
     )
@@ -217,8 +221,9 @@ def refusal(message: str, compile_s: float) -> CompilerFacts:
     return CompilerFacts(needed_bytes=int(sizes[0]), limit_bytes=int(sizes[1]), compile_s=compile_s)
 
 
-def _fingerprint(lowered: Any, step: PlannedStep) -> str:
-    parts = [lowered.as_text(), step.target.text, step.target.versions, _FORMAT]
+def _fingerprint(digest: str, step: PlannedStep) -> str:
+    parts = [digest, step.target.text, step.target.versions, _FORMAT]
+    parts += [sorted(step.compiler_options.values.items())]
     parts += [[device.id for device in step.mesh.devices.flat]]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 

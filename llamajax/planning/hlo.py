@@ -116,6 +116,11 @@ def bytes_of(types: str) -> int:
     return total
 
 
+def array_shape(types: str) -> list[int]:
+    """Return the sizes of the first array in a type."""
+    return [int(d) for d in _ARRAY.search(types)[2].split(",") if d]
+
+
 def _instruction(name: str, rest: str) -> Instruction:
     """Parse `TYPE operation(operands), attributes`; a tuple's type is in parentheses."""
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
@@ -165,8 +170,10 @@ def _trip_count(
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
     inside = computations[condition[1]]
-    limits = [i for i in inside if i.operation == "constant" and i.result.startswith("s")]
     counters = [i for i in inside if i.operation == "get-tuple-element"]
+    fused = [name for i in inside for name in _CALLED.findall(i.attributes)]
+    inside = [i for name in (condition[1], *fused) for i in computations[name]]
+    limits = [i for i in inside if i.operation == "constant" and i.result.startswith("s")]
     if len(limits) != 1 or len(counters) != 1:
         raise ValueError(f"the trip count of loop {loop.name} cannot be read from its condition")
     index = int(re.search(r"index=(\d+)", counters[0].attributes)[1])

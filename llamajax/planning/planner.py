@@ -12,7 +12,14 @@ from llamajax.backends.platforms import platform_facts
 from llamajax.config import RunConfig
 from llamajax.models.counts import flops_per_token
 from llamajax.planning.compilation import CompilerFacts, PlannedStep, abstract_step, compiled_facts
-from llamajax.planning.roofline import Prediction, link_seconds, predict
+from llamajax.planning.roofline import (
+    Prediction,
+    expected_product_flops,
+    link_seconds,
+    predict,
+)
+
+_NOTABLE = 0.03  # difference of products in the program and by formula that a plan speaks of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +40,25 @@ class Plan:
     limit_bytes: int | None
     fits: bool | None
     prediction: Prediction | None
+
+    @property
+    def compiled_product_flops(self) -> float | None:
+        """Return the FLOPs of all devices' matrix products in the compiled program, a step."""
+        flops = self.facts.product_flops
+        return None if flops is None else flops * self.step.mesh.size
+
+    @property
+    def expected_product_flops(self) -> float | None:
+        """Return the same by formula; None where the formula of this attention is not known."""
+        return expected_product_flops(
+            self.config, self.step.mesh.shape, attention=self.step.attention.impl
+        )
+
+    @property
+    def redone_products(self) -> float | None:
+        """Return the share of products in the program that the formula does not have."""
+        compiled, expected = self.compiled_product_flops, self.expected_product_flops
+        return compiled / expected - 1 if compiled and expected else None
 
     @property
     def config(self) -> RunConfig:
@@ -110,18 +136,21 @@ def _prediction(step: PlannedStep, facts: CompilerFacts) -> Prediction | None:
         seconds = link_seconds(row.sent_bytes, row.slow_bytes, entry)
         before = links_s.get(row.axes, 0.0)
         links_s[row.axes] = None if None in (before, seconds) else before + seconds
-    return predict(step.config, step.mesh.shape, entry, links_s, attention=step.attention)
+    return predict(step.config, step.mesh.shape, entry, links_s, attention=step.attention.impl)
 
 
 def plan_notes(plan: Plan) -> list[str]:
     """Return what a reader of a plan should know about how it was made."""
     step, facts, target = plan.step, plan.facts, plan.step.target
     notes = []
-    if step.compute.attention != step.attention:
+    if step.attention.is_second_best:
+        notes.append(f"attention: {step.attention.impl}, because {step.attention.reason}")
+    notes += step.compiler_options.warnings()
+    if plan.redone_products and abs(plan.redone_products) > _NOTABLE:
+        words = f"{abs(plan.redone_products):.1%} {'more' if plan.redone_products > 0 else 'less'}"
         notes.append(
-            f"attention: compiled with {step.compute.attention!r}, because {step.attention!r}, "
-            "which train uses there, is built on the hardware alone; neither holds a T x S matrix, "
-            f"so that memory is alike, and time is predicted for {step.attention!r}"
+            f"products: the compiled program multiplies {words} than the formula, which has the "
+            "recomputation of train.remat"
         )
     if platform_facts(target.platform).is_host:
         notes.append("cpu: temporary memory of a CPU's program predicts no accelerator's; no peak")

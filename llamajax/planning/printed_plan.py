@@ -32,8 +32,9 @@ def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
         "mesh": dict(plan.step.mesh.shape),
         "remat": config.train.remat,
         "accumulation_steps": config.train.accumulation_steps,
-        "attention": plan.step.attention,
-        "attention_compiled": plan.step.compute.attention,
+        "attention": plan.step.attention.impl,
+        "attention_reason": plan.step.attention.reason,
+        "compiler_options": dict(plan.step.compiler_options.values),
         "params_bytes": plan.params_bytes,
         "optimizer_bytes": plan.optimizer_bytes,
         "gradients_bytes": plan.gradients_bytes,
@@ -45,6 +46,8 @@ def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
         "fits": plan.fits,
         "flops_per_step_full": plan.flops(causal=False),
         "flops_per_step_causal": plan.flops(causal=True),
+        "compiled_product_flops": plan.compiled_product_flops,
+        "expected_product_flops": plan.expected_product_flops,
         "collective_bytes": rounded(plan.collective_bytes()),
         "slow_bytes": rounded(plan.collective_bytes(slow=True)),
         "collectives": None if facts.traffic is None else [
@@ -63,6 +66,7 @@ def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
             "bubble_s": p.bubble_s,
         },
         "pipeline": pipe and dataclasses.asdict(pipe),
+        "program": facts.digest,
         "compile_s": facts.compile_s,
         "cached": facts.cached,
         "versions": plan.step.target.versions,
@@ -81,7 +85,7 @@ def text_lines(plan: Plan) -> Iterator[str]:
     yield (
         f"{c.data.global_batch_size} x {c.data.seq_len} = {format_count(tokens)} tokens a step, "
         f"{c.train.accumulation_steps} accumulated; {c.train.dtype}, remat {c.train.remat}, "
-        f"attention {step.attention}"
+        f"attention {step.attention.impl}"
     )
     for line in sharding.device_order_table(step.mesh, node_of(target)):
         yield f"  {line}"
@@ -102,6 +106,12 @@ def text_lines(plan: Plan) -> Iterator[str]:
     yield ""
     for words, causal in (("whole attention matrix", False), ("causal half of it", True)):
         yield f"  FLOPs a step, {words:<24}{plan.flops(causal=causal):>12.4g}"
+    for words, flops in (
+        ("matrix products as compiled", plan.compiled_product_flops),
+        ("as expected", plan.expected_product_flops),
+    ):
+        if flops is not None:
+            yield f"  {words:<38}{flops:>12.4g}"
     yield from _pipeline(plan)
     yield from _traffic(plan)
     yield from _time(plan)

@@ -20,9 +20,11 @@ from typing import NamedTuple
 
 from llamajax.backends import Device
 from llamajax.config import ModelConfig, RunConfig
-from llamajax.models.counts import flops_per_token, num_parameters
+from llamajax.models.counts import flops_per_token, matrices_per_layer, num_parameters
 from llamajax.models.layer_order import padded_layers
+from llamajax.models.lora import num_adapter_parameters
 from llamajax.models.pipeline import bubble, num_ticks
+from llamajax.ops.attention import FUSED, computed_scores
 
 # Speed of attention's products relative to large ones: fused kernels, and blocks of plain XLA.
 _ATTENTION = {"cudnn": 0.6, "splash": 0.6, "blocked": 0.15, "split": 0.15, "xla": 0.15}
@@ -120,6 +122,41 @@ def predict(
     )
 
 
+def expected_product_flops(
+    config: RunConfig, sizes: Mapping[str, int], *, attention: str
+) -> float | None:
+    """Return the FLOPs of all devices' matrix products in a step's program, a fused kernel's not.
+
+    Recomputation by train.remat counts, and so do layers of zeros, a pipeline's idle ticks and the
+    padding of the vocabulary. None where no formula is known for the attention.
+    """
+    model, train, tokens = config.model, config.train, config.data.global_batch_size
+    tokens *= config.data.seq_len
+    passes = 2 if config.lora.rank else 3
+    blocks, _, head = _forward_flops(model, config.data.seq_len)
+    again, again_scores = _recomputed_flops(config, sizes)
+    layers = padded_layers(model.num_layers, stages=sizes["stage"], rounds=train.pipeline_rounds)
+    pipe = pipeline_facts(config, sizes)
+    filled = layers / model.num_layers / (1 - pipe.bubble if pipe else 1)
+    adapters = num_adapter_parameters(model, config.lora) if config.lora.rank else 0
+    adapters *= 6 + 2 * again / blocks
+    scores = 0.0
+    if attention not in FUSED:
+        elements = computed_scores(attention, config.data.seq_len, parts=sizes["sequence"])
+        if elements is None:
+            return None
+        products = 7 + (2 if again_scores else 0)  # the backward pass computes the scores again
+        if attention == "xla":
+            products = 6 if train.remat == "none" else 8 if again_scores else 7
+        heads = 2.0 * model.num_layers * model.num_heads * model.head_size
+        scores = products * heads * elements / config.data.seq_len
+    share = device_share(config, sizes)
+    rows = share.microbatch * share.tokens / sizes["stage"]
+    chunk = min(train.loss_chunk_tokens, rows)
+    head *= model.padded_vocab_size / model.vocab_size * math.ceil(rows / chunk) * chunk / rows
+    return tokens * (filled * (passes * blocks + again + adapters + scores) + passes * head)
+
+
 def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     """Return the bytes that a device reads and writes besides its matrix products, a step.
 
@@ -149,12 +186,6 @@ def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
 def width(config: RunConfig) -> int:
     """Return the bytes of a value in the compute dtype."""
     return 2 if config.train.dtype == "bfloat16" else FLOAT32_BYTES
-
-
-def matrices_per_layer(model: ModelConfig) -> int:
-    """Return the number of weights in the matrices of one block."""
-    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_size
-    return model.hidden_size * (heads + 3 * model.intermediate_size)
 
 
 def _forward_flops(model: ModelConfig, seq_len: int) -> tuple[float, float, float]:

@@ -23,7 +23,7 @@ from llamajax.planning.compilation import node_of
 from llamajax.planning.estimate import axes_slow_share, held_bytes, sent_bytes
 from llamajax.planning.planner import Plan, make_plan
 from llamajax.planning.roofline import link_seconds, predict
-from llamajax.training.setup import check_mesh, resolve_compute
+from llamajax.training.setup import check_mesh, resolve_attention
 
 _MOST_ROWS = 8  # of a microbatch on a device: more changes little but memory
 _SLACK = 1.05  # XLA recomputes more where memory is short, and then takes less than is estimated
@@ -114,14 +114,14 @@ def _estimated(config: RunConfig, target: Target) -> Iterator[Candidate]:
             try:
                 checked = from_json_dict(to_json_dict(variant))
                 check_mesh(checked, mesh)
-                compute = resolve_compute(checked, target.machine(), mesh)
+                attention = resolve_attention(checked, target.machine(), mesh).impl
             except UserError:
                 continue
             links_s = {
                 axes: link_seconds(sent, sent * axes_slow_share(axes, sizes, nodes), target.entry)
                 for axes, sent in sent_bytes(checked, sizes).items()
             }
-            prediction = predict(checked, sizes, target.entry, links_s, attention=compute.attention)
+            prediction = predict(checked, sizes, target.entry, links_s, attention=attention)
             if prediction is not None:
                 yield Candidate(
                     config=checked,

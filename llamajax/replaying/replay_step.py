@@ -27,10 +27,10 @@ from llamajax.replaying.step_probe import (
     nonfinite_probe,
     nonfinite_weights,
 )
-from llamajax.training.feed import abstract_batch, eval_batch_size, put_batch, train_batches
+from llamajax.training.feed import eval_batch_size, put_batch, train_batches
 from llamajax.training.run_start import open_initial_weights
 from llamajax.training.safety.rollback import RollbackLog
-from llamajax.training.setup import Setup, build_update, initial_state, set_up
+from llamajax.training.setup import Setup, initial_state, lower_update, set_up
 from llamajax.training.state import TrainState
 
 
@@ -97,10 +97,10 @@ def _state_before(
     start, first_difference = record.first_step, None
     if start + 1 == record.step:
         return state, None
-    c, mesh = setup.config.data, setup.mesh
-    batches = train_batches(c, mesh, setup.mixture, position, step=start)
-    batch = abstract_batch(c, mesh, batch_size=c.global_batch_size)
-    update = build_update(setup).lower(state, batch).compile()
+    c, mesh = setup.config, setup.mesh
+    batches = train_batches(c.data, mesh, setup.mixture, position, step=start)
+    lowered = lower_update(c, mesh, setup.compute, setup.spec.optimizer, state)
+    update = setup.compiler_options.compile(lowered)
     total = record.step - 1
     progress = Progress(total_steps=total, start_step=start, mode="auto", primary=True)
     for step in range(start + 1, record.step):

@@ -49,7 +49,7 @@ def gradient_probe(setup: Setup, state: TrainState, batch: Batch) -> Callable[[]
         bits = {name: jnp.sum(word, dtype=jnp.uint32) for name, word in words.items()}
         return loss, optax.tree.norm(grads), bits, _nonfinite_rows(leaves)
 
-    compiled = jax.jit(probe).lower(state, batch).compile()
+    compiled = setup.compiler_options.compile(jax.jit(probe).lower(state, batch))
 
     def run() -> GradientSummary:
         loss, norm, bits, odd = jax.device_get(compiled(state, batch))

@@ -13,7 +13,7 @@ from llamajax.models.counts import flops_per_token, num_parameters
 from llamajax.models.lora import num_adapter_parameters
 from llamajax.monitoring import write_report
 from llamajax.monitoring.progress import format_count
-from llamajax.training.setup import Setup
+from llamajax.training.setup import Programs, Setup
 
 _MANY_PASSES = 100  # over the same text
 
@@ -31,6 +31,10 @@ def run_header(setup: Setup, start: int) -> Iterator[str]:
     yield f"machine  {m.platform}, {m.device_kind}; mesh {sharding.describe(setup.mesh)}"
     yield from backends.profile_lines(backends.machine_profile(m), m.note)
     yield from lost_feature_warnings(backends.lost_features(setup.machine.platform))
+    if setup.attention.is_second_best:
+        yield f"warning: attention {setup.attention.impl}, because {setup.attention.reason}"
+    for line in setup.compiler_options.warnings():
+        yield f"warning: {line}"
     for line in sharding.device_order_table(setup.mesh):
         yield f"layout   {line}"
     yield f"compute  {c.train.dtype}, attention {setup.compute.attention}, remat {c.train.remat}"
@@ -118,19 +122,23 @@ def mfu_from_speed(setup: Setup) -> Callable[[float], dict[str, float | None]]:
     return mfu
 
 
-def run_facts(setup: Setup, update: Any) -> dict[str, Any]:
-    """Return what `run.json` says of a run that has begun. update: its compiled step."""
+def run_facts(setup: Setup, programs: Programs) -> dict[str, Any]:
+    """Return what `run.json` says of a run that has begun."""
     machine, config = setup.machine, setup.config
     peak = backends.peak_flops(machine.device_kind, config.train.dtype)
+    update = programs.update
     donated = backends.donated_bytes(update)
     facts = dataclasses.asdict(machine)
     del facts["process_id"]
     return facts | {
         "profile": backends.machine_profile(machine),
         "mesh": dict(setup.mesh.shape),
-        "attention": setup.compute.attention,
+        "attention": setup.attention.impl,
+        "attention_reason": setup.attention.reason,
+        "compiler_options": dict(setup.compiler_options.values),
         "num_parameters": num_parameters(config.model),
         "num_trained_parameters": num_trained(config),
+        "program": programs.digest,
         "program_bytes": backends.program_bytes(update),
         "donated_bytes": donated and donated[0],
         "reused_bytes": donated and donated[1],

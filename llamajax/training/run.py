@@ -171,7 +171,7 @@ def _accept(run: Run, start: Start, programs: Programs) -> None:
         run.box.begin()
         write_config(run.workdir, run.config)
         keep_tokenizer(run.workdir, run.config.data.paths[0], start.recorded["tokenizer"])
-        facts = run_facts(run.setup, programs.update)
+        facts = run_facts(run.setup, programs)
         write_run_facts(run.workdir, facts | {"workdir_locked": run.is_locked})
 
 

@@ -1,21 +1,24 @@
 """What a run needs besides its directory: machine, mesh, data, first state, compiled programs."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from llamajax import backends, data, sharding
 from llamajax.checkpoint import Checkpoint, check_same_model, named_leaves, restore_state
 from llamajax.config import RunConfig, common_values, to_json_dict
-from llamajax.errors import UserError, combine
+from llamajax.errors import UserError
 from llamajax.formats.weights import Weights
+from llamajax.models.counts import matrices_per_layer
 from llamajax.models.llama import Compute
 from llamajax.models.pipeline import PipelineOptions
-from llamajax.ops.attention import check_supported, first_supported
+from llamajax.ops.attention import AttentionChoice, choose_attention
 from llamajax.processes import process_facts
 from llamajax.training.feed import abstract_batch, eval_batch_size
 from llamajax.training.safety.canary import Canary
@@ -30,7 +33,9 @@ class Setup:
     config: RunConfig
     machine: backends.Machine
     mesh: Mesh
+    attention: AttentionChoice
     compute: Compute
+    compiler_options: backends.CompilerOptions
     spec: StateSpec
     mixture: "data.Mixture"
     held_out: "data.Mixture | None"  # the validation split
@@ -66,11 +71,14 @@ def set_up(config: RunConfig) -> Setup:
     check_mesh(config, mesh)
     if refusal is not None:
         raise refusal
+    attention = resolve_attention(config, machine, mesh)
     return Setup(
         config=config,
         machine=machine,
         mesh=mesh,
-        compute=resolve_compute(config, machine, mesh),
+        attention=attention,
+        compute=resolve_compute(config, mesh, attention.impl),
+        compiler_options=resolve_compiler_options(config, machine, mesh),
         spec=StateSpec.of(config, mesh),
         mixture=mixture,
         held_out=held_out,
@@ -85,8 +93,8 @@ def check_mesh(config: RunConfig, mesh: Mesh) -> None:
     )
 
 
-def resolve_compute(config: RunConfig, machine: backends.Machine, mesh: Mesh) -> Compute:
-    """Return how a run computes; `auto` attention becomes the first that the machine supports."""
+def resolve_attention(config: RunConfig, machine: backends.Machine, mesh: Mesh) -> AttentionChoice:
+    """Return the attention of a run, for `auto` the first that the machine supports."""
     t = config.train
     facts = {
         "platform": machine.platform,
@@ -96,16 +104,16 @@ def resolve_compute(config: RunConfig, machine: backends.Machine, mesh: Mesh) ->
         "seq_len": config.data.seq_len,
         "sequence_parts": mesh.shape["sequence"],
     }
-    impl = t.attention
-    if impl == "auto":
-        impl = first_supported(machine.attention_preferences, **facts)
-    problems = check_supported(impl, **facts)
-    if problems:
-        raise combine(problems, title=f"train.attention = {impl!r} cannot run here:")
+    return choose_attention(t.attention, machine.attention_preferences, **facts)
+
+
+def resolve_compute(config: RunConfig, mesh: Mesh, attention: str) -> Compute:
+    """Return how a run computes with this attention."""
+    t = config.train
     return Compute(
         dtype=jnp.dtype(t.dtype),
         remat=t.remat,
-        attention=impl,
+        attention=attention,
         loss_chunk_tokens=t.loss_chunk_tokens,
         z_weight=t.z_loss,
         remat_keep=t.remat_keep,
@@ -114,6 +122,18 @@ def resolve_compute(config: RunConfig, machine: backends.Machine, mesh: Mesh) ->
         pipeline=PipelineOptions(
             microbatch_size=t.microbatch_size, rounds=t.pipeline_rounds, remat_stage=t.remat_stage
         ),
+    )
+
+
+def resolve_compiler_options(
+    config: RunConfig, machine: backends.Machine, mesh: Mesh
+) -> backends.CompilerOptions:
+    """Return the options that the step of a run is compiled with, present devices or absent."""
+    return backends.choose_compiler_options(
+        config.backend.compiler_options,
+        platform=machine.platform,
+        device=mesh.devices.flat[0],
+        layer_bytes=4 * matrices_per_layer(config.model) / mesh.shape["tensor"],
     )
 
 
@@ -154,28 +174,41 @@ def _model_keys(setup: Setup) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Programs:
-    """What a run compiles, once for a process."""
+    """What a run compiles, once for a process.
 
+    digest: of the update's program before XLA sees it; a plan of the same run has the same.
+    """
+
+    digest: str
     update: Callable  # (state, batch) -> (state, metrics); the state is donated
     evaluate: Callable  # (model, batch) -> (summed loss, number of targets)
     canary: Canary | None
     weight_names: tuple[str, ...]  # of what is trained, in the order of the norms in the metrics
 
 
-def build_update(setup: Setup) -> Callable:
-    """Return the jitted, guarded update of a run, not yet compiled."""
-    c = setup.config
-    return train_step(setup.spec.optimizer, c.optim, c.train, setup.compute, setup.mesh, c.guard)
+def lower_update(
+    config: RunConfig,
+    mesh: Mesh,
+    compute: Compute,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+) -> jax.stages.Lowered:
+    """Return the program of a run's update, not yet compiled; the state may be abstract."""
+    update = train_step(optimizer, config.optim, config.train, compute, mesh, config.guard)
+    batch = abstract_batch(config.data, mesh, batch_size=config.data.global_batch_size)
+    return update.lower(state, batch)
+
+
+def program_digest(lowered: jax.stages.Lowered) -> str:
+    """Return a digest of a program before XLA sees it."""
+    return hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
 
 
 def compile_programs(setup: Setup, state: TrainState) -> Programs:
     """Compile before the first update, so that no signal meets a compiler."""
     config, mesh = setup.config, setup.mesh
-    batch, eval_batch = (
-        abstract_batch(config.data, mesh, batch_size=size)
-        for size in (config.data.global_batch_size, eval_batch_size(config))
-    )
-    update = build_update(setup).lower(state, batch)
+    eval_batch = abstract_batch(config.data, mesh, batch_size=eval_batch_size(config))
+    update = lower_update(config, mesh, setup.compute, setup.spec.optimizer, state)
     evaluate = eval_step(setup.compute, mesh).lower(state.whole, eval_batch)
     canary = None
     if config.guard.canary_every is not None:
@@ -189,9 +222,11 @@ def compile_programs(setup: Setup, state: TrainState) -> Programs:
             seq_len=config.data.seq_len,
             vocab_size=config.model.vocab_size,
         )
+    compiled = setup.compiler_options.compile
     return Programs(
-        update=update.compile(),
-        evaluate=evaluate.compile(),
+        digest=program_digest(update),
+        update=compiled(update),
+        evaluate=compiled(evaluate),
         canary=canary,
         weight_names=tuple(named_leaves(state.trained)),
     )

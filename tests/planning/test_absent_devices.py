@@ -46,6 +46,8 @@ def planned(tmp_path, devices, *overrides):
 def test_a_tpu_step_is_compiled_with_its_own_attention(tmp_path):
     plan = planned(tmp_path, "v5e:2x4", *BF16)
     assert (plan["device_kind"], plan["attention"]) == ("TPU v5 lite", "splash")
+    assert plan["compiled_product_flops"] == pytest.approx(plan["expected_product_flops"], rel=0.03)
+    assert plan["compiler_options"]["xla_tpu_scoped_vmem_limit_kib"] == 98304
     assert plan["fits"] is True
     assert plan["limit_bytes"] == int(15.75 * 2**30)
     assert plan["arguments_bytes"] < plan["peak_bytes"] < plan["limit_bytes"]
@@ -100,6 +102,11 @@ def test_traffic_between_nodes_of_gpus(tmp_path):
     assert plan["slow_bytes"]["tensor"] == 0 < plan["collective_bytes"]["tensor"]
     assert plan["slow_bytes"]["fsdp"] == pytest.approx(plan["collective_bytes"]["fsdp"] / 2)
     assert plan["device_kind"].startswith("NVIDIA H100")
-    assert (plan["attention"], plan["attention_compiled"]) == ("cudnn", "split")
+    assert (plan["attention"], plan["attention_reason"]) == ("cudnn", "the first choice on gpu")
+    assert plan["compiled_product_flops"] == pytest.approx(plan["expected_product_flops"], rel=0.03)
+    options = plan["compiler_options"]
+    assert options["xla_disable_hlo_passes"] == "rematerialization"
+    assert options["xla_gpu_all_gather_combine_threshold_bytes"] == 2**30
+    assert not any("left out" in note for note in plan["notes"])
     assert plan["fits"] is True
     assert plan["arguments_bytes"] < plan["peak_bytes"] < plan["limit_bytes"]

@@ -18,6 +18,7 @@ from llamajax.planning.hlo import (
     slice_groups,
     slow_share,
 )
+from llamajax.planning.hlo_products import product_flops
 
 PROGRAMS = Path(__file__).with_name("programs")
 # A loop of 5 turns inside one of 4, the second counting from 1 to 5, as libtpu writes loops: no
@@ -54,6 +55,48 @@ def test_nested_loops_without_trip_counts_are_read_from_their_conditions():
 def test_a_gather_hidden_behind_fusions_counts_once():
     (found,) = collectives(CHAIN)
     assert (found.kind, found.operand_bytes, found.count) == ("all-gather", 256, 1)
+
+
+def test_a_limit_in_a_fused_comparison_is_read():
+    """As XLA for GPUs writes a loop whose first turn was pipelined out of it."""
+    fused = NESTED.replace(
+        "%limit = s32[]{:T(128)} constant(5)", "%limit = s32[] fusion(%i), calls=%fused_limit"
+    )
+    fused += "\n%fused_limit (p: s32[]) -> s32[] {\n  ROOT %five = s32[] constant(5)\n}\n"
+    (found,) = collectives(fused)
+    assert found.count == 4 * 5
+
+
+# libtpu writes products as convolutions, batched ones with windows that are mostly holes
+PRODUCTS = """HloModule m
+
+ENTRY %main (a: bf16[8,16], b: bf16[16,32], c: f32[4,8,16], d: f32[4,16,32]) -> f32[] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %b = bf16[16,32]{1,0} parameter(1)
+  %c = f32[4,8,16]{2,1,0} parameter(2)
+  %d = f32[4,16,32]{2,1,0} parameter(3)
+  CALL
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "flops"),
+    [
+        ("%r = f32[8,32]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+         2 * 8 * 16 * 32),
+        ('%r = (bf16[8,32]{1,0}, s8[99]{0}) custom-call(%a, %b), custom_call_target='
+         '"__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":'
+         '{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}',
+         2 * 8 * 16 * 32),
+        ('%r = f32[8,32]{1,0} custom-call(%a, %b), custom_call_target="__cudnn$fmhaSoftmax"', 0),
+        ("%r = f32[8,32]{1,0} convolution(%a, %b), dim_labels=bf_io->bf", 2 * 8 * 16 * 32),
+        ("%r = f32[4,8,32]{2,1,0} convolution(%c, %d), window={size=4 stride=3 pad=0_0 "
+         "lhs_dilate=4}, dim_labels=0bf_0io->0bf", 2 * 4 * 8 * 16 * 32),
+    ],
+)  # fmt: skip
+def test_products_are_counted_in_every_form(call, flops):
+    assert product_flops(PRODUCTS.replace("CALL", call)) == flops
 
 
 @pytest.mark.parametrize(

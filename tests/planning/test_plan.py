@@ -11,7 +11,7 @@ from llamajax import plan, sharding
 from llamajax.config import load
 from llamajax.errors import UserError
 from llamajax.models.counts import flops_per_token
-from llamajax.planning import estimate
+from llamajax.planning import estimate, planner
 from llamajax.planning.compilation import refusal, temporary_bytes
 from llamajax.planning.planner import make_plan
 from llamajax.planning.roofline import pipeline_facts
@@ -23,7 +23,8 @@ COMMAND = [f"--config={CONFIG}", "--devices=cpu:8"]
 CONTRACT = {
     "config", "devices", "num_devices", "mesh", "params_bytes", "optimizer_bytes", "peak_bytes",
     "limit_bytes", "fits", "flops_per_step_full", "flops_per_step_causal", "collective_bytes",
-    "step_time_s", "tokens_per_s", "compile_s",
+    "step_time_s", "tokens_per_s", "compile_s", "compiled_product_flops", "expected_product_flops",
+    "attention", "attention_reason", "compiler_options",
 }  # fmt: skip
 
 
@@ -95,6 +96,24 @@ def test_the_formulas_of_a_search_agree_with_the_compiled_program(planned, confi
     # left out: norms, token ids and their embeddings
     assert found[("fsdp",)] == pytest.approx(planned["collective_bytes"]["fsdp"], rel=0.15)
     assert found[("tensor",)] == pytest.approx(planned["collective_bytes"]["tensor"], rel=0.05)
+
+
+def test_products_as_compiled_are_those_of_the_formula(planned, config, capsys, monkeypatch):
+    # by hand: 1024 tokens; q, k, v, o, gate, up and twice down; xla's 8 products of T x T; the head
+    m, tokens = config.model, 16 * 64
+    heads = m.head_size * (2 * m.num_heads + 2 * m.num_kv_heads)
+    matrices = m.hidden_size * (heads + 3 * m.intermediate_size)
+    again = matrices - m.hidden_size * m.intermediate_size
+    scores = 8 * 64 * m.num_heads * m.head_size
+    layers = m.num_layers * (3 * matrices + again + scores)
+    by_hand = 2 * tokens * (layers + 3 * m.hidden_size * 256)
+    assert planned["expected_product_flops"] == pytest.approx(by_hand)
+    assert planned["compiled_product_flops"] == pytest.approx(by_hand, rel=1e-3)
+    assert not any("products" in note for note in planned["notes"])
+    # a compiler that does products twice is named
+    monkeypatch.setattr(planner, "expected_product_flops", lambda *_, **__: by_hand / 1.28)
+    assert plan.main(COMMAND) == 0
+    assert "multiplies 28.0% more than" in capsys.readouterr().out
 
 
 def test_the_same_program_is_not_compiled_twice(planned, cache, monkeypatch, capsys):

@@ -1,0 +1,94 @@
+"""Choose the options that XLA compiles a step with, program by program.
+
+Precedence: `backend.compiler_options`, the user's XLA_FLAGS and LIBTPU_INIT_ARGS, the platform's
+table (`platforms.py`). XLA aborts on a flag that it does not know; an option of one program that it
+does not know is an error that can be caught. So each release takes of the table what it knows.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llamajax.backends.platforms import LAYER_BYTES, platform_facts
+from llamajax.backends.plugin import Option, typed_options
+from llamajax.errors import UserError
+
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_REFUSED = re.compile(r"No such compile option: '(\w+)'|While setting option (\w+),")
+_LEAST_LAYER_BYTES = 2**30  # of small layers several are combined, as in published recipes
+
+
+@dataclasses.dataclass(frozen=True)
+class CompilerOptions:
+    """Options for `lowered.compile`, by name. refused: those of the table that XLA did not take."""
+
+    values: Mapping[str, Option] = dataclasses.field(default_factory=dict)
+    refused: tuple[str, ...] = ()
+
+    def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        """Compile a program with these options."""
+        return lowered.compile(compiler_options=dict(self.values) or None)
+
+    def warnings(self) -> Iterator[str]:
+        """Yield a line about what XLA refused."""
+        if self.refused:
+            yield (
+                f"the compiler of jaxlib {jax.lib.__version__} does not know "
+                f"{', '.join(self.refused)}: left out, so that the step may be slower"
+            )
+
+
+def choose_compiler_options(
+    asked: str | None, *, platform: str, device: Any, layer_bytes: float
+) -> CompilerOptions:
+    """Return the options for a step on this platform.
+
+    asked: `backend.compiler_options`. device: to compile for, present or not. layer_bytes: of one
+    layer's weights in float32, whole but for what `tensor` splits. Raises UserError where the
+    compiler refuses an option that was asked for.
+    """
+    own = typed_options(asked, key="backend.compiler_options")
+    if own and (found := _refusal(own, device)):
+        raise UserError(
+            f"backend.compiler_options = {asked}: the compiler refuses it: {found[1]}; correct the "
+            "name or value, or leave it out"
+        )
+    flags = " ".join(os.environ.get(name, "") for name in _FLAGS)
+    taken = {*own, *re.findall(r"--(\w+)", flags)}
+    # what is left to try of each option, by the name that it has now
+    left = {
+        next(iter(alternatives)): list(alternatives.items())
+        for alternatives in platform_facts(platform).compiler_options
+        if not taken & set(alternatives)
+    }
+    least, refused = max(_LEAST_LAYER_BYTES, int(layer_bytes)), []
+    while left:
+        tried = dict(alternatives[0] for alternatives in left.values())
+        tried = {name: least if value == LAYER_BYTES else value for name, value in tried.items()}
+        if (found := _refusal(tried, device)) is None:
+            return CompilerOptions(tried | own, tuple(refused))
+        first = next(name for name, alternatives in left.items() if alternatives[0][0] == found[0])
+        left[first].pop(0)
+        if not left[first]:
+            del left[first]
+            refused.append(first)
+    return CompilerOptions(own, tuple(refused))
+
+
+def _refusal(options: Mapping[str, Option], device: Any) -> tuple[str, str] | None:
+    """Return the option that XLA does not take, and why, by compiling the smallest program."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    program = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding))
+    try:
+        program.compile(compiler_options=dict(options))
+    except jax.errors.JaxRuntimeError as error:
+        found = _REFUSED.search(str(error))
+        if not found:
+            raise
+        return found[1] or found[2], str(error).splitlines()[0]
+    return None

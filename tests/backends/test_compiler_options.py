@@ -1,0 +1,67 @@
+"""Which options a step is compiled with: the config's, before XLA_FLAGS, before the table."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llamajax.backends import choose_compiler_options, compiler_options
+from llamajax.backends.platforms import LAYER_BYTES, platform_facts
+from llamajax.errors import UserError
+
+# options that XLA has for every platform, and that change nothing of a sum
+LEVEL = "xla_backend_optimization_level"
+FLAG = "xla_gpu_all_gather_combine_threshold_bytes"
+PASSES = "xla_disable_hlo_passes"
+TABLE = (
+    {"xla_renamed": True, LEVEL: 2},
+    {FLAG: LAYER_BYTES},
+    {PASSES: "rematerialization"},
+    {"xla_gone": 1, "xla_gone_long_ago": 2},
+)
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Returns the options chosen on the CPU with TABLE in place of its own."""
+    facts = dataclasses.replace(platform_facts("cpu"), compiler_options=TABLE)
+    monkeypatch.setattr(compiler_options, "platform_facts", lambda _: facts)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+    def choose(asked=None, layer_bytes=3.0):
+        return choose_compiler_options(
+            asked, platform="cpu", device=jax.devices()[0], layer_bytes=layer_bytes
+        )
+
+    return choose
+
+
+def test_an_option_has_the_name_that_this_release_knows_and_unknown_ones_are_named(chosen):
+    found = chosen()
+    assert found.values == {LEVEL: 2, FLAG: 2**30, PASSES: "rematerialization"}
+    assert found.refused == ("xla_gone",)
+    (line,) = found.warnings()
+    assert "xla_gone: left out" in line
+    assert chosen(layer_bytes=2.0**31).values[FLAG] == 2**31
+    lowered = jax.jit(jnp.sin).lower(1.0)
+    assert found.compile(lowered)(1.0) == jnp.sin(1.0)
+
+
+def test_the_config_goes_before_flags_and_flags_before_the_table(chosen, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", f"--{PASSES}=dce --{FLAG}=7")
+    assert chosen().values == {LEVEL: 2}
+    assert chosen(f"{LEVEL}=1,{FLAG}=8").values == {LEVEL: 1, FLAG: 8}
+
+
+def test_what_was_asked_for_and_is_unknown_is_refused(chosen):
+    with pytest.raises(UserError, match=r"backend\.compiler_options.*xla_mistyped"):
+        chosen("xla_mistyped=1")
+    with pytest.raises(UserError, match=f"backend.compiler_options.*{LEVEL}"):
+        chosen(f"{LEVEL}=high")
+
+
+def test_the_cpu_has_no_options_of_ours():
+    device = jax.devices()[0]
+    found = choose_compiler_options(None, platform="cpu", device=device, layer_bytes=1.0)
+    assert (found.values, found.refused) == ({}, ())
