@@ -346,16 +346,12 @@ class BackendConfig:
     name: str | None = key(
         "JAX platform: cpu, cuda, tpu, or a plugin's; none: what JAX finds", default=None
     )
-    plugin: str | None = key(
-        "path of a bare PJRT plugin library for `name`", default=None, is_path=True
-    )
+    plugin: str | None = key("path of a bare PJRT library for `name`", default=None, is_path=True)
     options: str | None = key("options of that plugin, as k=v,k=v", default=None, is_path=True)
     num_cpu_devices: int | None = key(
         "virtual devices of the cpu backend, to try a mesh without one", default=None, at_least=1
     )
-    coordinator_address: str | None = key(
-        "HOST:PORT of process 0, the same on every node", default=None
-    )
+    coordinator_address: str | None = key("HOST:PORT of process 0, for all nodes", default=None)
     num_processes: int | None = key("number of processes of the run", default=None, at_least=1)
     process_id: int | None = key("rank of this process, from 0", default=None, at_least=0)
     timeout_s: int = key("seconds to wait for the other processes", default=300, at_least=1)
@@ -367,8 +363,7 @@ class BackendConfig:
         default="auto",
     )
     compiler_options: str | None = key(
-        "options of XLA for the step's program, as k=v,k=v; before XLA_FLAGS and llamajax's own",
-        default=None,
+        "options of XLA for the step, as k=v,k=v; before XLA_FLAGS and our own", default=None
     )
     compile_cache: str | None = key(
         "folder of compiled programs; auto: in the user's cache directory; none: keep none",

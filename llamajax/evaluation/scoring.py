@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from llamajax import sharding
 from llamajax.models.llama import Batch, Compute, Llama
-from llamajax.models.sharded_step import sharded_step
+from llamajax.models.sharded_step import by_documents, sharded_step
 from llamajax.sharding.collectives import pcast_varying
 
 # Of one device, where the user names no batch size: enough to keep it busy, and little memory.
@@ -29,7 +29,8 @@ def token_losses(compute: Compute, mesh: Mesh) -> Callable[[Llama, Batch], jax.A
     """Jitted loss of each target of a batch in nats, float32 (B, T) sharded like the batch."""
 
     def local(model: Llama, batch: Batch) -> jax.Array:
-        return pcast_varying(model, "data").token_nll(batch, compute)
+        model = pcast_varying(model, "data")
+        return by_documents(lambda compute: model.token_nll(batch, compute), batch, compute)
 
     def step(model: Llama, batch: Batch) -> jax.Array:
         tokens = sharding.batch_spec(mesh)

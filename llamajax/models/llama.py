@@ -51,7 +51,7 @@ from llamajax.models.pipeline import (
     with_fp32_grad,
 )
 from llamajax.models.remat import remat_policy
-from llamajax.ops.attention import attention
+from llamajax.ops.attention import attention, documents_for
 from llamajax.ops.attention_split import local_tokens
 from llamajax.ops.cross_entropy import LossTerms, cross_entropy, token_nll
 from llamajax.ops.embedding import embed
@@ -88,14 +88,14 @@ class LayerInputs:
 
     compute: Compute
     cos_sin: tuple[jax.Array, jax.Array]  # of the rotary angles, float32 (B, T, H / 2)
-    segment_ids_BS: jax.Array | None
+    documents: Any  # of `documents_for`; None where a row is one document
     dropout_keys_BT: jax.Array | None
     number: jax.Array | None = None  # of the layer, int32 scalar; set by `walk_layers`
 
     def attend(self, q_BTNH, k_BTKH, v_BTKH) -> tuple[jax.Array, None]:
         """Causal attention inside each document, (B, T, N, H): the Attend of training."""
-        impl, segment_ids = self.compute.attention, self.segment_ids_BS
-        return attention(q_BTNH, k_BTKH, v_BTKH, impl=impl, segment_ids_BT=segment_ids), None
+        impl, documents = self.compute.attention, self.documents
+        return attention(q_BTNH, k_BTKH, v_BTKH, impl=impl, segment_ids_BT=documents), None
 
 
 # (q, k, v) -> output (B, T, N, H) of the attention, and anything that the caller wants returned:
@@ -319,7 +319,7 @@ class Llama(nnx.Module):
         return LayerInputs(
             compute=compute,
             cos_sin=angles(batch["positions"], frequency),
-            segment_ids_BS=batch.get("segment_ids"),
+            documents=documents_for(compute.attention, batch.get("segment_ids")),
             dropout_keys_BT=batch.get("dropout_keys"),
         )
 

@@ -25,7 +25,11 @@ from llamajax.backends import Machine, computes_attention, platform_facts, platf
 from llamajax.backends.jax_private import cudnn
 from llamajax.errors import combine
 from llamajax.ops.attention_blocked import block_starts, blocked_attention
-from llamajax.ops.attention_kernels import cudnn_attention, splash_attention
+from llamajax.ops.attention_kernels import (
+    cudnn_attention,
+    cudnn_documents,
+    splash_attention,
+)
 from llamajax.ops.attention_split import block_size, pair_table, split_attention
 from llamajax.sharding import collectives
 
@@ -43,7 +47,7 @@ def attention(
     v_BSKH: jax.Array,
     *,
     impl: str,
-    segment_ids_BT: jax.Array | None,
+    segment_ids_BT: jax.Array | cudnn.Documents | None,
 ) -> jax.Array:
     """Attend from each query to the earlier keys of its own document, (B, T, N, H).
 
@@ -52,16 +56,26 @@ def attention(
     head n // (N / K). Scores are scaled by H**-0.5, the softmax is float32, the output has the
     dtype of q. `segment_ids` (int32) numbers the documents packed in a row, each of them
     contiguous; 0 is padding, which attends to itself only and so stays finite. Without segment ids
-    a row is one document.
+    a row is one document. What `documents_for` returned may stand for the ids.
     """
     assert q_BTNH.shape[1] == k_BSKH.shape[1], "self-attention: as many queries as keys"
     assert q_BTNH.shape[2] % k_BSKH.shape[2] == 0, (q_BTNH.shape, k_BSKH.shape)
     # One type for all inside shard_map. Where k is the same on several devices of an axis and q is
     # not, the derivative of this cast sums dk over that axis.
-    arrays = [x for x in (q_BTNH, k_BSKH, v_BSKH, segment_ids_BT) if x is not None]
-    arrays = [collectives.pcast_varying_like(x, *arrays) for x in arrays]
-    q, k, v, segment_ids = arrays if segment_ids_BT is not None else (*arrays, None)
-    return _IMPLEMENTATIONS[impl](q, k, v, segment_ids)
+    operands = (q_BTNH, k_BSKH, v_BSKH, documents_for(impl, segment_ids_BT))
+    arrays = jax.tree.leaves(operands)
+    operands = jax.tree.map(lambda x: collectives.pcast_varying_like(x, *arrays), operands)
+    return _IMPLEMENTATIONS[impl](*operands)
+
+
+def documents_for(impl: str, segment_ids_BT: Any) -> Any:
+    """Return the documents of packed rows in the form of `impl`, once for all layers.
+
+    cuDNN's kernel has room for T / 128 a row on average (`kernel_has_room`).
+    """
+    if impl == "cudnn" and isinstance(segment_ids_BT, jax.Array):
+        return cudnn_documents(segment_ids_BT)
+    return segment_ids_BT
 
 
 def check_supported(

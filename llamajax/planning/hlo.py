@@ -26,9 +26,7 @@ _BITS = {"pred": 8, "s4": 4, "u4": 4, "c64": 64, "c128": 128}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
 _NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
-)
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -85,7 +83,10 @@ class Collective:
 
 
 def executed(text: str) -> Iterator[tuple[str, list[Instruction], int]]:
-    """Yield each computation of a compiled program, and how often a run executes it."""
+    """Yield each computation of a compiled program, and how often a run executes it.
+
+    Of a condition's branches it is the last, that of true: a step's conditions are true as a rule.
+    """
     computations: dict[str, list[Instruction]] = {}
     entry = ""
     for line in text.splitlines():
@@ -157,7 +158,7 @@ def _visit(
             times = count * _trip_count(instruction, computations, computations[name])
         called = _CALLED.findall(instruction.attributes)
         for branches in _BRANCHES.findall(instruction.attributes):
-            called += _OPERAND.findall(branches)
+            called += _OPERAND.findall(branches)[-1:]
         for other in called:
             _visit(computations, other, times, counts)
 

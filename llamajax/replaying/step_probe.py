@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from llamajax.checkpoint import named_leaves
 from llamajax.models.llama import Batch, Block, Compute, LayerInputs, Llama
-from llamajax.models.sharded_step import sharded_step
+from llamajax.models.sharded_step import by_documents, sharded_step
 from llamajax.sharding import ACTIVATIONS, batch_spec, spec
 from llamajax.sharding.collectives import pcast_varying, psum
 from llamajax.training.setup import Setup
@@ -90,8 +90,11 @@ def nonfinite_probe(compute: Compute, mesh: Mesh) -> Callable[[Llama, Batch], An
         return y_BTD, carry, jnp.concatenate([ends[0], heads_4B, ends[1]])
 
     def local(model: Llama, batch: Batch) -> Any:
-        x_BTD, _, layers_L6B = pcast_varying(model, "data").forward(batch, compute, visit)
-        return layers_L6B, _nonfinite_by_row(x_BTD)
+        def run(compute: Compute) -> Any:
+            x_BTD, _, layers_L6B = pcast_varying(model, "data").forward(batch, compute, visit)
+            return layers_L6B, _nonfinite_by_row(x_BTD)
+
+        return by_documents(run, batch, compute)
 
     def probe(model: Llama, batch: Batch) -> Any:
         return sharded_step(local, mesh, model, (batch_spec(mesh),), outputs, compute)(model, batch)

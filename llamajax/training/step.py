@@ -15,7 +15,7 @@ from llamajax.config.schema import GuardConfig, OptimConfig, TrainConfig
 from llamajax.models.declare import named_key
 from llamajax.models.llama import Batch, Compute, Llama, local_part
 from llamajax.models.lora import drops_out, trainable
-from llamajax.models.sharded_step import sharded_step
+from llamajax.models.sharded_step import by_documents, sharded_step
 from llamajax.optim import guard as guards
 from llamajax.sharding import TOKEN_AXES, batch_sharding, batch_spec, specs
 from llamajax.sharding.collectives import (
@@ -83,7 +83,11 @@ def mean_gradient(
     accumulation = train_config.accumulation_steps
 
     def local(model: Llama, batch: Batch) -> Any:
-        return _gradients(model, batch, compute=compute, accumulation=accumulation)
+        def run(compute: Compute) -> Any:
+            return _gradients(model, batch, compute=compute, accumulation=accumulation)
+
+        rows = batch["tokens"].shape[0] // accumulation
+        return by_documents(run, batch, compute, rows=rows)
 
     def gradient(state: TrainState, batch: Batch) -> Any:
         model, outputs = state.whole, (specs(state.trained, mesh), PartitionSpec())
@@ -198,7 +202,10 @@ def eval_step(
     """Return the jitted sum of negative log-likelihoods and number of targets of a batch."""
 
     def local(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        nll = pcast_varying_tree(model).loss_terms(batch, compute).nll
+        def run(compute: Compute) -> jax.Array:
+            return pcast_varying_tree(model).loss_terms(batch, compute).nll
+
+        nll = by_documents(run, batch, compute)
         count = jnp.sum(local_part(batch["loss_mask"], compute), dtype=jnp.float32)
         return psum((nll, count), TOKEN_AXES)
 

@@ -8,33 +8,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import stepping
 
 from llamajax.backends.jax_private import cudnn
 from llamajax.errors import UserError
+from llamajax.ops import attention as attention_module
 from llamajax.ops import attention_kernels
 from llamajax.ops.attention import attention
 
 
 def test_documents_become_lengths_and_offsets_in_elements():
     ids = jnp.asarray([[1, 1, 2, 0], [1, 2, 2, 2]], jnp.int32)
-    docs, fits = cudnn.documents(ids, max_documents=3, q_stride=100, kv_stride=10)
-    assert bool(fits)
+    docs = cudnn.documents(ids, max_documents=3)
     np.testing.assert_array_equal(docs.lengths, [[2, 1, 1], [1, 3, 0]])
-    np.testing.assert_array_equal(docs.q_offsets, [[0, 200, 300, 400], [500, 800, 800, 800]])
-    np.testing.assert_array_equal(docs.kv_offsets, [[0, 20, 30, 40], [50, 80, 80, 80]])
-    _, fits = cudnn.documents(ids, max_documents=2, q_stride=1, kv_stride=1)
-    assert not bool(fits)
+    q, k = (jnp.zeros((2, 4, heads, 10), jnp.bfloat16) for heads in (10, 1))
+    _, q_lengths, kv_lengths, q_offsets, kv_offsets, *_ = cudnn._operands(q, k, docs)
+    assert q_lengths is docs.lengths is kv_lengths
+    np.testing.assert_array_equal(q_offsets, [[0, 200, 300, 400], [500, 800, 800, 800]])
+    np.testing.assert_array_equal(kv_offsets, [[0, 20, 30, 40], [50, 80, 80, 80]])
 
 
 def test_a_document_does_not_continue_into_the_next_row():
     ids = jnp.ones((3, 4), jnp.int32)
-    docs, _ = cudnn.documents(ids, max_documents=2, q_stride=1, kv_stride=1)
+    docs = cudnn.documents(ids, max_documents=2)
     np.testing.assert_array_equal(docs.lengths.reshape(-1)[:4], [4, 4, 4, 0])
 
 
-def places(offsets, lengths, stride, shape_BT):
+def places(offsets, lengths, like):
     """Which document place owns each token, from what cuDNN is told."""
-    starts = offsets.reshape(-1)[: lengths.size] // stride
+    shape_BT = like.shape[:2]
+    starts = offsets.reshape(-1)[: lengths.size] // (like.shape[2] * like.shape[3])
     token = jnp.arange(shape_BT[0] * shape_BT[1])[:, None]
     owned = (token >= starts[None]) & (token < (starts + lengths.reshape(-1))[None])
     return jnp.argmax(owned, axis=1).reshape(shape_BT), jnp.sum(owned, axis=1)
@@ -45,12 +48,18 @@ class ImitationKernel:
 
     @staticmethod
     def plain(q, k, v, docs):
-        B, T, N, H = q.shape
-        own_q, owners = places(docs.q_offsets, docs.lengths, N * H, (B, T))
-        own_kv, _ = places(docs.kv_offsets, docs.lengths, k.shape[2] * H, (B, T))
+        T, H = q.shape[1], q.shape[3]
+        _, q_lengths, kv_lengths, q_offsets, kv_offsets, *_ = cudnn._operands(q, k, docs)
+        own_q, owners = places(q_offsets, q_lengths, q)
+        own_kv, _ = places(kv_offsets, kv_lengths, k)
         allowed = own_q[:, :, None] == own_kv[:, None, :]
         allowed = allowed & (jnp.arange(T)[:, None] >= jnp.arange(T)[None])[None]
-        s = jnp.einsum("btkgh,bskh->bkgts", q.reshape(B, T, k.shape[2], -1, H), k) * H**-0.5
+        s = (
+            jnp.einsum(
+                "btkgh,bskh->bkgts", q.reshape(-1, T, k.shape[2], q.shape[2] // k.shape[2], H), k
+            )
+            * H**-0.5
+        )
         p = jax.nn.softmax(jnp.where(allowed[:, None, None], s, -jnp.inf), axis=-1)
         o = jnp.einsum("bkgts,bskh->btkgh", p, v).reshape(q.shape)
         return jnp.where(jnp.all(owners == 1), o, jnp.nan)
@@ -67,19 +76,20 @@ class ImitationKernel:
         return tuple(jnp.where(jnp.all(statistics == 7.0), g, jnp.nan) for g in grads)
 
 
-@pytest.mark.parametrize("num_documents", [3, 40], ids=["kernel", "too-many-documents"])
-def test_grouped_queries_over_packed_documents_equal_xla(monkeypatch, num_documents):
+@pytest.fixture
+def imitated(monkeypatch):
+    """cuDNN's kernel is the imitation."""
     monkeypatch.setattr(cudnn, "forward", ImitationKernel.forward)
     monkeypatch.setattr(cudnn, "backward", ImitationKernel.backward)
+
+
+def test_grouped_queries_over_packed_documents_equal_xla(imitated):
     B, T, N, K, H = 2, 70, 6, 2, 8
     rng = np.random.default_rng(0)
     q, k, v, weights = (
         jnp.asarray(rng.standard_normal((B, T, n, H)), jnp.float32) for n in (N, K, K, N)
     )
-    ids = jnp.asarray(np.sort(rng.integers(0, num_documents, (B, T)), axis=1)[:, ::-1], jnp.int32)
-    room = B * attention_kernels.max_documents(T)
-    used = int(jnp.sum(ids[:, 1:] != ids[:, :-1])) + B
-    assert (used <= room) == (num_documents == 3)
+    ids = jnp.asarray(np.sort(rng.integers(0, 3, (B, T)), axis=1)[:, ::-1], jnp.int32)
 
     def weighted(q, k, v, impl):
         o = attention(q, k, v, impl=impl, segment_ids_BT=ids)
@@ -91,6 +101,28 @@ def test_grouped_queries_over_packed_documents_equal_xla(monkeypatch, num_docume
     )
     for a, b in zip((got_o, *got), (want_o, *want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("room", "unused"), [(3, "split"), (2, None)], ids=["kernel", "too-many-documents"]
+)
+def test_a_step_decides_once_whether_the_kernel_has_room(imitated, monkeypatch, room, unused):
+    """Rows of up to 3 documents. The kernel gives NaN where one is lost."""
+    monkeypatch.setattr(attention_kernels, "max_documents", lambda _: room)
+    if unused:
+        nan = jnp.float32(jnp.nan)
+        monkeypatch.setitem(attention_module._IMPLEMENTATIONS, unused, lambda q, *_: q * nan)
+    mesh, options = (("fsdp", 2), ("tensor", 2), ("data", 2)), {"accumulation": 4, "steps": 1}
+    found = stepping.run.__wrapped__(*mesh, attention="cudnn", **options)
+    stepping.assert_same(found, stepping.run(*mesh, **options))
+
+
+def test_room_is_counted_for_the_rows_of_one_call():
+    room = attention_kernels.max_documents(64)
+    counts = jnp.asarray([1, 2 * room - 1, room + 1, room - 1])
+    ids = jnp.minimum(jnp.arange(64)[None], counts[:, None] - 1)
+    assert bool(attention_kernels.kernel_has_room(ids, rows=2))
+    assert not bool(attention_kernels.kernel_has_room(ids, rows=1))
 
 
 def test_the_installed_jax_has_the_primitives():

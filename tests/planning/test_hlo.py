@@ -67,6 +67,25 @@ def test_a_limit_in_a_fused_comparison_is_read():
     assert found.count == 4 * 5
 
 
+def test_of_a_condition_the_branch_of_true_runs():
+    mesh = jax.make_mesh((8,), ("a",))
+
+    def local(x, usual):
+        def rare(x):
+            return jax.lax.psum(jax.lax.psum(x, "a") * x, "a")
+
+        return jax.lax.cond(usual, lambda x: jax.lax.psum(x, "a"), rare, x)
+
+    spec = PartitionSpec("a")
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec, check_vma=False
+    )
+    x = jax.ShapeDtypeStruct((8, 256), jnp.float32, sharding=NamedSharding(mesh, spec))
+    text = jax.jit(run).lower(x, jax.ShapeDtypeStruct((), bool)).compile().as_text()
+    assert text.count(" all-reduce(") == 3
+    assert [row.calls for row in traffic(text, mesh)] == [1]
+
+
 # libtpu writes products as convolutions, batched ones with windows that are mostly holes
 PRODUCTS = """HloModule m
 

@@ -42,13 +42,12 @@ _NAMES = ("_dot_product_attention_fwd_p.bind", "_dot_product_attention_bwd_p.bin
 class Documents(NamedTuple):
     """Where the documents of all rows lie, compacted to the left over the whole batch, int32.
 
-    `lengths` (B, M): tokens, 0 where unused. `q_offsets`, `kv_offsets` (B, M + 1): the first
-    element of each in the flattened queries and keys, one past the end where unused.
+    `lengths` (B, M): tokens, 0 where unused. `starts` (B, M + 1): the first token of each in the
+    flattened rows, one past the end where unused.
     """
 
     lengths: jax.Array
-    q_offsets: jax.Array
-    kv_offsets: jax.Array
+    starts: jax.Array
 
 
 def _module() -> Any:
@@ -89,27 +88,19 @@ def problem() -> str | None:
     )
 
 
-def documents(segment_ids_BT: jax.Array, *, max_documents: int, q_stride: int, kv_stride: int):
-    """Return the `Documents` of packed rows, and whether they fit into B * `max_documents` slots.
+def documents(segment_ids_BT: jax.Array, *, max_documents: int) -> Documents:
+    """Return the `Documents` of packed rows, the first B * `max_documents` of them.
 
-    A document is a run of equal ids within a row; the padding at the end is one, too. Strides are
-    the array elements of one token: heads times head size.
+    A document is a run of equal ids within a row; the padding at the end is one, too.
     """
     B, T = segment_ids_BT.shape
-    assert B * T * q_stride < 2**31, "cuDNN's offsets are 32-bit: use a smaller local batch"
     before = jnp.concatenate([segment_ids_BT[:, :1] - 1, segment_ids_BT[:, :-1]], axis=1)
     is_start = (segment_ids_BT != before).reshape(B * T)
     slots = B * (max_documents + 1)
     (starts,) = jnp.nonzero(is_start, size=slots, fill_value=B * T)
     starts = starts.astype(jnp.int32)
-    lengths = jnp.diff(starts)[: B * max_documents]
-    shape = (B, max_documents + 1)
-    found = Documents(
-        lengths.reshape(B, max_documents),
-        (starts * q_stride).reshape(shape),
-        (starts * kv_stride).reshape(shape),
-    )
-    return found, jnp.sum(is_start, dtype=jnp.int32) <= B * max_documents
+    lengths = jnp.diff(starts)[: B * max_documents].reshape(B, max_documents)
+    return Documents(lengths, starts.reshape(B, max_documents + 1))
 
 
 def forward(
@@ -117,7 +108,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Return output (B, T, N, H) and float32 row statistics (B * M, N, T) of causal attention."""
     module, parameters = _bound(q_BTNH, docs)
-    operands = (q_BTNH, k_BSKH, v_BSKH, *_operands(q_BTNH, docs))
+    operands = (q_BTNH, k_BSKH, v_BSKH, *_operands(q_BTNH, k_BSKH, docs))
     o, statistics = module._dot_product_attention_fwd_p.bind(
         *operands, is_training=True, **parameters
     )
@@ -135,7 +126,8 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the gradients of q, k and v, from the results of `forward` and do."""
     module, parameters = _bound(q_BTNH, docs)
-    operands = (q_BTNH, k_BSKH, v_BSKH, *_operands(q_BTNH, docs), statistics, o_BTNH, do_BTNH)
+    documents = _operands(q_BTNH, k_BSKH, docs)
+    operands = (q_BTNH, k_BSKH, v_BSKH, *documents, statistics, o_BTNH, do_BTNH)
     grads = module._dot_product_attention_bwd_p.bind(*operands, **parameters)
     dq, dk, dv = (_varying_like(g, x) for g, x in zip(grads, operands[:3], strict=True))
     return dq, dk, dv
@@ -148,13 +140,20 @@ def _varying_like(x: jax.Array, like: jax.Array) -> jax.Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def _operands(q_BTNH: jax.Array, docs: Documents | None) -> tuple[jax.Array, ...]:
-    """Return bias, lengths and offsets of queries and keys, two page tables; empty if unused."""
+def _operands(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, docs: Documents | None
+) -> tuple[jax.Array, ...]:
+    """Return bias, lengths and offsets of queries and keys, two page tables; empty if unused.
+
+    Offsets count array elements: heads times head size for each token.
+    """
     unused = jnp.zeros(0, q_BTNH.dtype)
     if docs is None:
         return (unused,) * 7
+    assert q_BTNH.size < 2**31, "cuDNN's offsets are 32-bit: use a smaller local batch"
     lengths = docs.lengths
-    return (unused, lengths, lengths, docs.q_offsets, docs.kv_offsets, unused, unused)
+    q_offsets, kv_offsets = (docs.starts * (x.shape[2] * x.shape[3]) for x in (q_BTNH, k_BSKH))
+    return (unused, lengths, lengths, q_offsets, kv_offsets, unused, unused)
 
 
 def _bound(q_BTNH: jax.Array, docs: Documents | None) -> tuple[Any, dict[str, Any]]:
