@@ -10,11 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llamajax.checkpoint import location
 from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.directory_owner import recorded_directory
+from llamajax.checkpoint.leaf_names import named_leaves
 from llamajax.checkpoint.location import Location
 from llamajax.checkpoint.restore import (
     Checkpoint,
@@ -139,7 +142,28 @@ class Weights:
             source = self.tensors(abstract_model)
             return hf_read.load_tensors(source, self.model, abstract_model)
         wanted = {"model": abstract_model}
-        return restore_state(self.checkpoint, wanted, partial=True, cast=True)["model"]
+        model = restore_state(self.checkpoint, wanted, partial=True, cast=True)["model"]
+        _check_finite(model, self.path)
+        return model
+
+
+@jax.jit
+def _all_finite(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(weight).all() for name, weight in weights.items()}
+
+
+def _check_finite(model: Any, path: Location) -> None:
+    """Raise UserError that names every weight with a NaN or an infinity: one reduction each.
+
+    On the devices, so that all processes have the answer. Other formats are checked as read.
+    """
+    finite = jax.device_get(_all_finite(named_leaves(model)))
+    if bad := [name for name, is_finite in finite.items() if not is_finite]:
+        shown = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
+        raise UserError(
+            f"{path}: these weights hold values that are NaN or infinite: {shown}; take an earlier "
+            "checkpoint"
+        )
 
 
 def open_weights(path: str | PurePath) -> Weights:

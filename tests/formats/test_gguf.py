@@ -145,6 +145,14 @@ def test_tied_heads_and_scaled_rotary_embeddings(store, name):
 
 def by_hand(content: bytes, kind) -> np.ndarray:
     """One block of 32 values, as ggml's ggml-common.h lays them out."""
+    if kind in (Type.IQ4_NL, Type.MXFP4):
+        packed = content[-16:]
+        nibbles = np.array([b & 15 for b in packed] + [b >> 4 for b in packed])
+        if kind == Type.MXFP4:  # an exponent, and floats of 4 bits
+            fp4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+            return np.concatenate([fp4, -fp4])[nibbles] * 2.0 ** (content[0] - 127)
+        levels = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+        return np.array(levels)[nibbles] * float(np.frombuffer(content[:2], np.float16)[0])
     half = [float(np.frombuffer(content[i : i + 2], np.float16)[0]) for i in (0, 2)]
     if kind == Type.Q8_0:
         return np.frombuffer(content[2:], np.int8).astype(np.float32) * np.float32(half[0])
@@ -155,28 +163,36 @@ def by_hand(content: bytes, kind) -> np.ndarray:
     return np.array([(n - 8) * half[0] for n in nibbles], np.float32)
 
 
-@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0, Type.Q4_1])
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.IQ4_NL, Type.MXFP4])
 def test_blocks_by_hand(store, arrays, kind):
-    source = open_weights(store(kind=kind)).source
-    quantized = gguf.quantize(arrays["blk.0.ffn_gate.weight"], kind)
+    if kind in (Type.IQ4_NL, Type.MXFP4):  # which the package cannot make: bytes at random
+        width = 2 * gguf.GGML_QUANT_SIZES[kind][1]
+        quantized = np.random.default_rng(0).integers(0, 100, (96, width), np.uint8)
+        arrays = arrays | {"blk.0.ffn_gate.weight": (kind, quantized)}
+        source = open_weights(store(arrays=arrays)).source
+    else:
+        source = open_weights(store(kind=kind)).source
+        quantized = gguf.quantize(arrays["blk.0.ffn_gate.weight"], kind)
     size = quantized.shape[1] // 2
     expected = [by_hand(row[i : i + size].tobytes(), kind) for row in quantized for i in (0, size)]
     found = source.read("model.layers.0.mlp.gate_proj.weight")
     assert np.allclose(found, np.reshape(expected, found.shape), rtol=1e-6, atol=1e-7)
 
 
-def test_blocks_of_256_values(store, arrays):
+@pytest.mark.parametrize("kind", [Type.Q6_K, Type.IQ4_XS, Type.IQ2_XXS, Type.IQ3_S])
+def test_blocks_of_256_values(store, arrays, kind):
     """Types that most published files have; bytes at random, as the package cannot make them."""
     wide = dataclasses.replace(PLAIN, intermediate_size=512)
-    blocks = np.random.default_rng(0).integers(0, 60, (64, 2 * 210), np.uint8)  # no scale is NaN
+    width = 2 * gguf.GGML_QUANT_SIZES[kind][1]
+    blocks = np.random.default_rng(0).integers(0, 60, (64, width), np.uint8)  # no scale is NaN
     found = arrays | {
         f"blk.{i}.{part}.weight": np.zeros((512, 64), np.float32)
         for i in range(2)
         for part in ("ffn_gate", "ffn_up")
     }
-    found |= {f"blk.{i}.ffn_down.weight": (Type.Q6_K, blocks) for i in range(2)}
+    found |= {f"blk.{i}.ffn_down.weight": (kind, blocks) for i in range(2)}
     source, name = open_weights(store(wide, found)).source, "model.layers.1.mlp.down_proj.weight"
-    expected = gguf.dequantize(blocks, Type.Q6_K)
+    expected = gguf.dequantize(blocks, kind)
     assert source.shape(name) == (64, 512)
     assert np.array_equal(source.read(name), expected)
     cut = (slice(3, 9), slice(200, 300))

@@ -13,6 +13,7 @@ import safetensors.numpy
 from llamas import BASE, edit_config, mesh, random_model
 from tiny_state import assert_same_bits, checkpointer, flip
 
+from llamajax import convert, generate
 from llamajax.checkpoint.restore import open_checkpoint
 from llamajax.errors import UserError
 from llamajax.formats.huggingface.hf_write import export_hf
@@ -104,6 +105,23 @@ def test_a_damaged_checkpoint_is_refused(workdir, tmp_path):
         weights.load(wanted)
     with pytest.raises(UserError, match="checksum"):
         CheckpointSource(open_checkpoint(copy), BASE, wanted)
+
+
+def test_values_that_are_not_finite_in_our_own_checkpoint_are_named(tmp_path):
+    broken = random_model(BASE)
+    for module, name, value in ((broken.blocks.mlp, "up", np.nan), (broken, "norm", -np.inf)):
+        weight = getattr(module, name)
+        setattr(module, name, weight.replace(weight.get_value().at[0].set(value)))
+    with checkpointer(tmp_path / "checkpoints") as saver:
+        saver.save(7, {"model": broken}, meta=META)
+    message = r"checkpoints/7: these weights hold values .*: blocks/mlp/up, norm; take an earlier"
+    with pytest.raises(UserError, match=message):
+        open_weights(tmp_path).load(abstract_model(BASE, mesh(fsdp=2)))
+    main = [f"--checkpoint={tmp_path}", "--prompt_ids=1"]
+    for verb, flags in ((generate, main), (convert, [f"--from={tmp_path}", f"--to={tmp_path}/hf"])):
+        with pytest.raises(UserError, match="NaN or infinite"):
+            verb.main(flags)
+    assert not (tmp_path / "hf").exists()
 
 
 def test_another_architecture_is_not_filled(exported):

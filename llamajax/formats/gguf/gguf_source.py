@@ -7,7 +7,6 @@ optional extra.
 import dataclasses
 import importlib
 import math
-import re
 from typing import Any
 
 import ml_dtypes
@@ -16,25 +15,13 @@ import numpy as np
 from llamajax.errors import UserError, combine
 from llamajax.formats.foreign_weights import Index, TensorSource, half_split_rows, select
 from llamajax.formats.gguf.gguf_header import GgufHeader, GgufTensor
+from llamajax.formats.huggingface.hf_names import Row, find_row
 
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-_QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-_WHOLE = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_OF_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+_QUANTIZED = (
+    "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S",
+    "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "MXFP4",
+)  # fmt: skip
 ROPE_FACTORS = "rope_freqs.weight"
 _CHUNK_VALUES = 2**20  # dequantized at one time, so that a read costs little more than its result
 
@@ -65,7 +52,8 @@ class GgufSource(TensorSource):
         for tensor in header.tensors.values():
             if tensor.name == ROPE_FACTORS:
                 continue
-            if (name := _hugging_face_name(tensor.name)) is None:
+            row, name = find_row(tensor.name, Row.gguf_name)
+            if row is None:
                 problems.append(f"tensor {tensor.name}: no part of a Llama model")
                 continue
             heads = {"q_proj": num_heads, "k_proj": num_kv_heads}.get(name.split(".")[-2])
@@ -89,14 +77,6 @@ class GgufSource(TensorSource):
         for start in range(0, len(rows), step):
             found[start : start + step] = _values(matrix, rows[start : start + step], columns)
         return found.reshape(taken)
-
-
-def _hugging_face_name(name: str) -> str | None:
-    """Return the name that a tensor has in a Hugging Face checkpoint; None: not Llama's."""
-    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name):
-        part = _OF_LAYER.get(match[2])
-        return part and f"model.layers.{match[1]}.{part}.weight"
-    return _WHOLE.get(name)
 
 
 def _matrix(header: GgufHeader, tensor: GgufTensor, num_heads: int | None) -> _Matrix:

@@ -1,4 +1,4 @@
-"""The one table of Hugging Face's Llama: its tensor names and layouts beside ours, both ways.
+"""The one table of a Llama's tensors: Hugging Face's names and layouts beside ours, both ways.
 
 A layout writes one tensor's dimensions in the letters of `ModelConfig.dims`, blanks between them:
 `NH D` is a matrix whose rows are heads times head size. Theirs are (out, in) as in PyTorch, and
@@ -8,7 +8,8 @@ the vocabulary differ.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -18,26 +19,57 @@ from llamajax.formats.foreign_weights import Index
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One weight: our name in the model, their name (`{}`: number of the layer), their layout."""
+    """One weight: our name in the model, Hugging Face's name and layout, the names of others.
+
+    Names of others are without the number of the layer and without `.weight`.
+    """
 
     ours: str
-    theirs: str
+    in_hugging_face: str
     layout: str
+    in_gguf: str
+    in_meta: str
+
+    @property
+    def theirs(self) -> str:
+        """Hugging Face's whole name; `{}` stands for the number of the layer."""
+        layer = "model.layers.{}." if self.ours.startswith("blocks/") else ""
+        return f"{layer}{self.in_hugging_face}.weight"
+
+    def gguf_name(self, layer: int | str | None) -> str:
+        """Return the name in a GGUF file."""
+        return f"{self.in_gguf if layer is None else f'blk.{layer}.{self.in_gguf}'}.weight"
+
+    def meta_name(self, layer: int | str | None) -> str:
+        """Return the name in Meta's files."""
+        return f"{self.in_meta if layer is None else f'layers.{layer}.{self.in_meta}'}.weight"
+
+
+def find_row(name: str, name_of: Callable[[Row, str | None], str]) -> tuple[Row | None, str]:
+    """Return the row and the Hugging Face name of a tensor of another format; None: not a Llama's.
+
+    name_of: `Row.gguf_name` or `Row.meta_name`.
+    """
+    layer = found[1] if (found := re.search(r"\.(\d+)\.", name)) else None
+    for row in TABLE:
+        if ("{}" in row.theirs) == (layer is not None) and name_of(row, layer) == name:
+            return row, row.theirs.format(layer)
+    return None, name
 
 
 TABLE = (
-    Row("embedding", "model.embed_tokens.weight", "V D"),
-    Row("blocks/attention_norm", "model.layers.{}.input_layernorm.weight", "D"),
-    Row("blocks/attention/query", "model.layers.{}.self_attn.q_proj.weight", "NH D"),
-    Row("blocks/attention/key", "model.layers.{}.self_attn.k_proj.weight", "KH D"),
-    Row("blocks/attention/value", "model.layers.{}.self_attn.v_proj.weight", "KH D"),
-    Row("blocks/attention/out", "model.layers.{}.self_attn.o_proj.weight", "D NH"),
-    Row("blocks/mlp_norm", "model.layers.{}.post_attention_layernorm.weight", "D"),
-    Row("blocks/mlp/gate", "model.layers.{}.mlp.gate_proj.weight", "F D"),
-    Row("blocks/mlp/up", "model.layers.{}.mlp.up_proj.weight", "F D"),
-    Row("blocks/mlp/down", "model.layers.{}.mlp.down_proj.weight", "D F"),
-    Row("norm", "model.norm.weight", "D"),
-    Row("head", "lm_head.weight", "V D"),
+    Row("embedding", "model.embed_tokens", "V D", "token_embd", "tok_embeddings"),
+    Row("blocks/attention_norm", "input_layernorm", "D", "attn_norm", "attention_norm"),
+    Row("blocks/attention/query", "self_attn.q_proj", "NH D", "attn_q", "attention.wq"),
+    Row("blocks/attention/key", "self_attn.k_proj", "KH D", "attn_k", "attention.wk"),
+    Row("blocks/attention/value", "self_attn.v_proj", "KH D", "attn_v", "attention.wv"),
+    Row("blocks/attention/out", "self_attn.o_proj", "D NH", "attn_output", "attention.wo"),
+    Row("blocks/mlp_norm", "post_attention_layernorm", "D", "ffn_norm", "ffn_norm"),
+    Row("blocks/mlp/gate", "mlp.gate_proj", "F D", "ffn_gate", "feed_forward.w1"),
+    Row("blocks/mlp/up", "mlp.up_proj", "F D", "ffn_up", "feed_forward.w3"),
+    Row("blocks/mlp/down", "mlp.down_proj", "D F", "ffn_down", "feed_forward.w2"),
+    Row("norm", "model.norm", "D", "output_norm", "norm"),
+    Row("head", "lm_head", "V D", "output", "output"),
 )
 ROWS = {row.ours: row for row in TABLE}
 

@@ -6,33 +6,17 @@ Llama 3 its rows.
 """
 
 import dataclasses
-import re
 from pathlib import Path
 
 import numpy as np
 
 from llamajax.errors import combine
 from llamajax.formats.foreign_weights import Index, TensorSource, half_split_rows, select
+from llamajax.formats.huggingface.hf_names import ROWS, Row, find_row
 from llamajax.formats.meta.torch_pickle import read_tensors
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = ROWS["embedding"].theirs, ROWS["head"].theirs
 _ROWS, _COLUMNS, _SAME = "rows", "columns", "same"
-_WHOLE = {
-    "tok_embeddings.weight": (EMBEDDING, None),
-    "norm.weight": ("model.norm.weight", _SAME),
-    "output.weight": (HEAD, _ROWS),
-}
-_OF_LAYER = {
-    "attention_norm": ("input_layernorm", _SAME),
-    "attention.wq": ("self_attn.q_proj", _ROWS),
-    "attention.wk": ("self_attn.k_proj", _ROWS),
-    "attention.wv": ("self_attn.v_proj", _ROWS),
-    "attention.wo": ("self_attn.o_proj", _COLUMNS),
-    "ffn_norm": ("post_attention_layernorm", _SAME),
-    "feed_forward.w1": ("mlp.gate_proj", _ROWS),
-    "feed_forward.w2": ("mlp.down_proj", _COLUMNS),
-    "feed_forward.w3": ("mlp.up_proj", _ROWS),
-}
 _BUFFER = "rope.freqs"  # computed, yet stored by Llama 1 and 2
 _CHUNK_ROWS = 1024  # of q and k, permuted at one time
 
@@ -70,11 +54,12 @@ class MetaSource(TensorSource):
         for theirs in dict.fromkeys(name for shard in shards for name in shard):
             if theirs == _BUFFER:
                 continue
-            name, split = _hugging_face_name(theirs)
+            row, name = find_row(theirs, Row.meta_name)
             parts = [shard[theirs] for shard in shards if theirs in shard]
-            if name is None:
+            if row is None:
                 problems.append(f"tensor {theirs}: no part of a Llama language model")
                 continue
+            split = _split_of(row)
             heads = {"q_proj": num_heads, "k_proj": num_kv_heads}.get(name.split(".")[-2])
             if len(parts) != len(shards):
                 problems.append(f"tensor {theirs}: in {len(parts)} of {len(shards)} files only")
@@ -119,12 +104,12 @@ class MetaSource(TensorSource):
         return found.reshape(taken)
 
 
-def _hugging_face_name(theirs: str) -> tuple[str | None, str | None]:
-    """Return the name in a Hugging Face checkpoint and the split; None: unknown, or by shape."""
-    if match := re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", theirs):
-        part, split = _OF_LAYER.get(match[2], (None, None))
-        return part and f"model.layers.{match[1]}.{part}.weight", split
-    return _WHOLE.get(theirs, (None, None))
+def _split_of(row: Row) -> str | None:
+    """Return how Meta splits a tensor; None: the embedding, which only its shape tells."""
+    if row.ours == "embedding":
+        return None
+    first, *rest = row.layout.split()
+    return _SAME if not rest else _COLUMNS if first == "D" else _ROWS
 
 
 def _mismatch(parts: list[np.ndarray], split: str | None) -> str | None:
