@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.ops.attention import first_supported
-
 # Of the largest value (forward), of the gradient's norm (backward). float32: a hundred roundings of
 # 6e-8 each, or a library's exp and rsqrt; seen on a CPU: 2e-6 at most. bfloat16: some roundings of
 # 4e-3, of which most cancel; seen: 5e-3 forward, 8e-3 backward.
@@ -38,17 +36,6 @@ class Bench:
     def put(self, tree: Any) -> Any:
         """Copy arrays to the first device."""
         return jax.device_put(tree, self.devices[0])
-
-    def attention(self, *, dtype: str, head_size: int, seq_len: int) -> str:
-        """Return the attention that a run would choose here."""
-        return first_supported(
-            self.machine.attention_preferences,
-            platform=self.machine.platform,
-            compute_capability=self.machine.compute_capability,
-            dtype=dtype,
-            head_size=head_size,
-            seq_len=seq_len,
-        )
 
 
 def best_time_s(function: Callable[[Any], Any], x: Any) -> float:

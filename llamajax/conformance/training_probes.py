@@ -15,10 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llamajax import optim, sharding
-from llamajax.checkpoint import Checkpointer, newest_checkpoint, restore_state
+from llamajax.checkpoint import Checkpointer, named_leaves, newest_checkpoint, restore_state
 from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from llamajax.conformance.bench import Bench, WrongError
 from llamajax.models.llama import Compute
+from llamajax.ops.attention import best_attention
 from llamajax.training.state import StateSpec, TrainState
 from llamajax.training.step import train_step
 
@@ -148,7 +149,7 @@ def _compiled_run(devices: tuple[Any, ...], dtype: str, attention: str) -> TinyR
 
 
 def _tiny_run(bench: Bench, dtype: str) -> TinyRun:
-    attention = bench.attention(dtype=dtype, head_size=MODEL.head_size, seq_len=_TOKENS)
+    attention = best_attention(bench.machine, dtype, MODEL.head_size, _TOKENS)
     return _compiled_run(tuple(bench.devices), dtype, attention)
 
 
@@ -229,11 +230,11 @@ def _save_and_restore(bench: Bench, *, asynchronous: bool) -> str:
 
 def _differing(a: Any, b: Any) -> str:
     """Return the names of arrays that are not equal bit for bit; empty where all are."""
-    pairs = zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True)
+    others = named_leaves(b)
     wrong = [
-        jax.tree_util.keystr(path)
-        for (path, x), y in pairs
-        if np.asarray(x).tobytes() != np.asarray(y).tobytes()
+        name
+        for name, x in named_leaves(a).items()
+        if np.asarray(x).tobytes() != np.asarray(others[name]).tobytes()
     ]
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     return ", ".join(wrong[:3]) + more

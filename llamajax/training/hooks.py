@@ -30,19 +30,19 @@ _COMPARE_CLOCKS_EVERY = 16
 
 @dataclasses.dataclass(kw_only=True)
 class Attempt:
-    """What trains a run from one start: to its end, a stop signal, a guard's stop or a rollback.
+    """What the loop and its hooks use, from one start to the end of the run or to a rollback.
 
     save_waits_s: by step, seconds that training waited for a checkpoint that is being written.
     """
 
     run: Run
     start: Start
-    programs: Programs
+    programs: Programs  # compiled
     timer: StepTimer
-    metrics: MetricsWriter
-    progress: Progress
-    checks: StepChecks
-    hang: HangWatch
+    metrics: MetricsWriter  # rows of metrics.jsonl
+    progress: Progress  # lines or a bar for people
+    checks: StepChecks  # of each step's metrics
+    hang: HangWatch  # ends a process whose step never ends
     save_waits_s: dict[int, float] = dataclasses.field(default_factory=dict)
     failed_saves: int = 0
 

@@ -1,4 +1,9 @@
-"""The loop: update, read the metrics of the step before meanwhile, then run what is due."""
+"""The loop over steps: update, log, and then the hooks that are due.
+
+`update` returns while the devices compute the step. Meanwhile the host draws the next batch, and
+reads and checks the metrics of the step before. The hooks (check replicas, save, export, evaluate)
+wait for the step. Every process runs the same hooks at the same steps.
+"""
 
 import functools
 import gc
@@ -22,10 +27,11 @@ from llamajax.training.state import TrainState
 def train_steps(attempt: Attempt, state: TrainState) -> ExitCode:
     """Train to the last step, or to a stop signal: FINISHED or STOPPED.
 
-    Raises GuardStop, RollbackNeeded, and CheckpointError where the last save failed.
+    Raises GuardStop or RollbackNeeded where a check asks for it, and CheckpointError where the last
+    save failed.
     """
-    run, start, timer = attempt.run, attempt.start, attempt.timer
-    last = run.config.train.steps
+    run, setup, start, timer = attempt.run, attempt.run.setup, attempt.start, attempt.timer
+    first, last = start.step + 1, run.config.train.steps
     log, save, evaluate = LogHook(attempt), SaveHook(attempt), EvaluateHook(attempt)
     export = ExportHook(attempt)
     # The canary comes before the save, so that no checkpoint holds what a bad device computed.
@@ -34,37 +40,34 @@ def train_steps(attempt: Attempt, state: TrainState) -> ExitCode:
         for hook in (evaluate, export):  # the previous process may have ended before these
             if hook.is_due(start.step, stop=False) and not hook.was_done():
                 hook(start.step, state, stop=False)
-    setup = run.setup
-    batches = train_batches(
-        run.config.data, setup.mesh, setup.mixture, start.position, step=start.step
-    )
+    data = run.config.data
+    batches = train_batches(data, setup.mesh, setup.mixture, start.position, step=start.step)
 
-    def next_batch(step: int) -> DeviceBatch | None:
-        """Draw the batch of a step. Waiting with no step in flight counts as `data_wait_s`."""
-        with timer.pause(data_wait=True):
-            return next(batches) if step <= last else None
+    def next_batch() -> DeviceBatch:
+        with timer.pause(data_wait=True):  # as far as no step is in flight
+            return next(batches)
 
-    batch = next_batch(start.step + 1)
-    for step in range(start.step + 1, last + 1):
+    batch = next_batch() if first <= last else None
+    for step in range(first, last + 1):
         timer.mark_dispatched(step)
         state, metrics = attempt.programs.update(state, batch)
         timer.watch(step, functools.partial(jax.block_until_ready, metrics))
-        run.shutdown.begin_updates()
+        run.shutdown.begin_updates()  # from now on a stop signal is answered below, with a save
         gc.enable()  # off while starting (train.py)
         start.ledger.add(step)
-        batch = next_batch(step + 1)
-        log(step, metrics)  # reads those of step - 1 while this step runs
+        batch = next_batch() if step < last else None
+        log(step, metrics)  # reads those of step - 1
         stop = run.shutdown.any_process_stops()
         attempt.report_alive()
         attempt.record_saves()
         due = [hook for hook in hooks if hook.is_due(step, stop)]
         if due:
-            log.flush()  # now rather than a step later: the guard judges a step before it is saved
+            log.flush()  # reads those of this step: a step is checked before it is saved
         if stop:
             attempt.record_signal(step)
         for hook in due:
             hook(step, state, stop)
-        if evaluate.was_interrupted and not stop:
+        if evaluate.was_interrupted and not stop:  # the signal came while it ran
             stop = True
             attempt.record_signal(step)
             save(step, state, stop)

@@ -28,7 +28,7 @@ from llamajax.processes.host_collectives import broadcast_from_first
 from llamajax.training.run_record import History
 from llamajax.training.safety.rollback import AUDIT
 
-# rollback: within a run. The others: what the config asks of a start.
+# rollback: within a run. The others: where the config asks to continue.
 Request = Literal["newest", "restart", "older", "rollback"]
 # What a run writes in its --workdir, besides checkpoints and logs.
 _RECORD = ("metrics.jsonl", "events.jsonl", AUDIT, "run.json", "config.json", "tokenizer")
@@ -72,7 +72,7 @@ def choose_checkpoint(
 ) -> tuple[Checkpoint | None, list[str]]:
     """Return the verified checkpoint to continue from, and what to say of it.
 
-    resume_step: of `older`. superseded: steps of checkpoints that a rollback went back before. To
+    resume_step: of `older`. superseded: steps of checkpoints that a rollback made invalid. To
     be called by all processes.
     """
     if request == "restart":

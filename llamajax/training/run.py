@@ -1,7 +1,13 @@
-"""One run of one config in one directory: started or resumed, trained, rolled back, ended.
+"""A run of one config in one directory, from its start to its end.
 
-What a user can do wrong is found in this order: machine, mesh and data first, then weights and
-checkpoint, and only then memory and compilation.
+`train` starts the machine and opens the data (`set_up`), locks the directory (`open_run`), and
+chooses the checkpoint to continue from (`find_start`). `_train` loads the state, compiles the step,
+accepts the start, and calls the loop (`train_steps`); after a rollback it loads an older state and
+calls the loop again.
+
+Mistakes of the user are found in this order: machine, mesh and data; weights and checkpoint; memory
+and compilation. A start that is refused leaves the directory as it was: events, log and black box
+are kept in memory until `_accept`.
 """
 
 import time
@@ -54,8 +60,6 @@ def train(
         setup = set_up(config)
     if setup.machine.num_processes > 1:
         shutdown.take_back()
-    # Nothing changes in the directory before `_accept`: until then events, log and black box are
-    # kept in memory.
     with exit_on_error(), open_run(setup, workdir, shutdown=shutdown, undo=undo) as run:
         history = History.read(workdir)
         request = requested_start(config, history)
@@ -68,7 +72,7 @@ def train(
                 check_stored(setup, start.checkpoint)
             run.say(f"finished before, at step {start.step}: {workdir}")
             return ExitCode.FINISHED
-        # From here on every way out is recorded, once the start is accepted.
+        # Writes the `end` event, however the block is left, if the start was accepted.
         with end_event(run, start.step) as outcome:
             if run.is_primary:
                 if dead := history.found_dead(start.step):
@@ -91,7 +95,7 @@ def train(
 
 
 def _is_finished(run: Run, start: Start, history: History) -> bool:
-    """Return whether an earlier process has done all that the config asks for."""
+    """Return whether an earlier process trained, evaluated and exported the last step."""
 
     def decide() -> bool:
         exports = run.config.checkpoint.export_hf_every
@@ -135,7 +139,7 @@ def _train(run: Run, start: Start) -> int:
 
 
 def _load(run: Run, start: Start, timer: StepTimer, rolled_back_s: float) -> TrainState:
-    """Return the state of a start. rolled_back_s: seconds that going back to it took."""
+    """Return the state to start from. rolled_back_s: seconds that the rollback to it took."""
     with timer.pause():
         state = initial_state(run.setup, start.checkpoint, start.weights)
     source = "restore" if start.step else "import" if start.weights else "init"
@@ -157,7 +161,7 @@ def _compile(run: Run, state: TrainState, timer: StepTimer) -> Programs:
 
 
 def _accept(run: Run, start: Start, programs: Programs) -> None:
-    """Make the changes of a start in its directory, now that nothing can refuse it any more.
+    """Write what a start changes in the directory: nothing can refuse it any more.
 
     To be called by all processes.
     """
@@ -178,7 +182,7 @@ def _accept(run: Run, start: Start, programs: Programs) -> None:
 def _open_attempt(
     run: Run, start: Start, programs: Programs, timer: StepTimer, stack: ExitStack
 ) -> Attempt:
-    """Open what shows and watches the steps from `start` on, until `stack` is closed."""
+    """Open what logs and checks the steps from `start` on, until `stack` is closed."""
     setup, config, primary = run.setup, run.config, run.is_primary
     board = config.monitoring.tensorboard
     metrics = MetricsWriter(run.workdir, tensorboard=board, resume_step=start.step, primary=primary)
@@ -219,7 +223,7 @@ def _open_attempt(
 
 
 def _go_back(attempt: Attempt, problem: GuardStop | RollbackNeeded) -> int | None:
-    """Record that the run must go back to a checkpoint; return the exit code if it must end."""
+    """Record the rollback to an earlier checkpoint; return an exit code if the run must end."""
     run = attempt.run
     newest = run.box.newest_step
     attempt.record_saves()

@@ -39,11 +39,11 @@ class History:
 
     @classmethod
     def read(cls, workdir: Path) -> "History":
-        """Read what is there now."""
+        """Read the events and rows that are on disk now."""
         return cls(workdir, load_events(workdir), load_metrics(workdir))
 
     def is_finished(self, step: int) -> bool:
-        """Whether the run ended at `step` with all done."""
+        """Whether the last event says that the run finished at `step`."""
         last = self.events[-1] if self.events else {}
         return last.get("status") == "finished" and last["step"] == step
 

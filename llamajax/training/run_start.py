@@ -39,7 +39,7 @@ _FIXED = ("rank", "alpha", "targets", "base_dtype")
 class Start:
     """Where a run starts, resumes, or continues after a rollback.
 
-    superseded: on process 0, steps of checkpoints that a rollback went back before. weights: to
+    superseded: on process 0, steps of checkpoints that a rollback made invalid. weights: to
     import. recorded: the JSON object that its checkpoints hold besides the arrays and the ledger.
     is_evaluated: whether the evaluation of its step is on record. time_after: seconds of the rows
     after its step, which are removed.
@@ -158,7 +158,7 @@ def run_tokenizer(setup: Setup, meta: Mapping[str, Any] | None, workdir: Path) -
 
 
 def changes(setup: Setup, meta: Mapping[str, Any], step: int) -> Iterator[str]:
-    """Yield a line for all that changed since the checkpoint of `step` was saved."""
+    """Yield a line for each key, and each split of the data, that changed since step `step`."""
     before, now = from_json_dict(meta["config"]), setup.config
     keys = diff(before, now)
     for key, (old, new) in keys.items():

@@ -205,7 +205,7 @@ def program_digest(lowered: jax.stages.Lowered) -> str:
 
 
 def compile_programs(setup: Setup, state: TrainState) -> Programs:
-    """Compile before the first update, so that no signal meets a compiler."""
+    """Compile all programs before the first update: a stop signal then never waits for XLA."""
     config, mesh = setup.config, setup.mesh
     eval_batch = abstract_batch(config.data, mesh, batch_size=eval_batch_size(config))
     update = lower_update(config, mesh, setup.compute, setup.spec.optimizer, state)

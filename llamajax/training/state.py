@@ -23,9 +23,10 @@ from llamajax.sharding import shardings
 
 @struct.dataclass
 class TrainState:
-    """Step n means n global batches read, each with one update unless a guard left it out.
+    """The arrays that a step changes, and the frozen weights that it reads.
 
-    So a step is the same place in the data and in the schedule whatever was left out.
+    Step n means that n global batches were read, and n updates applied less those that a guard
+    skipped. A step is therefore always the same place in the data and in the schedule.
     """
 
     step: jax.Array  # int32 scalar
@@ -41,12 +42,12 @@ class TrainState:
 
     @property
     def whole(self) -> Llama:
-        """The model that computes: with its adapters, where there are some."""
+        """The model with its adapters, if it has any; the forward pass runs it."""
         return attach(self.model, self.adapters)
 
     @property
     def to_save(self) -> "TrainState":
-        """What a checkpoint holds; frozen weights are read again from where they came from."""
+        """The arrays of a checkpoint. Frozen weights are not among them: a start imports them."""
         return self if self.adapters is None else self.replace(model=None)
 
     def updated(
@@ -62,9 +63,9 @@ class TrainState:
 class StateSpec:
     """What the state of a run consists of, and how it is stored on the mesh.
 
-    lora: adapters train and the model is frozen in `lora.base_dtype`. rounds: layers are in
-    pipeline order for so many rounds; None: in stored order, as on disk. offload: the moments are
-    in pinned host memory. guard_window: updates that the guard remembers; None: no guard.
+    lora: adapters train and the model is frozen in `lora.base_dtype`. rounds: of the pipeline whose
+    order the layers have; None: stored order, as on disk. offload: whether the moments are in
+    pinned host memory. guard_window: updates that the guard remembers; None: no guard.
     """
 
     model: ModelConfig

@@ -66,7 +66,7 @@ class HangWatch:
             self.tick(tick_s)
 
     def tick(self, seconds: float) -> None:
-        """Count so many seconds as passed."""
+        """Add `seconds` to the time without a beat; end the process at the limit."""
         if self._pauses:
             return
         self._quiet_s += seconds

@@ -2,7 +2,7 @@
 
 `audit.jsonl` records it, for people and for resuming: a rollback counts from the moment its line is
 on disk. Checkpoints know how many rollbacks they come after (`rollbacks` in their meta); those that
-come after fewer, and hold later steps, are superseded.
+come after fewer, and hold later steps, are superseded: the run does not continue from them.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class RollbackLog:
             ) from None
 
     def superseded(self, checkpointer: Checkpointer) -> list[int]:
-        """Return, on process 0, the steps of checkpoints that a rollback went back before.
+        """Return, on process 0, the steps of checkpoints that a rollback made invalid.
 
         To be called by all processes.
         """

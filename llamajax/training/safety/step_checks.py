@@ -1,4 +1,4 @@
-"""What the host does about an update that the guard left out: warn, stop, or roll back.
+"""React to an update that the guard skipped: warn, stop, or roll back.
 
 The guard decides inside the step; its metrics are read one step later. All numbers here are
 replicated, so all processes act alike without asking each other.
@@ -93,7 +93,7 @@ class StepChecks:
         raise RollbackNeeded(step=step, first_skipped_step=step - in_a_row + 1, reason=what)
 
     def write_box(self, reason: str, *, step: int, **facts: Any) -> str:
-        """Write the black box; return its path in words."""
+        """Write the black box; return its path, or `not written`."""
         file = self.box.write(reason, step=step, position=self.position.to_json(), **facts)
         return f"{file}" if file else "not written"
 
