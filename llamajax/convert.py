@@ -1,13 +1,15 @@
-"""Convert weights of any known kind to a Hugging Face directory, in little memory.
+"""Convert weights of any known kind to a Hugging Face directory or a GGUF file, in little memory.
 
 Example:
   python -m llamajax.convert --from=runs/quickstart --to=hf/quickstart
+  python -m llamajax.convert --from=runs/quickstart --format=gguf --to=quickstart.gguf --dtype=q8_0
 """
 
 import contextlib
 import dataclasses
 import functools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -31,14 +33,18 @@ class ConvertFlags(Flags):
         metavar="DIR",
         is_path=True,
     )
-    to: str = key("directory to write; appears whole or not at all", metavar="DIR", is_path=True)
-    format: Literal["hf"] = key(
-        "what to write: a Hugging Face directory, which every verb takes",
+    to: str = key(
+        "directory or GGUF file to write; appears whole or not at all", metavar="PATH", is_path=True
+    )
+    format: Literal["hf", "gguf"] = key(
+        "what to write: a Hugging Face directory, or a GGUF file for llama.cpp",
         metavar="NAME",
         default="hf",
     )
-    dtype: Literal["bfloat16", "float32", "float16"] = key(
-        "dtype of the written weights", metavar="NAME", default="bfloat16"
+    dtype: Literal["bfloat16", "float32", "float16", "q8_0"] = key(
+        "dtype of the written weights; q8_0: 8 bits, in GGUF only",
+        metavar="NAME",
+        default="bfloat16",
     )
     max_shard_bytes: int = key(
         "largest size of one safetensors file, in bytes",
@@ -48,12 +54,18 @@ class ConvertFlags(Flags):
     )
     overwrite: bool = key("replace --to if it exists", default=False)
 
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.format == "hf" and self.dtype == "q8_0":
+            yield "--dtype=q8_0 is of GGUF files: add --format=gguf, or choose another dtype"
+
 
 def main(argv: list[str]) -> int:
     """Write the weights; return 0. A signal leaves what was there."""
     flags = parse_command_line(argv, ConvertFlags, verb="convert", doc=__doc__)
     # JAX takes seconds to import: --help and mistakes are answered without it.
     from llamajax import backends
+    from llamajax.formats.gguf.gguf_write import write_gguf
     from llamajax.formats.huggingface.hf_write import write_hf
     from llamajax.formats.weights import open_weights
     from llamajax.tokenizers.tokenizer_identity import check_vocabulary
@@ -70,33 +82,34 @@ def main(argv: list[str]) -> int:
     source = _tensors(weights)
     _note_rounding(source, flags.dtype)
     progress = BytesProgress()
+    options = {"dtype": flags.dtype, "tokenizer": tokenizer}
+    options["progress"] = functools.partial(progress, "weights")
     with contextlib.closing(progress):
-        warnings = write_hf(
-            source,
-            weights.model,
-            target,
-            dtype=flags.dtype,
-            tokenizer=tokenizer,
-            max_shard_bytes=flags.max_shard_bytes,
-            overwrite=flags.overwrite,
-            progress=functools.partial(progress, "weights"),
-        )
+        if flags.format == "gguf":
+            warnings = write_gguf(source, weights.model, target, **options)
+        else:
+            options |= {"max_shard_bytes": flags.max_shard_bytes, "overwrite": flags.overwrite}
+            warnings = write_hf(source, weights.model, target, **options)
     for line in warnings:
         say(f"warning: {line}")
     print(
-        f"{weights.kind} -> hf: {progress.total:,} bytes of {flags.dtype} weights in {target}, "
-        f"{time.monotonic() - started:.1f} s",
+        f"{weights.kind} -> {flags.format}: {progress.total:,} bytes of {flags.dtype} weights in "
+        f"{target}, {time.monotonic() - started:.1f} s",
         flush=True,
     )
     return 0
 
 
 def _check_apart(flags: ConvertFlags, weights: "Weights") -> None:
-    """Raise UserError when --to holds what is read: writing it would delete that."""
+    """Raise UserError when --to holds what is read, or is no place for a file that is asked for."""
     target = Path(flags.to).resolve()
     for read in (Path(flags.from_), weights.path, weights.tokenizer):
         if read is not None and read.resolve().is_relative_to(target):
-            raise UserError(f"--to={flags.to} holds what is read, {read}; name another directory")
+            raise UserError(f"--to={flags.to} holds what is read, {read}; name another place")
+    if flags.format == "gguf" and target.is_dir():
+        raise UserError(f"--to={flags.to} is a directory; name a file, as in model.gguf")
+    if flags.format == "gguf" and target.exists() and not flags.overwrite:
+        raise UserError(f"--to={flags.to} exists already; name another file, or pass --overwrite")
 
 
 def _tensors(weights: "Weights") -> "TensorSource":

@@ -14,6 +14,7 @@ import pytest
 import tokenizers
 import warm
 from llamas import BASE, edit_config, mesh, random_model
+from small_tokenizers import small_ranks, small_sentencepiece
 from tiny_state import assert_same_bits
 
 from llamajax import convert
@@ -126,28 +127,6 @@ def ids_of(theirs, text: str) -> list[int]:
     """The tokens of a text, no BOS before it."""
     ids = theirs.encode(text, add_special_tokens=False)
     return getattr(ids, "ids", ids)
-
-
-def small_sentencepiece(directory: Path, assets: Path) -> Path:
-    import sentencepiece
-
-    text = (assets / "text" / "moby_dick.txt").read_text("utf-8")[:60_000]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.split("\n")), model_prefix=str(directory / "small"),
-        model_type="bpe", vocab_size=400, byte_fallback=True, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, split_digits=True, minloglevel=2,
-    )  # fmt: skip
-    return directory / "small.model"
-
-
-def small_ranks(directory: Path) -> Path:
-    """A rank file: the bytes, then the syllables that begin some words."""
-    import base64
-
-    ranks = [bytes([b]) for b in range(256)] + [b"al", b"all", b" m", b" me", b"hm", b"ae", b"hmae"]
-    lines = [f"{base64.b64encode(t).decode()} {i}" for i, t in enumerate(ranks)]
-    (directory / "ranks.model").write_text("\n".join(lines) + "\n")
-    return directory / "ranks.model"
 
 
 @pytest.mark.parametrize("name", ["llama2.model", "llama3.model"])

@@ -74,6 +74,19 @@ def check_finite(array: np.ndarray, source: TensorSource, name: str) -> None:
     )
 
 
+def read_as(source: TensorSource, name: str, dtype: np.dtype) -> np.ndarray:
+    """Read a tensor in another dtype. Raises UserError for NaN, infinity, and beyond float16."""
+    stored = source.read(name)
+    check_finite(stored, source, name)
+    with np.errstate(over="ignore"):
+        array = stored.astype(dtype, copy=False)
+    if dtype == np.float16 and not np.isfinite(array).all():
+        raise UserError(
+            f"{name} holds values beyond float16's largest, 65504; use --dtype=bfloat16 or float32"
+        )
+    return array
+
+
 def same_matrix(
     source: TensorSource, one: str, other: str, *, shape: tuple[int, ...] | None = None
 ) -> bool:

@@ -9,13 +9,12 @@ import gguf
 import numpy as np
 import pytest
 import stored
+from gguf_cases import as_gguf
 from llama_cases import STORED, tokens, weights
 from llamas import assert_close, load, logits
-from meta_cases import interleaved
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import pre_tokenizers
 
-from llamajax.config.schema import ModelConfig
 from llamajax.errors import UserError
 from llamajax.formats.weights import open_weights
 from llamajax.ops.rope import frequencies
@@ -23,34 +22,6 @@ from llamajax.tokenizers import load_tokenizer
 
 PLAIN = STORED["plain"]
 Type = gguf.GGMLQuantizationType
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def as_gguf(c: ModelConfig) -> dict[str, np.ndarray]:
-    """The weights under llama.cpp's names, q and k interleaved."""
-    found = {}
-    for name, weight in weights(c).items():
-        name = name.removesuffix(".weight")
-        if "layers." not in name:
-            found[f"{NAMES[name]}.weight"] = weight
-            continue
-        _, _, layer, part = name.split(".", 3)
-        heads = {"self_attn.q_proj": c.num_heads, "self_attn.k_proj": c.num_kv_heads}.get(part)
-        found[f"blk.{layer}.{NAMES[part]}.weight"] = interleaved(weight, heads) if heads else weight
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import numpy as np
 from llamajax.config.schema import ModelConfig
 from llamajax.errors import UserError
 from llamajax.files import check_target, replaced_directory
-from llamajax.formats.foreign_weights import TensorSource, check_finite
+from llamajax.formats.foreign_weights import TensorSource, read_as
 from llamajax.formats.huggingface.hf_config import write_model_config
 from llamajax.formats.huggingface.hf_names import TABLE, Tensor, tensors
 from llamajax.formats.huggingface.hf_read import INDEX, SINGLE, check_tied_head
@@ -131,15 +131,7 @@ def _converted_tensors(
     done, total = 0, sum(file.num_bytes for file in files)
     for file in files:
         for tensor in file.tensors:
-            stored = source.read(tensor.name)
-            check_finite(stored, source, tensor.name)
-            with np.errstate(over="ignore"):
-                array = stored.astype(file.dtype, copy=False)
-            if file.dtype == np.float16 and not np.isfinite(array).all():
-                raise UserError(
-                    f"{tensor.name} holds values beyond float16's largest, 65504; use "
-                    "--dtype=bfloat16 or float32"
-                )
+            array = read_as(source, tensor.name, file.dtype)
             yield array
             done += array.nbytes
             if progress is not None:

@@ -1,0 +1,127 @@
+"""GGUF files of ours: what the gguf package and our own reader find in them."""
+
+import dataclasses
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+import stored
+from chat_cases import PUBLISHED, save_byte_level
+from gguf_cases import as_gguf
+from llama_cases import STORED, save_hugging_face, tokens, weights
+from llamas import assert_close, load, logits
+from small_tokenizers import small_ranks
+
+from llamajax import convert
+from llamajax.errors import UserError
+from llamajax.formats.weights import open_weights
+from llamajax.tokenizers import load_tokenizer
+from llamajax.tokenizers.tokenizer_identity import same_tokens
+
+Type = gguf.GGMLQuantizationType
+TYPES = {"float32": Type.F32, "float16": Type.F16, "bfloat16": Type.BF16, "q8_0": Type.Q8_0}
+
+
+def write(source, file, *flags: str):
+    assert convert.main([f"--from={source}", "--format=gguf", f"--to={file}", *flags]) == 0
+    return file
+
+
+@pytest.mark.parametrize("name", ["plain", "tied", "llama31"])
+def test_float32_comes_back_and_computes_the_same(name, tmp_path):
+    c, arrays = STORED[name], weights(STORED[name])
+    file = write(
+        save_hugging_face(tmp_path / "hf", c, arrays), tmp_path / "x.gguf", "--dtype=float32"
+    )
+    opened = open_weights(file)
+    assert opened.model == c
+    for tensor, expected in arrays.items():
+        np.testing.assert_array_equal(opened.source.read(tensor), expected, err_msg=tensor)
+    assert_close(logits(load(file), tokens(c)), stored.arrays("stored")[name])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_gguf_package_reads_the_blocks_that_it_would_write(dtype, tmp_path):
+    c = dataclasses.replace(STORED["plain"], intermediate_size=80)  # no multiple of 32
+    source = save_hugging_face(tmp_path / "hf", c, weights(c))
+    reader = gguf.GGUFReader(write(source, tmp_path / "x.gguf", f"--dtype={dtype}"))
+    expected = as_gguf(c)
+    assert {tensor.name for tensor in reader.tensors} == set(expected)
+    for tensor in reader.tensors:
+        array = expected[tensor.name]
+        kind = TYPES[dtype] if array.ndim == 2 else Type.F32
+        if kind == Type.Q8_0 and array.shape[1] % 32:
+            kind = Type.F16  # as llama.cpp's converter does
+        assert (tensor.tensor_type, tuple(tensor.shape)) == (kind, array.shape[::-1]), tensor.name
+        np.testing.assert_array_equal(tensor.data, gguf.quantize(array, kind), err_msg=tensor.name)
+    found = {key: field.contents() for key, field in reader.fields.items()}
+    assert found["general.architecture"] == "llama"
+    assert (
+        found["general.file_type"]
+        == gguf.LlamaFileType[{"float32": "ALL_F32"}.get(dtype, f"MOSTLY_{TYPES[dtype].name}")]
+    )
+    assert found["tokenizer.ggml.model"] == "no_vocab"
+    assert found["llama.attention.layer_norm_rms_epsilon"] == np.float32(c.norm_eps)
+    numbers = {
+        "vocab_size": c.vocab_size,
+        "context_length": c.max_seq_len,
+        "embedding_length": c.hidden_size,
+        "block_count": c.num_layers,
+        "feed_forward_length": c.intermediate_size,
+        "attention.head_count": c.num_heads,
+        "attention.head_count_kv": c.num_kv_heads,
+        "attention.key_length": c.head_size,
+        "attention.value_length": c.head_size,
+        "rope.freq_base": c.rope_theta,
+        "rope.dimension_count": c.head_size,
+    }
+    assert {key: found[f"llama.{key}"] for key in numbers} == numbers
+
+
+@pytest.mark.parametrize("kind", ["byte", "llama2", "tiktoken", "chatml"])
+def test_the_tokenizer_goes_along_with_its_template(kind, tmp_path, assets):
+    c = dataclasses.replace(STORED["plain"], vocab_size=32_003)
+    source = save_hugging_face(tmp_path / "hf", c, weights(c))
+    model = source / "tokenizer.model"
+    make = {
+        "byte": lambda: (source / "tokenizer.byte").touch(),
+        "llama2": lambda: shutil.copy(assets / "tokenizers" / "llama2.model", model),
+        "tiktoken": lambda: small_ranks(source).rename(model),
+        "chatml": lambda: save_byte_level(
+            source / "tokenizer.json", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        ),
+    }
+    make[kind]()
+    (source / "chat_template.jinja").write_text(PUBLISHED["chatml"])
+    original = load_tokenizer(source)
+    (source / "generation_config.json").write_text(f'{{"eos_token_id": [{original.eos_id}, 7]}}')
+    file = write(source, tmp_path / "x.gguf")
+    found = open_weights(file).load_tokenizer()
+    assert same_tokens(found, original)
+    assert found.stop_ids == (original.eos_id, 7)
+    assert found.facts.chat_template == PUBLISHED["chatml"]
+    names = gguf.GGUFReader(file).fields["tokenizer.ggml.tokens"].contents()
+    assert len(names) == len(set(names)) == 32_003
+
+
+def test_mistakes_and_what_was_there_stays(tmp_path):
+    c, file = STORED["plain"], tmp_path / "x.gguf"
+    arrays = weights(c)
+    source = save_hugging_face(tmp_path / "hf", c, arrays)
+    file.write_text("kept")
+    (tmp_path / "new").mkdir()
+    for flags, message in (
+        ([f"--to={file}", "--format=gguf"], "exists already; name another file, or"),
+        ([f"--to={tmp_path}", "--format=gguf"], "holds what is read"),
+        ([f"--to={tmp_path}/new", "--format=gguf"], "is a directory; name a file"),
+        ([f"--to={tmp_path}/new", "--dtype=q8_0"], "q8_0 is of GGUF files: add --format=gguf"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert.main([f"--from={source}", *flags])
+    arrays["lm_head.weight"][3, 3] = np.inf
+    save_hugging_face(source, c, arrays)
+    with pytest.raises(UserError, match=r"lm_head\.weight holds 1 values that are NaN or infinite"):
+        write(source, file, "--overwrite")
+    assert file.read_text() == "kept"
+    assert [p.name for p in tmp_path.glob(".*")] == []
