@@ -5,8 +5,11 @@ import runpy
 import sys
 from pathlib import Path
 
+from llamajax.config import PRESETS
 from llamajax.config.command_line import answer_help
+from llamajax.config.config_file import packaged_configs
 from llamajax.errors import UserError, did_you_mean, nearest
+from llamajax.models.counts import num_parameters
 from llamajax.verbs import run_verb
 
 _NOT_VERBS = ("__init__", "__main__", "cli", "errors", "files", "verbs")
@@ -18,22 +21,47 @@ Usage:
 Example:
   llamajax train --config=configs/quickstart.py --workdir=runs/quickstart
 
+Lists:
+  llamajax configs       runs that --config=NAME finds, and what each is for
+  llamajax presets       model architectures for preset(NAME) in a config file
+
 Verbs (llamajax VERB --help tells more):"""
 
 
 def verbs() -> dict[str, str]:
     """Return the verbs, each with the first line of its docstring; import none of them."""
-    found = {}
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.stem not in _NOT_VERBS:
-            docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            found[path.stem] = docstring.partition("\n")[0]
-    return found
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return {path.stem: _first_line(path) for path in files if path.stem not in _NOT_VERBS}
+
+
+def _first_line(path: Path) -> str:
+    """Return the first line of a file's docstring."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0]
 
 
 def help_text() -> str:
     """Return the text of `llamajax --help`."""
     return "\n".join([_USAGE, *(f"  {name:<14}{doc}" for name, doc in verbs().items())])
+
+
+def configs_text() -> str:
+    """Return a line for each config of the package: its name, and the first of its docstring."""
+    found = packaged_configs()
+    lines = [f"{name:<22}{_first_line(path)}" for name, path in found.items()]
+    return "\n".join([*lines, "", "--config=NAME uses one; `train --dry_run` shows all its values"])
+
+
+def presets_text() -> str:
+    """Return a table of the published architectures."""
+    rows = ["name                parameters layers  hidden  heads/kv  vocabulary  context"]
+    for name, m in PRESETS.items():
+        heads = f"{m.num_heads}/{m.num_kv_heads}"
+        rows.append(
+            f"{name:<15}{num_parameters(m):>14,}{m.num_layers:>7}{m.hidden_size:>8}{heads:>10}"
+            f"{m.vocab_size:>12,}{m.max_seq_len:>9,}"
+        )
+    return "\n".join(rows)
 
 
 def dispatch(argv: list[str]) -> None:
@@ -44,6 +72,9 @@ def dispatch(argv: list[str]) -> None:
     """
     answer_help(["--help"] if argv[:1] == ["help"] else argv[:1], help_text)
     known = verbs()
+    if argv in (["configs"], ["presets"]):
+        print(configs_text() if argv == ["configs"] else presets_text())
+        return
     if not argv:
         raise UserError(f"no verb given; one of {', '.join(known)} (llamajax --help)")
     verb, rest = argv[0].replace("-", "_"), argv[1:]

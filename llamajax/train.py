@@ -4,6 +4,7 @@ Example:
   python -m llamajax.train --config=configs/quickstart.py --workdir=runs/quickstart
   python -m llamajax.train --config=configs/quickstart.py --workdir=runs/short \\
       --config.train.steps=50
+  python -m llamajax.train --config=quickstart --workdir=runs/quickstart --dry_run
 """
 
 import gc
@@ -23,6 +24,12 @@ def main(argv: list[str]) -> int:
 
     flags = parse_command_line(argv, TrainFlags, verb="train", doc=__doc__)
     # JAX takes seconds to import: --help and mistakes are answered without it.
+    if flags.dry_run:
+        from llamajax.training.dry_run import dry_run
+
+        for line in dry_run(flags.config, workdir=Path(flags.workdir), overrides=flags.overrides):
+            print(line)
+        return 0
     from llamajax.training.run import train
     from llamajax.training.run_record import process_start_s
 

@@ -1,8 +1,10 @@
 """What a run records of its machine: the profile at its start, and the memory of its programs."""
 
+import contextlib
 import dataclasses
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +21,13 @@ _VARIABLES = (
     "XLA_CLIENT_MEM_FRACTION",
     "XLA_PYTHON_CLIENT_MEM_FRACTION",
     "XLA_PYTHON_CLIENT_PREALLOCATE",
+)
+
+
+# Of the control group as a container sees its own: version 2, and 1.
+_MEMORY_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
 )
 
 
@@ -102,6 +111,20 @@ def donated_bytes(compiled: Any) -> tuple[int, int] | None:
         if sharding is not None and info.donated
     )
     return given, memory.alias_size_in_bytes + memory.host_alias_size_in_bytes
+
+
+def host_memory_bytes() -> int | None:
+    """Return the memory that this process may use: the host's, or its control group's if less.
+
+    None where the system does not say.
+    """
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in _MEMORY_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+            found.append(int(Path(path).read_text(encoding="ascii")))
+    return min(found, default=None)
 
 
 def memory_in_use() -> dict[str, list[int]]:

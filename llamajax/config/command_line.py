@@ -53,7 +53,7 @@ def parse_command_line(
                 problems.append(f"--{flag.path}={show(values[name])}: {problem}")
     complete = all(name in values for name in keys)
     if issubclass(flags, RunFlags) and "config" in values:
-        values["config_file"] = values["config"]
+        values["config_file"], values["overrides"] = values["config"], overrides
         values["config"], found = resolve(values["config_file"], overrides, flag=_PREFIX)
         problems += found
     if complete:

@@ -8,6 +8,7 @@ run where it is not installed.
 
 import contextlib
 import inspect
+import re
 import sys
 import traceback
 import types
@@ -22,6 +23,7 @@ from llamajax.config.keys import own_keys, sections
 from llamajax.config.values import NOT_SET, Mistyped
 from llamajax.errors import UserError, did_you_mean, nearest
 
+_CONFIGS = Path(__file__).parents[1] / "configs"
 _PACKAGE = "llamajax_run_config"  # of a config and the files beside it
 
 
@@ -79,8 +81,13 @@ def _value(config: ConfigDict, name: str) -> Any:
     return values_of(value) if isinstance(value, ConfigDict) else value
 
 
+def packaged_configs() -> dict[str, Path]:
+    """Return the files of `configs/`, which are installed with the package, by name."""
+    return {path.stem: path for path in sorted(_CONFIGS.glob("[!_]*.py"))}
+
+
 def read_file(path_arg: str) -> ConfigDict:
-    """Return what `get_config` of FILE.py[:ARG] returns, unlocked.
+    """Return what `get_config` of FILE.py[:ARG] or NAME[:ARG] returns, unlocked.
 
     Raises:
         UserError: no such file, a syntax error, an exception (with its line), no `get_config`,
@@ -88,6 +95,16 @@ def read_file(path_arg: str) -> ConfigDict:
     """
     stem, mark, argument = path_arg.partition(".py:")
     name = f"{stem}.py" if mark else path_arg
+    if re.fullmatch(r"[\w-]+(:.*)?", path_arg) and not Path(path_arg).is_file():
+        stem, mark, argument = path_arg.partition(":")
+        known = packaged_configs()
+        if stem not in known:
+            hint = did_you_mean(nearest(stem, known)) or "."
+            raise UserError(
+                f"{path_arg}: is no FILE.py, and no config of llamajax{hint} `llamajax configs` "
+                "lists them"
+            )
+        name = str(known[stem])
     with _imports_beside(Path(name).absolute().parent):
         return _run_file(name, path_arg, [argument] if mark else [])
 

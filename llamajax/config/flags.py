@@ -1,7 +1,8 @@
 """Flags that several verbs take. A verb declares its own as a dataclass derived from `Flags`."""
 
 import dataclasses
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 
 from llamajax.config.schema import BackendConfig, ComputeDtype, MeshConfig, RunConfig
 from llamajax.config.values import key
@@ -26,11 +27,13 @@ class RunFlags(Flags):
     """Flags of a verb that takes a run: also `--config.SECTION.KEY=VALUE` for every config key."""
 
     config: RunConfig = key(
-        "Python file whose get_config() or get_config(ARG) returns the config",
+        "Python file whose get_config() or get_config(ARG) returns the config; or a name that "
+        "`llamajax configs` lists",
         metavar="FILE.py[:ARG]",
         is_path=True,
     )
-    config_file: str = ""  # FILE.py[:ARG] as given
+    config_file: str = ""  # as given
+    overrides: Mapping[str, str] = types.MappingProxyType({})  # by path, as given
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,11 @@ class TrainFlags(RunFlags):
         "directory of the run: config, metrics, checkpoints, report; rerun to continue from it",
         metavar="DIR",
         is_path=True,
+    )
+    dry_run: bool = key(
+        "print every value and where it is from, parameters, memory by formula, epochs and "
+        "kernels; compile and write nothing",
+        default=False,
     )
 
 

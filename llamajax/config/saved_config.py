@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from llamajax.config.keys import all_keys
 from llamajax.config.load import build
+from llamajax.config.presets import PRESETS
 from llamajax.config.schema import RunConfig
 from llamajax.config.values import show
 from llamajax.errors import combine
@@ -70,6 +71,29 @@ def diff(old: RunConfig, new: RunConfig) -> dict[str, tuple[str, str]]:
         for path in changed
         if not any(p.startswith(f"{path}.") for p in changed)
     }
+
+
+def origins(run: RunConfig, overrides: Collection[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield path, value as written on the command line, and origin of each value.
+
+    overrides: paths that the command line gives. A value of the file that is the default counts as
+    the default.
+    """
+    published = PRESETS.get(run.model.name)
+    values = _leaves(run)
+    preset = {} if published is None else _leaves(dataclasses.replace(run, model=published))
+    for path, key in all_keys().items():
+        section = path.rpartition(".")[0]
+        if dataclasses.is_dataclass(values[path]) or values.get(section, run) is None:
+            continue  # its keys follow; or a key of a section that is none
+        origin = "config file"
+        if path in overrides:
+            origin = "command line"
+        elif values[path] == key.default:
+            origin = "default"
+        elif path.startswith("model.") and values[path] == preset.get(path):
+            origin = f"preset {run.model.name}"
+        yield path, show(values[path]), origin
 
 
 def common_values(run: RunConfig) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Estimate what a step sends and holds from its config alone: the formulas, before any compiler.
+"""Estimate what a step sends from its config alone: the formulas, before any compiler.
 
 They order and prune a search; a plan's own figures come from the compiled program, and tests hold
 the two against each other. `sizes` are the mesh's axis sizes everywhere.
@@ -9,15 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 from llamajax.config import RunConfig
-from llamajax.models.layer_order import padded_layers
+from llamajax.models.counts import matrices_per_layer
+from llamajax.models.memory import FLOAT32_BYTES, device_share, layers_held, width
 from llamajax.models.pipeline import num_ticks
-from llamajax.planning.roofline import (
-    FLOAT32_BYTES,
-    device_share,
-    matrices_per_layer,
-    pipeline_facts,
-    width,
-)
+from llamajax.planning.roofline import pipeline_facts
 
 
 def sent_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[tuple[str, ...], float]:
@@ -42,7 +37,7 @@ def sent_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[tuple[str, .
     """
     m, t, share = config.model, config.train, device_share(config, sizes)
     value, pipe = width(config), pipeline_facts(config, sizes)
-    layers, rows = _layers(config, sizes), share.rows / sizes["stage"]
+    layers, rows = layers_held(config, sizes), share.rows / sizes["stage"]
     again = pipe is not None and t.remat_stage
     if pipe is None:
         ticks, passed = 0, share.rows * layers
@@ -89,74 +84,3 @@ def axes_slow_share(axes: Sequence[str], sizes: Mapping[str, int], nodes: Sequen
         stride *= sizes[axis]
     counts = collections.Counter(nodes[n] for n in positions)
     return 0.0 if len(counts) == 1 else 1 / max(counts.values())
-
-
-def state_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
-    """Return the bytes of the weights and both moments that a device holds, norms left out."""
-    moment = FLOAT32_BYTES if config.optim.moment_dtype == "float32" else 2
-    return _weights(config, sizes) * (2 * FLOAT32_BYTES + moment)
-
-
-def held_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
-    """Return the bytes that a device cannot do without: less than the peak, as a rule.
-
-    Weights, moments and gradients; what the policy of recomputation keeps of each block for one
-    microbatch; the gathered weights of one block, or of all of them where they are kept, and one
-    block's gradients; one chunk of logits.
-    """
-    m = config.model
-    state = state_bytes(config, sizes) + _weights(config, sizes) * FLOAT32_BYTES
-    # a pipeline gathers all layers of its stage at once, and `none` keeps what was gathered
-    whole = sizes["stage"] > 1 or config.train.remat == "none"
-    layers = _layers(config, sizes) if whole else 1
-    gradients = layers if sizes["stage"] > 1 else 1
-    matrices = matrices_per_layer(m) / sizes["tensor"]
-    block = matrices * (layers * width(config) + gradients * FLOAT32_BYTES)
-    logits = config.train.loss_chunk_tokens * m.padded_vocab_size / sizes["tensor"] * FLOAT32_BYTES
-    return state + block + logits + _kept_activations(config, sizes)
-
-
-def _weights(config: RunConfig, sizes: Mapping[str, int]) -> float:
-    """Return the number of weights that a device holds, norms left out."""
-    m = config.model
-    blocks = matrices_per_layer(m) * _layers(config, sizes)
-    tables = m.padded_vocab_size * m.hidden_size * (1 if m.tie_embeddings else 2)
-    return (blocks + tables) / (sizes["fsdp"] * sizes["tensor"])
-
-
-def _layers(config: RunConfig, sizes: Mapping[str, int]) -> float:
-    """Return the layers that a device holds, with those that fill up the last stages."""
-    stages = sizes["stage"]
-    rounds = config.train.pipeline_rounds
-    return padded_layers(config.model.num_layers, stages=stages, rounds=rounds) / stages
-
-
-def _kept_activations(config: RunConfig, sizes: Mapping[str, int]) -> float:
-    """Return the bytes kept for the backward pass.
-
-    What `none` keeps, and whole tokens of a sum that `tensor` scatters, were fitted to compiled
-    programs for GPUs (benchmarks/results, 2026-11-28).
-    """
-    m, t, share = config.model, config.train, device_share(config, sizes)
-    layers, rows = _layers(config, sizes), share.microbatch
-    tokens = share.tokens / sizes["tensor"]
-    residual = tokens * m.hidden_size * width(config)
-    inputs = 0.0
-    if sizes["stage"] > 1 and t.remat_stage:
-        # a stage's inputs of all ticks, and what its layers keep for one microbatch
-        inputs = residual * rows * t.pipeline_rounds
-        layers, rows = layers / t.pipeline_rounds, t.microbatch_size
-    attended = m.num_heads * m.head_size
-    qkv = attended + 2 * m.num_kv_heads * m.head_size
-    whole = m.hidden_size * (sizes["tensor"] - 1)
-    everything = 1.5 * (qkv + attended) + 3 * m.hidden_size + 5 * m.intermediate_size + whole
-    kept = {
-        "full": 0,
-        "save_attention": attended,
-        "save_qkv": attended + qkv,
-        "dots": qkv + attended + 2 * m.hidden_size + 2 * m.intermediate_size + whole,
-        "none": everything,
-    }.get(t.remat, 0)
-    working = 0 if t.remat in ("dots", "none") else everything  # one block, recomputed
-    values = layers * kept + working
-    return inputs + rows * (layers * residual + tokens * values * width(config))

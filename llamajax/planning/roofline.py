@@ -16,19 +16,18 @@ What no compiler says is estimated here with figures of the device table. All as
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from llamajax.backends import Device
 from llamajax.config import ModelConfig, RunConfig
 from llamajax.models.counts import flops_per_token, matrices_per_layer, num_parameters
 from llamajax.models.layer_order import padded_layers
 from llamajax.models.lora import num_adapter_parameters
+from llamajax.models.memory import FLOAT32_BYTES, device_share, width
 from llamajax.models.pipeline import bubble, num_ticks
 from llamajax.ops.attention import FUSED, computed_scores
 
 # Speed of attention's products relative to large ones: fused kernels, and blocks of plain XLA.
 _ATTENTION = {"cudnn": 0.6, "splash": 0.6, "blocked": 0.15, "split": 0.15, "xla": 0.15}
-FLOAT32_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,21 +48,6 @@ class Prediction:
     tokens_per_s: float
     mfu_full: float
     mfu_causal: float
-
-
-class DeviceShare(NamedTuple):
-    """One device's share of the batch: rows a step, rows at a time, tokens of a row."""
-
-    rows: int
-    microbatch: int
-    tokens: float
-
-
-def device_share(config: RunConfig, sizes: Mapping[str, int]) -> DeviceShare:
-    """Return what one device has of a batch."""
-    rows = config.data.global_batch_size // (sizes["data"] * sizes["fsdp"])
-    microbatch = rows // config.train.accumulation_steps
-    return DeviceShare(rows, microbatch, config.data.seq_len / sizes["sequence"])
 
 
 def predict(
@@ -181,11 +165,6 @@ def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     values = 12 * m.hidden_size + 8 * heads + 10 * m.intermediate_size
     tokens = share.rows * share.tokens / sizes["tensor"]
     return update + weights + tokens * values * layers * recompute * width(config)
-
-
-def width(config: RunConfig) -> int:
-    """Return the bytes of a value in the compute dtype."""
-    return 2 if config.train.dtype == "bfloat16" else FLOAT32_BYTES
 
 
 def _forward_flops(model: ModelConfig, seq_len: int) -> tuple[float, float, float]:

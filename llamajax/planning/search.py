@@ -19,8 +19,9 @@ from llamajax.backends import Target
 from llamajax.config import MeshConfig, RunConfig, from_json_dict, to_json_dict
 from llamajax.config.schema import Remat
 from llamajax.errors import UserError, say
+from llamajax.models.memory import held_bytes
 from llamajax.planning.compilation import node_of
-from llamajax.planning.estimate import axes_slow_share, held_bytes, sent_bytes
+from llamajax.planning.estimate import axes_slow_share, sent_bytes
 from llamajax.planning.planner import Plan, make_plan
 from llamajax.planning.roofline import link_seconds, predict
 from llamajax.training.setup import check_mesh, resolve_attention

@@ -5,12 +5,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from llamajax import backends, sharding
+from llamajax.backends.platforms import platform_facts
 from llamajax.checkpoint import Checkpointer
 from llamajax.config import RunConfig
 from llamajax.errors import ExitCode, UserError
 from llamajax.models.counts import flops_per_token, num_parameters
 from llamajax.models.lora import num_adapter_parameters
+from llamajax.models.memory import host_bytes
 from llamajax.monitoring import write_report
 from llamajax.monitoring.progress import format_count
 from llamajax.training.setup import Programs, Setup
@@ -23,7 +27,7 @@ def run_header(setup: Setup, start: int) -> Iterator[str]:
     c, m = setup.config, setup.machine
     if setup.held_out is None:
         yield "warning: the data has no validation split: no evaluation"
-    for line in data_warnings(setup):
+    for line in data_warnings(setup) + memory_warnings(setup):
         yield f"warning: {line}"
     trained = f", {format_count(num_trained(c))} trained" if c.lora.rank else ""
     parameters = format_count(num_parameters(c.model))
@@ -48,6 +52,30 @@ def run_header(setup: Setup, start: int) -> Iterator[str]:
     origin = c.train.init_from or "the beginning"
     where = f"continuing from step {start}" if start else f"from {origin}"
     yield f"steps    {c.train.steps}, {where}"
+
+
+def memory_warnings(setup: Setup) -> list[str]:
+    """Return a warning where this host cannot hold what the run needs of it, by formula."""
+    sizes, machine = dict(setup.mesh.shape), setup.machine
+    needed = host_bytes(
+        setup.config,
+        sizes,
+        num_devices=jax.local_device_count(),
+        is_host=platform_facts(machine.platform).is_host,
+    )
+    there = backends.host_memory_bytes()
+    if there is None or needed <= there:
+        return []
+    return [
+        f"the run needs about {gib(needed)} of this host's memory, by formula, and there are "
+        f"{gib(there)}: it may be killed. Choose a smaller model, batch or sequence, a "
+        "train.remat that keeps less, or more hosts (--dry_run lists the parts)"
+    ]
+
+
+def gib(size: float) -> str:
+    """Format bytes: 3.5 MiB, 24.3 GiB."""
+    return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
 
 
 def data_warnings(setup: Setup) -> list[str]:

@@ -28,7 +28,7 @@ from llamajax.tokenizers.tokenizer_identity import (
 )
 from llamajax.training.resume import Request, choose_checkpoint
 from llamajax.training.run_record import History
-from llamajax.training.setup import Setup
+from llamajax.training.setup import Setup, moments_change
 from llamajax.training.workdir import Run
 
 # What must not change in a run with adapters: the function, or the arrays of its checkpoints.
@@ -163,6 +163,13 @@ def changes(setup: Setup, meta: Mapping[str, Any], step: int) -> Iterator[str]:
     keys = diff(before, now)
     for key, (old, new) in keys.items():
         yield f"changed since step {step}: {key}: {old} -> {new}"
+    if moments_change(now, meta):
+        yield f"the first moments of step {step} are converted to {now.optim.moment_dtype}"
+    if "train.init_from" in keys and not now.lora.rank and step:
+        yield (
+            f"warning: train.init_from counts where a run begins, and this one goes on from step "
+            f"{step}: {now.train.init_from} is not read. Choose another --workdir to begin from it"
+        )
     if keys and step < now.train.steps:
         rates = [
             float(optim.schedule(c.optim, steps=c.train.steps)(step + 1)) for c in (before, now)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -145,8 +145,9 @@ def initial_state(setup: Setup, stored: Checkpoint | None, weights: Weights | No
     spec, seed = setup.spec, setup.config.train.seed
     model = None if weights is None else weights.load(spec.abstract_model())
     if stored is not None:
-        abstract = _abstract_stored(spec, stored)
-        saved = restore_state(stored, abstract, model=_model_keys(setup), donated=True)
+        abstract, cast = _abstract_stored(spec, stored), moments_change(setup.config, stored.meta)
+        keys = _model_keys(setup)
+        saved = restore_state(stored, abstract, model=keys, cast=cast, donated=True)
         saved = spec.with_own_guard(saved)
         state = saved if model is None else saved.replace(model=model)
     elif model is None:
@@ -159,7 +160,14 @@ def initial_state(setup: Setup, stored: Checkpoint | None, weights: Weights | No
 def check_stored(setup: Setup, stored: Checkpoint) -> None:
     """Raise UserError where a checkpoint is of another model or optimizer than the setup's."""
     abstract = named_leaves(_abstract_stored(setup.spec, stored))
-    check_same_model(stored, abstract, model=_model_keys(setup), partial=False)
+    cast = moments_change(setup.config, stored.meta)
+    check_same_model(stored, abstract, model=_model_keys(setup), partial=False, cast=cast)
+
+
+def moments_change(config: RunConfig, meta: Mapping[str, Any]) -> bool:
+    """Return whether the first moments of a checkpoint have another dtype than the run's."""
+    before = (meta.get("config") or {}).get("optim", {}).get("moment_dtype")
+    return before not in (None, config.optim.moment_dtype)
 
 
 def _abstract_stored(spec: StateSpec, stored: Checkpoint) -> Any:

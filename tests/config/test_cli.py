@@ -44,6 +44,18 @@ def test_the_help_lists_what_exists(capsys, word):
     assert not {"cli", "errors", "files", "__main__", "config"} & set(cli.verbs())
 
 
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("configs", "quickstart            A small Llama on the bundled book, from nothing"),
+        ("presets", "llama2-7b       6,738,415,616     32    4096     32/32      32,000    4,096"),
+    ],
+)
+def test_what_there_is_is_listed(capsys, word, line):
+    cli.dispatch([word])
+    assert f"\n{line}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("verb", ["nonsense", *cli.verbs()])
 def test_the_shell_sees_exit_code_2_and_no_traceback(verb):
     """Each verb is started the ordinary way; other mistakes are tested without a new process."""

@@ -201,3 +201,8 @@ def test_files_that_cannot_be_run_are_refused(config_file, tmp_path, name, messa
     (tmp_path / "binary.py").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=message):
         load(f"{tmp_path}/{name}")
+
+
+def test_a_misspelt_name_of_a_packaged_config_gets_the_nearest():
+    with pytest.raises(UserError, match=r"quickstrat:3: is no FILE.py, .* did you mean quickstart"):
+        load("quickstrat:3")

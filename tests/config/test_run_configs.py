@@ -16,6 +16,7 @@ FILES = sorted(FOLDER.glob("*.py"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_it_loads_follows_its_length_and_states_hardware_command_speed_and_loss(path):
     run = load(str(path))
+    assert load(path.stem) == run, "found by its name, inside the package"
     assert load(str(path), {"train.steps": "20"}).optim.warmup_steps <= run.optim.warmup_steps
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     lines = {line.partition(":")[0]: line for line in docstring.splitlines()}

@@ -9,7 +9,7 @@ import pytest
 from llamajax import sharding
 from llamajax.config import load
 from llamajax.errors import UserError
-from llamajax.planning.estimate import held_bytes
+from llamajax.models.memory import held_bytes
 from llamajax.planning.search import candidates, meshes, search
 from llamajax.training.setup import check_mesh
 

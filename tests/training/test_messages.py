@@ -1,11 +1,18 @@
-"""What a run says of its data before it starts."""
+"""What a run says of its data and of memory before it starts, and what a dry run prints."""
 
 import re
 from types import SimpleNamespace
 
+import jax
 import pytest
 
-from llamajax.training.messages import data_warnings
+from llamajax import backends
+from llamajax.config.keys import all_keys
+from llamajax.config.schema import MeshConfig
+from llamajax.models.memory import held_parts, host_bytes, state_bytes
+from llamajax.sharding import build_mesh
+from llamajax.training.dry_run import dry_run
+from llamajax.training.messages import data_warnings, memory_warnings
 
 
 def session(*, steps: int = 10, vocab_size: int = 300, held_out: tuple[str, ...] = ("a", "b")):
@@ -40,3 +47,56 @@ def test_odd_data_is_a_warning(changes, message):
 
 def test_usual_data_is_none():
     assert data_warnings(session()) == []
+
+
+def test_a_host_without_the_memory_is_a_warning(short_config, monkeypatch):
+    mesh = build_mesh(MeshConfig(fsdp=8), jax.devices())
+    run = SimpleNamespace(config=short_config(), mesh=mesh, machine=SimpleNamespace(platform="cpu"))
+    needed = host_bytes(run.config, mesh.shape, num_devices=8, is_host=True)
+    for there in (None, int(needed) + 1):
+        monkeypatch.setattr(backends, "host_memory_bytes", lambda there=there: there)
+        assert memory_warnings(run) == []
+    monkeypatch.setattr(backends, "host_memory_bytes", lambda: int(needed) - 1)
+    (line,) = memory_warnings(run)
+    assert re.search(r"needs about \d+ MiB of this host's memory, .* there are \d+ MiB", line)
+
+
+def test_the_host_of_an_accelerator_holds_a_save_and_what_is_offloaded(short_config):
+    sizes = {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1, "stage": 1}
+    facts = {"num_devices": 8, "is_host": False}
+    kept, moved = (short_config(**{"optim.offload": offload}) for offload in (False, True))
+    state, fixed = state_bytes(kept, sizes), 0.45 * 2**30
+    assert host_bytes(kept, sizes, **facts) - fixed == pytest.approx(4 * state)
+    assert host_bytes(moved, sizes, **facts) - fixed == pytest.approx((4 + 8 * 2 / 3) * state)
+
+
+def test_a_control_group_bounds_the_hosts_memory(tmp_path, monkeypatch):
+    limits = [tmp_path / name for name in ("none", "max", "some")]
+    limits[1].write_text("max\n")
+    limits[2].write_text("1000\n")
+    monkeypatch.setattr("llamajax.backends.machine_facts._MEMORY_LIMITS", limits[:2])
+    assert backends.host_memory_bytes() > 2**20
+    monkeypatch.setattr("llamajax.backends.machine_facts._MEMORY_LIMITS", limits)
+    assert backends.host_memory_bytes() == 1000
+
+
+def test_a_dry_run_prints_every_value_with_its_origin_and_writes_nothing(
+    short_config, short_data, tmp_path
+):
+    config = short_config()
+    overrides = {"train.steps": "60", "model.num_layers": "1"}
+    lines = list(dry_run(config, workdir=tmp_path / "run", overrides=overrides))
+    values = dict(line.split("  # ") for line in lines[: lines.index("")])
+    origins = {text.rstrip(): origin for text, origin in values.items()}
+    assert origins["train.steps = 60"] == origins["model.num_layers = 1"] == "command line"
+    assert origins["model.hidden_size = 48"] == "preset tiny"
+    assert origins["model.vocab_size = 258"] == "config file"
+    assert origins["model.rope_scaling = none"] == origins["mesh.data = 1"] == "default"
+    assert len(origins) == len(all_keys()) - 4  # those of a rope_scaling that is none
+    told = {line.partition(" ")[0]: line for line in lines[lines.index("") + 1 :]}
+    assert told["kernels"] == "kernels  attention blocked: the first choice on cpu"
+    assert re.search(rf"^epochs   \d\.\d+ of {short_data} \(.* tokens in 60 steps", told["epochs"])
+    total = sum(held_parts(config, build_mesh(config.mesh, jax.devices()).shape).values())
+    assert f"memory   {total / 2**20:.3g} MiB a device at least" in told["memory"]
+    assert {"model", "machine", "data", "steps"} <= told.keys()
+    assert list(tmp_path.iterdir()) == []

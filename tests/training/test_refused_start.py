@@ -22,7 +22,6 @@ REFUSALS = {
     "attention": {"train.attention": "cudnn"},
     "another tokenizer": {"data.path": "PLACE/other_tokenizer", "model.vocab_size": 300},
     "another model": {"model.hidden_size": 64},
-    "another optimizer": {"optim.moment_dtype": "bfloat16"},
     "adapters": {"lora.rank": 2, "train.init_from": "PLACE/nothing"},
     "too few steps": {"train.steps": 1, "optim.warmup_steps": 1},
     "checkpoints of another run": {"checkpoint.directory": "PLACE/owned"},

@@ -1,0 +1,137 @@
+"""Estimate what a step holds in memory from its config alone: the formulas, before any compiler.
+
+A plan's own figures come from the compiled program, and tests hold the two against each other.
+`sizes` are the mesh's axis sizes everywhere.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from llamajax.config import RunConfig
+from llamajax.models.counts import matrices_per_layer
+from llamajax.models.layer_order import padded_layers
+from llamajax.models.lora import num_adapter_parameters
+
+FLOAT32_BYTES = 4
+_PROCESS_BYTES = 0.45 * 2**30  # Python, JAX and its threads, measured on the CPU
+
+
+class DeviceShare(NamedTuple):
+    """One device's share of the batch: rows a step, rows at a time, tokens of a row."""
+
+    rows: int
+    microbatch: int
+    tokens: float
+
+
+def device_share(config: RunConfig, sizes: Mapping[str, int]) -> DeviceShare:
+    """Return what one device has of a batch."""
+    rows = config.data.global_batch_size // (sizes["data"] * sizes["fsdp"])
+    microbatch = rows // config.train.accumulation_steps
+    return DeviceShare(rows, microbatch, config.data.seq_len / sizes["sequence"])
+
+
+def width(config: RunConfig) -> int:
+    """Return the bytes of a value in the compute dtype."""
+    return 2 if config.train.dtype == "bfloat16" else FLOAT32_BYTES
+
+
+def state_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """Return the bytes of the weights and both moments that a device holds, norms left out."""
+    moment = FLOAT32_BYTES if config.optim.moment_dtype == "float32" else 2
+    trained, frozen = _weights(config, sizes)
+    base = 2 if config.lora.base_dtype == "bfloat16" else FLOAT32_BYTES
+    return trained * (2 * FLOAT32_BYTES + moment) + frozen * base
+
+
+def held_parts(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Return the bytes that a device cannot do without, by what they are: less than the peak.
+
+    Gathered weights are those of one block, or of all where they are kept, and one block's
+    gradients; activations what the policy of recomputation keeps for one microbatch, and one chunk
+    of logits.
+    """
+    m = config.model
+    # a pipeline gathers all layers of its stage at once, and `none` keeps what was gathered
+    whole = sizes["stage"] > 1 or config.train.remat == "none"
+    layers = layers_held(config, sizes) if whole else 1
+    gradients = layers if sizes["stage"] > 1 else 1
+    matrices = matrices_per_layer(m) / sizes["tensor"]
+    logits = config.train.loss_chunk_tokens * m.padded_vocab_size / sizes["tensor"] * FLOAT32_BYTES
+    return {
+        "weights and moments": state_bytes(config, sizes),
+        "gradients": _weights(config, sizes)[0] * FLOAT32_BYTES,
+        "gathered weights": matrices * (layers * width(config) + gradients * FLOAT32_BYTES),
+        "activations": logits + _kept_activations(config, sizes),
+    }
+
+
+def host_bytes(
+    config: RunConfig, sizes: Mapping[str, int], *, num_devices: int, is_host: bool
+) -> float:
+    """Return the memory of its host that a process with `num_devices` devices cannot do without.
+
+    A save copies one replica of the state; the host keeps moments with `optim.offload`; where the
+    devices are the host's cores, it holds all that they do. Measured on 2 cores, less what a
+    process without a model takes: 1,283 MiB where this says 1,260 (32 M parameters), 3,796 and
+    3,827 (135 M).
+    """
+    replicas = min(num_devices, sizes["data"] * sizes["sequence"])
+    state = state_bytes(config, sizes) * num_devices
+    moments = state * 2 / 3 if config.optim.offload else 0.0
+    held = held_bytes(config, sizes) * num_devices if is_host else moments
+    return _PROCESS_BYTES + state / replicas + held
+
+
+def held_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """Return the sum of `held_parts`."""
+    return sum(held_parts(config, sizes).values())
+
+
+def _weights(config: RunConfig, sizes: Mapping[str, int]) -> tuple[float, float]:
+    """Return the numbers of trained and of frozen weights that a device holds, norms left out."""
+    m = config.model
+    blocks = matrices_per_layer(m) * layers_held(config, sizes)
+    tables = m.padded_vocab_size * m.hidden_size * (1 if m.tie_embeddings else 2)
+    weights = (blocks + tables) / (sizes["fsdp"] * sizes["tensor"])
+    if not config.lora.rank:
+        return weights, 0.0
+    return num_adapter_parameters(m, config.lora) / (sizes["fsdp"] * sizes["tensor"]), weights
+
+
+def layers_held(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """Return the layers that a device holds, with those that fill up the last stages."""
+    stages = sizes["stage"]
+    rounds = config.train.pipeline_rounds
+    return padded_layers(config.model.num_layers, stages=stages, rounds=rounds) / stages
+
+
+def _kept_activations(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """Return the bytes kept for the backward pass.
+
+    What `none` keeps, and whole tokens of a sum that `tensor` scatters, were fitted to compiled
+    programs for GPUs (benchmarks/results, 2026-11-28).
+    """
+    m, t, share = config.model, config.train, device_share(config, sizes)
+    layers, rows = layers_held(config, sizes), share.microbatch
+    tokens = share.tokens / sizes["tensor"]
+    residual = tokens * m.hidden_size * width(config)
+    inputs = 0.0
+    if sizes["stage"] > 1 and t.remat_stage:
+        # a stage's inputs of all ticks, and what its layers keep for one microbatch
+        inputs = residual * rows * t.pipeline_rounds
+        layers, rows = layers / t.pipeline_rounds, t.microbatch_size
+    attended = m.num_heads * m.head_size
+    qkv = attended + 2 * m.num_kv_heads * m.head_size
+    whole = m.hidden_size * (sizes["tensor"] - 1)
+    everything = 1.5 * (qkv + attended) + 3 * m.hidden_size + 5 * m.intermediate_size + whole
+    kept = {
+        "full": 0,
+        "save_attention": attended,
+        "save_qkv": attended + qkv,
+        "dots": qkv + attended + 2 * m.hidden_size + 2 * m.intermediate_size + whole,
+        "none": everything,
+    }.get(t.remat, 0)
+    working = 0 if t.remat in ("dots", "none") else everything  # one block, recomputed
+    values = layers * kept + working
+    return inputs + rows * (layers * residual + tokens * values * width(config))
