@@ -1,7 +1,6 @@
 """Flags that several verbs take. A verb declares its own as a dataclass derived from `Flags`."""
 
 import dataclasses
-import types
 from collections.abc import Iterator, Mapping
 
 from llamajax.config.schema import BackendConfig, ComputeDtype, MeshConfig, RunConfig
@@ -33,7 +32,7 @@ class RunFlags(Flags):
         is_path=True,
     )
     config_file: str = ""  # as given
-    overrides: Mapping[str, str] = types.MappingProxyType({})  # by path, as given
+    overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by path, as given
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
