@@ -25,10 +25,18 @@ from typing import Any, Literal
 from llamajax.config import Flags, key, parse_command_line
 from llamajax.corpus import tasks
 from llamajax.corpus.beam import prepare_on_beam
+from llamajax.corpus.inspection import inspect_directory, summary
 from llamajax.corpus.preparation import FORMATS, PrepareSettings, prepare
 from llamajax.monitoring.progress import BytesProgress
 from llamajax.tokenizers.chat import CHAT_TEMPLATES
 from llamajax.verbs import run_verb
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectFlags(Flags):
+    """The flag that shows a prepared directory; it stands alone."""
+
+    inspect: str = key("show what a prepared directory holds", metavar="DIR", is_path=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +83,19 @@ class PrepareFlags(Flags):
         at_least=1,
     )
     overwrite: bool = key("replace DIR if it exists", default=False)
+    document_separator: str = key(
+        "ends a document within a .txt file; it is left out", metavar="S", default=""
+    )
+    on_error: Literal["stop", "skip"] = key(
+        "skip: leave out rows that cannot be read or are no examples; count and name them",
+        metavar="NAME",
+        default="stop",
+    )
+    inspect: str | None = key(
+        "show what a prepared directory holds; alone, without other flags",
+        metavar="DIR",
+        default=None,
+    )
     num_tasks: int | None = key("number of tasks", metavar="N", default=None, at_least=1)
     task_index: int | None = key("do this task, into DIR.parts", metavar="I", default=None)
     merge: bool = key("make DIR of all parts, and remove DIR.parts", default=False)
@@ -97,7 +118,7 @@ class PrepareFlags(Flags):
             yield f"--validation_fraction={self.validation_fraction}: must lie in 0..0.5"
         of_others = {"chat_template": "none"}
         if self.format == "instructions":
-            of_others = {"text_key": "text", "clean": "none"}
+            of_others = {"text_key": "text", "clean": "none", "document_separator": ""}
         useless = [f"--{name}" for name, value in of_others.items() if getattr(self, name) != value]
         if useless:
             yield f"--format={self.format} has no use for {', '.join(useless)}"
@@ -120,7 +141,11 @@ class PrepareFlags(Flags):
 
 
 def main(argv: list[str]) -> int:
-    """Write the prepared directory, or a part of it; return 0."""
+    """Write the prepared directory, or a part of it, or show one; return 0."""
+    if any(argument.startswith("--inspect") for argument in argv):
+        shown = parse_command_line(argv, InspectFlags, verb="prepare", doc=__doc__)
+        print(inspect_directory(Path(shown.inspect)), flush=True)
+        return 0
     flags = parse_command_line(argv, PrepareFlags, verb="prepare", doc=__doc__)
     content = {f.name: getattr(flags, f.name) for f in dataclasses.fields(PrepareSettings)}
     workers = flags.workers or len(os.sched_getaffinity(0))
@@ -131,7 +156,8 @@ def main(argv: list[str]) -> int:
     finally:
         progress.close()
     if not isinstance(result, str):
-        result = _summary(result, settings.output, time.monotonic() - start)
+        seconds = time.monotonic() - start
+        result = "\n".join([*summary(result), f"wrote       {settings.output} in {seconds:.1f} s"])
     print(result, flush=True)
     return 0
 
@@ -149,36 +175,6 @@ def _prepare(
     if flags.merge:
         return tasks.merge(settings, num_tasks=num_tasks, progress=progress)
     return tasks.run_task(settings, index=flags.task_index, num_tasks=num_tasks, progress=progress)
-
-
-def _summary(manifest: dict[str, Any], output: Path, seconds: float) -> str:
-    tokenizer = manifest["tokenizer"]
-    lines = [
-        f"tokenizer   {tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens,"
-        f" fingerprint {tokenizer['fingerprint'][:12]}"
-    ]
-    for name, split in manifest["splits"].items():
-        documents, text = f"{split['documents']:,} documents", "text"
-        if learned := split.get("loss_tokens"):
-            documents, text = f"{split['documents']:,} examples", "answers"
-        lines.append(
-            f"{name:<11} {documents}, {split['tokens']:,} tokens,"
-            f" {split['text_bytes']:,} bytes of {text}, {len(split['shards'])} shards,"
-            f" unigram entropy {split['unigram_entropy']:.3f} nats"
-        )
-        if learned:
-            over = [f"{n:,} over {size}" for size, n in split["documents_over"].items() if n]
-            lines.append(
-                f"{'':<11} {learned:,} tokens ({learned / split['tokens']:.1%}) carry loss;"
-                f" longest example {split['longest_document']:,} tokens"
-                + (f" ({', '.join(over)}: cut at the sequence length)" if over else "")
-            )
-    if "validation" in manifest["splits"]:
-        loss = manifest["splits"]["validation"]["unigram_loss"]
-        lines.append(
-            f"baseline    {loss:.3f} nats per token: validation, by train's token frequencies"
-        )
-    return "\n".join([*lines, f"wrote       {output} in {seconds:.1f} s"])
 
 
 if __name__ == "__main__":

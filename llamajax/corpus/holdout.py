@@ -4,21 +4,33 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 
 from llamajax.corpus.instructions import Example
+from llamajax.corpus.long_text import LongText
 from llamajax.errors import UserError
 
 SPLITS = ("train", "validation")
 _HELD_PER_GROUP = 10
 
 
+# Around the cut of a long text; as far as the nearest blank line is looked for.
+_MAX_REACH = 1 << 22
+
+
 @dataclasses.dataclass(frozen=True)
 class DocumentPart:
-    """A document, or the part of a text, that goes to one split."""
+    """A document, or the part of a text, that goes to one split.
+
+    begins, ends: of a piece of a text, whether it is the first and the last one. cut_is_safe:
+    whether its beginning changes no token.
+    """
 
     split: str
-    document: str | Example
+    document: str | Example | LongText
+    begins: bool = True
+    ends: bool = True
+    cut_is_safe: bool = True
 
     @property
     def text_bytes(self) -> int:
@@ -40,23 +52,20 @@ class Holdout:
     cut: the number of the document that is held out in part, None if there is none.
     """
 
-    def __init__(self, documents: Iterable[Sized], fraction: float, *, whole: bool = False) -> None:
-        """Iterate over `documents` until there are many.
+    def __init__(self, sizes: Iterable[int], fraction: float, *, whole: bool = False) -> None:
+        """Iterate over the `sizes` of documents, in characters, until there are many.
 
-        Only their lengths in characters count. whole: they are those of examples.
+        whole: they are examples.
         """
         self._group = math.ceil(_HELD_PER_GROUP / fraction) if fraction else 0
         self._held: set[int] = set()
         self.cut: int | None = None
-        self._cut_at = 0  # in characters, roughly
+        self._cut_at = self._reach = 0  # in characters, roughly; how far from there
         if not fraction:
             return
-        sizes: list[int] = []
-        for document in documents:
-            sizes.append(len(document))
-            whole = whole or isinstance(document, Example)
-            if len(sizes) == self._group:
-                return
+        sizes = list(itertools.islice(sizes, self._group))
+        if len(sizes) == self._group:
+            return
         self._group = 0
         left = wanted = fraction * sum(sizes)
         order = sorted(range(len(sizes)), key=_hash)
@@ -68,9 +77,10 @@ class Holdout:
             self._held.update(order[: len(sizes) > 1])
         elif not self._held and sizes:
             self.cut = next((n for n in order if sizes[n] > wanted), order[0])
-            self._cut_at = sizes[self.cut] - max(1, round(wanted))
+            self._reach = max(1, round(wanted))
+            self._cut_at = sizes[self.cut] - self._reach
 
-    def split(self, documents: Iterable[str | Example]) -> Iterator[DocumentPart]:
+    def split(self, documents: Iterable[str | Example | LongText]) -> Iterator[DocumentPart]:
         """Yield the parts of all documents, in order."""
         for number, (document, held) in enumerate(zip(documents, self.held(), strict=False)):
             if number == self.cut:
@@ -90,22 +100,38 @@ class Holdout:
                 in_group = set(sorted(members, key=_hash)[:_HELD_PER_GROUP])
             yield number in in_group
 
-    def halves(self, document: str) -> list[DocumentPart]:
-        """Return both parts of the document `cut`."""
-        at = _paragraph_start(document, self._cut_at)
+    def halves(self, document: str | LongText) -> list[DocumentPart]:
+        """Return both parts of the document `cut`; of a LongText the first is to be read first."""
+        if isinstance(document, LongText):
+            return self._long_halves(document)
+        at = _paragraph_start(document, self._cut_at, self._reach)
         return [DocumentPart("train", document[:at]), DocumentPart("validation", document[at:])]
+
+    def _long_halves(self, document: LongText) -> list[DocumentPart]:
+        reach = min(self._reach, _MAX_REACH)
+        before = max(0, self._cut_at - reach - 1)
+        tail = []
+
+        def train() -> Iterator[str]:
+            yield from document.take(before)
+            window = "".join(document.take(self._cut_at + reach - before))
+            at = _paragraph_start(window, self._cut_at - before, reach)
+            tail.append(window[at:])
+            yield window[:at]
+
+        held = LongText(itertools.chain(tail, document))
+        return [DocumentPart("train", LongText(train())), DocumentPart("validation", held)]
 
 
 def _hash(number: int) -> bytes:
     return hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8).digest()
 
 
-def _paragraph_start(text: str, wanted: int) -> int:
+def _paragraph_start(text: str, wanted: int, reach: int) -> int:
     """Find where to cut a text near `wanted`: at a blank line, else a line end, else a space.
 
-    The nearest one counts, within the last `len(text) - wanted` characters on either side.
+    The nearest one counts, within `reach` characters on either side.
     """
-    reach = len(text) - wanted
     low, high = max(1, wanted - reach), len(text) - 1
     for mark in ("\n\n", "\r\n\r\n", "\n", " "):
         found = text.rfind(mark, low, wanted), text.find(mark, wanted, high)

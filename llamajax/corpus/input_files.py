@@ -8,9 +8,9 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from llamajax.corpus import wikitext
+from llamajax.corpus.long_text import CHUNK
 from llamajax.errors import UserError, say
 from llamajax.files import lfs_problem
 
@@ -103,76 +103,6 @@ def format_of(path: Path) -> str | None:
     return next((f for f in FORMATS if name.endswith(f)), None)
 
 
-class Corpus:
-    """The texts of some files, in order. Can be iterated any number of times.
-
-    total_bytes: on disk. num_articles: of WikiText, found by the last complete iteration.
-    """
-
-    def __init__(self, files: Sequence[Path], *, text_key: str, clean: str) -> None:
-        self._files, self._text_key, self._clean = files, text_key, clean
-        self.total_bytes = sum(f.stat().st_size for f in files)
-        self.num_articles = self._done_bytes = 0
-        self._stream: BinaryIO | None = None
-
-    @property
-    def expected_text_bytes(self) -> int:
-        """Estimate of the bytes of text: four times those of compressed files, as for English."""
-        compressed = (*COMPRESSIONS, ".parquet")
-        sizes = (f.stat().st_size for f in self._files if f.name.lower().endswith(compressed))
-        return self.total_bytes + 3 * sum(sizes)
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes on disk that the current iteration has passed."""
-        stream = self._stream
-        return self._done_bytes + (stream.tell() if stream and not stream.closed else 0)
-
-    def __iter__(self) -> Iterator[str]:
-        """Yield the texts that are more than white space. UserError names file and line."""
-        self.num_articles = self._done_bytes = 0
-        for file in self._files:
-            try:
-                with file.open("rb") as self._stream:
-                    yield from self._documents(file, self._stream)
-            except OSError as error:
-                raise _unreadable(file, error) from error
-            self._done_bytes += file.stat().st_size
-
-    def _documents(self, file: Path, raw: BinaryIO) -> Iterator[str]:
-        """Yield the documents of one open file; subclasses override this."""
-        for text in self._texts(file, raw):
-            if text and not text.isspace():
-                yield text
-
-    def _texts(self, file: Path, raw: BinaryIO) -> Iterator[str]:
-        form, stream = format_of(file), decompressed(file, raw)
-        if form == ".parquet":
-            rows = _parquet_rows(file, raw, stream, self._text_key)
-        elif form == ".jsonl":
-            rows = _json_rows(file, stream, self._text_key)
-        elif form == ".txt" and self._clean == "none":
-            rows = [_decode(file, stream.read(), 0).removeprefix(_BOM)]
-        else:
-            rows = _lines(file, stream)
-        if form not in (".tokens", ".raw") and self._clean != "wikitext":
-            yield from rows
-            return
-        lines = wikitext.lines_of(rows) if form in (".parquet", ".jsonl") else rows
-        for article in wikitext.articles(lines):
-            self.num_articles += not article.isspace()
-            yield wikitext.clean(article) if self._clean == "wikitext" else article
-
-
-def warn_of_single_article(clean: str, num_articles: int) -> None:
-    """Warn if cleaning found one article only in all files."""
-    if clean == "wikitext" and num_articles == 1:
-        say(
-            "warning: --clean=wikitext found a single article in all files: no line ` = Title = ` "
-            "follows a blank line; is this WikiText?"
-        )
-
-
 def read_text(file: Path) -> str:
     """Read a whole text file, decompressed if its name says so, without a byte order mark.
 
@@ -182,12 +112,8 @@ def read_text(file: Path) -> str:
         with file.open("rb") as raw:
             data = decompressed(file, raw).read()
     except OSError as error:
-        raise _unreadable(file, error) from error
-    return _decode(file, data, 0).removeprefix(_BOM)
-
-
-def _unreadable(file: Path, error: OSError) -> UserError:
-    return UserError(f"{file}: cannot be read: {error.strerror or error}")
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+    return decode(file, data, 0).removeprefix(_BOM)
 
 
 class _Decompressed(io.RawIOBase):
@@ -224,12 +150,17 @@ def decompressed(file: Path, raw: io.BufferedReader) -> io.RawIOBase:
     return _Decompressed(file, raw)
 
 
-def _decode(file: Path, data: bytes, offset: int) -> str:
+class FileError(UserError):
+    """A mistake that concerns a whole file, and not a row of it."""
+
+
+def decode(file: Path, data: bytes, offset: int) -> str:
+    """Decode UTF-8 at an offset of a decompressed file. Raises UserError that names the place."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         if not offset and data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise UserError(
+            raise FileError(
                 f"{file}: is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {file.name} > utf8.txt"
             ) from error
         raise UserError(
@@ -238,18 +169,47 @@ def _decode(file: Path, data: bytes, offset: int) -> str:
         ) from error
 
 
-def _lines(file: Path, stream: io.RawIOBase) -> Iterator[str]:
-    """Yield lines with their ends; only a newline ends one."""
+def decoded_chunks(file: Path, stream: io.RawIOBase) -> Iterator[str]:
+    """Yield a text in chunks of a bounded size, without a byte order mark."""
+    offset, rest = 0, b""
+    while data := stream.read(CHUNK):
+        data = rest + data
+        end = len(data)
+        while end and end > len(data) - 4 and data[end - 1] & 0xC0 == 0x80:
+            end -= 1  # to the first byte of the last character
+        end = max(0, end - 1)
+        text = decode(file, data[:end], offset)
+        yield text if offset else text.removeprefix(_BOM)
+        offset, rest = offset + end, data[end:]
+    text = decode(file, rest, offset)
+    yield text if offset else text.removeprefix(_BOM)
+
+
+def byte_lines(stream: io.RawIOBase) -> Iterator[tuple[int, int, bytes]]:
+    """Yield number, offset and content of the lines that are more than white space.
+
+    Only a newline ends a line. A byte order mark is left out.
+    """
     offset = 0
-    for line in io.BufferedReader(stream, 1 << 20):
-        text = _decode(file, line, offset)
-        yield text.removeprefix(_BOM) if offset == 0 else text
+    for number, line in enumerate(io.BufferedReader(stream, CHUNK), 1):
+        start, offset = offset, offset + len(line)
+        line = line if start else line.removeprefix(_BOM.encode())
+        if not line.isspace():
+            yield number, start, line
+
+
+def lines_of(file: Path, stream: io.RawIOBase) -> Iterator[str]:
+    """Yield all lines with their ends."""
+    offset = 0
+    for line in io.BufferedReader(stream, CHUNK):
+        text = decode(file, line, offset)
+        yield text if offset else text.removeprefix(_BOM)
         offset += len(line)
 
 
 def numbered_lines(file: Path, stream: io.RawIOBase) -> Iterator[tuple[int, str]]:
     """Yield the lines that are more than white space, each with its number in the file."""
-    for number, line in enumerate(_lines(file, stream), 1):
+    for number, line in enumerate(lines_of(file, stream), 1):
         if not line.isspace():
             yield number, line
 
@@ -260,64 +220,11 @@ def json_object(line: str) -> dict[str, Any]:
         value = json.loads(line)
     except ValueError as error:
         raise UserError(f"not valid JSON: {error}") from error
+    return checked_object(value)
+
+
+def checked_object(value: Any) -> dict[str, Any]:
+    """Return what a line holds. Raises UserError unless it is an object."""
     if not isinstance(value, dict):
         raise UserError(f"a {type(value).__name__}, not a JSON object")
     return value
-
-
-def _json_rows(file: Path, stream: io.RawIOBase, text_key: str) -> Iterator[str]:
-    for number, line in numbered_lines(file, stream):
-        try:
-            value = json_object(line)
-        except UserError as error:
-            raise UserError(f"{file}:{number}: {error}") from error
-        if text_key not in value:
-            raise UserError(
-                f"{file}:{number}: no key {text_key!r} in this object (it has"
-                f" {', '.join(map(repr, value)) or 'none'}); name the right one with --text_key"
-            )
-        text = value[text_key]
-        if not isinstance(text, str):
-            raise UserError(
-                f"{file}:{number}: {text_key!r} is a {type(text).__name__}, not a string"
-            )
-        yield text
-
-
-def _parquet_rows(file: Path, raw: BinaryIO, stream: io.RawIOBase, text_key: str) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    plain = file.name.lower().endswith(".parquet")
-    try:
-        table = pa.parquet.ParquetFile(raw if plain else pa.BufferReader(stream.read()))
-        if text_key not in table.schema_arrow.names:
-            raise UserError(
-                f"{file}: no column {text_key!r} (it has {', '.join(table.schema_arrow.names)});"
-                " name the right one with --text_key"
-            )
-        if table.schema_arrow.names.count(text_key) > 1:
-            raise UserError(f"{file}: two columns are named {text_key!r}; drop one of them")
-        kind = table.schema_arrow.field(text_key).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if str(kind) not in ("string", "large_string", "string_view", "binary", "large_binary"):
-            raise UserError(f"{file}: column {text_key!r} holds {kind}, not strings")
-        row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
-            column = batch.column(0)
-            if pa.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            column = column.cast(pa.large_binary())  # Parquet promises UTF-8 and checks nothing
-            for text in column.to_pylist():
-                row += 1
-                if text is None:
-                    raise UserError(f"{file}: row {row}: {text_key!r} is null, not a string")
-                try:
-                    yield text.decode()
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{file}: row {row}: {text_key!r} is not UTF-8 ({error.reason} at byte "
-                        f"{error.start}); convert the column"
-                    ) from error
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: truncated or damaged Parquet: {str(error)[:200]}") from error

@@ -5,18 +5,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llamajax.corpus.documents import Corpus, placed
 from llamajax.corpus.input_files import (
     COMPRESSIONS,
-    Corpus,
+    FileError,
+    byte_lines,
+    decode,
     decompressed,
     format_of,
     json_object,
-    numbered_lines,
 )
-from llamajax.errors import UserError, combine
+from llamajax.errors import UserError
 from llamajax.tokenizers.chat import Message, parse_messages, problems_of_keys, problems_of_message
-
-_MAX_PROBLEMS = 10
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,43 +36,27 @@ class Example:
 
 
 class InstructionCorpus(Corpus):
-    """The examples of some files, in order. Can be iterated any number of times.
+    """The examples of some files, in order. Can be iterated any number of times."""
 
-    A complete iteration ends with one UserError about the first lines that are no examples, if any.
-    """
-
-    def __init__(self, files: Sequence[Path], *, template: str) -> None:
-        super().__init__(files, text_key="", clean="none")
+    def __init__(self, files: Sequence[Path], *, template: str, on_error: str = "stop") -> None:
+        super().__init__(files, text_key="", clean="none", on_error=on_error)
         self._template = template
-        self._problems: list[str] = []
         if others := [f.name for f in files if format_of(f) != ".jsonl"]:
             kinds = " and ".join(f".jsonl{c}" for c in ("", *COMPRESSIONS))
             raise UserError(f"--format=instructions reads {kinds}, not {', '.join(others)}")
 
-    def __iter__(self) -> Iterator[Example]:
-        self._problems = []
-        yield from super().__iter__()
-        if self._problems:
-            raise self._error()
-
-    def _error(self) -> UserError:
-        shown = self._problems[:_MAX_PROBLEMS]
-        more = len(self._problems) > len(shown)
-        count = f" (the first {_MAX_PROBLEMS} problems)" if more else ""
-        title = f"--input has lines that are no examples{count}; no line is left out silently:"
-        return combine(shown, title=title)
-
-    def _documents(self, file: Path, raw: BinaryIO) -> Iterator[Example]:
-        for number, line in numbered_lines(file, decompressed(file, raw)):
+    def _documents(self, file: Path, raw: BinaryIO) -> Iterator[Any]:
+        for number, offset, line in byte_lines(decompressed(file, raw)):
             try:
-                messages, problems = parse_example(json_object(line), self._template)
-            except UserError as error:
-                problems = [str(error)]
-            self._problems += [f"{file}:{number}: {problem}" for problem in problems]
-            if len(self._problems) > _MAX_PROBLEMS:
-                raise self._error()
-            if not problems:
+                value = json_object(decode(file, line, offset))
+                messages, problems = parse_example(value, self._template)
+                if problems:
+                    raise UserError("; ".join(problems))
                 yield Example(messages)
+            except FileError:
+                raise
+            except UserError as error:
+                yield placed(error, file, number)
 
 
 def parse_example(value: dict[str, Any], template: str) -> tuple[tuple[Message, ...], list[str]]:

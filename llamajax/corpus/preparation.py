@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from llamajax.corpus.documents import Corpus, LeftOut, warn_of_single_article
 from llamajax.corpus.holdout import SPLITS, Holdout
-from llamajax.corpus.input_files import Corpus, find_files, warn_of_single_article
-from llamajax.corpus.instructions import Example, InstructionCorpus
+from llamajax.corpus.input_files import find_files
+from llamajax.corpus.instructions import InstructionCorpus
 from llamajax.corpus.tokenizer_training import MAX_BYTES, parse_train, train_tokenizer
 from llamajax.corpus.tokenizing import TokenizedDocuments, tokenize_all
 from llamajax.data import shards
@@ -42,6 +43,8 @@ class PrepareSettings:
     validation_fraction: float
     workers: int
     overwrite: bool
+    document_separator: str = ""
+    on_error: str = "stop"
 
 
 # Called with the phase, the bytes done and all bytes.
@@ -52,22 +55,28 @@ def prepare(settings: PrepareSettings, progress: ReportProgress) -> dict[str, An
     """Write the output directory and return its manifest. A UserError leaves nothing behind."""
     files = check_input(settings)
     corpus = open_corpus(settings, files)
+    masked = settings.format == "instructions"
     with locked_output(settings.output) as directory:
-        if settings.format == "instructions":  # name every bad line before any work is done
-            collections.deque(watched(corpus, "checking examples", progress), maxlen=0)
-        documents = watched(corpus, "counting documents", progress)
-        holdout = Holdout(documents, settings.validation_fraction)
+        watch(corpus, "checking documents", progress)
+        sizes = corpus.check()
+        holdout = Holdout(sizes, settings.validation_fraction, whole=masked)
+        collections.deque(sizes, maxlen=0)  # name every bad row before any work is done
         tokenizer_path = settings.tokenizer
         if parse_train(settings.tokenizer) is not None:
             tokenizer_path = str(directory / TRAINED)
             train_on(settings, corpus, holdout, Path(tokenizer_path), progress)
+        watch(corpus, "tokenizing", progress)
         results = tokenize_all(
-            holdout.split(watched(corpus, "tokenizing", progress)),
+            holdout.split(corpus),
             tokenizer_path=tokenizer_path,
             template=settings.chat_template,
             num_workers=settings.workers,
+            left_out=corpus.left_out,
         )
-        manifest = write_results(settings, files, results, directory, tokenizer_path)
+        manifest = write_results(
+            settings, files, results, directory, tokenizer_path, left_out=corpus.left_out
+        )
+    corpus.left_out.say()
     warn_of_single_article(settings.clean, corpus.num_articles)
     return manifest
 
@@ -93,8 +102,14 @@ def check_input(settings: PrepareSettings) -> list[Path]:
 def open_corpus(settings: PrepareSettings, files: list[Path]) -> Corpus:
     """Return the documents of some of the files."""
     if settings.format == "instructions":
-        return InstructionCorpus(files, template=settings.chat_template)
-    return Corpus(files, text_key=settings.text_key, clean=settings.clean)
+        return InstructionCorpus(files, template=settings.chat_template, on_error=settings.on_error)
+    return Corpus(
+        files,
+        text_key=settings.text_key,
+        clean=settings.clean,
+        separator=settings.document_separator,
+        on_error=settings.on_error,
+    )
 
 
 @contextlib.contextmanager
@@ -119,11 +134,9 @@ def locked_output(output: Path) -> Iterator[Path]:
         yield stack.enter_context(replaced_directory(output))
 
 
-def watched(corpus: Corpus, phase: str, progress: ReportProgress) -> Iterator[str | Example]:
-    """Yield the documents and report progress."""
-    for document in corpus:
-        yield document
-        progress(phase, corpus.bytes_read, corpus.total_bytes)
+def watch(corpus: Corpus, phase: str, progress: ReportProgress) -> None:
+    """Report the progress of the next iterations."""
+    corpus.report = lambda: progress(phase, corpus.bytes_read, corpus.total_bytes)
 
 
 def train_on(
@@ -134,7 +147,8 @@ def train_on(
     progress: ReportProgress,
 ) -> None:
     """Train the tokenizer that `train:N` asks for; it has the same bytes on every machine."""
-    parts = holdout.split(watched(corpus, "reading for the tokenizer", progress))
+    watch(corpus, "reading for the tokenizer", progress)
+    parts = holdout.split(corpus)
     share = min(1.0, MAX_BYTES / max(1.0, corpus.expected_text_bytes))
     num_pieces = parse_train(settings.tokenizer)
     train_tokenizer(parts, num_pieces=num_pieces, share=share, output=output)
@@ -146,9 +160,11 @@ def write_results(
     results: Generator[TokenizedDocuments],
     directory: Path,
     tokenizer_path: str,
+    *,
+    left_out: LeftOut,
 ) -> dict[str, Any]:
     """Write shards, tokenizer and manifest; return the manifest."""
-    masked = settings.format == "instructions"
+    masked, separator = settings.format == "instructions", settings.document_separator
     tokenizer = load_tokenizer(tokenizer_path)
     is_stored = Path(tokenizer_path) == directory / TRAINED
     stored = TRAINED if is_stored else tokenizer.save(directory)
@@ -178,8 +194,10 @@ def write_results(
         **({"loss_mask": True} if masked else {}),
         "input": {
             **{name: getattr(settings, name) for name in (*read_with, "validation_fraction")},
+            **({"document_separator": separator} if separator else {}),
             "files": [file.name for file in files],
         },
+        **({"left_out": record} if (record := left_out.record()) else {}),
         "splits": splits,
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -197,10 +215,13 @@ def _write_splits(
             stack.callback(writer.abandon)
         stack.enter_context(contextlib.closing(results))
         for r in results:
-            writers[r.split].add(r.tokens, r.lengths, text_bytes=r.text_bytes, answer=r.answer)
-            if not masked:  # the first token of a text is no target
-                first = r.tokens[np.cumsum([0, *r.lengths[:-1]])]
-                np.subtract.at(writers[r.split].counts, first, 1)
+            writers[r.split].add(
+                r.tokens,
+                r.lengths,
+                text_bytes=sum(r.text_bytes),
+                answer=r.answer,
+                continues=r.continues,
+            )
         splits = {s: w.close() for s, w in writers.items() if w.documents}
     # Statistics of the targets: of an example only the tokens that carry loss were counted.
     train = writers["train"].counts

@@ -8,6 +8,7 @@ others are. So the merge decides what is held out. It copies tokens and counts t
 byte for byte, what one process would have written.
 """
 
+import collections
 import contextlib
 import itertools
 import json
@@ -19,8 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llamajax.corpus.documents import LeftOut, warn_of_single_article
 from llamajax.corpus.holdout import DocumentPart, Holdout
-from llamajax.corpus.input_files import warn_of_single_article
 from llamajax.corpus.preparation import (
     TRAINED,
     PrepareSettings,
@@ -29,11 +30,11 @@ from llamajax.corpus.preparation import (
     locked_output,
     open_corpus,
     train_on,
-    watched,
+    watch,
     write_results,
 )
 from llamajax.corpus.tokenizer_training import parse_train
-from llamajax.corpus.tokenizing import TokenizedDocuments, tokenize, tokenize_all
+from llamajax.corpus.tokenizing import TokenizedDocuments, tokenize_all
 from llamajax.data.shards import token_dtype
 from llamajax.errors import UserError, combine
 from llamajax.files import lock_file, replaced_file, write_file
@@ -95,9 +96,12 @@ def run_task(
             raise UserError(problem)
         return f"{part} is there already"
     with locked_output(part) as directory:
-        num_documents = _write_part(settings, own_files, directory, tokenizer_path, progress)
+        columns, left_out = _write_part(settings, own_files, directory, tokenizer_path, progress)
+        num_documents = len(columns[0])
         facts |= {"documents": num_documents, "files": [f.name for f in own_files]}
+        facts |= {"left_out": left_out.record()}
         (directory / _FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    left_out.say()
     return f"wrote {part}: {num_documents:,} documents of {len(own_files)} files"
 
 
@@ -122,11 +126,17 @@ def merge(settings: PrepareSettings, *, num_tasks: int, progress: ReportProgress
     if problems := [problem for task in tasks if (problem := _mismatch(task.part, facts))]:
         raise combine(problems, title="parts that are not of this command:")
     num_documents = sum(len(task.column(0)) for task in tasks)
+    left_out = LeftOut()
+    for task in tasks:
+        left_out.merge(json.loads((task.part / _FACTS).read_text("utf-8"))["left_out"])
     with locked_output(settings.output) as directory:
         if trained:
             tokenizer_path = str(shutil.copyfile(tokenizer_path, directory / TRAINED))
         results = _merged(settings, tasks, tokenizer_path, progress)
-        manifest = write_results(settings, files, results, directory, tokenizer_path)
+        manifest = write_results(
+            settings, files, results, directory, tokenizer_path, left_out=left_out
+        )
+    left_out.say()
     warn_of_single_article(settings.clean, num_documents)
     shutil.rmtree(parts, ignore_errors=True)
     return manifest
@@ -150,8 +160,11 @@ def find_or_train_tokenizer(
                     raise UserError(f"{path} was trained on another input; remove {parts}")
                 return str(path)
             corpus = open_corpus(settings, files)
-            documents = watched(corpus, "counting documents", progress)
-            holdout = Holdout(documents, settings.validation_fraction)
+            watch(corpus, "checking documents", progress)
+            masked = settings.format == "instructions"
+            sizes = corpus.check()
+            holdout = Holdout(sizes, settings.validation_fraction, whole=masked)
+            collections.deque(sizes, maxlen=0)
             with replaced_file(path) as hidden:
                 train_on(settings, corpus, holdout, hidden, progress)
             write_file(facts_path, json.dumps(facts, indent=1))
@@ -162,7 +175,8 @@ def find_or_train_tokenizer(
 
 def _facts(settings: PrepareSettings, files: list[Path], **others: Any) -> dict[str, Any]:
     """Return what decides the bytes of the parts: flags, input files, and `others`."""
-    names = ("format", "chat_template", "text_key", "clean", "validation_fraction")
+    names = ["format", "chat_template", "text_key", "clean", "validation_fraction", "on_error"]
+    names += ["document_separator"]
     listed = [[file.name, file.stat().st_size] for file in files]
     return {name: getattr(settings, name) for name in names} | {"input": listed} | others
 
@@ -182,35 +196,33 @@ def _write_part(
     directory: Path,
     tokenizer_path: str,
     progress: ReportProgress,
-) -> int:
-    """Write the tokens and the columns of all documents in `files`; return their number."""
+) -> tuple[tuple[list[int], ...], LeftOut]:
+    """Write the tokens and the columns of all documents in `files`; return the columns."""
     corpus = open_corpus(settings, files)
-    columns: tuple[list[int], ...] = ([], [], [])
-
-    def parts() -> Iterator[DocumentPart]:
-        for document in watched(corpus, "tokenizing", progress):
-            part = DocumentPart("train", document)
-            columns[1].append(part.text_bytes)
-            columns[2].append(len(document))
-            yield part
-
+    watch(corpus, "checking documents", progress)
+    columns: tuple[list[int], ...] = ([], [], list(corpus.check()))
+    watch(corpus, "tokenizing", progress)
     results = tokenize_all(
-        parts(),
+        (DocumentPart("train", document) for document in corpus),
         tokenizer_path=tokenizer_path,
         template=settings.chat_template,
         num_workers=settings.workers,
+        left_out=corpus.left_out,
     )
     names = (_TOKENS, _ANSWER) if settings.format == "instructions" else (_TOKENS,)
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context((directory / name).open("wb")) for name in names]
         stack.enter_context(contextlib.closing(results))
         for result in results:
-            columns[0].extend(result.lengths)
+            for column, new in zip(columns, (result.lengths, result.text_bytes), strict=False):
+                if result.continues:
+                    column[-1] += new[0]
+                column.extend(new[result.continues :])
             for output, array in zip(outputs, (result.tokens, result.answer), strict=False):
                 array.tofile(output)
     for name, column in zip(_COLUMNS, columns, strict=True):
         np.array(column, "<i8").tofile(directory / name)
-    return len(columns[0])
+    return columns, corpus.left_out
 
 
 def _merged(
@@ -226,7 +238,7 @@ def _merged(
     masked = settings.format == "instructions"
     tokenizer = load_tokenizer(tokenizer_path)
     dtype = token_dtype(tokenizer.vocab_size)
-    sizes = (range(n) for task in tasks for n in task.column(2))
+    sizes = (int(n) for task in tasks for n in task.column(2))
     holdout = Holdout(sizes, settings.validation_fraction, whole=masked)
     held = holdout.held()
     total, done = sum((task.part / _TOKENS).stat().st_size for task in tasks), 0
@@ -241,9 +253,16 @@ def _merged(
             flags = np.fromiter(held, bool, last - first)
             start, count = int(ends[first]), int(ends[last] - ends[first])
             if first == cut:
-                again = itertools.islice(open_corpus(settings, task.files), cut, None)
-                halves = holdout.halves(next(again))
-                yield from tokenize(halves, tokenizer, settings.chat_template)
+                again = open_corpus(settings, task.files)
+                collections.deque(again.check(), maxlen=0)  # which documents are left out
+                halves = holdout.halves(next(itertools.islice(again, cut, None)))
+                yield from tokenize_all(
+                    halves,
+                    tokenizer_path=tokenizer_path,
+                    template=settings.chat_template,
+                    num_workers=settings.workers,
+                    left_out=LeftOut(),
+                )
             else:
                 tokens = np.fromfile(path, dtype, count, offset=start * dtype.itemsize)
                 answer = None
@@ -287,5 +306,5 @@ def _by_split(
                 tokens[each],
                 None if answer is None else answer[each],
                 lengths[flags].tolist(),
-                int(text_bytes[flags].sum()),
+                text_bytes[flags].tolist(),
             )

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from llamajax.corpus.holdout import DocumentPart
+from llamajax.corpus.instructions import Example
+from llamajax.corpus.long_text import LongText
 from llamajax.errors import UserError
 from llamajax.tokenizers.tokenizer import well_formed
 
@@ -79,15 +81,24 @@ def _lines(parts: Iterable[DocumentPart], share: float) -> Iterator[str]:
         draw = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=4, key=b"train").digest()
         if int.from_bytes(draw, "little") > share * 2**32:
             continue
-        left -= len(part.document)
-        if left < 0:
-            return
-        whole = isinstance(part.document, str)
-        texts = [part.document] if whole else [m.content for m in part.document.messages]
-        for text in texts:
+        rest = ""  # of a long text: the beginning of a line
+        for text in _texts(part.document):
+            left -= len(text)
+            if left < 0:
+                return
             # SentencePiece skips lines with U+2585, which marks borders in its trainer.
-            for line in re.split("[\n\u2585]", well_formed(text)):
+            *lines, rest = re.split("[\n\u2585]", rest + well_formed(text))
+            if len(rest) > _MAX_LINE_BYTES or not isinstance(part.document, LongText):
+                lines, rest = [*lines, rest], ""
+            for line in lines:
                 yield from _short(line)
+        yield from _short(rest)
+
+
+def _texts(document: str | LongText | Example) -> Iterable[str]:
+    if isinstance(document, Example):
+        return [message.content for message in document.messages]
+    return document if isinstance(document, LongText) else [document]
 
 
 def _short(line: str) -> Iterator[str]:

@@ -19,13 +19,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from llamajax.corpus.documents import LeftOut
 from llamajax.corpus.holdout import SPLITS, DocumentPart
+from llamajax.corpus.instructions import Example
 from llamajax.data.shards import token_dtype
 from llamajax.errors import UserError
 from llamajax.tokenizers import Tokenizer, load_tokenizer
 from llamajax.tokenizers.chat import encode_example
 from llamajax.verbs import STOP_SIGNALS
 
+# Long texts are cut into pieces that several workers can encode.
+_PIECE_CHARS = 400_000
+# A longer stretch without a safe cut is cut anyway: memory grows with it, 40 bytes a character.
+_MAX_PIECE_CHARS = 1 << 22
 _BATCH_CHARS = 500_000
 _BATCH_PARTS = 2_000
 _BATCHES_PER_WORKER = 3  # being tokenized, or waiting for their turn: bounds the memory
@@ -39,15 +45,50 @@ _WORKER = (
 class TokenizedDocuments:
     """Tokenized documents of one split: BOS and EOS around each, all in one array.
 
-    answer: of examples, whether each token carries loss. lengths: tokens of each document.
-    text_bytes: of the texts, or of the answers.
+    answer: of examples, whether each token carries loss. lengths, text_bytes: tokens and bytes of
+    each document (of an example's answers). continues: the first goes on with the document before.
     """
 
     split: str
     tokens: np.ndarray
     answer: np.ndarray | None
     lengths: list[int]
-    text_bytes: int
+    text_bytes: list[int]
+    continues: bool = False
+
+
+def in_pieces(parts: Iterable[DocumentPart], tokenizer: Tokenizer) -> Iterator[DocumentPart]:
+    """Cut long texts where that changes no token. A stretch without such a place is cut anyway."""
+    for part in parts:
+        document = part.document
+        if isinstance(document, str) and len(document) > _PIECE_CHARS:
+            document = [document]
+        if isinstance(document, str | Example):
+            yield part
+            continue
+        piece, is_safe = None, True
+        for text, next_is_safe in _pieces(document, tokenizer):
+            if piece is not None:
+                yield dataclasses.replace(piece, ends=False)
+            begins = piece is None
+            piece = DocumentPart(part.split, text, begins=begins, cut_is_safe=is_safe)
+            is_safe = next_is_safe
+        yield piece
+
+
+def _pieces(chunks: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
+    """Yield the pieces of a text, each with whether the cut after it is safe."""
+    rest = ""
+    for chunk in chunks:
+        rest, start = rest + chunk, 0
+        while len(rest) - start > _PIECE_CHARS:
+            end = tokenizer.safe_cut(rest, start + _PIECE_CHARS)
+            if end is None and len(rest) - start <= _MAX_PIECE_CHARS:
+                break
+            yield rest[start : end or start + _MAX_PIECE_CHARS], end is not None
+            start = end or start + _MAX_PIECE_CHARS
+        rest = rest[start:]
+    yield rest, True
 
 
 def tokenize(
@@ -56,35 +97,47 @@ def tokenize(
     """Tokenize texts or examples; one result for each split."""
     results = []
     for split in SPLITS:
-        pieces, answers, lengths, text_bytes = [], [], [], 0
-        for part in parts:
-            if part.split != split:
-                continue
+        own = [part for part in parts if part.split == split]
+        arrays, answers = [], []
+        for part in own:
             if isinstance(part.document, str):
-                ids = [*tokenizer.start_ids, *tokenizer.encode(part.document), tokenizer.eos_id]
+                ids = tokenizer.encode_array(part.document, continues=not part.begins)
+                start = tokenizer.start_ids if part.begins else []
+                ids = np.concatenate([start, ids, [tokenizer.eos_id] * part.ends])
             else:
                 ids, answer = encode_example(tokenizer, template, part.document.messages)
                 answers.append(np.array(answer, bool))
-            pieces.append(np.array(ids, token_dtype(tokenizer.vocab_size)))
-            lengths.append(len(ids))
-            text_bytes += part.text_bytes
-        if pieces:
-            mask = np.concatenate(answers) if answers else None
+            arrays.append(np.asarray(ids).astype(token_dtype(tokenizer.vocab_size)))
+        if own:
             results.append(
-                TokenizedDocuments(split, np.concatenate(pieces), mask, lengths, text_bytes)
+                TokenizedDocuments(
+                    split,
+                    np.concatenate(arrays),
+                    np.concatenate(answers) if answers else None,
+                    [len(ids) for ids in arrays],
+                    [part.text_bytes for part in own],
+                    continues=not own[0].begins,
+                )
             )
     return results
 
 
 def tokenize_all(
-    parts: Iterable[DocumentPart], *, tokenizer_path: str, template: str, num_workers: int
+    parts: Iterable[DocumentPart],
+    *,
+    tokenizer_path: str,
+    template: str,
+    num_workers: int,
+    left_out: LeftOut,
 ) -> Iterator[TokenizedDocuments]:
     """Yield the tokens of all parts in their order, whatever the number of workers.
 
-    One worker: the work is done in this process. Raises UserError if a worker dies.
+    One worker: the work is done in this process. Cuts that change tokens are counted in `left_out`.
+    Raises UserError if a worker dies.
     """
+    tokenizer = load_tokenizer(tokenizer_path)
+    parts = _counted(in_pieces(parts, tokenizer), left_out)
     if num_workers == 1:
-        tokenizer = load_tokenizer(tokenizer_path)
         for batch in _batched(parts):
             yield from tokenize(batch, tokenizer, template)
         return
@@ -118,10 +171,20 @@ def tokenize_all(
                 pass
 
 
+def _counted(parts: Iterable[DocumentPart], left_out: LeftOut) -> Iterator[DocumentPart]:
+    for part in parts:
+        left_out.unsafe_cuts += not part.cut_is_safe
+        yield part
+
+
 def _batched(parts: Iterable[DocumentPart]) -> Iterator[list[DocumentPart]]:
+    """Yield lists of parts; one that goes on with a document is the first of its list."""
     batch: list[DocumentPart] = []
     chars = 0
     for part in parts:
+        if batch and not part.begins:
+            yield batch
+            batch, chars = [], 0
         batch.append(part)
         chars += len(part.document)
         if chars >= _BATCH_CHARS or len(batch) >= _BATCH_PARTS:

@@ -18,8 +18,8 @@ from llamajax.backends.jax_private.bare_grain import grain
 from llamajax.config.schema import DataConfig
 from llamajax.data import shards
 from llamajax.data.sample_order import ROUNDS, EndlessOrder
+from llamajax.data.shards import read_manifest
 from llamajax.errors import UserError, combine
-from llamajax.tokenizers.loading import MANIFEST
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -242,28 +242,6 @@ def _open_split(path: Path, split: str, *, verify: bool) -> PreparedSplit:
     if problems:
         raise combine(problems, title=f"{path}: damaged; copy it or prepare it again:")
     return PreparedSplit(path, manifest, split)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Read the manifest of a prepared directory. UserError for none, or one of another format."""
-    file = path / MANIFEST
-    if not file.is_file():
-        what = "no such directory"
-        if path.is_dir():
-            what = "not a prepared directory (no manifest.json)"
-        raise UserError(f"data.path: {path}: {what}; write one with `python -m llamajax.prepare`")
-    try:
-        manifest = json.loads(file.read_text("utf-8"))
-        version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: damaged or not written by llamajax.prepare") from error
-    known = (shards.FORMAT_VERSION, shards.MASKED_FORMAT_VERSION)
-    if version not in known:
-        raise UserError(
-            f"{file}: format version {version}; this llamajax reads {known[0]} to {known[-1]}:"
-            " prepare again"
-        )
-    return manifest
 
 
 def _digest(value: Any) -> str:

@@ -13,6 +13,7 @@ token carries loss as a target. A document is then an example in its chat templa
 
 import contextlib
 import hashlib
+import json
 import os
 import struct
 import threading
@@ -24,6 +25,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from llamajax.errors import UserError
+from llamajax.tokenizers.loading import MANIFEST
 
 FORMAT_VERSION = 1
 # With bits for the loss: a reader that does not know them must not train on the prompts.
@@ -71,6 +73,28 @@ def unpack_block(record: bytes, dtype: np.dtype, *, masked: bool) -> TokenBlock:
         return TokenBlock(tokens, starts, None)
     bits = np.frombuffer(record, np.uint8, offset=len(record) - -(-num_tokens // 8))
     return TokenBlock(tokens, starts, np.unpackbits(bits, count=num_tokens).view(bool))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read the manifest of a prepared directory. UserError for none, or one of another format."""
+    file = path / MANIFEST
+    if not file.is_file():
+        what = "no such directory"
+        if path.is_dir():
+            what = "not a prepared directory (no manifest.json)"
+        raise UserError(f"data.path: {path}: {what}; write one with `python -m llamajax.prepare`")
+    try:
+        manifest = json.loads(file.read_text("utf-8"))
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: damaged or not written by llamajax.prepare") from error
+    known = (FORMAT_VERSION, MASKED_FORMAT_VERSION)
+    if version not in known:
+        raise UserError(
+            f"{file}: format version {version}; this llamajax reads {known[0]} to {known[-1]}:"
+            " prepare again"
+        )
+    return manifest
 
 
 class _ShardFiles:
@@ -133,8 +157,8 @@ class _ShardFiles:
 class SplitWriter:
     """Writes one split. The bytes depend only on the tokens, not on how `add` was called.
 
-    masked: every token comes with whether it carries loss. counts: how often each token occurs;
-    with `masked` only where it carries loss.
+    masked: every token comes with whether it carries loss. counts: how often each token is a target
+    that carries loss.
     """
 
     def __init__(self, directory: Path, split: str, vocab_size: int, *, masked: bool) -> None:
@@ -154,15 +178,19 @@ class SplitWriter:
         *,
         text_bytes: int,
         answer: np.ndarray | None = None,
+        continues: bool = False,
     ) -> None:
         """Append documents, BOS and EOS included: their tokens in one array, and their lengths.
 
-        answer: with `masked`, as bool, which tokens carry loss.
+        answer: with `masked`, as bool, which tokens carry loss. continues: the first length is that
+        of the rest, or a part, of the document before.
         """
         if not len(lengths):
             return
-        starts = np.cumsum([0, *lengths[:-1]]) + len(self._tokens)
-        self._starts = np.concatenate([self._starts, starts])
+        starts = np.cumsum([0, *lengths[:-1]])[continues:]
+        if not self._masked:  # the first token of a text is no target
+            np.subtract.at(self.counts, tokens[starts], 1)
+        self._starts = np.concatenate([self._starts, starts + len(self._tokens)])
         self._tokens = np.concatenate([self._tokens, tokens.astype(self._tokens.dtype, copy=False)])
         counted = tokens
         if self._masked:
@@ -170,7 +198,7 @@ class SplitWriter:
             self._lengths += lengths
             counted = tokens[answer]
         self.counts += np.bincount(counted, minlength=len(self.counts))
-        self.documents += len(lengths)
+        self.documents += len(starts)
         self.tokens += len(tokens)
         self.text_bytes += text_bytes
         # A block can be written when the token after it is known.

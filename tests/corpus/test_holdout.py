@@ -7,7 +7,7 @@ from llamajax.errors import UserError
 
 
 def split(texts: list[str], fraction: float) -> dict[str, list[str]]:
-    parts = list(Holdout(iter(texts), fraction).split(iter(texts)))
+    parts = list(Holdout(map(len, texts), fraction).split(iter(texts)))
     return {s: [p.document for p in parts if p.split == s] for s in ("train", "validation")}
 
 

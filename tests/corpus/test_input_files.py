@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from llamajax.corpus.input_files import Corpus, find_files
+from llamajax.corpus.documents import Corpus
+from llamajax.corpus.input_files import find_files
 from llamajax.errors import UserError
 
 TEXTS = ["first one\n", "二 second ü", "third\r\nline\x00end"]

@@ -132,7 +132,7 @@ def test_examples_are_held_out_whole(prepared_pairs, pairs):
     with pytest.raises(UserError, match="too little text for two splits"):
         prepared_pairs("one", [pairs[3]], "--validation_fraction=0.1")
     example = Example((Message("user", "x" * 50), Message("assistant", "y" * 50)))
-    parts = list(Holdout([example], 0.2).split([example]))
+    parts = list(Holdout([len(example)], 0.2, whole=True).split([example]))
     assert [(p.split, p.document) for p in parts] == [("train", example)]
 
 
@@ -215,7 +215,7 @@ def test_bad_lines_are_named_together(tmp_path):
     corpus = InstructionCorpus([path], template="none")
     for _ in range(2):  # again by a second iteration
         with pytest.raises(UserError) as raised:
-            list(corpus)
+            list(corpus.check())
         title, *named = str(raised.value).splitlines()
         assert "first" not in title
         assert [t.split(":")[1:3] for t in named] == [
@@ -224,7 +224,7 @@ def test_bad_lines_are_named_together(tmp_path):
         ]  # fmt: skip
     path.write_text("[]\n" * 50)
     with pytest.raises(UserError, match="the first 10 problems") as raised:
-        list(corpus)
+        list(corpus.check())
     assert len(str(raised.value).splitlines()) == 11
     text.write_text("x")
     with pytest.raises(UserError, match=r"reads \.jsonl and \.jsonl\.gz.*not a\.txt"):

@@ -1,0 +1,254 @@
+"""The documents of input files: checked first, then read as often as needed."""
+
+import collections
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llamajax.corpus import wikitext
+from llamajax.corpus.input_files import (
+    COMPRESSIONS,
+    FileError,
+    byte_lines,
+    checked_object,
+    decode,
+    decoded_chunks,
+    decompressed,
+    format_of,
+    json_object,
+    lines_of,
+)
+from llamajax.corpus.long_text import LONG_CHARS, LongText, document_of, long_json, split_at
+from llamajax.corpus.parquet import parquet_rows
+from llamajax.errors import UserError, combine, say
+
+_NAMED = 10
+
+
+@dataclasses.dataclass
+class LeftOut:
+    """What of the input is not in the output as it is: bad rows, and cuts that change tokens."""
+
+    rows: int = 0
+    first: list[str] = dataclasses.field(default_factory=list)
+    unsafe_cuts: int = 0
+
+    def add(self, problem: str) -> None:
+        """Count a bad row; name it if it is among the first."""
+        self.rows += 1
+        self.first += [problem][: _NAMED - len(self.first)]
+
+    def error(self) -> UserError:
+        """Return the error that names the first bad rows."""
+        count = f"the first {_NAMED} problems" if self.rows > _NAMED else f"{self.rows}"
+        return combine(
+            self.first,
+            title=f"--input has rows that cannot be used ({count}); mend them, or leave them out "
+            "with --on_error=skip:",
+        )
+
+    def say(self) -> None:
+        """Warn of what was left out."""
+        if self.rows:
+            shown = "".join(f"\n  - {problem}" for problem in self.first)
+            more = "" if self.rows <= _NAMED else f"\n  - and {self.rows - _NAMED:,} more"
+            say(f"warning: {self.rows:,} rows of --input are left out:{shown}{more}")
+        if self.unsafe_cuts:
+            say(
+                f"warning: {self.unsafe_cuts:,} cuts within texts of which this tokenizer has no "
+                "place that can be cut without changing a token: some tokens beside a cut differ"
+            )
+
+    def record(self) -> dict[str, Any]:
+        """Return what differs from nothing, for the manifest."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value}
+
+    def merge(self, other: dict[str, Any]) -> None:
+        """Add the record of another part of the input."""
+        self.rows += other.get("rows", 0)
+        self.first = [*self.first, *other.get("first", [])][:_NAMED]
+        self.unsafe_cuts += other.get("unsafe_cuts", 0)
+
+
+class Corpus:
+    """The texts of some files, in order. Can be iterated any number of times.
+
+    on_error: what a bad row means: `stop` or `skip`. separator: ends a text within a `.txt` file.
+    total_bytes: on disk. num_articles: of WikiText, found by the last complete iteration.
+    left_out: what the last check found.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        *,
+        text_key: str,
+        clean: str,
+        separator: str = "",
+        on_error: str = "stop",
+    ) -> None:
+        self._files, self._text_key, self._clean = files, text_key, clean
+        self._separator, self._on_error = separator, on_error
+        self.total_bytes = sum(f.stat().st_size for f in files)
+        self.num_articles = self._done_bytes = 0
+        self._stream: BinaryIO | None = None
+        self.left_out = LeftOut()
+        self._bad: set[int] = set()
+        self.report: Callable[[], None] = lambda: None
+
+    @property
+    def expected_text_bytes(self) -> int:
+        """Estimate of the bytes of text: four times those of compressed files, as for English."""
+        compressed = (*COMPRESSIONS, ".parquet")
+        sizes = (f.stat().st_size for f in self._files if f.name.lower().endswith(compressed))
+        return self.total_bytes + 3 * sum(sizes)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes on disk that the current iteration has passed."""
+        stream = self._stream
+        return self._done_bytes + (stream.tell() if stream and not stream.closed else 0)
+
+    def check(self) -> Iterator[int]:
+        """Read all documents and yield the characters of each.
+
+        Bad rows are counted in `left_out`. If they are not to be skipped, raises UserError that
+        names the first ten: at the end, or as soon as there are more.
+        """
+        self.left_out, self._bad = LeftOut(), set()
+        for number, row in enumerate(self._rows()):
+            try:
+                if isinstance(row, UserError):
+                    raise row
+                size = sum(map(len, row)) if isinstance(row, LongText) else len(row)
+            except UserError as error:
+                self._bad.add(number)
+                self.left_out.add(str(error))
+                if self._on_error == "stop" and self.left_out.rows > _NAMED:
+                    raise self.left_out.error() from None
+            else:
+                yield size
+        if self._on_error == "stop" and self._bad:
+            raise self.left_out.error()
+
+    def __iter__(self) -> Iterator[str | LongText]:
+        """Yield the texts that are more than white space, without bad rows where those are skipped.
+
+        A LongText has to be read before the next document is asked for. Raises UserError for a bad
+        row that is not skipped.
+        """
+        for number, row in enumerate(self._rows()):
+            is_bad = number in self._bad
+            if isinstance(row, UserError) and not is_bad:
+                raise row
+            if not is_bad:
+                yield row
+            if isinstance(row, LongText):
+                with contextlib.suppress(UserError) if is_bad else contextlib.nullcontext():
+                    collections.deque(row, maxlen=0)
+
+    def _rows(self) -> Iterator[Any]:
+        """Yield documents; a UserError for a bad row, and for a file that cannot be read on."""
+        self.num_articles = self._done_bytes = 0
+        for file in self._files:
+            try:
+                with file.open("rb") as self._stream:
+                    for row in self._documents(file, self._stream):
+                        self.report()
+                        yield row
+            except OSError as error:
+                problem = f"{file}: cannot be read: {error.strerror or error}"
+                if self._on_error == "skip":  # another try may find it readable
+                    raise UserError(problem) from error
+                yield UserError(problem)
+            except UserError as error:
+                yield error
+            self._done_bytes += file.stat().st_size
+
+    def _documents(self, file: Path, raw: BinaryIO) -> Iterator[Any]:
+        """Yield the documents and bad rows of one open file; subclasses override this."""
+        for text in self._texts(file, raw):
+            if not isinstance(text, str) or (text and not text.isspace()):
+                yield text
+
+    def _texts(self, file: Path, raw: BinaryIO) -> Iterator[Any]:
+        form, stream = format_of(file), decompressed(file, raw)
+        if form == ".parquet":
+            rows = parquet_rows(file, raw, stream, self._text_key)
+        elif form == ".jsonl":
+            rows = _json_rows(file, stream, self._text_key)
+        elif form == ".txt" and self._clean == "none":
+            chunks = self._watched(decoded_chunks(file, stream))
+            texts = split_at(chunks, self._separator) if self._separator else [chunks]
+            rows = map(document_of, texts)
+        else:
+            rows = lines_of(file, stream)
+        if form not in (".tokens", ".raw") and self._clean != "wikitext":
+            yield from rows
+            return
+        problems: list[UserError] = []
+        lines = _good(rows, problems)
+        if form in (".parquet", ".jsonl"):
+            lines = wikitext.lines_of(lines)
+        for article in wikitext.articles(lines):
+            self.num_articles += not article.isspace()
+            yield wikitext.clean(article) if self._clean == "wikitext" else article
+        yield from problems
+
+    def _watched(self, chunks: Iterator[str]) -> Iterator[str]:
+        for chunk in chunks:
+            self.report()
+            yield chunk
+
+
+def _good(rows: Iterator[Any], problems: list[UserError]) -> Iterator[str]:
+    """Yield whole texts, and collect the bad rows."""
+    for row in rows:
+        if isinstance(row, UserError):
+            problems.append(row)
+        else:
+            yield row if isinstance(row, str) else "".join(row)
+
+
+def warn_of_single_article(clean: str, num_articles: int) -> None:
+    """Warn if cleaning found one article only in all files."""
+    if clean == "wikitext" and num_articles == 1:
+        say(
+            "warning: --clean=wikitext found a single article in all files: no line ` = Title = ` "
+            "follows a blank line; is this WikiText?"
+        )
+
+
+def placed(error: UserError, file: Path, number: int) -> UserError:
+    """Return the error for a line, unless it names the place already."""
+    text = str(error)
+    return error if text.startswith(f"{file}:") else UserError(f"{file}:{number}: {text}")
+
+
+def _json_rows(file: Path, stream: Any, text_key: str) -> Iterator[Any]:
+    for number, offset, line in byte_lines(stream):
+        try:
+            if len(line) > LONG_CHARS:
+                value = checked_object(long_json(line, f"{file}:{number}"))
+            else:
+                value = json_object(decode(file, line, offset))
+            yield _text_of(value, text_key)
+        except FileError:
+            raise
+        except UserError as error:
+            yield placed(error, file, number)
+
+
+def _text_of(value: dict[str, Any], text_key: str) -> str | LongText:
+    """Return the text in an object. Raises UserError without the place."""
+    if text_key not in value:
+        raise UserError(
+            f"no key {text_key!r} in this object (it has"
+            f" {', '.join(map(repr, value)) or 'none'}); name the right one with --text_key"
+        )
+    text = value[text_key]
+    if not isinstance(text, str | LongText):
+        raise UserError(f"{text_key!r} is a {type(text).__name__}, not a string")
+    return text

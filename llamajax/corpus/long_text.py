@@ -1,0 +1,139 @@
+"""Texts that are too long to be held whole: they are read once, chunk by chunk."""
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from llamajax.errors import UserError
+
+LONG_CHARS = 1 << 22
+CHUNK = 1 << 20  # bytes or characters
+_ESCAPE_OR_QUOTE = re.compile(rb'\\.|"', re.DOTALL)
+# Stands for a long string while the rest of its JSON line is parsed.
+_PLACEHOLDER = "\ufdd0long string "
+
+
+class LongText:
+    """The chunks of a text, in order; whoever iterates over them takes them."""
+
+    def __init__(self, chunks: Iterator[str]) -> None:
+        self._chunks = chunks
+        self._rest = ""
+
+    def __iter__(self) -> Iterator[str]:
+        while chunk := self._next():
+            yield chunk
+
+    def take(self, count: int) -> Iterator[str]:
+        """Yield the next `count` characters."""
+        while count > 0 and (chunk := self._next()):
+            chunk, self._rest = chunk[:count], chunk[count:]
+            count -= len(chunk)
+            yield chunk
+
+    def _next(self) -> str:
+        chunk, self._rest = self._rest, ""
+        return chunk or next((c for c in self._chunks if c), "")
+
+
+def document_of(chunks: Iterator[str]) -> str | LongText:
+    """Return a text of the chunks, whole unless it is long. A long one is more than white space."""
+    taken: list[str] = []
+    size, is_blank = 0, True
+    for chunk in chunks:
+        taken.append(chunk)
+        size += len(chunk)
+        is_blank = is_blank and chunk.isspace()
+        if size > LONG_CHARS and not is_blank:
+            return LongText(itertools.chain(taken, chunks))
+    return "".join(taken)
+
+
+def split_at(chunks: Iterator[str], separator: str) -> Iterator[Iterator[str]]:
+    """Yield the chunks of each text between separators; each is to be read before the next."""
+    buffer, at, ended = "", 0, False
+
+    def text() -> Iterator[str]:
+        nonlocal buffer, at, ended
+        while (found := buffer.find(separator, at)) < 0:
+            # What might begin a separator stays.
+            keep = max(at, len(buffer) - len(separator) + 1)
+            yield buffer[at:keep]
+            try:
+                chunk = next(chunks, None)
+            except UserError:
+                ended = True
+                raise
+            if chunk is None:
+                ended = True
+                yield buffer[keep:]
+                return
+            buffer, at = buffer[keep:] + chunk, 0
+        yield buffer[at:found]
+        at = found + len(separator)
+
+    while not ended:
+        each = text()
+        yield each
+        for _ in each:
+            pass
+
+
+def long_json(line: bytes, where: str) -> Any:
+    """Parse a JSON line whose long strings become LongTexts: in memory it is held once, as bytes.
+
+    Raises UserError for JSON that is not valid; within a long string, when that is read.
+    """
+    skeleton, strings, at = b"", [], 0
+    while (start := line.find(b'"', at)) >= 0:
+        escapes = _ESCAPE_OR_QUOTE.finditer(line, start + 1)
+        end = next((found.start() for found in escapes if found[0] == b'"'), len(line))
+        if end - start > LONG_CHARS:
+            skeleton += line[at:start] + json.dumps(f"{_PLACEHOLDER}{len(strings)}").encode()
+            strings.append((start + 1, end))
+        else:
+            skeleton += line[at : end + 1]
+        at = end + 1
+    try:
+        value = json.loads((skeleton + line[at:]).decode("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON: {error} (long strings left out)") from error
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(item, str) and item.startswith(_PLACEHOLDER):
+                start, end = strings[int(item.removeprefix(_PLACEHOLDER))]
+                value[key] = document_of(_string_chunks(line, start, end, where))
+    return value
+
+
+def _string_chunks(line: bytes, start: int, end: int, where: str) -> Iterator[str]:
+    """Decode the inside of a JSON string in chunks."""
+    while start < end:
+        cut = _whole_characters(line, min(start + CHUNK, end), end)
+        try:
+            yield json.loads(f'"{line[start:cut].decode("utf-8")}"')
+        except UnicodeDecodeError as error:
+            at = start + error.start
+            raise UserError(f"{where}: not UTF-8: byte 0x{line[at]:02x} at {at}") from error
+        except ValueError as error:
+            raise UserError(f"{where}: not valid JSON: {error} (from byte {start} on)") from error
+        start = cut
+
+
+def _whole_characters(line: bytes, cut: int, end: int) -> int:
+    """Return the first place from `cut` on that is within no character, escape or pair of those."""
+    last = line.rfind(b"\\", cut - 6, cut)
+    if last >= 0:
+        first = last
+        while line[first - 1 : first] == b"\\":
+            first -= 1
+        if (last - first) % 2 == 0:  # an odd number of backslashes: the last begins an escape
+            escape = line[last : last + 6]
+            cut = max(cut, last + (6 if escape[1:2] == b"u" else 2))
+            if re.match(rb"\\u[dD][89abAB]", escape) and line[cut : cut + 2] == b"\\u":
+                cut += 6  # the second half of a surrogate pair
+    while cut < end and line[cut] & 0xC0 == 0x80:
+        cut += 1
+    return min(cut, end)
