@@ -1,15 +1,18 @@
 """The verb `prepare`: what it writes, that it writes all or nothing, what it refuses."""
 
 import collections
+import gzip
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import warm
 
@@ -277,6 +280,114 @@ def test_mistakes_are_named_and_leave_nothing(corpus, tmp_path, flags, monkeypat
     with pytest.raises(UserError, match=MISTAKES[flags]):
         run(corpus, tmp_path / "out", *flags.split())
     assert sorted(tmp_path.iterdir()) == before
+
+
+BAD = ["{", "[1]", '{"body": "x"}', '{"text": null}', '{"text": "\\ud83d\\"}']
+
+
+@pytest.mark.parametrize("tasks", [0, 2])
+def test_bad_rows_are_listed_first_or_left_out_and_recorded(corpus, tmp_path, tasks, monkeypatch):
+    """Bad rows after more documents than decide about the hold-out; a file that ends too early."""
+    good = corpus.read_text() * 5
+    clean, mixed = tmp_path / "clean", tmp_path / "mixed"
+    for folder in (clean, mixed):
+        folder.mkdir()
+        (folder / "a.jsonl").write_text(good)
+        (folder / "c.jsonl.gz").write_bytes(gzip.compress(good.encode()))
+    (mixed / "a.jsonl").write_bytes((good + "\n".join(BAD * 3)).encode() + b'\n{"text": "\xff"}\n')
+    (mixed / "b.jsonl.gz").write_bytes(gzip.compress(b"x")[:-4])
+    calls = [["--num_tasks=2", f"--task_index={i}"] for i in range(tasks)]
+    calls = [*calls, ["--num_tasks=2", "--merge"]] if tasks else [[]]
+    with monkeypatch.context() as context:
+        context.setattr("llamajax.corpus.preparation.tokenize_all", pytest.fail)
+        context.setattr("llamajax.corpus.tasks.tokenize_all", pytest.fail)
+        with pytest.raises(UserError, match=r"the first 10 problems.*on_error=skip") as raised:
+            run(mixed, tmp_path / "out", *calls[0])
+    named = [line.split(": ")[0] for line in str(raised.value).splitlines()[1:]]
+    assert named == [f"  - {mixed / 'a.jsonl'}:{i}" for i in range(1501, 1511)]
+    for flags in calls:
+        run(mixed, tmp_path / "out", *flags, "--on_error=skip")
+    run(clean, tmp_path / "clean_out")
+    manifest, expected = read_manifest(tmp_path / "out"), read_manifest(tmp_path / "clean_out")
+    assert manifest["splits"] == expected["splits"]
+    assert manifest["left_out"]["rows"] == 17
+    assert [p.rpartition("/")[2].split(": ")[0] for p in manifest["left_out"]["first"]] == [
+        f"a.jsonl:{i}" for i in range(1501, 1511)
+    ]
+
+
+def test_the_record_and_the_screen_name_what_was_left_out(corpus, tmp_path, capsys):
+    corpus.write_text(corpus.read_text() + "nothing\n")
+    run(corpus, tmp_path / "out", "--on_error=skip")
+    said = capsys.readouterr()
+    assert "1 row of --input is left out:\n  - " in said.err
+    assert "left out    1 bad row of" in said.out
+    assert prepare.main([f"--inspect={tmp_path / 'out'}"]) == 0
+    shown = capsys.readouterr().out
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()[:-1]]
+    assert "corpus.jsonl:301: not valid JSON" in shown
+    splits = read_manifest(tmp_path / "out")["splits"]
+    for name, stats in splits.items():
+        assert f"{name:<11} {stats['documents']:,} documents, {stats['tokens']:,} tokens" in shown
+        assert all(f"{s['file']}: {s['tokens']:,} tokens" in shown for s in stats["shards"])
+    begins = re.findall(r"document \d: '(.*?)'", shown)
+    assert len(begins) == 6
+    assert all(any(repr(text)[1:].startswith(b) for text in texts) for b in begins)
+    with pytest.raises(UserError, match="not a prepared directory"):
+        prepare.main([f"--inspect={tmp_path}"])
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 5])
+def test_plain_text_is_split_at_a_separator(tmp_path, chunk, monkeypatch):
+    monkeypatch.setattr("llamajax.corpus.input_files.CHUNK", chunk)
+    texts = ["one", "two\n<|", "", "thrée <|endoftext|", " \n", "last\n"]
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
+    flags = ("--document_separator=<|endoftext|>", "--validation_fraction=0")
+    run(tmp_path / "a.txt", tmp_path / "out", *flags)
+    tokens, starts = stream(tmp_path / "out", "train")
+    documents = [tokens[a:b] for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True)]
+    decoded = [load_tokenizer("byte").decode(document) for document in documents]
+    assert decoded == [text for text in texts if text.strip()]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize("tokenizer", ["byte", "train:330"])
+def test_a_long_text_is_read_in_chunks_and_cut_where_that_changes_nothing(
+    tmp_path, kind, tokenizer, monkeypatch
+):
+    """Escapes, halves of pairs and characters of several bytes fall on the chunks' ends."""
+    rng = np.random.default_rng(3)
+    words = [*WORDS, '"', "\\", "\\\\", "🦙", "\u2028", "é" * 9, "\r\n", "\n\n"]
+    text = " ".join(rng.choice(words, 6000))
+    path = tmp_path / f"a.{kind}"
+    if kind == "txt":
+        path.write_bytes(text.encode())
+    elif kind == "jsonl":
+        lines = [json.dumps({"n": i, "text": text}, ensure_ascii=i == 0) for i in range(2)]
+        path.write_text("\n".join(lines))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": [text, "b"]}), path)
+    run(path, tmp_path / "one", tokenizer=tokenizer)
+    for name, size in [("long_text.LONG_CHARS", 900), ("documents.LONG_CHARS", 900),
+                       ("parquet.LONG_CHARS", 900), ("long_text.CHUNK", 7), ("parquet.CHUNK", 7),
+                       ("input_files.CHUNK", 7), ("tokenizing._PIECE_CHARS", 50)]:  # fmt: skip
+        monkeypatch.setattr(f"llamajax.corpus.{name}", size)
+    run(path, tmp_path / "many", tokenizer=tokenizer)
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+    run(path, tmp_path / "tasks", "--num_tasks=1", "--task_index=0", tokenizer=tokenizer)
+    run(path, tmp_path / "tasks", "--num_tasks=1", "--merge", tokenizer=tokenizer)
+    assert contents(tmp_path / "tasks") == contents(tmp_path / "one")
+
+
+def test_a_text_without_a_safe_cut_is_cut_and_that_is_said(tmp_path, monkeypatch, capsys):
+    for name in ("_PIECE_CHARS", "_MAX_PIECE_CHARS"):
+        monkeypatch.setattr(f"llamajax.corpus.tokenizing.{name}", 1000)
+    monkeypatch.setattr("llamajax.tokenizers.tokenizer.ByteTokenizer.safe_cut", lambda *_: None)
+    (tmp_path / "a.txt").write_text("x" * 3500)
+    run(tmp_path / "a.txt", tmp_path / "out", "--validation_fraction=0")
+    assert "warning: 3 cuts within texts of which" in capsys.readouterr().err
+    assert read_manifest(tmp_path / "out")["left_out"] == {"unsafe_cuts": 3}
+    assert stream(tmp_path / "out", "train") == ([256, *b"x" * 3500, 257], [0])
 
 
 @pytest.mark.parametrize(

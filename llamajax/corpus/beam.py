@@ -29,7 +29,7 @@ def prepare_on_beam(
         raise UserError(
             "--runner=beam needs Apache Beam: pip install 'llamajax[beam]' (or apache-beam)"
         ) from None
-    files = check_input(settings)
+    files, _ = check_input(settings)
     count = len(files) if num_tasks is None else num_tasks
     tasks.find_or_train_tokenizer(settings, files, progress)
     one = dataclasses.replace(settings, workers=1)  # the runner starts the processes

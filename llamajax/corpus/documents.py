@@ -54,7 +54,8 @@ class LeftOut:
         if self.rows:
             shown = "".join(f"\n  - {problem}" for problem in self.first)
             more = "" if self.rows <= _NAMED else f"\n  - and {self.rows - _NAMED:,} more"
-            say(f"warning: {self.rows:,} rows of --input are left out:{shown}{more}")
+            rows = "1 row of --input is" if self.rows == 1 else f"{self.rows:,} rows of --input are"
+            say(f"warning: {rows} left out:{shown}{more}")
         if self.unsafe_cuts:
             say(
                 f"warning: {self.unsafe_cuts:,} cuts within texts of which this tokenizer has no "

@@ -42,8 +42,8 @@ def summary(manifest: dict[str, Any]) -> list[str]:
             f"baseline    {loss:.3f} nats per token: validation, by train's token frequencies"
         )
     left_out = manifest.get("left_out", {})
-    if left_out.get("rows"):
-        lines.append(f"left out    {left_out['rows']:,} bad rows of the input")
+    if rows := left_out.get("rows"):
+        lines.append(f"left out    {rows:,} bad row{'s' * (rows > 1)} of the input")
     if left_out.get("unsafe_cuts"):
         lines.append(f"cuts        {left_out['unsafe_cuts']:,} within texts change a token")
     return lines

@@ -53,7 +53,7 @@ ReportProgress = Callable[[str, int, int], None]
 
 def prepare(settings: PrepareSettings, progress: ReportProgress) -> dict[str, Any]:
     """Write the output directory and return its manifest. A UserError leaves nothing behind."""
-    files = check_input(settings)
+    files, tokenizer = check_input(settings)
     corpus = open_corpus(settings, files)
     masked = settings.format == "instructions"
     with locked_output(settings.output) as directory:
@@ -61,28 +61,30 @@ def prepare(settings: PrepareSettings, progress: ReportProgress) -> dict[str, An
         sizes = corpus.check()
         holdout = Holdout(sizes, settings.validation_fraction, whole=masked)
         collections.deque(sizes, maxlen=0)  # name every bad row before any work is done
-        tokenizer_path = settings.tokenizer
-        if parse_train(settings.tokenizer) is not None:
-            tokenizer_path = str(directory / TRAINED)
-            train_on(settings, corpus, holdout, Path(tokenizer_path), progress)
+        if tokenizer is None:
+            train_on(settings, corpus, holdout, directory / TRAINED, progress)
+            tokenizer = load_tokenizer(directory / TRAINED)
         watch(corpus, "tokenizing", progress)
         results = tokenize_all(
             holdout.split(corpus),
-            tokenizer_path=tokenizer_path,
+            tokenizer,
             template=settings.chat_template,
             num_workers=settings.workers,
             left_out=corpus.left_out,
         )
         manifest = write_results(
-            settings, files, results, directory, tokenizer_path, left_out=corpus.left_out
+            settings, files, results, directory, tokenizer, left_out=corpus.left_out
         )
     corpus.left_out.say()
     warn_of_single_article(settings.clean, corpus.num_articles)
     return manifest
 
 
-def check_input(settings: PrepareSettings) -> list[Path]:
-    """Return the files to prepare. Raises UserError for what is wrong on the disk."""
+def check_input(settings: PrepareSettings) -> tuple[list[Path], Tokenizer | None]:
+    """Return the files to prepare, and the tokenizer unless it is still to be trained.
+
+    Raises UserError for what is wrong on the disk.
+    """
     tokenizer = None
     if parse_train(settings.tokenizer) is None:
         tokenizer = load_tokenizer(settings.tokenizer)
@@ -96,7 +98,7 @@ def check_input(settings: PrepareSettings) -> list[Path]:
         raise UserError(f"--output={output} exists and was not written by prepare; name another")
     if output.exists() and not is_empty and not settings.overwrite:
         raise UserError(f"--output={output} exists; pass --overwrite to replace it")
-    return files
+    return files, tokenizer
 
 
 def open_corpus(settings: PrepareSettings, files: list[Path]) -> Corpus:
@@ -159,14 +161,13 @@ def write_results(
     files: list[Path],
     results: Generator[TokenizedDocuments],
     directory: Path,
-    tokenizer_path: str,
+    tokenizer: Tokenizer,
     *,
     left_out: LeftOut,
 ) -> dict[str, Any]:
     """Write shards, tokenizer and manifest; return the manifest."""
     masked, separator = settings.format == "instructions", settings.document_separator
-    tokenizer = load_tokenizer(tokenizer_path)
-    is_stored = Path(tokenizer_path) == directory / TRAINED
+    is_stored = tokenizer.file == directory / TRAINED
     stored = TRAINED if is_stored else tokenizer.save(directory)
     write_template(directory, tokenizer, settings.chat_template)
     splits = _write_splits(results, directory, tokenizer, masked=masked)

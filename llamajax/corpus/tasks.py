@@ -38,7 +38,7 @@ from llamajax.corpus.tokenizing import TokenizedDocuments, tokenize_all
 from llamajax.data.shards import token_dtype
 from llamajax.errors import UserError, combine
 from llamajax.files import lock_file, replaced_file, write_file
-from llamajax.tokenizers import load_tokenizer
+from llamajax.tokenizers import Tokenizer, load_tokenizer
 
 _FACTS = "part.json"
 _TOKENS, _ANSWER = "tokens.bin", "answer.bin"
@@ -85,18 +85,17 @@ def run_task(
 
     UserError too if the part is there, but of another input or other flags.
     """
-    files = check_input(settings)
+    files, _ = check_input(settings)
     tasks = share_out(settings.output, files, num_tasks)
     part, own_files = tasks[index]
-    tokenizer_path = find_or_train_tokenizer(settings, files, progress)
-    fingerprint = load_tokenizer(tokenizer_path).fingerprint
-    facts = _facts(settings, files, num_tasks=num_tasks, tokenizer=fingerprint)
+    tokenizer = load_tokenizer(find_or_train_tokenizer(settings, files, progress))
+    facts = _facts(settings, files, num_tasks=num_tasks, tokenizer=tokenizer.fingerprint)
     if not settings.overwrite and (part / _FACTS).is_file():
         if problem := _mismatch(part, facts):
             raise UserError(problem)
         return f"{part} is there already"
     with locked_output(part) as directory:
-        columns, left_out = _write_part(settings, own_files, directory, tokenizer_path, progress)
+        columns, left_out = _write_part(settings, own_files, directory, tokenizer, progress)
         num_documents = len(columns[0])
         facts |= {"documents": num_documents, "files": [f.name for f in own_files]}
         facts |= {"left_out": left_out.record()}
@@ -110,7 +109,7 @@ def merge(settings: PrepareSettings, *, num_tasks: int, progress: ReportProgress
 
     Raises UserError that names missing parts and those of another input or other flags.
     """
-    files = check_input(settings)
+    files, _ = check_input(settings)
     tasks, parts = share_out(settings.output, files, num_tasks), parts_of(settings.output)
     trained = parse_train(settings.tokenizer) is not None
     tokenizer_path = str(parts / TRAINED) if trained else settings.tokenizer
@@ -132,10 +131,9 @@ def merge(settings: PrepareSettings, *, num_tasks: int, progress: ReportProgress
     with locked_output(settings.output) as directory:
         if trained:
             tokenizer_path = str(shutil.copyfile(tokenizer_path, directory / TRAINED))
-        results = _merged(settings, tasks, tokenizer_path, progress)
-        manifest = write_results(
-            settings, files, results, directory, tokenizer_path, left_out=left_out
-        )
+        tokenizer = load_tokenizer(tokenizer_path)
+        results = _merged(settings, tasks, tokenizer, progress)
+        manifest = write_results(settings, files, results, directory, tokenizer, left_out=left_out)
     left_out.say()
     warn_of_single_article(settings.clean, num_documents)
     shutil.rmtree(parts, ignore_errors=True)
@@ -194,7 +192,7 @@ def _write_part(
     settings: PrepareSettings,
     files: list[Path],
     directory: Path,
-    tokenizer_path: str,
+    tokenizer: Tokenizer,
     progress: ReportProgress,
 ) -> tuple[tuple[list[int], ...], LeftOut]:
     """Write the tokens and the columns of all documents in `files`; return the columns."""
@@ -204,7 +202,7 @@ def _write_part(
     watch(corpus, "tokenizing", progress)
     results = tokenize_all(
         (DocumentPart("train", document) for document in corpus),
-        tokenizer_path=tokenizer_path,
+        tokenizer,
         template=settings.chat_template,
         num_workers=settings.workers,
         left_out=corpus.left_out,
@@ -228,7 +226,7 @@ def _write_part(
 def _merged(
     settings: PrepareSettings,
     tasks: list[PrepareTask],
-    tokenizer_path: str,
+    tokenizer: Tokenizer,
     progress: ReportProgress,
 ) -> Generator[TokenizedDocuments]:
     """Yield the tokens of all parts, divided into splits as one process would.
@@ -236,7 +234,6 @@ def _merged(
     Raises UserError for a part that was cut short.
     """
     masked = settings.format == "instructions"
-    tokenizer = load_tokenizer(tokenizer_path)
     dtype = token_dtype(tokenizer.vocab_size)
     sizes = (int(n) for task in tasks for n in task.column(2))
     holdout = Holdout(sizes, settings.validation_fraction, whole=masked)
@@ -255,10 +252,10 @@ def _merged(
             if first == cut:
                 again = open_corpus(settings, task.files)
                 collections.deque(again.check(), maxlen=0)  # which documents are left out
-                halves = holdout.halves(next(itertools.islice(again, cut, None)))
+                documents = itertools.islice(again, cut, None)  # open while its text is read
                 yield from tokenize_all(
-                    halves,
-                    tokenizer_path=tokenizer_path,
+                    holdout.halves(next(documents)),
+                    tokenizer,
                     template=settings.chat_template,
                     num_workers=settings.workers,
                     left_out=LeftOut(),

@@ -124,24 +124,24 @@ def tokenize(
 
 def tokenize_all(
     parts: Iterable[DocumentPart],
+    tokenizer: Tokenizer,
     *,
-    tokenizer_path: str,
     template: str,
     num_workers: int,
     left_out: LeftOut,
 ) -> Iterator[TokenizedDocuments]:
     """Yield the tokens of all parts in their order, whatever the number of workers.
 
-    One worker: the work is done in this process. Cuts that change tokens are counted in `left_out`.
-    Raises UserError if a worker dies.
+    One worker: the work is done in this process. Several load the tokenizer from its file. Cuts
+    that change tokens are counted in `left_out`. Raises UserError if a worker dies.
     """
-    tokenizer = load_tokenizer(tokenizer_path)
     parts = _counted(in_pieces(parts, tokenizer), left_out)
     if num_workers == 1:
         for batch in _batched(parts):
             yield from tokenize(batch, tokenizer, template)
         return
-    code = _WORKER.format(path=sys.path, tokenizer=tokenizer_path, template=template)
+    name = str(tokenizer.file or tokenizer.kind)
+    code = _WORKER.format(path=sys.path, tokenizer=name, template=template)
     command = [sys.executable, "-c", code]
     workers: list[subprocess.Popen] = []
     own = threading.local()
