@@ -25,6 +25,7 @@ from typing import Any, Literal
 from llamajax.config import Flags, key, parse_command_line
 from llamajax.corpus import tasks
 from llamajax.corpus.beam import prepare_on_beam
+from llamajax.corpus.documents import Reading
 from llamajax.corpus.inspection import inspect_directory, summary
 from llamajax.corpus.preparation import FORMATS, PrepareSettings, prepare
 from llamajax.monitoring.progress import BytesProgress
@@ -147,9 +148,17 @@ def main(argv: list[str]) -> int:
         print(inspect_directory(Path(shown.inspect)), flush=True)
         return 0
     flags = parse_command_line(argv, PrepareFlags, verb="prepare", doc=__doc__)
-    content = {f.name: getattr(flags, f.name) for f in dataclasses.fields(PrepareSettings)}
-    workers = flags.workers or len(os.sched_getaffinity(0))
-    settings = PrepareSettings(**content | {"output": Path(flags.output), "workers": workers})
+    settings = PrepareSettings(
+        input=flags.input,
+        tokenizer=flags.tokenizer,
+        output=Path(flags.output),
+        format=flags.format,
+        chat_template=flags.chat_template,
+        reading=Reading(*(getattr(flags, name) for name in Reading._fields)),
+        validation_fraction=flags.validation_fraction,
+        workers=flags.workers or len(os.sched_getaffinity(0)),
+        overwrite=flags.overwrite,
+    )
     progress, start = BytesProgress(), time.monotonic()
     try:
         result = _prepare(settings, flags, progress)

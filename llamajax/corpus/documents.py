@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from llamajax.corpus import wikitext
 from llamajax.corpus.input_files import (
@@ -45,8 +45,8 @@ class LeftOut:
         count = f"the first {_NAMED} problems" if self.rows > _NAMED else f"{self.rows}"
         return combine(
             self.first,
-            title=f"--input has rows that cannot be used ({count}); mend them, or leave them out "
-            "with --on_error=skip:",
+            title=f"--input cannot be used as it is ({count}); mend it, or leave bad rows out with "
+            "--on_error=skip:",
         )
 
     def say(self) -> None:
@@ -73,25 +73,28 @@ class LeftOut:
         self.unsafe_cuts += other.get("unsafe_cuts", 0)
 
 
+class Reading(NamedTuple):
+    """How texts are read, by the flags of `prepare`.
+
+    on_error: what a bad row means: `stop` or `skip`. document_separator: ends a text within a
+    `.txt` file.
+    """
+
+    text_key: str = "text"
+    clean: str = "none"
+    document_separator: str = ""
+    on_error: str = "stop"
+
+
 class Corpus:
     """The texts of some files, in order. Can be iterated any number of times.
 
-    on_error: what a bad row means: `stop` or `skip`. separator: ends a text within a `.txt` file.
     total_bytes: on disk. num_articles: of WikiText, found by the last complete iteration.
     left_out: what the last check found.
     """
 
-    def __init__(
-        self,
-        files: Sequence[Path],
-        *,
-        text_key: str,
-        clean: str,
-        separator: str = "",
-        on_error: str = "stop",
-    ) -> None:
-        self._files, self._text_key, self._clean = files, text_key, clean
-        self._separator, self._on_error = separator, on_error
+    def __init__(self, files: Sequence[Path], reading: Reading) -> None:
+        self._files, self._reading = files, reading
         self.total_bytes = sum(f.stat().st_size for f in files)
         self.num_articles = self._done_bytes = 0
         self._stream: BinaryIO | None = None
@@ -127,11 +130,11 @@ class Corpus:
             except UserError as error:
                 self._bad.add(number)
                 self.left_out.add(str(error))
-                if self._on_error == "stop" and self.left_out.rows > _NAMED:
+                if self._reading.on_error == "stop" and self.left_out.rows > _NAMED:
                     raise self.left_out.error() from None
             else:
                 yield size
-        if self._on_error == "stop" and self._bad:
+        if self._reading.on_error == "stop" and self._bad:
             raise self.left_out.error()
 
     def __iter__(self) -> Iterator[str | LongText]:
@@ -161,7 +164,7 @@ class Corpus:
                         yield row
             except OSError as error:
                 problem = f"{file}: cannot be read: {error.strerror or error}"
-                if self._on_error == "skip":  # another try may find it readable
+                if self._reading.on_error == "skip":  # another try may find it readable
                     raise UserError(problem) from error
                 yield UserError(problem)
             except UserError as error:
@@ -177,16 +180,17 @@ class Corpus:
     def _texts(self, file: Path, raw: BinaryIO) -> Iterator[Any]:
         form, stream = format_of(file), decompressed(file, raw)
         if form == ".parquet":
-            rows = parquet_rows(file, raw, stream, self._text_key)
+            rows = parquet_rows(file, raw, stream, self._reading.text_key)
         elif form == ".jsonl":
-            rows = _json_rows(file, stream, self._text_key)
-        elif form == ".txt" and self._clean == "none":
+            rows = _json_rows(file, stream, self._reading.text_key)
+        elif form == ".txt" and self._reading.clean == "none":
             chunks = self._watched(decoded_chunks(file, stream))
-            texts = split_at(chunks, self._separator) if self._separator else [chunks]
+            separator = self._reading.document_separator
+            texts = split_at(chunks, separator) if separator else [chunks]
             rows = map(document_of, texts)
         else:
             rows = lines_of(file, stream)
-        if form not in (".tokens", ".raw") and self._clean != "wikitext":
+        if form not in (".tokens", ".raw") and self._reading.clean != "wikitext":
             yield from rows
             return
         problems: list[UserError] = []
@@ -195,7 +199,7 @@ class Corpus:
             lines = wikitext.lines_of(lines)
         for article in wikitext.articles(lines):
             self.num_articles += not article.isspace()
-            yield wikitext.clean(article) if self._clean == "wikitext" else article
+            yield wikitext.clean(article) if self._reading.clean == "wikitext" else article
         yield from problems
 
     def _watched(self, chunks: Iterator[str]) -> Iterator[str]:

@@ -131,6 +131,13 @@ class _Decompressed(io.RawIOBase):
         except (EOFError, zlib.error, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk's error; those of gzip and of Arrow's zstd have no number
+            if "too much memory" in str(error):
+                name = self._file.name
+                raise UserError(
+                    f"{self._file}: was written by zstd --long with a larger window than is read "
+                    f"here (128 MB); write it again: zstd -d --long=31 {name} && zstd "
+                    f"{name.removesuffix('.zst')}"
+                ) from error
             raise UserError(f"{self._file}: truncated or damaged: {error}") from error
         buffer[: len(data)] = data
         return len(data)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llamajax.corpus.documents import Corpus, placed
+from llamajax.corpus.documents import Corpus, Reading, placed
 from llamajax.corpus.input_files import (
     COMPRESSIONS,
     FileError,
@@ -38,8 +38,8 @@ class Example:
 class InstructionCorpus(Corpus):
     """The examples of some files, in order. Can be iterated any number of times."""
 
-    def __init__(self, files: Sequence[Path], *, template: str, on_error: str = "stop") -> None:
-        super().__init__(files, text_key="", clean="none", on_error=on_error)
+    def __init__(self, files: Sequence[Path], reading: Reading, *, template: str) -> None:
+        super().__init__(files, reading)
         self._template = template
         if others := [f.name for f in files if format_of(f) != ".jsonl"]:
             kinds = " and ".join(f".jsonl{c}" for c in ("", *COMPRESSIONS))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llamajax.corpus.documents import Corpus, LeftOut, warn_of_single_article
+from llamajax.corpus.documents import Corpus, LeftOut, Reading, warn_of_single_article
 from llamajax.corpus.holdout import SPLITS, Holdout
 from llamajax.corpus.input_files import find_files
 from llamajax.corpus.instructions import InstructionCorpus
@@ -38,13 +38,10 @@ class PrepareSettings:
     output: Path
     format: str
     chat_template: str
-    text_key: str
-    clean: str
+    reading: Reading
     validation_fraction: float
     workers: int
     overwrite: bool
-    document_separator: str = ""
-    on_error: str = "stop"
 
 
 # Called with the phase, the bytes done and all bytes.
@@ -76,7 +73,7 @@ def prepare(settings: PrepareSettings, progress: ReportProgress) -> dict[str, An
             settings, files, results, directory, tokenizer, left_out=corpus.left_out
         )
     corpus.left_out.say()
-    warn_of_single_article(settings.clean, corpus.num_articles)
+    warn_of_single_article(settings.reading.clean, corpus.num_articles)
     return manifest
 
 
@@ -104,14 +101,8 @@ def check_input(settings: PrepareSettings) -> tuple[list[Path], Tokenizer | None
 def open_corpus(settings: PrepareSettings, files: list[Path]) -> Corpus:
     """Return the documents of some of the files."""
     if settings.format == "instructions":
-        return InstructionCorpus(files, template=settings.chat_template, on_error=settings.on_error)
-    return Corpus(
-        files,
-        text_key=settings.text_key,
-        clean=settings.clean,
-        separator=settings.document_separator,
-        on_error=settings.on_error,
-    )
+        return InstructionCorpus(files, settings.reading, template=settings.chat_template)
+    return Corpus(files, settings.reading)
 
 
 @contextlib.contextmanager
@@ -166,7 +157,7 @@ def write_results(
     left_out: LeftOut,
 ) -> dict[str, Any]:
     """Write shards, tokenizer and manifest; return the manifest."""
-    masked, separator = settings.format == "instructions", settings.document_separator
+    masked, read_with = settings.format == "instructions", settings.reading
     is_stored = tokenizer.file == directory / TRAINED
     stored = TRAINED if is_stored else tokenizer.save(directory)
     write_template(directory, tokenizer, settings.chat_template)
@@ -178,7 +169,13 @@ def write_results(
             f"--input={settings.input}: too little text for two splits; add some, or pass"
             " --validation_fraction=0"
         )
-    read_with = ("format", "chat_template") if masked else ("text_key", "clean")
+    if masked:
+        options = {"format": settings.format, "chat_template": settings.chat_template}
+    else:
+        options = {"text_key": read_with.text_key, "clean": read_with.clean}
+    options["validation_fraction"] = settings.validation_fraction
+    if read_with.document_separator:
+        options["document_separator"] = read_with.document_separator
     manifest = {
         "format": "llamajax prepared tokens",
         "format_version": shards.MASKED_FORMAT_VERSION if masked else shards.FORMAT_VERSION,
@@ -193,11 +190,7 @@ def write_results(
         "block_tokens": shards.BLOCK_TOKENS,
         "token_dtype": shards.token_dtype(tokenizer.vocab_size).str,
         **({"loss_mask": True} if masked else {}),
-        "input": {
-            **{name: getattr(settings, name) for name in (*read_with, "validation_fraction")},
-            **({"document_separator": separator} if separator else {}),
-            "files": [file.name for file in files],
-        },
+        "input": options | {"files": [file.name for file in files]},
         **({"left_out": record} if (record := left_out.record()) else {}),
         "splits": splits,
     }

@@ -135,7 +135,7 @@ def merge(settings: PrepareSettings, *, num_tasks: int, progress: ReportProgress
         results = _merged(settings, tasks, tokenizer, progress)
         manifest = write_results(settings, files, results, directory, tokenizer, left_out=left_out)
     left_out.say()
-    warn_of_single_article(settings.clean, num_documents)
+    warn_of_single_article(settings.reading.clean, num_documents)
     shutil.rmtree(parts, ignore_errors=True)
     return manifest
 
@@ -173,10 +173,10 @@ def find_or_train_tokenizer(
 
 def _facts(settings: PrepareSettings, files: list[Path], **others: Any) -> dict[str, Any]:
     """Return what decides the bytes of the parts: flags, input files, and `others`."""
-    names = ["format", "chat_template", "text_key", "clean", "validation_fraction", "on_error"]
-    names += ["document_separator"]
+    names = ("format", "chat_template", "validation_fraction")
+    flags = {name: getattr(settings, name) for name in names}
     listed = [[file.name, file.stat().st_size] for file in files]
-    return {name: getattr(settings, name) for name in names} | {"input": listed} | others
+    return flags | settings.reading._asdict() | {"input": listed} | others
 
 
 def _mismatch(part: Path, facts: dict[str, Any]) -> str | None:

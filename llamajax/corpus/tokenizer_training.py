@@ -71,6 +71,8 @@ def _refusal(message: str) -> str:
             f"this text has so many different characters that N must exceed {at_least[1]};"
             " use a larger one"
         )
+    if "sentences_.empty()" in message:
+        return "no line of the training text to learn from; add text, or name a tokenizer"
     return f"SentencePiece refuses: {message}"
 
 
@@ -79,7 +81,8 @@ def _lines(parts: Iterable[DocumentPart], share: float) -> Iterator[str]:
     left = 2 * MAX_BYTES
     for number, part in enumerate(p for p in parts if p.split == "train"):
         draw = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=4, key=b"train").digest()
-        if int.from_bytes(draw, "little") > share * 2**32:
+        is_drawn = int.from_bytes(draw, "little") <= share * 2**32
+        if not is_drawn and not isinstance(part.document, LongText):  # of which there are few
             continue
         rest = ""  # of a long text: the beginning of a line
         for text in _texts(part.document):

@@ -36,14 +36,14 @@ class SentencePieceTokenizer(Tokenizer):
             if not content:  # SentencePiece would load it as an empty model
                 raise OSError("empty file")
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except (RuntimeError, OSError) as error:
+            size = self._model.vocab_size()
+            pieces = {self._model.id_to_piece(i): i for i in range(size)}
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"{path}: neither a SentencePiece model nor a tiktoken rank file"
+                f"{path}: neither a SentencePiece model nor a tiktoken rank file, or damaged"
             ) from error
         self.file = path
         self.facts = facts = read_facts(path)
-        size = self._model.vocab_size()
-        pieces = {self._model.id_to_piece(i): i for i in range(size)}
         added = {name: fact for name, fact in facts.added.items() if fact[0] >= size}
         ids = {name: i for name, (i, _) in added.items()}
         self.vocab_size = num_used(pieces | ids)

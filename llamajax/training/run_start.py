@@ -142,7 +142,14 @@ def run_tokenizer(setup: Setup, meta: Mapping[str, Any] | None, workdir: Path) -
     """
     saved, kept = (meta or {}).get("tokenizer"), workdir / TOKENIZER
     if meta is not None and saved is None and kept.is_dir():
-        saved = tokenizer_record(data.load_tokenizer(kept))  # older checkpoints have no record
+        try:
+            saved = tokenizer_record(data.load_tokenizer(kept))  # older checkpoints have no record
+        except UserError as error:
+            raise UserError(
+                f"{error}; it is the only record of the tokenizer that these checkpoints were "
+                f"trained with: copy that tokenizer into {kept}, or remove {kept} if it is the one "
+                "that the data was prepared with"
+            ) from error
     if saved and saved["fingerprint"] == setup.mixture.tokenizer_fingerprint:
         return saved
     path = setup.mixture.sources[0].path

@@ -177,11 +177,14 @@ def write_config(workdir: Path, config: RunConfig) -> None:
 def keep_tokenizer(workdir: Path, source: str, record: Mapping[str, Any]) -> None:
     """Copy the tokenizer of `source`, so that the workdir is complete wherever it is moved.
 
-    record: of the run's tokenizer; one that is already kept stays.
+    record: of the run's tokenizer; one that is already kept stays, a damaged one is replaced.
     """
     target = workdir / TOKENIZER
-    if target.is_dir() and data.load_tokenizer(target).fingerprint == record["fingerprint"]:
-        return
+    try:
+        if target.is_dir() and data.load_tokenizer(target).fingerprint == record["fingerprint"]:
+            return
+    except UserError as error:
+        say(f"warning: {error}; this copy of the run's tokenizer is written again from {source}")
     tokenizer = data.load_tokenizer(source)
     with replaced_directory(target) as hidden:
         tokenizer.save(hidden)

@@ -60,8 +60,6 @@ LONG_LISTS = {
     "backends/platforms.py:Platform": "a row of the table of platforms",
     "backends/device_data.py:Device": "a row of the table of devices",
     "backends/runtime.py:Machine": "facts of run.json",
-    "tokenizers/tokenizer_json.py:HuggingFaceTokenizer": "parts of a tokenizer's file",
-    "tokenizers/sentencepiece_model.py:SentencePieceTokenizer": "parts of a tokenizer's file",
     "ops/cross_entropy.py:cross_entropy": "four arrays, and what they are computed with",
     "ops/attention_kernels.py:_fused_backward": "arrays, in the order that JAX passes them",
     "ops/attention_kernels.py:_slow_backward": "arrays, in the order that JAX passes them",

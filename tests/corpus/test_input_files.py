@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from llamajax.corpus.documents import Corpus
+from llamajax.corpus.documents import Corpus, Reading
 from llamajax.corpus.input_files import find_files
 from llamajax.errors import UserError
 
@@ -21,7 +21,7 @@ WIKI = " \n = A = \n \n a , b \n \n = = S = = \n x \n \n = B = \n \n b1 \n"
 
 def read(*paths: Path, text_key: str = "text", clean: str = "none") -> list[str]:
     files = find_files(",".join(map(str, paths)))
-    return list(Corpus(files, text_key=text_key, clean=clean))
+    return list(Corpus(files, Reading(text_key, clean)))
 
 
 def parquet(path: Path, column: object, name: str = "text") -> bytes:
@@ -55,7 +55,7 @@ def test_every_format_in_every_packing(tmp_path, kind, packing):
     content, texts = contents(tmp_path)[kind]
     path = tmp_path / f"f{kind}{packing.lstrip('2')}"
     path.write_bytes(PACK[packing](content))
-    corpus = Corpus(find_files(str(path)), text_key="text", clean="none")
+    corpus = Corpus(find_files(str(path)), Reading())
     assert list(corpus) == texts
     assert list(corpus) == texts  # a second walk starts again
     assert corpus.bytes_read == corpus.total_bytes == path.stat().st_size
@@ -97,6 +97,8 @@ def test_patterns_name_files_in_order_and_once(tmp_path, monkeypatch):
         ("f.txt.gz", b"abc", "f.txt.gz: truncated or damaged"),
         ("f.txt.zst", PACK[".zst"](b"abc" * 999)[:-3], "f.txt.zst: truncated or damaged"),
         ("f.txt.zst", b"abcdefgh", "f.txt.zst: truncated or damaged"),
+        # a frame whose header asks for a window of 2 GiB, as zstd --long=31 writes it
+        ("f.txt.zst", bytes.fromhex("28b52ffd00a8"), "written by zstd --long"),
         ("f.parquet", b"PAR1abcdefgh", "f.parquet: truncated or damaged Parquet"),
         ("f.parquet", b"", "f.parquet: truncated or damaged Parquet"),
         ("f.txt", "abc".encode("utf-16"), "f.txt: is UTF-16; convert it"),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from llamajax import prepare
+from llamajax.corpus.documents import Reading
 from llamajax.corpus.holdout import Holdout
 from llamajax.corpus.instructions import Example, InstructionCorpus, parse_example
 from llamajax.data import Position, eval_batches, load_tokenizer, sample_ids, train_batches
@@ -212,7 +213,7 @@ def test_bad_lines_are_named_together(tmp_path):
     lines = [json.dumps(good), "", "{", "[1]", json.dumps({"prompt": "a"}), json.dumps(good)]
     path, text = tmp_path / "x.jsonl", tmp_path / "a.txt"
     path.write_text("\n".join(lines))
-    corpus = InstructionCorpus([path], template="none")
+    corpus = InstructionCorpus([path], Reading(), template="none")
     for _ in range(2):  # again by a second iteration
         with pytest.raises(UserError) as raised:
             list(corpus.check())
@@ -228,7 +229,7 @@ def test_bad_lines_are_named_together(tmp_path):
     assert len(str(raised.value).splitlines()) == 11
     text.write_text("x")
     with pytest.raises(UserError, match=r"reads \.jsonl and \.jsonl\.gz.*not a\.txt"):
-        InstructionCorpus([text, path], template="none")
+        InstructionCorpus([text, path], Reading(), template="none")
 
 
 def test_a_bad_line_is_named_before_anything_is_tokenized(prepared_pairs, monkeypatch):

@@ -205,6 +205,13 @@ def test_files_that_are_no_tokenizer(tmp_path, name, content, message):
         load_tokenizer(tmp_path if name == "manifest.json" else tmp_path / name)
 
 
+@pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b.replace(b"fox", b"\xff" * 3)])
+def test_a_damaged_sentencepiece_model(trained, change, tmp_path):
+    (tmp_path / "t.model").write_bytes(change(trained.read_bytes()))
+    with pytest.raises(UserError, match="nor a tiktoken rank file, or damaged"):
+        load_tokenizer(tmp_path / "t.model")
+
+
 def test_paths_without_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_tokenizer(tmp_path / "none.model")
