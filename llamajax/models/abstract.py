@@ -11,7 +11,7 @@ from llamajax.sharding import map_weights, shardings
 
 
 def abstract_model(config: ModelConfig, mesh: Mesh, *, dtype: jnp.dtype = jnp.float32) -> Llama:
-    """A Llama of `jax.ShapeDtypeStruct`, sharded as weights are stored on `mesh`.
+    """Return a Llama of `jax.ShapeDtypeStruct`, sharded as weights are stored on `mesh`.
 
     Matrices have `dtype`; norm scales stay float32 (rounded to bfloat16, 1.003 would be 1).
     """

@@ -8,7 +8,7 @@ from llamajax.config.schema import ModelConfig
 
 
 def num_parameters(model: ModelConfig) -> int:
-    """Number of weights; a tied head counts once."""
+    """Return the number of weights; a tied head counts once."""
     norms = (2 * model.num_layers + 1) * model.hidden_size
     head = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
     embedding = model.vocab_size * model.hidden_size
@@ -18,7 +18,7 @@ def num_parameters(model: ModelConfig) -> int:
 def flops_per_token(
     model: ModelConfig, seq_len: int, *, causal: bool, frozen: bool = False
 ) -> float:
-    """Operations per trained token: the matrix products of forward and backward pass (3 x forward).
+    """Return the operations per trained token: matrix products, forward and backward (3 x forward).
 
     `causal` counts half of the attention matrix, the convention of fused causal kernels; without
     it the whole matrix counts. The embedding is a look-up and counts nothing; norms, rotary

@@ -10,12 +10,12 @@ from llamajax.config.schema import ModelConfig
 
 
 def named_key(key: jax.Array, name: str) -> jax.Array:
-    """Key of the part called `name`: adding or reordering parts changes no other part's weights."""
+    """Return the key of the part `name`; it depends neither on other parts nor on their order."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
 def normal(config: ModelConfig, axes: str, key: jax.Array, name: str) -> nnx.Param:
-    """A float32 matrix of dims `axes`, normal with std `config.init_std`.
+    """Return a float32 matrix of dims `axes`, drawn with standard deviation `config.init_std`.
 
     A function of the key and the published sizes alone, on every mesh (partitionable threefry).
     Rows that pad the vocabulary are zero.
@@ -29,5 +29,5 @@ def normal(config: ModelConfig, axes: str, key: jax.Array, name: str) -> nnx.Par
 
 
 def ones(config: ModelConfig, axes: str) -> nnx.Param:
-    """A float32 scale of ones."""
+    """Return a float32 scale of ones."""
     return nnx.Param(jnp.ones(tuple(config.dims[d] for d in axes), jnp.float32), axes=axes)

@@ -19,18 +19,18 @@ from llamajax.sharding import is_stacked, is_weight, map_weights, stored_spec
 
 
 def padded_layers(num_layers: int, *, stages: int, rounds: int) -> int:
-    """Layers as stored for a pipeline: the next multiple of stages x rounds."""
+    """Return the number of layers stored for a pipeline: the next multiple of stages x rounds."""
     return -(-num_layers // (stages * rounds)) * stages * rounds
 
 
 def pipeline_order(num_layers: int, *, stages: int, rounds: int) -> np.ndarray:
-    """Number of the layer at each place of a pipeline's stack; from `num_layers` on it is zeros."""
+    """Return the layer at each place of a pipeline's stack; those from `num_layers` on are zero."""
     total = padded_layers(num_layers, stages=stages, rounds=rounds)
     return np.arange(total).reshape(rounds, stages, -1).swapaxes(0, 1).reshape(-1)
 
 
 def is_stored_order(num_layers: int, *, stages: int, rounds: int) -> bool:
-    """Whether the order of a pipeline is that of the model."""
+    """Return whether the order of a pipeline is that of the model."""
     order = pipeline_order(num_layers, stages=stages, rounds=rounds)
     return np.array_equal(order, np.arange(num_layers))
 

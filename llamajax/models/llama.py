@@ -69,7 +69,7 @@ Batch = Mapping[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How a model is computed. But for `z_weight`, it changes speed and memory, and rounding."""
+    """How a model is computed: speed, memory, rounding. Only `z_weight` changes the objective."""
 
     dtype: jnp.dtype
     remat: str  # a policy of models/remat.py
@@ -93,7 +93,7 @@ class LayerInputs:
     number: jax.Array | None = None  # of the layer, int32 scalar; set by `walk_layers`
 
     def attend(self, q_BTNH, k_BTKH, v_BTKH) -> tuple[jax.Array, None]:
-        """Causal attention inside each document, (B, T, N, H): the Attend of training."""
+        """Compute causal attention inside each document, (B, T, N, H): the Attend of training."""
         impl, documents = self.compute.attention, self.documents
         return attention(q_BTNH, k_BTKH, v_BTKH, impl=impl, segment_ids_BT=documents), None
 

@@ -91,7 +91,7 @@ def fold_in(keys_BT: jax.Array | None, number: Any, *, word: int = 0) -> jax.Arr
 
 
 def init_adapters(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Adapters:
-    """Fresh adapters of every target, stacked over layers."""
+    """Return new adapters of every target, stacked over layers."""
     keys = jax.random.split(named_key(key, "lora"), config.num_layers)
 
     def stack(target: str) -> Adapter:
@@ -128,7 +128,7 @@ def trainable(model: Any) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def drops_out(adapters: Adapters | None) -> bool:
-    """Whether training needs `dropout_keys` in its batches."""
+    """Return whether training needs `dropout_keys` in its batches."""
     return any(adapter.dropout for adapter in (adapters or {}).values())
 
 
@@ -148,7 +148,7 @@ def merge(model: Any, *, dtype: jnp.dtype) -> Any:
 
 
 def num_adapter_parameters(config: ModelConfig, lora: LoraConfig) -> int:
-    """Number of weights of the adapters, all layers."""
+    """Return the number of weights of the adapters in all layers."""
     sides = [letters for target in lora.targets for letters in LORA_TARGETS[target]]
     widths = sum(math.prod(config.dims[letter] for letter in letters) for letters in sides)
     return config.num_layers * lora.rank * widths

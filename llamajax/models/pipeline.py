@@ -50,22 +50,22 @@ class PipelineOptions:
 
 
 def num_stages() -> int:
-    """Number of pipeline stages; 1 outside `shard_map`."""
+    """Return the number of pipeline stages; 1 outside `shard_map`."""
     return collectives.axis_size(AXIS)
 
 
 def num_ticks(*, stages: int, microbatches: int, rounds: int) -> int:
-    """Ticks of a pass; a stage works in rounds x microbatches of them."""
+    """Return the ticks of a pass; a stage works in rounds x microbatches of them."""
     return rounds * microbatches + stages - 1
 
 
 def bubble(*, stages: int, microbatches: int, rounds: int) -> float:
-    """Share of the ticks in which a stage is idle."""
+    """Return the share of the ticks in which a stage is idle."""
     return (stages - 1) / num_ticks(stages=stages, microbatches=microbatches, rounds=rounds)
 
 
 def local_microbatches(x: jax.Array, *, microbatch_size: int) -> jax.Array:
-    """Rows (of the leading dim) that this stage embeds and computes the loss of.
+    """Return the rows (of the leading dim) that this stage embeds and computes the loss of.
 
     They are every P-th microbatch of P stages.
     """
@@ -80,7 +80,7 @@ def local_microbatches(x: jax.Array, *, microbatch_size: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _grad_accumulator(x: jax.Array, dim: int | None, like: jax.Array) -> jax.Array:
-    """Float32 zeros of the shape of `like`, the gathered `x`.
+    """Return float32 zeros of the shape of `like`, the gathered `x`.
 
     A gradient that reaches them is reduced over `fsdp` and becomes the gradient of `x`.
     """
@@ -100,7 +100,7 @@ _grad_accumulator.defvjp(
 
 @jax.custom_vjp
 def _with_grad_to(value: jax.Array, accumulator: jax.Array) -> jax.Array:
-    """`value`, whose gradient goes to `accumulator` in float32."""
+    """Return `value`; its gradient goes to `accumulator` in float32."""
     return value
 
 
@@ -131,7 +131,7 @@ def gather_stage(blocks: Any, dtype: jnp.dtype, *, split_tokens: bool) -> Layers
 
 
 def with_fp32_grad(layer: Layers) -> Any:
-    """One layer's weights from its slice of `gather_stage`; their gradients add up in float32."""
+    """Return a layer's weights from a slice of `gather_stage`; gradients add up in float32."""
 
     def connect(value: nnx.Variable, accumulator: nnx.Variable) -> nnx.Variable:
         return value.replace(_with_grad_to(value.get_value(), accumulator.get_value()))
@@ -145,7 +145,7 @@ def run_pipeline(
     x_QBTD: jax.Array,
     options: PipelineOptions,
 ) -> jax.Array:
-    """Activations of this stage's local microbatches after all layers, (Q, B, T, D) like `x_QBTD`.
+    """Return this stage's local microbatches after all layers, (Q, B, T, D) like `x_QBTD`.
 
     `stage(layers, x_BTD, numbers, microbatch)` runs one group of layers, which have these numbers
     in the model, on the microbatch of that number. Q = microbatches / stages.

@@ -37,7 +37,7 @@ REMAT: dict[str, Callable] = {
 def remat_policy(
     name: str, *, keep: tuple[str, ...] = (), offload: tuple[str, ...] = ()
 ) -> Callable:
-    """Policy `name` of REMAT for `jax.checkpoint`, which also keeps or offloads named tensors.
+    """Return policy `name` of REMAT for `jax.checkpoint`; it also keeps or offloads named tensors.
 
     keep: on the device; offload: in pinned memory of the host.
     """

@@ -20,7 +20,7 @@ _ODD = 2654435761  # of Knuth's multiplicative hash; odd, so that one flipped bi
 
 
 def digest(tree: Any) -> jax.Array:
-    """A uint32 of the bits of all arrays of a tree, in order; any single flipped bit changes it.
+    """Return a uint32 of the bits of a tree's arrays, in order; any single flipped bit changes it.
 
     It is a sum of integers, so the order of adding does not change it.
     """
@@ -34,7 +34,7 @@ def digest(tree: Any) -> jax.Array:
 
 
 def compute_digests(model: Llama, tokens_BT: jax.Array, compute: Compute) -> jax.Array:
-    """uint32 (2,): digests of all blocks, forward and backward, and of the loss, on one device.
+    """Return digests, uint32 (2,), of all blocks and of the loss, forward and backward.
 
     The tokens are the same on all devices. Each block's gradients, of its input and of its weights
     before any reduction, are those for its own output as the incoming gradient: the same products
@@ -75,5 +75,5 @@ def compute_digests(model: Llama, tokens_BT: jax.Array, compute: Compute) -> jax
 
 
 def weight_digests(tree: Any) -> jax.Array:
-    """uint32 (n,): a digest of this device's part of each array of a tree, in tree order."""
+    """Return a digest of this device's part of each array of a tree, uint32 (n,), in tree order."""
     return jnp.stack([digest(leaf) for leaf in jax.tree.leaves(tree)])

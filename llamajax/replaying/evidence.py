@@ -44,7 +44,7 @@ class RecordComparison:
         return TOLERANCES[self.dtype]
 
     def agrees(self, gradient: GradientSummary) -> bool | None:
-        """Whether the replay's numbers are those on record; None without a record."""
+        """Return whether the replay's numbers are those on record; None without a record."""
         if self.row is None:
             return None
         pairs = [(self.row[name], getattr(gradient, name)) for name in ("loss", "grad_norm")]
@@ -138,7 +138,7 @@ class Evidence:
         return f"{name} (tokens {_first_of(words)})"
 
     def lines(self) -> list[str]:
-        """Lines for people."""
+        """Yield the lines that people read."""
         word, why = self.verdict()
         agrees, gradient = self.record.agrees(self.gradient), self.gradient
         recorded = {None: "not on record", True: "as recorded", False: "NOT as recorded"}[agrees]
@@ -178,7 +178,7 @@ class Evidence:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """The same for a program; numbers that are not finite as strings."""
+        """Return the same as a JSON object; numbers that are not finite are strings."""
         word, why = self.verdict()
         odd, row = self.first_nonfinite, self.record.row
         return {
@@ -210,7 +210,7 @@ class Evidence:
 
 
 def same_number(a: float, b: float) -> bool:
-    """Whether two numbers are equal, or both NaN."""
+    """Return whether two numbers are equal, or both NaN."""
     return a == b or (math.isnan(a) and math.isnan(b))
 
 

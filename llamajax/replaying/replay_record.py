@@ -40,7 +40,7 @@ class ReplayRecord:
         return self.base.step if self.base else 0
 
     def read_position(self, mixture: data.Mixture, audit: RollbackLog) -> data.Position:
-        """The position in the data of the steps from `base` to this one."""
+        """Return the position in the data of the steps from `base` to this one."""
         if self.position is not None:
             return self.position
         now = {
@@ -58,7 +58,7 @@ class ReplayRecord:
         return later.continued(step=max(self.first_step, later.segments[-1].first_step), **now)
 
     def recorded_row(self, step: int, position: data.Position) -> Mapping[str, Any] | None:
-        """Loss and gradient norm of a step that read at `position`, and why its update was skipped.
+        """Return loss and gradient norm of a step that read at `position`, and why it was skipped.
 
         None where they are not on record.
         """
@@ -109,7 +109,7 @@ def read_record(workdir: Path, step: int, *, box: Path | None) -> ReplayRecord:
 def _numbers(
     workdir: Path, step: int, box: Path | None
 ) -> tuple[dict[int, dict[str, float]], dict[str, Any] | None]:
-    """Loss and gradient norm of the steps on record, and the position if a box was named."""
+    """Return loss and gradient norm of the steps on record, and the position if a box was named."""
     if box is not None:
         try:
             head, rows = read_box(box)
@@ -124,7 +124,7 @@ def _numbers(
 
 
 def _by_step(rows: Any) -> dict[int, dict[str, float]]:
-    """Numbers of each step; later rows replace earlier ones."""
+    """Return the numbers of each step; later rows replace earlier ones."""
     wanted = ("loss", "grad_norm", "first_sample", "update_skipped")
     return {
         row["step"]: {name: row[name] for name in wanted if name in row}

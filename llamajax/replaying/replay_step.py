@@ -75,7 +75,7 @@ def replay(options: ReplayOptions) -> Evidence:
 
 
 def _config(record: ReplayRecord, options: ReplayOptions) -> Any:
-    """The run's config, for one process, on the machine and mesh that were asked for."""
+    """Return the run's config for one process, with the machine and mesh of the flags."""
     config, given = record.config, options.backend_config
     changed: dict[str, Any] = dict.fromkeys(("coordinator_address", "num_processes", "process_id"))
     if given.name is not None:
@@ -91,7 +91,7 @@ def _config(record: ReplayRecord, options: ReplayOptions) -> Any:
 def _state_before(
     setup: Setup, record: ReplayRecord, position: data.Position
 ) -> tuple[TrainState, str | None]:
-    """The state before the step, and the first step on the way that was not as recorded."""
+    """Return the state before the step, and the first step on the way that was not as recorded."""
     meta = None if record.base is None else record.base.meta
     state = initial_state(setup, record.base, open_initial_weights(setup.config, meta))
     start, first_difference = record.first_step, None
@@ -119,7 +119,7 @@ def _state_before(
 def _forward(
     setup: Setup, state: TrainState, batch: dict[str, np.ndarray], ids: np.ndarray
 ) -> tuple[tuple[str, list[int]] | None, DocumentLosses | None]:
-    """The first activation that is not finite, with its rows; and the documents by their loss.
+    """Return the first activation that is not finite, with its rows, and the documents by loss.
 
     One microbatch of the run at a time. Both are None on a mesh with stages or parts of sequences.
     """
@@ -150,7 +150,7 @@ def _forward(
 
 
 def _is_same_machine(record: ReplayRecord, setup: Setup) -> bool:
-    """Whether bits should be the same: platform, kind of device, mesh, JAX."""
+    """Return whether bits must be the same: platform, kind of device, mesh, JAX are."""
     was, now = record.machine, setup.machine
     versions = {name: was.get("versions", {}).get(name) for name in ("jax", "jaxlib")}
     return (

@@ -36,12 +36,12 @@ ACTIVATIONS: Table = {"B": BATCH_AXES, "V": "tensor", "F": "tensor", "N": "tenso
 
 
 def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of one entry of a table or of a PartitionSpec, as a tuple."""
+    """Return the mesh axes of one entry of a table or of a PartitionSpec, as a tuple."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def spec(letters: str, table: Table, mesh: Mesh) -> PartitionSpec:
-    """PartitionSpec of an array with these dimensions; axes of size 1 are left out.
+    """Return the PartitionSpec of an array with these dimensions, without axes of size 1.
 
     Raises ValueError when two dims would be split over the same mesh axis.
     """
@@ -56,27 +56,27 @@ def spec(letters: str, table: Table, mesh: Mesh) -> PartitionSpec:
 
 
 def is_weight(leaf: Any) -> bool:
-    """Whether this node of a tree is a declared weight (or a moment of one)."""
+    """Return whether this node of a tree is a declared weight (or a moment of one)."""
     return isinstance(leaf, nnx.Variable)
 
 
 def letters(weight: nnx.Variable) -> str:
-    """Dimension letters of a weight as it is stored: stacking over layers adds a leading L."""
+    """Return the dimension letters of a stored weight: stacking over layers adds a leading L."""
     return "L" * is_stacked(weight) + weight.axes
 
 
 def is_stacked(weight: nnx.Variable) -> bool:
-    """Whether a weight is stacked over layers."""
+    """Return whether a weight is stacked over layers."""
     return weight.get_value().ndim > len(weight.axes)
 
 
 def map_weights(function: Any, tree: Any, *rest: Any) -> Any:
-    """`jax.tree.map` whose leaves are declared weights, and whatever else the tree holds."""
+    """Apply `jax.tree.map` with declared weights as leaves."""
     return jax.tree.map(function, tree, *rest, is_leaf=is_weight)
 
 
 def stored_spec(weight: nnx.Variable, mesh: Mesh) -> PartitionSpec:
-    """PartitionSpec of stacked layers that leaves L whole: `stage` splits their width instead."""
+    """Return a PartitionSpec of stacked layers with L whole: `stage` splits their width instead."""
     dims, shape = letters(weight), weight.get_value().shape
     for table in (STORED_WEIGHTS, WEIGHTS):
         entries = spec(dims.replace("L", "_"), table, mesh)
@@ -87,7 +87,7 @@ def stored_spec(weight: nnx.Variable, mesh: Mesh) -> PartitionSpec:
 
 
 def specs(tree: Any, mesh: Mesh) -> Any:
-    """PartitionSpec of every leaf; what is not a weight (counts, steps) is replicated.
+    """Return the PartitionSpec of every leaf; what is no weight (counts, steps) is replicated.
 
     Layers are split over `stage` where their number divides, as it does in a TrainState, and by
     `stored_spec` where it does not.
@@ -104,7 +104,7 @@ def specs(tree: Any, mesh: Mesh) -> Any:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """NamedSharding of every leaf of a tree (a model, a whole TrainState, or their shapes)."""
+    """Return the NamedSharding of every leaf of a tree (a model, a TrainState, or their shapes)."""
     return jax.tree.map(
         lambda entry: NamedSharding(mesh, entry),
         specs(tree, mesh),

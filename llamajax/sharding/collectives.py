@@ -31,18 +31,18 @@ from llamajax.sharding.axes import WEIGHTS, axes_of, is_stacked, map_weights
 
 
 def is_split(axis: str) -> bool:
-    """Whether arrays here are parts along `axis`: inside `shard_map`, over more than one device."""
+    """Return whether arrays here are parts along `axis`: in `shard_map`, over several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return axis in mesh.manual_axes and mesh.shape[axis] > 1
 
 
 def axis_size(axis: str) -> int:
-    """Devices along `axis`; 1 outside `shard_map`."""
+    """Return the number of devices along `axis`; 1 outside `shard_map`."""
     return jax.lax.axis_size(axis) if is_split(axis) else 1
 
 
 def axis_index(axis: str) -> jax.Array:
-    """This device's position along `axis`, int32 scalar; 0 where nothing is split."""
+    """Return this device's position along `axis`, int32 scalar; 0 where nothing is split."""
     return jax.lax.axis_index(axis) if is_split(axis) else jnp.int32(0)
 
 
@@ -53,7 +53,7 @@ def psum(x: Any, axis: str | tuple[str, ...]) -> Any:
 
 
 def pmax(x: jax.Array, axis: str) -> jax.Array:
-    """Maximum over a mesh axis; not differentiable."""
+    """Return the maximum over a mesh axis; not differentiable."""
     return jax.lax.pmax(x, axis) if is_split(axis) else x
 
 
@@ -77,7 +77,7 @@ def psum_scatter(x: jax.Array, axis: str, *, dim: int) -> jax.Array:
 
 
 def _ones_before(x: jax.Array, dim: int) -> tuple[int, ...]:
-    """Dimensions of size 1 before `dim`, to be squeezed out around a gather or scatter.
+    """Return the dimensions of size 1 before `dim`, which a gather or scatter squeezes out.
 
     Behind one, XLA's TPU compiler (libtpu 0.0.42) makes the scatter an all-reduce, of twice the
     traffic. A microbatch of one sample has one, and a gather's derivative is a scatter.
@@ -101,7 +101,7 @@ def ppermute(x: jax.Array, axis: str, *, by: int) -> jax.Array:
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
-    """Mesh axes along which `x` may differ; empty outside `shard_map` and where unchecked."""
+    """Return the mesh axes along which `x` may differ; none outside `shard_map` or unchecked."""
     return jax.typeof(x).manual_axis_type.varying
 
 
@@ -121,7 +121,7 @@ def pcast_varying_like(x: jax.Array, *others: jax.Array) -> jax.Array:
 
 
 def _copy_axes(weight: nnx.Variable) -> tuple[str, ...]:
-    """Axes along which devices hold the same part of a weight and see different tokens."""
+    """Return the axes along which devices hold the same part of a weight and see other tokens."""
     return ("data", "sequence") if is_stacked(weight) else ("data", "sequence", "stage")
 
 
@@ -182,7 +182,7 @@ def cast_and_gather(
 
 
 def grad_sums_over_tensor(axes: str, *, split_tokens: bool) -> bool:
-    """Whether a weight of dims `axes` is whole along `tensor` and multiplies other values there.
+    """Return whether a weight of dims `axes` is whole along `tensor` and multiplies other values.
 
     So does a factor of an adapter in the middle of a pair of split matrices, where no
     `enter_tensor` is; and a norm scale, where devices along `tensor` have other tokens.
@@ -192,7 +192,7 @@ def grad_sums_over_tensor(axes: str, *, split_tokens: bool) -> bool:
 
 
 def fsdp_dim(value: jax.Array, axes: str) -> int | None:
-    """Which dimension of a (stacked) weight is split over `fsdp`; None for some adapter factors."""
+    """Return a (stacked) weight's dimension split over `fsdp`; None for some adapter factors."""
     dims = [i for i, d in enumerate(axes) if "fsdp" in axes_of(WEIGHTS.get(d))]
     assert len(dims) == 1 or "R" in axes, f"a weight is split over fsdp: {axes}"
     return dims[0] + value.ndim - len(axes) if dims else None

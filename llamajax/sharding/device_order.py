@@ -23,12 +23,12 @@ SLOW_AXES = ("data", "stage")
 
 
 def in_slice(device: jax.Device) -> bool:
-    """Whether a device is a core of a TPU chip, whose own links join all hosts of its slice."""
+    """Return whether a device is a TPU core, whose own links join all hosts of its slice."""
     return hasattr(device, "core_on_chip")  # GPUs have `coords` as well
 
 
 def node_of(device: jax.Device) -> int:
-    """Number of the node of a device."""
+    """Return the number of the node of a device."""
     slice_index = getattr(device, "slice_index", None)
     if slice_index is not None:
         return slice_index
@@ -53,7 +53,7 @@ def node_numbers(
     devices: Sequence[jax.Device],
     node_of: Callable[[jax.Device], int] = node_of,
 ) -> list[int]:
-    """Number of the node at each place of the mesh, in its order; cheaper than `order_devices`."""
+    """Return the node at each place of the mesh, in its order; cheaper than `order_devices`."""
 
     def as_listed(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
         return np.asarray(devices, object).reshape(shape)
@@ -109,7 +109,7 @@ def check_slices(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Non
 
 
 def nodes_per_axis(mesh: Mesh, node_of: Callable[[jax.Device], int] = node_of) -> dict[str, int]:
-    """For each axis with more than one device, the number of nodes along it."""
+    """Return the number of nodes along each axis that has more than one device."""
     found = {}
     for number, axis in enumerate(AXES):
         if mesh.shape[axis] > 1:
@@ -119,7 +119,7 @@ def nodes_per_axis(mesh: Mesh, node_of: Callable[[jax.Device], int] = node_of) -
 
 
 def device_order_table(mesh: Mesh, node_of: Callable[[jax.Device], int] = node_of) -> list[str]:
-    """Lines for people: size of each axis, and whether it crosses nodes; none for one node."""
+    """Return lines with each axis's size and whether it crosses nodes; none for one node."""
     if len({node_of(d) for d in mesh.devices.flat}) == 1:
         return []
     lines = []

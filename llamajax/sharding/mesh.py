@@ -15,7 +15,7 @@ from llamajax.sharding.device_order import check_slices, order_devices
 
 
 def axis_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
-    """Devices along each axis, in the order of AXES, the -1 resolved.
+    """Return the devices along each axis, in the order of AXES, with the -1 resolved.
 
     Raises UserError when the product is not `num_devices`.
     """
@@ -34,7 +34,7 @@ def axis_sizes(config: MeshConfig, *, num_devices: int) -> dict[str, int]:
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """Mesh over `devices` with all AXES (size 1 where unused), Explicit axis types.
+    """Build a mesh over `devices` with all AXES (size 1 where unused), of Explicit axis types.
 
     Raises UserError when the sizes do not fit the devices, or when slices of TPUs would have to
     share an axis that communicates in every layer.
@@ -46,28 +46,28 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
 
 
 def describe(mesh: Mesh) -> str:
-    """One line for people: the axes that are in use."""
+    """Return the axes in use, on one line for people."""
     used = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
     return f"{used or 'one device'} ({mesh.size} device{'s' if mesh.size > 1 else ''})"
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Number of parts that the batch is split into."""
+    """Return the number of parts that the batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_spec(mesh: Mesh) -> PartitionSpec:
-    """PartitionSpec of a (B, T) array of samples: whole rows; the step itself splits tokens."""
+    """Return the PartitionSpec of a (B, T) array of samples: whole rows; the step splits tokens."""
     return spec("BT", ACTIVATIONS, mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of a (B, T) array of samples."""
+    """Return the sharding of a (B, T) array of samples."""
     return NamedSharding(mesh, batch_spec(mesh))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> range:
-    """Rows of the global batch that this process has to read: those of its devices."""
+    """Return the rows of the global batch that this process reads: those of its devices."""
     sharding = NamedSharding(mesh, spec("B", ACTIVATIONS, mesh))
     held = sharding.addressable_devices_indices_map((batch_size,))
     bounds = sorted({(rows.start or 0, rows.stop or batch_size) for (rows,) in held.values()})

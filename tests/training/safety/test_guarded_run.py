@@ -65,17 +65,15 @@ def guarded(corpus, short_config, short_run, tmp_path_factory):
     tensors = load_file(file)
     tensors["model.embed_tokens.weight"][RARE] = np.nan
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.MonkeyPatch.context() as patch:  # such weights of others are refused
-        patch.setattr(hf_read, "check_finite", lambda *_: None)
-        origin = {"train__init_from": str(folder / "hf")}
-        assert short_run(folder / "poisoned", stop_after=1, **fixed | origin) == 143
-    fixed["train__init_from"] = str(folder / "poisoned")
+    fixed["train__init_from"] = str(folder / "hf")
 
     def run(workdir, **options) -> int:
         return short_run(workdir, **fixed | options)
 
     run.hit = _hit(short_config(**fixed))
-    return run
+    with pytest.MonkeyPatch.context() as patch:  # such weights are refused
+        patch.setattr(hf_read, "check_finite", lambda *_: None)
+        yield run
 
 
 def _hit(config) -> list[int]:
