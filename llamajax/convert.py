@@ -8,8 +8,9 @@ Example:
 import contextlib
 import dataclasses
 import functools
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -52,12 +53,19 @@ class ConvertFlags(Flags):
         default=4_000_000_000,
         at_least=1,
     )
+    average: str | None = key(
+        "last:N: write the mean of a run's last N checkpoints, up to the one that --from names",
+        metavar="last:N",
+        default=None,
+    )
     overwrite: bool = key("replace --to if it exists", default=False)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if self.format == "hf" and self.dtype == "q8_0":
             yield "--dtype=q8_0 is of GGUF files: add --format=gguf, or choose another dtype"
+        if self.average is not None and not re.fullmatch(r"last:[1-9]\d*", self.average):
+            yield f"--average={self.average}: must be last:N, N being the number of checkpoints"
 
 
 def main(argv: list[str]) -> int:
@@ -67,19 +75,23 @@ def main(argv: list[str]) -> int:
     from llamajax import backends
     from llamajax.formats.gguf.gguf_write import write_gguf
     from llamajax.formats.huggingface.hf_write import write_hf
-    from llamajax.formats.weights import open_weights
+    from llamajax.formats.weights import last_checkpoints, open_weights
     from llamajax.tokenizers.tokenizer_identity import check_vocabulary
 
     started, target = time.monotonic(), Path(flags.to)
     backends.start(BackendConfig(name="cpu"))  # an accelerator would be taken for nothing
     weights = open_weights(flags.from_)
-    _check_apart(flags, weights)
+    averaged = [weights]
+    if flags.average is not None:
+        averaged = last_checkpoints(weights, int(flags.average.removeprefix("last:")))
+        say(f"average  of steps {', '.join(str(each.step) for each in averaged)}")
+    _check_apart(flags, averaged)
     tokenizer = weights.load_tokenizer()
     check_vocabulary(tokenizer, weights.model.vocab_size)
     missing = f"{weights.path} has no tokenizer: the weights are converted without one"
     for line in [missing] if tokenizer is None else tokenizer.warnings:
         say(f"warning: {line}")
-    source = _tensors(weights)
+    source = _tensors(averaged)
     _note_rounding(source, flags.dtype)
     progress = BytesProgress()
     options = {"dtype": flags.dtype, "tokenizer": tokenizer}
@@ -100,10 +112,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _check_apart(flags: ConvertFlags, weights: "Weights") -> None:
+def _check_apart(flags: ConvertFlags, opened: "Sequence[Weights]") -> None:
     """Raise UserError when --to holds what is read, or is no place for a file that is asked for."""
     target = Path(flags.to).resolve()
-    for read in (Path(flags.from_), weights.path, weights.tokenizer):
+    paths = [path for weights in opened for path in (weights.path, weights.tokenizer)]
+    for read in (Path(flags.from_), *paths):
         if read is not None and read.resolve().is_relative_to(target):
             raise UserError(f"--to={flags.to} holds what is read, {read}; name another place")
     if flags.format == "gguf" and target.is_dir():
@@ -112,15 +125,17 @@ def _check_apart(flags: ConvertFlags, weights: "Weights") -> None:
         raise UserError(f"--to={flags.to} exists already; name another file, or pass --overwrite")
 
 
-def _tensors(weights: "Weights") -> "TensorSource":
-    """Open the tensors that are read."""
+def _tensors(opened: "Sequence[Weights]") -> "TensorSource":
+    """Open the tensors that are read, of several checkpoints their mean."""
     import jax
 
     from llamajax import sharding
+    from llamajax.formats.llama_sources import AveragedSource
     from llamajax.models.abstract import abstract_model
 
     mesh = sharding.build_mesh(MeshConfig(), jax.devices()[:1])
-    return weights.tensors(abstract_model(weights.model, mesh))
+    sources = [weights.tensors(abstract_model(weights.model, mesh)) for weights in opened]
+    return sources[0] if len(sources) == 1 else AveragedSource(sources)
 
 
 def _note_rounding(source: "TensorSource", dtype: str) -> None:

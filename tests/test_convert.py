@@ -70,6 +70,36 @@ def test_float32_is_converted_bit_for_bit(kind, source, workdir, tmp_path, capsy
     assert list(tmp_path.glob(".*")) == []
 
 
+def test_the_mean_of_the_last_checkpoints(source, tmp_path, capsys):
+    models = [random_model(CONFIG, seed=seed) for seed in range(3)]
+    meta = {"config": {"model": dataclasses.asdict(CONFIG)}}
+    run_dir, mean = tmp_path / "run", tmp_path / "mean"
+    options = {"keep": 9, "keep_every": None, "asynchronous": False}
+    with Checkpointer(run_dir / "checkpoints", **options) as saver:
+        for step, model in enumerate(models, 1):
+            saver.save(step, {"model": model}, meta=meta)
+    average = ("--average=last:2", "--dtype=float32", "--overwrite", f"--to={mean}")
+    for path, pair in ((run_dir, models[1:]), (run_dir / "checkpoints" / "2", models[:2])):
+        run(f"--from={path}", *average)
+        expected = jax.tree.map(
+            lambda a, b: ((np.asarray(a, float) + b) / 2).astype(np.float32), *pair
+        )
+        assert_same_bits(open_weights(mean).load(abstract_model(CONFIG, mesh())), expected)
+    assert "average  of steps 1, 2" in capsys.readouterr().err
+    for flags, message in (
+        (
+            (f"--from={run_dir}", "--average=last:4"),
+            "3 complete checkpoints up to step 3, not 4",
+        ),
+        ((f"--from={source}", "--average=last:2"), r"\(huggingface\) has no earlier checkpoints"),
+        ((f"--from={run_dir}", "--average=2"), "must be last:N"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(*flags, f"--to={tmp_path / 'x'}")
+    with pytest.raises(UserError, match="holds what is read"):
+        run(f"--from={run_dir}", "--average=last:3", f"--to={run_dir / 'checkpoints' / '1'}")
+
+
 def test_bfloat16_comes_back_bit_for_bit_and_rounding_is_told(source, tmp_path, capsys):
     first, back = tmp_path / "first", tmp_path / "back"
     run(f"--from={source}", f"--to={first}", "--format=hf", "--max_shard_bytes=9000")

@@ -3,7 +3,7 @@
 Each is a `TensorSource`, so that what reads foreign weights reads ours as well, a layer at a time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -106,6 +106,31 @@ def _all_gather_layer(array: jax.Array, layer: int, *, stacked: bool, mesh: Mesh
     if stacked:
         array = jax.lax.dynamic_index_in_dim(array, layer, axis=0, keepdims=False)
     return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec()))
+
+
+class AveragedSource(TensorSource):
+    """The uniform mean of several sources of one architecture, in float64, as float32."""
+
+    def __init__(self, sources: Sequence[TensorSource]):
+        self._sources = sources
+
+    def names(self) -> list[str]:
+        return self._sources[0].names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._sources[0].shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        return np.dtype("float32")
+
+    def where(self, name: str) -> str:
+        return "the mean of " + ", ".join(source.where(name) for source in self._sources)
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        total = np.zeros((), np.float64)
+        for source in self._sources:
+            total = total + source.read(name, index).astype(np.float64)
+        return (total / len(self._sources)).astype(np.float32)
 
 
 class Factors(NamedTuple):

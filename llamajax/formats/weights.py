@@ -222,6 +222,25 @@ def _of_peft(path: Path) -> Weights:
     )
 
 
+def last_checkpoints(weights: Weights, count: int) -> list[Weights]:
+    """Open the last `count` complete checkpoints of a run, up to that of `weights`, oldest first.
+
+    Raises UserError where there are fewer, and for weights of another kind.
+    """
+    if weights.checkpoint is None:
+        raise UserError(
+            f"{weights.path} ({weights.kind}) has no earlier checkpoints; name a --workdir of train"
+        )
+    directory = weights.path.parent
+    steps = [s for s in manifests.complete_steps(directory) if s <= weights.checkpoint.step]
+    if len(steps) < count:
+        raise UserError(
+            f"{directory} holds {len(steps)} complete checkpoints up to step "
+            f"{weights.checkpoint.step}, not {count}; checkpoint.keep says how many a run keeps"
+        )
+    return [open_weights(directory / str(step)) for step in steps[-count:]]
+
+
 def _open_url(path: Location) -> Weights:
     try:
         if (checkpoint := _checkpoint_in(path)) is not None:

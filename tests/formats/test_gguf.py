@@ -320,6 +320,7 @@ def test_damage_costs_one_message(store):
         (content[:-4000], r"output\.weight: ends after the file .*truncated"),
         (content[:4] + b"\x00\x00\x00\x03" + content[8:], "GGUF version 50331648; little-endian"),
         (b"", "not a GGUF file: it starts with b''"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
     ):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=message):

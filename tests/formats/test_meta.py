@@ -188,6 +188,8 @@ def test_files_that_are_not_plain_are_refused(tmp_path, described, options, mess
 
 def test_old_truncated_and_empty_files(tmp_path):
     assert_refused(stored.FOLDER / "before_1_6.pth", "not a zip file as", read_tensors)
+    (tmp_path / "lfs.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert_refused(tmp_path / "lfs.pth", "is a pointer of git-lfs", read_tensors)
     file = torch_zip.save({"w": np.ones(300, np.float32)}, tmp_path / "x.pth")
     for content in (file.read_bytes()[:-200], b""):
         file.write_bytes(content)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from llamajax.errors import UserError
+from llamajax.files import lfs_problem
 
 MAGIC = b"GGUF"
 # Number of a metadata type -> the format of `struct`.
@@ -45,9 +46,10 @@ class GgufHeader:
 def read_gguf_header(path: Path) -> GgufHeader:
     """Read the header of a GGUF file, which stays mapped. UserError if it is none, or damaged."""
     with path.open("rb") as stream:
-        magic = stream.read(4)
-        if magic != MAGIC:
-            raise UserError(f"{path}: not a GGUF file: it starts with {magic!r}, not {MAGIC!r}")
+        start = stream.read(100)
+        if start[:4] != MAGIC:
+            other = f"not a GGUF file: it starts with {start[:4]!r}, not {MAGIC!r}"
+            raise UserError(f"{path}: {lfs_problem(start) or other}")
         content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     version = int.from_bytes(content[4:8], "little")
     if version not in (2, 3):

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from llamajax.errors import UserError
+from llamajax.files import lfs_problem
 
 _STORAGES = {
     "FloatStorage": np.dtype(np.float32),
@@ -54,6 +55,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as stream:
             content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            if problem := lfs_problem(content[:100]):
+                raise UserError(f"{path}: {problem}")
             if content[:2] != b"PK":
                 raise UserError(
                     f"{path}: not a zip file as torch.save writes since PyTorch 1.6. If it is an "
