@@ -25,7 +25,7 @@ _LEAST_LAYER_BYTES = 2**30  # of small layers several are combined, as in publis
 
 @dataclasses.dataclass(frozen=True)
 class CompilerOptions:
-    """Options for `lowered.compile`, by name. refused: those of the table that XLA did not take."""
+    """Options for `lowered.compile`, by name. refused: what XLA did not take of the table."""
 
     values: Mapping[str, Option] = dataclasses.field(default_factory=dict)
     refused: tuple[str, ...] = ()
@@ -39,7 +39,8 @@ class CompilerOptions:
         if self.refused:
             yield (
                 f"the compiler of jaxlib {jax.lib.__version__} does not know "
-                f"{', '.join(self.refused)}: left out, so that the step may be slower"
+                f"{', '.join(self.refused)}: left out, with the options that serve beside it, so "
+                "that the step may be slower"
             )
 
 
@@ -60,24 +61,19 @@ def choose_compiler_options(
         )
     flags = " ".join(os.environ.get(name, "") for name in _FLAGS)
     taken = {*own, *re.findall(r"--(\w+)", flags)}
-    # what is left to try of each option, by the name that it has now
-    left = {
-        next(iter(alternatives)): list(alternatives.items())
-        for alternatives in platform_facts(platform).compiler_options
-        if not taken & set(alternatives)
-    }
     least, refused = max(_LEAST_LAYER_BYTES, int(layer_bytes)), []
-    while left:
-        tried = dict(alternatives[0] for alternatives in left.values())
-        tried = {name: least if value == LAYER_BYTES else value for name, value in tried.items()}
-        if (found := _refusal(tried, device)) is None:
-            return CompilerOptions(tried | own, tuple(refused))
-        first = next(name for name, alternatives in left.items() if alternatives[0][0] == found[0])
-        left[first].pop(0)
-        if not left[first]:
-            del left[first]
-            refused.append(first)
-    return CompilerOptions(own, tuple(refused))
+    values: dict[str, Option] = {}
+    for group in platform_facts(platform).compiler_options:
+        left = {
+            name: least if value == LAYER_BYTES else value
+            for name, value in group.items()
+            if name not in taken
+        }
+        if left and (found := _refusal(left, device)):
+            refused.append(found[0])
+        else:
+            values |= left
+    return CompilerOptions(values | own, tuple(refused))
 
 
 def _refusal(options: Mapping[str, Option], device: Any) -> tuple[str, str] | None:

@@ -49,6 +49,11 @@ class Device:
     has_share: bool = False
     tested: bool = True
 
+    def product_rate(self, dtype: str) -> float | None:
+        """Return the FLOP/s of large matrix products in a dtype; None where its peak is unknown."""
+        peak = getattr(self, dtype)
+        return None if peak is None else peak * self.efficiency
+
     @property
     def limit_bytes(self) -> int:
         """Memory that a program of llamajax may take of one device, as this environment is set."""

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from llamajax.files import write_file
 from llamajax.models.llama import Compute
 from llamajax.ops.attention import AttentionChoice
 from llamajax.planning.hlo import (
+    Collective,
     axes_of_groups,
     collectives,
     device_groups,
@@ -33,7 +34,9 @@ from llamajax.planning.hlo import (
     slice_groups,
     slow_share,
 )
+from llamajax.planning.hlo_overlap import is_in_launch_order, kernel_calls, waited_s
 from llamajax.planning.hlo_products import product_flops
+from llamajax.planning.roofline import compute_seconds, link_seconds
 from llamajax.training.setup import (
     check_mesh,
     lower_update,
@@ -51,7 +54,9 @@ _FORMAT = 5  # of the stored facts
 class Traffic:
     """Collectives of one kind along the same axes: calls a step, and bytes that a device sends.
 
-    slow_bytes: the part of them that goes from one node, or slice of TPUs, to another.
+    slow_bytes: the part of them that goes from one node, or slice of TPUs, to another. waits_s: the
+    seconds a step waits for them, predicted from the order of the program; None where that says
+    nothing.
     """
 
     kind: str
@@ -60,6 +65,7 @@ class Traffic:
     calls: int
     sent_bytes: float
     slow_bytes: float
+    waits_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,7 +163,7 @@ def _facts(compiled: Any, step: PlannedStep, compile_s: float) -> CompilerFacts:
         arguments_bytes=memory.argument_size_in_bytes,
         temporary_bytes=temporary,
         needed_bytes=memory.argument_size_in_bytes + temporary,
-        traffic=traffic(text, step.mesh, node_of(step.target)),
+        traffic=traffic(text, step.mesh, node_of(step.target), waits=_waits(text, step)),
         product_flops=product_flops(text),
         compile_s=compile_s,
         host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
@@ -186,29 +192,66 @@ def node_of(target: Target) -> Callable[[Any], int]:
 
 
 def traffic(
-    text: str, mesh: Mesh, node: Callable[[Any], int] = sharding.node_of
+    text: str,
+    mesh: Mesh,
+    node: Callable[[Any], int] = sharding.node_of,
+    *,
+    waits: Mapping[Hashable, float] | None = None,
 ) -> tuple[Traffic, ...]:
     """Return what a compiled program sends in one run, by kind, axes and dtype; most first.
 
-    node: the number of a device's node.
+    node: the number of a device's node. waits: seconds by (kind, axes, dtype).
     """
-    nodes = [node(device) for device in mesh.devices.flat]
-    positions = {device.id: n for n, device in enumerate(mesh.devices.flat)}
     sums: dict[tuple, tuple[int, float, float]] = {}
     for collective in collectives(text):
-        if collective.between_slices:
-            groups = slice_groups(collective.groups, positions)
-        else:
-            groups = device_groups(collective.groups, mesh.size)
-        axes = axes_of_groups(groups, mesh.shape)
+        axes, sent, slow = _route(collective, mesh, node)
         if axes:
-            sent = ring_bytes(collective, groups, mesh.size) * collective.count
-            slow = sent * slow_share(collective.kind, groups, nodes)
             key = (collective.kind, axes, collective.dtype)
             calls, sent_before, slow_before = sums.get(key, (0, 0.0, 0.0))
-            sums[key] = (calls + collective.count, sent_before + sent, slow_before + slow)
-    rows = (Traffic(*key, *values) for key, values in sums.items())
+            n = collective.count
+            sums[key] = (calls + n, sent_before + n * sent, slow_before + n * slow)
+    rows = (
+        Traffic(*key, *values, None if waits is None else waits.get(key, 0.0))
+        for key, values in sums.items()
+    )
     return tuple(sorted(rows, key=lambda row: -row.sent_bytes))
+
+
+def _route(
+    collective: Collective, mesh: Mesh, node: Callable[[Any], int]
+) -> tuple[tuple[str, ...], float, float]:
+    """Return the mesh axes of one call, the bytes that a device sends, and those to other nodes."""
+    if collective.between_slices:
+        positions = {device.id: n for n, device in enumerate(mesh.devices.flat)}
+        groups = slice_groups(collective.groups, positions)
+    else:
+        groups = device_groups(collective.groups, mesh.size)
+    axes, sent = axes_of_groups(groups, mesh.shape), ring_bytes(collective, groups, mesh.size)
+    nodes = [node(device) for device in mesh.devices.flat]
+    return axes, sent, sent * slow_share(collective.kind, groups, nodes)
+
+
+def _waits(text: str, step: PlannedStep) -> Mapping[Hashable, float] | None:
+    """Return the seconds a step waits by (kind, axes, dtype), at the speeds of the device table.
+
+    None where the order of the program does not tell, or a speed is unknown.
+    """
+    entry, mesh, node = step.target.entry, step.mesh, node_of(step.target)
+    speeds = entry and compute_seconds(step.config, mesh.shape, entry, step.attention.impl)
+    if not speeds or not is_in_launch_order(text):
+        return None
+
+    def route(collective: Collective) -> tuple[Hashable, float]:
+        axes, sent, slow = _route(collective, mesh, node)
+        seconds = link_seconds(sent, slow, entry) or 0.0
+        return (collective.kind, axes, collective.dtype), seconds
+
+    return waited_s(
+        text,
+        route,
+        product_s=1 / entry.product_rate(step.config.train.dtype),
+        kernel_s=speeds[1] / max(1, kernel_calls(text)),
+    )
 
 
 def refusal(message: str, compile_s: float) -> CompilerFacts:
@@ -223,7 +266,7 @@ def refusal(message: str, compile_s: float) -> CompilerFacts:
 
 def _fingerprint(digest: str, step: PlannedStep) -> str:
     parts = [digest, step.target.text, step.target.versions, _FORMAT]
-    parts += [sorted(step.compiler_options.values.items())]
+    parts += [sorted(step.compiler_options.values.items()), step.target.entry]
     parts += [[device.id for device in step.mesh.devices.flat]]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 

@@ -87,6 +87,15 @@ def executed(text: str) -> Iterator[tuple[str, list[Instruction], int]]:
 
     Of a condition's branches it is the last, that of true: a step's conditions are true as a rule.
     """
+    computations, entry = parse(text)
+    counts: collections.Counter[str] = collections.Counter()
+    _visit(computations, entry, 1, counts)
+    for name, count in counts.items():
+        yield name, computations[name], count
+
+
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """Return the computations of a compiled program by name, and the name of its entry."""
     computations: dict[str, list[Instruction]] = {}
     entry = ""
     for line in text.splitlines():
@@ -97,15 +106,12 @@ def executed(text: str) -> Iterator[tuple[str, list[Instruction], int]]:
         elif computations and (found := _NAME.match(line)):
             current.append(_instruction(found[1], line[found.end() :]))
     assert entry, "this text is not a compiled program of XLA"
-    counts: collections.Counter[str] = collections.Counter()
-    _visit(computations, entry, 1, counts)
-    for name, count in counts.items():
-        yield name, computations[name], count
+    return computations, entry
 
 
 def collectives(text: str) -> list[Collective]:
     """Return every collective that a run of the compiled program `text` executes."""
-    return [c for computation in executed(text) for c in _collectives_of(*computation)]
+    return [c for computation in executed(text) for c in collectives_of(*computation)]
 
 
 def bytes_of(types: str) -> int:
@@ -155,17 +161,23 @@ def _visit(
     for instruction in computations[name]:
         times = count
         if instruction.operation == "while":
-            times = count * _trip_count(instruction, computations, computations[name])
-        called = _CALLED.findall(instruction.attributes)
-        for branches in _BRANCHES.findall(instruction.attributes):
-            called += _OPERAND.findall(branches)[-1:]
-        for other in called:
+            times = count * trip_count(instruction, computations, computations[name])
+        for other in called_by(instruction):
             _visit(computations, other, times, counts)
 
 
-def _trip_count(
+def called_by(instruction: Instruction) -> list[str]:
+    """Return the names of the computations that an instruction runs."""
+    called = _CALLED.findall(instruction.attributes)
+    for branches in _BRANCHES.findall(instruction.attributes):
+        called += _OPERAND.findall(branches)[-1:]
+    return called
+
+
+def trip_count(
     loop: Instruction, computations: dict[str, list[Instruction]], caller: list[Instruction]
 ) -> int:
+    """Return how often a loop turns. `caller`: the computation that it is in."""
     known = _TRIP_COUNT.search(loop.attributes)
     if known:
         return int(known[1])
@@ -188,7 +200,8 @@ def _trip_count(
     return int(limits[0].operands[0]) - first
 
 
-def _collectives_of(name: str, instructions: list[Instruction], count: int) -> Iterator[Collective]:
+def collectives_of(name: str, instructions: list[Instruction], count: int) -> Iterator[Collective]:
+    """Yield the collectives of one computation, which runs `count` times."""
     types = {i.name: i.result for i in instructions}
     starts = {
         operand for i in instructions if _STARTS_CHAIN in i.attributes for operand in i.operands

@@ -7,6 +7,7 @@ attention kernel multiplies is in none of them.
 
 import math
 import re
+from collections.abc import Sequence
 
 from llamajax.planning.hlo import Instruction, array_shape, executed
 
@@ -21,9 +22,14 @@ def product_flops(text: str) -> float:
     """Return the FLOPs of all matrix products in one run of one device's program."""
     total = 0.0
     for _, instructions, count in executed(text):
-        types = {i.name: i.result for i in instructions}
-        total += count * sum(_flops(i, types) for i in instructions)
+        total += count * sum(product_flops_of(instructions))
     return total
+
+
+def product_flops_of(instructions: Sequence[Instruction]) -> list[float]:
+    """Return the FLOPs of each instruction of one computation, without what it calls."""
+    types = {i.name: i.result for i in instructions}
+    return [_flops(i, types) for i in instructions]
 
 
 def _flops(i: Instruction, types: dict[str, str]) -> float:

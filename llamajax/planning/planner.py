@@ -136,7 +136,10 @@ def _prediction(step: PlannedStep, facts: CompilerFacts) -> Prediction | None:
         seconds = link_seconds(row.sent_bytes, row.slow_bytes, entry)
         before = links_s.get(row.axes, 0.0)
         links_s[row.axes] = None if None in (before, seconds) else before + seconds
-    return predict(step.config, step.mesh.shape, entry, links_s, attention=step.attention.impl)
+    waits = [row.waits_s for row in facts.traffic]
+    waits_s = None if None in waits else sum(waits)
+    kernel = step.attention.impl
+    return predict(step.config, step.mesh.shape, entry, links_s, attention=kernel, waits_s=waits_s)
 
 
 def plan_notes(plan: Plan) -> list[str]:

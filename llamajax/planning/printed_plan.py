@@ -52,7 +52,8 @@ def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
         "slow_bytes": rounded(plan.collective_bytes(slow=True)),
         "collectives": None if facts.traffic is None else [
             {"kind": t.kind, "axes": list(t.axes), "dtype": t.dtype, "calls": t.calls,
-             "sent_bytes": round(t.sent_bytes), "slow_bytes": round(t.slow_bytes)}
+             "sent_bytes": round(t.sent_bytes), "slow_bytes": round(t.slow_bytes),
+             "waits_s": t.waits_s}
             for t in facts.traffic
         ],
         "step_time_s": p and p.step_time_s,
@@ -168,19 +169,22 @@ def _time(plan: Plan) -> Iterator[str]:
         ("attention", p.attention_s),
         ("memory traffic", p.memory_s),
         *((f"links: {axes}", seconds) for axes, seconds in p.links_s.items() if seconds > 1e-4),
-        ("hidden behind products", -p.hidden_s),
+        ("sent beside products", -p.hidden_s),
         ("pipeline bubble", p.bubble_s),
         ("step", p.step_time_s),
     ):
         yield f"  {name:<32}{seconds:>10.3f} s"
-    yield (
-        f"  assumed: products at {entry.efficiency:.0%} of the peak; what fsdp sends hides behind "
-        "them, all else is waited for"
-    )
+    yield (f"  assumed: products at {entry.efficiency:.0%} of the peak; {_hiding(plan)}")
     yield (
         f"  {p.tokens_per_s:,.0f} tokens/s, {p.tokens_per_s / plan.step.mesh.size:,.0f} a device; "
         f"MFU {p.mfu_full:.1%} full, {p.mfu_causal:.1%} causal"
     )
+
+
+def _hiding(plan: Plan) -> str:
+    if any(row.waits_s is None for row in plan.facts.traffic):
+        return "what fsdp sends hides behind those of the same pass, all else is waited for"
+    return "what is sent beside them is read from the compiled program"
 
 
 def search_lines(plans: Sequence[Plan]) -> Iterator[str]:

@@ -6,8 +6,10 @@ What no compiler says is estimated here with figures of the device table. All as
   depends on the kernel; recomputation is counted, and only the causal half of attention;
 - element-wise work and the optimizer are bound by the bandwidth of the device's memory and hide
   behind nothing;
-- what `fsdp` sends hides behind the matrix products as far as it takes no longer than they do; all
-  else is waited for; links inside a node and between nodes work at the same time;
+- what `fsdp` sends hides behind the matrix products of the same pass, forward or backward, as far
+  as it takes no longer than they do; all else is waited for. A plan for GPUs reads instead from the
+  compiled program what stands beside each collective (`hlo_overlap`). Links inside a node and
+  between nodes work at the same time;
 - a pipeline's blocks are idle for its bubble; what idle ticks send is among what is sent.
 
 `sizes` are the mesh's axis sizes everywhere.
@@ -57,37 +59,32 @@ def predict(
     links_s: Mapping[tuple[str, ...], float | None],
     *,
     attention: str,
+    waits_s: float | None = None,
 ) -> Prediction | None:
     """Predict the time of a step; None where the device's peak in this dtype is unknown.
 
     `links_s` holds the seconds in which a device sends all of a step, by mesh axes; None among them
-    makes the prediction None.
+    makes the prediction None. `waits_s`: how much of it the compiled program waits for, if known.
     """
     peak = getattr(device, config.train.dtype)
-    if peak is None or None in links_s.values():
+    speeds = compute_seconds(config, sizes, device, attention)
+    if speeds is None or None in links_s.values():
         return None
+    products_s, attention_s = speeds
     c, model, devices = config.data, config.model, math.prod(sizes.values())
     tokens = c.global_batch_size * c.seq_len
-    forward_blocks, forward_scores, forward_head = _forward_flops(model, c.seq_len)
-    again_blocks, again_scores = _recomputed_flops(config, sizes)
-    layers = padded_layers(
-        model.num_layers, stages=sizes["stage"], rounds=config.train.pipeline_rounds
-    )
-    filled = layers / model.num_layers  # layers of zeros take as long as others
-    passes = 2 if config.lora.rank else 3
-    blocks = filled * (passes * forward_blocks + again_blocks)
-    # fused kernels compute the scores once more in their backward pass
-    scores = filled * (3.5 * forward_scores + again_scores)
-    rate = peak * device.efficiency
-    products_s = tokens * (blocks + passes * forward_head) / devices / rate
-    attention_s = tokens * scores / devices / (rate * _ATTENTION[attention])
     memory_s = memory_bytes(config, sizes) / device.hbm_bytes_per_s
-    hidden_s = min(sum(s for axes, s in links_s.items() if "fsdp" in axes), products_s)
+    sent_s = sum(links_s.values())
+    if waits_s is None:
+        fsdp_s = sum(s for axes, s in links_s.items() if "fsdp" in axes)
+        hidden_s = _hidden_by_phase(config, sizes, fsdp_s, products_s)
+    else:
+        hidden_s = max(0.0, sent_s - waits_s)
     pipe = pipeline_facts(config, sizes)
     idle = pipe.bubble if pipe else 0.0
-    stage_s = tokens * blocks / devices / rate + attention_s  # head and loss are in no stage
-    bubble_s = stage_s * idle / (1 - idle)
-    step_s = products_s + attention_s + memory_s + sum(links_s.values()) - hidden_s + bubble_s
+    head_s = products_s * _head_share(config, sizes)  # head and loss are in no stage
+    bubble_s = (products_s - head_s + attention_s) * idle / (1 - idle)
+    step_s = products_s + attention_s + memory_s + sent_s - hidden_s + bubble_s
     full, causal = (
         tokens * flops_per_token(model, c.seq_len, causal=causal) / (step_s * peak * devices)
         for causal in (False, True)
@@ -103,6 +100,63 @@ def predict(
         tokens_per_s=tokens / step_s,
         mfu_full=full,
         mfu_causal=causal,
+    )
+
+
+def compute_seconds(
+    config: RunConfig, sizes: Mapping[str, int], device: Device, attention: str
+) -> tuple[float, float] | None:
+    """Return the seconds of a step's products with weights, and of its attention.
+
+    None where the device's peak in this dtype is unknown.
+    """
+    rate, seq_len = device.product_rate(config.train.dtype), config.data.seq_len
+    if rate is None:
+        return None
+    _, forward_scores, _ = _forward_flops(config.model, seq_len)
+    _, again_scores = _recomputed_flops(config, sizes)
+    blocks, head = _product_flops(config, sizes)
+    tokens = config.data.global_batch_size * seq_len / math.prod(sizes.values())
+    # fused kernels compute the scores once more in their backward pass
+    scores = _filled(config, sizes) * (3.5 * forward_scores + again_scores)
+    return tokens * (blocks + head) / rate, tokens * scores / (rate * _ATTENTION[attention])
+
+
+def _filled(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """Return the layers of a run by those of its model: layers of zeros take as long as others."""
+    layers, rounds = config.model.num_layers, config.train.pipeline_rounds
+    return padded_layers(layers, stages=sizes["stage"], rounds=rounds) / layers
+
+
+def _product_flops(config: RunConfig, sizes: Mapping[str, int]) -> tuple[float, float]:
+    """Return the FLOPs a token of products with weights, recomputed ones included: blocks, head."""
+    blocks, _, head = _forward_flops(config.model, config.data.seq_len)
+    again, _ = _recomputed_flops(config, sizes)
+    passes = 2 if config.lora.rank else 3
+    return _filled(config, sizes) * (passes * blocks + again), passes * head
+
+
+def _head_share(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    blocks, head = _product_flops(config, sizes)
+    return head / (blocks + head)
+
+
+def _hidden_by_phase(
+    config: RunConfig, sizes: Mapping[str, int], fsdp_s: float, products_s: float
+) -> float:
+    """Return the seconds of what `fsdp` sends that products of the same pass hide.
+
+    The forward pass gathers weights in the compute dtype; the backward pass gathers them again and
+    scatters gradients in float32.
+    """
+    passes = 2 if config.lora.rank else 3
+    gradients = 0 if config.lora.rank else FLOAT32_BYTES / width(config)
+    sends_forward = 1 / (2 + gradients)
+    forward, _, _ = _forward_flops(config.model, config.data.seq_len)
+    blocks, heads = _product_flops(config, sizes)
+    runs_forward = (_filled(config, sizes) * forward + heads / passes) / (blocks + heads)
+    return min(sends_forward * fsdp_s, runs_forward * products_s) + min(
+        (1 - sends_forward) * fsdp_s, (1 - runs_forward) * products_s
     )
 
 
@@ -129,9 +183,10 @@ def expected_product_flops(
         elements = computed_scores(attention, config.data.seq_len, parts=sizes["sequence"])
         if elements is None:
             return None
-        products = 7 + (2 if again_scores else 0)  # the backward pass computes the scores again
-        if attention == "xla":
-            products = 6 if train.remat == "none" else 8 if again_scores else 7
+        # Forward 2, backward 4, and the scores once more unless they are kept or recomputed anyhow.
+        products = 6 + 2 * again_scores / _forward_flops(model, config.data.seq_len)[1]
+        if attention != "xla" or train.remat not in ("none", "full"):
+            products += 1
         heads = 2.0 * model.num_layers * model.num_heads * model.head_size
         scores = products * heads * elements / config.data.seq_len
     share = device_share(config, sizes)

@@ -87,6 +87,9 @@ def first(folder, npu):
     repairs = ("backend.repairs=donation,compile_cache",)
     command = train(folder, "npu", 3, *on_npu(npu, _EIGHT), *_MESH, *repairs)
     stderr = carry_out(folder, "cache", command)[1]
+    # the same command as a plan: without its workdir
+    plan = [*(a for a in command[1] if "--workdir" not in a), "--devices=npu:8"]
+    carry_out(folder, "plan_cache", ("plan", [*plan, f"--json={folder / 'plan.json'}"]))
     kept = sorted(path.name for path in (folder / "cache").rglob("*.program"))
     for copy in ("npu_then_cpu", "npu_then_one"):
         shutil.copytree(folder / "npu", folder / copy)
@@ -180,6 +183,15 @@ def test_the_step_reuses_the_whole_state_once_donation_is_repaired(folder, first
     assert plain["profile"]["donates"] is False
     assert "in memory twice" in one_device[1]
     assert "in memory twice" not in first[0]
+
+
+@pytest.mark.slow
+def test_the_program_of_the_plan_is_that_of_the_run(first, folder):
+    plan = json.loads((folder / "plan.json").read_text())
+    for key in ("program", "attention", "attention_reason", "compiler_options"):
+        assert plan[key] == first[2][key]
+    assert "no fused kernel is known for npu" in plan["attention_reason"]
+    assert "warning: attention blocked, because no fused kernel" in first[0]
 
 
 @pytest.mark.slow

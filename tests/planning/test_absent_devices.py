@@ -108,5 +108,6 @@ def test_traffic_between_nodes_of_gpus(tmp_path):
     assert options["xla_disable_hlo_passes"] == "rematerialization"
     assert options["xla_gpu_all_gather_combine_threshold_bytes"] == 2**30
     assert not any("left out" in note for note in plan["notes"])
+    assert all(row["waits_s"] is not None for row in plan["collectives"])
     assert plan["fits"] is True
     assert plan["arguments_bytes"] < plan["peak_bytes"] < plan["limit_bytes"]

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,8 @@ import pytest
 from llamajax.backends import absent_devices
 from llamajax.config import MeshConfig, load
 from llamajax.models.memory import held_bytes, state_bytes
-from llamajax.planning import compilation, estimate, hlo, roofline
+from llamajax.planning import compilation, estimate, roofline
+from llamajax.planning.hlo_products import product_flops
 
 # (axes, remat, accumulation steps, rounds, microbatch size)
 CASES = {
@@ -78,34 +78,29 @@ def test_state_is_what_the_program_takes(name):
     assert held_bytes(config, sizes) > state_bytes(config, sizes)
 
 
-def product_flops(text):
-    """Operations of one device's products with weights: those without a batch dimension."""
-
-    def dims(type_):
-        return [int(n) for n in re.search(r"\[([\d,]+)\]", type_)[1].split(",")]
-
-    total = 0
-    for _, instructions, times in hlo.executed(text):
-        types = {i.name: i.result for i in instructions}
-        for i in instructions:
-            if i.operation == "dot" and "lhs_batch_dims" not in i.attributes:
-                left = dims(types[i.operands[0]])
-                summed = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", i.attributes)[1]
-                each = math.prod(left[int(n)] for n in summed.split(","))
-                total += 2 * times * math.prod(dims(i.result)) * each
-    return total
-
-
 @each_case
-def test_products_are_those_of_the_program(table, name):
+def test_products_are_those_of_the_program(name):
     """With the blocks that idle ticks of a pipeline run on nothing."""
-    config, sizes, _, text, _ = compiled(name)
-    h100 = dataclasses.replace(table["h100"], float32=1.0, efficiency=1.0)
-    found = roofline.predict(config, sizes, h100, {}, attention="xla")
-    pipe = roofline.pipeline_facts(config, sizes)
-    bubble = pipe.bubble if pipe else 0.0
-    idle = found.bubble_s - found.attention_s * bubble / (1 - bubble)
-    assert product_flops(text) == pytest.approx(found.products_s + idle, rel=0.03)
+    config, sizes, step, text, _ = compiled(name)
+    found = roofline.expected_product_flops(config, sizes, attention=step.attention.impl)
+    assert product_flops(text) * math.prod(sizes.values()) == pytest.approx(found, rel=0.03)
+
+
+def test_a_pass_hides_no_more_than_its_own_products_take(config, table):
+    """70B's gradients take longer to send than the backward pass runs."""
+    h100 = dataclasses.replace(table["h100"], float32=100e12)
+    sizes = {"data": 1, "stage": 1, "fsdp": 4, "sequence": 1, "tensor": 2}
+    free = roofline.predict(config, sizes, h100, {}, attention="xla")
+    for share, hidden in ((0.1, 0.1), (100.0, 1.0)):
+        sent = {("fsdp",): share * free.products_s, ("tensor",): 1.0}
+        found = roofline.predict(config, sizes, h100, sent, attention="xla")
+        assert found.hidden_s == pytest.approx(hidden * free.products_s)
+    # float32: a third is sent in the forward pass, which runs a quarter of the products with `full`
+    sent = {("fsdp",): free.products_s}
+    found = roofline.predict(config, sizes, h100, sent, attention="xla")
+    assert 0.9 * free.products_s < found.hidden_s < 0.97 * free.products_s
+    told = roofline.predict(config, sizes, h100, sent, attention="xla", waits_s=0.0)
+    assert told.hidden_s == pytest.approx(free.products_s)
 
 
 def test_links_work_at_the_same_time_and_the_slower_decides(table):

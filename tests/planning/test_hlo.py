@@ -18,6 +18,7 @@ from llamajax.planning.hlo import (
     slice_groups,
     slow_share,
 )
+from llamajax.planning.hlo_overlap import is_in_launch_order, waited_s
 from llamajax.planning.hlo_products import product_flops
 
 PROGRAMS = Path(__file__).with_name("programs")
@@ -84,6 +85,51 @@ def test_of_a_condition_the_branch_of_true_runs():
     text = jax.jit(run).lower(x, jax.ShapeDtypeStruct((), bool)).compile().as_text()
     assert text.count(" all-reduce(") == 3
     assert [row.calls for row in traffic(text, mesh)] == [1]
+
+
+# In launch order: a gather beside a product, in a loop of 3 turns, and a sum that nothing hides.
+LAUNCHES = """HloModule m, is_scheduled=true
+
+%body (p: (s32[], bf16[8,16], bf16[16,32])) -> (s32[], bf16[8,16], bf16[16,32]) {
+  %p = (s32[], bf16[8,16]{1,0}, bf16[16,32]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%p), index=0
+  %a = bf16[8,16]{1,0} get-tuple-element(%p), index=1
+  %b = bf16[16,32]{1,0} get-tuple-element(%p), index=2
+  %start = (bf16[8,16]{1,0}, bf16[16,16]{1,0}) all-gather-start(%a), replica_groups={{0,1}}
+  %r = f32[8,32]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %done = bf16[16,16]{1,0} all-gather-done(%start)
+  %sum = f32[8,32]{1,0} all-reduce(%r), replica_groups={{0,1}}, to_apply=%add
+  ROOT %t = (s32[], bf16[8,16]{1,0}, bf16[16,32]{1,0}) tuple(%n, %a, %b)
+}
+
+ENTRY %main (p: (s32[], bf16[8,16], bf16[16,32])) -> (s32[], bf16[8,16], bf16[16,32]) {
+  %p = (s32[], bf16[8,16]{1,0}, bf16[16,32]{1,0}) parameter(0)
+  ROOT %w = (s32[], bf16[8,16]{1,0}, bf16[16,32]{1,0}) while(%p), condition=%cond, body=%body, KNOWN
+}
+
+%cond (p: (s32[], bf16[8,16], bf16[16,32])) -> pred[] {
+  ROOT %yes = pred[] constant(true)
+}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %s = f32[] add(%x, %y)
+}
+""".replace("KNOWN", 'backend_config={"known_trip_count":{"n":"3"}}')
+
+
+@pytest.mark.parametrize(("product_s", "waited"), [(4.0, 6.0), (10.0, 0.0), (25.0, 0.0)])
+def test_a_collective_waits_for_what_no_product_beside_it_hides(product_s, waited):
+    flops = 2 * 8 * 16 * 32
+
+    def route(collective):
+        return collective.kind, {"all-gather": 10.0, "all-reduce": 2.0}[collective.kind]
+
+    assert is_in_launch_order(LAUNCHES)
+    found = waited_s(LAUNCHES, route, product_s=product_s / flops, kernel_s=0.0)
+    assert found["all-gather"] == pytest.approx(3 * waited)
+    assert found["all-reduce"] == pytest.approx(3 * 2.0)
 
 
 # libtpu writes products as convolutions, batched ones with windows that are mostly holes

@@ -9,12 +9,15 @@ import sys
 
 import pytest
 
+from llamajax.backends import absent_devices
 from llamajax.errors import UserError
 from llamajax.monitoring import load_events, read_run_facts, write_report
 from llamajax.monitoring.events import EVENTS
+from llamajax.planning.compilation import abstract_step, lowered_step
 from llamajax.training import run
 from llamajax.training.hooks import LogHook
 from llamajax.training.run_record import History
+from llamajax.training.setup import program_digest
 
 
 def kinds(workdir):
@@ -59,6 +62,8 @@ def test_a_run_that_is_stopped_and_continued(finished):
     assert {"host", "pid", "command", "versions", "git", "num_devices"} <= set(first)
     assert [e["status"] for e in events if e["event"] == "end"] == ["stopped", "finished"]
     facts = json.loads((finished / "run.json").read_text())
+    assert (facts["attention"], facts["attention_reason"]) == ("blocked", "the first choice on cpu")
+    assert facts["compiler_options"] == {}
     assert (facts["status"], facts["starts"]) == ("finished", 2)
     assert facts["time_breakdown"]["compile_s"] > 0
     lines = (finished / "train.log").read_text().splitlines()
@@ -152,3 +157,19 @@ def test_a_start_does_not_import_orbax_which_can_be_imported_afterwards():
         "import orbax.checkpoint, llamajax.checkpoint.orbax_writer\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_program_that_is_planned_is_the_program_that_runs(short_run, short_config, tmp_path):
+    """The same before XLA sees it, and with the same options; another learning rate is another."""
+    asked = {"train__steps": 4, "backend__compiler_options": "xla_backend_optimization_level=0"}
+    assert short_run(tmp_path / "run", **asked) == 0
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+
+    def planned(**overrides):
+        config = short_config(**asked, **overrides)
+        step = abstract_step(config, absent_devices("cpu:8", config.backend))
+        return program_digest(lowered_step(step)), step.compiler_options.values
+
+    options = {"xla_backend_optimization_level": 0}
+    assert planned() == (facts["program"], facts["compiler_options"]) == (facts["program"], options)
+    assert planned(optim__learning_rate=0.1)[0] != facts["program"]

@@ -1,0 +1,117 @@
+"""Read from a compiled program which of its collectives run beside matrix products.
+
+XLA for GPUs writes instructions in the order in which they are launched, and a collective as a
+start and a done: what stands between the two runs beside it. libtpu hides a collective in a chain
+of fusions, whose times it does not write; there, as on a CPU, those of a computation (a layer's
+forward pass, or its backward pass) are taken to run beside all products of the same computation.
+"""
+
+import collections
+from collections.abc import Callable, Hashable, Mapping
+
+from llamajax.planning.hlo import (
+    KINDS,
+    Collective,
+    Instruction,
+    called_by,
+    collectives_of,
+    executed,
+    parse,
+    trip_count,
+)
+from llamajax.planning.hlo_products import product_flops_of
+
+# what a collective counts as, and the seconds of one call
+Route = Callable[[Collective], tuple[Hashable, float]]
+Waits = collections.Counter[Hashable]
+_KERNEL = "__cudnn$"
+
+
+class _Clock:
+    """Follow a program's launches on one device: products in one queue, collectives in another."""
+
+    def __init__(self, text: str, route: Route, product_s: float, kernel_s: float):
+        self._computations, self._entry = parse(text)
+        self._route, self._product_s, self._kernel_s = route, product_s, kernel_s
+        self._runs: dict[str, tuple[float, Waits]] = {}
+        self._flops: dict[str, float] = {}
+
+    def entry(self) -> tuple[float, Waits]:
+        return self.run(self._entry)
+
+    def flops(self, name: str) -> float:
+        """FLOPs of a computation and of what it calls, once each."""
+        if name not in self._flops:
+            inside = self._computations[name]
+            own = sum(product_flops_of(inside))
+            self._flops[name] = own + sum(self.flops(n) for i in inside for n in called_by(i))
+        return self._flops[name]
+
+    def run(self, name: str) -> tuple[float, Waits]:
+        """Seconds that a computation takes, and those it waits for each kind of collective."""
+        if name not in self._runs:
+            self._runs[name] = self._follow(name, self._computations[name])
+        return self._runs[name]
+
+    def _follow(self, name: str, instructions: list[Instruction]) -> tuple[float, Waits]:
+        now, link_free, waits = 0.0, 0.0, Waits()
+        ends: dict[str, tuple[Hashable, float]] = {}
+        by_name = {i.name: i for i in instructions}
+        for i, flops in zip(instructions, product_flops_of(instructions), strict=True):
+            if i.operation.endswith("-done") and i.operands[0] in ends:
+                kind, end = ends[i.operands[0]]
+                waits[kind] += max(0.0, end - now)
+                now = max(now, end)
+            elif found := self._collective(name, i, by_name):
+                kind, seconds = self._route(found)
+                link_free = max(link_free, now) + seconds
+                ends[i.name] = (kind, link_free)
+                if not i.operation.endswith("-start"):
+                    waits[kind] += link_free - now
+                    now = link_free
+            elif i.operation in ("while", "conditional", "call"):
+                turns = 1
+                if i.operation == "while":
+                    turns = trip_count(i, self._computations, instructions)
+                for called in called_by(i):
+                    seconds, inner = self.run(called)
+                    now += turns * seconds
+                    for kind, waited in inner.items():
+                        waits[kind] += turns * waited
+            elif _KERNEL in i.attributes:
+                now += self._kernel_s
+            else:
+                now += self._product_s * (flops + sum(map(self.flops, called_by(i))))
+        return now, waits
+
+    def _collective(
+        self, name: str, i: Instruction, by_name: Mapping[str, Instruction]
+    ) -> Collective | None:
+        if i.operation.removesuffix("-start") in KINDS:
+            operands = [by_name[operand] for operand in i.operands]
+            return list(collectives_of(name, [*operands, i], 1))[-1]
+        if i.operation == "async-start":
+            (called,) = called_by(i)
+            return next(collectives_of(called, self._computations[called], 1), None)
+        return None
+
+
+def is_in_launch_order(text: str) -> bool:
+    """Return whether the order of instructions tells what runs beside a collective."""
+    return "is_scheduled=true" in text and "-start(" in text and 'chain_id="' not in text
+
+
+def kernel_calls(text: str) -> int:
+    """Return the number of calls of a fused attention kernel in a step."""
+    return sum(
+        count * sum(_KERNEL in i.attributes for i in instructions)
+        for _, instructions, count in executed(text)
+    )
+
+
+def waited_s(text: str, route: Route, *, product_s: float, kernel_s: float) -> Waits:
+    """Return the seconds a step of a scheduled program waits for each kind of collective.
+
+    product_s: of one FLOP. kernel_s: of one call of a fused attention kernel.
+    """
+    return _Clock(text, route, product_s, kernel_s).entry()[1]
