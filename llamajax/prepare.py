@@ -123,6 +123,8 @@ class PrepareFlags(Flags):
         useless = [f"--{name}" for name, value in of_others.items() if getattr(self, name) != value]
         if useless:
             yield f"--format={self.format} has no use for {', '.join(useless)}"
+        if self.clean == "wikitext" and self.document_separator:
+            yield "--clean=wikitext has no use for --document_separator: articles begin at titles"
         one_task = self.task_index is not None
         if self.runner == "beam":
             if one_task or self.merge:

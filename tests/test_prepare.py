@@ -260,6 +260,8 @@ MISTAKES = {
     "--clean=html": r"expected none \| wikitext, got 'html'",
     "--format=chat": r"expected text \| instructions, got 'chat'",
     "--chat_template=llama2": "--format=text has no use for --chat_template",
+    "--document_separator=x": r"is for \.txt files",
+    "--document_separator=x --clean=wikitext": "wikitext has no use for --document_separator",
     "--format=instructions --text_key=a --clean=wikitext": "--text_key, --clean",
     "--format=instructions": r"(?s)first 10.*corpus.jsonl:10: neither prompt and comp",
     LLAMA3: "which this byte tokenizer lacks",

@@ -11,6 +11,7 @@ from llamajax.errors import UserError
 LONG_CHARS = 1 << 22
 CHUNK = 1 << 20  # bytes or characters
 _ESCAPE_OR_QUOTE = re.compile(rb'\\.|"', re.DOTALL)
+_FIRST_HALF = re.compile(rb"\\u[dD][89abAB]..")
 # Stands for a long string while the rest of its JSON line is parsed.
 _PLACEHOLDER = "\ufdd0long string "
 
@@ -86,24 +87,25 @@ def long_json(line: bytes, where: str) -> Any:
 
     Raises UserError for JSON that is not valid; within a long string, when that is read.
     """
-    skeleton, strings, at = b"", [], 0
-    while (start := line.find(b'"', at)) >= 0:
+    skeleton, strings = [], {}
+    at = after = 0
+    while (start := line.find(b'"', after)) >= 0:
         escapes = _ESCAPE_OR_QUOTE.finditer(line, start + 1)
         end = next((found.start() for found in escapes if found[0] == b'"'), len(line))
         if end - start > LONG_CHARS:
-            skeleton += line[at:start] + json.dumps(f"{_PLACEHOLDER}{len(strings)}").encode()
-            strings.append((start + 1, end))
-        else:
-            skeleton += line[at : end + 1]
-        at = end + 1
+            name = f"{_PLACEHOLDER}{len(strings)}"
+            strings[name] = start + 1, end
+            skeleton += [line[at:start], json.dumps(name).encode()]
+            at = end + 1
+        after = end + 1
     try:
-        value = json.loads((skeleton + line[at:]).decode("utf-8"))
+        value = json.loads(b"".join([*skeleton, line[at:]]).decode("utf-8"))
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON: {error} (long strings left out)") from error
     if isinstance(value, dict):
         for key, item in value.items():
-            if isinstance(item, str) and item.startswith(_PLACEHOLDER):
-                start, end = strings[int(item.removeprefix(_PLACEHOLDER))]
+            if isinstance(item, str) and item in strings:
+                start, end = strings[item]
                 value[key] = document_of(_string_chunks(line, start, end, where))
     return value
 
@@ -130,10 +132,10 @@ def _whole_characters(line: bytes, cut: int, end: int) -> int:
         while line[first - 1 : first] == b"\\":
             first -= 1
         if (last - first) % 2 == 0:  # an odd number of backslashes: the last begins an escape
-            escape = line[last : last + 6]
-            cut = max(cut, last + (6 if escape[1:2] == b"u" else 2))
-            if re.match(rb"\\u[dD][89abAB]", escape) and line[cut : cut + 2] == b"\\u":
-                cut += 6  # the second half of a surrogate pair
+            cut = max(cut, last + (6 if line[last + 1 : last + 2] == b"u" else 2))
+            # The first half of a surrogate pair, and then the second.
+            while _FIRST_HALF.fullmatch(line, cut - 6, cut) and line[cut : cut + 2] == b"\\u":
+                cut += 6
     while cut < end and line[cut] & 0xC0 == 0x80:
         cut += 1
     return min(cut, end)

@@ -13,7 +13,7 @@ import numpy as np
 
 from llamajax.corpus.documents import Corpus, LeftOut, Reading, warn_of_single_article
 from llamajax.corpus.holdout import SPLITS, Holdout
-from llamajax.corpus.input_files import find_files
+from llamajax.corpus.input_files import find_files, format_of
 from llamajax.corpus.instructions import InstructionCorpus
 from llamajax.corpus.tokenizer_training import MAX_BYTES, parse_train, train_tokenizer
 from llamajax.corpus.tokenizing import TokenizedDocuments, tokenize_all
@@ -89,6 +89,8 @@ def check_input(settings: PrepareSettings) -> tuple[list[Path], Tokenizer | None
             say(f"warning: {line}")
     check_template(settings.chat_template, tokenizer)
     files = find_files(settings.input)
+    if settings.reading.document_separator and all(format_of(file) != ".txt" for file in files):
+        raise UserError("--document_separator is for .txt files, and --input has none")
     output = settings.output
     is_empty = output.is_dir() and not any(output.iterdir())
     if output.exists() and not is_empty and not (output / MANIFEST).is_file():

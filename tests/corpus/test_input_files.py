@@ -4,6 +4,7 @@ import errno
 import gzip
 import json
 import os
+import random
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ import zstandard
 
 from llamajax.corpus.documents import Corpus, Reading
 from llamajax.corpus.input_files import find_files
+from llamajax.corpus.long_text import long_json
 from llamajax.errors import UserError
 
 TEXTS = ["first one\n", "二 second ü", "third\r\nline\x00end"]
@@ -220,3 +222,19 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("os.scandir", scandir)
     with pytest.raises(UserError, match="closed: cannot be listed: Permission denied"):
         find_files(str(tmp_path))
+
+
+def test_long_strings_of_a_json_line_are_read_in_chunks_as_a_whole(monkeypatch):
+    """Escapes, halves of surrogate pairs and characters of several bytes at the chunks' ends."""
+    rng = random.Random(1)
+    pool = ["a", '"', "\\", "\n", "é", "日", "🦙", "\ud83d", "\udd99", "\x00", "u", "d8", "\\u"]
+    monkeypatch.setattr("llamajax.corpus.long_text.LONG_CHARS", 20)
+    for _ in range(1000):
+        monkeypatch.setattr("llamajax.corpus.long_text.CHUNK", rng.randint(7, 13))
+        text = "".join(rng.choice(pool) for _ in range(rng.randrange(80)))
+        if is_plain := rng.random() < 0.5:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        line = json.dumps({"n": '"\\', 'te"xt': text, "z": ["q\\"]}, ensure_ascii=not is_plain)
+        value = long_json(line.encode(), "here")
+        assert "".join(value['te"xt']) == json.loads(line)['te"xt']
+        assert value | {'te"xt': ""} == {"n": '"\\', 'te"xt': "", "z": ["q\\"]}
