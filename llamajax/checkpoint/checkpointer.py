@@ -211,7 +211,7 @@ class Checkpointer:
             raise CheckpointError(text, step=save.step)
 
     def close(self) -> None:
-        """Wait for the save in progress, then release the threads. Raises its CheckpointError."""
+        """Wait for the save in progress and raise its CheckpointError. Release the threads in any case."""
         try:
             self.wait()
         finally:

@@ -54,7 +54,7 @@ class Checkpoint:
 
     @functools.cached_property
     def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape and dtype of every array by name."""
+        """Shape and dtype of each array in the checkpoint, by name."""
         stored = self.manifest.arrays.items()
         return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in stored}
 

@@ -18,11 +18,11 @@ def sample(
     index: jax.Array,
     seen_BV: jax.Array | None,
 ) -> jax.Array:
-    """Draw token ids (B,), int32, from float32 logits; at temperature 0 the lowest of equals.
+    """Draw token ids (B,), int32, from float32 logits; at temperature 0 those of the largest logits.
 
-    The random bits of a row are a function of `seed`, the number of its prompt and the `index` of
-    the new token: not of the mesh, nor of other rows. `seen_BV`: the tokens of prompt and output,
-    for the repetition penalty.
+    Among equal logits the lowest id counts. The random bits of a row are a function of `seed`, the
+    number of its prompt (`numbers_B`) and the `index` of the new token: not of the mesh, nor of
+    other rows. `seen_BV`: bool, the tokens of prompt and output, for the repetition penalty.
     """
     if sampling.penalizes:
         logits_BV = penalize(logits_BV, seen_BV, sampling.repetition_penalty)

@@ -5,29 +5,34 @@ Names of arrays end in the letters of their dimensions:
     B  rows of a batch           N  query heads                  D  width of the model
     T  local tokens of a row     K  key-value heads, N = G x K   F  width of the feed-forward layer
     S  all tokens of a row       H  width of a head              V  vocabulary, padded
-    Q  microbatches of a stage   L  layers                       G  query heads of a key-value head
+    Q  microbatches              L  layers                       G  query heads of a key-value head
+
+Inside a `sharded_step` (below) a letter counts what the device has of it.
 
 A weight is declared once, by its letters: `normal(config, "DNH", ...)` makes a matrix from D inputs
 to N x H outputs. Shape, sharding, weight decay, and names in other formats follow from the letters.
 `weight[...]` is its array.
 
 A model is a pytree of float32 weights (Flax NNX modules that hold nothing mutable). The same code
-runs on one device, where arrays are whole, and in a `sharded_step`, where every array is one
-device's part and all communication is in a few functions:
+runs on one device, where arrays are whole, and in a `sharded_step` (a `jax.shard_map` over the
+mesh), where every array is one device's part. All communication of the forward pass is in a few
+functions, whose transposes communicate in the backward pass:
 
 - `gather` casts weights to the compute dtype and joins their parts along the mesh axis `fsdp`. It
   runs at the top of each layer, so that only one layer is whole at a time (in a pipeline: the
   layers of one stage).
 - `enter_tensor` and `leave_tensor` communicate around matrices that are split over the axis
-  `tensor`: the first gives each device all tokens, the second sums the partial products. With
-  `split_tokens`, each device holds only a part of the tokens in between (sequence parallelism).
+  `tensor`: `leave_tensor` sums the partial products behind such a pair of matrices. With
+  `split_tokens` (sequence parallelism), norms and residuals have only a part of the tokens on each
+  device: `leave_tensor` scatters the sums, and `enter_tensor` gathers the tokens again.
 - `embed` and `cross_entropy` communicate for the embedding and the head; `attention` joins the keys
   and values of a row that is split over `sequence`.
 
 The axes `data` and `fsdp` split the rows: every device has its own. A batch comes with all tokens
-of these rows. A device embeds, and computes the loss of, its `local_part`: along `sequence` a part
-of each row; along `stage` every P-th microbatch of P stages, although all of them pass through all
-stages. Where an axis has one device, and outside `shard_map`, these functions do nothing.
+of these rows. A device embeds, and computes the loss of, its `local_part`. Along `sequence` that is
+a part of each row. Along `stage` all microbatches pass through all P stages; embedding and loss are
+shared out: each stage has those of every P-th microbatch. Where an axis has one device, and outside
+`shard_map`, these functions do nothing.
 """
 
 import dataclasses
@@ -60,10 +65,11 @@ from llamajax.ops.norm import rms_norm
 from llamajax.ops.rope import angles, frequencies, rotate
 from llamajax.sharding.collectives import all_gather, enter_tensor, gather, leave_tensor
 
-# Arrays (B, S), or (B, T) of a local part, by name: int32 `tokens` and their `positions` in their
-# document. Optional are int32 `targets`, bool `loss_mask`, int32 `segment_ids`, always (B, S) (one
-# number for each document; without them a row is one document), and `dropout_keys` (one key for
-# each token; without them nothing is dropped).
+# Arrays (B, S), or (B, T) of a local part, by name:
+#     tokens, positions     int32; a position counts from the start of a document
+#     targets, loss_mask    int32, bool; for losses alone
+#     segment_ids           int32, always (B, S): a number for each document; without: one a row
+#     dropout_keys          a key for each token; without: nothing is dropped
 Batch = Mapping[str, jax.Array]
 
 
@@ -118,14 +124,14 @@ class Attention(nnx.Module):
         self.query_lora = self.key_lora = self.value_lora = self.out_lora = nnx.data(None)
 
     def __call__(self, x_BTD, inputs: LayerInputs, attend: Attend) -> tuple[jax.Array, Any]:
-        keys_BT = inputs.dropout_keys_BT
-        q_BTNH = project(x_BTD, self.query, self.query_lora, keys_BT)
-        k_BTKH = project(x_BTD, self.key, self.key_lora, keys_BT)
-        v_BTKH = checkpoint_name(project(x_BTD, self.value, self.value_lora, keys_BT), "qkv")
+        dropout_BT = inputs.dropout_keys_BT
+        q_BTNH = project(x_BTD, self.query, self.query_lora, dropout_BT)
+        k_BTKH = project(x_BTD, self.key, self.key_lora, dropout_BT)
+        v_BTKH = checkpoint_name(project(x_BTD, self.value, self.value_lora, dropout_BT), "qkv")
         q_BTNH = checkpoint_name(rotate(q_BTNH, inputs.cos_sin), "qkv")
         k_BTKH = checkpoint_name(rotate(k_BTKH, inputs.cos_sin), "qkv")
         o_BTNH, extra = attend(q_BTNH, k_BTKH, v_BTKH)
-        return project(o_BTNH, self.out, self.out_lora, keys_BT, contract=2), extra
+        return project(o_BTNH, self.out, self.out_lora, dropout_BT, contract=2), extra
 
 
 class FeedForward(nnx.Module):
@@ -197,7 +203,7 @@ def walk_layers(
 
     c = inputs.compute
     policy = remat_policy(c.remat, keep=c.remat_keep, offload=c.remat_offload)
-    body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # a scan needs no such barrier
+    body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # which a scan does not need
     (x_BTD, carry), outputs = jax.lax.scan(body, (x_BTD, carry), (layers, numbers))
     return x_BTD, carry, outputs
 
@@ -212,7 +218,7 @@ class Llama(nnx.Module):
 
     Training and its evaluation call `loss_terms`, scoring of texts calls `token_nll`. Both call
     `hidden_states`, which calls `forward` on the local tokens, or runs the pipeline if layers are
-    split over `stage`. Decoding and `replay` call `forward` themselves.
+    split over `stage`. Decoding and `replay` call `forward` themselves, on meshes without `stage`.
     """
 
     def __init__(self, config: ModelConfig, key: jax.Array):
@@ -283,7 +289,7 @@ class Llama(nnx.Module):
 
         x_BTD = embed(self.embedding[...], batch["tokens"], dtype, split)
         inputs = self._layer_inputs(batch, compute)
-        numbers = jnp.arange(self.blocks.mlp_norm[...].shape[0])
+        numbers = jnp.arange(self.blocks.mlp_norm[...].shape[0])  # L: any weight has it
         x_BTD, carry, outputs = walk_layers(
             gather_and_visit, self.blocks, numbers, x_BTD, carry, inputs
         )
@@ -292,14 +298,14 @@ class Llama(nnx.Module):
     def _pipelined_states(self, batch: Batch, compute: Compute) -> jax.Array:
         """Return `hidden_states` where layers are split over `stage`.
 
-        Microbatches, of B rows each, pass stage after stage. Each stage gathers its layers once
-        for all of them.
+        Microbatches pass stage after stage. Each stage gathers its layers once for all of them, and
+        sums their gradients in float32. B counts rows of a microbatch, or of all local ones.
         """
         dtype, split = compute.dtype, compute.split_tokens
         size = compute.pipeline.microbatch_size
         tokens_BT = local_microbatches(batch["tokens"], microbatch_size=size)
         x_BTD = embed(self.embedding[...], tokens_BT, dtype, split)
-        batches = {name: x.reshape(-1, size, *x.shape[1:]) for name, x in batch.items()}
+        batches = {k: x.reshape(-1, size, *x.shape[1:]) for k, x in batch.items()}  # of all stages
 
         def visit(layer, x_BTD, carry, inputs: LayerInputs):
             return apply_block(with_fp32_grad(layer), x_BTD, carry, inputs)
@@ -328,7 +334,7 @@ class Llama(nnx.Module):
         return rms_norm(x_BTD, norm[...], eps=self.config.norm_eps)
 
     def logits(self, batch: Batch, compute: Compute) -> jax.Array:
-        """Return float32 logits (B, T, V) of the local tokens; for tests, on whole heads."""
+        """Return float32 logits (B, T, V) of the local tokens, where `tensor` is 1; for tests."""
         head_VD = gather(self.head_or_embedding, compute.dtype)[...]
         logits_BTV = linear(self.hidden_states(batch, compute), head_VD.T).astype(jnp.float32)
         return logits_BTV[:, :, : self.config.vocab_size]

@@ -58,9 +58,10 @@ class ReplayRecord:
         return later.continued(step=max(self.first_step, later.segments[-1].first_step), **now)
 
     def recorded_row(self, step: int, position: data.Position) -> Mapping[str, Any] | None:
-        """Return loss and gradient norm of a step that read at `position`, and why it was skipped.
+        """Return the recorded loss and gradient norm of a step, and why its update was skipped.
 
-        None where they are not on record.
+        position: of the data that the step is to read. None where the record has no such step, or
+        one that read other data.
         """
         row, first_sample = self.numbers.get(step), position.first_sample(step - 1)
         if row is None or row.get("first_sample", first_sample) != first_sample:

@@ -139,7 +139,7 @@ class Hook:
 
 
 class CanaryHook(Hook):
-    """Compares what the replicas compute and hold; raises BadDevice."""
+    """Raises BadDevice where devices that must have the same bits, computed or stored, have not."""
 
     def is_due(self, step: int, stop: bool) -> bool:
         every = self.config.guard.canary_every

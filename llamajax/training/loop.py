@@ -27,8 +27,8 @@ from llamajax.training.state import TrainState
 def train_steps(attempt: Attempt, state: TrainState) -> ExitCode:
     """Train to the last step, or to a stop signal: FINISHED or STOPPED.
 
-    Raises GuardStop or RollbackNeeded where a check asks for it, and CheckpointError where the last
-    save failed.
+    Raises what the checks and hooks raise: GuardStop (BadDevice of the canary is one),
+    RollbackNeeded, and CheckpointError where the save before failed in the background.
     """
     run, setup, start, timer = attempt.run, attempt.run.setup, attempt.start, attempt.timer
     first, last = start.step + 1, run.config.train.steps
@@ -44,20 +44,20 @@ def train_steps(attempt: Attempt, state: TrainState) -> ExitCode:
     batches = train_batches(data, setup.mesh, setup.mixture, start.position, step=start.step)
 
     def next_batch() -> DeviceBatch:
-        with timer.pause(data_wait=True):  # as far as no step is in flight
+        with timer.pause(data_wait=True):  # counts only while no step runs on the devices
             return next(batches)
 
     batch = next_batch() if first <= last else None
     for step in range(first, last + 1):
         timer.mark_dispatched(step)
         state, metrics = attempt.programs.update(state, batch)
-        timer.watch(step, functools.partial(jax.block_until_ready, metrics))
-        run.shutdown.begin_updates()  # from now on a stop signal is answered below, with a save
+        timer.watch(step, functools.partial(jax.block_until_ready, metrics))  # in its thread
+        run.shutdown.begin_updates()  # until here a signal ends the process, from here on it saves
         gc.enable()  # off while starting (train.py)
-        start.ledger.add(step)
+        start.ledger.add(step)  # digest of the samples seen, which checkpoints hold
         batch = next_batch() if step < last else None
         log(step, metrics)  # reads those of step - 1
-        stop = run.shutdown.any_process_stops()
+        stop = run.shutdown.any_process_stops()  # the same on all; waits for no device
         attempt.report_alive()
         attempt.record_saves()
         due = [hook for hook in hooks if hook.is_due(step, stop)]
@@ -67,11 +67,11 @@ def train_steps(attempt: Attempt, state: TrainState) -> ExitCode:
             attempt.record_signal(step)
         for hook in due:
             hook(step, state, stop)
-        if evaluate.was_interrupted and not stop:  # the signal came while it ran
+        if evaluate.was_interrupted and not stop:  # on all processes: a signal came while it ran
             stop = True
             attempt.record_signal(step)
-            save(step, state, stop)
+            save(step, state, stop)  # does nothing where this step is saved already
         if stop:
             return ExitCode.STOPPED
-    # A signal may have come in the evaluation of the last step, before this loop or in it.
+    # A run that had only its last evaluation to make up for may have been stopped in that one.
     return ExitCode.STOPPED if run.shutdown.requested else ExitCode.FINISHED

@@ -1,13 +1,14 @@
 """A run of one config in one directory, from its start to its end.
 
-`train` starts the machine and opens the data (`set_up`), locks the directory (`open_run`), and
-chooses the checkpoint to continue from (`find_start`). `_train` loads the state, compiles the step,
-accepts the start, and calls the loop (`train_steps`); after a rollback it loads an older state and
-calls the loop again.
+`train` starts JAX on all processes, makes the mesh and opens the data (`set_up`), locks the
+directory (`open_run`), and chooses the checkpoint to continue from (`find_start`). `_train` loads
+the state, compiles the step, accepts the start, and calls the loop (`train_steps`). After a
+rollback, which a check of the metrics asks for, it loads an older checkpoint and calls the loop
+again, with the data behind the steps that went wrong.
 
 Mistakes of the user are found in this order: machine, mesh and data; weights and checkpoint; memory
 and compilation. A start that is refused leaves the directory as it was: events, log and black box
-are kept in memory until `_accept`.
+(the last steps, for the case that the run dies) are kept in memory until `_accept`.
 """
 
 import time
@@ -56,20 +57,20 @@ def train(
     undo = ExitStack()
     # Before the processes meet: afterwards another one may have made the folders.
     undo_new_folders(workdir.absolute(), undo)
-    with exit_on_error():
+    with exit_on_error():  # of several processes; with one it changes nothing
         setup = set_up(config)
     if setup.machine.num_processes > 1:
-        shutdown.take_back()
+        shutdown.take_back()  # the signals, whose handlers jax.distributed has replaced
     with exit_on_error(), open_run(setup, workdir, shutdown=shutdown, undo=undo) as run:
         history = History.read(workdir)
         request = requested_start(config, history)
         if request == "restart":
-            history = History(workdir, [], [])
+            history = History(workdir, [], [])  # as if nothing were there
             run.rollbacks.entries.clear()
         start = find_start(run, request, history)
         if _is_finished(run, start, history):
             if start.checkpoint is not None:
-                check_stored(setup, start.checkpoint)
+                check_stored(setup, start.checkpoint)  # the config may be another one by now
             run.say(f"finished before, at step {start.step}: {workdir}")
             return ExitCode.FINISHED
         # Writes the `end` event, however the block is left, if the start was accepted.
@@ -78,8 +79,8 @@ def train(
                 if dead := history.found_dead(start.step):
                     run.events.write("found_dead", **dead)
                 write_start(run, step=start.step, began_s=began_s, config_file=config_file)
-                report_checkpoint(start.step)
-            del history
+                report_checkpoint(start.step)  # to the launcher, which counts progress
+            del history  # all rows and events
             for line in run_header(setup, start.step):
                 run.say(line)
             outcome["code"] = code = _train(run, start)
@@ -89,7 +90,7 @@ def train(
                 for line in write_adapters(workdir, checkpoints, config.lora, base):
                     run.say(f"warning: {line}")
     if run.is_primary:
-        with run.log:  # after `end_event`, so that the report shows a run that has ended
+        with run.log:  # again, after `end_event`: the summary shows a run that has ended
             say(run_summary(workdir, run.checkpointer, code))
     return code
 
@@ -118,6 +119,7 @@ def _train(run: Run, start: Start) -> int:
                 programs = _compile(run, state, timer)
                 _accept(run, start, programs)
                 run.events.write("compile", step=start.step, duration_s=timer.paused_s)
+            # Those between the step that a rollback went back to and the one it came from.
             remove_checkpoints(run.checkpointer, start.superseded)
             attempt = _open_attempt(run, start, programs, timer, stack)
             try:
@@ -126,20 +128,26 @@ def _train(run: Run, start: Start) -> int:
             except (GuardStop, RollbackNeeded) as error:
                 problem = error.with_traceback(None)  # a traceback would keep the state in memory
             except CheckpointError as error:
-                fix = "Make room or repair the directory; a rerun continues from the last"
-                say(f"error: {error}. {fix} checkpoint")
+                fix = (
+                    "Make room or repair the directory; a rerun continues from the last checkpoint"
+                )
+                say(f"error: {error}. {fix}")
                 remote = is_remote(run.checkpointer.directory)
                 return ExitCode.TRANSIENT if remote else ExitCode.USER_ERROR
-        del state  # its memory is needed for the next one
+        del state  # not donated if no update ran; its memory is needed for the next one
         began_s = time.monotonic()
         if (code := _go_back(attempt, problem)) is not None:
             return code
-        start = find_start(run, "rollback", History.read(run.workdir))
+        start = find_start(run, "rollback", History.read(run.workdir))  # data behind the bad steps
         rolled_back_s = time.monotonic() - began_s
 
 
 def _load(run: Run, start: Start, timer: StepTimer, rolled_back_s: float) -> TrainState:
-    """Return the state to start from. rolled_back_s: seconds that the rollback to it took."""
+    """Return the state to start from. rolled_back_s: seconds that the rollback to it took.
+
+    The event `restore` is written for every source. It also has the seconds of the rows after its
+    step (`Start.time_after`): that work is done again.
+    """
     with timer.pause():
         state = initial_state(run.setup, start.checkpoint, start.weights)
     source = "restore" if start.step else "import" if start.weights else "init"
@@ -163,9 +171,9 @@ def _compile(run: Run, state: TrainState, timer: StepTimer) -> Programs:
 def _accept(run: Run, start: Start, programs: Programs) -> None:
     """Write what a start changes in the directory: nothing can refuse it any more.
 
-    To be called by all processes.
+    To be called by all processes: process 0 writes, and its failure is raised on all.
     """
-    run.undo.pop_all()
+    run.undo.pop_all()  # keep the folders that this start has made
     run.checkpointer.begin()
     resume_step = run.config.train.resume_step
     set_aside(start.request, run.workdir, run.checkpointer.directory, resume_step)
@@ -223,10 +231,13 @@ def _open_attempt(
 
 
 def _go_back(attempt: Attempt, problem: GuardStop | RollbackNeeded) -> int | None:
-    """Record the rollback to an earlier checkpoint; return an exit code if the run must end."""
+    """Record a rollback to an earlier checkpoint, or end the run and return its exit code.
+
+    The run ends where a check stops it, or where there is nothing to go back to.
+    """
     run = attempt.run
     newest = run.box.newest_step
-    attempt.record_saves()
+    attempt.record_saves()  # those that were complete before the check
     reason = "rollback" if isinstance(problem, RollbackNeeded) else "stop"
     box = attempt.checks.write_box(reason, step=newest, cause=str(problem))
     try:
@@ -235,7 +246,7 @@ def _go_back(attempt: Attempt, problem: GuardStop | RollbackNeeded) -> int | Non
         words = roll_back(problem, run.checkpointer, run.rollbacks, attempt.checks)
     except GuardStop as error:
         run.say(
-            f"error: {error}. Nothing was saved since then; the black box is {box}, and "
+            f"error: {error}. No later step was saved; the black box is {box}, and "
             f"`python -m llamajax.replay --workdir={run.workdir} --step={newest}` looks into the "
             "step (docs/guards.md)"
         )

@@ -148,7 +148,7 @@ def _locked(file: Path) -> tuple[IO[str], str | None]:
 
 
 def _open_checkpoints(setup: Setup, workdir: Path, undo: contextlib.ExitStack) -> Checkpointer:
-    """Claim the directory of the run's checkpoints and open it. To be called by all processes."""
+    """Mark the directory of the checkpoints as this run's, and open it. A collective."""
     c = setup.config.checkpoint
     directory = checkpoint_directory(workdir, c.directory)
     check_usable(directory)

@@ -41,7 +41,7 @@ class Row:
         return f"{self.in_gguf if layer is None else f'blk.{layer}.{self.in_gguf}'}.weight"
 
     def meta_name(self, layer: int | str | None) -> str:
-        """Return the name in Meta's files."""
+        """Return the name that Meta's files give to this weight, of one layer or of none."""
         return f"{self.in_meta if layer is None else f'layers.{layer}.{self.in_meta}'}.weight"
 
 
