@@ -211,7 +211,7 @@ class Checkpointer:
             raise CheckpointError(text, step=save.step)
 
     def close(self) -> None:
-        """Wait for the save in progress and raise its CheckpointError. Release the threads in any case."""
+        """Wait for the save in progress and raise its CheckpointError; release the threads."""
         try:
             self.wait()
         finally:

@@ -18,7 +18,7 @@ def sample(
     index: jax.Array,
     seen_BV: jax.Array | None,
 ) -> jax.Array:
-    """Draw token ids (B,), int32, from float32 logits; at temperature 0 those of the largest logits.
+    """Draw token ids (B,), int32, from float32 logits; at temperature 0 the largest ones.
 
     Among equal logits the lowest id counts. The random bits of a row are a function of `seed`, the
     number of its prompt (`numbers_B`) and the `index` of the new token: not of the mesh, nor of

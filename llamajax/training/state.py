@@ -115,7 +115,7 @@ class StateSpec:
         )
 
     def init(self, seed: int) -> TrainState:
-        """Return the state of step 0 with random weights: sharded from the start, equal on any mesh."""
+        """Return the state of step 0 with random weights, in shards; equal on any mesh."""
         out = jax.tree.map(lambda x: x.sharding, self.abstract())
         options = exact_options(self.mesh.devices.flat[0].platform)
 
