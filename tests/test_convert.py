@@ -13,20 +13,21 @@ import numpy as np
 import pytest
 import tokenizers
 import warm
-from llamas import BASE, edit_config, mesh, random_model
+from llamas import BASE, edit_config, random_model
+from meshes import mesh_of
+from refusal import refused
 from small_tokenizers import small_ranks, small_sentencepiece
 from tiny_state import assert_same_bits
+from workdirs import save_checkpoint
 
 from llamajax import convert
-from llamajax.checkpoint import Checkpointer
 from llamajax.data import load_tokenizer
-from llamajax.errors import UserError
 from llamajax.formats.huggingface.hf_write import export_hf
 from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
 from llamajax.tokenizers.tokenizer_export import export_tokenizer
 
-CONFIG = BASE.__class__(**(vars(BASE) | {"vocab_size": 300}))
+CONFIG = dataclasses.replace(BASE, vocab_size=300)
 MODEL = random_model(CONFIG)
 READERS = ["library", pytest.param("auto_tokenizer", marks=pytest.mark.live)]
 TEXTS = ["Call me Ishmael.", "  two  spaces\n\n\tand a tab", "naïve 東京 😀", " lead", "12345"]
@@ -48,9 +49,8 @@ def run(*flags: str) -> int:
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> Path:
     """A run that saved the same weights."""
-    path = tmp_path_factory.mktemp("run")
-    with Checkpointer(path / "checkpoints", keep=1, keep_every=None, asynchronous=False) as saver:
-        saver.save(5, {"model": MODEL}, meta={"config": {"model": dataclasses.asdict(CONFIG)}})
+    config = {"model": dataclasses.asdict(CONFIG)}
+    path = save_checkpoint(tmp_path_factory.mktemp("run"), 5, {"model": MODEL}, config=config)
     load_tokenizer("byte").save(path)
     return path
 
@@ -63,7 +63,7 @@ def test_float32_is_converted_bit_for_bit(kind, source, workdir, tmp_path, capsy
     assert {p.name for p in source.iterdir()} == {p.name for p in back.iterdir()}
     for file in source.iterdir():
         assert file.read_bytes() == (back / file.name).read_bytes(), file.name
-    assert_same_bits(open_weights(back).load(abstract_model(CONFIG, mesh(fsdp=2))), MODEL)
+    assert_same_bits(open_weights(back).load(abstract_model(CONFIG, mesh_of(fsdp=2))), MODEL)
     out, err = capsys.readouterr()
     assert f"{kind} -> hf" in out
     assert err == ""
@@ -72,32 +72,26 @@ def test_float32_is_converted_bit_for_bit(kind, source, workdir, tmp_path, capsy
 
 def test_the_mean_of_the_last_checkpoints(source, tmp_path, capsys):
     models = [random_model(CONFIG, seed=seed) for seed in range(3)]
-    meta = {"config": {"model": dataclasses.asdict(CONFIG)}}
+    config = {"model": dataclasses.asdict(CONFIG)}
     run_dir, mean = tmp_path / "run", tmp_path / "mean"
-    options = {"keep": 9, "keep_every": None, "asynchronous": False}
-    with Checkpointer(run_dir / "checkpoints", **options) as saver:
-        for step, model in enumerate(models, 1):
-            saver.save(step, {"model": model}, meta=meta)
+    for step, model in enumerate(models, 1):
+        save_checkpoint(run_dir, step, {"model": model}, config=config)
     average = ("--average=last:2", "--dtype=float32", "--overwrite", f"--to={mean}")
     for path, pair in ((run_dir, models[1:]), (run_dir / "checkpoints" / "2", models[:2])):
         run(f"--from={path}", *average)
         expected = jax.tree.map(
             lambda a, b: ((np.asarray(a, float) + b) / 2).astype(np.float32), *pair
         )
-        assert_same_bits(open_weights(mean).load(abstract_model(CONFIG, mesh())), expected)
+        assert_same_bits(open_weights(mean).load(abstract_model(CONFIG, mesh_of())), expected)
     assert "average  of steps 1, 2" in capsys.readouterr().err
-    for flags, message in (
-        (
-            (f"--from={run_dir}", "--average=last:4"),
-            "3 complete checkpoints up to step 3, not 4",
-        ),
-        ((f"--from={source}", "--average=last:2"), r"\(huggingface\) has no earlier checkpoints"),
-        ((f"--from={run_dir}", "--average=2"), "must be last:N"),
+    for path, number, target, words in (
+        (run_dir, "last:4", "x", "3 complete checkpoints up to step 3, not 4"),
+        (source, "last:2", "x", "(huggingface) has no earlier checkpoints"),
+        (run_dir, "2", "x", "must be last:N"),
+        (run_dir, "last:3", "run/checkpoints/1", "holds what is read"),
     ):
-        with pytest.raises(UserError, match=message):
-            run(*flags, f"--to={tmp_path / 'x'}")
-    with pytest.raises(UserError, match="holds what is read"):
-        run(f"--from={run_dir}", "--average=last:3", f"--to={run_dir / 'checkpoints' / '1'}")
+        flags = [f"--from={path}", f"--average={number}", f"--to={tmp_path / target}"]
+        assert_refused(tmp_path, flags, words)
 
 
 def test_bfloat16_comes_back_bit_for_bit_and_rounding_is_told(source, tmp_path, capsys):
@@ -124,7 +118,7 @@ def test_a_tokenizer_goes_along_and_others_read_it_alike(
         path, size = small_ranks(tmp_path), 600
     elif kind == "huggingface":
         path = source / "tokenizer.json"
-    config = BASE.__class__(**(vars(BASE) | {"vocab_size": size}))
+    config = dataclasses.replace(BASE, vocab_size=size)
     tokenizer = load_tokenizer(path)
     export_hf(random_model(config), config, tmp_path / "hf", dtype="float32", tokenizer=tokenizer)
     theirs = request.getfixturevalue(reader)(tmp_path / "hf")
@@ -196,23 +190,19 @@ def test_without_a_tokenizer_it_warns(source, tmp_path, capsys):
     assert "no tokenizer" in err
 
 
-def refused(tmp_path: Path, *flags: str) -> str:
-    """The message of a refusal; nothing new is left in tmp_path."""
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError) as caught:
-        run(*flags)
-    assert sorted(tmp_path.rglob("*")) == before
-    return str(caught.value)
+def assert_refused(tmp_path: Path, flags: list[str], *words: str) -> None:
+    """The conversion is refused in these words, and nothing in `tmp_path` changes."""
+    with refused(*words, unchanged=(tmp_path,)):
+        convert.main(flags)
 
 
 def test_a_tokenizer_of_another_model_is_refused(source, tmp_path):
     small = tmp_path / "small"
-    config = BASE.__class__(**(vars(BASE) | {"vocab_size": 200}))
+    config = dataclasses.replace(BASE, vocab_size=200)
     export_hf(random_model(config), config, small, dtype="float32", tokenizer=None)
     shutil.copyfile(source / "tokenizer.json", small / "tokenizer.json")
-    message = refused(tmp_path, f"--from={small}", f"--to={tmp_path / 'x'}")
-    assert "258 tokens" in message
-    assert "200" in message
+    flags = [f"--from={small}", f"--to={tmp_path / 'x'}"]
+    assert_refused(tmp_path, flags, "258 tokens", "200")
 
 
 def test_targets_that_cannot_be_written_are_refused(source, tmp_path):
@@ -227,7 +217,7 @@ def test_targets_that_cannot_be_written_are_refused(source, tmp_path):
         (taken / "x", "--overwrite", "is a file"),
         (tmp_path / "y", "--format=llamajax", "--format=llamajax: expected hf"),
     ):
-        assert words in refused(tmp_path, f"--from={copy}", f"--to={target}", flag)
+        assert_refused(tmp_path, [f"--from={copy}", f"--to={target}", flag], words)
     assert run(f"--from={copy}", f"--to={taken}", "--overwrite") == 0
     assert not (taken / "x").exists()
 
@@ -235,14 +225,14 @@ def test_targets_that_cannot_be_written_are_refused(source, tmp_path):
 def test_values_beyond_float16_are_refused(tmp_path):
     large = jax.tree.map(lambda x: x * np.float32(1e7), MODEL)
     export_hf(large, CONFIG, tmp_path / "large", dtype="float32", tokenizer=None)
-    flags = (f"--from={tmp_path / 'large'}", f"--to={tmp_path / 'x'}", "--format=hf")
-    assert "65504" in refused(tmp_path, *flags, "--dtype=float16")
+    flags = [f"--from={tmp_path / 'large'}", f"--to={tmp_path / 'x'}", "--dtype=float16"]
+    assert_refused(tmp_path, flags, "65504")
 
 
 def test_a_full_disk_leaves_nothing(source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    assert "1,000 free" in refused(tmp_path, f"--from={source}", f"--to={tmp_path / 'x'}")
+    assert_refused(tmp_path, [f"--from={source}", f"--to={tmp_path / 'x'}"], "1,000 free")
 
 
 def test_an_interrupted_conversion_leaves_what_was_there(source, tmp_path):
@@ -270,9 +260,8 @@ def test_an_interrupted_conversion_leaves_what_was_there(source, tmp_path):
 def test_another_architecture_is_refused(source, tmp_path):
     copy = Path(shutil.copytree(source, tmp_path / "copy"))
     edit_config(copy, hidden_act="gelu", attention_bias=True)
-    message = refused(tmp_path, f"--from={copy}", f"--to={tmp_path / 'x'}")
-    assert "gelu" in message
-    assert "attention_bias" in message
+    flags = [f"--from={copy}", f"--to={tmp_path / 'x'}"]
+    assert_refused(tmp_path, flags, "gelu", "attention_bias")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -284,7 +273,7 @@ def test_a_weight_that_is_not_finite_is_named(value, source, tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
     stored[name][3, 2] = value
     safetensors.numpy.save_file(stored, bad / "model.safetensors")
-    message = refused(tmp_path, f"--from={bad}", f"--to={tmp_path / 'out'}")
-    assert f"{name} holds 1 values that are NaN or infinite" in message
-    with pytest.raises(UserError, match=f"{name} holds 1 values"):
-        open_weights(bad).load(abstract_model(CONFIG, mesh(fsdp=2)))
+    words = f"{name} holds 1 values that are NaN or infinite"
+    assert_refused(tmp_path, [f"--from={bad}", f"--to={tmp_path / 'out'}"], words)
+    with refused(f"{name} holds 1 values"):
+        open_weights(bad).load(abstract_model(CONFIG, mesh_of(fsdp=2)))

@@ -1,18 +1,16 @@
 """The verb `evaluate`: against transformers, against training's own evaluation, and mistakes."""
 
+import dataclasses
 import gzip
 import json
 import math
-import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import stored
 import tiny_run
-import warm
 from chat_cases import save_byte_level
 from llama_cases import (
     CONTEXT,
@@ -24,12 +22,15 @@ from llama_cases import (
     tokens,
     weights,
 )
+from meshes import mesh_of
+from shell import shell
+from tiny_model import COMPUTE
+from workdirs import prepare_texts, save_checkpoint
 
-from llamajax import data, evaluate, prepare, sharding
-from llamajax.checkpoint import Checkpointer
+from llamajax import data, evaluate, sharding
 from llamajax.config import freeze, to_json_dict
 from llamajax.errors import UserError
-from llamajax.models.llama import Compute, Llama
+from llamajax.models.llama import Llama
 from llamajax.training.step import eval_step
 
 TOLERANCE = 1e-5  # nats: float32 against float32, sums in another order
@@ -90,11 +91,9 @@ def grouped(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    lines = (json.dumps({"text": "a whale " * (1 + i % 9) + str(i)}) + "\n" for i in range(200))
-    (folder / "in.jsonl").write_text("".join(lines))
-    args = [f"--input={folder / 'in.jsonl'}", "--validation_fraction=0.2", "--workers=1"]
-    prepare.main([*args, "--tokenizer=byte", f"--output={folder / 'prepared'}"])
-    prepare.main([*args, "--tokenizer=train:285", f"--output={folder / 'foreign'}"])
+    texts = ["a whale " * (1 + i % 9) + str(i) for i in range(200)]
+    for name, tokenizer in (("prepared", "byte"), ("foreign", "train:285")):
+        prepare_texts(folder, texts, tokenizer=tokenizer, held_out=0.2).rename(folder / name)
     return folder
 
 
@@ -105,8 +104,7 @@ def trained(prepared, tmp_path_factory):
     c.data.seq_len = 40
     config, workdir = freeze(c), tmp_path_factory.mktemp("run")
     model = jax.jit(lambda key: Llama(config.model, key))(jax.random.key(1))
-    with Checkpointer(workdir / "checkpoints", keep=1, keep_every=None, asynchronous=False) as c:
-        c.save(7, {"model": model}, meta={"config": to_json_dict(config)}, wait=True)
+    save_checkpoint(workdir, 7, {"model": model}, config=to_json_dict(config))
     return workdir, config, model
 
 
@@ -159,10 +157,7 @@ def test_a_split_gives_the_loss_that_training_logs(trained, capsys):
     workdir, config, model = trained
     found = run(capsys, workdir, f"--data={config.data.path}")
     held_out = data.open_mixture(config.data, split="validation", vocab_size=258)
-    mesh = sharding.build_mesh(config.mesh, jax.devices()[:1])
-    compute = Compute(
-        dtype=jnp.dtype("float32"), remat="none", attention="blocked", loss_chunk_tokens=512
-    )
+    mesh, compute = mesh_of(), dataclasses.replace(COMPUTE, attention="blocked")
     placed = jax.device_put(model, sharding.shardings(model, mesh))
     step, sums = eval_step(compute, mesh), np.zeros(2)
     for batch in data.eval_batches(held_out, batch_size=8, seq_len=40, rows=range(8)):
@@ -185,11 +180,9 @@ def test_a_part_of_a_split_has_no_bits_per_byte(trained, tmp_path, capsys):
 
 def test_data_of_another_tokenizer_is_refused(trained, prepared, tmp_path):
     _, config, model = trained
-    other = tmp_path / "checkpoints"
     tree = to_json_dict(config)
     tree["model"]["vocab_size"] = 300  # large enough for both
-    with Checkpointer(other, keep=1, keep_every=None, asynchronous=False) as checkpointer:
-        checkpointer.save(1, {"model": model}, meta={"config": tree}, wait=True)
+    save_checkpoint(tmp_path, 1, {"model": model}, config=tree)
     with pytest.raises(UserError, match="prepared with another tokenizer"):
         evaluate.main([f"--checkpoint={tmp_path}", f"--data={prepared / 'foreign'}"])
 
@@ -235,9 +228,7 @@ def test_mistakes_are_told(grouped, wrong, args, monkeypatch):
 
 
 def test_from_the_shell(grouped, wrong):
-    command = [sys.executable, "-m", "llamajax.evaluate", f"--checkpoint={grouped}"]
-    command.append(f"--token_ids={wrong / 'ids.npy'}")
-    done = warm.run(command, capture_output=True, text=True)
+    done = shell("evaluate", f"--checkpoint={grouped}", f"--token_ids={wrong / 'ids.npy'}")
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
     assert last["tokens"] == 8

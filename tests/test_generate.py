@@ -7,17 +7,16 @@ import signal
 import subprocess
 import sys
 
-import jax
 import pytest
 import warm
+from shell import verb
+from workdirs import save_random
 
 from llamajax import generate
-from llamajax.checkpoint import Checkpointer
 from llamajax.config.presets import PRESETS
 from llamajax.decoding import prompts
 from llamajax.errors import UserError
 from llamajax.formats.weights import open_weights
-from llamajax.models.llama import Llama
 
 CONTEXT = PRESETS["tiny"].max_seq_len
 TEXTS = ["Call me", "a much longer prompt than that", "é"]
@@ -47,11 +46,7 @@ MISTAKES = {
 
 def checkpoint(workdir, *, vocab_size: int, tokenizer: bool):
     """A workdir of train with one checkpoint of a random model."""
-    model = dataclasses.replace(PRESETS["tiny"], vocab_size=vocab_size, num_layers=1)
-    weights = jax.jit(lambda key: Llama(model, key))(jax.random.key(0))
-    with Checkpointer(workdir / "checkpoints", keep=1, keep_every=None, asynchronous=False) as c:
-        meta = {"config": {"model": dataclasses.asdict(model)}}
-        c.save(3, {"model": weights}, meta=meta, wait=True)
+    save_random(workdir, dataclasses.replace(PRESETS["tiny"], vocab_size=vocab_size, num_layers=1))
     if tokenizer:
         (workdir / "tokenizer.byte").touch()
     return workdir
@@ -183,14 +178,9 @@ def test_sampling_flags_without_a_temperature_are_a_warning(workdir, capsys):
 
 
 def test_a_signal_ends_a_conversation_with_143(workdir):
-    command = [sys.executable, "-m", "llamajax.generate", f"--checkpoint={workdir}"]
-    with warm.Popen(
-        [*command, "--interactive", "--max_new_tokens=2"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    flags = (f"--checkpoint={workdir}", "--interactive", "--max_new_tokens=2")
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with warm.Popen(verb("generate", *flags), text=True, **pipes) as process:
         process.stdin.write("line\n")
         process.stdin.flush()
         process.stdout.readline()  # it has answered, and waits for the next line

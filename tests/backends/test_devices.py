@@ -1,9 +1,9 @@
 """The table of devices, and entries that a user adds by a file."""
 
 import pytest
+from refusal import refused
 
 from llamajax.backends import devices
-from llamajax.errors import UserError
 
 _ENTRY = """
 [[device]]
@@ -48,10 +48,7 @@ def test_every_mistake_is_named_at_once(table):
     text = _ENTRY.replace("bfloat16", "bfloat61").replace("64", '"64"').replace("1.6e12", "-1")
     text += _ENTRY + "efficiency = 66\n[limits]\nx = 1\n"
     text = text.replace("[limits]", "[devices]")
-    with pytest.raises(UserError) as raised:
-        devices.use_device_table(table(text))
-    said = str(raised.value)
-    for words in (
+    with refused(
         "unknown key 'devices'; did you mean device?",
         "device 1: unknown key 'bfloat61'; did you mean bfloat16?",
         "device 1: bfloat16: missing, and needed",
@@ -60,7 +57,7 @@ def test_every_mistake_is_named_at_once(table):
         "device 2: efficiency = 66: is a share of the peak",
         "kind 'Ascend 910' is there 2 times",
     ):
-        assert words in said
+        devices.use_device_table(table(text))
 
 
 @pytest.mark.parametrize(
@@ -68,12 +65,12 @@ def test_every_mistake_is_named_at_once(table):
     [
         ("kind = ", "is not TOML"),
         ("", "there is no device in it"),
-        ('device = "x"', r"write \[\[device\]\] above each"),
-        (None, r"/nowhere\.toml: cannot be read: No such file"),
+        ('device = "x"', "write [[device]] above each"),
+        (None, "/nowhere.toml: cannot be read: No such file"),
     ],
 )
 def test_files_that_are_no_table(table, text, words):
-    with pytest.raises(UserError, match=words):
+    with refused(words):
         devices.use_device_table("/nowhere.toml" if text is None else table(text))
 
 

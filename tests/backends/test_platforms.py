@@ -8,14 +8,8 @@ from llamajax.backends.platforms import PLATFORMS, platform_facts
 
 
 def test_fused_kernels_come_first_where_they_are_built_for_the_platform():
-    fused = {
-        "gpu": "cudnn",
-        "cuda": "cudnn",
-        "tpu": "splash",
-        "cpu": None,
-        "rocm": None,
-        "npu": None,
-    }
+    fused = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}
+    fused |= dict.fromkeys(("cpu", "rocm", "npu"))
     for name, kernel in fused.items():
         found = platform_facts(name).attention_preferences
         assert found == (*filter(None, [kernel]), "blocked", "split", "xla")

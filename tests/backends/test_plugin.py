@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from refusal import refused
 
 from llamajax.backends.plugin import built_for, check_library, named_to_jax, typed_options, why_not
 from llamajax.config.schema import BackendConfig
-from llamajax.errors import UserError
 
 _TABLE = """
 #include <stddef.h>
@@ -50,11 +50,8 @@ def test_options_have_the_types_that_pjrt_wants():
 
 
 def test_options_that_cannot_be_read_are_all_named():
-    with pytest.raises(UserError) as raised:
+    with refused("'b' is not k=v", "'=3' is not k=v", "a is there twice"):
         typed_options("a=1,b,=3,a=2")
-    assert "'b' is not k=v" in str(raised.value)
-    assert "'=3' is not k=v" in str(raised.value)
-    assert "a is there twice" in str(raised.value)
 
 
 def test_the_version_is_read_before_jax_sees_the_library(compiled):
@@ -64,21 +61,21 @@ def test_the_version_is_read_before_jax_sees_the_library(compiled):
 @pytest.mark.parametrize("version", [(0, 28), (1, 0)])
 def test_a_version_that_jax_refuses_is_named(compiled, version):
     library = compiled(_TABLE % version)
-    with pytest.raises(UserError, match=rf"offers version {version[0]}\.{version[1]} of the PJRT"):
+    with refused(f"offers version {version[0]}.{version[1]} of the PJRT"):
         check_library(library)
 
 
 def test_a_library_without_the_function_is_named():
     library = next((Path(np.__file__).parent / "_core").glob("_multiarray_umath*.so"))
-    with pytest.raises(UserError, match="without the function GetPjrtApi"):
+    with refused("without the function GetPjrtApi"):
         check_library(library)
 
 
 def test_a_missing_file_and_one_that_is_no_library_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"absent\.so: there is no such file"):
+    with refused("absent.so: there is no such file"):
         check_library(tmp_path / "absent.so")
     (tmp_path / "text.so").write_text("hello")
-    with pytest.raises(UserError, match="is no shared library"):
+    with refused("is no shared library"):
         check_library(tmp_path / "text.so")
 
 
@@ -87,9 +84,7 @@ def test_a_library_that_lacks_another_is_told_where_to_look(compiled, tmp_path):
     source = "int runtime(void); int call(void) { return runtime(); }"
     library = compiled(source, "libpjrt_y.so", f"-L{tmp_path}", "-lvendor_runtime")
     (tmp_path / "libvendor_runtime.so").unlink()
-    with pytest.raises(
-        UserError, match=r"needs a library .*libvendor_runtime\.so.*LD_LIBRARY_PATH"
-    ):
+    with refused("needs a library ", "libvendor_runtime.so", "LD_LIBRARY_PATH"):
         check_library(library)
 
 
@@ -110,14 +105,8 @@ def test_jax_is_told_only_while_it_looks(compiled, monkeypatch):
 @pytest.mark.parametrize(
     ("reason", "words"),
     [
-        (
-            "Backend 'npu' is not in the list of known backends: ['cpu', 'tpu'].",
-            "JAX knows cpu, tpu",
-        ),
-        (
-            "INVALID_ARGUMENT: no option level (set JAX_PLATFORMS='' to ...)",
-            "Correct backend.options",
-        ),
+        ("Backend 'npu' is not in the list of known backends: ['cpu', 'tpu'].", "knows cpu, tpu"),
+        ("INVALID_ARGUMENT: no option level (set JAX_PLATFORMS='' to ...)", "Correct backend.opt"),
         ("NOT_FOUND: no NPU", "is it visible to this process"),
         ("Backend 'npu' provides no devices.", "is it visible to this process"),
         ("INTERNAL: driver 12", "driver and runtime"),
@@ -196,5 +185,5 @@ def test_a_package_tells_which_jax_it_wants(package):
 
 def test_a_refused_version_names_the_package(package, compiled):
     compiled(_TABLE % (0, 28)).replace(package)
-    with pytest.raises(UserError, match=r"npu-jax 1\.2 wants jax==0\.7\.1, jaxlib<=0\.7\.1; inst"):
+    with refused("npu-jax 1.2 wants jax==0.7.1, jaxlib<=0.7.1; inst"):
         check_library(package)

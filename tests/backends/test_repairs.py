@@ -5,6 +5,7 @@ import json
 
 import pytest
 from jax._src.interpreters import mlir
+from refusal import refused
 
 from llamajax.backends import repairs
 from llamajax.backends.repairs import (
@@ -14,7 +15,6 @@ from llamajax.backends.repairs import (
     verdict_path,
     write_verdict,
 )
-from llamajax.errors import UserError
 
 NPU = {"platform": "npu", "platform_version": "1.0", "device_kind": "Test NPU"}
 FOUND = PlatformVerdict(
@@ -74,16 +74,14 @@ def test_auto_makes_the_repairs_that_the_doctor_saw_work():
 
 
 def test_every_name_that_is_no_repair_is_told():
-    with pytest.raises(UserError) as raised:
+    with refused("'donatoin'; did you mean donation?", "'foo'"):
         chosen("donatoin,foo,compile_cache")
-    assert "'donatoin'; did you mean donation?" in str(raised.value)
-    assert "'foo'" in str(raised.value)
 
 
 def test_a_list_of_jax_that_has_changed_is_left_alone(monkeypatch):
     monkeypatch.setattr(mlir, "_platforms_with_donation", {"cpu": 1, "cuda": 2, "tpu": 3})
     assert chosen("auto", verdict=FOUND) == ("compile_cache",)
-    with pytest.raises(UserError, match=r"donation: jax .* has no list of platforms .*; install"):
+    with refused("donation: jax ", " has no list of platforms ", "; install"):
         chosen("donation")
     assert chosen("donation", platform="cpu") == ("donation",)
     repairs.apply_to_lowering("cpu", ("donation",))

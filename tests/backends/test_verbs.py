@@ -6,14 +6,13 @@ import os
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 import warm
+from shell import shell
+from workdirs import save_random
 
-from llamajax.checkpoint import Checkpointer
 from llamajax.config.presets import PRESETS
-from llamajax.models.llama import Llama
 
 # A platform that JAX knows, and that no package here serves.
 _SERVED = importlib.util.find_spec("jax_plugins") and any(
@@ -26,11 +25,7 @@ ABSENT = "rocm" if _SERVED else "cuda"
 def workdir(tmp_path_factory):
     """A workdir with one checkpoint of a random model, and some tokens."""
     folder = tmp_path_factory.mktemp("run")
-    model = dataclasses.replace(PRESETS["tiny"], num_layers=1)
-    weights = jax.jit(lambda key: Llama(model, key))(jax.random.key(0))
-    with Checkpointer(folder / "checkpoints", keep=1, keep_every=None, asynchronous=False) as c:
-        meta = {"config": {"model": dataclasses.asdict(model)}}
-        c.save(3, {"model": weights}, meta=meta, wait=True)
+    save_random(folder, dataclasses.replace(PRESETS["tiny"], num_layers=1))
     np.save(folder / "ids.npy", np.arange(16, dtype=np.int32))
     return folder
 
@@ -46,8 +41,7 @@ def commands(workdir) -> dict[str, list[str]]:
 
 
 def run(arguments: list[str], **env: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", f"llamajax.{arguments[0]}", *arguments[1:]]
-    return warm.run(command, capture_output=True, text=True, env=os.environ | env)
+    return shell(*arguments, env=os.environ | env)
 
 
 @pytest.mark.parametrize(

@@ -102,12 +102,6 @@ def environment(port: int) -> dict[str, str]:
     }
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 @contextlib.contextmanager
 def running(port: int, hold: Path | None = None) -> Iterator[subprocess.Popen]:
     """A store in a process of its own, which is killed at the end."""

@@ -1,13 +1,20 @@
 """Checkpoints at a URL: what a disk promises, an object store keeps as well."""
 
+import json
+import os
+import subprocess
 import time
 import types
 
 import fsspec
 import jax
 import pytest
+import warm
 from etils import epath
-from object_store import BUCKET, environment, free_port, need_packages, running
+from object_store import BUCKET, environment, need_packages, running
+from old_run import unpack_data
+from refusal import refused
+from shell import free_port, shell, train_command
 from tiny_state import (
     META,
     abstract,
@@ -21,6 +28,7 @@ from tiny_state import (
     truncate,
 )
 from two_savers import run_both
+from workdirs import logged
 
 from llamajax.checkpoint import (
     CheckpointError,
@@ -30,7 +38,7 @@ from llamajax.checkpoint import (
     newest_checkpoint,
 )
 from llamajax.checkpoint.directory_owner import OWNER, check_owner, claim
-from llamajax.errors import TransientError, UserError
+from llamajax.errors import TransientError
 from llamajax.formats.weights import open_weights
 from llamajax.training.messages import previous_checkpoint
 
@@ -127,7 +135,7 @@ def test_two_runs_cannot_share_a_url(folder, tmp_path):
     one.mkdir(), other.mkdir()
     assert claim(folder, one) is None
     assert claim(folder, one) is None
-    with pytest.raises(UserError, match=rf"is of the run in {one} .*delete {folder}/{OWNER}"):
+    with refused(f"is of the run in {one} ", f"delete {folder}/{OWNER}"):
         claim(folder, other)
     check_owner(folder, one)
     (one / ".run_id").unlink()  # a new machine, on which the same path is empty
@@ -185,14 +193,14 @@ def test_a_store_that_goes_away_in_a_save_costs_that_checkpoint(tmp_path, impati
 
 def test_mistakes_are_one_message(store, tmp_path, monkeypatch):
     nowhere = location.locate("gs://no-such-bucket/run")
-    with pytest.raises(UserError, match=r"there is no such bucket.*credentials"):
+    with refused("there is no such bucket", "credentials"):
         claim(nowhere, tmp_path)
-    with pytest.raises(UserError, match=r"no-such-bucket/run: there is no checkpoint"):
+    with refused("no-such-bucket/run: there is no checkpoint"):
         open_weights("gs://no-such-bucket/run")
-    with pytest.raises(UserError, match="not at ftp://"):
+    with refused("not at ftp://"):
         open_weights("ftp://host/run")
     monkeypatch.setitem(location._CLIENTS, "gs", ("no_such_module", "gcs", ""))
-    with pytest.raises(UserError, match=r"pip install 'llamajax\[gcs\]'"):
+    with refused("pip install 'llamajax[gcs]'"):
         location.locate("gs://bucket/run")
 
 
@@ -202,3 +210,39 @@ def test_two_processes_save_one_checkpoint_and_agree_on_damage(folder):
     assert {how for how, _ in seen["saves"]} == {"saved"}
     assert seen["flipped"] == [3, 2, 3.0]
     assert seen["again"] == ["saved", [2, 3, 4]]
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_a_save_resumes_bit_by_bit(tmp_path):
+    """Started from the shell; a save is held up, and the run killed in it."""
+    need_packages()
+    prepared, port, hold = unpack_data(tmp_path / "data"), free_port(), tmp_path / "hold"
+    environ, url = os.environ | environment(port), f"gs://{BUCKET}/run"
+    here, there = tmp_path / "here", tmp_path / "there"
+    keys = {"train.steps": 12, "train.log_every": 1, "train.eval_every": 6}
+
+    def finished(command):
+        done = warm.run(command, env=environ, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    finished(train_command(prepared, here, keys))
+    elsewhere = train_command(prepared, there, keys | {"checkpoint.directory": url})
+    with running(port, hold):
+        hold.write_text("run/8/meta.json")
+        with warm.Popen(elsewhere, env=environ, stderr=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 240
+            while not hold.with_suffix(".held").exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.kill()
+        hold.unlink()
+        text = finished(elsewhere).stderr
+        assert "from step 4" in text
+        assert f"Checkpoint {url}/12" in text
+        assert logged(there) == logged(here)
+        flags = [f"--data={prepared}", "--checkpoint"]
+        texts = [shell("evaluate", *flags, str(at), env=environ).stdout for at in (url, there)]
+        scores = [json.loads(text.splitlines()[-1]) for text in texts]
+        assert scores[0]["loss"] == scores[1]["loss"]

@@ -1,4 +1,4 @@
-"""What commit be4ee9a wrote is read with the same bits (`write_old_run.py`)."""
+"""What commit be4ee9a wrote is read with the same bits (`old_run.py`)."""
 
 import hashlib
 import json
@@ -11,7 +11,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from write_old_run import CONFIG, SETTINGS, unpack_data
+from old_run import SETTINGS, unpack_data
+from shell import TINY_RUN
+from workdirs import read_rows
 
 from llamajax import convert, sharding
 from llamajax.checkpoint import named_leaves, open_checkpoint, restore_state
@@ -42,7 +44,7 @@ def hashes(state) -> dict[str, str]:
 
 @pytest.mark.parametrize("axes", [{}, OTHER_MESH], ids=["same mesh", "another mesh"])
 def test_a_checkpoint_has_the_same_bits(stored, axes):
-    config = load(f"{CONFIG}:{stored / 'data'}", SETTINGS | axes)
+    config = load(f"{TINY_RUN}:{stored / 'data'}", SETTINGS | axes)
     mesh = sharding.build_mesh(config.mesh, jax.devices())
     wanted = StateSpec(model=config.model, optimizer=build(config.optim, steps=6), mesh=mesh)
     checkpoint = open_checkpoint(stored / "run" / "checkpoints" / "3")
@@ -73,14 +75,14 @@ class Reads(Shutdown):
 
 
 def test_a_run_continues_on_another_mesh_and_verifies_once(stored, tmp_path):
-    config = load(f"{CONFIG}:{stored / 'data'}", SETTINGS | OTHER_MESH)
+    config = load(f"{TINY_RUN}:{stored / 'data'}", SETTINGS | OTHER_MESH)
     run = Path(shutil.copytree(stored / "run", tmp_path / "run"))
     reads = Reads(run / "checkpoints" / "3")
     assert train(config, workdir=run, shutdown=reads) == 0
     listed = json.loads((run / "checkpoints" / "3" / "manifest.json").read_text())["files"]
     assert reads.counts == {"manifest.json": 1, **dict.fromkeys(listed, 1)}
-    lines = [(path / "metrics.jsonl").read_text().splitlines() for path in (stored / "run", run)]
-    old, new = ([row for row in map(json.loads, text) if "loss" in row] for text in lines)
+    rows = (read_rows(path / "metrics.jsonl") for path in (stored / "run", run))
+    old, new = ([row for row in each if "loss" in row] for each in rows)
     assert [row["step"] for row in new] == [row["step"] for row in old] == list(range(1, 7))
     for name in ("loss", "grad_norm", "learning_rate", "tokens_seen"):
         np.testing.assert_allclose([r[name] for r in new], [r[name] for r in old], rtol=1e-5)
@@ -88,7 +90,7 @@ def test_a_run_continues_on_another_mesh_and_verifies_once(stored, tmp_path):
 
 @pytest.mark.parametrize("kind", ["hf", "ours"])
 def test_its_exports_have_the_same_bits(stored, tmp_path, kind):
-    mesh = sharding.build_mesh(load(f"{CONFIG}:x", SETTINGS).mesh, jax.devices())
+    mesh = sharding.build_mesh(load(f"{TINY_RUN}:x", SETTINGS).mesh, jax.devices())
     weights = open_weights(stored / kind)
     expected = json.loads((stored / "arrays.json").read_text())["6"]
     found = hashes({"model": weights.load(abstract_model(weights.model, mesh))})

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils.epath import backend
+from refusal import refused
 from tiny_state import abstract, assert_same_bits, checkpointer, make_state, restore
 
 from llamajax.backends.jax_private import literal_glob
 from llamajax.checkpoint import CheckpointError
 from llamajax.checkpoint.location import check_usable
-from llamajax.errors import UserError
 from llamajax.formats.weights import open_weights
 
 ODD = ["50% off", "a%41b", "run[1]", "x[a-c]", "two words", "a#b?c=d&e", "ü 日本 é", "a|b:c*"]
@@ -23,7 +23,7 @@ def test_what_is_saved_under_an_odd_path_is_restored(tmp_path: Path, name: str):
     with checkpointer(directory) as saver:
         saver.save(5, state, meta={"config": {}}, wait=True)
     assert_same_bits(restore(directory, abstract(state, (2, 1))), state)
-    with pytest.raises(UserError, match="does not say which model"):
+    with refused("does not say which model"):
         open_weights(tmp_path / name)  # it was found, and read as far as that
 
 
@@ -41,6 +41,6 @@ def test_what_cannot_be_read_back_is_not_called_complete(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("name", ["back\\slash", os.fsdecode(b"latin\xe9")])
 def test_a_path_that_cannot_work_is_named(tmp_path: Path, name: str):
-    with pytest.raises(UserError, match="no checkpoint can be written there"):
+    with refused("no checkpoint can be written there"):
         check_usable(tmp_path / name)
     check_usable(tmp_path)

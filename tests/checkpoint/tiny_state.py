@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +104,23 @@ def largest(directory: Any) -> Any:
     return directory / max(found, key=found.get)
 
 
+def rewritten(path: Any, change: Callable[[bytes], bytes]) -> Any:
+    """Change the content of a file; return its path."""
+    path.write_bytes(change(path.read_bytes()))
+    return path
+
+
 # Each damages a checkpoint and returns the file that a message must name.
 def truncate(directory: Any) -> Any:
-    path = largest(directory)
-    path.write_bytes(path.read_bytes()[:-1])
-    return path
+    return rewritten(largest(directory), lambda data: data[:-1])
 
 
 def flip(directory: Any) -> Any:
-    path = largest(directory)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
-    return path
+    def flipped(data: bytes) -> bytes:
+        middle = len(data) // 2
+        return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+    return rewritten(largest(directory), flipped)
 
 
 def remove(directory: Any) -> Any:
@@ -130,15 +135,11 @@ def remove_manifest(directory: Path) -> Path:
 
 
 def edit_manifest(directory: Path) -> Path:
-    path = directory / "manifest.json"
-    path.write_text(path.read_text().replace("bfloat16", "float16"))
-    return path
+    return rewritten(directory / "manifest.json", lambda t: t.replace(b"bfloat16", b"float16"))
 
 
 def edit_meta(directory: Path) -> Path:
-    path = directory / "meta.json"
-    path.write_text(path.read_text().replace("tiny", "tidy"))
-    return path
+    return rewritten(directory / "meta.json", lambda text: text.replace(b"tiny", b"tidy"))
 
 
 def empty(directory: Path) -> Path:

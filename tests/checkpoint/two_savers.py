@@ -11,7 +11,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiny_state import checkpointer, flip
 
 from llamajax.checkpoint import (
     Checkpointer,
@@ -36,19 +36,14 @@ from llamajax.processes import save_barrier
 def run_both(directory: Any) -> dict[str, Any]:
     """Run both processes; return what they saw, which must be the same."""
     import warm  # found by tests, not by the script
+    from shell import free_port
 
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     environment.pop("XLA_FLAGS", None)
+    command, port = [sys.executable, __file__], str(free_port())
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [
-        warm.Popen(
-            [sys.executable, __file__, str(rank), str(port), str(directory)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        warm.Popen([*command, str(rank), port, str(directory)], env=environment, **streams)
         for rank in (0, 1)
     ]
     try:
@@ -96,11 +91,7 @@ def tried(saver: Checkpointer, step: int) -> list[Any]:
 def flipped(saver: Checkpointer, directory: Any, *, rank: int) -> list[Any]:
     """Step and value of what is restored after a byte of a file that one process checks flipped."""
     if rank == 0:
-        found = {n: size for n, size in location.file_sizes(directory).items() if "/d/" in n}
-        path = directory / max(found, key=found.get)
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(bytes(data))
+        flip(directory)
     found, words = saver.newest_intact()
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0)
@@ -154,7 +145,7 @@ def main(rank: int, port: str, directory: Any) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
     cases = at_a_url if location.is_remote(directory) else on_a_disk
-    with Checkpointer(directory, keep=3, keep_every=None, asynchronous=True) as saver:
+    with checkpointer(directory) as saver:
         seen = cases(saver, directory, rank=rank)
     print(json.dumps(seen))
     jax.distributed.shutdown()

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
+from refusal import refused
 
-from llamajax.config import freeze, load, new_config, preset
+from llamajax.config import freeze, load, new_config
 from llamajax.config.keys import all_keys
 from llamajax.config.values import NOT_SET
 from llamajax.errors import UserError
@@ -13,9 +14,9 @@ from llamajax.errors import UserError
 
 def problems_of(path: str, overrides: dict | None = None) -> list[str]:
     """The listed problems of a load that must fail."""
-    with pytest.raises(UserError) as caught:
+    with refused() as lines:
         load(path, overrides)
-    return [line.removeprefix("  - ") for line in str(caught.value).splitlines()[1:]]
+    return [line.removeprefix("  - ") for line in lines[1:]]
 
 
 def test_a_valid_file_is_frozen_with_its_defaults(config_file):
@@ -30,12 +31,10 @@ def test_overrides_are_text_or_values_and_repair_the_file(config_file):
     run = load(config_file(), {"data.seq_len": "32", "train.seed": 7, "optim.clip_norm": "none"})
     assert (run.data.seq_len, run.train.seed, run.optim.clip_norm) == (32, 7, None)
     assert load(config_file("config.data.seq_len = 'x'"), {"data.seq_len": "16"}).data.seq_len == 16
-
-
-def test_a_derived_value_follows_an_override_unless_overridden_itself(config_file):
-    assert load(config_file(), {"train.steps": "1_000"}).optim.warmup_steps == 100
-    run = load(config_file(), {"train.steps": "1000", "optim.warmup_steps": "3"})
-    assert run.optim.warmup_steps == 3
+    # A derived value follows an override, unless it is overridden itself.
+    for keys, warmup in (({}, 100), ({"optim.warmup_steps": "3"}, 3)):
+        run = load(config_file(), {"train.steps": "1_000"} | keys)
+        assert run.optim.warmup_steps == warmup
 
 
 def test_rope_scaling_is_built_cleared_and_changed_by_overrides(config_file):
@@ -125,7 +124,7 @@ def test_a_failing_derivation_is_named_by_its_key(config_file):
     found = problems_of(config_file(), {"model.num_heads": "1", "train.steps": "0"})
     assert found[0].startswith("train.steps = 0")
     path = config_file("config.data.global_batch_size = 8 // config.train.get_ref('steps')")
-    with pytest.raises(UserError, match=r"data\.global_batch_size: cannot be computed"):
+    with refused("data.global_batch_size: cannot be computed"):
         load(path, {"train.steps": "0"})
 
 
@@ -134,11 +133,6 @@ def test_drafts_can_be_copied_and_printed(valid):
     assert str(valid)
     assert freeze(copy.deepcopy(valid)) == freeze(valid)
     assert copy.deepcopy(new_config()).train.steps is NOT_SET
-
-
-def test_unknown_presets_name_the_nearest():
-    with pytest.raises(UserError, match=r"'llama3-80b'; did you mean llama3-8b\?|llama3-70b\?"):
-        preset("llama3-80b")
 
 
 @pytest.mark.parametrize(
@@ -167,11 +161,8 @@ def test_unknown_presets_name_the_nearest():
 )
 def test_mistakes_in_the_file_name_its_line(config_file, source, fragments):
     path = config_file(source=source)
-    with pytest.raises(UserError) as caught:
+    with refused(path, *fragments, "train.stepz: unknown key"):
         load(path, {"train.stepz": "3"})
-    message = str(caught.value)
-    for fragment in [path, *fragments, "train.stepz: unknown key"]:
-        assert fragment in message
 
 
 @pytest.mark.parametrize("how", ["import sizes", "from . import sizes"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llamajax.config.schema import RopeScaling
-from llamajax.config.values import Mistyped, coerce, describe, parse
+from llamajax.config.values import Mistyped, coerce, parse
 
 Floats = tuple[float, ...] | None
 Choice = Literal["none", "full"]
@@ -82,9 +82,3 @@ def test_values_of_another_type_are_refused_with_both_named(convert, given, anno
     with pytest.raises(Mistyped) as caught:
         convert(given, annotation)
     assert fragment in str(caught.value)
-
-
-def test_types_are_described_in_words():
-    assert describe(int | None) == "int or none"
-    assert describe(Choice) == "none | full"
-    assert describe(Floats) == "floats separated by commas or none"

@@ -2,10 +2,9 @@
 
 import json
 import os
-import sys
 
 import pytest
-import warm
+from shell import shell
 
 from llamajax.backends.repairs import read_verdict
 
@@ -17,12 +16,8 @@ def doctor(tmp_path, monkeypatch):
     def run(*flags: str) -> tuple[int, str, dict | None, dict[str, tuple[str, str]]]:
         out = tmp_path / "doctor.json"
         monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)  # that of all tests
-        done = warm.run(
-            [sys.executable, "-m", "llamajax.doctor", f"--json={out}", *flags],
-            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-        )
+        environ = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+        done = shell("doctor", f"--json={out}", *flags, env=environ)
         found = json.loads(out.read_text()) if out.exists() else None
         probes = found["probes"] if found else []
         results = {p["name"]: (p["status"], p["message"]) for p in probes}

@@ -25,10 +25,11 @@ def step(impl, packed=True):
     return value_and_grads
 
 
-def arguments(dtype, sharding=None):
+def arguments(dtype, *, rows=B, sharding=None):
+    dtypes = (dtype, dtype, dtype, jnp.int32)
     return [
-        jax.ShapeDtypeStruct(s, dtype if len(s) == 4 else jnp.int32, sharding=sharding)
-        for s in SHAPES
+        jax.ShapeDtypeStruct((rows, *shape[1:]), each, sharding=sharding)
+        for shape, each in zip(SHAPES, dtypes, strict=True)
     ]
 
 
@@ -103,12 +104,8 @@ def test_the_check_sees_the_matrix_of_the_reference():
 def test_kernels_lower_inside_shard_map(impl, platform):
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
     spec = jax.sharding.PartitionSpec("data")
-    args = [
-        jax.ShapeDtypeStruct(
-            (2, *a.shape[1:]), a.dtype, sharding=jax.sharding.NamedSharding(mesh, spec)
-        )
-        for a in arguments(jnp.bfloat16)
-    ]
+    placed = jax.sharding.NamedSharding(mesh, spec)
+    args = arguments(jnp.bfloat16, rows=2, sharding=placed)
 
     def program(check_vma):
         f = jax.shard_map(step(impl), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)

@@ -8,10 +8,14 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from meshes import mesh_of
+from plain_batch import plain_batch
+from tiny_model import tiny_model, tiny_optim
 
 from llamajax import optim, sharding
-from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from llamajax.config.schema import TrainConfig
 from llamajax.models.counts import num_parameters
 from llamajax.models.llama import Compute
 from llamajax.models.pipeline import PipelineOptions, num_ticks
@@ -19,15 +23,9 @@ from llamajax.planning.hlo import axes_of_groups, collectives, device_groups
 from llamajax.training.state import StateSpec
 from llamajax.training.step import train_step
 
-MODEL = ModelConfig(
-    vocab_size=1280, hidden_size=48, intermediate_size=80, num_layers=4, num_heads=8,
-    num_kv_heads=4, head_size=6, rope_theta=1e4, norm_eps=1e-5, tie_embeddings=False, init_std=0.1,
-    max_seq_len=64,
-)  # fmt: skip
-OPTIM = OptimConfig(
-    learning_rate=0.1, warmup_steps=0, schedule="constant", final_learning_rate=0.1, beta1=0.9,
-    beta2=0.95, epsilon=1e-8, weight_decay=0.1, clip_norm=1.0,
-)  # fmt: skip
+HEADS = {"num_heads": 8, "num_kv_heads": 4, "head_size": 6}
+MODEL = tiny_model(vocab_size=1280, hidden_size=48, intermediate_size=80, num_layers=4, **HEADS)
+OPTIM = tiny_optim()
 B, T, D, V = 8, 64, MODEL.hidden_size, MODEL.vocab_size
 FLOAT = 4
 
@@ -35,9 +33,7 @@ FLOAT = 4
 @functools.cache
 def compiled(*axes, rounds=1, split=True):
     """(text, moved) of a step on a mesh of such pairs; moved: (axes, kind, dtype, bytes, count)."""
-    sizes = dict(axes)
-    count = functools.reduce(lambda a, b: a * b, sizes.values())
-    mesh = sharding.build_mesh(MeshConfig(**sizes), jax.devices()[:count])
+    mesh = mesh_of(**dict(axes))
     compute = Compute(
         dtype=jnp.dtype("float32"), remat="full", loss_chunk_tokens=16,
         pipeline=PipelineOptions(rounds=rounds),
@@ -48,21 +44,17 @@ def compiled(*axes, rounds=1, split=True):
     state = StateSpec(model=MODEL, optimizer=optimizer, mesh=mesh, rounds=rounds).abstract()
     placed = sharding.batch_sharding(mesh)
     batch = {
-        name: jax.ShapeDtypeStruct((B, T), dtype, sharding=placed)
-        for name, dtype in {
-            "tokens": "int32", "targets": "int32", "positions": "int32", "segment_ids": "int32",
-            "loss_mask": "bool",
-        }.items()
-    }  # fmt: skip
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placed)
+        for name, array in plain_batch(np.zeros((B, T + 1))).items()
+    }
     train = TrainConfig(steps=10, seed=0, dtype="float32")
     step = train_step(optimizer, OPTIM, train, compute, mesh).lower(state, batch)
     text = step.compile({"xla_backend_optimization_level": 0}).as_text()
     moved = []
     for found in collectives(text):
         along = axes_of_groups(device_groups(found.groups, mesh.size), mesh.shape)
-        moved += (
-            [(along, found.kind, found.dtype, found.operand_bytes, found.count)] if along else []
-        )
+        if along:
+            moved.append((along, found.kind, found.dtype, found.operand_bytes, found.count))
     return text, moved
 
 
@@ -100,9 +92,9 @@ def test_a_pipeline_gathers_weights_once_and_scatters_gradients_once():
 def test_rounds_cost_more_transfers_and_no_more_weights():
     _, one = compiled(("stage", 2))
     _, two = compiled(("stage", 2), rounds=2)
-    count = lambda moved: sum(m[4] for m in along(moved, "stage", "collective-permute"))  # noqa: E731
-    assert count(one) == 6 * num_ticks(stages=2, microbatches=B, rounds=1)
-    assert count(two) == 6 * num_ticks(stages=2, microbatches=B, rounds=2)
+    for rounds, moved in ((1, one), (2, two)):
+        count = sum(m[4] for m in along(moved, "stage", "collective-permute"))
+        assert count == 6 * num_ticks(stages=2, microbatches=B, rounds=rounds)
 
 
 def test_tensor_moves_parts_of_the_residual_and_sums_no_activation():

@@ -23,6 +23,7 @@ from llamajax import optim, sharding
 from llamajax.config import load
 from llamajax.models.counts import num_parameters
 from llamajax.models.llama import Compute
+from llamajax.training.feed import abstract_batch
 from llamajax.training.state import StateSpec
 from llamajax.training.step import train_step
 
@@ -34,14 +35,7 @@ compute = Compute(
     dtype=jnp.dtype(config.train.dtype), remat=config.train.remat, attention="blocked",
     loss_chunk_tokens=config.train.loss_chunk_tokens, z_weight=0.0,
 )
-shape = (config.data.global_batch_size, config.data.seq_len)
-batch = {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
-    for name, dtype in dict(
-        tokens=jnp.int32, targets=jnp.int32, positions=jnp.int32, segment_ids=jnp.int32,
-        loss_mask=jnp.bool_,
-    ).items()
-}
+batch = abstract_batch(config.data, mesh, batch_size=config.data.global_batch_size)
 lowered = train_step(optimizer, config.optim, config.train, compute, mesh).lower(state, batch)
 found = {"parameters": num_parameters(config.model), "text": "", "arguments": 0}
 found["replicated"] = [
@@ -58,10 +52,8 @@ print(json.dumps(found))
 
 def built(config, num_devices, overrides, *, compiled):
     arguments = [f"{ROOT / 'configs' / config}", str(num_devices), json.dumps(overrides)]
-    arguments.append("compile" if compiled else "lower")
-    done = warm.run(
-        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=900
-    )
+    command = [sys.executable, "-c", PROGRAM, *arguments, "compile" if compiled else "lower"]
+    done = warm.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

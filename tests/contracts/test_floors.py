@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from llamajax.backends.platforms import PLATFORMS
+
 PACKAGE = Path(__file__).resolve().parents[2] / "llamajax"
 FLOORS = {
     "errors": 0,
@@ -73,6 +75,9 @@ OTHER_LIMITS = {"training/step.py": 40, "training/loop.py": 100}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
 # A module mutated inside these and not returned is lost without an error.
 FORBIDDEN_NNX = {"jit", "scan", "split", "merge", "Optimizer", "remat", "grad", "value_and_grad"}
+
+PLATFORM_NAMES = {name for entry in PLATFORMS for name in entry.names}
+MAKERS = ("NVIDIA", "AMD", "TPU", "Intel", "Ascend")
 
 # These begin with an underscore and are public nevertheless.
 OPEN_NAMES = {"_asdict", "_exit", "_fields", "_make", "_replace"}
@@ -211,9 +216,35 @@ def check_transforms(tree: ast.AST, name: str) -> Iterator[str]:
             yield f"{name}:{node.lineno} imports from flax.nnx; write nnx.NAME"
 
 
+def check_platforms(tree: ast.AST, name: str) -> Iterator[str]:
+    """Decisions by the name of a platform or of a device outside backends/: ask for a property."""
+    if part_of(name) == "backends":
+        return
+    for node in ast.walk(tree):
+        asked: list[ast.AST] = []
+        if isinstance(node, ast.Compare):
+            asked = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            asked = [node.value]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr in ("startswith", "endswith"):
+                asked = list(node.args)
+            elif node.func.attr == "get" and "platform" in ast.unparse(node):
+                asked = [node.func.value]
+        elif isinstance(node, ast.Subscript) and "platform" in ast.unparse(node.slice):
+            asked = [node.value]
+        for part in asked:
+            for leaf in ast.walk(part):
+                if not (isinstance(leaf, ast.Constant) and isinstance(leaf.value, str)):
+                    continue
+                if leaf.value in PLATFORM_NAMES or leaf.value.startswith(MAKERS):
+                    yield f"{name}:{node.lineno} decides by {leaf.value!r}: ask backends/ instead"
+
+
 LONG = [f"self.x{i}" for i in range(11)] + ["1"]
 CHECKS = [
     check_floor, check_environment, check_private, check_functions, check_lists, check_transforms,
+    check_platforms,
 ]  # fmt: skip
 
 
@@ -252,6 +283,12 @@ def test_the_package_keeps_the_rule(check):
         (check_lists, "ops/x.py", "class A:\n def __init__(self):\n  " + "=".join(LONG)),
         (check_transforms, "training/x.py", "nnx.jit(f)"),
         (check_transforms, "training/x.py", "from flax.nnx import jit"),
+        (check_platforms, "x.py", 'x = machine.platform == "cpu"'),
+        (check_platforms, "x.py", 'x = {"tpu": 1}[platform]'),
+        (check_platforms, "x.py", 'x = {"tpu": 1}.get(platform, 2)'),
+        (check_platforms, "x.py", 'x = device.device_kind.startswith("NVIDIA")'),
+        (check_platforms, "x.py", 'match platform:\n    case "rocm":\n        pass'),
+        (check_platforms, "x.py", 'x = platform in ("cuda", "npu")'),
     ],
 )
 def test_the_rule_complains(check, name, source):
@@ -274,6 +311,9 @@ def test_the_rule_complains(check, name, source):
         (check_functions, "ops/x.py", "def f():\n" + "    pass\n" * 59),
         (check_lists, "ops/x.py", "class A:\n def f(self, a, b, c, d, e, f): self.x = 1"),
         (check_transforms, "models/x.py", "nnx.Module, nnx.Param, jax.jit"),
+        (check_platforms, "x.py", 'backends.start(BackendConfig(name="cpu"))'),
+        (check_platforms, "x.py", 'x = is_host(platform)\ndoc = "cpu, cuda, tpu"'),
+        (check_platforms, "backends/x.py", 'x = machine.platform == "cpu"'),
     ],
 )
 def test_the_rule_is_silent(check, name, source):

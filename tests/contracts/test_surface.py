@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llamajax.config import new_config
-from llamajax.config.keys import all_keys, sections
+from llamajax.config.keys import all_keys
 from llamajax.config.values import NOT_SET, show
 
 GOLDEN = Path(__file__).with_name("config_keys.txt")
@@ -15,13 +15,6 @@ CONTRACT = [
     "train.log_every", "train.eval_every", "train.dtype", "lora.rank", "checkpoint.every_steps",
     "checkpoint.keep", "backend.name", "backend.plugin", "backend.options",
 ]  # fmt: skip
-
-
-def test_the_sections_stand_in_their_order():
-    assert list(sections()) == [
-        "model", "mesh", "data", "optim", "train", "lora", "guard", "checkpoint", "backend",
-        "monitoring",
-    ]  # fmt: skip
 
 
 def test_the_contracts_keys_exist():

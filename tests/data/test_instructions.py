@@ -1,7 +1,6 @@
 """Instruction data: lines read, prepared, and batches in which only the answers count."""
 
 import dataclasses
-import gzip
 import json
 import math
 import re
@@ -12,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from old_run import unpack_data
+from refusal import refused
+from workdirs import prepare_texts
 
-from llamajax import prepare
 from llamajax.corpus.documents import Reading
 from llamajax.corpus.holdout import Holdout
 from llamajax.corpus.instructions import Example, InstructionCorpus, parse_example
@@ -139,10 +140,7 @@ def test_examples_are_held_out_whole(prepared_pairs, pairs):
 
 def test_data_of_an_earlier_version_reads_bit_for_bit(tmp_path, opened):
     """`prepared_v1` was written before there was instruction data, with the byte tokenizer."""
-    for file in (Path(__file__).parent / "prepared_v1").iterdir():
-        content = file.read_bytes()
-        content = gzip.decompress(content) if file.suffix == ".gz" else content
-        (tmp_path / file.name.removesuffix(".gz")).write_bytes(content)
+    old_data = unpack_data(tmp_path / "old")
     texts = [
         "Call me Ishmael. Some years ago, never mind how long.",
         "ü </s><s> [INST] x",
@@ -153,24 +151,23 @@ def test_data_of_an_earlier_version_reads_bit_for_bit(tmp_path, opened):
     for split, seq_len in (("train", 394 - 1), ("validation", 80 - 1)):
         chosen = [d for i, d in enumerate(documents) if (i in held) == (split == "validation")]
         tokens = np.array([t for d in chosen for t in (BOS, *d.encode(), EOS)])
-        mixture = opened(tmp_path, split=split, seq_len=seq_len)
+        mixture = opened(old_data, split=split, seq_len=seq_len)
         (batch,) = eval_batches(mixture, batch_size=1, seq_len=seq_len, rows=range(1))
         np.testing.assert_array_equal(batch["tokens"][0], tokens[:-1])
         np.testing.assert_array_equal(batch["targets"][0], tokens[1:])
         np.testing.assert_array_equal(batch["loss_mask"][0], tokens[1:] != BOS)
-    again = tmp_path / "old.jsonl"
-    again.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
-    args = [f"--input={again}", f"--output={tmp_path / 'again'}", "--tokenizer=byte"]
-    prepare.main([*args, "--validation_fraction=0.2", "--workers=1"])
-    old, new = (read_manifest(p) for p in (tmp_path, tmp_path / "again"))
+    new_data = prepare_texts(tmp_path, documents, held_out=0.2)
+    old, new = map(read_manifest, (old_data, new_data))
     for split in ("train", "validation"):
-        (block,) = PreparedSplit(tmp_path, old, split).reader.blocks([0])
-        (same,) = PreparedSplit(tmp_path / "again", new, split).reader.blocks([0])
+        (block,) = PreparedSplit(old_data, old, split).reader.blocks([0])
+        (same,) = PreparedSplit(new_data, new, split).reader.blocks([0])
         assert all(np.array_equal(a, b) for a, b in zip(block[:2], same[:2], strict=True))
         assert block.answer is same.answer is None
         # The container's bytes are the library's affair, and its versions may differ.
         for shard in (*old["splits"][split]["shards"], *new["splits"][split]["shards"]):
             del shard["sha256"], shard["bytes"]
+    names = [manifest["input"].pop("files") for manifest in (old, new)]
+    assert names == [["old.jsonl"], ["corpus.jsonl"]]
     assert json.dumps(new) == json.dumps(old)
 
 
@@ -215,18 +212,18 @@ def test_bad_lines_are_named_together(tmp_path):
     path.write_text("\n".join(lines))
     corpus = InstructionCorpus([path], Reading(), template="none")
     for _ in range(2):  # again by a second iteration
-        with pytest.raises(UserError) as raised:
+        with refused() as lines_of_refusal:
             list(corpus.check())
-        title, *named = str(raised.value).splitlines()
+        title, *named = lines_of_refusal
         assert "first" not in title
         assert [t.split(":")[1:3] for t in named] == [
             ["3", " not valid JSON"], ["4", " a list, not a JSON object"],
             ["5", " neither prompt and completion nor messages (its keys"],
         ]  # fmt: skip
     path.write_text("[]\n" * 50)
-    with pytest.raises(UserError, match="the first 10 problems") as raised:
+    with refused("the first 10 problems") as named:
         list(corpus.check())
-    assert len(str(raised.value).splitlines()) == 11
+    assert len(named) == 11
     text.write_text("x")
     with pytest.raises(UserError, match=r"reads \.jsonl and \.jsonl\.gz.*not a\.txt"):
         InstructionCorpus([text, path], Reading(), template="none")

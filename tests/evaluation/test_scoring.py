@@ -44,16 +44,8 @@ def run(shape: dict[str, int], batch_size: int, **options):
     placed = jax.device_put(model(), sharding.shardings(model(), mesh))
     batch_size, shown = rows_a_batch(ROWS, mesh, batch_size), []
     whole = {"num_batches": -(-ROWS.num_rows // batch_size), "keep": True}
-    found = score(
-        placed,
-        ROWS,
-        mesh=mesh,
-        compute=COMPUTE,
-        batch_size=batch_size,
-        show=shown.append,
-        **(whole | options),
-    )
-    return found, shown
+    options = whole | options | {"batch_size": batch_size, "show": shown.append}
+    return score(placed, ROWS, mesh=mesh, compute=COMPUTE, **options), shown
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 100])

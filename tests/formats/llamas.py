@@ -9,18 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from llama_cases import GROUPED
+from meshes import mesh_of
+from plain_batch import plain_batch
+from tiny_model import COMPUTE
 
 from llamajax import sharding
-from llamajax.config.schema import MeshConfig, ModelConfig
+from llamajax.config.schema import ModelConfig
 from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
-from llamajax.models.llama import Compute, Llama
+from llamajax.models.llama import Llama
 
 TOLERANCE = 1e-5  # largest difference over largest value: float32, sums in another order
 BASE = dataclasses.replace(
     GROUPED, vocab_size=131, intermediate_size=44, num_layers=2, rope_theta=12_345.0, norm_eps=3e-5
 )
-COMPUTE = Compute(dtype=jnp.dtype("float32"), remat="none", attention="xla", loss_chunk_tokens=16)
 
 
 def random_model(config: ModelConfig, *, seed: int = 0) -> Llama:
@@ -38,31 +40,24 @@ def random_model(config: ModelConfig, *, seed: int = 0) -> Llama:
     return sharding.map_weights(one, shapes)
 
 
-def mesh(**axes: int) -> jax.sharding.Mesh:
-    config = MeshConfig(**axes)
-    count = int(np.prod([getattr(config, axis) for axis in sharding.AXES]))
-    return sharding.build_mesh(config, jax.devices()[:count])
-
-
 def load(path: Path, **axes: int) -> Llama:
     """The model that `path` holds, on a mesh."""
     weights = open_weights(path)
-    return weights.load(abstract_model(weights.model, mesh(**axes)))
+    return weights.load(abstract_model(weights.model, mesh_of(**axes)))
 
 
 def logits(model: Llama, ids: np.ndarray) -> np.ndarray:
     """Logits (B, T, V) of our model, wherever its weights are."""
     whole = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), model)
-    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-    batch = {"tokens": jnp.asarray(ids, jnp.int32), "positions": jnp.asarray(positions)}
+    batch = plain_batch(np.pad(ids, ((0, 0), (0, 1))))  # the last is no input
     return np.asarray(jax.jit(lambda m, b: m.logits(b, COMPUTE))(whole, batch))
 
 
-def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
+def assert_close(actual: np.ndarray, expected: np.ndarray, name: str = "") -> None:
     """Equal shapes, and equal values to TOLERANCE of the largest."""
-    assert actual.shape == expected.shape
+    assert actual.shape == expected.shape, name
     error = np.abs(actual - expected).max() / np.abs(expected).max()
-    assert error <= TOLERANCE, f"{error:.2e}"
+    assert error <= TOLERANCE, f"{name}: {error:.2e}"
 
 
 def edit_config(directory: Path, **changes: Any) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import stored
-from llamas import BASE, assert_close, load, logits, mesh, random_model
+from llamas import BASE, assert_close, load, logits, random_model
+from meshes import mesh_of
 from tiny_state import assert_same_bits
 
 from llamajax import sharding
@@ -45,7 +46,7 @@ def test_weights_give_the_logits_of_transformers_and_go_back(name, tmp_path):
     theirs, ids = llama_cases.weights(config), llama_cases.tokens(config)
     weights = open_weights(llama_cases.save_hugging_face(tmp_path / "hf", config, theirs))
     assert weights.model == config
-    model = weights.load(abstract_model(config, mesh()))
+    model = weights.load(abstract_model(config, mesh_of()))
     assert_close(logits(model, ids), stored.arrays("stored")[name])
     again = export(model, config, tmp_path / "again")
     assert_same_tensors(again, theirs)
@@ -70,7 +71,7 @@ def test_bfloat16_survives_a_round_trip_through_a_mesh(tmp_path):
     source = open_weights(first).source
     write_hf(source, BASE, shards, dtype="bfloat16", tokenizer=None, max_shard_bytes=9000)
     assert len(list(shards.glob("model-0000?-of-0000?.safetensors"))) > 2
-    wanted = abstract_model(BASE, mesh(data=2, fsdp=2, tensor=2), dtype=jnp.bfloat16)
+    wanted = abstract_model(BASE, mesh_of(data=2, fsdp=2, tensor=2), dtype=jnp.bfloat16)
     loaded = open_weights(shards).load(wanted)
     assert loaded.embedding[...].dtype == jnp.bfloat16
     assert loaded.norm[...].dtype == jnp.float32
@@ -79,7 +80,7 @@ def test_bfloat16_survives_a_round_trip_through_a_mesh(tmp_path):
 
 def test_a_sharded_model_exports_what_a_whole_one_does(tmp_path):
     model = random_model(BASE)
-    sharded = jax.device_put(model, sharding.shardings(model, mesh(fsdp=4, tensor=2)))
+    sharded = jax.device_put(model, sharding.shardings(model, mesh_of(fsdp=4, tensor=2)))
     whole = export(model, BASE, tmp_path / "whole")
     assert_same_files(whole, export(sharded, BASE, tmp_path / "sharded"))
 

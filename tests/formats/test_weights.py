@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from llamas import BASE, edit_config, mesh, random_model
+from llamas import BASE, edit_config, random_model
+from meshes import mesh_of
 from tiny_state import assert_same_bits, checkpointer, flip
 
 from llamajax import convert, generate
@@ -73,7 +74,7 @@ def assert_refused(path: Path | str, message: str) -> None:
 def test_weights_reach_any_mesh(kind, dtype, axes, exported, workdir):
     weights = open_weights(exported if kind == "huggingface" else workdir)
     assert (weights.kind, weights.model) == (kind, BASE)
-    wanted = abstract_model(BASE, mesh(**axes), dtype=dtype)
+    wanted = abstract_model(BASE, mesh_of(**axes), dtype=dtype)
     loaded = weights.load(wanted)
     assert_same_bits(
         loaded, jax.tree.map(lambda a, w: np.asarray(a).astype(w.dtype), MODEL, wanted)
@@ -90,14 +91,14 @@ def test_a_run_is_opened_at_its_newest_step_and_a_step_at_itself(workdir):
 
 
 def test_a_checkpoint_is_read_as_tensors_of_hugging_face(workdir, exported):
-    model = abstract_model(BASE, mesh())
+    model = abstract_model(BASE, mesh_of())
     sources = [open_weights(path).tensors(model) for path in (workdir, exported)]
     for name in sources[0].names():
         assert sources[0].read(name).tobytes() == sources[1].read(name).tobytes()
 
 
 def test_a_damaged_checkpoint_is_refused(workdir, tmp_path):
-    copy, wanted = tmp_path / "7", abstract_model(BASE, mesh())
+    copy, wanted = tmp_path / "7", abstract_model(BASE, mesh_of())
     shutil.copytree(workdir / "checkpoints" / "7", copy)
     flip(copy)
     weights = open_weights(copy)
@@ -116,7 +117,7 @@ def test_values_that_are_not_finite_in_our_own_checkpoint_are_named(tmp_path):
         saver.save(7, {"model": broken}, meta=META)
     message = r"checkpoints/7: these weights hold values .*: blocks/mlp/up, norm; take an earlier"
     with pytest.raises(UserError, match=message):
-        open_weights(tmp_path).load(abstract_model(BASE, mesh(fsdp=2)))
+        open_weights(tmp_path).load(abstract_model(BASE, mesh_of(fsdp=2)))
     main = [f"--checkpoint={tmp_path}", "--prompt_ids=1"]
     for verb, flags in ((generate, main), (convert, [f"--from={tmp_path}", f"--to={tmp_path}/hf"])):
         with pytest.raises(UserError, match="NaN or infinite"):
@@ -127,7 +128,7 @@ def test_values_that_are_not_finite_in_our_own_checkpoint_are_named(tmp_path):
 def test_another_architecture_is_not_filled(exported):
     other = dataclasses.replace(BASE, intermediate_size=46, tie_embeddings=True)
     with pytest.raises(UserError, match=r"blocks/mlp/gate(.|\n)*tie_embeddings is False"):
-        open_weights(exported).load(abstract_model(other, mesh()))
+        open_weights(exported).load(abstract_model(other, mesh_of()))
 
 
 def test_every_wrong_tensor_is_named_before_any_is_read(copy):
@@ -168,7 +169,7 @@ def test_damaged_and_missing_files_are_named(copy):
 
 def test_a_tied_head_may_be_there_but_not_differ(copy):
     edit_config(copy, tie_word_embeddings=True)
-    wanted = abstract_model(dataclasses.replace(BASE, tie_embeddings=True), mesh())
+    wanted = abstract_model(dataclasses.replace(BASE, tie_embeddings=True), mesh_of())
     with pytest.raises(UserError, match=r"lm_head\.weight that differs"):
         open_weights(copy).load(wanted)
     arrays = read(copy)

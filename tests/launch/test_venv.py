@@ -45,10 +45,13 @@ def fake(path, *, fails=0):
     return path
 
 
-def bash(home, code, **environment):
+def run(home, *command, **environment):
     environment |= {"HOME": str(home), "PATH": f"{home / 'bin'}:{SYSTEM}"}
-    command = ["bash", "-c", f"set -euo pipefail; source {LAUNCH}/venv.sh; {code}"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(["bash", *command], env=environment, capture_output=True, text=True)
+
+
+def bash(home, code, **environment):
+    return run(home, "-c", f"set -euo pipefail; source {LAUNCH}/venv.sh; {code}", **environment)
 
 
 def chosen(home, **environment):
@@ -118,29 +121,23 @@ def made(home, **environment):
 def test_an_environment_is_kept_unless_python_names_another_version(home):
     fake(home / "bin/python3.11")
     said, version = made(home)
-    assert "making" in said
-    assert version == "3.11"
+    assert ("making" in said, version) == (True, "3.11")
     fake(home / "bin/python3.13")
-    said, version = made(home)
-    assert "remove it to get a newer one" in said
-    assert version == "3.11"
-    said, version = made(home, PREFERRED="python3.11")
-    assert "remove" not in said
-    said, version = made(home, PYTHON="python3.11")
-    assert "making" not in said
-    said, version = made(home, PYTHON="python3.13")
-    assert "making" in said
-    assert version == "3.13"
-    said, version = made(home)
-    assert "making" not in said
-    assert version == "3.13"
+    for environment, making, newer, wanted in (
+        ({}, False, True, "3.11"),
+        ({"PREFERRED": "python3.11"}, False, False, "3.11"),
+        ({"PYTHON": "python3.11"}, False, False, "3.11"),
+        ({"PYTHON": "python3.13"}, True, False, "3.13"),
+        ({}, False, False, "3.13"),
+    ):
+        said, version = made(home, **environment)
+        found = ("making" in said, "remove it to get a newer one" in said, version)
+        assert found == (making, newer, wanted), environment
 
 
 @pytest.mark.parametrize("argument", ["--extra=gpu", "--extra", "--help-me", "cuda"])
 def test_the_quickstart_refuses_what_it_does_not_know(home, argument):
-    command = ["bash", str(LAUNCH / "quickstart.sh"), argument]
-    environment = {"HOME": str(home), "PATH": f"{home / 'bin'}:{SYSTEM}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run(home, str(LAUNCH / "quickstart.sh"), argument)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         f"error: {argument}: quickstart.sh takes --extra=cuda or --extra=tpu, and nothing else\n"
@@ -152,9 +149,7 @@ def test_the_quickstart_installs_the_extra_and_goes_on(home, arguments, installe
     fake(home / "bin/python3.12")
     shutil.copytree(LAUNCH, home / "launch")
     (home / "pyproject.toml").write_text("")
-    command = ["bash", str(home / "launch/quickstart.sh"), *arguments]
-    environment = {"HOME": str(home), "PATH": f"{home / 'bin'}:{SYSTEM}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run(home, str(home / "launch/quickstart.sh"), *arguments)
     assert done.returncode == 0, done.stderr
     calls = (home / "calls").read_text().splitlines()
     (install,) = [call for call in calls if " pip install " in f" {call} "]

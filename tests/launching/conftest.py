@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from shell import verb
 
 from llamajax.launching.launch_options import LaunchOptions
 from llamajax.launching.launcher import launch
@@ -40,8 +41,8 @@ def launch_command(tmp_path: Path):
     """The command of a launch in a process of its own: one worker, logs in `tmp_path`."""
 
     def command(lines: str) -> list[str]:
-        launch = [sys.executable, "-m", "llamajax.launch", "--processes_per_node=1"]
-        return [*launch, "--backoff_s=0", f"--log_dir={tmp_path}", "--", *fake_worker(lines)]
+        flags = ("--processes_per_node=1", "--backoff_s=0", f"--log_dir={tmp_path}")
+        return verb("launch", *flags, "--", *fake_worker(lines))
 
     return command
 
@@ -105,11 +106,11 @@ def start_node(tmp_path: Path, free_ports: int):
 
     def start(node_rank: int, lines: str, *arguments: str, nodes_in_all: int = 2) -> Node:
         logs = tmp_path / f"logs_{node_rank}"
-        command = [sys.executable, "-m", "llamajax.launch", f"--nodes={nodes_in_all}"]
-        command += [f"--node_rank={node_rank}", f"--coordinator=127.0.0.1:{free_ports}"]
-        command += ["--processes_per_node=2", "--backoff_s=0", f"--log_dir={logs}", *arguments]
+        flags = [f"--nodes={nodes_in_all}", f"--node_rank={node_rank}"]
+        flags += [f"--coordinator=127.0.0.1:{free_ports}", f"--log_dir={logs}"]
+        flags += ["--processes_per_node=2", "--backoff_s=0", *arguments]
         process = subprocess.Popen(
-            [*command, "--", *fake_worker(lines)],
+            verb("launch", *flags, "--", *fake_worker(lines)),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -6,13 +6,15 @@ import re
 import signal
 import socket
 
+import pytest
+
 from llamajax.launching.launch_options import LaunchOptions
 from llamajax.launching.node_protocol import NodeServer
 from llamajax.launching.worker_logs import log_path
 from llamajax.processes.line_protocol import connect
 
 RANK = "print(rank, os.environ['LLAMAJAX_NUM_PROCESSES'], os.environ['LLAMAJAX_COORDINATOR'])\n"
-WAIT = "print(os.getpid(), os.getppid())\nif attempt == {}: wait_for_ever()"
+WAIT = "print(os.getpid(), os.getppid())\nif attempt == 0: wait_for_ever()"
 
 
 def test_ranks_go_over_the_nodes_and_all_finish(start_node, free_ports):
@@ -44,36 +46,28 @@ def test_all_nodes_exit_with_the_code_of_the_worker_that_failed(start_node):
     assert (first.wait()[0], second.wait()[0]) == (6, 6)
 
 
-def test_a_signal_to_one_node_stops_all(start_node):
-    first, second = (start_node(rank, WAIT.format(0)) for rank in (0, 1))
+def waiting(start_node):
+    """Two nodes whose workers have begun, and wait in their first attempt."""
+    first, second = (start_node(rank, WAIT) for rank in (0, 1))
     assert first.log(0, 0)
     assert second.log(3, 0)
+    return first, second
+
+
+def test_a_signal_to_one_node_stops_all(start_node):
+    first, second = waiting(start_node)
     os.kill(second.process.pid, signal.SIGTERM)
     assert (first.wait()[0], second.wait()[0]) == (143, 143)
 
 
-def test_a_node_that_dies_and_comes_back_takes_part_again(start_node):
-    lines = WAIT.format(0)
-    first, second = (start_node(rank, lines) for rank in (0, 1))
-    assert first.log(0, 0)
-    assert second.log(3, 0)
-    second.process.kill()
-    again = start_node(1, lines)  # its logs number on: this is attempt 1
-    (code, text), (other, _) = first.wait(), again.wait()
-    assert (code, other) == (0, 0), text
-    assert "the launcher of node 1 is gone" in text
-
-
-def test_node_0_may_come_back_as_well(start_node):
-    lines = WAIT.format(0)
-    first, second = (start_node(rank, lines) for rank in (0, 1))
-    assert first.log(0, 0)
-    assert second.log(3, 0)
-    first.process.kill()
-    again = start_node(0, lines)
-    (code, text), (other, said) = again.wait(), second.wait()
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_node_that_dies_and_comes_back_takes_part_again(start_node, rank):
+    nodes = waiting(start_node)
+    nodes[rank].process.kill()
+    again = start_node(rank, WAIT)  # its logs number on: this is attempt 1
+    (code, text), (other, said) = again.wait(), nodes[1 - rank].wait()
     assert (code, other) == (0, 0), text + said
-    assert "the launcher of node 0 is gone" in said
+    assert f"the launcher of node {rank} is gone" in said
 
 
 def test_a_missing_node_is_named(start_node):

@@ -1,14 +1,17 @@
 """Two and four processes that train: a worker is killed, and nothing shows it but the logs."""
 
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
+import sys
 
 import pytest
 import warm
-from real_runs import finish, interrupt, launch, prepare, train
+from real_runs import finish, interrupt, launch, train
+from workdirs import export_poisoned, prepare_texts
 
 from llamajax.monitoring.row_comparison import largest_difference, logged_values
 from llamajax.proving.trial import last_step, newest_checkpoint, read_meta
@@ -17,7 +20,7 @@ from llamajax.proving.trial import last_step, newest_checkpoint, read_meta
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     texts = [f"line {i} of a small corpus." for i in range(400)]
-    return prepare(tmp_path_factory.mktemp("launch"), texts, validation_fraction=0.05)
+    return prepare_texts(tmp_path_factory.mktemp("launch"), texts)
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +147,50 @@ def test_resumed_on_eight_four_and_eight_devices(data, alone, tmp_path):
     for steps, devices in ((2, 8), (4, 4), (6, 8)):
         finish(of_steps(data, tmp_path, steps=steps, devices=devices, fsdp=devices))
     check_same(tmp_path, alone, step=6, tolerance=1e-5)
+
+
+# The weights of one rare byte are NaN: each batch with that byte in it has a loss of NaN.
+RARE = "Z"
+GUARDED = {
+    "train__eval_every": 0,
+    "checkpoint__every_steps": 1,
+    "checkpoint__keep": 99,
+    "guard__max_in_a_row": 1,
+    "guard__max_rollbacks": 99,
+}
+# A run does not begin from weights that are not finite, but for this.
+TRAIN_UNCHECKED = """
+from llamajax import train
+from llamajax.formats.huggingface import hf_read
+hf_read.check_finite = lambda *_: None
+train.run_verb(train.main)
+"""
+
+
+def rollbacks(workdir) -> list[dict]:
+    rows = (row for row in (workdir / "audit.jsonl").read_text().split("\n") if row)
+    return [{**json.loads(row), "time": None} for row in rows]
+
+
+@pytest.mark.slow
+def test_a_rollback_of_two_is_that_of_one_and_outlives_a_kill(tmp_path):
+    texts = [f"line {i} {'of a small corpus ' * (i % 5)}{RARE * (i % 43 == 7)}" for i in range(400)]
+    data, one, two = prepare_texts(tmp_path, texts, held_out=0), tmp_path / "one", tmp_path / "two"
+    finish(train(data, tmp_path / "first", 2, **GUARDED))  # its program serves the next run, too
+    weights = export_poisoned(tmp_path / "first", tmp_path / "hf", ord(RARE))
+
+    def guarded(workdir, devices: int) -> list[str]:
+        command = train(data, workdir, devices, train__init_from=weights, **GUARDED)
+        return [sys.executable, "-c", TRAIN_UNCHECKED, *command[3:]]  # without -m llamajax.train
+
+    finish(guarded(one, 2))
+    assert last_step(one) == 10
+    assert len(rollbacks(one)) >= 2
+    # as soon as the first rollback is noted
+    command, audit = launch(guarded(two, 1)), two / "audit.jsonl"
+    code, text = interrupt(command, signal.SIGKILL, rank=1, when=audit.exists)
+    assert code == 0, text
+    assert "worker 1 was killed by SIGKILL" in text
+    assert rollbacks(two) == rollbacks(one)
+    difference = largest_difference(logged_values(one), logged_values(two))
+    assert difference is None or difference.relative < 1e-6

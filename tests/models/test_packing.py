@@ -1,14 +1,12 @@
 """Packed documents through the model: each is computed as if it were alone."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_model import COMPUTE, draw_llama, tiny_model
+from workdirs import prepare_texts
 
-from llamajax import prepare
 from llamajax.config.schema import DataConfig
 from llamajax.data.batches import make_batch
 from llamajax.data.mixture import open_mixture
@@ -44,26 +42,21 @@ def influence(impl: str, **batch: np.ndarray) -> np.ndarray:
 
 
 @IMPLEMENTATIONS
-def test_a_token_depends_on_its_past_and_on_nothing_later(impl):
-    found = influence(impl, positions=np.arange(12, dtype=np.int32)[None])
-    past = np.tril(np.ones((12, 12), bool))
-    assert np.all(found[~past] == 0.0)
-    assert np.all(found[past] > 0.0)
-
-
-@IMPLEMENTATIONS
-def test_a_token_depends_on_its_own_document_alone(impl):
-    found = influence(impl, positions=POSITIONS, segment_ids=SEGMENTS)
-    own = (SEGMENTS.T == SEGMENTS) & np.tril(np.ones((12, 12), bool))
-    assert np.all(found[~own] == 0.0)
-    assert np.all(found[own] > 0.0)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_token_depends_on_its_past_in_its_own_document_alone(impl, packed):
+    seen = np.tril(np.ones((12, 12), bool))
+    if packed:
+        found = influence(impl, positions=POSITIONS, segment_ids=SEGMENTS)
+        seen &= SEGMENTS.T == SEGMENTS
+    else:
+        found = influence(impl, positions=np.arange(12, dtype=np.int32)[None])
+    assert np.all(found[~seen] == 0.0)
+    assert np.all(found[seen] > 0.0)
 
 
 def test_positions_count_by_their_differences_in_a_document():
-    batch, run = (
-        {"tokens": TOKENS, "segment_ids": SEGMENTS},
-        jax.jit(Llama.logits, static_argnums=2),
-    )
+    batch = {"tokens": TOKENS, "segment_ids": SEGMENTS}
+    run = jax.jit(Llama.logits, static_argnums=2)
 
     def logits(positions: np.ndarray) -> np.ndarray:
         return np.asarray(run(draw_llama(MODEL), batch | {"positions": positions}, COMPUTE))
@@ -78,13 +71,9 @@ def test_positions_count_by_their_differences_in_a_document():
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory) -> dict[str, np.ndarray]:
     """Four samples of documents of 3 to 21 tokens, some cut by the end of a sample, and padding."""
-    folder = tmp_path_factory.mktemp("packed")
     texts = ["abcdefghijklmnopqrs"[: (7 * i) % 19 + 1] for i in range(8)]
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    (folder / "in.jsonl").write_text(lines)
-    args = [f"--input={folder / 'in.jsonl'}", f"--output={folder / 'out'}", "--tokenizer=byte"]
-    prepare.main([*args, "--validation_fraction=0", "--workers=1"])
-    data = DataConfig(path=str(folder / "out"), seq_len=T, global_batch_size=4, seed=0)
+    path = prepare_texts(tmp_path_factory.mktemp("packed"), texts, held_out=0)
+    data = DataConfig(path=str(path), seq_len=T, global_batch_size=4, seed=0)
     (source,) = open_mixture(data, split="train", vocab_size=258).sources
     count = source.num_eval_samples(T)
     found = make_batch([*((source, n) for n in range(count)), None], T, mask_documents=True)

@@ -6,20 +6,22 @@ import numpy as np
 import pytest
 import stored
 from llama_cases import STEPS, TRAINED, UPDATES, tokens, weights
+from llamas import assert_close
+from meshes import mesh_of
 from plain_batch import plain_batch
+from stepping import COMPUTE
+from tiny_model import named_arrays
 
 from llamajax import optim, sharding
 from llamajax.checkpoint import rebuild
-from llamajax.config.schema import MeshConfig, TrainConfig
+from llamajax.config.schema import TrainConfig
 from llamajax.formats.huggingface.hf_names import ROWS, to_ours
 from llamajax.formats.huggingface.hf_read import named_weights
-from llamajax.models.llama import Compute, Llama
+from llamajax.models.llama import Llama
 from llamajax.training.state import TrainState
 from llamajax.training.step import train_step
 
-TOLERANCE = 1e-5  # largest difference over largest value: float32, sums in another order
 LOSS_TOLERANCE = 1e-4  # relative, after fifty updates that feed on each other
-COMPUTE = Compute(dtype=jnp.dtype("float32"), remat="full", attention="xla", loss_chunk_tokens=16)
 
 
 def as_ours(model: Llama, theirs: dict[str, np.ndarray]) -> Llama:
@@ -35,13 +37,6 @@ def as_ours(model: Llama, theirs: dict[str, np.ndarray]) -> Llama:
             part[: len(value)] = value  # zeros below it pad the vocabulary
         filled[name] = jnp.asarray(array)
     return rebuild(model, filled)
-
-
-def assert_close(actual, expected, name=""):
-    actual, expected = np.asarray(actual), np.asarray(expected)
-    assert actual.shape == expected.shape, name
-    error = np.abs(actual - expected).max() / np.abs(expected).max()
-    assert error <= TOLERANCE, f"{name}: {error:.2e}"
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -60,19 +55,17 @@ def test_logits_loss_and_gradients_equal_transformers(name):
     assert_close(logits, reference[f"{name}/logits"], "logits")
     assert_close(loss, reference[f"{name}/loss"], "loss")
     gradients = {key: reference[f"{name}/gradients/{key}"] for key in weights(config)}
-    expected = as_ours(model, gradients)
-    for (path, got), want in zip(
-        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected), strict=True
-    ):
-        assert_close(got, want, jax.tree_util.keystr(path))
+    found, expected = named_arrays(grads), named_arrays(as_ours(model, gradients))
+    assert found.keys() == expected.keys()
+    for key, want in expected.items():
+        assert_close(found[key], want, key)
 
 
 @pytest.mark.parametrize("name", ["grouped", "tied"])
 def test_fifty_updates_follow_pytorch(name):
     config, o = TRAINED[name], UPDATES
     t = TrainConfig(steps=STEPS, seed=0, dtype="float32")
-    mesh = sharding.build_mesh(MeshConfig(), jax.devices()[:1])
-    optimizer = optim.build(o, steps=STEPS)
+    mesh, optimizer = mesh_of(), optim.build(o, steps=STEPS)
     model = as_ours(Llama(config, jax.random.key(0)), weights(config))
     with jax.numpy_dtype_promotion("standard"):
         state = TrainState(step=jnp.int32(0), model=model, opt_state=optimizer.init(model))

@@ -3,9 +3,8 @@
 import fcntl
 import json
 
-import pytest
+from refusal import refused
 
-from llamajax.errors import UserError
 from llamajax.monitoring import EventLog, load_events
 from llamajax.monitoring.events import EVENTS, LOCK, is_running
 from llamajax.monitoring.run_facts import steps_after, summarize
@@ -76,7 +75,7 @@ def test_a_directory_that_has_gone_is_one_error(tmp_path):
     log.write("start", step=0)
     (workdir / EVENTS).unlink()
     workdir.rmdir()
-    with pytest.raises(UserError, match="has gone while the run was using it"):
+    with refused("has gone while the run was using it"):
         log.write("save", step=4)
     log.write("end", step=4)
     assert not workdir.exists()

@@ -1,13 +1,17 @@
-"""Every step is in metrics.jsonl once, with every bit, whatever happens to the writer."""
+"""Every step is in metrics.jsonl once, with every bit, and in TensorBoard, whatever happens."""
 
 import json
 import math
 import os
+import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from refusal import refused
+from workdirs import read_rows
 
-from llamajax.errors import UserError
 from llamajax.monitoring import MetricsWriter, load_metrics
 
 
@@ -55,11 +59,6 @@ def test_values_that_are_not_finite_are_strict_json(tmp_path):
     (row,) = load_metrics(tmp_path)
     assert math.isnan(row.pop("loss"))
     assert row == {"step": 1, "grad_norm": math.inf, "z": -math.inf}
-
-
-def test_rows_are_there_at_once(tmp_path):
-    writer(tmp_path).write({"step": 1, "loss": 1.0})
-    assert len(load_metrics(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("tail", ["", '{"step": 7, "lo', '{"step": 7}', "\0\0\0", "[1]\n", "\n"])
@@ -112,12 +111,12 @@ def test_rows_that_a_full_disk_refuses_are_written_when_it_has_space(
     """The disk takes half of a row, then nothing; later it may have space again."""
     metrics = writer(tmp_path)
     metrics.write({"step": 1, "loss": 1.0})
-    real = os.write
-    state = {"calls": 0}
+    assert len(load_metrics(tmp_path)) == 1  # at once
+    real, calls = os.write, []
 
     def full(descriptor: int, data: bytes) -> int:
-        state["calls"] += 1
-        if state["calls"] % 2 == 0:
+        calls.append(data)
+        if len(calls) % 2 == 0:
             raise OSError(28, "No space left on device")
         return real(descriptor, data[: len(data) // 2])
 
@@ -126,14 +125,13 @@ def test_rows_that_a_full_disk_refuses_are_written_when_it_has_space(
         metrics.write({"step": 2, "loss": 1.0})
         metrics.write({"step": 3, "eval_loss": 1.0})
         metrics.write({"step": 3, "eval_loss": 2.0})  # there already, in memory
-        assert state["calls"] == 4
+        assert len(calls) == 4
         if not space_again:
             metrics.close()
     metrics.write({"step": 4, "loss": 1.0})
     metrics.close()
     steps = [1, 2, 3, 4] if space_again else [1]
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == steps
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == steps
     warned, *lost = capsys.readouterr().err.splitlines()
     assert "metrics.jsonl: No space left on device; its lines are kept for later, and" in warned
     assert [line.count("eval_loss") for line in lost] == [1] * (not space_again)
@@ -143,5 +141,70 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "run").write_text("a file")
     (tmp_path / "other" / "metrics.jsonl").mkdir(parents=True)
     for name in ("run", "other"):
-        with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: .*--workdir"):
+        with refused("cannot write ", "metrics.jsonl: ", "--workdir"):
             writer(tmp_path / name)
+
+
+def read_events(path):
+    """Return the events of a file: length (8 bytes), its checksum (4), data, its checksum (4)."""
+    from tensorboardX.proto import event_pb2
+
+    data, events = path.read_bytes(), []
+    while data:
+        (size,) = struct.unpack("Q", data[:8])
+        events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    return events
+
+
+def test_scalars_and_the_mark_of_a_resume(tmp_path):
+    metrics = writer(tmp_path, tensorboard=True, resume_step=4)
+    metrics.write({"step": 5, "loss": 0.5, "mfu_full": None, "note": "x"})
+    metrics.write({"step": 5, "eval_loss": 0.25})
+    metrics.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    version, start, train, evaluation = read_events(path)
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (5, start.session_log.START)
+    assert [(v.tag, v.simple_value) for v in train.summary.value] == [("loss", 0.5)]
+    assert [(v.tag, v.simple_value) for v in evaluation.summary.value] == [("eval_loss", 0.25)]
+    assert evaluation.step == 5
+
+
+def test_a_full_disk_ends_tensorboard_only(tmp_path, monkeypatch, capsys):
+    metrics = writer(tmp_path, tensorboard=True)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", full)
+    for step in range(1, 30):
+        metrics.write({"step": step, "loss": 0.5})
+    metrics.close()
+    assert len(load_metrics(tmp_path)) == 29
+    assert capsys.readouterr().err.count("tensorboard/ is no longer written") == 1
+
+
+def test_a_folder_that_cannot_be_made_costs_tensorboard_only(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("a file")
+    metrics = writer(tmp_path, tensorboard=True)
+    metrics.write({"step": 1, "loss": 0.5})
+    metrics.close()
+    assert "tensorboard cannot be written: File exists" in capsys.readouterr().err
+    assert load_metrics(tmp_path) == [{"step": 1, "loss": 0.5}]
+
+
+def test_no_package_is_imported_that_is_not_needed(tmp_path):
+    """Stand-ins of what tensorboardX would import end the process."""
+    for name in ("torch", "boto3", "google/cloud/storage"):
+        stand_in = tmp_path / "site" / f"{name}.py"
+        stand_in.parent.mkdir(parents=True, exist_ok=True)
+        stand_in.write_text(f"raise SystemExit('{name} was imported')")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom llamajax.monitoring import MetricsWriter\n"
+        "MetricsWriter(Path(sys.argv[1]), tensorboard=True, resume_step=0, primary=True).close()\n"
+        "assert not {'torch', 'boto3', 'google.cloud.storage'} & set(sys.modules)\n"
+    )
+    path = os.pathsep.join([str(tmp_path / "site"), *sys.path])
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path})

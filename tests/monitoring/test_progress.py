@@ -27,21 +27,12 @@ def shown_on(stream, total_steps=300, start_step=0, mode="auto", primary=True, *
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0s"), (59.6, "1m00s"), (192, "3m12s"), (18420, "5h07m"), (1051200, "12d04h")],
-)
-def test_durations(seconds, text):
-    assert format_duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [(0, "0"), (870, "870"), (999.6, "1.00k"), (12345, "12.3k"), (999_600, "1.00M"),
-     (70_553_706_496, "70.6B"), (15e12, "15.0T"), (2e16, "20000T")],
-)  # fmt: skip
-def test_counts(number, text):
-    assert format_count(number) == text
+def test_durations_and_counts():
+    durations = {0: "0s", 59.6: "1m00s", 192: "3m12s", 18420: "5h07m", 1051200: "12d04h"}
+    assert {seconds: format_duration(seconds) for seconds in durations} == durations
+    counts = {0: "0", 870: "870", 999.6: "1.00k", 12345: "12.3k", 999_600: "1.00M"}
+    counts |= {70_553_706_496: "70.6B", 15e12: "15.0T", 2e16: "20000T"}
+    assert {number: format_count(number) for number in counts} == counts
 
 
 def test_a_line_in_a_log():

@@ -36,18 +36,8 @@ def build_npu(directory: Path) -> Path:
     include = _package("xla_plugins") / "xla_cpu_pjrt" / "include"
     backing = _package("lammps_jax_pjrt_cpu") / "pjrt_c_api_cpu_plugin.so"
     library = Path(directory) / "libpjrt_npu.so"
-    command = [
-        "gcc",
-        "-shared",
-        "-fPIC",
-        "-O2",
-        "-std=gnu11",
-        "-D_GNU_SOURCE",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-    ]
-    command += [f"-I{include}", f'-DBACKING="{backing}"', "-fvisibility=default", "-o", library]
+    flags = "-shared -fPIC -O2 -std=gnu11 -D_GNU_SOURCE -Wall -Wextra -Werror -fvisibility=default"
+    command = ["gcc", *flags.split(), f"-I{include}", f'-DBACKING="{backing}"', "-o", library]
     command += [*(_HERE / name for name in _SOURCES), "-ldl", "-lpthread"]
     subprocess.run(command, check=True)
     return library

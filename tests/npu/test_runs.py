@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import warm
+from shell import train_command
+from workdirs import prepare_texts, read_rows
 
 from llamajax.backends import PlatformVerdict, ProbeResult, write_verdict
+from llamajax.backends.plugin import typed_options
 
-CONFIG = Path(__file__).parents[1] / "training" / "tiny_run.py"
 _CHILD = """
 import importlib, json, sys
 for line in sys.stdin:
@@ -25,30 +27,22 @@ for line in sys.stdin:
     assert code == 0, (verb, code)
 """
 _EIGHT = "num_devices=8,memory_gib=2.5"
-_MESH = ("mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2")
+_MESH = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Prepared text, runs and caches of this module."""
-    from llamajax.prepare import main
-
     folder = tmp_path_factory.mktemp("npu_runs")
-    text = "\n".join(f"line {i} of a small corpus {'abcdefgh' * (i % 7)}." for i in range(300))
-    (folder / "corpus.txt").write_text(text)
-    arguments = [f"--input={folder / 'corpus.txt'}", "--tokenizer=byte", "--workers=1"]
-    assert main([*arguments, f"--output={folder / 'data'}", "--validation_fraction=0.1"]) == 0
-    return folder
+    texts = (f"line {i} of a small corpus {'abcdefgh' * (i % 7)}." for i in range(300))
+    return prepare_texts(folder, texts, held_out=0.1).parent
 
 
-def train(folder: Path, run: str, steps: int, *overrides: str) -> tuple[str, list[str]]:
+def train(folder: Path, run: str, steps: int, **keys: object) -> tuple[str, list[str]]:
     """A command of `train` that goes on to `steps`, whatever the number it began with."""
-    keys = (
-        *overrides, f"train.steps={steps}", "optim.schedule=constant", "train.eval_every=0",
-        "checkpoint.every_steps=3",
-    )  # fmt: skip
-    keys = tuple(f"--config.{key}" for key in keys)
-    return "train", [f"--config={CONFIG}:{folder / 'data'}", f"--workdir={folder / run}", *keys]
+    keys |= {"train.steps": steps, "optim.schedule": "constant", "train.eval_every": 0}
+    keys |= {"checkpoint.every_steps": 3}
+    return "train", train_command(folder / "data", folder / run, keys)[3:]
 
 
 def carry_out(folder: Path, cache: str, *commands: tuple[str, list[str]]) -> tuple[str, str]:
@@ -68,13 +62,12 @@ def carry_out(folder: Path, cache: str, *commands: tuple[str, list[str]]) -> tup
     return done.stdout, done.stderr
 
 
-def on_npu(library: Path, options: str) -> tuple[str, ...]:
-    return "backend.name=npu", f"backend.plugin={library}", f"backend.options={options}"
+def on_npu(library: Path, options: str) -> dict[str, str]:
+    return {"backend.name": "npu", "backend.plugin": str(library), "backend.options": options}
 
 
 def losses(folder: Path, run: str) -> list[float]:
-    rows = (folder / run / "metrics.jsonl").read_text().splitlines()
-    return [row["loss"] for row in map(json.loads, rows) if "loss" in row]
+    return [row["loss"] for row in read_rows(folder / run / "metrics.jsonl") if "loss" in row]
 
 
 def facts(folder: Path, run: str) -> dict:
@@ -84,8 +77,8 @@ def facts(folder: Path, run: str) -> dict:
 @pytest.fixture(scope="module")
 def first(folder, npu):
     """Three steps on 8 NPUs, with donation and cache forced."""
-    repairs = ("backend.repairs=donation,compile_cache",)
-    command = train(folder, "npu", 3, *on_npu(npu, _EIGHT), *_MESH, *repairs)
+    repairs = {"backend.repairs": "donation,compile_cache"}
+    command = train(folder, "npu", 3, **on_npu(npu, _EIGHT), **_MESH, **repairs)
     stderr = carry_out(folder, "cache", command)[1]
     # the same command as a plan: without its workdir
     plan = [*(a for a in command[1] if "--workdir" not in a), "--devices=npu:8"]
@@ -99,9 +92,9 @@ def first(folder, npu):
 @pytest.fixture(scope="module")
 def cpu(folder, first):
     """Three steps on 8 CPU devices, and the NPUs' run continued there."""
-    machine = ("backend.name=cpu", "backend.num_cpu_devices=8", *_MESH)
-    here = train(folder, "cpu", 3, *machine)
-    stderr = carry_out(folder, "cpu_cache", here, train(folder, "npu_then_cpu", 5, *machine))[1]
+    machine = {"backend.name": "cpu", "backend.num_cpu_devices": 8, **_MESH}
+    here = train(folder, "cpu", 3, **machine)
+    stderr = carry_out(folder, "cpu_cache", here, train(folder, "npu_then_cpu", 5, **machine))[1]
     shutil.copytree(folder / "cpu", folder / "cpu_then_npu")
     return stderr
 
@@ -120,10 +113,10 @@ def second(folder, npu, first, cpu, monkeypatch_module):
             probes=(ProbeResult(name="donation", status="fail", message="", time_s=0.0),),
         )
     )
-    machine = (*on_npu(npu, _EIGHT), *_MESH)
-    again = train(folder, "npu", 5, *machine)
-    apart = f"backend.compile_cache={folder / 'apart'}"  # jax 0.12 lowers twice in two ways
-    other = train(folder, "cpu_then_npu", 5, *machine, apart)
+    machine = on_npu(npu, _EIGHT) | _MESH
+    again = train(folder, "npu", 5, **machine)
+    apart = {"backend.compile_cache": folder / "apart"}  # jax 0.12 lowers twice in two ways
+    other = train(folder, "cpu_then_npu", 5, **machine, **apart)
     return carry_out(folder, "cache", again, other)[1]
 
 
@@ -140,8 +133,8 @@ def one_device(folder, npu, first):
         '[[device]]\nkind = "Test NPU"\nbfloat16 = 2e12\nfloat32 = 1e12\nmemory_gib = 2.5\n'
         'hbm_bytes_per_s = 1e11\nfast_bytes_per_s = 1e10\nsource = "a data sheet"\n'
     )
-    table = f"backend.device_table={folder / 'devices.toml'}"
-    command = train(folder, "npu_then_one", 5, *on_npu(npu, "num_devices=1"), table)
+    table = {"backend.device_table": folder / "devices.toml"}
+    command = train(folder, "npu_then_one", 5, **on_npu(npu, "num_devices=1"), **table)
     machine = ["--backend=npu", f"--plugin={npu}", "--options=num_devices=1", "--dtype=float32"]
     weights = f"--checkpoint={folder / 'npu_then_one'}"
     prompt = ["--prompt=line 1", "--max_new_tokens=4", "--ignore_eos", "--json"]
@@ -225,3 +218,30 @@ def test_evaluate_and_generate_run_there(one_device, folder):
     assert (evaluated["platform"], evaluated["num_devices"]) == ("npu", 1)
     assert 0 < evaluated["loss"] < 6
     assert len(generated["output_ids"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("memory_gib=2", "option memory_gib is of type float, not int"),
+        ("levle=1", "the NPU has no option levle"),
+        ("num_devices=0", "no NPU was found on this host"),
+        ("donation=maybe", "option donation is honor, ignore or refuse, not maybe"),
+    ],
+)
+def test_options_are_typed_and_checked(npu, options, words):
+    """A client of its own each; JAX itself is not needed to make one."""
+    assert words in create_client(npu, options)
+
+
+def create_client(library: Path, options: str) -> str:
+    """The message of the error with which the plugin answers these options."""
+    from jax._src.lib import xla_client
+
+    name = f"npu_of_{library.parent.name}"
+    if not xla_client.pjrt_plugin_loaded(name):
+        xla_client.load_pjrt_plugin_dynamically(name, str(library))
+        xla_client.initialize_pjrt_plugin(name)
+    with pytest.raises(Exception) as raised:  # noqa: PT011
+        xla_client.make_c_api_client(name, typed_options(options), None)
+    return str(raised.value)

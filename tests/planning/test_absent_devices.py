@@ -3,11 +3,10 @@
 import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
-import warm
+from shell import shell
 
 CONFIG = str(Path(__file__).with_name("small_run.py"))
 BF16 = (
@@ -30,14 +29,9 @@ needs_cuda = pytest.mark.skipif(
 
 def planned(tmp_path, devices, *overrides):
     out = tmp_path / "plan.json"
-    command = [sys.executable, "-m", "llamajax.plan", f"--config={CONFIG}", f"--devices={devices}"]
-    done = warm.run(
-        [*command, f"--json={out}", *overrides],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"},
-    )
+    flags = (f"--config={CONFIG}", f"--devices={devices}", f"--json={out}")
+    environ = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    done = shell("plan", *flags, *overrides, env=environ)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(out.read_text())
 

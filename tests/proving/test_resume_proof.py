@@ -3,30 +3,28 @@
 import dataclasses
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import warm
+from refusal import refused
+from shell import TINY_RUN, shell
+from workdirs import prepare_texts, write_rows
 
 from llamajax.config import load
-from llamajax.errors import UserError
 from llamajax.monitoring.row_comparison import largest_difference, logged_values
 from llamajax.proving import resume_proof, trial
 
-CONFIG = Path(__file__).parents[1] / "training" / "tiny_run.py"
-
-
-def write_rows(workdir: Path, *rows: dict) -> Path:
-    workdir.mkdir(exist_ok=True)
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return workdir
+SOAK = Path(__file__).parents[2] / "benchmarks" / "soak.py"
 
 
 def test_times_are_not_compared_and_all_else_is(tmp_path):
     rows = {"step": 1, "loss": 2.0, "step_time_s": 3.0, "tokens_per_s": 4.0, "mfu_full": None}
-    a = logged_values(write_rows(tmp_path / "a", rows | {"anything": 1}))
-    b = logged_values(write_rows(tmp_path / "b", rows | {"anything": 1, "step_time_s": 9.0}))
+    for name, time_s in (("a", 3.0), ("b", 9.0)):
+        row = rows | {"anything": 1, "step_time_s": time_s}
+        write_rows(tmp_path / name / "metrics.jsonl", row)
+    a, b = (logged_values(tmp_path / name) for name in "ab")
     assert a == {(1, "loss"): 2.0, (1, "anything"): 1}
     assert largest_difference(a, b) is None
 
@@ -50,9 +48,8 @@ def test_the_largest_difference(theirs, ours, relative):
 
 
 def test_a_row_that_is_missing_differs_infinitely():
-    assert largest_difference(
-        {(1, "loss"): 1.0, (2, "loss"): 1.0}, {(1, "loss"): 1.0}
-    ).relative == (math.inf)
+    one, other = {(1, "loss"): 1.0, (2, "loss"): 1.0}, {(1, "loss"): 1.0}
+    assert largest_difference(one, other).relative == math.inf
 
 
 def test_flags_of_the_proof_do_not_reach_train():
@@ -82,21 +79,11 @@ def done(n):
 @pytest.mark.parametrize(
     ("lines", "condition", "step", "checkpoint"),
     [
-        (
-            "row(1); row(2); save(2); done(2); row(3)",
-            lambda workdir: trial.last_step(workdir) >= 3,
-            3,
-            2,
-        ),
-        (
-            "save(2); done(2); row(4); save(4)",
-            lambda workdir: trial.is_saving(workdir, 3),
-            4,
-            2,
-        ),
+        ("row(1); row(2); save(2); done(2); row(3)", lambda run: trial.last_step(run) >= 3, 3, 2),
+        ("save(2); done(2); row(4); save(4)", lambda run: trial.is_saving(run, 3), 4, 2),
         (
             "print('model x'); print('steps    9, from the beginning', flush=True)",
-            lambda workdir: trial.has_chosen_start(workdir / "log"),
+            lambda run: trial.has_chosen_start(run / "log"),
             0,
             0,
         ),
@@ -132,14 +119,10 @@ def test_a_start_that_ends_by_itself_gives_its_code(tmp_path, kill_when):
 def options_of(tmp_path):
     def make(**overrides) -> resume_proof.ProofOptions:
         keys = {key.replace("__", "."): value for key, value in overrides.items()}
+        config = load(f"{TINY_RUN}:somewhere", keys)
+        numbers = {"steps": 12, "kills": 3, "seed": 0}
         return resume_proof.ProofOptions(
-            train=(),
-            config=load(f"{CONFIG}:somewhere", keys),
-            workdir=tmp_path,
-            steps=12,
-            kills=3,
-            seed=0,
-            other=None,
+            train=(), config=config, workdir=tmp_path, other=None, **numbers
         )
 
     return make
@@ -151,10 +134,9 @@ def test_a_short_run_is_a_valid_config(options_of):
         text.removeprefix("--config.").split("=")
         for text in resume_proof.shortened(options.config, 12)
     )
-    config = load(f"{CONFIG}:somewhere", {"optim.schedule": "wsd"} | short)
-    assert (config.train.steps, config.checkpoint.every_steps, config.optim.decay_steps) == (
-        (12, 2, 4)
-    )
+    config = load(f"{TINY_RUN}:somewhere", {"optim.schedule": "wsd"} | short)
+    found = (config.train.steps, config.checkpoint.every_steps, config.optim.decay_steps)
+    assert found == (12, 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -191,11 +173,10 @@ def test_only_an_earlier_proof_makes_room(options_of, tmp_path):
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed.1.log").touch()
     (tmp_path / "precious").mkdir()
-    with pytest.raises(UserError, match="holds precious"):
+    with refused("holds precious", unchanged=(tmp_path,)):
         resume_proof.prove(options_of())
-    assert len(list(tmp_path.iterdir())) == 3
     (tmp_path / "precious").rmdir()
-    with pytest.raises(UserError, match="a run ended with code 2"):  # the config names no data
+    with refused("a run ended with code 2"):  # the config names no data
         resume_proof.prove(options_of())
     assert [path.name for path in tmp_path.iterdir()] == ["undisturbed.log"]
 
@@ -213,7 +194,8 @@ def test_only_an_earlier_proof_makes_room(options_of, tmp_path):
 def test_the_verdict(options_of, tmp_path, capsys, killed, moved, ledger, proven, words):
     runs = []
     for name, loss, digest in (("u", 2.0, "aa"), ("k", killed, "aa"), ("m", moved, ledger)):
-        runs.append(write_rows(tmp_path / name, {"step": 12, "loss": loss}))
+        runs.append(tmp_path / name)
+        write_rows(runs[-1] / "metrics.jsonl", {"step": 12, "loss": loss})
         facts = {"platform": "cpu", "mesh": {"fsdp": 2}, "num_processes": 2}
         (runs[-1] / "run.json").write_text(json.dumps(facts))
         meta = runs[-1] / "checkpoints" / "12" / "meta.json"
@@ -227,16 +209,20 @@ def test_the_verdict(options_of, tmp_path, capsys, killed, moved, ledger, proven
 
 @pytest.mark.slow
 def test_a_whole_proof_holds(tmp_path):
-    text = "".join(json.dumps({"text": f"line {i} of a small corpus."}) + "\n" for i in range(400))
-    (tmp_path / "corpus.jsonl").write_text(text)
-    data = tmp_path / "data"
-    prepare = [f"--input={tmp_path / 'corpus.jsonl'}", "--tokenizer=byte", f"--output={data}"]
-    warm.run([sys.executable, "-m", "llamajax.prepare", *prepare], check=True)
-    command = [sys.executable, "-m", "llamajax.verify_resume", f"--config={CONFIG}:{data}"]
-    command += ["--config.model.num_layers=1", "--config.train.eval_every=0", "--kills=2"]
-    command += ["--steps=6", "--processes=2", f"--workdir={tmp_path / 'proof'}"]
-    done = warm.run(command, capture_output=True, text=True)
+    data = prepare_texts(tmp_path, (f"line {i} of a small corpus." for i in range(400)))
+    flags = [f"--config={TINY_RUN}:{data}", f"--workdir={tmp_path / 'proof'}", "--steps=6"]
+    flags += ["--config.model.num_layers=1", "--config.train.eval_every=0"]
+    done = shell("verify_resume", *flags, "--kills=2", "--processes=2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "verdict: proven; 2 kills" in done.stdout
     assert "fsdp 2; 2 processes" in done.stdout
     assert {step for step, _ in logged_values(tmp_path / "proof" / "killed")} == set(range(1, 7))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_hurt_twice_logs_what_an_undisturbed_one_does(tmp_path):
+    """The soak of `benchmarks/`, a short one."""
+    command = [sys.executable, str(SOAK), "--faults=2", f"--workdir={tmp_path / 'soak'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 faults, exit code 0" in done.stdout

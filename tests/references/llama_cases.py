@@ -11,27 +11,15 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from tiny_model import tiny_model, tiny_optim
 
-from llamajax.config.schema import ModelConfig, OptimConfig, RopeScaling
+from llamajax.config.schema import ModelConfig, RopeScaling
 
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16)
 LLAMA31 = dataclasses.replace(LLAMA3, original_max_seq_len=8192)
 
 # Logits, gradients and updates.
-GROUPED = ModelConfig(
-    vocab_size=97,
-    hidden_size=24,
-    intermediate_size=52,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=6,
-    rope_theta=10_000.0,
-    norm_eps=1e-5,
-    tie_embeddings=False,
-    init_std=0.1,
-    max_seq_len=64,
-)
+GROUPED = tiny_model(hidden_size=24, intermediate_size=52, num_layers=3, head_size=6, init_std=0.1)
 TRAINED = {
     "grouped": GROUPED,
     "tied": dataclasses.replace(GROUPED, tie_embeddings=True),
@@ -43,16 +31,8 @@ TRAINED = {
     "whole rows of 128": dataclasses.replace(GROUPED, vocab_size=128),
 }
 STEPS = 50
-UPDATES = OptimConfig(
-    learning_rate=3e-3,
-    warmup_steps=5,
-    schedule="cosine",
-    final_learning_rate=3e-4,
-    beta1=0.9,
-    beta2=0.95,
-    epsilon=1e-8,
-    weight_decay=0.1,
-    clip_norm=1.0,
+UPDATES = tiny_optim(
+    learning_rate=3e-3, warmup_steps=5, schedule="cosine", final_learning_rate=3e-4
 )
 
 # Greedy decoding: weights large enough that the text is no repetition of one token.
@@ -80,28 +60,13 @@ ADAPTED: dict[str, dict[str, Any]] = {
         "modules_to_save": ["lm_head"],
     },
 }
-PROMPTS = {
-    0: [1, 2, 3],
-    1: list(range(7, 29)),
-    2: [96],
-    3: [5, 5, 5, 5, 9],
-    4: list(range(40, 57)),
-}
+PROMPTS = dict(enumerate([[1, 2, 3], [*range(7, 29)], [96], [5, 5, 5, 5, 9], [*range(40, 57)]]))
 NEW_TOKENS = 30
 
 # The verb evaluate, with a tokenizer of 256 bytes, BOS and EOS.
 CONTEXT = 64
-EVALUATED = {
-    "grouped": dataclasses.replace(
-        GROUPED,
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=44,
-        num_layers=2,
-        init_std=0.2,
-        max_seq_len=CONTEXT,
-    ),
-}
+BYTES = {"vocab_size": 258, "max_seq_len": CONTEXT, "init_std": 0.2}
+EVALUATED = {"grouped": tiny_model(hidden_size=32, intermediate_size=44, head_size=6, **BYTES)}
 EVALUATED["does not divide"] = dataclasses.replace(
     EVALUATED["grouped"], hidden_size=36, num_kv_heads=4, tie_embeddings=True
 )
@@ -110,43 +75,19 @@ TEXT = "Call me Ishmael. Some years ago, never mind how long precisely — I wen
 PROTOCOLS = {"sliding_window": (32, 13), "non_overlapping": (24, None)}  # length, stride
 
 # Logits of stored weights: GGUF, Meta's files, Hugging Face directories.
-PLAIN = dataclasses.replace(
-    GROUPED,
-    hidden_size=64,
-    intermediate_size=96,
-    num_layers=2,
-    head_size=16,
-    rope_theta=12_345.0,
-    norm_eps=3e-5,
-    init_std=0.02,
-)
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_size": 16}
+PLAIN = tiny_model(**SIZES, rope_theta=12_345.0, norm_eps=3e-5, init_std=0.02)
+LONG = {"rope_theta": 500_000.0, "max_seq_len": 131_072}
+LLAMA32 = dataclasses.replace(LLAMA31, factor=32.0)
+# Two whole directories of the small one are stored as PyTorch and transformers write them.
+SMALL = {"vocab_size": 34, "hidden_size": 16, "intermediate_size": 24, "head_size": 4}
 STORED = {
     "plain": PLAIN,
     "even": dataclasses.replace(PLAIN, vocab_size=98),
     "tied": dataclasses.replace(PLAIN, tie_embeddings=True),
-    "llama31": dataclasses.replace(
-        PLAIN, rope_theta=500_000.0, rope_scaling=LLAMA31, max_seq_len=131_072
-    ),
-    "llama32": dataclasses.replace(
-        PLAIN,
-        rope_theta=500_000.0,
-        rope_scaling=dataclasses.replace(LLAMA31, factor=32.0),
-        tie_embeddings=True,
-        max_seq_len=131_072,
-    ),
-    # Two whole directories of this one are stored as PyTorch and transformers write them.
-    "small": dataclasses.replace(
-        PLAIN,
-        vocab_size=34,
-        hidden_size=16,
-        intermediate_size=24,
-        num_heads=4,
-        num_kv_heads=2,
-        head_size=4,
-        rope_theta=500_000.0,
-        rope_scaling=LLAMA31,
-        max_seq_len=131_072,
-    ),
+    "llama31": dataclasses.replace(PLAIN, rope_scaling=LLAMA31, **LONG),
+    "llama32": dataclasses.replace(PLAIN, rope_scaling=LLAMA32, tie_embeddings=True, **LONG),
+    "small": dataclasses.replace(PLAIN, rope_scaling=LLAMA31, **SMALL, **LONG),
 }
 
 

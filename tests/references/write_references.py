@@ -8,6 +8,7 @@ a case changes or a new version of transformers computes something else, and com
 `pytest -m live tests/references` says whether what is stored is still what it writes.
 """
 
+import functools
 import json
 import math
 import os
@@ -178,15 +179,10 @@ def decoded() -> dict[str, list[list[int]]]:
 
 def continued(model: transformers.LlamaForCausalLM, ids: list[int], count: int) -> list[int]:
     """New tokens, greedily; none of them may be chosen by less than rounding can turn."""
-    made = model.generate(
-        torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        do_sample=False,
-        max_new_tokens=count,
-        eos_token_id=None,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    mask = torch.ones(1, len(ids), dtype=torch.long)
+    greedy = {"do_sample": False, "max_new_tokens": count, "eos_token_id": None}
+    returned = {"output_logits": True, "return_dict_in_generate": True}
+    made = model.generate(torch.tensor([ids]), attention_mask=mask, **greedy, **returned)
     for scores in made.logits:
         first, second = scores[0].topk(2).values.tolist()
         assert first - second > 1e-4 * scores.abs().max(), "too close to call: draw other weights"
@@ -204,12 +200,9 @@ def talked(assets: Path) -> dict[str, list[list[int]]]:
     chatml.chat_template = chat_cases.PUBLISHED["chatml"]
     found = {}
     for name, tokenizer in (("llama2", llama2), ("chatml", chatml)):
+        encode = functools.partial(tokenizer.apply_chat_template, return_dict=False)
         found[name] = [
-            tokenizer.apply_chat_template(
-                chat_cases.dicts(talk),
-                add_generation_prompt=chat_cases.asks(talk),
-                return_dict=False,
-            )
+            encode(chat_cases.dicts(talk), add_generation_prompt=chat_cases.asks(talk))
             for talk in chat_cases.TALKS[name]
         ]
     return found

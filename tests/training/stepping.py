@@ -4,46 +4,24 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import mesh_of
+from tiny_model import COMPUTE as PLAIN_COMPUTE
+from tiny_model import named_arrays, tiny_model, tiny_optim
 
 from llamajax import optim, sharding
-from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, TrainConfig
-from llamajax.models.llama import Compute
+from llamajax.config.schema import TrainConfig
 from llamajax.models.pipeline import PipelineOptions
 from llamajax.training.state import StateSpec, TrainState
 from llamajax.training.step import train_step
 
-MODEL = ModelConfig(
-    vocab_size=97,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=16,
-    num_kv_heads=8,
-    head_size=4,
-    rope_theta=10_000.0,
-    norm_eps=1e-5,
-    tie_embeddings=False,
-    init_std=0.2,
-    max_seq_len=64,
-)
+MODEL = tiny_model(num_heads=16, num_kv_heads=8, init_std=0.2)
 # An epsilon far above the gradients makes Adam's updates proportional to them: with a small one
 # the update of a gradient that is nearly zero would be its sign, and rounding would show.
-OPTIM = OptimConfig(
-    learning_rate=0.1,
-    warmup_steps=0,
-    schedule="constant",
-    final_learning_rate=0.1,
-    beta1=0.9,
-    beta2=0.95,
-    epsilon=0.1,
-    weight_decay=0.1,
-    clip_norm=1.0,
-)
+OPTIM = tiny_optim(epsilon=0.1)
 TRAIN = TrainConfig(steps=10, seed=0, dtype="float32")
-COMPUTE = Compute(dtype=jnp.dtype("float32"), remat="full", attention="xla", loss_chunk_tokens=20)
+COMPUTE = dataclasses.replace(PLAIN_COMPUTE, remat="full")
 B, T, STEPS = 16, 16, 2
 # Half the time of these tests; what is compared is the partitioned program, not LLVM's work on it.
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
@@ -102,9 +80,7 @@ def run(
 
     `axes` are pairs of a mesh axis and its size.
     """
-    sizes = dict(axes)
-    devices = jax.devices()[: int(np.prod([*sizes.values(), 1]))]
-    mesh = sharding.build_mesh(MeshConfig(**sizes), devices)
+    mesh = mesh_of(**dict(axes))
     model = dataclasses.replace(MODEL, tie_embeddings=tied, num_layers=layers)
     given = {
         name: options.pop(name) for name in ("microbatch_size", "remat_stage") & options.keys()
@@ -130,10 +106,7 @@ def run(
     for batch in batches:
         state, metrics = step(state, batch)
         rows.append({name: value.item() for name, value in metrics.items()})
-    weights = {
-        jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(spec.to_stored_order(state).model)
-    }
+    weights = named_arrays(spec.to_stored_order(state).model)
     return rows, weights, jitted._cache_size()
 
 

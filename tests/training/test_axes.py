@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from meshes import mesh_of
 from stepping import B, T, assert_same, run
 
 import llamajax.models.sharded_step
-from llamajax import sharding
-from llamajax.config.schema import MeshConfig
 from llamajax.models.layer_order import pipeline_order
 from llamajax.models.pipeline import bubble, local_microbatches, num_ticks
 from llamajax.ops import attention_split
@@ -40,57 +39,49 @@ def mesh_case(sizes):
     return pytest.param(case, id=name, marks=[] if sizes in FIRST else [pytest.mark.slow])
 
 
-def reference(layers=4):
-    return run(accumulation=2, steps=STEPS, layers=layers)
-
-
 @pytest.mark.parametrize("axes", [mesh_case(sizes) for sizes in SIZES])
 def test_every_mesh_takes_the_steps_of_one_device(axes):
     assert len(SIZES) == 35
     layers = 8 if dict(axes).get("stage") == 8 else 4
-    found = run(*axes, accumulation=2, steps=STEPS, layers=layers)
-    assert_same(found, reference(layers))
+    options = {"accumulation": 2, "steps": STEPS, "layers": layers}
+    assert_same(run(*axes, **options), run(**options))
+
+
+PIPELINES = [
+    ({"stage": 2, "sequence": 2}, {"layers": 3}),
+    ({"stage": 2, "fsdp": 2}, {"rounds": 2, "layers": 5, "remat": "none", "tied": True}),
+]
+MORE_PIPELINES = [
+    ({"stage": 2, "fsdp": 2, "tensor": 2}, {"rounds": 2, "layers": 4}),
+    ({"stage": 4, "data": 2}, {"layers": 8, "rounds": 2, "accumulation": 1}),
+    ({"stage": 4, "fsdp": 2}, {"layers": 5, "microbatch_size": 2, "accumulation": 1}),
+    ({"stage": 2, "tensor": 2}, {"remat_stage": False, "remat": "dots"}),
+]
 
 
 @pytest.mark.parametrize(
     ("axes", "options"),
-    [
-        ((("stage", 2), ("sequence", 2)), {"layers": 3}),
-        ((("stage", 2), ("fsdp", 2)), {"rounds": 2, "layers": 5, "remat": "none", "tied": True}),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ((("stage", 2), ("fsdp", 2), ("tensor", 2)), {"rounds": 2, "layers": 4}),
-                ((("stage", 4), ("data", 2)), {"layers": 8, "rounds": 2, "accumulation": 1}),
-                (
-                    (("stage", 4), ("fsdp", 2)),
-                    {"layers": 5, "microbatch_size": 2, "accumulation": 1},
-                ),
-                ((("stage", 2), ("tensor", 2)), {"remat_stage": False, "remat": "dots"}),
-            )
-        ),
-    ],
+    [*PIPELINES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_PIPELINES)],
     ids=str,
 )
 def test_every_pipeline_takes_the_steps_of_one_device(axes, options):
-    found = run(*axes, steps=2, **({"accumulation": 2} | options))
+    found = run(*axes.items(), steps=2, **({"accumulation": 2} | options))
     same = {k: options[k] for k in ("layers", "tied") if k in options}
     assert_same(found, run(steps=2, **same))
 
 
 @pytest.mark.parametrize(
     "axes",
-    [
-        (("stage", 2), ("sequence", 2), ("tensor", 2)),
-        pytest.param((("stage", 2), ("fsdp", 2), ("data", 2)), marks=pytest.mark.slow),
-    ],
+    [("sequence", "tensor"), pytest.param(("fsdp", "data"), marks=pytest.mark.slow)],
     ids=str,
 )
 def test_the_same_without_the_check_of_varying_axes(axes, monkeypatch):
     """Kernels that cannot be checked run so: no derivative may rest on what the check inserts."""
     unchecked = frozenset({"xla", "split"})
     monkeypatch.setattr(llamajax.models.sharded_step, "NEEDS_UNCHECKED", unchecked)
-    assert_same(run(*axes, steps=2, layers=4, loss_chunk_tokens=21), run(steps=2, layers=4))
+    sizes = {"stage": 2} | dict.fromkeys(axes, 2)
+    found = run(*sizes.items(), steps=2, layers=4, loss_chunk_tokens=21)
+    assert_same(found, run(steps=2, layers=4))
 
 
 def test_layers_of_zeros_stay_zeros():
@@ -109,12 +100,10 @@ def test_bubble_of_a_pipeline():
 
 
 def local_on(mesh_sizes, function, *arrays, out):
-    mesh = sharding.build_mesh(
-        MeshConfig(**mesh_sizes), jax.devices()[: math.prod(mesh_sizes.values())]
+    run = jax.shard_map(
+        function, mesh=mesh_of(**mesh_sizes), in_specs=PartitionSpec(), out_specs=out
     )
-    specs = tuple(PartitionSpec() for _ in arrays)
-    found = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out))(*arrays)
-    return jax.tree.map(np.asarray, found)
+    return jax.tree.map(np.asarray, jax.jit(run)(*arrays))
 
 
 TOKENS = PartitionSpec(None, "sequence")

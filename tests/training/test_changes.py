@@ -5,11 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from refusal import refused
+from workdirs import prepare_texts
 
 from llamajax import convert, evaluate, generate
 from llamajax.checkpoint import open_checkpoint
 from llamajax.data import load_tokenizer, open_mixture
-from llamajax.errors import UserError
 from llamajax.optim import schedule
 from llamajax.training.run_start import changes, run_tokenizer
 
@@ -18,20 +19,14 @@ KEYS = {"model.vocab_size": PIECES, "train.steps": 6, "optim.warmup_steps": 1}
 TEXTS = ("abcdefgh ijkl the quick brown fox", "zyxwvuts mnop what jumps over lazy dogs")
 
 
-@pytest.fixture(scope="module")
-def prepared(prepare_texts):
+def prepared(folder: Path, text: str, *, tokenizer: Path | str, repeats: int = 60) -> Path:
     """Data in the same place each time."""
-
-    def run(folder: Path, text: str, *, tokenizer: str, repeats: int = 60) -> Path:
-        texts = (f"{text} number {i}" for i in range(repeats))
-        flags = ("--validation_fraction=0.1", "--overwrite")
-        return prepare_texts(folder, texts, *flags, tokenizer=tokenizer)
-
-    return run
+    texts = (f"{text} number {i}" for i in range(repeats))
+    return prepare_texts(folder, texts, "--overwrite", tokenizer=str(tokenizer), held_out=0.1)
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory, prepared) -> list[Path]:
+def tokenizers(tmp_path_factory) -> list[Path]:
     """Two tokenizers of the same size."""
     folders = [tmp_path_factory.mktemp(f"tokenizer_{n}") for n in (0, 1)]
     pairs = zip(folders, TEXTS, strict=True)
@@ -39,16 +34,16 @@ def tokenizers(tmp_path_factory, prepared) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def begun(short_run, prepared, tokenizers, tmp_path_factory) -> Path:
+def begun(short_run, tokenizers, tmp_path_factory) -> Path:
     """A folder with `data`, and a `run` of it that stopped at step 2."""
     folder = tmp_path_factory.mktemp("begun")
-    data = prepared(folder, TEXTS[0], tokenizer=str(tokenizers[0]))
+    data = prepared(folder, TEXTS[0], tokenizer=tokenizers[0])
     assert short_run(folder / "run", stop_after=2, **KEYS, **{"data.path": str(data)}) == 143
     return folder
 
 
 @pytest.fixture
-def resumed(begun, prepared, short_run, tmp_path):
+def resumed(begun, short_run, tmp_path):
     """Resumes a copy of the run, with data that may have been prepared again in its place."""
     shutil.copytree(begun / "run", tmp_path / "run")
 
@@ -57,38 +52,27 @@ def resumed(begun, prepared, short_run, tmp_path):
             keys = KEYS | {"data.path": str(begun / "data")} | keys
             short_run(tmp_path / "run", stop_after=1, **keys)
         finally:
-            prepared(begun, TEXTS[0], tokenizer=str(begun / "run" / "tokenizer"))
+            prepared(begun, TEXTS[0], tokenizer=begun / "run" / "tokenizer")
         return tmp_path / "run"
 
     return run
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-
-
-def test_another_tokenizer_of_the_same_size_is_refused(
-    begun, prepared, tokenizers, resumed, tmp_path
-):
-    kept = files_of(tmp_path / "run" / "tokenizer")
-    prepared(begun, TEXTS[0], tokenizer=str(tokenizers[1]))
-    with pytest.raises(UserError) as refusal:
+def test_another_tokenizer_of_the_same_size_is_refused(begun, tokenizers, resumed, tmp_path):
+    kept = tmp_path / "run" / "tokenizer"
+    prepared(begun, TEXTS[0], tokenizer=tokenizers[1])
+    prints = [load_tokenizer(tokenizer).fingerprint[:12] for tokenizer in tokenizers]
+    words = (f"(sentencepiece, {PIECES} tokens, fingerprint {each})" for each in prints)
+    with refused(*words, f"with --tokenizer={kept}", unchanged=(kept,)):
         resumed()
-    for tokenizer in map(load_tokenizer, tokenizers):
-        words = f"(sentencepiece, {PIECES} tokens, fingerprint {tokenizer.fingerprint[:12]})"
-        assert words in str(refusal.value)
-    assert f"with --tokenizer={tmp_path / 'run' / 'tokenizer'}" in str(refusal.value)
-    assert files_of(tmp_path / "run" / "tokenizer") == kept
 
 
-def test_without_a_record_the_kept_tokenizer_decides(
-    begun, prepared, tokenizers, short_config, tmp_path
-):
-    other = prepared(tmp_path, TEXTS[0], tokenizer=str(tokenizers[1]))
+def test_without_a_record_the_kept_tokenizer_decides(begun, tokenizers, short_config, tmp_path):
+    other = prepared(tmp_path, TEXTS[0], tokenizer=tokenizers[1])
     data = short_config(**KEYS, **{"data.path": str(other)}).data
     mixture = open_mixture(data, split="train", vocab_size=PIECES)
     session = SimpleNamespace(mixture=mixture)
-    with pytest.raises(UserError, match="another tokenizer"):
+    with refused("another tokenizer"):
         run_tokenizer(session, {}, begun / "run")
     fresh = run_tokenizer(session, {}, tmp_path / "no_run")
     assert fresh["fingerprint"] == load_tokenizer(tokenizers[1]).fingerprint
@@ -96,9 +80,9 @@ def test_without_a_record_the_kept_tokenizer_decides(
 
 
 def test_other_data_and_keys_are_reported_and_the_run_goes_on(
-    begun, prepared, tokenizers, resumed, short_config, capsys
+    begun, tokenizers, resumed, short_config, capsys
 ):
-    prepared(begun, TEXTS[0], tokenizer=str(tokenizers[0]), repeats=80)
+    prepared(begun, TEXTS[0], tokenizer=tokenizers[0], repeats=80)
     workdir = resumed(**{"train.steps": 12, "optim.clip_norm": None})
     told = [line for line in capsys.readouterr().err.splitlines() if "changed" in line]
     optim = short_config(**KEYS).optim
@@ -142,6 +126,14 @@ def test_nothing_is_reported_where_nothing_changed(begun, short_config):
     assert "data changed since step 2; " in next(changes(session, meta, 2))
 
 
+@pytest.fixture
+def mistaken(begun, tokenizers, tmp_path) -> Path:
+    """The run with another tokenizer in the place of its own."""
+    run = shutil.copytree(begun / "run", tmp_path / "run")
+    shutil.copy(tokenizers[1], run / "tokenizer" / "tokenizer.model")
+    return run
+
+
 @pytest.mark.parametrize(
     ("verb", "flags"),
     [
@@ -150,21 +142,14 @@ def test_nothing_is_reported_where_nothing_changed(begun, short_config):
         (convert, ["--from={run}", "--to={out}"]),
     ],
 )
-def test_weights_with_another_tokenizer_are_not_used(begun, tokenizers, tmp_path, verb, flags):
-    run = shutil.copytree(begun / "run", tmp_path / "run")
-    shutil.copy(tokenizers[1], run / "tokenizer" / "tokenizer.model")
-    names = {"run": run, "text": tmp_path / "plain.txt", "out": tmp_path / "out"}
+def test_weights_with_another_tokenizer_are_not_used(mistaken, verb, flags):
+    names = {"run": mistaken, "text": mistaken.with_name("plain.txt"), "out": mistaken / "../out"}
     names["text"].write_text("some text")
-    with pytest.raises(UserError, match="put that tokenizer back"):
+    with refused("put that tokenizer back", unchanged=(mistaken.parent,)):
         verb.main([flag.format(**names) for flag in flags])
-    assert not (tmp_path / "out").exists()
 
 
-def test_a_run_does_not_begin_from_weights_with_another_tokenizer(
-    begun, tokenizers, tmp_path, short_run
-):
-    run = shutil.copytree(begun / "run", tmp_path / "run")
-    shutil.copy(tokenizers[1], run / "tokenizer" / "tokenizer.model")
-    keys = KEYS | {"data.path": str(begun / "data"), "train.init_from": run}
-    with pytest.raises(UserError, match="put that tokenizer back"):
-        short_run(tmp_path / "new", **keys)
+def test_a_run_does_not_begin_from_weights_with_another_tokenizer(mistaken, begun, short_run):
+    keys = KEYS | {"data.path": str(begun / "data"), "train.init_from": mistaken}
+    with refused("put that tokenizer back"):
+        short_run(mistaken.with_name("new"), **keys)

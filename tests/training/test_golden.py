@@ -4,17 +4,17 @@ Everything between a seed and a loss is in it: initial weights, the model, the l
 decay, the schedule. The file is written again by `python tests/training/test_golden.py`.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from meshes import mesh_of
 from plain_batch import plain_batch
+from tiny_model import COMPUTE, tiny_model, tiny_optim
 
 from llamajax import optim, sharding
-from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, RopeScaling, TrainConfig
-from llamajax.models.llama import Compute
+from llamajax.config.schema import ModelConfig, OptimConfig, RopeScaling, TrainConfig
 from llamajax.training.state import StateSpec
 from llamajax.training.step import train_step
 
@@ -24,44 +24,21 @@ STEPS = 20
 # an Adam epsilon of 1e-8 moves a loss by 2e-3, beta2 = 0.95 by 3e-3, an RMSNorm epsilon of 1e-5 by
 # 1e-3, rotary angles without scaling by 1e-4.
 TOLERANCE = 2e-5  # relative
-MODEL = ModelConfig(
-    vocab_size=101,
-    hidden_size=24,
-    intermediate_size=40,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=10,
-    rope_theta=12_345.0,
-    rope_scaling=RopeScaling(
-        factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16
-    ),
-    norm_eps=3e-5,
-    tie_embeddings=False,
-    init_std=0.02,
-    max_seq_len=64,
+SCALING = RopeScaling(
+    factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16
 )
-OPTIM = OptimConfig(
-    learning_rate=1e-2,
-    warmup_steps=4,
-    schedule="cosine",
-    final_learning_rate=1e-3,
-    beta1=0.85,
-    beta2=0.93,
-    epsilon=1e-5,
-    weight_decay=0.2,
-    clip_norm=0.7,
-)
+SIZES = {"vocab_size": 101, "hidden_size": 24, "intermediate_size": 40, "head_size": 10}
+MODEL = tiny_model(**SIZES, rope_theta=12_345.0, rope_scaling=SCALING, norm_eps=3e-5, init_std=0.02)
+RATES = {"learning_rate": 1e-2, "warmup_steps": 4, "final_learning_rate": 1e-3}
+DECAYS = {"beta1": 0.85, "beta2": 0.93, "weight_decay": 0.2}
+OPTIM = tiny_optim(**RATES, **DECAYS, schedule="cosine", epsilon=1e-5, clip_norm=0.7)
 
 
 def curve(model: ModelConfig = MODEL, optimizer_config: OptimConfig = OPTIM) -> dict[str, list]:
     """Loss and norm of the gradient of each step, on one device."""
-    mesh = sharding.build_mesh(MeshConfig(), jax.devices()[:1])
+    mesh, compute = mesh_of(), dataclasses.replace(COMPUTE, loss_chunk_tokens=50)
     optimizer = optim.build(optimizer_config, steps=STEPS)
     train = TrainConfig(steps=STEPS, seed=7, dtype="float32")
-    compute = Compute(
-        dtype=jnp.dtype("float32"), remat="none", attention="xla", loss_chunk_tokens=50
-    )
     state = StateSpec(model=model, optimizer=optimizer, mesh=mesh).init(train.seed)
     step = train_step(optimizer, optimizer_config, train, compute, mesh)
     # RandomState's numbers are frozen for ever, unlike default_rng's. Few batches, seen again: the

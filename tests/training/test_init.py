@@ -1,6 +1,5 @@
 """The same seed gives the same weights on every mesh, bit for bit."""
 
-import dataclasses
 import functools
 import itertools
 
@@ -10,15 +9,16 @@ import numpy as np
 import pytest
 import stepping
 from flax import nnx
+from meshes import mesh_of
+from tiny_model import named_arrays, tiny_model
 
 from llamajax import optim, sharding
 from llamajax.backends.platforms import exact_options
-from llamajax.config.schema import MeshConfig
 from llamajax.models.declare import normal, ones
 from llamajax.training.state import StateSpec
 
 # The vocabulary is stored in 128 rows: some parts have padding and some have none.
-MODEL = dataclasses.replace(stepping.MODEL, num_heads=8, head_size=6, tie_embeddings=True)
+MODEL = tiny_model(num_heads=8, num_kv_heads=8, head_size=6, tie_embeddings=True, init_std=0.2)
 SIZES = (1, 2, 4, 8)
 SHAPES = [shape for shape in itertools.product(SIZES, repeat=3) if np.prod(shape) == 8]
 
@@ -33,24 +33,17 @@ class EveryKind(nnx.Module):
         self.stacked = jax.vmap(lambda k: normal(MODEL, "DNH", k, "query"))(keys)
 
 
-def mesh_of(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
-    data, fsdp, tensor = shape
-    config = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
-    return sharding.build_mesh(config, jax.devices()[: data * fsdp * tensor])
+def mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+    return mesh_of(data=data, fsdp=fsdp, tensor=tensor)
 
 
 @functools.cache
 def initialized(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     abstract = jax.eval_shape(EveryKind, jax.random.key(0))
-    placed = sharding.shardings(abstract, mesh_of(shape))
+    placed = sharding.shardings(abstract, mesh(*shape))
     options = exact_options(jax.default_backend())
     init = jax.jit(EveryKind, out_shardings=placed, compiler_options=options)
-    return named(init(jax.random.key(5)))
-
-
-def named(tree) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    return named_arrays(init(jax.random.key(5)))
 
 
 def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -76,9 +69,9 @@ def test_weights_differ_from_each_other_and_padding_is_zero():
 
 def test_a_whole_state_is_the_same_on_one_device_and_on_eight():
     optimizer = optim.build(stepping.OPTIM, steps=10)
-    meshes = map(mesh_of, ((1, 1, 1), (2, 2, 2)))
-    states = [StateSpec(model=MODEL, optimizer=optimizer, mesh=mesh).init(3) for mesh in meshes]
-    assert_same_bits(named(states[1]), named(states[0]))
+    meshes = (mesh(1, 1, 1), mesh(2, 2, 2))
+    states = [StateSpec(model=MODEL, optimizer=optimizer, mesh=m).init(3) for m in meshes]
+    assert_same_bits(named_arrays(states[1]), named_arrays(states[0]))
     assert states[1].step.dtype == jnp.int32
     weights = jax.tree.leaves(states[1].model)
     assert all(x.addressable_shards[0].data.size <= x.size // 2 for x in weights), "born in shards"

@@ -5,21 +5,18 @@ import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import llama_cases
+import llamas
 import numpy as np
 import pytest
-from plain_batch import plain_batch
+from meshes import mesh_of
+from refusal import refused
+from workdirs import logged, prepare_texts
 
-from llamajax import data, sharding
+from llamajax import data
 from llamajax.checkpoint import open_checkpoint, restore_state
 from llamajax.checkpoint.restore import model_differences
-from llamajax.config.schema import MeshConfig
-from llamajax.errors import UserError
-from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
-from llamajax.models.llama import Compute
-from llamajax.prepare import main as prepare
 from llamajax.training.run_start import open_initial_weights
 
 UNMASKED = {"data__mask_documents": False}
@@ -33,27 +30,15 @@ def hugging_face(short_config, tmp_path_factory) -> Path:
     return llama_cases.save_hugging_face(folder, model, llama_cases.weights(model))
 
 
-def our_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
-    """Logits of the model on one device; test_hf_parity.py compares these with transformers."""
-    weights = open_weights(folder)
-    mesh = sharding.build_mesh(MeshConfig(), jax.devices()[:1])
-    model = weights.load(abstract_model(weights.model, mesh))
-    compute = Compute(
-        dtype=jnp.dtype("float32"), remat="none", attention="xla", loss_chunk_tokens=16
-    )
-    batch = plain_batch(np.pad(ids, ((0, 0), (0, 1))))  # the last is no input
-    return np.asarray(jax.jit(lambda m, b: m.logits(b, compute))(model, batch))
-
-
 @pytest.mark.parametrize("by", ["llamajax", pytest.param("transformers", marks=pytest.mark.live)])
 def test_the_first_loss_is_that_of_the_weights(
-    short_run, short_config, logged, hugging_face, tmp_path, by, request
+    short_run, short_config, hugging_face, tmp_path, by, request
 ):
     options = {"train__init_from": str(hugging_face), "train__steps": 3} | UNMASKED
     assert short_run(tmp_path, **options) == 0
     batch = first_batch(short_config(**options))
     if by == "llamajax":
-        logits = our_logits(hugging_face, batch["tokens"])
+        logits = llamas.logits(llamas.load(hugging_face), batch["tokens"])
     else:
         live = request.getfixturevalue("live")
         model = live.transformers.LlamaForCausalLM.from_pretrained(hugging_face)
@@ -78,12 +63,12 @@ def first_batch(config) -> dict[str, np.ndarray]:
     return next(data.train_batches(mixture, position, first_step=0, **options))
 
 
-def test_weights_of_ours_are_taken_bit_by_bit_and_once(short_run, short_config, logged, tmp_path):
+def test_weights_of_ours_are_taken_bit_by_bit_and_once(short_run, short_config, tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     assert short_run(source, train__steps=3) == 0
     options = {"train__init_from": str(source), "train__steps": 4}
     config = short_config(**options)
-    mesh = sharding.build_mesh(MeshConfig(fsdp=4, tensor=2), jax.devices())
+    mesh = mesh_of(fsdp=4, tensor=2)
     weights = open_initial_weights(config, None)
     assert weights.tokenizer == source / "tokenizer" / "tokenizer.byte"
     loaded = weights.load(abstract_model(config.model, mesh))
@@ -116,14 +101,12 @@ def test_every_mismatch_is_named(short_config, hugging_face):
         "model__rope_scaling__original_max_seq_len": 32,
     }
     config = short_config(train__init_from=str(hugging_face), train__steps=3, **other)
-    with pytest.raises(UserError) as caught:
+    with refused("this run 32; use --config.model.hidden_size=48") as lines:
         open_initial_weights(config, None)
-    lines = str(caught.value).splitlines()[1:]
-    found = {line.strip(" -").partition(":")[0] for line in lines}
+    found = {line.strip(" -").partition(":")[0] for line in lines[1:]}
     named = {key.replace("__", ".") for key in other}
     harmless = {"model.max_seq_len", "model.init_std"}
     assert found - {"model.rope_scaling"} == named - harmless
-    assert "this run 32; use --config.model.hidden_size=48" in str(caught.value)
 
 
 def test_an_epsilon_in_float32_is_the_same(short_config):
@@ -133,21 +116,20 @@ def test_an_epsilon_in_float32_is_the_same(short_config):
     assert model_differences(*map(dataclasses.asdict, (stored, model))) == []
 
 
-def test_another_tokenizer_is_refused(short_config, short_data, hugging_face, tmp_path):
+def test_another_tokenizer_is_refused(short_config, hugging_face, tmp_path):
     """The weights were trained on pieces, and the data are bytes."""
-    text, other = short_data.parent / "corpus.jsonl", tmp_path / "other"
-    prepare([f"--input={text}", "--tokenizer=train:300", "--workers=1", f"--output={other}"])
+    texts = (f"{'abcdefgh' * (i % 7)} line {i} of a small corpus." for i in range(99))
+    other = prepare_texts(tmp_path, texts, tokenizer="train:300")
     source = Path(shutil.copytree(hugging_face, tmp_path / "source"))
     shutil.copy(other / "tokenizer.model", source)
     config = short_config(train__init_from=str(source), train__steps=3)
-    with pytest.raises(UserError, match="was prepared with another tokenizer") as caught:
+    fix = f"--tokenizer={source / 'tokenizer.model'}"
+    with refused("was prepared with another tokenizer", fix):
         open_initial_weights(config, None)
-    assert f"--tokenizer={source / 'tokenizer.model'}" in str(caught.value)
 
 
 def test_what_holds_no_weights_is_refused(short_config, tmp_path):
     for path, words in ((tmp_path / "nothing", "no such"), (tmp_path, "holds no weights")):
         config = short_config(train__init_from=str(path), train__steps=3)
-        with pytest.raises(UserError, match=words) as caught:
+        with refused(words, f"train.init_from = {path}"):
             open_initial_weights(config, None)
-        assert f"train.init_from = {path}" in str(caught.value)

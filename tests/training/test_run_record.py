@@ -1,20 +1,22 @@
 """The record of whole runs, in this process: ends, deaths, a finished run, a folder that goes."""
 
+import collections
 import gc
-import hashlib
 import json
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
+from refusal import refused, snapshot
+from workdirs import read_rows, write_rows
 
 from llamajax.backends import absent_devices
-from llamajax.errors import UserError
-from llamajax.monitoring import load_events, read_run_facts, write_report
+from llamajax.monitoring import StepTimer, load_events, read_run_facts, write_report
 from llamajax.monitoring.events import EVENTS
 from llamajax.planning.compilation import abstract_step, lowered_step
-from llamajax.training import run
+from llamajax.training import loop, run
 from llamajax.training.hooks import LogHook
 from llamajax.training.run_record import History
 from llamajax.training.setup import program_digest
@@ -22,11 +24,6 @@ from llamajax.training.setup import program_digest
 
 def kinds(workdir):
     return [event["event"] for event in load_events(workdir)]
-
-
-def contents(workdir):
-    files = sorted(path for path in workdir.rglob("*") if path.is_file())
-    return {str(file): hashlib.sha256(file.read_bytes()).digest() for file in files}
 
 
 @pytest.fixture(scope="module")
@@ -72,19 +69,17 @@ def test_a_run_that_is_stopped_and_continued(finished):
 
 
 def test_a_finished_run_that_is_run_again_changes_nothing(finished, short_run, monkeypatch):
-    before = contents(finished)
+    before = snapshot(finished)
     monkeypatch.setattr(run, "_train", None)  # neither restores nor compiles
     assert short_run(finished, train__steps=4) == 0
-    assert contents(finished) == before
+    assert snapshot(finished) == before
 
 
 def test_a_killed_run_is_dead_and_the_next_start_says_so(finished, short_run, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "killed")
-    lines = (workdir / EVENTS).read_text().splitlines(keepends=True)
-    (workdir / EVENTS).write_text("".join(lines[:-3]) + lines[-3][:20])
-    for name in ("metrics.jsonl",):
-        rows = (workdir / name).read_text().splitlines(keepends=True)
-        (workdir / name).write_text("".join(rows[:-2]) + rows[-2][:20])
+    for name, last in ((EVENTS, -3), ("metrics.jsonl", -2)):
+        lines = (workdir / name).read_text().splitlines(keepends=True)
+        (workdir / name).write_text("".join(lines[:last]) + lines[last][:20])
     shutil.rmtree(workdir / "checkpoints" / "4")
     write_report(workdir)
     assert json.loads((workdir / "run.json").read_text())["status"] == "dead"
@@ -94,26 +89,16 @@ def test_a_killed_run_is_dead_and_the_next_start_says_so(finished, short_run, tm
     assert [event["step"] for event in dead] == [3]
     assert dead[0]["last_seen_s"] <= dead[0]["time_s"]
     assert read_run_facts(workdir)["status"] == "finished"
-    rows = (workdir / "metrics.jsonl").read_text().splitlines()
-    ours = [json.loads(line).get("loss") for line in rows]
-    theirs = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert ours == [row.get("loss") for row in theirs]
+    ours, theirs = (read_rows(path / "metrics.jsonl") for path in (workdir, finished))
+    assert [row.get("loss") for row in ours] == [row.get("loss") for row in theirs]
 
 
 def test_the_last_steps_of_a_dead_process_are_counted(tmp_path):
     """Steps 12 and 13 are in no row; a rollback from step 15 before them is in the black box."""
-    (tmp_path / "blackbox").mkdir()
     sums = [(14, 9.0), (15, 9.5), (11, 0.5), (12, 1.0), (13, 1.75)]
-    box = [
-        {
-            "step": n,
-            "unlogged_steps_s": s,
-            "unlogged_data_wait_s": s / 4,
-            "unlogged_tokens": 100 * s,
-        }
-        for n, s in sums
-    ]
-    (tmp_path / "blackbox" / "recent.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in box))
+    parts = (("steps_s", 1), ("data_wait_s", 0.25), ("tokens", 100))
+    box = [{"step": n} | {f"unlogged_{name}": k * s for name, k in parts} for n, s in sums]
+    write_rows(tmp_path / "blackbox" / "recent.jsonl", *box)
     start = {"event": "start", "step": 10, "time_s": 1.0, "host": "a", "pid": 3}
     rows = [{"step": 11, "step_time_s": 0.5, "time_s": 2.0}]
     history = History(tmp_path, [start], rows)
@@ -136,7 +121,7 @@ def test_a_workdir_that_vanishes_is_one_error(short_run, tmp_path, monkeypatch):
         write(log, step, values)
 
     monkeypatch.setattr(LogHook, "_write", remove_first)
-    with pytest.raises(UserError, match="has gone while the run was using it"):
+    with refused("has gone while the run was using it"):
         short_run(workdir, train__steps=4)
     assert not workdir.exists()
 
@@ -173,3 +158,39 @@ def test_the_program_that_is_planned_is_the_program_that_runs(short_run, short_c
     options = {"xla_backend_optimization_level": 0}
     assert planned() == (facts["program"], facts["compiler_options"]) == (facts["program"], options)
     assert planned(optim__learning_rate=0.1)[0] != facts["program"]
+
+
+class LoaderTimer(StepTimer):
+    """Time passes in the loader only: half a second a batch, after the running step is done."""
+
+    now = 100.0
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs, clock=lambda: LoaderTimer.now)
+
+    def mark_done(self, step: int) -> None:
+        super().mark_done(step)
+        DONE[step].set()
+
+
+DONE: dict[int, threading.Event] = collections.defaultdict(threading.Event)
+
+
+def test_a_slow_loader_is_waiting_for_data(short_run, tmp_path, monkeypatch):
+    batches = loop.train_batches
+
+    def slow(*args, step):
+        for number, batch in enumerate(batches(*args, step=step)):
+            assert number == 0 or DONE[number].wait(60)
+            LoaderTimer.now += 0.5
+            yield batch
+
+    monkeypatch.setattr(run, "StepTimer", LoaderTimer)
+    monkeypatch.setattr(loop, "train_batches", slow)
+    assert short_run(tmp_path, train__steps=4) == 0
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    times = [(row["data_wait_s"], row["step_time_s"]) for row in rows if "loss" in row]
+    assert times == [(0.5, 0.0)] * 4
+    breakdown = json.loads((tmp_path / "run.json").read_text())["time_breakdown"]
+    assert breakdown["data_wait_s"] == pytest.approx(2.0)
+    assert "waiting for data" in (tmp_path / "report.html").read_text()

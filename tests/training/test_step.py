@@ -7,6 +7,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import mesh_of
 from stepping import (
     COMPUTE,
     MODEL,
@@ -21,15 +22,11 @@ from stepping import (
 
 from llamajax import optim, sharding
 from llamajax.backends.platforms import platform_facts
-from llamajax.config.schema import GuardConfig, MeshConfig
+from llamajax.config.schema import GuardConfig
 from llamajax.models.remat import REMAT
 from llamajax.optim.guard import REASONS
 from llamajax.training.state import StateSpec
 from llamajax.training.step import eval_step, train_step
-
-
-def test_a_tied_model_takes_the_step_of_one_device():
-    assert_same(run(("data", 2), ("fsdp", 2), ("tensor", 2), tied=True), run(tied=True))
 
 
 def test_the_loss_is_the_mean_over_all_targets_of_the_batch():
@@ -40,41 +37,33 @@ def test_the_loss_is_the_mean_over_all_targets_of_the_batch():
     assert counts.max() > 2 * counts.min(), "a mean of the shards' means would differ"
 
 
-def test_microbatches_add_up_to_the_batch():
-    assert_same(run(("fsdp", 2), ("tensor", 2), accumulation=4), run())
+# What may change how a step is computed and nothing of what it computes.
+SAME = {
+    "tied": ({"data": 2, "fsdp": 2, "tensor": 2}, {"tied": True}),
+    "microbatches": ({"fsdp": 2, "tensor": 2}, {"accumulation": 4}),
+    "nothing kept": ({"fsdp": 2}, {"remat": "none"}),
+    "queries kept": ({"fsdp": 2}, {"remat": "save_qkv"}),
+    "names": ({"fsdp": 2}, {"remat_keep": ("gate",), "remat_offload": ("block_input", "qkv")}),
+    "moments in host memory": ({"fsdp": 2}, {"offload": True}),
+    "blocked attention": ({}, {"attention": "blocked", "remat": "save_attention"}),
+}
+OTHERS = sorted(set(REMAT) - {"full", "save_attention", "none", "save_qkv"})
+SAME_SLOW = {name: ({"fsdp": 2}, {"remat": name}) for name in OTHERS} | {
+    "offloaded": ({"fsdp": 2}, {"remat": "save_qkv", "remat_offload": ("attention", "up")}),
+    "moments of a pipeline": ({"stage": 2}, {"layers": 3, "offload": True, "accumulation": 2}),
+}
 
 
 @pytest.mark.parametrize(
-    "remat",
+    ("axes", "options"),
     [
-        pytest.param(name, marks=[] if name in ("none", "save_qkv") else [pytest.mark.slow])
-        for name in sorted(set(REMAT) - {"full", "save_attention"})
+        *(pytest.param(*case, id=name) for name, case in SAME.items()),
+        *(pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in SAME_SLOW.items()),
     ],
 )
-def test_what_is_recomputed_changes_nothing(remat):
-    assert_same(run(("fsdp", 2), remat=remat), run())
-
-
-@pytest.mark.parametrize(
-    ("remat", "keep", "offload"),
-    [
-        ("full", ("gate",), ("block_input", "qkv")),
-        pytest.param("save_qkv", (), ("attention", "up"), marks=pytest.mark.slow),
-    ],
-)
-def test_what_is_kept_by_name_changes_nothing(remat, keep, offload):
-    found = run(("fsdp", 2), remat=remat, remat_keep=keep, remat_offload=offload)
-    assert_same(found, run())
-
-
-def test_moments_in_host_memory_change_nothing():
-    assert_same(run(("fsdp", 2), offload=True), run())
-
-
-@pytest.mark.slow
-def test_moments_of_a_pipeline_in_host_memory_change_nothing():
-    found = run(("stage", 2), layers=3, offload=True, accumulation=2)
-    assert_same(found, run(layers=3))
+def test_the_step_is_that_of_one_device_at_once(axes, options):
+    model = {key: options[key] for key in ("tied", "layers") if key in options}
+    assert_same(run(*axes.items(), **options), run(**model))
 
 
 @pytest.fixture
@@ -90,8 +79,7 @@ def test_moments_fetched_in_a_branch_change_nothing(host_branches):
 
 @pytest.mark.parametrize("guard", [None, GuardConfig()])
 def test_moments_are_fetched_behind_the_gradients_alone(host_branches, guard):
-    mesh = sharding.build_mesh(MeshConfig(), jax.devices()[:1])
-    optimizer = optim.build(OPTIM, steps=TRAIN.steps)
+    mesh, optimizer = mesh_of(), optim.build(OPTIM, steps=TRAIN.steps)
     window = guard and guard.spike_window
     state = drawn_state(
         StateSpec(model=MODEL, optimizer=optimizer, mesh=mesh, offload=True, guard_window=window)
@@ -112,11 +100,6 @@ def primitives(jaxpr, *, inside):
         yield inside, eqn.primitive.name
         for inner in jax.extend.core.jaxprs_in_params(eqn.params):
             yield from primitives(inner, inside=inside or eqn.primitive.name == "cond")
-
-
-def test_blocked_attention_is_the_same_attention():
-    found = run(attention="blocked", remat="save_attention")  # made for each other
-    assert_same(found, run())
 
 
 def test_z_loss_moves_the_weights_and_stays_out_of_the_loss():
@@ -146,7 +129,7 @@ def test_bfloat16_is_close_to_float32():
 
 
 def test_evaluation_sums_the_loss_of_the_first_step():
-    mesh = sharding.build_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
     state = drawn_state(StateSpec(model=MODEL, optimizer=optim.build(OPTIM, steps=10), mesh=mesh))
     nll, count = eval_step(COMPUTE, mesh)(state.model, sharding.put_batch(packed_batch(), mesh))
     (first, _), _, _ = run()
@@ -155,7 +138,7 @@ def test_evaluation_sums_the_loss_of_the_first_step():
 
 
 def test_a_batch_without_a_target_has_no_loss_and_changes_nothing():
-    mesh = sharding.build_mesh(MeshConfig(data=2), jax.devices()[:2])
+    mesh = mesh_of(data=2)
     optimizer, config = optim.build(OPTIM, steps=TRAIN.steps), GuardConfig()
     state = drawn_state(
         StateSpec(model=MODEL, optimizer=optimizer, mesh=mesh, guard_window=config.spike_window)

@@ -1,15 +1,21 @@
-"""Two processes on one CPU train adapters on imported weights and export what comes of them."""
+"""Two processes on one machine: they end alike where they differ, and one of them exports."""
 
+import functools
+import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import warm
+from shell import SHORT, free_port, started, train_command
+from workdirs import prepare_texts
 
-CONFIG = Path(__file__).with_name("tiny_run.py")
+SMALL = SHORT | {
+    "mesh.fsdp": 2,
+    "train.steps": 1,
+    "optim.warmup_steps": 1,
+    "backend.num_cpu_devices": 1,
+}
 # `train` in a process that may not write a byte of an export.
 _FORBIDDEN = """
 import sys
@@ -22,57 +28,141 @@ for module in (hf_write, peft):
     module.replaced_directory = module.write_json = module.write_safetensors = refuse
 sys.exit(train.main(sys.argv[1:]))
 """
+# Of 4,096 ports, JAX takes the one that the number of Open MPI's job falls on.
+_OPEN_MPI_PORTS = 65536 - 4096
 
 
-def started(rank: int, port: int, *flags: str) -> subprocess.Popen:
-    """One of two processes with two devices each; the second may not write an export."""
-    program = ["-c", _FORBIDDEN] if rank else ["-m", "llamajax.train"]
-    place = {"num_cpu_devices": 2, "num_processes": 2, "process_id": rank}
-    place["coordinator_address"] = f"127.0.0.1:{port}"
-    flags += tuple(f"--config.backend.{key}={value}" for key, value in place.items())
-    return warm.Popen(
-        [sys.executable, *program, *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def joined(rank: int, port: int) -> dict[str, object]:
+    """The keys that make a run one of two processes."""
+    place = {"num_processes": 2, "process_id": rank, "coordinator_address": f"127.0.0.1:{port}"}
+    return {f"backend.{key}": value for key, value in place.items()}
+
+
+@functools.cache
+def open_mpi_job() -> int:
+    """The number of a job whose port is free."""
+    for job in range(1, 4096):
+        try:
+            with socket.create_server(("127.0.0.1", _OPEN_MPI_PORTS + job)):
+                return job
+        except OSError:
+            continue
+    raise RuntimeError("no port is free")
+
+
+def open_mpi(rank: int) -> dict[str, str]:
+    """The variables by which JAX detects Open MPI."""
+    return {
+        "OMPI_MCA_orte_hnp_uri": f"{open_mpi_job() * 4096}.0;tcp://127.0.0.1:1",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(rank),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
+    }
+
+
+@pytest.fixture(scope="module")
+def other_data(short_data, tmp_path_factory) -> Path:
+    """Another text, prepared with the same tokenizer."""
+    return prepare_texts(tmp_path_factory.mktemp("other"), ["Quite another text. " * 10] * 30)
+
+
+@pytest.fixture(scope="module")
+def outcomes(short_data, other_data, tmp_path_factory):
+    """Exit codes and output of both processes of each pair, by the name of the pair."""
+    folder = tmp_path_factory.mktemp("pairs")
+    same, other, empty = (folder / name for name in ("same", "other", "empty"))
+    for host, target in ((same, short_data), (other, other_data), (empty, None)):
+        host.mkdir()  # a process's current folder: `data` means another one on each host
+        if target is not None:
+            (host / "data").symlink_to(target)
+    pairs = {
+        "rate": ({"optim.learning_rate": 0.002}, same),
+        "seed": ({"optim.learning_rate": 0.002, "data.seed": 7}, same),
+        "model": ({"model.num_layers": 2}, same),
+        "directory": ({"checkpoint.directory": folder / "elsewhere"}, same),
+        "path": ({"data.path": other_data}, same),
+        "contents": ({}, other),
+        "gone": ({}, empty),
+        "detected": ({"optim.learning_rate": 0.002}, same),
+        "refused": ({}, same),
+        "exempt": ({"data.num_threads": 1, "monitoring.progress": "lines"}, same),
+    }
+    processes = {}
+    for name, (own_keys, host) in pairs.items():
+        port = free_port()
+        for rank in (0, 1):
+            keys = SMALL | ({} if name == "detected" else joined(rank, port))
+            keys |= own_keys if rank else {}
+            if name == "refused":  # by both, once the workdir is open
+                keys |= {"train.init_from": str(empty / "nothing")}
+            processes[name, rank] = started(
+                train_command("data", folder / name, keys),
+                cwd=host if rank else same,
+                env=os.environ | (open_mpi(rank) if name == "detected" else {}),
+            )
+    found: dict[str, list[tuple[int, str]]] = {name: [] for name in pairs}
+    for (name, _), process in processes.items():
+        text, _ = process.communicate(timeout=500)
+        found[name].append((process.returncode, text))
+    return found, folder
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("rate", ("in optim.learning_rate: 0.003 in process 0 on", "; 0.002 in process 1 on")),
+        ("seed", ("in data.seed: 1 in process 0 on", "; 7 in process 1 on")),
+        ("seed", ("They also differ in optim.learning_rate. Start",)),
+        ("model", ("in model.num_layers: 1 in process 0", "2 in process 1")),
+        ("directory", ("in checkpoint.directory: none in process 0", "elsewhere in process 1")),
+        ("path", ("in data.path: data in process 0", "other0/data in process 1")),
+        ("contents", ("in the train data in data.path: ", " tokens, weight 1, fingerprint ")),
+        ("gone", ("process 1 on", "data.path: data: no such directory")),
+        ("refused", ("train.init_from = ", "there is no such file or directory")),
+        ("detected", ("in optim.learning_rate: 0.003 in process 0 on", "; 0.002 in process 1 on")),
+    ],
+)
+def test_processes_that_differ_end_with_code_2(outcomes, name, words):
+    found, folder = outcomes
+    for code, text in found[name]:
+        assert code == 2, text
+        assert all(word in text for word in words), text
+        assert "Traceback" not in text
+    assert not (folder / name).exists()
+
+
+def test_keys_of_one_process_alone_may_differ(outcomes):
+    found, folder = outcomes
+    for code, text in found["exempt"]:
+        assert code == 0, text
+    assert '"step": 1' in (folder / "exempt" / "metrics.jsonl").read_text()
 
 
 @pytest.mark.slow
 def test_both_end_and_the_first_writes_the_exports(
     short_run, short_data, loaded, tmp_path, monkeypatch
 ):
+    """They train adapters on imported weights."""
     base, workdir = tmp_path / "base", tmp_path / "run"
     assert short_run(base, train__steps=3) == 0
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    keys = {
-        "model.num_layers": 1,
-        "mesh.data": 2,
-        "mesh.fsdp": 2,
-        "train.steps": 4,
-        "train.eval_every": 0,
-        "train.init_from": base,
-        "lora.rank": 3,
-        "lora.alpha": 6,
-        "optim.learning_rate": 0.02,
-        "checkpoint.every_steps": 2,
-        "checkpoint.export_hf_every": 2,
-        "monitoring.progress": "none",
-    }
-    flags = [f"--config={CONFIG}:{short_data}", f"--workdir={workdir}"]
-    flags += [f"--config.{key}={value}" for key, value in keys.items()]
-    both = [started(rank, port, *flags) for rank in (1, 0)]
-    texts = [process.communicate(timeout=500)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], "\n".join(texts)
+    port, processes = free_port(), []
+    adapters = {"train.init_from": base, "lora.rank": 3, "lora.alpha": 6}
+    for rank in (1, 0):
+        keys = SHORT | joined(rank, port) | adapters
+        keys |= {"mesh.data": 2, "mesh.fsdp": 2, "backend.num_cpu_devices": 2, "train.steps": 4}
+        keys |= {"optim.learning_rate": 0.02, "checkpoint.export_hf_every": 2}
+        command = train_command(short_data, workdir, keys)
+        if rank == 1:
+            command[1:3] = ["-c", _FORBIDDEN]
+        processes.append(started(command))
+    texts = [process.communicate(timeout=500)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(texts)
     (warned,) = [line for line in "".join(texts).splitlines() if "warning" in line]
     assert "its base, which PEFT cannot load" in warned
-    assert sorted(path.name for path in (workdir / "hf").iterdir()) == ["2", "4"]
-    assert sorted(path.name for path in (workdir / "peft").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    assert {path.name for path in (workdir / "hf").iterdir()} == {"2", "4"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (workdir / "peft").iterdir()} == adapter
     merged, before = loaded(workdir), loaded(base)
     for name, value in loaded(workdir / "hf" / "4").items():
         np.testing.assert_allclose(value, merged[name], rtol=0, atol=1e-6, err_msg=name)

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import mesh_of
 from stepping import COMPUTE, MODEL, OPTIM, TRAIN, T, drawn_state
 
 import llamajax.models.llama
 import llamajax.models.lora
-from llamajax import optim, sharding
-from llamajax.config.schema import MeshConfig
+from llamajax import optim
 from llamajax.models import replicas
 from llamajax.training.safety.canary import Canary
 from llamajax.training.safety.step_checks import BadDevice
@@ -22,9 +22,7 @@ FAULTY = 3  # the position along the first replica axis of the device with a fau
 
 def built(**sizes):
     """(canary, state) of a small model in bfloat16 on a mesh of the first devices."""
-    devices = jax.devices()[: int(np.prod([*sizes.values(), 1]))]
-    mesh = sharding.build_mesh(MeshConfig(**sizes), devices)
-    optimizer = optim.build(OPTIM, steps=TRAIN.steps)
+    mesh, optimizer = mesh_of(**sizes), optim.build(OPTIM, steps=TRAIN.steps)
     state = drawn_state(StateSpec(model=MODEL, optimizer=optimizer, mesh=mesh))
     attention = "split" if mesh.shape["sequence"] > 1 else "blocked"
     split = mesh.shape["tensor"] > 1
@@ -96,14 +94,10 @@ def test_one_flipped_bit_of_a_stored_weight_names_the_device_and_the_weight():
     canary.check(5, state)
     weight = state.model.blocks.mlp.gate
     value = weight.get_value()
-    parts = [np.array(s.data) for s in value.addressable_shards]
-    parts[FAULTY].reshape(-1).view(np.uint32)[7] ^= 1 << 20
-    devices = [s.device for s in value.addressable_shards]
-    damaged = jax.make_array_from_single_device_arrays(
-        value.shape,
-        value.sharding,
-        [jax.device_put(p, d) for p, d in zip(parts, devices, strict=True)],
-    )
+    copies = [(np.array(s.data), s.device) for s in value.addressable_shards]
+    copies[FAULTY][0].reshape(-1).view(np.uint32)[7] ^= 1 << 20
+    parts = [jax.device_put(*copy) for copy in copies]
+    damaged = jax.make_array_from_single_device_arrays(value.shape, value.sharding, parts)
     state.model.blocks.mlp.gate = weight.replace(damaged)
     with pytest.raises(BadDevice) as told:
         canary.check(10, state)

@@ -3,18 +3,19 @@
 On fsdp 4 x tensor 2, in two microbatches. Each batch with that byte in it gives NaN, no other does.
 """
 
+import dataclasses
 import json
 import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from refusal import refused
+from workdirs import export_poisoned, prepare_texts
 
 from llamajax import data
 from llamajax.checkpoint import open_checkpoint, restore_state
-from llamajax.convert import main as convert
 from llamajax.data.batches import make_batch
-from llamajax.errors import UserError
+from llamajax.data.position import Segment
 from llamajax.formats.huggingface import hf_read
 from llamajax.monitoring import load_metrics
 from llamajax.monitoring.blackbox import boxes, read_box
@@ -23,7 +24,7 @@ from llamajax.monitoring.metrics import MEASURED
 from llamajax.replaying.replay_options import ReplayOptions
 from llamajax.replaying.replay_step import replay
 from llamajax.training import run as run_module
-from llamajax.training.safety.rollback import target
+from llamajax.training.safety.rollback import Rollback, RollbackLog, target
 
 RARE = ord("Z")
 STEPS = 12
@@ -48,10 +49,10 @@ def compiled_once():
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory, prepare_texts):
+def corpus(tmp_path_factory):
     """Text in which few samples have the rare byte."""
     lines = [f"line {i} {'of a small corpus ' * (i % 5)}{'Z' * (i % 43 == 7)}" for i in range(400)]
-    return prepare_texts(tmp_path_factory.mktemp("corpus"), lines, "--validation_fraction=0")
+    return prepare_texts(tmp_path_factory.mktemp("corpus"), lines, held_out=0)
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +61,7 @@ def guarded(corpus, short_config, short_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     fixed = COMMON | {"data__path": str(corpus), "train__accumulation_steps": 2}
     assert short_run(folder / "run", stop_after=1, **fixed) == 143
-    convert([f"--from={folder / 'run'}", f"--to={folder / 'hf'}", "--dtype=float32"])
-    (file,) = (folder / "hf").glob("*.safetensors")
-    tensors = load_file(file)
-    tensors["model.embed_tokens.weight"][RARE] = np.nan
-    save_file(tensors, file, metadata={"format": "pt"})
-    fixed["train__init_from"] = str(folder / "hf")
+    fixed["train__init_from"] = str(export_poisoned(folder / "run", folder / "hf", RARE))
 
     def run(workdir, **options) -> int:
         return short_run(workdir, **fixed | options)
@@ -195,15 +191,26 @@ def test_a_rollback_goes_to_a_checkpoint_with_the_weights_from_before(steps, wan
     assert target(steps, 6) == wanted
 
 
+def test_a_rollback_leaves_out_data_only_from_where_it_went_back_to(tmp_path):
+    before = Segment(first_step=0, first_sample=0, batch_size=8, seq_len=16, mixture_hash="m")
+    after = dataclasses.replace(before, first_step=200, first_sample=2400)
+    audit, segment = RollbackLog(tmp_path, primary=True), dataclasses.asdict(after)
+    went = {"at_step": 300, "to_step": 200, "first_skipped_step": 293}
+    audit.add(Rollback(**went, segment=segment, reason="x"))
+    saved = data.Position((before,))
+    # train.resume_step went back before it: the data of steps 101 to 200 is read again.
+    assert audit.position(saved, step=100, rollbacks=0) == saved
+    assert audit.position(saved, step=200, rollbacks=0).segments == (before, after)
+    assert audit.position(saved, step=250, rollbacks=1) == saved
+
+
 def test_rollbacks_to_one_checkpoint_end_and_a_stop_has_its_own_code(guarded, tmp_path, capsys):
     first = guarded.hit[0]
     options = {"guard__max_in_a_row": 1, "guard__max_rollbacks": 0}
     assert guarded(tmp_path / "a", **options) == 79
     assert "the run has gone back to" in capsys.readouterr().err
-    for name, options in {
-        "b": {"guard__nonfinite": "stop"},
-        "c": {"guard__max_in_a_row": 1, "guard__then": "stop"},
-    }.items():
+    then_stop = {"guard__max_in_a_row": 1, "guard__then": "stop"}
+    for name, options in (("b", {"guard__nonfinite": "stop"}), ("c", then_stop)):
         assert guarded(tmp_path / name, **options) == 79
         error = capsys.readouterr().err
         assert f"step {first}" in error
@@ -251,5 +258,5 @@ def test_replay_refuses_what_it_cannot_do(skipping, tmp_path):
         ({"blackbox": str(skipping / "metrics.jsonl")}, "cannot be read"),
         ({"mesh": "fsdp=3"}, "mesh"),
     ):
-        with pytest.raises(UserError, match=message):
+        with refused(message):
             asked(**{"workdir": skipping, "step": 2} | options)
