@@ -72,7 +72,7 @@ def _facts(tokenizer: Tokenizer, vocab_size: int, spec: dict[str, Any], pre: str
         "tokens": [names.get(i, f"[PAD{i}]") for i in range(vocab_size)],
         "token_type": np.array([types.get(i, _UNUSED) for i in range(vocab_size)], np.int32),
         "eos_token_id": tokenizer.eos_id,
-        "add_bos_token": tokenizer.bos_id is not None,
+        "add_bos_token": bool(tokenizer.start_ids),
         "add_eos_token": False,
     }
     turn = [i for i in tokenizer.stop_ids if i != tokenizer.eos_id]
