@@ -72,8 +72,12 @@ def combine(problems: Sequence[str], *, title: str, listed: int | None = None) -
     return UserError("\n".join([title, *(f"  - {p}" for p in shown)]))
 
 
-def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """Return the choice most like `word`, or None if none has a similarity of `cutoff` (0 to 1)."""
+def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.65) -> str | None:
+    """Return the choice most like `word`, or None if none has a similarity of `cutoff` (0 to 1).
+
+    Leave out what all choices begin with: it makes any two of them similar. 0.65 is just below
+    `warmup` and `warmup_steps`, and above pairs that have one syllable in common.
+    """
     by_folded = {choice.casefold(): choice for choice in choices}
     found = difflib.get_close_matches(word.casefold(), by_folded, n=1, cutoff=cutoff)
     return by_folded[found[0]] if found else None

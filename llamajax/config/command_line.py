@@ -144,7 +144,8 @@ def _scan(
 def _unknown_flag(name: str, known: dict[str, Key]) -> str:
     bare = name.lstrip("-")
     same = [flag for flag in known if flag == _PREFIX + bare or flag.endswith(f".{bare}")]
-    found = same[0] if same else nearest(f"--{bare}", [*known, "--help", "--version"])
+    flags = {flag.removeprefix("--"): flag for flag in [*known, "--help", "--version"]}
+    found = same[0] if same else flags.get(nearest(bare, flags))
     return f"{name}: unknown flag{did_you_mean(found)}"
 
 

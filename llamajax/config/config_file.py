@@ -138,8 +138,8 @@ def _get_config(name: str) -> Callable[..., Any]:
     """Return the `get_config` that a file defines."""
     path = Path(name)
     if not path.is_file():
-        there = [str(p) for p in sorted(path.parent.glob("*.py"))]
-        hint = did_you_mean(nearest(str(path), there))
+        there = {p.stem: str(p) for p in sorted(path.parent.glob("*.py"))}
+        hint = did_you_mean(there.get(nearest(path.stem, there)))
         what = "is a directory" if path.is_dir() else "no such config file"
         raise UserError(f"{name}: {what}{hint}")
     try:

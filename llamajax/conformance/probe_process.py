@@ -4,25 +4,11 @@ It reads a request from the socket of file descriptor FD, and sends messages the
 dies takes this process with it; the parent then knows which one it was.
 """
 
-import dataclasses
 import faulthandler
-import importlib
 import signal
 import socket
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 
-import jax
-
-from llamajax import backends
-from llamajax.config.schema import BackendConfig
-from llamajax.conformance.bench import Bench, UnsupportedError, WrongError
-from llamajax.errors import UserError
-from llamajax.processes.line_protocol import Connection
-
-_MESSAGE_CHARACTERS = 400
 _REQUEST_WITHIN_S = 60.0
 
 
@@ -30,49 +16,16 @@ def main() -> int:
     """Run the requested probes in order; return 2 where the backend refuses to start."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # the parent asks where a probe hangs
-    backends.exit_with_launcher()
+    # Not before: importing JAX, or a plugin with it, may hang as well.
+    from llamajax.backends import exit_with_launcher
+    from llamajax.processes.line_protocol import Connection
+
+    exit_with_launcher()
     parent = Connection(socket.socket(fileno=int(sys.argv[1])))
     (request,) = parent.receive(within_s=_REQUEST_WITHIN_S)
-    try:
-        config = BackendConfig(**request["backend"])
-        machine = backends.start(config, keep_programs=request["keep_programs"])
-    except UserError as error:
-        parent.send({"refused": str(error)})
-        return 2
-    plugin = backends.built_for(config, jax.devices()[0].client)
-    parent.send({"machine": dataclasses.asdict(machine), "plugin": plugin})
-    for probe in request["probes"]:
-        name, folder = probe["name"], Path(request["folder"]) / probe["name"]
-        parent.send({"begins": name})
-        folder.mkdir(parents=True)
-        module, _, function = probe["function"].partition(":")
-        run = getattr(importlib.import_module(module), function)
-        begun = time.monotonic()
-        bench = Bench(devices=jax.devices(), machine=machine, folder=folder)
-        status, message, healthy = _result(run, bench)
-        result = {"name": name, "status": status, "message": message}
-        parent.send({"result": result | {"time_s": time.monotonic() - begun}})
-        if not healthy:  # what failed may leave the runtime in disorder: the rest gets a new one
-            break
-    return 0
+    from llamajax.conformance.probe_loop import run_probes
 
-
-def _result(function: Callable[[Bench], str], bench: Bench) -> tuple[str, str, bool]:
-    """Return status, message, and whether this process may go on; other exceptions end it."""
-    try:
-        return "pass", function(bench), True
-    except (UnsupportedError, NotImplementedError) as error:
-        return "unsupported", _one_line(error), True
-    except WrongError as error:
-        return "fail", _one_line(error), True
-    except jax.errors.JaxRuntimeError as error:
-        unimplemented = "UNIMPLEMENTED" in str(error)
-        return "unsupported" if unimplemented else "fail", _one_line(error), unimplemented
-
-
-def _one_line(error: Exception) -> str:
-    line = " ".join(str(error).split())
-    return line if len(line) <= _MESSAGE_CHARACTERS else line[: _MESSAGE_CHARACTERS - 4] + " ..."
+    return run_probes(request, parent)
 
 
 if __name__ == "__main__":

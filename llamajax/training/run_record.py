@@ -61,23 +61,22 @@ class History:
             return None
         begun = [event for event in self.events if event["event"] == "start"][-1:]
         box, box_s = read_leftovers(self.workdir)
-        for i in range(1, len(box)):
-            if box[-i]["step"] <= box[-i - 1]["step"]:  # what is before a rollback does not count
-                box = box[-i:]
-                break
+        box = _after_rollback(box)
         seen = [*begun, self.events[-1], *self.rows, *box]
         return {
             "step": max(entry["step"] for entry in seen),
             "last_seen_s": max([box_s, *(entry.get("time_s", 0.0) for entry in seen)]),
             "host": begun[0].get("host") if begun else None,
             "pid": begun[0].get("pid") if begun else None,
-        } | self._unlogged(box, step)
+        } | self.unlogged(step)
 
-    def _unlogged(self, box: list[dict[str, Any]], step: int) -> dict[str, float]:
-        """Return the seconds of a dead process's steps since its last row, from its black box.
+    def unlogged(self, step: int) -> dict[str, float]:
+        """Return the seconds of a process's steps since its last row, from its black box.
 
-        kept_*: of steps up to `step`. removed_*: of later ones, which are done again.
+        kept_*: of steps up to `step`, where the next start begins. removed_*: of later ones, which
+        are done again.
         """
+        box = _after_rollback(read_leftovers(self.workdir)[0])
         logged = max((row["step"] for row in self.rows if "step_time_s" in row), default=0)
         parts = ("steps_s", "data_wait_s", "tokens")
         kept = total = dict.fromkeys(parts, 0)
@@ -87,6 +86,14 @@ class History:
                 kept = total if row["step"] <= step else kept
         removed = {f"removed_{part}": total[part] - kept[part] for part in parts[:2]}
         return {f"kept_{part}": value for part, value in kept.items()} | removed
+
+
+def _after_rollback(box: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a black box that are not before its last rollback."""
+    for i in range(1, len(box)):
+        if box[-i]["step"] <= box[-i - 1]["step"]:
+            return box[-i:]
+    return box
 
 
 def process_start_s() -> float:
@@ -189,9 +196,18 @@ def end_event(run: Run, start_step: int) -> Iterator[dict[str, Any]]:
         if (error := sys.exception()) is not None:
             code = error.exit_code if isinstance(error, UserError) else ExitCode.FAILED
             outcome.update(code=code, error=f"{type(error).__name__}: {error}")
+            outcome.update(_unlogged_steps(run))
         run.shutdown.call_before_exit(lambda: previous_checkpoint(run.checkpointer))
         write_end(run, newest_step(), **outcome)
         run.events.close()
+
+
+def _unlogged_steps(run: Run) -> dict[str, float]:
+    """Return the seconds of the steps that no row will count, where a process ends by an error."""
+    with contextlib.suppress(UserError, OSError):  # the disk may be what failed
+        if run.is_primary and run.box.newest_step:
+            return History.read(run.workdir).unlogged(max(run.checkpointer.steps(), default=0))
+    return {}
 
 
 def write_end(run: Run, step: int, *, code: int, **fields: Any) -> None:

@@ -1,10 +1,12 @@
 """Whatever one probe does, the others are run and none of them is blamed."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from llamajax.config.schema import BackendConfig
+from llamajax.conformance import probe_runner
 from llamajax.conformance.probe_runner import ProbeRunner
 from llamajax.conformance.probe_table import NOT_TRIED, Probe
 from llamajax.errors import UserError
@@ -44,6 +46,16 @@ def test_every_probe_gets_its_own_result(results):
     assert found["raises"] == ("fail", "KeyError: 'what nobody thought of'")
     assert found["aborts"][0] == found["leaves"][0] == "fail"
     assert "SIGABRT, at fake_probes.py" in found["aborts"][1]
+
+
+def test_a_hang_in_the_import_of_jax_says_where(results, tmp_path, monkeypatch):
+    (tmp_path / "jax.py").write_text("import signal\nwhile True:\n    signal.pause()\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]]))
+    monkeypatch.setattr(probe_runner, "_START_S", 1.0)
+    found = results(fake("never", "after"), limit_s=1.0)
+    assert found["start"][0] == "fail"
+    assert "did not come back within 1 s, at probe_loop.py:" in found["start"][1]
+    assert found["start"][1].endswith("in <module>")  # at `import jax`
 
 
 def test_a_hang_ends_with_its_time_and_says_where(results):

@@ -40,7 +40,8 @@ def test_every_mistake_is_named_at_once(tmp_path):
         (["--nodes=2", "--node_rank=0", "--coordinator=a"], "--coordinator=a: is not HOST:PORT"),
         (["--nodes=2", "--node_rank=0", "--coordinator=a:65535"], "a:65535: has no port"),
         (["--nodes=2", "--node_rank=0", "--coordinator=::1:8"], r"in brackets: \[::1\]:8"),
-        (["--nodez=2"], "--nodes"),
+        (["--nodez=2"], r"--nodez: unknown flag; did you mean --nodes\?"),
+        (["--workdir=x"], "--workdir: unknown flag$"),  # and not --log_dir
         (["--max_restarts=many"], "--max_restarts=many"),
         (["--log_dir=/dev/null/logs"], "--log_dir=/dev/null/logs: Not a directory; choose a"),
         (["--", "no-such-thing"], "no-such-thing: there is no such program"),

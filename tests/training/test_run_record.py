@@ -112,6 +112,25 @@ def test_the_last_steps_of_a_dead_process_are_counted(tmp_path):
     assert ended.found_dead(12) is None
 
 
+def test_the_last_steps_before_an_error_are_counted(short_run, tmp_path, monkeypatch):
+    """Of 5 steps in no row, those up to the checkpoint of step 4 are kept."""
+    call = LogHook.__call__
+
+    def fail_at_six(log, step, metrics):
+        call(log, step, metrics)
+        if step == 6:
+            raise RuntimeError("lost")
+
+    monkeypatch.setattr(LogHook, "__call__", fail_at_six)
+    with pytest.raises(RuntimeError, match="lost"):
+        short_run(tmp_path, train__steps=8, train__log_every=100, checkpoint__asynchronous=False)
+    end = load_events(tmp_path)[-1]
+    assert (end["event"], end["code"], end["error"]) == ("end", 1, "RuntimeError: lost")
+    assert end["kept_tokens"] == pytest.approx(4 * 8 * 48)
+    assert end["kept_steps_s"] > 0
+    assert end["removed_steps_s"] > 0
+
+
 def test_a_workdir_that_vanishes_is_one_error(short_run, tmp_path, monkeypatch):
     workdir, write = tmp_path / "run", LogHook._write
 
