@@ -344,6 +344,6 @@ class Llama(nnx.Module):
 
         Each device along `tensor` computes its part of V; the parts are then gathered.
         """
-        head_VD = gather(self.head_or_embedding, compute.dtype)[...]
+        head_VD = gather(self.head_or_embedding, compute.dtype)[...].astype(compute.dtype)
         logits_BV = jnp.dot(x_BD, head_VD.T, preferred_element_type=jnp.float32)
         return all_gather(logits_BV, "tensor", dim=1)[:, : self.config.vocab_size]

@@ -100,12 +100,13 @@ _grad_accumulator.defvjp(
 
 @jax.custom_vjp
 def _with_grad_to(value: jax.Array, accumulator: jax.Array) -> jax.Array:
-    """Return `value`; its gradient goes to `accumulator` in float32."""
-    return value
+    """Return `value` in float32; its gradient goes to `accumulator`."""
+    return value.astype(jnp.float32)
 
 
 _with_grad_to.defvjp(
-    lambda value, accumulator: (value, None), lambda _, grad: (None, grad.astype(jnp.float32))
+    lambda value, accumulator: (_with_grad_to(value, accumulator), None),
+    lambda _, grad: (None, grad),
 )
 
 
@@ -116,8 +117,9 @@ def gather_stage(blocks: Any, dtype: jnp.dtype, *, split_tokens: bool) -> Layers
     """Gather a stage's stacked weights over `fsdp`, in `dtype`, for all its microbatches."""
 
     def gathered(weight: nnx.Variable) -> nnx.Variable:
-        value = jax.lax.stop_gradient(weight.get_value())
-        return weight.replace(cast_and_gather(value, weight.axes, dtype, split_tokens=split_tokens))
+        value, axes = jax.lax.stop_gradient(weight.get_value()), weight.axes
+        value = cast_and_gather(value, axes, dtype, split_tokens=split_tokens)
+        return weight.replace(value if len(axes) == 1 else value.astype(dtype))
 
     def accumulator(weight: nnx.Variable, gathered: nnx.Variable) -> nnx.Variable:
         value = weight.get_value()

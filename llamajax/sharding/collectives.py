@@ -138,7 +138,8 @@ def psum_tree(grads: Any) -> Any:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x: jax.Array, dim: int | None, dtype: jnp.dtype) -> jax.Array:
     x = x.astype(dtype)
-    return pcast_varying(x, "fsdp") if dim is None else all_gather(x, "fsdp", dim=dim)
+    whole = pcast_varying(x, "fsdp") if dim is None else all_gather(x, "fsdp", dim=dim)
+    return whole.astype(jnp.float32)
 
 
 def _gather_forward(x: jax.Array, dim: int | None, dtype: jnp.dtype) -> tuple[jax.Array, None]:
@@ -146,7 +147,6 @@ def _gather_forward(x: jax.Array, dim: int | None, dtype: jnp.dtype) -> tuple[ja
 
 
 def _gather_backward(dim: int | None, dtype: jnp.dtype, _: None, grad: jax.Array):
-    grad = grad.astype(jnp.float32)
     return (psum(grad, "fsdp") if dim is None else psum_scatter(grad, "fsdp", dim=dim),)
 
 
@@ -154,8 +154,10 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def gather(tree: Any, dtype: jnp.dtype, *, split_tokens: bool = False) -> Any:
-    """Cast stored weights to `dtype` and join their parts along `fsdp`.
+    """Round stored weights to `dtype` and join their parts along `fsdp`; float32 arrays.
 
+    The parts travel in `dtype`. The result has its values in float32, so that JAX gives it a
+    float32 gradient; `linear` casts it back, and XLA leaves out the two casts.
     The result is named "gathered_weight", so that a remat policy can refuse to keep gathered
     weights until the backward pass.
     """
@@ -172,7 +174,7 @@ def gather(tree: Any, dtype: jnp.dtype, *, split_tokens: bool = False) -> Any:
 def cast_and_gather(
     value: jax.Array, axes: str, dtype: jnp.dtype, *, split_tokens: bool
 ) -> jax.Array:
-    """`gather` of one weight of dims `axes`, or of a stack of such.
+    """`gather` of one weight of dims `axes`, or of a stack of such, float32.
 
     Vectors (norm scales) stay float32: rounding 1.003 to bfloat16 would lose it.
     """
