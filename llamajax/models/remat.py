@@ -29,7 +29,8 @@ _KEPT_NAMES = {
 REMAT: dict[str, Callable] = {
     "none": _POLICIES.save_anything_except_these_names("gathered_weight"),
     "dots": _POLICIES.save_from_both_policies(
-        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names("attention")
+        _POLICIES.dots_with_no_batch_dims_saveable,
+        _POLICIES.save_only_these_names("attention", "product"),
     ),
 } | {name: _POLICIES.save_only_these_names(*kept) for name, kept in _KEPT_NAMES.items()}
 

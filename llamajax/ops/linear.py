@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llamajax.sharding.collectives import pcast_varying_like
 
@@ -14,7 +15,8 @@ def linear(x: jax.Array, w: jax.Array, *, contract: int = 1) -> jax.Array:
     Both operands are flattened to matrices first, so that the product and its two backward products
     are plain matrix products. On a CPU this alone makes a feed-forward layer 1.4 times as fast as
     three-dimensional einsums. Where `w` is float32 and `x` is not, `w` is rounded for the product,
-    and its gradient leaves the backward product in float32.
+    and its gradient leaves the backward product in float32. A remat policy does not see the product
+    inside this derivative: its result has the name "product".
     """
     free, inner = x.shape[: x.ndim - contract], x.shape[x.ndim - contract :]
     assert inner == w.shape[:contract], (x.shape, w.shape)
@@ -25,6 +27,7 @@ def linear(x: jax.Array, w: jax.Array, *, contract: int = 1) -> jax.Array:
         y_2d = jnp.dot(x_2d, w_2d, preferred_element_type=x.dtype)
     else:
         y_2d = _mixed(pcast_varying_like(x_2d, w_2d), pcast_varying_like(w_2d, x_2d))
+        y_2d = checkpoint_name(y_2d, "product")
     return y_2d.reshape(*free, *out)
 
 

@@ -98,6 +98,13 @@ def test_weights_travel_in_bfloat16_and_gradients_in_float32(bf16_step):
     assert scattered == {"f32"}
 
 
+def test_gradients_of_weights_leave_their_product_in_float32(bf16_step):
+    products = re.findall(r"stablehlo\.dot_general.* -> tensor<(\w+)x(\w+)>", bf16_step)
+    # of down and out alone have these shapes; those of gate and up have that of an activation
+    assert {d for shape, d in products if shape in ("14336x512", "4096x512")} == {"f32"}
+    assert products.count(("512x14336", "f32")) == 2
+
+
 def test_nothing_as_large_as_logits_or_a_batch_of_activations_is_reduced(bf16_step):
     activation = 2 * 256 * 512  # local batch x T x D
     found = collectives(bf16_step)
