@@ -40,18 +40,24 @@ class CompilerOptions:
             yield (
                 f"the compiler of jaxlib {jax.lib.__version__} does not know "
                 f"{', '.join(self.refused)}: left out, with the options that serve beside it, so "
-                "that the step may be slower"
+                "that the step may be slower, or not repeat its bits"
             )
 
 
 def choose_compiler_options(
-    asked: str | None, *, platform: str, device: Any, layer_bytes: float
+    asked: str | None,
+    *,
+    platform: str,
+    device: Any,
+    layer_bytes: float,
+    deterministic: bool = False,
 ) -> CompilerOptions:
     """Return the options for a step on this platform.
 
     asked: `backend.compiler_options`. device: to compile for, present or not. layer_bytes: of one
-    layer's weights in float32, whole but for what `tensor` splits. Raises UserError where the
-    compiler refuses an option that was asked for.
+    layer's weights in float32, whole but for what `tensor` splits. deterministic: with what makes
+    the platform repeat its bits. Raises UserError where the compiler refuses an option that was
+    asked for.
     """
     own = typed_options(asked, key="backend.compiler_options")
     if own and (found := _refusal(own, device)):
@@ -63,7 +69,8 @@ def choose_compiler_options(
     taken = {*own, *re.findall(r"--(\w+)", flags)}
     least, refused = max(_LEAST_LAYER_BYTES, int(layer_bytes)), []
     values: dict[str, Option] = {}
-    for group in platform_facts(platform).compiler_options:
+    facts = platform_facts(platform)
+    for group in facts.compiler_options + (facts.deterministic_options if deterministic else ()):
         left = {
             name: least if value == LAYER_BYTES else value
             for name, value in group.items()

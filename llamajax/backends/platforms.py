@@ -24,8 +24,9 @@ class Platform:
     is_deterministic: the same program on the same arguments gives the same bits. fused_attention:
     kernels built for it, best first. dtype: what to compute in when nobody says. start_up: what
     joins several processes. compiler_options: of a step's program, in groups of which a release of
-    the compiler must know all; LAYER_BYTES stands for the size of a layer. says_peak: a program's
-    `memory_analysis` has the most that is in use at any time, its arguments included.
+    the compiler must know all; LAYER_BYTES stands for the size of a layer. deterministic_options:
+    such a group, with which a program repeats its bits. says_peak: a program's `memory_analysis`
+    has the most that is in use at any time, its arguments included.
     host_branches: a condition may hold arrays in the host's memory (compiled 2026-11-29; XLA for
     GPUs refuses the copies in one).
     slow_link: words for what leaves a node or slice. exact_options: of the compiler, with which
@@ -42,6 +43,7 @@ class Platform:
     is_known_to_jax: bool = True
     start_up: str = "llamajax.launch, or a scheduler that JAX knows; coordinator over TCP"
     compiler_options: tuple[Mapping[str, bool | int | str], ...] = ()
+    deterministic_options: tuple[Mapping[str, bool], ...] = ()
     says_peak: bool = False
     host_branches: bool = False
     slow_link: str = "between nodes"
@@ -104,6 +106,8 @@ PLATFORMS = (
         names=("gpu", "cuda"),
         fused_attention=("cudnn",),
         compiler_options=_GPU_OPTIONS,
+        # without: cuDNN's backward kernel and scatters add in any order
+        deterministic_options=({"xla_gpu_exclude_nondeterministic_ops": True},),
         tested="lowering and compilation; see LOG.md for runs on hardware",
         source="JAX's CUDA plugin",
     ),

@@ -365,6 +365,7 @@ class BackendConfig:
     compiler_options: str | None = key(
         "options of XLA for the step, as k=v,k=v; before XLA_FLAGS and our own", default=None
     )
+    deterministic: bool = key("whether a GPU repeats the step's bits; slower", default=False)
     compile_cache: str | None = key(
         "folder of compiled programs; auto: in the user's cache directory; none: keep none",
         default="auto",

@@ -105,6 +105,7 @@ def shortened(config: RunConfig, steps: int) -> list[str]:
         "checkpoint.directory": "none",  # three runs, each with its own
         "checkpoint.export_hf_every": "none",
         "monitoring.tensorboard": "false",
+        "backend.deterministic": "true",  # runs are compared bit by bit
     }
     if config.optim.decay_steps is not None:
         found["optim.decay_steps"] = min(config.optim.decay_steps, third)

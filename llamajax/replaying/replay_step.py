@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from llamajax import data
+from llamajax.backends.platforms import platform_facts
 from llamajax.config.flags import mesh_config
 from llamajax.data.batches import make_batch
 from llamajax.errors import UserError, say
@@ -78,6 +79,7 @@ def _config(record: ReplayRecord, options: ReplayOptions) -> Any:
     """Return the run's config for one process, with the machine and mesh of the flags."""
     config, given = record.config, options.backend_config
     changed: dict[str, Any] = dict.fromkeys(("coordinator_address", "num_processes", "process_id"))
+    changed["deterministic"] = True  # the gradient is computed twice and compared
     if given.name is not None:
         changed |= {"name": given.name, "plugin": given.plugin, "options": given.options}
     if given.num_cpu_devices is not None:
@@ -150,8 +152,13 @@ def _forward(
 
 
 def _is_same_machine(record: ReplayRecord, setup: Setup) -> bool:
-    """Return whether bits must be the same: platform, kind of device, mesh, JAX are."""
+    """Return whether bits must be the same: platform, kind of device, mesh, JAX, options are."""
     was, now = record.machine, setup.machine
+    if (
+        not record.config.backend.deterministic
+        and platform_facts(now.platform).deterministic_options
+    ):
+        return False
     versions = {name: was.get("versions", {}).get(name) for name in ("jax", "jaxlib")}
     return (
         was.get("platform") == now.platform

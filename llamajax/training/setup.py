@@ -126,14 +126,18 @@ def resolve_compute(config: RunConfig, mesh: Mesh, attention: str) -> Compute:
 
 
 def resolve_compiler_options(
-    config: RunConfig, machine: backends.Machine, mesh: Mesh
+    config: RunConfig, machine: backends.Machine, mesh: Mesh, *, deterministic: bool = False
 ) -> backends.CompilerOptions:
-    """Return the options that the step of a run is compiled with, present devices or absent."""
+    """Return the options that the step of a run is compiled with, present devices or absent.
+
+    deterministic: so that its bits are repeated, whatever `backend.deterministic` says.
+    """
     return backends.choose_compiler_options(
         config.backend.compiler_options,
         platform=machine.platform,
         device=mesh.devices.flat[0],
         layer_bytes=4 * matrices_per_layer(config.model) / mesh.shape["tensor"],
+        deterministic=deterministic or config.backend.deterministic,
     )
 
 
@@ -229,6 +233,7 @@ def compile_programs(setup: Setup, state: TrainState) -> Programs:
             rows=max(config.data.global_batch_size // parts, 1),
             seq_len=config.data.seq_len,
             vocab_size=config.model.vocab_size,
+            options=resolve_compiler_options(config, setup.machine, mesh, deterministic=True),
         )
     compiled = setup.compiler_options.compile
     return Programs(

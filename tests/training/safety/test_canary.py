@@ -11,7 +11,10 @@ from stepping import COMPUTE, MODEL, OPTIM, TRAIN, T, drawn_state
 
 import llamajax.models.llama
 import llamajax.models.lora
+import llamajax.training.safety.canary
 from llamajax import optim
+from llamajax.backends import CompilerOptions
+from llamajax.backends.platforms import UNKNOWN
 from llamajax.models import replicas
 from llamajax.training.safety.canary import Canary
 from llamajax.training.safety.step_checks import BadDevice
@@ -30,7 +33,7 @@ def built(**sizes):
         COMPUTE, dtype=jnp.dtype("bfloat16"), attention=attention, split_tokens=split
     )
     shape = {"rows": 2, "seq_len": T, "vocab_size": MODEL.vocab_size}
-    return Canary(state, mesh, compute, **shape), state
+    return Canary(state, mesh, compute, **shape, options=CompilerOptions()), state
 
 
 def flipped(x, axis):
@@ -132,3 +135,29 @@ def test_a_digest_sees_every_bit_and_every_place():
         assert int(replicas.digest(jnp.asarray(other))) != whole
     swapped = x[::-1].copy()
     assert int(replicas.digest(jnp.asarray(swapped))) != whole
+
+
+@pytest.mark.parametrize(("odd", "raises"), [(range(8), False), ([FAULTY], True)], ids=str)
+def test_a_backend_that_never_repeats_its_bits_is_asked_before_a_device_is_named(
+    monkeypatch, capsys, odd, raises
+):
+    """On a platform of which nothing is known; at the first check all devices run twice."""
+    monkeypatch.setattr(llamajax.training.safety.canary, "platform_facts", lambda _: UNKNOWN)
+    canary, state = built(fsdp=8)
+    run, calls = canary._run, []
+
+    def unsteady(state):
+        computed, stored = run(state)
+        computed = np.array(computed)
+        calls.append(0)
+        computed.reshape(8, -1)[list(odd), 0] += np.uint32(len(calls)) * (1 + np.array(odd))
+        return computed, stored
+
+    monkeypatch.setattr(canary, "_run", unsteady)
+    if raises:
+        with pytest.raises(BadDevice, match=rf"device {FAULTY} .*computes other bits"):
+            canary.check(10, state)
+    else:
+        canary.check(10, state)
+        canary.check(20, state)
+    assert capsys.readouterr().err.count("they give other bits each time") == (not raises)
