@@ -232,7 +232,6 @@ def compile_programs(setup: Setup, state: TrainState) -> Programs:
             setup.compute,
             rows=max(config.data.global_batch_size // parts, 1),
             seq_len=config.data.seq_len,
-            vocab_size=config.model.vocab_size,
             options=resolve_compiler_options(config, setup.machine, mesh, deterministic=True),
         )
     compiled = setup.compiler_options.compile

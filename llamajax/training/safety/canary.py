@@ -42,14 +42,14 @@ class Canary:
         *,
         rows: int,
         seq_len: int,
-        vocab_size: int,
         options: CompilerOptions,
     ):
         """rows: samples of a device's microbatch. options: deterministic ones of the compiler."""
         self._mesh = mesh
         self._names = list(named_leaves(state.whole))
         shape = (rows, seq_len)
-        self._tokens = np.random.default_rng(_SEED).integers(vocab_size, size=shape, dtype=np.int32)
+        rng, vocab_size = np.random.default_rng(_SEED), state.model.config.vocab_size
+        self._tokens = rng.integers(vocab_size, size=shape, dtype=np.int32)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, _WHOLE))
         tables = jax.jit(_tables(state.whole, mesh, compute))
         self._tables: Callable = options.compile(tables.lower(state.whole, tokens))
