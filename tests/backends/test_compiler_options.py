@@ -64,3 +64,13 @@ def test_the_cpu_has_no_options_of_ours():
     device = jax.devices()[0]
     found = choose_compiler_options(None, platform="cpu", device=device, layer_bytes=1.0)
     assert (found.values, found.refused) == ({}, ())
+
+
+def test_what_makes_a_platform_repeat_its_bits_is_added_where_it_is_asked_for(monkeypatch):
+    facts = dataclasses.replace(platform_facts("cpu"), deterministic_options=({LEVEL: 1},))
+    monkeypatch.setattr(compiler_options, "platform_facts", lambda _: facts)
+    to = {"platform": "cpu", "device": jax.devices()[0], "layer_bytes": 1.0}
+    assert choose_compiler_options(None, **to).values == {}
+    assert choose_compiler_options(None, **to, deterministic=True).values == {LEVEL: 1}
+    asked = choose_compiler_options(f"{LEVEL}=0", **to, deterministic=True)
+    assert asked.values == {LEVEL: 0}  # the user's word comes first
