@@ -39,13 +39,13 @@ def workload(flags: argparse.Namespace) -> RunConfig:
     """The run that both are given."""
     given = ["--backend=cpu", f"--preset={flags.preset}", f"--dtype={flags.dtype}"]
     given += [f"--batch={flags.batch}", f"--seq_len={flags.seq_len}", f"--remat={flags.remat}"]
-    given += [f"--loss_chunk_tokens={flags.loss_chunk_tokens}"]
+    given += [f"--loss_chunk_tokens={flags.loss_chunk_tokens}", "--documents=0"]
     return run_config(arguments().parse_args(given))
 
 
 def llamajax_step(config: RunConfig, weights: Path) -> Callable[[], float]:
     """llamajax's update; its initial weights are left in `weights` for the other one."""
-    run = compiled(config, document_masks=False)
+    run = compiled(config, documents=0)
     source = ModelSource(run.state.model, config.model)
     np.savez(weights, **{name: source.read(name) for name in source.names()})
     return run.step
