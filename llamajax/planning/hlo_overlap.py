@@ -25,6 +25,7 @@ from llamajax.planning.hlo_products import product_flops_of
 Route = Callable[[Collective], tuple[Hashable, float]]
 Waits = collections.Counter[Hashable]
 _KERNEL = "__cudnn$"
+_IN_PLACE = '"is_sync":true'  # launched in the order of products, beside nothing
 
 
 class _Clock:
@@ -64,11 +65,12 @@ class _Clock:
                 now = max(now, end)
             elif found := self._collective(name, i, by_name):
                 kind, seconds = self._route(found)
-                link_free = max(link_free, now) + seconds
-                ends[i.name] = (kind, link_free)
-                if not i.operation.endswith("-start"):
-                    waits[kind] += link_free - now
-                    now = link_free
+                if _IN_PLACE in i.attributes or not i.operation.endswith("-start"):
+                    waits[kind] += seconds
+                    now += seconds
+                else:
+                    link_free = max(link_free, now) + seconds
+                    ends[i.name] = (kind, link_free)
             elif i.operation in ("while", "conditional", "call"):
                 turns = 1
                 if i.operation == "while":

@@ -92,7 +92,9 @@ def test_only_data_and_stage_communicate_between_slices_of_tpus(tmp_path):
 
 @needs_cuda
 def test_traffic_between_nodes_of_gpus(tmp_path):
-    plan = planned(tmp_path, "h100:2x4", *BF16)  # fsdp 4 x tensor 2: two of fsdp in each node
+    # fsdp 4 x tensor 2: two of fsdp in each node. With `full` the layer that XLA takes out of its
+    # loop to pipeline it runs the last product of its forward pass again, for nothing.
+    plan = planned(tmp_path, "h100:2x4", *BF16, "--config.train.remat=dots")
     assert plan["slow_bytes"]["tensor"] == 0 < plan["collective_bytes"]["tensor"]
     assert plan["slow_bytes"]["fsdp"] == pytest.approx(plan["collective_bytes"]["fsdp"] / 2)
     assert plan["device_kind"].startswith("NVIDIA H100")
