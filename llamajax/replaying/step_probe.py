@@ -43,7 +43,7 @@ def gradient_probe(setup: Setup, state: TrainState, batch: Batch) -> Callable[[]
     gradient = mean_gradient(setup.config.train, setup.compute, setup.mesh)
 
     def probe(state: TrainState, batch: Batch) -> Any:
-        grads, (loss, _, _) = gradient(state, batch)
+        grads, (loss, *_) = gradient(state, batch)
         leaves = named_leaves(grads)
         words = {n: jax.lax.bitcast_convert_type(g, jnp.uint32) for n, g in leaves.items()}
         bits = {name: jnp.sum(word, dtype=jnp.uint32) for name, word in words.items()}

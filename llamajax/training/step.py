@@ -75,31 +75,34 @@ def _dropout_keys(seed: int, step: jax.Array, tokens_BT: jax.Array, mesh: Mesh) 
 
 def mean_gradient(
     train_config: TrainConfig, compute: Compute, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[Any, tuple[jax.Array, jax.Array, jax.Array]]]:
-    """Return the function that computes gradient, loss, z-loss term and number of targets.
+) -> Callable[[TrainState, Batch], tuple[Any, tuple[jax.Array, ...]]]:
+    """Return the function that computes gradient, loss, z-loss term, number of targets, fallback.
 
-    The first three are means over the batch's targets. To be called inside `jax.jit`.
+    The first three are means over the batch's targets. The last is 1 where the batch has too many
+    documents for `compute.attention`, and another one was used. To be called inside `jax.jit`.
     """
     accumulation = train_config.accumulation_steps
 
     def local(model: Llama, batch: Batch) -> Any:
-        def run(compute: Compute) -> Any:
-            return _gradients(model, batch, compute=compute, accumulation=accumulation)
+        def run(used: Compute) -> Any:
+            sums = _gradients(model, batch, compute=used, accumulation=accumulation)
+            return *sums, jnp.float32(used.attention != compute.attention)
 
         rows = batch["tokens"].shape[0] // accumulation
         return by_documents(run, batch, compute, rows=rows)
 
     def gradient(state: TrainState, batch: Batch) -> Any:
-        model, outputs = state.whole, (specs(state.trained, mesh), PartitionSpec())
+        model = state.whole
+        outputs = (specs(state.trained, mesh), PartitionSpec(), PartitionSpec())
         if drops_out(state.adapters):
             keys = _dropout_keys(train_config.seed, state.step, batch["tokens"], mesh)
             batch = dict(batch) | {"dropout_keys": keys}
         run = sharded_step(local, mesh, model, (batch_spec(mesh),), outputs, compute)
-        sums, (nll, z, count) = run(model, batch)
+        sums, (nll, z, count), fallback = run(model, batch)
         divisor = jnp.maximum(count, 1.0)  # a batch of prompts alone has no target: no gradient
         grads = jax.tree.map(lambda g: g / divisor, sums)
         loss = jnp.where(count > 0, nll / divisor, jnp.nan)  # and no loss
-        return grads, (loss, z / divisor, count)
+        return grads, (loss, z / divisor, count, fallback)
 
     return gradient
 
@@ -122,10 +125,12 @@ def train_step(
     by_branch = offload and platform_facts(mesh.devices.flat[0].platform).host_branches
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, (loss, z, count) = gradient(state, batch)
+        grads, (loss, z, count, fallback) = gradient(state, batch)
         norm = optax.tree.norm(grads)
         metrics = {"loss": loss, "grad_norm": norm, "target_tokens": count}
         metrics["learning_rate"] = rate(state.step + 1)
+        if compute.attention == "cudnn":
+            metrics["split_attention"] = fallback
         memory, applied = state.guard, None
         if memory is not None:
             seen = {"loss": loss, "grad_norm": norm}

@@ -104,7 +104,7 @@ def test_grouped_queries_over_packed_documents_equal_xla(imitated):
 
 
 @pytest.mark.parametrize(
-    ("room", "unused"), [(3, "split"), (2, None)], ids=["kernel", "too-many-documents"]
+    ("room", "unused"), [(3, "split"), (1, None)], ids=["kernel", "too-many-documents"]
 )
 def test_a_step_decides_once_whether_the_kernel_has_room(imitated, monkeypatch, room, unused):
     """Rows of up to 3 documents. The kernel gives NaN where one is lost."""
@@ -114,6 +114,7 @@ def test_a_step_decides_once_whether_the_kernel_has_room(imitated, monkeypatch, 
         monkeypatch.setitem(attention_module._IMPLEMENTATIONS, unused, lambda q, *_: q * nan)
     mesh, options = (("fsdp", 2), ("tensor", 2), ("data", 2)), {"accumulation": 4, "steps": 1}
     found = stepping.run.__wrapped__(*mesh, attention="cudnn", **options)
+    assert [row["split_attention"] for row in found[0]] == [room < 3]
     stepping.assert_same(found, stepping.run(*mesh, **options))
 
 

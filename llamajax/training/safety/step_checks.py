@@ -52,6 +52,7 @@ class StepChecks:
     seed: int  # train.seed
     weights: tuple[str, ...]  # names of what is trained, in the order of its norms
     note: Callable[[str], None]
+    _warned: list[str] = dataclasses.field(default_factory=list)
 
     def inspect(
         self, step: int, metrics: Mapping[str, Any], times: Mapping[str, float]
@@ -69,6 +70,15 @@ class StepChecks:
         reason = plain.pop("update_skipped", None)
         for internal in ("skipped_in_a_row", "loss_limit", "grad_norm_limit"):
             plain.pop(internal, None)
+        if plain.get("split_attention") == 0:
+            del plain["split_attention"]
+        elif "split_attention" in plain and not self._warned:
+            self._warned.append("split_attention")
+            self.note(
+                f"warning: step {step} was slower: its documents are too many for cuDNN's kernel, "
+                "so that attention was `split`. Rows of such steps have split_attention. Longer "
+                "documents, or data.mask_documents=false, avoid it"
+            )
         if not reason:
             return plain
         self._warn(step, reason, metrics)

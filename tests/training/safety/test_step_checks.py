@@ -1,0 +1,29 @@
+"""What a check of a step's metrics says and passes on."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from llamajax.data import Position
+from llamajax.training.safety.step_checks import StepChecks
+
+
+def test_a_slower_kernel_is_warned_of_once_and_stands_in_each_row():
+    said = []
+    checks = StepChecks(
+        config=None,
+        box=SimpleNamespace(add=lambda row: None),
+        events=None,
+        mixture=None,
+        position=Position.start(batch_size=2, seq_len=8, mixture_hash="m"),
+        seed=0,
+        weights=(),
+        note=said.append,
+    )
+    rows = [
+        checks.inspect(step, {"loss": np.float32(2), "split_attention": np.float32(slow)}, {})
+        for step, slow in ((1, 0), (2, 1), (3, 1))
+    ]
+    assert [row.get("split_attention") for row in rows] == [None, 1, 1]
+    (warning,) = said
+    assert warning.startswith("warning: step 2 was slower: its documents are too many")
