@@ -72,8 +72,10 @@ def dispatch(argv: list[str]) -> None:
     """
     answer_help(["--help"] if argv[:1] == ["help"] else argv[:1], help_text)
     known = verbs()
-    if argv in (["configs"], ["presets"]):
-        print(configs_text() if argv == ["configs"] else presets_text())
+    if argv and (list_text := {"configs": configs_text, "presets": presets_text}.get(argv[0])):
+        if argv[1:] not in ([], ["--help"]):
+            raise UserError(f"llamajax {argv[0]} takes no arguments: leave out {argv[1]}")
+        print(list_text())
         return
     if not argv:
         raise UserError(f"no verb given; one of {', '.join(known)} (llamajax --help)")

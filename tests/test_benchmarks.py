@@ -136,7 +136,7 @@ def test_decode_prints_one_table():
         ("train_step.py", "--seq_len=4096", "longer than model.max_seq_len = 2048"),
         ("train_step.py", "--steps=0", "--steps=0"),
         ("train_step.py", "--documents=-1", "--documents=-1: 0 to --seq_len=512"),
-        ("train_step.py", "--compiler_options=fast", "'fast' is not NAME=VALUE"),
+        ("train_step.py", "--compiler_options=fast", "'fast' is not k=v"),
         ("train_step.py", "--remat_keep=gates", "train.remat_keep"),
         ("accelerator.py", "--parts=7b,8b", "no part '8b'; parts: environment,parity,7b"),
         ("accelerator.py", "--minutes=0", "--minutes=0: must be above 0"),

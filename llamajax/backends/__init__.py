@@ -9,7 +9,7 @@ from typing import Any
 
 _NAMES = {
     "compile_cache": ("cache_directory",),
-    "compiler_options": ("CompilerOptions", "choose_compiler_options"),
+    "compiler_options": ("CompilerOptions", "choose_compiler_options", "compiler_flags"),
     "devices": ("Device", "peak_flops"),
     "hugepages": ("with_huge_pages",),
     "jax_private": ("lost_features", "untested_versions"),

@@ -44,6 +44,16 @@ class CompilerOptions:
             )
 
 
+def compiler_flags(environment: Mapping[str, str] | None = None) -> str:
+    """Return the flags that change compiled programs, sorted; those that only dump are left out.
+
+    environment: None is that of this process.
+    """
+    found = environment if environment is not None else os.environ
+    flags = " ".join(found.get(name, "") for name in _FLAGS).split()
+    return " ".join(sorted(flag for flag in flags if not flag.startswith("--xla_dump")))
+
+
 def choose_compiler_options(
     asked: str | None,
     *,

@@ -160,7 +160,7 @@ def _devices(config: BackendConfig) -> list[jax.Device]:
     except RuntimeError as error:
         raise UserError(why_not(wanted or "the default", str(error), config)) from None
     except AssertionError:  # JAX's, for a host without the only platform that it may use
-        is_cpu = True
+        raise UserError(why_not(wanted, f"{wanted} provides no devices", config)) from None
     # JAX leaves cuda and rocm out where the host has no such device, and says nothing.
     if wanted and is_cpu and not platform_facts(wanted).is_host:
         raise UserError(why_not(wanted, f"{wanted} provides no devices", config))

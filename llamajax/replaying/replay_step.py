@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from llamajax import data
+from llamajax.backends import compiler_flags
 from llamajax.backends.platforms import platform_facts
 from llamajax.config.flags import mesh_config
 from llamajax.data.batches import make_batch
@@ -154,6 +155,7 @@ def _forward(
 def _is_same_machine(record: ReplayRecord, setup: Setup) -> bool:
     """Return whether bits must be the same: platform, kind of device, mesh, JAX, options are."""
     was, now = record.machine, setup.machine
+    environment = was.get("profile", {}).get("environment", {})
     if (
         not record.config.backend.deterministic
         and platform_facts(now.platform).deterministic_options
@@ -166,4 +168,6 @@ def _is_same_machine(record: ReplayRecord, setup: Setup) -> bool:
         and was.get("mesh") == dict(setup.mesh.shape)
         and was.get("num_processes") == 1
         and versions == {name: now.versions.get(name) for name in versions}
+        and was.get("compiler_options", {}) == setup.compiler_options.values
+        and compiler_flags(environment) == compiler_flags()
     )

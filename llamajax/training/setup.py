@@ -64,6 +64,7 @@ def set_up(config: RunConfig) -> Setup:
         for name, split in (("train", mixture), ("validation", held_out)):
             facts[f"the {name} data in data.path"] = split and split.describe()
         facts["the tokenizer in data.path"] = mixture and mixture.tokenizer_fingerprint[:12]
+        facts["XLA_FLAGS and LIBTPU_INIT_ARGS"] = backends.compiler_flags()
         return facts | process_facts.versions()
 
     machine = backends.start(config.backend, keep_programs=True, facts=common_facts)

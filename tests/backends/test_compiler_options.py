@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llamajax.backends import choose_compiler_options, compiler_options
+from llamajax.backends import choose_compiler_options, compiler_flags, compiler_options
 from llamajax.backends.platforms import LAYER_BYTES, platform_facts
 from llamajax.errors import UserError
 
@@ -74,3 +74,8 @@ def test_what_makes_a_platform_repeat_its_bits_is_added_where_it_is_asked_for(mo
     assert choose_compiler_options(None, **to, deterministic=True).values == {LEVEL: 1}
     asked = choose_compiler_options(f"{LEVEL}=0", **to, deterministic=True)
     assert asked.values == {LEVEL: 0}  # the user's word comes first
+
+
+def test_flags_that_only_dump_do_not_change_programs():
+    found = {"XLA_FLAGS": "--xla_b=1 --xla_dump_to=/tmp/rank1 --xla_a=2", "OTHER": "--xla_c=3"}
+    assert compiler_flags(found) == "--xla_a=2 --xla_b=1"

@@ -52,8 +52,11 @@ def test_the_help_lists_what_exists(capsys, word):
     ],
 )
 def test_what_there_is_is_listed(capsys, word, line):
-    cli.dispatch([word])
-    assert f"\n{line}" in capsys.readouterr().out
+    for asked in ([word], [word, "--help"]):
+        cli.dispatch(asked)
+        assert f"\n{line}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"llamajax {word} takes no arguments: leave out more"):
+        cli.dispatch([word, "more"])
 
 
 @pytest.mark.parametrize("verb", ["nonsense", *cli.verbs()])

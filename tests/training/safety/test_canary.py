@@ -136,6 +136,12 @@ def test_a_digest_sees_every_bit_and_every_place():
     assert int(replicas.digest(jnp.asarray(swapped))) != whole
 
 
+def test_one_of_two_devices_that_does_not_repeat_its_bits_is_no_fault_of_the_backend():
+    first, second = np.zeros((2, 1), np.uint32), np.array([[0], [1]], np.uint32)
+    assert llamajax.training.safety.canary._most_repeat(first, second)
+    assert not llamajax.training.safety.canary._most_repeat(first, second + 1)
+
+
 @pytest.mark.parametrize(("odd", "raises"), [(range(1, 8), False), ([FAULTY], True)], ids=str)
 def test_a_backend_that_never_repeats_its_bits_is_asked_before_a_device_is_named(
     monkeypatch, capsys, odd, raises

@@ -218,7 +218,7 @@ def test_rollbacks_to_one_checkpoint_end_and_a_stop_has_its_own_code(guarded, tm
         assert [row["step"] for row in rows(tmp_path / name)][-1] == first
 
 
-def test_replay_names_the_weight_the_samples_and_the_documents(skipping, guarded):
+def test_replay_names_the_weight_the_samples_and_the_documents(skipping, guarded, monkeypatch):
     step = [h for h in guarded.hit if h <= STEPS][-1]
     found = asked(skipping, step)
     told = found.to_json()
@@ -227,6 +227,9 @@ def test_replay_names_the_weight_the_samples_and_the_documents(skipping, guarded
     assert told["nonfinite_weights"] == {"embedding": [RARE]}
     assert told["first_nonfinite"]["tensor"] == "embedded tokens"
     assert "Z" in told["documents"][0]["text"]
+    # A program that was compiled in another way may round differently.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_allow_excess_precision=false")
+    assert not asked(skipping, step).to_json()["same_machine"]
     assert told["documents"][0]["loss"] == "nan"
     assert told["documents"][0]["sample_id"] in told["first_nonfinite"]["samples"]
     assert json.dumps(told, allow_nan=False)
