@@ -38,30 +38,30 @@ def width(config: RunConfig) -> int:
 
 def state_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     """Return the bytes of the weights and both moments that a device holds, norms left out."""
-    moment = FLOAT32_BYTES if config.optim.moment_dtype == "float32" else 2
     trained, frozen = _weights(config, sizes)
     base = 2 if config.lora.base_dtype == "bfloat16" else FLOAT32_BYTES
-    return trained * (2 * FLOAT32_BYTES + moment) + frozen * base
+    return trained * (FLOAT32_BYTES + _moments_width(config)) + frozen * base
+
+
+def _moments_width(config: RunConfig) -> int:
+    """Return the bytes of both moments of a weight; the second is always float32."""
+    return FLOAT32_BYTES + (2 if config.optim.moment_dtype == "bfloat16" else FLOAT32_BYTES)
 
 
 def held_parts(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
     """Return the bytes that a device cannot do without, by what they are: less than the peak.
 
-    Gathered weights are those of one block, or of all where they are kept, and one block's
-    gradients; activations what the policy of recomputation keeps for one microbatch, and one chunk
-    of logits.
+    Gathered weights are those of one block, or of all of a pipeline's stage, with their gradients;
+    activations what the policy of recomputation keeps for one microbatch, and one chunk of logits.
     """
     m = config.model
-    # a pipeline gathers all layers of its stage at once, and `none` keeps what was gathered
-    whole = sizes["stage"] > 1 or config.train.remat == "none"
-    layers = layers_held(config, sizes) if whole else 1
-    gradients = layers if sizes["stage"] > 1 else 1
+    layers = layers_held(config, sizes) if sizes["stage"] > 1 else 1
     matrices = matrices_per_layer(m) / sizes["tensor"]
     logits = config.train.loss_chunk_tokens * m.padded_vocab_size / sizes["tensor"] * FLOAT32_BYTES
     return {
         "weights and moments": state_bytes(config, sizes),
         "gradients": _weights(config, sizes)[0] * FLOAT32_BYTES,
-        "gathered weights": matrices * (layers * width(config) + gradients * FLOAT32_BYTES),
+        "gathered weights": matrices * layers * (width(config) + FLOAT32_BYTES),
         "activations": logits + _kept_activations(config, sizes),
     }
 
@@ -71,16 +71,20 @@ def host_bytes(
 ) -> float:
     """Return the memory of its host that a process with `num_devices` devices cannot do without.
 
-    A save copies one replica of the state; the host keeps moments with `optim.offload`; where the
-    devices are the host's cores, it holds all that they do. Measured on 2 cores, less what a
-    process without a model takes: 1,283 MiB where this says 1,260 (32 M parameters), 3,796 and
-    3,827 (135 M).
+    A save copies one replica of the trained weights and their moments; the host keeps the moments
+    with `optim.offload`; where the devices are the host's cores, it holds all that they do.
+    Measured on 2 cores, less what a process without a model takes: 1,283 MiB where this says 1,260
+    (32 M parameters), 3,796 and 3,827 (135 M).
     """
     replicas = min(num_devices, sizes["data"] * sizes["sequence"])
-    state = state_bytes(config, sizes) * num_devices
-    moments = state * 2 / 3 if config.optim.offload else 0.0
-    held = held_bytes(config, sizes) * num_devices if is_host else moments
-    return _PROCESS_BYTES + state / replicas + held
+    trained = _weights(config, sizes)[0] * num_devices
+    moments = trained * _moments_width(config)
+    saved = (trained * FLOAT32_BYTES + moments) / replicas
+    if is_host:
+        held = held_bytes(config, sizes) * num_devices
+    else:
+        held = moments if config.optim.offload else 0.0
+    return _PROCESS_BYTES + saved + held
 
 
 def held_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:

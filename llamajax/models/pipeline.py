@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llamajax.sharding import collectives, map_weights
 from llamajax.sharding.collectives import (
@@ -101,7 +102,7 @@ _grad_accumulator.defvjp(
 @jax.custom_vjp
 def _with_grad_to(value: jax.Array, accumulator: jax.Array) -> jax.Array:
     """Return `value` in float32; its gradient goes to `accumulator`."""
-    return value.astype(jnp.float32)
+    return checkpoint_name(value.astype(jnp.float32), "gathered_weight")
 
 
 _with_grad_to.defvjp(

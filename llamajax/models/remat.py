@@ -15,6 +15,7 @@ keeps. Gathered weights are never kept: that would undo FSDP.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -26,8 +27,23 @@ _KEPT_NAMES = {
     "full": (),
 }
 
+# Operations that compute nothing: to keep their result is to keep their operand.
+_ARRANGING = ("reshape", "squeeze", "broadcast_in_dim", "pvary", "name")
+
+
+def _save_all_but_gathered_weights(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Refuse derivatives that name their result "gathered_weight", and what is arranged of it.
+
+    A policy that refused the name alone would keep the same value from before it was named, or
+    behind it, flattened for its product.
+    """
+    equations = getattr(params.get("call_jaxpr"), "eqns", ())
+    is_weight = any(e.params.get("name") == "gathered_weight" for e in equations)
+    return not (is_weight or primitive.name in _ARRANGING)
+
+
 REMAT: dict[str, Callable] = {
-    "none": _POLICIES.save_anything_except_these_names("gathered_weight"),
+    "none": _save_all_but_gathered_weights,
     "dots": _POLICIES.save_from_both_policies(
         _POLICIES.dots_with_no_batch_dims_saveable,
         _POLICIES.save_only_these_names("attention", "product"),

@@ -21,7 +21,7 @@ from llamajax import sharding
 from llamajax.backends import CompilerOptions, Target
 from llamajax.backends.platforms import platform_facts
 from llamajax.config import RunConfig
-from llamajax.errors import say
+from llamajax.errors import UserError, say
 from llamajax.files import write_file
 from llamajax.models.llama import Compute
 from llamajax.ops.attention import AttentionChoice
@@ -107,7 +107,9 @@ class PlannedStep:
 def abstract_step(config: RunConfig, target: Target) -> PlannedStep:
     """Return the step and its state, with nothing allocated.
 
-    Raises UserError where model, batch and mesh do not fit, as `train` would.
+    Without the options of `backend.deterministic`: to choose repeatable kernels, XLA for GPUs needs
+    the GPU (jax 0.11.2: "cannot enumerate configs in deviceless mode"). Raises UserError where
+    model, batch and mesh do not fit, as `train` would.
     """
     mesh = sharding.build_mesh(config.mesh, target.devices)
     check_mesh(config, mesh)
@@ -119,7 +121,7 @@ def abstract_step(config: RunConfig, target: Target) -> PlannedStep:
         target=target,
         attention=attention,
         compute=resolve_compute(config, mesh, attention.impl),
-        compiler_options=resolve_compiler_options(config, machine, mesh),
+        compiler_options=resolve_compiler_options(config, machine, mesh, deterministic=False),
         optimizer=spec.optimizer,
         state=spec.abstract(),
     )
@@ -141,6 +143,12 @@ def compiled_facts(step: PlannedStep, *, cache: Path | None) -> CompilerFacts:
     try:
         compiled = step.compiler_options.compile(lowered)
     except jax.errors.JaxRuntimeError as error:
+        if "deviceless mode" in str(error):
+            raise UserError(
+                f"--devices={step.target.text}: with the options given (backend.compiler_options, "
+                "XLA_FLAGS) XLA needs the device to choose kernels; leave out those that ask for "
+                "kernels which repeat their bits"
+            ) from None
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
         facts = refusal(str(error), time.perf_counter() - began)

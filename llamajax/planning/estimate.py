@@ -23,8 +23,8 @@ def sent_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[tuple[str, .
 
     - fsdp: a block's weights in the compute dtype are gathered for the forward and again for the
       backward pass, and their gradients scattered in float32, each microbatch; the head once each.
-      In a pipeline, once each accumulation step and the forward pass alone; without recomputation
-      they are kept. Embedded tokens are exchanged in both directions.
+      In a pipeline, once each accumulation step and the forward pass alone. Embedded tokens are
+      exchanged in both directions.
     - tensor: the residual is gathered before and scattered after attention and the feed-forward, in
       both directions (8 times a block); recomputing a block gathers twice and scatters once more,
       recomputing a stage 4 times more; around embedding and head together 4 times.
@@ -49,7 +49,7 @@ def sent_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[tuple[str, .
 
     matrices = matrices_per_layer(m) / sizes["tensor"] * layers
     table = m.padded_vocab_size * m.hidden_size / sizes["tensor"]
-    gathers = 1 if pipe is not None or t.remat == "none" else 2
+    gathers = 2 if pipe is None else 1
     weights = matrices * (gathers * value + FLOAT32_BYTES) + table * (value + FLOAT32_BYTES)
     residual = share.tokens * m.hidden_size * value  # of a row
     keys = config.data.seq_len * 2 * m.num_kv_heads * m.head_size / sizes["tensor"]

@@ -149,6 +149,13 @@ def plan_notes(plan: Plan) -> list[str]:
     if step.attention.is_second_best:
         notes.append(f"attention: {step.attention.impl}, because {step.attention.reason}")
     notes += step.compiler_options.warnings()
+    left_out = platform_facts(target.platform).deterministic_options
+    if step.config.backend.deterministic and left_out:
+        names = ", ".join(name for group in left_out for name in group)
+        notes.append(
+            f"backend.deterministic: compiled without its {names}, for which the compiler needs "
+            "the device; a run has it, and may be slower and need other memory"
+        )
     if plan.redone_products and abs(plan.redone_products) > _NOTABLE:
         words = f"{abs(plan.redone_products):.1%} {'more' if plan.redone_products > 0 else 'less'}"
         notes.append(

@@ -139,7 +139,7 @@ def psum_tree(grads: Any) -> Any:
 def _gather(x: jax.Array, dim: int | None, dtype: jnp.dtype) -> jax.Array:
     x = x.astype(dtype)
     whole = pcast_varying(x, "fsdp") if dim is None else all_gather(x, "fsdp", dim=dim)
-    return whole.astype(jnp.float32)
+    return checkpoint_name(whole.astype(jnp.float32), "gathered_weight")
 
 
 def _gather_forward(x: jax.Array, dim: int | None, dtype: jnp.dtype) -> tuple[jax.Array, None]:
@@ -158,15 +158,15 @@ def gather(tree: Any, dtype: jnp.dtype, *, split_tokens: bool = False) -> Any:
 
     The parts travel in `dtype`. The result has its values in float32, so that JAX gives it a
     float32 gradient; `linear` casts it back, and XLA leaves out the two casts.
-    The result is named "gathered_weight", so that a remat policy can refuse to keep gathered
-    weights until the backward pass.
+    A remat policy finds the name "gathered_weight" inside the derivative, where the result and all
+    that leads to it are one, and can refuse to keep them until the backward pass.
     """
 
     def gather_one(weight: nnx.Variable) -> nnx.Variable:
         value = weight.get_value()
         assert value.ndim == len(weight.axes), "gather inside the scan over layers, not outside"
         value = cast_and_gather(value, weight.axes, dtype, split_tokens=split_tokens)
-        return weight.replace(checkpoint_name(value, "gathered_weight"))
+        return weight.replace(value)
 
     return map_weights(gather_one, tree)
 

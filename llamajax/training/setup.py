@@ -127,18 +127,20 @@ def resolve_compute(config: RunConfig, mesh: Mesh, attention: str) -> Compute:
 
 
 def resolve_compiler_options(
-    config: RunConfig, machine: backends.Machine, mesh: Mesh, *, deterministic: bool = False
+    config: RunConfig, machine: backends.Machine, mesh: Mesh, *, deterministic: bool | None = None
 ) -> backends.CompilerOptions:
     """Return the options that the step of a run is compiled with, present devices or absent.
 
-    deterministic: so that its bits are repeated, whatever `backend.deterministic` says.
+    deterministic: whether its bits are to be repeated; None: as `backend.deterministic` says.
     """
+    if deterministic is None:
+        deterministic = config.backend.deterministic
     return backends.choose_compiler_options(
         config.backend.compiler_options,
         platform=machine.platform,
         device=mesh.devices.flat[0],
         layer_bytes=4 * matrices_per_layer(config.model) / mesh.shape["tensor"],
-        deterministic=deterministic or config.backend.deterministic,
+        deterministic=deterministic,
     )
 
 

@@ -1,5 +1,6 @@
 """Plans for the virtual CPU devices, from the command line to the JSON, against hand formulas."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,11 +9,13 @@ import jax
 import pytest
 
 from llamajax import plan, sharding
+from llamajax.backends import absent_devices, compiler_options
+from llamajax.backends.platforms import platform_facts
 from llamajax.config import load
 from llamajax.errors import UserError
 from llamajax.models.counts import flops_per_token
-from llamajax.planning import estimate, planner
-from llamajax.planning.compilation import refusal, temporary_bytes
+from llamajax.planning import estimate, planner, printed_plan
+from llamajax.planning.compilation import compiled_facts, refusal, temporary_bytes
 from llamajax.planning.planner import make_plan
 from llamajax.planning.roofline import pipeline_facts
 from llamajax.training.feed import abstract_batch
@@ -130,6 +133,26 @@ def test_what_does_not_fit_is_no_error(planned, cache, config, known_devices):
     roomy = make_plan(config, known_devices(arguments), cache=cache)
     assert roomy.fits is None
     assert roomy.prediction.step_time_s > 0
+
+
+def test_options_that_need_the_device_are_left_out_and_named(monkeypatch, cache, config):
+    option = "xla_backend_optimization_level"
+    facts = dataclasses.replace(platform_facts("cpu"), deterministic_options=({option: 1},))
+    for module in (compiler_options, planner):
+        monkeypatch.setattr(module, "platform_facts", lambda _: facts)
+    backend = dataclasses.replace(config.backend, deterministic=True)
+    asked = dataclasses.replace(config, backend=backend)
+    made = make_plan(asked, absent_devices("cpu:8", backend), cache=cache)
+    told = printed_plan.to_json(made, config_file="")
+    assert told["compiler_options"] == {}
+    assert any(f"compiled without its {option}" in note for note in told["notes"])
+
+    def refuse(*_, **__):
+        raise jax.errors.JaxRuntimeError("INTERNAL: cannot enumerate configs in deviceless mode")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    with pytest.raises(UserError, match=r"cpu:8: with the options given .* needs the device"):
+        compiled_facts(made.step, cache=None)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from llamajax import backends
 from llamajax.config.keys import all_keys
 from llamajax.config.schema import MeshConfig
+from llamajax.models.lora import num_adapter_parameters
 from llamajax.models.memory import held_parts, host_bytes, state_bytes
 from llamajax.sharding import build_mesh
 from llamajax.training.dry_run import dry_run
@@ -68,6 +69,12 @@ def test_the_host_of_an_accelerator_holds_a_save_and_what_is_offloaded(short_con
     state, fixed = state_bytes(kept, sizes), 0.45 * 2**30
     assert host_bytes(kept, sizes, **facts) - fixed == pytest.approx(4 * state)
     assert host_bytes(moved, sizes, **facts) - fixed == pytest.approx((4 + 8 * 2 / 3) * state)
+    # adapters in 4 bytes, their moments in 2 and 4; the frozen base is neither saved nor offloaded
+    adapters = {"lora.rank": 2, "train.init_from": "base", "optim.moment_dtype": "bfloat16"}
+    for offload, width in ((False, 10 / 2), (True, 10 / 2 + 6)):
+        lora = short_config(**adapters, **{"optim.offload": offload})
+        held = 2 * width * num_adapter_parameters(lora.model, lora.lora)  # of two replicas
+        assert host_bytes(lora, sizes, **facts) - fixed == pytest.approx(held)
 
 
 def test_a_control_group_bounds_the_hosts_memory(tmp_path, monkeypatch):

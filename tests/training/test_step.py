@@ -1,6 +1,7 @@
 """One step in microbatches, under every remat policy, in bfloat16; evaluation."""
 
 import dataclasses
+import math
 
 import jax
 import jax.extend.core
@@ -88,18 +89,37 @@ def test_moments_are_fetched_behind_the_gradients_alone(host_branches, guard):
     step = train_step(optimizer, config, TRAIN, COMPUTE, mesh, guard)
     jaxpr = step.trace(state, sharding.put_batch(packed_batch(0), mesh)).jaxpr
     moved = {inside: 0 for inside in (False, True)}
-    for inside, name in primitives(jaxpr, inside=False):
-        moved[inside] += name == "device_put"
+    for inside, eqn in equations(jaxpr):
+        moved[inside] += eqn.primitive.name == "device_put"
     assert moved[True] >= 4 * len(jax.tree.leaves(state.trained))  # both, there and back
     assert moved[False] == 0
 
 
-def primitives(jaxpr, *, inside):
-    """(whether within a condition, name) of every operation of a program."""
+def equations(jaxpr, *, inside=False):
+    """(whether within a condition, equation) of every operation of a program."""
     for eqn in jaxpr.eqns:
-        yield inside, eqn.primitive.name
+        yield inside, eqn
         for inner in jax.extend.core.jaxprs_in_params(eqn.params):
-            yield from primitives(inner, inside=inside or eqn.primitive.name == "cond")
+            yield from equations(inner, inside=inside or eqn.primitive.name == "cond")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("remat", sorted(REMAT))
+def test_no_policy_keeps_gathered_weights(remat, dtype):
+    mesh, optimizer = mesh_of(fsdp=2), optim.build(OPTIM, steps=TRAIN.steps)
+    state = StateSpec(model=MODEL, optimizer=optimizer, mesh=mesh).abstract()
+    compute = dataclasses.replace(COMPUTE, remat=remat, dtype=jnp.dtype(dtype))
+    step = train_step(optimizer, OPTIM, TRAIN, compute, mesh)
+    jaxpr = step.trace(state, sharding.put_batch(packed_batch(0), mesh)).jaxpr
+    # of all layers, whole, and as matrices: in the step a stored weight and its gradient are parts
+    whole = set()
+    for layers, *dims in (weight.shape for weight in jax.tree.leaves(state.model.blocks)):
+        whole |= {(layers, *dims), (layers, 1, 1, *dims)}
+        whole |= {(layers, math.prod(dims[:n]), math.prod(dims[n:])) for n in range(1, len(dims))}
+    loops = [eqn for _, eqn in equations(jaxpr) if eqn.primitive.name == "scan"]
+    kept = {x.aval.shape for eqn in loops for x in eqn.outvars}
+    assert len(loops) >= 2
+    assert not whole & kept
 
 
 def test_z_loss_moves_the_weights_and_stays_out_of_the_loss():
