@@ -81,12 +81,12 @@ def publish_directory(directory: Path, target: Path) -> None:
         _sync(path)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
     try:
+        if target.exists():
+            target.rename(old)
         directory.rename(target)
-    except OSError:
-        if old.exists():
+    except BaseException:  # a stop signal too: the old one comes back
+        if old.exists() and not target.exists():
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)

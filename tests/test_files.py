@@ -52,7 +52,8 @@ def test_a_file_that_cannot_be_written_is_a_user_error_where_it_has_a_label(tmp_
         write_file(tmp_path / "file" / "x", "new", label="--json=x")
 
 
-def test_a_directory_is_replaced_as_a_whole_and_stays_on_any_failure(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_a_directory_is_replaced_as_a_whole_and_stays_on_any_failure(tmp_path, monkeypatch, error):
     target = tmp_path / "out"
     for left in (".out.partial", ".out.incomplete"):  # of killed processes
         (tmp_path / left / "in").mkdir(parents=True)
@@ -65,11 +66,13 @@ def test_a_directory_is_replaced_as_a_whole_and_stays_on_any_failure(tmp_path, m
 
     def refuse_the_last(path, to):
         if path.name == ".out.partial":
-            raise OSError(5, "Input/output error")
+            raise error
         return rename(path, to)
 
     monkeypatch.setattr(Path, "rename", refuse_the_last)
-    with refused("/out: Input/output error"), replaced_directory(target) as hidden:
+    stopped = pytest.raises(KeyboardInterrupt)
+    expected = refused("/out: Input/output error") if isinstance(error, OSError) else stopped
+    with expected, replaced_directory(target) as hidden:
         (hidden / "file").touch()
     assert (os.listdir(tmp_path), (target / "in" / "file").read_text()) == (["out"], "new")
 

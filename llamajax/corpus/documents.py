@@ -185,9 +185,7 @@ class Corpus:
             rows = _json_rows(file, stream, self._reading.text_key)
         elif form == ".txt" and self._reading.clean == "none":
             chunks = self._watched(decoded_chunks(file, stream))
-            separator = self._reading.document_separator
-            texts = split_at(chunks, separator) if separator else [chunks]
-            rows = map(document_of, texts)
+            rows = _documents_of(split_at(chunks, self._reading.document_separator))
         else:
             rows = lines_of(file, stream)
         if form not in (".tokens", ".raw") and self._reading.clean != "wikitext":
@@ -202,19 +200,33 @@ class Corpus:
             yield wikitext.clean(article) if self._reading.clean == "wikitext" else article
         yield from problems
 
-    def _watched(self, chunks: Iterator[str]) -> Iterator[str]:
+    def _watched(self, chunks: Iterator[Any]) -> Iterator[Any]:
         for chunk in chunks:
             self.report()
             yield chunk
 
 
 def _good(rows: Iterator[Any], problems: list[UserError]) -> Iterator[str]:
-    """Yield whole texts, and collect the bad rows."""
-    for row in rows:
-        if isinstance(row, UserError):
-            problems.append(row)
+    """Yield whole texts; collect the bad rows, and what ends the file too early."""
+    try:
+        for row in rows:
+            if isinstance(row, UserError):
+                problems.append(row)
+            else:
+                yield row if isinstance(row, str) else "".join(row)
+    except UserError as error:
+        problems.append(error)
+
+
+def _documents_of(texts: Iterator[Iterator[str]]) -> Iterator[str | LongText | UserError]:
+    """Yield the document of each text; a UserError for one that cannot be read."""
+    for chunks in texts:
+        try:
+            document = document_of(chunks)
+        except UserError as error:
+            yield error
         else:
-            yield row if isinstance(row, str) else "".join(row)
+            yield document
 
 
 def warn_of_single_article(clean: str, num_articles: int) -> None:

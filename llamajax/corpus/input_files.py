@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,11 @@ from llamajax.files import lfs_problem
 FORMATS = (".txt", ".jsonl", ".parquet", ".tokens", ".raw")
 COMPRESSIONS = (".gz", ".zst")
 _BOM = "\ufeff"
+_COMPRESSED_STEP = 1 << 16  # bytes; what was read before damage is kept, but for the last step
+# How bytes that are no UTF-8 are decoded by "surrogateescape", and by that only.
+_BAD_BYTES = re.compile("([\udc80-\udcff]+)")
+# Every line of JSON has one.
+_VISIBLE = re.compile(rb"[!-~]")
 
 
 def find_files(patterns: str) -> list[Path]:
@@ -120,14 +126,16 @@ class _Decompressed(io.RawIOBase):
     """A decompressed stream that raises UserError for a damaged file."""
 
     def __init__(self, file: Path, stream: Any) -> None:
-        self._file, self._inner = file, stream
+        self._file = file
+        # GzipFile.read loses at damage all that it had decoded in that call.
+        self._read = stream.read1 if isinstance(stream, gzip.GzipFile) else stream.read
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         try:
-            data = self._inner.read(len(buffer))
+            data = self._read(min(len(buffer), _COMPRESSED_STEP))
         except (EOFError, zlib.error, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk's error; those of gzip and of Arrow's zstd have no number
@@ -170,14 +178,36 @@ def decode(file: Path, data: bytes, offset: int) -> str:
             raise FileError(
                 f"{file}: is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {file.name} > utf8.txt"
             ) from error
-        raise UserError(
-            f"{file}: not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start}"
-            " (of the decompressed text); convert the file to UTF-8"
-        ) from error
+        raise _not_utf8(file, data[error.start], offset + error.start) from error
 
 
-def decoded_chunks(file: Path, stream: io.RawIOBase) -> Iterator[str]:
-    """Yield a text in chunks of a bounded size, without a byte order mark."""
+def _decoded(file: Path, data: bytes, offset: int) -> Iterator[str | UserError]:
+    """Yield the text in `data` without a byte order mark, a UserError for each run of bad bytes."""
+    try:
+        text = decode(file, data, offset)
+        yield text if offset else text.removeprefix(_BOM)
+    except FileError:
+        raise
+    except UserError:
+        for part in _BAD_BYTES.split(data.decode("utf-8", "surrogateescape")):
+            if _BAD_BYTES.match(part):
+                part = part.encode("utf-8", "surrogateescape")
+                yield _not_utf8(file, part[0], offset)
+                offset += len(part)
+            else:
+                yield part if offset else part.removeprefix(_BOM)
+                offset += len(part.encode())
+
+
+def _not_utf8(file: Path, byte: int, offset: int) -> UserError:
+    return UserError(
+        f"{file}: not UTF-8: byte 0x{byte:02x} at offset {offset} (of the decompressed text); "
+        "convert the file to UTF-8"
+    )
+
+
+def decoded_chunks(file: Path, stream: io.RawIOBase) -> Iterator[str | UserError]:
+    """Yield a text in chunks of a bounded size, and a UserError for each run of bad bytes."""
     offset, rest = 0, b""
     while data := stream.read(CHUNK):
         data = rest + data
@@ -185,11 +215,9 @@ def decoded_chunks(file: Path, stream: io.RawIOBase) -> Iterator[str]:
         while end and end > len(data) - 4 and data[end - 1] & 0xC0 == 0x80:
             end -= 1  # to the first byte of the last character
         end = max(0, end - 1)
-        text = decode(file, data[:end], offset)
-        yield text if offset else text.removeprefix(_BOM)
+        yield from _decoded(file, data[:end], offset)
         offset, rest = offset + end, data[end:]
-    text = decode(file, rest, offset)
-    yield text if offset else text.removeprefix(_BOM)
+    yield from _decoded(file, rest, offset)
 
 
 def byte_lines(stream: io.RawIOBase) -> Iterator[tuple[int, int, bytes]]:
@@ -201,23 +229,30 @@ def byte_lines(stream: io.RawIOBase) -> Iterator[tuple[int, int, bytes]]:
     for number, line in enumerate(io.BufferedReader(stream, CHUNK), 1):
         start, offset = offset, offset + len(line)
         line = line if start else line.removeprefix(_BOM.encode())
-        if not line.isspace():
+        if _VISIBLE.search(line) or line.decode("utf-8", "replace").strip():
             yield number, start, line
 
 
-def lines_of(file: Path, stream: io.RawIOBase) -> Iterator[str]:
-    """Yield all lines with their ends."""
+def lines_of(file: Path, stream: io.RawIOBase) -> Iterator[str | UserError]:
+    """Yield all lines with their ends; a UserError for one that is not UTF-8."""
     offset = 0
     for line in io.BufferedReader(stream, CHUNK):
-        text = decode(file, line, offset)
-        yield text if offset else text.removeprefix(_BOM)
+        try:
+            text = decode(file, line, offset)
+            yield text if offset else text.removeprefix(_BOM)
+        except FileError:
+            raise
+        except UserError as error:
+            yield error
         offset += len(line)
 
 
 def numbered_lines(file: Path, stream: io.RawIOBase) -> Iterator[tuple[int, str]]:
     """Yield the lines that are more than white space, each with its number in the file."""
     for number, line in enumerate(lines_of(file, stream), 1):
-        if not line.isspace():
+        if isinstance(line, UserError):
+            raise line
+        if line.strip():
             yield number, line
 
 
@@ -225,7 +260,7 @@ def json_object(line: str) -> dict[str, Any]:
     """Parse a line that holds a JSON object. Raises UserError without the place."""
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON: {error}") from error
     return checked_object(value)
 

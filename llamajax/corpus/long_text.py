@@ -52,21 +52,31 @@ def document_of(chunks: Iterator[str]) -> str | LongText:
     return "".join(taken)
 
 
-def split_at(chunks: Iterator[str], separator: str) -> Iterator[Iterator[str]]:
-    """Yield the chunks of each text between separators; each is to be read before the next."""
-    buffer, at, ended = "", 0, False
+def split_at(chunks: Iterator[str | UserError], separator: str) -> Iterator[Iterator[str]]:
+    """Yield the chunks of each text between separators; each is to be read before the next.
+
+    separator: may be empty; then there is one text. Reading a text raises the first UserError that
+    is among its chunks; the text after it is whole again.
+    """
+    buffer, at, ended, is_bad = "", 0, False, False
 
     def text() -> Iterator[str]:
-        nonlocal buffer, at, ended
-        while (found := buffer.find(separator, at)) < 0:
+        nonlocal buffer, at, ended, is_bad
+        while (found := buffer.find(separator, at) if separator else -1) < 0:
             # What might begin a separator stays.
-            keep = max(at, len(buffer) - len(separator) + 1)
+            keep = max(at, len(buffer) - max(0, len(separator) - 1))
             yield buffer[at:keep]
             try:
                 chunk = next(chunks, None)
             except UserError:
                 ended = True
                 raise
+            if isinstance(chunk, UserError):
+                buffer, at = "", 0
+                if is_bad:  # already said
+                    continue
+                is_bad = True
+                raise chunk
             if chunk is None:
                 ended = True
                 yield buffer[keep:]
@@ -80,6 +90,10 @@ def split_at(chunks: Iterator[str], separator: str) -> Iterator[Iterator[str]]:
         yield each
         for _ in each:
             pass
+        if is_bad:
+            for _ in text():
+                pass
+            is_bad = False
 
 
 def long_json(line: bytes, where: str) -> Any:
@@ -100,7 +114,7 @@ def long_json(line: bytes, where: str) -> Any:
         after = end + 1
     try:
         value = json.loads(b"".join([*skeleton, line[at:]]).decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON: {error} (long strings left out)") from error
     if isinstance(value, dict):
         for key, item in value.items():

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llamajax.corpus.long_text import CHUNK, LONG_CHARS, LongText
+from llamajax.corpus.long_text import CHUNK, LongText, document_of
 from llamajax.errors import UserError
 
 _STRINGS = ("string", "large_string", "string_view", "binary", "large_binary")
@@ -51,11 +51,9 @@ def _text_of(value: bytes | None, where: str) -> str | LongText | UserError:
     if value is None:
         return UserError(f"{where} is null, not a string")
     try:
-        if len(value) <= LONG_CHARS:
-            return value.decode()
-        return LongText(_chunks(value, where))
-    except UnicodeDecodeError as error:
-        return _not_utf8(error, 0, where)
+        return document_of(_chunks(value, where))
+    except UserError as error:
+        return error
 
 
 def _chunks(value: bytes, where: str) -> Iterator[str]:
@@ -67,11 +65,8 @@ def _chunks(value: bytes, where: str) -> Iterator[str]:
         try:
             yield value[start:end].decode()
         except UnicodeDecodeError as error:
-            raise _not_utf8(error, start, where) from error
+            raise UserError(
+                f"{where} is not UTF-8 ({error.reason} at byte {start + error.start}); convert the "
+                "column"
+            ) from error
         start = end
-
-
-def _not_utf8(error: UnicodeDecodeError, start: int, where: str) -> UserError:
-    return UserError(
-        f"{where} is not UTF-8 ({error.reason} at byte {start + error.start}); convert the column"
-    )

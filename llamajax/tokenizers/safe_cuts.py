@@ -43,7 +43,7 @@ def cut_between(pieces: Iterable[str], names: Iterable[str]) -> FindCut:
     reaches over it, so that both sides are merged as if they were alone. names: added tokens, which
     are found before anything is merged; no cut touches one.
     """
-    names = list(names)
+    names = [name for name in names if name]
     lasts, firsts = {name[-1] for name in names}, {name[0] for name in names}
     joined = {
         a + b
@@ -129,7 +129,9 @@ def cuts_of_json(spec: Mapping[str, Any]) -> FindCut | None:
         vocab = model["vocab"]
         affixes = (model.get(k) for k in ("continuing_subword_prefix", "end_of_word_suffix"))
         # With all bytes nothing is unknown: unknown neighbors become one token.
-        needed = {_SPACE, *(f"<0x{b:02X}>" for b in range(256))} if model["byte_fallback"] else {""}
+        needed = (
+            {_SPACE, *(f"<0x{b:02X}>" for b in range(256))} if model.get("byte_fallback") else {""}
+        )
         if needed <= vocab.keys() and not any(affixes) and not any("\n" in p for p in vocab):
             return cut_between(vocab, names)
     return None

@@ -147,11 +147,50 @@ def test_other_string_columns_and_a_truncated_file(tmp_path):
         assert read(tmp_path / f"{i}.parquet", text_key="body") == TEXTS
 
 
+@pytest.mark.parametrize("chunk", [1 << 20, 50])
+def test_a_bad_byte_costs_its_own_document_only(tmp_path, chunk, monkeypatch):
+    monkeypatch.setattr("llamajax.corpus.input_files.CHUNK", chunk)
+    for name, size in [("LONG_CHARS", 15), ("CHUNK", chunk)]:
+        monkeypatch.setattr(f"llamajax.corpus.long_text.{name}", size)
+    texts = [b"document %d, \xc3\xa9" % number for number in range(90)]
+    bad = [*texts]
+    for number in (30, 31, 89):
+        bad[number] = b"\xff<|" + bad[number][:5] + b"\xe9\xe9 <\xff|> " + bad[number] + b"\xc3"
+    (tmp_path / "f.txt").write_bytes(b"<|>".join(bad))
+    articles = [f"\n = {c} = \n\n words of {c}\n".encode() for c in "ABCD"]
+    articles[1] += b" a bad line \xe9\n"
+    (tmp_path / "f.raw").write_bytes(b"".join(articles))
+    lines = "".join(f'{{"text": "{random.random()}"}}\n' for _ in range(20_000)).encode()
+    for name, pack in (("f.jsonl.gz", gzip.compress), ("f.jsonl.zst", PACK[".zst"])):
+        packed = pack(lines)
+        (tmp_path / name).write_bytes(packed[: len(packed) * 3 // 4])
+    kept = {"f.txt": (87, 3), "f.raw": (4, 1), "f.jsonl.gz": (14_000, 1), "f.jsonl.zst": (9000, 1)}
+    for name, (least, rows) in kept.items():
+        corpus = Corpus([tmp_path / name], Reading(document_separator="<|>", on_error="skip"))
+        sizes = list(corpus.check())
+        documents = ["".join(document) for document in corpus]
+        assert [len(document) for document in documents] == sizes
+        assert (len(sizes) >= least, corpus.left_out.rows) == (True, rows), name
+        if name == "f.txt":
+            good = [text.decode() for n, text in enumerate(texts) if n not in (30, 31, 89)]
+            assert documents == good
+
+
+def test_a_row_nested_too_deeply_is_a_bad_row(tmp_path):
+    deep = '{"text": "a", "b": ' + "[" * 200_000 + "]" * 200_000 + "}\n"
+    (tmp_path / "f.jsonl").write_text(deep + '{"text": "b"}\n')
+    with pytest.raises(UserError, match=r"f.jsonl:1: not valid JSON: maximum recursion"):
+        read(tmp_path / "f.jsonl")
+
+
 def test_byte_order_marks_and_blank_documents_are_left_out(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfabc")
     (tmp_path / "b.txt").write_text(" \n\n")
     (tmp_path / "c.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "c"}\n{"text": ""}\n')
     (tmp_path / "d.txt.gz").write_bytes(b"")
+    (tmp_path / "e.jsonl").write_bytes(b"\xef\xbb\xbf")
+    (tmp_path / "f.jsonl").write_text("\u00a0\n \u3000\n")
+    parquet(tmp_path / "g.parquet", [" " * 5_000_000])
     assert read(tmp_path) == ["abc", "c"]
 
 
