@@ -85,10 +85,11 @@ def run_task(
 
     UserError too if the part is there, but of another input or other flags.
     """
-    files, _ = check_input(settings)
+    files, tokenizer = check_input(settings)
     tasks = share_out(settings.output, files, num_tasks)
     part, own_files = tasks[index]
-    tokenizer = load_tokenizer(find_or_train_tokenizer(settings, files, progress))
+    path = find_or_train_tokenizer(settings, files, progress)
+    tokenizer = tokenizer or load_tokenizer(path)
     facts = _facts(settings, files, num_tasks=num_tasks, tokenizer=tokenizer.fingerprint)
     if not settings.overwrite and (part / _FACTS).is_file():
         if problem := _mismatch(part, facts):
@@ -109,9 +110,9 @@ def merge(settings: PrepareSettings, *, num_tasks: int, progress: ReportProgress
 
     Raises UserError that names missing parts and those of another input or other flags.
     """
-    files, _ = check_input(settings)
+    files, tokenizer = check_input(settings)
     tasks, parts = share_out(settings.output, files, num_tasks), parts_of(settings.output)
-    trained = parse_train(settings.tokenizer) is not None
+    trained = tokenizer is None
     tokenizer_path = str(parts / TRAINED) if trained else settings.tokenizer
     missing = [i for i, task in enumerate(tasks) if not (task.part / _FACTS).is_file()]
     if missing or (trained and not Path(tokenizer_path).is_file()):
@@ -120,8 +121,8 @@ def merge(settings: PrepareSettings, *, num_tasks: int, progress: ReportProgress
             f"{parts} lacks {len(missing)} of {num_tasks} parts; run them first: "
             f"--num_tasks={num_tasks} and --task_index of {shown or 0}"
         )
-    fingerprint = load_tokenizer(tokenizer_path).fingerprint
-    facts = _facts(settings, files, num_tasks=num_tasks, tokenizer=fingerprint)
+    tokenizer = tokenizer or load_tokenizer(tokenizer_path)
+    facts = _facts(settings, files, num_tasks=num_tasks, tokenizer=tokenizer.fingerprint)
     if problems := [problem for task in tasks if (problem := _mismatch(task.part, facts))]:
         raise combine(problems, title="parts that are not of this command:")
     num_documents = sum(len(task.column(0)) for task in tasks)
@@ -130,8 +131,7 @@ def merge(settings: PrepareSettings, *, num_tasks: int, progress: ReportProgress
         left_out.merge(json.loads((task.part / _FACTS).read_text("utf-8"))["left_out"])
     with locked_output(settings.output) as directory:
         if trained:
-            tokenizer_path = str(shutil.copyfile(tokenizer_path, directory / TRAINED))
-        tokenizer = load_tokenizer(tokenizer_path)
+            tokenizer = load_tokenizer(shutil.copyfile(tokenizer_path, directory / TRAINED))
         results = _merged(settings, tasks, tokenizer, progress)
         manifest = write_results(settings, files, results, directory, tokenizer, left_out=left_out)
     left_out.say()

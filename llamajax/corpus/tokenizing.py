@@ -30,8 +30,9 @@ from llamajax.verbs import STOP_SIGNALS
 
 # Long texts are cut into pieces that several workers can encode.
 _PIECE_CHARS = 400_000
-# A longer stretch without a safe cut is cut anyway: memory grows with it, 40 bytes a character.
-_MAX_PIECE_CHARS = 1 << 22
+# A longer stretch without a safe cut is cut anyway: memory grows with it, by about 400 bytes a
+# character (Llama 3's tokenizer.json on Chinese).
+_MAX_PIECE_CHARS = 1 << 19
 _BATCH_CHARS = 500_000
 _BATCH_PARTS = 2_000
 _BATCHES_PER_WORKER = 3  # being tokenized, or waiting for their turn: bounds the memory
@@ -82,11 +83,13 @@ def _pieces(chunks: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, 
     for chunk in chunks:
         rest, start = rest + chunk, 0
         while len(rest) - start > _PIECE_CHARS:
-            end = tokenizer.safe_cut(rest, start + _PIECE_CHARS)
-            if end is None and len(rest) - start <= _MAX_PIECE_CHARS:
+            # No further than this, so that pieces do not depend on the size of the chunks.
+            window = rest[start : start + _MAX_PIECE_CHARS + 1]
+            end = tokenizer.safe_cut(window, _PIECE_CHARS)
+            if end is None and len(window) <= _MAX_PIECE_CHARS:
                 break
-            yield rest[start : end or start + _MAX_PIECE_CHARS], end is not None
-            start = end or start + _MAX_PIECE_CHARS
+            yield window[: end or _MAX_PIECE_CHARS], end is not None
+            start += end or _MAX_PIECE_CHARS
         rest = rest[start:]
     yield rest, True
 
