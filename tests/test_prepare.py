@@ -337,6 +337,9 @@ def test_the_record_and_the_screen_name_what_was_left_out(corpus, tmp_path, caps
     assert all(any(repr(text)[1:].startswith(b) for text in texts) for b in begins)
     with pytest.raises(UserError, match="not a prepared directory"):
         prepare.main([f"--inspect={tmp_path}"])
+    (tmp_path / "out" / "manifest.json").write_text('{"format_version": 1, "tokenizer": {}}')
+    with pytest.raises(UserError, match="lacks input, splits"):
+        prepare.main([f"--inspect={tmp_path / 'out'}"])
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 5])

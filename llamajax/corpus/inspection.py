@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from llamajax.data import shards
+from llamajax.errors import UserError
 from llamajax.tokenizers import Tokenizer, load_tokenizer
 
 _SHOWN_DOCUMENTS, _SHOWN_TOKENS = 3, 60
@@ -52,6 +53,11 @@ def summary(manifest: dict[str, Any]) -> list[str]:
 def inspect_directory(directory: Path) -> str:
     """Return a description of a prepared directory. Raises UserError for anything else."""
     manifest = shards.read_manifest(directory)
+    if lacking := [key for key in ("tokenizer", "input", "splits") if key not in manifest]:
+        raise UserError(
+            f"{directory}: its manifest lacks {', '.join(lacking)}: damaged or not written by "
+            "llamajax.prepare"
+        )
     tokenizer, source = load_tokenizer(directory), dict(manifest["input"])
     files = source.pop("files")
     more = f" and {len(files) - 10:,} more" if len(files) > 10 else ""
