@@ -64,6 +64,8 @@ class ConvertFlags(Flags):
         yield from super().problems()
         if self.format == "hf" and self.dtype == "q8_0":
             yield "--dtype=q8_0 is of GGUF files: add --format=gguf, or choose another dtype"
+        if self.format == "gguf" and self.max_shard_bytes != type(self).max_shard_bytes:
+            yield "--max_shard_bytes is of --format=hf: a GGUF file is never split; leave it out"
         if self.average is not None and not re.fullmatch(r"last:[1-9]\d*", self.average):
             yield f"--average={self.average}: must be last:N, N being the number of checkpoints"
 
@@ -115,10 +117,16 @@ def main(argv: list[str]) -> int:
 def _check_apart(flags: ConvertFlags, opened: "Sequence[Weights]") -> None:
     """Raise UserError when --to holds what is read, or is no place for a file that is asked for."""
     target = Path(flags.to).resolve()
-    paths = [path for weights in opened for path in (weights.path, weights.tokenizer)]
-    for read in (Path(flags.from_), *paths):
-        if read is not None and read.resolve().is_relative_to(target):
+    paths = [Path(flags.from_)]
+    for each in opened:
+        while each is not None:  # adapters, then their base
+            paths += [path for path in (each.path, each.tokenizer) if path is not None]
+            each = each.base
+    for read in (path for path in paths if isinstance(path, Path)):  # others are URLs
+        if read.resolve().is_relative_to(target):
             raise UserError(f"--to={flags.to} holds what is read, {read}; name another place")
+        if flags.format == "gguf" and target.exists() and target.is_relative_to(read.resolve()):
+            raise UserError(f"--to={flags.to} is a file of {read}, which is read; name another")
     if flags.format == "gguf" and target.is_dir():
         raise UserError(f"--to={flags.to} is a directory; name a file, as in model.gguf")
     if flags.format == "gguf" and target.exists() and not flags.overwrite:

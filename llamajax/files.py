@@ -6,6 +6,7 @@ system is atomic, so a reader and a killed process see the old content or the ne
 
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -41,6 +42,14 @@ def replaced_file(path: Path, *, durable: bool = False, label: str | None = None
     finally:
         with contextlib.suppress(OSError):
             hidden.unlink()
+
+
+def remove_partials(path: Path) -> None:
+    """Remove what killed processes left of `replaced_file`. To be called by the only writer."""
+    pattern = f"{glob.escape(f'.{path.name[:40]}.')}{'[0-9a-f]' * 8}.partial"
+    for left in path.parent.glob(pattern):
+        with contextlib.suppress(OSError):
+            left.unlink()
 
 
 def write_file(

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,11 +71,23 @@ def read_peft_config(path: Path) -> dict[str, Any]:
         problems.append(f"peft_type is {kind!r}; only LORA is read")
     if (bias := config.get("bias", "none")) != "none":
         problems.append(f"bias is {bias!r}; a Llama has no biases")
+    name = config.get("base_model_name_or_path")
+    if not isinstance(name, str | None):
+        problems.append(f"base_model_name_or_path is {name!r}; it must be a directory's name")
     if (init := config.get("init_lora_weights")) not in _PLAIN_INITS:
         problems.append(f"init_lora_weights is {init!r}, which changes the base's matrices as well")
     numbers = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha")}
     for key in ("rank_pattern", "alpha_pattern"):
-        numbers |= {f"{key}[{name!r}]": value for name, value in (config.get(key) or {}).items()}
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            problems.append(f"{key} is {patterns!r}; it must be an object of names and numbers")
+            continue
+        numbers |= {f"{key}[{name!r}]": value for name, value in patterns.items()}
+        for name in patterns:
+            try:
+                re.compile(name)
+            except re.error as error:
+                problems.append(f"{key} has {name!r}, no regular expression ({error})")
     for key, value in numbers.items():
         if not isinstance(value, int | float) or not value > 0:
             problems.append(f"{key} is {value!r}; it must be a number above 0")
@@ -93,9 +106,9 @@ def find_base(path: Path, config: Mapping[str, Any]) -> Path:
     Raises UserError where there is none, as for a name on the hub.
     """
     name = config.get("base_model_name_or_path")
-    for found in (Path(name).expanduser(), path / name) if name else ():
-        if found.exists():
-            return found
+    for found in (os.path.expanduser(name), path / name) if name else ():
+        if os.path.exists(found):  # False for a name that is too long
+            return Path(found)
     fix = f'write the directory of the base as "base_model_name_or_path" into {path / CONFIG}'
     if not name:
         raise UserError(f"{path} holds adapters that do not say which base they belong to; {fix}")

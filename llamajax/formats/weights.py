@@ -207,10 +207,19 @@ def open_weights(path: str | PurePath) -> Weights:
     )
 
 
-def _of_peft(path: Path) -> Weights:
-    """Return a base with the adapters of a PEFT directory; its tokenizer, else the base's."""
+def _of_peft(path: Path, above: tuple[Path, ...] = ()) -> Weights:
+    """Return a base with the adapters of a PEFT directory; its tokenizer, else the base's.
+
+    above: directories of adapters that name this one as their base.
+    """
     config = read_peft_config(path)
-    base = open_weights(find_base(path, config))
+    above, found = (*above, path.resolve()), find_base(path, config)
+    if found.resolve() in above:
+        raise UserError(
+            f'{path}: "base_model_name_or_path" of its adapter_config.json leads to {found}, '
+            "which holds these adapters; write the directory of the base there"
+        )
+    base = _of_peft(found, above) if is_peft(found) else open_weights(found)
     return Weights(
         kind="peft",
         path=path,

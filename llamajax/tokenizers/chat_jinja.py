@@ -25,7 +25,7 @@ _AS_TEXT = "\ufdd0"
 # What a template can raise, apart from Jinja's own errors: it may compute whatever it likes.
 _RAISED = (
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError,
-    TypeError, ValueError,
+    RuntimeError, TypeError, ValueError,
 )  # fmt: skip
 
 

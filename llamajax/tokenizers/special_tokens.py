@@ -130,6 +130,7 @@ def _chat_template(file: Path, configured: Any) -> str | None:
         except ValueError as error:
             raise UserError(f"{file}: not UTF-8 ({error}); copy it again") from None
     if isinstance(configured, list):
+        configured = [each for each in configured if isinstance(each, dict)]
         named = {each.get("name"): each.get("template") for each in configured}
         configured = named.get("default")
     return configured if isinstance(configured, str) else None

@@ -107,7 +107,7 @@ class HuggingFaceTokenizer(Tokenizer):
         own = tuple(vocab.get(end or "") for end in ends)
         listed = {t["content"]: (t["id"], t["special"]) for t in spec.get("added_tokens") or []}
         special = find_special_tokens(self.file, self.facts, vocab, own=own, added=listed)
-        if own[0] is None or special.adds_bos:
+        if own[0] is None or special.bos_id is None or special.adds_bos:
             return special
         warning = (
             f"{self.file} puts {ends[0]} before every text, although tokenizer_config.json has "

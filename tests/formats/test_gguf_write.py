@@ -111,10 +111,19 @@ def test_mistakes_and_what_was_there_stays(tmp_path):
     source = save_hugging_face(tmp_path / "hf", c, arrays)
     file.write_text("kept")
     (tmp_path / "new").mkdir()
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / ".x.gguf.0123abcd.partial").touch()  # of a killed process
     for flags, message in (
         ([f"--to={file}", "--format=gguf"], "exists already; name another file, or"),
         ([f"--to={tmp_path}", "--format=gguf"], "holds what is read"),
         ([f"--to={tmp_path}/new", "--format=gguf"], "is a directory; name a file"),
+        (
+            [f"--to={source}/model.safetensors", "--format=gguf", "--overwrite"],
+            "which is read; name another",
+        ),
+        ([f"--to={tmp_path}/y", "--format=gguf", "--max_shard_bytes=9"], "max_shard_bytes is of"),
+        ([f"--to={file}/deeper/y", "--format=gguf"], "x.gguf"),
+        ([f"--to={tmp_path}/gone/y", "--format=gguf"], "y cannot be written: File exists"),
         ([f"--to={tmp_path}/new", "--dtype=q8_0"], "q8_0 is of GGUF files: add --format=gguf"),
     ):
         with pytest.raises(UserError, match=message):

@@ -11,7 +11,9 @@ import stored
 from chat_cases import save_byte_level
 from llama_cases import ADAPTED, STORED, save_hugging_face, save_peft, tokens, weights
 from llamas import assert_close, load, logits
+from refusal import refused
 
+from llamajax import convert
 from llamajax.decoding.prompts import eos_ids
 from llamajax.errors import UserError
 from llamajax.formats.weights import open_weights
@@ -55,10 +57,20 @@ def test_the_base_is_found_from_here_and_from_the_adapters(adapters, base, tmp_p
         ("meta-llama/Llama-2-7b-hf", r"hf download meta-llama/Llama-2-7b-hf .*base_model_name_or"),
         (str(tmp_path / "gone"), r"no directory .*gone, their base; write the directory"),
         (None, "do not say which base"),
+        (5, "is 5; it must be a directory's name"),
+        ("x" * 300, "no directory x+, their base"),
+        (str(adapters), "leads to .*peft, which holds these adapters"),
     ):
         edit(adapters, base_model_name_or_path=named)
         with pytest.raises(UserError, match=message):
             open_weights(adapters)
+
+
+@pytest.mark.parametrize("flags", [[], ["--format=gguf"]])
+def test_conversion_never_replaces_the_base(flags, adapters, base):
+    target = base / "model.safetensors" if flags else base
+    with refused("which is read" if flags else "holds what is read", unchanged=(base,)):
+        convert.main([f"--from={adapters}", f"--to={target}", "--overwrite", *flags])
 
 
 def test_the_tokenizer_may_be_beside_the_adapters_and_texts_end_as_the_bases(adapters, base):
@@ -84,6 +96,8 @@ def test_the_tokenizer_may_be_beside_the_adapters_and_texts_end_as_the_bases(ada
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changes the base"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
         ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"rank_pattern": ["q_proj"]}, r"rank_pattern is \['q_proj'\]; it must be an object"),
+        ({"alpha_pattern": {"*q": 8}}, r"alpha_pattern has '\*q', no regular expression"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] is 0"),
         (
             {"r": 4},

@@ -17,7 +17,7 @@ import numpy as np
 
 from llamajax.config.schema import ModelConfig
 from llamajax.errors import UserError
-from llamajax.files import check_target, replaced_file
+from llamajax.files import check_target, remove_partials, replaced_file
 from llamajax.formats.foreign_weights import TensorSource, half_split_rows, read_as
 from llamajax.formats.gguf.gguf_header import MAGIC
 from llamajax.formats.gguf.gguf_source import ROPE_FACTORS
@@ -80,9 +80,13 @@ def write_gguf(
     }
     facts, more = tokenizer_metadata(tokenizer, model.vocab_size, file)
     total = sum(each.num_bytes for each in plan)
+    remove_partials(file)  # of this size, they may be what fills the disk
     check_target(file.absolute().parent, overwrite=True, needed_bytes=total)
     done = 0
-    file.absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror or error}") from None
     with replaced_file(file, durable=True, label=str(file)) as hidden, hidden.open("wb") as stream:
         _write_header(stream, metadata | facts, plan)
         for each in plan:
