@@ -25,7 +25,7 @@ from typing import Any, get_args
 from llamajax.backends import with_huge_pages
 from llamajax.config import RunConfig, find_preset, freeze, mesh_config
 from llamajax.config.schema import AttentionImpl, ComputeDtype, Remat
-from llamajax.errors import UserError
+from llamajax.errors import UserError, say
 from llamajax.files import write_file
 from llamajax.verbs import output_problem, run_verb
 
@@ -43,7 +43,8 @@ class Run:
     config: RunConfig
     machine: Any
     mesh: Any
-    attention: str
+    attention: Any  # AttentionChoice
+    options: Any  # CompilerOptions
     compile_s: float
     update: Callable  # the compiled program
     state: Any
@@ -145,12 +146,12 @@ def compiled(config: RunConfig, *, documents: int = 1, options: str = "", state:
     from llamajax import backends, sharding
     from llamajax.training.setup import (
         check_mesh,
+        lower_update,
         resolve_attention,
         resolve_compiler_options,
         resolve_compute,
     )
     from llamajax.training.state import StateSpec
-    from llamajax.training.step import train_step
 
     if options:
         backend = dataclasses.replace(config.backend, compiler_options=options)
@@ -166,10 +167,9 @@ def compiled(config: RunConfig, *, documents: int = 1, options: str = "", state:
         state = jax.block_until_ready(spec.init(config.train.seed))
     batch = sharding.put_batch(random_batch(config, documents=documents), mesh)
     start = time.perf_counter()
-    update = train_step(spec.optimizer, config.optim, config.train, compute, mesh, config.guard)
-    update = chosen.compile(update.lower(state, batch))
+    update = chosen.compile(lower_update(config, mesh, compute, spec.optimizer, state))
     compile_s = time.perf_counter() - start
-    return Run(config, machine, mesh, compute.attention, compile_s, update, state, batch)
+    return Run(config, machine, mesh, attention, chosen, compile_s, update, state, batch)
 
 
 def check_fits(run: Run) -> None:
@@ -225,7 +225,7 @@ def facts(run: Run) -> dict[str, Any]:
     c, machine, memory = run.config, run.machine, run.update.memory_analysis()
     device, predicted = find(machine.device_kind), None
     if device is not None and run.mesh.size == 1:  # with more, links have a part in it
-        predicted = predict(c, run.mesh.shape, device, {}, attention=run.attention)
+        predicted = predict(c, run.mesh.shape, device, {}, attention=run.attention.impl)
     return {
         "date": str(datetime.date.today()),
         "versions": machine.versions,
@@ -238,7 +238,10 @@ def facts(run: Run) -> dict[str, Any]:
         "batch": c.data.global_batch_size,
         "seq_len": c.data.seq_len,
         "mask_documents": c.data.mask_documents,
-        "attention": run.attention,
+        "attention": run.attention.impl,
+        "attention_reason": run.attention.reason,
+        "compiler_options": dict(run.options.values),
+        "refused_compiler_options": list(run.options.refused),
         "moment_dtype": c.optim.moment_dtype,
         **{
             key: getattr(c.train, key)
@@ -317,8 +320,8 @@ def table(found: dict[str, Any]) -> str:
         else "unknown: no /proc",
         "of it compiling the step": f"{found['compile_s']:.1f} s",
     }
-    if found["compiler_options"]:
-        rows["compiler options"] = found["compiler_options"]
+    if options := found["compiler_options"].items():
+        rows["compiler options"] = ", ".join(f"{name}={value}" for name, value in options)
     if found["predicted_step_s"]:
         rows["predicted step time"] = f"{found['predicted_step_s'] * 1e3:.1f} ms"
     return "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows.items())])
@@ -361,12 +364,15 @@ def measured(flags: argparse.Namespace, *, state: Any = None) -> tuple[dict[str,
     """What the step that the flags describe takes, and the Run, whose state can be used again."""
     config = run_config(flags)
     run = compiled(config, documents=flags.documents, options=flags.compiler_options, state=state)
+    if run.attention.is_second_best:
+        say(f"warning: attention {run.attention.impl}, because {run.attention.reason}")
+    for line in run.options.warnings():
+        say(f"warning: {line}")
     check_fits(run)
     run.step()
     found = {
         "start_up_s": seconds_alive(),
         "documents": flags.documents,
-        "compiler_options": flags.compiler_options,
     }
     return found | measure(run, steps=flags.steps), run
 

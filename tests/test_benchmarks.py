@@ -50,8 +50,10 @@ def test_train_step_prints_one_table_and_writes_it_as_json(tmp_path):
     assert rows["batch"].endswith("3 document(s) a row")
     assert "remat full, keeping gate, keeping up" in rows["compute"]
     assert rows["compute"].endswith("first moment bfloat16")
-    assert rows["compiler options"] == "xla_cpu_enable_fast_math=false"
+    assert rows["compiler options"] == "xla_cpu_enable_fast_math=False"
     found = json.loads(file.read_text())
+    assert found["compiler_options"] == {"xla_cpu_enable_fast_math": False}
+    assert found["attention_reason"] == "the first choice on cpu"
     assert found["loss_last"] < found["loss_first"]
     assert found["tokens_per_s"] == 32 / found["step_s"]
     assert rows["MFU, causal half of it"].startswith("null, peak unknown")

@@ -1,8 +1,11 @@
 """Choose the options that XLA compiles a step with, program by program.
 
 Precedence: `backend.compiler_options`, the user's XLA_FLAGS and LIBTPU_INIT_ARGS, the platform's
-table (`platforms.py`). XLA aborts on a flag that it does not know; an option of one program that it
-does not know is an error that can be caught. So each release takes of the table what it knows.
+table (`platforms.py`). Of a list (`_LISTS`), such as the passes that are turned off, the table's
+entries are added to the user's; an empty list of the user's turns the table's off. In
+`backend.compiler_options` `+` stands between entries. XLA aborts on a flag that it does not know;
+an option of one program that it does not know is an error that can be caught. So each release takes
+of the table what it knows.
 """
 
 import dataclasses
@@ -18,7 +21,9 @@ from llamajax.backends.platforms import LAYER_BYTES, platform_facts
 from llamajax.backends.plugin import Option, typed_options
 from llamajax.errors import UserError
 
-_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+# Options that are lists: what the user and the table name counts together.
+_LISTS = ("xla_disable_hlo_passes",)
 _REFUSED = re.compile(r"No such compile option: '(\w+)'|While setting option (\w+),")
 _LEAST_LAYER_BYTES = 2**30  # of small layers several are combined, as in published recipes
 
@@ -50,7 +55,7 @@ def compiler_flags(environment: Mapping[str, str] | None = None) -> str:
     environment: None is that of this process.
     """
     found = environment if environment is not None else os.environ
-    flags = " ".join(found.get(name, "") for name in _FLAGS).split()
+    flags = " ".join(found.get(name, "") for name in COMPILER_VARIABLES).split()
     return " ".join(sorted(flag for flag in flags if not flag.startswith("--xla_dump")))
 
 
@@ -70,13 +75,14 @@ def choose_compiler_options(
     asked for.
     """
     own = typed_options(asked, key="backend.compiler_options")
+    own |= {name: str(own[name]).replace("+", ",") for name in _LISTS if own.get(name)}
     if own and (found := _refusal(own, device)):
         raise UserError(
             f"backend.compiler_options = {asked}: the compiler refuses it: {found[1]}; correct the "
             "name or value, or leave it out"
         )
-    flags = " ".join(os.environ.get(name, "") for name in _FLAGS)
-    taken = {*own, *re.findall(r"--(\w+)", flags)}
+    flags = " ".join(os.environ.get(name, "") for name in COMPILER_VARIABLES)
+    given = dict(re.findall(r"--(\w+)(?:=(\S*))?", flags)) | own
     least, refused = max(_LEAST_LAYER_BYTES, int(layer_bytes)), []
     values: dict[str, Option] = {}
     facts = platform_facts(platform)
@@ -84,13 +90,16 @@ def choose_compiler_options(
         left = {
             name: least if value == LAYER_BYTES else value
             for name, value in group.items()
-            if name not in taken
+            if name not in given
         }
+        for name in _LISTS:
+            if name in group and given.get(name):
+                left[name] = f"{given[name]},{group[name]}"
         if left and (found := _refusal(left, device)):
             refused.append(found[0])
         else:
             values |= left
-    return CompilerOptions(values | own, tuple(refused))
+    return CompilerOptions(own | values, tuple(refused))
 
 
 def _refusal(options: Mapping[str, Option], device: Any) -> tuple[str, str] | None:

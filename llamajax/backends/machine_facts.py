@@ -9,20 +9,15 @@ from typing import Any
 
 import jax
 
+from llamajax.backends.compiler_options import COMPILER_VARIABLES
+from llamajax.backends.device_data import FRACTION_VARIABLES
 from llamajax.backends.devices import find
 from llamajax.backends.platforms import platform_facts
 from llamajax.backends.repairs import read_verdict
 from llamajax.backends.runtime import Machine
 
 # What of the environment changes how programs are compiled or memory is given, besides JAX_*.
-_VARIABLES = (
-    "XLA_FLAGS",
-    "LIBTPU_INIT_ARGS",
-    "XLA_CLIENT_MEM_FRACTION",
-    "XLA_PYTHON_CLIENT_MEM_FRACTION",
-    "XLA_PYTHON_CLIENT_PREALLOCATE",
-)
-
+_VARIABLES = (*COMPILER_VARIABLES, *FRACTION_VARIABLES, "XLA_PYTHON_CLIENT_PREALLOCATE")
 
 # Of the control group as a container sees its own: version 2, and 1.
 _MEMORY_LIMITS = (

@@ -20,6 +20,7 @@ import jax
 from jax.experimental import topologies
 
 from llamajax.backends import devices, runtime
+from llamajax.backends.compiler_options import COMPILER_VARIABLES
 from llamajax.backends.plugin import named_to_jax
 from llamajax.backends.repairs import apply_to_lowering, choose_repairs, read_verdict
 from llamajax.config.schema import BackendConfig
@@ -28,8 +29,6 @@ from llamajax.errors import UserError, did_you_mean, nearest
 GPUS_A_NODE = 8
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 GPUS = ("a100", "h100", "h200", "b200")
-
-_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 # The chips that share a host, which a topology's shape must be a multiple of; smaller slices are
 # one host.
@@ -121,7 +120,7 @@ def absent_devices(text: str, backend: BackendConfig) -> Target:
         entry=devices.find(first.device_kind),
         compute_capability=_GPU[kind].capability if kind in GPUS else None,
         versions={name: importlib.metadata.version(name) for name in packages}
-        | {name: os.environ[name] for name in _FLAGS if os.environ.get(name)},
+        | {name: os.environ[name] for name in COMPILER_VARIABLES if os.environ.get(name)},
         repairs=repairs,
         # JAX gives all GPUs that are not here the same slice_index.
         devices_a_node=len(found) // (count or _num_processes(found)) if kind in GPUS else None,

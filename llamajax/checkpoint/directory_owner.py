@@ -70,6 +70,15 @@ def claim(
     return words
 
 
+def check_unclaimed(directory: Location, workdir: Path) -> None:
+    """Raise UserError where `claim` would, because the directory is another run's. Only reads."""
+    with location.store_errors_explained(directory):
+        owner, name = _read_owner(directory), workdir / _RUN_ID
+    is_mine = owner is None or (name.exists() and owner.get("id") == name.read_text("utf-8"))
+    if not is_mine and owner.get("workdir") != str(workdir.absolute()):
+        raise _refused(directory, owner)
+
+
 def check_owner(directory: Location, workdir: Path) -> None:
     """Raise OSError if another run has taken `directory` over."""
     owner = _read_owner(directory)
@@ -89,13 +98,17 @@ def _write_claim(directory: Location, workdir: Path, undo: contextlib.ExitStack)
     if owner is not None and owner.get("id") == me["id"]:
         return None
     if owner is None or owner.get("workdir") != me["workdir"]:
-        raise UserError(
-            f"checkpoint.directory = {directory} is of {_describe(owner)}; name another directory, "
-            f"or continue that run. If it is gone for good, delete {directory / OWNER}"
-        )
+        raise _refused(directory, owner)
     undo.callback((directory / OWNER).write_text, json.dumps(owner))
     (directory / OWNER).write_text(text)
     return f"{directory} is taken over from {_describe(owner)}: this --workdir is new"
+
+
+def _refused(directory: Location, owner: dict[str, str] | None) -> UserError:
+    return UserError(
+        f"checkpoint.directory = {directory} is of {_describe(owner)}; name another directory, "
+        f"or continue that run. If it is gone for good, delete {directory / OWNER}"
+    )
 
 
 def _read_owner(directory: Location) -> dict[str, str] | None:

@@ -363,7 +363,8 @@ class BackendConfig:
         default="auto",
     )
     compiler_options: str | None = key(
-        "options of XLA for the step, as k=v,k=v; before XLA_FLAGS and our own", default=None
+        "options of XLA for the step, as k=v,k=v; before XLA_FLAGS and our own; a list is a+b",
+        default=None,
     )
     deterministic: bool = key("whether a GPU repeats the step's bits; slower", default=False)
     compile_cache: str | None = key(

@@ -56,7 +56,9 @@ def attention(
     head n // (N / K). Scores are scaled by H**-0.5, the softmax is float32, the output has the
     dtype of q. `segment_ids` (int32) numbers the documents packed in a row, each of them
     contiguous; 0 is padding, which attends to itself only and so stays finite. Without segment ids
-    a row is one document. What `documents_for` returned may stand for the ids.
+    a row is one document. What `documents_for` returned may stand for the ids. For `cudnn`,
+    documents that its kernel has no room for (`kernel_has_room`) are lost: go through
+    `models.sharded_step.by_documents`, which computes such a batch with `split`.
     """
     assert q_BTNH.shape[1] == k_BSKH.shape[1], "self-attention: as many queries as keys"
     assert q_BTNH.shape[2] % k_BSKH.shape[2] == 0, (q_BTNH.shape, k_BSKH.shape)

@@ -138,7 +138,7 @@ class Evidence:
         return f"{name} (tokens {_first_of(words)})"
 
     def lines(self) -> list[str]:
-        """Yield the lines that people read."""
+        """Return the lines that people read."""
         word, why = self.verdict()
         agrees, gradient = self.record.agrees(self.gradient), self.gradient
         recorded = {None: "not on record", True: "as recorded", False: "NOT as recorded"}[agrees]

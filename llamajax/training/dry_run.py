@@ -1,16 +1,16 @@
-"""What `train --dry_run` prints: the run as it would begin here. Nothing is compiled or written."""
+"""What `train --dry_run` prints: the run as it would begin here. Nothing is written."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from llamajax.checkpoint.directory_owner import checkpoint_directory
-from llamajax.checkpoint.manifest import complete_steps
 from llamajax.config import RunConfig
 from llamajax.config.saved_config import origins
 from llamajax.models.memory import held_parts
 from llamajax.monitoring.progress import format_count
 from llamajax.training.messages import gib, run_header
-from llamajax.training.setup import Setup, set_up
+from llamajax.training.run_start import first_start
+from llamajax.training.setup import Setup, check_stored, set_up
+from llamajax.training.workdir import read_run
 
 _WIDTH = 44
 
@@ -23,9 +23,12 @@ def dry_run(config: RunConfig, *, workdir: Path, overrides: Mapping[str, str]) -
     for path, value, origin in origins(config, overrides):
         yield f"{f'{path} = {value}':<{_WIDTH}}  # {origin}"
     yield ""
-    setup = set_up(config)
-    steps = complete_steps(checkpoint_directory(workdir, config.checkpoint.directory))
-    yield from run_header(setup, steps[-1] if steps else 0)
+    setup = set_up(config, keep_programs=False)
+    with read_run(setup, workdir) as run:
+        start, _ = first_start(run)
+    if start.checkpoint is not None:
+        check_stored(setup, start.checkpoint)
+    yield from run_header(setup, start.step)
     yield f"kernels  attention {setup.attention.impl}: {setup.attention.reason}"
     options = setup.compiler_options.values.items()
     yield f"compiler {', '.join(f'{name}={value}' for name, value in options) or 'no options'}"

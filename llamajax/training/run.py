@@ -28,9 +28,9 @@ from llamajax.training.export import is_exported, write_adapters
 from llamajax.training.hooks import Attempt
 from llamajax.training.loop import train_steps
 from llamajax.training.messages import run_facts, run_header, run_summary, warn_undonated
-from llamajax.training.resume import requested_start, set_aside
+from llamajax.training.resume import set_aside
 from llamajax.training.run_record import History, end_event, write_end, write_start
-from llamajax.training.run_start import Start, find_start
+from llamajax.training.run_start import Start, find_start, first_start
 from llamajax.training.safety.hang import HangWatch
 from llamajax.training.safety.rollback import remove_checkpoints, roll_back
 from llamajax.training.safety.shutdown import Shutdown, exit_on_error
@@ -62,12 +62,7 @@ def train(
     if setup.machine.num_processes > 1:
         shutdown.take_back()  # the signals, whose handlers jax.distributed has replaced
     with exit_on_error(), open_run(setup, workdir, shutdown=shutdown, undo=undo) as run:
-        history = History.read(workdir)
-        request = requested_start(config, history)
-        if request == "restart":
-            history = History(workdir, [], [])  # as if nothing were there
-            run.rollbacks.entries.clear()
-        start = find_start(run, request, history)
+        start, history = first_start(run)
         if _is_finished(run, start, history):
             if start.checkpoint is not None:
                 check_stored(setup, start.checkpoint)  # the config may be another one by now

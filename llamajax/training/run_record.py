@@ -29,6 +29,9 @@ _PACKAGES = (
 )  # fmt: skip
 
 
+_KEPT = "kept_steps_s"
+
+
 @dataclasses.dataclass(frozen=True)
 class History:
     """Events and rows that earlier processes of a run, or this one, have left in its directory."""
@@ -77,7 +80,11 @@ class History:
         are done again.
         """
         box = _after_rollback(read_leftovers(self.workdir)[0])
-        logged = max((row["step"] for row in self.rows if "step_time_s" in row), default=0)
+        begun = max((i for i, e in enumerate(self.events) if e["event"] == "start"), default=0)
+        counted = [row for row in self.rows if "step_time_s" in row]
+        # A stop signal has the sums of the steps up to it in its event.
+        counted += [e for e in self.events[begun:] if e["event"] == "signal" and _KEPT in e]
+        logged = max((entry["step"] for entry in counted), default=0)
         parts = ("steps_s", "data_wait_s", "tokens")
         kept = total = dict.fromkeys(parts, 0)
         for row in box:  # each has the sums over all steps since the last row
@@ -196,14 +203,13 @@ def end_event(run: Run, start_step: int) -> Iterator[dict[str, Any]]:
         if (error := sys.exception()) is not None:
             code = error.exit_code if isinstance(error, UserError) else ExitCode.FAILED
             outcome.update(code=code, error=f"{type(error).__name__}: {error}")
-            outcome.update(_unlogged_steps(run))
         run.shutdown.call_before_exit(lambda: previous_checkpoint(run.checkpointer))
         write_end(run, newest_step(), **outcome)
         run.events.close()
 
 
 def _unlogged_steps(run: Run) -> dict[str, float]:
-    """Return the seconds of the steps that no row will count, where a process ends by an error."""
+    """Return the seconds of the steps that no row will count."""
     with contextlib.suppress(UserError, OSError):  # the disk may be what failed
         if run.is_primary and run.box.newest_step:
             return History.read(run.workdir).unlogged(max(run.checkpointer.steps(), default=0))
@@ -211,6 +217,8 @@ def _unlogged_steps(run: Run) -> dict[str, float]:
 
 
 def write_end(run: Run, step: int, *, code: int, **fields: Any) -> None:
-    """Write the `end` event."""
+    """Write the `end` event, with the seconds of the steps since the last row."""
+    if code != ExitCode.FINISHED:
+        fields |= _unlogged_steps(run)
     status = "finished" if code == ExitCode.FINISHED else "stopped"
     run.events.write("end", step=step, status=status, code=int(code), **fields)

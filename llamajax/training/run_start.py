@@ -26,7 +26,7 @@ from llamajax.tokenizers.tokenizer_identity import (
     matches_record,
     tokenizer_record,
 )
-from llamajax.training.resume import Request, choose_checkpoint
+from llamajax.training.resume import Request, choose_checkpoint, requested_start
 from llamajax.training.run_record import History
 from llamajax.training.setup import Setup, moments_change
 from llamajax.training.workdir import Run
@@ -59,6 +59,19 @@ class Start:
     def step(self) -> int:
         """Updates already applied."""
         return 0 if self.checkpoint is None else self.checkpoint.step
+
+
+def first_start(run: Run) -> tuple[Start, History]:
+    """Choose where a process starts, as its config asks; return also what counts of the record.
+
+    As `find_start`.
+    """
+    history = History.read(run.workdir)
+    request = requested_start(run.config, history)
+    if request == "restart":
+        history = History(run.workdir, [], [])  # as if nothing were there
+        run.rollbacks.entries.clear()
+    return find_start(run, request, history), history
 
 
 def find_start(run: Run, request: Request, history: History) -> Start:

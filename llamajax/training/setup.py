@@ -47,8 +47,11 @@ class Setup:
         return {name: split.describe() for name, split in splits.items() if split is not None}
 
 
-def set_up(config: RunConfig) -> Setup:
-    """Start the machine and check everything against it. UserError for what a user can fix."""
+def set_up(config: RunConfig, *, keep_programs: bool = True) -> Setup:
+    """Start the machine and check everything against it. UserError for what a user can fix.
+
+    keep_programs: in the compile cache.
+    """
     mixture = held_out = refusal = None
     size = config.model.vocab_size
     try:
@@ -67,7 +70,7 @@ def set_up(config: RunConfig) -> Setup:
         facts["XLA_FLAGS and LIBTPU_INIT_ARGS"] = backends.compiler_flags()
         return facts | process_facts.versions()
 
-    machine = backends.start(config.backend, keep_programs=True, facts=common_facts)
+    machine = backends.start(config.backend, keep_programs=keep_programs, facts=common_facts)
     mesh = sharding.build_mesh(config.mesh, jax.devices())
     check_mesh(config, mesh)
     if refusal is not None:

@@ -12,8 +12,13 @@ from typing import IO, Any
 from llamajax import data
 from llamajax.backends import report_checkpoint
 from llamajax.checkpoint import Checkpointer
-from llamajax.checkpoint.directory_owner import check_owner, checkpoint_directory, claim
-from llamajax.checkpoint.location import check_usable, is_remote
+from llamajax.checkpoint.directory_owner import (
+    check_owner,
+    check_unclaimed,
+    checkpoint_directory,
+    claim,
+)
+from llamajax.checkpoint.location import Location, check_usable, is_remote
 from llamajax.config import RunConfig, to_json_dict
 from llamajax.errors import TransientError, UserError, say
 from llamajax.files import lock_file, replaced_directory, write_file
@@ -83,22 +88,43 @@ def open_run(
         shutdown.call_before_exit(lambda: previous_checkpoint(checkpointer))
         stack.enter_context(exit_on_error())  # before the checkpointer waits for other processes
         stack.callback(undo.close)  # before this process exits
-        log = LogCopy(workdir / LOG)
+        run = _new_run(setup, workdir, checkpointer, is_locked, shutdown, undo)
         if machine.is_primary:
-            stack.enter_context(log)
-        box = BlackBox(workdir, steps=setup.config.guard.blackbox_steps, primary=machine.is_primary)
-        yield Run(
-            setup=setup,
-            workdir=workdir,
-            is_locked=is_locked,
-            checkpointer=checkpointer,
-            rollbacks=RollbackLog(workdir, primary=machine.is_primary),
-            log=log,
-            events=EventLog(workdir, primary=machine.is_primary),
-            box=stack.enter_context(box),
-            shutdown=shutdown,
-            undo=undo,
-        )
+            stack.enter_context(run.log)
+        stack.enter_context(run.box)
+        yield run
+
+
+@contextlib.contextmanager
+def read_run(setup: Setup, workdir: Path) -> Iterator[Run]:
+    """Open the directory of a run as `open_run` does, but lock and write nothing."""
+    directory = _checkpoint_directory(setup, workdir)
+    check_unclaimed(directory, workdir)
+    with _checkpointer(setup, workdir, directory) as checkpointer, contextlib.ExitStack() as undo:
+        yield _new_run(setup, workdir, checkpointer, False, Shutdown(), undo)
+
+
+def _new_run(
+    setup: Setup,
+    workdir: Path,
+    checkpointer: Checkpointer,
+    is_locked: bool,
+    shutdown: Shutdown,
+    undo: contextlib.ExitStack,
+) -> Run:
+    primary = setup.machine.is_primary
+    return Run(
+        setup=setup,
+        workdir=workdir,
+        is_locked=is_locked,
+        checkpointer=checkpointer,
+        rollbacks=RollbackLog(workdir, primary=primary),
+        log=LogCopy(workdir / LOG),
+        events=EventLog(workdir, primary=primary),
+        box=BlackBox(workdir, steps=setup.config.guard.blackbox_steps, primary=primary),
+        shutdown=shutdown,
+        undo=undo,
+    )
 
 
 @contextlib.contextmanager
@@ -149,13 +175,22 @@ def _locked(file: Path) -> tuple[IO[str], str | None]:
 
 def _open_checkpoints(setup: Setup, workdir: Path, undo: contextlib.ExitStack) -> Checkpointer:
     """Mark the directory of the checkpoints as this run's, and open it. A collective."""
-    c = setup.config.checkpoint
-    directory = checkpoint_directory(workdir, c.directory)
-    check_usable(directory)
+    directory = _checkpoint_directory(setup, workdir)
     if (words := claim(directory, workdir, undo)) and setup.machine.is_primary:
         say(words)
     if not is_remote(directory) and workdir.absolute() not in directory.parents:
         check_shared_directory(directory, key="checkpoint.directory")
+    return _checkpointer(setup, workdir, directory)
+
+
+def _checkpoint_directory(setup: Setup, workdir: Path) -> Location:
+    directory = checkpoint_directory(workdir, setup.config.checkpoint.directory)
+    check_usable(directory)
+    return directory
+
+
+def _checkpointer(setup: Setup, workdir: Path, directory: Location) -> Checkpointer:
+    c = setup.config.checkpoint
     mine = functools.partial(check_owner, directory, workdir)
     return Checkpointer(
         directory,

@@ -49,8 +49,13 @@ def test_a_group_with_an_option_that_the_compiler_does_not_know_is_left_out_and_
 
 def test_the_config_goes_before_flags_and_flags_before_the_table(chosen, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", f"--{PASSES}=dce --{FLAG}=7")
-    assert chosen().values == {LEVEL: 2}
-    assert chosen(f"{LEVEL}=1,{FLAG}=8").values == {LEVEL: 1, FLAG: 8}
+    assert chosen().values == {LEVEL: 2, PASSES: "dce,rematerialization"}
+    assert chosen(f"{LEVEL}=1,{FLAG}=8").values == {
+        LEVEL: 1, FLAG: 8, PASSES: "dce,rematerialization"
+    }  # fmt: skip
+    asked = f"{PASSES}=algsimp+cse"
+    assert chosen(asked).values[PASSES] == "algsimp,cse,rematerialization"
+    assert chosen(f"{PASSES}=''").values[PASSES] == ""  # the table's list is not wanted
 
 
 def test_what_was_asked_for_and_is_unknown_is_refused(chosen):

@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from refusal import refused
+from refusal import refused, snapshot
 from workdirs import prepare_texts, write_rows
 
 from llamajax.checkpoint.manifest import find_damage
+from llamajax.training.dry_run import dry_run
 
 STEPS = {"train.steps": 6}
 # By what refuses it: keys of the config, and words of the message; PLACE is a folder with files
@@ -87,6 +88,31 @@ def test_a_used_workdir_stays_as_it_is(used, place, start, name):
     keys, words = REFUSALS[name]
     with refused(words, unchanged=(used, place)):
         start(used, keys)
+
+
+@pytest.mark.parametrize(
+    "name", ["another model", "adapters", "too few steps", "checkpoints of another run"]
+)
+def test_a_dry_run_refuses_what_a_start_refuses(used, place, short_config, name):
+    keys, words = REFUSALS[name]
+    keys = {k: str(v).replace("PLACE", str(place)) for k, v in (STEPS | keys).items()}
+    with refused(words, unchanged=(used, place)):
+        list(dry_run(short_config(**keys), workdir=used, overrides={}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({}, "continuing from step 2"),
+        ({"train.resume_step": 4}, "continuing from step 4"),
+        ({"train.restart": True}, "from the beginning"),
+    ],
+)
+def test_a_dry_run_shows_where_a_start_begins(used, short_config, keys, words):
+    config, before = short_config(**STEPS | keys), snapshot(used)
+    lines = list(dry_run(config, workdir=used, overrides={}))
+    assert f"steps    6, {words}" in lines
+    assert snapshot(used) == before
 
 
 @pytest.mark.parametrize("name", ["mesh", "vocabulary", "damaged data", "new folders"])

@@ -1,6 +1,7 @@
 """The record of whole runs, in this process: ends, deaths, a finished run, a folder that goes."""
 
 import collections
+import contextlib
 import gc
 import json
 import shutil
@@ -19,6 +20,7 @@ from llamajax.planning.compilation import abstract_step, lowered_step
 from llamajax.training import loop, run
 from llamajax.training.hooks import LogHook
 from llamajax.training.run_record import History
+from llamajax.training.safety.step_checks import GuardStop
 from llamajax.training.setup import program_digest
 
 
@@ -112,20 +114,25 @@ def test_the_last_steps_of_a_dead_process_are_counted(tmp_path):
     assert ended.found_dead(12) is None
 
 
-def test_the_last_steps_before_an_error_are_counted(short_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_guard", [False, True])
+def test_the_last_steps_before_an_error_are_counted(short_run, tmp_path, monkeypatch, is_guard):
     """Of 5 steps in no row, those up to the checkpoint of step 4 are kept."""
+    error = (GuardStop if is_guard else RuntimeError)("lost")
     call = LogHook.__call__
 
     def fail_at_six(log, step, metrics):
         call(log, step, metrics)
         if step == 6:
-            raise RuntimeError("lost")
+            raise error
 
     monkeypatch.setattr(LogHook, "__call__", fail_at_six)
-    with pytest.raises(RuntimeError, match="lost"):
+    ends = contextlib.nullcontext() if is_guard else pytest.raises(RuntimeError, match="lost")
+    with ends:
         short_run(tmp_path, train__steps=8, train__log_every=100, checkpoint__asynchronous=False)
     end = load_events(tmp_path)[-1]
-    assert (end["event"], end["code"], end["error"]) == ("end", 1, "RuntimeError: lost")
+    code = GuardStop.exit_code if is_guard else 1
+    assert (end["event"], end["code"]) == ("end", code)
+    assert end.get("error") == (None if is_guard else "RuntimeError: lost")
     assert end["kept_tokens"] == pytest.approx(4 * 8 * 48)
     assert end["kept_steps_s"] > 0
     assert end["removed_steps_s"] > 0
