@@ -2,7 +2,8 @@
 
 A template is a program in Jinja, written by whoever published the model. It runs in Jinja's
 sandbox, with the names and filters that transformers 5.24 gives it (`apply_chat_template`), and
-tokens are those of transformers. What people wrote never becomes a control token.
+tokens are those of transformers. What people wrote becomes no control token, as long as the
+template passes it on unchanged: one that changes letters (`| lower`) can make the name of one.
 """
 
 import datetime

@@ -1,6 +1,7 @@
 """GGUF files of ours: what the gguf package and our own reader find in them."""
 
 import dataclasses
+import json
 import shutil
 
 import gguf
@@ -80,7 +81,7 @@ def test_the_gguf_package_reads_the_blocks_that_it_would_write(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["byte", "llama2", "tiktoken", "chatml"])
-def test_the_tokenizer_goes_along_with_its_template(kind, tmp_path, assets):
+def test_the_tokenizer_goes_along_with_its_template(kind, tmp_path, assets, capsys):
     c = dataclasses.replace(STORED["plain"], vocab_size=32_003)
     source = save_hugging_face(tmp_path / "hf", c, weights(c))
     model = source / "tokenizer.model"
@@ -95,11 +96,16 @@ def test_the_tokenizer_goes_along_with_its_template(kind, tmp_path, assets):
     make[kind]()
     (source / "chat_template.jinja").write_text(PUBLISHED["chatml"])
     original = load_tokenizer(source)
-    (source / "generation_config.json").write_text(f'{{"eos_token_id": [{original.eos_id}, 7]}}')
+    turn = original.control_ids.get("<|eot_id|>", original.control_ids.get("<|im_end|>", 9))
+    stops = dict.fromkeys((original.eos_id, 7, 8, turn, 10))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [*stops]}))
     file = write(source, tmp_path / "x.gguf")
     found = open_weights(file).load_tokenizer()
     assert same_tokens(found, original)
-    assert found.stop_ids == (original.eos_id, 7)
+    lost = sorted({*stops} - {*found.stop_ids})
+    assert lost
+    assert turn not in lost or turn == 9  # the end of a turn comes before other stop tokens
+    assert f"does not name {lost}" in capsys.readouterr().err
     assert found.facts.chat_template == PUBLISHED["chatml"]
     names = gguf.GGUFReader(file).fields["tokenizer.ggml.tokens"].contents()
     assert len(names) == len(set(names)) == 32_003

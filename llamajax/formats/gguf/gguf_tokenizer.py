@@ -47,7 +47,7 @@ def write_tokenizer(header: GgufHeader) -> Path | None:
     (directory / name).write_bytes(content)
     config = _config(facts, header.metadata.get("tokenizer.chat_template"))
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")
-    ends = [facts[f"{key}_token_id"] for key in ("eos", "eot") if f"{key}_token_id" in facts]
+    ends = [facts[f"{key}_token_id"] for key in ("eos", "eot", "eom") if f"{key}_token_id" in facts]
     if len(set(ends)) > 1:  # a chat model's end of turn
         (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     return directory / name

@@ -1,6 +1,7 @@
 """Describe a tokenizer in GGUF's metadata, as llama.cpp's converter does.
 
-What is written is read back, and left out with a warning unless it makes the same tokens.
+What is written is read back, and left out with a warning unless it makes the same tokens of sample
+texts.
 """
 
 import json
@@ -20,6 +21,14 @@ from llamajax.tokenizers.tokenizer_identity import same_tokens
 _KEY = "tokenizer.ggml."
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _PRE = ("llama-bpe", "smollm", "gpt-2")  # how text is split into words: the first that fits
+_ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>")
+# Digits, letters that a normalizer would change, spaces: what the kinds of tokenizers differ in.
+_SAMPLES = (
+    "1234567 89",
+    "e\u0301 \ufb01 \u212b",
+    " a  b\n\n\tc\u00a0d",
+    "it's IT'S \u00e9t\u00e9 \U0001f600",
+)
 
 
 def tokenizer_metadata(
@@ -39,12 +48,23 @@ def tokenizer_metadata(
         metadata = {_KEY + key: value for key, value in facts.items()}
         header = GgufHeader(path=path, metadata=metadata, tensors={}, content=None)
         file = write_tokenizer(header)
-        if file is not None and same_tokens(load_tokenizer(file), tokenizer):
+        found = None if file is None else load_tokenizer(file)
+        if found is not None and _makes_same_tokens(found, tokenizer):
             template = tokenizer.facts.chat_template
-            return metadata | ({"tokenizer.chat_template": template} if template else {}), []
+            lost = sorted({*tokenizer.stop_ids} - {*found.stop_ids})
+            words = f"GGUF has keys for three stop tokens: {path} does not name {lost}"
+            return metadata | ({"tokenizer.chat_template": template} if template else {}), (
+                [words] if lost else []
+            )
     return none, [
         f"{tokenizer.file} is of a kind that llama.cpp has no name for: {path} holds no tokenizer"
     ]
+
+
+def _makes_same_tokens(found: Tokenizer, wanted: Tokenizer) -> bool:
+    samples = (*_SAMPLES, *(f"a{name}\tb" for name in wanted.added_ids))
+    same = all(found.encode(sample) == wanted.encode(sample) for sample in samples)
+    return same and same_tokens(found, wanted)
 
 
 def _facts(tokenizer: Tokenizer, vocab_size: int, spec: dict[str, Any], pre: str) -> dict[str, Any]:
@@ -76,7 +96,9 @@ def _facts(tokenizer: Tokenizer, vocab_size: int, spec: dict[str, Any], pre: str
         "add_eos_token": False,
     }
     turn = [i for i in tokenizer.stop_ids if i != tokenizer.eos_id]
-    ids = {"bos": tokenizer.bos_id, "eot": turn[0] if turn else None, "unknown": unknown}
+    turn.sort(key=lambda i: names.get(i) not in _ENDS_OF_TURN)
+    ids = {"bos": tokenizer.bos_id, "unknown": unknown}
+    ids |= dict(zip(("eot", "eom"), turn, strict=False))  # ends of a turn, and of a message in it
     found |= {f"{key}_token_id": i for key, i in ids.items() if i is not None}
     merges = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
     if not pieces:
