@@ -267,5 +267,5 @@ def _text_of(value: dict[str, Any], text_key: str) -> str | LongText:
         )
     text = value[text_key]
     if not isinstance(text, str | LongText):
-        raise UserError(f"{text_key!r} is a {type(text).__name__}, not a string")
+        raise UserError(f"{text_key!r} is of type {type(text).__name__}, not a string")
     return text

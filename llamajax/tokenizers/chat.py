@@ -217,7 +217,7 @@ def parse_messages(
     either) at the end; no answer without text, no mark of Llama 2 in a text for its template.
     """
     if not isinstance(value, Sequence) or isinstance(value, str):
-        return (), [f"messages is a {type(value).__name__}, not a list"]
+        return (), [f"messages is of type {type(value).__name__}, not a list"]
     if not value:
         return (), ["messages is empty"]
     problems = [
@@ -244,7 +244,7 @@ def problems_of_message(item: Any, template: str) -> list[str]:
     if role not in ROLES:
         problems.append(f"role {role!r} is none of {', '.join(ROLES)}")
     if not isinstance(content, str):
-        return [*problems, f"content is a {type(content).__name__}, not a string"]
+        return [*problems, f"content is of type {type(content).__name__}, not a string"]
     if role == "assistant" and "content" in item and not content.strip():
         problems.append("an answer without text")
     if template == "llama2":

@@ -47,7 +47,7 @@ def test_what_a_task_refuses_is_the_users_to_fix(folder, tmp_path):
     (folder / "c.jsonl").write_text('{"text": 3}\n')
     done = run(folder, tmp_path / "out", "--tokenizer=byte", "--runner=beam")
     assert done.returncode == 2, done.stderr
-    assert "c.jsonl:1: 'text' is a int, not a string" in done.stderr
+    assert "c.jsonl:1: 'text' is of type int, not a string" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 

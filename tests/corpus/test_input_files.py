@@ -91,7 +91,7 @@ def test_patterns_name_files_in_order_and_once(tmp_path, monkeypatch):
         ("f.jsonl", b'{"text": "a"}\n\n{"text": }\n', r"f.jsonl:3: not valid JSON"),
         ("f.jsonl", b'["a"]\n', r"f.jsonl:1: a list, not a JSON object"),
         ("f.jsonl", b'{"txt": "a"}\n', r"f.jsonl:1: no key 'text' .*'txt'.*--text_key"),
-        ("f.jsonl", b'{"text": null}\n', r"f.jsonl:1: 'text' is a NoneType"),
+        ("f.jsonl", b'{"text": null}\n', r"f.jsonl:1: 'text' is of type NoneType"),
         ("f.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "byte 0xff at offset 24"),
         ("f.txt", b"abc\xc3(", "f.txt: not UTF-8: byte 0xc3 at offset 3"),
         ("f.tokens", b" = A = \n \xe9\n", "f.tokens: not UTF-8: byte 0xe9 at offset 9"),

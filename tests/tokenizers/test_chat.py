@@ -162,14 +162,14 @@ def test_no_text_becomes_a_control_token(pair):
 @pytest.mark.parametrize(
     ("messages", "problems"),
     [
-        ("hi", ["messages is a str, not a list"]),
-        (None, ["messages is a NoneType, not a list"]),
+        ("hi", ["messages is of type str, not a list"]),
+        (None, ["messages is of type NoneType, not a list"]),
         ([], ["messages is empty"]),
         (["hi"], ["message 1: a str, not an object with role and content"]),
         ([{}], ["message 1: no key 'role'", "message 1: no key 'content'"]),
         ([{"role": "bot", "content": None}], [
             "message 1: role 'bot' is none of system, user, assistant",
-            "message 1: content is a NoneType, not a string",
+            "message 1: content is of type NoneType, not a string",
         ]),
         ([ASK, Message("assistant", " ")], ["message 2: an answer without text"]),
         ([ASK], ["no assistant message, so nothing to learn"]),
