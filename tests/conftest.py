@@ -36,9 +36,11 @@ enable("auto", force=False)
 
 SEED = os.environ["LLAMAJAX_TEST_SEED"]
 REPOSITORY = Path(__file__).resolve().parents[1]
-# Warnings that other people's packages raise while they are imported; ours are errors.
+# Warnings by other people's packages about themselves and each other; ours are errors.
 _NOT_OURS = (
     "ignore:builtin type .* has no __module__ attribute:DeprecationWarning",  # SWIG, sentencepiece
+    r"ignore::FutureWarning:(transformers|peft|torch)\.",  # what each drops and the other calls
+    r"ignore::DeprecationWarning:(transformers|peft|torch)\.",
 )
 
 

@@ -74,6 +74,7 @@ def test_the_cpu_has_no_options_of_ours():
 def test_what_makes_a_platform_repeat_its_bits_is_added_where_it_is_asked_for(monkeypatch):
     facts = dataclasses.replace(platform_facts("cpu"), deterministic_options=({LEVEL: 1},))
     monkeypatch.setattr(compiler_options, "platform_facts", lambda _: facts)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
     to = {"platform": "cpu", "device": jax.devices()[0], "layer_bytes": 1.0}
     assert choose_compiler_options(None, **to).values == {}
     assert choose_compiler_options(None, **to, deterministic=True).values == {LEVEL: 1}
