@@ -2,7 +2,7 @@
 
 On many machines: run the same command with --num_tasks=N and each of --task_index=0..N-1, in any
 order, and again after any failure; then once with --merge. Files are divided among tasks; the
-result is that of one process, byte for byte.
+shards are those of one process, byte for byte.
 
 A line of instructions, of which only the completion or the assistant's answers carry loss:
   {"prompt": "...", "completion": "..."}

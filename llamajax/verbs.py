@@ -5,6 +5,7 @@ import faulthandler
 import gc
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -24,6 +25,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 # For removing half-written output; a kernel that compiles or a full NFS may take longer.
 _UNWIND_WITHIN_S = 10.0
 _RAISE_EVERY_S = 0.5
+# What JAX raises while it is imported, for a variable of its own that it cannot read.
+_JAX_REFUSES = re.compile(r"[Ii]nvalid (?:truth )?value .* for (?:environment|JAX flag) '?(\w+)")
 
 
 def caught_signals() -> list[signal.Signals]:
@@ -58,6 +61,12 @@ def run_verb(main: Callable[[list[str]], int | None]) -> NoReturn:
     except UserError as error:
         say(f"error: {error}")
         code = error.exit_code
+    except ValueError as error:
+        if not (found := _JAX_REFUSES.search(str(error))):
+            raise
+        name = found[1].upper()
+        say(f"error: JAX cannot read {name}={os.environ.get(name)}; unset it, or correct it")
+        code = ExitCode.USER_ERROR
     except OSError as error:
         if error is not out.refusal:
             raise

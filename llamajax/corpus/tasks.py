@@ -5,7 +5,7 @@
 
 A task knows neither how many documents precede its own nor, with few documents, how long the
 others are. So the merge decides what is held out. It copies tokens and counts them, and writes,
-byte for byte, what one process would have written.
+byte for byte, what one process would have written; only the manifest's `unsafe_cuts` may differ.
 """
 
 import collections

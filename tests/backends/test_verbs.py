@@ -71,6 +71,8 @@ def test_a_platform_that_is_not_there_is_one_message_and_2(workdir, verb, platfo
         (f"JAX_PLATFORMS={ABSENT}", f"backend '{ABSENT}' did not come up"),
         (f"JAX_PLATFORMS={ABSENT},cpu", f"backend '{ABSENT}' did not come up"),
         ("JAX_DISABLE_JIT=1", "JAX_DISABLE_JIT is set"),
+        ("JAX_ENABLE_X64=maybe", "JAX cannot read JAX_ENABLE_X64=maybe"),
+        ("JAX_DEFAULT_MATMUL_PRECISION=2", "JAX cannot read JAX_DEFAULT_MATMUL_PRECISION=2"),
     ],
 )
 def test_the_environment_is_no_less_wanted(workdir, variable, words):
