@@ -33,36 +33,44 @@ Metrics = dict[str, jax.Array]
 def _gradients(model: Llama, batch: Batch, *, compute: Compute, accumulation: int) -> Any:
     """Return the summed gradient, loss terms and target count of one device's part of a batch.
 
-    Microbatches add up in float32 and nothing is divided here. Gradients are reduced over `fsdp`
-    by `gather` (weights are gathered for every microbatch) and over the axes along which weights
-    are copies once, at the end. Only what is trained has a gradient: the adapters, where there are
-    some.
+    Nothing is divided here. Microbatches add up in float32: the backward pass adds each layer's
+    gradient to its sum in place, so a second gradient of the model never exists. Gradients are
+    reduced over `fsdp` by `gather` (weights are gathered for every microbatch) and over the axes
+    along which weights are copies once, at the end. Only what is trained has a gradient: the
+    adapters, where there are some.
     """
     trained, joined = trainable(model)
     weights = pcast_varying_tree(trained)
 
-    def add(sums: Any, microbatch: Batch) -> tuple[Any, None]:
+    def forward(microbatch: Batch) -> tuple[Any, tuple[jax.Array, ...]]:
         def objective(trained: Any) -> Any:
             terms = joined(trained).loss_terms(microbatch, compute)
             return terms.objective, (terms.nll, terms.z)
 
-        (_, (nll, z)), grads = jax.value_and_grad(objective, has_aux=True)(weights)
+        value, backward, terms = jax.vjp(objective, weights, has_aux=True)
         count = jnp.sum(local_part(microbatch["loss_mask"], compute), dtype=jnp.float32)
-        return jax.tree.map(jnp.add, sums, (grads, nll, z, count)), None
+        return lambda *sums: backward.with_refs(*sums)(jnp.ones_like(value)), (*terms, count)
 
-    zero = pcast_varying(pcast_varying_like(jnp.float32(0), batch["tokens"]), TOKEN_AXES)
-    zeros = jax.tree.map(lambda x: pcast_varying_like(jnp.zeros_like(x), x), weights)
-    sums = (zeros, zero, zero, zero)
     if accumulation == 1:
-        sums, _ = add(sums, batch)
+        backward, scalars = forward(batch)
+        (grads,) = backward(jax.tree.map(lambda _: jax.ad.GradValue(), weights))
     else:
+        zeros = jax.tree.map(lambda x: pcast_varying_like(jnp.zeros_like(x), x), weights)
+        sums = jax.tree.map(jax.new_ref, zeros)
+
+        def add(scalars: tuple[jax.Array, ...], microbatch: Batch) -> tuple[Any, None]:
+            backward, terms = forward(microbatch)
+            backward(sums)
+            return jax.tree.map(jnp.add, scalars, terms), None
+
+        zero = pcast_varying(pcast_varying_like(jnp.float32(0), batch["tokens"]), TOKEN_AXES)
         microbatches = {
             name: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:])
             for name, x in batch.items()
         }
-        sums, _ = jax.lax.scan(add, sums, microbatches)
-    grads, *scalars = sums
-    return psum_tree(grads), psum(tuple(scalars), TOKEN_AXES)
+        scalars, _ = jax.lax.scan(add, (zero, zero, zero), microbatches)
+        grads = jax.tree.map(jax.freeze, sums)
+    return psum_tree(grads), psum(scalars, TOKEN_AXES)
 
 
 def _dropout_keys(seed: int, step: jax.Array, tokens_BT: jax.Array, mesh: Mesh) -> jax.Array:

@@ -122,6 +122,22 @@ def test_no_policy_keeps_gathered_weights(remat, dtype):
     assert not whole & kept
 
 
+@pytest.mark.parametrize("axes", [{}, {"fsdp": 2}])
+def test_microbatches_share_one_gradient(axes):
+    mesh, optimizer = mesh_of(**axes), optim.build(OPTIM, steps=TRAIN.steps)
+    state = StateSpec(model=MODEL, optimizer=optimizer, mesh=mesh).abstract()
+    train = dataclasses.replace(TRAIN, accumulation_steps=2)
+    step = train_step(optimizer, OPTIM, train, COMPUTE, mesh)
+    jaxpr = step.trace(state, sharding.put_batch(packed_batch(0), mesh)).jaxpr
+    stacked = set()  # of all layers, one device's part
+    for weight in jax.tree.leaves(state.model.blocks):
+        stacked.add(weight.sharding.shard_shape(weight.shape))
+    loops = [eqn for _, eqn in equations(jaxpr) if eqn.primitive.name == "scan"]
+    made = {x.aval.shape for eqn in loops for x in eqn.outvars}
+    assert len(loops) >= 3  # over microbatches, and layers forward and backward
+    assert not stacked & made, "a backward pass returns a gradient of its own"
+
+
 def test_z_loss_moves_the_weights_and_stays_out_of_the_loss():
     (first, _), weights, _ = run(("data", 2), ("tensor", 2), z_weight=1.0)
     (plain, _), plain_weights, _ = run()
