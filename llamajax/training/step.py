@@ -34,10 +34,9 @@ def _gradients(model: Llama, batch: Batch, *, compute: Compute, accumulation: in
     """Return the summed gradient, loss terms and target count of one device's part of a batch.
 
     Nothing is divided here. Microbatches add up in float32: the backward pass adds each layer's
-    gradient to its sum in place, so a second gradient of the model never exists. Gradients are
-    reduced over `fsdp` by `gather` (weights are gathered for every microbatch) and over the axes
-    along which weights are copies once, at the end. Only what is trained has a gradient: the
-    adapters, where there are some.
+    gradient to its sum in place, so no second gradient of the model exists. Gradients are reduced
+    over `fsdp` by `gather`, for every microbatch as weights are gathered, and once, at the end,
+    over the axes along which weights are copies. Only what is trained has one, such as adapters.
     """
     trained, joined = trainable(model)
     weights = pcast_varying_tree(trained)
