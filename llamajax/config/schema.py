@@ -380,7 +380,7 @@ class MonitoringConfig:
 
     tensorboard: bool = key("whether to write tensorboard/ besides metrics.jsonl", default=True)
     progress: Literal["auto", "bar", "lines", "none"] = key(
-        "bar on a terminal, lines in a log", default="auto"
+        "bar: a live view, on a terminal; lines: in a log", default="auto"
     )
 
 

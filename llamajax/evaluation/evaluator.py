@@ -50,7 +50,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     loaded = load_model(weights, machine, mesh, dtype, notes=notes)
     all_batches = -(-rows.num_rows // batch_size)
     num_batches = min(all_batches, options.max_batches or all_batches)
-    progress = Progress(total_steps=num_batches, start_step=0, mode="auto", primary=True)
+    progress = Progress(total_steps=num_batches, start_step=0, title="evaluate")
     try:
         found = score(
             loaded,

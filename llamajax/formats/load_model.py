@@ -11,7 +11,7 @@ from llamajax.formats.weights import Weights
 from llamajax.models.abstract import abstract_model
 from llamajax.models.counts import num_parameters
 from llamajax.models.llama import Llama
-from llamajax.monitoring.progress import format_count
+from llamajax.monitoring.row_format import format_count
 
 
 def load_model(

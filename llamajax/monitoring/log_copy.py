@@ -11,21 +11,22 @@ from typing import Any, TextIO
 class LogCopy:
     """A context in which each line of standard error is also written, with the time, to a file.
 
-    Lines are kept in memory until `begin`. It can be entered several times.
+    Lines are kept in memory until `begin`. It can be entered several times. stream: standard error
+    itself; a live view replaces it while it is on the screen.
     """
 
     def __init__(self, file: Path):
+        self.stream: TextIO | None = None
         self._file = file
-        self._stream: TextIO | None = None
         self._lock = threading.Lock()
         self._line, self._kept, self._begun = "", [], False
 
     def __enter__(self) -> "LogCopy":
-        self._stream, sys.stderr = sys.stderr, self
+        self.stream, sys.stderr = sys.stderr, self
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.stderr = self._stream
+        sys.stderr = self.stream
 
     def begin(self) -> None:
         """Write the lines that were kept, and all later ones at once."""
@@ -35,14 +36,22 @@ class LogCopy:
 
     def write(self, text: str) -> int:
         """Write to standard error and to the file."""
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
         with self._lock:
             # A progress bar writes over itself: only what follows its last return counts.
             found = (self._line + text).split("\n")
             *lines, self._line = (line.rpartition("\r")[2] for line in found)
-            self._kept += [f"{now}  {line}\n" for line in lines]
-            self._flush()
-        return self._stream.write(text) if self._stream is not None else len(text)
+            self._keep(lines)
+        return self.stream.write(text) if self.stream is not None else len(text)
+
+    def add(self, line: str) -> None:
+        """Write a whole line to the file alone."""
+        with self._lock:
+            self._keep([line])
+
+    def _keep(self, lines: list[str]) -> None:
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._kept += [f"{now}  {line}\n" for line in lines]
+        self._flush()
 
     def _flush(self) -> None:
         if self._begun and self._kept:
@@ -51,4 +60,4 @@ class LogCopy:
             self._kept = []
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)

@@ -1,4 +1,4 @@
-"""Progress for people: a bar with the time left on a terminal, plain lines in a log.
+"""Progress for people: a live view or a bar on a terminal, plain lines in a log.
 
 All of it goes to stderr; stdout stays free for what a verb prints as its result.
 """
@@ -9,55 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TextIO
 
 from llamajax.errors import say
+from llamajax.monitoring.log_copy import LogCopy
+from llamajax.monitoring.row_format import Pace, format_duration, format_row
 from llamajax.verbs import Output
 
-_LINE_EVERY_S = 1.0
 _BYTES_LINE_EVERY_S = 10.0
-# Weight of the newest interval in the estimate of the time left.
-_SMOOTHING = 0.1
-
-
-def format_duration(seconds: float) -> str:
-    """Format seconds for people: 8s, 3m12s, 5h07m, 12d04h."""
-    minutes, s = divmod(int(seconds + 0.5), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days}d{h:02d}h"
-    if hours:
-        return f"{h}h{m:02d}m"
-    return f"{m}m{s:02d}s" if minutes else f"{s}s"
-
-
-def format_count(number: float) -> str:
-    """Format a count to three digits: 870, 12.3k, 1.24M, 70.6B."""
-    if abs(number) < 999.5:
-        return f"{number:.0f}"
-    for unit in "kMBT":
-        number /= 1000
-        if abs(number) < 999.5 or unit == "T":
-            break
-    decimals = 2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0
-    return f"{number:.{decimals}f}{unit}"
-
-
-def format_row(row: Mapping[str, Any]) -> str:
-    """Format the numbers of a metrics row that people read, in the order they read them."""
-    formats = {
-        "loss": "loss {:.3f}",
-        "eval_loss": "eval loss {:.3f}",
-        "eval_perplexity": "perplexity {:.2f}",
-        "learning_rate": "lr {:.1e}",
-        "grad_norm": "grad {:.2f}",
-        "tokens_per_s": "{} tok/s",
-        "mfu_full": "mfu {:.1f} %",
-    }
-    shown = {key: row[key] for key in formats if row.get(key) is not None}
-    if "tokens_per_s" in shown:
-        shown["tokens_per_s"] = format_count(shown["tokens_per_s"])
-    if "mfu_full" in shown:
-        shown["mfu_full"] *= 100
-    return "  ".join(formats[key].format(value) for key, value in shown.items())
 
 
 def _bar(**options: Any) -> Any:
@@ -68,10 +24,10 @@ def _bar(**options: Any) -> Any:
 
 
 class Progress:
-    """Shows the rows of a run while it goes on.
+    """Shows the rows of a run while it goes on: a live view on a terminal, aligned lines elsewhere.
 
     total_steps, start_step: steps of the whole run, and done before this process began. mode:
-    config key `monitoring.progress`. Not primary: shows nothing. mfu_full in rows is a fraction.
+    config key `monitoring.progress`. title: names the run. mfu_full in rows is a fraction.
     """
 
     def __init__(
@@ -79,74 +35,63 @@ class Progress:
         *,
         total_steps: int,
         start_step: int,
-        mode: Literal["auto", "bar", "lines", "none"],
-        primary: bool,
+        mode: Literal["auto", "bar", "lines", "none"] = "auto",
+        title: str = "",
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._stream = Output(sys.stderr if stream is None else stream, raises=False)
-        self._clock, self._total = clock, total_steps
-        self._silent = mode == "none" or not primary
-        self._step, self._at_s = start_step, clock()  # of the last row
-        self._seconds_a_step: float | None = None
-        self._line_s: float | None = None
-        has_bar = mode == "bar" or (mode == "auto" and self._stream.isatty())
-        self._bar = _bar(
-            total=total_steps,
-            initial=start_step,
-            unit="step",
-            file=self._stream,
-            dynamic_ncols=True,
-            bar_format="{n_fmt}/{total_fmt} |{bar:12}|{postfix}",
-            disable=self._silent or not has_bar,
-        )
+        self._stream = sys.stderr if stream is None else stream
+        self._total, self._silent = total_steps, mode == "none"
+        self._pace = Pace(total_steps=total_steps, start_step=start_step, clock=clock)
+        self._announced, self._view = False, None
+        if mode == "bar" or (mode == "auto" and self._stream.isatty()):
+            # rich takes 0.1 s to import, and `benchmarks/` runs where it is not installed
+            from llamajax.monitoring.live_view import LiveView, can_draw
+
+            if mode == "bar" or can_draw(self._stream):
+                self._view = LiveView(self._stream, title=title, pace=self._pace)
 
     def show(self, row: Mapping[str, Any]) -> None:
-        """Show one row of metrics: a training step's moves the bar, an evaluation's is a line.
-
-        In a log, training lines come at most once a second; the first and the last always come.
-        """
+        """Show one row of metrics, of a training step or of an evaluation."""
         if self._silent:
             return
-        step = int(row["step"])
-        if "eval_loss" in row:
-            self.note(f"step {step}/{self._total}  {format_row(row)}")
-            return
-        text = f"{format_row(row)}  eta {self._eta(step, row)}"
-        if not self._bar.disable:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.n = step
-            self._bar.refresh()
-            return
-        now = self._clock()
-        if self._line_s is None or now - self._line_s >= _LINE_EVERY_S or step >= self._total:
-            self._line_s = now
-            self.note(f"step {step}/{self._total}  {text}")
+        step, left = int(row["step"]), ""
+        if "eval_loss" not in row:
+            self._pace.add(row)
+            left = f"  left {format_duration(self._pace.left_s()):>6}"
+        self._line(f"step {step:>{len(str(self._total))}}/{self._total}  {format_row(row)}{left}")
+        if self._view:
+            self._view.show(row)
+        if not self._announced and self._pace.rows > 1 and step < self._total:
+            self._announced = True
+            self.note(self._pace.announcement())
+
+    def set_cell(self, label: str, value: str) -> None:
+        """Show a value in the live view that is in no training row, such as the last checkpoint."""
+        if self._view:
+            self._view.set_cell(label, value)
 
     def note(self, text: str) -> None:
-        """Print one line of text without tearing the bar."""
-        if not self._silent:
-            self._bar.clear()
-            print(text, file=self._stream, flush=True)
-            self._bar.refresh()
+        """Print one line of text, above the live view if there is one."""
+        if self._view:
+            self._view.print(text)
+        elif not self._silent:
+            print(text, file=Output(self._stream, raises=False), flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it is and end its line."""
-        self._bar.close()
+        """Leave the live view as it is."""
+        if self._view:
+            self._view.close()
+            self._view = None
 
-    def _eta(self, step: int, row: Mapping[str, Any]) -> str:
-        """Return the time left, from the wall time between rows, with evaluations and checkpoints.
-
-        The first row has only compilation before it, so its own step time is used.
-        """
-        now = self._clock()
-        if self._seconds_a_step is None:
-            self._seconds_a_step = row.get("step_time_s") or 0.0
-        elif step > self._step:
-            newest = (now - self._at_s) / (step - self._step)
-            self._seconds_a_step += _SMOOTHING * (newest - self._seconds_a_step)
-        self._step, self._at_s = step, now
-        return format_duration(self._seconds_a_step * max(0, self._total - step))
+    def _line(self, text: str) -> None:
+        """Write a row as a line: to the log with its time, and where there is no view, too."""
+        log = self._stream if isinstance(self._stream, LogCopy) else None
+        if log:
+            log.add(text)
+        if not self._view:
+            screen = Output(log.stream if log else self._stream, raises=False)
+            print(f"{time.strftime('%H:%M:%S')}  {text}", file=screen, flush=True)
 
 
 class BytesProgress:

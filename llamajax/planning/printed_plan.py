@@ -7,7 +7,7 @@ from typing import Any
 from llamajax import sharding
 from llamajax.backends.platforms import platform_facts
 from llamajax.models.counts import num_parameters
-from llamajax.monitoring.progress import format_count
+from llamajax.monitoring.row_format import format_count
 from llamajax.planning.compilation import node_of
 from llamajax.planning.planner import Plan, plan_notes
 from llamajax.planning.roofline import pipeline_facts

@@ -105,7 +105,7 @@ def _state_before(
     lowered = lower_update(c, mesh, setup.compute, setup.spec.optimizer, state)
     update = setup.compiler_options.compile(lowered)
     total = record.step - 1
-    progress = Progress(total_steps=total, start_step=start, mode="auto", primary=True)
+    progress = Progress(total_steps=total, start_step=start, title="replay")
     for step in range(start + 1, record.step):
         state, metrics = update(state, next(batches))
         row = {name: metrics[name].item() for name in ("loss", "grad_norm")}

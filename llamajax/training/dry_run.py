@@ -6,7 +6,6 @@ from pathlib import Path
 from llamajax.config import RunConfig
 from llamajax.config.saved_config import origins
 from llamajax.models.memory import held_parts
-from llamajax.monitoring.progress import format_count
 from llamajax.training.messages import gib, run_header
 from llamajax.training.run_start import first_start
 from llamajax.training.setup import Setup, check_stored, set_up
@@ -32,20 +31,7 @@ def dry_run(config: RunConfig, *, workdir: Path, overrides: Mapping[str, str]) -
     yield f"kernels  attention {setup.attention.impl}: {setup.attention.reason}"
     options = setup.compiler_options.values.items()
     yield f"compiler {', '.join(f'{name}={value}' for name, value in options) or 'no options'}"
-    yield _epochs(setup)
     yield _memory(setup)
-
-
-def _epochs(setup: Setup) -> str:
-    c, sources = setup.config, setup.mixture.sources
-    read = c.train.steps * c.data.global_batch_size * c.data.seq_len
-    shares = [weight / sum(setup.mixture.weights) for weight in setup.mixture.weights]
-    epochs = ", ".join(
-        f"{read * share / source.num_tokens:.3g} of {source.path} "
-        f"({format_count(source.num_tokens)} tokens)"
-        for source, share in zip(sources, shares, strict=True)
-    )
-    return f"epochs   {epochs}; {format_count(read)} tokens in {c.train.steps} steps"
 
 
 def _memory(setup: Setup) -> str:

@@ -66,6 +66,7 @@ class Attempt:
             step = completed.popleft()
             duration_s = self.save_waits_s.pop(step, 0.0)
             self.run.events.write("save", step=step, duration_s=duration_s)
+            self.progress.set_cell("saved", f"{step:,} at {time.strftime('%H:%M')}")
 
     def record_signal(self, step: int) -> None:
         """Write the event of a stop signal, with the time of the steps after the last row."""

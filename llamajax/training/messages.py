@@ -16,7 +16,7 @@ from llamajax.models.counts import flops_per_token, num_parameters
 from llamajax.models.lora import num_adapter_parameters
 from llamajax.models.memory import host_bytes
 from llamajax.monitoring import write_report
-from llamajax.monitoring.progress import format_count
+from llamajax.monitoring.row_format import format_count
 from llamajax.training.setup import Programs, Setup
 
 _MANY_PASSES = 100  # over the same text
@@ -49,6 +49,7 @@ def run_header(setup: Setup, start: int) -> Iterator[str]:
     tokens = format_count(c.data.global_batch_size * c.data.seq_len)
     shape = f"{c.data.global_batch_size} x {c.data.seq_len}"
     yield f"data     {c.data.path}; {shape} = {tokens} tokens a step"
+    yield f"epochs   {_epochs(setup)}"
     origin = c.train.init_from or "the beginning"
     where = f"continuing from step {start}" if start else f"from {origin}"
     yield f"steps    {c.train.steps}, {where}"
@@ -76,6 +77,19 @@ def memory_warnings(setup: Setup) -> list[str]:
 def gib(size: float) -> str:
     """Format bytes: 3.5 MiB, 24.3 GiB."""
     return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
+
+
+def _epochs(setup: Setup) -> str:
+    """Describe how often a run reads each of its sources."""
+    c, sources = setup.config, setup.mixture.sources
+    read = c.train.steps * c.data.global_batch_size * c.data.seq_len
+    shares = [weight / sum(setup.mixture.weights) for weight in setup.mixture.weights]
+    epochs = ", ".join(
+        f"{read * share / source.num_tokens:.3g} of {source.path} "
+        f"({format_count(source.num_tokens)} tokens)"
+        for source, share in zip(sources, shares, strict=True)
+    )
+    return f"{epochs}; {format_count(read)} tokens in {c.train.steps} steps"
 
 
 def data_warnings(setup: Setup) -> list[str]:

@@ -21,7 +21,13 @@ from llamajax.checkpoint.location import is_remote
 from llamajax.config import RunConfig
 from llamajax.errors import ExitCode, say
 from llamajax.files import undo_new_folders
-from llamajax.monitoring import MetricsWriter, Progress, StepTimer, write_run_facts
+from llamajax.monitoring import (
+    MetricsWriter,
+    Progress,
+    StepTimer,
+    load_events,
+    write_run_facts,
+)
 from llamajax.monitoring.blackbox import BLACKBOX
 from llamajax.processes.host_collectives import broadcast_from_first
 from llamajax.training.export import is_exported, write_adapters
@@ -155,6 +161,7 @@ def _load(run: Run, start: Start, timer: StepTimer, rolled_back_s: float) -> Tra
 
 def _compile(run: Run, state: TrainState, timer: StepTimer) -> Programs:
     """Compile what the run needs, once for this process."""
+    run.say("compiling the step; this may take minutes, and the next start reads it from disk")
     with timer.pause():
         programs = compile_programs(run.setup, state)
     run.say(f"ready    compiled in {timer.paused_s:.1f} s")
@@ -193,10 +200,14 @@ def _open_attempt(
     progress = Progress(
         total_steps=config.train.steps,
         start_step=start.step,
-        mode=config.monitoring.progress,
-        primary=primary,
+        mode=config.monitoring.progress if primary else "none",
+        title=run.workdir.absolute().name,
     )
     stack.callback(progress.close)
+    starts = sum(event["event"] == "start" for event in load_events(run.workdir) if primary)
+    progress.set_cell("restarts", f"{max(0, starts - 1)}")
+    if run.rollbacks.entries:
+        progress.set_cell("rollbacks", f"{len(run.rollbacks.entries)}")
     checks = StepChecks(
         config=config.guard,
         box=run.box,

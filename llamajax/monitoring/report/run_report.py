@@ -16,9 +16,9 @@ from llamajax.errors import UserError
 from llamajax.files import replaced_file
 from llamajax.monitoring.jsonl import read_object
 from llamajax.monitoring.metrics import METRICS, load_metrics
-from llamajax.monitoring.progress import format_count, format_duration
 from llamajax.monitoring.report.charts import Series, line_chart, smooth
 from llamajax.monitoring.report.page import PAGE
+from llamajax.monitoring.row_format import format_count, format_duration
 from llamajax.monitoring.run_facts import read_run_facts, write_run_facts
 
 REPORT = "report.html"
