@@ -10,7 +10,6 @@ import contextlib
 import inspect
 import re
 import sys
-import traceback
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_dict import RequiredValueError
 
 from llamajax.config.keys import own_keys, sections
+from llamajax.config.user_code import errors_name_the_line, quoted, set_config_folder
 from llamajax.config.values import NOT_SET, Mistyped
 from llamajax.errors import UserError, did_you_mean, nearest
 
@@ -105,7 +105,9 @@ def read_file(path_arg: str) -> ConfigDict:
                 "lists them"
             )
         name = str(known[stem])
-    with _imports_beside(Path(name).absolute().parent):
+    folder = Path(name).absolute().parent
+    set_config_folder(folder)
+    with _imports_beside(folder):
         return _run_file(name, path_arg, [argument] if mark else [])
 
 
@@ -122,7 +124,7 @@ def _run_file(name: str, path_arg: str, arguments: list[str]) -> ConfigDict:
         problem = f"needs an argument: --config={wanted}"
         problem = f"takes no argument; drop ':{arguments[0]}'" if arguments else problem
         raise UserError(f"{path_arg}: get_config{signature} {problem}") from None
-    with _errors_name_the_line(name):
+    with errors_name_the_line(name, Path(name).absolute().parent):
         config = get_config(*arguments)
     if not isinstance(config, ConfigDict):
         hint = "; does it end in `return config`?" if config is None else ""
@@ -146,12 +148,12 @@ def _get_config(name: str) -> Callable[..., Any]:
         source = path.read_text(encoding="utf-8")
         code = compile(source, str(path), "exec")
     except SyntaxError as error:
-        line = _quoted((error.text or "").strip())
+        line = quoted((error.text or "").strip())
         raise UserError(f"{name}, line {error.lineno}: not Python: {error.msg}{line}") from error
     except (OSError, ValueError) as error:  # no text, or null bytes
         raise UserError(f"{name}: cannot be read as a Python file: {error}") from error
     namespace = {"__name__": _PACKAGE, "__package__": _PACKAGE, "__file__": str(path)}
-    with _errors_name_the_line(name):
+    with errors_name_the_line(name, Path(name).absolute().parent):
         exec(code, namespace)
     get_config = namespace.get("get_config")
     if not callable(get_config):
@@ -180,31 +182,3 @@ def _imports_beside(folder: Path) -> Iterator[None]:
             file = getattr(sys.modules[name], "__file__", None)
             if name.startswith(_PACKAGE) or (file and Path(file).parent == folder):
                 del sys.modules[name]
-
-
-@contextlib.contextmanager
-def _errors_name_the_line(name: str) -> Iterator[None]:
-    """Turn any exception of the user's file into a UserError with the line it comes from."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        frames, folder = traceback.extract_tb(error.__traceback__), Path(name).absolute().parent
-        own = [frame for frame in frames if Path(frame.filename).absolute().parent == folder]
-        where, line = name, ""
-        if own:  # the file itself, or one beside it
-            file = name if own[-1].filename == str(Path(name)) else own[-1].filename
-            where, line = f"{file}, line {own[-1].lineno}", _quoted(own[-1].line or "")
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        raise UserError(f"{where}: {kind}{_message(error)}{line}") from error
-
-
-def _message(error: BaseException) -> str:
-    """Return the text of an exception on one line."""
-    while len(error.args) == 1 and isinstance(error.args[0], BaseException):
-        error = error.args[0]  # ml-collections nests KeyErrors in AttributeErrors
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(text.split()) or "(no message)"
-
-
-def _quoted(line: str) -> str:
-    return f"\n      {line}" if line else ""

@@ -14,7 +14,7 @@ Schedule = Literal["cosine", "linear", "wsd", "constant"]
 Remat = Literal["none", "full", "dots", "save_attention", "save_qkv"]
 # Tensors of a block that train.remat_keep and train.remat_offload can name.
 REMAT_NAMES = ("block_input", "qkv", "attention", "mlp_input", "gate", "up")
-AttentionImpl = Literal["auto", "xla", "blocked", "split", "cudnn", "splash"]
+AttentionImpl = Literal["auto", "xla", "blocked", "split", "cudnn", "splash", "module:function"]
 # JAX keys and grain shuffles are seeded with 32 bits.
 _SEED_LIMIT = 2**32
 
@@ -213,7 +213,7 @@ class TrainConfig:
         "such tensors to keep in host memory; for accelerators with a fast link to it", default=()
     )
     attention: AttentionImpl = key(
-        "attention kernel; auto: the first that this backend supports", default="auto"
+        "attention; auto: the best here; module:function: your own kernel", default="auto"
     )
     loss_chunk_tokens: int = key(
         "tokens whose logits are in the memory of a device at a time", default=512, at_least=1

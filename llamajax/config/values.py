@@ -31,6 +31,10 @@ class NotSet(enum.Enum):
 
 NOT_SET = NotSet.NOT_SET
 
+# Among the choices of a key: a function of the user's, which `user_code.import_function` imports.
+FUNCTION = "module:function"
+_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
 
 class Mistyped(ValueError):
     """A value that is not of the declared type; the message says what was expected and given."""
@@ -200,9 +204,11 @@ def coerce(value: Any, annotation: Any) -> Any:
     given = shown if value is None else f"{shown} ({type(value).__name__})"
     mistyped = Mistyped(f"expected {describe(annotation)}, got {given}")
     if get_origin(inner) is Literal:
-        if value in (choices := get_args(inner)):
+        choices, is_text = get_args(inner), isinstance(value, str)
+        is_function = FUNCTION in choices and is_text and _FUNCTION.fullmatch(value)
+        if value in choices or is_function:
             return value
-        hint = nearest(value, choices) if isinstance(value, str) else None
+        hint = nearest(value, choices) if is_text else None
         raise Mistyped(f"{mistyped}{did_you_mean(hint)}")
     if get_origin(inner) is tuple:
         if not isinstance(value, list | tuple):

@@ -9,12 +9,11 @@ from flax import nnx
 
 from llamajax import optim
 from llamajax.config.schema import OptimConfig
-from llamajax.conformance import references
 from llamajax.conformance.bench import Bench, WrongError, compare
 from llamajax.ops import attention as attentions
 from llamajax.ops import cross_entropy as losses
 from llamajax.ops import embedding as embeddings
-from llamajax.ops import norm
+from llamajax.ops import norm, references
 from llamajax.ops import rope as rotary
 from llamajax.ops.linear import linear
 

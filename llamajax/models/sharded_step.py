@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from llamajax.models.llama import Batch, Compute, Llama
 from llamajax.models.pipeline import num_stages
-from llamajax.ops.attention import NEEDS_UNCHECKED
+from llamajax.ops.attention import needs_unchecked
 from llamajax.ops.attention_kernels import kernel_has_room
 from llamajax.sharding import TOKEN_AXES, specs
 from llamajax.sharding.collectives import pcast_varying, psum
@@ -55,5 +55,5 @@ def sharded_step(
         mesh=mesh,
         in_specs=(specs(model, mesh), *inputs),
         out_specs=outputs,
-        check_vma=compute.attention not in NEEDS_UNCHECKED,
+        check_vma=not needs_unchecked(compute.attention),
     )

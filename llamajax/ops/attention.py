@@ -5,6 +5,7 @@
   wherever no fused kernel exists. Any platform.
 - `cudnn`: NVIDIA's fused kernel, with the documents given as offsets (`attention_kernels.py`).
 - `splash`: the Pallas kernel for TPUs, with segment ids (`attention_kernels.py`).
+- `module:function`: a function of the user's (`attention_own.py`).
 - `split`: for a sequence that is split over the mesh axis `sequence`, and for very long ones: never
   more scores than those of 512 x 512 tokens a head (`attention_split.py`). Any platform.
 
@@ -30,15 +31,21 @@ from llamajax.ops.attention_kernels import (
     cudnn_documents,
     splash_attention,
 )
+from llamajax.ops.attention_own import is_own, own_attention, own_function
 from llamajax.ops.attention_split import block_size, pair_table, split_attention
 from llamajax.sharding import collectives
 
 FUSED = ("cudnn", "splash")
 SUPPORTED = ("xla", "blocked", "split", *FUSED)
 
-# `jax.shard_map` needs check_vma=False around these: JAX's Splash kernel does not say along which
-# mesh axes its outputs vary.
-NEEDS_UNCHECKED = frozenset({"splash"})
+
+def needs_unchecked(impl: str) -> bool:
+    """Return whether `jax.shard_map` needs check_vma=False around `impl`.
+
+    JAX's Splash kernel does not say along which mesh axes its outputs vary, and the user's own may
+    not.
+    """
+    return impl == "splash" or is_own(impl)
 
 
 def attention(
@@ -67,6 +74,8 @@ def attention(
     operands = (q_BTNH, k_BSKH, v_BSKH, documents_for(impl, segment_ids_BT))
     arrays = jax.tree.leaves(operands)
     operands = jax.tree.map(lambda x: collectives.pcast_varying_like(x, *arrays), operands)
+    if is_own(impl):
+        return own_attention(*operands, name=impl)
     return _IMPLEMENTATIONS[impl](*operands)
 
 
@@ -96,9 +105,12 @@ def check_supported(
     `compute_capability` that of the NVIDIA device ("9.0" for Hopper), where it is known.
     """
     dtype = jnp.dtype(dtype)
-    if impl not in SUPPORTED:
+    if is_own(impl):
+        own_function(impl)
+    elif impl not in SUPPORTED:
         return [
-            f"{impl!r} is not an attention implementation: choose one of {', '.join(SUPPORTED)}"
+            f"{impl!r} is not an attention implementation: choose one of {', '.join(SUPPORTED)}, "
+            "or module:function"
         ]
     if sequence_parts > 1 and impl != "split":
         return [
@@ -150,7 +162,8 @@ def choose_attention(asked: str, preferences: Sequence[str], **facts: Any) -> At
     if asked != "auto":
         if problems := check_supported(asked, **facts):
             raise combine(problems, title=f"train.attention = {asked!r} cannot run here:")
-        return AttentionChoice(asked, f"train.attention = {asked}")
+        proof = ", which a run proves before it compiles" * is_own(asked)
+        return AttentionChoice(asked, f"train.attention = {asked}{proof}")
     problems, platform = [], facts["platform"]
     for impl in preferences:
         if found := check_supported(impl, **facts):

@@ -28,7 +28,8 @@ from llamajax.models.memory import FLOAT32_BYTES, device_share, width
 from llamajax.models.pipeline import bubble, num_ticks
 from llamajax.ops.attention import FUSED, computed_scores
 
-# Speed of attention's products relative to large ones: fused kernels, and blocks of plain XLA.
+# Speed of attention's products relative to large ones: fused kernels (the user's own is taken for
+# one), and blocks of plain XLA.
 _ATTENTION = {"cudnn": 0.6, "splash": 0.6, "blocked": 0.15, "split": 0.15, "xla": 0.15}
 
 
@@ -119,7 +120,9 @@ def compute_seconds(
     tokens = config.data.global_batch_size * seq_len / math.prod(sizes.values())
     # fused kernels compute the scores once more in their backward pass
     scores = _filled(config, sizes) * (3.5 * forward_scores + again_scores)
-    return tokens * (blocks + head) / rate, tokens * scores / (rate * _ATTENTION[attention])
+    return tokens * (blocks + head) / rate, tokens * scores / (
+        rate * _ATTENTION.get(attention, 0.6)
+    )
 
 
 def _filled(config: RunConfig, sizes: Mapping[str, int]) -> float:

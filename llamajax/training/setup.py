@@ -19,7 +19,9 @@ from llamajax.models.counts import matrices_per_layer
 from llamajax.models.llama import Compute
 from llamajax.models.pipeline import PipelineOptions
 from llamajax.ops.attention import AttentionChoice, choose_attention
+from llamajax.ops.attention_own import is_own, prove
 from llamajax.processes import process_facts
+from llamajax.processes.host_collectives import raise_together
 from llamajax.training.feed import abstract_batch, eval_batch_size
 from llamajax.training.safety.canary import Canary
 from llamajax.training.state import StateSpec, TrainState, with_stored_guard
@@ -76,12 +78,15 @@ def set_up(config: RunConfig, *, keep_programs: bool = True) -> Setup:
     if refusal is not None:
         raise refusal
     attention = resolve_attention(config, machine, mesh)
+    compute = resolve_compute(config, mesh, attention.impl)
+    if is_own(attention.impl):
+        attention = _proven(attention.impl, config, mesh, compute)
     return Setup(
         config=config,
         machine=machine,
         mesh=mesh,
         attention=attention,
-        compute=resolve_compute(config, mesh, attention.impl),
+        compute=compute,
         compiler_options=resolve_compiler_options(config, machine, mesh),
         spec=StateSpec.of(config, mesh),
         mixture=mixture,
@@ -109,6 +114,26 @@ def resolve_attention(config: RunConfig, machine: backends.Machine, mesh: Mesh) 
         "sequence_parts": mesh.shape["sequence"],
     }
     return choose_attention(t.attention, machine.attention_preferences, **facts)
+
+
+def _proven(own: str, config: RunConfig, mesh: Mesh, compute: Compute) -> AttentionChoice:
+    """Prove the user's own attention on every process. Raises the UserError of any on all."""
+    model, parts, error = config.model, mesh.shape["tensor"], None
+    found, is_named = "", True
+    try:
+        found, is_named = prove(
+            own,
+            dtype=str(compute.dtype),
+            heads=(model.num_heads // parts, model.num_kv_heads // parts),
+            head_size=model.head_size,
+            seq_len=config.data.seq_len,
+            packed=config.data.mask_documents,
+        )
+    except UserError as problem:
+        error = problem
+    raise_together(error)
+    again = "" if is_named else '; it names nothing "attention", so that remat runs it again'
+    return AttentionChoice(own, f"train.attention = {own}; {found}{again}", not is_named)
 
 
 def resolve_compute(config: RunConfig, mesh: Mesh, attention: str) -> Compute:

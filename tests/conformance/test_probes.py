@@ -10,9 +10,10 @@ import pytest
 from refusal import refused
 
 from llamajax.backends import ProbeResult
-from llamajax.conformance import arithmetic_probes, collective_probes, references
+from llamajax.conformance import arithmetic_probes, collective_probes
 from llamajax.conformance.bench import Bench, WrongError, compare
 from llamajax.conformance.probe_table import PROBES, START, chosen, verdict_on
+from llamajax.ops import references
 from llamajax.ops.norm import rms_norm
 from llamajax.sharding import AXES
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llamajax.ops.attention import NEEDS_UNCHECKED, attention
+from llamajax.ops.attention import attention, needs_unchecked
 
 B, T, N, K, H = 1, 2048, 6, 2, 64  # no two other sizes multiply to T, in no block and no head group
 SHAPES = ((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T))
@@ -112,7 +112,7 @@ def test_kernels_lower_inside_shard_map(impl, platform):
         return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
     assert "custom_call" in program(False)
-    if impl in NEEDS_UNCHECKED:
+    if needs_unchecked(impl):
         with pytest.raises(ValueError, match="check_vma"):
             program(True)
     else:

@@ -9,9 +9,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llamajax.conformance import references
 from llamajax.errors import UserError
-from llamajax.ops import attention_blocked, attention_kernels
+from llamajax.ops import attention_blocked, attention_kernels, references
 from llamajax.ops.attention import SUPPORTED, attention, check_supported, first_supported
 
 PLAIN = ("xla", "blocked")

@@ -77,8 +77,7 @@ def test_every_pipeline_takes_the_steps_of_one_device(axes, options):
 )
 def test_the_same_without_the_check_of_varying_axes(axes, monkeypatch):
     """Kernels that cannot be checked run so: no derivative may rest on what the check inserts."""
-    unchecked = frozenset({"xla", "split"})
-    monkeypatch.setattr(llamajax.models.sharded_step, "NEEDS_UNCHECKED", unchecked)
+    monkeypatch.setattr(llamajax.models.sharded_step, "needs_unchecked", lambda impl: True)
     sizes = {"stage": 2} | dict.fromkeys(axes, 2)
     found = run(*sizes.items(), steps=2, layers=4, loss_chunk_tokens=21)
     assert_same(found, run(steps=2, layers=4))

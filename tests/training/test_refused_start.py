@@ -22,6 +22,11 @@ REFUSALS = {
     "no data": ({"data.path": "PLACE/nothing"}, "nothing"),
     "damaged data": ({"data.path": "PLACE/damaged"}, "bytes, the manifest says"),
     "attention": ({"train.attention": "cudnn"}, "cudnn"),
+    "own attention": ({"train.attention": "own_attention:leaks"}, "packed documents"),
+    "own attention of a split sequence": (
+        {"train.attention": "own_attention:attend", "mesh.sequence": 2, "mesh.data": -1},
+        "sees one device's tokens only",
+    ),
     "another tokenizer": (
         {"data.path": "PLACE/other_tokenizer", "model.vocab_size": 300},
         "another tokenizer",
@@ -91,7 +96,8 @@ def test_a_used_workdir_stays_as_it_is(used, place, start, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["another model", "adapters", "too few steps", "checkpoints of another run"]
+    "name",
+    ["own attention", "another model", "adapters", "too few steps", "checkpoints of another run"],
 )
 def test_a_dry_run_refuses_what_a_start_refuses(used, place, short_config, name):
     keys, words = REFUSALS[name]

@@ -47,10 +47,15 @@ SAME = {
     "names": ({"fsdp": 2}, {"remat_keep": ("gate",), "remat_offload": ("block_input", "qkv")}),
     "moments in host memory": ({"fsdp": 2}, {"offload": True}),
     "blocked attention": ({}, {"attention": "blocked", "remat": "save_attention"}),
+    "own attention": (
+        {"data": 2, "tensor": 2},
+        {"attention": "own_attention:attend", "remat": "save_attention"},
+    ),
 }
 OTHERS = sorted(set(REMAT) - {"full", "save_attention", "none", "save_qkv"})
 SAME_SLOW = {name: ({"fsdp": 2}, {"remat": name}) for name in OTHERS} | {
     "offloaded": ({"fsdp": 2}, {"remat": "save_qkv", "remat_offload": ("attention", "up")}),
+    "own attention in a pipeline": ({"stage": 2, "fsdp": 2}, {"attention": "own_attention:attend"}),
     "moments of a pipeline": ({"stage": 2}, {"layers": 3, "offload": True, "accumulation": 2}),
 }
 

@@ -1,6 +1,6 @@
 """The operations of a Llama step in plain float64 NumPy, for the doctor and for tests.
 
-Arguments are those of the operation in `llamajax.ops`, differentiable ones first, as float64.
+Arguments are those of the operation in this package, differentiable ones first, as float64.
 """
 
 import numpy as np
@@ -32,13 +32,14 @@ def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, *, segment_ids_BT: Ar
     """Attend causally within each document; several query heads share one of keys and values."""
     share = q_BTNH.shape[2] // k_BSKH.shape[2]
     k_BSNH, v_BSNH = np.repeat(k_BSKH, share, axis=2), np.repeat(v_BSKH, share, axis=2)
-    scores = np.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) * q_BTNH.shape[-1] ** -0.5
+    # matmul, as einsum does not use BLAS for batched products
+    scores = q_BTNH.transpose(0, 2, 1, 3) @ k_BSNH.transpose(0, 2, 3, 1)
     same = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     allowed = same & np.tri(q_BTNH.shape[1], dtype=bool)
-    scores = np.where(allowed[:, None], scores, -np.inf)
+    scores = np.where(allowed[:, None], scores * q_BTNH.shape[-1] ** -0.5, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    return np.einsum("BNTS,BSNH->BTNH", weights, v_BSNH)
+    return (weights @ v_BSNH.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
 
 
 def feed_forward(x_BTD: Array, gate_DF: Array, up_DF: Array, down_FD: Array) -> Array:
