@@ -26,7 +26,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 _UNWIND_WITHIN_S = 10.0
 _RAISE_EVERY_S = 0.5
 # What JAX raises while it is imported, for a variable of its own that it cannot read.
-_JAX_REFUSES = re.compile(r"[Ii]nvalid (?:truth )?value .* for (?:environment|JAX flag) '?(\w+)")
+_JAX_REFUSES = re.compile(
+    r"""[Ii]nvalid (?:truth )?value ['"]?(.*?)['"]? for (?:environment|JAX flag) '?(\w+)"""
+)
 
 
 def caught_signals() -> list[signal.Signals]:
@@ -64,8 +66,7 @@ def run_verb(main: Callable[[list[str]], int | None]) -> NoReturn:
     except ValueError as error:
         if not (found := _JAX_REFUSES.search(str(error))):
             raise
-        name = found[1].upper()
-        say(f"error: JAX cannot read {name}={os.environ.get(name)}; unset it, or correct it")
+        say(f"error: JAX cannot read {found[2].upper()}={found[1]}; unset it, or correct it")
         code = ExitCode.USER_ERROR
     except OSError as error:
         if error is not out.refusal:

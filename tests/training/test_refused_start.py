@@ -24,7 +24,7 @@ REFUSALS = {
     "attention": ({"train.attention": "cudnn"}, "cudnn"),
     "own attention": ({"train.attention": "own_attention:leaks"}, "packed documents"),
     "own attention of a split sequence": (
-        {"train.attention": "own_attention:attend", "mesh.sequence": 2, "mesh.data": -1},
+        {"train.attention": "own_attention:attend", "mesh.sequence": 2, "mesh.fsdp": 2},
         "sees one device's tokens only",
     ),
     "another tokenizer": (
