@@ -12,7 +12,7 @@ from typing import Any
 
 from llamajax.config.keys import all_keys
 from llamajax.config.schema import LORA_TARGETS, REMAT_NAMES
-from llamajax.config.values import Mistyped, parse_address
+from llamajax.config.values import Mistyped, parse_address, parse_fork
 from llamajax.errors import did_you_mean, nearest
 
 Values = Mapping[str, Any]  # by path
@@ -185,6 +185,11 @@ def _continuation(v: Values) -> Iterator[str]:
     step = v["train.resume_step"]
     if step is not None and v["train.restart"]:
         yield f"train.resume_step = {step} and train.restart = true: choose one of the two"
+    if (fork := v["train.fork"]) is not None:
+        try:
+            parse_fork(fork)
+        except Mistyped as error:
+            yield f"train.fork = {fork}: {error}"
 
 
 def _lora_base(v: Values) -> Iterator[str]:

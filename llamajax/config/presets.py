@@ -7,7 +7,7 @@ published parameter counts. A preset is the `model` section of a run and nothing
 import dataclasses
 from typing import TYPE_CHECKING
 
-from llamajax.config.schema import ModelConfig, RopeScaling
+from llamajax.config.model_schema import ModelConfig, RopeScaling
 from llamajax.errors import UserError, did_you_mean, nearest
 
 if TYPE_CHECKING:

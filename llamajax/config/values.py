@@ -12,6 +12,7 @@ import os
 import re
 import types
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from llamajax.errors import did_you_mean, nearest
@@ -189,6 +190,18 @@ def parse_address(text: str) -> tuple[str, int]:
     is_bare = re.fullmatch(r"[0-9a-fA-F.]*(:[0-9a-fA-F.]*){2,}", host)
     fix = f"an IPv6 address is in brackets: [{host}]:{port}" if is_bare else "e.g. node0:8476"
     raise Mistyped(f"is not HOST:PORT, {fix}")
+
+
+def parse_fork(text: str) -> tuple[Path, int]:
+    """Return the --workdir and the step of RUN@STEP.
+
+    Raises:
+        Mistyped: the text is no such pair.
+    """
+    run, _, step = text.rpartition("@")
+    if run and re.fullmatch(r"\d+", step) and int(step):
+        return Path(run), int(step)
+    raise Mistyped("is not RUN@STEP, e.g. runs/base@1000: a --workdir and the step to go on from")
 
 
 def coerce(value: Any, annotation: Any) -> Any:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.config.schema import RopeScaling
+from llamajax.config.model_schema import RopeScaling
 
 
 def frequencies(head_size: int, *, theta: float, scaling: RopeScaling | None) -> np.ndarray:

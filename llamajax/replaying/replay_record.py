@@ -82,13 +82,20 @@ def read_record(workdir: Path, step: int, *, box: Path | None) -> ReplayRecord:
     steps = complete_steps(checkpoints)
     numbers, position = _numbers(workdir, step, box)
     newest = max([*numbers, *steps], default=0)
-    if not 1 <= step <= newest:
+    facts = read_run_facts(workdir)
+    origin = facts.get("origin")
+    first = origin["step"] + 1 if origin else 1
+    if not first <= step <= newest:
         raise UserError(
-            f"--step={step}: {workdir} has made steps 1 to {newest}"
+            f"--step={step}: {workdir} has made steps {first} to {newest}"
             if newest
             else f"--step={step}: {workdir} has made no step yet"
         )
     before = max((n for n in steps if n < step), default=None)
+    if before is not None:
+        before = checkpoints / str(before)
+    elif origin:
+        before = recorded_directory(Path(origin["run"])) / str(origin["step"])
     later = min((n for n in steps if n >= step), default=None)
     after = open_checkpoint(checkpoints / str(later)).meta if later is not None else None
     config = from_json_dict(
@@ -100,10 +107,10 @@ def read_record(workdir: Path, step: int, *, box: Path | None) -> ReplayRecord:
     return ReplayRecord(
         step=step,
         config=config,
-        base=None if before is None else open_checkpoint(checkpoints / str(before)),
+        base=None if before is None else open_checkpoint(before),
         position=data.Position.from_json(position) if position else None,
         numbers=numbers,
-        machine=read_run_facts(workdir),
+        machine=facts,
     )
 
 

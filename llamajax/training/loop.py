@@ -36,7 +36,7 @@ def train_steps(attempt: Attempt, state: TrainState) -> ExitCode:
     export = ExportHook(attempt)
     # The canary comes before the save, so that no checkpoint holds what a bad device computed.
     hooks: list[Hook] = [CanaryHook(attempt), save, export, evaluate]
-    if start.step:
+    if start.step and not start.fork:
         for hook in (evaluate, export):  # the previous process may have ended before these
             if hook.is_due(start.step, stop=False) and not hook.was_done():
                 hook(start.step, state, stop=False)

@@ -94,7 +94,7 @@ def choose_checkpoint(
         )
     elif checkpoint is None and history.rows:
         last = history.rows[-1]["step"]
-        words.append(f"no checkpoint was saved before: steps 1 to {last} are done again")
+        words.append(f"no checkpoint was saved before: all steps to {last} are done again")
     return checkpoint, words
 
 
@@ -130,7 +130,8 @@ def newest_save(history: History) -> int | None:
         if kind == "save" and not event.get("error"):
             newest = event["step"]
         elif kind == "start":
-            newest = event["step"] or None
+            # Of a fork that has saved nothing yet, the step of another run's checkpoint.
+            newest = None if event.get("fork") else event["step"] or None
         elif kind == "rollback":
             newest = min(newest or 0, event.get("to_step", 0)) or None
     if history.events or (history.workdir / AUDIT).exists():

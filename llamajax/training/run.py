@@ -79,7 +79,9 @@ def train(
             if run.is_primary:
                 if dead := history.found_dead(start.step):
                     run.events.write("found_dead", **dead)
-                write_start(run, step=start.step, began_s=began_s, config_file=config_file)
+                write_start(
+                    run, step=start.step, fork=start.fork, began_s=began_s, config_file=config_file
+                )
                 report_checkpoint(start.step)  # to the launcher, which counts progress
             del history  # all rows and events
             for line in run_header(setup, start.step):
@@ -185,7 +187,7 @@ def _accept(run: Run, start: Start, programs: Programs) -> None:
         run.box.begin()
         write_config(run.workdir, run.config)
         keep_tokenizer(run.workdir, run.config.data.paths[0], start.recorded["tokenizer"])
-        facts = run_facts(run.setup, programs)
+        facts = run_facts(run.setup, programs) | {"origin": start.recorded["origin"]}
         write_run_facts(run.workdir, facts | {"workdir_locked": run.is_locked})
 
 
@@ -249,7 +251,14 @@ def _go_back(attempt: Attempt, problem: GuardStop | RollbackNeeded) -> int | Non
     try:
         if isinstance(problem, GuardStop):
             raise problem
-        words = roll_back(problem, run.checkpointer, run.rollbacks, attempt.checks)
+        origin = attempt.start.recorded["origin"]
+        words = roll_back(
+            problem,
+            run.checkpointer,
+            run.rollbacks,
+            attempt.checks,
+            origin_step=origin["step"] if origin else None,
+        )
     except GuardStop as error:
         run.say(
             f"error: {error}. No later step was saved; the black box is {box}, and "

@@ -110,15 +110,23 @@ def process_start_s() -> float:
     return time.monotonic() - age_s
 
 
-def write_start(run: Run, *, step: int, began_s: float, config_file: str | None) -> None:
+def write_start(
+    run: Run,
+    *,
+    step: int,
+    fork: dict[str, Any] | None,
+    began_s: float,
+    config_file: str | None,
+) -> None:
     """Write the `start` event.
 
-    step: that the run continues from. began_s: of the process, `time.monotonic`.
+    step: that the run continues from. fork: as Start. began_s: of the process, `time.monotonic`.
     """
     machine = run.setup.machine
     run.events.write(
         "start",
         step=step,
+        fork=fork,
         duration_s=time.monotonic() - began_s,
         host=socket.gethostname(),
         pid=os.getpid(),

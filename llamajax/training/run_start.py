@@ -26,6 +26,7 @@ from llamajax.tokenizers.tokenizer_identity import (
     matches_record,
     tokenizer_record,
 )
+from llamajax.training.fork import open_fork, origin_record
 from llamajax.training.resume import Request, choose_checkpoint, requested_start
 from llamajax.training.run_record import History
 from llamajax.training.setup import Setup, moments_change
@@ -60,6 +61,12 @@ class Start:
         """Updates already applied."""
         return 0 if self.checkpoint is None else self.checkpoint.step
 
+    @property
+    def fork(self) -> dict[str, Any] | None:
+        """What is recorded of `checkpoint` where it is another run's (`origin_record`)."""
+        origin = self.recorded["origin"]
+        return origin if origin and origin["step"] == self.step else None
+
 
 def first_start(run: Run) -> tuple[Start, History]:
     """Choose where a process starts, as its config asks; return also what counts of the record.
@@ -90,17 +97,26 @@ def find_start(run: Run, request: Request, history: History) -> Start:
     )
     for line in words:
         run.say(line)
+    origin = None
+    if checkpoint is None and config.train.fork is not None:
+        checkpoint = open_fork(config, run.workdir)
+        origin = origin_record(checkpoint, config)
+        run.say(f"forked from {checkpoint}")
     meta, step = (None, 0) if checkpoint is None else (checkpoint.meta, checkpoint.step)
-    weights = open_initial_weights(config, meta)
-    tokenizer = run_tokenizer(setup, meta, run.workdir)
+    of = run.workdir if origin is None else Path(origin["run"])
+    weights = open_initial_weights(config, meta, of=of)
+    tokenizer = run_tokenizer(setup, meta, of)
+    origin = origin or (meta or {}).get("origin")
     if step > config.train.steps:
         raise UserError(
             f"the newest checkpoint is of step {step}, beyond train.steps = {config.train.steps}: "
             "raise train.steps, or choose another --workdir"
         )
     if meta is not None:
-        for line in changes(setup, meta, step):
+        for line in changes(setup, meta, step, forked=of != run.workdir):
             run.say(line)
+    if origin and origin["step"] == step:
+        meta["rollbacks"] = 0  # those of this run count, not those of the one before the fork
     position, ledger = _place_in_data(run, meta, step)
     recorded = {
         "config": to_json_dict(config),
@@ -108,6 +124,7 @@ def find_start(run: Run, request: Request, history: History) -> Start:
         "tokenizer": tokenizer,
         "data": setup.data_record,
         "rollbacks": len(run.rollbacks.entries),
+        "origin": origin,
     }
     if config.lora.rank:
         recorded["base"] = base_record(weights)
@@ -151,7 +168,7 @@ def _place_in_data(
 def run_tokenizer(setup: Setup, meta: Mapping[str, Any] | None, workdir: Path) -> dict:
     """Return the record of the run's tokenizer; UserError where the data has another one.
 
-    meta: of the checkpoint that the run continues from, if it does.
+    meta, workdir: of the checkpoint that the run continues from, if it does, and of its run.
     """
     saved, kept = (meta or {}).get("tokenizer"), workdir / TOKENIZER
     if meta is not None and saved is None and kept.is_dir():
@@ -171,25 +188,36 @@ def run_tokenizer(setup: Setup, meta: Mapping[str, Any] | None, workdir: Path) -
         return saved or tokenizer_record(ours)
     raise UserError(
         f"data.path: {path} was prepared with another tokenizer "
-        f"({describe(tokenizer_record(ours))}) than the one that the checkpoints in --workdir were "
+        f"({describe(tokenizer_record(ours))}) than the one that the checkpoints in {workdir} were "
         f"trained with ({describe(saved)}): its token ids mean other text. Prepare the text again "
         f"with --tokenizer={kept}, or begin another --workdir"
     )
 
 
-def changes(setup: Setup, meta: Mapping[str, Any], step: int) -> Iterator[str]:
-    """Yield a line for each key, and each split of the data, that changed since step `step`."""
+def changes(
+    setup: Setup, meta: Mapping[str, Any], step: int, *, forked: bool = False
+) -> Iterator[str]:
+    """Yield a line for each key, and each split of the data, that changed since step `step`.
+
+    forked: whether the checkpoint of that step is another run's.
+    """
     before, now = from_json_dict(meta["config"]), setup.config
     keys = diff(before, now)
+    if forked:
+        keys.pop("train.fork", None)
     for key, (old, new) in keys.items():
         yield f"changed since step {step}: {key}: {old} -> {new}"
     if moments_change(now, meta):
         yield f"the first moments of step {step} are converted to {now.optim.moment_dtype}"
-    if "train.init_from" in keys and not now.lora.rank and step:
-        yield (
-            f"warning: train.init_from counts where a run begins, and this one goes on from step "
-            f"{step}: {now.train.init_from} is not read. Choose another --workdir to begin from it"
-        )
+    begun_from = {"train.fork": now.train.fork}
+    if not now.lora.rank and step:
+        begun_from["train.init_from"] = now.train.init_from
+    for key, where in begun_from.items():
+        if key in keys:
+            yield (
+                f"warning: {key} counts where a run begins, and this one goes on from step {step}: "
+                f"{where} is not read. Choose another --workdir to begin from it"
+            )
     if keys and step < now.train.steps:
         rates = [
             float(optim.schedule(c.optim, steps=c.train.steps)(step + 1)) for c in (before, now)
@@ -208,20 +236,23 @@ def changes(setup: Setup, meta: Mapping[str, Any], step: int) -> Iterator[str]:
             yield f"data changed since step {step}: {where}: {old} -> {new}"
 
 
-def open_initial_weights(config: RunConfig, meta: Mapping[str, Any] | None) -> Weights | None:
+def open_initial_weights(
+    config: RunConfig, meta: Mapping[str, Any] | None, *, of: str | Path = "this --workdir"
+) -> Weights | None:
     """Return the weights to import before the first or next step; None where there are none.
 
-    meta: of the checkpoint that the run continues from, if it does. Raises one UserError with
-    everything that does not fit: architecture, tokenizer, the base of earlier adapters.
+    meta, of: of the checkpoint that the run continues from, if it does, and its run. Raises one
+    UserError with everything that does not fit: architecture, tokenizer, the base of earlier
+    adapters.
     """
     if meta is not None:
         before = from_json_dict(meta["config"], source="the config of the newest checkpoint")
-        _check_adapters(before.lora, config.lora)
+        _check_adapters(before.lora, config.lora, of=of)
         if not config.lora.rank:
             return None
         moved = before.train.init_from != config.train.init_from
         path = locate(config.train.init_from) if moved else None
-        return open_base(meta["base"], path=path, adapters=Path("this --workdir"))
+        return open_base(meta["base"], path=path, adapters=Path(of))
     if config.train.init_from is None:
         return None
     try:
@@ -247,7 +278,7 @@ def base_record(weights: Weights) -> dict[str, str]:
     return {"path": str(weights.path), "fingerprint": weights.fingerprint()}
 
 
-def _check_adapters(old: LoraConfig, new: LoraConfig) -> None:
+def _check_adapters(old: LoraConfig, new: LoraConfig, *, of: str | Path) -> None:
     """Raise UserError when the run that continues has other adapters than the one that it was."""
     keys = _FIXED if old.rank and new.rank else ("rank",)
     pairs = {key: (show(getattr(old, key)), show(getattr(new, key))) for key in keys}
@@ -255,6 +286,6 @@ def _check_adapters(old: LoraConfig, new: LoraConfig) -> None:
     if problems:
         raise combine(
             problems,
-            title="the checkpoints in --workdir are of other adapters; choose another --workdir, "
-            "or go back to what it was:",
+            title=f"the checkpoints in {of} are of other adapters; go back to what it was, or "
+            "begin another --workdir with train.init_from:",
         )

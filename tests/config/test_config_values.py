@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from llamajax.config.schema import RopeScaling
+from llamajax.config.model_schema import RopeScaling
 from llamajax.config.values import Mistyped, coerce, parse
 
 Floats = tuple[float, ...] | None

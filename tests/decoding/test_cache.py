@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_model import COMPUTE, tiny_model
 
-from llamajax.config.schema import RopeScaling
+from llamajax.config.model_schema import RopeScaling
 from llamajax.decoding import kv_cache as kv
 from llamajax.decoding.decode_steps import Rows, append_token, fill_cache
 from llamajax.models.llama import Llama

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from llamajax.config.schema import RopeScaling
+from llamajax.config.model_schema import RopeScaling
 from llamajax.ops.rope import angles, frequencies, rotate
 
 THETA, H = 12_345.0, 16

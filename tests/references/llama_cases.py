@@ -13,7 +13,7 @@ import numpy as np
 import safetensors.numpy
 from tiny_model import tiny_model, tiny_optim
 
-from llamajax.config.schema import ModelConfig, RopeScaling
+from llamajax.config.model_schema import ModelConfig, RopeScaling
 
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16)
 LLAMA31 = dataclasses.replace(LLAMA3, original_max_seq_len=8192)

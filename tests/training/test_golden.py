@@ -14,7 +14,8 @@ from plain_batch import plain_batch
 from tiny_model import COMPUTE, tiny_model, tiny_optim
 
 from llamajax import optim, sharding
-from llamajax.config.schema import ModelConfig, OptimConfig, RopeScaling, TrainConfig
+from llamajax.config.model_schema import ModelConfig, RopeScaling
+from llamajax.config.schema import OptimConfig, TrainConfig
 from llamajax.training.state import StateSpec
 from llamajax.training.step import train_step
 

@@ -132,6 +132,23 @@ def test_a_new_workdir_does_not_come_to_be(tmp_path, place, start, name, exists)
         start(workdir, keys)
 
 
+@pytest.mark.parametrize(
+    ("fork", "keys", "words"),
+    [
+        ("USED", {}, "is not RUN@STEP"),
+        ("PLACE/nothing@2", {}, "there is no directory"),
+        ("USED@3", {}, "complete ones are 2, 4"),
+        ("USED@4", {"train.steps": 4}, "leaves no step"),
+        ("USED@4", {"model.hidden_size": 64}, "of another model"),
+        ("USED@4", REFUSALS["another tokenizer"][0], "another tokenizer"),
+    ],
+)
+def test_a_refused_fork_does_not_come_to_be(used, tmp_path, start, fork, keys, words):
+    fork = fork.replace("USED", str(used))
+    with refused(words, unchanged=(used, tmp_path)):
+        start(tmp_path / "fork", {"train.fork": fork} | keys)
+
+
 def test_a_workdir_in_use_stays_as_it_is(used, start):
     with (used / ".lock_0").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -107,7 +107,7 @@ def test_where_nothing_was_saved_it_begins_and_says_so(short_config, tmp_path):
     write_rows(tmp_path / "metrics.jsonl", {"step": 1}, {"step": 3})
     write_rows(tmp_path / "events.jsonl", event("start", 0))
     step, (words,) = start(short_config(), tmp_path)
-    assert (step, words) == (0, "no checkpoint was saved before: steps 1 to 3 are done again")
+    assert (step, words) == (0, "no checkpoint was saved before: all steps to 3 are done again")
 
 
 def test_a_restart_sets_everything_aside_once(short_config, used, capfd):

@@ -30,13 +30,13 @@ def run(prepared, workdir, **keys):
     return done.returncode, done.stderr
 
 
-def interrupted(prepared, workdir, number, *, after_step, stderr=None):
-    """Exit code and stderr of a run that gets signal `number` once `after_step` is logged."""
+def interrupted(prepared, workdir, number, *, after_step, stderr=None, keys=()):
+    """Exit code and stderr of a run that gets signal `number` once `after_step` rows are logged."""
     metrics, poll = workdir / "metrics.jsonl", threading.Event()
     with (
         open("/dev/full", "w") as full,
         warm.Popen(
-            train_command(prepared, workdir, {}),
+            train_command(prepared, workdir, dict(keys)),
             stderr=full if stderr == "full" else subprocess.PIPE,
             text=True,
         ) as process,
@@ -100,6 +100,24 @@ def test_an_interrupted_run_continues_bit_by_bit(
     code, text = run(prepared, tmp_path)
     assert code == 0, text
     assert logged(tmp_path) == logged(undisturbed)
+
+
+def test_a_fork_goes_on_as_the_run_it_left(prepared, undisturbed, tmp_path):
+    step = min(int(path.name) for path in (undisturbed / "checkpoints").iterdir())
+    keys = {"train.fork": f"{undisturbed}@{step}", "checkpoint.every_steps": 100}
+    code, text = interrupted(prepared, tmp_path, signal.SIGKILL, after_step=2, keys=keys)
+    assert code == -9, text
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+    keys = {key.replace(".", "__"): value for key, value in keys.items()}
+    code, text = run(prepared, tmp_path, **keys)
+    assert (code, f"forked from {undisturbed}/checkpoints/{step}" in text) == (0, True), text
+    rows = [row for row in logged(undisturbed) if row["step"] > step]
+    assert logged(tmp_path) == rows
+    begun = [event["fork"] for event in load_events(tmp_path) if event["event"] == "start"]
+    origin = json.loads((tmp_path / "run.json").read_text())["origin"]
+    assert begun == [origin, origin]
+    assert (origin["run"], origin["step"]) == (str(undisturbed), step)
+    assert origin["changed"] == {"checkpoint.every_steps": ["4", "100"]}
 
 
 def test_a_signal_before_the_first_update_names_the_previous_checkpoint(prepared, tmp_path):

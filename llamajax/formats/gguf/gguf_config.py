@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llamajax.config.schema import ModelConfig, RopeScaling
+from llamajax.config.model_schema import ModelConfig, RopeScaling
 from llamajax.errors import UserError, combine
 from llamajax.formats.foreign_weights import ForeignWeights, imported_model
 from llamajax.formats.gguf.gguf_header import MAGIC, GgufHeader, read_gguf_header

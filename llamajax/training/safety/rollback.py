@@ -123,11 +123,17 @@ def remove_checkpoints(checkpointer: Checkpointer, steps: list[int]) -> None:
 
 
 def roll_back(
-    cause: RollbackNeeded, checkpointer: Checkpointer, log: RollbackLog, checks: StepChecks
+    cause: RollbackNeeded,
+    checkpointer: Checkpointer,
+    log: RollbackLog,
+    checks: StepChecks,
+    *,
+    origin_step: int | None = None,
 ) -> str:
     """Choose the checkpoint to go back to and record the rollback; return what to say of it.
 
-    To be called by all processes. The run then starts anew as after a kill: from the newest
+    origin_step: of another run's checkpoint, from which this one was forked. To be called by all
+    processes. The run then starts anew as after a kill: from the newest
     checkpoint that is not superseded. It skips the data of all steps from there to the one of
     `cause`: what led to the first update that was left out may lie before it. Raises GuardStop
     after as many rollbacks to one checkpoint as the config allows.
@@ -136,7 +142,10 @@ def roll_back(
         checkpointer.wait()
     except CheckpointError as error:
         checks.note(f"warning: {error}")
-    to_step = broadcast_from_first(lambda: target(checkpointer.steps(), cause.first_skipped_step))
+    steps = [] if origin_step is None else [origin_step]
+    to_step = broadcast_from_first(
+        lambda: target(steps + checkpointer.steps(), cause.first_skipped_step)
+    )
     to_step = to_step or 0  # no checkpoint at all: the beginning
     where = f"the checkpoint of step {to_step}" if to_step else "the beginning"
     times = log.count_to(to_step)
