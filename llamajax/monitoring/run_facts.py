@@ -52,8 +52,15 @@ def write_run_facts(workdir: Path, facts: Mapping[str, Any]) -> None:
 
 def read_run_facts(workdir: Path) -> dict[str, Any]:
     """Return the facts of a run as they are now; empty where nothing can be read."""
-    facts, events = read_object(Path(workdir) / RUN_FACTS), load_events(workdir)
-    return facts | summarize(events, load_metrics(workdir), running=is_running(workdir))
+    return merged_facts(workdir, load_events(workdir), load_metrics(workdir))
+
+
+def merged_facts(
+    workdir: Path, events: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return what `run.json` says, and what the events and rows, read already, say now."""
+    facts = read_object(Path(workdir) / RUN_FACTS)
+    return facts | summarize(events, rows, running=is_running(workdir))
 
 
 def summarize(
@@ -66,8 +73,9 @@ def summarize(
       starts, rollbacks    how many
       time_breakdown       seconds from the first start to the last event or row, `wall_s`, and what
                            they are made of: steps_s, redone_s (steps that were done again later),
-                           data_wait_s, start_s, compile_s, ..., down_s (no process), other_s; and
-                           goodput, the share of steps_s
+                           rolled_back_s (steps that a rollback undid), data_wait_s, start_s,
+                           compile_s, ..., down_s (no process), other_s; and goodput, the share of
+                           steps_s
       tokens_per_s         tokens of all steps that count by steps_s
       peak_memory_bytes    most that one device has used
     """
@@ -99,20 +107,24 @@ def _time_parts(
     events: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
 ) -> collections.Counter[str]:
     """Return the seconds of a run by part, and the tokens of the steps that count."""
-    parts = collections.Counter({"steps_s": 0.0, "data_wait_s": 0.0, "tokens": 0.0})
+    always = ("steps_s", "data_wait_s", "redone_s", "tokens")
+    parts = collections.Counter(dict.fromkeys(always, 0.0))
     for row, before in _covered(events, rows):
         parts.update(_seconds(row, row["step"] - before))
-    seen_s = None
+    seen_s, undone = None, "redone_s"
     for event in events:
         kind, duration = event["event"], event.get("duration_s", 0.0)
         if kind == "start" and seen_s is not None:
             parts["down_s"] += max(0.0, event["time_s"] - duration - seen_s)
         for part in ("steps_s", "data_wait_s", "tokens"):
             parts[part] += event.get(f"kept_{part}", 0.0)
-        parts["redone_s"] += event.get("removed_steps_s", 0.0)
+        undone = "rolled_back_s" if kind == "rollback" else undone
+        if "removed_steps_s" in event:
+            parts[undone] += event["removed_steps_s"]
         parts["data_wait_s"] += event.get("removed_data_wait_s", 0.0)
         if kind == "restore":
             parts[f"{event['source']}_s"] += duration
+            undone = "redone_s"  # by the next start
         elif kind in _PARTS:
             parts[_PARTS[kind]] += duration
         seen_s = event.get("last_seen_s", event["time_s"])

@@ -15,7 +15,6 @@ from llamajax.errors import ExitCode, UserError
 from llamajax.models.counts import flops_per_token, num_parameters
 from llamajax.models.lora import num_adapter_parameters
 from llamajax.models.memory import host_bytes
-from llamajax.monitoring import write_report
 from llamajax.monitoring.row_format import format_count
 from llamajax.training.setup import Programs, Setup
 
@@ -193,11 +192,7 @@ def run_facts(setup: Setup, programs: Programs) -> dict[str, Any]:
 
 
 def run_summary(workdir: Path, checkpointer: Checkpointer, code: int) -> str:
-    """Write the report of a run; return how it ended and where its files are."""
-    try:
-        write_report(workdir)
-    except (OSError, UserError) as error:
-        return f"warning: no report was written: {error}"
+    """Return how a run ended and where its files are."""
     stopped = "stopped; rerun the same command to continue"
     words = {ExitCode.FINISHED: "finished", ExitCode.STOPPED: stopped}
     word = words.get(code, "ended for the reason above")

@@ -29,6 +29,7 @@ from llamajax.monitoring import (
     write_run_facts,
 )
 from llamajax.monitoring.blackbox import BLACKBOX
+from llamajax.monitoring.report.refresh import refreshed_report
 from llamajax.processes.host_collectives import broadcast_from_first
 from llamajax.training.export import is_exported, write_adapters
 from llamajax.training.hooks import Attempt
@@ -74,8 +75,9 @@ def train(
                 check_stored(setup, start.checkpoint)  # the config may be another one by now
             run.say(f"finished before, at step {start.step}: {workdir}")
             return ExitCode.FINISHED
-        # Writes the `end` event, however the block is left, if the start was accepted.
-        with end_event(run, start.step) as outcome:
+        # If the start was accepted: write the `end` event and the report, however this is left.
+        report = refreshed_report(workdir, primary=run.is_primary)
+        with report, end_event(run, start.step) as outcome:
             if run.is_primary:
                 if dead := history.found_dead(start.step):
                     run.events.write("found_dead", **dead)

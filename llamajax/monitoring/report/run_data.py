@@ -1,0 +1,219 @@
+"""What the page shows of one run, as JSON values, from the files of its workdir.
+
+Everything in them may be missing, of an earlier release, or cut: what is not known is left out.
+"""
+
+import collections
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from llamajax.monitoring.blackbox import BLACKBOX, boxes
+from llamajax.monitoring.events import load_events
+from llamajax.monitoring.jsonl import read_lines, read_object, read_rows
+from llamajax.monitoring.metrics import load_metrics
+from llamajax.monitoring.report.curves import Row, curves, is_number
+from llamajax.monitoring.run_facts import merged_facts
+
+SAMPLES = "samples.jsonl"
+_MAX_EVENTS, _MAX_SAMPLES, _MAX_TEXT = 500, 60, 4000
+_NOT_SHOWN = {"versions", "command", "git", "overrides", "changed"}  # of events: processes have it
+
+
+def read_run(workdir: Path, *, cells: int) -> dict[str, Any]:
+    """Return what the page shows of a run. cells: how many numbers the curves may have.
+
+    `facts` is `run.json` as it is now.
+    """
+    workdir = Path(workdir).absolute()
+    events, rows = load_events(workdir), load_metrics(workdir)
+    rows.sort(key=lambda row: row["step"])
+    config, plan = read_object(workdir / "config.json"), read_object(workdir / "plan.json")
+    facts = merged_facts(workdir, events, rows)
+    first_s = _first_s(events, rows)
+    processes = list(_processes(events, rows, first_s, facts.get("status")))
+    return {
+        "name": _name(config, workdir),
+        "workdir": str(workdir),
+        "steps": section(config, "train").get("steps"),
+        "step": max([row["step"] for row in rows] + [e["step"] for e in events], default=0),
+        "first_s": first_s,
+        "verdict": verdict(config, facts, events, rows),
+        "curves": curves(rows, first_s=first_s, cells=cells),
+        "facts": facts,
+        "config": config,
+        "plan": plan,
+        "measured": _measured(rows, facts),
+        "processes": processes,
+        "devices": _mean_devices(processes, facts),
+        "events": list(_events(workdir, events, first_s)),
+        "left_out_events": max(0, len(events) - _MAX_EVENTS),
+        "checkpoints": _checkpoints(workdir, events, first_s),
+        "samples": _samples(workdir),
+        "profile": read_object(workdir / "profile.json"),
+    }
+
+
+def section(values: Row, name: str) -> Row:
+    """Return an object of an object; empty where there is none."""
+    found = values.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _name(config: Row, workdir: Path) -> str:
+    return str(section(config, "train").get("name") or workdir.resolve().name)
+
+
+def _first_s(events: Sequence[Row], rows: Sequence[Row]) -> float:
+    if events:
+        return events[0]["time_s"] - events[0].get("duration_s", 0.0)
+    return next((row["time_s"] for row in rows if is_number(row.get("time_s"))), 0.0)
+
+
+def verdict(config: Row, facts: Row, events: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
+    """Return how the run stands: `status`, what happened (`incidents`), and a `level`.
+
+    level: good only where it finished and nothing happened; info while it runs; warn; bad where it
+    died or ended with an error.
+    """
+    kinds = collections.Counter(event["event"] for event in events)
+    failed_saves = sum(e["event"] == "save" and "error" in e for e in events)
+    broken = sum(not all(map(math.isfinite, filter(is_number, row.values()))) for row in rows)
+    counts = (
+        (kinds["start"] - 1, "restart", "restarts"),
+        (kinds["skipped_update"], "skipped update", "skipped updates"),
+        (kinds["rollback"], "rollback", "rollbacks"),
+        (failed_saves, "failed checkpoint", "failed checkpoints"),
+        (broken, "row that is not finite", "rows that are not finite"),
+    )
+    incidents = [f"{n} {many if n > 1 else one}" for n, one, many in counts if n > 0]
+    last, total = events[-1] if events else {}, section(config, "train").get("steps")
+    done = bool(rows) and max(row["step"] for row in rows) == total
+    status = str(facts.get("status") or ("finished" if done else "in progress"))
+    error = str(last.get("error") or "")
+    level = {"running": "info", "in progress": "info", "stopped": "warn", "dead": "bad"}
+    found = level.get(status, "good" if status == "finished" else "warn")
+    if error:
+        found = "bad"
+    elif incidents and found != "bad":
+        found = "warn"
+    said = [status, *incidents, *filter(None, [error])]
+    return {"status": status, "incidents": incidents, "level": found, "error": error, "said": said}
+
+
+def _measured(rows: Sequence[Row], facts: Row) -> dict[str, Any]:
+    """Return what is compared with the plan: medians without the first quarter of the rows."""
+    found = {key: facts.get(key) for key in ("peak_memory_bytes", "tokens_per_s")}
+    for key in ("step_time_s", "mfu_full", "mfu_causal"):
+        # the first steps warm caches up
+        values = [row[key] for row in rows if is_number(row.get(key))]
+        found[key] = median(values[len(values) // 4 :]) if values else None
+    return {k: v for k, v in found.items() if is_number(v) and math.isfinite(v)}
+
+
+def _processes(
+    events: Sequence[Row], rows: Sequence[Row], first_s: float, status: Any
+) -> Iterator[dict[str, Any]]:
+    """Yield each process of the run: when, on what, how it ended, and what its start cost.
+
+    lost_s: seconds of steps that are done again, of no process, and up to the compiled program.
+    """
+    starts = [i for i, event in enumerate(events) if event["event"] == "start"]
+    seen_s = None
+    for i, end in itertools.pairwise([*starts, len(events)]):
+        start, own = events[i], list(events[i:end])
+        is_last, dead = end == len(events), None
+        if own[-1]["event"] == "found_dead":  # the next one has found this one dead
+            dead = own.pop()
+        began_s = start["time_s"] - start.get("duration_s", 0.0)
+        seen = [own[-1]["time_s"], dead["last_seen_s"] if dead else 0.0]
+        if is_last and own[-1]["event"] != "end":
+            seen += [row["time_s"] for row in rows if is_number(row.get("time_s"))]
+        how = status if is_last else "killed"
+        if own[-1]["event"] == "end":
+            how = own[-1].get("error") or own[-1].get("status")
+        lost_s = 0.0
+        if seen_s is not None:
+            compiled = next((n for n, e in enumerate(own) if e["event"] == "compile"), len(own))
+            lost_s = max(0.0, began_s - seen_s) + sum(
+                e.get("duration_s", 0.0) + e.get("removed_steps_s", 0.0)
+                for e in own[: compiled + 1]
+            )
+        seen_s = max(seen)
+        yield {
+            "step": start["step"],
+            "from_s": round(began_s - first_s, 2),
+            "to_s": round(seen_s - first_s, 2),
+            "end": how,
+            "devices": start.get("num_devices"),
+            "lost_s": lost_s,
+            "parts": _parts(own, first_s, shortest_s=(seen_s - began_s) / 500),
+            **{k: start.get(k) for k in ("host", "pid", "device_kind", *sorted(_NOT_SHOWN))},
+        }
+
+
+def _parts(events: Sequence[Row], first_s: float, *, shortest_s: float) -> list[list[Any]]:
+    """Return [kind, from, to] of the events that take long enough to be drawn."""
+    return [
+        [e.get("source", e["event"]), round(e["time_s"] - e["duration_s"] - first_s, 2),
+         round(e["time_s"] - first_s, 2)]
+        for e in events
+        if e.get("duration_s", 0.0) > shortest_s
+    ][:400]  # fmt: skip
+
+
+def _mean_devices(processes: Sequence[Row], facts: Row) -> float | None:
+    """Return the devices of a run, weighted by the time of its processes where they differ."""
+    counts = {process["devices"] for process in processes}
+    if len(counts) < 2 or not all(map(is_number, counts)):
+        return next(iter(counts), None) or facts.get("num_devices")
+    seconds = [process["to_s"] - process["from_s"] for process in processes]
+    weighted = sum(s * p["devices"] for s, p in zip(seconds, processes, strict=True))
+    return weighted / sum(seconds) if sum(seconds) else None
+
+
+def _events(workdir: Path, events: Sequence[Row], first_s: float) -> Iterator[dict[str, Any]]:
+    """Yield the newest events; a skipped update has its samples and its black box."""
+    written = {box.name: box for box in boxes(workdir)}
+    for event in events[-_MAX_EVENTS:]:
+        shown = {k: v for k, v in event.items() if k not in _NOT_SHOWN | {"time_s"}}
+        shown["at_s"] = round(event["time_s"] - first_s, 2)
+        for reason in ("skip", "spike") if event["event"] == "skipped_update" else ():
+            if box := written.get(f"{event['step']}_{reason}.jsonl"):
+                head = next(iter(read_rows(box)), {})
+                shown |= {"box": f"{BLACKBOX}/{box.name}", "samples": head.get("sample_ids")}
+        yield shown
+
+
+def _checkpoints(workdir: Path, events: Sequence[Row], first_s: float) -> list[dict[str, Any]]:
+    """Return the newest saves, and whether they are still there."""
+    folder = workdir / "checkpoints"
+    kept = {path.name for path in folder.iterdir()} if folder.is_dir() else None
+    saves = [event for event in events if event["event"] == "save"][-_MAX_EVENTS // 5 :]
+    return [
+        {"step": e["step"], "at_s": round(e["time_s"] - first_s, 2), "error": e.get("error"),
+         "wait_s": e.get("duration_s"), "kept": None if kept is None else str(e["step"]) in kept}
+        for e in saves
+    ]  # fmt: skip
+
+
+def _samples(workdir: Path) -> list[dict[str, Any]]:
+    """Return the newest samples: rows of `samples.jsonl` with step, prompt and text."""
+    rows = [row for line in read_lines(workdir / SAMPLES)[-_MAX_SAMPLES:] if (row := _json(line))]
+    return [
+        {"step": row["step"], **{k: str(row.get(k) or "")[:_MAX_TEXT] for k in ("prompt", "text")}}
+        for row in rows
+        if is_number(row.get("step"))
+    ]
+
+
+def _json(line: str) -> Row:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
