@@ -60,7 +60,7 @@ HOSTILE = "</script><script>alert(1)</script> {data} <!-- & \ud800"
 
 def make_run(workdir: Path, *, steps: int, bad: int | None = None) -> None:
     workdir.mkdir()
-    metrics = MetricsWriter(workdir, tensorboard=False, resume_step=0, primary=True)
+    metrics = MetricsWriter(workdir, resume_step=0, primary=True)
     for step in range(1, steps + 1):
         loss = math.nan if step == bad else 8 / step**0.3
         metrics.write(

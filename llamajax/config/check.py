@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from llamajax.config.keys import all_keys
+from llamajax.config.monitoring_schema import SINKS, parse_steps
 from llamajax.config.schema import LORA_TARGETS, REMAT_NAMES
 from llamajax.config.values import Mistyped, parse_address, parse_fork
 from llamajax.errors import did_you_mean, nearest
@@ -210,6 +211,12 @@ def _lora_targets(v: Values) -> Iterator[str]:
         yield f"lora.targets: is empty; name some of {', '.join(LORA_TARGETS)}"
 
 
+def _monitoring(v: Values) -> Iterator[str]:
+    yield from _unknown_names("monitoring.sinks: unknown sink", v["monitoring.sinks"], SINKS)
+    if (text := v["monitoring.profile_steps"]) is not None and parse_steps(text) is None:
+        yield f"monitoring.profile_steps = {text}: is not FIRST:LAST, e.g. 20:25"
+
+
 def _lora_rank(v: Values) -> Iterator[str]:
     keys = {"D": "hidden_size", "N": "num_heads", "K": "num_kv_heads", "H": "head_size"}
     keys["F"] = "intermediate_size"
@@ -288,5 +295,5 @@ def _processes(v: Values) -> Iterator[str]:
 _RULES = (
     _even_head, _kv_heads, _rope_scaling, _context, _mesh, _batch, _data_path, _weights, _warmup,
     _decay, _final_rate, _remat, _continuation, _lora_base, _lora_targets, _lora_rank, _not_empty,
-    _directory, _spikes, _plugin, _plugin_options, _processes,
+    _directory, _spikes, _plugin, _plugin_options, _processes, _monitoring,
 )  # fmt: skip

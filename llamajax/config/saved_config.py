@@ -25,8 +25,9 @@ PER_PROCESS = {
     "backend.timeout_s": "changes waiting only",
     "backend.device_table": "each host may keep the file elsewhere; changes the logged MFU only",
     "backend.compile_cache": "each host may have its own folder",
-    "monitoring.tensorboard": "process 0 alone writes",
+    "monitoring.sinks": "process 0 alone writes",
     "monitoring.progress": "process 0 alone shows it",
+    "monitoring.dump_hlo": "process 0 alone writes",
 }
 
 # Keys that say how one start begins, and nothing about the run.
@@ -47,13 +48,23 @@ def read_saved_config(workdir: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+# Keys of earlier versions that changed nothing about a run.
+_REMOVED = {"monitoring": ("tensorboard",)}
+
+
 def from_json_dict(tree: Mapping[str, Any], *, source: str = "config.json") -> RunConfig:
     """Return the run that `to_json_dict` wrote; a key added since then takes its default.
 
     Raises:
         UserError: unknown, mistyped or missing keys, all of them; `source` names the file.
     """
-    run, problems = build(tree)
+    kept = {
+        name: {key: section[key] for key in section if key not in _REMOVED[name]}
+        if name in _REMOVED and isinstance(section, Mapping)
+        else section
+        for name, section in tree.items()
+    }
+    run, problems = build(kept)
     if run is None:
         raise combine(problems, title=f"{source} is not the record of a run of this version:")
     return run

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Literal
 
 from llamajax.config.model_schema import ModelConfig
+from llamajax.config.monitoring_schema import MonitoringConfig
 from llamajax.config.values import key
 
 ComputeDtype = Literal["bfloat16", "float32"]
@@ -320,16 +321,6 @@ class BackendConfig:
         "folder of compiled programs; auto: in the user's cache directory; none: keep none",
         default="auto",
         is_path=True,
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MonitoringConfig:
-    """What is shown besides metrics.jsonl."""
-
-    tensorboard: bool = key("whether to write tensorboard/ besides metrics.jsonl", default=True)
-    progress: Literal["auto", "bar", "lines", "none"] = key(
-        "bar: a live view, on a terminal; lines: in a log", default="auto"
     )
 
 

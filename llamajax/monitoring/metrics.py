@@ -1,20 +1,22 @@
-"""`metrics.jsonl`: one row a logged step, and the same numbers for TensorBoard."""
+"""`metrics.jsonl`: one row a logged step, and the same numbers for other sinks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llamajax.errors import UserError, say
 from llamajax.files import write_file
 from llamajax.monitoring.jsonl import RowFile, decode_row, read_lines, read_rows
-from llamajax.monitoring.tensorboard import TensorBoard
+from llamajax.monitoring.sinks import SinkThread
 
 METRICS = "metrics.jsonl"
+# A sink may keep rows in memory for a while (wandb does for 15 s), which a killed process loses.
+_SENT_AGAIN_S = 60.0
 # These depend on the machine, the clock and the disk; all else in a row is the same in each run.
 MEASURED = frozenset(
     (
         "time_s", "step_time_s", "data_wait_s", "tokens_per_s", "mfu_full", "mfu_causal",
-        "memory_bytes", "peak_memory_bytes", "failed_checkpoints",
+        "memory_bytes", "peak_memory_bytes", "failed_checkpoints", "sink_dropped_rows",
     )
 )  # fmt: skip
 
@@ -41,23 +43,32 @@ def _rewind(path: Path, *, resume_step: int) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Appends rows to `workdir/metrics.jsonl` and to `workdir/tensorboard/`.
+    """Appends rows to `workdir/metrics.jsonl`, and passes them to the sinks, which it closes.
 
     resume_step: the step that training continues from (0 at the start of a run). Later rows are
     removed first, so that the file holds every step once. Not primary: does nothing at all. Rows
-    that a full disk refuses are written, in order, with the first one that it takes.
+    that a full disk refuses are written, in order, with the first one that it takes. open_sinks:
+    given the step after which what the sinks hold is replaced.
     """
 
-    def __init__(self, workdir: Path, *, tensorboard: bool, resume_step: int, primary: bool):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        resume_step: int,
+        primary: bool,
+        open_sinks: Callable[[int], Sequence[SinkThread]] = lambda _: (),
+    ):
         self._file: RowFile | None = None
-        self._board: TensorBoard | None = None
+        self._sinks: Sequence[SinkThread] = ()
         self._newest = {"train": -1, "eval": -1}
         if not primary:
             return
         path = Path(workdir) / METRICS
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            for row in _rewind(path, resume_step=resume_step):
+            rows = _rewind(path, resume_step=resume_step)
+            for row in rows:
                 self._newest[_kind(row)] = max(row["step"], self._newest[_kind(row)])
             with path.open("ab"):
                 self._file = RowFile(path)
@@ -67,12 +78,11 @@ class MetricsWriter:
                 "has free space"
             ) from None
         self._file.begin()
-        if tensorboard:
-            board = path.parent / "tensorboard"
-            try:
-                self._board = TensorBoard(board, resume_step=resume_step)
-            except OSError as error:
-                say(f"warning: {board} cannot be written: {error.strerror}; training goes on")
+        last_s = rows[-1].get("time_s", 0.0) if rows else 0.0
+        again = [row for row in rows if row.get("time_s", 0.0) > last_s - _SENT_AGAIN_S]
+        self._sinks = open_sinks(again[0]["step"] - 1 if again else resume_step)
+        for row in again:
+            self._pass_on(row)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; it must have `step`, and is an evaluation's if it has `eval_loss`.
@@ -84,15 +94,25 @@ class MetricsWriter:
         if self._file is None or step <= self._newest[kind]:
             return
         self._newest[kind] = step
+        if dropped := sum(sink.dropped for sink in self._sinks):
+            row = {**row, "sink_dropped_rows": dropped}
         self._file.add(row)
-        if self._board is not None:
-            self._board.write(row)
+        self._pass_on(row)
+
+    def _pass_on(self, row: Mapping[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.write(row)
+
+    def write_text(self, tag: str, text: str, step: int) -> None:
+        """Pass a text to the sinks that have room for texts."""
+        for sink in self._sinks:
+            sink.write_text(tag, text, step)
 
     def close(self) -> None:
         """Release the files; warn of rows that a full disk still refuses."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = ()

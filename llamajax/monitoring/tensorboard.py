@@ -1,21 +1,20 @@
-"""A synchronous TensorBoard sink: scalars only.
+"""A TensorBoard sink: scalars, and texts such as the config.
 
 tensorboardX's own SummaryWriter hands events to a thread that dies on a full disk; its bounded
-queue then blocks the training loop forever. Its event file writer, used here directly, raises.
+queue then blocks. Its event file writer, used here directly, raises.
 """
 
 import contextlib
+import functools
+import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from llamajax.errors import say
-from llamajax.monitoring.jsonl import plain_number
-
-_FLUSH_EVERY_S = 20.0
 # tensorboardX imports these where they are installed, for what is not used here: torch takes 3 s,
 # the clients of object stores another one, all before the first step.
 _NOT_NEEDED = ("torch", "boto3", "google.cloud.storage")
@@ -32,49 +31,52 @@ def _hidden_packages() -> Iterator[None]:
             del sys.modules[name]
 
 
-class TensorBoard:
-    """Appends scalars to a new event file under `directory`; OSError where that cannot be made.
+@functools.cache
+def imported() -> tuple[type, ModuleType, ModuleType]:
+    """Import what is used of tensorboardX. To be called where no other thread imports."""
+    with _hidden_packages():
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+    return EventsWriter, event_pb2, summary_pb2
 
-    resume_step: TensorBoard then hides the points after it in older files of the directory.
+
+class TensorBoard:
+    """Appends to a new event file under `workdir/tensorboard`.
+
+    TensorBoard then hides the points after step `after_step` in older files.
     """
 
-    def __init__(self, directory: Path, *, resume_step: int):
-        with _hidden_packages():
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto import event_pb2, summary_pb2
-
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+    def __init__(self, workdir: Path, *, after_step: int, config: Mapping[str, Any]):
+        writer, self._events, self._summaries = imported()
+        directory = workdir / "tensorboard"
         directory.mkdir(parents=True, exist_ok=True)
         # The process id keeps two runs within a second from sharing a file name.
-        self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}")
-        self._flushed_s, self._failed = time.monotonic(), False
-        if resume_step > 0:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._add(step=resume_step + 1, session_log=start)
+        self._writer = writer(str(directory / "events"), f".{os.getpid()}")
+        start = self._events.SessionLog(status=self._events.SessionLog.START)
+        self._add(step=after_step + 1, session_log=start)
+        text = json.dumps(config, indent=1)
+        self.write_text("config", f"```\n{text}\n```", after_step)
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Append the numbers of a row. A full disk ends TensorBoard with a warning, not the run."""
-        if self._failed:
-            return
-        numbers = {tag: plain_number(value) for tag, value in row.items() if tag != "step"}
-        values = [
-            self._summary.Value(tag=tag, simple_value=float(value))
-            for tag, value in numbers.items()
-            if isinstance(value, int | float)
-        ]
-        try:
-            self._add(step=int(row["step"]), summary=self._summary(value=values))
-            if time.monotonic() - self._flushed_s > _FLUSH_EVERY_S:
-                self._writer.flush()
-                self._flushed_s = time.monotonic()
-        except OSError as error:
-            self._failed = True
-            say(f"warning: tensorboard/ is no longer written: {error.strerror}; training goes on")
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        """Append scalars, which are float32 there."""
+        self._add_values([{"tag": t, "simple_value": float(v)} for t, v in values.items()], step)
+
+    def write_text(self, tag: str, text: str, step: int) -> None:
+        """Append a text, which is shown as Markdown."""
+        value = {
+            "tag": f"{tag}/text_summary",
+            "metadata": {"plugin_data": {"plugin_name": "text"}},
+            "tensor": {"dtype": "DT_STRING", "string_val": [text.encode()]},
+        }
+        self._add_values([value], step)
+
+    def _add_values(self, values: list[dict], step: int) -> None:
+        self._add(step=step, summary=self._summaries.Summary(value=values))
+        self._writer.flush()  # a killed process has written all but its last row
 
     def close(self) -> None:
-        """Write what is left, if the disk takes it."""
-        with contextlib.suppress(OSError):
-            self._writer.close()
+        """Close the file."""
+        self._writer.close()
 
     def _add(self, **fields: object) -> None:
-        self._writer.write_event(self._event(wall_time=time.time(), **fields))
+        self._writer.write_event(self._events.Event(wall_time=time.time(), **fields))

@@ -104,7 +104,7 @@ def shortened(config: RunConfig, steps: int) -> list[str]:
         "checkpoint.every_minutes": "none",
         "checkpoint.directory": "none",  # three runs, each with its own
         "checkpoint.export_hf_every": "none",
-        "monitoring.tensorboard": "false",
+        "monitoring.sinks": "jsonl",
         "backend.deterministic": "true",  # runs are compared bit by bit
     }
     if config.optim.decay_steps is not None:

@@ -30,6 +30,7 @@ from llamajax.monitoring import (
 )
 from llamajax.monitoring.blackbox import BLACKBOX
 from llamajax.monitoring.report.refresh import refreshed_report
+from llamajax.monitoring.sinks import open_sinks
 from llamajax.processes.host_collectives import broadcast_from_first
 from llamajax.training.export import is_exported, write_adapters
 from llamajax.training.hooks import Attempt
@@ -198,8 +199,13 @@ def _open_attempt(
 ) -> Attempt:
     """Open what logs and checks the steps from `start` on, until `stack` is closed."""
     setup, config, primary = run.setup, run.config, run.is_primary
-    board = config.monitoring.tensorboard
-    metrics = MetricsWriter(run.workdir, tensorboard=board, resume_step=start.step, primary=primary)
+    names, facts = config.monitoring.sinks, start.recorded["config"]
+    metrics = MetricsWriter(
+        run.workdir,
+        resume_step=start.step,
+        primary=primary,
+        open_sinks=lambda step: open_sinks(names, run.workdir, after_step=step, config=facts),
+    )
     stack.callback(metrics.close)
     progress = Progress(
         total_steps=config.train.steps,

@@ -20,6 +20,8 @@ from llamajax.config.schema import LoraConfig, RunConfig
 from llamajax.config.values import show
 from llamajax.errors import UserError, combine
 from llamajax.formats.weights import TOKENIZER, Weights, open_base, open_weights
+from llamajax.monitoring.sinks import check_installed
+from llamajax.processes.host_collectives import broadcast_from_first
 from llamajax.tokenizers.tokenizer_identity import (
     data_mismatch,
     describe,
@@ -73,6 +75,7 @@ def first_start(run: Run) -> tuple[Start, History]:
 
     As `find_start`.
     """
+    broadcast_from_first(check_installed, run.config.monitoring.sinks)
     history = History.read(run.workdir)
     request = requested_start(run.config, history)
     if request == "restart":

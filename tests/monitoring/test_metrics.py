@@ -13,10 +13,17 @@ from refusal import refused
 from workdirs import read_rows
 
 from llamajax.monitoring import MetricsWriter, load_metrics
+from llamajax.monitoring.sinks import open_sinks
 
 
 def writer(workdir, *, resume_step=0, tensorboard=False, primary=True):
-    return MetricsWriter(workdir, tensorboard=tensorboard, primary=primary, resume_step=resume_step)
+    names = ("tensorboard",) if tensorboard else ()
+    return MetricsWriter(
+        workdir,
+        primary=primary,
+        resume_step=resume_step,
+        open_sinks=lambda step: open_sinks(names, workdir, after_step=step, config={"a": 1}),
+    )
 
 
 def write_rows(workdir, *rows, resume_step=0):
@@ -163,26 +170,30 @@ def test_scalars_and_the_mark_of_a_resume(tmp_path):
     metrics.write({"step": 5, "eval_loss": 0.25})
     metrics.close()
     (path,) = (tmp_path / "tensorboard").iterdir()
-    version, start, train, evaluation = read_events(path)
+    version, start, config, train, evaluation = read_events(path)
     assert version.file_version == "brain.Event:2"
     assert (start.step, start.session_log.status) == (5, start.session_log.START)
-    assert [(v.tag, v.simple_value) for v in train.summary.value] == [("loss", 0.5)]
-    assert [(v.tag, v.simple_value) for v in evaluation.summary.value] == [("eval_loss", 0.25)]
+    (text,) = config.summary.value
+    assert (text.tag, text.metadata.plugin_data.plugin_name) == ("config/text_summary", "text")
+    assert text.tensor.string_val == [b'```\n{\n "a": 1\n}\n```']
+    assert [(v.tag, v.simple_value) for v in train.summary.value] == [("train/loss", 0.5)]
+    assert [(v.tag, v.simple_value) for v in evaluation.summary.value] == [("eval/loss", 0.25)]
     assert evaluation.step == 5
 
 
 def test_a_full_disk_ends_tensorboard_only(tmp_path, monkeypatch, capsys):
     metrics = writer(tmp_path, tensorboard=True)
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full(writer: object, event: object) -> None:
+        if event.step == 3:
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", full)
     for step in range(1, 30):
         metrics.write({"step": step, "loss": 0.5})
     metrics.close()
     assert len(load_metrics(tmp_path)) == 29
-    assert capsys.readouterr().err.count("tensorboard/ is no longer written") == 1
+    assert capsys.readouterr().err.count("tensorboard is no longer written: [Errno 28] No") == 1
 
 
 def test_a_folder_that_cannot_be_made_costs_tensorboard_only(tmp_path, capsys):
@@ -190,7 +201,7 @@ def test_a_folder_that_cannot_be_made_costs_tensorboard_only(tmp_path, capsys):
     metrics = writer(tmp_path, tensorboard=True)
     metrics.write({"step": 1, "loss": 0.5})
     metrics.close()
-    assert "tensorboard cannot be written: File exists" in capsys.readouterr().err
+    assert "tensorboard is no longer written: [Errno 17] File exists" in capsys.readouterr().err
     assert load_metrics(tmp_path) == [{"step": 1, "loss": 0.5}]
 
 
@@ -201,8 +212,9 @@ def test_no_package_is_imported_that_is_not_needed(tmp_path):
         stand_in.parent.mkdir(parents=True, exist_ok=True)
         stand_in.write_text(f"raise SystemExit('{name} was imported')")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom llamajax.monitoring import MetricsWriter\n"
-        "MetricsWriter(Path(sys.argv[1]), tensorboard=True, resume_step=0, primary=True).close()\n"
+        "import sys\nfrom pathlib import Path\nfrom llamajax.monitoring.sinks import open_sinks\n"
+        "(sink,) = open_sinks(['tensorboard'], Path(sys.argv[1]), after_step=0, config={})\n"
+        "sink.close()\n"
         "assert not {'torch', 'boto3', 'google.cloud.storage'} & set(sys.modules)\n"
     )
     path = os.pathsep.join([str(tmp_path / "site"), *sys.path])

@@ -29,5 +29,5 @@ def get_config(path: str) -> ConfigDict:
     config.train.remat = "none"
     config.train.eval_every = 15
     config.checkpoint.every_steps = 4
-    config.monitoring.tensorboard = False
+    config.monitoring.sinks = ("jsonl",)
     return config

@@ -1,0 +1,162 @@
+"""Where rows go besides `metrics.jsonl`: TensorBoard, Weights & Biases.
+
+Each sink has a thread and a bounded queue, so that one that is slow or fails never delays a step.
+Rows that it did not get are counted: in one warning, and as `sink_dropped_rows` in later rows.
+"""
+
+import contextlib
+import importlib.util
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from llamajax.errors import UserError, say
+from llamajax.monitoring.jsonl import plain_number
+
+_MOST_WAITING = 4096  # rows
+_CLOSE_WITHIN_S = 15.0
+_EXTRAS = {"wandb": "wandb"}  # package and extra that a sink needs, by name
+_GROUPS = {
+    "perf": (
+        "time_s", "step_time_s", "data_wait_s", "tokens_per_s", "mfu_full", "mfu_causal",
+        "memory_bytes", "peak_memory_bytes",
+    ),
+    "guard": ("skipped_updates", "update_skipped", "split_attention", "failed_checkpoints"),
+}  # fmt: skip
+_GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
+
+
+class Sink(Protocol):
+    """What a sink does, always in its own thread. Any error ends it with a warning."""
+
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        """Write numbers by tag, `train/loss`; those of an earlier step replace what was there."""
+
+    def write_text(self, tag: str, text: str, step: int) -> None:
+        """Write a text."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+def tagged(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a row by tag: train/, eval/, perf/, guard/, norms/.
+
+    Of one number a device it is the largest. A skipped update is 1.
+    """
+    found = {}
+    for name, value in row.items():
+        number = plain_number(max(value) if isinstance(value, list) and value else value)
+        if name == "update_skipped":
+            number = 1
+        if name == "step" or not isinstance(number, int | float):
+            continue
+        group = "eval" if "eval_loss" in row else _GROUP_OF.get(name, "train")
+        tag = name.removeprefix("eval_") if group == "eval" else name
+        found[tag if "/" in tag else f"{group}/{tag}"] = number
+    return found
+
+
+class SinkThread:
+    """Passes rows to a sink in a thread of its own, which also opens it."""
+
+    def __init__(self, name: str, open_sink: Callable[[], Sink]):
+        self.dropped = 0  # rows and texts
+        self._name, self._open = name, open_sink
+        self._waiting: queue.Queue = queue.Queue(_MOST_WAITING)
+        self._warned = self._failed = False
+        self._thread = threading.Thread(target=self._run, name=f"sink_{name}", daemon=True)
+        self._thread.start()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Enter a row; returns at once."""
+        self._enter(("write", tagged(row), int(row["step"])))
+
+    def write_text(self, tag: str, text: str, step: int) -> None:
+        """Enter a text; returns at once."""
+        self._enter(("write_text", tag, text, step))
+
+    def close(self) -> None:
+        """Wait for the rows that were entered, but not long."""
+        try:
+            self._waiting.put(None, timeout=_CLOSE_WITHIN_S)
+        except queue.Full:
+            pass
+        else:
+            self._thread.join(_CLOSE_WITHIN_S)
+        if self._thread.is_alive():
+            self.dropped += self._waiting.qsize()
+            self._warn(f"did not take its last rows within {_CLOSE_WITHIN_S:.0f} s")
+
+    def _enter(self, call: tuple) -> None:
+        if self._failed:
+            self.dropped += 1
+            return
+        try:
+            self._waiting.put_nowait(call)
+        except queue.Full:
+            self.dropped += 1
+            self._warn(f"is slow: {_MOST_WAITING} rows wait for it, and it does not get later ones")
+
+    def _run(self) -> None:
+        with self, contextlib.closing(self._open()) as sink:
+            while call := self._waiting.get():
+                method, *values = call
+                getattr(sink, method)(*values)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        """Turn an error of the sink, whatever it is, into a warning."""
+        if error is not None:
+            self._failed = True
+            lost = [self._waiting.get() for _ in range(self._waiting.qsize())]
+            self.dropped += 1 + len([call for call in lost if call])
+            self._warn(f"is no longer written: {error or kind.__name__}")
+        return True
+
+    def _warn(self, problem: str) -> None:
+        if not self._warned:
+            self._warned = True
+            say(f"warning: monitoring.sinks: {self._name} {problem}; training goes on")
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Raise UserError where a sink needs a package that is not installed."""
+    for name in names:
+        if name in _EXTRAS and importlib.util.find_spec(_EXTRAS[name]) is None:
+            raise UserError(
+                f"monitoring.sinks: {name} needs a package that is not installed: "
+                f"pip install 'llamajax[{_EXTRAS[name]}]', or leave it out"
+            )
+
+
+def open_sinks(
+    names: Sequence[str], workdir: Path, *, after_step: int, config: Mapping[str, Any]
+) -> list[SinkThread]:
+    """Open sinks by name; `jsonl`, which is always written, is none of them.
+
+    after_step: points after this step, of earlier processes, are replaced. config: of the run, as
+    JSON.
+    """
+    found, facts = [], {"after_step": after_step, "config": config}
+    for name in names:
+        if name == "tensorboard":
+            from llamajax.monitoring.tensorboard import TensorBoard, imported
+
+            imported()  # here and not in the thread: see there
+            found.append(SinkThread(name, lambda: TensorBoard(workdir, **facts)))
+        elif name == "wandb":
+            from llamajax.monitoring.weights_and_biases import WeightsAndBiases
+
+            found.append(SinkThread(name, lambda: WeightsAndBiases(workdir, config=config)))
+    return found
