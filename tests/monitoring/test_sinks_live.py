@@ -74,7 +74,7 @@ def test_all_hold_the_same_numbers(tmp_path, monkeypatch):
         for row in load_metrics(tmp_path)
         for tag, value in tagged(row).items()
     }
-    assert len(numbers) == 60 * 2 + 6 * 2 * 1
+    assert len(numbers) == 60 * 3 + 6 * 2
     ids, found = in_wandb(tmp_path)
     assert (len(ids), found) == (1, numbers)
     assert in_tensorboard(tmp_path) == {key: float(np.float32(v)) for key, v in numbers.items()}
