@@ -10,7 +10,7 @@ from typing import Any
 _NAMES = {
     "compile_cache": ("cache_directory",),
     "compiler_options": ("CompilerOptions", "choose_compiler_options", "compiler_flags"),
-    "devices": ("Device", "peak_flops"),
+    "devices": ("Device", "multiplies_float8", "peak_flops"),
     "hugepages": ("with_huge_pages",),
     "jax_private": ("lost_features", "untested_versions"),
     "machine_facts": (

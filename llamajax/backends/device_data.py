@@ -25,7 +25,8 @@ FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION
 class Device:
     """One kind of device, found by the beginning of JAX's `device_kind`, or by its short `name`.
 
-    bfloat16, float32: peak FLOP/s of matrix products. memory_bytes: what is on the data sheet;
+    bfloat16, float32: peak FLOP/s of matrix products; float8: of products of e4m3 and e5m2, None
+    where a device has none or it is not known. memory_bytes: what is on the data sheet;
     xla_bytes: what XLA sees of it, for programs and their arguments (a TPU's own compiler says so
     when it refuses a program; a GPU's is the size that CUDA reports, of which XLA gets a share).
     hbm_bytes_per_s: from the data sheet. fast_bytes_per_s, slow_bytes_per_s: what a device can send
@@ -48,10 +49,18 @@ class Device:
     source: str
     has_share: bool = False
     tested: bool = True
+    float8: float | None = None
+
+    def peak(self, dtype: str) -> float | None:
+        """Return the peak FLOP/s of products in a `train.dtype`; None where it is unknown.
+
+        Where a device does not multiply in 8 bits, float8 runs in bfloat16.
+        """
+        return (self.float8 or self.bfloat16) if dtype == "float8" else getattr(self, dtype)
 
     def product_rate(self, dtype: str) -> float | None:
         """Return the FLOP/s of large matrix products in a dtype; None where its peak is unknown."""
-        peak = getattr(self, dtype)
+        peak = self.peak(dtype)
         return None if peak is None else peak * self.efficiency
 
     @property
@@ -105,6 +114,16 @@ _TRN1 = (("NC_v2", "trn1", 95e12, 23.75e12, 16, None, 410e9, 192e9, 12.5e9, 0.5)
 _TRN2 = (("NC_v3", "trn2", 166.75e12, 45.25e12, 24, None, 725e9, 320e9, 6.25e9, 0.5),)
 _WORMHOLE = (("Wormhole", "n150", 74e12, None, 12, None, 288e9, 25e9, None, 0.4),)
 # fmt: on
+# Peak FLOP/s of 8-bit products, by name: the same data sheets, dense. The MI300X and MI325X have
+# them for the formats "fnuz" alone, which llamajax does not use; TPUs before v7x have none.
+_FLOAT8 = {
+    "h100pcie": 1513e12,
+    "h100": 1979e12,
+    "h200": 1979e12,
+    "b200": 4500e12,
+    "tpu7x": 2307e12,
+    "mi355x": 5033e12,
+}  # fmt: skip
 
 
 def _devices(
@@ -127,6 +146,7 @@ def _devices(
             source=source.format(name=name, kind=prefix + kind) + ("" if tested else "; untested"),
             has_share=has_share,
             tested=tested,
+            float8=_FLOAT8.get(name),
         )
 
 

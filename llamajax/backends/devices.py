@@ -11,7 +11,7 @@ memory_gib = 64
 hbm_bytes_per_s = 1.6e12
 fast_bytes_per_s = 196e9        # to its neighbors in the node, one direction
 source = "the vendor's data sheet"
-# optional: name, float32, xla_gib, slow_bytes_per_s, efficiency
+# optional: name, float32, float8, xla_gib, slow_bytes_per_s, efficiency
 ```
 """
 
@@ -27,13 +27,13 @@ from llamajax.backends.device_data import (
     GPU_MEMORY_FRACTION,
     Device,
 )
-from llamajax.config.schema import ComputeDtype
+from llamajax.config.schema import TrainDtype
 from llamajax.errors import UserError, combine, did_you_mean, nearest
 
 _GIB = 2**30
 _REQUIRED_TEXTS, _TEXTS = ("kind", "source"), ("kind", "source", "name")
 _REQUIRED_NUMBERS = ("bfloat16", "memory_gib", "hbm_bytes_per_s", "fast_bytes_per_s")
-_NUMBERS = (*_REQUIRED_NUMBERS, "float32", "xla_gib", "slow_bytes_per_s", "efficiency")
+_NUMBERS = (*_REQUIRED_NUMBERS, "float32", "float8", "xla_gib", "slow_bytes_per_s", "efficiency")
 _KEYS = (*_TEXTS, *_NUMBERS)
 # Predictions need one; two thirds is what large products reach on the devices that are known.
 _EFFICIENCY = 0.66
@@ -46,11 +46,17 @@ def find(device_kind: str) -> Device | None:
     return next((d for d in (*_added, *DEVICES) if device_kind.startswith(d.kind)), None)
 
 
-def peak_flops(device_kind: str, dtype: ComputeDtype) -> tuple[float, str] | None:
+def peak_flops(device_kind: str, dtype: TrainDtype) -> tuple[float, str] | None:
     """Return one device's peak FLOP/s in `dtype` and its source; None when unknown."""
     device = find(device_kind)
-    peak = getattr(device, dtype) if device else None
+    peak = device.peak(dtype) if device else None
     return None if peak is None else (peak, device.source)
+
+
+def multiplies_float8(device_kind: str) -> bool:
+    """Return whether a device is known to multiply in 8 bits."""
+    device = find(device_kind)
+    return device is not None and device.float8 is not None
 
 
 def give_gpu_memory() -> None:

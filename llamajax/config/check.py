@@ -201,14 +201,19 @@ def _lora_base(v: Values) -> Iterator[str]:
         )
 
 
-def _lora_targets(v: Values) -> Iterator[str]:
-    targets = v["lora.targets"]
-    yield from _unknown_names("lora.targets: unknown matrix", targets, LORA_TARGETS)
-    for name in dict.fromkeys(targets):
-        if targets.count(name) > 1:
-            yield f"lora.targets: {name} is there {targets.count(name)} times; name it once"
-    if not targets and v["lora.rank"] > 0:
-        yield f"lora.targets: is empty; name some of {', '.join(LORA_TARGETS)}"
+def _targets(v: Values) -> Iterator[str]:
+    used = {
+        "lora.targets": v["lora.rank"] > 0,
+        "train.float8_targets": v["train.dtype"] == "float8",
+    }
+    for path, is_used in used.items():
+        targets = v[path]
+        yield from _unknown_names(f"{path}: unknown matrix", targets, LORA_TARGETS)
+        for name in dict.fromkeys(targets):
+            if targets.count(name) > 1:
+                yield f"{path}: {name} is there {targets.count(name)} times; name it once"
+        if not targets and is_used:
+            yield f"{path}: is empty; name some of {', '.join(LORA_TARGETS)}"
 
 
 def _monitoring(v: Values) -> Iterator[str]:
@@ -294,6 +299,6 @@ def _processes(v: Values) -> Iterator[str]:
 
 _RULES = (
     _even_head, _kv_heads, _rope_scaling, _context, _mesh, _batch, _data_path, _weights, _warmup,
-    _decay, _final_rate, _remat, _continuation, _lora_base, _lora_targets, _lora_rank, _not_empty,
+    _decay, _final_rate, _remat, _continuation, _lora_base, _targets, _lora_rank, _not_empty,
     _directory, _spikes, _plugin, _plugin_options, _processes, _monitoring,
 )  # fmt: skip

@@ -1,8 +1,19 @@
-"""The config keys of an architecture: `model.*`."""
+"""The config keys of an architecture: `model.*`; the names of its matrices."""
 
 import dataclasses
 
 from llamajax.config.values import key
+
+# The matrices of a layer: dimension letters of their inputs and of their outputs.
+LORA_TARGETS = {
+    "query": ("D", "NH"),
+    "key": ("D", "KH"),
+    "value": ("D", "KH"),
+    "out": ("NH", "D"),
+    "gate": ("D", "F"),
+    "up": ("D", "F"),
+    "down": ("F", "D"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

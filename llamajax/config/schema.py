@@ -7,11 +7,12 @@ changes the loss has one. `check.py` has the constraints between several keys.
 import dataclasses
 from typing import Literal
 
-from llamajax.config.model_schema import ModelConfig
+from llamajax.config.model_schema import LORA_TARGETS, ModelConfig
 from llamajax.config.monitoring_schema import MonitoringConfig
 from llamajax.config.values import key
 
 ComputeDtype = Literal["bfloat16", "float32"]
+TrainDtype = Literal["bfloat16", "float32", "float8"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 Remat = Literal["none", "full", "dots", "save_attention", "save_qkv"]
 # Tensors of a block that train.remat_keep and train.remat_offload can name.
@@ -108,8 +109,21 @@ class TrainConfig:
     seed: int = key(
         "seed of initial weights, of adapters and of their dropout", at_least=0, below=_SEED_LIMIT
     )
-    dtype: ComputeDtype = key(
-        "dtype of the matrix products; weights, moments, norms, softmax and loss stay fp32"
+    dtype: TrainDtype = key(
+        "dtype of the matrix products; weights, moments, norms, softmax and loss stay fp32. "
+        "float8: of the layers' matrices, the rest in bfloat16 (docs/float8.md)"
+    )
+    float8_targets: tuple[str, ...] = key(
+        f"float8: matrices that are multiplied in 8 bits, among {','.join(LORA_TARGETS)}",
+        default=tuple(LORA_TARGETS),
+    )
+    float8_gradients: Literal["e5m2", "e4m3", "bfloat16"] = key(
+        "float8: format of the gradients in both backward products", default="e5m2"
+    )
+    float8_scaling: Literal["tensor", "row"] = key(
+        "float8: one scale for each operand, or for each of its rows; row is slower and gathers "
+        "weights in bfloat16",
+        default="tensor",
     )
     init_from: str | None = key(
         "weights to start from: a Hugging Face directory, a --workdir or one of its checkpoints; "
@@ -183,17 +197,10 @@ class TrainConfig:
         "batches per evaluation; none: the whole split", default=None, at_least=1
     )
 
-
-# The matrices that can have an adapter: dimension letters of their inputs and of their outputs.
-LORA_TARGETS = {
-    "query": ("D", "NH"),
-    "key": ("D", "KH"),
-    "value": ("D", "KH"),
-    "out": ("NH", "D"),
-    "gate": ("D", "F"),
-    "up": ("D", "F"),
-    "down": ("F", "D"),
-}
+    @property
+    def activation_dtype(self) -> ComputeDtype:
+        """The dtype of activations, and of all products that are not in 8 bits."""
+        return "bfloat16" if self.dtype == "float8" else self.dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

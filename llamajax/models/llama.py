@@ -46,7 +46,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llamajax.config.schema import ModelConfig
 from llamajax.models.declare import named_key, normal, ones
-from llamajax.models.lora import fold_in, project
+from llamajax.models.lora import fold_in, project, with_scales
 from llamajax.models.pipeline import (
     PipelineOptions,
     gather_stage,
@@ -64,6 +64,7 @@ from llamajax.ops.linear import linear
 from llamajax.ops.norm import rms_norm
 from llamajax.ops.rope import angles, frequencies, rotate
 from llamajax.sharding.collectives import all_gather, enter_tensor, gather, leave_tensor
+from llamajax.sharding.float8 import Float8
 
 # Arrays (B, S), or (B, T) of a local part, by name:
 #     tokens, positions     int32; a position counts from the start of a document
@@ -86,6 +87,7 @@ class Compute:
     remat_offload: tuple[str, ...] = ()  # checkpoint names to keep in the host's memory
     split_tokens: bool = False  # split T over `tensor` between matrices; its size must divide T
     pipeline: PipelineOptions = dataclasses.field(default_factory=PipelineOptions)
+    float8: Float8 | None = None  # the layers' products in 8 bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -289,10 +291,9 @@ class Llama(nnx.Module):
 
         x_BTD = embed(self.embedding[...], batch["tokens"], dtype, split)
         inputs = self._layer_inputs(batch, compute)
+        blocks = with_scales(self.blocks, compute.float8)
         numbers = jnp.arange(self.blocks.mlp_norm[...].shape[0])  # L: any weight has it
-        x_BTD, carry, outputs = walk_layers(
-            gather_and_visit, self.blocks, numbers, x_BTD, carry, inputs
-        )
+        x_BTD, carry, outputs = walk_layers(gather_and_visit, blocks, numbers, x_BTD, carry, inputs)
         return self._normalize(x_BTD, compute), carry, outputs
 
     def _pipelined_states(self, batch: Batch, compute: Compute) -> jax.Array:
@@ -314,7 +315,8 @@ class Llama(nnx.Module):
             inputs = self._layer_inputs({k: x[microbatch] for k, x in batches.items()}, compute)
             return walk_layers(visit, layers, numbers, x_BTD, None, inputs)[0]
 
-        layers = gather_stage(self.blocks, dtype, split_tokens=split)
+        blocks = with_scales(self.blocks, compute.float8)
+        layers = gather_stage(blocks, dtype, split_tokens=split)
         x_QBTD = x_BTD.reshape(-1, size, *x_BTD.shape[1:])
         x_BTD = run_pipeline(stage, layers, x_QBTD, compute.pipeline).reshape(x_BTD.shape)
         return self._normalize(x_BTD, compute)

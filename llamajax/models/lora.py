@@ -17,9 +17,11 @@ from flax import nnx
 from llamajax.config.schema import LORA_TARGETS, LoraConfig, ModelConfig
 from llamajax.models.declare import named_key
 from llamajax.ops.dropout import dropout
-from llamajax.ops.linear import linear
+from llamajax.ops.linear import float8_scale, linear
 from llamajax.sharding import WEIGHTS
 from llamajax.sharding.axes import axes_of
+from llamajax.sharding.collectives import pmax
+from llamajax.sharding.float8 import Float8, Float8Weight
 
 # The module of a Block that holds the matrix of each target.
 MODULES = {
@@ -72,8 +74,27 @@ def project(
     contract: int = 1,
 ) -> jax.Array:
     """Multiply `x` by a matrix, and add its adapter if it has one; `keys_BT` for dropout."""
-    y = linear(x, weight[...], contract=contract)
+    y = linear(x, weight.get_value(), contract=contract)
     return y if adapter is None else y + adapter(x, keys_BT)
+
+
+def with_scales(blocks: Any, float8: Float8 | None) -> Any:
+    """Copy stacked blocks, sharing their arrays, with the matrices for products in 8 bits marked.
+
+    Their scales come from the stored values, once for all layers.
+    """
+    if float8 is None:
+        return blocks
+    blocks = jax.tree.unflatten(jax.tree.structure(blocks), jax.tree.leaves(blocks))
+    for target in float8.targets:
+        module = getattr(blocks, MODULES[target])
+        weight, scale = getattr(module, target), None
+        value = weight.get_value()
+        if float8.scaling == "tensor":
+            largest = jnp.max(jnp.abs(jax.lax.stop_gradient(value)), axis=range(1, value.ndim))
+            scale = float8_scale(pmax(largest, ("fsdp", "tensor")))
+        setattr(module, target, weight.replace(Float8Weight(value, scale, float8)))
+    return blocks
 
 
 def fold_in(keys_BT: jax.Array | None, number: Any, *, word: int = 0) -> jax.Array | None:

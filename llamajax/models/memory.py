@@ -33,7 +33,7 @@ def device_share(config: RunConfig, sizes: Mapping[str, int]) -> DeviceShare:
 
 def width(config: RunConfig) -> int:
     """Return the bytes of a value in the compute dtype."""
-    return 2 if config.train.dtype == "bfloat16" else FLOAT32_BYTES
+    return 2 if config.train.activation_dtype == "bfloat16" else FLOAT32_BYTES
 
 
 def state_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:

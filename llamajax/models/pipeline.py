@@ -33,6 +33,7 @@ from llamajax.sharding.collectives import (
     fsdp_dim,
     grad_sums_over_tensor,
 )
+from llamajax.sharding.float8 import Float8Weight
 
 AXIS = "stage"
 
@@ -120,14 +121,17 @@ def gather_stage(blocks: Any, dtype: jnp.dtype, *, split_tokens: bool) -> Layers
     def gathered(weight: nnx.Variable) -> nnx.Variable:
         value, axes = jax.lax.stop_gradient(weight.get_value()), weight.axes
         value = cast_and_gather(value, axes, dtype, split_tokens=split_tokens)
+        if isinstance(value, Float8Weight):
+            kept = dtype if value.scale is None else jnp.float8_e4m3fn
+            return weight.replace(dataclasses.replace(value, value=value.value.astype(kept)))
         return weight.replace(value if len(axes) == 1 else value.astype(dtype))
 
     def accumulator(weight: nnx.Variable, gathered: nnx.Variable) -> nnx.Variable:
-        value = weight.get_value()
+        value, like = (jax.tree.leaves(w.get_value())[0] for w in (weight, gathered))
         if grad_sums_over_tensor(weight.axes, split_tokens=split_tokens):
             value = copy_to_tensor(value)
         dim = fsdp_dim(value, weight.axes)
-        return weight.replace(_grad_accumulator(value, dim, gathered.get_value()))
+        return weight.replace(_grad_accumulator(value, dim, like))
 
     weights = map_weights(gathered, blocks)
     return weights, map_weights(accumulator, blocks, weights)
@@ -136,8 +140,12 @@ def gather_stage(blocks: Any, dtype: jnp.dtype, *, split_tokens: bool) -> Layers
 def with_fp32_grad(layer: Layers) -> Any:
     """Return a layer's weights from a slice of `gather_stage`; gradients add up in float32."""
 
-    def connect(value: nnx.Variable, accumulator: nnx.Variable) -> nnx.Variable:
-        return value.replace(_with_grad_to(value.get_value(), accumulator.get_value()))
+    def connect(weight: nnx.Variable, accumulator: nnx.Variable) -> nnx.Variable:
+        value, into = weight.get_value(), accumulator.get_value()
+        if isinstance(value, Float8Weight):
+            joined = _with_grad_to(value.value, into)
+            return weight.replace(dataclasses.replace(value, value=joined))
+        return weight.replace(_with_grad_to(value, into))
 
     return map_weights(connect, *layer)
 

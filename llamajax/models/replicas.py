@@ -41,8 +41,10 @@ def compute_digests(model: Llama, tokens_BT: jax.Array, compute: Compute) -> jax
     as in training, and a backward pass that keeps nothing for later. Where stages split the layers,
     each device runs those that it has.
     """
+    float8 = compute.float8  # with scales by rows, which hear nothing of other devices
     compute = dataclasses.replace(
         compute,
+        float8=float8 and dataclasses.replace(float8, scaling="row"),
         split_tokens=False,
         remat="none",
         remat_keep=(),

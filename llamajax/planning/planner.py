@@ -164,7 +164,7 @@ def plan_notes(plan: Plan) -> list[str]:
         )
     if platform_facts(target.platform).is_host:
         notes.append("cpu: temporary memory of a CPU's program predicts no accelerator's; no peak")
-        if step.config.train.dtype == "bfloat16":
+        if step.config.train.activation_dtype == "bfloat16":
             notes.append("cpu: XLA moves float32 there where an accelerator moves bfloat16")
     if not target.machine().donates:
         notes.append(

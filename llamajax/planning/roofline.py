@@ -67,7 +67,7 @@ def predict(
     `links_s` holds the seconds in which a device sends all of a step, by mesh axes; None among them
     makes the prediction None. `waits_s`: how much of it the compiled program waits for, if known.
     """
-    peak = getattr(device, config.train.dtype)
+    peak = device.peak(config.train.dtype)
     speeds = compute_seconds(config, sizes, device, attention)
     if speeds is None or None in links_s.values():
         return None

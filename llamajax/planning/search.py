@@ -46,7 +46,7 @@ def search(config: RunConfig, target: Target, *, cache: Path | None, wanted: int
 
     Raises UserError where the device is unknown to the table, or nothing can fit.
     """
-    if target.entry is None or getattr(target.entry, config.train.dtype) is None:
+    if target.entry is None or target.entry.peak(config.train.dtype) is None:
         raise UserError(
             f"--search ranks by predicted speed, and the {config.train.dtype} peak of "
             f"{target.device_kind!r} is not in the device table: plan without --search"

@@ -19,6 +19,7 @@ axes, which some fused kernels cannot pass. Where an axis splits nothing (one de
 `shard_map`) these return their input (`gather` still casts), so a model also runs on one device.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -28,6 +29,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llamajax.sharding.axes import WEIGHTS, axes_of, is_stacked, map_weights
+from llamajax.sharding.float8 import Float8Weight
 
 
 def is_split(axis: str) -> bool:
@@ -52,9 +54,10 @@ def psum(x: Any, axis: str | tuple[str, ...]) -> Any:
     return jax.lax.psum(x, split) if split else x
 
 
-def pmax(x: jax.Array, axis: str) -> jax.Array:
-    """Return the maximum over a mesh axis; not differentiable."""
-    return jax.lax.pmax(x, axis) if is_split(axis) else x
+def pmax(x: jax.Array, axis: str | tuple[str, ...]) -> jax.Array:
+    """Return the maximum over one or several mesh axes; not differentiable."""
+    split = tuple(a for a in axes_of(axis) if is_split(a))
+    return jax.lax.pmax(pcast_varying(x, split), split) if split else x
 
 
 def all_gather(x: jax.Array, axis: str, *, dim: int) -> jax.Array:
@@ -135,19 +138,21 @@ def psum_tree(grads: Any) -> Any:
     return map_weights(lambda g: g.replace(psum(g.get_value(), _copy_axes(g))), grads)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: jax.Array, dim: int | None, dtype: jnp.dtype) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _gather(x: jax.Array, scale: Any, dim: int | None, dtype: jnp.dtype) -> jax.Array:
+    if scale is not None:
+        x = x * jnp.expand_dims(scale, range(scale.ndim, x.ndim))
     x = x.astype(dtype)
     whole = pcast_varying(x, "fsdp") if dim is None else all_gather(x, "fsdp", dim=dim)
     return checkpoint_name(whole.astype(jnp.float32), "gathered_weight")
 
 
-def _gather_forward(x: jax.Array, dim: int | None, dtype: jnp.dtype) -> tuple[jax.Array, None]:
-    return _gather(x, dim, dtype), None
+def _gather_forward(x: jax.Array, scale: Any, dim: int | None, dtype: jnp.dtype):
+    return _gather(x, scale, dim, dtype), None
 
 
 def _gather_backward(dim: int | None, dtype: jnp.dtype, _: None, grad: jax.Array):
-    return (psum(grad, "fsdp") if dim is None else psum_scatter(grad, "fsdp", dim=dim),)
+    return psum(grad, "fsdp") if dim is None else psum_scatter(grad, "fsdp", dim=dim), None
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
@@ -164,7 +169,8 @@ def gather(tree: Any, dtype: jnp.dtype, *, split_tokens: bool = False) -> Any:
 
     def gather_one(weight: nnx.Variable) -> nnx.Variable:
         value = weight.get_value()
-        assert value.ndim == len(weight.axes), "gather inside the scan over layers, not outside"
+        ndim = jax.tree.leaves(value)[0].ndim
+        assert ndim == len(weight.axes), "gather inside the scan over layers, not outside"
         value = cast_and_gather(value, weight.axes, dtype, split_tokens=split_tokens)
         return weight.replace(value)
 
@@ -172,15 +178,23 @@ def gather(tree: Any, dtype: jnp.dtype, *, split_tokens: bool = False) -> Any:
 
 
 def cast_and_gather(
-    value: jax.Array, axes: str, dtype: jnp.dtype, *, split_tokens: bool
-) -> jax.Array:
+    value: jax.Array | Float8Weight, axes: str, dtype: jnp.dtype, *, split_tokens: bool
+) -> Any:
     """`gather` of one weight of dims `axes`, or of a stack of such, float32.
 
-    Vectors (norm scales) stay float32: rounding 1.003 to bfloat16 would lose it.
+    Vectors (norm scales) stay float32: rounding 1.003 to bfloat16 would lose it. A matrix with a
+    scale travels in 8 bits. The gradient that comes back is that of the matrix, without the scale.
     """
+    if isinstance(value, Float8Weight):
+        if value.scale is None:
+            whole = cast_and_gather(value.value, axes, dtype, split_tokens=split_tokens)
+        else:
+            dim = fsdp_dim(value.value, axes)
+            whole = _gather(value.value, value.scale, dim, jnp.float8_e4m3fn)
+        return dataclasses.replace(value, value=whole)
     if grad_sums_over_tensor(axes, split_tokens=split_tokens):
         value = copy_to_tensor(value)
-    return _gather(value, fsdp_dim(value, axes), jnp.float32 if len(axes) == 1 else dtype)
+    return _gather(value, None, fsdp_dim(value, axes), jnp.float32 if len(axes) == 1 else dtype)
 
 
 def grad_sums_over_tensor(axes: str, *, split_tokens: bool) -> bool:

@@ -211,7 +211,7 @@ class ExportHook(Hook):
     def __call__(self, step: int, state: TrainState, stop: bool) -> None:
         with self.attempt.phase("export", step), self.attempt.hang.paused():
             stored = self.run.setup.spec.to_stored_order(state)
-            dtype = self.config.train.dtype
+            dtype = self.config.train.activation_dtype
             for line in export_weights(self.run.workdir, step, stored, dtype=dtype):
                 self.attempt.progress.note(f"warning: {line}")
 

@@ -38,6 +38,8 @@ def run_header(setup: Setup, start: int) -> Iterator[str]:
         yield f"warning: attention {setup.attention.impl}, because {setup.attention.reason}"
     for line in setup.compiler_options.warnings():
         yield f"warning: {line}"
+    if _float8_products(setup) == "rounded only":
+        yield float8_warning(m.device_kind)
     for line in sharding.device_order_table(setup.mesh):
         yield f"layout   {line}"
     yield f"compute  {c.train.dtype}, attention {setup.compute.attention}, remat {c.train.remat}"
@@ -52,6 +54,22 @@ def run_header(setup: Setup, start: int) -> Iterator[str]:
     origin = c.train.init_from or "the beginning"
     where = f"continuing from step {start}" if start else f"from {origin}"
     yield f"steps    {c.train.steps}, {where}"
+
+
+def float8_warning(device_kind: str) -> str:
+    """Return what a run is told whose device multiplies nothing in 8 bits."""
+    return (
+        f"warning: train.dtype=float8: {device_kind!r} is not known to multiply in 8 bits, so "
+        "values are only rounded to them and multiplied in bfloat16: slower than bfloat16, and good "
+        "for trying out what float8 does to a loss"
+    )
+
+
+def _float8_products(setup: Setup) -> str | None:
+    if setup.compute.float8 is None:
+        return None
+    known = backends.multiplies_float8(setup.machine.device_kind)
+    return "in 8 bits" if known else "rounded only"
 
 
 def memory_warnings(setup: Setup) -> list[str]:
@@ -185,6 +203,7 @@ def run_facts(setup: Setup, programs: Programs) -> dict[str, Any]:
         "reused_bytes": donated and donated[1],
         "peak_flops": peak[0] if peak else None,
         "peak_source": peak[1] if peak else None,
+        "float8_products": _float8_products(setup),
         "lost_features": backends.lost_features(setup.machine.platform),
         "untested_versions": backends.untested_versions(),
         "unigram_entropy": setup.held_out.unigram_loss if setup.held_out else None,

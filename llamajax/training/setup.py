@@ -22,6 +22,7 @@ from llamajax.ops.attention import AttentionChoice, choose_attention
 from llamajax.ops.attention_own import is_own, prove
 from llamajax.processes import process_facts
 from llamajax.processes.host_collectives import raise_together
+from llamajax.sharding.float8 import Float8
 from llamajax.training.feed import abstract_batch, eval_batch_size
 from llamajax.training.safety.canary import Canary
 from llamajax.training.state import StateSpec, TrainState, with_stored_guard
@@ -108,7 +109,7 @@ def resolve_attention(config: RunConfig, machine: backends.Machine, mesh: Mesh) 
     facts = {
         "platform": machine.platform,
         "compute_capability": machine.compute_capability,
-        "dtype": t.dtype,
+        "dtype": t.activation_dtype,
         "head_size": config.model.head_size,
         "seq_len": config.data.seq_len,
         "sequence_parts": mesh.shape["sequence"],
@@ -138,9 +139,13 @@ def _proven(own: str, config: RunConfig, mesh: Mesh, compute: Compute) -> Attent
 
 def resolve_compute(config: RunConfig, mesh: Mesh, attention: str) -> Compute:
     """Return how a run computes with this attention."""
-    t = config.train
+    t, float8 = config.train, None
+    if t.dtype == "float8":
+        float8 = Float8(
+            targets=t.float8_targets, gradients=t.float8_gradients, scaling=t.float8_scaling
+        )
     return Compute(
-        dtype=jnp.dtype(t.dtype),
+        dtype=jnp.dtype(t.activation_dtype),
         remat=t.remat,
         attention=attention,
         loss_chunk_tokens=t.loss_chunk_tokens,
@@ -151,6 +156,7 @@ def resolve_compute(config: RunConfig, mesh: Mesh, attention: str) -> Compute:
         pipeline=PipelineOptions(
             microbatch_size=t.microbatch_size, rounds=t.pipeline_rounds, remat_stage=t.remat_stage
         ),
+        float8=float8,
     )
 
 
