@@ -60,8 +60,8 @@ def float8_warning(device_kind: str) -> str:
     """Return what a run is told whose device multiplies nothing in 8 bits."""
     return (
         f"warning: train.dtype=float8: {device_kind!r} is not known to multiply in 8 bits, so "
-        "values are only rounded to them and multiplied in bfloat16: slower than bfloat16, and good "
-        "for trying out what float8 does to a loss"
+        "values are only rounded to them and multiplied in bfloat16: slower than bfloat16, for "
+        "trying out what float8 does to a loss"
     )
 
 

@@ -69,7 +69,8 @@ def test_every_problem_is_named_at_once(config_file):
         "trian: unknown section; did you mean train?",
         "learning_rate: unknown key; did you mean optim.learning_rate?",
         "nonsense: unknown section; did you mean one of model, mesh, data,",
-        "train.dtype: expected bfloat16 | float32, got 'bfloat61' (str); did you mean bfloat16?",
+        "train.dtype: expected bfloat16 | float32 | float8, got 'bfloat61' (str); did you mean"
+        " bfloat16?",
         "data.seed: expected int, got 'zero' (str)",
         "model.head_size = 9: must be even",
         "mesh: a section with keys, got 8",
