@@ -88,24 +88,26 @@ function nearest(list, x) {
   return low > 0 && x - list[low - 1] < list[low] - x ? low - 1 : low;
 }
 
-const MARGIN = { left: 56, right: 20, top: 10, bottom: 24 };
+const MARGIN = { left: 56, right: 26, top: 10, bottom: 24 };
 
 // One chart. view: what all charts share (x, range, smooth, cursor, and `redraw`).
 // lines: [{name, color, data, means, key, points, dashed}]; marks: [{kind, text, step, time_s}].
-// outliers: whether a few far values may be outside the value axis, which then says how many.
+// level: [name, value] of a horizontal line. outliers: whether a few far values may be outside the value axis, which then says how many.
 class Chart {
-  constructor(view, { title, note, lines, format, zero, outliers, wide, marks = [] }) {
-    Object.assign(this, { view, title, lines, format, zero, outliers, marks, log: false });
+  constructor(view, { title, note, lines, format, zero, outliers, wide, level, marks = [] }) {
+    Object.assign(this, { view, title, lines, format, zero, outliers, level, marks, log: false });
     this.svg = el("svg:svg", {
       role: "img", tabindex: 0, keydown: (e) => this.key(e), dblclick: () => view.zoom(null),
       pointerdown: (e) => this.press(e), pointermove: (e) => this.move(e),
-      pointerup: (e) => this.release(e), pointercancel: () => this.drop(), pointerleave: () => this.leave(),
+      pointerup: (e) => this.release(e), pointercancel: () => this.drop(),
+      pointerleave: () => this.leave(),
       "aria-label": `${title}. Arrow keys read values, plus and minus zoom, Escape shows all.`,
     });
     this.tip = el("div", { class: "tip", hidden: "" });
     this.live = el("div", { class: "unseen", "aria-live": "polite" });
     this.legend = el("div", { class: "legend" });
-    this.table = el("details", { class: "table", toggle: () => this.fillTable() }, el("summary", {}, "Table"));
+    this.table = el("details", { class: "table", toggle: () => this.fillTable() },
+      el("summary", {}, "Table"));
     const button = el("button", {
       type: "button", class: "small", "aria-pressed": "false", title: "logarithmic value axis",
       click: () => {
@@ -114,7 +116,8 @@ class Chart {
         this.draw();
       },
     }, "log");
-    const caption = el("figcaption", {}, el("span", { class: "title" }, title), note && el("span", { class: "soft" }, note), button);
+    const caption = el("figcaption", {},
+      el("span", { class: "title" }, title), note && el("span", { class: "soft" }, note), button);
     this.node = el("figure", { class: wide ? "card chart wide" : "card chart" }, caption, this.legend,
       el("div", { class: "plot" }, this.svg, this.tip), this.live, this.table);
   }
@@ -137,94 +140,103 @@ class Chart {
   }
 
   draw() {
-    const box = this.svg.parentNode.clientWidth || 560;
-    const [width, height] = [box, this.node.classList.contains("wide") && box > 700 ? 320 : 220];
+    const width = this.svg.parentNode.clientWidth || 560;
+    const height = this.node.classList.contains("wide") && width > 700 ? 320 : 220;
+    const [right, floor] = [width - MARGIN.right, height - MARGIN.bottom];
     const [low, high] = this.view.range ?? this.view.full;
-    this.size = { width, height };
-    this.toX = (v) => MARGIN.left + ((v - low) / (high - low || 1)) * (width - MARGIN.left - MARGIN.right);
-    this.fromX = (px) => low + ((px - MARGIN.left) / (width - MARGIN.left - MARGIN.right)) * (high - low);
-    const inside = [];
-    for (const line of this.lines) {
-      const { x, y } = line.raw; // whose means are between its extremes
-      y.forEach((v, i) => isNumber(v) && x[i] >= low && x[i] <= high && (!this.log || v > 0) && inside.push(v));
-    }
+    Object.assign(this, { width, height, right, floor });
+    this.toX = (v) => MARGIN.left + ((v - low) / (high - low || 1)) * (right - MARGIN.left);
+    this.fromX = (px) => low + ((px - MARGIN.left) / (right - MARGIN.left)) * (high - low);
     const scale = (v) => (this.log ? Math.log10(v) : v);
+    // Means are between their extremes.
+    const inside = this.lines.flatMap(({ raw: { x, y } }) =>
+      y.filter((v, i) => this.isDrawn(v) && x[i] >= low && x[i] <= high));
     let [bottom, top] = this.extent(inside.map(scale).sort((a, b) => a - b));
     const room = (top - bottom) * 0.06 || Math.abs(top) * 0.06 || 1;
     [bottom, top] = [this.zero && !this.log && bottom >= 0 ? 0 : bottom - room, top + room];
-    this.toY = (v) => height - MARGIN.bottom - ((scale(v) - bottom) / (top - bottom)) * (height - MARGIN.top - MARGIN.bottom);
+    this.toY = (v) => floor - ((scale(v) - bottom) / (top - bottom)) * (floor - MARGIN.top);
     this.cursor = el("svg:g", { class: "cursor" });
-    this.selection = el("svg:rect", { class: "selection", y: MARGIN.top, height: height - MARGIN.top - MARGIN.bottom, width: 0 });
+    this.selection = el("svg:rect", { class: "selection", y: MARGIN.top, height: floor - MARGIN.top, width: 0 });
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     this.svg.replaceChildren();
-    if (!inside.length) {
-      this.svg.append(el("svg:text", { class: "tick", x: width / 2, y: height / 2, "text-anchor": "middle" }, "nothing logged here"));
-    } else {
+    if (inside.length) {
       this.axes(low, high, bottom, top);
       const clip = `clip${(Chart.made = (Chart.made ?? 0) + 1)}`;
-      const frame = { x: MARGIN.left, y: 0, width: width - MARGIN.left - MARGIN.right, height };
-      this.svg.append(el("svg:clipPath", { id: clip }, el("svg:rect", frame)));
-      this.svg.append(el("svg:g", { "clip-path": `url(#${clip})` }, this.drawMarks(), this.lines.map((line) => this.drawLine(line))));
+      const frame = el("svg:rect", { x: MARGIN.left, y: 0, width: right - MARGIN.left, height: floor });
+      this.svg.append(el("svg:clipPath", { id: clip }, frame), el("svg:g", { "clip-path": `url(#${clip})` },
+        this.drawMarks(), this.drawLevel(), this.lines.map((line) => this.drawLine(line))));
+    } else {
+      this.svg.append(this.label("nothing logged here", width / 2, height / 2, "middle"));
     }
     this.svg.append(this.selection, this.cursor);
     this.point();
+  }
+
+  isDrawn(value) {
+    return isNumber(value) && (!this.log || value > 0);
+  }
+
+  label(text, x, y, anchor = "end") {
+    return el("svg:text", { class: "tick", x, y, "text-anchor": anchor }, text);
   }
 
   // The ends of a sorted list; without far outliers, which are counted, where the chart allows it.
   extent(values) {
     let [bottom, top] = [values[0], values.at(-1)];
     this.beyond = "";
-    if (this.outliers && !this.log && values.length > 20) {
-      const [low, high] = [0.01, 0.99].map((q) => values[Math.floor(q * (values.length - 1))]);
+    const [low, high] = [0.01, 0.99].map((q) => values[Math.floor(q * (values.length - 1))]);
+    if (this.outliers && !this.log && high > low) {
       bottom = Math.max(bottom, low - (high - low));
       top = Math.min(top, high + (high - low));
-      const above = values.filter((v) => v > top).length, below = values.filter((v) => v < bottom).length;
+      const [above, below] = [values.filter((v) => v > top).length, values.filter((v) => v < bottom).length];
       this.beyond = [above && `${above} above`, below && `${below} below`].filter(Boolean).join(", ");
     }
     return [bottom, top];
   }
 
   axes(low, high, bottom, top) {
-    const { width, height } = this.size;
     let values = ticks(bottom, top, 5);
     if (this.log) {
-      const decades = ticks(Math.floor(bottom), Math.ceil(top), 6).filter(Number.isInteger).map((p) => 10 ** p);
-      values = (top - bottom < 1.2 ? ticks(10 ** bottom, 10 ** top, 5) : decades).filter((v) => v >= 10 ** bottom && v <= 10 ** top);
+      const [from, to] = [10 ** bottom, 10 ** top];
+      const powers = ticks(Math.floor(bottom), Math.ceil(top), 6).filter(Number.isInteger);
+      values = (top - bottom < 1.2 ? ticks(from, to, 5) : powers.map((power) => 10 ** power))
+        .filter((v) => v >= from && v <= to);
     }
     for (const value of values) {
       const y = this.toY(value);
-      this.svg.append(el("svg:line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y, y2: y }),
-        el("svg:text", { class: "tick", x: MARGIN.left - 8, y: y + 4, "text-anchor": "end" }, this.format(value)));
+      this.svg.append(el("svg:line", { class: "grid", x1: MARGIN.left, x2: this.right, y1: y, y2: y }),
+        this.label(this.format(value), MARGIN.left - 8, y + 4));
     }
-    if (this.beyond) {
-      this.svg.append(el("svg:text", { class: "tick", x: width - MARGIN.right, y: 10, "text-anchor": "end" }, this.beyond));
-    }
+    this.svg.append(this.label(this.beyond, this.right, 10));
     const axis = X[this.view.x];
     const unit = axis.units?.filter((size) => (high - low) / 3 >= size).pop() ?? 1;
-    for (const value of ticks(low, high, Math.max(2, width / 110), unit)) {
-      if (axis.whole && !Number.isInteger(value)) continue;
-      this.svg.append(el("svg:text", { class: "tick", x: this.toX(value), y: height - 6, "text-anchor": "middle" }, axis.format(value)));
-    }
+    ticks(low, high, Math.max(2, this.width / 110), unit)
+      .filter((value) => !axis.whole || Number.isInteger(value))
+      .forEach((value) => this.svg.append(this.label(axis.format(value), this.toX(value), this.height - 6, "middle")));
   }
 
   drawMarks() {
-    return this.marks.filter((mark) => isNumber(mark[X[this.view.x].key])).map((mark) => {
-      const x = this.toX(mark[X[this.view.x].key]);
-      return el("svg:line", { class: `mark ${mark.kind}`, x1: x, x2: x, y1: MARGIN.top, y2: this.size.height - MARGIN.bottom });
+    const { key } = X[this.view.x];
+    return this.marks.filter((mark) => isNumber(mark[key])).map((mark) => {
+      const x = this.toX(mark[key]);
+      return el("svg:line", { class: `mark ${mark.kind}`, x1: x, x2: x, y1: MARGIN.top, y2: this.floor });
     });
   }
 
-  drawLine(line) {
-    const style = `--c: var(--${line.color})`;
-    const faint = line.soft ? " faint" : "";
-    const parts = [el("svg:path", { class: `line${faint}${line.dashed ? " dashed" : ""}`, style, d: this.path(line.raw) })];
-    if (line.soft) parts.push(el("svg:path", { class: `line${line.dashed ? " dashed" : ""}`, style, d: this.path(line.soft) }));
-    const { x, y } = line.raw;
-    if (line.points && x.length < 200) {
-      y.forEach((v, i) => isNumber(v) && (!this.log || v > 0) &&
-        parts.push(el("svg:circle", { class: "dot", style, cx: this.toX(x[i]), cy: this.toY(v), r: 3 })));
-    }
-    return parts;
+  drawLevel() {
+    if (!this.level) return [];
+    const y = this.toY(this.level[1]);
+    return [el("svg:line", { class: "level", x1: MARGIN.left, x2: this.right, y1: y, y2: y }),
+      this.label(`${this.level[0]} ${digits(this.level[1])}`, this.right - 6, y - 5)];
+  }
+
+  drawLine({ raw, soft, color, dashed, points }) {
+    const style = `--c: var(--${color})`;
+    const path = (values, kind) =>
+      el("svg:path", { class: `line ${kind}${dashed ? " dashed" : ""}`, style, d: this.path(values) });
+    const dots = points && raw.x.length < 200 ? raw.x.map((_, i) => i).filter((i) => this.isDrawn(raw.y[i])) : [];
+    return [path(raw, soft ? "faint" : ""), soft && path(soft, ""), dots.map((i) =>
+      el("svg:circle", { class: "dot", style, cx: this.toX(raw.x[i]), cy: this.toY(raw.y[i]), r: 3 }))];
   }
 
   // Where several points share a pixel, their first, last, smallest and largest are drawn.
@@ -232,8 +244,9 @@ class Chart {
     let text = "", pen = "M", column = [], at = null;
     const flush = () => {
       const values = column.map((p) => p[1]);
-      const kept = new Set([0, values.indexOf(Math.min(...values)), values.indexOf(Math.max(...values)), column.length - 1]);
-      for (const i of column.length ? [...kept].sort((a, b) => a - b) : []) {
+      const ends = [Math.min, Math.max].map((best) => values.indexOf(best(...values)));
+      const kept = column.length ? [...new Set([0, ...ends, column.length - 1])].sort((a, b) => a - b) : [];
+      for (const i of kept) {
         text += `${pen}${column[i][0].toFixed(1)} ${column[i][1].toFixed(1)}`;
         pen = "L";
       }
@@ -241,10 +254,10 @@ class Chart {
     };
     for (let i = 0; i < x.length; i++) {
       const px = this.toX(x[i]);
-      if (px < -this.size.width || px > 2 * this.size.width) continue;
+      if (px < -this.width || px > 2 * this.width) continue;
       if (Math.round(px) !== at) flush();
       at = Math.round(px);
-      if (isNumber(y[i]) && (!this.log || y[i] > 0)) column.push([px, this.toY(y[i])]);
+      if (this.isDrawn(y[i])) column.push([px, this.toY(y[i])]);
       else {
         flush();
         pen = "M";
@@ -257,48 +270,48 @@ class Chart {
   // Shows the values at the shared cursor: dots, the legend, and a tip where the pointer is.
   point(hovered = false) {
     const { cursor: at } = this.view;
-    const rows = this.lines.map((line) => {
-      const source = line.soft ?? line.raw;
-      const i = at === null ? -1 : nearest(line.raw.x, at);
-      const j = line.soft && i >= 0 ? nearest(source.x, line.raw.x[i]) : i;
-      return { line, i, value: line.raw.y[i], x: line.raw.x[i], soft: line.soft && j >= 0 ? source.y[j] : null };
+    const rows = this.lines.filter((line) => line.raw.x.length).map((line) => {
+      const i = at === null ? line.raw.x.length - 1 : nearest(line.raw.x, at);
+      const x = line.raw.x[i];
+      return { line, x, value: line.raw.y[i], soft: line.soft?.y[nearest(line.soft.x, x)] };
     });
-    const latest = (line) => line.raw.y.at(-1);
-    this.legend.replaceChildren(...rows.filter((row) => row.line.raw.x.length).map(({ line, value }) =>
-      el("span", { class: `key${line.dashed ? " dashed" : ""}`, style: `--c: var(--${line.color})` },
-        this.lines.length > 1 ? line.name : at === null ? "last" : "here", el("b", {}, this.show(at === null ? latest(line) : value)))));
+    const key = ({ color, dashed }, ...words) =>
+      el("span", { class: `key${dashed ? " dashed" : ""}`, style: `--c: var(--${color})` }, words);
+    const single = at === null ? "last" : "here";
+    this.legend.replaceChildren(...rows.map(({ line, value }) =>
+      key(line, this.lines.length > 1 ? line.name : single, " ", el("b", {}, this.show(value)))));
     this.cursor.replaceChildren();
     this.tip.hidden = true;
-    if (at === null || !rows.length) return;
-    const found = rows.filter((row) => row.i >= 0);
-    const x = this.toX(at);
-    if (x < MARGIN.left - 1 || x > this.size.width - MARGIN.right + 1) return;
-    this.cursor.append(el("svg:line", { x1: x, x2: x, y1: MARGIN.top, y2: this.size.height - MARGIN.bottom }),
-      ...found.filter((row) => isNumber(row.value) && (!this.log || row.value > 0)).map((row) =>
-        el("svg:circle", { class: "dot", style: `--c: var(--${row.line.color})`, cx: this.toX(row.x), cy: this.toY(row.value), r: 4 })));
+    const x = at === null ? -1 : this.toX(at);
+    if (x < MARGIN.left - 1 || x > this.right + 1 || !rows.length) return;
+    const dots = rows.filter((row) => this.isDrawn(row.value)).map((row) => el("svg:circle", {
+      class: "dot", style: `--c: var(--${row.line.color})`, cx: this.toX(row.x), cy: this.toY(row.value), r: 4,
+    }));
+    this.cursor.append(el("svg:line", { x1: x, x2: x, y1: MARGIN.top, y2: this.floor }), ...dots);
+    const isActive = document.activeElement === this.svg;
+    if (!hovered && !isActive) return;
     const axis = X[this.view.x];
+    const head = `${axis.name} ${axis.format(rows[0].x)}`;
     const near = this.marks.filter((mark) => Math.abs(this.toX(mark[axis.key]) - x) < 7).slice(0, 4);
-    const lines = found.map((row) => [row.line, `${row.line.name} ${this.show(row.value)}` +
-      (isNumber(row.soft) ? ` (smoothed ${this.show(row.soft)})` : "")]);
-    const head = `${axis.name} ${axis.format(found[0]?.x ?? at)}`;
-    this.live.textContent = document.activeElement === this.svg ? [head, ...lines.map((l) => l[1]), ...near.map((m) => m.text)].join(", ") : "";
-    if (!hovered && document.activeElement !== this.svg) return;
-    this.tip.replaceChildren(el("b", {}, head), ...lines.map(([line, text]) =>
-      el("span", { class: "key", style: `--c: var(--${line.color})` }, text)), ...near.map((mark) => el("span", { class: `event ${mark.kind}` }, mark.text)));
+    const words = rows.map(({ line, value, soft }) => [line, `${line.name} ${this.show(value)}` +
+      (isNumber(soft) ? ` (smoothed ${this.show(soft)})` : "")]);
+    this.live.textContent = isActive ? [head, ...words.map((w) => w[1]), ...near.map((m) => m.text)].join(", ") : "";
+    this.tip.replaceChildren(el("b", {}, head), ...words.map((pair) => key(...pair)),
+      ...near.map((mark) => el("span", { class: `event ${mark.kind}` }, mark.text)));
     this.tip.hidden = false;
-    const left = x > this.size.width / 2 ? x - this.tip.offsetWidth - 14 : x + 14;
-    this.tip.style.left = `${Math.max(0, Math.min(left, this.size.width - this.tip.offsetWidth))}px`;
+    const left = x > this.width / 2 ? x - this.tip.offsetWidth - 14 : x + 14;
+    this.tip.style.left = `${Math.max(0, Math.min(left, this.width - this.tip.offsetWidth))}px`;
   }
 
   // A value with the digits that the files have, or in the unit of the axis.
   show(value) {
-    return !isNumber(value) ? "not finite" : this.format === digits ? digits(value, 6) : this.format(value, 6);
+    return isNumber(value) ? this.format(value, 6) : "not finite";
   }
 
   at(event) {
     const box = this.svg.getBoundingClientRect();
-    const px = ((event.clientX - box.left) / box.width) * this.size.width;
-    return Math.max(MARGIN.left, Math.min(this.size.width - MARGIN.right, px));
+    const px = ((event.clientX - box.left) / box.width) * this.width;
+    return Math.max(MARGIN.left, Math.min(this.right, px));
   }
 
   press(event) {
@@ -336,11 +349,13 @@ class Chart {
     const list = this.lines[0]?.raw.x.filter((x) => x >= low && x <= high) ?? [];
     const now = this.view.cursor === null ? -1 : nearest(list, this.view.cursor);
     const stride = event.shiftKey ? 10 : 1;
-    const move = { ArrowLeft: now - stride, ArrowRight: now + stride, Home: 0, End: list.length - 1 }[event.key];
+    const to = { ArrowLeft: now - stride, ArrowRight: now + stride, Home: 0, End: list.length - 1 }[event.key];
     const middle = this.view.cursor ?? (low + high) / 2;
     const factor = { "+": 0.25, "=": 0.25, "-": 1 }[event.key];
-    if (move !== undefined && list.length) this.view.moveCursor(list[Math.max(0, Math.min(list.length - 1, move))], this);
-    else if (factor) this.view.zoom([middle - (high - low) * factor, middle + (high - low) * factor]);
+    const reach = (high - low) * factor;
+    if (to !== undefined && list.length) {
+      this.view.moveCursor(list[Math.max(0, Math.min(list.length - 1, to))], this);
+    } else if (factor) this.view.zoom([middle - reach, middle + reach]);
     else if (event.key === "Escape") this.view.zoom(null);
     else return;
     event.preventDefault();
@@ -358,14 +373,16 @@ class Chart {
     }));
     const all = [...rows].sort((a, b) => a[0] - b[0]), every = Math.ceil(all.length / 100);
     const shown = all.filter((_, i) => i % every === 0 || i === all.length - 1);
-    this.table.replaceChildren(this.table.firstChild, table([axis.name, ...this.lines.map((l) => l.name)],
-      shown.map(([x, cells]) => [axis.format(x), ...cells]), `${this.title}: ${shown.length} of ${all.length} points`));
+    this.table.replaceChildren(this.table.firstChild, table([axis.name, ...this.lines.map((line) => line.name)],
+      shown.map(([x, cells]) => [axis.format(x), ...cells]),
+      `${this.title}: ${shown.length} of ${all.length} points`));
   }
 }
 
 // A table with a head; a cell is text or a node.
 function table(head, rows, caption, kind = "") {
-  return el("div", { class: `scroll ${kind}`, tabindex: 0, role: "region", "aria-label": caption }, el("table", {}, el("caption", { class: "unseen" }, caption),
+  return el("div", { class: `scroll ${kind}`, tabindex: 0, role: "region", "aria-label": caption }, el("table", {},
+    el("caption", { class: "unseen" }, caption),
     el("thead", {}, el("tr", {}, head.map((name) => el("th", { scope: "col" }, name)))),
     el("tbody", {}, rows.map((cells) => el("tr", {}, cells.map((cell) => el("td", {}, cell)))))));
 }

@@ -4,10 +4,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 Row = Mapping[str, Any]
 
 CELLS = 110_000  # numbers of all columns of a page; each takes about 10 bytes
-_MEANS = 1000
+_MEANS, _MAX_EVALUATIONS = 1000, 2000
+_AXES = ("step", "time_s", "tokens_seen")
 # Known columns in the order of the page; other numbers of a row follow.
 _KNOWN = (
     "loss", "learning_rate", "grad_norm", "tokens_per_s", "mfu_full", "mfu_causal", "step_time_s",
@@ -18,7 +21,7 @@ _NO_CURVES = {
     "batch_size", "seed",
 }  # fmt: skip
 # The extremes of these are those of another one.
-_FOLLOW = {"mfu_full", "mfu_causal", "step_time_s", "learning_rate"}
+_FOLLOW = {*_AXES, "mfu_full", "mfu_causal", "step_time_s", "learning_rate"}
 _MAX_COLUMNS = 40
 
 
@@ -27,76 +30,78 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def significant(value: Any) -> float | None:
-    """Return a number with 7 digits, all that a float32 has; None for what is not finite."""
-    if not is_number(value) or not math.isfinite(value):
-        return None
-    return value if isinstance(value, int) else float(f"{value:.7g}")
+def numbers(rows: Sequence[Row], name: str) -> np.ndarray:
+    """Return the values of one key as float64; NaN for what is missing or no number."""
+    values = [row.get(name) for row in rows]
+    if any(isinstance(value, list) for value in values):  # of all devices
+        values = [max(v, default=None) if isinstance(v, list) else v for v in values]
+    return np.array([value if is_number(value) else math.nan for value in values], np.float64)
 
 
-def column_names(rows: Iterable[Row]) -> list[str]:
-    """Return the numeric keys of training rows, known ones first."""
-    found = {k for row in rows for k, v in row.items() if is_number(v) or k == "memory_bytes"}
+def _column_names(rows: Iterable[Row]) -> list[str]:
+    """Return the keys of training rows that are drawn, known ones first."""
+    found: set[str] = set()
+    for row in rows:
+        new = row.keys() - found
+        found.update(key for key in new if is_number(row[key]) or isinstance(row[key], list))
     others = sorted(found - set(_KNOWN) - _NO_CURVES)
     return [*(key for key in _KNOWN if key in found), *others][:_MAX_COLUMNS]
 
 
-def _value(row: Row, key: str) -> Any:
-    value = row.get(key)
-    return max(value, default=None) if isinstance(value, list) else value  # of all devices
+def thin(table: Mapping[str, np.ndarray], odd: Iterable[int], *, limit: int) -> np.ndarray:
+    """Return the indices of about `limit` rows: first and last ones, and each bucket's extremes.
 
-
-def thin(rows: Sequence[Row], names: Sequence[str], *, limit: int) -> list[Row]:
-    """Return at most about `limit` rows: first and last ones, and each bucket's extremes.
-
-    Rows whose update was skipped, or with a value that is not finite, are extremes as well.
+    table: columns. odd: further indices, of which each bucket keeps the first.
     """
-    if len(rows) <= limit:
-        return list(rows)
-    extremes = [name for name in names if name not in _FOLLOW]
+    length = len(table["step"])
+    if length <= limit:
+        return np.arange(length)
+    extremes = [table[name] for name in table if name not in _FOLLOW]
     buckets = max(1, limit // (2 * len(extremes) + 2))
-    size = math.ceil(len(rows) / buckets)
-    kept = {0, len(rows) - 1}
-    for start in range(0, len(rows), size):
-        indices = range(start, min(start + size, len(rows)))
-        odd = (i for i in indices if "update_skipped" in rows[i])
-        kept.update([start, *list(odd)[:1]])
-        for name in extremes:
-            values = [(_value(rows[i], name), i) for i in indices]
-            finite = [pair for pair in values if is_number(pair[0]) and math.isfinite(pair[0])]
-            broken = [i for value, i in values if is_number(value) and not math.isfinite(value)]
-            kept.update(broken[:1])
-            if finite:
-                kept.update((min(finite)[1], max(finite)[1]))
-    return [rows[i] for i in sorted(kept)]
+    starts = np.arange(0, length, math.ceil(length / buckets))
+    kept = [starts, [length - 1]]
+    for values in extremes:
+        for fill, best in ((math.inf, np.argmin), (-math.inf, np.argmax)):
+            filled = np.where(np.isfinite(values), values, fill)
+            parts = np.split(filled, starts[1:])
+            kept.append(starts + [best(part) for part in parts])
+    odd = np.unique(np.fromiter(odd, np.int64))
+    _, first = np.unique(np.searchsorted(starts, odd, side="right"), return_index=True)
+    return np.unique(np.concatenate([*kept, odd[first]]).astype(np.int64))
 
 
-def columns(rows: Sequence[Row], names: Sequence[str], *, first_s: float) -> dict[str, list]:
-    """Return the values of rows by name; `time_s` counts from `first_s`."""
-    found: dict[str, list] = {"step": [row["step"] for row in rows]}
-    found["time_s"] = [_since(row, first_s) for row in rows]
-    for name in ("tokens_seen", *names):
-        found[name] = [significant(_value(row, name)) for row in rows]
-    return found
+def _significant(values: np.ndarray) -> list[float | int | None]:
+    """Return numbers with 7 digits, all that a float32 has; whole ones exactly, NaN as None."""
+    return [
+        None if not math.isfinite(v) else int(v) if v.is_integer() else float(f"{v:.7g}")
+        for v in values.tolist()
+    ]
 
 
-def _since(row: Row, first_s: float) -> float | None:
-    return round(row["time_s"] - first_s, 2) if is_number(row.get("time_s")) else None
+def columns(table: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, list]:
+    """Return the values of these rows by name."""
+    return {name: _significant(values[rows]) for name, values in table.items()}
 
 
-def means(rows: Sequence[Row], names: Sequence[str], *, first_s: float) -> dict[str, list]:
+def _means(table: Mapping[str, np.ndarray]) -> dict[str, list]:
     """Return columns of means over equal parts of the rows: what a smoothed curve is made from."""
-    size = math.ceil(len(rows) / _MEANS)
-    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    found = columns([part[len(part) // 2] for part in parts], [], first_s=first_s)
-    for name in names:
-        found[name] = [_mean(_value(row, name) for row in part) for part in parts]
+    length = len(table["step"])
+    starts = np.arange(0, length, math.ceil(length / _MEANS))
+    middle = (starts + np.append(starts[1:], length)) // 2
+    found = {}
+    for name, values in table.items():
+        finite = np.isfinite(values)
+        sums = np.add.reduceat(np.where(finite, values, 0.0), starts)
+        counts = np.add.reduceat(finite.astype(np.float64), starts)
+        means = np.divide(sums, counts, out=np.full(len(starts), math.nan), where=counts > 0)
+        found[name] = _significant(values[middle] if name in _AXES else means)
     return found
 
 
-def _mean(values: Iterable[Any]) -> float | None:
-    finite = [value for value in values if is_number(value) and math.isfinite(value)]
-    return significant(sum(finite) / len(finite)) if finite else None
+def _table(rows: Sequence[Row], names: Iterable[str], first_s: float) -> dict[str, np.ndarray]:
+    table = {name: numbers(rows, name) for name in (*_AXES, *names)}
+    table["time_s"] = np.round(table["time_s"] - first_s, 2)
+    return table
 
 
 def curves(rows: Sequence[Row], *, first_s: float, cells: int = CELLS) -> dict[str, Any]:
@@ -104,38 +109,45 @@ def curves(rows: Sequence[Row], *, first_s: float, cells: int = CELLS) -> dict[s
 
     train: columns of training rows. means: the same of parts of all rows, where train is thinned.
     evaluations: by name of a validation set ("" for the only one), columns with `loss`.
-    nonfinite: [[step, key], ...] of the first hundred. rows: how many there are in all.
+    nonfinite: [[step, key], ...] of the first hundred. rows, nonfinite_rows: how many there are.
     """
     train = [row for row in rows if "loss" in row]
-    names = column_names(train)
-    kept = thin(train, names, limit=cells // (len(names) + 3))
-    tokens = {row["step"]: row.get("tokens_seen") for row in train}
     broken = [
-        [row["step"], key]
+        (row["step"], key)
         for row in rows
         for key, value in row.items()
         if isinstance(value, float) and not math.isfinite(value)
     ]
+    table = _table(train, _column_names(train), first_s)
+    steps = {step for step, _ in broken}
+    odd = [i for i, row in enumerate(train) if "update_skipped" in row or row["step"] in steps]
+    kept = thin(table, odd, limit=cells // len(table))
+    found = {
+        name: _table(points, ["loss"], first_s)
+        for name, points in _evaluations(
+            rows, dict(zip(table["step"], table["tokens_seen"], strict=True))
+        ).items()
+    }
     return {
         "rows": len(train),
-        "train": columns(kept, names, first_s=first_s),
-        "means": means(train, names, first_s=first_s) if len(kept) < len(train) else None,
+        "train": columns(table, kept),
+        "means": _means(table) if len(kept) < len(train) else None,
         "evaluations": {
-            name: columns(thin(found, ["loss"], limit=2000), ["loss"], first_s=first_s)
-            for name, found in _evaluations(rows, tokens).items()
+            name: columns(each, thin(each, (), limit=_MAX_EVALUATIONS))
+            for name, each in found.items()
         },
         "nonfinite": broken[:100],
+        "nonfinite_rows": len(steps),
     }
 
 
-def _evaluations(rows: Sequence[Row], tokens: Mapping[int, Any]) -> dict[str, list[Row]]:
+def _evaluations(rows: Sequence[Row], tokens: Mapping[float, float]) -> dict[str, list[Row]]:
     """Return evaluation rows by validation set: `eval_loss` or `eval_loss/NAME` in a row."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        for key, value in row.items():
-            if key.split("/")[0] == "eval_loss" and is_number(value):
-                name = key.partition("/")[2]
-                entry = {"step": row["step"], "loss": value, "time_s": row.get("time_s")}
+        for key in row if "loss" not in row else ():
+            if key.partition("/")[0] == "eval_loss" and is_number(row[key]):
+                entry = {"step": row["step"], "loss": row[key], "time_s": row.get("time_s")}
                 entry["tokens_seen"] = tokens.get(row["step"])
-                found.setdefault(name, []).append(entry)
+                found.setdefault(key.partition("/")[2], []).append(entry)
     return found

@@ -35,6 +35,7 @@ def read_run(workdir: Path, *, cells: int) -> dict[str, Any]:
     config, plan = read_object(workdir / "config.json"), read_object(workdir / "plan.json")
     facts = merged_facts(workdir, events, rows)
     first_s = _first_s(events, rows)
+    drawn = curves(rows, first_s=first_s, cells=cells)
     processes = list(_processes(events, rows, first_s, facts.get("status")))
     return {
         "name": _name(config, workdir),
@@ -42,8 +43,8 @@ def read_run(workdir: Path, *, cells: int) -> dict[str, Any]:
         "steps": section(config, "train").get("steps"),
         "step": max([row["step"] for row in rows] + [e["step"] for e in events], default=0),
         "first_s": first_s,
-        "verdict": verdict(config, facts, events, rows),
-        "curves": curves(rows, first_s=first_s, cells=cells),
+        "verdict": _verdict(config, facts, events, drawn),
+        "curves": drawn,
         "facts": facts,
         "config": config,
         "plan": plan,
@@ -74,7 +75,7 @@ def _first_s(events: Sequence[Row], rows: Sequence[Row]) -> float:
     return next((row["time_s"] for row in rows if is_number(row.get("time_s"))), 0.0)
 
 
-def verdict(config: Row, facts: Row, events: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
+def _verdict(config: Row, facts: Row, events: Sequence[Row], drawn: Row) -> dict[str, Any]:
     """Return how the run stands: `status`, what happened (`incidents`), and a `level`.
 
     level: good only where it finished and nothing happened; info while it runs; warn; bad where it
@@ -82,17 +83,16 @@ def verdict(config: Row, facts: Row, events: Sequence[Row], rows: Sequence[Row])
     """
     kinds = collections.Counter(event["event"] for event in events)
     failed_saves = sum(e["event"] == "save" and "error" in e for e in events)
-    broken = sum(not all(map(math.isfinite, filter(is_number, row.values()))) for row in rows)
     counts = (
         (kinds["start"] - 1, "restart", "restarts"),
         (kinds["skipped_update"], "skipped update", "skipped updates"),
         (kinds["rollback"], "rollback", "rollbacks"),
         (failed_saves, "failed checkpoint", "failed checkpoints"),
-        (broken, "row that is not finite", "rows that are not finite"),
+        (drawn["nonfinite_rows"], "row that is not finite", "rows that are not finite"),
     )
     incidents = [f"{n} {many if n > 1 else one}" for n, one, many in counts if n > 0]
     last, total = events[-1] if events else {}, section(config, "train").get("steps")
-    done = bool(rows) and max(row["step"] for row in rows) == total
+    done = is_number(total) and drawn["train"]["step"][-1:] == [total]
     status = str(facts.get("status") or ("finished" if done else "in progress"))
     error = str(last.get("error") or "")
     level = {"running": "info", "in progress": "info", "stopped": "warn", "dead": "bad"}

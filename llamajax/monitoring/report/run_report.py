@@ -77,7 +77,7 @@ def render(
     data["version"] = version
     # `<` as an escape: no text in the data can end the element or begin another one.
     text = json.dumps(_plain(data), separators=(",", ":")).replace("<", "\\u003c")
-    script = _read("charts.js") + _read("page.js")
+    script = "".join(map(_read, ("charts.js", "page.js", "sections.js")))
     said = (f"{run['name']}: {', '.join(run['verdict']['said'])}" for run in runs)
     parts = {
         "title": html.escape(" | ".join(run["name"] for run in runs)),
