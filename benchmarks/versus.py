@@ -1,0 +1,244 @@
+"""Prints the training step beside those of other systems, alternating in one run.
+
+    python benchmarks/versus.py --systems=llamajax,torch,litgpt [--dtype=bfloat16] [--json=FILE]
+    python benchmarks/versus.py --systems=llamajax,before --source=before=../other-clone
+
+`torch` is transformers' LlamaForCausalLM, `litgpt` its GPT, both under torch.compile. Same sizes,
+same initial weights, same random tokens, same AdamW and clipping, one document a row: the losses
+printed at the end say so. Each system lives in a process of its own and waits for its turn, so
+that only one computes at a time; turns alternate, and who begins a round, too. A busy machine slows
+all of them: read the ratios, of wall time and of processor time.
+
+--python=SYSTEM=PATH runs a system under another Python, for releases that do not fit together;
+--source=NAME=FOLDER adds llamajax as it is in another clone. A system that is not installed is left
+out, with a line that says so. torch.compile on a CPU needs a C++ compiler.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, get_args
+
+from train_step import arguments, run_config  # the script beside this one
+from versus_systems import PACKAGES, WORK
+
+from llamajax.config.schema import ComputeDtype, Remat
+from llamajax.errors import UserError, say
+from llamajax.files import write_file
+from llamajax.verbs import output_problem, run_verb
+
+KINDS = tuple(PACKAGES)
+_CLOCKS = ("wall", "processor")
+
+
+def work(flags: argparse.Namespace) -> dict[str, Any]:
+    """Return what all systems are given: sizes, settings, and llamajax's flags for them."""
+    given = [f"--backend={flags.backend}", f"--preset={flags.preset}", f"--dtype={flags.dtype}"]
+    given += [f"--batch={flags.batch}", f"--seq_len={flags.seq_len}", f"--remat={flags.remat}"]
+    given += ["--documents=0"]
+    config = run_config(arguments().parse_args(given))
+    if config.model.tie_embeddings:
+        raise UserError(f"--preset={flags.preset}: has a tied head; choose one without")
+    return {
+        "flags": given,
+        "model": dataclasses.asdict(config.model),
+        "optim": dataclasses.asdict(config.optim),
+        "dtype": flags.dtype,
+        "torch_compile": not flags.no_compile,
+        "torch_device": flags.backend,
+    }
+
+
+class System:
+    """One system in its process. losses, wall, processor: of all its steps, the first ones too."""
+
+    def __init__(self, name: str, flags: argparse.Namespace, folder: Path, *, initial: bool):
+        self.name, self.kind = name, "llamajax" if name in flags.source else name
+        script = Path(__file__).with_name("versus_systems.py")
+        python = flags.python.get(name, sys.executable)
+        command = [python, str(script), self.kind, str(folder), *["--initial"] * initial]
+        environment = dict(os.environ)
+        if name in flags.source:
+            environment["PYTHONPATH"] = str(Path(flags.source[name]).resolve())
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, env=environment
+        )
+        self.losses: list[float] = []
+        self.wall: list[float] = []
+        self.processor: list[float] = []
+        self.versions = json.loads(self._answer())
+
+    def steps(self, count: int) -> dict[str, float]:
+        """Take `count` steps; return the median seconds of each clock."""
+        self.process.stdin.write(f"{count}\n")
+        self.process.stdin.flush()
+        for _ in range(count):
+            loss, wall, processor = map(float, self._answer().split())
+            self.losses.append(loss)
+            self.wall.append(wall)
+            self.processor.append(processor)
+        return {clock: statistics.median(getattr(self, clock)[-count:]) for clock in _CLOCKS}
+
+    def close(self) -> None:
+        """End the process, which leaves when nothing more can come."""
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _answer(self) -> str:
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise UserError(f"the process of {self.name} ended early; see its messages above")
+        return answer
+
+
+def installed(flags: argparse.Namespace) -> list[str]:
+    """Return the systems whose packages their Python has; say which are left out."""
+    found = []
+    for name in flags.systems:
+        packages = PACKAGES["llamajax" if name in flags.source else name]
+        ask = f"import importlib.metadata as m; [m.version(n) for n in {packages!r}]"
+        python = flags.python.get(name, sys.executable)
+        done = subprocess.run([python, "-c", ask], capture_output=True, text=True)
+        if done.returncode == 0:
+            found.append(name)
+            continue
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        say(f"{name} is left out: {python} has not all of {', '.join(packages)} ({reason})")
+    return found
+
+
+def compare(flags: argparse.Namespace) -> dict[str, Any]:
+    """Run the rounds; return everything that was measured."""
+    names, systems = installed(flags), {}
+    if not names or names[0] != "llamajax":
+        raise UserError("llamajax itself cannot run here: it needs jax, flax and optax")
+    given = work(flags)
+    with tempfile.TemporaryDirectory() as folder:
+        write_file(Path(folder) / WORK, json.dumps(given))
+        try:
+            for n, name in enumerate(names):  # one after the other: the first leaves its weights
+                systems[name] = System(name, flags, Path(folder), initial=n == 0)
+                systems[name].steps(2)
+            rounds = []
+            for n in range(flags.rounds):
+                turn = n % len(names)
+                order = names[turn:] + names[:turn]
+                order = order if n % 2 == 0 else order[::-1]
+                rounds.append({name: systems[name].steps(flags.steps) for name in order})
+                shown = ", ".join(f"{name} {rounds[-1][name]['wall']:.3f} s" for name in names)
+                print(f"round {n + 1}: {shown}", file=sys.stderr, flush=True)
+        finally:
+            for system in systems.values():
+                system.close()
+    ratios = {
+        name: {
+            clock: statistics.median(r["llamajax"][clock] / r[name][clock] for r in rounds)
+            for clock in _CLOCKS
+        }
+        for name in names[1:]
+    }
+    return {
+        "date": str(datetime.date.today()),
+        "machine": platform.machine(),
+        "num_cpus": os.cpu_count(),
+        "work": given,
+        "steps": flags.steps,
+        "systems": {
+            name: {"versions": s.versions, "losses": s.losses, "wall": s.wall,
+                   "processor": s.processor}
+            for name, s in systems.items()
+        },
+        "rounds": rounds,
+        "llamajax_by_other": ratios,
+    }  # fmt: skip
+
+
+def report(flags: argparse.Namespace, found: dict[str, Any]) -> str:
+    """Return the tables of the rounds and of the losses."""
+    systems, rounds = found["systems"], found["rounds"]
+    tokens = flags.batch * flags.seq_len
+    lines = [f"{found['date']}, {found['machine']}, {found['num_cpus']} CPUs"]
+    for name, system in systems.items():
+        versions = ", ".join(f"{k} {v}" for k, v in system["versions"].items())
+        lines.append(f"{name}: {versions}")
+    lines += [
+        f"{flags.preset}, {flags.batch} x {flags.seq_len} tokens, {flags.dtype}, llamajax with "
+        f"remat {flags.remat}, torch {'eager' if flags.no_compile else 'compiled'}; "
+        f"{len(rounds)} rounds, medians of {flags.steps} steps in each",
+        "",
+        "| system | wall s | tokens/s | llamajax / system | processor s | llamajax / system |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name in systems:
+        wall, processor = (statistics.median(r[name][clock] for r in rounds) for clock in _CLOCKS)
+        ratios = [f"{found['llamajax_by_other'][name][c]:.3f}" if name != "llamajax" else ""
+                  for c in _CLOCKS]  # fmt: skip
+        lines.append(
+            f"| {name} | {wall:.3f} | {tokens / wall:,.0f} | {ratios[0]} | {processor:.3f} "
+            f"| {ratios[1]} |"
+        )
+    lines += ["", "| loss of step | " + " | ".join(systems) + " |"]
+    lines.append("| --- |" + " ---: |" * len(systems))
+    last = len(systems["llamajax"]["losses"])
+    for n in sorted({1, 2, 3, last // 2, last}):
+        row = " | ".join(f"{system['losses'][n - 1]:.5f}" for system in systems.values())
+        lines.append(f"| {n} | {row} |")
+    return "\n".join(lines)
+
+
+def _named(text: str) -> tuple[str, str]:
+    """Parse NAME=VALUE."""
+    name, _, value = text.partition("=")
+    if not name or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def main(argv: list[str]) -> None:
+    """Read the flags, compare, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--systems", default="llamajax,torch,litgpt", help="a,b; llamajax first")
+    parser.add_argument("--python", type=_named, action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument("--source", type=_named, action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--preset", default="bench-32m", help="a preset with an untied head")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seq_len", type=int, default=512)
+    parser.add_argument("--dtype", choices=get_args(ComputeDtype), default="float32")
+    parser.add_argument("--remat", choices=get_args(Remat), default="dots", help="llamajax only")
+    parser.add_argument("--backend", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=3, help="steps of each system a round")
+    parser.add_argument("--no_compile", action="store_true", help="torch without torch.compile")
+    parser.add_argument("--json", help="file to write everything measured to, as one object")
+    flags = parser.parse_args(argv)
+    flags.python, flags.source = dict(flags.python), dict(flags.source)
+    flags.systems = flags.systems.split(",")
+    if unknown := sorted({*flags.systems} - {*KINDS, *flags.source}):
+        raise UserError(f"--systems: no system {unknown[0]!r}; systems: {','.join(KINDS)}")
+    if flags.systems[0] != "llamajax":
+        raise UserError(f"--systems={','.join(flags.systems)}: llamajax comes first")
+    if flags.rounds < 1 or flags.steps < 1:
+        raise UserError(f"--rounds={flags.rounds} --steps={flags.steps}: both at least 1")
+    for problem in output_problem("json", flags.json):
+        raise UserError(problem)
+    found = compare(flags)
+    if flags.json:
+        write_file(Path(flags.json), json.dumps(found, indent=1) + "\n")
+    print(report(flags, found))
+
+
+if __name__ == "__main__":
+    run_verb(main)
