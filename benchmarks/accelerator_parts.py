@@ -304,12 +304,14 @@ def _copy(size: str) -> tuple[Callable, tuple, float, float]:
 
 
 # Results by the flags of `train_step.py` that repeat them; --batch is that of one device.
-_LLAMA = "--seq_len=4096 --dtype=bfloat16 --loss_chunk_tokens=4096 --steps=5"
+_LLAMA = "--seq_len=4096 --dtype=bfloat16 --steps=5"
 _STEPS = {
     "card": {
         "7b": (
             f"--preset=llama2-7b --batch=4 --remat=save_attention {_LLAMA}",
             f"--preset=llama2-7b --batch=2 --remat=dots {_LLAMA}",
+            # the microbatches of configs/llama2_7b_1gpu.py
+            f"--preset=llama2-7b --batch=4 --accumulation=2 --remat=dots {_LLAMA}",
         ),
         "7b_bfloat16_moment": (
             f"--preset=llama2-7b --batch=3 --remat=dots --moment_dtype=bfloat16 {_LLAMA}",

@@ -150,6 +150,7 @@ def compiled(config: RunConfig, *, documents: int = 1, options: str = "", state:
         resolve_attention,
         resolve_compiler_options,
         resolve_compute,
+        with_loss_chunk,
     )
     from llamajax.training.state import StateSpec
 
@@ -159,6 +160,7 @@ def compiled(config: RunConfig, *, documents: int = 1, options: str = "", state:
     machine = backends.start(config.backend)
     mesh = sharding.build_mesh(config.mesh, jax.devices())
     check_mesh(config, mesh)
+    config = with_loss_chunk(config, machine.platform, mesh.shape)
     attention = resolve_attention(config, machine, mesh)
     compute = resolve_compute(config, mesh, attention.impl)
     chosen = resolve_compiler_options(config, machine, mesh)
@@ -343,7 +345,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--remat_keep", default="", help="tensors of a block to keep, a,b")
     parser.add_argument("--attention", choices=get_args(AttentionImpl), default="auto")
     parser.add_argument("--accumulation", type=int, default=1, help="microbatches a step")
-    parser.add_argument("--loss_chunk_tokens", type=int, default=512)
+    parser.add_argument("--loss_chunk_tokens", type=int, help="none: as train chooses")
     parser.add_argument("--moment_dtype", choices=get_args(ComputeDtype), default="float32")
     parser.add_argument(
         "--documents", type=int, default=1, help="documents a row; 0: no document masks"

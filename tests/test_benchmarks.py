@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,8 @@ def test_decode_prints_one_table():
         ("train_step.py", "--remat_keep=gates", "train.remat_keep"),
         ("accelerator.py", "--parts=7b,8b", "no part '8b'; parts: environment,parity,7b"),
         ("accelerator.py", "--minutes=0", "--minutes=0: must be above 0"),
+        ("versus.py", "--systems=torch", "--systems=torch: llamajax comes first"),
+        ("versus.py", "--systems=llamajax,jaxtext", "no system 'jaxtext'"),
         ("decode.py", "--new_tokens=1", "--new_tokens=1: two at least"),
         ("decode.py", "--rounds=0", "--rounds=0: must be at least 1"),
         ("decode.py", "--preset=tiny --prompt_len=4096", "are more than the"),
@@ -155,13 +158,28 @@ def test_a_mistake_is_one_message_and_exit_code_2(script, flags, words):
 
 
 @pytest.mark.live
-def test_torch_does_the_same_work():
-    done = run("against_torch.py", "--preset=tiny", "--batch=2", "--seq_len=16", "--rounds=2",
-               "--steps=2", "--no_compile")  # fmt: skip
+def test_torch_does_the_same_work(tmp_path):
+    file = tmp_path / "found.json"
+    done = run("versus.py", "--systems=llamajax,torch", "--preset=tiny", "--batch=2",
+               "--seq_len=16", "--rounds=2", "--steps=2", "--no_compile",
+               f"--json={file}")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^\| median \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", done.stdout, re.MULTILINE)
-    losses = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", done.stdout, re.MULTILINE)
-    assert [int(step) for step, _, _ in losses] == [1, 2, 3, 6]
-    for _, ours, theirs in losses:
-        assert float(ours) == pytest.approx(float(theirs), abs=1e-4)
-    assert float(losses[-1][1]) < float(losses[0][1])
+    assert re.search(r"^\| torch \| [\d.]+ \| [\d,]+ \| [\d.]+ \| [\d.]+ \|", done.stdout, re.M)
+    found = json.loads(file.read_text())
+    ours, theirs = (found["systems"][name]["losses"] for name in ("llamajax", "torch"))
+    assert len(ours) == 6
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert ours[-1] < ours[0]
+
+
+def test_other_source_is_a_system_of_its_own(tmp_path):
+    file = tmp_path / "found.json"
+    done = run("versus.py", "--systems=llamajax,same,litgpt", f"--source=same={REPOSITORY}",
+               f"--python=litgpt={shutil.which('false')}", "--preset=tiny", "--batch=2",
+               "--seq_len=16", "--rounds=1", "--steps=1", f"--json={file}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "litgpt is left out" in done.stderr
+    found = json.loads(file.read_text())
+    assert list(found["systems"]) == ["llamajax", "same"]
+    assert found["systems"]["llamajax"]["losses"] == found["systems"]["same"]["losses"]
+    assert found["llamajax_by_other"]["same"].keys() == {"wall", "processor"}

@@ -29,6 +29,8 @@ class Platform:
     has the most that is in use at any time, its arguments included.
     host_branches: a condition may hold arrays in the host's memory (compiled 2026-11-29; XLA for
     GPUs refuses the copies in one).
+    logits_bytes: room for the float32 logits of the tokens whose loss is computed at a time, where
+    the config leaves their number open; None: the least number of tokens.
     slow_link: words for what leaves a node or slice. exact_options: of the compiler, with which
     the bits of an element do not depend on the shape of its array. tested: what of llamajax ran
     there. source: who says all this.
@@ -46,6 +48,7 @@ class Platform:
     deterministic_options: tuple[Mapping[str, bool], ...] = ()
     says_peak: bool = False
     host_branches: bool = False
+    logits_bytes: int | None = None
     slow_link: str = "between nodes"
     exact_options: Mapping[str, int] = dataclasses.field(default_factory=dict)
     tested: str = "no"
@@ -108,6 +111,9 @@ PLATFORMS = (
         compiler_options=_GPU_OPTIONS,
         # without: cuDNN's backward kernel and scatters add in any order
         deterministic_options=({"xla_gpu_exclude_nondeterministic_ops": True},),
+        # 4,096 tokens of Llama-2's vocabulary. Each chunk reads the head and adds to its gradient,
+        # 12 bytes a weight: with 512 tokens half as long as its products take on an H200.
+        logits_bytes=2**29,
         tested="lowering and compilation; see LOG.md for runs on hardware",
         source="JAX's CUDA plugin",
     ),
@@ -123,6 +129,7 @@ PLATFORMS = (
     ),
     Platform(
         names=("rocm",),
+        logits_bytes=2**29,
         source="AMD's jax-rocm7-plugin: platform `rocm`, its devices say `gpu`; read, not run",
     ),
     Platform(

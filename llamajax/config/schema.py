@@ -179,8 +179,11 @@ class TrainConfig:
     attention: AttentionImpl = key(
         "attention; auto: the best here; module:function: your own kernel", default="auto"
     )
-    loss_chunk_tokens: int = key(
-        "tokens whose logits are in the memory of a device at a time", default=512, at_least=1
+    loss_chunk_tokens: int | None = key(
+        "tokens whose logits are in the memory of a device at a time; none: 512, on a GPU as many "
+        "as make 0.5 GiB of logits, up to 4096",
+        default=None,
+        at_least=1,
     )
     z_loss: float = key(
         "weight of the squared log-partition; logged as z_loss, never part of loss",

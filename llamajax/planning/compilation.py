@@ -44,6 +44,7 @@ from llamajax.training.setup import (
     resolve_attention,
     resolve_compiler_options,
     resolve_compute,
+    with_loss_chunk,
 )
 from llamajax.training.state import StateSpec, TrainState
 
@@ -113,6 +114,7 @@ def abstract_step(config: RunConfig, target: Target) -> PlannedStep:
     """
     mesh = sharding.build_mesh(config.mesh, target.devices)
     check_mesh(config, mesh)
+    config = with_loss_chunk(config, target.platform, mesh.shape)
     spec, machine = StateSpec.of(config, mesh), target.machine()
     attention = resolve_attention(config, machine, mesh)
     return PlannedStep(

@@ -24,7 +24,7 @@ from llamajax.planning.compilation import node_of
 from llamajax.planning.estimate import axes_slow_share, sent_bytes
 from llamajax.planning.planner import Plan, make_plan
 from llamajax.planning.roofline import link_seconds, predict
-from llamajax.training.setup import check_mesh, resolve_attention
+from llamajax.training.setup import check_mesh, resolve_attention, with_loss_chunk
 
 _MOST_ROWS = 8  # of a microbatch on a device: more changes little but memory
 _SLACK = 1.05  # XLA recomputes more where memory is short, and then takes less than is estimated
@@ -114,6 +114,7 @@ def _estimated(config: RunConfig, target: Target) -> Iterator[Candidate]:
         for variant in _variants(config, sizes):
             try:
                 checked = from_json_dict(to_json_dict(variant))
+                checked = with_loss_chunk(checked, target.platform, sizes)
                 check_mesh(checked, mesh)
                 attention = resolve_attention(checked, target.machine(), mesh).impl
             except UserError:

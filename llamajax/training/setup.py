@@ -11,12 +11,14 @@ import optax
 from jax.sharding import Mesh
 
 from llamajax import backends, data, sharding
+from llamajax.backends.platforms import platform_facts
 from llamajax.checkpoint import Checkpoint, check_same_model, named_leaves, restore_state
 from llamajax.config import RunConfig, common_values, to_json_dict
 from llamajax.errors import UserError
 from llamajax.formats.weights import Weights
 from llamajax.models.counts import matrices_per_layer
 from llamajax.models.llama import Compute
+from llamajax.models.memory import FLOAT32_BYTES
 from llamajax.models.pipeline import PipelineOptions
 from llamajax.ops.attention import AttentionChoice, choose_attention
 from llamajax.ops.attention_own import is_own, prove
@@ -27,6 +29,8 @@ from llamajax.training.feed import abstract_batch, eval_batch_size
 from llamajax.training.safety.canary import Canary
 from llamajax.training.state import StateSpec, TrainState, with_stored_guard
 from llamajax.training.step import eval_step, train_step
+
+_LOSS_CHUNK_TOKENS = (512, 4096)  # the least and the most that are chosen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,7 @@ def set_up(config: RunConfig, *, keep_programs: bool = True) -> Setup:
     check_mesh(config, mesh)
     if refusal is not None:
         raise refusal
+    config = with_loss_chunk(config, machine.platform, mesh.shape)
     attention = resolve_attention(config, machine, mesh)
     compute = resolve_compute(config, mesh, attention.impl)
     if is_own(attention.impl):
@@ -93,6 +98,21 @@ def set_up(config: RunConfig, *, keep_programs: bool = True) -> Setup:
         mixture=mixture,
         held_out=held_out,
     )
+
+
+def with_loss_chunk(config: RunConfig, platform: str, sizes: Mapping[str, int]) -> RunConfig:
+    """Return the config with the platform's `train.loss_chunk_tokens` where it leaves them open.
+
+    sizes: of the mesh axes. It is a power of two, so that it divides most numbers of tokens.
+    """
+    if config.train.loss_chunk_tokens is not None:
+        return config
+    tokens, room = _LOSS_CHUNK_TOKENS[0], platform_facts(platform).logits_bytes
+    each = FLOAT32_BYTES * config.model.padded_vocab_size / sizes["tensor"]
+    while room is not None and 2 * tokens * each <= room and tokens < _LOSS_CHUNK_TOKENS[1]:
+        tokens *= 2
+    train = dataclasses.replace(config.train, loss_chunk_tokens=tokens)
+    return dataclasses.replace(config, train=train)
 
 
 def check_mesh(config: RunConfig, mesh: Mesh) -> None:

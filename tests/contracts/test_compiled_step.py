@@ -33,7 +33,7 @@ optimizer = optim.build(config.optim, steps=config.train.steps)
 state = StateSpec(model=config.model, optimizer=optimizer, mesh=mesh).abstract()
 compute = Compute(
     dtype=jnp.dtype(config.train.dtype), remat=config.train.remat, attention="blocked",
-    loss_chunk_tokens=config.train.loss_chunk_tokens, z_weight=0.0,
+    loss_chunk_tokens=512, z_weight=0.0,
 )
 batch = abstract_batch(config.data, mesh, batch_size=config.data.global_batch_size)
 lowered = train_step(optimizer, config.optim, config.train, compute, mesh).lower(state, batch)

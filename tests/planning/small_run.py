@@ -17,4 +17,5 @@ def get_config() -> ConfigDict:
     config.data.update(seq_len=64, global_batch_size=16)
     config.optim.warmup_steps = 2
     config.train.update(steps=10, remat="full", attention="xla", accumulation_steps=2)
+    config.train.loss_chunk_tokens = 512
     return config

@@ -12,6 +12,7 @@ from llamajax.config import MeshConfig, load
 from llamajax.models.memory import held_bytes, state_bytes
 from llamajax.planning import compilation, estimate, roofline
 from llamajax.planning.hlo_products import product_flops
+from llamajax.training.setup import with_loss_chunk
 
 # (axes, remat, accumulation steps, rounds, microbatch size)
 CASES = {
@@ -53,6 +54,28 @@ def compiled(name):
     found = compilation.lowered_step(step).compile({"xla_backend_optimization_level": 0})
     arguments = found.memory_analysis().argument_size_in_bytes
     return config, dict(step.mesh.shape), step, found.as_text(), arguments
+
+
+@pytest.mark.parametrize(
+    ("platform", "vocabulary", "tensor", "tokens"),
+    [
+        ("cpu", 32_000, 1, 512),
+        ("tpu", 32_000, 8, 512),
+        ("gpu", 32_000, 1, 4096),
+        ("cuda", 128_256, 1, 1024),
+        ("rocm", 128_256, 8, 4096),
+    ],
+)
+def test_tokens_of_a_chunk_of_logits_are_the_platforms_where_none_are_given(
+    platform, vocabulary, tensor, tokens
+):
+    small = load(str(Path(__file__).with_name("small_run.py")))
+    model = dataclasses.replace(small.model, vocab_size=vocabulary)
+    given = dataclasses.replace(small, model=model)
+    assert with_loss_chunk(given, platform, {"tensor": tensor}) is given
+    train = dataclasses.replace(small.train, loss_chunk_tokens=None)
+    chosen = with_loss_chunk(dataclasses.replace(given, train=train), platform, {"tensor": tensor})
+    assert chosen.train.loss_chunk_tokens == tokens
 
 
 @each_case

@@ -1,0 +1,52 @@
+"""Llama-2 7B pretrained on one GPU of 141 GB: the run of `llama2_7b.py`, without its other devices.
+
+Hardware: one NVIDIA H200. Planned (`llamajax plan`, jax 0.12, 2026-11-30): 125.9 of the 129.7 GiB
+          that a program may take there; a save copies 75.3 GiB of state to the host's memory.
+Command:  python -m llamajax.prepare --input='text/*.jsonl' --tokenizer=llama2.model \
+              --output=data/llama2
+          python -m llamajax.train --config=configs/llama2_7b_1gpu.py \
+              --workdir=runs/llama2_7b_1gpu --config.data.path=data/llama2
+Speed:    planned for h200:1, not run: 13,168 tokens/s, 19.9 s a step, with products at 66 % of the
+          peak. A single H200 with full recomputation elsewhere: 10,471 tokens/s (KempnerForge).
+Loss:     unmeasured.
+
+The batch, the optimizer and the schedule are those of `llama2_7b.py`: 64 sequences of 4096 tokens a
+step. Here they pass in 32 microbatches of 2. Each adds its gradient to one sum in place: weights,
+both moments and the gradient take 100.5 GiB in float32, and a second gradient would not fit.
+"""
+
+from ml_collections import ConfigDict
+
+from llamajax.config import new_config, preset
+
+
+def get_config() -> ConfigDict:
+    """The run."""
+    config = new_config()
+    config.model = preset("llama2-7b")
+
+    config.data.path = "data/llama2"
+    config.data.seq_len = 4096
+    config.data.global_batch_size = 64
+    config.data.seed = 0
+
+    config.train.steps = 1000
+    config.train.seed = 0
+    config.train.dtype = "bfloat16"
+    config.train.accumulation_steps = 32
+    config.train.remat = "dots"
+    config.train.eval_every = 200
+
+    config.optim.learning_rate = 5e-5
+    config.optim.warmup_steps = config.train.get_ref("steps") * 3 // 100
+    config.optim.schedule = "cosine"
+    config.optim.final_learning_rate = 0.0
+    config.optim.beta1 = 0.9
+    config.optim.beta2 = 0.95
+    config.optim.epsilon = 1e-8
+    config.optim.weight_decay = 0.0
+    config.optim.clip_norm = 1.0
+
+    config.checkpoint.every_steps = 100
+    config.checkpoint.keep = 5
+    return config
