@@ -137,7 +137,7 @@ def parity(child: Child, name: str) -> Found:
         ids_BT = 1 + (np.arange(T) >= cuts[:, :, None]).sum(axis=1)
         ids_BT[:, T - (T // 7 if padding else 0) :] = 0
         ids = jnp.asarray(ids_BT, jnp.int32)
-    impl = best_attention(child.machine, "bfloat16", H, T)
+    impl = best_attention(child.machine, "bfloat16", H, T).impl
 
     def run(impl: str, dtype: str) -> list[np.ndarray]:
         def value_and_grads(q, k, v, do):
@@ -258,7 +258,7 @@ def _attention(
     from llamajax.ops.attention import attention, best_attention
 
     B, T, N, K, H = shape
-    impl = best_attention(child.machine, "bfloat16", H, T)
+    impl = best_attention(child.machine, "bfloat16", H, T).impl
     ids = jnp.broadcast_to(1 + jnp.arange(T, dtype=jnp.int32) * documents // T, (B, T))
     q, k, v = _random(B, T, N, H), _random(B, T, K, H), _random(B, T, K, H)
 

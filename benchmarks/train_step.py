@@ -366,8 +366,8 @@ def measured(flags: argparse.Namespace, *, state: Any = None) -> tuple[dict[str,
     """What the step that the flags describe takes, and the Run, whose state can be used again."""
     config = run_config(flags)
     run = compiled(config, documents=flags.documents, options=flags.compiler_options, state=state)
-    if run.attention.is_second_best:
-        say(f"warning: attention {run.attention.impl}, because {run.attention.reason}")
+    for line in run.attention.warnings():
+        say(f"warning: {line}")
     for line in run.options.warnings():
         say(f"warning: {line}")
     check_fits(run)

@@ -24,7 +24,7 @@ class DoctorFlags(BackendFlags):
     """Flags of `doctor`."""
 
     json: str | None = key(
-        "also write platform, verdict, repairs and every probe as a JSON object",
+        "also write platform, verdict, repairs, attention and every probe as a JSON object",
         metavar="OUT",
         default=None,
         is_path=True,
@@ -60,6 +60,7 @@ def main(argv: list[str]) -> int:
     from llamajax.backends import write_verdict
     from llamajax.backends.repairs import NOT_READY
     from llamajax.conformance import doctor_output
+    from llamajax.conformance.attention_rows import attention_lines, attention_rows
     from llamajax.conformance.probe_runner import ProbeRunner
     from llamajax.conformance.probe_table import chosen, verdict_on
 
@@ -77,13 +78,16 @@ def main(argv: list[str]) -> int:
         verdict, num_devices=num_devices, total_s=total_s, partial=partial
     ):
         print(line)
+    attention = [] if machine is None else attention_rows(machine, verdict.repairs)
+    for line in attention_lines(attention):
+        print(line)
     if machine is not None and not partial:
         try:
             print(f"kept for train and the other verbs: {write_verdict(verdict)}")
         except OSError as error:
             say(f"warning: runs will not know of this verdict: {error}")
     if flags.json:
-        text = json.dumps(verdict.to_json(), indent=1) + "\n"
+        text = json.dumps(verdict.to_json() | {"attention": attention}, indent=1) + "\n"
         write_file(Path(flags.json), text, label=f"--json={flags.json}")
     if flags.html:
         text = doctor_output.to_html(verdict, machine=machine, total_s=total_s) + "\n"

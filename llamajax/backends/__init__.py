@@ -14,8 +14,8 @@ _NAMES = {
     "hugepages": ("with_huge_pages",),
     "jax_private": ("lost_features", "untested_versions"),
     "machine_facts": (
-        "donated_bytes", "host_memory_bytes", "machine_profile", "memory_in_use",
-        "profile_lines", "program_bytes",
+        "donated_bytes", "host_memory_bytes", "machine_profile", "machine_warnings",
+        "memory_in_use", "profile_lines", "program_bytes", "undonated_warnings",
     ),
     "platforms": ("computes_attention", "platform_facts", "platform_of_attention"),
     "plugin": ("built_for",),

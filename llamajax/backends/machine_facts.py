@@ -12,6 +12,7 @@ import jax
 from llamajax.backends.compiler_options import COMPILER_VARIABLES
 from llamajax.backends.device_data import FRACTION_VARIABLES
 from llamajax.backends.devices import find
+from llamajax.backends.jax_private import lost_features
 from llamajax.backends.platforms import platform_facts
 from llamajax.backends.repairs import read_verdict
 from llamajax.backends.runtime import Machine
@@ -59,8 +60,9 @@ def machine_profile(machine: Machine) -> dict[str, Any]:
     }
 
 
-def profile_lines(found: dict[str, Any], note: str | None) -> list[str]:
-    """Return the profile in one to three lines, as a run prints them when it starts."""
+def profile_lines(machine: Machine) -> list[str]:
+    """Return the profile and its warnings, as verbs print them when they start."""
+    found = machine_profile(machine)
     limit, kept = found["memory_limit_bytes"], found["compile_cache"]
     words = [
         found["platform_version"] or "(no version)",
@@ -73,9 +75,15 @@ def profile_lines(found: dict[str, Any], note: str | None) -> list[str]:
     if found["repairs"]:
         doctor = found["doctor"] or "none"
         lines.append(f"repairs  {', '.join(found['repairs'])} (doctor: {doctor})")
-    if note:
-        lines.append(f"warning: {note}")
-    return lines
+    return lines + machine_warnings(machine)
+
+
+def machine_warnings(machine: Machine) -> list[str]:
+    """Return what is odd about the machine, and what this release of JAX makes a run do without."""
+    lines = [f"warning: {machine.note}"] if machine.note else []
+    lost = lost_features(machine.platform)
+    reasons = "; ".join(f"{feature}: {reason}" for feature, reason in lost.items())
+    return lines + [f"warning: this run does without {reasons}"] * bool(lost)
 
 
 def program_bytes(compiled: Any) -> int | None:
@@ -106,6 +114,18 @@ def donated_bytes(compiled: Any) -> tuple[int, int] | None:
         if sharding is not None and info.donated
     )
     return given, memory.alias_size_in_bytes + memory.host_alias_size_in_bytes
+
+
+def undonated_warnings(compiled: Any, program: str, what: str) -> list[str]:
+    """Return a line where a compiled program keeps part of what is donated twice, or nothing."""
+    donated = donated_bytes(compiled)
+    if not donated or donated[1] >= donated[0]:
+        return []
+    twice = (donated[0] - donated[1]) / 2**30
+    return [
+        f"{program} does not reuse {twice:.3g} GiB of its {what} on each device, which is in "
+        "memory twice"
+    ]
 
 
 def host_memory_bytes() -> int | None:

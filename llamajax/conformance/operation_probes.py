@@ -83,7 +83,7 @@ def attention_kernel(bench: Bench) -> str:
     """Attend with the kernel that a run would choose here, at a size that kernels take."""
     texts = []
     for dtype in ("bfloat16", "float32"):
-        impl = attentions.best_attention(bench.machine, dtype, 64, 256)
+        impl = attentions.best_attention(bench.machine, dtype, 64, 256).impl
         text = _attention(bench, impl, tokens=256, heads=(4, 2), head_size=64, dtypes=(dtype,))
         texts.append(f"{impl}: {text}")
     return "; ".join(texts)

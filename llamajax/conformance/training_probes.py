@@ -149,7 +149,7 @@ def _compiled_run(devices: tuple[Any, ...], dtype: str, attention: str) -> TinyR
 
 
 def _tiny_run(bench: Bench, dtype: str) -> TinyRun:
-    attention = best_attention(bench.machine, dtype, MODEL.head_size, _TOKENS)
+    attention = best_attention(bench.machine, dtype, MODEL.head_size, _TOKENS).impl
     return _compiled_run(tuple(bench.devices), dtype, attention)
 
 

@@ -5,6 +5,7 @@ two programs for each power of two up to the context.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,11 +16,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llamajax import sharding
+from llamajax.backends import undonated_warnings
 from llamajax.decoding import kv_cache as kv
 from llamajax.decoding.decode_steps import NOTHING, decode, prefill
 from llamajax.decoding.generate_options import Sampling
 from llamajax.decoding.prompts import Prompt
+from llamajax.errors import say
 from llamajax.models.llama import Compute, Llama
+from llamajax.ops.attention import AttentionChoice
 
 CHUNK = 32  # new tokens of a row between two readings by the host
 
@@ -38,7 +42,7 @@ class Times:
 class Engine:
     """New tokens for prompts, by one model on one mesh.
 
-    `attention` names the implementation for prompts of a given length; `stop_ids` end a row.
+    `attention` chooses the implementation for prompts of a given length; `stop_ids` end a row.
     """
 
     def __init__(
@@ -47,7 +51,7 @@ class Engine:
         mesh: Mesh,
         *,
         dtype: jnp.dtype,
-        attention: Callable[[int], str],
+        attention: Callable[[int], AttentionChoice],
         sampling: Sampling,
         stop_ids: Sequence[int],
     ) -> None:
@@ -56,6 +60,7 @@ class Engine:
         self._model, self._mesh = model, mesh
         self._dtype, self._attention = jnp.dtype(dtype), attention
         self._sampling, self._stop_ids = sampling, tuple(stop_ids)
+        self._warn = functools.cache(lambda line: say(f"warning: {line}"))  # once each
 
     def generate(
         self, prompts: Sequence[Prompt], *, seed: int, interval_s: float | None = None
@@ -107,10 +112,13 @@ class Engine:
         return *jax.device_put((tokens, lengths, numbers, running), rows), seed
 
     def _prefill(self, inputs: tuple, prompt_slots: int, slots: int) -> Callable:
+        attention = self._attention(prompt_slots)
+        for line in attention.warnings():
+            self._warn(line)
         return self._program(
             ("prefill", len(inputs[1]), prompt_slots, slots),
             prefill,
-            self._attention(prompt_slots),
+            attention.impl,
             (self._model, *inputs),
             slots=slots,
         )
@@ -136,6 +144,8 @@ class Engine:
             made = step(self._mesh, self._model, compute, self._sampling, self._stop_ids, **sizes)
             self.programs[key] = made.lower(*arguments).compile()
             self.times.compile_s += time.perf_counter() - start
+            for line in undonated_warnings(self.programs[key], "decoding", "cache"):
+                self._warn(line)
         return self.programs[key]
 
 

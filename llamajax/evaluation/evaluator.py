@@ -44,7 +44,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     sharding.check_divides(model.dims, mesh, batch=batch_size)
     stride = "" if source.stride is None else f", stride {source.stride}"
     notes = [
-        f"compute  {dtype}, attention {attention}",
+        f"compute  {dtype}, attention {attention.impl}",
+        *(f"warning: {line}" for line in attention.warnings()),
         f"rows     {rows.num_rows} of {source.seq_len} tokens, {source.protocol}{stride}",
     ]
     loaded = load_model(weights, machine, mesh, dtype, notes=notes)
@@ -59,7 +60,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             compute=Compute(
                 dtype=jnp.dtype(dtype),
                 remat="none",
-                attention=attention,
+                attention=attention.impl,
                 loss_chunk_tokens=_CHUNK_TOKENS,
             ),
             batch_size=batch_size,
@@ -79,6 +80,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         "checkpoint": str(weights.path),
         "step": weights.step,
         "dtype": dtype,
+        "attention": attention.impl,
+        "attention_reason": attention.reason,
     }
 
 

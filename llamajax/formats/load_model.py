@@ -22,6 +22,6 @@ def load_model(
     parameters = format_count(num_parameters(weights.model))
     say(f"weights  {weights.path} ({weights.kind}{step}), {parameters} parameters")
     say(f"machine  {machine.platform}, {machine.device_kind}; mesh {sharding.describe(mesh)}")
-    for note in notes:
+    for note in [*backends.machine_warnings(machine), *notes]:
         say(note)
     return weights.load(abstract_model(weights.model, mesh, dtype=jnp.dtype(dtype)))

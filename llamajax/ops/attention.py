@@ -27,6 +27,7 @@ from llamajax.backends.jax_private import cudnn
 from llamajax.errors import combine
 from llamajax.ops.attention_blocked import block_starts, blocked_attention
 from llamajax.ops.attention_kernels import (
+    TOKENS_PER_DOCUMENT,
     cudnn_attention,
     cudnn_documents,
     splash_attention,
@@ -153,6 +154,10 @@ class AttentionChoice(NamedTuple):
     reason: str
     is_second_best: bool = False
 
+    def warnings(self) -> list[str]:
+        """Return a line about a faster one that was passed over, or nothing."""
+        return [f"attention {self.impl}, because {self.reason}"] * self.is_second_best
+
 
 def choose_attention(asked: str, preferences: Sequence[str], **facts: Any) -> AttentionChoice:
     """Return the implementation that was asked for, or the first of `preferences` for `auto`.
@@ -178,14 +183,10 @@ def choose_attention(asked: str, preferences: Sequence[str], **facts: Any) -> At
     raise combine(problems, title="no attention implementation fits this run:")
 
 
-def first_supported(preferences: Sequence[str], **facts: Any) -> str:
-    """Return the implementation that `choose_attention` takes for `auto`."""
-    return choose_attention("auto", preferences, **facts).impl
-
-
-def best_attention(machine: Machine, dtype: str, head_size: int, seq_len: int) -> str:
-    """The machine's first choice that can compute whole sequences of this length."""
-    return first_supported(
+def best_attention(machine: Machine, dtype: str, head_size: int, seq_len: int) -> AttentionChoice:
+    """Return the machine's first choice that can compute whole sequences of this length."""
+    return choose_attention(
+        "auto",
         machine.attention_preferences,
         platform=machine.platform,
         compute_capability=machine.compute_capability,
@@ -193,6 +194,12 @@ def best_attention(machine: Machine, dtype: str, head_size: int, seq_len: int) -
         head_size=head_size,
         seq_len=seq_len,
     )
+
+
+def falls_back(impl: str) -> str:
+    """Return in words where something else computes although `impl` was chosen."""
+    rows = f", and steps with more than a document per {TOKENS_PER_DOCUMENT} tokens"
+    return f"split for mesh.sequence above 1{rows * (impl == 'cudnn')}"
 
 
 def computed_scores(impl: str, seq_len: int, *, parts: int) -> int | None:

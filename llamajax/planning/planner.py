@@ -146,9 +146,7 @@ def plan_notes(plan: Plan) -> list[str]:
     """Return what a reader of a plan should know about how it was made."""
     step, facts, target = plan.step, plan.facts, plan.step.target
     notes = []
-    if step.attention.is_second_best:
-        notes.append(f"attention: {step.attention.impl}, because {step.attention.reason}")
-    notes += step.compiler_options.warnings()
+    notes += [*step.attention.warnings(), *step.compiler_options.warnings()]
     left_out = platform_facts(target.platform).deterministic_options
     if step.config.backend.deterministic and left_out:
         names = ", ".join(name for group in left_out for name in group)

@@ -20,6 +20,7 @@ from llamajax.config import MeshConfig, RunConfig, from_json_dict, to_json_dict
 from llamajax.config.schema import Remat
 from llamajax.errors import UserError, say
 from llamajax.models.memory import held_bytes
+from llamajax.ops.attention_own import is_own, own_function
 from llamajax.planning.compilation import node_of
 from llamajax.planning.estimate import axes_slow_share, sent_bytes
 from llamajax.planning.planner import Plan, make_plan
@@ -57,6 +58,8 @@ def search(config: RunConfig, target: Target, *, cache: Path | None, wanted: int
             f"--search ranks by predicted speed, and how fast {target.entry.name} sends between "
             "nodes is not in the device table: plan without --search"
         )
+    if is_own(config.train.attention):
+        own_function(config.train.attention)  # a misspelt one makes no mesh impossible
     plans: list[Plan] = []
     ranked = candidates(config, target)
     with tqdm(total=wanted, unit="plan", file=sys.stderr, disable=None) as bar:

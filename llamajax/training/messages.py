@@ -32,11 +32,8 @@ def run_header(setup: Setup, start: int) -> Iterator[str]:
     parameters = format_count(num_parameters(c.model))
     yield f"model    {c.model.name or 'custom'}, {parameters} parameters{trained}"
     yield f"machine  {m.platform}, {m.device_kind}; mesh {sharding.describe(setup.mesh)}"
-    yield from backends.profile_lines(backends.machine_profile(m), m.note)
-    yield from lost_feature_warnings(backends.lost_features(setup.machine.platform))
-    if setup.attention.is_second_best:
-        yield f"warning: attention {setup.attention.impl}, because {setup.attention.reason}"
-    for line in setup.compiler_options.warnings():
+    yield from backends.profile_lines(m)
+    for line in [*setup.attention.warnings(), *setup.compiler_options.warnings()]:
         yield f"warning: {line}"
     if _float8_products(setup) == "rounded only":
         yield float8_warning(m.device_kind)
@@ -127,24 +124,6 @@ def data_warnings(setup: Setup) -> list[str]:
         names = ", ".join(sorted(map(str, left)))
         warnings.append(f"evaluation leaves out {names}: prepared without a validation split")
     return warnings
-
-
-def lost_feature_warnings(lost: dict[str, str]) -> list[str]:
-    """Return the warning that a run prints about them, or nothing."""
-    reasons = "; ".join(f"{feature}: {reason}" for feature, reason in lost.items())
-    return [f"warning: this run does without {reasons}"] if lost else []
-
-
-def warn_undonated(update: Any) -> list[str]:
-    """Return a warning where a compiled step keeps part of the state twice, or nothing."""
-    donated = backends.donated_bytes(update)
-    if not donated or donated[1] >= donated[0]:
-        return []
-    twice = (donated[0] - donated[1]) / 2**30
-    return [
-        f"warning: the step does not reuse {twice:.3g} GiB of its state on each device, which is "
-        "in memory twice"
-    ]
 
 
 def num_trained(config: RunConfig) -> int:

@@ -15,7 +15,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from llamajax.backends import report_checkpoint
+from llamajax.backends import report_checkpoint, undonated_warnings
 from llamajax.checkpoint import CheckpointError
 from llamajax.checkpoint.location import is_remote
 from llamajax.config import RunConfig
@@ -35,7 +35,7 @@ from llamajax.processes.host_collectives import broadcast_from_first
 from llamajax.training.export import is_exported, write_adapters
 from llamajax.training.hooks import Attempt
 from llamajax.training.loop import train_steps
-from llamajax.training.messages import run_facts, run_header, run_summary, warn_undonated
+from llamajax.training.messages import run_facts, run_header, run_summary
 from llamajax.training.resume import set_aside
 from llamajax.training.run_record import History, end_event, write_end, write_start
 from llamajax.training.run_start import Start, find_start, first_start
@@ -170,8 +170,8 @@ def _compile(run: Run, state: TrainState, timer: StepTimer) -> Programs:
     with timer.pause():
         programs = compile_programs(run.setup, state)
     run.say(f"ready    compiled in {timer.paused_s:.1f} s")
-    for line in warn_undonated(programs.update):
-        run.say(line)
+    for line in undonated_warnings(programs.update, "the step", "state"):
+        run.say(f"warning: {line}")
     return programs
 
 

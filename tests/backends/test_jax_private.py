@@ -17,10 +17,9 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from llamajax.backends import jax_private
+from llamajax.backends import jax_private, machine_warnings
 from llamajax.backends.jax_private import cache_hook, cudnn, donation, orbax_tensorstore
 from llamajax.backends.jax_private.experimental_warning import no_experimental_warning
-from llamajax.training import messages
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 PLATFORMS = ("cpu", "gpu", "tpu", "npu")
@@ -57,10 +56,12 @@ def test_a_run_says_in_one_warning_what_it_does_without(monkeypatch):
     monkeypatch.delattr(compilation_cache, "reset_cache")
     lost = jax_private.lost_features("npu")
     assert list(lost) == ["atomic_compile_cache", "donation"]
-    (line,) = messages.lost_feature_warnings(lost)
+    machine = SimpleNamespace(platform="npu", note=None)
+    (line,) = machine_warnings(machine)
     assert line.startswith("warning: this run does without atomic_compile_cache: jax ")
     assert "; donation: jax " in line
-    assert messages.lost_feature_warnings({}) == []
+    machine = SimpleNamespace(platform="cpu", note="a variable was ignored")
+    assert machine_warnings(machine)[0] == "warning: a variable was ignored"
 
 
 def test_a_cache_that_opens_in_another_way_is_left_alone(monkeypatch):

@@ -35,6 +35,8 @@ def test_some_probes_of_a_cpu(doctor, tmp_path):
     assert code == 0, text
     assert (found["platform"], found["device_kind"], found["verdict"]) == ("cpu", "cpu", "ready")
     assert found["repairs"] == []
+    assert [row["attention"] for row in found["attention"]] == ["blocked"] * 2
+    assert "attention: blocked in bfloat16, float32: the first choice on cpu; split" in text
     assert {status for status, _ in results.values()} == {"pass"}
     assert set(results) == {"start", "program", *names.split(",")}
     assert all(set(p) == {"name", "status", "message", "time_s"} for p in found["probes"])

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from llamajax.errors import UserError
 from llamajax.ops import attention_blocked, attention_kernels, references
-from llamajax.ops.attention import SUPPORTED, attention, check_supported, first_supported
+from llamajax.ops.attention import SUPPORTED, attention, check_supported, choose_attention
 
 PLAIN = ("xla", "blocked")
 SHAPE = (2, 70, 6, 2, 24)  # B, T, N, K, H: T fits no block, heads are odd per group
@@ -239,7 +239,9 @@ def test_what_cannot_run_says_why():
 def test_auto_takes_the_first_that_fits_or_names_every_reason():
     facts = {"dtype": "bfloat16", "head_size": 128, "seq_len": 4096}
     order = ("cudnn", "splash", "blocked")
-    chosen = [first_supported(order, platform=p, **facts) for p in ("cuda", "tpu", "cpu")]
+    chosen = [
+        choose_attention("auto", order, platform=p, **facts).impl for p in ("cuda", "tpu", "cpu")
+    ]
     assert chosen == ["cudnn", "splash", "blocked"]
     with pytest.raises(UserError, match=r"(?s)platform cuda.*platform tpu"):
-        first_supported(("cudnn", "splash"), platform="npu", **facts)
+        choose_attention("auto", ("cudnn", "splash"), platform="npu", **facts)
