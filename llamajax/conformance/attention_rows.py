@@ -32,5 +32,5 @@ def attention_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yield a line for each choice, with its dtypes."""
     same = ("attention", "attention_reason", "falls_back")
     for found, group in itertools.groupby(rows, lambda row: tuple(row[name] for name in same)):
-        impl, reason, instead = found
-        yield f"attention: {impl} in {', '.join(row['dtype'] for row in group)}: {reason}; {instead}"
+        (impl, reason, instead), dtypes = found, ", ".join(row["dtype"] for row in group)
+        yield f"attention: {impl} in {dtypes}: {reason}; {instead}"

@@ -18,6 +18,7 @@ from llamajax.decoding.prompts import Prompt
 from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
 from llamajax.models.llama import Llama
+from llamajax.ops.attention import AttentionChoice
 
 # Weights large enough that greedy text is no repetition of one token.
 MODEL = tiny_model(hidden_size=24, intermediate_size=52, head_size=6, max_seq_len=96)
@@ -36,7 +37,7 @@ def new_engine(*, model=None, sizes=None, stop_ids=(), **sampling) -> Engine:
         jax.device_put(model, sharding.shardings(model, mesh)),
         mesh,
         dtype=jnp.dtype("float32"),
-        attention=lambda seq_len: "blocked",
+        attention=lambda seq_len: AttentionChoice("blocked", "a test has no kernel", True),
         sampling=Sampling(**({"temperature": 0.0} | sampling)),
         stop_ids=stop_ids,
     )
@@ -50,6 +51,15 @@ def new_tokens(engine, prompts, *, count=12, seed=0, interval_s=None) -> dict[in
         for number, ids in zip(prompts, update, strict=True):
             found[number] += ids
     return found
+
+
+def test_a_kernel_that_was_passed_over_is_said_once(capsys):
+    engine = new_engine()
+    for prompt in ([1, 2, 3], [*range(1, 20)]):
+        new_tokens(engine, {0: prompt}, count=1)
+    assert len(engine.programs) == 2
+    words = "warning: attention blocked, because a test has no kernel"
+    assert capsys.readouterr().err.splitlines() == [words]
 
 
 @pytest.fixture(scope="module")

@@ -134,7 +134,8 @@ def one_device(folder, npu, first):
         'hbm_bytes_per_s = 1e11\nfast_bytes_per_s = 1e10\nsource = "a data sheet"\n'
     )
     table = {"backend.device_table": folder / "devices.toml"}
-    command = train(folder, "npu_then_one", 5, **on_npu(npu, "num_devices=1"), **table)
+    own = {"train.attention": "own_attention:attend"}  # beside the config
+    command = train(folder, "npu_then_one", 5, **on_npu(npu, "num_devices=1"), **table, **own)
     machine = ["--backend=npu", f"--plugin={npu}", "--options=num_devices=1", "--dtype=float32"]
     weights = f"--checkpoint={folder / 'npu_then_one'}"
     prompt = ["--prompt=line 1", "--max_new_tokens=4", "--ignore_eos", "--json"]
@@ -213,8 +214,21 @@ def test_the_profile_is_said_and_stored(first, second, one_device, folder):
 
 
 @pytest.mark.slow
+def test_attention_of_the_users_own_is_proven_there(one_device, folder):
+    found = facts(folder, "npu_then_one")
+    assert found["attention"] == "own_attention:attend"
+    assert "float32 error " in found["attention_reason"]
+    assert "changed since step 3: train.attention: auto -> own_attention" in one_device[1]
+
+
+@pytest.mark.slow
 def test_evaluate_and_generate_run_there(one_device, folder):
     evaluated, generated = map(json.loads, one_device[0].splitlines()[-2:])
+    because = "attention blocked, because no fused kernel is known for npu"
+    assert one_device[1].count(f"warning: {because}") == 2  # of each verb
+    assert one_device[1].count("warning: decoding does not reuse") == 1
+    assert evaluated["attention"] == "blocked"
+    assert "no fused kernel" in evaluated["attention_reason"]
     assert (evaluated["platform"], evaluated["num_devices"]) == ("npu", 1)
     assert 0 < evaluated["loss"] < 6
     assert len(generated["output_ids"]) == 4
