@@ -2,7 +2,9 @@
 
 import collections
 import html
+import importlib.resources
 import itertools
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -11,7 +13,6 @@ from typing import Any, TextIO
 from llamajax.backends import PlatformVerdict, ProbeResult
 from llamajax.backends.repairs import NOT_READY
 from llamajax.conformance.probe_table import NOT_TRIED, consequences, probe
-from llamajax.monitoring.report.page import PAGE
 
 _WIDTH = 100
 _WORDS = {"pass": "pass", "fail": "FAIL", "unsupported": "unsupported"}
@@ -76,33 +77,45 @@ def text_lines(
         yield f"  {len(untried)} more {untried[0].message}"
 
 
-_STYLE = """<style>
-.status.bad { color: var(--bad); }
-table.probes td { border-top: 1px solid var(--rule); padding: 7px 14px; }
-table.probes { background: var(--card); }
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+{style}
+table.probes { background: var(--card); border-collapse: collapse; width: 100%; }
+table.probes td { border-top: 1px solid var(--rule); padding: 7px 14px; vertical-align: top; }
 .probes .name { white-space: nowrap; font-weight: 600; width: 15em; }
 .probes .word { white-space: nowrap; width: 7em; }
 .probes .number { width: 5em; color: var(--soft); white-space: nowrap; }
 .probes .why { color: var(--soft); font-size: 13px; }
-.pass { color: var(--good); } .fail { color: var(--bad); font-weight: 600; }
+.pass { color: var(--green); } .fail { color: var(--red); font-weight: 600; }
 .unsupported { color: var(--soft); }
-</style>"""
+</style>
+</head>
+<body><main>
+{body}
+</main></body>
+</html>"""
 
 
 def to_html(verdict: PlatformVerdict, *, machine: dict[str, Any] | None, total_s: float) -> str:
     """Return the page; `machine` holds facts of `backends.Machine`, None where it did not start."""
     body = "\n".join(_body(verdict, machine, total_s))
     title = f"{verdict.platform}: {verdict.verdict}"
-    return PAGE.replace("{title}", html.escape(title)).replace("{body}", body)
+    style = importlib.resources.files("llamajax.monitoring.report").joinpath("page.css")
+    parts = {"title": html.escape(title), "style": style.read_text("utf-8"), "body": body}
+    return re.sub(r"\{(title|style|body)\}", lambda found: parts[found[1]], _PAGE)
 
 
 def _body(
     verdict: PlatformVerdict, machine: dict[str, Any] | None, total_s: float
 ) -> Iterator[str]:
-    bad = " bad" if verdict.verdict == NOT_READY else ""
+    kind = "bad" if verdict.verdict == NOT_READY else "good"
     name = html.escape(f"{verdict.platform}: {verdict.device_kind}")
-    yield _STYLE
-    yield f'<header><h1>{name} <span class="status{bad}">{verdict.verdict}</span></h1>'
+    yield f'<header><h1>{name} <span class="pill {kind}">{verdict.verdict}</span></h1>'
     yield f"<p>{html.escape(verdict.platform_version or 'version unknown')}</p></header>"
     tiles = {
         "devices": str(machine["num_devices"]) if machine else "none",
@@ -113,7 +126,7 @@ def _body(
     yield '<div class="tiles">'
     for label, value in tiles.items():
         yield (
-            f'<div class="tile"><div class="label">{html.escape(label)}</div>'
+            f'<div class="card tile"><div class="label">{html.escape(label)}</div>'
             f'<div class="value">{html.escape(value)}</div></div>'
         )
     yield "</div>"
