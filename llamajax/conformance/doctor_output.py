@@ -85,6 +85,7 @@ _PAGE = """<!doctype html>
 <title>{title}</title>
 <style>
 {style}
+h2 { margin-top: 28px; }
 table.probes { background: var(--card); border-collapse: collapse; width: 100%; }
 table.probes td { border-top: 1px solid var(--rule); padding: 7px 14px; vertical-align: top; }
 .probes .name { white-space: nowrap; font-weight: 600; width: 15em; }
