@@ -244,7 +244,12 @@ def _gpus(text: str, kind: str, sizes: list[int], *, domains: int | None) -> lis
 
 
 def _gpu_target(kind: str) -> str:
-    """Return a `GpuTargetConfigProto` of XLA in text form."""
+    """Return a `GpuTargetConfigProto` of XLA in text form.
+
+    XLA's scheduler hides collectives only as long as the program stays below a limit of memory. In
+    a run that follows from what its allocator may take, of which jaxlib tells it; without a device,
+    from 80 % of the size given here.
+    """
     gpu, entry = _GPU[kind], next(d for d in devices.DEVICES if d.name == kind)
     major, minor = gpu.capability.split(".")
     return f"""gpu_device_info {{
@@ -262,7 +267,7 @@ def _gpu_target(kind: str) -> str:
   memory_bandwidth: {int(entry.hbm_bytes_per_s)}
   l2_cache_size: {gpu.l2_bytes}
   clock_rate_ghz: {gpu.clock_ghz}
-  device_memory_size: {entry.xla_bytes}
+  device_memory_size: {entry.limit_bytes * 5 // 4}
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
   cuda_compute_capability {{ major: {major} minor: {minor} }}

@@ -4,10 +4,12 @@ A plan's own figures come from the compiled program, and tests hold the two agai
 `sizes` are the mesh's axis sizes everywhere.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from llamajax.config import RunConfig
+from llamajax.config.schema import LORA_TARGETS
 from llamajax.models.counts import matrices_per_layer
 from llamajax.models.layer_order import padded_layers
 from llamajax.models.lora import num_adapter_parameters
@@ -79,7 +81,10 @@ def host_bytes(
     replicas = min(num_devices, sizes["data"] * sizes["sequence"])
     trained = _weights(config, sizes)[0] * num_devices
     moments = trained * _moments_width(config)
-    saved = (trained * FLOAT32_BYTES + moments) / replicas
+    one = trained / replicas
+    if config.lora.rank:  # sides of factors are copies along the axes that do not split them
+        one = min(one, num_adapter_parameters(config.model, config.lora))
+    saved = one * (FLOAT32_BYTES + _moments_width(config))
     if is_host:
         held = held_bytes(config, sizes) * num_devices
     else:
@@ -100,7 +105,13 @@ def _weights(config: RunConfig, sizes: Mapping[str, int]) -> tuple[float, float]
     weights = (blocks + tables) / (sizes["fsdp"] * sizes["tensor"])
     if not config.lora.rank:
         return weights, 0.0
-    return num_adapter_parameters(m, config.lora) / (sizes["fsdp"] * sizes["tensor"]), weights
+    # a side of a factor is split along one axis, the rank along none
+    sides = [letters for target in config.lora.targets for letters in LORA_TARGETS[target]]
+    adapters = sum(
+        math.prod(m.dims[letter] for letter in side) / sizes["fsdp" if "D" in side else "tensor"]
+        for side in sides
+    )
+    return adapters * config.lora.rank * layers_held(config, sizes), weights
 
 
 def layers_held(config: RunConfig, sizes: Mapping[str, int]) -> float:

@@ -12,6 +12,7 @@ from llamajax.config import MeshConfig, load
 from llamajax.models.memory import held_bytes, state_bytes
 from llamajax.planning import compilation, estimate, roofline
 from llamajax.planning.hlo_products import product_flops
+from llamajax.planning.planner import shard_bytes
 from llamajax.training.setup import with_loss_chunk
 
 # (axes, remat, accumulation steps, rounds, microbatch size)
@@ -107,6 +108,16 @@ def test_products_are_those_of_the_program(name):
     config, sizes, step, text, _ = compiled(name)
     found = roofline.expected_product_flops(config, sizes, attention=step.attention.impl)
     assert product_flops(text) * math.prod(sizes.values()) == pytest.approx(found, rel=0.03)
+
+
+def test_adapters_and_their_moments_are_divided_by_stage():
+    config = load(str(Path(__file__).with_name("small_run.py")))
+    axes = {"stage": 2, "fsdp": 2, "tensor": 2}
+    lora = dataclasses.replace(config.lora, rank=64, base_dtype="bfloat16")
+    config = dataclasses.replace(config, mesh=MeshConfig(**axes), lora=lora)
+    step = compilation.abstract_step(config, absent_devices("cpu:8", config.backend))
+    held = shard_bytes((step.state.model, step.state.adapters, step.state.opt_state))
+    assert state_bytes(config, dict(step.mesh.shape)) == pytest.approx(held, rel=0.03)
 
 
 def test_a_pass_hides_no_more_than_its_own_products_take(config, table):

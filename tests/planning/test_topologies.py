@@ -1,12 +1,13 @@
 """KIND:SHAPE is read into devices, or refused with what to write instead."""
 
 import importlib.util
+import re
 
 import pytest
 from refusal import refused
 
 from llamajax import sharding
-from llamajax.backends import absent_devices
+from llamajax.backends import absent_devices, topologies
 from llamajax.backends.devices import GPU_MEMORY_FRACTION
 from llamajax.config import BackendConfig
 from llamajax.planning.compilation import node_of
@@ -67,6 +68,9 @@ def test_a_gpu_program_may_take_what_the_environment_says(monkeypatch, table):
     assert h100.limit_bytes == int(h100.xla_bytes * GPU_MEMORY_FRACTION)
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
     assert h100.limit_bytes == h100.xla_bytes // 2
+    # without a device XLA's scheduler takes 80 % of this size for what a run's allocator may take
+    told = re.search(r"device_memory_size: (\d+)", topologies._gpu_target("h100"))
+    assert int(told[1]) * 80 // 100 == h100.limit_bytes
     assert v5p.limit_bytes == v5p.xla_bytes
 
 
