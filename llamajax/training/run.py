@@ -151,15 +151,20 @@ def _train(run: Run, start: Start) -> int:
 def _load(run: Run, start: Start, timer: StepTimer, rolled_back_s: float) -> TrainState:
     """Return the state to start from. rolled_back_s: seconds that the rollback to it took.
 
-    The event `restore` is written for every source. It also has the seconds of the rows after its
-    step (`Start.time_after`): that work is done again.
+    The event `restore` is written for every source. It also has the place in the data, and the
+    seconds of the rows after its step (`Start.time_after`): that work is done again.
     """
     with timer.pause():
         state = initial_state(run.setup, start.checkpoint, start.weights)
     source = "restore" if start.step else "import" if start.weights else "init"
     duration_s = timer.paused_s + rolled_back_s
     run.events.write(
-        "restore", step=start.step, source=source, duration_s=duration_s, **start.time_after
+        "restore",
+        step=start.step,
+        source=source,
+        duration_s=duration_s,
+        position=start.position.to_json()["segments"],
+        **start.time_after,
     )
     return state
 

@@ -19,6 +19,7 @@ from typing import Any
 from llamajax.errors import UserError
 from llamajax.files import replaced_file, write_file
 from llamajax.monitoring.metrics import METRICS
+from llamajax.monitoring.paired_difference import describe_comparison
 from llamajax.monitoring.report.curves import CELLS
 from llamajax.monitoring.report.run_data import read_run
 from llamajax.monitoring.run_facts import RUN_FACTS
@@ -50,8 +51,16 @@ def write_report(
 def read_runs(
     workdirs: Sequence[Path], price_per_hour: float | None
 ) -> tuple[list[dict[str, Any]], float | None]:
-    """Return what the page shows of runs, and the price."""
+    """Return what the page shows of runs, and the price.
+
+    `paired` of a run describes how its losses compare with those of the first one.
+    """
     runs = [read_run(workdir, cells=CELLS // len(workdirs)) for workdir in workdirs]
+    for run in runs[1:]:
+        names = [run["name"], runs[0]["name"]]
+        if names[0] == names[1]:
+            names = [run["workdir"], runs[0]["workdir"]]
+        run["paired"] = describe_comparison(run["workdir"], runs[0]["workdir"], names=names)
     for run in runs:
         if price_per_hour is not None:
             run["facts"]["price_per_hour"] = price_per_hour

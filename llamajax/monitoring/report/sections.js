@@ -216,7 +216,9 @@ function comparison() {
   const rows = (maps, isShown) => [...new Set(maps.flatMap((map) => [...map.keys()]))].filter(isShown)
     .map((key) => [key, ...maps.map((map) => map.get(key) ?? "")]);
   const differ = rows(configs, (key) => new Set(configs.map((map) => map.get(key))).size > 1);
-  return [card("Beside each other", table(head, rows(tables, () => true), "Runs")),
+  const paired = DATA.runs.slice(1).map((run) => note(run.paired));
+  return [card("Loss on the same samples", paired),
+    card("Beside each other", table(head, rows(tables, () => true), "Runs")),
     card("Config differences", differ.length ? table(head, differ, "Config differences") : note("none")),
     DATA.runs.map((run) => card(`Where the time of ${run.name} went`, waterfall(run)))];
 }
