@@ -1,5 +1,6 @@
 """The benchmarks run as a user runs them, small; how fast they are is not looked at."""
 
+import importlib.util
 import json
 import os
 import re
@@ -30,6 +31,11 @@ def rows_of(done: subprocess.CompletedProcess) -> dict[str, str]:
     """Return the rows of the one table that a script prints."""
     assert done.returncode == 0, done.stderr
     return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", done.stdout, re.MULTILINE))
+
+
+def _has_cuda_plugin() -> bool:
+    parent = importlib.util.find_spec("jax_plugins")
+    return bool(parent and importlib.util.find_spec("jax_plugins.xla_cuda13"))
 
 
 def number(text: str) -> float:
@@ -115,6 +121,15 @@ def test_accelerator_goes_on_where_it_was_killed_or_out_of_time(tmp_path):
     assert third[name]["tokens_per_s"] > 0
     table = json.loads((output / "results.json").read_text())["table"]
     assert re.search(rf"\| predicted \| {name[1]} \| .* ms predicted, .* measured", table)
+
+
+def test_published_runs_are_compared_or_what_is_missing_is_named():
+    done = run("published.py", "--only=h200:1")
+    if _has_cuda_plugin():
+        assert re.search(r"^\| KempnerForge, .* \| 10,471 \| [+-]\d+% \|$", done.stdout, re.M)
+    else:
+        assert done.returncode == 2
+        assert "needs JAX's CUDA plugin" in done.stderr
 
 
 def test_decode_prints_one_table():

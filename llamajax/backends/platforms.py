@@ -31,6 +31,8 @@ class Platform:
     GPUs refuses the copies in one).
     logits_bytes: room for the float32 logits of the tokens whose loss is computed at a time, where
     the config leaves their number open; None: the least number of tokens.
+    one_collective_at_a_time: of a program's collectives; those of activations, which products wait
+    for, then leave no products beside which weights are gathered.
     slow_link: words for what leaves a node or slice. exact_options: of the compiler, with which
     the bits of an element do not depend on the shape of its array. tested: what of llamajax ran
     there. source: who says all this.
@@ -48,6 +50,7 @@ class Platform:
     deterministic_options: tuple[Mapping[str, bool], ...] = ()
     says_peak: bool = False
     host_branches: bool = False
+    one_collective_at_a_time: bool = False
     logits_bytes: int | None = None
     slow_link: str = "between nodes"
     exact_options: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -111,6 +114,7 @@ PLATFORMS = (
         compiler_options=_GPU_OPTIONS,
         # without: cuDNN's backward kernel and scatters add in any order
         deterministic_options=({"xla_gpu_exclude_nondeterministic_ops": True},),
+        one_collective_at_a_time=True,
         # 4,096 tokens of Llama-2's vocabulary. Each chunk reads the head and adds to its gradient,
         # 12 bytes a weight: with 512 tokens half as long as its products take on an H200.
         logits_bytes=2**29,

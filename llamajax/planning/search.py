@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from llamajax import sharding
 from llamajax.backends import Target
+from llamajax.backends.platforms import platform_facts
 from llamajax.config import MeshConfig, RunConfig, from_json_dict, to_json_dict
 from llamajax.config.schema import Remat
 from llamajax.errors import UserError, say
@@ -126,7 +127,10 @@ def _estimated(config: RunConfig, target: Target) -> Iterator[Candidate]:
                 axes: link_seconds(sent, sent * axes_slow_share(axes, sizes, nodes), target.entry)
                 for axes, sent in sent_bytes(checked, sizes).items()
             }
-            prediction = predict(checked, sizes, target.entry, links_s, attention=attention)
+            prediction = predict(
+                checked, sizes, target.entry, links_s, attention=attention,
+                waits_s=_waits(target, sizes, links_s),
+            )  # fmt: skip
             if prediction is not None:
                 yield Candidate(
                     config=checked,
@@ -134,6 +138,20 @@ def _estimated(config: RunConfig, target: Target) -> Iterator[Candidate]:
                     held_bytes=held_bytes(checked, sizes),
                     tokens_per_s=prediction.tokens_per_s,
                 )
+
+
+def _waits(
+    target: Target, sizes: dict[str, int], links_s: dict[tuple[str, ...], float | None]
+) -> float | None:
+    """Return the seconds that are waited for where nothing can be hidden, else None.
+
+    Llama3-70B on h100:8x8 with fsdp 16 x tensor 4: 20.9 of 24.3 s by the compiled program.
+    """
+    if sizes["tensor"] == 1 or None in links_s.values():
+        return None
+    return (
+        sum(links_s.values()) if platform_facts(target.platform).one_collective_at_a_time else None
+    )
 
 
 def _variants(config: RunConfig, sizes: dict[str, int]) -> Iterator[RunConfig]:
