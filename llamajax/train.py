@@ -30,6 +30,11 @@ def main(argv: list[str]) -> int:
         for line in dry_run(flags.config, workdir=Path(flags.workdir), overrides=flags.overrides):
             print(line)
         return 0
+    hooks = []
+    if flags.config.monitoring.profile_steps:
+        from llamajax.planning.profile_hook import ProfileHook
+
+        hooks.append(ProfileHook)
     from llamajax.training.run import train
     from llamajax.training.run_record import process_start_s
 
@@ -39,6 +44,7 @@ def main(argv: list[str]) -> int:
         shutdown=shutdown,
         began_s=process_start_s(),
         config_file=flags.config_file,
+        more_hooks=hooks,
     )
 
 

@@ -219,7 +219,7 @@ def _targets(v: Values) -> Iterator[str]:
 def _monitoring(v: Values) -> Iterator[str]:
     yield from _unknown_names("monitoring.sinks: unknown sink", v["monitoring.sinks"], SINKS)
     if (text := v["monitoring.profile_steps"]) is not None and parse_steps(text) is None:
-        yield f"monitoring.profile_steps = {text}: is not FIRST:LAST, e.g. 20:25"
+        yield f"monitoring.profile_steps = {text}: is not FIRST:LAST, e.g. 20:25, from step 2 on"
 
 
 def _lora_rank(v: Values) -> Iterator[str]:

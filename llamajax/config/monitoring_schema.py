@@ -34,8 +34,8 @@ class MonitoringConfig:
 
 
 def parse_steps(text: str) -> tuple[int, int] | None:
-    """Return first and last step of `20:25`; None where the text is no such range."""
+    """Return first and last step of `20:25`; None where it is no such range from step 2 on."""
     found = re.fullmatch(r"(\d+):(\d+)", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
+    if not found or not 2 <= int(found[1]) <= int(found[2]):
         return None
     return int(found[1]), int(found[2])

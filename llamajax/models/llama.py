@@ -132,7 +132,8 @@ class Attention(nnx.Module):
         v_BTKH = checkpoint_name(project(x_BTD, self.value, self.value_lora, dropout_BT), "qkv")
         q_BTNH = checkpoint_name(rotate(q_BTNH, inputs.cos_sin), "qkv")
         k_BTKH = checkpoint_name(rotate(k_BTKH, inputs.cos_sin), "qkv")
-        o_BTNH, extra = attend(q_BTNH, k_BTKH, v_BTKH)
+        with jax.named_scope("attention"):  # traces and their summary show it
+            o_BTNH, extra = attend(q_BTNH, k_BTKH, v_BTKH)
         return project(o_BTNH, self.out, self.out_lora, dropout_BT, contract=2), extra
 
 

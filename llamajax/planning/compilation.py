@@ -155,7 +155,7 @@ def compiled_facts(step: PlannedStep, *, cache: Path | None) -> CompilerFacts:
             raise
         facts = refusal(str(error), time.perf_counter() - began)
     else:
-        facts = _facts(compiled, step, time.perf_counter() - began)
+        facts = compiled_facts_of(compiled, step, time.perf_counter() - began)
     facts = dataclasses.replace(facts, digest=digest)
     if file is not None:
         try:
@@ -166,7 +166,8 @@ def compiled_facts(step: PlannedStep, *, cache: Path | None) -> CompilerFacts:
     return facts
 
 
-def _facts(compiled: Any, step: PlannedStep, compile_s: float) -> CompilerFacts:
+def compiled_facts_of(compiled: Any, step: PlannedStep, compile_s: float) -> CompilerFacts:
+    """Return the facts of a compiled step; `step` says for which devices."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     temporary = temporary_bytes(memory, step.target.platform)
     return CompilerFacts(
@@ -214,7 +215,7 @@ def traffic(
     """
     sums: dict[tuple, tuple[int, float, float]] = {}
     for collective in collectives(text):
-        axes, sent, slow = _route(collective, mesh, node)
+        axes, sent, slow = route(collective, mesh, node)
         if axes:
             key = (collective.kind, axes, collective.dtype)
             calls, sent_before, slow_before = sums.get(key, (0, 0.0, 0.0))
@@ -227,8 +228,8 @@ def traffic(
     return tuple(sorted(rows, key=lambda row: -row.sent_bytes))
 
 
-def _route(
-    collective: Collective, mesh: Mesh, node: Callable[[Any], int]
+def route(
+    collective: Collective, mesh: Mesh, node: Callable[[Any], int] = sharding.node_of
 ) -> tuple[tuple[str, ...], float, float]:
     """Return the mesh axes of one call, the bytes that a device sends, and those to other nodes."""
     if collective.between_slices:
@@ -251,14 +252,14 @@ def _waits(text: str, step: PlannedStep) -> Mapping[Hashable, float] | None:
     if not speeds or not is_in_launch_order(text):
         return None
 
-    def route(collective: Collective) -> tuple[Hashable, float]:
-        axes, sent, slow = _route(collective, mesh, node)
+    def seconds_of(collective: Collective) -> tuple[Hashable, float]:
+        axes, sent, slow = route(collective, mesh, node)
         seconds = link_seconds(sent, slow, entry) or 0.0
         return (collective.kind, axes, collective.dtype), seconds
 
     return waited_s(
         text,
-        route,
+        seconds_of,
         product_s=1 / entry.product_rate(step.config.train.dtype),
         kernel_s=speeds[1] / max(1, kernel_calls(text)),
     )

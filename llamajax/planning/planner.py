@@ -106,7 +106,7 @@ def make_plan(config: RunConfig, target: Target, *, cache: Path | None) -> Plan:
         peak_bytes=peak,
         limit_bytes=limit,
         fits=_fits(facts, peak, limit),
-        prediction=_prediction(step, facts),
+        prediction=predict_step(step, facts),
     )
 
 
@@ -127,7 +127,8 @@ def _fits(facts: CompilerFacts, peak: int | None, limit: int | None) -> bool | N
     return False if facts.arguments_bytes > limit else None
 
 
-def _prediction(step: PlannedStep, facts: CompilerFacts) -> Prediction | None:
+def predict_step(step: PlannedStep, facts: CompilerFacts) -> Prediction | None:
+    """Predict the times of a compiled step; None where the devices are unknown."""
     entry = step.target.entry
     if facts.traffic is None or entry is None:
         return None

@@ -7,6 +7,7 @@ wait for the step. Every process runs the same hooks at the same steps.
 
 import functools
 import gc
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -24,7 +25,9 @@ from llamajax.training.hooks import (
 from llamajax.training.state import TrainState
 
 
-def train_steps(attempt: Attempt, state: TrainState) -> ExitCode:
+def train_steps(
+    attempt: Attempt, state: TrainState, more_hooks: Sequence[Callable[[Attempt], Hook]] = ()
+) -> ExitCode:
     """Train to the last step, or to a stop signal: FINISHED or STOPPED.
 
     Raises what the checks and hooks raise: GuardStop (BadDevice of the canary is one),
@@ -36,6 +39,7 @@ def train_steps(attempt: Attempt, state: TrainState) -> ExitCode:
     export = ExportHook(attempt)
     # The canary comes before the save, so that no checkpoint holds what a bad device computed.
     hooks: list[Hook] = [CanaryHook(attempt), save, export, evaluate]
+    hooks += [make(attempt) for make in more_hooks]
     if start.step and not start.fork:
         for hook in (evaluate, export):  # the previous process may have ended before these
             if hook.is_due(start.step, stop=False) and not hook.was_done():

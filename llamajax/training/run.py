@@ -12,6 +12,7 @@ and compilation. A start that is refused leaves the directory as it was: events,
 """
 
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from llamajax.checkpoint import CheckpointError
 from llamajax.checkpoint.location import is_remote
 from llamajax.config import RunConfig
 from llamajax.errors import ExitCode, say
-from llamajax.files import undo_new_folders
+from llamajax.files import undo_new_folders, write_file
 from llamajax.monitoring import (
     MetricsWriter,
     Progress,
@@ -33,7 +34,7 @@ from llamajax.monitoring.report.refresh import refreshed_report
 from llamajax.monitoring.sinks import open_sinks
 from llamajax.processes.host_collectives import broadcast_from_first
 from llamajax.training.export import is_exported, write_adapters
-from llamajax.training.hooks import Attempt
+from llamajax.training.hooks import Attempt, Hook
 from llamajax.training.loop import train_steps
 from llamajax.training.messages import run_facts, run_header, run_summary
 from llamajax.training.resume import set_aside
@@ -55,6 +56,7 @@ def train(
     shutdown: Shutdown,
     began_s: float | None = None,
     config_file: str | None = None,
+    more_hooks: Sequence[Callable[[Attempt], Hook]] = (),
 ) -> int:
     """Train to the end, to a stop signal or to a guard's stop; return the exit code.
 
@@ -89,7 +91,7 @@ def train(
             del history  # all rows and events
             for line in run_header(setup, start.step):
                 run.say(line)
-            outcome["code"] = code = _train(run, start)
+            outcome["code"] = code = _train(run, start, more_hooks)
             if code == ExitCode.FINISHED and config.lora.rank:
                 checkpoints = run.checkpointer.directory
                 base = start.recorded["base"]
@@ -112,7 +114,7 @@ def _is_finished(run: Run, start: Start, history: History) -> bool:
     return start.step == run.config.train.steps and broadcast_from_first(decide)
 
 
-def _train(run: Run, start: Start) -> int:
+def _train(run: Run, start: Start, more_hooks: Sequence[Callable[[Attempt], Hook]]) -> int:
     """Train from `start` to the end. After a rollback, train again from an earlier step."""
     tokens_per_step = run.config.data.global_batch_size * run.config.data.seq_len
     programs, rolled_back_s = None, 0.0
@@ -130,7 +132,7 @@ def _train(run: Run, start: Start) -> int:
             attempt = _open_attempt(run, start, programs, timer, stack)
             try:
                 with attempt.hang:
-                    return train_steps(attempt, state)
+                    return train_steps(attempt, state, more_hooks)
             except (GuardStop, RollbackNeeded) as error:
                 problem = error.with_traceback(None)  # a traceback would keep the state in memory
             except CheckpointError as error:
@@ -195,6 +197,11 @@ def _accept(run: Run, start: Start, programs: Programs) -> None:
         run.box.begin()
         write_config(run.workdir, run.config)
         keep_tokenizer(run.workdir, run.config.data.paths[0], start.recorded["tokenizer"])
+        if run.config.monitoring.dump_hlo:
+            for name in ("update", "evaluate"):
+                (run.workdir / "profile").mkdir(exist_ok=True)
+                text = getattr(programs, name).as_text()
+                write_file(run.workdir / "profile" / f"{name}.hlo.txt", text)
         facts = run_facts(run.setup, programs) | {"origin": start.recorded["origin"]}
         write_run_facts(run.workdir, facts | {"workdir_locked": run.is_locked})
 
