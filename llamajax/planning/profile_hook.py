@@ -63,7 +63,7 @@ class ProfileHook(Hook):
         self._waited_s = self._data_wait_s()
 
     def _data_wait_s(self) -> float:
-        """Return the seconds that steps waited for data so far, from the rows and since the last."""
+        """Return the seconds that steps waited for data so far."""
         total_s, before = self.attempt.timer.untaken["data_wait_s"], 0
         for row in load_metrics(self.run.workdir):
             if "data_wait_s" in row:
