@@ -12,7 +12,7 @@ from llamajax.decoding.generate_options import Sampling
 from llamajax.decoding.sampling import sample
 from llamajax.models.llama import Block, Compute, LayerInputs, Llama
 from llamajax.models.sharded_step import sharded_step
-from llamajax.ops.attention_cached import cached_attention
+from llamajax.ops.attention_plain import plain_attention
 from llamajax.sharding import ACTIVATIONS, BATCH_AXES, batch_spec, collectives, spec
 
 NOTHING = -1  # in the output of a row that had stopped before
@@ -158,7 +158,8 @@ def append_token(model: Llama, rows: Rows, compute: Compute) -> tuple[kv.KVCache
     def visit(block: Block, x_BTD, cache: kv.KVCache, inputs: LayerInputs):
         def attend(q, k, v):
             longer = kv.write_cache(cache, k, v, layer=inputs.number, slot=slot)
-            return cached_attention(q, *kv.read_layer(longer, inputs.number), allowed_BS), longer
+            k, v = kv.read_layer(longer, inputs.number)
+            return plain_attention(q, k, v, allowed_BS[:, None], keys="BKSH"), longer
 
         return *block(x_BTD, inputs, attend), None
 

@@ -33,6 +33,7 @@ from llamajax.ops.attention_kernels import (
     splash_attention,
 )
 from llamajax.ops.attention_own import is_own, own_attention, own_function
+from llamajax.ops.attention_plain import plain_attention
 from llamajax.ops.attention_split import block_size, pair_table, split_attention
 from llamajax.sharding import collectives
 
@@ -222,19 +223,13 @@ def computed_scores(impl: str, seq_len: int, *, parts: int) -> int | None:
 def xla_attention(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array | None
 ) -> jax.Array:
-    """Compute `attention` in its plainest form."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    position = jnp.arange(T)
+    """Compute `attention` with the whole score matrix."""
+    position = jnp.arange(q_BTNH.shape[1])
     allowed_BTS = (position[:, None] >= position[None, :])[None]
     if segment_ids_BT is not None:
         allowed_BTS &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    s_BKGTS = jnp.where(allowed_BTS[:, None, None], s_BKGTS * H**-0.5, -jnp.inf)
-    p_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS, v_BSKH)
-    return checkpoint_name(o_BTKGH.reshape(q_BTNH.shape), "attention")
+    o_BTNH = plain_attention(q_BTNH, k_BSKH, v_BSKH, allowed_BTS, keys="BSKH")
+    return checkpoint_name(o_BTNH, "attention")
 
 
 _IMPLEMENTATIONS = {

@@ -10,7 +10,7 @@ from llamajax.config.model_schema import RopeScaling
 from llamajax.decoding import kv_cache as kv
 from llamajax.decoding.decode_steps import Rows, append_token, fill_cache
 from llamajax.models.llama import Llama
-from llamajax.ops.attention_cached import cached_attention
+from llamajax.ops.attention_plain import plain_attention
 
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16)
 CONFIGS = {
@@ -36,7 +36,8 @@ def test_cached_attention_equals_numpy():
         scores = k[b, n // (N // K)] @ q[b, t, n] / np.sqrt(H)
         p = np.exp(scores - scores.max()) * allowed[b]
         expected[b, t, n] = p @ v[b, n // (N // K)] / p.sum()
-    got = cached_attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(allowed))
+    arrays = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
+    got = plain_attention(*arrays, jnp.asarray(allowed)[:, None], keys="BKSH")
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
