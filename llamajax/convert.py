@@ -54,8 +54,9 @@ class ConvertFlags(Flags):
         at_least=1,
     )
     average: str | None = key(
-        "last:N: write the mean of a run's last N checkpoints, up to the one that --from names",
-        metavar="last:N",
+        "last:N: write the mean of a run's last N checkpoints, up to the one that --from names; "
+        "ema: the average that optim.ema_decay kept",
+        metavar="last:N|ema",
         default=None,
     )
     overwrite: bool = key("replace --to if it exists", default=False)
@@ -66,8 +67,11 @@ class ConvertFlags(Flags):
             yield "--dtype=q8_0 is of GGUF files: add --format=gguf, or choose another dtype"
         if self.format == "gguf" and self.max_shard_bytes != type(self).max_shard_bytes:
             yield "--max_shard_bytes is of --format=hf: a GGUF file is never split; leave it out"
-        if self.average is not None and not re.fullmatch(r"last:[1-9]\d*", self.average):
-            yield f"--average={self.average}: must be last:N, N being the number of checkpoints"
+        if self.average is not None and not re.fullmatch(r"last:[1-9]\d*|ema", self.average):
+            yield (
+                f"--average={self.average}: must be last:N, N being the number of checkpoints, or "
+                "ema"
+            )
 
 
 def main(argv: list[str]) -> int:
@@ -84,7 +88,7 @@ def main(argv: list[str]) -> int:
     backends.start(BackendConfig(name="cpu"))  # an accelerator would be taken for nothing
     weights = open_weights(flags.from_)
     averaged = [weights]
-    if flags.average is not None:
+    if flags.average not in (None, "ema"):
         averaged = last_checkpoints(weights, int(flags.average.removeprefix("last:")))
         say(f"average  of steps {', '.join(str(each.step) for each in averaged)}")
     _check_apart(flags, averaged)
@@ -93,7 +97,7 @@ def main(argv: list[str]) -> int:
     missing = f"{weights.path} has no tokenizer: the weights are converted without one"
     for line in [missing] if tokenizer is None else tokenizer.warnings:
         say(f"warning: {line}")
-    source = _tensors(averaged)
+    source = _tensors(averaged, ema=flags.average == "ema")
     _note_rounding(source, flags.dtype)
     progress = BytesProgress()
     options = {"dtype": flags.dtype, "tokenizer": tokenizer}
@@ -133,8 +137,8 @@ def _check_apart(flags: ConvertFlags, opened: "Sequence[Weights]") -> None:
         raise UserError(f"--to={flags.to} exists already; name another file, or pass --overwrite")
 
 
-def _tensors(opened: "Sequence[Weights]") -> "TensorSource":
-    """Open the tensors that are read, of several checkpoints their mean."""
+def _tensors(opened: "Sequence[Weights]", *, ema: bool) -> "TensorSource":
+    """Open the tensors that are read, of several checkpoints their mean; ema: a run's average."""
     import jax
 
     from llamajax import sharding
@@ -142,7 +146,7 @@ def _tensors(opened: "Sequence[Weights]") -> "TensorSource":
     from llamajax.models.abstract import abstract_model
 
     mesh = sharding.build_mesh(MeshConfig(), jax.devices()[:1])
-    sources = [weights.tensors(abstract_model(weights.model, mesh)) for weights in opened]
+    sources = [w.tensors(abstract_model(w.model, mesh), average=ema) for w in opened]
     return sources[0] if len(sources) == 1 else AveragedSource(sources)
 
 

@@ -79,8 +79,18 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with bias correction on fp32 master weights, after clipping by the global norm."""
+    """AdamW or Muon on fp32 master weights, after clipping by the global norm."""
 
+    name: Literal["adamw", "muon"] = key(
+        "optimizer; muon: of the matrices of layers, scaled so that AdamW's learning rate and "
+        "decay carry over, and AdamW of embedding, head and norms",
+        default="adamw",
+    )
+    chain: str | None = key(
+        "module:function that returns an optax transformation, in the place of all of this "
+        "section but the schedule; none: `name`",
+        default=None,
+    )
     learning_rate: float = key("peak learning rate", above=0)
     warmup_steps: int = key("steps of linear warm-up from 0", at_least=0)
     schedule: Schedule = key("shape of the learning rate after warm-up")
@@ -91,8 +101,19 @@ class OptimConfig:
     epsilon: float = key("Adam's epsilon, added outside the square root", above=0)
     weight_decay: float = key("decoupled decay of matrices; norms are never decayed", at_least=0)
     clip_norm: float | None = key("largest global norm of the gradient; none: no clipping", above=0)
+    muon_beta: float = key("muon: decay of its momentum", default=0.95, at_least=0, below=1)
+    muon_learning_rate: float | None = key(
+        "muon: peak learning rate of its matrices; none: learning_rate", default=None, above=0
+    )
     moment_dtype: ComputeDtype = key(
-        "dtype of Adam's first moment (the second is always fp32)", default="float32"
+        "dtype of the moments between updates; bfloat16 is rounded stochastically",
+        default="float32",
+    )
+    ema_decay: float | None = key(
+        "decay of an average of the weights, evaluated and saved beside them; none: no average",
+        default=None,
+        at_least=0,
+        below=1,
     )
     offload: bool = key(
         "whether both moments are kept in host memory between updates; slower, and saves 8 bytes "

@@ -20,6 +20,7 @@ from llamajax.formats.huggingface.hf_read import named_weights
 from llamajax.sharding import letters
 
 _MODEL, _ADAPTERS = "model/", "adapters/"
+AVERAGE = "average/"  # of whichever of the two is trained
 
 
 class _LlamaSource(TensorSource):
@@ -43,14 +44,17 @@ class _LlamaSource(TensorSource):
 class CheckpointSource(_LlamaSource):
     """The weights of one of our checkpoints. Holds one layer of one weight."""
 
-    def __init__(self, checkpoint: Checkpoint, model: ModelConfig, abstract_model: Any):
+    def __init__(
+        self, checkpoint: Checkpoint, model: ModelConfig, abstract_model: Any, part: str | None
+    ):
         """Raises UserError for damage, and for a checkpoint of another model.
 
-        To be called by all processes.
+        part: AVERAGE instead of the weights. To be called by all processes.
         """
         super().__init__(model)
+        self._part = part or _MODEL
         weights = named_weights(abstract_model)
-        wanted = {_MODEL + name: weight.get_value() for name, weight in weights.items()}
+        wanted = {self._part + name: weight.get_value() for name, weight in weights.items()}
         check_same_model(checkpoint, wanted, model=None, partial=True, cast=True)
         checkpoint.verify()
         self._checkpoint = checkpoint
@@ -58,7 +62,7 @@ class CheckpointSource(_LlamaSource):
         self._opened: dict[str, StoredArray] = {}
 
     def dtype(self, name: str) -> np.dtype:
-        return np.dtype(self._checkpoint.arrays[_MODEL + self._tensors[name].row.ours].dtype)
+        return np.dtype(self._checkpoint.arrays[self._part + self._tensors[name].row.ours].dtype)
 
     def where(self, name: str) -> str:
         return str(self._checkpoint)
@@ -66,7 +70,7 @@ class CheckpointSource(_LlamaSource):
     def _read_ours(self, tensor: Tensor) -> tuple[np.ndarray, str]:
         ours, layer = tensor.row.ours, tensor.layer
         if ours not in self._opened:
-            self._opened[ours] = self._checkpoint.array(_MODEL + ours)
+            self._opened[ours] = self._checkpoint.array(self._part + ours)
         stored = self._opened[ours]
         index = [slice(0, n) for n in stored.shape]
         if layer is None:
@@ -140,15 +144,16 @@ class Factors(NamedTuple):
     b: np.ndarray
 
 
-def read_factors(checkpoint: Checkpoint) -> dict[str, Factors]:
+def read_factors(checkpoint: Checkpoint, part: str | None = None) -> dict[str, Factors]:
     """Read the adapters of one checkpoint to the host, by target.
 
-    To be called by all processes.
+    part: AVERAGE instead of them. To be called by all processes.
     """
-    index = {n: x for n, x in checkpoint.arrays.items() if n.startswith(_ADAPTERS)}
+    part = part or _ADAPTERS
+    index = {n: x for n, x in checkpoint.arrays.items() if n.startswith(part)}
     targets = dict.fromkeys(name.split("/")[1] for name in index)
-    wanted = {t: {side: index[f"{_ADAPTERS}{t}/{side}"] for side in "ab"} for t in targets}
-    found = restore_state(checkpoint, {"adapters": wanted}, partial=True)["adapters"]
+    wanted = {t: {side: index[f"{part}{t}/{side}"] for side in "ab"} for t in targets}
+    (found,) = restore_state(checkpoint, {part.strip("/"): wanted}, partial=True).values()
     return {target: Factors(**found[target]) for target in targets}
 
 

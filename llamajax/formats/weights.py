@@ -34,6 +34,7 @@ from llamajax.formats.gguf import gguf_config
 from llamajax.formats.huggingface import hf_read
 from llamajax.formats.huggingface.hf_names import tensors
 from llamajax.formats.llama_sources import (
+    AVERAGE,
     CheckpointSource,
     MergedSource,
     pairs_of,
@@ -114,21 +115,28 @@ class Weights:
                 digest.update(np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()
 
-    def tensors(self, abstract_model: Any) -> TensorSource:
+    def tensors(self, abstract_model: Any, *, average: bool = False) -> TensorSource:
         """Return all weights as Hugging Face tensors, adapters merged.
 
-        abstract_model: tells which dims a weight of ours has. To be called by all processes,
-        because adapters are read.
+        abstract_model: tells which dims a weight of ours has. average: those of `optim.ema_decay`;
+        UserError where there are none. To be called by all processes, because adapters are read.
         """
+        part = AVERAGE if average else None
+        arrays = () if self.checkpoint is None else self.checkpoint.arrays
+        if average and not any(name.startswith(AVERAGE) for name in arrays):
+            raise UserError(
+                f"{self.path} ({self.kind}) holds no average of the weights: a run keeps one with "
+                "optim.ema_decay"
+            )
         if self.source is not None:
             return self.source
         if self.base is None:
-            return CheckpointSource(self.checkpoint, self.model, abstract_model)
+            return CheckpointSource(self.checkpoint, self.model, abstract_model, part)
         base = self.base.tensors(abstract_model)
         if self.adapters is not None:
             pairs, replaced = self.adapters.pairs, self.adapters.replaced
             return MergedSource(base, self.model, pairs, replaced=replaced)
-        pairs = pairs_of(read_factors(self.checkpoint), self.lora)
+        pairs = pairs_of(read_factors(self.checkpoint, part), self.lora)
         return MergedSource(base, self.model, pairs, base_dtype=self.lora.base_dtype)
 
     def load(self, abstract_model: Any) -> Any:

@@ -39,15 +39,26 @@ def width(config: RunConfig) -> int:
 
 
 def state_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
-    """Return the bytes of the weights and both moments that a device holds, norms left out."""
+    """Return the bytes of weights, their average, and moments of a device, norms left out."""
     trained, frozen = _weights(config, sizes)
     base = 2 if config.lora.base_dtype == "bfloat16" else FLOAT32_BYTES
-    return trained * (FLOAT32_BYTES + _moments_width(config)) + frozen * base
+    kept = trained * _weight_width(config) + _moment_bytes(config, sizes)
+    return kept + frozen * base
 
 
-def _moments_width(config: RunConfig) -> int:
-    """Return the bytes of both moments of a weight; the second is always float32."""
-    return FLOAT32_BYTES + (2 if config.optim.moment_dtype == "bfloat16" else FLOAT32_BYTES)
+def _weight_width(config: RunConfig) -> int:
+    """Return the bytes of a trained weight and, where there is one, of its average."""
+    return FLOAT32_BYTES * (1 if config.optim.ema_decay is None else 2)
+
+
+def _moment_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
+    """Return the bytes of a device's moments: AdamW has two of a weight, Muon one of a matrix."""
+    moments, m = 2 * _weights(config, sizes)[0], config.model
+    if config.optim.name == "muon":
+        tables = m.padded_vocab_size * m.hidden_size * (1 if m.tie_embeddings else 2)
+        shared = 0 if config.lora.rank else tables / (sizes["fsdp"] * sizes["tensor"])
+        moments = moments / 2 + shared
+    return moments * (2 if config.optim.moment_dtype == "bfloat16" else FLOAT32_BYTES)
 
 
 def held_parts(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
@@ -80,11 +91,11 @@ def host_bytes(
     """
     replicas = min(num_devices, sizes["data"] * sizes["sequence"])
     trained = _weights(config, sizes)[0] * num_devices
-    moments = trained * _moments_width(config)
+    moments = _moment_bytes(config, sizes) * num_devices
     one = trained / replicas
     if config.lora.rank:  # sides of factors are copies along the axes that do not split them
         one = min(one, num_adapter_parameters(config.model, config.lora))
-    saved = one * (FLOAT32_BYTES + _moments_width(config))
+    saved = one * (_weight_width(config) + moments / trained)
     if is_host:
         held = held_bytes(config, sizes) * num_devices
     else:

@@ -38,6 +38,7 @@ def format_row(row: Mapping[str, Any]) -> str:
         "loss": "loss {:6.3f}",
         "eval_loss": "eval loss {:.3f}",
         "eval_perplexity": "perplexity {:.2f}",
+        "ema_loss": "average's loss {:.3f}",
         "learning_rate": "lr {:.1e}",
         "grad_norm": "grad {:5.2f}",
         "tokens_per_s": "{:>5} tok/s",

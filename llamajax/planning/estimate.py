@@ -12,6 +12,7 @@ from llamajax.config import RunConfig
 from llamajax.models.counts import matrices_per_layer
 from llamajax.models.memory import FLOAT32_BYTES, device_share, layers_held, width
 from llamajax.models.pipeline import num_ticks
+from llamajax.planning.muon_cost import muon_sent_bytes
 from llamajax.planning.roofline import pipeline_facts
 
 
@@ -34,6 +35,7 @@ def sent_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[tuple[str, .
       forward and backward.
     - wherever weights are copies of one another, their gradients in float32 are summed once a step:
       those of blocks along data and sequence, of embedding and head along stage as well.
+    - what `muon_sent_bytes` says.
     """
     m, t, share = config.model, config.train, device_share(config, sizes)
     value, pipe = width(config), pipeline_facts(config, sizes)
@@ -63,6 +65,7 @@ def sent_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[tuple[str, .
         (("data", "stage", "sequence"), 2 * FLOAT32_BYTES * tables / sizes["fsdp"]),
     ]
     sent: collections.Counter[tuple[str, ...]] = collections.Counter()
+    sent.update({(axis,): amount for axis, amount in muon_sent_bytes(config, sizes).items()})
     for along, amount in found:
         axes = tuple(axis for axis in along if sizes[axis] > 1)
         if axes:

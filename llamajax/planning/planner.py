@@ -100,7 +100,7 @@ def make_plan(config: RunConfig, target: Target, *, cache: Path | None) -> Plan:
         step=step,
         facts=facts,
         params_bytes=shard_bytes((state.model, state.adapters)),
-        optimizer_bytes=shard_bytes(state.opt_state),
+        optimizer_bytes=shard_bytes((state.opt_state, state.average)),
         gradients_bytes=gradients,
         activations_bytes=None if temporary is None else max(0, temporary - gradients),
         peak_bytes=peak,

@@ -27,6 +27,7 @@ from llamajax.models.lora import num_adapter_parameters
 from llamajax.models.memory import FLOAT32_BYTES, device_share, width
 from llamajax.models.pipeline import bubble, num_ticks
 from llamajax.ops.attention import FUSED, computed_scores
+from llamajax.planning.muon_cost import muon_product_flops
 
 # Speed of attention's products relative to large ones: fused kernels (the user's own is taken for
 # one), and blocks of plain XLA.
@@ -120,9 +121,8 @@ def compute_seconds(
     tokens = config.data.global_batch_size * seq_len / math.prod(sizes.values())
     # fused kernels compute the scores once more in their backward pass
     scores = _filled(config, sizes) * (3.5 * forward_scores + again_scores)
-    return tokens * (blocks + head) / rate, tokens * scores / (
-        rate * _ATTENTION.get(attention, 0.6)
-    )
+    products = tokens * (blocks + head) + muon_product_flops(config, sizes)
+    return products / rate, tokens * scores / (rate * _ATTENTION.get(attention, 0.6))
 
 
 def _filled(config: RunConfig, sizes: Mapping[str, int]) -> float:
@@ -168,8 +168,8 @@ def expected_product_flops(
 ) -> float | None:
     """Return the FLOPs of all devices' matrix products in a step's program, a fused kernel's not.
 
-    Recomputation by train.remat counts, and so do layers of zeros, a pipeline's idle ticks and the
-    padding of the vocabulary. None where no formula is known for the attention.
+    Recomputation by train.remat counts, and so do Muon's products, layers of zeros, a pipeline's
+    idle ticks and the padding of the vocabulary. None where no formula is known for the attention.
     """
     model, train, tokens = config.model, config.train, config.data.global_batch_size
     tokens *= config.data.seq_len
@@ -196,7 +196,8 @@ def expected_product_flops(
     rows = share.microbatch * share.tokens / sizes["stage"]
     chunk = min(train.loss_chunk_tokens, rows)
     head *= model.padded_vocab_size / model.vocab_size * math.ceil(rows / chunk) * chunk / rows
-    return tokens * (filled * (passes * blocks + again + adapters + scores) + passes * head)
+    muon = math.prod(sizes.values()) * muon_product_flops(config, sizes)
+    return tokens * (filled * (passes * blocks + again + adapters + scores) + passes * head) + muon
 
 
 def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:

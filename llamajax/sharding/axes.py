@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -56,8 +57,11 @@ def spec(letters: str, table: Table, mesh: Mesh) -> PartitionSpec:
 
 
 def is_weight(leaf: Any) -> bool:
-    """Return whether this node of a tree is a declared weight (or a moment of one)."""
-    return isinstance(leaf, nnx.Variable)
+    """Return whether this node of a tree is a declared weight (or a moment of one).
+
+    One that an optimizer has masked out (`optax.MaskedNode`) is none.
+    """
+    return isinstance(leaf, nnx.Variable) and not isinstance(leaf.get_value(), optax.MaskedNode)
 
 
 def letters(weight: nnx.Variable) -> str:

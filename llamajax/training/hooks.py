@@ -232,10 +232,12 @@ class EvaluateHook(Hook):
 
     def __call__(self, step: int, state: TrainState, stop: bool) -> None:
         """Sum in float64 over batches of a fixed order. The last is padded, never dropped."""
-        a, setup, sums, pending = self.attempt, self.run.setup, np.zeros(2, np.float64), None
+        a, setup, pending = self.attempt, self.run.setup, None
+        models = [state.whole] if state.average is None else [state.whole, state.averaged]
+        sums = np.zeros((len(models), 2), np.float64)
         with a.phase("evaluation", step) as fields:
             for batch in eval_batches(self.config, setup.mesh, setup.held_out):
-                current = a.programs.evaluate(state.whole, batch)
+                current = [a.programs.evaluate(model, batch) for model in models]
                 if pending is not None:
                     sums += np.array(jax.device_get(pending), np.float64)
                 pending = current
@@ -244,9 +246,12 @@ class EvaluateHook(Hook):
                     self.was_interrupted = True
                     return
             sums += np.array(jax.device_get(pending), np.float64)
-            loss = fields["eval_loss"] = float(sums[0] / sums[1])
+            losses = (sums[:, 0] / sums[:, 1]).tolist()
+            loss = fields["eval_loss"] = losses[0]
         perplexity = math.exp(loss) if loss < 700 else math.inf
         row = {"step": step, "eval_loss": loss, "eval_perplexity": perplexity}
-        row |= {"eval_tokens": int(sums[1]), "time_s": a.run.events.time_s}
+        row |= {"eval_tokens": int(sums[0, 1]), "time_s": a.run.events.time_s}
+        if state.average is not None:
+            row["ema_loss"] = losses[1]
         a.metrics.write(row)
         a.progress.show(row)

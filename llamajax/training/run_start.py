@@ -31,7 +31,7 @@ from llamajax.tokenizers.tokenizer_identity import (
 from llamajax.training.fork import open_fork, origin_record
 from llamajax.training.resume import Request, choose_checkpoint, requested_start
 from llamajax.training.run_record import History
-from llamajax.training.setup import Setup, moments_change
+from llamajax.training.setup import Setup
 from llamajax.training.workdir import Run
 
 # What must not change in a run with adapters: the function, or the arrays of its checkpoints.
@@ -210,8 +210,14 @@ def changes(
         keys.pop("train.fork", None)
     for key, (old, new) in keys.items():
         yield f"changed since step {step}: {key}: {old} -> {new}"
-    if moments_change(now, meta):
-        yield f"the first moments of step {step} are converted to {now.optim.moment_dtype}"
+    if "optim.moment_dtype" in keys:
+        yield f"the moments of step {step} are converted to {now.optim.moment_dtype}"
+    if step and (before.optim.ema_decay is None) != (now.optim.ema_decay is None):
+        yield (
+            f"the average of the weights begins at those of step {step}"
+            if before.optim.ema_decay is None
+            else f"the average of the weights ends with step {step}: optim.ema_decay is none"
+        )
     begun_from = {"train.fork": now.train.fork}
     if not now.lora.rank and step:
         begun_from["train.init_from"] = now.train.init_from

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from llamajax.processes.host_collectives import raise_together
 from llamajax.sharding.float8 import Float8
 from llamajax.training.feed import abstract_batch, eval_batch_size
 from llamajax.training.safety.canary import Canary
-from llamajax.training.state import StateSpec, TrainState, with_stored_guard
+from llamajax.training.state import StateSpec, TrainState, as_stored
 from llamajax.training.step import eval_step, train_step
 
 _LOSS_CHUNK_TOKENS = (512, 4096)  # the least and the most that are chosen
@@ -206,11 +206,12 @@ def initial_state(setup: Setup, stored: Checkpoint | None, weights: Weights | No
     spec, seed = setup.spec, setup.config.train.seed
     model = None if weights is None else weights.load(spec.abstract_model())
     if stored is not None:
-        abstract, cast = _abstract_stored(spec, stored), moments_change(setup.config, stored.meta)
+        abstract = _abstract_stored(spec, stored)
+        cast = moments_change(abstract, stored)
         keys = _model_keys(setup)
         saved = restore_state(stored, abstract, model=keys, cast=cast, donated=True)
         saved = spec.with_own_guard(saved)
-        state = saved if model is None else saved.replace(model=model)
+        state = spec.with_own_average(saved if model is None else saved.replace(model=model))
     elif model is None:
         return spec.init(seed)
     else:
@@ -220,20 +221,27 @@ def initial_state(setup: Setup, stored: Checkpoint | None, weights: Weights | No
 
 def check_stored(setup: Setup, stored: Checkpoint) -> None:
     """Raise UserError where a checkpoint is of another model or optimizer than the setup's."""
-    abstract = named_leaves(_abstract_stored(setup.spec, stored))
-    cast = moments_change(setup.config, stored.meta)
+    state = _abstract_stored(setup.spec, stored)
+    abstract, cast = named_leaves(state), moments_change(state, stored)
     check_same_model(stored, abstract, model=_model_keys(setup), partial=False, cast=cast)
 
 
-def moments_change(config: RunConfig, meta: Mapping[str, Any]) -> bool:
-    """Return whether the first moments of a checkpoint have another dtype than the run's."""
-    before = (meta.get("config") or {}).get("optim", {}).get("moment_dtype")
-    return before not in (None, config.optim.moment_dtype)
+def moments_change(abstract: TrainState, stored: Checkpoint) -> bool:
+    """Return whether moments of a checkpoint have another dtype than the run's.
+
+    In older checkpoints with first moments in bfloat16, the second are float32.
+    """
+    wanted, found = named_leaves(abstract), stored.arrays
+    return any(
+        name in found and found[name].dtype != leaf.dtype
+        for name, leaf in wanted.items()
+        if name.startswith("opt_state/")
+    )
 
 
 def _abstract_stored(spec: StateSpec, stored: Checkpoint) -> Any:
-    """Return the abstract state that a run saves, with the guard's arrays that `stored` has."""
-    return with_stored_guard(spec.in_stored_order.abstract().to_save, stored.arrays)
+    """Return the abstract state that a run saves, with the optional arrays that `stored` has."""
+    return as_stored(spec.in_stored_order.abstract().to_save, stored.arrays)
 
 
 def _model_keys(setup: Setup) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class TrainState:
     opt_state: optax.OptState  # of what is trained
     adapters: Adapters | None = None
     guard: GuardState | None = None  # none: every update is applied
+    average: Any | None = None  # moving average of what is trained
 
     @property
     def trained(self) -> Any:
@@ -46,16 +47,20 @@ class TrainState:
         return attach(self.model, self.adapters)
 
     @property
+    def averaged(self) -> Llama | None:
+        """The model as `whole`, with the average of what is trained; None if there is none."""
+        if self.average is None or self.adapters is None:
+            return self.average
+        return attach(self.model, self.average)
+
+    @property
     def to_save(self) -> "TrainState":
         """The arrays of a checkpoint. Frozen weights are not among them: a start imports them."""
         return self if self.adapters is None else self.replace(model=None)
 
-    def updated(
-        self, trained: Any, opt_state: optax.OptState, guard: GuardState | None
-    ) -> "TrainState":
-        """Return the state after one more step."""
-        name = "model" if self.adapters is None else "adapters"
-        parts = {name: trained, "opt_state": opt_state, "guard": guard}
+    def updated(self, trained: Any, **parts: Any) -> "TrainState":
+        """Return the state after one more step, with these parts."""
+        parts["model" if self.adapters is None else "adapters"] = trained
         return self.replace(step=self.step + 1, **parts)
 
 
@@ -65,7 +70,8 @@ class StateSpec:
 
     lora: adapters train and the model is frozen in `lora.base_dtype`. rounds: of the pipeline whose
     order the layers have; None: stored order, as on disk. offload: whether the moments are in
-    pinned host memory. guard_window: updates that the guard remembers; None: no guard.
+    pinned host memory. guard_window: updates that the guard remembers; None: no guard. averages:
+    whether it has an average of what is trained.
     """
 
     model: ModelConfig
@@ -75,21 +81,33 @@ class StateSpec:
     rounds: int | None = 1
     offload: bool = False
     guard_window: int | None = None
+    averages: bool = False
 
     @classmethod
     def of(cls, config: RunConfig, mesh: Mesh) -> Self:
         """Return the spec of a run's state."""
-        guard = config.guard
+        guard, train = config.guard, config.train
         guarded = guard.nonfinite != "off" or guard.spike_factor is not None
-        return cls(
+        stages, rounds = mesh.shape["stage"], train.pipeline_rounds
+        layers = config.model.num_layers
+        facts = optim.RunFacts(
+            seed=train.seed,
+            dtype="float32" if train.dtype == "float32" else "bfloat16",
+            layers=layer_order.pipeline_order(layers, stages=stages, rounds=rounds),
+        )
+        spec = cls(
             model=config.model,
-            optimizer=optim.build(config.optim, steps=config.train.steps),
+            optimizer=optim.build(config.optim, steps=train.steps, facts=facts),
             mesh=mesh,
             lora=config.lora if config.lora.rank else None,
-            rounds=config.train.pipeline_rounds,
+            rounds=rounds,
             offload=config.optim.offload,
             guard_window=guard.spike_window if guarded else None,
+            averages=config.optim.ema_decay is not None,
         )
+        plain = dataclasses.replace(spec, optimizer=optax.identity()).in_stored_order
+        optim.check_state(config.optim, spec.optimizer, lambda: plain.abstract().trained)
+        return spec
 
     @property
     def in_stored_order(self) -> Self:
@@ -131,10 +149,11 @@ class StateSpec:
 
         def rest(key: jax.Array) -> TrainState:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract.model)
-            return self._new(zeros, key).replace(model=None)
+            return self._new(zeros, key).replace(model=None, average=None)
 
-        out = jax.tree.map(lambda x: x.sharding, abstract.replace(model=None))
-        return jax.jit(rest, out_shardings=out)(jax.random.key(seed)).replace(model=model)
+        out = jax.tree.map(lambda x: x.sharding, abstract.replace(model=None, average=None))
+        state = jax.jit(rest, out_shardings=out)(jax.random.key(seed)).replace(model=model)
+        return self.with_own_average(state)
 
     def to_pipeline_order(self, state: TrainState) -> TrainState:
         """Reorder a stored state's layers for the pipeline; no-op without one."""
@@ -158,11 +177,21 @@ class StateSpec:
         fresh = make(window)
         return state.replace(guard=fresh if found is None else fresh.replace(skipped=found.skipped))
 
+    def with_own_average(self, state: TrainState) -> TrainState:
+        """Return a state with the average of this spec; a new one begins at the weights."""
+        if not self.averages:
+            return state.replace(average=None)
+        if state.average is not None:
+            return state
+        return state.replace(average=optim.start_average(state.trained))
+
     def _new(self, model: Llama, key: jax.Array) -> TrainState:
         """Return the state of step 0 with these weights, in stored order; inside `jax.jit`."""
         adapters = init_adapters(self.model, self.lora, key) if self.lora else None
         guard = None if self.guard_window is None else new_guard(self.guard_window)
         state = TrainState(jnp.int32(0), model, opt_state=(), adapters=adapters, guard=guard)
+        if self.averages:
+            state = state.replace(average=jax.tree.map(jnp.copy, state.trained))
         with jax.numpy_dtype_promotion("standard"):
             return state.replace(opt_state=self.optimizer.init(state.trained))
 
@@ -200,12 +229,14 @@ class StateSpec:
         return found.replace(opt_state=jax.tree.map(on_host, shapes.opt_state, found.opt_state))
 
 
-def with_stored_guard(state: TrainState, stored: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
-    """Return an abstract state with the guard that a checkpoint holds.
+def as_stored(state: TrainState, stored: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
+    """Return an abstract state with the guard and the average that a checkpoint holds.
 
     stored: the checkpoint's arrays by name. It may have no guard (of a run without, or older than
-    guards), or one with another window.
+    guards), or one with another window; and an average or none, whatever the run has.
     """
+    has_average = any(name.startswith("average/") for name in stored)
+    state = state.replace(average=state.trained if has_average else None)
     names = {field.name: f"guard/{field.name}" for field in dataclasses.fields(GuardState)}
     if not all(name in stored for name in names.values()):
         return state.replace(guard=None)

@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_refused(workdir, tmp_path):
     with pytest.raises(UserError, match="checksum"):
         weights.load(wanted)
     with pytest.raises(UserError, match="checksum"):
-        CheckpointSource(open_checkpoint(copy), BASE, wanted)
+        CheckpointSource(open_checkpoint(copy), BASE, wanted, None)
 
 
 def test_values_that_are_not_finite_in_our_own_checkpoint_are_named(tmp_path):

@@ -1,16 +1,19 @@
-"""Learning rates by hand, the decay mask, and the first update of AdamW."""
+"""Learning rates by hand, the decay mask, AdamW and Muon, rounded moments, a chain of one's own."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from refusal import refused
 from tiny_model import tiny_optim
 
 from llamajax import optim
 from llamajax.config.schema import OptimConfig
+from llamajax.optim.moments import round_stochastically
 
 RATES = {"learning_rate": 1e-2, "final_learning_rate": 1e-3}
 CONFIG = tiny_optim(
@@ -104,8 +107,140 @@ def test_clipping_is_by_the_norm_of_all_gradients():
         np.testing.assert_allclose(weight.get_value(), -1e-3 * 0.5 / (0.5 + 1.0), rtol=1e-5)
 
 
-def test_the_second_moment_stays_float32():
-    _, state = updated(dataclasses.replace(CONFIG, moment_dtype="bfloat16"), tree(), tree())
+def test_both_moments_are_rounded_to_bfloat16_and_right_on_average():
+    """To the nearest, a second moment of 1 would stay there: 0.1 % is less than bfloat16 has."""
+    config = dataclasses.replace(CONFIG, moment_dtype="bfloat16", beta1=0.999, beta2=0.999)
+    weights = {"w": nnx.Param(jnp.ones((2, 64, 64)), axes="DF")}
+    optimizer = optim.build(config, steps=STEPS)
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.init(weights)
+    update = jax.jit(lambda s, n: optim.apply(optimizer, weights, s, weights, step=n)[1])
+    for n in range(200):
+        state = update(state, jnp.int32(n))
     adam = next(s for s in state if hasattr(s, "mu"))
-    assert {x.dtype for x in jax.tree.leaves(adam.mu)} == {jnp.dtype(jnp.bfloat16)}
-    assert {x.dtype for x in jax.tree.leaves(adam.nu)} == {jnp.dtype(jnp.float32)}
+    for moment in (adam.mu["w"].get_value(), adam.nu["w"].get_value()):
+        assert moment.dtype == jnp.bfloat16
+        values = np.asarray(moment, np.float64)
+        assert values.mean() == pytest.approx(1 - 0.999**200, rel=2e-3)
+        assert np.unique(values).size > 4
+        assert not np.array_equal(values[0], values[1])  # layers round apart
+    again = update(state, jnp.int32(200)), update(state, jnp.int32(200))
+    for one, same in zip(*map(jax.tree.leaves, again), strict=True):
+        np.testing.assert_array_equal(one, same)
+
+
+def test_a_number_is_rounded_up_with_the_probability_of_what_is_left_out():
+    x = jnp.float32([1 + 2**-9, -3.0, 0.0, jnp.inf, jnp.nan, 3.4e38])[:, None]
+    bits = jnp.arange(2**16, dtype=jnp.uint32)[None]
+    found = np.asarray(round_stochastically(*jnp.broadcast_arrays(x, bits)), np.float64)
+    assert found[0].mean() == 1 + 2**-9
+    assert set(found[0]) == {1.0, 1 + 2**-7}
+    for row, value in zip(found[1:5], (-3.0, 0.0, np.inf, np.nan), strict=True):
+        np.testing.assert_array_equal(row, value)
+
+
+def test_muon_is_that_of_optax_with_the_dims_of_the_letters():
+    """Of matrices and stacks of them; embedding and norms are AdamW's."""
+    dims = {"query": ("DKH", (0, (1, 2))), "out": ("NHD", ((0, 1), 2)), "down": ("FD", (1, 2))}
+    shapes = {"query": (6, 2, 4), "out": (2, 4, 6), "down": (3, 8, 6)}
+    shapes |= {"table": (9, 6), "norm": (6,)}
+    rng, letters = np.random.default_rng(0), {"table": "VD", "norm": "D"}
+    letters |= {name: axes for name, (axes, _) in dims.items()}
+
+    def drawn():
+        return {
+            name: nnx.Param(jnp.asarray(rng.normal(size=shape), jnp.float32), axes=letters[name])
+            for name, shape in shapes.items()
+        }
+
+    numbers = {n: optax.contrib.MuonDimensionNumbers(*d) for n, (_, d) in dims.items()}
+    numbers |= {"table": None, "norm": None}
+    config = dataclasses.replace(CONFIG, name="muon", weight_decay=0.5, warmup_steps=0)
+    rate = optim.schedule(config, steps=STEPS)
+    theirs = optax.contrib.muon(
+        lambda count: rate(count + 1), beta=0.95, weight_decay=0.5, adam_b1=0.9, adam_b2=0.95,
+        consistent_rms=0.2, muon_weight_dimension_numbers=lambda _: numbers,
+    )  # fmt: skip
+    weights = drawn()
+    plain = {name: w.get_value() for name, w in weights.items()}
+    ours, state = optim.build(config, steps=STEPS), None
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        state, other = ours.init(weights), theirs.init(plain)
+        for _ in range(3):
+            grads = drawn()
+            weights, state = optim.apply(ours, grads, state, weights)
+            given = {name: g.get_value() for name, g in grads.items()}
+            updates, other = theirs.update(given, other, plain)
+            plain = optax.apply_updates(plain, updates)
+    for name in dims:
+        found = weights[name].get_value()
+        np.testing.assert_allclose(found, plain[name], rtol=0, atol=2e-6, err_msg=name)
+    adamw = optim.build(dataclasses.replace(config, name="adamw"), steps=STEPS)
+    with jax.numpy_dtype_promotion("standard"):
+        first = [optim.apply(o, grads, o.init(weights), weights)[0] for o in (ours, adamw)]
+    for name in weights:
+        same = np.array_equal(*(w[name].get_value() for w in first))
+        assert same == (name not in dims), name
+
+
+def test_muon_has_its_own_rate_where_one_is_set():
+    weights = {"w": nnx.Param(jnp.eye(4), axes="DF"), "norm": nnx.Param(jnp.ones(4), axes="D")}
+    changes = []
+    for own in (None, 3 * CONFIG.learning_rate):
+        config = dataclasses.replace(CONFIG, name="muon", muon_learning_rate=own)
+        after, _ = updated(config, weights, weights)
+        changes.append([np.asarray(after[n].get_value() - weights[n].get_value()) for n in weights])
+    np.testing.assert_allclose(changes[1][0], 3 * changes[0][0], rtol=1e-3)
+    np.testing.assert_array_equal(changes[1][1], changes[0][1])
+    # 0.2 x sqrt(4) x orthogonal, at a tenth of the rate: Newton-Schulz ends between 0.7 and 1.2
+    assert 0.7 < np.abs(np.diag(changes[0][0])).mean() / (1e-3 * 0.4) < 1.2
+
+
+def test_a_chain_of_the_users_own_is_checked(tmp_path, monkeypatch):
+    (tmp_path / "chains.py").write_text(CHAINS)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def built(name: str):
+        config = dataclasses.replace(CONFIG, chain=name)
+        optimizer = optim.build(config, steps=STEPS)
+        optim.check_state(config, optimizer, tree)
+        return config
+
+    weights, state = updated(built("chains:lion"), tree(), tree())
+    assert isinstance(state[1], optax.ScaleByScheduleState)
+    np.testing.assert_allclose(weights["wDF"].get_value(), 1 - 1e-3, rtol=1e-6)
+    for name, words in {
+        "chains": "is not module:function",
+        "no_such_module:f": "No module named 'no_such_module'",
+        "chains:nothing": "chains has no nothing",
+        "chains:number": "the function returned int",
+        "chains:rows": "moments are split over devices by the dims of their weights",
+        "chains:whole": "every device would hold all of it",
+        "chains:growing": "changes the shapes or dtypes of its state",
+    }.items():
+        with refused(f"optim.chain = {name}", words):
+            built(name)
+
+
+CHAINS = """
+import jax
+import jax.numpy as jnp
+import optax
+
+def lion(config, rate):
+    return optax.chain(optax.scale_by_lion(), optax.scale_by_learning_rate(rate))
+
+def number(config, rate):
+    return 3
+
+def rows(config, rate):
+    init = lambda weights: jax.tree.map(lambda w: w[..., 0], weights)
+    return optax.GradientTransformation(init, lambda g, s, w=None: (g, s))
+
+def whole(config, rate):
+    return optax.GradientTransformation(lambda w: jnp.zeros(5000), lambda g, s, w=None: (g, s))
+
+def growing(config, rate):
+    init = lambda weights: jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights)
+    return optax.GradientTransformation(init, lambda g, s, w=None: (g, g))
+"""

@@ -26,9 +26,15 @@ CASES = {
     "stage-sequence": ({"stage": 2, "fsdp": 2, "sequence": 2}, "full", 1, 1, 1),
     "tensor-dots": ({"fsdp": 4, "tensor": 2}, "dots", 1, 1, 1),
     "fsdp-none": ({"fsdp": 8}, "none", 2, 1, 1),
+    "muon": ({"data": 2, "fsdp": 2, "tensor": 2}, "full", 1, 1, 1),
+    "muon-stage": ({"stage": 2, "fsdp": 2, "sequence": 2}, "full", 1, 1, 1),
+}
+OPTIMIZERS = {
+    "muon": {"name": "muon", "ema_decay": 0.99},
+    "muon-stage": {"name": "muon", "moment_dtype": "bfloat16"},
 }
 # Every axis is in one of these; the others are in the whole suite.
-FIRST = ("sequence-tensor", "stage-tensor", "stage-rounds", "fsdp-none")
+FIRST = ("sequence-tensor", "stage-tensor", "stage-rounds", "fsdp-none", "muon")
 each_case = pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in CASES],
@@ -39,13 +45,14 @@ each_case = pytest.mark.parametrize(
 def compiled(name):
     """(config, axis sizes, step, text, bytes of arguments) of a case on virtual CPU devices."""
     axes, remat, accumulation, rounds, microbatch_size = CASES[name]
-    layers = 6 if name == "stage-uneven" else 4
+    layers = 6 if name == "stage-uneven" else 9 if name == "muon" else 4
     attention = "auto" if "sequence" in axes else "xla"
     small = load(str(Path(__file__).with_name("small_run.py")))
     config = dataclasses.replace(
         small,
         model=dataclasses.replace(small.model, num_layers=layers),
         mesh=MeshConfig(**axes),
+        optim=dataclasses.replace(small.optim, **OPTIMIZERS.get(name, {})),
         train=dataclasses.replace(
             small.train, remat=remat, accumulation_steps=accumulation, attention=attention,
             pipeline_rounds=rounds, microbatch_size=microbatch_size,

@@ -12,6 +12,7 @@ from tiny_model import named_arrays, tiny_model, tiny_optim
 
 from llamajax import optim, sharding
 from llamajax.config.schema import TrainConfig
+from llamajax.models.layer_order import pipeline_order
 from llamajax.models.pipeline import PipelineOptions
 from llamajax.training.state import StateSpec, TrainState
 from llamajax.training.step import train_step
@@ -74,11 +75,12 @@ def run(
     layers=2,
     tied=False,
     offload=False,
+    optimizer=(),
     **options,
 ):
     """Metrics of each step, the weights after the last by name, and the number of traces.
 
-    `axes` are pairs of a mesh axis and its size.
+    `axes` are pairs of a mesh axis and its size, `optimizer` those of a key and its value.
     """
     mesh = mesh_of(**dict(axes))
     model = dataclasses.replace(MODEL, tie_embeddings=tied, num_layers=layers)
@@ -91,14 +93,15 @@ def run(
         microbatch_size=pipeline.microbatch_size,
     )  # fmt: skip
     sharding.check_divides(model.dims, mesh, batch=B, seq_len=T, train=train)
-    optimizer = optim.build(OPTIM, steps=TRAIN.steps)
+    config = dataclasses.replace(OPTIM, offload=offload, **dict(optimizer))
+    order = pipeline_order(layers, stages=mesh.shape["stage"], rounds=rounds)
+    optimizer = optim.build(config, steps=TRAIN.steps, facts=optim.RunFacts(layers=order))
     spec = StateSpec(model=model, optimizer=optimizer, mesh=mesh, rounds=rounds, offload=offload)
     state = drawn_state(spec)
     split = {"split_tokens": mesh.shape["tensor"] > 1}
     if mesh.shape["sequence"] > 1:
         split["attention"] = "split"
     compute = dataclasses.replace(COMPUTE, **{"pipeline": pipeline, **split, **options})
-    config = dataclasses.replace(OPTIM, offload=offload)
     step = jitted = train_step(optimizer, config, train, compute, mesh)
     batches, rows = [sharding.put_batch(packed_batch(n), mesh) for n in range(steps)], []
     if fast:

@@ -47,6 +47,31 @@ def test_every_mesh_takes_the_steps_of_one_device(axes):
     assert_same(run(*axes, **options), run(**options))
 
 
+MUON = (("name", "muon"), ("learning_rate", 0.02))
+MUON_MESHES = [
+    ({"data": 2, "fsdp": 2, "tensor": 2}, {"layers": 3, "accumulation": 2}),
+    ({"stage": 2, "fsdp": 2, "sequence": 2}, {"layers": 5, "rounds": 2, "accumulation": 2}),
+]
+MORE_MUON = [
+    ({"fsdp": 8}, {}),
+    ({"tensor": 4, "sequence": 2}, {}),
+    ({"data": 8}, {}),
+    ({"stage": 4, "tensor": 2}, {"layers": 4}),
+]
+
+
+@pytest.mark.parametrize(
+    ("axes", "options"),
+    [*MUON_MESHES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_MUON)],
+    ids=str,
+)
+def test_muon_takes_the_steps_of_one_device_on_every_mesh(axes, options):
+    """Newton-Schulz multiplies small singular values by up to 3.44**5, and rounding with them."""
+    found = run(*axes.items(), steps=STEPS, optimizer=MUON, **options)
+    same = {k: options[k] for k in ("layers",) if k in options}
+    assert_same(found, run(steps=STEPS, optimizer=MUON, **same), rtol=1e-4)
+
+
 PIPELINES = [
     ({"stage": 2, "sequence": 2}, {"layers": 3}),
     ({"stage": 2, "fsdp": 2}, {"rounds": 2, "layers": 5, "remat": "none", "tied": True}),
