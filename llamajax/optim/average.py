@@ -15,13 +15,16 @@ def start_average(weights: Any) -> Any:
 
 
 def move_average(
-    average: Any, weights: Any, *, decay: float, step: jax.Array, applied: jax.Array | None
+    average: Any, weights: Any, *, decay: float | None, step: jax.Array, applied: jax.Array | None
 ) -> Any:
     """Return the average after the update of `weights` at `step`; unchanged if it is not `applied`.
 
-    The decay is smaller in the first steps, (1 + step) / (10 + step), so that the random first
-    weights are soon forgotten (as in TensorFlow's ExponentialMovingAverage).
+    No-op where there is no average. The decay is smaller in the first steps, (1 + step) /
+    (10 + step), so that the random first weights are soon forgotten (as in TensorFlow's
+    ExponentialMovingAverage).
     """
+    if average is None:
+        return None
     # Without a barrier XLA might fuse the update with this, and round the weights otherwise.
     weights = jax.lax.optimization_barrier(weights)
     n = step.astype(jnp.float32)

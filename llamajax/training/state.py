@@ -58,9 +58,16 @@ class TrainState:
         """The arrays of a checkpoint. Frozen weights are not among them: a start imports them."""
         return self if self.adapters is None else self.replace(model=None)
 
-    def updated(self, trained: Any, **parts: Any) -> "TrainState":
-        """Return the state after one more step, with these parts."""
+    def updated(
+        self, trained: Any, decay: float | None, applied: jax.Array | None, **parts: Any
+    ) -> "TrainState":
+        """Return the state after one more step, with these parts; `decay` is the average's.
+
+        applied: whether the update was applied; None: yes.
+        """
         parts["model" if self.adapters is None else "adapters"] = trained
+        moving = {"decay": decay, "step": self.step, "applied": applied}
+        parts["average"] = optim.move_average(self.average, trained, **moving)
         return self.replace(step=self.step + 1, **parts)
 
 

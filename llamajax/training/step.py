@@ -150,11 +150,8 @@ def train_step(
             trained, opt_state = _updated(optimizer, grads, state, applied, offload=offload)
         if compute.z_weight:
             metrics["z_loss"] = compute.z_weight * z
-        average = state.average
-        if average is not None:
-            moving = {"decay": optim_config.ema_decay, "step": state.step, "applied": applied}
-            average = optim.move_average(average, trained, **moving)
-        return state.updated(trained, opt_state=opt_state, guard=memory, average=average), metrics
+        parts = {"opt_state": opt_state, "guard": memory}
+        return state.updated(trained, optim_config.ema_decay, applied, **parts), metrics
 
     return jax.jit(step, donate_argnums=0)
 

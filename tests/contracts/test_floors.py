@@ -54,7 +54,7 @@ PARAMETERS = 6
 # Where a list of things is the point, and no object is missing.
 LONG_LISTS = {
     "config/model_schema.py:ModelConfig": "keys of a config",
-    "config/schema.py:OptimConfig": "keys of a config",
+    "config/optim_schema.py:OptimConfig": "keys of a config",
     "config/schema.py:TrainConfig": "keys of a config",
     "config/schema.py:BackendConfig": "keys of a config",
     "prepare.py:PrepareFlags": "flags of a verb",
