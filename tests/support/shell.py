@@ -14,6 +14,7 @@ SHORT = {
     "model.num_layers": 1,
     "train.eval_every": 0,
     "train.eval_batches": 1,
+    "train.loss_chunk_tokens": 512,
     "checkpoint.every_steps": 2,
     "monitoring.progress": "none",
 }
