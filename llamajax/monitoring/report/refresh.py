@@ -16,7 +16,7 @@ from llamajax.monitoring.report.run_report import write_report
 
 _LOOK_EVERY_S, _WRITE_EVERY_S = 15.0, 180.0
 _IDLE_SHARE = 20  # times as long as the last page took, no other one is written
-_NICE = 19
+_NICE = 10
 _STOP_WITHIN_S = 5.0
 # Whatever is wrong with the files of a run, its end is not the place to fail.
 _FAILURES = (
