@@ -20,6 +20,7 @@ _PARTS = {
     "save": "checkpoint_s",
     "canary": "canary_s",
     "export": "export_s",
+    "profile": "profile_s",
 }
 
 

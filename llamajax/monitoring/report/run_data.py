@@ -55,7 +55,7 @@ def read_run(workdir: Path, *, cells: int) -> dict[str, Any]:
         "left_out_events": max(0, len(events) - _MAX_EVENTS),
         "checkpoints": _checkpoints(workdir, events, first_s),
         "samples": _samples(workdir),
-        "profile": read_object(workdir / "profile.json"),
+        "profile": read_object(workdir / "profile" / "summary.json"),
     }
 
 

@@ -12,12 +12,13 @@ const PARTS = [
   ["checkpoint_s", "Waiting for checkpoints", "save"],
   ["canary_s", "Checking devices", "canary"],
   ["export_s", "Exporting weights", "canary"],
+  ["profile_s", "Tracing", "canary"],
   ["redone_s", "Steps done twice", "redone"],
   ["rolled_back_s", "Steps rolled back", "rollback"],
   ["down_s", "No process", "down"],
   ["other_s", "Everything else", "other"],
 ];
-const DRAWN = { init: "restore", import: "restore", export: "canary" }; // events in the color of a part
+const DRAWN = { init: "restore", import: "restore", export: "canary", profile: "canary" }; // events in the color of a part
 const QUIET = ["save", "evaluation", "compile", "restore", "canary", "export"];
 
 // A bar over a part of a whole.
@@ -93,6 +94,30 @@ function planned({ plan, facts, measured }) {
     terms.length > 0 && [el("h3", {}, "Terms of the planned step"), table(["Term", "Time"], terms, "Terms")],
     plan.devices ? note(`Planned for ${plan.devices}`, here, ".")
       : note("Planned by the compiled program alone; `llamajax plan --json=WORKDIR/plan.json` adds the rest.")];
+}
+
+// The summary of traced steps (`monitoring.profile_steps`) beside the plan of the same program.
+function profile({ profile: found }) {
+  if (!Array.isArray(found.steps)) return null;
+  const { links_s: links = {}, ...plan } = found.planned ?? {};
+  const waited_s = Object.values(links).reduce((a, b) => a + b, 0) - plan.hidden_s;
+  const rows = [
+    ["products", found.products_s, plan.products_s],
+    ["attention", found.attention_s, plan.attention_s],
+    ["other operations", found.other_s, plan.memory_s],
+    ["communication waited for", found.exposed_communication_s, waited_s],
+    ...Object.entries(found.communication_s ?? {}).map(([axes, s]) => [`all along ${axes}`, s.total_s, links[axes]]),
+    ["idle", found.idle_s, plan.bubble_s],
+    ["of it waiting for data", found.data_wait_s],
+    ["of no known operation", found.unknown_s],
+    ["other programs", found.other_programs_s],
+    ["step", found.step_s, plan.step_time_s],
+  ].filter((row) => isNumber(row[1])).map(([name, measured, before]) => [
+    name, isNumber(before) ? duration(before) : "", duration(measured),
+    before > 0 ? digits(measured / before) : "", percent(measured / found.step_s),
+  ]);
+  return [table(["", "Planned", "Measured", "Ratio", "Share"], rows, "Where a step's time went"),
+    note(`Mean of ${plural(found.devices, "device")} over steps ${found.steps.join(" to ")}.`)];
 }
 
 function mesh(run) {
@@ -231,7 +256,7 @@ const sections = (run) => [
   card("Where the time went", waterfall(run), timeline(run)),
   card("Events", events(run)),
   card("Planned and measured", planned(run)),
-  card("Where a step's time went", Object.keys(run.profile).length > 0 && table(["", ""], flat(run.profile), "Profile")),
+  card("Where a step's time went", profile(run)),
   card("Mesh", mesh(run)),
   card("Samples", samples(run)),
   card("Checkpoints", checkpoints(run)),

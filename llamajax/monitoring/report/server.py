@@ -12,7 +12,7 @@ from llamajax.monitoring.metrics import METRICS
 from llamajax.monitoring.report.run_report import read_runs, render
 
 _HOST = "127.0.0.1"
-_FILES = (METRICS, EVENTS, "config.json", "plan.json", "samples.jsonl")
+_FILES = (METRICS, EVENTS, "config.json", "plan.json", "samples.jsonl", "profile/summary.json")
 
 
 class ReportServer(http.server.ThreadingHTTPServer):
