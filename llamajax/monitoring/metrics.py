@@ -48,7 +48,7 @@ class MetricsWriter:
     resume_step: the step that training continues from (0 at the start of a run). Later rows are
     removed first, so that the file holds every step once. Not primary: does nothing at all. Rows
     that a full disk refuses are written, in order, with the first one that it takes. open_sinks:
-    given the step after which what the sinks hold is replaced.
+    given the step after which what the sinks hold is replaced. file: another name.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class MetricsWriter:
         *,
         resume_step: int,
         primary: bool,
+        file: str = METRICS,
         open_sinks: Callable[[int], Sequence[SinkThread]] = lambda _: (),
     ):
         self._file: RowFile | None = None
@@ -64,7 +65,7 @@ class MetricsWriter:
         self._newest = {"train": -1, "eval": -1}
         if not primary:
             return
-        path = Path(workdir) / METRICS
+        path = Path(workdir) / file
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             rows = _rewind(path, resume_step=resume_step)
@@ -82,7 +83,7 @@ class MetricsWriter:
         again = [row for row in rows if row.get("time_s", 0.0) > last_s - _SENT_AGAIN_S]
         self._sinks = open_sinks(again[0]["step"] - 1 if again else resume_step)
         for row in again:
-            self._pass_on(row)
+            self.pass_on(row)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; it must have `step`, and is an evaluation's if it has `eval_loss`.
@@ -97,9 +98,10 @@ class MetricsWriter:
         if dropped := sum(sink.dropped for sink in self._sinks):
             row = {**row, "sink_dropped_rows": dropped}
         self._file.add(row)
-        self._pass_on(row)
+        self.pass_on(row)
 
-    def _pass_on(self, row: Mapping[str, Any]) -> None:
+    def pass_on(self, row: Mapping[str, Any]) -> None:
+        """Pass a row to the sinks alone."""
         for sink in self._sinks:
             sink.write(row)
 

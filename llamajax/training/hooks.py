@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -84,6 +84,7 @@ class LogHook:
 
     def __init__(self, attempt: Attempt):
         self._attempt = attempt
+        self.gradient_norms: Sequence[np.ndarray] = ()  # by weight, of the last step read
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._mfu = mfu_from_speed(attempt.run.setup)
 
@@ -101,6 +102,7 @@ class LogHook:
         (step, metrics), self._pending = self._pending, None
         a, train = self._attempt, self._attempt.run.config.train
         values = jax.device_get(metrics)
+        self.gradient_norms = values.get("weight_norms", ())
         a.timer.mark_fetched(step)
         unlogged = {f"unlogged_{part}": value for part, value in a.timer.untaken.items()}
         row = a.checks.inspect(step, values, unlogged)

@@ -22,6 +22,7 @@ from llamajax.training.hooks import (
     LogHook,
     SaveHook,
 )
+from llamajax.training.norms_hook import NormsHook
 from llamajax.training.state import TrainState
 
 
@@ -38,7 +39,8 @@ def train_steps(
     log, save, evaluate = LogHook(attempt), SaveHook(attempt), EvaluateHook(attempt)
     export = ExportHook(attempt)
     # The canary comes before the save, so that no checkpoint holds what a bad device computed.
-    hooks: list[Hook] = [CanaryHook(attempt), save, export, evaluate]
+    norms = NormsHook(attempt, log)
+    hooks: list[Hook] = [CanaryHook(attempt), norms, save, export, evaluate]
     hooks += [make(attempt) for make in more_hooks]
     if start.step and not start.fork:
         for hook in (evaluate, export):  # the previous process may have ended before these
