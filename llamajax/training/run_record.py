@@ -21,6 +21,7 @@ from llamajax.monitoring import load_events, load_metrics
 from llamajax.monitoring.blackbox import read_leftovers
 from llamajax.monitoring.run_facts import steps_after
 from llamajax.training.messages import previous_checkpoint
+from llamajax.training.setup import Setup, with_loss_chunk
 from llamajax.training.workdir import Run
 
 _PACKAGES = (
@@ -137,7 +138,7 @@ def write_start(
         device_kind=machine.device_kind,
         num_devices=machine.num_devices,
         num_processes=machine.num_processes,
-        overrides=_overrides(config_file, run.config) if config_file else {},
+        overrides=_overrides(config_file, run.setup) if config_file else {},
         changed=_changed(run.workdir, run.config),
     )
 
@@ -165,13 +166,16 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
     return {"commit": answers[0], "modified": bool(answers[1])}
 
 
-def _overrides(config_file: str, config: RunConfig) -> dict[str, list[str | None]]:
+def _overrides(config_file: str, setup: Setup) -> dict[str, list[str | None]]:
     """Return the file's value and the one used of each key in which they differ.
+
+    What the file leaves to the platform is no difference.
 
     A file that is no whole config without the command line has no values to show: null.
     """
     try:
-        return {key: list(values) for key, values in diff(load(config_file), config).items()}
+        file = with_loss_chunk(load(config_file), setup.machine.platform, setup.mesh.shape)
+        return {key: list(values) for key, values in diff(file, setup.config).items()}
     except UserError:
         given = (
             text.removeprefix("--config.") for text in sys.argv if text.startswith("--config.")
