@@ -102,6 +102,9 @@ class TrainConfig:
         "weights in bfloat16",
         default="tensor",
     )
+    name: str | None = key(
+        "name of the run in titles and logs; none: that of its --workdir", default=None
+    )
     init_from: str | None = key(
         "weights to start from: a Hugging Face directory, a --workdir or one of its checkpoints; "
         "none: random weights",

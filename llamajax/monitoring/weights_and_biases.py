@@ -41,7 +41,7 @@ class WeightsAndBiases:
         self._run = wandb.init(
             id=known["id"],
             resume="allow",
-            name=workdir.absolute().name,
+            name=config.get("train", {}).get("name") or workdir.absolute().name,
             dir=str(workdir),
             config=dict(config),
             settings=settings,

@@ -28,6 +28,8 @@ def run_header(setup: Setup, start: int) -> Iterator[str]:
         yield "warning: the data has no validation split: no evaluation"
     for line in data_warnings(setup) + memory_warnings(setup):
         yield f"warning: {line}"
+    if c.train.name:
+        yield f"run      {c.train.name}"
     trained = f", {format_count(num_trained(c))} trained" if c.lora.rank else ""
     parameters = format_count(num_parameters(c.model))
     yield f"model    {c.model.name or 'custom'}, {parameters} parameters{trained}"

@@ -223,7 +223,7 @@ def _open_attempt(
         total_steps=config.train.steps,
         start_step=start.step,
         mode=config.monitoring.progress if primary else "none",
-        title=run.workdir.absolute().name,
+        title=run.name,
     )
     stack.callback(progress.close)
     starts = sum(event["event"] == "start" for event in load_events(run.workdir) if primary)

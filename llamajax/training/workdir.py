@@ -61,6 +61,11 @@ class Run:
         return self.setup.config
 
     @property
+    def name(self) -> str:
+        """The title of the run: `train.name`, or the name of its directory."""
+        return self.config.train.name or self.workdir.absolute().name
+
+    @property
     def is_primary(self) -> bool:
         """Whether this is process 0, which writes what the run has once."""
         return self.setup.machine.is_primary

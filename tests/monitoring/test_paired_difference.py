@@ -11,19 +11,23 @@ TRIALS = 400
 STEPS = range(11, 11 + ROWS)
 
 
-def walks(kind: str) -> np.ndarray:
+def chance(correlated_over: float, noise: float) -> np.ndarray:
     """Differences of runs that are alike, (trials, rows): how they drift apart by chance."""
-    rng = np.random.default_rng(len(kind))
-    noise = rng.standard_normal((2, TRIALS, ROWS))
-    rate = {"decaying rate": np.linspace(1, 0, ROWS)}.get(kind, np.ones(ROWS))
-    drift = np.cumsum(rate * noise[0], axis=1)
-    return {"independent": noise[1], "noisy walk": 0.1 * drift + noise[1]}.get(kind, drift)
+    rng = np.random.default_rng(int(correlated_over + noise))
+    stays, drift = np.exp(-1 / correlated_over), np.zeros((TRIALS, ROWS))
+    pushes = np.sqrt(1 - stays**2) * rng.standard_normal((TRIALS, ROWS))
+    for n in range(1, ROWS):
+        drift[:, n] = stays * drift[:, n - 1] + pushes[:, n]
+    return drift + noise * rng.standard_normal((TRIALS, ROWS))
 
 
-@pytest.mark.parametrize("kind", ["independent", "walk", "noisy walk", "decaying rate"])
-def test_chance_is_called_a_difference_in_at_most_5_percent(kind):
-    called = sum(paired_difference(STEPS, d).since is not None for d in walks(kind))
-    assert called <= 0.05 * TRIALS
+@pytest.mark.parametrize(
+    ("correlated_over", "noise"), [(0.01, 0), (5, 0), (ROWS / 10, 0), (ROWS / 3, 5)]
+)
+def test_chance_is_called_a_difference_in_at_most_5_percent(correlated_over, noise):
+    found = [paired_difference(STEPS, d) for d in chance(correlated_over, noise)]
+    assert sum(d.since is not None for d in found) <= 0.05 * TRIALS
+    assert np.mean([d.low < 0 < d.high for d in found]) >= 0.95
 
 
 def test_an_effect_is_found_early_with_its_sign_and_size():
@@ -31,13 +35,13 @@ def test_an_effect_is_found_early_with_its_sign_and_size():
     effect = -0.02 * (1 - np.exp(-np.arange(ROWS) / 10))
     found = paired_difference(STEPS, effect + 0.003 * rng.standard_normal(ROWS))
     assert found.low < -0.02 < found.high < 0
-    assert found.since == STEPS[255]
-    assert "A is better, seen from step 266 on" in found.words("A", "B")
+    assert (found.first_step, found.last_step, found.since) == (267, 522, STEPS[63])
+    assert "A is better, seen from step 74 on" in found.words("A", "B")
     assert paired_difference(STEPS, [0.0] * ROWS).since is None
 
 
 SEGMENT = {"first_step": 0, "first_sample": 0, "batch_size": 8, "seq_len": 4, "rounds": 8}
-LATER = SEGMENT | {"first_step": 60, "first_sample": 960, "batch_size": 16}
+LATER = SEGMENT | {"first_step": 110, "first_sample": 880, "batch_size": 16}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +59,7 @@ LATER = SEGMENT | {"first_step": 60, "first_sample": 960, "batch_size": 16}
 def test_only_runs_that_read_the_same_samples_are_paired(tmp_path, segments, words):
     for name, position, better in (("a", [SEGMENT], 0.0), ("b", segments, 0.1)):
         folder = tmp_path / name
-        rows = ({"step": n, "loss": 3 - better + n % 7 * 1e-3 * better} for n in range(1, 51))
+        rows = ({"step": n, "loss": 3 - better + n % 7 * 1e-3 * better} for n in range(1, 101))
         write_rows(folder / "metrics.jsonl", *rows)
         event = {"event": "restore", "step": 0, "time_s": 1.0, "position": position}
         write_rows(folder / "events.jsonl", event)
