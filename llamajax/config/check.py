@@ -165,6 +165,20 @@ def _final_rate(v: Values) -> Iterator[str]:
         )
 
 
+def _muon(v: Values) -> Iterator[str]:
+    own, chain = v["optim.muon_learning_rate"], v["optim.chain"]
+    if own is not None and (v["optim.name"] != "muon" or chain is not None):
+        yield (
+            f"optim.muon_learning_rate = {own}: is of optim.name = muon alone; set it to none, or "
+            "choose muon, without optim.chain"
+        )
+    if chain is not None and v["optim.name"] != "adamw":
+        yield (
+            f"optim.chain = {chain} and optim.name = {v['optim.name']}: a chain is the whole "
+            "optimizer; choose one of the two"
+        )
+
+
 def _remat(v: Values) -> Iterator[str]:
     for path in ("train.remat_keep", "train.remat_offload"):
         yield from _unknown_names(f"{path}: unknown tensor", v[path], REMAT_NAMES)
@@ -299,6 +313,6 @@ def _processes(v: Values) -> Iterator[str]:
 
 _RULES = (
     _even_head, _kv_heads, _rope_scaling, _context, _mesh, _batch, _data_path, _weights, _warmup,
-    _decay, _final_rate, _remat, _continuation, _lora_base, _targets, _lora_rank, _not_empty,
+    _decay, _final_rate, _muon, _remat, _continuation, _lora_base, _targets, _lora_rank, _not_empty,
     _directory, _spikes, _plugin, _plugin_options, _processes, _monitoring,
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """An optimizer of the user's own: `optim.chain=module:function`."""
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -35,6 +36,12 @@ def custom_chain(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTra
         raise UserError(f"{text}: {error}; run in its folder, or install it") from None
     except AttributeError:
         raise UserError(f"{text}: {module} has no {name}") from None
+    try:
+        inspect.signature(function).bind(config, rate)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{text}: {error}; it must be a function of the optim section and the learning rate"
+        ) from None
     chain = function(config, rate)
     if not isinstance(chain, optax.GradientTransformation):
         raise UserError(
@@ -79,8 +86,8 @@ def check_state(
             return optimizer.update(weights, state, weights, step=jax.numpy.int32(0))[1]
 
     after = jax.eval_shape(update, weights, state)
-    facts = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (state, after)]
-    if facts[0] != facts[1]:
+    leaves = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (state, after)]
+    if leaves[0] != leaves[1] or jax.tree.structure(state) != jax.tree.structure(after):
         raise UserError(
             f"{text}: an update changes the shapes or dtypes of its state; a step must return what "
             "it takes"

@@ -14,6 +14,7 @@ TRIPLE = {
     "backend.num_processes": 2,
     "backend.process_id": 1,
 }
+MUON = {"optim.name": "muon", "optim.muon_learning_rate": None, "optim.chain": None}
 WRONG = [
     ({"model.head_size": 9}, "model.head_size = 9: must be even"),
     ({"model.num_kv_heads": 4}, "model.num_kv_heads = 4: must divide model.num_heads = 6; choose"),
@@ -37,6 +38,11 @@ WRONG = [
     ({"optim.schedule": "wsd"}, "optim.decay_steps = none: optim.schedule = wsd needs it"),
     ({"optim.schedule": "wsd", "optim.decay_steps": 91}, "train.steps = 100; make it at most 90"),
     ({"optim.final_learning_rate": 0.1}, "= 0.1: is above the peak optim.learning_rate = 0.001"),
+    (MUON | {"optim.muon_learning_rate": 0.1, "optim.name": "adamw"}, "is of optim.name = muon"),
+    (
+        MUON | {"optim.chain": "a:b"},
+        "optim.chain = a:b and optim.name = muon: a chain is the whole",
+    ),
     ({"train.init_from": " "}, "train.init_from = '': is empty"),
     ({"train.resume_step": 3, "train.restart": True}, "train.resume_step = 3 and train.restart"),
     ({"lora.rank": 8}, "lora.rank = 8: adapters need weights to adapt; set train.init_from"),
@@ -58,6 +64,7 @@ WRONG = [
     (TRIPLE | {"backend.coordinator_address": "::1:8"}, "address is in brackets: [::1]:8"),
 ]
 RIGHT = [
+    MUON | {"optim.muon_learning_rate": 0.1},
     {"data.seq_len": 128},
     {"mesh.data": -1, "mesh.fsdp": 4, "train.accumulation_steps": 2},
     {"optim.schedule": "wsd", "optim.decay_steps": 90},

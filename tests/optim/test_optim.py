@@ -9,10 +9,11 @@ import optax
 import pytest
 from flax import nnx
 from refusal import refused
-from tiny_model import tiny_optim
+from tiny_model import tiny_model, tiny_optim
 
 from llamajax import optim
 from llamajax.config.schema import OptimConfig
+from llamajax.models.llama import Llama
 from llamajax.optim.moments import round_stochastically
 
 RATES = {"learning_rate": 1e-2, "final_learning_rate": 1e-3}
@@ -199,11 +200,12 @@ def test_muon_has_its_own_rate_where_one_is_set():
 def test_a_chain_of_the_users_own_is_checked(tmp_path, monkeypatch):
     (tmp_path / "chains.py").write_text(CHAINS)
     monkeypatch.syspath_prepend(tmp_path)
+    model = jax.eval_shape(lambda key: Llama(tiny_model(), key), jax.random.key(0))
 
     def built(name: str):
         config = dataclasses.replace(CONFIG, chain=name)
         optimizer = optim.build(config, steps=STEPS)
-        optim.check_state(config, optimizer, tree)
+        optim.check_state(config, optimizer, lambda: model)
         return config
 
     weights, state = updated(built("chains:lion"), tree(), tree())
@@ -214,6 +216,8 @@ def test_a_chain_of_the_users_own_is_checked(tmp_path, monkeypatch):
         "no_such_module:f": "No module named 'no_such_module'",
         "chains:nothing": "chains has no nothing",
         "chains:number": "the function returned int",
+        "chains:optax": "a function of the optim section and the learning rate",
+        "chains:alone": "too many positional arguments; it must be a function of",
         "chains:rows": "moments are split over devices by the dims of their weights",
         "chains:whole": "every device would hold all of it",
         "chains:growing": "changes the shapes or dtypes of its state",
@@ -232,6 +236,9 @@ def lion(config, rate):
 
 def number(config, rate):
     return 3
+
+def alone(config):
+    return optax.identity()
 
 def rows(config, rate):
     init = lambda weights: jax.tree.map(lambda w: w[..., 0], weights)
