@@ -1,6 +1,7 @@
 """Prints how long attention takes, forward and backward, for each implementation that runs here.
 
-    python benchmarks/attention.py --shape=4,512,8,4,64 --dtypes=float32,bfloat16
+    python benchmarks/attention.py --shape=4,512,8,4,64 --dtypes=float32,bfloat16 \\
+        [--own=module:function]
 
 The shape is B,T,N,K,H: rows, tokens, query heads, key-value heads, head size. Implementations
 alternate within one run, so that a busy machine slows all of them alike; median and least of
@@ -9,6 +10,7 @@ alternate within one run, so that a busy machine slows all of them alike; median
 
 import argparse
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +40,12 @@ def inputs(shape: tuple[int, ...], dtype: str) -> tuple[jax.Array, ...]:
     return *qkv, jnp.asarray(ids, jnp.int32)
 
 
-def measure(shape: tuple[int, ...], dtype: str, repeats: int) -> None:
+def measure(shape: tuple[int, ...], dtype: str, repeats: int, impls: Sequence[str]) -> None:
     """Print the rows of one dtype."""
     _, T, _, _, H = shape
     facts = {"platform": jax.default_backend(), "dtype": dtype, "head_size": H, "seq_len": T}
     arguments = inputs(shape, dtype)
-    steps = {i: compiled_step(i, arguments) for i in SUPPORTED if not check_supported(i, **facts)}
+    steps = {i: compiled_step(i, arguments) for i in impls if not check_supported(i, **facts)}
     times: dict[str, list[float]] = {impl: [] for impl in steps}
     for repeat in range(repeats + 1):
         for impl, step in steps.items():
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--shape", default="4,512,8,4,64", help="B,T,N,K,H")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--own", help="also this function, as train.attention takes it")
     flags = parser.parse_args()
     shape = tuple(int(size) for size in flags.shape.split(","))
     device = jax.devices()[0].device_kind
@@ -69,7 +72,7 @@ def main() -> None:
     print("| dtype | implementation | median ms | least ms | temporary MiB |")
     print("| --- | --- | ---: | ---: | ---: |")
     for dtype in flags.dtypes.split(","):
-        measure(shape, dtype, flags.repeats)
+        measure(shape, dtype, flags.repeats, [*SUPPORTED, *filter(None, [flags.own])])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any, get_args
 from llamajax.backends import with_huge_pages
 from llamajax.config import RunConfig, find_preset, freeze, mesh_config
 from llamajax.config.schema import AttentionImpl, ComputeDtype, Remat
+from llamajax.config.values import describe
 from llamajax.errors import UserError, say
 from llamajax.files import write_file
 from llamajax.verbs import output_problem, run_verb
@@ -343,7 +344,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
     parser.add_argument("--remat", choices=get_args(Remat), default="dots")
     parser.add_argument("--remat_keep", default="", help="tensors of a block to keep, a,b")
-    parser.add_argument("--attention", choices=get_args(AttentionImpl), default="auto")
+    parser.add_argument("--attention", help=describe(AttentionImpl), default="auto")
     parser.add_argument("--accumulation", type=int, default=1, help="microbatches a step")
     parser.add_argument("--loss_chunk_tokens", type=int, help="none: as train chooses")
     parser.add_argument("--moment_dtype", choices=get_args(ComputeDtype), default="float32")

@@ -84,15 +84,14 @@ def set_up(config: RunConfig, *, keep_programs: bool = True) -> Setup:
         raise refusal
     config = with_loss_chunk(config, machine.platform, mesh.shape)
     attention = resolve_attention(config, machine, mesh)
-    compute = resolve_compute(config, mesh, attention.impl)
     if is_own(attention.impl):
-        attention = _proven(attention.impl, config, mesh, compute)
+        attention = _proven(attention.impl, config, mesh)
     return Setup(
         config=config,
         machine=machine,
         mesh=mesh,
         attention=attention,
-        compute=compute,
+        compute=resolve_compute(config, mesh, attention.impl),
         compiler_options=resolve_compiler_options(config, machine, mesh),
         spec=StateSpec.of(config, mesh),
         mixture=mixture,
@@ -137,14 +136,14 @@ def resolve_attention(config: RunConfig, machine: backends.Machine, mesh: Mesh) 
     return choose_attention(t.attention, machine.attention_preferences, **facts)
 
 
-def _proven(own: str, config: RunConfig, mesh: Mesh, compute: Compute) -> AttentionChoice:
+def _proven(own: str, config: RunConfig, mesh: Mesh) -> AttentionChoice:
     """Prove the user's own attention on every process. Raises the UserError of any on all."""
-    model, parts, error = config.model, mesh.shape["tensor"], None
+    model, t, parts, error = config.model, config.train, mesh.shape["tensor"], None
     found, is_named = "", True
     try:
         found, is_named = prove(
             own,
-            dtype=str(compute.dtype),
+            dtype=t.activation_dtype,
             heads=(model.num_heads // parts, model.num_kv_heads // parts),
             head_size=model.head_size,
             seq_len=config.data.seq_len,
@@ -153,8 +152,11 @@ def _proven(own: str, config: RunConfig, mesh: Mesh, compute: Compute) -> Attent
     except UserError as problem:
         error = problem
     raise_together(error)
-    again = "" if is_named else '; it names nothing "attention", so that remat runs it again'
-    return AttentionChoice(own, f"train.attention = {own}; {found}{again}", not is_named)
+    could_keep = t.remat not in ("none", "full") or "attention" in t.remat_keep
+    reason, is_again = f"train.attention = {own}; {found}", could_keep and not is_named
+    if is_again:
+        reason += f'; it names nothing "attention", which train.remat = {t.remat} would keep'
+    return AttentionChoice(own, reason, is_second_best=is_again)
 
 
 def resolve_compute(config: RunConfig, mesh: Mesh, attention: str) -> Compute:

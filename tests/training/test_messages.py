@@ -14,6 +14,7 @@ from llamajax.models.memory import held_parts, host_bytes, state_bytes
 from llamajax.sharding import build_mesh
 from llamajax.training.dry_run import dry_run
 from llamajax.training.messages import data_warnings, memory_warnings
+from llamajax.training.setup import set_up
 
 
 def session(*, steps: int = 10, vocab_size: int = 300, held_out: tuple[str, ...] = ("a", "b")):
@@ -86,6 +87,14 @@ def test_a_control_group_bounds_the_hosts_memory(tmp_path, monkeypatch):
     assert backends.host_memory_bytes() > 2**20
     monkeypatch.setattr("llamajax.backends.machine_facts._MEMORY_LIMITS", limits)
     assert backends.host_memory_bytes() == 1000
+
+
+@pytest.mark.parametrize(("remat", "warned"), [("none", 0), ("save_attention", 1)])
+def test_own_attention_that_remat_cannot_keep_is_a_warning(short_config, remat, warned):
+    keys = {"train.attention": "own_attention:unnamed", "train.remat": remat}
+    attention = set_up(short_config(**keys), keep_programs=False).attention
+    assert "float32 error" in attention.reason
+    assert len(attention.warnings()) == warned
 
 
 def test_a_dry_run_prints_every_value_with_its_origin_and_writes_nothing(
