@@ -34,6 +34,8 @@ def import_function(name: str, *, key: str) -> Callable[..., Any]:
     """
     module, _, function = name.partition(":")
     label = f"{key} = {name}"
+    if not (module and function):
+        raise UserError(f"{label}: is not module:function, e.g. my_code:{key.rpartition('.')[2]}")
     sys.path += [p for p in (os.getcwd(), *_beside_config) if p not in sys.path]
     try:
         spec = importlib.util.find_spec(module)

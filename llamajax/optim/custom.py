@@ -1,9 +1,6 @@
 """An optimizer of the user's own: `optim.chain=module:function`."""
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +8,7 @@ import jax
 import optax
 
 from llamajax.config.schema import OptimConfig
+from llamajax.config.user_code import import_function
 from llamajax.errors import UserError
 from llamajax.sharding import is_weight
 
@@ -25,17 +23,7 @@ def custom_chain(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTra
     returns no optax transformation.
     """
     text = f"optim.chain = {config.chain}"
-    module, colon, name = config.chain.partition(":")
-    if not (colon and module and name):
-        raise UserError(f"{text}: is not module:function, e.g. my_optimizers:lion")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # as `python -m llamajax.train` has it
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise UserError(f"{text}: {error}; run in its folder, or install it") from None
-    except AttributeError:
-        raise UserError(f"{text}: {module} has no {name}") from None
+    function = import_function(config.chain, key="optim.chain")
     try:
         inspect.signature(function).bind(config, rate)
     except (TypeError, ValueError) as error:

@@ -213,10 +213,10 @@ def test_a_chain_of_the_users_own_is_checked(tmp_path, monkeypatch):
     np.testing.assert_allclose(weights["wDF"].get_value(), 1 - 1e-3, rtol=1e-6)
     for name, words in {
         "chains": "is not module:function",
-        "no_such_module:f": "No module named 'no_such_module'",
-        "chains:nothing": "chains has no nothing",
+        "no_such_module:f": "Python finds no module no_such_module",
+        "chains:nothing": "chains.py defines no function nothing",
         "chains:number": "the function returned int",
-        "chains:optax": "a function of the optim section and the learning rate",
+        "chains:optax": "chains.py defines no function optax",
         "chains:alone": "too many positional arguments; it must be a function of",
         "chains:rows": "moments are split over devices by the dims of their weights",
         "chains:whole": "every device would hold all of it",
