@@ -64,7 +64,8 @@ def main(argv: list[str]) -> int:
     """Write the page and print its path, or serve it; return 0."""
     argv = [f"--serve={_PORT}" if _is_bare(argv, i) else token for i, token in enumerate(argv)]
     flags = parse_command_line(argv, ReportFlags, verb="report", doc=__doc__)
-    workdirs = [Path(text) for text in flags.workdir]
+    one = Path(",".join(flags.workdir))  # whose name has a comma
+    workdirs = [one] if one.is_dir() else [Path(text) for text in flags.workdir]
     if flags.serve is None:
         output = Path(flags.output) if flags.output else None
         print(write_report(*workdirs, output=output, price_per_hour=flags.price_per_hour))

@@ -172,7 +172,9 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == f"{run / 'report.html'}\n"
     # Later reports, those of the run itself as well, know the price.
     assert Page(write_report(run)).data["price_per_hour"] == 2.5
-    make_run(tmp_path / "other", steps=5)
+    make_run(tmp_path / "a,b", steps=5)
+    assert main([f"--workdir={tmp_path / 'a,b'}", f"--output={tmp_path / 'a.html'}"]) == 0
+    (tmp_path / "a,b").rename(tmp_path / "other")
     assert main([f"--workdir={run},{tmp_path / 'other'}", f"--output={tmp_path / 'a.html'}"]) == 0
     assert [each["step"] for each in Page(tmp_path / "a.html").data["runs"]] == [3, 5]
     assert not (tmp_path / "other" / "run.json").exists()

@@ -133,6 +133,8 @@ def test_the_last_steps_before_an_error_are_counted(short_run, tmp_path, monkeyp
     code = GuardStop.exit_code if is_guard else 1
     assert (end["event"], end["code"]) == ("end", code)
     assert end.get("error") == (None if is_guard else "RuntimeError: lost")
+    report = (tmp_path / "report.html").read_text()
+    assert (f"ended with exit code {code}" if is_guard else "RuntimeError: lost") in report
     assert end["kept_tokens"] == pytest.approx(4 * 8 * 48)
     assert end["kept_steps_s"] > 0
     assert end["removed_steps_s"] > 0

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import llamajax
 from llamajax.errors import UserError, say
+from llamajax.files import remove_partials
 from llamajax.monitoring.events import EVENTS
-from llamajax.monitoring.report.run_report import write_report
+from llamajax.monitoring.report.run_report import REPORT, write_report
 
 _LOOK_EVERY_S, _WRITE_EVERY_S = 15.0, 180.0
 _IDLE_SHARE = 20  # times as long as the last page took, no other one is written
@@ -51,6 +52,7 @@ def refreshed_report(workdir: Path, *, primary: bool) -> Iterator[None]:
         refresher.stop()
         thread.join()
         if _events_size(workdir) != refresher.before:
+            remove_partials(workdir / REPORT)  # of a process that did not end in time
             try:
                 write_report(workdir)
             except _FAILURES as error:
@@ -87,12 +89,12 @@ class _Refresher:
                 took_s = written_s - began_s
 
     def _write(self) -> None:
-        """Write the report at the lowest priority; end at once when the run does."""
-        code = [sys.executable, "-m", "llamajax.report", f"--workdir={self._workdir}"]
+        """Write the report at a low priority; end at once when the run does."""
+        command = [sys.executable, "-m", "llamajax.report", f"--workdir={self._workdir}"]
         home = Path(llamajax.__file__).parents[1]  # so that the same package is found
         try:
             with subprocess.Popen(
-                code,
+                command,
                 cwd=home,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

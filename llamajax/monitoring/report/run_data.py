@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from llamajax.errors import ExitCode
 from llamajax.monitoring.blackbox import BLACKBOX, boxes
 from llamajax.monitoring.events import load_events
 from llamajax.monitoring.jsonl import read_lines, read_object, read_rows
@@ -94,7 +95,9 @@ def _verdict(config: Row, facts: Row, events: Sequence[Row], drawn: Row) -> dict
     last, total = events[-1] if events else {}, section(config, "train").get("steps")
     done = is_number(total) and drawn["train"]["step"][-1:] == [total]
     status = str(facts.get("status") or ("finished" if done else "in progress"))
-    error = str(last.get("error") or "")
+    error, code = str(last.get("error") or ""), last.get("code", ExitCode.FINISHED)
+    if code not in (ExitCode.FINISHED, ExitCode.STOPPED):
+        error = error or f"ended with exit code {code}: see the last lines of train.log"
     level = {"running": "info", "in progress": "info", "stopped": "warn", "dead": "bad"}
     found = level.get(status, "good" if status == "finished" else "warn")
     if error:
