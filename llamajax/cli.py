@@ -70,7 +70,7 @@ def dispatch(argv: list[str]) -> None:
     Raises:
         UserError: no verb, or none of this name.
     """
-    answer_help(["--help"] if argv[:1] == ["help"] else argv[:1], help_text)
+    answer_help(["--help"] if argv[:1] == ["help"] else argv[:1], lambda _: help_text())
     known = verbs()
     if argv and (list_text := {"configs": configs_text, "presets": presets_text}.get(argv[0])):
         if argv[1:] not in ([], ["--help"]):

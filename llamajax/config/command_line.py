@@ -6,13 +6,14 @@ those of the config file.
 
 import importlib.metadata
 import inspect
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from llamajax.config.flags import Flags, RunFlags
-from llamajax.config.keys import all_keys, own_keys, sections
+from llamajax.config.keys import all_keys, nearest_key, own_keys, sections
 from llamajax.config.load import resolve
 from llamajax.config.schema import RunConfig
 from llamajax.config.values import NOT_SET, Key, Mistyped, show
@@ -21,7 +22,7 @@ from llamajax.errors import combine, did_you_mean, nearest
 F = TypeVar("F", bound=Flags)
 
 _PREFIX = "--config."
-_WIDTH = 100
+_WIDTHS = (40, 100)  # least and most, on a narrow and a wide terminal
 _KEYS = (
     "Config keys: set in the config file, overridden by --config.SECTION.KEY=VALUE. "
     "`none` clears an optional key; `required` ones have no default."
@@ -39,7 +40,7 @@ def parse_command_line(
     Raises:
         UserError: every problem of the command line and of the config file.
     """
-    answer_help(argv, lambda: help_text(flags, verb=verb, doc=doc or ""))
+    answer_help(argv, lambda word: help_text(flags, verb=verb, doc=doc or "", word=word))
     given, overrides, problems = _scan(argv, flags)
     keys = _keys(flags)
     values = others
@@ -65,11 +66,16 @@ def parse_command_line(
     return parsed
 
 
-def answer_help(argv: Sequence[str], text: Callable[[], str]) -> None:
-    """Print the help or the version and exit 0 if the command line asks for it."""
-    if any(token in ("--help", "-h", "-help") for token in argv):
-        print(text())
-        sys.exit(0)
+def answer_help(argv: Sequence[str], text: Callable[[str], str]) -> None:
+    """Print the help or the version and exit 0 if the command line asks for it.
+
+    text: returns the help, of `--help=WORD` what is about the word.
+    """
+    for token in argv:
+        name, _, word = token.partition("=")
+        if name in ("--help", "-h", "-help"):
+            print(text(word))
+            sys.exit(0)
     if "--version" in argv:
         try:
             print(f"llamajax {importlib.metadata.version('llamajax')}")
@@ -146,13 +152,18 @@ def _unknown_flag(name: str, known: dict[str, Key]) -> str:
     same = [flag for flag in known if flag == _PREFIX + bare or flag.endswith(f".{bare}")]
     flags = {flag.removeprefix("--"): flag for flag in [*known, "--help", "--version"]}
     found = same[0] if same else flags.get(nearest(bare, flags))
+    if found is None and any(flag.startswith(_PREFIX) for flag in known):
+        key = nearest_key(bare)
+        found = key and _PREFIX + key
     return f"{name}: unknown flag{did_you_mean(found)}"
 
 
-def help_text(flags: type[Flags], *, verb: str, doc: str) -> str:
-    """Return the whole help of a verb, ending without a newline."""
+def help_text(flags: type[Flags], *, verb: str, doc: str, word: str = "") -> str:
+    """Return the whole help of a verb, or what is about `word`, ending without a newline."""
     keys = list(_keys(flags).values())
     takes_config = issubclass(flags, RunFlags)
+    if word:
+        return _help_about(word, [*keys, *(all_keys().values() if takes_config else ())], len(keys))
     usage = [f"python -m llamajax.{verb}"]
     usage += [_usage(k) if k.default is NOT_SET else f"[{_usage(k)}]" for k in keys]
     usage += ["[--config.SECTION.KEY=VALUE ...]"] * takes_config
@@ -162,7 +173,8 @@ def help_text(flags: type[Flags], *, verb: str, doc: str) -> str:
     for flag in keys:
         kind = "required" if flag.annotation is RunConfig else _type_and_default(flag)
         lines += _entry(_usage(flag), kind, flag.doc)
-    lines += _entry("--help, --version", "", "print this, or the version, and exit")
+    about = "print this, or what is about WORD, or the version, and exit"
+    lines += _entry("--help[=WORD], --version", "", about)
     if takes_config:
         lines += ["", *_wrap(_KEYS, indent=0, hanging=0)]
         for name, cls in sections().items():
@@ -171,6 +183,17 @@ def help_text(flags: type[Flags], *, verb: str, doc: str) -> str:
                 if key.path.startswith(f"{name}."):
                     lines += _entry(key.path, _type_and_default(key), key.doc)
     return "\n".join(lines)
+
+
+def _help_about(word: str, keys: Sequence[Key], num_flags: int) -> str:
+    """Return the entries whose name or text has `word`; the first `num_flags` keys are flags."""
+    lines = []
+    for n, key in enumerate(keys):
+        name = _usage(key) if n < num_flags else f"{_PREFIX}{key.path}"
+        kind = "" if key.annotation is RunConfig else _type_and_default(key)
+        if word.casefold() in f"{name} {kind} {key.doc}".casefold():
+            lines += _entry(name, kind, key.doc)
+    return "\n".join(lines) or f"nothing here is about {word!r}; --help without it shows all"
 
 
 def _usage(flag: Key) -> str:
@@ -185,14 +208,16 @@ def _type_and_default(key: Key) -> str:
 
 
 def _entry(name: str, kind: str, doc: str) -> list[str]:
-    head = f"  {name}" + (f"  ({kind})" if kind else "")
-    return [head, *_wrap(doc, indent=6, hanging=6)]
+    head = name + (f"  ({kind})" if kind else "")
+    return [*_wrap(head, indent=2, hanging=6), *_wrap(doc, indent=6, hanging=6)]
 
 
 def _wrap(text: str, *, indent: int, hanging: int) -> list[str]:
+    least, most = _WIDTHS
+    width = shutil.get_terminal_size((most, 24)).columns
     return textwrap.wrap(
         text,
-        _WIDTH,
+        max(least, min(most, width)),
         initial_indent=" " * indent,
         subsequent_indent=" " * hanging,
         break_long_words=False,

@@ -56,10 +56,25 @@ def all_keys() -> dict[str, Key]:
     return table
 
 
+# Names that other systems have for a key.
+_ELSEWHERE = {
+    "lr": "optim.learning_rate", "wd": "optim.weight_decay", "max_grad_norm": "optim.clip_norm",
+    "grad_clip": "optim.clip_norm", "batch_size": "data.global_batch_size",
+    "block_size": "data.seq_len", "context_length": "data.seq_len", "max_seq_len": "data.seq_len",
+    "max_steps": "train.steps", "num_steps": "train.steps", "epochs": "train.steps",
+    "max_iters": "train.steps", "grad_accum": "train.accumulation_steps",
+    "gradient_accumulation_steps": "train.accumulation_steps", "precision": "train.dtype",
+    "dp": "mesh.data", "tp": "mesh.tensor", "pp": "mesh.stage", "cp": "mesh.sequence",
+    "wandb": "monitoring.sinks", "tensorboard": "monitoring.sinks",
+}  # fmt: skip
+
+
 def nearest_key(path: str) -> str | None:
     """Return the key most like `path`: in the same section, else of the same name in another."""
     paths = list(all_keys())
     section, _, name = path.rpartition(".")
+    if name in _ELSEWHERE and f"{section}.{name}" not in paths:
+        return _ELSEWHERE[name]
     by_name = {p.rpartition(".")[2]: p for p in reversed(paths) if p.startswith(f"{section}.")}
     if not section:
         by_name = {p.rpartition(".")[2]: p for p in reversed(paths)}

@@ -1,5 +1,7 @@
 """Printing of generated text: as it comes, as JSON lines, and for prompts that are typed."""
 
+import contextlib
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -96,13 +98,25 @@ def write_text(
         out.flush()
 
 
+def _typed_line(lines: TextIO, out: TextIO) -> str:
+    """Return the next line, with its end; on a terminal it can be edited, and recalled later."""
+    if not (lines.isatty() and out.isatty()):
+        if lines.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        return lines.readline()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # `input` edits lines once this is imported
+    try:
+        return input("> ") + "\n"
+    except EOFError:
+        return ""
+
+
 def converse(generator: Generator, lines: TextIO, out: TextIO) -> None:
     """Continue each line of the input by itself, until the input ends."""
     number = 0
     while True:
-        if lines.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = lines.readline()
+        line = _typed_line(lines, out)
         if not line:
             return
         text = line.rstrip("\r\n")

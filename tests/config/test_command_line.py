@@ -175,6 +175,27 @@ def test_help_lists_every_section_and_key_with_type_default_and_doc():
     assert max(map(len, text.splitlines())) <= 110
 
 
+def test_help_is_about_a_word_and_fits_the_terminal(monkeypatch):
+    about = help_text(TrainFlags, verb="train", doc="", word="CLIP")
+    assert about.splitlines()[0] == "  --config.optim.clip_norm  (float or none; required)"
+    assert "workdir" not in about
+    assert "nothing here is about 'zzz'" in help_text(TrainFlags, verb="x", doc="", word="zzz")
+    monkeypatch.setenv("COLUMNS", "50")
+    lines = help_text(TrainFlags, verb="train", doc="").splitlines()
+    sections_end = [f"{name}: " for name in sections()]
+    assert max(len(line) for line in lines if not line.startswith(tuple(sections_end))) <= 51
+
+
+def test_names_of_other_systems_are_known(config_file):
+    given = ("--config.optim.lr=1", "--batch_size=4", "--config.mesh.tp=2")
+    found = problems_of(f"--config={config_file('')}", *given)
+    assert sorted(line for line in found if "unknown" in line) == [
+        "--batch_size: unknown flag; did you mean --config.data.global_batch_size?",
+        "--config.mesh.tp: unknown key; did you mean --config.mesh.tensor?",
+        "--config.optim.lr: unknown key; did you mean --config.optim.learning_rate?",
+    ]
+
+
 def test_importing_config_and_its_help_needs_no_jax():
     program = (
         "import sys\n"
