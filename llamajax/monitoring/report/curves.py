@@ -109,7 +109,7 @@ def curves(rows: Sequence[Row], *, first_s: float, cells: int = CELLS) -> dict[s
 
     train: columns of training rows. means: the same of parts of all rows, where train is thinned.
     evaluations: by name of a validation set ("" for the only one), columns with `loss`.
-    nonfinite: [[step, key], ...] of the first hundred. rows, nonfinite_rows: how many there are.
+    nonfinite: [[step, key], ...] of the first hundred. nonfinite_rows: how many there are.
     """
     train = [row for row in rows if "loss" in row]
     broken = [
@@ -129,7 +129,6 @@ def curves(rows: Sequence[Row], *, first_s: float, cells: int = CELLS) -> dict[s
         ).items()
     }
     return {
-        "rows": len(train),
         "train": columns(table, kept),
         "means": _means(table) if len(kept) < len(train) else None,
         "evaluations": {

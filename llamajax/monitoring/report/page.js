@@ -119,7 +119,8 @@ function header() {
       verdict.error && el("p", { class: "alert" }, verdict.error),
       broken.length > 0 && el("p", { class: "alert" }, "Not finite: ", broken.join(", ")),
     ],
-    el("p", { class: "soft" }, `Written ${written} from ${where}`));
+    el("p", { class: "soft" }, `Written ${written} from ${where}`, DATA.runs.some((run) => run.curves.means) &&
+      ". Of many rows the extremes are drawn; smoothed curves are means of all"));
 }
 
 // What one looks at first: [name, value, note].
