@@ -82,7 +82,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         what = "no such directory"
         if path.is_dir():
             what = "not a prepared directory (no manifest.json)"
-        raise UserError(f"data.path: {path}: {what}; write one with `python -m llamajax.prepare`")
+        raise UserError(
+            f"data.path: {path}: {what}; write one with `python -m llamajax.prepare "
+            f"--input=FILES --tokenizer=TOK --output={path}`, or name another with "
+            "--config.data.path=DIR"
+        )
     try:
         manifest = json.loads(file.read_text("utf-8"))
         version = manifest["format_version"]
