@@ -216,6 +216,11 @@ _GPU = {
 }
 
 
+# Of the CUDA that the plugin `xla_cuda13` brings. Without a version XLA takes it for one before
+# 12.0, which has no products in 8 bits, and multiplies in bfloat16 what it gives to cuBLASLt.
+_CUDA = "13.0.0"
+
+
 def _gpus(text: str, kind: str, sizes: list[int], *, domains: int | None) -> list[Any]:
     if len(sizes) > 2:
         raise UserError(
@@ -271,6 +276,9 @@ def _gpu_target(kind: str) -> str:
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
   cuda_compute_capability {{ major: {major} minor: {minor} }}
+  driver_version: "{_CUDA}"
+  runtime_version: "{_CUDA}"
+  compile_time_toolkit_version: "{_CUDA}"
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 }}

@@ -44,12 +44,19 @@ def matmul_float16(bench: Bench) -> str:
 
 
 def matmul_float8(bench: Bench) -> str:
-    """Multiply in e4m3 to float32; only a gross error counts: units sum in few bits."""
-    left, right, exact = operands("float8_e4m3fn")
-    error = _relative_error(_product(bench, left, right, out=jnp.float32), exact)
-    if not error < 0.1:
-        raise WrongError(f"error {error:.1e} of the largest value")
-    return f"error {error:.1e} of the largest value, {_speed(bench, 'float8_e4m3fn')}"
+    """Multiply e4m3 and e5m2 by e4m3 to float32, as forward and backward products of training do.
+
+    Only a gross error counts: units sum in few bits.
+    """
+    for dtype in ("float8_e5m2", "float8_e4m3fn"):
+        left, right = operands(dtype)[0], operands("float8_e4m3fn")[1]
+        exact = left.astype(np.float64) @ right.astype(np.float64)
+        found = _product(bench, left, right, precision="highest", out=jnp.float32)
+        error = _relative_error(found, exact)
+        if not error < 0.1:
+            raise WrongError(f"{dtype}: error {error:.1e} of the largest value")
+    speed = _speed(bench, "float8_e4m3fn", precision="highest")
+    return f"error {error:.1e} of the largest value, {speed}"
 
 
 def _judged(bench: Bench, dtype: str, *, precision: str = "default") -> str:
@@ -109,8 +116,9 @@ def _speed(bench: Bench, dtype: str, *, precision: str = "default") -> str:
             break
     rate = 2 * size**3 / best_s
     text = f"{rate / 1e12:.3g} TFLOP/s ({size} x {size})"
-    known = dtype in ("bfloat16", "float32")
-    peak = backends.peak_flops(bench.machine.device_kind, dtype) if known else None
+    kind, in_8_bits = bench.machine.device_kind, dtype.startswith("float8")
+    known = dtype in ("bfloat16", "float32") or (in_8_bits and backends.multiplies_float8(kind))
+    peak = backends.peak_flops(kind, "float8" if in_8_bits else dtype) if known else None
     return text if peak is None else f"{text}, {rate / peak[0]:.0%} of the peak"
 
 

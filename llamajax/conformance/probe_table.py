@@ -59,7 +59,8 @@ _GROUPS = {
         ("matmul_bfloat16", "if_there", "the dtype of training on accelerators",
          "train with train.dtype=float32 and --dtype=float32"),
         ("matmul_float16", "never", "some checkpoints are stored in it", "nothing computes in it"),
-        ("matmul_float8", "never", "llamajax does not train in it yet"),
+        ("matmul_float8", "never", "train.dtype=float8 multiplies in it",
+         "train with train.dtype=bfloat16"),
     ]),
     "operations": ("operation_probes", [
         ("indexing", "always", "gathers, scatters, slices and choices are in every step"),

@@ -38,6 +38,12 @@ def width(config: RunConfig) -> int:
     return 2 if config.train.activation_dtype == "bfloat16" else FLOAT32_BYTES
 
 
+def weight_width(config: RunConfig) -> int:
+    """Return the bytes of a value of a gathered matrix."""
+    t = config.train
+    return 1 if t.dtype == "float8" and t.float8_scaling == "tensor" else width(config)
+
+
 def state_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     """Return the bytes of weights, their average, and moments of a device, norms left out."""
     trained, frozen = _weights(config, sizes)
@@ -74,7 +80,7 @@ def held_parts(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, float]:
     return {
         "weights and moments": state_bytes(config, sizes),
         "gradients": _weights(config, sizes)[0] * FLOAT32_BYTES,
-        "gathered weights": matrices * layers * (width(config) + FLOAT32_BYTES),
+        "gathered weights": matrices * layers * (weight_width(config) + FLOAT32_BYTES),
         "activations": logits + _kept_activations(config, sizes),
     }
 

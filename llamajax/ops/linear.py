@@ -65,10 +65,14 @@ def _mixed_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array):
 _mixed.defvjp(lambda x, w: (_mixed(x, w), (x, w)), _mixed_backward)
 
 
+# A call of its own: where JAX discharges references (the accumulation of gradients), it refuses
+# operations of a Python number and a value that varies over devices, unless they are in a call.
+@functools.partial(jax.jit, static_argnames="dtype")
 def float8_scale(largest: jax.Array, dtype: Any = _E4M3) -> jax.Array:
     """Return the power of two, float32, that brings `largest` to the last octave of `dtype`.
 
-    NaN where `largest` is not finite, so that an overflow is seen and not cut off.
+    NaN where `largest` is not finite, so that an overflow is seen and not cut off; from 5e20 on
+    values overflow as well.
     """
     limit, limit_exponent = math.frexp(float(jnp.finfo(dtype).max))
     fraction, exponent = jnp.frexp(largest.astype(jnp.float32))

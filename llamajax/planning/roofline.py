@@ -4,6 +4,8 @@ What no compiler says is estimated here with figures of the device table. All as
 
 - matrix products run at `Device.efficiency` of the peak, attention's at a part of that which
   depends on the kernel; recomputation is counted, and only the causal half of attention;
+- products in 8 bits run at the same share of their own peak; head and attention are in bfloat16;
+  each value that is quantized is read twice and written once, and turned round once;
 - element-wise work and the optimizer are bound by the bandwidth of the device's memory and hide
   behind nothing;
 - what `fsdp` sends hides behind the matrix products of the same pass, forward or backward, as far
@@ -21,10 +23,11 @@ from collections.abc import Mapping
 
 from llamajax.backends import Device
 from llamajax.config import ModelConfig, RunConfig
+from llamajax.config.model_schema import LORA_TARGETS
 from llamajax.models.counts import flops_per_token, matrices_per_layer, num_parameters
 from llamajax.models.layer_order import padded_layers
 from llamajax.models.lora import num_adapter_parameters
-from llamajax.models.memory import FLOAT32_BYTES, device_share, width
+from llamajax.models.memory import FLOAT32_BYTES, device_share, weight_width, width
 from llamajax.models.pipeline import bubble, num_ticks
 from llamajax.ops.attention import FUSED, computed_scores
 from llamajax.planning.muon_cost import muon_product_flops
@@ -112,17 +115,29 @@ def compute_seconds(
 
     None where the device's peak in this dtype is unknown.
     """
-    rate, seq_len = device.product_rate(config.train.dtype), config.data.seq_len
+    rate, seq_len = device.product_rate(config.train.activation_dtype), config.data.seq_len
     if rate is None:
         return None
+    share = _float8_share(config)
+    slower = 1 - share + share * rate / device.product_rate(config.train.dtype)
     _, forward_scores, _ = _forward_flops(config.model, seq_len)
     _, again_scores = _recomputed_flops(config, sizes)
     blocks, head = _product_flops(config, sizes)
     tokens = config.data.global_batch_size * seq_len / math.prod(sizes.values())
     # fused kernels compute the scores once more in their backward pass
     scores = _filled(config, sizes) * (3.5 * forward_scores + again_scores)
-    products = tokens * (blocks + head) + muon_product_flops(config, sizes)
+    products = tokens * (slower * blocks + head) + muon_product_flops(config, sizes)
     return products / rate, tokens * scores / (rate * _ATTENTION.get(attention, 0.6))
+
+
+def _float8_share(config: RunConfig) -> float:
+    """Return the share of the layers' products, by operations, that have operands of 8 bits."""
+    t, dims = config.train, config.model.dims
+    if t.dtype != "float8":
+        return 0.0
+    chosen = sum(math.prod(dims[d] for d in "".join(LORA_TARGETS[x])) for x in t.float8_targets)
+    products = 1 / 3 if t.float8_gradients == "bfloat16" else 1.0
+    return products * chosen / matrices_per_layer(config.model)
 
 
 def _filled(config: RunConfig, sizes: Mapping[str, int]) -> float:
@@ -153,7 +168,7 @@ def _hidden_by_phase(
     scatters gradients in float32.
     """
     passes = 2 if config.lora.rank else 3
-    gradients = 0 if config.lora.rank else FLOAT32_BYTES / width(config)
+    gradients = 0 if config.lora.rank else FLOAT32_BYTES / weight_width(config)
     sends_forward = 1 / (2 + gradients)
     forward, _, _ = _forward_flops(config.model, config.data.seq_len)
     blocks, heads = _product_flops(config, sizes)
@@ -219,9 +234,14 @@ def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
     if pipe is not None:
         turns *= pipe.microbatches / (1 - pipe.bubble)
         passes += config.train.remat_stage
-    weights = matrices_per_layer(m) / sizes["tensor"] * layers * passes * turns * width(config)
+    weights = matrices_per_layer(m) / sizes["tensor"] * layers * passes * turns
+    weights *= weight_width(config)
     heads = (m.num_heads + 2 * m.num_kv_heads) * m.head_size
     values = 12 * m.hidden_size + 8 * heads + 10 * m.intermediate_size
+    if float8 := _float8_share(config):  # in the width of an activation, 2 bytes
+        update += held * FLOAT32_BYTES  # the scales of weights
+        inputs_and_outputs = 4 * m.hidden_size + heads + m.num_heads * m.head_size
+        values += float8 * 3.5 * (inputs_and_outputs + 3 * m.intermediate_size)
     tokens = share.rows * share.tokens / sizes["tensor"]
     return update + weights + tokens * values * layers * recompute * width(config)
 
