@@ -4,8 +4,8 @@ What no compiler says is estimated here with figures of the device table. All as
 
 - matrix products run at `Device.efficiency` of the peak, attention's at a part of that which
   depends on the kernel; recomputation is counted, and only the causal half of attention;
-- products in 8 bits run at the same share of their own peak; head and attention are in bfloat16;
-  each value that is quantized is read twice and written once, and turned round once;
+- products in 8 bits run at 0.8 of that share, of their own peak; head and attention are in
+  bfloat16; each value that is quantized is read twice and written once, and turned round once;
 - element-wise work and the optimizer are bound by the bandwidth of the device's memory and hide
   behind nothing;
 - what `fsdp` sends hides behind the matrix products of the same pass, forward or backward, as far
