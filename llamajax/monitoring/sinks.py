@@ -64,12 +64,17 @@ class SinkThread:
     """Passes rows to a sink in a thread of its own, which also opens it."""
 
     def __init__(self, name: str, open_sink: Callable[[], Sink]):
-        self.dropped = 0  # rows and texts
         self._name, self._open = name, open_sink
+        self._refused = self._entered = self._written = 0  # rows and texts
         self._waiting: queue.Queue = queue.Queue(_MOST_WAITING)
-        self._warned = self._failed = False
+        self._warned = self._over = False
         self._thread = threading.Thread(target=self._run, name=f"sink_{name}", daemon=True)
         self._thread.start()
+
+    @property
+    def dropped(self) -> int:
+        """Rows and texts that the sink did not get, as far as is known."""
+        return self._refused + (self._entered - self._written if self._over else 0)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Enter a row; returns at once."""
@@ -88,17 +93,18 @@ class SinkThread:
         else:
             self._thread.join(_CLOSE_WITHIN_S)
         if self._thread.is_alive():
-            self.dropped += self._waiting.qsize()
+            self._over = True
             self._warn(f"did not take its last rows within {_CLOSE_WITHIN_S:.0f} s")
 
     def _enter(self, call: tuple) -> None:
-        if self._failed:
-            self.dropped += 1
+        if self._over:
+            self._refused += 1
             return
         try:
             self._waiting.put_nowait(call)
+            self._entered += 1
         except queue.Full:
-            self.dropped += 1
+            self._refused += 1
             self._warn(f"is slow: {_MOST_WAITING} rows wait for it, and it does not get later ones")
 
     def _run(self) -> None:
@@ -106,6 +112,7 @@ class SinkThread:
             while call := self._waiting.get():
                 method, *values = call
                 getattr(sink, method)(*values)
+                self._written += 1
 
     def __enter__(self) -> None:
         pass
@@ -118,9 +125,7 @@ class SinkThread:
     ) -> bool:
         """Turn an error of the sink, whatever it is, into a warning."""
         if error is not None:
-            self._failed = True
-            lost = [self._waiting.get() for _ in range(self._waiting.qsize())]
-            self.dropped += 1 + len([call for call in lost if call])
+            self._over = True
             self._warn(f"is no longer written: {error or kind.__name__}")
         return True
 
