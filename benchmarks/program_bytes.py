@@ -31,6 +31,7 @@ _NO_BYTES = {
 }  # fmt: skip
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _KERNEL = re.compile(r'custom_call_target="(__cudnn|__cublas|tpu_custom_call)')
+_UNITS = {"GB": 1e9, "kB": 1e3}
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -157,18 +158,18 @@ def compiled_text(flags: argparse.Namespace) -> tuple[str, float]:
     return text, target.entry.hbm_bytes_per_s if target.entry else 0.0
 
 
-def table(found: list[tuple[str, float, str]], rate: float) -> str:
+def table(found: list[tuple[str, float, str]], rate: float, unit: str) -> str:
     """Return the table; rate: bytes/s of the memory, 0 where unknown."""
     sums: collections.Counter[str] = collections.Counter()
     largest: dict[str, tuple[float, str]] = {}
     for kind, size, name in found:
         sums[kind] += size
         largest[kind] = max(largest.get(kind, (0.0, "")), (size, name))
-    lines = ["| read and written | GB a step | ms at full speed of the memory | largest |"]
+    lines = [f"| read and written | {unit} a step | ms at full speed of the memory | largest |"]
     lines.append("| --- | ---: | ---: | --- |")
     for kind, size in sums.most_common():
         ms = f"{size / rate * 1e3:.1f}" if rate else ""
-        lines.append(f"| {kind} | {size / 1e9:.1f} | {ms} | {largest[kind][1]} |")
+        lines.append(f"| {kind} | {size / _UNITS[unit]:.1f} | {ms} | {largest[kind][1]} |")
     return "\n".join(lines)
 
 
@@ -183,6 +184,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--devices", default="h200:1", help="as for llamajax.plan")
     parser.add_argument("--unfilled_scans", action="store_true", help="an experiment, see above")
     parser.add_argument("--hlo", type=Path, help="compiled program: read; with --config: written")
+    parser.add_argument("--unit", choices=_UNITS, default="GB")
     flags, flags.overrides = parser.parse_known_args(argv)
     if odd := [text for text in flags.overrides if not re.match(r"--config\.\w+\.\w+=", text)]:
         raise UserError(f"{odd[0]}: unknown; config keys are --config.SECTION.KEY=VALUE")
@@ -194,7 +196,7 @@ def main(argv: list[str]) -> None:
             write_file(flags.hlo, text)
     else:
         text, rate = flags.hlo.read_text(encoding="utf-8"), 0.0
-    print(table(rows(text), rate))
+    print(table(rows(text), rate, flags.unit))
 
 
 if __name__ == "__main__":

@@ -145,6 +145,34 @@ def test_decode_prints_one_table():
     assert "transformers, tokens/s" not in rows
 
 
+PROGRAM = """HloModule step
+
+%update (p.0: f32[8,1000], p.1: f32[1,1000], p.2: s32[]) -> f32[8,1000] {
+  %p.0 = f32[8,1000]{1,0} parameter(0)
+  %p.1 = f32[1,1000]{1,0} parameter(1)
+  %p.2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %dus = f32[8,1000]{1,0} dynamic-update-slice(%p.0, %p.1, %p.2, %zero)
+}
+
+ENTRY %main (a: f32[8,1000], b: f32[1,1000], i: s32[]) -> f32[8,1000] {
+  %a = f32[8,1000]{1,0} parameter(0)
+  %b = f32[1,1000]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %copy.1 = f32[8,1000]{1,0} copy(%a)
+  ROOT %write = f32[8,1000]{1,0} fusion(%copy.1, %b, %i), kind=kLoop, calls=%update
+}
+"""
+
+
+def test_bytes_of_a_stack_are_those_of_the_slice_alone(tmp_path):
+    (tmp_path / "program.txt").write_text(PROGRAM)
+    done = run("program_bytes.py", f"--hlo={tmp_path / 'program.txt'}", "--unit=kB")
+    assert done.returncode == 0, done.stderr
+    assert "| copies | 64.0 |  | copy.1 |" in done.stdout
+    assert "| slices of stacks, read or written | 8.0 |  | write |" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "words"),
     [
