@@ -1,14 +1,15 @@
 """Llama-2 7B on 8 devices, after MindFormers' `pretrain_llama2_7b.yaml`, its traps corrected.
 
 Hardware: 8 accelerators of 48 GB or more in one node, which share weights, gradients and optimizer
-          state. Planned (`llamajax plan`, 2026-11-25) for h100:8: 42.2 of 72.8 GiB a device; 20.1
-          with --config.train.remat=full --config.train.accumulation_steps=8.
+          state. Planned (`llamajax plan`, jax 0.12, 2026-11-30) for h100:8: 45.5 of 72.8 GiB a
+          device; in 2026-11-25's plan 20.1 with --config.train.remat=full
+          --config.train.accumulation_steps=8.
 Command:  python -m llamajax.prepare --input='text/*.jsonl' --tokenizer=llama2.model \
               --output=data/llama2
           python -m llamajax.train --config=configs/llama2_7b.py --workdir=runs/llama2_7b \
               --config.data.path=data/llama2
-Speed:    planned for h100:8: 13,047 tokens/s a device, the best of `--search` but for one that
-          takes 66.4 GiB (13,148). Searched as well (2026-11-25): for h200:8 13,454 and for b200:8
+Speed:    planned for h100:8: 12,945 tokens/s a device, with 0.02 s of 2.53 a step waiting for other
+          devices. Searched (2026-11-25, jax 0.10.2): for h200:8 13,454 and for b200:8
           27,393 with --config.train.accumulation_steps=2, 66.6 GiB; for a100:8 3,261 as it stands,
           43.9 GiB. On 2026-11-28 for v5e:4x4 2,448, 15.2 of 15.75 GiB, with --config.mesh.tensor=2
           --config.train.accumulation_steps=8; on 2026-11-29 for v6e:4x4 10,940, 30.0 of 31.25 GiB,

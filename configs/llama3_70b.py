@@ -1,8 +1,8 @@
 """Llama-3 70B on 64 devices, after MindFormers' `pretrain_llama3_70b.yaml`, its traps corrected.
 
-Hardware: 8 nodes of 8 accelerators with 80 GB or more. Planned (`llamajax plan`, 2026-11-25) for
-          h100:8x8: 60.6 of 72.8 GiB a device, as a pipeline 36.3.
-          Planned on 2026-11-28: for a100:8x8 60.9 of 72.9; for h200:8x8, with :h200, 88.9 of 129.7;
+Hardware: 8 nodes of 8 accelerators with 80 GB or more. Planned (`llamajax plan`, jax 0.12,
+          2026-11-30) for h100:8x8: 55.6 of 72.8 GiB a device; for h200:8x8, with :h200, 86.3 of
+          129.7. With jax 0.10.2 on 2026-11-28: as a pipeline 36.3;
           for b200:8x8, with :b200, 142.4 of 164.1; for v5p:4x4x4, with :v5p, 89.0 of 95.7;
           for two slices of v5p, '2*v5p:4x4x4' with :slices, 60.0 of 95.7. On 2026-11-29 for
           v6e:8x8, with :v6e, 31.0 of 31.25; 22.3 with --config.optim.offload=true.
@@ -10,10 +10,11 @@ Command:  one process a node, with its own rank in --config.backend.process_id:
           python -m llamajax.train --config=configs/llama3_70b.py --workdir=/shared/llama3_70b \
               --config.data.path=/shared/data/llama3 --config.backend.num_processes=8 \
               --config.backend.coordinator_address=node0:8476 --config.backend.process_id=RANK
-Speed:    planned for h100:8x8: 1,156 tokens/s a device (MFU 56 % full), as a pipeline 731. By
-          `--search` on 2026-11-28: for a100:8x8 307 as it stands, for h200:8x8 with :h200 1,266,
-          for v5p:4x4x4 with :v5p 741 and for b200:8x8 with :b200 2,705; planned
-          for '2*v5p:4x4x4' with :slices 642, for v6e:8x8 with :v6e 787. Unmeasured.
+Speed:    planned for h100:8x8: 978 tokens/s a device (MFU 47.6 % full). Of 5.5 s a step of
+          gathering and scattering weights the compiled program waits for 2.1. For h200:8x8 with
+          :h200 1,066. Older plans, by jax 0.10.2 and with the assumption that all of this is
+          hidden: as a pipeline 731, for b200:8x8 with :b200 2,705. For TPUs (2026-11-28):
+          v5p:4x4x4 with :v5p 741, '2*v5p:4x4x4' with :slices 642, v6e:8x8 with :v6e 787. Unmeasured.
           Published elsewhere: 337 tokens/s a device with the original, 1,053 with MaxText on H100.
 Loss:     unmeasured.
 
@@ -21,9 +22,10 @@ Kept from the original: sequences of 8192; 256 of them (2.1 M tokens) a step; co
 with 3 % warm-up; clipping at norm 1; bfloat16 products, fp32 weights, norms, softmax and rotary.
 
 Changed, with the reason:
-- Mesh fsdp 16 x tensor 4 instead of tensor 8 x pipeline 8: no bubble, no stage to balance. It is
-  the best that `--search --candidates=3` found for h100:8x8 (2026-11-25): at fsdp 8 x tensor 8 with
-  32 microbatches weights are gathered so often that the network between nodes takes the time.
+- Mesh fsdp 64 with recomputation instead of tensor 8 x pipeline 8: no bubble, no stage to balance.
+  Weights are gathered four times a step, where fsdp 16 x tensor 4 gathers them sixteen times, and
+  beside products: XLA for GPUs runs one collective at a time, and those of tensor leave no room
+  (planned: 710 tokens/s a device).
   The original's own layout is there as well, --config=configs/llama3_70b.py:pipeline: a stage a
   node, 256 microbatches of one sample, 2.7 % of the ticks idle; for nodes with slow links.
 - Adam's beta2 is 0.95 instead of 0.999, as Llama 2 was trained: it forgets a spike in 20 steps.
@@ -39,13 +41,12 @@ from llamajax.config import new_config, preset
 # Mesh, accumulation steps (one sample a device or pipeline at a time), and what a block keeps. In a
 # pipeline a stage keeps its input alone and recomputes the rest for one microbatch at a time, which
 # may then keep much: that makes one more forward pass, as `full` does without stages.
-# Two H200, or chips of v5p, hold a sample's activations, where it takes four H100, and send less to
-# one another. A v6e has 32 GB and must recompute more. Only `data` goes over the network between
+# An H200 holds more of them. Two chips of v5p hold a sample's activations. A v6e has 32 GB and must recompute more. Only `data` goes over the network between
 # two slices of TPUs.
 LAYOUTS = {
-    "fsdp": ({"fsdp": 16, "tensor": 4}, 16, "dots"),
+    "fsdp": ({"fsdp": 64}, 4, "full"),
     "b200": ({"fsdp": 64}, 4, "dots"),
-    "h200": ({"fsdp": 32, "tensor": 2}, 8, "dots"),
+    "h200": ({"fsdp": 64}, 4, "save_qkv"),
     "v5p": ({"fsdp": 32, "tensor": 2}, 8, "dots"),
     "v6e": ({"fsdp": 16, "tensor": 4}, 16, "save_attention"),
     "slices": ({"data": 2, "fsdp": 16, "tensor": 4}, 8, "dots"),

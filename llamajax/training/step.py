@@ -19,6 +19,7 @@ from llamajax.models.sharded_step import by_documents, sharded_step
 from llamajax.optim import guard as guards
 from llamajax.sharding import TOKEN_AXES, batch_sharding, batch_spec, specs
 from llamajax.sharding.collectives import (
+    axis_size,
     pcast_varying,
     pcast_varying_like,
     pcast_varying_tree,
@@ -33,10 +34,9 @@ Metrics = dict[str, jax.Array]
 def _gradients(model: Llama, batch: Batch, *, compute: Compute, accumulation: int) -> Any:
     """Return the summed gradient, loss terms and target count of one device's part of a batch.
 
-    Nothing is divided here. Microbatches add up in float32: the backward pass adds each layer's
-    gradient to its sum in place, so no second gradient of the model exists. Gradients are reduced
-    over `fsdp` by `gather`, for every microbatch as weights are gathered, and once, at the end,
-    over the axes along which weights are copies. Only what is trained has one, such as adapters.
+    Nothing is divided. Microbatches add up in float32: without `fsdp` in place, so no second
+    gradient of the model exists; with it gradients are small, and XLA scatters them beside other
+    products. `gather` reduces over `fsdp`, each microbatch; the end over axes of copies.
     """
     trained, joined = trainable(model)
     weights = pcast_varying_tree(trained)
@@ -50,26 +50,32 @@ def _gradients(model: Llama, batch: Batch, *, compute: Compute, accumulation: in
         count = jnp.sum(local_part(microbatch["loss_mask"], compute), dtype=jnp.float32)
         return lambda *sums: backward.with_refs(*sums)(jnp.ones_like(value)), (*terms, count)
 
+    values = jax.tree.map(lambda _: jax.ad.GradValue(), weights)
     if accumulation == 1:
         backward, scalars = forward(batch)
-        (grads,) = backward(jax.tree.map(lambda _: jax.ad.GradValue(), weights))
+        (grads,) = backward(values)
     else:
         zeros = jax.tree.map(lambda x: pcast_varying_like(jnp.zeros_like(x), x), weights)
         sums = jax.tree.map(jax.new_ref, zeros)
 
         def add(scalars: tuple[jax.Array, ...], microbatch: Batch) -> tuple[Any, None]:
             backward, terms = forward(microbatch)
-            backward(sums)
+            if axis_size("fsdp") == 1:
+                backward(sums)
+            else:
+                _add_up(sums, *backward(values))
             return jax.tree.map(jnp.add, scalars, terms), None
 
         zero = pcast_varying(pcast_varying_like(jnp.float32(0), batch["tokens"]), TOKEN_AXES)
-        microbatches = {
-            name: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:])
-            for name, x in batch.items()
-        }
+        microbatches = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
         scalars, _ = jax.lax.scan(add, (zero, zero, zero), microbatches)
         grads = jax.tree.map(jax.freeze, sums)
     return psum_tree(grads), psum(scalars, TOKEN_AXES)
+
+
+def _add_up(sums: Any, grads: Any) -> None:
+    for total, grad in zip(jax.tree.leaves(sums), jax.tree.leaves(grads), strict=True):
+        jax.ref.addupdate(total, ..., grad)
 
 
 def _dropout_keys(seed: int, step: jax.Array, tokens_BT: jax.Array, mesh: Mesh) -> jax.Array:

@@ -127,8 +127,11 @@ def test_no_policy_keeps_gathered_weights(remat, dtype):
     assert not whole & kept
 
 
-@pytest.mark.parametrize("axes", [{}, {"fsdp": 2}])
-def test_microbatches_share_one_gradient(axes):
+@pytest.mark.parametrize(
+    ("axes", "own"), [({}, False), ({"tensor": 2}, False), ({"fsdp": 2}, True)]
+)
+def test_microbatches_share_one_gradient_where_none_is_scattered(axes, own):
+    """7B on h100:8 waits for 0.31 s of scattered sums and more in place, for 0.02 s otherwise."""
     mesh, optimizer = mesh_of(**axes), optim.build(OPTIM, steps=TRAIN.steps)
     state = StateSpec(model=MODEL, optimizer=optimizer, mesh=mesh).abstract()
     train = dataclasses.replace(TRAIN, accumulation_steps=2)
@@ -140,7 +143,7 @@ def test_microbatches_share_one_gradient(axes):
     loops = [eqn for _, eqn in equations(jaxpr) if eqn.primitive.name == "scan"]
     made = {x.aval.shape for eqn in loops for x in eqn.outvars}
     assert len(loops) >= 3  # over microbatches, and layers forward and backward
-    assert not stacked & made, "a backward pass returns a gradient of its own"
+    assert bool(stacked & made) == own  # a backward pass returns a gradient of its own
 
 
 def test_z_loss_moves_the_weights_and_stays_out_of_the_loss():
