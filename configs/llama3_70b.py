@@ -14,8 +14,9 @@ Speed:    planned for h100:8x8: 978 tokens/s a device (MFU 47.6 % full). Of 5.5 
           gathering and scattering weights the compiled program waits for 2.1. For h200:8x8 with
           :h200 1,066. Older plans, by jax 0.10.2 and with the assumption that all of this is
           hidden: as a pipeline 731, for b200:8x8 with :b200 2,705. For TPUs (2026-11-28):
-          v5p:4x4x4 with :v5p 741, '2*v5p:4x4x4' with :slices 642, v6e:8x8 with :v6e 787. Unmeasured.
-          Published elsewhere: 337 tokens/s a device with the original, 1,053 with MaxText on H100.
+          v5p:4x4x4 with :v5p 741, '2*v5p:4x4x4' with :slices 642, v6e:8x8 with :v6e 787.
+          Unmeasured. Published elsewhere: 337 tokens/s a device with the original, 1,053 with
+          MaxText on H100.
 Loss:     unmeasured.
 
 Kept from the original: sequences of 8192; 256 of them (2.1 M tokens) a step; cosine from 1e-4 to 0
@@ -41,8 +42,9 @@ from llamajax.config import new_config, preset
 # Mesh, accumulation steps (one sample a device or pipeline at a time), and what a block keeps. In a
 # pipeline a stage keeps its input alone and recomputes the rest for one microbatch at a time, which
 # may then keep much: that makes one more forward pass, as `full` does without stages.
-# An H200 holds more of them. Two chips of v5p hold a sample's activations. A v6e has 32 GB and must recompute more. Only `data` goes over the network between
-# two slices of TPUs.
+# An H200 holds a sample's queries, keys and values as well, two chips of v5p all that `dots` keeps.
+# A v6e has 32 GB and must recompute more. Only `data` goes over the network between two slices of
+# TPUs.
 LAYOUTS = {
     "fsdp": ({"fsdp": 64}, 4, "full"),
     "b200": ({"fsdp": 64}, 4, "dots"),
