@@ -1,6 +1,6 @@
 """Llama-2 7B pretrained on one GPU of 141 GB: the run of `llama2_7b.py`, without its other devices.
 
-Hardware: one NVIDIA H200. Planned (`llamajax plan`, jax 0.12, 2026-11-30): 125.9 of the 129.7 GiB
+Hardware: one NVIDIA H200. Planned (`llamajax plan`, jax 0.12, 2026-11-30): 126.3 of the 129.7 GiB
           that a program may take there; a save copies 75.3 GiB of state to the host's memory.
 Command:  python -m llamajax.prepare --input='text/*.jsonl' --tokenizer=llama2.model \
               --output=data/llama2
