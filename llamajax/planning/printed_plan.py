@@ -169,7 +169,7 @@ def _time(plan: Plan) -> Iterator[str]:
         ("attention", p.attention_s),
         ("memory traffic", p.memory_s),
         *((f"links: {axes}", seconds) for axes, seconds in p.links_s.items() if seconds > 1e-4),
-        ("sent beside products", -p.hidden_s),
+        ("sent beside products", 0 - p.hidden_s),
         ("pipeline bubble", p.bubble_s),
         ("step", p.step_time_s),
     ):
