@@ -104,6 +104,7 @@ def shortened(config: RunConfig, steps: int) -> list[str]:
         "checkpoint.every_minutes": "none",
         "checkpoint.directory": "none",  # three runs, each with its own
         "checkpoint.export_hf_every": "none",
+        "train.fork": "none",  # three runs from step 0
         "monitoring.sinks": "jsonl",
         "backend.deterministic": "true",  # runs are compared bit by bit
     }

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llamajax import data
 from llamajax.checkpoint import Checkpoint, complete_steps, open_checkpoint
 from llamajax.checkpoint.directory_owner import recorded_directory
+from llamajax.checkpoint.location import Location
 from llamajax.config import RunConfig, from_json_dict
 from llamajax.errors import UserError
 from llamajax.monitoring import load_metrics
@@ -91,11 +92,6 @@ def read_record(workdir: Path, step: int, *, box: Path | None) -> ReplayRecord:
             if newest
             else f"--step={step}: {workdir} has made no step yet"
         )
-    before = max((n for n in steps if n < step), default=None)
-    if before is not None:
-        before = checkpoints / str(before)
-    elif origin:
-        before = recorded_directory(Path(origin["run"])) / str(origin["step"])
     later = min((n for n in steps if n >= step), default=None)
     after = open_checkpoint(checkpoints / str(later)).meta if later is not None else None
     config = from_json_dict(
@@ -107,11 +103,25 @@ def read_record(workdir: Path, step: int, *, box: Path | None) -> ReplayRecord:
     return ReplayRecord(
         step=step,
         config=config,
-        base=None if before is None else open_checkpoint(before),
+        base=_base(checkpoints, [n for n in steps if n < step], origin),
         position=data.Position.from_json(position) if position else None,
         numbers=numbers,
         machine=facts,
     )
+
+
+def _base(
+    checkpoints: Location, steps: Sequence[int], origin: Mapping[str, Any] | None
+) -> Checkpoint | None:
+    """Open the newest checkpoint of `steps`, or that which a fork began with; None: neither."""
+    if steps:
+        return open_checkpoint(checkpoints / str(max(steps)))
+    if not origin:
+        return None
+    found = open_checkpoint(recorded_directory(Path(origin["run"])) / str(origin["step"]))
+    if found.manifest.fingerprint != origin["fingerprint"]:
+        raise UserError(f"{found} is not the checkpoint that this run was forked from any more")
+    return found
 
 
 def _numbers(

@@ -125,15 +125,17 @@ def newest_save(history: History) -> int | None:
     A start or a rollback that went back to an earlier step supersedes the saves after it.
     """
     newest: int | None = None
+    fork_step = 0  # of another run's checkpoint, which this one began with
     for event in history.events:
         kind = event["event"]
         if kind == "save" and not event.get("error"):
             newest = event["step"]
         elif kind == "start":
-            # Of a fork that has saved nothing yet, the step of another run's checkpoint.
-            newest = None if event.get("fork") else event["step"] or None
+            fork_step = (event.get("fork") or {}).get("step", fork_step)
+            newest = event["step"] if event["step"] > fork_step else None
         elif kind == "rollback":
-            newest = min(newest or 0, event.get("to_step", 0)) or None
+            back = min(newest or 0, event.get("to_step", 0))
+            newest = back if back > fork_step else None
     if history.events or (history.workdir / AUDIT).exists():
         return newest
     # A run of an earlier version has no events. Its last save but one ended before the last began.

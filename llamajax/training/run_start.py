@@ -28,7 +28,7 @@ from llamajax.tokenizers.tokenizer_identity import (
     matches_record,
     tokenizer_record,
 )
-from llamajax.training.fork import open_fork, origin_record
+from llamajax.training.fork import check_directories, check_same_origin, open_fork
 from llamajax.training.resume import Request, choose_checkpoint, requested_start
 from llamajax.training.run_record import History
 from llamajax.training.setup import Setup
@@ -65,7 +65,7 @@ class Start:
 
     @property
     def fork(self) -> dict[str, Any] | None:
-        """What is recorded of `checkpoint` where it is another run's (`origin_record`)."""
+        """What is recorded of `checkpoint` where it is another run's (`open_fork`)."""
         origin = self.recorded["origin"]
         return origin if origin and origin["step"] == self.step else None
 
@@ -90,6 +90,7 @@ def find_start(run: Run, request: Request, history: History) -> Start:
     To be called by all processes. Raises UserError where something does not fit.
     """
     setup, config = run.setup, run.config
+    check_directories(config, run.workdir, run.checkpointer.directory)
     superseded = [] if request == "older" else run.rollbacks.superseded(run.checkpointer)
     checkpoint, words = choose_checkpoint(
         request,
@@ -101,9 +102,10 @@ def find_start(run: Run, request: Request, history: History) -> Start:
     for line in words:
         run.say(line)
     origin = None
-    if checkpoint is None and config.train.fork is not None:
-        checkpoint = open_fork(config, run.workdir)
-        origin = origin_record(checkpoint, config)
+    if checkpoint is None:
+        checkpoint, origin = open_fork(config)
+        check_same_origin(origin, history.events, history.rows)
+    if origin:
         run.say(f"forked from {checkpoint}")
     meta, step = (None, 0) if checkpoint is None else (checkpoint.meta, checkpoint.step)
     of = run.workdir if origin is None else Path(origin["run"])
@@ -295,6 +297,6 @@ def _check_adapters(old: LoraConfig, new: LoraConfig, *, of: str | Path) -> None
     if problems:
         raise combine(
             problems,
-            title=f"the checkpoints in {of} are of other adapters; go back to what it was, or "
-            "begin another --workdir with train.init_from:",
+            title=f"the checkpoints in {of} have other adapters, or none; go back to what it was, "
+            "or begin another --workdir with train.init_from and without train.fork:",
         )

@@ -162,7 +162,7 @@ def test_help_lists_every_section_and_key_with_type_default_and_doc():
     text = help_text(TrainFlags, verb="train", doc="Do it.\n\nExample:\n  python -m x\n")
     one_line = " ".join(text.split())
     for each in all_keys().values():
-        assert f"  {each.path}  ({each.type_words}; " in text
+        assert f" {each.path} ({each.type_words}; " in one_line
         assert " ".join(each.doc.split()) in one_line
     for name in sections():
         assert f"\n\n{name}: " in text

@@ -136,17 +136,31 @@ def test_a_new_workdir_does_not_come_to_be(tmp_path, place, start, name, exists)
     ("fork", "keys", "words"),
     [
         ("USED", {}, "is not RUN@STEP"),
-        ("PLACE/nothing@2", {}, "there is no directory"),
+        ("PLACE/nothing@2", {}, "is no --workdir of a run"),
         ("USED@3", {}, "complete ones are 2, 4"),
         ("USED@4", {"train.steps": 4}, "leaves no step"),
         ("USED@4", {"model.hidden_size": 64}, "of another model"),
+        ("USED@4", {"checkpoint.directory": "USED/checkpoints"}, "has its checkpoints in"),
         ("USED@4", REFUSALS["another tokenizer"][0], "another tokenizer"),
     ],
 )
 def test_a_refused_fork_does_not_come_to_be(used, tmp_path, start, fork, keys, words):
-    fork = fork.replace("USED", str(used))
+    keys = {k: str(v).replace("USED", str(used)) for k, v in ({"train.fork": fork} | keys).items()}
     with refused(words, unchanged=(used, tmp_path)):
-        start(tmp_path / "fork", {"train.fork": fork} | keys)
+        start(tmp_path / "fork", keys)
+
+
+def test_a_fork_that_has_saved_nothing_begins_nowhere_else(used, short_run, tmp_path):
+    keys = STEPS | {"train.fork": f"{used}@2", "checkpoint.every_steps": 99}
+    assert short_run(tmp_path / "fork", stop_after=1, **keys) == 143
+    shutil.rmtree(tmp_path / "fork" / "checkpoints" / "3")
+    lines = (tmp_path / "fork" / "events.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if '"save"' not in line]  # as if it had been killed
+    (tmp_path / "fork" / "events.jsonl").write_text("".join(kept))
+    for fork in ("none", f"{used}@4"):
+        with refused("would go on from", unchanged=(used, tmp_path)):
+            short_run(tmp_path / "fork", **keys | {"train.fork": fork})
+    assert short_run(tmp_path / "fork", stop_after=1, **keys) == 143
 
 
 def test_a_workdir_in_use_stays_as_it_is(used, start):

@@ -27,6 +27,17 @@ def event(name: str, step: int, **fields) -> dict:
         ([event("save", 4), event("save", 8), event("start", 4)], 4),
         ([event("save", 4), event("save", 8), event("rollback", 9, to_step=4)], 4),
         ([event("save", 4), event("rollback", 5, to_step=0)], None),
+        ([event("start", 4, fork={"step": 4})], None),
+        ([event("start", 4, fork={"step": 4}), event("save", 8), event("start", 8)], 8),
+        (
+            [
+                event("start", 4, fork={"step": 4}),
+                event("save", 8),
+                event("start", 8),
+                event("rollback", 9, to_step=4),
+            ],
+            None,
+        ),
         ([event("save", 4), event("rollback", 5, to_step=0), event("save", 4)], 4),
     ],
 )

@@ -132,8 +132,8 @@ def roll_back(
 ) -> str:
     """Choose the checkpoint to go back to and record the rollback; return what to say of it.
 
-    origin_step: of another run's checkpoint, from which this one was forked. To be called by all
-    processes. The run then starts anew as after a kill: from the newest
+    origin_step: of another run's checkpoint, which this one began with, if it did. To be called by
+    all processes. The run then starts anew as after a kill: from the newest
     checkpoint that is not superseded. It skips the data of all steps from there to the one of
     `cause`: what led to the first update that was left out may lie before it. Raises GuardStop
     after as many rollbacks to one checkpoint as the config allows.
@@ -142,11 +142,8 @@ def roll_back(
         checkpointer.wait()
     except CheckpointError as error:
         checks.note(f"warning: {error}")
-    steps = [] if origin_step is None else [origin_step]
-    to_step = broadcast_from_first(
-        lambda: target(steps + checkpointer.steps(), cause.first_skipped_step)
-    )
-    to_step = to_step or 0  # no checkpoint at all: the beginning
+    to_step = broadcast_from_first(lambda: target(checkpointer.steps(), cause.first_skipped_step))
+    to_step = to_step or origin_step or 0  # no checkpoint at all: the beginning
     where = f"the checkpoint of step {to_step}" if to_step else "the beginning"
     times = log.count_to(to_step)
     if times >= checks.config.max_rollbacks:

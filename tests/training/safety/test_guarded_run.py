@@ -183,17 +183,21 @@ def test_a_rollback_leaves_the_data_out_and_outlives_a_kill(guarded, tmp_path):
     assert same(rows(two), found)
 
 
-def test_a_fork_rolls_back_to_the_run_it_left(guarded, tmp_path):
+@pytest.mark.parametrize("every", [99, 1])
+def test_a_fork_rolls_back_to_its_own_checkpoints_or_to_the_run_it_left(guarded, tmp_path, every):
     assert guarded(tmp_path / "base", stop_after=1) == 143
     shutil.copytree(tmp_path / "base", tmp_path / "whole")
-    options = {"guard__max_in_a_row": 1, "guard__max_rollbacks": 99, "checkpoint__every_steps": 99}
+    options = {"guard__max_in_a_row": 1, "guard__max_rollbacks": 99}
+    options |= {"checkpoint__every_steps": every, "checkpoint__keep": 1}
     assert guarded(tmp_path / "whole", **options) == 0
-    assert guarded(tmp_path / "fork", **options, train__fork=f"{tmp_path}/base@1") == 0
+    fork = {"train__fork": f"{tmp_path}/base@1"}
+    assert guarded(tmp_path / "fork", **options, **fork) == 0
     assert (tmp_path / "fork" / "audit.jsonl").exists()
     assert same(rows(tmp_path / "fork"), rows(tmp_path / "whole")[1:])
-    found = asked(tmp_path / "fork", 3)
-    assert found.base == str(tmp_path / "base" / "checkpoints" / "1")
-    assert found.record.agrees(found.gradient)
+    if every == 99:
+        found = asked(tmp_path / "fork", 3)
+        assert found.base == str(tmp_path / "base" / "checkpoints" / "1")
+        assert found.record.agrees(found.gradient)
 
 
 @pytest.mark.parametrize(
