@@ -4,9 +4,11 @@ What its script draws is looked at by `tests/monitoring/browse_page.py`.
 """
 
 import contextlib
+import fcntl
 import http.client
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -18,7 +20,8 @@ from refusal import refused
 from workdirs import write_rows
 
 from llamajax.monitoring import MetricsWriter, read_run_facts, write_report, write_run_facts
-from llamajax.monitoring.report import refresh
+from llamajax.monitoring.events import LOCK
+from llamajax.monitoring.report import refresh, run_report
 from llamajax.monitoring.report.curves import CELLS, curves
 from llamajax.monitoring.report.run_data import read_run
 from llamajax.monitoring.report.server import ReportServer
@@ -111,11 +114,15 @@ def test_a_whole_run(tmp_path: Path):
 def test_validation_sets_and_other_numbers_have_their_own_curves():
     rows = [{"step": n, "loss": 2.0, "norm/embed": float(n), "tokens_seen": n} for n in (1, 2)]
     rows.append({"step": 2, "eval_loss/book": 1.5, "eval_loss/code": 2.5, "time_s": 7.0})
+    # No row is of steps 3 and 9, and none comes after 9.
+    rows.append({"step": 6, "loss": 2.0, "tokens_seen": 10})
+    rows += [{"step": n, "eval_loss": 3.0, "ema_loss": 2.75} for n in (3, 9)]
     found = curves(rows, first_s=5.0)
-    assert found["train"]["norm/embed"] == [1.0, 2.0]
+    assert found["train"]["norm/embed"] == [1.0, 2.0, None]
     assert {name: set_["loss"] for name, set_ in found["evaluations"].items()} == {
-        "book": [1.5], "code": [2.5]
+        "book": [1.5], "code": [2.5], "": [3.0, 3.0], "averaged weights": [2.75, 2.75]
     }  # fmt: skip
+    assert found["evaluations"][""]["tokens_seen"] == [4, None]
     assert found["evaluations"]["code"]["tokens_seen"] == [2]
     assert found["evaluations"]["code"]["time_s"] == [2.0]
 
@@ -163,6 +170,51 @@ def test_facts_are_merged(tmp_path: Path):
     write_run_facts(tmp_path, {"platform": "cpu", "status": "running"})
     write_run_facts(tmp_path, {"status": "finished"})
     assert read_run_facts(tmp_path) == {"platform": "cpu", "status": "finished"}
+
+
+def test_a_report_keeps_the_facts_that_a_start_writes_meanwhile(tmp_path: Path, monkeypatch):
+    make_run(tmp_path / "run", steps=3)
+    end = {"event": "end", "step": 3, "time_s": 5.0, "status": "finished"}
+    write_rows(tmp_path / "run" / "events.jsonl", end)
+    write_run_facts(tmp_path / "run", {"platform": "cpu", "status": "dead"})
+
+    def read(*args):
+        found = read_runs(*args)
+        write_run_facts(tmp_path / "run", {"platform": "gpu", "origin": {"step": 7}})
+        return found
+
+    read_runs = run_report.read_runs
+    monkeypatch.setattr(run_report, "read_runs", read)
+    write_report(tmp_path / "run", price_per_hour=2.5)
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (facts["platform"], facts["origin"], facts["status"]) == ("gpu", {"step": 7}, "finished")
+    assert facts["price_per_hour"] == 2.5
+
+
+START = {"event": "start", "step": 0, "time_s": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("event", "row"),
+    [
+        ({"event": "end"}, {}),
+        ({"event": "save", "time_s": None}, {}),
+        ({"event": "save", "duration_s": "long"}, {}),
+        ({"event": "restore", "duration_s": 1.0}, {}),
+        ({"event": "found_dead"}, {}),
+        ({}, {"step_time_s": 1.0, "time_s": 2.0}),
+        ({}, {"time_s": None}),
+        ({}, {"memory_bytes": [None, 1]}),
+        ({}, {"grad_norm": 10**400}),
+    ],
+)
+def test_a_record_of_another_shape_is_one_error(tmp_path: Path, event: dict, row: dict):
+    events = [START, START | event] if event else [START]
+    write_rows(tmp_path / "events.jsonl", *events)
+    write_rows(tmp_path / "metrics.jsonl", {"step": 1, "loss": 2.0} | row)
+    with refused(f"--workdir={tmp_path}", "cannot be read", unchanged=(tmp_path,)) as lines:
+        main([f"--workdir={tmp_path}", f"--output={tmp_path.parent / 'page.html'}"])
+    assert len(lines) == 1
 
 
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -217,7 +269,20 @@ def test_a_served_page_follows_the_run(tmp_path: Path):
         assert Page(page).run["step"] == 4
         assert get("/blackbox/2_skip.jsonl")[0] == 200
         assert get("/config.json")[0] == 404
-        assert get("/", Host="elsewhere.example:80")[0] == 403
+        hosts = ("localhost", "localhost:80", "127.0.0.1", "[::1]:80", "[::1]")
+        assert {get("/version", Host=host)[0] for host in hosts} == {200}
+        for host in ("elsewhere.example:80", "localhost.example", "localhost:80.example", ""):
+            assert get("/", Host=host)[0] == 403
+        # A killed process changes no file; its lock says so.
+        with (run / LOCK.format(process_id=0)).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            version = get("/version")[1]
+        assert get("/version")[1] != version
+        write_rows(run / "events.jsonl", {"event": "end", "step": 4, "time_s": 5.0})
+        status, text = get("/")
+        assert (status, str(run) in text) == (500, True)
+        (run / "events.jsonl").unlink()
+        assert get("/")[0] == 200
         with refused("in use", "give another port"):
             main([f"--workdir={run}", "--serve", str(server.server_port)])
         server.shutdown()
@@ -248,6 +313,14 @@ def test_a_report_is_rewritten_meanwhile(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr(refresh, "_IDLE_SHARE", 0)
     write = refresh._Refresher._write
     monkeypatch.setattr(refresh._Refresher, "_write", lambda self: (write(self), written.set()))
+    start, groups = subprocess.Popen, []
+
+    def started(*args, **options):
+        child = start(*args, **options)
+        groups.append(os.getpgid(child.pid))
+        return child
+
+    monkeypatch.setattr(subprocess, "Popen", started)
     with refreshed(run):
         write_rows(run / "events.jsonl", {"event": "start", "step": 0, "time_s": 5.0})
         assert written.wait(60)
@@ -260,6 +333,7 @@ def test_a_report_is_rewritten_meanwhile(tmp_path: Path, capsys, monkeypatch):
                 file.write(json.dumps({"event": "save", "step": 3, "time_s": time_s}) + "\n")
             assert written.wait(60)
     assert capsys.readouterr().err.count("report.html is not up to date") == 1
+    assert os.getpgrp() not in groups  # which Ctrl-C ends
 
 
 def refreshed(run: Path):

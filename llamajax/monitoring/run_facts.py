@@ -12,6 +12,9 @@ from llamajax.monitoring.jsonl import read_object
 from llamajax.monitoring.metrics import load_metrics
 
 RUN_FACTS = "run.json"
+SUMMARY = (
+    "status", "starts", "rollbacks", "time_breakdown", "tokens_per_s", "peak_memory_bytes"
+)  # fmt: skip
 # Events that take time, and the part of `time_breakdown` that they belong to.
 _PARTS = {
     "start": "start_s",
@@ -52,6 +55,16 @@ def write_run_facts(workdir: Path, facts: Mapping[str, Any]) -> None:
     write_file(Path(workdir) / RUN_FACTS, json.dumps(merged, indent=1))
 
 
+def write_report_facts(workdir: Path, facts: Mapping[str, Any]) -> None:
+    """Bring `run.json` up to date with what a report computed of the run; raises OSError.
+
+    The rest of `facts` was read before the rows, and a start may have written it anew since.
+    """
+    computed = {key: facts[key] for key in (*SUMMARY, "price_per_hour") if key in facts}
+    path = Path(workdir) / RUN_FACTS
+    write_file(path, json.dumps(read_object(path) | computed, indent=1))
+
+
 def read_run_facts(workdir: Path) -> dict[str, Any]:
     """Return the facts of a run as they are now; empty where nothing can be read."""
     return merged_facts(workdir, load_events(workdir), load_metrics(workdir))
@@ -70,7 +83,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Return what the events and rows of a run say of all its processes; empty without events.
 
-    running: whether a process holds the run's lock. Keys:
+    running: whether a process holds the run's lock. Keys, those of SUMMARY:
       status               "running", "finished", "stopped", or "dead": neither running nor ended
       starts, rollbacks    how many
       time_breakdown       seconds from the first start to the last event or row, `wall_s`, and what

@@ -66,7 +66,7 @@ class NormsHook(Hook):
         return every is not None and (step % every == 0 or (step + 1) % every == 0)
 
     def __call__(self, step: int, state: TrainState, stop: bool) -> None:
-        with self.attempt.phase("norms", step):
+        with self.attempt.timer.pause():  # no event: there may be one after each step
             if step % self._every == 0:
                 self._write(step, jax.device_get(_norms(state.trained, self._before)))
             self._before = None

@@ -7,7 +7,7 @@ from refusal import refused
 
 from llamajax.monitoring import EventLog, load_events
 from llamajax.monitoring.events import EVENTS, LOCK, is_running
-from llamajax.monitoring.run_facts import steps_after, summarize
+from llamajax.monitoring.run_facts import SUMMARY, steps_after, summarize
 
 
 def begun(workdir, *, primary=True):
@@ -113,6 +113,7 @@ def test_a_killed_run_is_dead_once_its_lock_is_free():
     assert summarize(KILLED, KILLED_ROWS, running=True)["status"] == "running"
     facts = summarize(KILLED, KILLED_ROWS, running=False)
     assert (facts["status"], facts["starts"], facts["tokens_per_s"]) == ("dead", 1, 50.0)
+    assert tuple(facts) == SUMMARY
     assert facts["time_breakdown"] == {
         "wall_s": 29.5, "steps_s": 6.0, "data_wait_s": 1.5, "start_s": 10.0, "redone_s": 0.0,
         "init_s": 1.0, "compile_s": 10.0, "checkpoint_s": 1.0, "other_s": 0.0,

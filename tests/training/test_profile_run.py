@@ -52,3 +52,5 @@ def test_a_traced_run(short_data, tmp_path):
         update, rate = norms["norm_update/head"], rows[2 * step]["learning_rate"]
         assert update == pytest.approx(rate * math.sqrt(384 * 48), rel=0.9) if rate else update == 0
     assert step == 2
+    # Norms after each step would fill the record.
+    assert not [e for e in read_rows(run / "events.jsonl") if e["event"] == "norms"]

@@ -90,12 +90,13 @@ function nearest(list, x) {
 
 const MARGIN = { left: 56, right: 26, top: 10, bottom: 24 };
 
-// One chart. view: what all charts share (x, range, smooth, cursor, and `redraw`).
+// One chart. view: what all charts share (x, range, smooth, cursor), and the titles of those with a log axis.
 // lines: [{name, color, data, means, key, points, dashed}]; marks: [{kind, text, step, time_s}].
 // level: [name, value] of a horizontal line. outliers: whether a few far values may be outside the value axis, which then says how many.
 class Chart {
   constructor(view, { title, note, lines, format, zero, outliers, wide, level, marks = [] }) {
-    Object.assign(this, { view, title, lines, format, zero, outliers, level, marks, log: false });
+    Object.assign(this, { view, title, lines, format, zero, outliers, level, marks });
+    this.log = view.log.includes(title);
     this.svg = el("svg:svg", {
       role: "img", tabindex: 0, keydown: (e) => this.key(e), dblclick: () => view.zoom(null),
       pointerdown: (e) => this.press(e), pointermove: (e) => this.move(e),
@@ -109,10 +110,12 @@ class Chart {
     this.table = el("details", { class: "table", toggle: () => this.fillTable() },
       el("summary", {}, "Table"));
     const button = el("button", {
-      type: "button", class: "small", "aria-pressed": "false", title: "logarithmic value axis",
+      type: "button", class: "small", "aria-pressed": String(this.log), title: "logarithmic value axis",
       click: () => {
         this.log = !this.log;
         button.setAttribute("aria-pressed", String(this.log));
+        view.log = view.log.filter((other) => other !== title).concat(this.log ? title : []);
+        view.keep();
         this.draw();
       },
     }, "log");

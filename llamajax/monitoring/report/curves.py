@@ -23,6 +23,7 @@ _NO_CURVES = {
 # The extremes of these are those of another one.
 _FOLLOW = {*_AXES, "mfu_full", "mfu_causal", "step_time_s", "learning_rate"}
 _MAX_COLUMNS = 40
+_HELD_OUT = {"eval_loss": "", "ema_loss": "averaged weights"}  # keys of evaluations, and names
 
 
 def is_number(value: Any) -> bool:
@@ -108,7 +109,8 @@ def curves(rows: Sequence[Row], *, first_s: float, cells: int = CELLS) -> dict[s
     """Return the curves of a run.
 
     train: columns of training rows. means: the same of parts of all rows, where train is thinned.
-    evaluations: by name of a validation set ("" for the only one), columns with `loss`.
+    evaluations: by name of a validation set ("" for the only one), columns with `loss`; that of the
+    average of the weights as `averaged weights`.
     nonfinite: [[step, key], ...] of the first hundred. nonfinite_rows: how many there are.
     """
     train = [row for row in rows if "loss" in row]
@@ -124,9 +126,7 @@ def curves(rows: Sequence[Row], *, first_s: float, cells: int = CELLS) -> dict[s
     kept = thin(table, odd, limit=cells // len(table))
     found = {
         name: _table(points, ["loss"], first_s)
-        for name, points in _evaluations(
-            rows, dict(zip(table["step"], table["tokens_seen"], strict=True))
-        ).items()
+        for name, points in _evaluations(rows, table["step"], table["tokens_seen"]).items()
     }
     return {
         "train": columns(table, kept),
@@ -140,13 +140,27 @@ def curves(rows: Sequence[Row], *, first_s: float, cells: int = CELLS) -> dict[s
     }
 
 
-def _evaluations(rows: Sequence[Row], tokens: Mapping[float, float]) -> dict[str, list[Row]]:
-    """Return evaluation rows by validation set: `eval_loss` or `eval_loss/NAME` in a row."""
+def _evaluations(
+    rows: Sequence[Row], steps: np.ndarray, tokens: np.ndarray
+) -> dict[str, list[Row]]:
+    """Return evaluation rows by validation set: `eval_loss` or `eval_loss/NAME` in a row.
+
+    steps, tokens: of the training rows, between which the tokens of other steps lie on a line.
+    """
+    known = np.isfinite(tokens)
     found: dict[str, list[Row]] = {}
     for row in rows:
         for key in row if "loss" not in row else ():
-            if key.partition("/")[0] == "eval_loss" and is_number(row[key]):
+            kind, _, name = key.partition("/")
+            if kind in _HELD_OUT and is_number(row[key]):
                 entry = {"step": row["step"], "loss": row[key], "time_s": row.get("time_s")}
-                entry["tokens_seen"] = tokens.get(row["step"])
-                found.setdefault(key.partition("/")[2], []).append(entry)
+                entry["tokens_seen"] = _between(row["step"], steps[known], tokens[known])
+                found.setdefault(name or _HELD_OUT[kind], []).append(entry)
     return found
+
+
+def _between(step: int, steps: np.ndarray, tokens: np.ndarray) -> int | None:
+    """Return the tokens up to a step; None outside the steps for which they are known."""
+    if not len(steps) or not steps[0] <= step <= steps[-1]:
+        return None
+    return round(float(np.interp(step, steps, tokens)))

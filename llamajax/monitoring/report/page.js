@@ -32,9 +32,12 @@ const logged = (value, format) => (isNumber(value) ? format(value) : value === u
 const runColor = (run) => COLORS[DATA.runs.indexOf(run) % COLORS.length];
 const running = (run) => ["running", "in progress"].includes(run.verdict.status);
 
+// With the digits of a float32; whole ones exactly.
+const short = (value) => (Number.isInteger(value) ? value : Number(value.toPrecision(7)));
+
 function text(value) {
   if (value === null || value === undefined) return "none";
-  return typeof value === "string" ? value : JSON.stringify(value);
+  return typeof value === "string" ? value : JSON.stringify(value, (_, v) => (isNumber(v) ? short(v) : v));
 }
 
 function money(deviceHours) {
@@ -53,9 +56,11 @@ function stored(value) {
   }
 }
 
-// What all charts share; kept over a reload of the page.
+// What all charts share, and what is open or chosen elsewhere; kept over a reload of the page.
+// log: titles of charts. open: whether, by `keyOf` of what can be opened. events: which are shown.
 const view = {
-  x: "step", smooth: 0.02, range: null, theme: "auto", ...stored(), cursor: null, charts: [],
+  x: "step", smooth: 0.02, range: null, theme: "auto", log: [], open: {}, events: "notable", ...stored(),
+  cursor: null, charts: [],
 
   prepare() {
     const { key } = X[this.x];
@@ -85,9 +90,9 @@ const view = {
   },
 
   keep() {
-    const { x, smooth, range, theme } = this;
+    const { x, smooth, range, theme, log, open, events } = this;
     document.documentElement.dataset.theme = theme;
-    stored({ x, smooth, range, theme });
+    stored({ x, smooth, range, theme, log, open, events });
   },
 };
 
@@ -193,10 +198,10 @@ function toolbar() {
     segmented("Theme", { auto: "Auto", light: "Light", dark: "Dark" }, view.theme, setTheme));
 }
 
-// Events that are drawn on the curves; the first start is none.
+// Events that are drawn on the curves; the run's first start is none.
 function marks(run) {
   const { step, tokens_seen: tokens } = run.curves.train;
-  const first = run.events.findIndex((event) => event.event === "start");
+  const first = run.left_out_events ? -1 : run.events.findIndex((event) => event.event === "start");
   return run.events.filter((e, i) => (MARKED[e.event] && i !== first) || e.error).map((e) => ({
     kind: e.error ? "rollback" : MARKED[e.event],
     text: `${e.event === "start" ? "restart" : label(e.event)} at step ${whole(e.step)}${e.reason ? `: ${e.reason}` : ""}`,

@@ -10,25 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import llamajax
-from llamajax.errors import UserError, say
+from llamajax.errors import say
 from llamajax.files import remove_partials
 from llamajax.monitoring.events import EVENTS
-from llamajax.monitoring.report.run_report import REPORT, write_report
+from llamajax.monitoring.report.run_report import MALFORMED, REPORT, write_report
 
 _LOOK_EVERY_S, _WRITE_EVERY_S = 15.0, 180.0
 _IDLE_SHARE = 20  # times as long as the last page took, no other one is written
 _NICE = 10
 _STOP_WITHIN_S = 5.0
 # Whatever is wrong with the files of a run, its end is not the place to fail.
-_FAILURES = (
-    OSError,
-    UserError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-)
+_FAILURES = (OSError, *MALFORMED)
 
 
 @contextlib.contextmanager
@@ -89,7 +81,10 @@ class _Refresher:
                 took_s = written_s - began_s
 
     def _write(self) -> None:
-        """Write the report at a low priority; end at once when the run does."""
+        """Write the report at a low priority; end at once when the run does.
+
+        In a session of its own, so that Ctrl-C reaches the run alone, which then ends it.
+        """
         command = [sys.executable, "-m", "llamajax.report", f"--workdir={self._workdir}"]
         home = Path(llamajax.__file__).parents[1]  # so that the same package is found
         try:
@@ -100,6 +95,7 @@ class _Refresher:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
+                start_new_session=True,
             ) as child:
                 with contextlib.suppress(OSError):
                     os.setpriority(os.PRIO_PROCESS, child.pid, _NICE)

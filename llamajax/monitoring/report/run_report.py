@@ -6,25 +6,29 @@ its style, its script and the numbers as JSON; the script draws everything.
 """
 
 import base64
+import contextlib
 import hashlib
 import html
 import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llamajax.errors import UserError
-from llamajax.files import replaced_file, write_file
+from llamajax.files import replaced_file
+from llamajax.monitoring.events import EVENTS
 from llamajax.monitoring.metrics import METRICS
 from llamajax.monitoring.paired_difference import describe_comparison
 from llamajax.monitoring.report.curves import CELLS
 from llamajax.monitoring.report.run_data import read_run
-from llamajax.monitoring.run_facts import RUN_FACTS
+from llamajax.monitoring.run_facts import write_report_facts
 
 REPORT, COMPARISON = "report.html", "comparison.html"
+# What is raised where a record of a run has another shape than expected.
+MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 def write_report(
@@ -35,15 +39,14 @@ def write_report(
     output: where; by default `report.html` in the workdir, whose `run.json` is brought up to date
     as well, or `comparison.html` in the first of several. price_per_hour: of one device, in any
     currency; by default what an earlier report of the run was given. Raises UserError where a
-    workdir is no directory of a run, or the page cannot be written.
+    workdir is no directory of a run or cannot be read, or the page cannot be written.
     """
     check_workdirs(workdirs)
     path = output or Path(workdirs[0]) / (COMPARISON if len(workdirs) > 1 else REPORT)
     with replaced_file(path, label=str(path)) as hidden:
         runs, price = read_runs(workdirs, price_per_hour)
         if output is None and len(runs) == 1:
-            facts = json.dumps(runs[0]["facts"], indent=1)
-            write_file(Path(workdirs[0]) / RUN_FACTS, facts)
+            write_report_facts(workdirs[0], runs[0]["facts"])
         hidden.write_text(render(runs, price_per_hour=price), "utf-8", "replace")
     return path
 
@@ -53,18 +56,43 @@ def read_runs(
 ) -> tuple[list[dict[str, Any]], float | None]:
     """Return what the page shows of runs, and the price.
 
-    `paired` of a run describes how its losses compare with those of the first one.
+    `paired` of a run describes how its losses compare with those of the first one. Raises UserError
+    where a workdir cannot be read.
     """
-    runs = [read_run(workdir, cells=CELLS // len(workdirs)) for workdir in workdirs]
-    for run in runs[1:]:
-        names = [run["name"], runs[0]["name"]]
-        if names[0] == names[1]:
-            names = [run["workdir"], runs[0]["workdir"]]
-        run["paired"] = describe_comparison(run["workdir"], runs[0]["workdir"], names=names)
+    runs = []
+    for workdir in workdirs:
+        with _readable(workdir):
+            runs.append(run := read_run(workdir, cells=CELLS // len(workdirs)))
+            if run is not runs[0]:
+                run["paired"] = _compared(run, runs[0])
     for run in runs:
         if price_per_hour is not None:
             run["facts"]["price_per_hour"] = price_per_hour
     return runs, runs[0]["facts"].get("price_per_hour")
+
+
+def _compared(run: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    names = [run["name"], first["name"]]
+    if names[0] == names[1]:
+        names = [run["workdir"], first["workdir"]]
+    return describe_comparison(run["workdir"], first["workdir"], names=names)
+
+
+@contextlib.contextmanager
+def _readable(workdir: Path) -> Iterator[None]:
+    """Turn what the files of a run may raise into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except MALFORMED as error:
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"--workdir={workdir} cannot be read: a record in its files is not as `train` writes "
+            f"it ({cause}); remove that line of {EVENTS} or {METRICS}"
+        ) from error
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be read: {error}") from None
 
 
 def check_workdirs(workdirs: Sequence[Path]) -> None:

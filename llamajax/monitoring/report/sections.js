@@ -162,6 +162,10 @@ function samples(run) {
       el("p", {}, el("b", {}, sample.prompt), sample.text))));
 }
 
+// Where a fork comes from, and each key of its config that differs there.
+const forked = ({ run, step, changed }) => [`fork of ${run} at step ${whole(step)}`,
+  ...Object.entries(changed ?? {}).map(([key, pair]) => `${key}: ${pair.map(text).join(" -> ")}`)];
+
 // What the table says of an event besides its name and time.
 function describe(event, run) {
   const replay = `python -m llamajax.replay --workdir=${run.workdir} --step=${event.step}`;
@@ -173,14 +177,16 @@ function describe(event, run) {
   }
   const started = (process) => Math.abs(process.from_s + (event.duration_s ?? 0) - event.at_s) < 0.1;
   const process = event.event === "start" && run.processes.find(started);
+  const said = event.fork ? forked(event.fork) : [];
   if (process?.lost_s) {
     const lost = (process.lost_s * (process.devices ?? 1)) / HOUR;
-    return `${duration(process.lost_s)} without a new step: ${digits(lost, 3)} device hours lost` +
-      (DATA.price_per_hour ? `, cost ${money(lost)}` : "");
+    said.push(`${duration(process.lost_s)} without a new step: ${digits(lost, 3)} device hours lost` +
+      (DATA.price_per_hour ? `, cost ${money(lost)}` : ""));
   }
+  if (said.length) return said.join("; ");
   const hidden = /^(event|step|at_s|duration_s|last_seen_s|kept_.*|removed_.*)$/;
   return Object.entries(event).filter(([key, value]) => !hidden.test(key) && value !== null && value !== "")
-    .map(([key, value]) => `${label(key)} ${isNumber(value) ? digits(value, 6) : text(value)}`).join(", ");
+    .map(([key, value]) => `${label(key)} ${text(value)}`).join(", ");
 }
 
 function events(run) {
@@ -193,11 +199,17 @@ function events(run) {
     ]);
     holder.replaceChildren(table(["Time", "Step", "Event", "Took", "What"], rows, "Events, newest first", "stack"));
   };
-  fill("notable");
   const kinds = ["notable", "all", ...new Set(run.events.map((e) => e.event))];
-  const options = kinds.map((kind) => el("option", { value: kind }, label(kind)));
+  const chosen = kinds.includes(view.events) ? view.events : "notable";
+  const choose = (change) => {
+    view.events = change.target.value;
+    view.keep();
+    fill(view.events);
+  };
+  fill(chosen);
+  const options = kinds.map((kind) => el("option", { value: kind, selected: kind === chosen }, label(kind)));
   return run.events.length > 0 && [
-    el("label", {}, "Show ", el("select", { change: (change) => fill(change.target.value) }, options)),
+    el("label", {}, "Show ", el("select", { change: choose }, options)),
     run.left_out_events > 0 && note(`${plural(run.left_out_events, "older event")} in events.jsonl alone.`), holder];
 }
 
@@ -269,6 +281,16 @@ if (new Set(DATA.runs.map((run) => run.name)).size < DATA.runs.length) {
 }
 const main = el("main", {}, header(), !MANY && tiles(), toolbar(), charts(), MANY ? comparison() : sections(RUN));
 document.getElementById("page").append(main);
+// What can be opened, by where it is and what it says.
+const keyOf = (details) => [details.closest("figure, section").querySelector(".title, h2"), details.firstChild]
+  .map((node) => node.textContent).join(": ");
+main.querySelectorAll("details").forEach((details) => (details.open = view.open[keyOf(details)] ?? details.open));
+main.addEventListener("click", ({ target }) => {
+  const details = target.closest("summary")?.parentNode;
+  if (!details) return;
+  view.open[keyOf(details)] = !details.open; // as it will be
+  view.keep();
+});
 view.prepare();
 new ResizeObserver(() => view.charts.forEach((chart) => chart.draw())).observe(main);
 

@@ -1,17 +1,20 @@
 """Serve the page of runs on this machine; it reloads itself when their files change."""
 
 import http.server
+import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from llamajax.errors import UserError
 from llamajax.monitoring.blackbox import BLACKBOX, boxes
-from llamajax.monitoring.events import EVENTS
+from llamajax.monitoring.events import EVENTS, is_running
 from llamajax.monitoring.metrics import METRICS
-from llamajax.monitoring.report.run_report import read_runs, render
+from llamajax.monitoring.report.run_report import MALFORMED, read_runs, render
 
 _HOST = "127.0.0.1"
+# Browsers leave out port 80; `ssh -L` listens at ::1 as well.
+_OWN_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
 _FILES = (METRICS, EVENTS, "config.json", "plan.json", "samples.jsonl", "profile/summary.json")
 
 
@@ -40,9 +43,13 @@ class ReportServer(http.server.ThreadingHTTPServer):
         return f"http://localhost:{self.server_port}/"
 
     def version(self) -> str:
-        """Return the sizes and times of the files that the page is made from."""
+        """Return what the page is made from: sizes and times of files, and whether a run goes on.
+
+        Only its lock says that a process was killed.
+        """
         stats = [f.stat() for w in self.workdirs for n in _FILES if (f := w / n).is_file()]
-        return "-".join(f"{stat.st_size}.{stat.st_mtime_ns}" for stat in stats)
+        parts = [f"{stat.st_size}.{stat.st_mtime_ns}" for stat in stats]
+        return "-".join([*parts, *(str(is_running(workdir)) for workdir in self.workdirs)])
 
     def page(self) -> str:
         """Return the page of the files as they are now."""
@@ -58,27 +65,36 @@ class _Answer(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer a browser of this machine; a page of another site has another Host."""
-        name = self.headers.get("Host", "").rpartition(":")[0]
-        if name not in ("localhost", _HOST):
+        if not _OWN_HOST.fullmatch(self.headers.get("Host", "")):
             self.send_error(403)
             return
-        path, kind = self.path.partition("?")[0], "text/html; charset=utf-8"
-        if path == "/":
-            text = self.server.page()
-        elif path == "/version":
-            text, kind = self.server.version(), "text/plain"
-        elif box := self._box(path):
-            text, kind = box.read_text(encoding="utf-8"), "text/plain; charset=utf-8"
-        else:
+        status = 200
+        try:
+            text, kind = self._found(self.path.partition("?")[0])
+        except (OSError, *MALFORMED) as error:
+            status, text, kind = 500, f"error: {error}\n", "text/plain; charset=utf-8"
+        if not kind:
             self.send_error(404)
             return
         body = text.encode("utf-8", "replace")
-        self.send_response(200)
+        self.send_response(status)
+        if status != 200:
+            self.send_header("Refresh", "5")  # the file may be mended by then
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
         self.wfile.write(body)
+
+    def _found(self, path: str) -> tuple[str, str]:
+        """Return the text at a path, and its type; no type where there is nothing."""
+        if path == "/":
+            return self.server.page(), "text/html; charset=utf-8"
+        if path == "/version":
+            return self.server.version(), "text/plain"
+        if box := self._box(path):
+            return box.read_text(encoding="utf-8"), "text/plain; charset=utf-8"
+        return "", ""
 
     def _box(self, path: str) -> Path | None:
         found = boxes(self.server.workdirs[0])
