@@ -111,8 +111,17 @@ def _is_finite(value: Any) -> bool:
 
 
 def _position(workdir: Path) -> list[Mapping[str, Any]]:
-    """Return the segments of the newest position in the data, as `data.Position` writes them."""
-    return next((e["position"] for e in reversed(load_events(workdir)) if "position" in e), [])
+    """Return the segments of the newest position in the data, as `data.Position` writes them.
+
+    Empty where the record has none, or what is none.
+    """
+    found = next((e["position"] for e in reversed(load_events(workdir)) if "position" in e), None)
+    numbers = ("first_step", "first_sample", "batch_size")
+    is_one = isinstance(found, list) and all(
+        isinstance(segment, dict) and all(isinstance(segment.get(n), int) for n in numbers)
+        for segment in found
+    )
+    return found if is_one and found and found[0]["first_step"] == 0 else []
 
 
 def _same_samples(

@@ -54,6 +54,8 @@ LATER = SEGMENT | {"first_step": 110, "first_sample": 880, "batch_size": 16}
         ([SEGMENT, LATER | {"first_step": 20}], "read other samples at the same steps"),
         ([SEGMENT | {"first_sample": 8}], "read other samples at the same steps"),
         ([], "does not say which samples"),
+        ([{"first_step": 0}], "does not say which samples"),
+        ([SEGMENT | {"first_step": 300}], "does not say which samples"),
     ],
 )
 def test_only_runs_that_read_the_same_samples_are_paired(tmp_path, segments, words):
