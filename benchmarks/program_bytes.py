@@ -6,8 +6,8 @@
 It compiles the step for absent devices, as `llamajax.plan` does, and counts the bytes of every
 instruction that runs, loops multiplied out: operands and results, of a slice of a stack only the
 slice. Caches are left out, so that a row is a lower bound on its time only where arrays are large.
---unfilled_scans tries a program whose loops stack their outputs in memory that nobody has filled
-with zeros: JAX itself fills it, and XLA copies these zeros where several stacks have one shape.
+--unfilled_scans tries a program whose loops stack their outputs in memory that is not filled with
+zeros first: JAX itself fills it, and XLA copies these zeros where several stacks have one shape.
 """
 
 import argparse
@@ -121,8 +121,8 @@ def _fusion_bytes(body: list[Instruction]) -> tuple[int, int]:
 def unfilled_scans() -> Iterator[None]:
     """Have JAX leave the stacked outputs of loops unfilled while a program is lowered.
 
-    An experiment on a private function of JAX 0.10.2 to 0.12.0, which says that it waits for XLA to
-    be mended before it does this itself. Not for training.
+    An experiment on a private function of JAX 0.10.2 to 0.12.0. Its comment says that JAX will do
+    this itself once XLA is fixed. Not for training.
     """
     import jax
     from jax._src.lax.control_flow import loops

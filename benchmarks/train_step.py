@@ -24,7 +24,7 @@ from typing import Any, get_args
 
 from llamajax.backends import with_huge_pages
 from llamajax.config import RunConfig, find_preset, freeze, mesh_config
-from llamajax.config.schema import AttentionImpl, ComputeDtype, Remat
+from llamajax.config.schema import AttentionImpl, ComputeDtype, Remat, TrainDtype
 from llamajax.config.values import describe
 from llamajax.errors import UserError, say
 from llamajax.files import write_file
@@ -340,7 +340,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--preset", default="bench-32m", help="a model of llamajax.config.PRESETS")
     parser.add_argument("--batch", type=int, default=4, help="samples a step, over all devices")
     parser.add_argument("--seq_len", type=int, default=512, help="tokens a sample")
-    parser.add_argument("--dtype", choices=get_args(ComputeDtype), default="float32")
+    parser.add_argument("--dtype", choices=get_args(TrainDtype), default="float32")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
     parser.add_argument("--remat", choices=get_args(Remat), default="dots")
     parser.add_argument("--remat_keep", default="", help="tensors of a block to keep, a,b")
@@ -365,18 +365,16 @@ def arguments() -> argparse.ArgumentParser:
 
 def measured(flags: argparse.Namespace, *, state: Any = None) -> tuple[dict[str, Any], Run]:
     """What the step that the flags describe takes, and the Run, whose state can be used again."""
+    from llamajax.training.messages import float8_warnings
+
     config = run_config(flags)
     run = compiled(config, documents=flags.documents, options=flags.compiler_options, state=state)
-    for line in run.attention.warnings():
-        say(f"warning: {line}")
-    for line in run.options.warnings():
+    warnings = [*run.attention.warnings(), *run.options.warnings()]
+    for line in warnings + float8_warnings(config, run.machine.device_kind):
         say(f"warning: {line}")
     check_fits(run)
     run.step()
-    found = {
-        "start_up_s": seconds_alive(),
-        "documents": flags.documents,
-    }
+    found = {"start_up_s": seconds_alive(), "documents": flags.documents}
     return found | measure(run, steps=flags.steps), run
 
 

@@ -5,9 +5,9 @@
 
 `torch` is transformers' LlamaForCausalLM, `litgpt` its GPT, both under torch.compile. Same sizes,
 same initial weights, same random tokens, same AdamW and clipping, one document a row: the losses
-printed at the end say so. Each system lives in a process of its own and waits for its turn, so
-that only one computes at a time; turns alternate, and who begins a round, too. A busy machine slows
-all of them: read the ratios, of wall time and of processor time.
+printed at the end show it. Each system runs in its own process and waits for its turn, so that
+only one computes at a time. The order alternates from round to round. A busy machine slows all of
+them: read the ratios, of wall time and of processor time.
 
 --python=SYSTEM=PATH runs a system under another Python, for releases that do not fit together;
 --source=NAME=FOLDER adds llamajax as it is in another clone. A system that is not installed is left

@@ -1,4 +1,4 @@
-"""One system of `versus.py` in its own process: read `work.json`, then take steps when told.
+"""One system of `versus.py` in its own process: read `work.json`, then take steps on request.
 
     python versus_systems.py KIND FOLDER
 

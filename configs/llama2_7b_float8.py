@@ -2,7 +2,7 @@
 
 Hardware: 8 NVIDIA H100 or newer. Chips without 8-bit products round to them and gain nothing. One
           H200 does not hold it yet: with the mesh and the 32 microbatches of `llama2_7b_1gpu.py` it
-          is planned (jax 0.12, 2026-11-30) at 150.3 of 129.7 GiB, bfloat16 at 125.9.
+          is planned (jax 0.12, 2026-11-30) at 150.3 of 129.7 GiB, bfloat16 at 126.3.
 Command:  python -m llamajax.train --config=configs/llama2_7b_float8.py --workdir=runs/7b_float8 \
               --config.data.path=data/llama2
 Speed:    unmeasured; not planned on 8 devices. On one H200 planned at 17,742 tokens/s, beside

@@ -45,12 +45,15 @@ def number(text: str) -> float:
 
 def test_train_step_prints_one_table_and_writes_it_as_json(tmp_path):
     file = tmp_path / "step.json"
-    rows = rows_of(
-        run("train_step.py", "--preset=tiny", "--batch=2", "--seq_len=16", "--steps=3",
-            "--num_cpu_devices=2", "--mesh=data=2", "--accumulation=1", f"--json={file}",
-            "--documents=3", "--remat=full", "--remat_keep=gate,up", "--moment_dtype=bfloat16",
-            "--compiler_options=xla_cpu_enable_fast_math=false")
+    done = run(
+        "train_step.py", "--preset=tiny", "--batch=2", "--seq_len=16", "--steps=3",
+        "--num_cpu_devices=2", "--mesh=data=2", "--accumulation=1", f"--json={file}",
+        "--documents=3", "--remat=full", "--remat_keep=gate,up", "--moment_dtype=bfloat16",
+        "--compiler_options=xla_cpu_enable_fast_math=false", "--dtype=float8",
     )  # fmt: skip
+    rows = rows_of(done)
+    assert "warning: train.dtype=float8: 'cpu' is not known to multiply in 8 bits" in done.stderr
+    assert rows["compute"].startswith("float8, ")
     assert rows["machine"] == "cpu, cpu, data 2 (2 devices)"
     assert "of 3 steps" in rows["step time"]
     assert "of 3 steps" in rows["step time, waited for"]

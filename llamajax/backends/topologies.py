@@ -216,8 +216,8 @@ _GPU = {
 }
 
 
-# Of the CUDA that the plugin `xla_cuda13` brings. Without a version XLA takes it for one before
-# 12.0, which has no products in 8 bits, and multiplies in bfloat16 what it gives to cuBLASLt.
+# The CUDA version of the plugin `xla_cuda13`. Without a version XLA assumes one before 12.0, which
+# has no products in 8 bits: products by cuBLASLt would then be compiled in bfloat16.
 _CUDA = "13.0.0"
 
 
@@ -251,9 +251,9 @@ def _gpus(text: str, kind: str, sizes: list[int], *, domains: int | None) -> lis
 def _gpu_target(kind: str) -> str:
     """Return a `GpuTargetConfigProto` of XLA in text form.
 
-    XLA's scheduler hides collectives only as long as the program stays below a limit of memory. In
-    a run that follows from what its allocator may take, of which jaxlib tells it; without a device,
-    from 80 % of the size given here.
+    XLA's scheduler overlaps collectives only while the program stays below a memory limit. A run
+    derives it from the memory of its allocator; without a device, XLA takes 80 % of the size given
+    here.
     """
     gpu, entry = _GPU[kind], next(d for d in devices.DEVICES if d.name == kind)
     major, minor = gpu.capability.split(".")

@@ -38,10 +38,19 @@ def width(config: RunConfig) -> int:
     return 2 if config.train.activation_dtype == "bfloat16" else FLOAT32_BYTES
 
 
-def weight_width(config: RunConfig) -> int:
-    """Return the bytes of a value of a gathered matrix."""
-    t = config.train
-    return 1 if t.dtype == "float8" and t.float8_scaling == "tensor" else width(config)
+def float8_share(config: RunConfig) -> float:
+    """Return the share of a layer's weights that are multiplied in 8 bits."""
+    if config.train.dtype != "float8":
+        return 0.0
+    dims, targets = config.model.dims, config.train.float8_targets
+    weights = sum(math.prod(dims[d] for d in "".join(LORA_TARGETS[x])) for x in targets)
+    return weights / matrices_per_layer(config.model)
+
+
+def weight_width(config: RunConfig) -> float:
+    """Return the bytes of a gathered value of a layer's matrices, on average."""
+    share = float8_share(config) if config.train.float8_scaling == "tensor" else 0.0
+    return share + (1 - share) * width(config)
 
 
 def state_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:

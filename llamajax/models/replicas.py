@@ -41,7 +41,7 @@ def compute_digests(model: Llama, tokens_BT: jax.Array, compute: Compute) -> jax
     as in training, and a backward pass that keeps nothing for later. Where stages split the layers,
     each device runs those that it has.
     """
-    float8 = compute.float8  # with scales by rows, which hear nothing of other devices
+    float8 = compute.float8  # with scales by rows, which need no collective
     compute = dataclasses.replace(
         compute,
         float8=float8 and dataclasses.replace(float8, scaling="row"),

@@ -31,7 +31,7 @@ class PairedDifference:
     """The loss of one run minus that of another, in nats per token: mean of the newer half of rows.
 
     low, high: its 95 % interval. first_step, last_step: of that half. since: the step from which on
-    every look finds the sign of the last one; None where the last one finds no difference.
+    every check finds the same sign; None where the last check finds no difference.
     """
 
     first_step: int

@@ -65,7 +65,7 @@ def attention(
     head n // (N / K). Scores are scaled by H**-0.5, the softmax is float32, the output has the
     dtype of q. `segment_ids` (int32) numbers the documents packed in a row, each of them
     contiguous; 0 is padding, which attends to itself only and so stays finite. Without segment ids
-    a row is one document. What `documents_for` returned may stand for the ids. For `cudnn`,
+    a row is one document. The result of `documents_for` may replace the ids. For `cudnn`,
     documents that its kernel has no room for (`kernel_has_room`) are lost: go through
     `models.sharded_step.by_documents`, which computes such a batch with `split`.
     """
@@ -156,7 +156,7 @@ class AttentionChoice(NamedTuple):
     is_second_best: bool = False
 
     def warnings(self) -> list[str]:
-        """Return a line about a faster one that was passed over, or nothing."""
+        """Return a line about a faster implementation that was not chosen, or nothing."""
         return [f"attention {self.impl}, because {self.reason}"] * self.is_second_best
 
 
@@ -198,7 +198,7 @@ def best_attention(machine: Machine, dtype: str, head_size: int, seq_len: int) -
 
 
 def falls_back(impl: str) -> str:
-    """Return in words where something else computes although `impl` was chosen."""
+    """Describe which sequences another implementation computes although `impl` was chosen."""
     rows = f", and steps with more than a document per {TOKENS_PER_DOCUMENT} tokens"
     return f"split for mesh.sequence above 1{rows * (impl == 'cudnn')}"
 

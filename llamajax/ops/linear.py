@@ -1,8 +1,8 @@
 """Matrix products over the last dims of an activation, done on two-dimensional operands.
 
 In 8 bits (Micikevicius et al. 2022, arXiv:2209.05433) the operands of the forward product are
-rounded to e4m3 and the gradient that comes from behind to e5m2, each after a multiplication by a
-scale that its own largest value gives. Scales are powers of two: multiplying by them rounds
+rounded to e4m3 and the output gradient to e5m2, each after a multiplication by a scale that is
+computed from its own largest value. Scales are powers of two: multiplying by them rounds
 nothing, so that each value is rounded once, and how depends on the scale only where a value is so
 small that the 8 bits cannot hold it. All three products take 8-bit operands and sum in float32.
 """
@@ -69,7 +69,7 @@ _mixed.defvjp(lambda x, w: (_mixed(x, w), (x, w)), _mixed_backward)
 # operations of a Python number and a value that varies over devices, unless they are in a call.
 @functools.partial(jax.jit, static_argnames="dtype")
 def float8_scale(largest: jax.Array, dtype: Any = _E4M3) -> jax.Array:
-    """Return the power of two, float32, that brings `largest` to the last octave of `dtype`.
+    """Return the power of two, float32, that scales `largest` to the last octave of `dtype`.
 
     NaN where `largest` is not finite, so that an overflow is seen and not cut off; from 5e20 on
     values overflow as well.

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, beside which training goes on unchanged."""
+"""An exponential moving average of the weights, which does not change training."""
 
 from typing import Any
 

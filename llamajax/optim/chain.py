@@ -23,7 +23,7 @@ def decay_mask(tree: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What an optimizer knows of its run. layers: the number of each stored layer; None: in order.
+    """Facts of a run for its optimizer. layers: the number of each stored layer; None: in order.
 
     dtype: of Muon's products.
     """
@@ -60,7 +60,7 @@ def build(
 
 
 def _direction(config: OptimConfig, facts: RunFacts) -> optax.GradientTransformation:
-    """Return what makes updates of gradients, before decay and learning rate."""
+    """Return the transformation of gradients to updates, before decay and learning rate."""
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
     if config.name == "adamw":
         return adam
@@ -74,7 +74,7 @@ def _labels(tree: Any) -> Any:
 
 
 def _own_rate(config: OptimConfig) -> list[optax.GradientTransformation]:
-    """Return what gives Muon's matrices their own learning rate, if one is set."""
+    """Return the transformation for a learning rate of Muon's own, if one is set."""
     if config.name != "muon" or config.muon_learning_rate is None:
         return []
     ratio = config.muon_learning_rate / config.learning_rate

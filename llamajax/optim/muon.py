@@ -31,7 +31,7 @@ class MuonState(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """What one mesh axis does to a device's stack of layers on its way to whole matrices.
+    """An exchange along one mesh axis, on the way from parts of matrices to whole ones.
 
     dim: of the stack, which the axis splits; None: devices along it hold the same. layers, share:
     in the stack before and after.

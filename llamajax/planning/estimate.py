@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from llamajax.config import RunConfig
 from llamajax.models.counts import matrices_per_layer
-from llamajax.models.memory import FLOAT32_BYTES, device_share, layers_held, width
+from llamajax.models.memory import FLOAT32_BYTES, device_share, layers_held, weight_width, width
 from llamajax.models.pipeline import num_ticks
 from llamajax.planning.muon_cost import muon_sent_bytes
 from llamajax.planning.roofline import pipeline_facts
@@ -22,8 +22,9 @@ def sent_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[tuple[str, .
     n devices on an axis send (n - 1) / n of what they gather or scatter, twice that of what they
     sum. A block works on every row that passes it; in a pipeline also on what idle ticks carry.
 
-    - fsdp: a block's weights in the compute dtype are gathered for the forward and again for the
-      backward pass, and their gradients scattered in float32, each microbatch; the head once each.
+    - fsdp: a block's weights in the compute dtype, or in 8 bits, are gathered for the forward and
+      again for the backward pass, and their gradients scattered in float32, each microbatch; the
+      head once each.
       In a pipeline, once each accumulation step and the forward pass alone. Embedded tokens are
       exchanged in both directions.
     - tensor: the residual is gathered before and scattered after attention and the feed-forward, in
@@ -52,7 +53,8 @@ def sent_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[tuple[str, .
     matrices = matrices_per_layer(m) / sizes["tensor"] * layers
     table = m.padded_vocab_size * m.hidden_size / sizes["tensor"]
     gathers = 2 if pipe is None else 1
-    weights = matrices * (gathers * value + FLOAT32_BYTES) + table * (value + FLOAT32_BYTES)
+    weights = matrices * (gathers * weight_width(config) + FLOAT32_BYTES)
+    weights += table * (value + FLOAT32_BYTES)
     residual = share.tokens * m.hidden_size * value  # of a row
     keys = config.data.seq_len * 2 * m.num_kv_heads * m.head_size / sizes["tensor"]
     exchanges = (8 if t.remat == "none" else 11) + 4 * again

@@ -18,8 +18,9 @@ from llamajax.planning.roofline import (
     link_seconds,
     predict,
 )
+from llamajax.training.messages import float8_warnings
 
-_NOTABLE = 0.03  # difference of products in the program and by formula that a plan speaks of
+_NOTABLE = 0.03  # difference of products in the program and by formula that a plan reports
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,6 +149,7 @@ def plan_notes(plan: Plan) -> list[str]:
     step, facts, target = plan.step, plan.facts, plan.step.target
     notes = []
     notes += [*step.attention.warnings(), *step.compiler_options.warnings()]
+    notes += float8_warnings(step.config, target.device_kind)
     left_out = platform_facts(target.platform).deterministic_options
     if step.config.backend.deterministic and left_out:
         names = ", ".join(name for group in left_out for name in group)

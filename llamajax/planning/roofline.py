@@ -5,12 +5,12 @@ What no compiler says is estimated here with figures of the device table. All as
 - matrix products run at `Device.efficiency` of the peak, attention's at a part of that which
   depends on the kernel; recomputation is counted, and only the causal half of attention;
 - products in 8 bits run at 0.8 of that share, of their own peak; head and attention are in
-  bfloat16; each value that is quantized is read twice and written once, and turned round once;
-- element-wise work and the optimizer are bound by the bandwidth of the device's memory and hide
-  behind nothing;
+  bfloat16; each value that is quantized is read twice and written once, and transposed once;
+- element-wise work and the optimizer are bound by the bandwidth of the device's memory and overlap
+  with nothing;
 - what `fsdp` sends hides behind the matrix products of the same pass, forward or backward, as far
   as it takes no longer than they do; all else is waited for. A plan for GPUs reads instead from the
-  compiled program what stands beside each collective (`hlo_overlap`). Links inside a node and
+  compiled program what runs beside each collective (`hlo_overlap`). Links inside a node and
   between nodes work at the same time;
 - a pipeline's blocks are idle for its bubble; what idle ticks send is among what is sent.
 
@@ -23,11 +23,16 @@ from collections.abc import Mapping
 
 from llamajax.backends import Device
 from llamajax.config import ModelConfig, RunConfig
-from llamajax.config.model_schema import LORA_TARGETS
 from llamajax.models.counts import flops_per_token, matrices_per_layer, num_parameters
 from llamajax.models.layer_order import padded_layers
 from llamajax.models.lora import num_adapter_parameters
-from llamajax.models.memory import FLOAT32_BYTES, device_share, weight_width, width
+from llamajax.models.memory import (
+    FLOAT32_BYTES,
+    device_share,
+    float8_share,
+    weight_width,
+    width,
+)
 from llamajax.models.pipeline import bubble, num_ticks
 from llamajax.ops.attention import FUSED, computed_scores
 from llamajax.planning.muon_cost import muon_product_flops
@@ -132,12 +137,8 @@ def compute_seconds(
 
 def _float8_share(config: RunConfig) -> float:
     """Return the share of the layers' products, by operations, that have operands of 8 bits."""
-    t, dims = config.train, config.model.dims
-    if t.dtype != "float8":
-        return 0.0
-    chosen = sum(math.prod(dims[d] for d in "".join(LORA_TARGETS[x])) for x in t.float8_targets)
-    products = 1 / 3 if t.float8_gradients == "bfloat16" else 1.0
-    return products * chosen / matrices_per_layer(config.model)
+    products = 1 / 3 if config.train.float8_gradients == "bfloat16" else 1.0
+    return products * float8_share(config)
 
 
 def _filled(config: RunConfig, sizes: Mapping[str, int]) -> float:

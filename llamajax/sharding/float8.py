@@ -1,4 +1,4 @@
-"""Matrices that are multiplied in 8 bits, and what their products need to know."""
+"""Matrices that are multiplied in 8 bits, and the options of their products."""
 
 import dataclasses
 
@@ -9,8 +9,8 @@ import jax
 class Float8:
     """Which matrices of a layer are multiplied in 8 bits, and how (`train.float8_*`).
 
-    gradients: the dtype of what comes from behind, in both backward products: e5m2, e4m3, or
-    bfloat16, where these products are as of bfloat16 training. scaling: `tensor` for one scale an
+    gradients: the dtype of the output gradient in both backward products: e5m2 or e4m3; with
+    bfloat16 these products are those of bfloat16 training. scaling: `tensor` for one scale an
     operand, `row` for one a row or column of each product.
     """
 

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint of another run: `train.fork=RUN@STEP`.
+"""A run that continues from a checkpoint of another run: `train.fork=RUN@STEP`.
 
 It continues weights, moments, steps and place in the data, with a config of its own, in a --workdir
 of its own. Until that has a checkpoint, every start and every rollback begins at the other run's.
@@ -16,7 +16,7 @@ from llamajax.errors import UserError
 
 
 def check_directories(config: RunConfig, workdir: Path, checkpoints: Location) -> None:
-    """Raise UserError where a fork would write into the run that it goes on from.
+    """Raise UserError where a fork would write into the run that it continues.
 
     checkpoints: where the fork saves.
     """

@@ -35,10 +35,9 @@ def run_header(setup: Setup, start: int) -> Iterator[str]:
     yield f"model    {c.model.name or 'custom'}, {parameters} parameters{trained}"
     yield f"machine  {m.platform}, {m.device_kind}; mesh {sharding.describe(setup.mesh)}"
     yield from backends.profile_lines(m)
-    for line in [*setup.attention.warnings(), *setup.compiler_options.warnings()]:
+    warnings = [*setup.attention.warnings(), *setup.compiler_options.warnings()]
+    for line in warnings + float8_warnings(c, m.device_kind):
         yield f"warning: {line}"
-    if _float8_products(setup) == "rounded only":
-        yield float8_warning(m.device_kind)
     for line in sharding.device_order_table(setup.mesh):
         yield f"layout   {line}"
     yield f"compute  {c.train.dtype}, attention {setup.compute.attention}, remat {c.train.remat}"
@@ -55,13 +54,15 @@ def run_header(setup: Setup, start: int) -> Iterator[str]:
     yield f"steps    {c.train.steps}, {where}"
 
 
-def float8_warning(device_kind: str) -> str:
-    """Return what a run is told whose device multiplies nothing in 8 bits."""
-    return (
-        f"warning: train.dtype=float8: {device_kind!r} is not known to multiply in 8 bits, so "
+def float8_warnings(config: RunConfig, device_kind: str) -> list[str]:
+    """Return a warning where train.dtype=float8 is used on devices without 8-bit products."""
+    if config.train.dtype != "float8" or backends.multiplies_float8(device_kind):
+        return []
+    return [
+        f"train.dtype=float8: {device_kind!r} is not known to multiply in 8 bits, so "
         "values are only rounded to them and multiplied in bfloat16: slower than bfloat16, for "
         "trying out what float8 does to a loss"
-    )
+    ]
 
 
 def _float8_products(setup: Setup) -> str | None:

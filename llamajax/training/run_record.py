@@ -169,7 +169,7 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
 def _overrides(config_file: str, setup: Setup) -> dict[str, list[str | None]]:
     """Return the file's value and the one used of each key in which they differ.
 
-    What the file leaves to the platform is no difference.
+    Keys that the file leaves to the platform are left out.
 
     A file that is no whole config without the command line has no values to show: null.
     """

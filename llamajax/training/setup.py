@@ -66,7 +66,7 @@ def set_up(config: RunConfig, *, keep_programs: bool = True) -> Setup:
         if data.has_split(config.data, "validation"):
             held_out = data.open_mixture(config.data, split="validation", vocab_size=size)
     except UserError as error:
-        refusal = error  # raised below: the other processes must hear of it first
+        refusal = error  # raised below, after the other processes have received it
 
     def common_facts() -> dict[str, str | None]:
         """Describe what all processes of a run must have in common."""

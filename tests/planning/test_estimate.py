@@ -9,7 +9,8 @@ import pytest
 
 from llamajax.backends import absent_devices
 from llamajax.config import MeshConfig, load
-from llamajax.models.memory import held_bytes, state_bytes
+from llamajax.models.counts import matrices_per_layer
+from llamajax.models.memory import held_bytes, held_parts, state_bytes
 from llamajax.planning import compilation, estimate, roofline
 from llamajax.planning.hlo_products import product_flops
 from llamajax.planning.planner import shard_bytes
@@ -115,6 +116,28 @@ def test_products_are_those_of_the_program(name):
     config, sizes, step, text, _ = compiled(name)
     found = roofline.expected_product_flops(config, sizes, attention=step.attention.impl)
     assert product_flops(text) * math.prod(sizes.values()) == pytest.approx(found, rel=0.03)
+
+
+def test_weights_in_8_bits_are_gathered_in_one_byte_and_the_others_in_two(config):
+    """A CPU's program gathers 8 bits as 16, and 16 as 32: twice the bytes of an accelerator's."""
+    train = dataclasses.replace(
+        config.train, dtype="float8", float8_targets=("gate", "out"), remat="none"
+    )
+    config = dataclasses.replace(config, mesh=MeshConfig(fsdp=8), train=train)
+    step = compilation.abstract_step(config, absent_devices("cpu:8", config.backend))
+    program = compilation.lowered_step(step).compile({"xla_backend_optimization_level": 0})
+    told = 0.0
+    for row in compilation.traffic(program.as_text(), step.mesh):
+        told += row.sent_bytes / (1 if row.kind == "reduce-scatter" else 2)
+    sizes, m = dict(step.mesh.shape), config.model
+    assert estimate.sent_bytes(config, sizes)[("fsdp",)] == pytest.approx(told, rel=0.01)
+    # gate and out, of 1 byte; query, key, value, up and down of 2; and all gradients of 4
+    wide = m.num_heads * m.head_size
+    gathered = wide * 1 + (wide + 2 * m.num_kv_heads * m.head_size) * 2
+    gathered += m.intermediate_size * (1 + 2 + 2)
+    gradients = 4 * matrices_per_layer(m)
+    found = held_parts(config, sizes)["gathered weights"]
+    assert found == pytest.approx(gathered * m.hidden_size + gradients)
 
 
 def test_adapters_and_their_moments_are_divided_by_stage():

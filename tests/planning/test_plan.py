@@ -135,6 +135,19 @@ def test_what_does_not_fit_is_no_error(planned, cache, config, known_devices):
     assert roomy.prediction.step_time_s > 0
 
 
+@pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"])
+def test_8_bits_on_a_device_without_such_products_are_noted(planned, cache, config, kind):
+    made = make_plan(config, absent_devices("cpu:8", config.backend), cache=cache)
+    train = dataclasses.replace(config.train, dtype="float8")
+    step = dataclasses.replace(
+        made.step,
+        config=dataclasses.replace(config, train=train),
+        target=dataclasses.replace(made.step.target, device_kind=kind),
+    )
+    notes = planner.plan_notes(dataclasses.replace(made, step=step))
+    assert any("not known to multiply in 8 bits" in note for note in notes) == ("A100" in kind)
+
+
 def test_options_that_need_the_device_are_left_out_and_named(monkeypatch, cache, config):
     option = "xla_backend_optimization_level"
     facts = dataclasses.replace(platform_facts("cpu"), deterministic_options=({option: 1},))

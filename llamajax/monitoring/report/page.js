@@ -5,7 +5,7 @@ const [RUN] = DATA.runs;
 const MANY = DATA.runs.length > 1;
 const GIB = 2 ** 30;
 const HOUR = 3600;
-// Colors belong to things: each curve has its own, and runs have theirs by their place in the command line.
+// Each curve has its own color. With several runs, each run has one, by its place in the command line.
 const COLORS = ["blue", "orange", "green", "purple", "red", "gold", "cyan", "gray"];
 const TRAINING = { color: "blue" };
 const FAR = { zero: true, outliers: true };

@@ -1,4 +1,4 @@
-"""Keep `report.html` up to date while a run goes on, and write it once more at its end."""
+"""Keep `report.html` up to date during a run, and write it once more at its end."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ _LOOK_EVERY_S, _WRITE_EVERY_S = 15.0, 180.0
 _IDLE_SHARE = 20  # times as long as the last page took, no other one is written
 _NICE = 10
 _STOP_WITHIN_S = 5.0
-# Whatever is wrong with the files of a run, its end is not the place to fail.
+# A run does not fail at its end because its files cannot be reported.
 _FAILURES = (OSError, *MALFORMED)
 
 
@@ -27,7 +27,7 @@ _FAILURES = (OSError, *MALFORMED)
 def refreshed_report(workdir: Path, *, primary: bool) -> Iterator[None]:
     """Rewrite the report of a run soon after each event, every few minutes, and at the end.
 
-    Another process does it meanwhile, because reading many rows takes seconds of the interpreter.
+    A process of its own does it, because reading many rows takes seconds of the interpreter.
     Nothing is written before the start is accepted, which writes the first event. A report that
     fails is one warning. Not primary: does nothing.
     """

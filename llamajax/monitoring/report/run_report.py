@@ -27,7 +27,7 @@ from llamajax.monitoring.report.run_data import read_run
 from llamajax.monitoring.run_facts import write_report_facts
 
 REPORT, COMPARISON = "report.html", "comparison.html"
-# What is raised where a record of a run has another shape than expected.
+# Errors of reading a record that has an unexpected structure.
 MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 

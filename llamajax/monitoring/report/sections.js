@@ -152,7 +152,7 @@ function mesh(run) {
   const { num_parameters: total } = run.facts;
   return [el("div", { class: "mesh", style: `--columns: ${Math.min(8, inner)}` }, cells),
     devices > 64 && note(`The first 64 of ${whole(devices)} devices.`),
-    rows.length > 0 && table(["Axis", "Size", "What it splits", "On each device"], rows, "What lies where"),
+    rows.length > 0 && table(["Axis", "Size", "What it splits", "On each device"], rows, "What each device holds"),
     isNumber(total) && note(`Each device keeps about ${count(total / shards)} of ${count(total)} parameters, and their moments.`)];
 }
 

@@ -39,13 +39,13 @@ class ReportServer(http.server.ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """Where a browser finds the page."""
+        """The address of the page."""
         return f"http://localhost:{self.server_port}/"
 
     def version(self) -> str:
-        """Return what the page is made from: sizes and times of files, and whether a run goes on.
+        """Return what the page is made from: sizes and times of files, and whether runs are alive.
 
-        Only its lock says that a process was killed.
+        A killed process is recognized by its lock alone.
         """
         stats = [f.stat() for w in self.workdirs for n in _FILES if (f := w / n).is_file()]
         parts = [f"{stat.st_size}.{stat.st_mtime_ns}" for stat in stats]
@@ -79,7 +79,7 @@ class _Answer(http.server.BaseHTTPRequestHandler):
         body = text.encode("utf-8", "replace")
         self.send_response(status)
         if status != 200:
-            self.send_header("Refresh", "5")  # the file may be mended by then
+            self.send_header("Refresh", "5")  # the file may be readable by then
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Cache-Control", "no-store")
