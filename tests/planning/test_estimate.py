@@ -121,7 +121,7 @@ def test_products_are_those_of_the_program(name):
 def test_weights_in_8_bits_are_gathered_in_one_byte_and_the_others_in_two(config):
     """A CPU's program gathers 8 bits as 16, and 16 as 32: twice the bytes of an accelerator's."""
     train = dataclasses.replace(
-        config.train, dtype="float8", float8_targets=("gate", "out"), remat="none"
+        config.train, dtype="float8", float8_targets=("gate", "out"), accumulation_steps=1
     )
     config = dataclasses.replace(config, mesh=MeshConfig(fsdp=8), train=train)
     step = compilation.abstract_step(config, absent_devices("cpu:8", config.backend))
