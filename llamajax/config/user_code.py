@@ -6,6 +6,7 @@ Whatever goes wrong in it is the user's to fix, and becomes one UserError with t
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import os
 import sys
 import traceback
@@ -37,24 +38,41 @@ def import_function(name: str, *, key: str) -> Callable[..., Any]:
     if not (module and function):
         raise UserError(f"{label}: is not module:function, e.g. my_code:{key.rpartition('.')[2]}")
     sys.path += [p for p in (os.getcwd(), *_beside_config) if p not in sys.path]
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ModuleNotFoundError, ValueError):  # its package is missing; __main__ has no spec
-        spec = None
-    if spec is None:
-        places = " or ".join(dict.fromkeys([os.getcwd(), *_beside_config]))
-        raise UserError(
-            f"{label}: Python finds no module {module}; put {module.partition('.')[0]} into "
-            f"{places}, or install its package"
-        )
-    with errors_name_the_line(label, Path(spec.origin or ".").parent):
-        imported = importlib.import_module(module)
-    found = getattr(imported, function, None)
+    for each in itertools.accumulate(module.split("."), "{}.{}".format):
+        try:
+            spec = importlib.util.find_spec(each)
+        except (ModuleNotFoundError, ValueError):  # within no package; __main__ has no spec
+            spec = None
+        if spec is None:
+            places = " or ".join(dict.fromkeys([os.getcwd(), *_beside_config]))
+            raise UserError(
+                f"{label}: Python finds no module {module}; put {module.partition('.')[0]} into "
+                f"{places}, or install its package"
+            )
+        # One by one: to find a module, Python runs the packages that it is in.
+        with errors_name_the_line(label, Path(spec.origin or ".").parent):
+            imported = importlib.import_module(each)
+            found = each == module and getattr(imported, function, None)
     if not callable(found):
         there = [key for key, value in vars(imported).items() if callable(value)]
         hint = did_you_mean(nearest(function, there))
-        raise UserError(f"{label}: {spec.origin} defines no function {function}{hint}")
+        raise UserError(f"{label}: {spec.origin or module} defines no function {function}{hint}")
     return found
+
+
+@contextlib.contextmanager
+def errors_of_function(name: str, *, key: str, case: str = "") -> Iterator[None]:
+    """Turn what the imported function of `key = name` raises into one UserError.
+
+    case: what it is called with, in words.
+    """
+    module = name.partition(":")[0]
+    file = getattr(sys.modules.get(module), "__file__", None) or module  # Python's own have none
+    try:
+        with errors_name_the_line(file, Path(file).parent):
+            yield
+    except UserError as error:
+        raise UserError(f"{key} = {name} fails{case}: {error}") from error
 
 
 @contextlib.contextmanager

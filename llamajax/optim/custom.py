@@ -8,7 +8,7 @@ import jax
 import optax
 
 from llamajax.config.schema import OptimConfig
-from llamajax.config.user_code import import_function
+from llamajax.config.user_code import errors_of_function, import_function
 from llamajax.errors import UserError
 from llamajax.sharding import is_weight
 
@@ -30,7 +30,8 @@ def custom_chain(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTra
         raise UserError(
             f"{text}: {error}; it must be a function of the optim section and the learning rate"
         ) from None
-    chain = function(config, rate)
+    with errors_of_function(config.chain, key="optim.chain"):
+        chain = function(config, rate)
     if not isinstance(chain, optax.GradientTransformation):
         raise UserError(
             f"{text}: the function returned {type(chain).__name__}; return an "
@@ -54,7 +55,8 @@ def check_state(
     text = f"optim.chain = {config.chain}"
     weights = shapes()
     known = {(w.axes, w.get_value().shape) for w in _weights(weights)}
-    state = jax.eval_shape(optimizer.init, weights)
+    with errors_of_function(config.chain, key="optim.chain", case=" where it makes its state"):
+        state = jax.eval_shape(optimizer.init, weights)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_weight):
         where = f"{text}: its state{jax.tree_util.keystr(path)}"
         if is_weight(leaf) and (leaf.axes, leaf.get_value().shape) not in known:
@@ -73,7 +75,8 @@ def check_state(
         with jax.numpy_dtype_promotion("standard"):
             return optimizer.update(weights, state, weights, step=jax.numpy.int32(0))[1]
 
-    after = jax.eval_shape(update, weights, state)
+    with errors_of_function(config.chain, key="optim.chain", case=" in an update"):
+        after = jax.eval_shape(update, weights, state)
     leaves = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (state, after)]
     if leaves[0] != leaves[1] or jax.tree.structure(state) != jax.tree.structure(after):
         raise UserError(

@@ -4,8 +4,9 @@ A process that fails alone leaves the others waiting for it in their next collec
 here must be called by all processes, at the same point of the program.
 """
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -53,17 +54,25 @@ def raise_together(error: UserError | None) -> None:
         raise (TransientError if int(code) == ExitCode.TRANSIENT else UserError)(text)
 
 
+@contextlib.contextmanager
+def raising_together() -> Iterator[None]:
+    """Raise on all processes the first UserError that the block raises on any of them."""
+    error = None
+    try:
+        yield
+    except UserError as raised:
+        error = raised
+    raise_together(error)
+
+
 def broadcast_from_first(decide: Callable[..., T], *args: Any) -> T:
     """Return on all processes what `decide(*args)` returns on process 0; it runs there only.
 
     For what is read from a shared directory, which two processes may see a moment apart. The
     result must be JSON. Raises the UserError of `decide` on all processes.
     """
-    found, error = None, None
-    if jax.process_index() == 0:
-        try:
+    found = None
+    with raising_together():
+        if jax.process_index() == 0:
             found = decide(*args)
-        except UserError as raised:
-            error = raised
-    raise_together(error)
     return found if jax.process_count() == 1 else json.loads(all_gather_text(json.dumps(found))[0])

@@ -23,7 +23,7 @@ from llamajax.models.pipeline import PipelineOptions
 from llamajax.ops.attention import AttentionChoice, choose_attention
 from llamajax.ops.attention_own import is_own, prove
 from llamajax.processes import process_facts
-from llamajax.processes.host_collectives import raise_together
+from llamajax.processes.host_collectives import raising_together
 from llamajax.sharding.float8 import Float8
 from llamajax.training.feed import abstract_batch, eval_batch_size
 from llamajax.training.safety.canary import Canary
@@ -83,9 +83,11 @@ def set_up(config: RunConfig, *, keep_programs: bool = True) -> Setup:
     if refusal is not None:
         raise refusal
     config = with_loss_chunk(config, machine.platform, mesh.shape)
-    attention = resolve_attention(config, machine, mesh)
-    if is_own(attention.impl):
-        attention = _proven(attention.impl, config, mesh)
+    with raising_together():  # code of the user's can fail on one process alone
+        attention = resolve_attention(config, machine, mesh)
+        if is_own(attention.impl):
+            attention = _proven(attention.impl, config, mesh)
+        spec = StateSpec.of(config, mesh)
     return Setup(
         config=config,
         machine=machine,
@@ -93,7 +95,7 @@ def set_up(config: RunConfig, *, keep_programs: bool = True) -> Setup:
         attention=attention,
         compute=resolve_compute(config, mesh, attention.impl),
         compiler_options=resolve_compiler_options(config, machine, mesh),
-        spec=StateSpec.of(config, mesh),
+        spec=spec,
         mixture=mixture,
         held_out=held_out,
     )
@@ -137,21 +139,16 @@ def resolve_attention(config: RunConfig, machine: backends.Machine, mesh: Mesh) 
 
 
 def _proven(own: str, config: RunConfig, mesh: Mesh) -> AttentionChoice:
-    """Prove the user's own attention on every process. Raises the UserError of any on all."""
-    model, t, parts, error = config.model, config.train, mesh.shape["tensor"], None
-    found, is_named = "", True
-    try:
-        found, is_named = prove(
-            own,
-            dtype=t.activation_dtype,
-            heads=(model.num_heads // parts, model.num_kv_heads // parts),
-            head_size=model.head_size,
-            seq_len=config.data.seq_len,
-            packed=config.data.mask_documents,
-        )
-    except UserError as problem:
-        error = problem
-    raise_together(error)
+    """Prove the user's own attention on this process's first device."""
+    model, t, parts = config.model, config.train, mesh.shape["tensor"]
+    found, is_named = prove(
+        own,
+        dtype=t.activation_dtype,
+        heads=(model.num_heads // parts, model.num_kv_heads // parts),
+        head_size=model.head_size,
+        seq_len=config.data.seq_len,
+        packed=config.data.mask_documents,
+    )
     could_keep = t.remat not in ("none", "full") or "attention" in t.remat_keep
     reason, is_again = f"train.attention = {own}; {found}", could_keep and not is_named
     if is_again:

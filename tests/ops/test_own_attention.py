@@ -15,11 +15,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["attend", "unnamed"])
+@pytest.mark.parametrize("name", ["attend", "unnamed", "attend_in_a_call", "unnamed_in_a_call"])
 def test_what_is_right_is_proven(name, dtype):
     words, is_named = prove(f"own_attention:{name}", **SIZES | {"dtype": dtype})
     assert re.fullmatch(rf"{dtype} error \S+ forward, \S+ backward, against float64", words)
-    assert is_named == (name == "attend")
+    assert is_named == name.startswith("attend")
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,7 @@ def test_what_is_right_is_proven(name, dtype):
         ("interleaved", ["4 heads of 16 on 2: error of output"]),
         ("frozen_keys", ["tokens, 4 heads of 16 on 2: error of dk 1.0e+00; 2e-05 is allowed"]),
         ("rounded", ["output", "2e-05 is allowed"]),
+        ("overflows", ["2 x 20 tokens, scores of about 100", "output nan"]),
         ("not_a_number", ["output nan, dq nan"]),
         ("alone", ["with 2 x 20 tokens, packed documents", "NotImplementedError: this kernel"]),
         ("bfloat16_out", ["returned bfloat16 (2, 20, 4, 16), the queries are float32"]),
@@ -44,25 +45,59 @@ def test_what_is_wrong_is_named(name, words):
         prove(f"own_attention:{name}", **SIZES)
 
 
+def test_a_long_run_tries_its_remainder():
+    with refused("  - 1 x 976 tokens, 1 heads of 8 on 1: error of output"):
+        sizes = {"heads": (1, 1), "head_size": 8, "seq_len": 2000, "packed": False}
+        prove("own_attention:whole_blocks", **SIZES | sizes)
+
+
+@pytest.mark.parametrize("name", ["sys:exit", "builtins:len", "itertools:count"])
+def test_a_function_of_no_file(name):
+    with refused(f"train.attention = {name} fails with 2 x 20 tokens", "TypeError"):
+        prove(name, **SIZES)
+
+
 def test_a_run_without_documents_needs_none():
     prove("own_attention:alone", **SIZES | {"packed": False})
 
 
+@pytest.mark.parametrize("key", ["train.attention", "optim.chain"])
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("files", "module", "words"),
     [
-        (None, "Python finds no module own_missing; put own_missing into"),
-        ("import own_nowhere", "line 1: ModuleNotFoundError: No module named 'own_nowhere'"),
-        ("\n1 / 0", "line 2: ZeroDivisionError"),
+        ({}, "missing", "KEY = MODULE:attend: Python finds no module MODULE; put MODULE into"),
+        ({}, ".missing", "KEY = MODULE:attend: Python finds no module"),
+        ({".py": ""}, "plain.attn", "Python finds no module MODULE;"),
+        ({"/__init__.py": ""}, "empty.attn", "Python finds no module MODULE;"),
+        ({".py": "import own_nowhere"}, "dep", "line 1: ModuleNotFoundError: No module named"),
+        ({".py": "\n1 / 0"}, "error", "error.py, line 2: ZeroDivisionError"),
+        ({".py": "raise SystemExit(0)"}, "exit", "exit.py, line 1: SystemExit: 0"),
+        (
+            {"/__init__.py": "nothing", "/attn.py": ""},
+            "pkg_error.attn",
+            "__init__.py, line 1: NameError: name 'nothing'",
+        ),
+        (
+            {"/__init__.py": "import own_nowhere", "/attn.py": ""},
+            "pkg_dep.attn",
+            "__init__.py, line 1: ModuleNotFoundError: No module named 'own_nowhere'",
+        ),
+        (
+            {".py": "def __getattr__(name):\n    raise ImportError(name)"},
+            "lazy",
+            "lazy.py, line 2: ImportError: attend",
+        ),
     ],
 )
-def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch, text, words):
+def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch, key, files, module, words):
     monkeypatch.syspath_prepend(tmp_path)
-    name = "own_missing" if text is None else f"own_{len(text)}"
-    if text is not None:
-        (tmp_path / f"{name}.py").write_text(text)
-    with refused("train.attention = " if text is None else name, words):
-        import_function(f"{name}:attend", key="train.attention")
+    module = module if module.startswith(".") else f"own_{key[:5]}_{module}"
+    for end, text in files.items():
+        path = tmp_path / f"{module.partition('.')[0]}{end}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    with refused(words.replace("KEY", key).replace("MODULE", module)):
+        import_function(f"{module}:attend", key=key)
 
 
 @pytest.fixture

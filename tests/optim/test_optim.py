@@ -218,6 +218,9 @@ def test_a_chain_of_the_users_own_is_checked(tmp_path, monkeypatch):
         "chains:number": "the function returned int",
         "chains:optax": "chains.py defines no function optax",
         "chains:alone": "too many positional arguments; it must be a function of",
+        "itertools:count": "fails: itertools: TypeError",
+        "chains:raises": "chains.py, line 16: KeyError: momentum",
+        "chains:raises_later": "line 19: ZeroDivisionError",
         "chains:rows": "moments are split over devices by the dims of their weights",
         "chains:whole": "every device would hold all of it",
         "chains:growing": "changes the shapes or dtypes of its state",
@@ -239,6 +242,12 @@ def number(config, rate):
 
 def alone(config):
     return optax.identity()
+
+def raises(config, rate):
+    return {}["momentum"]
+
+def raises_later(config, rate):
+    return optax.GradientTransformation(lambda weights: 1 / 0, None)
 
 def rows(config, rate):
     init = lambda weights: jax.tree.map(lambda w: w[..., 0], weights)

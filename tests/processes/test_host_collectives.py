@@ -13,6 +13,7 @@ from llamajax.processes.host_collectives import (
     broadcast_from_first,
     multihost_utils,
     raise_together,
+    raising_together,
 )
 from llamajax.processes.process_facts import check_same
 
@@ -54,6 +55,13 @@ def test_an_error_keeps_its_type_on_the_other_process(on_two, kind, rank):
     text = "the bucket: no " * 100
     found = on_two(lambda me: raise_together(kind(text) if me == rank else None))
     assert found == [(kind, text)] * 2
+
+    def block(me):
+        with raising_together():
+            if me == rank:
+                raise kind(text)
+
+    assert on_two(block) == [(kind, text)] * 2
 
 
 @pytest.mark.parametrize("value", [None, 0, 3, True, "newest", ["donation"], "x" * 3000])

@@ -5,20 +5,34 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 
-def unnamed(q, k, v, *, segment_ids, scale, causal=True):
+def unnamed(q, k, v, *, segment_ids, scale, causal=True, softmax=jax.nn.softmax):
     """Plain attention in float32, all heads apart."""
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     allowed = jnp.tri(q.shape[1], dtype=bool)[None] | (not causal)
     if segment_ids is not None:
         allowed &= segment_ids[:, :, None] == segment_ids[:, None, :]
     s = scale * jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32)
-    p = jax.nn.softmax(jnp.where(allowed[:, None], s, -jnp.inf), axis=-1).astype(q.dtype)
+    p = softmax(jnp.where(allowed[:, None], s, -jnp.inf), axis=-1).astype(q.dtype)
     return jnp.einsum("bnts,bsnh->btnh", p, v)
 
 
 def attend(q, k, v, **how):
     """What is right, and saved by the policies that save attention."""
     return checkpoint_name(unnamed(q, k, v, **how), "attention")
+
+
+def attend_in_a_call(q, k, v, **how):
+    return jax.jit(lambda q, k, v: attend(q, k, v, **how))(q, k, v)
+
+
+def unnamed_in_a_call(q, k, v, **how):
+    """A function's name is no checkpoint name."""
+
+    @jax.jit
+    def attention(q, k, v):
+        return unnamed(q, k, v, **how)
+
+    return attention(q, k, v)
 
 
 def looks_ahead(q, k, v, *, causal, **how):
@@ -52,6 +66,21 @@ def rounded(q, k, v, **how):
 
 def not_a_number(q, k, v, **how):
     return unnamed(q, k, v, **how) * jnp.asarray(jnp.nan, q.dtype)
+
+
+def whole_blocks(q, k, v, **how):
+    """What follows the last block of 128 queries is lost."""
+    o = unnamed(q, k, v, **how)
+    return o.at[:, q.shape[1] // 128 * 128 or None :].set(0)
+
+
+def overflows(q, k, v, **how):
+    """A softmax that does not subtract the largest score."""
+
+    def softmax(s, axis):
+        return jnp.exp(s) / jnp.exp(s).sum(axis, keepdims=True)
+
+    return unnamed(q, k, v, softmax=softmax, **how)
 
 
 def alone(q, k, v, *, segment_ids, **how):

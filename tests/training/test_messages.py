@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from refusal import refused
 
 from llamajax import backends
 from llamajax.config.keys import all_keys
 from llamajax.config.schema import MeshConfig
 from llamajax.models.lora import num_adapter_parameters
 from llamajax.models.memory import held_parts, host_bytes, state_bytes
+from llamajax.processes import host_collectives
 from llamajax.sharding import build_mesh
 from llamajax.training.dry_run import dry_run
 from llamajax.training.messages import data_warnings, memory_warnings
@@ -95,6 +97,16 @@ def test_own_attention_that_remat_cannot_keep_is_a_warning(short_config, remat, 
     attention = set_up(short_config(**keys), keep_programs=False).attention
     assert "float32 error" in attention.reason
     assert len(attention.warnings()) == warned
+
+
+@pytest.mark.parametrize("key", ["train.attention", "optim.chain"])
+@pytest.mark.parametrize("code", ["no_such_module:f", "sys:exit"])
+def test_what_fails_in_own_code_is_said_to_all_processes(short_config, monkeypatch, key, code):
+    said = []
+    monkeypatch.setattr(host_collectives, "first_problem", lambda it: said.append(it) or it)
+    with refused(f"{key} = {code}"):
+        set_up(short_config(**{key: code}), keep_programs=False)
+    assert said[-1].startswith(f"2 {key} = {code}")
 
 
 def test_a_dry_run_prints_every_value_with_its_origin_and_writes_nothing(
