@@ -8,6 +8,8 @@ Command:  python -m llamajax.prepare --input='text/*.jsonl' --tokenizer=llama2.m
               --workdir=runs/llama2_7b_1gpu --config.data.path=data/llama2
 Speed:    planned for h200:1, not run: 13,168 tokens/s, 19.9 s a step, with products at 66 % of the
           peak. A single H200 with full recomputation elsewhere: 10,471 tokens/s (KempnerForge).
+          With `--config.train.dtype=float8` (docs/float8.md) planned at 17,742 tokens/s, 14.8 s a
+          step, in the same 126.3 GiB.
 Loss:     unmeasured.
 
 The batch, the optimizer and the schedule are those of `llama2_7b.py`: 64 sequences of 4096 tokens a

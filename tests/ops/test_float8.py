@@ -130,6 +130,26 @@ def test_policies_of_recomputation_change_no_bit(policy):
     np.testing.assert_allclose(grad, plain_grad, rtol=0, atol=1e-5 * np.abs(plain_grad).max())
 
 
+@pytest.mark.parametrize("scaling", ["tensor", "row"])
+def test_a_layer_keeps_the_layout_of_the_stack_that_it_comes_from(scaling):
+    """Else XLA for GPUs transposes the whole stack, in float32: test_absent_devices.py measures."""
+    options = dataclasses.replace(OPTIONS, scaling=scaling)
+
+    def loss(w):
+        def body(x, layer):
+            scale = float8_scale(jnp.max(jnp.abs(layer))) if scaling == "tensor" else None
+            weight = Float8Weight(layer, scale, options)
+            return linear(x, cast_and_gather(weight, "DF", x.dtype, split_tokens=False)), None
+
+        return jnp.sum(jax.lax.scan(body, jnp.ones((8, 16), jnp.bfloat16), w)[0])
+
+    text = jax.jit(loss).lower(jnp.ones((3, 16, 16))).as_text()
+    fixed = [line for line in text.splitlines() if "@LayoutConstraint" in line]
+    assert len(fixed) == 1
+    assert "result_layouts = [dense<[1, 0]> : tensor<2xindex>]" in fixed[0]
+    assert "-> tensor<16x16xf32>" in fixed[0]
+
+
 MESHES = [
     ({"data": 2, "fsdp": 2, "tensor": 2}, {}),
     ({"stage": 2, "fsdp": 2}, {"layers": 3}),

@@ -107,3 +107,18 @@ def test_traffic_between_nodes_of_gpus(tmp_path):
     assert all(row["waits_s"] is not None for row in plan["collectives"])
     assert plan["fits"] is True
     assert plan["arguments_bytes"] < plan["peak_bytes"] < plan["limit_bytes"]
+
+
+@needs_cuda
+def test_products_in_8_bits_take_no_second_copy_of_the_weights(tmp_path):
+    """GPUs want an operand transposed; XLA transposed the layers all at once, in float32."""
+    small = (
+        *BF16, "--config.mesh.fsdp=1", "--config.mesh.tensor=1", "--config.model.num_layers=6",
+        "--config.train.attention=blocked",
+    )  # fmt: skip
+    wide = planned(tmp_path, "h200:1", *small)
+    for scaling in ("tensor", "row"):
+        float8 = ("--config.train.dtype=float8", f"--config.train.float8_scaling={scaling}")
+        narrow = planned(tmp_path, "h200:1", *small, *float8)
+        more = narrow["activations_bytes"] - wide["activations_bytes"]
+        assert more < 0.3 * wide["params_bytes"], scaling
