@@ -93,3 +93,9 @@ def say(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         if sys.stderr is not None:  # print would take standard output instead
             print(text, file=sys.stderr, flush=True)
+
+
+def say_last(text: str) -> None:
+    """Print a line before `os._exit`: what a thread still has to write (`LogCopy`) is written."""
+    say(text)
+    getattr(sys.stderr, "drain", lambda: None)()

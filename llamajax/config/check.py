@@ -7,7 +7,7 @@ reported elsewhere), the KeyError skips the rule, so that one mistake never hide
 import contextlib
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from llamajax.config.keys import all_keys
@@ -196,6 +196,12 @@ def _unknown_names(what: str, names: Collection[str], known: Collection[str]) ->
             yield f"{what} {name!r}{hint} They are {', '.join(known)}"
 
 
+def _repeated_names(path: str, names: Sequence[str]) -> Iterator[str]:
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            yield f"{path}: {name} is there {names.count(name)} times; name it once"
+
+
 def _continuation(v: Values) -> Iterator[str]:
     step = v["train.resume_step"]
     if step is not None and v["train.restart"]:
@@ -223,17 +229,27 @@ def _targets(v: Values) -> Iterator[str]:
     for path, is_used in used.items():
         targets = v[path]
         yield from _unknown_names(f"{path}: unknown matrix", targets, LORA_TARGETS)
-        for name in dict.fromkeys(targets):
-            if targets.count(name) > 1:
-                yield f"{path}: {name} is there {targets.count(name)} times; name it once"
+        yield from _repeated_names(path, targets)
         if not targets and is_used:
             yield f"{path}: is empty; name some of {', '.join(LORA_TARGETS)}"
 
 
 def _monitoring(v: Values) -> Iterator[str]:
     yield from _unknown_names("monitoring.sinks: unknown sink", v["monitoring.sinks"], SINKS)
-    if (text := v["monitoring.profile_steps"]) is not None and parse_steps(text) is None:
+    yield from _repeated_names("monitoring.sinks", v["monitoring.sinks"])
+
+
+def _profile_steps(v: Values) -> Iterator[str]:
+    text, steps = v["monitoring.profile_steps"], v["train.steps"]
+    if text is None:
+        return
+    if (found := parse_steps(text)) is None:
         yield f"monitoring.profile_steps = {text}: is not FIRST:LAST, e.g. 20:25, from step 2 on"
+    elif found[1] > steps:
+        yield (
+            f"monitoring.profile_steps = {text}: ends behind train.steps = {steps}; choose steps "
+            "of the run"
+        )
 
 
 def _lora_rank(v: Values) -> Iterator[str]:
@@ -315,4 +331,5 @@ _RULES = (
     _even_head, _kv_heads, _rope_scaling, _context, _mesh, _batch, _data_path, _weights, _warmup,
     _decay, _final_rate, _muon, _remat, _continuation, _lora_base, _targets, _lora_rank, _not_empty,
     _directory, _spikes, _plugin, _plugin_options, _processes, _monitoring,
+    _profile_steps,
 )  # fmt: skip

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from llamajax.config.flags import Flags, RunFlags
-from llamajax.config.keys import all_keys, nearest_key, own_keys, sections
+from llamajax.config.keys import all_keys, key_hint, own_keys, sections
 from llamajax.config.load import resolve
 from llamajax.config.schema import RunConfig
 from llamajax.config.values import NOT_SET, Key, Mistyped, show
@@ -153,8 +153,7 @@ def _unknown_flag(name: str, known: dict[str, Key]) -> str:
     flags = {flag.removeprefix("--"): flag for flag in [*known, "--help", "--version"]}
     found = same[0] if same else flags.get(nearest(bare, flags))
     if found is None and any(flag.startswith(_PREFIX) for flag in known):
-        key = nearest_key(bare)
-        found = key and _PREFIX + key
+        return f"{name}: unknown flag{key_hint(bare, _PREFIX)}"
     return f"{name}: unknown flag{did_you_mean(found)}"
 
 

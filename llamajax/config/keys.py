@@ -7,7 +7,7 @@ from typing import Any
 
 from llamajax.config.schema import RunConfig
 from llamajax.config.values import NOT_SET, Key, split_optional
-from llamajax.errors import nearest
+from llamajax.errors import did_you_mean, nearest
 
 
 def nested_class(annotation: Any) -> type | None:
@@ -67,6 +67,24 @@ _ELSEWHERE = {
     "dp": "mesh.data", "tp": "mesh.tensor", "pp": "mesh.stage", "cp": "mesh.sequence",
     "wandb": "monitoring.sinks", "tensorboard": "monitoring.sinks",
 }  # fmt: skip
+
+
+# What replaces a key that is no more; {} begins a key on the command line.
+_REMOVED = {
+    "monitoring.tensorboard": "; false is now {}monitoring.sinks=jsonl, and true "
+    "{}monitoring.sinks=tensorboard, the default"
+}
+
+
+def key_hint(path: str, prefix: str = "") -> str:
+    """Return a clause on what replaces an unknown key, or which one was probably meant.
+
+    prefix: before each key that is named.
+    """
+    if path in _REMOVED:
+        return _REMOVED[path].replace("{}", prefix)
+    found = nearest_key(path)
+    return did_you_mean(found and prefix + found)
 
 
 def nearest_key(path: str) -> str | None:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llamajax.config.check import check
-from llamajax.config.keys import all_keys, nearest_key, nested_class, own_keys, sections
+from llamajax.config.keys import all_keys, key_hint, nearest_key, nested_class, own_keys, sections
 from llamajax.config.schema import ModelConfig, RunConfig
 from llamajax.config.values import NOT_SET, Key, Mistyped, coerce
 from llamajax.errors import UserError, combine, did_you_mean, nearest
@@ -82,8 +82,7 @@ def _unknown_override(path: str, *, flag: str) -> str:
     if path in sections():
         first = next(key for key in all_keys() if key.startswith(f"{path}."))
         return f"{flag}{path}: names a section; set one of its keys, e.g. {flag}{first}"
-    found = nearest_key(path)
-    return f"{flag}{path}: unknown key{did_you_mean(found and flag + found)}"
+    return f"{flag}{path}: unknown key{key_hint(path, flag)}"
 
 
 def build(tree: Mapping, *, reported: Collection[str] = ()) -> tuple[RunConfig | None, list[str]]:
@@ -153,8 +152,7 @@ class _Reader:
 def _unknown(path: str) -> str:
     """Return the problem of a key (or, at the top, a section) that does not exist."""
     section = None if "." in path else nearest(path, sections())
-    found = nearest_key(path)
-    if "." in path or (found and not section):
-        return f"{path}: unknown key{did_you_mean(found)}"
+    if "." in path or (nearest_key(path) and not section):
+        return f"{path}: unknown key{key_hint(path)}"
     hint = section or f"one of {', '.join(sections())}"
     return f"{path}: unknown section{did_you_mean(hint)}"

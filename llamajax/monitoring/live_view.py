@@ -1,8 +1,8 @@
 """The live view of a run on a terminal, drawn by rich below what is printed meanwhile.
 
-Training never waits for it: rows are kept, and a thread draws them twice a second. A terminal that
-refuses output loses the view, nothing else. The cursor stays visible, so that a process which is
-killed has nothing to restore.
+Training never waits for it: rows are kept, a thread draws them twice a second, and another one
+writes what is drawn (`LogCopy`). A terminal that refuses output loses the view, nothing else. The
+cursor stays visible, so that a process which is killed has nothing to restore.
 """
 
 import math

@@ -7,26 +7,38 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from llamajax.monitoring.terminal_thread import TerminalThread, without_waiting
+
 
 class LogCopy:
     """A context in which each line of standard error is also written, with the time, to a file.
 
     Lines are kept in memory until `begin`. It can be entered several times. stream: standard error
-    itself; a live view replaces it while it is on the screen.
+    itself, with a thread before it where it is a terminal, so that no line waits; a live view
+    replaces it while it is on the screen.
     """
 
     def __init__(self, file: Path):
         self.stream: TextIO | None = None
-        self._file = file
+        self._file, self._replaced, self._screen = file, None, None
         self._lock = threading.Lock()
         self._line, self._kept, self._begun = "", [], False
 
     def __enter__(self) -> "LogCopy":
-        self.stream, sys.stderr = sys.stderr, self
+        if self._screen is None and sys.stderr is not None:
+            self._screen = without_waiting(sys.stderr)
+        self.stream = self._screen
+        self._replaced, sys.stderr = sys.stderr, self
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.stderr = self.stream
+        self.drain()
+        sys.stderr = self._replaced
+
+    def drain(self) -> None:
+        """Wait until a terminal shows what was written, but not long."""
+        if isinstance(self._screen, TerminalThread):
+            self._screen.drain()
 
     def begin(self) -> None:
         """Write the lines that were kept, and all later ones at once."""

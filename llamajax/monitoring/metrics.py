@@ -7,7 +7,7 @@ from typing import Any
 from llamajax.errors import UserError, say
 from llamajax.files import write_file
 from llamajax.monitoring.jsonl import RowFile, decode_row, read_lines, read_rows
-from llamajax.monitoring.sinks import SinkThread
+from llamajax.monitoring.sinks import SinkThread, close_sinks
 
 METRICS = "metrics.jsonl"
 # A sink may keep rows in memory for a while (wandb does for 15 s), which a killed process loses.
@@ -115,6 +115,5 @@ class MetricsWriter:
         if self._file is not None:
             self._file.close()
             self._file = None
-        for sink in self._sinks:
-            sink.close()
+        close_sinks(self._sinks)
         self._sinks = ()

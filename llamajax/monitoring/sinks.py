@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ from llamajax.errors import UserError, say
 from llamajax.monitoring.jsonl import plain_number
 
 _MOST_WAITING = 4096  # rows
-_CLOSE_WITHIN_S = 15.0
+_CLOSE_WITHIN_S = 10.0  # all sinks together
 _EXTRAS = {"wandb": "wandb"}  # package and extra that a sink needs, by name
 _GROUPS = {
     "perf": (
@@ -66,7 +67,7 @@ class SinkThread:
     def __init__(self, name: str, open_sink: Callable[[], Sink]):
         self._name, self._open = name, open_sink
         self._refused = self._entered = self._written = 0  # rows and texts
-        self._waiting: queue.Queue = queue.Queue(_MOST_WAITING)
+        self._waiting: queue.SimpleQueue = queue.SimpleQueue()
         self._warned = self._over = False
         self._thread = threading.Thread(target=self._run, name=f"sink_{name}", daemon=True)
         self._thread.start()
@@ -84,14 +85,13 @@ class SinkThread:
         """Enter a text; returns at once."""
         self._enter(("write_text", tag, text, step))
 
-    def close(self) -> None:
-        """Wait for the rows that were entered, but not long."""
-        try:
-            self._waiting.put(None, timeout=_CLOSE_WITHIN_S)
-        except queue.Full:
-            pass
-        else:
-            self._thread.join(_CLOSE_WITHIN_S)
+    def end(self) -> None:
+        """Let the sink close behind the rows that were entered; returns at once."""
+        self._waiting.put(None)
+
+    def wait(self, within_s: float) -> None:
+        """Wait until it has closed, but not longer than that."""
+        self._thread.join(within_s)
         if self._thread.is_alive():
             self._over = True
             self._warn(f"did not take its last rows within {_CLOSE_WITHIN_S:.0f} s")
@@ -100,10 +100,10 @@ class SinkThread:
         if self._over:
             self._refused += 1
             return
-        try:
-            self._waiting.put_nowait(call)
+        if self._waiting.qsize() < _MOST_WAITING:
+            self._waiting.put(call)
             self._entered += 1
-        except queue.Full:
+        else:
             self._refused += 1
             self._warn(f"is slow: {_MOST_WAITING} rows wait for it, and it does not get later ones")
 
@@ -133,6 +133,15 @@ class SinkThread:
         if not self._warned:
             self._warned = True
             say(f"warning: monitoring.sinks: {self._name} {problem}; training goes on")
+
+
+def close_sinks(sinks: Sequence[SinkThread]) -> None:
+    """Wait for the rows that were entered, but not long: one that hangs takes no other's time."""
+    for sink in sinks:
+        sink.end()
+    end_s = time.monotonic() + _CLOSE_WITHIN_S
+    for sink in sinks:
+        sink.wait(max(0.0, end_s - time.monotonic()))
 
 
 def check_installed(names: Sequence[str]) -> None:

@@ -18,18 +18,31 @@ from llamajax.planning.profile_summary import (
 from llamajax.training.hooks import Attempt, Hook
 from llamajax.training.state import TrainState
 
+# What can fail while a trace begins, ends or is read; none of it may end a run.
+_FAILURES = (
+    RuntimeError,  # of JAX's profiler: a folder that cannot be written, another session
+    OSError,  # a full disk
+    # A trace or a program's text that has another form than this version of JAX writes:
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+)
+
 
 class ProfileHook(Hook):
     """Traces the steps `monitoring.profile_steps` to `workdir/profile`, on process 0.
 
-    The trace opens in Perfetto (`*.trace.json.gz`) and XProf. `summary.json` has its summary.
+    The trace opens in Perfetto (`*.trace.json.gz`) and XProf. `summary.json` has its summary. Where
+    one fails, a warning says so, and no other is made.
     """
 
     def __init__(self, attempt: Attempt):
         super().__init__(attempt)
         self._first, self._last = parse_steps(self.config.monitoring.profile_steps)
         self._folder, self._waited_s = self.run.workdir / "profile", 0.0
-        self._traces = False
+        self._traces = self._failed = False
         if self._first - 1 <= attempt.start.step < self._last:
             attempt.progress.note(
                 f"warning: monitoring.profile_steps = {self._first}:{self._last}: this process "
@@ -42,15 +55,29 @@ class ProfileHook(Hook):
 
     def __call__(self, step: int, state: TrainState, stop: bool) -> None:
         with self.attempt.phase("profile", step), self.attempt.hang.paused():
-            if self.run.is_primary:
+            if self.run.is_primary and not self._failed:
                 jax.block_until_ready(state)
-                if not self._traces:
-                    self._begin()
-                else:
-                    jax.profiler.stop_trace()
-                    if step == self._last:
-                        self._summarize()
+                try:
+                    self._begin_or_end(step)
+                except _FAILURES as error:
+                    self._failed = True
+                    self.attempt.progress.note(
+                        f"warning: monitoring.profile_steps: no profile in {self._folder}: "
+                        f"{type(error).__name__}: {error}; training goes on"
+                    )
         self._traces = not self._traces
+
+    def _begin_or_end(self, step: int) -> None:
+        if not self._traces:
+            self._begin()
+            return
+        jax.profiler.stop_trace()
+        if step == self._last:
+            self._summarize()
+        else:
+            self.attempt.progress.note(
+                f"profile  stopped behind step {step}, no summary: {self._folder}"
+            )
 
     def _begin(self) -> None:
         options = jax.profiler.ProfileOptions()

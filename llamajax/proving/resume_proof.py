@@ -106,6 +106,7 @@ def shortened(config: RunConfig, steps: int) -> list[str]:
         "checkpoint.export_hf_every": "none",
         "train.fork": "none",  # three runs from step 0
         "monitoring.sinks": "jsonl",
+        "monitoring.profile_steps": "none",  # they may end behind `steps`
         "backend.deterministic": "true",  # runs are compared bit by bit
     }
     if config.optim.decay_steps is not None:

@@ -196,6 +196,12 @@ def test_names_of_other_systems_are_known(config_file):
     ]
 
 
+@pytest.mark.parametrize("flag", ["--config.monitoring.tensorboard", "--monitoring.tensorboard"])
+def test_a_key_that_is_no_more_names_what_replaces_it(config_file, flag):
+    (problem,) = problems_of(f"--config={config_file('')}", "--workdir=x", f"{flag}=false")
+    assert "; false is now --config.monitoring.sinks=jsonl, and true --config.monitor" in problem
+
+
 def test_importing_config_and_its_help_needs_no_jax():
     program = (
         "import sys\n"

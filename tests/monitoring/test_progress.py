@@ -2,7 +2,9 @@
 
 import io
 import math
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -131,6 +133,45 @@ def test_a_log_has_lines_while_the_terminal_has_the_view(tmp_path, monkeypatch):
     assert lines[1:] == ["warning: from elsewhere", "warning: from training", "finished"]
     assert all(line in terminal.getvalue() for line in lines[1:])
     assert "step   1/300" not in terminal.getvalue()
+
+
+# Fills a terminal that nobody reads, then shows a run on it.
+UNREAD = """
+import os, sys
+from pathlib import Path
+from llamajax.errors import say
+from llamajax.monitoring import Progress
+from llamajax.monitoring.log_copy import LogCopy
+os.set_blocking(2, False)
+try:
+    while True:
+        os.write(2, b"x" * 64)
+except BlockingIOError:
+    os.set_blocking(2, True)
+with LogCopy(Path(sys.argv[1])) as log:
+    log.begin()
+    progress = Progress(total_steps=3000, start_step=0, mode=sys.argv[2], stream=sys.stderr)
+    for step in range(1, 3001):
+        progress.show({"step": step, "loss": 1.0})
+        say("from elsewhere")
+    progress.close()
+    say("finished")
+"""
+
+
+@pytest.mark.parametrize("mode", ["bar", "lines"])
+def test_a_terminal_that_does_not_read_holds_up_nothing(mode, tmp_path):
+    leader, terminal = os.openpty()
+    try:
+        command = [sys.executable, "-c", UNREAD, str(tmp_path / "log"), mode]
+        done = subprocess.run(command, stderr=terminal, timeout=100, check=False)
+    finally:
+        os.close(terminal)
+        os.close(leader)
+    assert done.returncode == 0
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert len([line for line in lines if " step " in line]) == 3000
+    assert lines[-1].endswith("finished")
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "dumb"])

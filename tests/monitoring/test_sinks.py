@@ -9,7 +9,13 @@ import numpy as np
 from refusal import refused
 
 from llamajax.monitoring import MetricsWriter, load_metrics
-from llamajax.monitoring.sinks import SinkThread, check_installed, open_sinks, tagged
+from llamajax.monitoring.sinks import (
+    SinkThread,
+    check_installed,
+    close_sinks,
+    open_sinks,
+    tagged,
+)
 
 
 def test_tags_group_numbers():
@@ -65,9 +71,24 @@ def test_a_sink_that_hangs_does_not_keep_a_run_from_ending(monkeypatch, capsys):
     kept = Kept()
     thread = SinkThread("stuck", lambda: kept)
     thread.write({"step": 1})
-    thread.close()
+    close_sinks([thread])
     assert "stuck did not take its last rows within 0 s" in capsys.readouterr().err
     kept.gate.set()
+
+
+def test_sinks_that_hang_share_one_deadline(monkeypatch):
+    """The first takes all of it, and the others were told to close before."""
+    now, waited_s = [0.0], []
+
+    def join(thread, within_s):
+        waited_s.append(within_s)
+        now[0] += within_s
+
+    threads = [SinkThread(name, Kept) for name in ("a", "b")]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("threading.Thread.join", join)
+    close_sinks(threads)
+    assert waited_s == [10.0, 0.0]
 
 
 def test_a_sink_that_fails_is_warned_of_once(capsys):
@@ -76,7 +97,7 @@ def test_a_sink_that_fails_is_warned_of_once(capsys):
     thread = SinkThread("broken", lambda: kept)
     for step in range(1, 10):
         thread.write({"step": step})
-    thread.close()
+    close_sinks([thread])
     assert (kept.rows, thread.dropped) == ([1, 2, "closed"], 7)
     expected = (
         "warning: monitoring.sinks: broken is no longer written: the network is gone; training"

@@ -1,8 +1,12 @@
 """A profile's summary, of intervals by hand."""
 
+import contextlib
+import types
+
 import pytest
 
 from llamajax.config.monitoring_schema import parse_steps
+from llamajax.planning.profile_hook import ProfileHook
 from llamajax.planning.profile_summary import lines, measure
 from llamajax.planning.roofline import Prediction
 
@@ -56,3 +60,29 @@ def test_the_table_has_the_plan_and_what_to_try(products_s, advice):
 def test_ranges_of_steps():
     assert parse_steps("20:25") == (20, 25)
     assert [parse_steps(text) for text in ("25:20", "1:3", "20", "a:b")] == [None] * 4
+
+
+def test_a_trace_that_fails_ends_no_run(tmp_path):
+    """A file is where its folder goes."""
+    (tmp_path / "profile").write_text("")
+    notes = []
+    attempt = types.SimpleNamespace(
+        run=types.SimpleNamespace(
+            config=types.SimpleNamespace(monitoring=types.SimpleNamespace(profile_steps="3:4")),
+            workdir=tmp_path,
+            is_primary=True,
+        ),
+        start=types.SimpleNamespace(step=0),
+        progress=types.SimpleNamespace(note=notes.append),
+        timer=types.SimpleNamespace(untaken={"data_wait_s": 0.0}),
+        phase=lambda *_: contextlib.nullcontext(),
+        hang=types.SimpleNamespace(paused=contextlib.nullcontext),
+        programs=types.SimpleNamespace(update=types.SimpleNamespace(as_text=lambda: "HloModule m")),
+    )
+    hook = ProfileHook(attempt)
+    for step in (2, 4):
+        assert hook.is_due(step, stop=False)
+        hook(step, None, stop=False)
+    (note,) = notes
+    assert note.startswith("warning: monitoring.profile_steps: no profile in ")
+    assert not hook.is_due(5, stop=True)

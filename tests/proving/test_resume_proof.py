@@ -129,12 +129,13 @@ def options_of(tmp_path):
 
 
 def test_a_short_run_is_a_valid_config(options_of):
-    options = options_of(train__steps=9000, optim__schedule="wsd", optim__decay_steps=900)
+    long = {"optim.schedule": "wsd", "monitoring.profile_steps": "20:25"}
+    options = options_of(train__steps=9000, optim__decay_steps=900, **long)
     short = dict(
         text.removeprefix("--config.").split("=")
         for text in resume_proof.shortened(options.config, 12)
     )
-    config = load(f"{TINY_RUN}:somewhere", {"optim.schedule": "wsd"} | short)
+    config = load(f"{TINY_RUN}:somewhere", long | short)
     found = (config.train.steps, config.checkpoint.every_steps, config.optim.decay_steps)
     assert found == (12, 2, 4)
 

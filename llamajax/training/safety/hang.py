@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from llamajax.errors import ExitCode, say
+from llamajax.errors import ExitCode, say_last
 
 _TICKS_A_LIMIT = 20
 _LONGEST_TICK_S = 5.0
@@ -87,7 +87,7 @@ class HangWatch:
                 with self._file.open("w") as stream:
                     faulthandler.dump_traceback(file=stream, all_threads=True)
             self._on_hang(text)
-            say(
+            say_last(
                 f"error: {text}: this process ends with code {ExitCode.FAILED:d}; its stacks are "
                 f"above and in {self._file}. A rerun continues from the last checkpoint"
             )

@@ -9,7 +9,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 
-from llamajax.errors import ExitCode, UserError, say
+from llamajax.errors import ExitCode, UserError, say, say_last
 from llamajax.verbs import STOP_SIGNALS, caught_signals
 
 _EXIT_WITHIN_S = 30.0
@@ -112,7 +112,7 @@ class Shutdown:
         in_any_case.daemon = True
         in_any_case.start()  # a store or disk that is gone may block the next line
         try:
-            say(message + self._before_exit())
+            say_last(message + self._before_exit())
         finally:
             os._exit(ExitCode.STOPPED)
 
@@ -133,9 +133,9 @@ def exit_on_error() -> Iterator[None]:
         if not jax.distributed.is_initialized():
             raise
         if isinstance(error, UserError):
-            say(f"error: {error}")
+            say_last(f"error: {error}")
         else:
-            say("".join(traceback.format_exception(error)).rstrip("\n"))
+            say_last("".join(traceback.format_exception(error)).rstrip("\n"))
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(error.exit_code if isinstance(error, UserError) else ExitCode.FAILED)
