@@ -212,7 +212,8 @@ def test_no_package_is_imported_that_is_not_needed(tmp_path):
         stand_in.parent.mkdir(parents=True, exist_ok=True)
         stand_in.write_text(f"raise SystemExit('{name} was imported')")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom llamajax.monitoring.sinks import close_sinks, open_sinks\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from llamajax.monitoring.sinks import close_sinks, open_sinks\n"
         "(sink,) = open_sinks(['tensorboard'], Path(sys.argv[1]), after_step=0, config={})\n"
         "close_sinks([sink])\n"
         "assert not {'torch', 'boto3', 'google.cloud.storage'} & set(sys.modules)\n"
