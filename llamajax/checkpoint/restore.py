@@ -264,27 +264,37 @@ def check_same_model(
     abstract: leaves by name with `.shape` and `.dtype`. model: the model section of the config.
     partial, cast: as in `restore_state`.
     """
-    problems = []
+    keys, arrays = [], {}
     saved_config, stored = checkpoint.meta.get("config") or {}, checkpoint.arrays
     if model is not None and "model" in saved_config:
-        problems += model_differences(saved_config["model"], model)
+        keys = model_differences(saved_config["model"], model)
     for name, leaf in abstract.items():
         if name not in stored:
-            problems.append(f"{name}: not in the checkpoint")
+            arrays[name] = "not in the checkpoint"
         elif stored[name].shape != leaf.shape or (stored[name].dtype != leaf.dtype and not cast):
-            problems.append(
-                f"{name}: the checkpoint has {stored[name].dtype}{list(stored[name].shape)}, "
+            arrays[name] = (
+                f"the checkpoint has {stored[name].dtype}{list(stored[name].shape)}, "
                 f"this run {leaf.dtype}{list(leaf.shape)}"
             )
     if not partial:
-        problems += [f"{n}: only in the checkpoint" for n in stored if n not in abstract]
-    if problems:
+        arrays |= {name: "only in the checkpoint" for name in stored if name not in abstract}
+    if not keys and not arrays:
+        return
+    problems = [*keys, *(f"{name}: {problem}" for name, problem in arrays.items())]
+    if not keys and all(name.startswith("opt_state/") for name in arrays):
         raise combine(
             problems,
-            title=f"checkpoint {checkpoint} is of another model than this run's; choose another "
-            "--workdir, or the config that it was saved with:",
-            listed=10,
+            title=f"checkpoint {checkpoint} was saved with another optimizer than this run's "
+            "(optim.name, optim.chain); go back to that one, or begin another --workdir from its "
+            "weights alone with train.init_from, not train.fork, which goes on with its moments:",
+            listed=3,
         )
+    raise combine(
+        problems,
+        title=f"checkpoint {checkpoint} is of another model than this run's; choose another "
+        "--workdir, or the config that it was saved with:",
+        listed=10,
+    )
 
 
 def restore_state(
@@ -305,8 +315,8 @@ def restore_state(
     cast: arrays of another dtype are converted to the wanted one, part by part as they are read.
     donated: the arrays will be donated to a jitted function; see `array_from_parts`. Where devices
     have memory of their own, the host holds one part of one array at a time.
-    Raises UserError, before reading, when the checkpoint is damaged or of another model. To be
-    called by all processes.
+    Raises UserError, before reading, when the checkpoint is damaged, or of another model or
+    optimizer. To be called by all processes.
     """
     abstract = named_leaves(abstract_state)
     check_same_model(checkpoint, abstract, model=model, partial=partial, cast=cast)

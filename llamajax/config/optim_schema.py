@@ -47,7 +47,7 @@ class OptimConfig:
         below=1,
     )
     offload: bool = key(
-        "whether both moments are kept in host memory between updates; slower, and saves 8 bytes "
-        "per weight on the device",
+        "whether moments are kept in host memory between updates; slower, and saves their bytes "
+        "on the device: 8 a weight, 4 of Muon's matrices, half of that in bfloat16",
         default=False,
     )

@@ -51,8 +51,8 @@ def build(
             optax.identity() if clip is None else optax.clip_by_global_norm(clip),
             _direction(config, facts),
             optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
-            *_own_rate(config),
             optax.scale_by_learning_rate(lambda count: rate(count + 1)),
+            *_own_rate(config),  # last: the others' names in a checkpoint stay as they are
         )
     if config.moment_dtype == "bfloat16":
         return with_bfloat16_moments(optimizer, facts.seed, facts.layers)

@@ -48,7 +48,7 @@ def check_state(
     """Raise UserError unless the state of a user's chain is split over devices as weights are.
 
     shapes: returns those of the weights. Arrays as large as weights must be in a tree of weights,
-    in their shapes. An update must keep the shapes and dtypes of the state.
+    in their shapes. An update must keep the shapes and dtypes of weights and state.
     """
     if config.chain is None:
         return
@@ -73,7 +73,9 @@ def check_state(
 
     def update(weights: Any, state: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(weights, state, weights, step=jax.numpy.int32(0))[1]
+            updates, new = optimizer.update(weights, state, weights, step=jax.numpy.int32(0))
+            optax.apply_updates(weights, updates)
+            return new
 
     with errors_of_function(config.chain, key="optim.chain", case=" in an update"):
         after = jax.eval_shape(update, weights, state)

@@ -31,7 +31,7 @@ from llamajax.tokenizers.tokenizer_identity import (
 from llamajax.training.fork import check_directories, check_same_origin, open_fork
 from llamajax.training.resume import Request, choose_checkpoint, requested_start
 from llamajax.training.run_record import History
-from llamajax.training.setup import Setup
+from llamajax.training.setup import Setup, new_moment_dtypes
 from llamajax.training.workdir import Run
 
 # What must not change in a run with adapters: the function, or the arrays of its checkpoints.
@@ -118,7 +118,7 @@ def find_start(run: Run, request: Request, history: History) -> Start:
             "raise train.steps, or choose another --workdir"
         )
     if meta is not None:
-        for line in changes(setup, meta, step, forked=of != run.workdir):
+        for line in changes(setup, checkpoint, forked=of != run.workdir):
             run.say(line)
     if origin and origin["step"] == step:
         meta["rollbacks"] = 0  # those of this run count, not those of the one before the fork
@@ -199,21 +199,20 @@ def run_tokenizer(setup: Setup, meta: Mapping[str, Any] | None, workdir: Path) -
     )
 
 
-def changes(
-    setup: Setup, meta: Mapping[str, Any], step: int, *, forked: bool = False
-) -> Iterator[str]:
-    """Yield a line for each key, and each split of the data, that changed since step `step`.
+def changes(setup: Setup, checkpoint: Checkpoint, *, forked: bool = False) -> Iterator[str]:
+    """Yield a line for each key, and each split of the data, that changed since a checkpoint.
 
-    forked: whether the checkpoint of that step is another run's.
+    forked: whether it is another run's.
     """
+    meta, step = checkpoint.meta, checkpoint.step
     before, now = from_json_dict(meta["config"]), setup.config
     keys = diff(before, now)
     if forked:
         keys.pop("train.fork", None)
     for key, (old, new) in keys.items():
         yield f"changed since step {step}: {key}: {old} -> {new}"
-    if "optim.moment_dtype" in keys:
-        yield f"the moments of step {step} are converted to {now.optim.moment_dtype}"
+    if dtypes := new_moment_dtypes(setup.spec.in_stored_order.abstract(), checkpoint):
+        yield f"the moments of step {step} are converted to {', '.join(dtypes)}"
     if step and (before.optim.ema_decay is None) != (now.optim.ema_decay is None):
         yield (
             f"the average of the weights begins at those of step {step}"

@@ -206,7 +206,7 @@ def initial_state(setup: Setup, stored: Checkpoint | None, weights: Weights | No
     model = None if weights is None else weights.load(spec.abstract_model())
     if stored is not None:
         abstract = _abstract_stored(spec, stored)
-        cast = moments_change(abstract, stored)
+        cast = bool(new_moment_dtypes(abstract, stored))
         keys = _model_keys(setup)
         saved = restore_state(stored, abstract, model=keys, cast=cast, donated=True)
         saved = spec.with_own_guard(saved)
@@ -221,20 +221,23 @@ def initial_state(setup: Setup, stored: Checkpoint | None, weights: Weights | No
 def check_stored(setup: Setup, stored: Checkpoint) -> None:
     """Raise UserError where a checkpoint is of another model or optimizer than the setup's."""
     state = _abstract_stored(setup.spec, stored)
-    abstract, cast = named_leaves(state), moments_change(state, stored)
+    abstract, cast = named_leaves(state), bool(new_moment_dtypes(state, stored))
     check_same_model(stored, abstract, model=_model_keys(setup), partial=False, cast=cast)
 
 
-def moments_change(abstract: TrainState, stored: Checkpoint) -> bool:
-    """Return whether moments of a checkpoint have another dtype than the run's.
+def new_moment_dtypes(abstract: TrainState, stored: Checkpoint) -> list[str]:
+    """Return the dtypes that moments of a checkpoint are converted to; none where all fit.
 
     In older checkpoints with first moments in bfloat16, the second are float32.
     """
     wanted, found = named_leaves(abstract), stored.arrays
-    return any(
-        name in found and found[name].dtype != leaf.dtype
-        for name, leaf in wanted.items()
-        if name.startswith("opt_state/")
+    return sorted(
+        {
+            leaf.dtype.name
+            for name, leaf in wanted.items()
+            if name.startswith("opt_state/")
+            if name in found and found[name].dtype != leaf.dtype
+        }
     )
 
 

@@ -12,6 +12,7 @@ from refusal import refused
 from tiny_model import tiny_model, tiny_optim
 
 from llamajax import optim
+from llamajax.checkpoint import named_leaves
 from llamajax.config.schema import OptimConfig
 from llamajax.models.llama import Llama
 from llamajax.optim.moments import round_stochastically
@@ -186,19 +187,22 @@ def test_muon_is_that_of_optax_with_the_dims_of_the_letters():
 
 def test_muon_has_its_own_rate_where_one_is_set():
     weights = {"w": nnx.Param(jnp.eye(4), axes="DF"), "norm": nnx.Param(jnp.ones(4), axes="D")}
-    changes = []
+    changes, names = [], []
     for own in (None, 3 * CONFIG.learning_rate):
         config = dataclasses.replace(CONFIG, name="muon", muon_learning_rate=own)
-        after, _ = updated(config, weights, weights)
+        after, state = updated(config, weights, weights)
+        names.append(list(named_leaves(state)))
         changes.append([np.asarray(after[n].get_value() - weights[n].get_value()) for n in weights])
     np.testing.assert_allclose(changes[1][0], 3 * changes[0][0], rtol=1e-3)
     np.testing.assert_array_equal(changes[1][1], changes[0][1])
+    assert names[0] == names[1]  # a run that goes on may set it, or clear it
     # 0.2 x sqrt(4) x orthogonal, at a tenth of the rate: Newton-Schulz ends between 0.7 and 1.2
     assert 0.7 < np.abs(np.diag(changes[0][0])).mean() / (1e-3 * 0.4) < 1.2
 
 
 def test_a_chain_of_the_users_own_is_checked(tmp_path, monkeypatch):
-    (tmp_path / "chains.py").write_text(CHAINS)
+    file = tmp_path / "chains.py"
+    file.write_text(CHAINS)
     monkeypatch.syspath_prepend(tmp_path)
     model = jax.eval_shape(lambda key: Llama(tiny_model(), key), jax.random.key(0))
 
@@ -224,6 +228,8 @@ def test_a_chain_of_the_users_own_is_checked(tmp_path, monkeypatch):
         "chains:rows": "moments are split over devices by the dims of their weights",
         "chains:whole": "every device would hold all of it",
         "chains:growing": "changes the shapes or dtypes of its state",
+        "chains:dividing": f"fails in an update: {file}, line 33: ZeroDivisionError",
+        "chains:unlike": f"fails in an update: {file}: ",
     }.items():
         with refused(f"optim.chain = {name}", words):
             built(name)
@@ -259,4 +265,10 @@ def whole(config, rate):
 def growing(config, rate):
     init = lambda weights: jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights)
     return optax.GradientTransformation(init, lambda g, s, w=None: (g, g))
+
+def dividing(config, rate):
+    return optax.stateless(lambda g, w: 1 / 0)
+
+def unlike(config, rate):
+    return optax.stateless(lambda g, w: [])
 """

@@ -32,6 +32,8 @@ REFUSALS = {
         "another tokenizer",
     ),
     "another model": ({"model.hidden_size": 64}, "of another model"),
+    "another optimizer": ({"optim.name": "muon"}, "was saved with another optimizer"),
+    "own optimizer": ({"optim.chain": "own_chain:fails"}, "own_chain.py, line 9: KeyError: rate"),
     "adapters": ({"lora.rank": 2, "train.init_from": "PLACE/nothing"}, "lora.rank"),
     "too few steps": ({"train.steps": 1, "optim.warmup_steps": 1}, "beyond train.steps"),
     "checkpoints of another run": ({"checkpoint.directory": "PLACE/owned"}, "owned"),
@@ -121,7 +123,7 @@ def test_a_dry_run_shows_where_a_start_begins(used, short_config, keys, words):
     assert snapshot(used) == before
 
 
-@pytest.mark.parametrize("name", ["mesh", "vocabulary", "damaged data", "new folders"])
+@pytest.mark.parametrize("name", ["mesh", "vocabulary", "own optimizer", "new folders"])
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_new_workdir_does_not_come_to_be(tmp_path, place, start, name, exists):
     workdir = tmp_path / "a" / "b"
@@ -140,6 +142,7 @@ def test_a_new_workdir_does_not_come_to_be(tmp_path, place, start, name, exists)
         ("USED@3", {}, "complete ones are 2, 4"),
         ("USED@4", {"train.steps": 4}, "leaves no step"),
         ("USED@4", {"model.hidden_size": 64}, "of another model"),
+        ("USED@4", {"optim.name": "muon"}, "was saved with another optimizer"),
         ("USED@4", {"checkpoint.directory": "USED/checkpoints"}, "has its checkpoints in"),
         ("USED@4", REFUSALS["another tokenizer"][0], "another tokenizer"),
     ],

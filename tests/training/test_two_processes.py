@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def outcomes(short_data, other_data, tmp_path_factory):
         host.mkdir()  # a process's current folder: `data` means another one on each host
         if target is not None:
             (host / "data").symlink_to(target)
+    shutil.copy(Path(__file__).with_name("own_chain.py"), same)
     pairs = {
         "rate": ({"optim.learning_rate": 0.002}, same),
         "seed": ({"optim.learning_rate": 0.002, "data.seed": 7}, same),
@@ -85,6 +87,7 @@ def outcomes(short_data, other_data, tmp_path_factory):
         "gone": ({}, empty),
         "detected": ({"optim.learning_rate": 0.002}, same),
         "refused": ({}, same),
+        "chain": ({}, same),
         "exempt": ({"data.num_threads": 1, "monitoring.progress": "lines"}, same),
     }
     processes = {}
@@ -93,12 +96,15 @@ def outcomes(short_data, other_data, tmp_path_factory):
         for rank in (0, 1):
             keys = SMALL | ({} if name == "detected" else joined(rank, port))
             keys |= own_keys if rank else {}
+            if name == "chain":  # process 1 alone fails in it
+                keys |= {"optim.chain": "own_chain:fails"}
             if name == "refused":  # by both, once the workdir is open
                 keys |= {"train.init_from": str(empty / "nothing")}
             processes[name, rank] = started(
                 train_command("data", folder / name, keys),
                 cwd=host if rank else same,
                 env=os.environ
+                | ({"OWN_CHAIN": "rate" if rank else "1"} if name == "chain" else {})
                 | (open_mpi(rank) if name == "detected" else {})
                 | (
                     {"XLA_FLAGS": "--xla_cpu_enable_fast_math=true"}
@@ -125,6 +131,7 @@ def outcomes(short_data, other_data, tmp_path_factory):
         ("contents", ("in the train data in data.path: ", " tokens, weight 1, fingerprint ")),
         ("gone", ("process 1 on", "data.path: data: no such directory")),
         ("refused", ("train.init_from = ", "there is no such file or directory")),
+        ("chain", ("optim.chain = own_chain:fails", "line 9: KeyError: rate")),
         ("detected", ("in optim.learning_rate: 0.003 in process 0 on", "; 0.002 in process 1 on")),
     ],
 )

@@ -38,7 +38,7 @@ def compiled_once():
 
     def programs(setup, state):
         guard = setup.config.guard
-        key = (guard.nonfinite == "off", guard.spike_window)
+        key = (guard.nonfinite == "off", guard.spike_window, setup.config.optim)
         if key not in compiled:
             compiled[key] = compile_programs(setup, state)
         return compiled[key]
@@ -148,6 +148,23 @@ def test_a_run_that_was_stopped_in_a_stretch_of_skips_is_the_same_run(skipping, 
     assert guarded(tmp_path, guard__max_in_a_row=None, stop_after=first) == 143
     assert guarded(tmp_path, guard__max_in_a_row=None) == 0
     assert same(rows(tmp_path), rows(skipping))
+
+
+@pytest.mark.slow
+def test_muon_with_rounded_moments_and_an_average_that_was_stopped_is_the_same_run(
+    guarded, tmp_path
+):
+    keys = {"optim__name": "muon", "optim__moment_dtype": "bfloat16", "optim__ema_decay": 0.9}
+    keys["guard__max_in_a_row"] = None
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert guarded(one, **keys) == 0
+    assert guarded(two, stop_after=guarded.hit[0], **keys) == 143
+    assert guarded(two, **keys) == 0
+    assert same(rows(two), rows(one))
+    found, wanted = arrays(two, STEPS), arrays(one, STEPS)
+    assert {n: x.tobytes() for n, x in found.items()} == {n: x.tobytes() for n, x in wanted.items()}
+    assert any(n.startswith("average/") for n in found)
+    assert {x.dtype.name for n, x in found.items() if "/mu/" in n} == {"bfloat16"}
 
 
 @pytest.mark.slow
