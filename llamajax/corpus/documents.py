@@ -222,11 +222,9 @@ def _documents_of(texts: Iterator[Iterator[str]]) -> Iterator[str | LongText | U
     """Yield the document of each text; a UserError for one that cannot be read."""
     for chunks in texts:
         try:
-            document = document_of(chunks)
+            yield document_of(chunks)
         except UserError as error:
             yield error
-        else:
-            yield document
 
 
 def warn_of_single_article(clean: str, num_articles: int) -> None:

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Generator, Iterator
@@ -11,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from llamajax.corpus.documents import Corpus, LeftOut, Reading, warn_of_single_article
+from llamajax.corpus.documents import Corpus, LeftOut, warn_of_single_article
 from llamajax.corpus.holdout import SPLITS, Holdout
 from llamajax.corpus.input_files import find_files, format_of
 from llamajax.corpus.instructions import InstructionCorpus
+from llamajax.corpus.prepare_options import PrepareOptions
 from llamajax.corpus.tokenizer_training import MAX_BYTES, parse_train, train_tokenizer
 from llamajax.corpus.tokenizing import TokenizedDocuments, tokenize_all
 from llamajax.data import shards
@@ -26,85 +26,63 @@ from llamajax.tokenizers.loading import MANIFEST
 
 # File of a tokenizer that was trained on the input.
 TRAINED = "tokenizer.model"
-FORMATS = ("text", "instructions")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PrepareSettings:
-    """The flags of `prepare` that decide what is written, and with how many workers."""
-
-    input: str
-    tokenizer: str
-    output: Path
-    format: str
-    chat_template: str
-    reading: Reading
-    validation_fraction: float
-    workers: int
-    overwrite: bool
-
-
 # Called with the phase, the bytes done and all bytes.
 ReportProgress = Callable[[str, int, int], None]
 
 
-def prepare(settings: PrepareSettings, progress: ReportProgress) -> dict[str, Any]:
+def prepare(options: PrepareOptions, progress: ReportProgress) -> dict[str, Any]:
     """Write the output directory and return its manifest. A UserError leaves nothing behind."""
-    files, tokenizer = check_input(settings)
-    corpus = open_corpus(settings, files)
-    masked = settings.format == "instructions"
-    with locked_output(settings.output) as directory:
-        watch(corpus, "checking documents", progress)
-        sizes = corpus.check()
-        holdout = Holdout(sizes, settings.validation_fraction, whole=masked)
-        collections.deque(sizes, maxlen=0)  # name every bad row before any work is done
+    files, tokenizer = check_input(options)
+    corpus = open_corpus(options, files)
+    with locked_output(options.directory) as directory:
+        holdout = choose_holdout(options, corpus, progress)
         if tokenizer is None:
-            train_on(settings, corpus, holdout, directory / TRAINED, progress)
-            tokenizer = load_tokenizer(directory / TRAINED)
+            tokenizer = train_on(options, corpus, holdout, directory / TRAINED, progress)
         watch(corpus, "tokenizing", progress)
-        results = tokenize_all(
-            holdout.split(corpus),
-            tokenizer,
-            template=settings.chat_template,
-            num_workers=settings.workers,
-            left_out=corpus.left_out,
-        )
-        manifest = write_results(
-            settings, files, results, directory, tokenizer, left_out=corpus.left_out
-        )
+        results = tokenize_all(holdout.split(corpus), tokenizer, options, corpus.left_out)
+        manifest = write_results(options, files, results, directory, tokenizer, corpus.left_out)
     corpus.left_out.say()
-    warn_of_single_article(settings.reading.clean, corpus.num_articles)
+    warn_of_single_article(options.clean, corpus.num_articles)
     return manifest
 
 
-def check_input(settings: PrepareSettings) -> tuple[list[Path], Tokenizer | None]:
+def check_input(options: PrepareOptions) -> tuple[list[Path], Tokenizer | None]:
     """Return the files to prepare, and the tokenizer unless it is still to be trained.
 
     Raises UserError for what is wrong on the disk.
     """
     tokenizer = None
-    if parse_train(settings.tokenizer) is None:
-        tokenizer = load_tokenizer(settings.tokenizer)
+    if parse_train(options.tokenizer) is None:
+        tokenizer = load_tokenizer(options.tokenizer)
         for line in tokenizer.warnings:
             say(f"warning: {line}")
-    check_template(settings.chat_template, tokenizer)
-    files = find_files(settings.input)
-    if settings.reading.document_separator and all(format_of(file) != ".txt" for file in files):
+    check_template(options.chat_template, tokenizer)
+    files = find_files(options.input)
+    if options.document_separator and all(format_of(file) != ".txt" for file in files):
         raise UserError("--document_separator is for .txt files, and --input has none")
-    output = settings.output
+    output = options.directory
     is_empty = output.is_dir() and not any(output.iterdir())
     if output.exists() and not is_empty and not (output / MANIFEST).is_file():
         raise UserError(f"--output={output} exists and was not written by prepare; name another")
-    if output.exists() and not is_empty and not settings.overwrite:
+    if output.exists() and not is_empty and not options.overwrite:
         raise UserError(f"--output={output} exists; pass --overwrite to replace it")
     return files, tokenizer
 
 
-def open_corpus(settings: PrepareSettings, files: list[Path]) -> Corpus:
+def open_corpus(options: PrepareOptions, files: list[Path]) -> Corpus:
     """Return the documents of some of the files."""
-    if settings.format == "instructions":
-        return InstructionCorpus(files, settings.reading, template=settings.chat_template)
-    return Corpus(files, settings.reading)
+    if options.has_examples:
+        return InstructionCorpus(files, options.reading, template=options.chat_template)
+    return Corpus(files, options.reading)
+
+
+def choose_holdout(options: PrepareOptions, corpus: Corpus, progress: ReportProgress) -> Holdout:
+    """Check all documents, and choose those that are held out. UserError names the bad rows."""
+    watch(corpus, "checking documents", progress)
+    sizes = corpus.check()
+    holdout = Holdout(sizes, options.validation_fraction, whole=options.has_examples)
+    collections.deque(sizes, maxlen=0)  # name every bad row before any work is done
+    return holdout
 
 
 @contextlib.contextmanager
@@ -135,49 +113,45 @@ def watch(corpus: Corpus, phase: str, progress: ReportProgress) -> None:
 
 
 def train_on(
-    settings: PrepareSettings,
+    options: PrepareOptions,
     corpus: Corpus,
     holdout: Holdout,
     output: Path,
     progress: ReportProgress,
-) -> None:
+) -> Tokenizer:
     """Train the tokenizer that `train:N` asks for; it has the same bytes on every machine."""
     watch(corpus, "reading for the tokenizer", progress)
     parts = holdout.split(corpus)
     share = min(1.0, MAX_BYTES / max(1.0, corpus.expected_text_bytes))
-    num_pieces = parse_train(settings.tokenizer)
+    num_pieces = parse_train(options.tokenizer)
     train_tokenizer(parts, num_pieces=num_pieces, share=share, output=output)
+    return load_tokenizer(output)
 
 
 def write_results(
-    settings: PrepareSettings,
+    options: PrepareOptions,
     files: list[Path],
     results: Generator[TokenizedDocuments],
     directory: Path,
     tokenizer: Tokenizer,
-    *,
     left_out: LeftOut,
 ) -> dict[str, Any]:
     """Write shards, tokenizer and manifest; return the manifest."""
-    masked, read_with = settings.format == "instructions", settings.reading
+    masked = options.has_examples
     is_stored = tokenizer.file == directory / TRAINED
     stored = TRAINED if is_stored else tokenizer.save(directory)
-    write_template(directory, tokenizer, settings.chat_template)
+    write_template(directory, tokenizer, options.chat_template)
     splits = _write_splits(results, directory, tokenizer, masked=masked)
     if not splits:
-        raise UserError(f"--input={settings.input}: no text in these files")
-    if "train" not in splits or ("validation" not in splits and settings.validation_fraction):
+        raise UserError(f"--input={options.input}: no text in these files")
+    if "train" not in splits or ("validation" not in splits and options.validation_fraction):
         raise UserError(
-            f"--input={settings.input}: too little text for two splits; add some, or pass"
+            f"--input={options.input}: too little text for two splits; add some, or pass"
             " --validation_fraction=0"
         )
-    if masked:
-        options = {"format": settings.format, "chat_template": settings.chat_template}
-    else:
-        options = {"text_key": read_with.text_key, "clean": read_with.clean}
-    options["validation_fraction"] = settings.validation_fraction
-    if read_with.document_separator:
-        options["document_separator"] = read_with.document_separator
+    names = ("format", "chat_template") if masked else ("text_key", "clean")
+    names += ("validation_fraction",)
+    names += ("document_separator",) if options.document_separator else ()
     manifest = {
         "format": "llamajax prepared tokens",
         "format_version": shards.MASKED_FORMAT_VERSION if masked else shards.FORMAT_VERSION,
@@ -192,7 +166,8 @@ def write_results(
         "block_tokens": shards.BLOCK_TOKENS,
         "token_dtype": shards.token_dtype(tokenizer.vocab_size).str,
         **({"loss_mask": True} if masked else {}),
-        "input": options | {"files": [file.name for file in files]},
+        "input": {name: getattr(options, name) for name in names}
+        | {"files": [file.name for file in files]},
         **({"left_out": record} if (record := left_out.record()) else {}),
         "splits": splits,
     }

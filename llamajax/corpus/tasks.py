@@ -24,15 +24,16 @@ from llamajax.corpus.documents import LeftOut, warn_of_single_article
 from llamajax.corpus.holdout import DocumentPart, Holdout
 from llamajax.corpus.preparation import (
     TRAINED,
-    PrepareSettings,
     ReportProgress,
     check_input,
+    choose_holdout,
     locked_output,
     open_corpus,
     train_on,
     watch,
     write_results,
 )
+from llamajax.corpus.prepare_options import PrepareOptions
 from llamajax.corpus.tokenizer_training import parse_train
 from llamajax.corpus.tokenizing import TokenizedDocuments, tokenize_all
 from llamajax.data.shards import token_dtype
@@ -60,17 +61,17 @@ class PrepareTask(NamedTuple):
         return np.fromfile(self.part / _COLUMNS[number], "<i8")
 
 
-def parts_of(output: Path) -> Path:
+def parts_of(options: PrepareOptions) -> Path:
     """Return the directory of the parts of an output."""
-    return output.with_name(f"{output.name}.parts")
+    return options.directory.with_name(f"{options.directory.name}.parts")
 
 
-def share_out(output: Path, files: list[Path], num_tasks: int) -> list[PrepareTask]:
+def share_out(options: PrepareOptions, files: list[Path]) -> list[PrepareTask]:
     """Divide the files among tasks: the middle byte of a file decides to which it belongs."""
     sizes = [file.stat().st_size for file in files]
-    total, before = max(1, sum(sizes)), 0
+    total, before, num_tasks = max(1, sum(sizes)), 0, options.num_tasks
     names = (f"part-{i:05d}-of-{num_tasks:05d}" for i in range(num_tasks))
-    tasks = [PrepareTask(parts_of(output) / name, []) for name in names]
+    tasks = [PrepareTask(parts_of(options) / name, []) for name in names]
     for file, size in zip(files, sizes, strict=True):
         middle = before + size / 2
         tasks[min(num_tasks - 1, int(num_tasks * middle / total))].files.append(file)
@@ -78,25 +79,22 @@ def share_out(output: Path, files: list[Path], num_tasks: int) -> list[PrepareTa
     return tasks
 
 
-def run_task(
-    settings: PrepareSettings, *, index: int, num_tasks: int, progress: ReportProgress
-) -> str:
+def run_task(options: PrepareOptions, progress: ReportProgress) -> str:
     """Do one task, unless it is done. Return a line for the user. UserError leaves nothing behind.
 
     UserError too if the part is there, but of another input or other flags.
     """
-    files, tokenizer = check_input(settings)
-    tasks = share_out(settings.output, files, num_tasks)
-    part, own_files = tasks[index]
-    path = find_or_train_tokenizer(settings, files, progress)
+    files, tokenizer = check_input(options)
+    part, own_files = share_out(options, files)[options.task_index]
+    path = find_or_train_tokenizer(options, files, progress)
     tokenizer = tokenizer or load_tokenizer(path)
-    facts = _facts(settings, files, num_tasks=num_tasks, tokenizer=tokenizer.fingerprint)
-    if not settings.overwrite and (part / _FACTS).is_file():
+    facts = _facts(options, files, num_tasks=options.num_tasks, tokenizer=tokenizer.fingerprint)
+    if not options.overwrite and (part / _FACTS).is_file():
         if problem := _mismatch(part, facts):
             raise UserError(problem)
         return f"{part} is there already"
     with locked_output(part) as directory:
-        columns, left_out = _write_part(settings, own_files, directory, tokenizer, progress)
+        columns, left_out = _write_part(options, own_files, directory, tokenizer, progress)
         num_documents = len(columns[0])
         facts |= {"documents": num_documents, "files": [f.name for f in own_files]}
         facts |= {"left_out": left_out.record()}
@@ -105,15 +103,15 @@ def run_task(
     return f"wrote {part}: {num_documents:,} documents of {len(own_files)} files"
 
 
-def merge(settings: PrepareSettings, *, num_tasks: int, progress: ReportProgress) -> dict[str, Any]:
+def merge(options: PrepareOptions, progress: ReportProgress) -> dict[str, Any]:
     """Write the output from all parts, remove them, and return the manifest.
 
     Raises UserError that names missing parts and those of another input or other flags.
     """
-    files, tokenizer = check_input(settings)
-    tasks, parts = share_out(settings.output, files, num_tasks), parts_of(settings.output)
+    files, tokenizer = check_input(options)
+    tasks, parts, num_tasks = share_out(options, files), parts_of(options), options.num_tasks
     trained = tokenizer is None
-    tokenizer_path = str(parts / TRAINED) if trained else settings.tokenizer
+    tokenizer_path = str(parts / TRAINED) if trained else options.tokenizer
     missing = [i for i, task in enumerate(tasks) if not (task.part / _FACTS).is_file()]
     if missing or (trained and not Path(tokenizer_path).is_file()):
         shown = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
@@ -122,61 +120,57 @@ def merge(settings: PrepareSettings, *, num_tasks: int, progress: ReportProgress
             f"--num_tasks={num_tasks} and --task_index of {shown or 0}"
         )
     tokenizer = tokenizer or load_tokenizer(tokenizer_path)
-    facts = _facts(settings, files, num_tasks=num_tasks, tokenizer=tokenizer.fingerprint)
+    facts = _facts(options, files, num_tasks=num_tasks, tokenizer=tokenizer.fingerprint)
     if problems := [problem for task in tasks if (problem := _mismatch(task.part, facts))]:
         raise combine(problems, title="parts that are not of this command:")
     num_documents = sum(len(task.column(0)) for task in tasks)
     left_out = LeftOut()
     for task in tasks:
         left_out.merge(json.loads((task.part / _FACTS).read_text("utf-8"))["left_out"])
-    with locked_output(settings.output) as directory:
+    with locked_output(options.directory) as directory:
         if trained:
             tokenizer = load_tokenizer(shutil.copyfile(tokenizer_path, directory / TRAINED))
-        results = _merged(settings, tasks, tokenizer, progress)
-        manifest = write_results(settings, files, results, directory, tokenizer, left_out=left_out)
+        results = _merged(options, tasks, tokenizer, progress)
+        manifest = write_results(options, files, results, directory, tokenizer, left_out)
     left_out.say()
-    warn_of_single_article(settings.reading.clean, num_documents)
+    warn_of_single_article(options.clean, num_documents)
     shutil.rmtree(parts, ignore_errors=True)
     return manifest
 
 
 def find_or_train_tokenizer(
-    settings: PrepareSettings, files: list[Path], progress: ReportProgress
+    options: PrepareOptions, files: list[Path], progress: ReportProgress
 ) -> str:
     """Return the tokenizer's path. The first task trains `train:N`, on the whole input."""
-    parts = parts_of(settings.output)
+    parts = parts_of(options)
     path, facts_path = parts / TRAINED, parts / f"{TRAINED}.json"
-    facts = _facts(settings, files, tokenizer=settings.tokenizer)
+    facts = _facts(options, files, tokenizer=options.tokenizer)
     try:
         parts.mkdir(parents=True, exist_ok=True)
-        if parse_train(settings.tokenizer) is None:
-            return settings.tokenizer
+        if parse_train(options.tokenizer) is None:
+            return options.tokenizer
         with (parts / f".{TRAINED}.lock").open("w") as lock:
             lock_file(lock, within_s=math.inf)  # the others wait; without locks all train the same
             if path.is_file() and facts_path.is_file():
                 if json.loads(facts_path.read_text("utf-8")) != facts:
                     raise UserError(f"{path} was trained on another input; remove {parts}")
                 return str(path)
-            corpus = open_corpus(settings, files)
-            watch(corpus, "checking documents", progress)
-            masked = settings.format == "instructions"
-            sizes = corpus.check()
-            holdout = Holdout(sizes, settings.validation_fraction, whole=masked)
-            collections.deque(sizes, maxlen=0)
+            corpus = open_corpus(options, files)
+            holdout = choose_holdout(options, corpus, progress)
             with replaced_file(path) as hidden:
-                train_on(settings, corpus, holdout, hidden, progress)
+                train_on(options, corpus, holdout, hidden, progress)
             write_file(facts_path, json.dumps(facts, indent=1))
     except OSError as error:
         raise UserError(f"cannot write {parts}: {error.strerror or error}") from error
     return str(path)
 
 
-def _facts(settings: PrepareSettings, files: list[Path], **others: Any) -> dict[str, Any]:
+def _facts(options: PrepareOptions, files: list[Path], **others: Any) -> dict[str, Any]:
     """Return what decides the bytes of the parts: flags, input files, and `others`."""
     names = ("format", "chat_template", "validation_fraction")
-    flags = {name: getattr(settings, name) for name in names}
+    flags = {name: getattr(options, name) for name in names}
     listed = [[file.name, file.stat().st_size] for file in files]
-    return flags | settings.reading._asdict() | {"input": listed} | others
+    return flags | options.reading._asdict() | {"input": listed} | others
 
 
 def _mismatch(part: Path, facts: dict[str, Any]) -> str | None:
@@ -189,25 +183,20 @@ def _mismatch(part: Path, facts: dict[str, Any]) -> str | None:
 
 
 def _write_part(
-    settings: PrepareSettings,
+    options: PrepareOptions,
     files: list[Path],
     directory: Path,
     tokenizer: Tokenizer,
     progress: ReportProgress,
 ) -> tuple[tuple[list[int], ...], LeftOut]:
     """Write the tokens and the columns of all documents in `files`; return the columns."""
-    corpus = open_corpus(settings, files)
+    corpus = open_corpus(options, files)
     watch(corpus, "checking documents", progress)
     columns: tuple[list[int], ...] = ([], [], list(corpus.check()))
     watch(corpus, "tokenizing", progress)
-    results = tokenize_all(
-        (DocumentPart("train", document) for document in corpus),
-        tokenizer,
-        template=settings.chat_template,
-        num_workers=settings.workers,
-        left_out=corpus.left_out,
-    )
-    names = (_TOKENS, _ANSWER) if settings.format == "instructions" else (_TOKENS,)
+    parts = (DocumentPart("train", document) for document in corpus)
+    results = tokenize_all(parts, tokenizer, options, corpus.left_out)
+    names = (_TOKENS, _ANSWER) if options.has_examples else (_TOKENS,)
     with contextlib.ExitStack() as stack:
         outputs = [stack.enter_context((directory / name).open("wb")) for name in names]
         stack.enter_context(contextlib.closing(results))
@@ -224,7 +213,7 @@ def _write_part(
 
 
 def _merged(
-    settings: PrepareSettings,
+    options: PrepareOptions,
     tasks: list[PrepareTask],
     tokenizer: Tokenizer,
     progress: ReportProgress,
@@ -233,10 +222,10 @@ def _merged(
 
     Raises UserError for a part that was cut short.
     """
-    masked = settings.format == "instructions"
+    masked = options.has_examples
     dtype = token_dtype(tokenizer.vocab_size)
     sizes = (int(n) for task in tasks for n in task.column(2))
-    holdout = Holdout(sizes, settings.validation_fraction, whole=masked)
+    holdout = Holdout(sizes, options.validation_fraction, whole=masked)
     held = holdout.held()
     total, done = sum((task.part / _TOKENS).stat().st_size for task in tasks), 0
     before = 0  # documents of earlier parts
@@ -250,16 +239,11 @@ def _merged(
             flags = np.fromiter(held, bool, last - first)
             start, count = int(ends[first]), int(ends[last] - ends[first])
             if first == cut:
-                again = open_corpus(settings, task.files)
+                again = open_corpus(options, task.files)
                 collections.deque(again.check(), maxlen=0)  # which documents are left out
                 documents = itertools.islice(again, cut, None)  # open while its text is read
-                yield from tokenize_all(
-                    holdout.halves(next(documents)),
-                    tokenizer,
-                    template=settings.chat_template,
-                    num_workers=settings.workers,
-                    left_out=LeftOut(),
-                )
+                halves = holdout.halves(next(documents))
+                yield from tokenize_all(halves, tokenizer, options, LeftOut())
             else:
                 tokens = np.fromfile(path, dtype, count, offset=start * dtype.itemsize)
                 answer = None

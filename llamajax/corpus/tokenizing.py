@@ -22,6 +22,7 @@ import numpy as np
 from llamajax.corpus.documents import LeftOut
 from llamajax.corpus.holdout import SPLITS, DocumentPart
 from llamajax.corpus.instructions import Example
+from llamajax.corpus.prepare_options import PrepareOptions
 from llamajax.data.shards import token_dtype
 from llamajax.errors import UserError
 from llamajax.tokenizers import Tokenizer, load_tokenizer
@@ -128,9 +129,7 @@ def tokenize(
 def tokenize_all(
     parts: Iterable[DocumentPart],
     tokenizer: Tokenizer,
-    *,
-    template: str,
-    num_workers: int,
+    options: PrepareOptions,
     left_out: LeftOut,
 ) -> Iterator[TokenizedDocuments]:
     """Yield the tokens of all parts in their order, whatever the number of workers.
@@ -139,6 +138,7 @@ def tokenize_all(
     that change tokens are counted in `left_out`. Raises UserError if a worker dies.
     """
     parts = _counted(in_pieces(parts, tokenizer), left_out)
+    template, num_workers = options.chat_template, options.num_workers
     if num_workers == 1:
         for batch in _batched(parts):
             yield from tokenize(batch, tokenizer, template)

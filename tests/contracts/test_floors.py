@@ -57,7 +57,7 @@ LONG_LISTS = {
     "config/optim_schema.py:OptimConfig": "keys of a config",
     "config/schema.py:TrainConfig": "keys of a config",
     "config/schema.py:BackendConfig": "keys of a config",
-    "prepare.py:PrepareFlags": "flags of a verb",
+    "corpus/prepare_options.py:PrepareOptions": "flags of a verb",
     "decoding/generate_options.py:GenerateOptions": "flags of a verb",
     "backends/platforms.py:Platform": "a row of the table of platforms",
     "backends/device_data.py:Device": "a row of the table of devices",
