@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from llamajax.corpus import wikitext
 from llamajax.corpus.input_files import (
@@ -22,6 +22,7 @@ from llamajax.corpus.input_files import (
 )
 from llamajax.corpus.long_text import LONG_CHARS, LongText, document_of, long_json, split_at
 from llamajax.corpus.parquet import parquet_rows
+from llamajax.corpus.prepare_options import PrepareOptions
 from llamajax.errors import UserError, combine, say
 
 _NAMED = 10
@@ -73,19 +74,6 @@ class LeftOut:
         self.unsafe_cuts += other.get("unsafe_cuts", 0)
 
 
-class Reading(NamedTuple):
-    """How texts are read, by the flags of `prepare`.
-
-    on_error: what a bad row means: `stop` or `skip`. document_separator: ends a text within a
-    `.txt` file.
-    """
-
-    text_key: str = "text"
-    clean: str = "none"
-    document_separator: str = ""
-    on_error: str = "stop"
-
-
 class Corpus:
     """The texts of some files, in order. Can be iterated any number of times.
 
@@ -93,8 +81,8 @@ class Corpus:
     left_out: what the last check found.
     """
 
-    def __init__(self, files: Sequence[Path], reading: Reading) -> None:
-        self._files, self._reading = files, reading
+    def __init__(self, files: Sequence[Path], options: PrepareOptions) -> None:
+        self._files, self._options = files, options
         self.total_bytes = sum(f.stat().st_size for f in files)
         self.num_articles = self._done_bytes = 0
         self._stream: BinaryIO | None = None
@@ -130,11 +118,11 @@ class Corpus:
             except UserError as error:
                 self._bad.add(number)
                 self.left_out.add(str(error))
-                if self._reading.on_error == "stop" and self.left_out.rows > _NAMED:
+                if self._options.on_error == "stop" and self.left_out.rows > _NAMED:
                     raise self.left_out.error() from None
             else:
                 yield size
-        if self._reading.on_error == "stop" and self._bad:
+        if self._options.on_error == "stop" and self._bad:
             raise self.left_out.error()
 
     def __iter__(self) -> Iterator[str | LongText]:
@@ -164,7 +152,7 @@ class Corpus:
                         yield row
             except OSError as error:
                 problem = f"{file}: cannot be read: {error.strerror or error}"
-                if self._reading.on_error == "skip":  # another try may find it readable
+                if self._options.on_error == "skip":  # another try may find it readable
                     raise UserError(problem) from error
                 yield UserError(problem)
             except UserError as error:
@@ -180,15 +168,15 @@ class Corpus:
     def _texts(self, file: Path, raw: BinaryIO) -> Iterator[Any]:
         form, stream = format_of(file), decompressed(file, raw)
         if form == ".parquet":
-            rows = parquet_rows(file, raw, stream, self._reading.text_key)
+            rows = parquet_rows(file, raw, stream, self._options.text_key)
         elif form == ".jsonl":
-            rows = _json_rows(file, stream, self._reading.text_key)
-        elif form == ".txt" and self._reading.clean == "none":
+            rows = _json_rows(file, stream, self._options.text_key)
+        elif form == ".txt" and self._options.clean == "none":
             chunks = self._watched(decoded_chunks(file, stream))
-            rows = _documents_of(split_at(chunks, self._reading.document_separator))
+            rows = _documents_of(split_at(chunks, self._options.document_separator))
         else:
             rows = lines_of(file, stream)
-        if form not in (".tokens", ".raw") and self._reading.clean != "wikitext":
+        if form not in (".tokens", ".raw") and self._options.clean != "wikitext":
             yield from rows
             return
         problems: list[UserError] = []
@@ -197,7 +185,7 @@ class Corpus:
             lines = wikitext.lines_of(lines)
         for article in wikitext.articles(lines):
             self.num_articles += not article.isspace()
-            yield wikitext.clean(article) if self._reading.clean == "wikitext" else article
+            yield wikitext.clean(article) if self._options.clean == "wikitext" else article
         yield from problems
 
     def _watched(self, chunks: Iterator[Any]) -> Iterator[Any]:

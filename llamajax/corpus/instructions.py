@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llamajax.corpus.documents import Corpus, Reading, placed
+from llamajax.corpus.documents import Corpus, placed
 from llamajax.corpus.input_files import (
     COMPRESSIONS,
     FileError,
@@ -15,6 +15,7 @@ from llamajax.corpus.input_files import (
     format_of,
     json_object,
 )
+from llamajax.corpus.prepare_options import PrepareOptions
 from llamajax.errors import UserError
 from llamajax.tokenizers.chat import Message, parse_messages, problems_of_keys, problems_of_message
 
@@ -38,9 +39,8 @@ class Example:
 class InstructionCorpus(Corpus):
     """The examples of some files, in order. Can be iterated any number of times."""
 
-    def __init__(self, files: Sequence[Path], reading: Reading, *, template: str) -> None:
-        super().__init__(files, reading)
-        self._template = template
+    def __init__(self, files: Sequence[Path], options: PrepareOptions) -> None:
+        super().__init__(files, options)
         if others := [f.name for f in files if format_of(f) != ".jsonl"]:
             kinds = " and ".join(f".jsonl{c}" for c in ("", *COMPRESSIONS))
             raise UserError(f"--format=instructions reads {kinds}, not {', '.join(others)}")
@@ -49,7 +49,7 @@ class InstructionCorpus(Corpus):
         for number, offset, line in byte_lines(decompressed(file, raw)):
             try:
                 value = json_object(decode(file, line, offset))
-                messages, problems = parse_example(value, self._template)
+                messages, problems = parse_example(value, self._options.chat_template)
                 if problems:
                     raise UserError("; ".join(problems))
                 yield Example(messages)

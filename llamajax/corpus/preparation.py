@@ -71,9 +71,7 @@ def check_input(options: PrepareOptions) -> tuple[list[Path], Tokenizer | None]:
 
 def open_corpus(options: PrepareOptions, files: list[Path]) -> Corpus:
     """Return the documents of some of the files."""
-    if options.has_examples:
-        return InstructionCorpus(files, options.reading, template=options.chat_template)
-    return Corpus(files, options.reading)
+    return (InstructionCorpus if options.has_examples else Corpus)(files, options)
 
 
 def choose_holdout(options: PrepareOptions, corpus: Corpus, progress: ReportProgress) -> Holdout:

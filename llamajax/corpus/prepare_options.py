@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 from llamajax.config import Flags, key
-from llamajax.corpus.documents import Reading
 from llamajax.tokenizers.chat import CHAT_TEMPLATES
 
 
@@ -93,11 +92,6 @@ class PrepareOptions(Flags):
     def has_examples(self) -> bool:
         """Whether the input is instructions, of which only the answers carry loss."""
         return self.format == "instructions"
-
-    @property
-    def reading(self) -> Reading:
-        """How texts are read."""
-        return Reading(*(getattr(self, name) for name in Reading._fields))
 
     @property
     def num_workers(self) -> int:

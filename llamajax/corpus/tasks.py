@@ -45,6 +45,11 @@ _FACTS = "part.json"
 _TOKENS, _ANSWER = "tokens.bin", "answer.bin"
 # One int64 for each document: tokens with BOS and EOS, bytes of text, characters.
 _COLUMNS = ("lengths.bin", "text_bytes.bin", "characters.bin")
+# Those that decide the bytes of a part.
+_FLAGS = (
+    "format", "chat_template", "validation_fraction", "text_key", "clean", "document_separator",
+    "on_error",
+)  # fmt: skip
 # The merge holds at most so many documents, or so many tokens, at a time.
 _MERGED_DOCUMENTS = 1 << 16
 _MERGED_TOKENS = 1 << 22
@@ -167,10 +172,8 @@ def find_or_train_tokenizer(
 
 def _facts(options: PrepareOptions, files: list[Path], **others: Any) -> dict[str, Any]:
     """Return what decides the bytes of the parts: flags, input files, and `others`."""
-    names = ("format", "chat_template", "validation_fraction")
-    flags = {name: getattr(options, name) for name in names}
     listed = [[file.name, file.stat().st_size] for file in files]
-    return flags | options.reading._asdict() | {"input": listed} | others
+    return {name: getattr(options, name) for name in _FLAGS} | {"input": listed} | others
 
 
 def _mismatch(part: Path, facts: dict[str, Any]) -> str | None:

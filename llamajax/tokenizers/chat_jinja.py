@@ -8,7 +8,6 @@ template passes it on unchanged: one that changes letters (`| lower`) can make t
 
 import datetime
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -19,7 +18,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llamajax.errors import UserError
-from llamajax.tokenizers.tokenizer import Tokenizer
+from llamajax.tokenizers.tokenizer import Tokenizer, any_of
 
 # Stands within a message where its text spells a control token; a noncharacter of Unicode.
 _AS_TEXT = "\ufdd0"
@@ -52,8 +51,7 @@ def encode_with_own_template(
     messages: dicts with `role` and `content`. Raises UserError where there is no template, where it
     is no valid one, and where it refuses the conversation.
     """
-    names = sorted(tokenizer.control_ids, key=len, reverse=True)
-    control = re.compile("|".join(map(re.escape, names)) or "(?!)")
+    control = any_of(tokenizer.control_ids)
 
     def marked(value: Any) -> Any:
         if not isinstance(value, str):
@@ -120,22 +118,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
     def strftime_now(form: str) -> str:
         return datetime.datetime.now().strftime(form)
 
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # Jinja's own escapes HTML.
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
+    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
-    environment.filters["tojson"] = tojson
+    environment.filters["tojson"] = tojson  # Jinja's own escapes HTML
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     return environment

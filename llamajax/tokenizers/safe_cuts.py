@@ -76,16 +76,6 @@ def cut_at(pattern: re.Pattern[str]) -> FindCut:
     return find
 
 
-def cut_every(size: int) -> FindCut:
-    """Return the cuts after each `size` characters."""
-
-    def find(text: str, at: int) -> int | None:
-        cut = -(-at // size) * size
-        return cut if cut < len(text) else None
-
-    return find
-
-
 def is_split_by(spec: Mapping[str, Any], words: str) -> bool:
     """Return whether a tokenizer.json splits a text into `words` and changes nothing before."""
     split = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}

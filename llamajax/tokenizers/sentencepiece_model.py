@@ -13,7 +13,7 @@ from llamajax.tokenizers.special_tokens import (
     num_used,
     read_facts,
 )
-from llamajax.tokenizers.tokenizer import Tokenizer, fingerprint_of
+from llamajax.tokenizers.tokenizer import Tokenizer, any_of, fingerprint_of
 
 _LINES = re.compile(r"(?=\n)")
 
@@ -63,8 +63,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.special = dataclasses.replace(
             special, control_ids=control | dict(special.control_ids), warnings=warnings
         )
-        longest_first = sorted(self.added_ids, reverse=True)
-        self._splitter = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        self._splitter = any_of(self.added_ids)
         self.fingerprint = fingerprint_of(self.kind, content, self.special)
         before = self._tokens_before_a_line()
         self._after_newline = before + 1 if before else 0

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from llamajax.errors import UserError
-from llamajax.tokenizers.safe_cuts import LLAMA3_WORDS, cut_every
+from llamajax.tokenizers.safe_cuts import LLAMA3_WORDS
 from llamajax.tokenizers.special_tokens import find_special_tokens, read_facts
 from llamajax.tokenizers.tokenizer import Tokenizer, fingerprint_of
 
@@ -65,7 +65,8 @@ class TiktokenTokenizer(Tokenizer):
         )
 
     def safe_cut(self, text: str, at: int) -> int | None:
-        return cut_every(_MAX_CHARS)(text, at)
+        cut = -(-at // _MAX_CHARS) * _MAX_CHARS
+        return cut if cut < len(text) else None
 
     def _encode(self, text: str) -> list[int]:
         pieces = cut_long_runs(text, _MAX_RUN)

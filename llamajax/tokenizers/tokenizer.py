@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -103,9 +103,8 @@ class Tokenizer:
 
         as_text: a character that stands within names that are text, and is left out.
         """
-        names = sorted(self.control_ids, key=len, reverse=True)
         ids: list[int] = []
-        for part in re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]:
+        for part in any_of(self.control_ids).split(text):
             if part in self.control_ids:
                 ids.append(self.control_ids[part])
             elif part := part.replace(as_text, ""):
@@ -145,6 +144,12 @@ class Tokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         raise NotImplementedError
+
+
+def any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern, one group, that matches each of the names, the longest first."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
 def fingerprint_of(kind: str, content: bytes, special: SpecialTokens) -> str:

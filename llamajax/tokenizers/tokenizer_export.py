@@ -123,7 +123,7 @@ def _sentencepiece_spec(tokenizer: Tokenizer) -> tokenizers.Tokenizer | None:
         for i, name, special in more
         if i >= len(model.pieces)
     ]
-    _add_tokens(spec, added)
+    add_tokens(spec, added)
     return spec
 
 
@@ -147,7 +147,7 @@ def _byte_level_spec(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     spec.pre_tokenizer = pre_tokenizers.Sequence([*words, bytes_only])
     spec.decoder = decoders.ByteLevel()
-    _add_tokens(spec, [(control[i], True) for i in sorted(control)])
+    add_tokens(spec, [(control[i], True) for i in sorted(control)])
     return spec
 
 
@@ -162,6 +162,6 @@ def _merges(pieces: list[str]) -> list[tuple[str, str]]:
     ]
 
 
-def _add_tokens(spec: tokenizers.Tokenizer, tokens: list[tuple[str, bool]]) -> None:
+def add_tokens(spec: tokenizers.Tokenizer, tokens: list[tuple[str, bool]]) -> None:
     """Add tokens by name, each with whether it is special."""
     spec.add_tokens([tokenizers.AddedToken(n, special=s, normalized=False) for n, s in tokens])

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
+from workdirs import prepare_options
 
-from llamajax.corpus.documents import Corpus, Reading
+from llamajax.corpus.documents import Corpus
 from llamajax.corpus.input_files import find_files
 from llamajax.corpus.long_text import long_json
 from llamajax.errors import UserError
@@ -23,7 +24,7 @@ WIKI = " \n = A = \n \n a , b \n \n = = S = = \n x \n \n = B = \n \n b1 \n"
 
 def read(*paths: Path, text_key: str = "text", clean: str = "none") -> list[str]:
     files = find_files(",".join(map(str, paths)))
-    return list(Corpus(files, Reading(text_key, clean)))
+    return list(Corpus(files, prepare_options(text_key=text_key, clean=clean)))
 
 
 def parquet(path: Path, column: object, name: str = "text") -> bytes:
@@ -57,7 +58,7 @@ def test_every_format_in_every_packing(tmp_path, kind, packing):
     content, texts = contents(tmp_path)[kind]
     path = tmp_path / f"f{kind}{packing.lstrip('2')}"
     path.write_bytes(PACK[packing](content))
-    corpus = Corpus(find_files(str(path)), Reading())
+    corpus = Corpus(find_files(str(path)), prepare_options())
     assert list(corpus) == texts
     assert list(corpus) == texts  # a second walk starts again
     assert corpus.bytes_read == corpus.total_bytes == path.stat().st_size
@@ -166,7 +167,8 @@ def test_a_bad_byte_costs_its_own_document_only(tmp_path, chunk, monkeypatch):
         (tmp_path / name).write_bytes(packed[: len(packed) * 3 // 4])
     kept = {"f.txt": (87, 3), "f.raw": (4, 1), "f.jsonl.gz": (14_000, 1), "f.jsonl.zst": (9000, 1)}
     for name, (least, rows) in kept.items():
-        corpus = Corpus([tmp_path / name], Reading(document_separator="<|>", on_error="skip"))
+        options = prepare_options(document_separator="<|>", on_error="skip")
+        corpus = Corpus([tmp_path / name], options)
         sizes = list(corpus.check())
         documents = ["".join(document) for document in corpus]
         assert [len(document) for document in documents] == sizes

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from workdirs import prepare_options
 
 from llamajax import prepare
 from llamajax.corpus.preparation import locked_output
-from llamajax.corpus.prepare_options import PrepareOptions
 from llamajax.corpus.tasks import share_out
 from llamajax.errors import UserError
 
@@ -174,8 +174,7 @@ def test_wrong_numbers_are_refused(many, tmp_path, flags, message):
 
 def test_files_keep_their_order_and_are_shared_by_size(many):
     files = sorted(many.iterdir())
-    output = str(many.with_name("out"))
-    tasks = share_out(PrepareOptions(input="", tokenizer="", output=output, num_tasks=3), files)
+    tasks = share_out(prepare_options(num_tasks=3), files)
     shares = [[file.name for file in task.files] for task in tasks]
     assert [name for share in shares for name in share] == [file.name for file in files]
     assert shares[1] != [] != shares[2]

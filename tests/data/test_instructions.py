@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from old_run import unpack_data
 from refusal import refused
-from workdirs import prepare_texts
+from workdirs import prepare_options, prepare_texts
 
-from llamajax.corpus.documents import Reading
 from llamajax.corpus.holdout import Holdout
 from llamajax.corpus.instructions import Example, InstructionCorpus, parse_example
 from llamajax.data import Position, eval_batches, load_tokenizer, sample_ids, train_batches
@@ -210,7 +209,7 @@ def test_bad_lines_are_named_together(tmp_path):
     lines = [json.dumps(good), "", "{", "[1]", json.dumps({"prompt": "a"}), json.dumps(good)]
     path, text = tmp_path / "x.jsonl", tmp_path / "a.txt"
     path.write_text("\n".join(lines))
-    corpus = InstructionCorpus([path], Reading(), template="none")
+    corpus = InstructionCorpus([path], prepare_options())
     for _ in range(2):  # again by a second iteration
         with refused() as lines_of_refusal:
             list(corpus.check())
@@ -226,7 +225,7 @@ def test_bad_lines_are_named_together(tmp_path):
     assert len(named) == 11
     text.write_text("x")
     with pytest.raises(UserError, match=r"reads \.jsonl and \.jsonl\.gz.*not a\.txt"):
-        InstructionCorpus([text, path], Reading(), template="none")
+        InstructionCorpus([text, path], prepare_options())
 
 
 def test_a_bad_line_is_named_before_anything_is_tokenized(prepared_pairs, monkeypatch):

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from llamajax import convert, prepare
 from llamajax.checkpoint import Checkpointer
 from llamajax.config.schema import ModelConfig
+from llamajax.corpus.prepare_options import PrepareOptions
 from llamajax.models.llama import Llama
 
 
@@ -44,6 +45,11 @@ def prepare_texts(
     where = (f"--input={corpus}", f"--output={folder / 'data'}", f"--tokenizer={tokenizer}")
     prepare.main([*where, f"--validation_fraction={held_out}", "--workers=1", *flags])
     return folder / "data"
+
+
+def prepare_options(**fields: Any) -> PrepareOptions:
+    """The flags of `prepare`, for its parts."""
+    return PrepareOptions(**{"input": "", "tokenizer": "byte", "output": "out", **fields})
 
 
 def save_checkpoint(workdir: Path, step: int, state: Any, **meta: Any) -> Path:

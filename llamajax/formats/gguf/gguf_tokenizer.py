@@ -137,6 +137,8 @@ def _byte_level(facts: Mapping[str, Any]) -> bytes:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors
 
+    from llamajax.tokenizers.tokenizer_export import add_tokens
+
     vocab = {token: i for i, token in enumerate(facts["tokens"])}
     merges = [tuple(merge.split(" ", 1)) for merge in facts["merges"]]
     llama3 = facts["pre"] in _LLAMA3_NAMES
@@ -149,14 +151,9 @@ def _byte_level(facts: Mapping[str, Any]) -> bytes:
         first = [pre_tokenizers.Digits(individual_digits=True)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, bytes_only])
     tokenizer.decoder = decoders.ByteLevel()
-    added = zip(facts["tokens"], facts["token_type"], strict=True)
-    tokenizer.add_tokens(
-        [
-            tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
-            for token, kind in added
-            if kind in (_CONTROL, _USER_DEFINED)
-        ]
-    )
+    kinds = zip(facts["tokens"], facts["token_type"], strict=True)
+    added = [(name, kind == _CONTROL) for name, kind in kinds if kind in (_CONTROL, _USER_DEFINED)]
+    add_tokens(tokenizer, added)
     bos = _special(facts, "bos")
     if _adds_bos(facts) and bos is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
