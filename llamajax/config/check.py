@@ -113,6 +113,12 @@ def _data_path(v: Values) -> Iterator[str]:
         )
 
 
+def _validation(v: Values) -> Iterator[str]:
+    for name, path in (v["data.validation"] or {}).items():
+        if not path.strip() or "," in path:
+            yield f"data.validation: {name} = {path!r}: must be one directory, without a comma"
+
+
 def _weights(v: Values) -> Iterator[str]:
     weights, num_paths = v["data.weights"], len(v["data.path"].split(","))
     if weights is None:
@@ -328,8 +334,8 @@ def _processes(v: Values) -> Iterator[str]:
 
 
 _RULES = (
-    _even_head, _kv_heads, _rope_scaling, _context, _mesh, _batch, _data_path, _weights, _warmup,
-    _decay, _final_rate, _muon, _remat, _continuation, _lora_base, _targets, _lora_rank, _not_empty,
-    _directory, _spikes, _plugin, _plugin_options, _processes, _monitoring,
+    _even_head, _kv_heads, _rope_scaling, _context, _mesh, _batch, _data_path, _validation,
+    _weights, _warmup, _decay, _final_rate, _muon, _remat, _continuation, _lora_base, _targets,
+    _lora_rank, _not_empty, _directory, _spikes, _plugin, _plugin_options, _processes, _monitoring,
     _profile_steps,
 )  # fmt: skip

@@ -57,6 +57,12 @@ class DataConfig:
         "share of the samples drawn from each of several paths; none: by their numbers of tokens",
         default=None,
     )
+    validation: dict[str, str] | None = key(
+        "further validation sets, as NAME:DIR,NAME:DIR, each a directory written by `prepare`: its "
+        "validation split, or all of it where it has none; none: the split of `path` alone",
+        default=None,
+        is_path=True,
+    )
     seq_len: int = key("T: tokens per sample; chosen here, not by `prepare`", at_least=1)
     global_batch_size: int = key(
         "samples per optimizer step, over all devices and accumulation steps", at_least=1
@@ -177,7 +183,7 @@ class TrainConfig:
         at_least=0,
     )
     eval_batches: int | None = key(
-        "batches per evaluation; none: the whole split", default=None, at_least=1
+        "batches of each validation set per evaluation; none: all", default=None, at_least=1
     )
 
     @property

@@ -6,11 +6,13 @@ JSON (`coerce`). Both return exactly the declared type or raise `Mistyped`.
 
 import dataclasses
 import enum
+import json
 import math
 import numbers
 import os
 import re
 import types
+from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -35,6 +37,7 @@ NOT_SET = NotSet.NOT_SET
 # Among the choices of a key: a function of the user's, which `user_code.import_function` imports.
 FUNCTION = "module:function"
 _FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a mapping's entry: it becomes part of keys and tags
 
 
 class Mistyped(ValueError):
@@ -54,7 +57,7 @@ class Key:
     """A config key or a flag as its dataclass declares it. path: `train.steps`, or a flag's name.
 
     default: NOT_SET if required. is_path: `~` on the command line is the home directory, also after
-    a comma.
+    a comma or a colon.
     """
 
     path: str
@@ -80,7 +83,7 @@ class Key:
         """Replace `~` by the home directory where a path begins; no-op for what is no path."""
         if not self.is_path:
             return text
-        return re.sub(r"(?:^|(?<=[,=]))~(?=/|$)", lambda _: os.path.expanduser("~"), text)
+        return re.sub(r"(?:^|(?<=[,=:]))~(?=/|$)", lambda _: os.path.expanduser("~"), text)
 
     def out_of_range(self, value: Any) -> str:
         """Return what is wrong with a number, as `must be at least 1`; empty if nothing is."""
@@ -113,6 +116,8 @@ def describe(annotation: Any) -> str:
         words = " | ".join(get_args(inner))
     elif get_origin(inner) is tuple:
         words = f"{get_args(inner)[0].__name__}s separated by commas"
+    elif get_origin(inner) is dict:
+        words = "NAME:VALUE pairs separated by commas"
     elif inner is bool:
         words = "true | false"
     elif dataclasses.is_dataclass(inner):
@@ -129,7 +134,12 @@ def show(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
+        texts = [item for item in value if isinstance(item, str)]
+        if any(_parts(text) != [text] or text.startswith("[") for text in texts):
+            return json.dumps(value, ensure_ascii=False)
         return ",".join(show(item) for item in value)
+    if isinstance(value, dict):
+        return ",".join(f"{name}:{item}" for name, item in value.items())
     return '""' if value == "" else str(value)
 
 
@@ -146,9 +156,36 @@ def parse(text: str, annotation: Any) -> Any:
         names = ", ".join(f.name for f in dataclasses.fields(inner))
         raise Mistyped(f"expected none, got {text!r}; otherwise set its keys: {names}")
     if get_origin(inner) is tuple:
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        return tuple(_parse_one(part, get_args(inner)[0], whole=annotation) for part in parts)
+        kind = get_args(inner)[0]
+        if kind is str and text.startswith("["):
+            return coerce(_parse_json(text), annotation)
+        return tuple(_parse_one(part, kind, whole=annotation) for part in _parts(text))
+    if get_origin(inner) is dict:
+        return _parse_pairs(text, annotation)
     return _parse_one(text, inner, whole=annotation)
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise Mistyped(f"begins with [ and is no JSON list: {error}") from None
+
+
+def _parse_pairs(text: str, annotation: Any) -> dict[str, Any]:
+    pairs: dict[str, str] = {}
+    for part in _parts(text) or [text]:
+        name, _, value = part.partition(":")
+        if not name or not value:
+            raise Mistyped(f"expected {describe(annotation)}, got {part!r}")
+        if name in pairs:
+            raise Mistyped(f"names {name!r} twice")
+        pairs[name] = value
+    return coerce(pairs, annotation)
 
 
 def _parse_one(text: str, inner: Any, *, whole: Any) -> Any:
@@ -230,6 +267,12 @@ def coerce(value: Any, annotation: Any) -> Any:
             return tuple(coerce(item, get_args(inner)[0]) for item in value)
         except Mistyped:
             raise mistyped from None
+    if get_origin(inner) is dict:
+        if not isinstance(value, Mapping):
+            raise mistyped
+        if wrong := [name for name in value if not _NAME.fullmatch(str(name))]:
+            raise Mistyped(f"the name {wrong[0]!r} may have letters, digits, _ and - only")
+        return {str(name): coerce(item, get_args(inner)[1]) for name, item in value.items()}
     converted = _convert_scalar(value, inner)
     if converted is None:
         raise mistyped

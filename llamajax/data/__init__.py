@@ -17,6 +17,7 @@ _FILE_OF = {
     "eval_batches": "batches",
     "has_split": "mixture",
     "open_mixture": "mixture",
+    "open_validation_sets": "mixture",
     "sample_ids": "batches",
     "train_batches": "batches",
 }

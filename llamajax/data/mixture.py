@@ -50,6 +50,11 @@ class PreparedSplit:
         """Tokens that carry loss; without a mask all, the few that start a document included."""
         return self.stats["loss_tokens"] if self.masked else self.num_tokens
 
+    @property
+    def text_bytes(self) -> int | None:
+        """UTF-8 bytes of the text; None where only answers are scored."""
+        return None if self.masked else self.stats.get("text_bytes")
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Identity of the tokens, wherever the directory is."""
@@ -213,6 +218,36 @@ def open_mixture(data: DataConfig, *, split: str, vocab_size: int, verify: bool 
         raise combine(problems, title=f"the data cannot be used (data.path = {data.path}):")
     shares = tuple(w / math.fsum(weights) for w in weights)
     return Mixture(sources, shares, data.seed, data.shuffle, data.mask_documents)
+
+
+def open_validation_sets(data: DataConfig, trained: Mixture) -> dict[str, Mixture]:
+    """Open the directories of `data.validation`, by name.
+
+    trained: the mixture that the run trains on. Raises one UserError with all problems.
+    """
+    found, problems = {}, []
+    for name, path in (data.validation or {}).items():
+        try:
+            found[name] = _open_validation_set(Path(path), trained)
+        except UserError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise combine(problems, title="these sets of data.validation cannot be used:")
+    return found
+
+
+def _open_validation_set(path: Path, trained: Mixture) -> Mixture:
+    """Open the validation split of a directory, or its train split where it has no other."""
+    split = "validation" if _with_split([path], "validation") else "train"
+    source, ours = _open_split(path, split, verify=False), trained.tokenizer_fingerprint
+    if (theirs := source.manifest["tokenizer"]["fingerprint"]) != ours:
+        raise UserError(
+            f"{path} was prepared with another tokenizer than {trained.sources[0].path}"
+            f" ({theirs[:12]}, {ours[:12]}): prepare it with the same one"
+        )
+    if source.num_tokens < 2 or not source.num_loss_tokens:
+        raise UserError(f"{path}: its {split} split has no token to predict")
+    return dataclasses.replace(trained, sources=(source,), weights=(1.0,))
 
 
 def _too_short(source: PreparedSplit, seq_len: int) -> str:

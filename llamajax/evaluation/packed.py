@@ -44,7 +44,7 @@ class PackedRows:
     @property
     def text_bytes(self) -> int | None:
         """UTF-8 bytes of the text of the whole split; None where only answers are scored."""
-        return None if self._source.masked else self._source.stats["text_bytes"]
+        return self._source.text_bytes
 
     def batch(self, rows: range) -> dict[str, np.ndarray]:
         """Return these samples as arrays (B, T); those from `num_rows` on are padding."""

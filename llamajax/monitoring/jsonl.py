@@ -23,6 +23,11 @@ def plain_number(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
+def is_evaluation(row: Mapping[str, Any]) -> bool:
+    """Return whether a row is of an evaluation: it has numbers whose names begin with `eval_`."""
+    return any(name.startswith("eval_") for name in row)
+
+
 def encode_row(row: Mapping[str, Any]) -> str:
     """Return a row as one line, without its end. float32 values keep their exact value."""
     plain = {key: plain_number(value) for key, value in row.items()}

@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from llamajax.monitoring.jsonl import is_evaluation
 from llamajax.monitoring.log_copy import LogCopy
 from llamajax.monitoring.row_format import Pace, format_cells, format_duration
 from llamajax.verbs import Output
@@ -67,8 +68,11 @@ class LiveView:
 
     def show(self, row: Mapping[str, Any]) -> None:
         """Take over a row's values; those of an evaluation stay until the next one."""
-        if "eval_loss" in row:
-            self.set_cell("eval loss", f"{row['eval_loss']:.3f} at {row['step']:,}")
+        if is_evaluation(row):
+            for name, value in row.items():
+                if name.startswith("eval_loss"):
+                    label = name.replace("_", " ").replace("/", " ")
+                    self.set_cell(label, f"{value:.3f} at {row['step']:,}")
             return
         self._row = row
         if math.isfinite(row.get("loss") or math.nan):

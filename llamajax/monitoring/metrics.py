@@ -1,15 +1,16 @@
 """`metrics.jsonl`: one row a logged step, and the same numbers for other sinks."""
 
+import collections
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llamajax.errors import UserError, say
 from llamajax.files import write_file
-from llamajax.monitoring.jsonl import RowFile, decode_row, read_lines, read_rows
+from llamajax.monitoring.jsonl import RowFile, decode_row, is_evaluation, read_lines, read_rows
 from llamajax.monitoring.sinks import SinkThread, close_sinks
 
-METRICS = "metrics.jsonl"
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 # A sink may keep rows in memory for a while (wandb does for 15 s), which a killed process loses.
 _SENT_AGAIN_S = 60.0
 # These depend on the machine, the clock and the disk; all else in a row is the same in each run.
@@ -27,7 +28,8 @@ def load_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 def _kind(row: Mapping[str, Any]) -> str:
-    return "eval" if "eval_loss" in row else "train"
+    """Return what a step has one row of: one for training, one evaluation, one for each prompt."""
+    return "eval" if is_evaluation(row) else f"prompt {row['index']}" if "prompt" in row else ""
 
 
 def _rewind(path: Path, *, resume_step: int) -> list[dict[str, Any]]:
@@ -62,7 +64,7 @@ class MetricsWriter:
     ):
         self._file: RowFile | None = None
         self._sinks: Sequence[SinkThread] = ()
-        self._newest = {"train": -1, "eval": -1}
+        self._newest: collections.defaultdict[str, int] = collections.defaultdict(lambda: -1)
         if not primary:
             return
         path = Path(workdir) / file
@@ -86,7 +88,7 @@ class MetricsWriter:
             self.pass_on(row)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row; it must have `step`, and is an evaluation's if it has `eval_loss`.
+        """Append one row; it must have `step`.
 
         A step that the file already holds (of the same kind) is not written again, so that an
         evaluation may be repeated after a resume.

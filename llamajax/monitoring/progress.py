@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TextIO
 
 from llamajax.errors import say
+from llamajax.monitoring.jsonl import is_evaluation
 from llamajax.monitoring.log_copy import LogCopy
 from llamajax.monitoring.row_format import Pace, format_duration, format_row
 from llamajax.verbs import Output
@@ -56,7 +57,7 @@ class Progress:
         if self._silent:
             return
         step, left = int(row["step"]), ""
-        if "eval_loss" not in row:
+        if not is_evaluation(row):
             self._pace.add(row)
             left = f"  left {format_duration(self._pace.left_s()):>6}"
         self._line(f"step {step:>{len(str(self._total))}}/{self._total}  {format_row(row)}{left}")

@@ -49,7 +49,9 @@ def format_row(row: Mapping[str, Any]) -> str:
         shown["tokens_per_s"] = format_count(shown["tokens_per_s"])
     if "mfu_full" in shown:
         shown["mfu_full"] *= 100
-    return "  ".join(formats[key].format(value) for key, value in shown.items())
+    parts = [formats[key].format(value) for key, value in shown.items()]
+    parts += [f"{name[10:]} {row[name]:.3f}" for name in row if name.startswith("eval_loss/")]
+    return "  ".join(parts)
 
 
 def format_cells(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

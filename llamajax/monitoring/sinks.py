@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from llamajax.errors import UserError, say
-from llamajax.monitoring.jsonl import plain_number
+from llamajax.monitoring.jsonl import is_evaluation, plain_number
 
 _MOST_WAITING = 4096  # rows
 _CLOSE_WITHIN_S = 10.0  # all sinks together
@@ -48,16 +48,16 @@ def tagged(row: Mapping[str, Any]) -> dict[str, float]:
 
     Of one number a device it is the largest. A skipped update is 1.
     """
-    found = {}
+    found, evaluated = {}, is_evaluation(row)
     for name, value in row.items():
         number = plain_number(max(value) if isinstance(value, list) and value else value)
         if name == "update_skipped":
             number = 1
         if name == "step" or not isinstance(number, int | float):
             continue
-        group = "eval" if "eval_loss" in row else _GROUP_OF.get(name, "train")
-        tag = name.removeprefix("eval_") if group == "eval" else name
-        found[tag if "/" in tag else f"{group}/{tag}"] = number
+        group = "eval" if evaluated else "" if "/" in name else _GROUP_OF.get(name, "train")
+        tag = name.removeprefix("eval_") if evaluated else name
+        found[f"{group}/{tag}" if group else tag] = number
     return found
 
 

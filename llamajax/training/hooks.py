@@ -1,4 +1,4 @@
-"""What a run does after its steps besides updating: log, check replicas, save, export, evaluate."""
+"""What a run does after its steps besides updating: log, check replicas, save, export."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,6 @@ from llamajax.checkpoint import CheckpointError
 from llamajax.monitoring import MetricsWriter, Progress, StepTimer
 from llamajax.processes.host_collectives import broadcast_from_first
 from llamajax.training.export import export_weights, is_exported
-from llamajax.training.feed import eval_batches
 from llamajax.training.messages import mfu_from_speed
 from llamajax.training.run_start import Start
 from llamajax.training.safety.hang import HangWatch
@@ -26,6 +25,10 @@ from llamajax.training.workdir import Run
 
 # Process 0's clock decides when to save. Asking it waits for the devices, so it is asked rarely.
 _COMPARE_CLOCKS_EVERY = 16
+
+
+class Interrupted(Exception):
+    """A stop signal came during an evaluation; raised on all processes."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -58,6 +61,15 @@ class Attempt:
         """Tell the launcher and the hang watch that something was finished."""
         report_alive()
         self.hang.beat()
+
+    def report_part(self) -> None:
+        """Report that a part of an evaluation is done. Raises Interrupted where the run stops.
+
+        To be called by all processes.
+        """
+        self.report_alive()
+        if self.run.shutdown.any_process_stops():
+            raise Interrupted
 
     def record_saves(self) -> None:
         """Write an event for each checkpoint that is complete by now."""
@@ -216,44 +228,3 @@ class ExportHook(Hook):
             dtype = self.config.train.activation_dtype
             for line in export_weights(self.run.workdir, step, stored, dtype=dtype):
                 self.attempt.progress.note(f"warning: {line}")
-
-
-class EvaluateHook(Hook):
-    """Writes the loss on the validation split; no row where a stop signal comes meanwhile."""
-
-    was_interrupted = False
-
-    def is_due(self, step: int, stop: bool) -> bool:
-        every, last = self.config.train.eval_every, self.config.train.steps
-        due = step == last or bool(every and step % every == 0)
-        return due and not stop and self.run.setup.held_out is not None
-
-    def was_done(self) -> bool:
-        """Return whether an earlier process evaluated the step that this one resumes from."""
-        return broadcast_from_first(lambda: self.attempt.start.is_evaluated)
-
-    def __call__(self, step: int, state: TrainState, stop: bool) -> None:
-        """Sum in float64 over batches of a fixed order. The last is padded, never dropped."""
-        a, setup, pending = self.attempt, self.run.setup, None
-        models = [state.whole] if state.average is None else [state.whole, state.averaged]
-        sums = np.zeros((len(models), 2), np.float64)
-        with a.phase("evaluation", step) as fields:
-            for batch in eval_batches(self.config, setup.mesh, setup.held_out):
-                current = [a.programs.evaluate(model, batch) for model in models]
-                if pending is not None:
-                    sums += np.array(jax.device_get(pending), np.float64)
-                pending = current
-                a.report_alive()
-                if a.run.shutdown.any_process_stops():
-                    self.was_interrupted = True
-                    return
-            sums += np.array(jax.device_get(pending), np.float64)
-            losses = (sums[:, 0] / sums[:, 1]).tolist()
-            loss = fields["eval_loss"] = losses[0]
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        row = {"step": step, "eval_loss": loss, "eval_perplexity": perplexity}
-        row |= {"eval_tokens": int(sums[0, 1]), "time_s": a.run.events.time_s}
-        if state.average is not None:
-            row["ema_loss"] = losses[1]
-        a.metrics.write(row)
-        a.progress.show(row)

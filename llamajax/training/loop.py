@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 import jax
 
 from llamajax.errors import ExitCode
+from llamajax.training.evaluation_hook import EvaluateHook
 from llamajax.training.feed import DeviceBatch, train_batches
 from llamajax.training.hooks import (
     Attempt,
     CanaryHook,
-    EvaluateHook,
     ExportHook,
     Hook,
     LogHook,

@@ -24,7 +24,7 @@ _MANY_PASSES = 100  # over the same text
 def run_header(setup: Setup, start: int) -> Iterator[str]:
     """Yield the lines that say what runs where, and from which step."""
     c, m = setup.config, setup.machine
-    if setup.held_out is None:
+    if not setup.evaluated.sets:
         yield "warning: the data has no validation split: no evaluation"
     for line in data_warnings(setup) + memory_warnings(setup):
         yield f"warning: {line}"
@@ -49,6 +49,10 @@ def run_header(setup: Setup, start: int) -> Iterator[str]:
     shape = f"{c.data.global_batch_size} x {c.data.seq_len}"
     yield f"data     {c.data.path}; {shape} = {tokens} tokens a step"
     yield f"epochs   {_epochs(setup)}"
+    for name, held_out in setup.evaluated.named.items():
+        (source,) = held_out.sources
+        tokens = format_count(source.num_tokens)
+        yield f"held out {name}: {source.split} split of {source.path}, {tokens} tokens"
     origin = c.train.init_from or "the beginning"
     where = f"continuing from step {start}" if start else f"from {origin}"
     yield f"steps    {c.train.steps}, {where}"
@@ -122,10 +126,14 @@ def data_warnings(setup: Setup) -> list[str]:
             f"model.vocab_size = {c.model.vocab_size:,}, but the tokenizer of data.path has only "
             f"{known:,} tokens: most of the embedding is never used"
         )
-    used = setup.held_out.sources if setup.held_out else mixture.sources
+    own = setup.evaluated.own
+    used = own.sources if own else mixture.sources
     if left := {s.path for s in mixture.sources} - {s.path for s in used}:
         names = ", ".join(sorted(map(str, left)))
         warnings.append(f"evaluation leaves out {names}: prepared without a validation split")
+    for name, held_out in setup.evaluated.named.items():
+        if {s.fingerprint for s in held_out.sources} & {s.fingerprint for s in mixture.sources}:
+            warnings.append(f"data.validation: {name} is what the run trains on, not held out")
     return warnings
 
 
@@ -167,7 +175,7 @@ def run_facts(setup: Setup, programs: Programs) -> dict[str, Any]:
     """Return what `run.json` says of a run that has begun."""
     machine, config = setup.machine, setup.config
     peak = backends.peak_flops(machine.device_kind, config.train.dtype)
-    update = programs.update
+    update, own = programs.update, setup.evaluated.own
     donated = backends.donated_bytes(update)
     facts = dataclasses.asdict(machine)
     del facts["process_id"]
@@ -188,7 +196,8 @@ def run_facts(setup: Setup, programs: Programs) -> dict[str, Any]:
         "float8_products": _float8_products(setup),
         "lost_features": backends.lost_features(setup.machine.platform),
         "untested_versions": backends.untested_versions(),
-        "unigram_entropy": setup.held_out.unigram_loss if setup.held_out else None,
+        "eval_loss_of": setup.evaluated.described,
+        "unigram_entropy": own.unigram_loss if own else None,
     }
 
 

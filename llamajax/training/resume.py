@@ -32,7 +32,8 @@ from llamajax.training.safety.rollback import AUDIT
 Request = Literal["newest", "restart", "older", "rollback"]
 # What a run writes in its --workdir, besides checkpoints and logs.
 _RECORD = ("metrics.jsonl", "events.jsonl", AUDIT, "run.json", "config.json", "tokenizer")
-_RECORD += ("norms.jsonl", "tensorboard", "wandb", "blackbox", "hf", "peft", "report.html")
+_RECORD += ("norms.jsonl", "samples.jsonl", "tensorboard", "wandb", "blackbox", "hf", "peft")
+_RECORD += ("report.html",)
 _ASIDE = "before_restart"
 
 

@@ -19,6 +19,7 @@ from llamajax.config.saved_config import read_saved_config
 from llamajax.errors import ExitCode, UserError
 from llamajax.monitoring import load_events, load_metrics
 from llamajax.monitoring.blackbox import read_leftovers
+from llamajax.monitoring.jsonl import is_evaluation
 from llamajax.monitoring.run_facts import steps_after
 from llamajax.training.messages import previous_checkpoint
 from llamajax.training.setup import Setup, with_loss_chunk
@@ -53,7 +54,7 @@ class History:
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the evaluation of `step` is on record."""
-        return any(row["step"] == step and "eval_loss" in row for row in self.rows)
+        return any(row["step"] == step and is_evaluation(row) for row in self.rows)
 
     def time_after(self, step: int) -> dict[str, float]:
         """Return the seconds of the rows after `step`, which a start from there removes."""

@@ -239,10 +239,11 @@ def changes(setup: Setup, checkpoint: Checkpoint, *, forked: bool = False) -> It
         if meta["position"]["segments"][-1]["mixture_hash"] != setup.mixture.hash:
             yield f"data changed since step {step}; the checkpoint does not say what it was"
         return
-    for split in ("train", "validation"):
+    for split in dict.fromkeys([*meta["data"], *setup.data_record]):
         old, new = (record.get(split, "none") for record in (meta["data"], setup.data_record))
         if old != new:
-            where = f"{split} split of {now.data.path}"
+            name = split.removeprefix("validation set ")
+            where = f"{split} split of {now.data.path}" if name == split else split
             yield f"data changed since step {step}: {where}: {old} -> {new}"
 
 

@@ -25,6 +25,7 @@ from llamajax.ops.attention_own import is_own, prove
 from llamajax.processes import process_facts
 from llamajax.processes.host_collectives import raising_together
 from llamajax.sharding.float8 import Float8
+from llamajax.training.evaluation_inputs import EvaluationInputs, open_evaluation_inputs
 from llamajax.training.feed import abstract_batch, eval_batch_size
 from llamajax.training.safety.canary import Canary
 from llamajax.training.state import StateSpec, TrainState, as_stored
@@ -45,13 +46,15 @@ class Setup:
     compiler_options: backends.CompilerOptions
     spec: StateSpec
     mixture: "data.Mixture"
-    held_out: "data.Mixture | None"  # the validation split
+    evaluated: EvaluationInputs
 
     @property
     def data_record(self) -> dict[str, str]:
         """What is read, by split, as checkpoints record it."""
-        splits = {"train": self.mixture, "validation": self.held_out}
-        return {name: split.describe() for name, split in splits.items() if split is not None}
+        found = {"train": self.mixture.describe()}
+        for name, split in self.evaluated.sets.items():
+            found[f"validation set {name}" if name else "validation"] = split.describe()
+        return found
 
 
 def set_up(config: RunConfig, *, keep_programs: bool = True) -> Setup:
@@ -59,20 +62,22 @@ def set_up(config: RunConfig, *, keep_programs: bool = True) -> Setup:
 
     keep_programs: in the compile cache.
     """
-    mixture = held_out = refusal = None
-    size = config.model.vocab_size
+    mixture = refusal = None
+    evaluated = EvaluationInputs()
     try:
+        size = config.model.vocab_size
         mixture = data.open_mixture(config.data, split="train", vocab_size=size)
-        if data.has_split(config.data, "validation"):
-            held_out = data.open_mixture(config.data, split="validation", vocab_size=size)
+        evaluated = open_evaluation_inputs(config, mixture)
     except UserError as error:
         refusal = error  # raised below, after the other processes have received it
 
     def common_facts() -> dict[str, str | None]:
         """Describe what all processes of a run must have in common."""
         facts = {**common_values(config), "problem": refusal and str(refusal)}
-        for name, split in (("train", mixture), ("validation", held_out)):
-            facts[f"the {name} data in data.path"] = split and split.describe()
+        facts["the train data in data.path"] = mixture and mixture.describe()
+        for name, split in evaluated.sets.items():
+            where = f"the data of {name} in data.validation"
+            facts[where if name else "the validation data in data.path"] = split.describe()
         facts["the tokenizer in data.path"] = mixture and mixture.tokenizer_fingerprint[:12]
         facts["XLA_FLAGS and LIBTPU_INIT_ARGS"] = backends.compiler_flags()
         return facts | process_facts.versions()
@@ -97,7 +102,7 @@ def set_up(config: RunConfig, *, keep_programs: bool = True) -> Setup:
         compiler_options=resolve_compiler_options(config, machine, mesh),
         spec=spec,
         mixture=mixture,
-        held_out=held_out,
+        evaluated=evaluated,
     )
 
 

@@ -31,20 +31,20 @@ FLOORS = {
     "checkpoint": 6,
     "corpus": 7,
     "formats": 7,
-    "training": 8,
     "decoding": 8,
     "evaluation": 8,
-    "planning": 9,
-    "conformance": 9,
-    "launching": 9,
-    "replaying": 9,
-    "proving": 10,
+    "training": 9,
+    "planning": 10,
+    "conformance": 10,
+    "launching": 10,
+    "replaying": 10,
+    "proving": 11,
 }
 VERBS = (
     "prepare", "train", "evaluate", "generate", "convert", "plan", "doctor", "report", "launch",
     "verify_resume", "replay",
 )  # fmt: skip
-FLOORS |= dict.fromkeys(VERBS, 11) | {"cli": 12, "__main__": 13}
+FLOORS |= dict.fromkeys(VERBS, 12) | {"cli": 13, "__main__": 14}
 
 FILE_LINES = 400
 FOLDER_FILES = 20

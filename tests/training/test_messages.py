@@ -32,7 +32,9 @@ def session(*, steps: int = 10, vocab_size: int = 300, held_out: tuple[str, ...]
         mixture=SimpleNamespace(
             sources=tuple(sources.values()), num_tokens=10_000, manifests=manifests
         ),
-        held_out=SimpleNamespace(sources=tuple(sources[p] for p in held_out)),
+        evaluated=SimpleNamespace(
+            own=SimpleNamespace(sources=tuple(sources[p] for p in held_out)), named={}
+        ),
     )
 
 

@@ -155,7 +155,8 @@ def _evaluations(
             if kind in _HELD_OUT and is_number(row[key]):
                 entry = {"step": row["step"], "loss": row[key], "time_s": row.get("time_s")}
                 entry["tokens_seen"] = _between(row["step"], steps[known], tokens[known])
-                found.setdefault(name or _HELD_OUT[kind], []).append(entry)
+                shown = ", ".join(filter(None, (name, _HELD_OUT[kind])))
+                found.setdefault(shown, []).append(entry)
     return found
 
 

@@ -16,11 +16,10 @@ from llamajax.errors import ExitCode
 from llamajax.monitoring.blackbox import BLACKBOX, boxes
 from llamajax.monitoring.events import load_events
 from llamajax.monitoring.jsonl import read_lines, read_object, read_rows
-from llamajax.monitoring.metrics import load_metrics
+from llamajax.monitoring.metrics import SAMPLES, load_metrics
 from llamajax.monitoring.report.curves import Row, curves, is_number
 from llamajax.monitoring.run_facts import merged_facts
 
-SAMPLES = "samples.jsonl"
 _MAX_EVENTS, _MAX_SAMPLES, _MAX_TEXT = 500, 60, 4000
 _NOT_SHOWN = {"versions", "command", "git", "overrides", "changed"}  # of events: processes have it
 

@@ -1,0 +1,114 @@
+"""Evaluations: the losses of the validation sets, in one row of `metrics.jsonl`."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from llamajax.data import Mixture
+from llamajax.models.llama import Llama
+from llamajax.processes.host_collectives import broadcast_from_first
+from llamajax.training.feed import eval_batch_size, eval_batches
+from llamajax.training.hooks import Attempt, Hook, Interrupted
+from llamajax.training.state import TrainState
+
+# (step, state) -> numbers of the row, whose names begin with `eval_`. Called by all processes; it
+# calls `Attempt.report_part` now and then, and lets Interrupted through.
+Part = Callable[[int, TrainState], dict[str, Any]]
+
+
+class EvaluateHook(Hook):
+    """Writes the row of an evaluation; no row where a stop signal comes meanwhile."""
+
+    def __init__(self, attempt: Attempt):
+        super().__init__(attempt)
+        self.was_interrupted = False
+        self._parts: list[Part] = []
+        if self.run.setup.evaluated.sets:
+            self._parts.append(HeldOutLosses(attempt))
+
+    def is_due(self, step: int, stop: bool) -> bool:
+        every, last = self.config.train.eval_every, self.config.train.steps
+        due = step == last or bool(every and step % every == 0)
+        return due and not stop and bool(self._parts)
+
+    def was_done(self) -> bool:
+        """Return whether an earlier process evaluated the step that this one resumes from."""
+        return broadcast_from_first(lambda: self.attempt.start.is_evaluated)
+
+    def __call__(self, step: int, state: TrainState, stop: bool) -> None:
+        a, row = self.attempt, {"step": step}
+        with a.phase("evaluation", step) as fields:
+            try:
+                for part in self._parts:
+                    row |= part(step, state)
+            except Interrupted:
+                self.was_interrupted = True
+                return
+            fields |= {name: row[name] for name in row if name.startswith("eval_loss")}
+        row["time_s"] = a.run.events.time_s
+        a.metrics.write(row)
+        a.progress.show(row)
+
+
+class HeldOutLosses:
+    """Measures the mean loss of the targets of each validation set, in nats, and what follows.
+
+    `eval_loss` is of the run's own validation split; without one, of all targets of the named sets.
+    Those of a named set end in `/NAME`. Bits per byte are null where not all text was scored.
+    """
+
+    def __init__(self, attempt: Attempt):
+        self._attempt, self._setup = attempt, attempt.run.setup
+
+    def __call__(self, step: int, state: TrainState) -> dict[str, Any]:
+        models = [state.whole] if state.average is None else [state.whole, state.averaged]
+        sets = self._setup.evaluated.sets
+        sums = {name: self._sums(held_out, models) for name, held_out in sets.items()}
+        sizes = {name: self._num_bytes(held_out) for name, held_out in sets.items()}
+        if "" not in sets:
+            sums = {"": np.sum(list(sums.values()), axis=0)} | sums
+            sizes[""] = None if None in sizes.values() else sum(sizes.values())
+        row: dict[str, Any] = {}
+        for name, (raw, *average) in sums.items():
+            row |= _fields(f"/{name}" if name else "", raw, sizes[name])
+            row |= {f"ema_loss/{name}".rstrip("/"): nll / count for nll, count in average}
+        return row
+
+    def _sums(self, held_out: Mixture, models: list[Llama]) -> np.ndarray:
+        """Sum the loss and the targets of each model in float64, (models, 2).
+
+        Batches have a fixed order. The last is padded, never dropped.
+        """
+        a, setup, pending = self._attempt, self._setup, None
+        sums = np.zeros((len(models), 2), np.float64)
+        for batch in eval_batches(setup.config, setup.mesh, held_out):
+            current = [a.programs.evaluate(model, batch) for model in models]
+            if pending is not None:
+                sums += np.array(jax.device_get(pending), np.float64)
+            pending = current
+            a.report_part()
+        return sums + np.array(jax.device_get(pending), np.float64)
+
+    def _num_bytes(self, held_out: Mixture) -> int | None:
+        """Return the bytes of the text that is scored; None if unknown."""
+        config = self._setup.config
+        rows = sum(s.num_eval_samples(config.data.seq_len) for s in held_out.sources)
+        batches = config.train.eval_batches
+        if batches is not None and batches * eval_batch_size(config) < rows:
+            return None
+        sizes = [source.text_bytes for source in held_out.sources]
+        return None if None in sizes else sum(sizes)
+
+
+def _fields(suffix: str, sums: np.ndarray, num_bytes: int | None) -> dict[str, Any]:
+    nll, count = sums.tolist()
+    loss = nll / count if count else math.nan
+    return {
+        f"eval_loss{suffix}": loss,
+        f"eval_perplexity{suffix}": math.exp(loss) if loss < 700 else math.inf,
+        f"eval_bits_per_byte{suffix}": num_bytes and nll / math.log(2) / num_bytes,
+        f"eval_tokens{suffix}": int(count),
+    }

@@ -1,0 +1,39 @@
+"""What the evaluations of a run read: its validation sets."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from llamajax import data
+from llamajax.config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationInputs:
+    """What evaluations read besides the model.
+
+    own: the validation split of `data.path`, if there is one. named: the sets of `data.validation`.
+    """
+
+    own: "data.Mixture | None" = None
+    named: "Mapping[str, data.Mixture]" = dataclasses.field(default_factory=dict)
+
+    @property
+    def sets(self) -> "dict[str, data.Mixture]":
+        """All validation sets by name; that of the own split is empty."""
+        return ({"": self.own} if self.own else {}) | dict(self.named)
+
+    @property
+    def described(self) -> str | None:
+        """Describe what `eval_loss` is of; None where there is no validation set."""
+        if self.own:
+            return "the validation split of data.path"
+        return "all targets of data.validation" if self.named else None
+
+
+def open_evaluation_inputs(config: RunConfig, mixture: "data.Mixture") -> EvaluationInputs:
+    """Open what the evaluations of a run on `mixture` read. Raises UserError."""
+    own = None
+    if data.has_split(config.data, "validation"):
+        size = config.model.vocab_size
+        own = data.open_mixture(config.data, split="validation", vocab_size=size)
+    return EvaluationInputs(own=own, named=data.open_validation_sets(config.data, mixture))
