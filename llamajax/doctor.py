@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
         text = json.dumps(verdict.to_json() | {"attention": attention}, indent=1) + "\n"
         write_file(Path(flags.json), text, label=f"--json={flags.json}")
     if flags.html:
-        text = doctor_output.to_html(verdict, machine=machine, total_s=total_s) + "\n"
+        text = doctor_output.to_html(verdict, machine=machine, total_s=total_s)
         write_file(Path(flags.html), text, label=f"--html={flags.html}")
     return int(verdict.verdict == NOT_READY)
 

@@ -13,36 +13,36 @@ Example:
   python -m llamajax.prepare --input='web-*.jsonl.zst' --tokenizer=tokenizer.model --output=data/web
   python -m llamajax.prepare --input=chats.jsonl --format=instructions --chat_template=llama3 \\
       --tokenizer=tokenizer.model --output=data/chats
+  python -m llamajax.prepare --inspect=data/web --seq_len=4096 --against=questions.jsonl
 """
 
-import dataclasses
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llamajax.config import Flags, key, parse_command_line
+from llamajax.config import parse_command_line
 from llamajax.corpus import tasks
 from llamajax.corpus.beam import prepare_on_beam
-from llamajax.corpus.inspection import inspect_directory, summary
+from llamajax.corpus.inspection.directory_inspection import (
+    document_text,
+    inspect,
+    open_directory,
+)
+from llamajax.corpus.inspection.inspect_options import InspectOptions
+from llamajax.corpus.inspection.inspection_output import describe, summary, text_lines, to_html
 from llamajax.corpus.preparation import prepare
 from llamajax.corpus.prepare_options import PrepareOptions
+from llamajax.files import write_file
 from llamajax.monitoring.progress import BytesProgress
 from llamajax.verbs import run_verb
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class InspectFlags(Flags):
-    """The flag that shows a prepared directory; it stands alone."""
-
-    inspect: str = key("show what a prepared directory holds", metavar="DIR", is_path=True)
 
 
 def main(argv: list[str]) -> int:
     """Write the prepared directory, or a part of it, or show one; return 0."""
     if any(argument.startswith("--inspect") for argument in argv):
-        shown = parse_command_line(argv, InspectFlags, verb="prepare", doc=__doc__)
-        print(inspect_directory(Path(shown.inspect)), flush=True)
+        _inspect(parse_command_line(argv, InspectOptions, verb="prepare", doc=__doc__))
         return 0
     options = parse_command_line(argv, PrepareOptions, verb="prepare", doc=__doc__)
     progress, start = BytesProgress(), time.monotonic()
@@ -52,9 +52,31 @@ def main(argv: list[str]) -> int:
         progress.close()
     if not isinstance(result, str):
         seconds = time.monotonic() - start
-        result = "\n".join([*summary(result), f"wrote       {options.output} in {seconds:.1f} s"])
+        wrote = f"wrote       {options.output} in {seconds:.1f} s"
+        more = f"            --inspect={options.output} looks into the documents"
+        result = "\n".join([*summary(result), wrote, more])
     print(result, flush=True)
     return 0
+
+
+def _inspect(options: InspectOptions) -> None:
+    """Print what is in a prepared directory, and write its page."""
+    manifest, tokenizer = open_directory(options.directory)
+    if options.at is not None:
+        print(document_text(options.directory, manifest, tokenizer, token=options.at), flush=True)
+        return
+    progress = BytesProgress()
+    try:
+        found = inspect(options, progress)
+    finally:
+        progress.close()
+    described = describe(options.directory, manifest, tokenizer)
+    print(*described, *text_lines(found), sep="\n", flush=True)
+    if options.json:
+        text = json.dumps(found, indent=1) + "\n"
+        write_file(Path(options.json), text, label=f"--json={options.json}")
+    write_file(options.page, to_html(found), label=f"--html={options.page}")
+    print(f"\nwrote {options.page}", flush=True)
 
 
 def _work(options: PrepareOptions) -> Callable[[PrepareOptions, BytesProgress], Any]:

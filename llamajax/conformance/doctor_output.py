@@ -2,9 +2,7 @@
 
 import collections
 import html
-import importlib.resources
 import itertools
-import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ from typing import Any, TextIO
 from llamajax.backends import PlatformVerdict, ProbeResult
 from llamajax.backends.repairs import NOT_READY
 from llamajax.conformance.probe_table import NOT_TRIED, consequences, probe
+from llamajax.monitoring.report.static_page import static_page
 
 _WIDTH = 100
 _WORDS = {"pass": "pass", "fail": "FAIL", "unsupported": "unsupported"}
@@ -77,14 +76,7 @@ def text_lines(
         yield f"  {len(untried)} more {untried[0].message}"
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{style}
+_STYLE = """
 h2 { margin-top: 28px; }
 table.probes { background: var(--card); border-collapse: collapse; width: 100%; }
 table.probes td { border-top: 1px solid var(--rule); padding: 7px 14px; vertical-align: top; }
@@ -93,22 +85,13 @@ table.probes td { border-top: 1px solid var(--rule); padding: 7px 14px; vertical
 .probes .number { width: 5em; color: var(--soft); white-space: nowrap; }
 .probes .why { color: var(--soft); font-size: 13px; }
 .pass { color: var(--green); } .fail { color: var(--red); font-weight: 600; }
-.unsupported { color: var(--soft); }
-</style>
-</head>
-<body><main>
-{body}
-</main></body>
-</html>"""
+.unsupported { color: var(--soft); }"""
 
 
 def to_html(verdict: PlatformVerdict, *, machine: dict[str, Any] | None, total_s: float) -> str:
     """Return the page; `machine` holds facts of `backends.Machine`, None where it did not start."""
     body = "\n".join(_body(verdict, machine, total_s))
-    title = f"{verdict.platform}: {verdict.verdict}"
-    style = importlib.resources.files("llamajax.monitoring.report").joinpath("page.css")
-    parts = {"title": html.escape(title), "style": style.read_text("utf-8"), "body": body}
-    return re.sub(r"\{(title|style|body)\}", lambda found: parts[found[1]], _PAGE)
+    return static_page(f"{verdict.platform}: {verdict.verdict}", body, style=_STYLE)
 
 
 def _body(

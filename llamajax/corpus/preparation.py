@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from llamajax.corpus.document_hashes import CopyCounter
 from llamajax.corpus.documents import Corpus, LeftOut, warn_of_single_article
 from llamajax.corpus.holdout import SPLITS, Holdout
 from llamajax.corpus.input_files import find_files, format_of
@@ -179,11 +180,13 @@ def _write_splits(
     """Write the shards of all splits that have documents; return their part of the manifest."""
     size = tokenizer.vocab_size
     writers = {s: shards.SplitWriter(directory, s, size, masked=masked) for s in SPLITS}
+    copies = {s: CopyCounter() for s in SPLITS}
     with contextlib.ExitStack() as stack:
         for writer in writers.values():
             stack.callback(writer.abandon)
         stack.enter_context(contextlib.closing(results))
         for r in results:
+            copies[r.split].add(r.tokens, r.lengths, continues=r.continues)
             writers[r.split].add(
                 r.tokens,
                 r.lengths,
@@ -197,6 +200,9 @@ def _write_splits(
     for name, split in splits.items():
         counts = writers[name].counts
         total = max(1, counts.sum())
+        split["used_tokens"] = int((counts > 0).sum())
+        split["copies"] = copies[name].copies()
+        split["copies_estimated"] = copies[name].bits > 0
         p = counts[counts > 0] / total
         split["unigram_entropy"] = float(-(p * np.log(p)).sum())  # nats
         if name == "validation":  # mean -log p in nats; p: add-one smoothed share in train

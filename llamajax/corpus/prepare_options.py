@@ -63,7 +63,7 @@ class PrepareOptions(Flags):
         default="stop",
     )
     inspect: str | None = key(
-        "show what a prepared directory holds; alone, without other flags",
+        "look into a prepared directory; `--inspect=DIR --help` shows the flags that go with it",
         metavar="DIR",
         default=None,
     )

@@ -164,6 +164,12 @@ class Evidence:
                 f"{part.first_token} of {part.source}: {part.loss:.3f} nats x "
                 f"{part.num_targets}: {part.excerpt(self.tokenizer)!r}"
             )
+        if self.documents and self.documents.largest:
+            first = self.documents.largest[0]
+            found.append(
+                "show     the first of them: python -m llamajax.prepare "
+                f"--inspect={first.source} --at={first.first_token}"
+            )
         return [*found, f"verdict  {word}: {why}"]
 
     def _nonfinite_lines(self) -> list[str]:

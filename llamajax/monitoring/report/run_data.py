@@ -7,6 +7,7 @@ import collections
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -47,6 +48,7 @@ def read_run(workdir: Path, *, cells: int) -> dict[str, Any]:
         "curves": drawn,
         "facts": facts,
         "config": config,
+        "data": _data(workdir, config),
         "plan": plan,
         "measured": _measured(rows, facts),
         "processes": processes,
@@ -189,6 +191,16 @@ def _events(workdir: Path, events: Sequence[Row], first_s: float) -> Iterator[di
                 head = next(iter(read_rows(box)), {})
                 shown |= {"box": f"{BLACKBOX}/{box.name}", "samples": head.get("sample_ids")}
         yield shown
+
+
+def _data(workdir: Path, config: Row) -> list[dict[str, Any]]:
+    """Return the prepared directories, each with the page of its inspection if there is one."""
+    paths = [Path(path) for path in str(section(config, "data").get("path") or "").split(",")]
+    pages = [(path, path / "inspect.html") for path in paths if path.name]
+    return [
+        {"path": str(path), "page": os.path.relpath(page, workdir) if page.is_file() else None}
+        for path, page in pages
+    ]
 
 
 def _checkpoints(workdir: Path, events: Sequence[Row], first_s: float) -> list[dict[str, Any]]:

@@ -166,6 +166,10 @@ function samples(run) {
 const forked = ({ run, step, changed }) => [`fork of ${run} at step ${whole(step)}`,
   ...Object.entries(changed ?? {}).map(([key, pair]) => `${key}: ${pair.map(text).join(" -> ")}`)];
 
+// The page of `prepare --inspect`, or the command that writes it.
+const inspection = ({ path, page }) => (page ? el("a", { href: page }, `inspection of ${path}`)
+  : el("code", {}, `python -m llamajax.prepare --inspect=${path}`));
+
 // What the table says of an event besides its name and time.
 function describe(event, run) {
   const replay = `python -m llamajax.replay --workdir=${run.workdir} --step=${event.step}`;
@@ -173,7 +177,8 @@ function describe(event, run) {
     const ids = event.samples ?? [];
     const more = ids.length > 8 ? ` and ${ids.length - 8} more` : "";
     return [event.reason, ids.length > 0 && `; samples ${ids.slice(0, 8).join(", ")}${more}`,
-      event.box && ["; ", el("a", { href: event.box }, "black box")], "; its documents: ", el("code", {}, replay)];
+      event.box && ["; ", el("a", { href: event.box }, "black box")], "; its documents: ", el("code", {}, replay),
+      run.data.map((data) => ["; ", inspection(data)])];
   }
   const started = (process) => Math.abs(process.from_s + (event.duration_s ?? 0) - event.at_s) < 0.1;
   const process = event.event === "start" && run.processes.find(started);
@@ -225,7 +230,8 @@ function config(run) {
     ...run.processes.flatMap((p) => changes(p.changed, `changed by the start at step ${whole(p.step)}`))];
   const all = Object.entries(run.config).map(([name, values]) =>
     el("div", {}, el("h3", {}, name), table(["Key", "Value"], flat(values), name)));
-  return [rows.length > 0 && table(["Key", "Before", "Used", "Where"], rows, "Config differences"),
+  return [...run.data.map((data) => el("p", {}, "Data: ", inspection(data))),
+    rows.length > 0 && table(["Key", "Before", "Used", "Where"], rows, "Config differences"),
     all.length > 0 && el("details", {}, el("summary", {}, "All keys"), el("div", { class: "config" }, all))];
 }
 

@@ -1,0 +1,1 @@
+"""Look into a prepared directory: documents, copies, order, overlap with evaluations."""

@@ -1,0 +1,146 @@
+"""Read prepared documents in order, or an even sample of them, some at a time."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamajax.data import shards
+from llamajax.data.shards import BLOCK_TOKENS
+from llamajax.tokenizers import Tokenizer
+
+_GROUP_BLOCKS = 64  # read at a time: 262,144 tokens
+_RUN_GROUPS = 8  # of a sample, successive groups
+_SHOWN_TOKENS = 60
+MAX_DOCUMENT = 1 << 22  # tokens; of a longer document these are looked at
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentRun:
+    """Successive documents, with BOS and EOS.
+
+    tokens: of one after the other; lengths: of each in `tokens`, full_lengths: in the stream, and
+    starts: in tokens of the stream. follows: they follow those of the run before.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    full_lengths: np.ndarray
+    starts: np.ndarray
+    follows: bool
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Where each document starts in `tokens`."""
+        return np.cumsum(self.lengths) - self.lengths
+
+    @property
+    def owners(self) -> np.ndarray:
+        """The number of its document for each token."""
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+
+class DocumentReader:
+    """The documents of one split of a prepared directory."""
+
+    def __init__(
+        self, directory: Path, manifest: dict[str, Any], split: str, tokenizer: Tokenizer
+    ) -> None:
+        files, dtype = manifest["splits"][split]["shards"], np.dtype(manifest["token_dtype"])
+        masked = bool(manifest.get("loss_mask"))
+        self.split, self.tokenizer = split, tokenizer
+        self.num_tokens = manifest["splits"][split]["tokens"]
+        self._reader = shards.SplitReader(directory, files, dtype, masked=masked)
+        self._num_blocks = sum(shard["records"] for shard in files)
+
+    def runs(self, max_tokens: int | None) -> Iterator[DocumentRun]:
+        """Yield all documents, or those that start in evenly spaced parts of the stream.
+
+        max_tokens: about so many are read; the last document of a part is read to its end.
+        """
+        num_groups = -(-self._num_blocks // _GROUP_BLOCKS)
+        wanted = _evenly(num_groups, max_tokens)
+        start, rest, follows = None, np.empty(0, np.uint32), False  # of a document that goes on
+        for group in range(num_groups):
+            if group not in wanted and start is None:
+                continue
+            base = group * _GROUP_BLOCKS * BLOCK_TOKENS
+            tokens, borders = self._read(group * _GROUP_BLOCKS, _GROUP_BLOCKS)
+            if group == num_groups - 1:
+                borders = np.append(borders, len(tokens))
+            if group not in wanted:  # of the next document no more than that it starts
+                borders = borders[:1]
+            head = tokens[: borders[0]] if len(borders) else tokens
+            if start is not None:
+                rest = np.concatenate((rest, head))[:MAX_DOCUMENT]
+            if not len(borders):
+                continue
+            first, last = borders[0], borders[-1]
+            found, starts, full = tokens[first:last], borders[:-1] + base, np.diff(borders)
+            lengths = full
+            if start is not None:
+                found = np.concatenate((rest, found))
+                starts = np.append(start, starts)
+                full = np.append(base + first - start, full)
+                lengths = np.append(len(rest), lengths)
+            if len(starts):
+                yield DocumentRun(found, lengths, full, starts, follows)
+            follows = group in wanted
+            start, rest = (base + last, tokens[last:]) if follows else (None, rest[:0])
+
+    def _read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of some blocks, and where documents start in them."""
+        numbers = range(first, min(first + count, self._num_blocks))
+        blocks = self._reader.blocks(numbers)
+        tokens = np.concatenate([block.tokens[:BLOCK_TOKENS] for block in blocks])
+        starts = [
+            block.starts[block.starts < BLOCK_TOKENS].astype(np.int64) + i * BLOCK_TOKENS
+            for i, block in enumerate(blocks)
+        ]
+        return tokens, np.concatenate(starts)
+
+    def tokens(self, start: int, end: int) -> np.ndarray:
+        """Return the tokens of the stream in [start, end)."""
+        first = start // BLOCK_TOKENS
+        found, _ = self._read(first, -(-end // BLOCK_TOKENS) - first)
+        return found[start - first * BLOCK_TOKENS : end - first * BLOCK_TOKENS]
+
+    def text(self, start: int, end: int, *, shown: int = _SHOWN_TOKENS) -> str:
+        """Decode the first `shown` tokens of [start, end); ` ...` stands for the others."""
+        text = self.tokenizer.decode(self.tokens(start, min(end, start + shown)).tolist())
+        return text + " ..." * (end - start > shown)
+
+    def borders(self, start: int, end: int) -> np.ndarray:
+        """Return the starts in [start, end) of documents, in tokens of the stream."""
+        first = start // BLOCK_TOKENS
+        _, found = self._read(first, -(-end // BLOCK_TOKENS) - first)
+        found += first * BLOCK_TOKENS
+        return found[(found >= start) & (found < end)]
+
+    def document_at(self, token: int) -> tuple[int, int]:
+        """Return start and end of the document that holds a token of the stream."""
+        start = end = -1
+        block = token // BLOCK_TOKENS
+        for number in range(block, -1, -1):
+            found = self.borders(number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)
+            if len(found := found[found <= token]):
+                start = int(found[-1])
+                break
+        for number in range(block, self._num_blocks):
+            found = self.borders(number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)
+            if len(found := found[found > token]):
+                end = int(found[0])
+                break
+        return start, end if end >= 0 else self.num_tokens
+
+
+def _evenly(num_groups: int, max_tokens: int | None) -> set[int] | range:
+    """Choose groups of blocks: all, or runs of successive ones at equal distances."""
+    run = _RUN_GROUPS * _GROUP_BLOCKS * BLOCK_TOKENS
+    if max_tokens is None or num_groups * run <= max_tokens * _RUN_GROUPS:
+        return range(num_groups)
+    count = max(1, max_tokens // run)
+    firsts = (i * num_groups // count for i in range(count))
+    return {first + i for first in firsts for i in range(_RUN_GROUPS)}

@@ -1,0 +1,61 @@
+"""The flags of `prepare --inspect`, checked before anything is read."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+from llamajax.config import Flags, key
+from llamajax.verbs import output_problem
+
+PAGE = "inspect.html"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectOptions(Flags):
+    """Flags that inspect a prepared directory; no others of `prepare` go with them."""
+
+    inspect: str = key(
+        "directory to look into: documents, copies, order, overlap of train with validation",
+        metavar="DIR",
+        is_path=True,
+    )
+    seq_len: int = key("tokens of a sample", metavar="T", default=4096, at_least=1)
+    against: tuple[str, ...] = key(
+        "texts to look for in train: .txt, or .jsonl of which every string counts",
+        metavar="FILE[,FILE]",
+        default=(),
+        is_path=True,
+    )
+    max_tokens: int | None = key(
+        "read about so many of a split, an even sample; none: all",
+        metavar="N",
+        default=1 << 27,
+        at_least=1,
+    )
+    at: int | None = key(
+        "show only the document that holds this token of train, as `replay` names it",
+        metavar="TOKEN",
+        default=None,
+        at_least=0,
+    )
+    html: str | None = key(
+        f"where to write the page; none: {PAGE} in DIR", metavar="OUT", default=None, is_path=True
+    )
+    json: str | None = key(
+        "also write all figures as a JSON object", metavar="OUT", default=None, is_path=True
+    )
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from output_problem("html", self.html)
+        yield from output_problem("json", self.json)
+
+    @property
+    def directory(self) -> Path:
+        """The prepared directory."""
+        return Path(self.inspect)
+
+    @property
+    def page(self) -> Path:
+        """Where the page is written."""
+        return Path(self.html) if self.html else self.directory / PAGE

@@ -1,0 +1,273 @@
+"""`prepare --inspect` finds what was planted, and nothing where nothing was."""
+
+import json
+from collections.abc import Callable, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from refusal import refused
+
+from llamajax import prepare
+from llamajax.corpus.document_hashes import CopyCounter, document_hashes
+from llamajax.corpus.inspection import document_reader
+from llamajax.corpus.inspection.directory_inspection import open_directory
+from llamajax.corpus.inspection.document_reader import DocumentReader
+
+RNG = np.random.default_rng(3)
+
+
+def words(letters: str, count: int) -> list[str]:
+    return ["".join(RNG.choice([*letters], size)) for size in RNG.integers(2, 9, count)]
+
+
+LANGUAGE = words("aeioubcdfglmnrst", 600)
+
+
+def texts(count: int, language: Sequence[str] = LANGUAGE) -> list[str]:
+    return [" ".join(RNG.choice(language, size)) for size in RNG.integers(30, 90, count)]
+
+
+CLEAN = texts(500)
+
+
+def _changed(text: str) -> str:
+    return text[:70] + "XYZ" + text[70:]
+
+
+PLANTED = {
+    "nothing": lambda d: d,
+    "copies": lambda d: [*d, *d[100:107], d[100]],
+    "near": lambda d: [*d, *map(_changed, d[100:107])],
+    "language": lambda d: [*d, *texts(1, words("äöüßkqxyz", 50))],
+    "unshuffled": lambda d: [*texts(250, words("aeiouklmnrst", 200)), *d[:250]],
+    "sorted": lambda d: sorted(d, key=len),
+}
+
+
+@pytest.fixture
+def inspected(tmp_path: Path, capsys) -> Callable[..., dict]:
+    """Prepare documents and inspect them: the figures, with the text that was printed."""
+
+    def inspect(documents: Sequence[str], *flags: str, fraction: float = 0.0) -> dict:
+        lines = [json.dumps({"text": text}) + "\n" for text in documents]
+        (tmp_path / "in.jsonl").write_text("".join(lines), "utf-8")
+        args = [f"--input={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out'}"]
+        args += [f"--validation_fraction={fraction}", "--tokenizer=byte", "--workers=1"]
+        assert prepare.main([*args, "--overwrite"]) == 0
+        prepared = capsys.readouterr().out
+        json_file = tmp_path / "out.json"
+        args = [f"--inspect={tmp_path / 'out'}", "--seq_len=1000", f"--json={json_file}", *flags]
+        assert prepare.main(args) == 0
+        found = json.loads(json_file.read_text("utf-8"))
+        return found | {"text": capsys.readouterr().out, "prepared": prepared}
+
+    return inspect
+
+
+def findings(found: dict) -> list[str]:
+    lines = found["text"].partition("\nFindings")[2].partition("\n\n")[0].splitlines()
+    return [line.strip() for line in lines[1:]]
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_it_finds_what_was_planted_and_nothing_else(planted, inspected):
+    found = inspected(PLANTED[planted](CLEAN))
+    train = found["splits"]["train"]
+    copies, near = train["duplicates"]["copies"], train["duplicates"]["near_copies"]
+    order, odd = train["order"], train["outliers"]["documents"]
+    alike = [k for k, o in order.items() if o["correlation"] > 4 * o["standard_error"]]
+    expected = {
+        "copies": (8, 0, [], 0),
+        "near": (0, 7, [], 0),
+        "language": (0, 0, [], 1),
+        "unshuffled": (0, 0, ["content"], 0),
+        "sorted": (0, 0, ["length"], 0),
+    }
+    assert (copies, near, alike, odd) == expected.get(planted, (0, 0, [], 0))
+    said = findings(found)
+    assert len(said) == (planted != "nothing")
+    assert f"\n            {copies} documents are exact copies" in found["prepared"]
+    if planted == "copies":
+        assert "8 of 508 documents" in said[0]
+        frequent = train["duplicates"]["most_frequent"]
+        assert [d["count"] for d in frequent] == [3, 2, 2, 2, 2]
+        assert CLEAN[100].startswith(frequent[0]["text"].removesuffix(" ..."))
+    elif planted == "near":
+        earlier = {d["earlier_token"] for d in train["duplicates"]["nearest"]}
+        starts = np.cumsum([0, *(len(text) + 2 for text in CLEAN)])
+        assert earlier <= set(starts[100:107].tolist())
+    elif planted == "language":
+        assert {*train["outliers"]["farthest"][0]["text"]} & {*"äöüß"}
+    elif planted != "nothing":
+        assert "not shuffled" in said[0]
+        assert "of a shuffled set 0 ± 0.0" in said[0]
+
+
+def test_it_finds_text_of_validation_and_evaluation_in_train(inspected, tmp_path):
+    questions = [{"question": CLEAN[5], "choices": [CLEAN[9], "no"]}, {"question": texts(1)[0]}]
+    questions += [{"question": "too short"}]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(q) + "\n" for q in questions))
+    (tmp_path / "book.txt").write_text(" ".join(texts(3)) + CLEAN[20])
+    against = f"--against={file},{tmp_path / 'book.txt'}"
+    clean = inspected(CLEAN, against, fraction=0.05)
+    rows, book, held = clean["overlap"]["references"]
+    assert (rows["rows"], rows["rows_found_whole"], rows["short_rows"]) == (3, 1, 1)
+    assert rows["worst"][0]["place"] == f"{file}:1"
+    assert 0.1 < book["share"] < 0.5
+    assert (held["found_ngrams"], book["rows_half_found"]) == (0, 0)
+    assert [line for line in findings(clean) if "validation" in line] == []
+    # What is held out is decided by the order alone, and one more document changes none of it.
+    sample = clean["splits"]["validation"]["samples"][0]["parts"][0]
+    text = next(t for t in CLEAN if t.startswith(sample["text"].removesuffix(" ...")))
+    planted = inspected([*CLEAN, f"{CLEAN[0]} {text}"], against, fraction=0.05)
+    held = planted["overlap"]["references"][2]
+    assert held["rows_half_found"] == 1
+    assert (
+        f"train holds at least half of 1 of {held['rows']} rows of validation"
+        in (findings(planted)[-1])
+    )
+    at = held["worst"][0]["train_token"]
+    assert text[:60] in _document(tmp_path / "out", at)
+
+
+def _document(directory: Path, token: int) -> str:
+    manifest, tokenizer = open_directory(directory)
+    reader = DocumentReader(directory, manifest, "train", tokenizer)
+    start, end = reader.document_at(token)
+    assert start <= token < end
+    return reader.text(start, end, shown=end)
+
+
+def test_the_figures_of_lengths_and_packing(inspected, tmp_path):
+    train = inspected(CLEAN)["splits"]["train"]
+    lengths = np.array([len(text) + 2 for text in CLEAN])
+    starts = np.cumsum(lengths) - lengths
+    packing = train["packing"]
+    assert train["lengths"]["max"] == lengths.max()
+    assert train["lengths"]["mean"] == pytest.approx(lengths.mean())
+    cut = starts // 1000 != (starts + lengths - 1) // 1000
+    assert packing["cut_documents"] == pytest.approx(cut.mean())
+    assert packing["padding_unpacked"] == pytest.approx(1 - lengths.mean() / 1000)
+    assert packing["unread_tokens"] == (lengths.sum() - 1) % 1000
+    assert train["bytes_per_token"] == pytest.approx(1 - 2 / lengths.mean())
+    used = {*"".join(CLEAN)}
+    assert train["vocabulary"]["used"] == len(used) + 2
+    [first, *_] = train["samples"]
+    assert sum(part["length"] for part in first["parts"]) == 1000
+    assert all(part["begins"] for part in first["parts"])
+    assert [part["ends"] for part in first["parts"]][:-1] == [True] * (len(first["parts"]) - 1)
+
+
+class Closed(HTMLParser):
+    """Checks that tags are closed in order, and collects the text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open, self.text = [], ""
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        assert tag not in ("script", "link", "img")
+        self.open += [tag] if tag != "meta" else []
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_holds_the_tables_and_no_markup_of_documents(inspected, tmp_path):
+    found = inspected(["<script>alert(1)</script> & " * 9] * 2 + CLEAN)
+    page = Closed((tmp_path / "out" / "inspect.html").read_text("utf-8"))
+    assert "<script>alert(1)</script> &" in page.text
+    assert all(line in page.text for line in findings(found))
+
+
+@pytest.mark.parametrize("max_tokens", [None, 40_000])
+def test_documents_are_read_in_order_whole_or_an_even_sample(
+    max_tokens, inspected, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(document_reader, "_GROUP_BLOCKS", 2)
+    monkeypatch.setattr(document_reader, "_RUN_GROUPS", 1)
+    monkeypatch.setattr(document_reader, "MAX_DOCUMENT", 9_000)
+    long = [" ".join(texts(90)), " ".join(texts(9))]
+    documents = [*texts(100), long[0], *texts(60), long[1], *texts(200), long[0]]
+    found = inspected(documents, f"--max_tokens={max_tokens or 'none'}")
+    assert found["splits"]["train"]["complete"] == (max_tokens is None)
+    assert ("documents were read" in found["text"]) == (max_tokens is not None)
+    assert "of 2 documents the first" in found["text"] or max_tokens
+    manifest, tokenizer = open_directory(tmp_path / "out")
+    reader = DocumentReader(tmp_path / "out", manifest, "train", tokenizer)
+    lengths = np.array([len(text.encode()) + 2 for text in documents])
+    starts = np.cumsum(lengths) - lengths
+    seen = []
+    for run in reader.runs(max_tokens):
+        numbers = np.searchsorted(starts, run.starts).tolist()
+        assert starts[numbers].tolist() == run.starts.tolist()
+        assert lengths[numbers].tolist() == run.full_lengths.tolist()
+        assert run.follows == (bool(seen) and numbers[0] == seen[-1] + 1)
+        for number, tokens in zip(numbers, np.split(run.tokens, run.offsets[1:]), strict=True):
+            whole = [256, *documents[number].encode(), 257]
+            assert tokens.tolist() == whole[:9_000]
+        seen += numbers
+    assert seen == sorted(set(seen))
+    if max_tokens is None:
+        assert seen == [*range(len(documents))]
+    else:
+        assert 20_000 < lengths[seen].sum() < 60_000
+    for number in (0, 5, 100, 170, len(documents) - 1):
+        start = int(starts[number])
+        ends = (start, start + int(lengths[number]))
+        assert reader.document_at(start) == reader.document_at(ends[1] - 1) == ends
+
+
+def test_copies_are_counted_across_pieces_and_in_bounded_memory(monkeypatch):
+    documents = [RNG.integers(0, 9, n).astype(np.uint16) for n in (3, 9, 1, 700, 5)]
+    documents += [documents[3], documents[0], documents[0]]
+    counter = CopyCounter()
+    for document in documents:
+        pieces = np.array_split(document, min(3, len(document)))
+        for i, piece in enumerate(pieces):
+            counter.add(piece, [len(piece)], continues=i > 0)
+    assert (counter.copies(), counter.bits) == (3, 0)
+    whole = CopyCounter()
+    whole.add(np.concatenate(documents), [len(d) for d in documents])
+    assert whole.copies() == 3
+    monkeypatch.setattr("llamajax.corpus.document_hashes._MAX_KEPT", 4000)
+    many = CopyCounter()
+    for part in np.split(np.arange(20_000) % 5_000, 20):
+        many.add(part, [1] * len(part))
+    assert many.bits >= 2
+    assert many.copies() == pytest.approx(15_000, rel=0.15)
+
+
+def test_the_hash_of_a_document_is_of_its_order():
+    tokens = np.array([1, 2, 3, 2, 1, 3, 1, 2, 3])
+    a, b, c = document_hashes(tokens, [3, 3, 3])
+    assert a == c != b
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--against=none.jsonl"], "--against=none.jsonl: cannot be read: No such file"),
+        (["--against=bad.jsonl"], "bad.jsonl:2: not valid JSON"),
+        (["--against=a.parquet"], "a.parquet: name a .txt or .jsonl file"),
+        (["--at=99999999"], "has train tokens 0 to "),
+        (["--seq_len=0"], "must be at least 1"),
+        (["--html=none/a.html"], "no directory to write it in"),
+        (["--tokenizer=byte"], "--tokenizer: unknown flag"),
+    ],
+)
+def test_wrong_input_is_one_message(flags, problem, inspected, tmp_path, monkeypatch):
+    inspected(CLEAN[:20])
+    monkeypatch.chdir(tmp_path)
+    Path("bad.jsonl").write_text('{"a": "b"}\n{\n')
+    Path("a.parquet").write_bytes(b"")
+    with refused(problem, unchanged=(tmp_path,)):
+        prepare.main([f"--inspect={tmp_path / 'out'}", *flags])
