@@ -10,10 +10,11 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from llamajax.config.keys import all_keys
+from llamajax.config.keys import all_keys, own_keys
+from llamajax.config.model_schema import ROPE_KEYS, RopeScaling
 from llamajax.config.monitoring_schema import SINKS, parse_steps
 from llamajax.config.schema import LORA_TARGETS, REMAT_NAMES
-from llamajax.config.values import Mistyped, parse_address, parse_fork
+from llamajax.config.values import Mistyped, parse_address, parse_fork, show
 from llamajax.errors import did_you_mean, nearest
 
 Values = Mapping[str, Any]  # by path
@@ -59,12 +60,32 @@ def _kv_heads(v: Values) -> Iterator[str]:
         )
 
 
-def _rope_scaling(v: Values) -> Iterator[str]:
-    low, high = v["model.rope_scaling.low_freq_factor"], v["model.rope_scaling.high_freq_factor"]
-    if low >= high:
+def check_rope_scaling(v: Values, path: str = "model.rope_scaling") -> Iterator[str]:
+    """Yield what is wrong with the keys of a RopeScaling under `path`, and for `data.seq_len`."""
+    kind, keys = v[f"{path}.type"], own_keys(RopeScaling)
+    required, optional = ROPE_KEYS[kind]
+    given = {name: v[f"{path}.{name}"] for name in keys if f"{path}.{name}" in v}
+    if missing := [name for name in required if given.get(name, keys[name]) is None]:
+        yield f"{path}.type = {kind}: needs {' and '.join(f'{path}.{name}' for name in missing)}"
+    for name, value in given.items():
+        if name not in ("type", *required, *optional) and value != keys[name].default:
+            takes = " or ".join(k for k, each in ROPE_KEYS.items() if name in sum(each, ()))
+            default = show(keys[name].default)
+            yield f"{path}.{name} = {value}: is of type {takes}, not {kind}; set it to {default}"
+    pairs = {
+        "llama3": ("low_freq_factor", "high_freq_factor", "published models use 1 and 4"),
+        "yarn": ("beta_slow", "beta_fast", "1 and 32 are usual"),
+    }
+    low, high, usual = pairs.get(kind, ("", "", ""))
+    ends = given.get(low), given.get(high)
+    if None not in ends and ends[0] >= ends[1]:
+        yield f"{path}.{low} = {ends[0]}: must be below {path}.{high} = {ends[1]}; {usual}"
+    original, seq_len = given.get("original_max_seq_len"), v.get("data.seq_len", 0)
+    if kind == "yarn" and original and seq_len > given.get("factor", math.inf) * original:
         yield (
-            f"model.rope_scaling.low_freq_factor = {low}: must be below "
-            f"model.rope_scaling.high_freq_factor = {high}; published models use 1 and 4"
+            f"data.seq_len = {seq_len}: is longer than the context of {path}, factor = "
+            f"{given['factor']:g} x original_max_seq_len = {original}; make factor at least "
+            f"{seq_len / original:g}"
         )
 
 
@@ -334,7 +355,7 @@ def _processes(v: Values) -> Iterator[str]:
 
 
 _RULES = (
-    _even_head, _kv_heads, _rope_scaling, _context, _mesh, _batch, _data_path, _validation,
+    _even_head, _kv_heads, check_rope_scaling, _context, _mesh, _batch, _data_path, _validation,
     _weights, _warmup, _decay, _final_rate, _muon, _remat, _continuation, _lora_base, _targets,
     _lora_rank, _not_empty, _directory, _spikes, _plugin, _plugin_options, _processes, _monitoring,
     _profile_steps,

@@ -66,6 +66,8 @@ _ELSEWHERE = {
     "gradient_accumulation_steps": "train.accumulation_steps", "precision": "train.dtype",
     "dp": "mesh.data", "tp": "mesh.tensor", "pp": "mesh.stage", "cp": "mesh.sequence",
     "wandb": "monitoring.sinks", "tensorboard": "monitoring.sinks",
+    "rope_type": "model.rope_scaling.type",
+    "original_max_position_embeddings": "model.rope_scaling.original_max_seq_len",
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The config keys of an architecture: `model.*`; the names of its matrices."""
 
 import dataclasses
+from typing import Literal
 
 from llamajax.config.values import key
 
@@ -16,15 +17,55 @@ LORA_TARGETS = {
 }
 
 
+# Keys of RopeScaling that each type must have, and those that it may have.
+ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"), ()),
+    "yarn": (
+        ("factor", "original_max_seq_len"),
+        ("beta_fast", "beta_slow", "attention_factor", "truncate"),
+    ),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Llama-3.1's frequency scaling of the rotary embedding (`rope_type: llama3`)."""
+    """How the rotary embedding is slowed for contexts longer than the original one.
 
+    The types are those of transformers' `rope_type`: linear divides every frequency by `factor`
+    (arXiv:2306.15595), llama3 (Llama 3.1) and yarn (arXiv:2309.00071) only low ones, with a blend.
+    """
+
+    type: Literal["linear", "llama3", "yarn"] = key("how frequencies are scaled", default="llama3")
     factor: float = key("how many times the original context the model can read", at_least=1)
-    low_freq_factor: float = key("wavelengths above original length / this are scaled", above=0)
-    high_freq_factor: float = key("wavelengths below original length / this are kept", above=0)
-    original_max_seq_len: int = key(
-        "context, in tokens, that the unscaled model was trained with", at_least=1
+    low_freq_factor: float | None = key(
+        "llama3: wavelengths above original length / this are scaled", default=None, above=0
+    )
+    high_freq_factor: float | None = key(
+        "llama3: wavelengths below original length / this are kept", default=None, above=0
+    )
+    original_max_seq_len: int | None = key(
+        "llama3, yarn: context, in tokens, that the unscaled model was trained with",
+        default=None,
+        at_least=1,
+    )
+    beta_fast: float = key(
+        "yarn: frequencies with more turns than this in the original context are kept",
+        default=32.0,
+        above=0,
+    )
+    beta_slow: float = key(
+        "yarn: frequencies with fewer turns than this in the original context are scaled",
+        default=1.0,
+        above=0,
+    )
+    attention_factor: float | None = key(
+        "yarn: what cosines and sines are multiplied by; none: 0.1 ln(factor) + 1",
+        default=None,
+        above=0,
+    )
+    truncate: bool = key(
+        "yarn: whether the blend begins and ends at whole pairs of dimensions", default=True
     )
 
 
@@ -42,7 +83,7 @@ class ModelConfig:
     head_size: int = key("H: width of one head; even", at_least=2)
     rope_theta: float = key("base of the rotary embedding", above=0)
     rope_scaling: RopeScaling | None = key(
-        "Llama-3.1 scaling of the rotary embedding, or none", default=None
+        "scaling of the rotary embedding to a longer context, or none", default=None
     )
     norm_eps: float = key("epsilon of RMSNorm", above=0)
     tie_embeddings: bool = key("whether the head is the transposed embedding")

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from llamajax import optim
+from llamajax.config.model_schema import RopeScaling
 from llamajax.config.schema import OptimConfig
 from llamajax.conformance.bench import Bench, WrongError, compare
 from llamajax.ops import attention as attentions
@@ -53,14 +54,18 @@ def rms_norm(bench: Bench) -> str:
 
 
 def rope(bench: Bench) -> str:
-    """Rotate at positions up to 4,000, where cosines want good reduction."""
+    """Rotate with yarn's scaling at positions up to 4,000, where cosines want good reduction."""
     positions_BT = _integers(1, 4000, 2, 9)
-    frequency = rotary.frequencies(10, theta=_THETA, scaling=None)
+    scaling = RopeScaling(type="yarn", factor=4.0, original_max_seq_len=1000)
+    frequency = rotary.frequencies(10, theta=_THETA, scaling=scaling)
+    factor = rotary.attention_factor(scaling)
 
     def function(x):
-        return rotary.rotate(x, rotary.angles(jnp.asarray(positions_BT), frequency))
+        return rotary.rotate(x, rotary.angles(jnp.asarray(positions_BT), frequency, factor))
 
-    reference = functools.partial(references.rope, positions_BT=positions_BT, theta=_THETA)
+    reference = functools.partial(
+        references.rope, positions_BT=positions_BT, frequency=frequency, factor=factor
+    )
     return compare(bench, function, reference, [_normal(2, 2, 9, 3, 10)])
 
 

@@ -62,7 +62,7 @@ from llamajax.ops.cross_entropy import LossTerms, cross_entropy, token_nll
 from llamajax.ops.embedding import embed
 from llamajax.ops.linear import linear
 from llamajax.ops.norm import rms_norm
-from llamajax.ops.rope import angles, frequencies, rotate
+from llamajax.ops.rope import angles, attention_factor, frequencies, rotate
 from llamajax.sharding.collectives import all_gather, enter_tensor, gather, leave_tensor
 from llamajax.sharding.float8 import Float8
 
@@ -95,7 +95,7 @@ class LayerInputs:
     """What a layer needs besides its weights and its activations."""
 
     compute: Compute
-    cos_sin: tuple[jax.Array, jax.Array]  # of the rotary angles, float32 (B, T, H / 2)
+    cos_sin: tuple[jax.Array, jax.Array]  # of the rotary embedding, float32 (B, T, H / 2)
     documents: Any  # of `documents_for`; None where a row is one document
     dropout_keys_BT: jax.Array | None
     number: jax.Array | None = None  # of the layer, int32 scalar; set by `walk_layers`
@@ -327,7 +327,7 @@ class Llama(nnx.Module):
         frequency = frequencies(c.head_size, theta=c.rope_theta, scaling=c.rope_scaling)
         return LayerInputs(
             compute=compute,
-            cos_sin=angles(batch["positions"], frequency),
+            cos_sin=angles(batch["positions"], frequency, attention_factor(c.rope_scaling)),
             documents=documents_for(compute.attention, batch.get("segment_ids")),
             dropout_keys_BT=batch.get("dropout_keys"),
         )

@@ -18,14 +18,12 @@ def rms_norm(x_BTD: Array, scale_D: Array, *, eps: float) -> Array:
     return x_BTD / np.sqrt(np.mean(x_BTD**2, axis=-1, keepdims=True) + eps) * scale_D
 
 
-def rope(x_BTNH: Array, *, positions_BT: Array, theta: float) -> Array:
-    """Rotate dimension i together with i + H / 2."""
-    half = x_BTNH.shape[-1] // 2
-    turn = (theta ** (-np.arange(half) / half)).astype(np.float32)  # as the operation takes it
-    angle = (positions_BT[..., None].astype(np.float32) * turn)[:, :, None, :].astype(np.float64)
-    a, b = x_BTNH[..., :half], x_BTNH[..., half:]
-    turned = (a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle))
-    return np.concatenate(turned, axis=-1)
+def rope(x_BTNH: Array, *, positions_BT: Array, frequency: Array, factor: float) -> Array:
+    """Rotate dimension i together with i + H / 2, by float32 angles; multiply by the factor."""
+    angle = positions_BT[..., None].astype(np.float32) * frequency
+    cos, sin = (factor * f(angle[:, :, None, :].astype(np.float64)) for f in (np.cos, np.sin))
+    a, b = np.split(x_BTNH, 2, axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, *, segment_ids_BT: Array) -> Array:

@@ -159,6 +159,9 @@ def _load(run: Run, start: Start, timer: StepTimer, rolled_back_s: float) -> Tra
     with timer.pause():
         state = initial_state(run.setup, start.checkpoint, start.weights)
     source = "restore" if start.step else "import" if start.weights else "init"
+    ours = run.config.model.rope_scaling
+    if source == "import" and (theirs := start.weights.model.rope_scaling) != ours:
+        run.say(f"warning: the weights have rope_scaling {theirs}; this run goes on with {ours}")
     duration_s = timer.paused_s + rolled_back_s
     run.events.write(
         "restore",

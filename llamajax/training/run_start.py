@@ -271,6 +271,8 @@ def open_initial_weights(
     except UserError as error:
         raise UserError(f"train.init_from = {config.train.init_from}: {error}") from None
     problems = model_differences(*map(dataclasses.asdict, (weights.model, config.model)))
+    if config.model.rope_scaling is not None:  # training to a longer context begins like this
+        problems = [each for each in problems if not each.startswith("model.rope_scaling")]
     if (tokenizer := weights.tokenizer) is not None:
         path = config.data.paths[0]
         theirs = weights.load_tokenizer()

@@ -5,7 +5,8 @@ from refusal import refused
 
 from llamajax.config import freeze
 from llamajax.config.check import check
-from llamajax.config.keys import all_keys
+from llamajax.config.keys import all_keys, own_keys
+from llamajax.config.model_schema import RopeScaling
 
 BATCH = "data.global_batch_size = 8: "
 LORA = {"lora.rank": 4, "train.init_from": "weights"}
@@ -15,7 +16,35 @@ TRIPLE = {
     "backend.process_id": 1,
 }
 MUON = {"optim.name": "muon", "optim.muon_learning_rate": None, "optim.chain": None}
+
+
+def rope(kind: str, **keys) -> dict:
+    """Keys of a scaling by 2 of that type, and these changed."""
+    found = {name: key.default for name, key in own_keys(RopeScaling).items()}
+    found |= {"type": kind, "factor": 2.0} | keys
+    return {f"model.rope_scaling.{name}": value for name, value in found.items()}
+
+
+FREQ_FACTORS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 WRONG = [
+    (rope("yarn"), "model.rope_scaling.type = yarn: needs model.rope_scaling.original_max_seq_len"),
+    (
+        rope("llama3", **FREQ_FACTORS),
+        "type = llama3: needs model.rope_scaling.original_max_seq_len",
+    ),
+    (rope("linear", beta_slow=2.0), "beta_slow = 2.0: is of type yarn, not linear; set it to 1.0"),
+    (
+        rope("linear", original_max_seq_len=8),
+        "= 8: is of type llama3 or yarn, not linear",
+    ),
+    (
+        rope("yarn", original_max_seq_len=64, beta_slow=32.0),
+        "beta_slow = 32.0: must be below model.rope_scaling.beta_fast = 32.0; 1 and 32 are usual",
+    ),
+    (
+        rope("yarn", original_max_seq_len=16),
+        "is longer than the context of model.rope_scaling, factor = 2 x original_max_seq_len = 16",
+    ),
     ({"model.head_size": 9}, "model.head_size = 9: must be even"),
     ({"model.num_kv_heads": 4}, "model.num_kv_heads = 4: must divide model.num_heads = 6; choose"),
     ({"data.seq_len": 129}, "data.seq_len = 129: is longer than model.max_seq_len = 128"),
@@ -67,6 +96,9 @@ WRONG = [
     (TRIPLE | {"backend.coordinator_address": "::1:8"}, "address is in brackets: [::1]:8"),
 ]
 RIGHT = [
+    rope("linear", factor=1.0),
+    rope("yarn", original_max_seq_len=32, truncate=False, attention_factor=1.0),
+    rope("llama3", original_max_seq_len=16, **FREQ_FACTORS),  # Llama 3.1: twice this context
     MUON | {"optim.muon_learning_rate": 0.1},
     {"data.seq_len": 128},
     {"mesh.data": -1, "mesh.fsdp": 4, "train.accumulation_steps": 2},

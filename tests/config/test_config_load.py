@@ -45,9 +45,19 @@ def test_rope_scaling_is_built_cleared_and_changed_by_overrides(config_file):
     path = config_file() + ":llama3.1-8b"
     assert load(path, {"model.rope_scaling": "none"}).model.rope_scaling is None
     assert load(path, {"model.rope_scaling.factor": "2"}).model.rope_scaling.factor == 2.0
-    found = problems_of(config_file(), {"model.rope_scaling.factor": "8"})
+    assert problems_of(config_file(), {"model.rope_scaling.factor": "8"}) == [
+        "model.rope_scaling.type = llama3: needs model.rope_scaling.low_freq_factor and "
+        "model.rope_scaling.high_freq_factor and model.rope_scaling.original_max_seq_len"
+    ]
+    keys = {"type": "yran", "factor": "0.5", "rope_type": "yarn"}
+    found = problems_of(path, {f"model.rope_scaling.{name}": x for name, x in keys.items()})
+    for fragment in (
+        "type=yran: expected linear | llama3 | yarn, got 'yran' (str); did you mean yarn?",
+        "factor = 0.5: must be at least 1",
+        "rope_type: unknown key; did you mean model.rope_scaling.type?",
+    ):
+        assert f"model.rope_scaling.{fragment}" in found
     assert len(found) == 3
-    assert found[0].startswith("model.rope_scaling.low_freq_factor: not set (float: ")
 
 
 def test_every_problem_is_named_at_once(config_file):

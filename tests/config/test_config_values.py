@@ -62,7 +62,7 @@ def test_values_become_the_declared_type(convert, given, annotation, value):
         (parse, "1", bool, "expected true | false"),
         (parse, "ful", Choice, "did you mean full?"),
         (parse, "1,x", Floats, "expected floats separated by commas or none, got 'x'"),
-        (parse, "8", RopeScaling | None, "set its keys: factor, low_freq_factor"),
+        (parse, "8", RopeScaling | None, "set its keys: type, factor"),
         (coerce, True, int, "expected int, got True (bool)"),
         (coerce, True, float, "expected"),
         (coerce, 1, bool, "expected"),

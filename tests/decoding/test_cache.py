@@ -12,11 +12,11 @@ from llamajax.decoding.decode_steps import Rows, append_token, fill_cache
 from llamajax.models.llama import Llama
 from llamajax.ops.attention_plain import plain_attention
 
-LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16)
+YARN = RopeScaling(type="yarn", factor=8.0, original_max_seq_len=16, attention_factor=1.5)
 CONFIGS = {
     "grouped": {},
     "tied": {"tie_embeddings": True},
-    "llama3 rope": {"rope_scaling": LLAMA3, "rope_theta": 12_345.0},
+    "yarn": {"rope_scaling": YARN, "rope_theta": 12_345.0},
     "odd sizes": {
         "hidden_size": 33, "num_heads": 3, "num_kv_heads": 1, "head_size": 6,
         "intermediate_size": 55, "num_layers": 1,

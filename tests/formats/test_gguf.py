@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import itertools
+import re
 import sys
 
 import gguf
@@ -15,6 +16,7 @@ from llamas import assert_close, load, logits
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import pre_tokenizers
 
+from llamajax.config.model_schema import RopeScaling
 from llamajax.errors import UserError
 from llamajax.formats.weights import open_weights
 from llamajax.ops.rope import frequencies
@@ -112,6 +114,40 @@ def test_tied_heads_and_scaled_rotary_embeddings(store, name):
         found["rope_freqs.weight"] = found["rope_freqs.weight"] ** 0.9
         with pytest.raises(UserError, match=r"rope_freqs\.weight holds other factors than Llama"):
             open_weights(store(config, found))
+
+
+YARN = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("more", "keys"),
+    [
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, None),
+        ({"llama.rope.scaling.factor": 4.0}, {"type": "linear", "factor": 4.0}),
+        ({"llama.rope.scale_linear": 4.0}, {"type": "linear", "factor": 4.0}),
+        (YARN, {"type": "yarn", "factor": 4.0, "original_max_seq_len": PLAIN.max_seq_len}),
+        (
+            YARN | {"llama.rope.scaling.original_context_length": 16}
+            | {"llama.rope.scaling.yarn_beta_fast": 8.0, "llama.rope.scaling.yarn_beta_slow": 2.0}
+            | {"llama.rope.scaling.yarn_attn_factor": 1.5, "llama.rope.scaling.attn_factor": 0.5},
+            {"type": "yarn", "factor": 4.0, "original_max_seq_len": 16, "beta_fast": 8.0,
+             "beta_slow": 2.0, "attention_factor": 0.75},
+        ),
+        ({"llama.rope.scaling.type": "longrope"}, "type = 'longrope': only none, linear and yarn"),
+        ({"llama.rope.scaling.factor": 0.5}, "rope_scaling.factor = 0.5: must be at least 1"),
+        (YARN | {"llama.rope.scaling.yarn_ext_factor": 0.5}, "ext_factor = 0.5: only 1.0 can"),
+        (YARN | {"llama.rope.scaling.yarn_log_multiplier": 0.1}, "log_multiplier = 0.1"),
+        ({"llama.rope.scaling.attn_factor": 1.5}, "attn_factor = 1.5: only 1.0 can be imported"),
+    ],
+)  # fmt: skip
+def test_scalings_in_the_metadata(store, more, keys):
+    """As llama.cpp reads them: linear without a type, the context where no original is given."""
+    file = store(more=more)
+    if isinstance(keys, str):
+        with pytest.raises(UserError, match=re.escape(keys)):
+            open_weights(file)
+        return
+    assert open_weights(file).model.rope_scaling == (keys and RopeScaling(**keys))
 
 
 def by_hand(content: bytes, kind) -> np.ndarray:
@@ -279,7 +315,6 @@ def test_no_tokenizer_and_a_note_where_it_is_unknown(store, capsys, key, value, 
         ({"rope.dimension_count": 8}, r"dimension_count = 8: only 16"),
         ({"attention.sliding_window": 4096}, "sliding_window = 4096"),
         ({"attention.head_count_kv": [2, 2]}, r"head_count_kv = \[2 2\]: must be one int above 0"),
-        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "'yarn'"),
         ({"attention.head_count_kv": 3}, r"num_kv_heads = 3: must divide"),
         ({"block_count": 1}, r"layers\.1\..*: not part of a Llama of this"),
         ({"block_count": 3}, r"layers\.2\..*: missing"),

@@ -29,7 +29,7 @@ def write(source, file, *flags: str):
     return file
 
 
-@pytest.mark.parametrize("name", ["plain", "tied", "llama31"])
+@pytest.mark.parametrize("name", ["plain", "tied", "llama31", "linear", "yarn"])
 def test_float32_comes_back_and_computes_the_same(name, tmp_path):
     c, arrays = STORED[name], weights(STORED[name])
     file = write(
@@ -40,6 +40,19 @@ def test_float32_comes_back_and_computes_the_same(name, tmp_path):
     for tensor, expected in arrays.items():
         np.testing.assert_array_equal(opened.source.read(tensor), expected, err_msg=tensor)
     assert_close(logits(load(file), tokens(c)), stored.arrays("stored")[name])
+
+
+def test_a_yarn_that_llama_cpp_cannot_compute_is_refused(tmp_path):
+    """Its attention factor can be said, as a multiple of the usual one."""
+    c = STORED["other yarn"]
+    source = save_hugging_face(tmp_path / "hf", c, weights(c))
+    with pytest.raises(UserError, match=r"rope_scaling\.beta_fast = 4\.0: llama\.cpp computes"):
+        write(source, tmp_path / "x.gguf", "--dtype=float32")
+    assert not list(tmp_path.glob("*.gguf*"))
+    usual = dataclasses.replace(c.rope_scaling, beta_fast=32.0, beta_slow=1.0, truncate=True)
+    c = dataclasses.replace(c, rope_scaling=usual)
+    opened = open_weights(write(save_hugging_face(source, c, weights(c)), tmp_path / "x.gguf"))
+    assert opened.model.rope_scaling.attention_factor == pytest.approx(1.375, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

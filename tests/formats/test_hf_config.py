@@ -2,11 +2,15 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from llama_cases import LLAMA3, hugging_face_config
+import stored
+from llama_cases import LLAMA3, ROPE_POSITIONS, ROPES, hugging_face_config, rope_config
 from llamas import BASE
 
 from llamajax.formats.huggingface.hf_config import read_model_config, write_model_config
+from llamajax.ops import rope
 
 SCALED = dataclasses.replace(BASE, rope_scaling=LLAMA3, tie_embeddings=True)
 ROPE = {
@@ -42,6 +46,18 @@ def test_llama3_scaling_is_read(config, changes):
     assert read(config, tie_word_embeddings=True, **changes) == (SCALED, [])
 
 
+@pytest.mark.parametrize("name", ROPES)
+def test_scaled_rotary_embeddings_are_those_of_transformers(name):
+    """Its cosines and sines; and `original_max_position_embeddings` wherever it reads it."""
+    model, problems = read_model_config(rope_config(name))
+    assert problems == []
+    scaling = model.rope_scaling
+    assert scaling == ROPES[name][1]
+    frequency = rope.frequencies(model.head_size, theta=model.rope_theta, scaling=scaling)
+    tables = rope.angles(jnp.asarray(ROPE_POSITIONS), frequency, rope.attention_factor(scaling))
+    np.testing.assert_allclose(tables, stored.arrays("stored")[f"rope/{name}"], rtol=0, atol=1e-5)
+
+
 def test_absent_keys_mean_what_transformers_takes():
     absent = ("head_dim", "num_key_value_heads", "rope_theta", "tie_word_embeddings")
     model, problems = read(OLD, **dict.fromkeys(absent, ...))
@@ -50,7 +66,11 @@ def test_absent_keys_mean_what_transformers_takes():
     assert model == wanted
 
 
-@pytest.mark.parametrize("model", [BASE, SCALED], ids=["plain", "scaled and tied"])
+@pytest.mark.parametrize(
+    "model",
+    [BASE, SCALED, *(dataclasses.replace(BASE, rope_scaling=s) for _, s in ROPES.values() if s)],
+    ids=["plain", "scaled and tied", *(name for name, (_, s) in ROPES.items() if s)],
+)
 @pytest.mark.parametrize(
     "dropped",
     [(), ("rope_parameters", "dtype"), ("rope_theta", "rope_scaling", "torch_dtype")],
@@ -69,7 +89,20 @@ def test_what_is_written_is_read_whole_or_by_either_half(model, dropped):
         ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification"]),
         ({"hidden_act": "gelu"}, ["hidden_act 'gelu'"]),
         ({"attention_bias": True, "mlp_bias": True}, ["attention_bias is", "mlp_bias is"]),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope type 'linear'"]),
+        (
+            {"rope_scaling": {"type": "yran", "factor": 2.0}},
+            ["rope type 'yran' is not supported; only default, linear, llama3, yarn are; did you"],
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, ["factor = 0.5: must be at least 1"]),
+        ({"rope_scaling": {"type": "linear"}}, ["rope type linear without factor"]),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            ["rope type yarn without original_max_position_embeddings"],
+        ),
+        (
+            {"rope_scaling": ROPE | {"rope_type": "yarn", "mscale": "1"}},
+            ["rope type yarn: mscale '1' is not a number above 0"],
+        ),
         ({"rope_scaling": ROPE | {"factor": None}}, ["llama3 without factor"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor 0.5"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config (gptq)"]),

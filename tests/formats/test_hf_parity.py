@@ -19,6 +19,7 @@ from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
 
 RANDOM = [name for name in llama_cases.STORED if name.startswith("random")]
+RANDOM += ["linear", "other yarn"]
 
 
 def export(model, config, path, dtype="float32"):
@@ -98,7 +99,7 @@ def test_float16_is_read_and_written(tmp_path):
 
 @pytest.mark.live
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("name", ["random 2", "random 4", "small"])
+@pytest.mark.parametrize("name", ["random 2", "random 4", "small", "linear", "yarn", "other yarn"])
 def test_transformers_loads_an_export(name, dtype, tmp_path, live):
     config = llama_cases.STORED[name]
     ids, path = llama_cases.tokens(config), tmp_path / "hf"

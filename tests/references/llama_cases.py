@@ -17,6 +17,12 @@ from llamajax.config.model_schema import ModelConfig, RopeScaling
 
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16)
 LLAMA31 = dataclasses.replace(LLAMA3, original_max_seq_len=8192)
+LINEAR = RopeScaling(type="linear", factor=2.5)
+# Of 8 pairs, yarn keeps 1, blends 2, and divides the rest; the other one keeps 2 and blends 3.
+YARN = RopeScaling(type="yarn", factor=4.0, original_max_seq_len=128)
+OTHER_YARN = dataclasses.replace(
+    YARN, beta_fast=4.0, beta_slow=0.5, attention_factor=1.375, truncate=False
+)
 
 # Logits, gradients and updates.
 GROUPED = tiny_model(hidden_size=24, intermediate_size=52, num_layers=3, head_size=6, init_std=0.1)
@@ -88,7 +94,38 @@ STORED = {
     "llama31": dataclasses.replace(PLAIN, rope_scaling=LLAMA31, **LONG),
     "llama32": dataclasses.replace(PLAIN, rope_scaling=LLAMA32, tie_embeddings=True, **LONG),
     "small": dataclasses.replace(PLAIN, rope_scaling=LLAMA31, **SMALL, **LONG),
+    "linear": dataclasses.replace(PLAIN, rope_scaling=LINEAR),
+    "yarn": dataclasses.replace(PLAIN, rope_scaling=YARN),
+    "other yarn": dataclasses.replace(PLAIN, rope_scaling=OTHER_YARN),
 }
+
+# Keys of a config.json with the sizes of PLAIN, and the scaling that they mean.
+OLD_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+ROPES: dict[str, tuple[dict[str, Any], RopeScaling | None]] = {
+    "linear": ({"rope_scaling": {"type": "linear", "factor": 2.5}}, LINEAR),
+    "linear by 1": ({"rope_scaling": {"type": "linear", "factor": 1}}, None),
+    "yarn": ({"rope_scaling": OLD_ROPE}, YARN),
+    "yarn, all keys": (
+        {
+            "rope_parameters": OLD_ROPE
+            | {"beta_fast": 4, "beta_slow": 0.5, "attention_factor": 1.375, "truncate": False}
+        },
+        OTHER_YARN,
+    ),
+    "yarn, mscale": (
+        {"rope_scaling": OLD_ROPE | {"mscale": 0.75, "mscale_all_dim": 2.0}},
+        dataclasses.replace(YARN, attention_factor=0.8643291513502996),
+    ),
+    "yarn, original length beside it": (
+        {"rope_scaling": OLD_ROPE, "original_max_position_embeddings": 1024},
+        dataclasses.replace(YARN, original_max_seq_len=1024),
+    ),
+    "yarn by the ratio of lengths": (
+        {"rope_parameters": OLD_ROPE | {"factor": None}, "max_position_embeddings": 640},
+        dataclasses.replace(YARN, factor=5.0),
+    ),
+}  # fmt: skip
+ROPE_POSITIONS = np.array([[0, 1, 2, 3, 17, 100, 127]], np.int32)
 
 
 class Draw:
@@ -168,13 +205,25 @@ def tokens(c: ModelConfig, shape: tuple[int, ...] = (2, 13)) -> np.ndarray:
     return Draw(1).integers(0, c.vocab_size, shape)
 
 
+def rope_config(name: str) -> dict[str, Any]:
+    """The config.json of a case of ROPES."""
+    config = hugging_face_config(PLAIN) | {"rope_theta": PLAIN.rope_theta, "model_type": "llama"}
+    return {k: v for k, v in config.items() if k != "rope_parameters"} | ROPES[name][0]
+
+
 def hugging_face_config(c: ModelConfig) -> dict[str, Any]:
     """The architecture in the keys of transformers' LlamaConfig."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_theta}
     if s := c.rope_scaling:
-        rope |= {"rope_type": "llama3", "factor": s.factor}
-        rope |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
-        rope |= {"original_max_position_embeddings": s.original_max_seq_len}
+        rope |= {"rope_type": s.type, "factor": s.factor}
+        if s.type == "llama3":
+            rope |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
+        if s.type == "yarn":
+            rope |= {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow}
+        if s.attention_factor is not None:
+            rope |= {"attention_factor": s.attention_factor, "truncate": s.truncate}
+        if s.type != "linear":
+            rope |= {"original_max_position_embeddings": s.original_max_seq_len}
     return {
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden_size,

@@ -131,6 +131,12 @@ def stored() -> Arrays:
         if name == "plain":
             half = {key: w.astype(np.float16).astype(np.float32) for key, w in weights.items()}
             found["plain, float16"] = logits(torch_llama(c, half), ids)
+    for name in cases.ROPES:
+        config = transformers.LlamaConfig(**cases.rope_config(name))
+        embedding = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+        tables = embedding(torch.zeros(1), torch.tensor(cases.ROPE_POSITIONS))
+        half = config.head_dim // 2  # the other half of a head is the same again
+        found[f"rope/{name}"] = np.stack([table[..., :half].numpy() for table in tables])
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to True")
         c = cases.STORED["plain"]

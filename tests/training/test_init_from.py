@@ -95,10 +95,6 @@ def test_every_mismatch_is_named(short_config, hugging_face):
         "model__tie_embeddings": True,
         "model__max_seq_len": 4096,
         "model__init_std": 0.5,
-        "model__rope_scaling__factor": 8.0,
-        "model__rope_scaling__low_freq_factor": 1.0,
-        "model__rope_scaling__high_freq_factor": 4.0,
-        "model__rope_scaling__original_max_seq_len": 32,
     }
     config = short_config(train__init_from=str(hugging_face), train__steps=3, **other)
     with refused("this run 32; use --config.model.hidden_size=48") as lines:
@@ -106,7 +102,18 @@ def test_every_mismatch_is_named(short_config, hugging_face):
     found = {line.strip(" -").partition(":")[0] for line in lines[1:]}
     named = {key.replace("__", ".") for key in other}
     harmless = {"model.max_seq_len", "model.init_std"}
-    assert found - {"model.rope_scaling"} == named - harmless
+    assert found == named - harmless
+
+
+def test_a_longer_context_begins_from_unscaled_weights(short_config, hugging_face, tmp_path):
+    """The reverse, a run without the scaling that its weights need, is refused."""
+    options = {"train__init_from": str(hugging_face), "train__steps": 3}
+    longer = {"model__rope_scaling__type": "linear", "model__rope_scaling__factor": 2.0}
+    assert open_initial_weights(short_config(**options, **longer), None).model.rope_scaling is None
+    source = Path(shutil.copytree(hugging_face, tmp_path / "source"))
+    llamas.edit_config(source, rope_scaling={"type": "linear", "factor": 2.0})
+    with refused("model.rope_scaling.factor: the weights have 2.0, this run none"):
+        open_initial_weights(short_config(**options | {"train__init_from": str(source)}), None)
 
 
 def test_an_epsilon_in_float32_is_the_same(short_config):

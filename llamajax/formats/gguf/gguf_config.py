@@ -4,6 +4,7 @@ Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#llama.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,12 @@ def _model_config(header: GgufHeader) -> ModelConfig:
     facts.must_be("rope.dimension_count", head_size)
     facts.must_be("expert_count", 0)
     facts.must_be("attention.sliding_window", 0)
-    facts.must_be("rope.scale_linear", 1.0)
+    scaling = _rope_scaling(header, facts)
     if facts.problems:
         raise combine(facts.problems, title=f"{path}: not a model that llamajax computes:")
-    scaling = _rope_scaling(header, facts, head_size, theta)
-    model["rope_scaling"] = scaling and dataclasses.asdict(scaling)
-    return imported_model(path, **model)
+    if ROPE_FACTORS in tensors:
+        scaling = dataclasses.asdict(_llama3_scaling(header, facts, head_size, theta))
+    return imported_model(path, rope_scaling=scaling, **model)
 
 
 class _Facts:
@@ -119,18 +120,44 @@ class _Facts:
             self.problems.append(f"llama.{key} = {value}: only {expected} can be imported")
 
 
-def _rope_scaling(
-    header: GgufHeader, facts: _Facts, head_size: int, theta: float
-) -> RopeScaling | None:
-    """Return Llama 3.1's scaling, recognized by the factors that each frequency is divided by."""
-    kind = header.metadata.get("llama.rope.scaling.type")
-    if kind not in (None, "none") and facts.get("rope.scaling.factor", float, 1.0) != 1.0:
-        raise UserError(
-            f"{header.path}: llama.rope.scaling.type = {kind!r}: only Llama 3.1's scaling can be "
-            "imported"
+def _rope_scaling(header: GgufHeader, facts: _Facts) -> dict[str, Any] | None:
+    """Return the keys of a linear or yarn scaling; None where there is none.
+
+    llama.cpp takes linear where no type is given. `attn_factor` multiplies what yarn computes;
+    `yarn_attn_factor` is transformers' attention_factor, which replaces that (and which llama.cpp
+    reads for other architectures only, as the two betas).
+    """
+    kind = header.metadata.get("llama.rope.scaling.type", "linear")
+    factor = facts.get("rope.scaling.factor", float, facts.get("rope.scale_linear", float, 1.0))
+    if ROPE_FACTORS in header.tensors and kind != "none" and factor != 1.0:
+        facts.problems.append(f"{ROPE_FACTORS} and a scaling of type {kind}: one can be imported")
+    if kind not in ("none", "linear", "yarn"):
+        facts.problems.append(
+            f"llama.rope.scaling.type = {kind!r}: only none, linear and yarn can be imported"
         )
-    if (factors := header.tensors.get(ROPE_FACTORS)) is None:
-        return None
+    facts.must_be("rope.scaling.yarn_log_multiplier", 0.0)
+    if kind != "yarn":
+        facts.must_be("rope.scaling.attn_factor", 1.0)
+        plain = kind == "none" or factor == 1.0
+        return None if plain else {"type": kind, "factor": factor}
+    facts.must_be("rope.scaling.yarn_ext_factor", 1.0)
+    length = facts.get("rope.scaling.original_context_length", int, None)
+    computed = 0.1 * math.log(max(factor, 1.0)) + 1.0
+    attention = facts.get("rope.scaling.yarn_attn_factor", float, computed)
+    attention *= facts.get("rope.scaling.attn_factor", float, 1.0)
+    return {
+        "type": kind,
+        "factor": factor,
+        "original_max_seq_len": length or facts.get("context_length", int),
+        "beta_fast": facts.get("rope.scaling.yarn_beta_fast", float, 32.0),
+        "beta_slow": facts.get("rope.scaling.yarn_beta_slow", float, 1.0),
+        "attention_factor": None if attention == computed else attention,
+    }
+
+
+def _llama3_scaling(header: GgufHeader, facts: _Facts, head_size: int, theta: float) -> RopeScaling:
+    """Return Llama 3.1's scaling, recognized by the factors that each frequency is divided by."""
+    factors = header.tensors[ROPE_FACTORS]
     content = header.content[factors.start : factors.start + 2 * head_size]
     if (factors.type_id, factors.shape, len(content)) != (0, (head_size // 2,), 2 * head_size):
         raise UserError(f"{header.path}: {ROPE_FACTORS} is not a vector of {head_size // 2} floats")

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from llamajax.config.schema import ModelConfig
+from llamajax.config.model_schema import ModelConfig, RopeScaling
+from llamajax.config.values import show
 from llamajax.errors import UserError
 from llamajax.files import check_target, remove_partials, replaced_file
 from llamajax.formats.foreign_weights import TensorSource, half_split_rows, read_as
@@ -24,7 +25,7 @@ from llamajax.formats.gguf.gguf_source import ROPE_FACTORS
 from llamajax.formats.gguf.gguf_tokenizer_write import tokenizer_metadata
 from llamajax.formats.huggingface.hf_names import Tensor, tensors
 from llamajax.formats.huggingface.hf_read import check_tied_head
-from llamajax.ops.rope import frequencies
+from llamajax.ops.rope import attention_factor, frequencies
 from llamajax.tokenizers import Tokenizer
 from llamajax.tokenizers.tokenizer_identity import check_vocabulary
 
@@ -106,7 +107,7 @@ def _plan(model: ModelConfig, dtype: str) -> tuple[list[_Planned], list[str]]:
             kind = _FLOAT16  # as llama.cpp does
             wide.append(tensor.name)
         plan.append(_Planned(tensor.row.gguf_name(tensor.layer), tensor.shape, kind, tensor))
-    if model.rope_scaling is not None:
+    if model.rope_scaling is not None and model.rope_scaling.type == "llama3":
         plan.append(_Planned(ROPE_FACTORS, (model.head_size // 2,), _FLOAT32))
     if not wide:
         return plan, []
@@ -132,8 +133,28 @@ def _model_metadata(model: ModelConfig) -> dict[str, Any]:
         "rope.dimension_count": model.head_size,
     }
     if model.rope_scaling is not None:
-        found["rope.scaling.original_context_length"] = model.rope_scaling.original_max_seq_len
+        found |= _scaling_metadata(model.rope_scaling)
     return {f"llama.{key}": value for key, value in found.items()}
+
+
+def _scaling_metadata(scaling: RopeScaling) -> dict[str, Any]:
+    """Return the keys that llama.cpp reads for a Llama. UserError for what none of them says."""
+    found: dict[str, Any] = {}
+    if scaling.type != "llama3":  # which is a tensor of factors
+        found |= {"type": scaling.type, "factor": float(scaling.factor)}
+    if scaling.original_max_seq_len is not None:
+        found["original_context_length"] = scaling.original_max_seq_len
+    if scaling.type == "yarn":
+        plain = RopeScaling(type="yarn", factor=scaling.factor)
+        for name in ("beta_fast", "beta_slow", "truncate"):
+            if (value := getattr(scaling, name)) != (usual := getattr(plain, name)):
+                raise UserError(
+                    f"model.rope_scaling.{name} = {show(value)}: llama.cpp computes a Llama's yarn "
+                    f"with {show(usual)} whatever the file says; use --format=hf"
+                )
+        if (ratio := attention_factor(scaling) / attention_factor(plain)) != 1.0:
+            found["attn_factor"] = ratio
+    return {f"rope.scaling.{key}": value for key, value in found.items()}
 
 
 def _content(planned: _Planned, source: TensorSource, model: ModelConfig) -> bytes:

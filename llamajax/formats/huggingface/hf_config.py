@@ -1,10 +1,12 @@
 """Convert between a Llama's `config.json` and ModelConfig. Reads old and new keys, writes both."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llamajax.config import build_model
-from llamajax.config.schema import ModelConfig
+from llamajax.config.model_schema import ROPE_KEYS, ModelConfig
+from llamajax.errors import did_you_mean, nearest
 
 # Theirs -> ours, all required: transformers' own defaults for these are one particular model's.
 _KEYS = {
@@ -16,12 +18,7 @@ _KEYS = {
     "rms_norm_eps": "norm_eps",
     "max_position_embeddings": "max_seq_len",
 }
-_SCALING = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_max_seq_len",
-}
+_ORIGINAL = "original_max_position_embeddings"
 # What transformers takes where the key is absent: Llama 1 and 2 were published without it.
 _ROPE_THETA = 10_000.0
 _INIT_STD = 0.02
@@ -81,7 +78,9 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return our keys of the rotary embedding, and problems.
 
     Up to transformers 4: `rope_theta` and `rope_scaling` (its kind under `type` or `rope_type`);
-    from 5: all in `rope_parameters`. Where both are given, transformers 5 prefers `rope_scaling`.
+    from 5: all in `rope_parameters`. Where both are given, transformers 5 prefers `rope_scaling`;
+    and `original_max_position_embeddings` beside them to the one inside. Where there is none, it
+    takes max_position_embeddings, which may be the scaled context: that is refused here.
     """
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
@@ -92,16 +91,45 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     problems = []
     if partial not in (None, 1, 1.0):
         problems.append(f"config.json: partial_rotary_factor {partial} is not supported; only 1 is")
-    if kind not in ("default", "llama3"):
+    if kind not in ("default", *ROPE_KEYS):
         problems.append(
-            f"config.json: rope type {kind!r} is not supported; only default and llama3 are"
+            f"config.json: rope type {kind!r} is not supported; only default, "
+            f"{', '.join(ROPE_KEYS)} are{did_you_mean(nearest(str(kind), ROPE_KEYS))}"
         )
-    if kind != "llama3":
+    if kind not in ROPE_KEYS or (kind == "linear" and given.get("factor") == 1):
         return {"rope_theta": theta, "rope_scaling": None}, problems
-    missing = [key for key in _SCALING if given.get(key) is None]
-    problems += [f"config.json: rope type llama3 without {key}" for key in missing]
-    scaling = {ours: given.get(theirs) for theirs, ours in _SCALING.items()}
-    return {"rope_theta": theta, "rope_scaling": scaling}, problems
+    given = dict(given) | {_ORIGINAL: _get(config, _ORIGINAL, given.get(_ORIGINAL))}
+    if kind == "yarn":
+        problems += _complete_yarn(given, config.get("max_position_embeddings"))
+    required, optional = ROPE_KEYS[kind]
+    found = {name: given.get(_theirs(name)) for name in (*required, *optional)}
+    missing = [_theirs(name) for name in required if found[name] is None]
+    problems += [f"config.json: rope type {kind} without {key}" for key in missing]
+    scaling = {name: value for name, value in found.items() if value is not None}
+    return {"rope_theta": theta, "rope_scaling": {"type": kind, **scaling}}, problems
+
+
+def _complete_yarn(given: dict[str, Any], longest: Any) -> list[str]:
+    """Add the factors that transformers derives from other keys of yarn; return problems."""
+    names = ("factor", _ORIGINAL, "mscale", "mscale_all_dim")
+    factor, original, *scales = values = [given.get(name) for name in names]
+    wrong = [
+        f"config.json: rope type yarn: {name} {value!r} is not a number above 0"
+        for name, value in zip(names, values, strict=True)
+        if value is not None and not (isinstance(value, int | float) and value > 0)
+    ]
+    if wrong or original is None or not isinstance(longest, int):
+        return wrong
+    given["factor"] = factor = longest / original if factor is None else factor
+    if given.get("attention_factor") is None and None not in scales:
+        grown = [1 + 0.1 * scale * math.log(max(factor, 1)) for scale in scales]
+        given["attention_factor"] = grown[0] / grown[1]
+    return []
+
+
+def _theirs(name: str) -> str:
+    """Return what transformers calls a key of RopeScaling."""
+    return _ORIGINAL if name == "original_max_seq_len" else name
 
 
 def write_model_config(model: ModelConfig, *, dtype: str, ids: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,9 +140,11 @@ def write_model_config(model: ModelConfig, *, dtype: str, ids: Mapping[str, Any]
     two say the same.
     """
     rope: dict[str, Any] = {"rope_type": "default"}
-    if model.rope_scaling is not None:
-        scaling = {theirs: getattr(model.rope_scaling, ours) for theirs, ours in _SCALING.items()}
-        rope = {"rope_type": "llama3", **scaling}
+    if (scaling := model.rope_scaling) is not None:
+        required, optional = ROPE_KEYS[scaling.type]
+        values = {_theirs(name): getattr(scaling, name) for name in (*required, *optional)}
+        kept = {k: value for k, value in values.items() if value is not None and value is not True}
+        rope = {"rope_type": scaling.type, **kept}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
