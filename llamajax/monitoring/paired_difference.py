@@ -5,7 +5,7 @@ by step. What stays is correlated over steps: weights that have drifted apart st
 while. The interval is self-normalized (Kiefer, Vogelsang and Bunzel 2000; Shao 2010): its width
 comes from the partial sums of the differences, so that no correlation time has to be estimated. It
 is that of the newer half of the rows, and is looked at again whenever their number has doubled.
-docs/training.md has trials.
+docs/monitoring.md has trials.
 """
 
 import dataclasses

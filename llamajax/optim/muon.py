@@ -2,7 +2,7 @@
 
 Newton-Schulz needs whole matrices, which no device has. Each device gets those of a part of the
 layers instead, by one exchange along each axis that splits a matrix, and sends their updates back.
-Stages keep their own layers. docs/training.md says what this costs.
+Stages keep their own layers. docs/optimizers.md says what this costs.
 """
 
 import math
