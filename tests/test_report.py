@@ -113,14 +113,16 @@ def test_a_whole_run(tmp_path: Path):
 
 def test_validation_sets_and_other_numbers_have_their_own_curves():
     rows = [{"step": n, "loss": 2.0, "norm/embed": float(n), "tokens_seen": n} for n in (1, 2)]
-    rows.append({"step": 2, "eval_loss/book": 1.5, "eval_loss/code": 2.5, "time_s": 7.0})
+    rows.append({"step": 2, "eval_loss/book": 1.5, "ema_loss/book": 1.25, "time_s": 7.0})
+    rows[-1] |= {"eval_loss/code": 2.5}
     # No row is of steps 3 and 9, and none comes after 9.
     rows.append({"step": 6, "loss": 2.0, "tokens_seen": 10})
     rows += [{"step": n, "eval_loss": 3.0, "ema_loss": 2.75} for n in (3, 9)]
     found = curves(rows, first_s=5.0)
     assert found["train"]["norm/embed"] == [1.0, 2.0, None]
     assert {name: set_["loss"] for name, set_ in found["evaluations"].items()} == {
-        "book": [1.5], "code": [2.5], "": [3.0, 3.0], "averaged weights": [2.75, 2.75]
+        "book": [1.5], "book, averaged weights": [1.25], "code": [2.5], "": [3.0, 3.0],
+        "averaged weights": [2.75, 2.75],
     }  # fmt: skip
     assert found["evaluations"][""]["tokens_seen"] == [4, None]
     assert found["evaluations"]["code"]["tokens_seen"] == [2]

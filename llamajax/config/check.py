@@ -240,6 +240,14 @@ def _continuation(v: Values) -> Iterator[str]:
             yield f"train.fork = {fork}: {error}"
 
 
+def _samples(v: Values) -> Iterator[str]:
+    if 0 < v["train.sample_temperature"] < 1e-6:
+        yield (
+            f"train.sample_temperature = {v['train.sample_temperature']}: must be 0 (the most "
+            "probable token) or at least 1e-6"
+        )
+
+
 def _lora_base(v: Values) -> Iterator[str]:
     if v["lora.rank"] > 0 and v["train.init_from"] is None:
         yield (
@@ -358,5 +366,5 @@ _RULES = (
     _even_head, _kv_heads, check_rope_scaling, _context, _mesh, _batch, _data_path, _validation,
     _weights, _warmup, _decay, _final_rate, _muon, _remat, _continuation, _lora_base, _targets,
     _lora_rank, _not_empty, _directory, _spikes, _plugin, _plugin_options, _processes, _monitoring,
-    _profile_steps,
+    _profile_steps, _samples,
 )  # fmt: skip

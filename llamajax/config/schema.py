@@ -185,6 +185,15 @@ class TrainConfig:
     eval_batches: int | None = key(
         "batches of each validation set per evaluation; none: all", default=None, at_least=1
     )
+    sample_prompts: tuple[str, ...] = key(
+        "texts that are continued at each evaluation, in samples.jsonl; one with a comma as JSON, "
+        """'["Well, ", "So"]'""",
+        default=(),
+    )
+    sample_tokens: int = key("most new tokens of a sample", default=64, at_least=1)
+    sample_temperature: float = key(
+        "of the samples; 0: the most probable token", default=0.0, at_least=0
+    )
 
     @property
     def activation_dtype(self) -> ComputeDtype:

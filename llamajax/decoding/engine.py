@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding
 
 from llamajax import sharding
@@ -78,7 +79,7 @@ class Engine:
         run = self._prefill(inputs, slots, all_slots)
         start = time.perf_counter()
         rows, tokens_B = run(self._model, *inputs)
-        first = np.asarray(tokens_B)[: len(prompts), None]
+        first = _to_host(tokens_B)[: len(prompts), None]
         self.times.batches += 1
         self.times.prefill_s += time.perf_counter() - start
         yield _real_tokens(first)
@@ -89,7 +90,7 @@ class Engine:
             run = self._decode(rows, inputs[-1])
             start = time.perf_counter()
             rows, tokens_BC = run(self._model, rows, inputs[-1], np.int32(steps))
-            tokens_BC = np.asarray(tokens_BC)[: len(prompts), :steps]
+            tokens_BC = _to_host(tokens_BC)[: len(prompts), :steps]
             elapsed_s = time.perf_counter() - start
             self.times.decode_s += elapsed_s
             self.times.decode_tokens += int((tokens_BC != NOTHING).sum())
@@ -147,6 +148,11 @@ class Engine:
             for line in undonated_warnings(self.programs[key], "decoding", "cache"):
                 self._warn(line)
         return self.programs[key]
+
+
+def _to_host(x: jax.Array) -> np.ndarray:
+    """Return the whole of an array, on all processes where it is split over several."""
+    return np.asarray(x if x.is_fully_addressable else process_allgather(x, tiled=True))
 
 
 def _real_tokens(tokens_BC: np.ndarray) -> list[list[int]]:

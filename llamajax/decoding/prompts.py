@@ -75,9 +75,18 @@ def text_ids(text: str, tokenizer: Tokenizer | None, chat_template: str) -> list
 
 
 def as_prompt(
-    ids: Sequence[int], model: ModelConfig, max_new_tokens: int | None, *, number: int, name: str
+    ids: Sequence[int],
+    model: ModelConfig,
+    max_new_tokens: int | None,
+    *,
+    number: int,
+    name: str,
+    flag: str = "--max_new_tokens",
 ) -> Prompt:
-    """Check that the model has room for a prompt; `name` says in messages where it came from."""
+    """Check that the model has room for a prompt.
+
+    name, flag: where it and `max_new_tokens` came from, for messages.
+    """
     if wrong := [i for i in ids if not 0 <= i < model.vocab_size]:
         raise UserError(
             f"{name}: token id {wrong[0]} is outside the model's vocabulary, "
@@ -89,7 +98,7 @@ def as_prompt(
     if room < (max_new_tokens or 1):
         wanted = f"{max_new_tokens} new ones" if max_new_tokens else "a new one"
         least = model.max_seq_len - (max_new_tokens or 1)
-        fix = "shorten the prompt" if room < 1 else f"set --max_new_tokens to at most {room}"
+        fix = "shorten the prompt" if room < 1 else f"set {flag} to at most {room}"
         if room >= 1 and least >= 1:
             fix += f", or shorten the prompt to {least} tokens"
         raise UserError(

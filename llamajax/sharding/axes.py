@@ -107,6 +107,17 @@ def specs(tree: Any, mesh: Mesh) -> Any:
     return map_weights(leaf_spec, tree)
 
 
+def same_parts(tree: Any, mesh: Mesh) -> Any:
+    """Return the arrays of a tree as arrays on another mesh, whose devices need the same parts."""
+    return jax.tree.map(
+        lambda x, sharding: jax.make_array_from_single_device_arrays(
+            x.shape, sharding, [shard.data for shard in x.addressable_shards]
+        ),
+        tree,
+        shardings(tree, mesh),
+    )
+
+
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """Return the NamedSharding of every leaf of a tree (a model, a TrainState, or their shapes)."""
     return jax.tree.map(

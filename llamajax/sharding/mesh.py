@@ -45,6 +45,15 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(order_devices(sizes, devices), tuple(sizes), axis_types=explicit)
 
 
+def join_sequence(mesh: Mesh) -> Mesh:
+    """Return the mesh with its devices along `sequence` as further ones along `data`."""
+    sizes = dict(mesh.shape)
+    devices = np.moveaxis(mesh.devices, AXES.index("sequence"), 1)
+    sizes["data"] *= sizes["sequence"]
+    sizes["sequence"] = 1
+    return Mesh(devices.reshape(*sizes.values()), AXES, axis_types=mesh.axis_types)
+
+
 def describe(mesh: Mesh) -> str:
     """Return the axes in use, on one line for people."""
     used = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)

@@ -1,22 +1,33 @@
-"""Evaluations: the losses of the validation sets, in one row of `metrics.jsonl`."""
+"""Evaluations: losses of the validation sets in a row of `metrics.jsonl`, and `samples.jsonl`."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from llamajax import sharding
 from llamajax.data import Mixture
+from llamajax.decoding.engine import Engine
+from llamajax.decoding.generate_options import Sampling
+from llamajax.decoding.printed_texts import TextStream
 from llamajax.models.llama import Llama
+from llamajax.monitoring import MetricsWriter
+from llamajax.monitoring.metrics import SAMPLES
+from llamajax.ops.attention import best_attention
 from llamajax.processes.host_collectives import broadcast_from_first
 from llamajax.training.feed import eval_batch_size, eval_batches
 from llamajax.training.hooks import Attempt, Hook, Interrupted
+from llamajax.training.messages import samples_problem
 from llamajax.training.state import TrainState
 
 # (step, state) -> numbers of the row, whose names begin with `eval_`. Called by all processes; it
 # calls `Attempt.report_part` now and then, and lets Interrupted through.
 Part = Callable[[int, TrainState], dict[str, Any]]
+_SHOWN, _SHOWN_CHARACTERS = 3, 90  # of samples, on the terminal
 
 
 class EvaluateHook(Hook):
@@ -28,6 +39,8 @@ class EvaluateHook(Hook):
         self._parts: list[Part] = []
         if self.run.setup.evaluated.sets:
             self._parts.append(HeldOutLosses(attempt))
+        if self.run.setup.evaluated.prompts and not samples_problem(self.run.setup):
+            self._parts.append(Samples(attempt))
 
     def is_due(self, step: int, stop: bool) -> bool:
         every, last = self.config.train.eval_every, self.config.train.steps
@@ -48,6 +61,8 @@ class EvaluateHook(Hook):
                 self.was_interrupted = True
                 return
             fields |= {name: row[name] for name in row if name.startswith("eval_loss")}
+        if len(row) == 1:
+            return
         row["time_s"] = a.run.events.time_s
         a.metrics.write(row)
         a.progress.show(row)
@@ -112,3 +127,58 @@ def _fields(suffix: str, sums: np.ndarray, num_bytes: int | None) -> dict[str, A
         f"eval_bits_per_byte{suffix}": num_bytes and nll / math.log(2) / num_bytes,
         f"eval_tokens{suffix}": int(count),
     }
+
+
+class Samples:
+    """Continues the prompts of a run, and writes the texts to `samples.jsonl` and the sinks.
+
+    The random bits of a text are a function of `train.seed`, the step and the number of the prompt.
+    """
+
+    def __init__(self, attempt: Attempt):
+        self._attempt, self._setup = attempt, attempt.run.setup
+        self._mesh = sharding.join_sequence(self._setup.mesh)  # rows are whole
+        self._programs: dict[tuple, Any] = {}
+        run = attempt.run
+        self._rows = MetricsWriter(
+            run.workdir, file=SAMPLES, resume_step=attempt.start.step, primary=run.is_primary
+        )
+
+    def __call__(self, step: int, state: TrainState) -> dict[str, Any]:
+        a, inputs, texts = self._attempt, self._setup.evaluated, []
+        train = self._setup.config.train
+        for index, ids in enumerate(self._new_ids(step, state)):
+            stream = TextStream(inputs.tokenizer, inputs.prompts[index].ids)
+            prompt, text = train.sample_prompts[index], stream.feed(ids) + stream.finish()
+            row = {"step": step, "index": index, "prompt": prompt, "text": text}
+            self._rows.write(row | {"time_s": a.run.events.time_s})
+            texts.append(f"**{prompt}**{text}")
+            if index < _SHOWN:
+                line = f"{prompt[-_SHOWN_CHARACTERS // 3 :]} | {text}"[:_SHOWN_CHARACTERS]
+                shown = "".join(c if c.isprintable() else " " for c in line)  # no escape codes
+                a.progress.note(f"sample   {shown}")
+        a.metrics.write_text("samples", "\n\n".join(texts), step)
+        return {}
+
+    def _new_ids(self, step: int, state: TrainState) -> list[list[int]]:
+        setup, prompts = self._setup, self._setup.evaluated.prompts
+        config = setup.config
+        dtype = config.train.activation_dtype
+        engine = Engine(
+            sharding.same_parts(state.whole, self._mesh),
+            self._mesh,
+            dtype=jnp.dtype(dtype),
+            attention=functools.partial(
+                best_attention, setup.machine, dtype, config.model.head_size
+            ),
+            sampling=Sampling(temperature=config.train.sample_temperature),
+            stop_ids=setup.evaluated.tokenizer.stop_ids,
+        )
+        engine.programs = self._programs  # compiled at the first evaluation
+        (seed,) = np.random.SeedSequence([config.train.seed, step]).generate_state(1)
+        found: list[list[int]] = [[] for _ in prompts]
+        for update in engine.generate(prompts, seed=int(seed)):
+            for ids, more in zip(found, update, strict=True):
+                ids += more
+            self._attempt.report_part()
+        return found

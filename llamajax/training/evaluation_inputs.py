@@ -1,10 +1,12 @@
-"""What the evaluations of a run read: its validation sets."""
+"""What the evaluations of a run read: its validation sets and its prompts."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from llamajax import data
 from llamajax.config import RunConfig
+from llamajax.decoding.prompts import Prompt, as_prompt, text_ids
+from llamajax.tokenizers import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -12,10 +14,13 @@ class EvaluationInputs:
     """What evaluations read besides the model.
 
     own: the validation split of `data.path`, if there is one. named: the sets of `data.validation`.
+    prompts: of `train.sample_prompts`. tokenizer: None without prompts.
     """
 
     own: "data.Mixture | None" = None
     named: "Mapping[str, data.Mixture]" = dataclasses.field(default_factory=dict)
+    prompts: Sequence[Prompt] = ()
+    tokenizer: Tokenizer | None = None
 
     @property
     def sets(self) -> "dict[str, data.Mixture]":
@@ -36,4 +41,22 @@ def open_evaluation_inputs(config: RunConfig, mixture: "data.Mixture") -> Evalua
     if data.has_split(config.data, "validation"):
         size = config.model.vocab_size
         own = data.open_mixture(config.data, split="validation", vocab_size=size)
-    return EvaluationInputs(own=own, named=data.open_validation_sets(config.data, mixture))
+    tokenizer = None
+    if config.train.sample_prompts:
+        tokenizer = data.load_tokenizer(mixture.sources[0].path)
+    return EvaluationInputs(
+        own=own,
+        named=data.open_validation_sets(config.data, mixture),
+        prompts=[
+            as_prompt(
+                text_ids(text, tokenizer, "none"),
+                config.model,
+                config.train.sample_tokens,
+                number=number,
+                name=f"train.sample_prompts: {text!r}",
+                flag="train.sample_tokens",
+            )
+            for number, text in enumerate(config.train.sample_prompts)
+        ],
+        tokenizer=tokenizer,
+    )

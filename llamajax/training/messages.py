@@ -26,6 +26,8 @@ def run_header(setup: Setup, start: int) -> Iterator[str]:
     c, m = setup.config, setup.machine
     if not setup.evaluated.sets:
         yield "warning: the data has no validation split: no evaluation"
+    if problem := samples_problem(setup):
+        yield f"warning: train.sample_prompts: {problem}"
     for line in data_warnings(setup) + memory_warnings(setup):
         yield f"warning: {line}"
     if c.train.name:
@@ -56,6 +58,14 @@ def run_header(setup: Setup, start: int) -> Iterator[str]:
     origin = c.train.init_from or "the beginning"
     where = f"continuing from step {start}" if start else f"from {origin}"
     yield f"steps    {c.train.steps}, {where}"
+
+
+def samples_problem(setup: Setup) -> str | None:
+    """Return why the mesh of a run cannot continue its prompts; None where it can."""
+    stages = setup.mesh.shape["stage"]
+    if not setup.evaluated.prompts or stages == 1:
+        return None
+    return f"no samples, as layers in {stages} pipeline stages cannot decode; set mesh.stage to 1"
 
 
 def float8_warnings(config: RunConfig, device_kind: str) -> list[str]:
@@ -196,6 +206,7 @@ def run_facts(setup: Setup, programs: Programs) -> dict[str, Any]:
         "float8_products": _float8_products(setup),
         "lost_features": backends.lost_features(setup.machine.platform),
         "untested_versions": backends.untested_versions(),
+        "samples_problem": samples_problem(setup),
         "eval_loss_of": setup.evaluated.described,
         "unigram_entropy": own.unigram_loss if own else None,
     }

@@ -60,6 +60,8 @@ WRONG = [
     ({"data.path": "a,,b"}, "data.path = 'a,,b': has an empty name"),
     ({"data.path": ""}, "data.path = '': has an empty name"),
     ({"data.path": "a,b", "data.weights": (1.0,)}, "data.weights = 1: 1 weights for 2 directories"),
+    ({"data.validation": {"a": "b,c"}}, "data.validation: a = 'b,c': must be one directory"),
+    ({"train.sample_temperature": 1e-9}, "train.sample_temperature = 1e-09: must be 0 (the most"),
     ({"data.weights": ()}, "data.weights = : 0 weights for 1 directories"),
     ({"data.weights": (0.0,)}, "data.weights = 0: each must be above 0"),
     ({"optim.warmup_steps": 101}, "optim.warmup_steps = 101: is more than train.steps = 100"),

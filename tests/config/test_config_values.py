@@ -11,6 +11,8 @@ from llamajax.config.values import Mistyped, coerce, parse
 
 Floats = tuple[float, ...] | None
 Choice = Literal["none", "full"]
+Texts = tuple[str, ...]
+Sets = dict[str, str] | None
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,10 @@ Choice = Literal["none", "full"]
         (parse, "1,2.5", Floats, (1.0, 2.5)),
         (parse, "0.25, 0.75,", Floats, (0.25, 0.75)),
         (parse, "a=b:c/d", str, "a=b:c/d"),
+        (parse, '["Well, ", " so", ""]', Texts, ("Well, ", " so", "")),
+        (parse, "book:a/b, code-2:c:d", Sets, {"book": "a/b", "code-2": "c:d"}),
+        (parse, "none", Sets, None),
+        (coerce, {"book": pathlib.PurePosixPath("a/b")}, Sets, {"book": "a/b"}),
         (coerce, 3, float, 3.0),
         (coerce, 1e3, int, 1000),
         (coerce, np.int64(7), int, 7),
@@ -63,6 +69,13 @@ def test_values_become_the_declared_type(convert, given, annotation, value):
         (parse, "ful", Choice, "did you mean full?"),
         (parse, "1,x", Floats, "expected floats separated by commas or none, got 'x'"),
         (parse, "8", RopeScaling | None, "set its keys: type, factor"),
+        (parse, "[1", Texts, "begins with [ and is no JSON list: "),
+        (parse, "book", Sets, "expected NAME:VALUE pairs separated by commas or none, got 'book'"),
+        (parse, "", Sets, "expected NAME:VALUE pairs"),
+        (parse, "a:b,a:c", Sets, "names 'a' twice"),
+        (parse, "a.b:c", Sets, "the name 'a.b' may have letters, digits, _ and - only"),
+        (coerce, {"a/b": "c"}, Sets, "the name 'a/b'"),
+        (coerce, ["a"], Sets, "expected NAME:VALUE pairs"),
         (coerce, True, int, "expected int, got True (bool)"),
         (coerce, True, float, "expected"),
         (coerce, 1, bool, "expected"),

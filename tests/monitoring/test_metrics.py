@@ -102,6 +102,9 @@ def test_a_step_is_written_once_of_each_kind(tmp_path):
     rows = write_steps(tmp_path, range(1, 5))
     again = ({"step": 4, "eval_loss": 0.5}, {"step": 4, "loss": 0.5})
     assert write_rows(tmp_path, *again, resume_step=4) == rows
+    samples = [{"step": 4, "index": index, "prompt": "a"} for index in (0, 1, 0)]
+    write_rows(tmp_path, *samples, resume_step=4)
+    assert load_metrics(tmp_path)[-2:] == samples[:2]
 
 
 def test_other_processes_write_nothing(tmp_path):

@@ -51,7 +51,8 @@ def test_lines_in_a_log_are_aligned():
     progress = shown_on(stream, start_step=8)
     progress.show({"step": 9, **ROW, "loss": 12.5, "tokens_per_s": 8.0})
     progress.show({"step": 120, **ROW})
-    progress.show({"step": 120, "eval_loss": 3.5, "eval_perplexity": 33.12})
+    evaluation = {"step": 120, "eval_loss": 3.5, "eval_perplexity": 33.12}
+    progress.show(evaluation | {"eval_loss/book": 2.5, "eval_tokens/book": 9})
     progress.close()
     assert all(
         re.match(r"\d\d:\d\d:\d\d  step", line) for line in stream.getvalue().splitlines()[:2]
@@ -64,7 +65,7 @@ def test_lines_in_a_log_are_aligned():
         "step 120/300  loss  3.412  lr 3.0e-04  grad  0.91  12.3k tok/s  mfu 41.2 %  left     0s"
     )
     assert pace.startswith("pace     0 ms a step: 180 more take 0s, until ")
-    assert evaluated == "step 120/300  eval loss 3.500  perplexity 33.12"
+    assert evaluated == "step 120/300  eval loss 3.500  perplexity 33.12  book 2.500"
 
 
 def test_what_is_unknown_is_left_out():

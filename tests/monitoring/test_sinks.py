@@ -28,8 +28,10 @@ def test_tags_group_numbers():
         "train/loss": 0.5, "perf/tokens_per_s": 2.0, "perf/peak_memory_bytes": 7,
         "guard/update_skipped": 1, "norm_weight/attention": 1.0,
     }  # fmt: skip
-    row = {"step": 3, "eval_loss": 0.5, "eval_perplexity": 2.0, "time_s": 1.0}
-    assert tagged(row) == {"eval/loss": 0.5, "eval/perplexity": 2.0, "eval/time_s": 1.0}
+    row = {"step": 3, "eval_loss": 0.5, "eval_loss/book": 2.0, "ema_loss/book": 3, "time_s": 1.0}
+    assert tagged(row) == {
+        "eval/loss": 0.5, "eval/loss/book": 2.0, "eval/ema_loss/book": 3, "eval/time_s": 1.0
+    }  # fmt: skip
 
 
 class Kept:

@@ -20,6 +20,16 @@ REFUSALS = {
     "mesh": ({"mesh.tensor": 3}, "does not make"),
     "vocabulary": ({"model.vocab_size": 200}, "model.vocab_size"),
     "no data": ({"data.path": "PLACE/nothing"}, "nothing"),
+    "no validation set": ({"data.validation": "a:PLACE/nothing"}, "a: "),
+    "no name of a set": ({"data.validation": "a b:PLACE/file"}, "the name 'a b' may have letters"),
+    "a validation set of another tokenizer": (
+        {"data.validation": "a:PLACE/other_tokenizer"},
+        "other_tokenizer was prepared with another tokenizer than ",
+    ),
+    "no room for samples": (
+        {"train.sample_prompts": "Once", "train.sample_tokens": 9999},
+        "set train.sample_tokens to at most",
+    ),
     "damaged data": ({"data.path": "PLACE/damaged"}, "bytes, the manifest says"),
     "attention": ({"train.attention": "cudnn"}, "cudnn"),
     "own attention": ({"train.attention": "own_attention:leaks"}, "packed documents"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from shell import SHORT, free_port, started, train_command
-from workdirs import prepare_texts
+from workdirs import prepare_texts, read_rows
 
 SMALL = SHORT | {
     "mesh.fsdp": 2,
@@ -96,6 +96,8 @@ def outcomes(short_data, other_data, tmp_path_factory):
         for rank in (0, 1):
             keys = SMALL | ({} if name == "detected" else joined(rank, port))
             keys |= own_keys if rank else {}
+            if name == "exempt":
+                keys |= {"data.validation": f"other:{other_data}", "train.sample_prompts": "a"}
             if name == "chain":  # process 1 alone fails in it
                 keys |= {"optim.chain": "own_chain:fails"}
             if name == "refused":  # by both, once the workdir is open
@@ -148,7 +150,9 @@ def test_keys_of_one_process_alone_may_differ(outcomes):
     found, folder = outcomes
     for code, text in found["exempt"]:
         assert code == 0, text
-    assert '"step": 1' in (folder / "exempt" / "metrics.jsonl").read_text()
+    (evaluated,) = [row for row in read_rows(folder / "exempt/metrics.jsonl") if "eval_loss" in row]
+    assert evaluated["eval_loss"] != evaluated["eval_loss/other"]
+    assert [row["step"] for row in read_rows(folder / "exempt" / "samples.jsonl")] == [1]
 
 
 @pytest.mark.slow

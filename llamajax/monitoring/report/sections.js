@@ -157,6 +157,7 @@ function mesh(run) {
 }
 
 function samples(run) {
+  if (run.facts.samples_problem) return note(run.facts.samples_problem);
   return run.samples.length > 0 && el("div", { class: "samples" }, [...run.samples].reverse().map((sample, i) =>
     el("details", { open: i < 3 ? "" : null }, el("summary", {}, `Step ${whole(sample.step)}`),
       el("p", {}, el("b", {}, sample.prompt), sample.text))));

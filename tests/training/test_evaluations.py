@@ -1,0 +1,130 @@
+"""Evaluations of whole runs: several validation sets, and samples of fixed prompts."""
+
+import contextlib
+import io
+import json
+
+import pytest
+from workdirs import logged, prepare_texts, read_rows
+
+from llamajax import evaluate, generate
+from llamajax.monitoring import load_events
+
+PROMPTS = ("abc, ", "line \x1b[31m 1")
+KEYS = {"train__steps": 4, "train__eval_every": 2, "train__eval_batches": None}
+SAMPLED = {"train__sample_prompts": PROMPTS, "train__sample_tokens": 9}
+
+
+def rows_of(workdir):
+    """The evaluations of a run, without their times."""
+    rows = [row for row in read_rows(workdir / "metrics.jsonl") if "eval_tokens" in row]
+    return [{name: row[name] for name in row if name != "time_s"} for row in rows]
+
+
+def samples_of(workdir):
+    return [(r["step"], r["index"], r["text"]) for r in read_rows(workdir / "samples.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Two more prepared directories: one with a validation split, one without."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("split", "whole")}
+    texts = ["Other words, in other numbers. " * 9, "And more of them than before. " * 5] * 9
+    held_out = {"split": 0.3, "whole": 0}
+    return {name: prepare_texts(folders[name], texts, held_out=held_out[name]) for name in folders}
+
+
+@pytest.fixture(scope="module")
+def plain(short_run, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("plain")
+    assert short_run(workdir, **KEYS) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def stopped(short_run, sets, tmp_path_factory):
+    """A run with two more sets and samples, stopped where it evaluates, and resumed."""
+    workdir = tmp_path_factory.mktemp("stopped")
+    keys = KEYS | SAMPLED | {"data__validation": sets, "optim__ema_decay": 0.5}
+    assert short_run(workdir, **keys, stop_after=2) == 143
+    assert not (workdir / "samples.jsonl").exists() or samples_of(workdir) == []
+    assert short_run(workdir, **keys) == 0
+    return workdir
+
+
+def test_training_and_its_own_split_stay_as_they_are(stopped, plain):
+    assert logged(stopped) == logged(plain)
+    assert [row["step"] for row in rows_of(stopped)] == [2, 4]
+    assert json.loads((stopped / "run.json").read_text())["samples_problem"] is None
+
+
+def test_each_set_has_the_numbers_of_evaluate(stopped, sets, capsys):
+    last = rows_of(stopped)[-1]
+    splits = {"split": "validation", "whole": "train"}
+    for name, path in sets.items():
+        flags = [f"--checkpoint={stopped}", f"--data={path}", f"--split={splits[name]}"]
+        assert evaluate.main([*flags, "--dtype=float32", "--seq_len=48"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert last[f"eval_tokens/{name}"] == found["tokens"]
+        for key in ("loss", "perplexity", "bits_per_byte"):
+            assert last[f"eval_{key}/{name}"] == pytest.approx(found[key], rel=1e-5)
+        assert 0 < abs(last[f"ema_loss/{name}"] - last[f"eval_loss/{name}"]) < 1
+    (event,) = [e for e in load_events(stopped) if e["event"] == "evaluation" and e["step"] == 4]
+    losses = {name: last[name] for name in event if name.startswith("eval_loss")}
+    assert {name: event[name] for name in losses} == losses
+    assert len(losses) == 3
+
+
+def test_samples_are_what_generate_writes(stopped, capsys):
+    assert [row[:2] for row in samples_of(stopped)] == [(2, 0), (2, 1), (4, 0), (4, 1)]
+    for number, prompt in enumerate(PROMPTS):
+        flags = [f"--prompt={prompt}", "--max_new_tokens=9", "--dtype=float32", "--json"]
+        assert generate.main([f"--checkpoint={stopped}", *flags]) == 0
+        text = json.loads(capsys.readouterr().out)["text"]
+        assert samples_of(stopped)[2 + number] == (4, number, text)
+
+
+ALONE = SAMPLED | {"train__sample_temperature": 1.0, "train__steps": 3}
+ALONE |= {"monitoring__progress": "lines", "train__eval_batches": None}
+
+
+@pytest.fixture(scope="module")
+def alone(short_run, sets, tmp_path_factory):
+    """A run whose data has no validation split of its own, and what it printed."""
+    workdir, said = tmp_path_factory.mktemp("alone"), io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert short_run(workdir, data__path=sets["whole"], data__validation=sets, **ALONE) == 0
+    return workdir, said.getvalue()
+
+
+def test_without_a_split_of_its_own_all_targets_count(alone, sets):
+    workdir, said = alone
+    assert "warning: data.validation: whole is what the run trains on, not held out" in said
+    (row,) = rows_of(workdir)
+    counts = {name: row[f"eval_tokens/{name}"] for name in sets}
+    assert row["eval_tokens"] == sum(counts.values())
+    mean = sum(row[f"eval_loss/{name}"] * counts[name] for name in sets) / row["eval_tokens"]
+    assert row["eval_loss"] == pytest.approx(mean, rel=1e-12)
+
+
+def test_samples_are_shown_without_escape_codes(alone):
+    assert "sample   line  [31m 1 | " in alone[1]
+
+
+@pytest.mark.slow
+def test_samples_are_the_same_on_a_mesh_that_splits_rows(alone, short_run, sets, tmp_path):
+    mesh = {"mesh.fsdp": 2, "mesh.sequence": 2}
+    assert short_run(tmp_path, data__path=sets["whole"], **ALONE, **mesh) == 0
+    assert samples_of(tmp_path) == samples_of(alone[0])
+    assert len({text for _, _, text in samples_of(tmp_path)}) == 2
+    assert rows_of(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_pipeline_trains_without_samples_and_says_so(short_run, tmp_path, capfd):
+    mesh = {"mesh.stage": 2, "mesh.fsdp": 2, "model.num_layers": 2}
+    assert short_run(tmp_path, train__sample_prompts=["a"], train__steps=3, **mesh) == 0
+    problem = json.loads((tmp_path / "run.json").read_text())["samples_problem"]
+    assert "2 pipeline stages cannot decode" in problem
+    assert capfd.readouterr().err.count(f"warning: train.sample_prompts: {problem}") == 1
+    assert not (tmp_path / "samples.jsonl").exists()
