@@ -3,7 +3,9 @@
 import ast
 import importlib
 import re
+import runpy
 import shlex
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -201,3 +203,27 @@ def test_the_config_of_configs_md_is_whole(tmp_path: Path):
     flags = (f"--config={path}", f"--workdir={tmp_path}/run")
     config = parse_command_line(flags, TrainFlags, verb="train", doc="").config
     assert num_parameters(config.model) == 124_668_672
+
+
+def test_flags_of_the_kubernetes_template_exist():
+    lines = (ROOT / "launch" / "kubernetes.yaml").read_text(encoding="utf-8")
+    words = re.findall(r"^ +- (llamajax\.\w+|--\w.*)$", lines, re.MULTILINE)
+    at = words.index("llamajax.train")
+    found = [problem for word in words[1:at] for problem in problems_of("launch", word)]
+    found += [problem for word in words[at + 1 :] for problem in problems_of("train", word)]
+    assert len(words) > 8
+    assert not found
+
+
+def test_a_package_index_gets_no_link_to_a_file():
+    """setup.py takes them out; links of the web stay."""
+    make = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["without_local_links"]
+    assert make("![a](b.svg)\n\n[c](d.md#e) [f](https://g)") == "c [f](https://g)"
+    links = re.findall(r"\]\(([^)]*)\)", make((ROOT / "README.md").read_text(encoding="utf-8")))
+    assert all(link.startswith("https://") for link in links)
+
+
+def test_one_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(rf"^## .*{version}", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
