@@ -9,7 +9,7 @@ from typing import Literal
 from llamajax.config import WeightsFlags, key
 
 Protocol = Literal["non_overlapping", "sliding_window"]
-SOURCES = ("data", "text", "token_ids")
+SOURCES = ("data", "text", "token_ids", "tasks", "harness")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,36 @@ class EvaluateOptions(WeightsFlags):
         default=None,
         is_path=True,
     )
+    tasks: tuple[str, ...] | None = key(
+        "multiple choice: files of JSON lines, each with question, choices and answer (an index, a "
+        "letter, or the text); a task is named like its file (docs/evaluation.md)",
+        metavar="FILE.jsonl,...",
+        default=None,
+        is_path=True,
+    )
+    harness: tuple[str, ...] | None = key(
+        "tasks of EleutherAI's lm-evaluation-harness; needs the extra llamajax[harness]",
+        metavar="TASK,...",
+        default=None,
+    )
+    harness_tasks: str | None = key(
+        "with --harness: directory of further tasks (YAML)",
+        metavar="DIR",
+        default=None,
+        is_path=True,
+    )
+    num_fewshot: int | None = key(
+        "with --harness: examples before each question; none: as the task says",
+        metavar="N",
+        default=None,
+        at_least=0,
+    )
+    limit: int | None = key(
+        "with --harness: first questions of each task; none: all",
+        metavar="N",
+        default=None,
+        at_least=1,
+    )
     protocol: Protocol | None = key(
         "with --text. non_overlapping: window j reads tokens j*L to j*L + L - 1 of the text "
         "(L = --seq_len) and predicts the token after each, so that its first token, the last "
@@ -54,8 +84,8 @@ class EvaluateOptions(WeightsFlags):
         default=None,
     )
     seq_len: int | None = key(
-        "tokens a row or window; none: with --data that of the run which made the checkpoint, else "
-        "the model's context, at most 4096",
+        "tokens a row or window; none: with --data that of the run which made the checkpoint, with "
+        "--tasks and --harness the model's context, else that, at most 4096",
         metavar="N",
         default=None,
         at_least=1,
@@ -95,7 +125,8 @@ class EvaluateOptions(WeightsFlags):
         if len(given) != 1:
             yield (
                 f"{' and '.join(given) or 'no source'} given: name exactly one of "
-                "--data=PREPARED, --text=FILE and --token_ids=FILE.npy"
+                "--data=PREPARED, --text=FILE, --token_ids=FILE.npy, --tasks=FILE.jsonl and "
+                "--harness=TASK"
             )
         else:
             yield from _of_another_source(self)
@@ -105,7 +136,16 @@ class EvaluateOptions(WeightsFlags):
 
 
 def _of_another_source(flags: EvaluateOptions) -> list[str]:
-    serves = {"split": ("data",), "protocol": ("text",), "seq_len": ("data", "text")}
+    serves = {
+        "split": ("data",),
+        "protocol": ("text",),
+        "seq_len": ("data", "text", "tasks", "harness"),
+        "harness_tasks": ("harness",),
+        "num_fewshot": ("harness",),
+        "limit": ("harness",),
+        "max_batches": ("data", "text", "token_ids"),
+        "per_token_nll": ("data", "text", "token_ids"),
+    }
     problems = [
         f"--{name}={getattr(flags, name)} does not go with --{flags.source}: it belongs to "
         + " and ".join(f"--{source}" for source in sources)

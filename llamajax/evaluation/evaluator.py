@@ -1,5 +1,6 @@
 """The work of `evaluate`: open, check and load, then score and write."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -7,82 +8,128 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from llamajax import backends, sharding
 from llamajax.config.flags import mesh_config
-from llamajax.errors import UserError
+from llamajax.errors import UserError, say
 from llamajax.evaluation.evaluate_options import EvaluateOptions
 from llamajax.evaluation.row_sources import RowSource, open_rows
 from llamajax.evaluation.scoring import Score, rows_a_batch, score
 from llamajax.files import replaced_file
 from llamajax.formats.load_model import load_model
-from llamajax.formats.weights import open_weights
-from llamajax.models.llama import Compute
+from llamajax.formats.weights import Weights, open_weights
+from llamajax.models.llama import Compute, Llama
 from llamajax.monitoring import Progress
-from llamajax.ops.attention import best_attention
+from llamajax.ops.attention import AttentionChoice, best_attention
 
 # Tokens whose logits exist at one time on a device; changes memory only.
 _CHUNK_TOKENS = 512
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """A loaded model, and how it is computed."""
+
+    options: EvaluateOptions
+    machine: backends.Machine
+    mesh: Mesh
+    dtype: str
+    model: Llama
+
+    @classmethod
+    def load(cls, options: EvaluateOptions, weights: Weights) -> "Scorer":
+        """Start the machine and load the weights. Raises UserError for what a user can fix."""
+        machine = backends.start(options.backend_config, keep_programs=True)
+        devices = jax.devices()
+        # weights split over all devices, or copied where their width does not divide
+        axis = "fsdp" if weights.model.hidden_size % len(devices) == 0 else "data"
+        mesh = sharding.build_mesh(mesh_config(options.mesh, rest=axis), devices)
+        sharding.check_divides(weights.model.dims, mesh, batch=sharding.batch_shards(mesh))
+        dtype = options.dtype or backends.platform_facts(machine.platform).dtype
+        model = load_model(weights, machine, mesh, dtype, notes=())
+        return cls(options=options, machine=machine, mesh=mesh, dtype=dtype, model=model)
+
+    def attention(self, seq_len: int) -> AttentionChoice:
+        """Return the attention for rows of this length."""
+        return best_attention(self.machine, self.dtype, self.model.config.head_size, seq_len)
+
+    def score(self, rows: Any, *, keep: bool) -> Score:
+        """Score the batches of `rows` that the flags ask for. keep: the scores of every token."""
+        attention = self.attention(rows.seq_len)
+        say(f"compute  {self.dtype}, attention {attention.impl}")
+        for line in attention.warnings():
+            say(f"warning: {line}")
+        batch_size = rows_a_batch(rows, self.mesh, self.options.batch_size)
+        num_batches = -(-rows.num_rows // batch_size)
+        num_batches = min(num_batches, self.options.max_batches or num_batches)
+        mode = "auto" if self.machine.is_primary else "none"
+        progress = Progress(total_steps=num_batches, start_step=0, mode=mode, title="evaluate")
+        try:
+            return score(
+                self.model,
+                rows,
+                mesh=self.mesh,
+                compute=Compute(
+                    dtype=jnp.dtype(self.dtype),
+                    remat="none",
+                    attention=attention.impl,
+                    loss_chunk_tokens=_CHUNK_TOKENS,
+                ),
+                batch_size=batch_size,
+                num_batches=num_batches,
+                keep=keep,
+                show=progress.show,
+            )
+        finally:
+            progress.close()
+
+    def facts(self, weights: Weights, seq_len: int) -> dict[str, Any]:
+        """Return what the result says of the machine, the weights and the computation."""
+        attention = self.attention(seq_len)
+        return {
+            "platform": self.machine.platform,
+            "num_devices": self.machine.num_devices,
+            "checkpoint": str(weights.path),
+            "step": weights.step,
+            "dtype": self.dtype,
+            "attention": attention.impl,
+            "attention_reason": attention.reason,
+        }
+
+
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Score the rows and return the result as the verb prints it; write per-token losses if asked.
 
-    Raises UserError for what a user can fix.
+    To be called by all processes. Raises UserError for what a user can fix.
     """
     weights = open_weights(options.checkpoint)
-    source, model = open_rows(options, weights), weights.model
-    rows = source.rows
-    machine = backends.start(options.backend_config, keep_programs=True)
-    devices = jax.devices()
-    # weights split over all devices, or copied where their width does not divide
-    axis = "fsdp" if model.hidden_size % len(devices) == 0 else "data"
-    mesh = sharding.build_mesh(mesh_config(options.mesh, rest=axis), devices)
-    dtype = options.dtype or backends.platform_facts(machine.platform).dtype
-    attention = best_attention(machine, dtype, model.head_size, rows.seq_len)
-    batch_size = rows_a_batch(rows, mesh, options.batch_size)
-    sharding.check_divides(model.dims, mesh, batch=batch_size)
+    if options.harness is not None:
+        try:
+            from llamajax.evaluation.harness import run_harness
+        except ImportError as error:
+            raise UserError(
+                f"--harness needs lm-evaluation-harness ({error}): pip install 'llamajax[harness]'"
+            ) from error
+        return run_harness(options, weights)
+    source = open_rows(options, weights)
+    scorer = Scorer.load(options, weights)
     stride = "" if source.stride is None else f", stride {source.stride}"
-    notes = [
-        f"compute  {dtype}, attention {attention.impl}",
-        *(f"warning: {line}" for line in attention.warnings()),
-        f"rows     {rows.num_rows} of {source.seq_len} tokens, {source.protocol}{stride}",
-    ]
-    loaded = load_model(weights, machine, mesh, dtype, notes=notes)
-    all_batches = -(-rows.num_rows // batch_size)
-    num_batches = min(all_batches, options.max_batches or all_batches)
-    progress = Progress(total_steps=num_batches, start_step=0, title="evaluate")
-    try:
-        found = score(
-            loaded,
-            rows,
-            mesh=mesh,
-            compute=Compute(
-                dtype=jnp.dtype(dtype),
-                remat="none",
-                attention=attention.impl,
-                loss_chunk_tokens=_CHUNK_TOKENS,
-            ),
-            batch_size=batch_size,
-            num_batches=num_batches,
-            keep=options.per_token_nll is not None,
-            show=progress.show,
-        )
-    finally:
-        progress.close()
-    if found.per_token is not None:
+    longest = f"at most {source.seq_len} tokens"
+    say(f"rows     {source.rows.num_rows} of {longest}, {source.protocol}{stride}")
+    keep = options.per_token_nll is not None
+    found = scorer.score(source.rows, keep=keep or source.tasks is not None)
+    if keep and scorer.machine.is_primary:
         out, label = Path(options.per_token_nll), f"--per_token_nll={options.per_token_nll}"
         with replaced_file(out, label=label) as hidden, hidden.open("wb") as file:
             np.save(file, found.per_token.reshape(source.shape or (1, -1)))
-    return _result(source, found, complete=num_batches == all_batches) | {
-        "platform": machine.platform,
-        "num_devices": machine.num_devices,
-        "checkpoint": str(weights.path),
-        "step": weights.step,
-        "dtype": dtype,
-        "attention": attention.impl,
-        "attention_reason": attention.reason,
-    }
+    if source.tasks is None:
+        batch_size = rows_a_batch(source.rows, scorer.mesh, options.batch_size)
+        limit = math.inf if options.max_batches is None else options.max_batches * batch_size
+        result = _result(source, found, complete=limit >= source.rows.num_rows)
+    else:
+        result = _task_result(source, found)
+    return result | scorer.facts(weights, source.rows.seq_len)
 
 
 def _result(source: RowSource, found: Score, *, complete: bool) -> dict[str, Any]:
@@ -101,3 +148,13 @@ def _result(source: RowSource, found: Score, *, complete: bool) -> dict[str, Any
         "seq_len": source.seq_len,
         "stride": source.stride,
     }
+
+
+def _task_result(source: RowSource, found: Score) -> dict[str, Any]:
+    """Loss and what follows from it of the right choices of all tasks, and each task's figures."""
+    tasks = source.tasks.results(source.rows.sums(found)[0])
+    tokens = sum(figures["tokens"] for figures in tasks.values())
+    nll = sum(figures["loss"] * figures["tokens"] for figures in tasks.values())
+    num_bytes = sum(figures["bytes"] for figures in tasks.values())
+    right = dataclasses.replace(source, num_bytes=num_bytes)
+    return _result(right, Score(nll, tokens, None, None), complete=True) | {"tasks": tasks}

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from llamajax.corpus.input_files import format_of, read_text
-from llamajax.data import load_tokenizer
-from llamajax.errors import UserError
+from llamajax.data import Tokenizer, load_tokenizer
+from llamajax.errors import UserError, say
+from llamajax.evaluation.continuations import ContinuationRows, packed_length
 from llamajax.evaluation.evaluate_options import EvaluateOptions
+from llamajax.evaluation.task_files import Tasks, open_tasks
 from llamajax.evaluation.windows import WindowRows, non_overlapping, separate, sliding_window
 from llamajax.formats.weights import Weights
 from llamajax.tokenizers.loading import MANIFEST
@@ -32,13 +34,13 @@ class RowSource:
     stride: int | None = None
     num_bytes: int | None = None
     shape: tuple[int, int] | None = None
+    tasks: Tasks | None = None
 
 
 def open_rows(options: EvaluateOptions, weights: Weights) -> RowSource:
     """Open the rows that the flags name. Raises UserError."""
-    if options.source == "data":
-        return _prepared(options, weights)
-    return _text(options, weights) if options.source == "text" else _token_ids(options, weights)
+    sources = {"data": _prepared, "text": _text, "token_ids": _token_ids, "tasks": _tasks}
+    return sources[options.source](options, weights)
 
 
 def _prepared(options: EvaluateOptions, weights: Weights) -> RowSource:
@@ -85,14 +87,7 @@ def _text(options: EvaluateOptions, weights: Weights) -> RowSource:
                 "one before it in its window; for windows that do not overlap use "
                 "--protocol=non_overlapping"
             )
-    if weights.tokenizer is None:
-        raise UserError(
-            f"{weights.path} has no tokenizer, and --text needs one: put the tokenizer.json or "
-            "tokenizer.model of the model there, or give --token_ids"
-        )
-    tokenizer = weights.load_tokenizer()
-    check_vocabulary(tokenizer, weights.model.vocab_size)
-    text = read_text(path)
+    tokenizer, text = needed_tokenizer(options, weights), read_text(path)
     # Without a BOS token EOS precedes the first target, as in lm-evaluation-harness.
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     ids = np.array([first, *tokenizer.encode(text)], np.int32)
@@ -109,6 +104,33 @@ def _text(options: EvaluateOptions, weights: Weights) -> RowSource:
         stride=stride,
         num_bytes=len(text.encode()),
     )
+
+
+def _tasks(options: EvaluateOptions, weights: Weights) -> RowSource:
+    tokenizer = needed_tokenizer(options, weights)
+    seq_len = context_length(options, weights)
+    tasks = open_tasks(options.tasks, tokenizer, seq_len=seq_len, label="--tasks")
+    for line in tasks.warnings():
+        say(f"warning: {line}")
+    rows = ContinuationRows(tasks.encoded, packed_length(tasks.encoded, at_most=seq_len))
+    return RowSource(rows=rows, protocol="tasks", seq_len=seq_len, tasks=tasks)
+
+
+def context_length(options: EvaluateOptions, weights: Weights) -> int:
+    """Return the most tokens that are read at a time: the model's context, or fewer if asked."""
+    return _seq_len(options, weights, default=weights.model.max_seq_len)
+
+
+def needed_tokenizer(options: EvaluateOptions, weights: Weights) -> Tokenizer:
+    """Load the model's tokenizer. UserError where there is none, or one that does not fit."""
+    if weights.tokenizer is None:
+        raise UserError(
+            f"{weights.path} has no tokenizer, and --{options.source} needs one: put the "
+            "tokenizer.json or tokenizer.model of the model there, or give --token_ids"
+        )
+    tokenizer = weights.load_tokenizer()
+    check_vocabulary(tokenizer, weights.model.vocab_size)
+    return tokenizer
 
 
 def _token_ids(options: EvaluateOptions, weights: Weights) -> RowSource:

@@ -6,35 +6,39 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llamajax import sharding
 from llamajax.models.llama import Batch, Compute, Llama
 from llamajax.models.sharded_step import by_documents, sharded_step
-from llamajax.sharding.collectives import pcast_varying
+from llamajax.ops.cross_entropy import TokenScores
+from llamajax.sharding.collectives import pcast_varying_tree
 
 # Of one device, where the user names no batch size: enough to keep it busy, and little memory.
 _TOKENS_A_DEVICE = 8192
 
 
 class Score(NamedTuple):
-    """Sums over the scored tokens; each one's loss in the order of the rows, if it was kept."""
+    """Sums over the scored tokens, and the scores of each one in order, if they were kept."""
 
     nll: float  # nats
     tokens: int
     per_token: np.ndarray | None  # float32 (tokens,)
+    greedy: np.ndarray | None  # bool (tokens,): whether no token is more probable
 
 
-def token_losses(compute: Compute, mesh: Mesh) -> Callable[[Llama, Batch], jax.Array]:
-    """Jitted loss of each target of a batch in nats, float32 (B, T) sharded like the batch."""
+def token_scores(compute: Compute, mesh: Mesh) -> Callable[[Llama, Batch], TokenScores]:
+    """Return the jitted scores of each target of a batch (B, T), whole on each device."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def local(model: Llama, batch: Batch) -> jax.Array:
-        model = pcast_varying(model, "data")
-        return by_documents(lambda compute: model.token_nll(batch, compute), batch, compute)
+    def local(model: Llama, batch: Batch) -> TokenScores:
+        model = pcast_varying_tree(model)
+        return by_documents(lambda compute: model.token_scores(batch, compute), batch, compute)
 
-    def step(model: Llama, batch: Batch) -> jax.Array:
+    def step(model: Llama, batch: Batch) -> TokenScores:
         tokens = sharding.batch_spec(mesh)
-        return sharded_step(local, mesh, model, (tokens,), tokens, compute)(model, batch)
+        found = sharded_step(local, mesh, model, (tokens,), tokens, compute)(model, batch)
+        return jax.tree.map(lambda x_BT: jax.sharding.reshard(x_BT, everywhere), found)
 
     return jax.jit(step)
 
@@ -62,23 +66,27 @@ def score(
     rows: `WindowRows` or `PackedRows`. keep: whether to keep the loss of every token. show: called
     with a row of metrics a batch. A batch is read while the one before it is computed.
     """
-    losses = token_losses(compute, mesh)
-    found: list[np.ndarray] = []
+    run, local = token_scores(compute, mesh), sharding.local_rows(mesh, batch_size)
+    kept: list[tuple[np.ndarray, np.ndarray]] = []
     nll, tokens, start_s = 0.0, 0, time.monotonic()
-    pending: tuple[jax.Array, np.ndarray] | None = None
+    pending: tuple[TokenScores, np.ndarray] | None = None
     for number in range(num_batches + 1):
         current = None
         if number < num_batches:
             batch = rows.batch(range(number * batch_size, (number + 1) * batch_size))
             mask = batch.pop("loss_mask")
-            current = losses(model, sharding.put_batch(batch, mesh)), mask
+            here = {name: array[local.start : local.stop] for name, array in batch.items()}
+            current = run(model, sharding.put_batch(here, mesh)), mask
         if pending is not None:
-            scored = np.asarray(pending[0])[pending[1]]
-            found += [scored] if keep else []
+            scored, greedy = (np.asarray(x)[pending[1]] for x in pending[0])
+            kept += [(scored, greedy)] if keep else []
             nll += float(scored.sum(dtype=np.float64))
             tokens += len(scored)
             seconds = time.monotonic() - start_s
             row = {"step": number, "loss": nll / max(1, tokens), "tokens_per_s": tokens / seconds}
             show(row | {"step_time_s": seconds / number})
         pending = current
-    return Score(nll, tokens, np.concatenate(found) if keep else None)
+    per_token = (
+        [np.concatenate(parts) for parts in zip(*kept, strict=True)] if keep else (None,) * 2
+    )
+    return Score(nll, tokens, *per_token)

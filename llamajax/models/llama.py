@@ -36,6 +36,7 @@ shared out: each stage has those of every P-th microbatch. Where an axis has one
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -58,12 +59,19 @@ from llamajax.models.pipeline import (
 from llamajax.models.remat import remat_policy
 from llamajax.ops.attention import attention, documents_for
 from llamajax.ops.attention_split import local_tokens
-from llamajax.ops.cross_entropy import LossTerms, cross_entropy, token_nll
+from llamajax.ops.cross_entropy import LossTerms, TokenScores, cross_entropy, token_scores
 from llamajax.ops.embedding import embed
 from llamajax.ops.linear import linear
 from llamajax.ops.norm import rms_norm
 from llamajax.ops.rope import angles, attention_factor, frequencies, rotate
-from llamajax.sharding.collectives import all_gather, enter_tensor, gather, leave_tensor
+from llamajax.sharding.collectives import (
+    all_gather,
+    enter_tensor,
+    gather,
+    leave_tensor,
+    pcast_varying_like,
+    psum,
+)
 from llamajax.sharding.float8 import Float8
 
 # Arrays (B, S), or (B, T) of a local part, by name:
@@ -216,10 +224,21 @@ def local_part(x_BS: jax.Array, compute: Compute) -> jax.Array:
     return local_microbatches(local_tokens(x_BS), microbatch_size=compute.pipeline.microbatch_size)
 
 
+def from_local_part(x: jax.Array, shape_BS: tuple[int, int], compute: Compute) -> jax.Array:
+    """Join what the devices along `sequence` and `stage` have computed of their `local_part`."""
+    if x.shape == shape_BS:
+        return x
+    number_BS = jnp.arange(math.prod(shape_BS), dtype=jnp.int32).reshape(shape_BS)
+    where = local_part(number_BS, compute).reshape(-1)
+    zeros = pcast_varying_like(jnp.zeros(math.prod(shape_BS), jnp.float32), x)
+    flat = zeros.at[where].set(x.reshape(-1).astype(jnp.float32), unique_indices=True)
+    return psum(flat, ("sequence", "stage")).reshape(shape_BS).astype(x.dtype)
+
+
 class Llama(nnx.Module):
     """The whole model. `blocks` is one Block whose weights have a leading dimension L.
 
-    Training and its evaluation call `loss_terms`, scoring of texts calls `token_nll`. Both call
+    Training and its evaluation call `loss_terms`, scoring of texts calls `token_scores`. Both call
     `hidden_states`, which calls `forward` on the local tokens, or runs the pipeline if layers are
     split over `stage`. Decoding and `replay` call `forward` themselves, on meshes without `stage`.
     """
@@ -250,18 +269,18 @@ class Llama(nnx.Module):
             split_tokens=compute.split_tokens,
         )
 
-    def token_nll(self, batch: Batch, compute: Compute) -> jax.Array:
-        """Return the negative log-likelihood of each target, nats, float32 (B, S).
-
-        Rows must be whole: no `sequence`, no `stage`, no `split_tokens`.
-        """
-        return token_nll(
+    def token_scores(self, batch: Batch, compute: Compute) -> TokenScores:
+        """Return the scores of each target (B, S), the same along `sequence` and `stage`."""
+        targets_BS = batch["targets"]
+        found = token_scores(
             self.hidden_states(batch, compute),
             self.head_or_embedding[...],
-            batch["targets"],
+            local_part(targets_BS, compute),
             vocab_size=self.config.vocab_size,
             chunk_tokens=compute.loss_chunk_tokens,
+            split_tokens=compute.split_tokens,
         )
+        return jax.tree.map(lambda x: from_local_part(x, targets_BS.shape, compute), found)
 
     def hidden_states(self, batch: Batch, compute: Compute) -> jax.Array:
         """Return the last hidden states (B, T, D) of this device's `local_part` of the batch.

@@ -22,6 +22,13 @@ class LossTerms(NamedTuple):
     z: jax.Array  # squared log-partition (z-loss, PaLM, arXiv:2204.02311)
 
 
+class TokenScores(NamedTuple):
+    """Of each target (B, T): how probable it is, and whether nothing is more probable."""
+
+    nll: jax.Array  # negative log-likelihood, nats, float32
+    greedy: jax.Array  # bool
+
+
 class _Settings(NamedTuple):
     vocab_size: int
     z_weight: float
@@ -57,28 +64,35 @@ def cross_entropy(
     return LossTerms(*_sum_losses(x_NCD, head_VD, targets_NC, mask_NC, settings))
 
 
-def token_nll(
+def token_scores(
     x_BTD: jax.Array,
     head_VD: jax.Array,
     targets_BT: jax.Array,
     *,
     vocab_size: int,
     chunk_tokens: int,
-) -> jax.Array:
-    """Negative log-likelihood of each target in nats, float32 (B, T); for measuring, not training.
+    split_tokens: bool = False,
+) -> TokenScores:
+    """Score each target; for measuring, not training.
 
     The terms that `cross_entropy` sums, with the same arguments and the same chunks of logits.
     """
+    if split_tokens:
+        x_BTD = collectives.enter_tensor(x_BTD, split_tokens=True)
     x_NCD, targets_NC = _in_chunks(x_BTD, targets_BT, chunk_tokens=chunk_tokens)
-    settings = _Settings(vocab_size, 0.0, x_BTD.dtype, False)
+    settings = _Settings(vocab_size, 0.0, x_BTD.dtype, split_tokens)
     head = _gather_head(head_VD, settings)
 
     def body(carry, part):
-        log_partition, target, _ = _chunk_logs(part[0], head, part[1], settings)
-        return carry, log_partition - target
+        log_partition, target, (odds, _, is_target) = _chunk_logs(part[0], head, part[1], settings)
+        # The odds of the most probable tokens are exactly 1.
+        top = collectives.psum(jnp.sum(jnp.where(is_target, odds, 0.0), axis=1), "tensor") == 1.0
+        return carry, TokenScores(log_partition - target, top)
 
-    _, nll_NC = jax.lax.scan(body, None, (x_NCD, targets_NC))
-    return nll_NC.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
+    _, found = jax.lax.scan(body, None, (x_NCD, targets_NC))
+    return jax.tree.map(
+        lambda x_NC: x_NC.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape), found
+    )
 
 
 def _in_chunks(*arrays: jax.Array, chunk_tokens: int) -> list[jax.Array]:

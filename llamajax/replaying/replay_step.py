@@ -17,7 +17,7 @@ from llamajax.backends.platforms import platform_facts
 from llamajax.config.flags import mesh_config
 from llamajax.data.batches import make_batch
 from llamajax.errors import UserError, say
-from llamajax.evaluation.scoring import token_losses
+from llamajax.evaluation.scoring import token_scores
 from llamajax.monitoring import Progress
 from llamajax.replaying.document_losses import DocumentLosses, document_losses
 from llamajax.replaying.evidence import Evidence, RecordComparison, same_number
@@ -132,7 +132,7 @@ def _forward(
     c = setup.config
     model = setup.spec.to_stored_order(state).whole
     compute = dataclasses.replace(setup.compute, split_tokens=False, remat="none")
-    probe, losses = nonfinite_probe(compute, mesh), token_losses(compute, mesh)
+    probe, scores = nonfinite_probe(compute, mesh), token_scores(compute, mesh)
     size = eval_batch_size(c)
     probed, nll = [], []
     for start in range(0, c.data.global_batch_size, size):
@@ -140,7 +140,7 @@ def _forward(
         rows = put_batch(c.data, mesh, part)
         probed.append(jax.device_get(probe(model, rows)))
         del rows["loss_mask"]
-        nll.append(jax.device_get(losses(model, rows)))
+        nll.append(jax.device_get(scores(model, rows).nll))
     layers_L6B, last_B = (np.concatenate(parts, axis=-1) for parts in zip(*probed, strict=True))
     nll_BT = np.where(batch["loss_mask"], np.concatenate(nll), 0)
     named = [("embedded tokens", layers_L6B[0, 0])]

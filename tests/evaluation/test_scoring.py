@@ -1,5 +1,6 @@
 """The loss of each token on any mesh, in any batch size, against plain logits."""
 
+import dataclasses
 import functools
 
 import jax
@@ -16,7 +17,7 @@ from llamajax.models.llama import Llama
 
 CONFIG = tiny_model(vocab_size=131, rope_theta=12_345.0, norm_eps=1e-4, init_std=0.4)
 IDS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 61).astype(np.int32)
-ROWS = WindowRows(IDS, sliding_window(len(IDS), 12, 5))
+ROWS = WindowRows(IDS, sliding_window(len(IDS), 13, 5))
 TOLERANCE = 1e-5  # nats, of losses of several nats: float32, sums in another order
 
 
@@ -45,7 +46,10 @@ def run(shape: dict[str, int], batch_size: int, **options):
     batch_size, shown = rows_a_batch(ROWS, mesh, batch_size), []
     whole = {"num_batches": -(-ROWS.num_rows // batch_size), "keep": True}
     options = whole | options | {"batch_size": batch_size, "show": shown.append}
-    return score(placed, ROWS, mesh=mesh, compute=COMPUTE, **options), shown
+    attention = "split" if mesh.shape["sequence"] > 1 else COMPUTE.attention
+    changes = {"attention": attention, "split_tokens": mesh.shape["tensor"] > 1}
+    compute = dataclasses.replace(COMPUTE, **changes)
+    return score(placed, ROWS, mesh=mesh, compute=compute, **options), shown
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
@@ -59,7 +63,14 @@ def test_padding_never_counts(batch_size):
 
 
 @pytest.mark.parametrize(
-    "shape", [{"fsdp": 2, "tensor": 2}, {"data": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
+    "shape",
+    [
+        {"data": 2},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"sequence": 2, "tensor": 2},
+        {"stage": 2, "fsdp": 2, "sequence": 2},
+    ],
+    ids=str,
 )
 def test_every_mesh_gives_the_same_losses(shape):
     found, _ = run(shape, 3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from meshes import on_mesh
 
-from llamajax.ops.cross_entropy import cross_entropy, token_nll
+from llamajax.ops.cross_entropy import cross_entropy, token_scores
 from llamajax.ops.embedding import embed
 from llamajax.sharding import BATCH_AXES
 from llamajax.sharding.collectives import pcast_varying, psum
@@ -94,14 +94,19 @@ def test_the_same_without_the_check_of_varying_axes():
 
 
 @pytest.mark.parametrize(("sizes", "chunk"), SPLITS[3:], ids=str)
-def test_losses_of_single_tokens_equal_float64(sizes, chunk):
-    def losses(x, head, targets):
+def test_scores_of_single_tokens_equal_float64(sizes, chunk):
+    def scores(x, head, targets):
         head = pcast_varying(head, "data")
-        return (token_nll(x, head, targets, vocab_size=VOCAB, chunk_tokens=chunk),)
+        return tuple(token_scores(x, head, targets, vocab_size=VOCAB, chunk_tokens=chunk))
 
-    arrays = list(inputs().items())[:3]
-    (found,) = on_mesh(sizes, losses, arrays, ("BT",))
-    np.testing.assert_allclose(found, reference(VOCAB, 0.0)[4], rtol=0, atol=TOLERANCE * 10)
+    arrays = inputs()
+    logits = arrays["BTD"].astype(np.float64) @ arrays["VD"][:VOCAB].T.astype(np.float64)
+    expected, probable = reference(VOCAB, 0.0)[4], np.argmax(logits, axis=-1) == arrays["BT"]
+    assert not probable.any()
+    arrays["BT"][:, 3:] = np.argmax(logits, axis=-1)[:, 3:]
+    found, greedy = on_mesh(sizes, scores, list(arrays.items())[:3], ("BT", "BT"))
+    np.testing.assert_array_equal(greedy, np.broadcast_to(np.arange(T) >= 3, (B, T)))
+    np.testing.assert_allclose(found[:, :3], expected[:, :3], rtol=0, atol=TOLERANCE * 10)
 
 
 MESHES = [{}, {"fsdp": 2}, {"tensor": 2}, {"fsdp": 2, "tensor": 2}, ALL_AXES]
