@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import itertools
 import json
 import math
 from pathlib import Path
@@ -31,9 +32,15 @@ from llamajax import data, evaluate, sharding
 from llamajax.config import freeze, to_json_dict
 from llamajax.errors import UserError
 from llamajax.models.llama import Llama
+from llamajax.tokenizers import load_tokenizer
 from llamajax.training.step import eval_step
 
 TOLERANCE = 1e-5  # nats: float32 against float32, sums in another order
+TASK = """
+{"question": "Call me", "choices": ["whales", "Ishmael.", "é"], "answer": 1}
+{"ctx": "A whale is ", "endings": [" a fish", "larger"], "label": "1"}
+{"question": "", "choices": {"text": ["no", "yes, it is"], "label": ["A", "B"]}, "answerKey": "B"}
+"""
 CONTRACT = {"loss", "perplexity", "tokens", "platform", "num_devices"}
 MISTAKES = {
     "--token_ids=float.npy": "is float64",
@@ -62,6 +69,14 @@ MISTAKES = {
     "--text=text.txt --protocol=sliding_window --stride=0 --batch_size=0": "(?s)stride=0.*size=0",
     "--data=prepared --split=test": "it has train, validation",
     "--data=missing": "no such directory",
+    "--tasks=missing.jsonl": "--tasks: missing.jsonl: cannot be read: No such file",
+    "--tasks=empty.txt": "holds no question",
+    "--tasks=lines.jsonl": r"(?s)cannot be used:.*line 1: has no question \(any of question, c",
+    "--tasks=task.jsonl,a/task.jsonl": "two files are called task",
+    "--tasks=task.jsonl --seq_len=3": "(?s)line 2: .* 'whales' has 7 tokens .*between 1 and 3",
+    "--tasks=task.jsonl --max_batches=1": "--max_batches=1 does not go with --tasks",
+    "--tasks=task.jsonl --limit=5": "--limit=5 does not go with --tasks: it belongs to --harness",
+    "--tasks=task.jsonl --text=text.txt": "--text and --tasks given",
     "--data=foreign": r"its tokens are 0\.\.284, the vocabulary of the model 0\.\.257",
 }
 
@@ -153,6 +168,39 @@ def test_protocols_equal_a_loop_with_transformers(grouped, protocol, tmp_path, c
     assert (found["seq_len"], found["stride"]) == (seq_len, stride)
 
 
+def test_tasks_equal_losses_of_the_same_ids(grouped, tmp_path, capsys):
+    """The tokens are bytes after BOS, so that what is scored can be written down."""
+    (tmp_path / "small.v1.jsonl").write_text(TASK)
+    texts = [
+        ("Call me", " whales"), ("Call me", " Ishmael."), ("Call me", " é"),
+        ("A whale is", "  a fish"), ("A whale is", " larger"), ("", "no"), ("", "yes, it is"),
+    ]  # fmt: skip
+    tokenizer, ids = load_tokenizer(grouped / "tokenizer.json"), np.zeros((len(texts), 20), int)
+    for row, both in zip(ids, texts, strict=True):
+        known = [*tokenizer.start_ids, *tokenizer.encode("".join(both))]
+        row[: len(known)] = known
+    np.save(tmp_path / "ids.npy", ids)
+    out = tmp_path / "out.npy"
+    run(capsys, grouped, f"--token_ids={tmp_path / 'ids.npy'}", f"--per_token_nll={out}")
+    nll = [
+        row[len(context.encode()) :][: len(text.encode())].sum()
+        for row, (context, text) in zip(np.load(out), texts, strict=True)
+    ]
+    found = run(capsys, grouped, f"--tasks={tmp_path / 'small.v1.jsonl'}", "--mesh=fsdp=4,tensor=2")
+    task = found["tasks"].pop("small")
+    assert not found["tasks"]
+    assert (task["questions"], task["truncated"]) == (3, 0)
+    firsts, right = (0, 3, 5, 7), (1, 4, 6)
+    sizes = np.array([6, 8, 2, 7, 6, 2, 10])  # bytes of the choices
+    for name, losses in (("accuracy", nll), ("accuracy_by_length", nll / sizes)):
+        best = [begin + np.argmin(losses[begin:end]) for begin, end in itertools.pairwise(firsts)]
+        assert task[name] == np.mean(np.equal(best, right)), name
+    total = sum(nll[i] for i in right)
+    assert task["bits_per_byte"] == pytest.approx(total / math.log(2) / 24, rel=1e-5)
+    assert (found["tokens"], found["bytes"]) == (26, 24)
+    assert found["loss"] == task["loss"] == pytest.approx(total / 26, rel=1e-5)
+
+
 def test_a_split_gives_the_loss_that_training_logs(trained, capsys):
     workdir, config, model = trained
     found = run(capsys, workdir, f"--data={config.data.path}")
@@ -213,6 +261,7 @@ def wrong(prepared):
         np.save(prepared / f"{name}.npy", array, allow_pickle=True)
     (prepared / "empty.txt").write_text("")
     (prepared / "text.txt").write_text(TEXT)
+    (prepared / "task.jsonl").write_text(TASK)
     (prepared / "lines.jsonl").write_text("{}\n")
     (prepared / "latin1.txt").write_bytes("naïve".encode("latin-1"))
     return prepared

@@ -20,8 +20,8 @@ _NAMES = {
     "platforms": ("computes_attention", "platform_facts", "platform_of_attention"),
     "plugin": ("built_for",),
     "process_environment": (
-        "child_environment", "exit_with_launcher", "last_alive_s", "report_alive",
-        "report_checkpoint",
+        "child_environment", "exit_with_launcher", "keep_harness_from_forking", "last_alive_s",
+        "report_alive", "report_checkpoint",
     ),
     "repairs": ("PlatformVerdict", "ProbeResult", "write_verdict"),
     "runtime": ("Machine", "start"),

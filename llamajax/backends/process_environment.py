@@ -301,3 +301,8 @@ def last_alive_s(log: int) -> float:
         return os.fstat(log).st_mtime
     except OSError:
         return time.monotonic()
+
+
+def keep_harness_from_forking() -> None:
+    """Have lm-evaluation-harness draw its bootstrap samples here: a fork of JAX's threads hangs."""
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")

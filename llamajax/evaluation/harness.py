@@ -19,14 +19,15 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from llamajax import sharding
+from llamajax.backends import keep_harness_from_forking
 from llamajax.decoding.engine import Engine
 from llamajax.decoding.generate_options import Sampling
 from llamajax.decoding.prompts import Prompt, eos_ids
 from llamajax.errors import UserError, say
 from llamajax.evaluation.continuations import Continuation, ContinuationRows, packed_length
 from llamajax.evaluation.evaluate_options import EvaluateOptions
-from llamajax.evaluation.evaluator import Scorer
 from llamajax.evaluation.row_sources import context_length, needed_tokenizer
+from llamajax.evaluation.scorer import Scorer
 from llamajax.formats.weights import Weights, open_weights
 
 _PROMPTS_A_DEVICE = 8
@@ -44,6 +45,7 @@ class HarnessModel(TemplateLM):
         device, max_batch_size: what the harness passes to every model; of no use here.
         """
         super().__init__()
+        keep_harness_from_forking()
         options = EvaluateOptions(**flags)
         self.weights = open_weights(options.checkpoint)
         self._tokenizer = needed_tokenizer(options, self.weights)
@@ -189,7 +191,7 @@ def run_harness(options: EvaluateOptions, weights: Weights) -> dict[str, Any]:
         log_samples=False,
     )
     figures = {
-        name: {key: _plain(value) for key, value in row.items() if key != "alias"}
+        name: {key: _plain(value) for key, value in row.items() if "," in key}
         for name, row in (found["results"] | found.get("groups", {})).items()
     }
     fixed = {"loss": None, "perplexity": None, "tokens": model.scored_tokens}

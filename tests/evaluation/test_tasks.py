@@ -1,0 +1,137 @@
+"""Tasks: what rows of a file mean, how they are encoded and cut, and their scores when packed."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from meshes import mesh_of
+from test_scoring import CONFIG, IDS, TOLERANCE, model
+from tiny_model import COMPUTE
+
+from llamajax import sharding
+from llamajax.errors import UserError
+from llamajax.evaluation.continuations import Continuation, ContinuationRows, packed_length
+from llamajax.evaluation.scoring import rows_a_batch, score
+from llamajax.evaluation.task_files import encode_continuation, open_tasks
+from llamajax.tokenizers import load_tokenizer
+
+CHOICES = ["blue", "1", "red"]
+ANSWERS = {0: 0, 2: 2, "2": 2, "B": 1, " C ": 2, "blue": 0, "1": 1}
+MISTAKES = {
+    "[]": "a list, not a JSON object",
+    "{'question'": "not valid JSON",
+    '{"choices": ["a", "b"], "answer": 0}': "has no question",
+    '{"question": "q", "answer": 0}': "has no choices",
+    '{"question": "q", "choices": ["a", "b"]}': "has no answer",
+    '{"question": "q", "ctx": "c", "choices": ["a", "b"], "answer": 0}': "has question and ctx",
+    '{"question": 7, "choices": ["a", "b"], "answer": 0}': "the question must be a text, not 7",
+    '{"question": "q", "choices": ["a"], "answer": 0}': "at least two texts",
+    '{"question": "q", "choices": ["a", " "], "answer": 0}': "not empty, not ' '",
+    '{"question": "q", "choices": ["a", "b"], "answer": 2}': "2 names none of 2 choices",
+    '{"question": "q", "choices": ["a", "b"], "answer": -1}': "-1 names none",
+    '{"question": "q", "choices": ["a", "b"], "answer": true}': "True names none",
+    '{"question": "q", "choices": ["a", "b"], "answer": "c"}': "'c' names none",
+    '{"question": "q", "choices": ["B", "b"], "answer": "B"}': r"'B' names choices \[0, 1\]",
+}
+
+
+@pytest.fixture
+def task_file(tmp_path):
+    def write(*lines: str):
+        (tmp_path / "t.jsonl").write_text("\n".join(lines))
+        return [str(tmp_path / "t.jsonl")]
+
+    return write
+
+
+def opened(paths, seq_len=64):
+    return open_tasks(paths, load_tokenizer("byte"), seq_len=seq_len, label="--tasks")
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=repr)
+def test_spellings_of_an_answer(task_file, answer):
+    row = {"question": "q", "choices": CHOICES, "answer": answer}
+    (question,) = opened(task_file(json.dumps(row))).questions["t"]
+    assert question.answer == ANSWERS[answer]
+
+
+def test_labels_are_names_of_choices(task_file):
+    choices = {"text": CHOICES, "label": ["1", "2", "3"]}
+    row = {"question": "q", "choices": choices, "answerKey": "3"}
+    (question,) = opened(task_file(json.dumps(row))).questions["t"]
+    assert (question.choices, question.answer) == (tuple(CHOICES), 2)
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_mistakes_name_their_line(task_file, line):
+    good = '{"question": "q", "choices": ["a", "b"], "answer": 0}'
+    with pytest.raises(UserError, match=f"(?s)--tasks: .*line 3: .*{MISTAKES[line]}"):
+        opened(task_file(good, "", line))
+
+
+def test_long_questions_lose_their_beginning(task_file):
+    row = {"question": "abcdefgh", "choices": ["x", "yz"], "answer": 0}
+    tasks = opened(task_file(json.dumps(row), json.dumps(row | {"question": "a"})), seq_len=9)
+    tokenizer = load_tokenizer("byte")
+    texts = [tokenizer.decode(each.ids.tolist()) for each in tasks.encoded]
+    assert texts == ["abcdefgh x"[-10:], "bcdefgh yz", "a x", "a yz"]
+    assert [each.is_cut for each in tasks.encoded] == [True, True, False, False]
+    (line,) = tasks.warnings()
+    assert line.startswith("task t: 1 of 2 questions are longer")
+
+
+def test_white_space_before_a_continuation_is_part_of_it():
+    tokenizer = load_tokenizer("byte")
+    first = tokenizer.start_ids
+    assert encode_continuation(tokenizer, "ab", " c") == ([*first, *b"ab c"], 2)
+    assert encode_continuation(tokenizer, "ab \n", "c") == ([*first, *b"ab \nc"], 3)
+    ids, count = encode_continuation(tokenizer, "", "c")
+    assert (ids[1:], count) == ([*b"c"], 1), "something is before the first token"
+
+
+def alone(found: list[Continuation]) -> list[float]:
+    """The loss of each continuation in a row of its own, from the logits in float64."""
+    logits = jax.jit(lambda weights, batch: weights.logits(batch, COMPUTE))
+    losses = []
+    for each in found:
+        tokens = np.zeros((1, 24), np.int32)
+        tokens[0, : len(each.ids) - 1] = each.ids[:-1]
+        batch = {"tokens": tokens, "positions": np.arange(24, dtype=np.int32)[None]}
+        scores = np.asarray(logits(model(), batch), np.float64)[0, : len(each.ids) - 1]
+        chosen = scores[np.arange(len(scores)), each.ids[1:]]
+        nll = np.log(np.exp(scores).sum(axis=1)) - chosen
+        losses.append(nll[-each.num_targets :].sum())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("shape", "packed"),
+    [({}, True), ({}, False), ({"stage": 2, "fsdp": 2, "tensor": 2}, True), ({"data": 8}, True)],
+    ids=str,
+)
+def test_packed_continuations_have_the_losses_they_have_alone(shape, packed):
+    lengths = [(9, 3), (5, 1), (24, 7), (2, 1), (13, 12), (8, 4), (8, 2)]
+    found = [Continuation(IDS[i : i + size + 1], count) for i, (size, count) in enumerate(lengths)]
+    assert packed_length(found, at_most=1000) == 128
+    rows = ContinuationRows(found, packed_length(found, at_most=24), packed=packed)
+    assert rows.num_rows == (4 if packed else 7)
+    mesh = mesh_of(**shape)
+    placed = jax.device_put(model(), sharding.shardings(model(), mesh))
+    compute = dataclasses.replace(COMPUTE, split_tokens=mesh.shape["tensor"] > 1)
+    batch_size = rows_a_batch(rows, mesh, 3) * mesh.shape["stage"]
+    scored = score(
+        placed,
+        rows,
+        mesh=mesh,
+        compute=compute,
+        batch_size=batch_size,
+        num_batches=-(-rows.num_rows // batch_size),
+        keep=True,
+        show=lambda row: None,
+    )
+    nll, greedy = rows.sums(scored)
+    np.testing.assert_allclose(nll, alone(found), rtol=0, atol=12 * TOLERANCE)
+    assert CONFIG.vocab_size > 100
+    assert not greedy.any(), "of 131 random tokens none is the most probable"
