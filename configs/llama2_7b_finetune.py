@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     config.train.seed = 0
     config.train.dtype = "bfloat16"
     config.train.accumulation_steps = 8
-    config.train.remat = "full"
+    config.train.remat = "dots"
     config.train.eval_every = 100
 
     config.optim.learning_rate = 2e-5

@@ -40,8 +40,8 @@ def get_config() -> ConfigDict:
     config.train.steps = 1000
     config.train.seed = 0
     config.train.dtype = "bfloat16"
-    config.train.accumulation_steps = 2
-    config.train.remat = "full"
+    config.train.accumulation_steps = 4
+    config.train.remat = "dots"
     config.train.eval_every = 100
 
     config.lora.rank = 16

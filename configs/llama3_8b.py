@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.train.seed = 0
     config.train.dtype = "bfloat16"
     config.train.accumulation_steps = 16
-    config.train.remat = "full"
+    config.train.remat = "dots"
     config.train.eval_every = 500
     config.train.eval_batches = 16
 

@@ -1,11 +1,11 @@
 """Choose the options that XLA compiles a step with, program by program.
 
-Precedence: `backend.compiler_options`, the user's XLA_FLAGS and LIBTPU_INIT_ARGS, the platform's
-table (`platforms.py`). Of a list (`_LISTS`), such as the passes that are turned off, the table's
-entries are added to the user's; an empty list of the user's turns the table's off. In
-`backend.compiler_options` `+` stands between entries. XLA aborts on a flag that it does not know;
-an option of one program that it does not know is an error that can be caught. So each release takes
-of the table what it knows.
+Precedence: `backend.compiler_options`, the user's XLA_FLAGS and LIBTPU_INIT_ARGS, the table by
+platform and kind of device (`platforms.py`). Of a list (`_LISTS`), such as the passes that are
+turned off, the table's entries are added to the user's; an empty list of the user's turns the
+table's off. In `backend.compiler_options` `+` stands between entries. XLA aborts on a flag that it
+does not know; an option of one program that it does not know is an error that can be caught. So
+each release takes of the table what it knows.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llamajax.backends import devices
 from llamajax.backends.platforms import LAYER_BYTES, platform_facts
 from llamajax.backends.plugin import Option, typed_options
 from llamajax.errors import UserError
@@ -85,8 +86,9 @@ def choose_compiler_options(
     given = dict(re.findall(r"--(\w+)(?:=(\S*))?", flags)) | own
     least, refused = max(_LEAST_LAYER_BYTES, int(layer_bytes)), []
     values: dict[str, Option] = {}
-    facts = platform_facts(platform)
-    for group in facts.compiler_options + (facts.deterministic_options if deterministic else ()):
+    facts, entry = platform_facts(platform), devices.find(device.device_kind)
+    groups = facts.compiler_options + facts.kind_options.get(entry.name if entry else "", ())
+    for group in groups + (facts.deterministic_options if deterministic else ()):
         left = {
             name: least if value == LAYER_BYTES else value
             for name, value in group.items()

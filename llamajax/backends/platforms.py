@@ -24,9 +24,10 @@ class Platform:
     is_deterministic: the same program on the same arguments gives the same bits. fused_attention:
     kernels built for it, best first. dtype: what to compute in when nobody says. start_up: what
     joins several processes. compiler_options: of a step's program, in groups of which a release of
-    the compiler must know all; LAYER_BYTES stands for the size of a layer. deterministic_options:
-    such a group, with which a program repeats its bits. says_peak: a program's `memory_analysis`
-    has the most that is in use at any time, its arguments included.
+    the compiler must know all; LAYER_BYTES stands for the size of a layer. kind_options: more such
+    groups, by name in the table of devices. deterministic_options: such a group, with which a
+    program repeats its bits. says_peak: a program's `memory_analysis` has the most that is in use
+    at any time, its arguments included.
     host_branches: a condition may hold arrays in the host's memory (compiled 2026-11-29; XLA for
     GPUs refuses the copies in one).
     logits_bytes: room for the float32 logits of the tokens whose loss is computed at a time, where
@@ -47,6 +48,9 @@ class Platform:
     is_known_to_jax: bool = True
     start_up: str = "llamajax.launch, or a scheduler that JAX knows; coordinator over TCP"
     compiler_options: tuple[Mapping[str, bool | int | str], ...] = ()
+    kind_options: Mapping[str, tuple[Mapping[str, bool | int | str], ...]] = dataclasses.field(
+        default_factory=dict
+    )
     deterministic_options: tuple[Mapping[str, bool], ...] = ()
     says_peak: bool = False
     host_branches: bool = False
@@ -84,7 +88,16 @@ _GPU_OPTIONS = (
     },
 )
 
+# By programs that libtpu 0.0.50 compiled (2026-11-30): left to itself it runs the collectives of a
+# v5p or v6e between products. Given to the SparseCores, which compute nothing else here, they run
+# beside them: 64 of 72 in 8 feed-forward layers on v5p:2x2x2, for 0.7 GiB. The five options of
+# "asynchronous collective fusion" in older recipes end a compilation on all but the v5e; those for
+# sums over `data` and for the layout of scattered sums hide nothing.
 _TPU_OPTIONS = ({"xla_tpu_scoped_vmem_limit_kib": 98304},)
+_SPARSE_CORES = tuple(
+    {f"xla_tpu_enable_sparse_core_collective_offload_{kind}": True}
+    for kind in ("all_gather", "reduce_scatter", "all_reduce")
+)
 
 # An unknown platform is taken for a plugin of an accelerator with memory of its own, of which
 # nothing is sure: it may lend host memory, and it may not repeat its bits.
@@ -125,6 +138,7 @@ PLATFORMS = (
         names=("tpu",),
         fused_attention=("splash",),
         compiler_options=_TPU_OPTIONS,
+        kind_options=dict.fromkeys(("v5p", "v6e"), _SPARSE_CORES),
         says_peak=True,
         host_branches=True,
         slow_link="over DCN, the rest over ICI",

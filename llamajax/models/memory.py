@@ -150,8 +150,9 @@ def layers_held(config: RunConfig, sizes: Mapping[str, int]) -> float:
 def _kept_activations(config: RunConfig, sizes: Mapping[str, int]) -> float:
     """Return the bytes kept for the backward pass.
 
-    What `none` keeps, and whole tokens of a sum that `tensor` scatters, were fitted to compiled
-    programs for GPUs (benchmarks/results, 2026-11-28).
+    `none` keeps what derivatives use: the inputs of products, six values of a feed-forward's width,
+    and of each norm two float32 values; no input of the block besides. Where `tensor` splits
+    tokens, inputs of products and results that it scatters are whole.
     """
     m, t, share = config.model, config.train, device_share(config, sizes)
     layers, rows = layers_held(config, sizes), share.microbatch
@@ -165,12 +166,13 @@ def _kept_activations(config: RunConfig, sizes: Mapping[str, int]) -> float:
     attended = m.num_heads * m.head_size
     qkv = attended + 2 * m.num_kv_heads * m.head_size
     whole = m.hidden_size * (sizes["tensor"] - 1)
-    everything = 1.5 * (qkv + attended) + 3 * m.hidden_size + 5 * m.intermediate_size + whole
+    norms = 4 * m.hidden_size * FLOAT32_BYTES / width(config)
+    everything = qkv + attended + m.hidden_size + 2 * whole + 6 * m.intermediate_size + norms
     kept = {
         "full": 0,
         "save_attention": attended,
         "save_qkv": attended + qkv,
-        "dots": qkv + attended + 2 * m.hidden_size + 2 * m.intermediate_size + whole,
+        "dots": qkv + attended + m.hidden_size + 2 * m.intermediate_size + whole,
         "none": everything,
     }.get(t.remat, 0)
     working = 0 if t.remat in ("dots", "none") else everything  # one block, recomputed

@@ -48,7 +48,7 @@ from llamajax.training.setup import (
 )
 from llamajax.training.state import StateSpec, TrainState
 
-_FORMAT = 5  # of the stored facts
+_FORMAT = 6  # of the stored facts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +249,8 @@ def _waits(text: str, step: PlannedStep) -> Mapping[Hashable, float] | None:
     """
     entry, mesh, node = step.target.entry, step.mesh, node_of(step.target)
     speeds = entry and compute_seconds(step.config, mesh.shape, entry, step.attention.impl)
-    if not speeds or not is_in_launch_order(text):
+    is_host = platform_facts(step.target.platform).is_host
+    if not speeds or is_host or not is_in_launch_order(text):
         return None
 
     def seconds_of(collective: Collective) -> tuple[Hashable, float]:

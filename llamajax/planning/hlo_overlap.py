@@ -1,12 +1,13 @@
 """Read from a compiled program which of its collectives run beside matrix products.
 
-XLA for GPUs writes instructions in the order in which they are launched, and a collective as a
-start and a done: what stands between the two runs beside it. libtpu hides a collective in a chain
-of fusions, whose times it does not write; there, as on a CPU, those of a computation (a layer's
-forward pass, or its backward pass) are taken to run beside all products of the same computation.
+XLA for GPUs and libtpu write instructions in the order in which they are launched, and a collective
+that runs beside others as a start and a done: what stands between the two runs beside it. One that
+libtpu gives to the SparseCores is a call on their thread, which gets its operand in an update.
+Where libtpu hides a collective in a chain of fusions instead, it does not write their times.
 """
 
 import collections
+import re
 from collections.abc import Callable, Hashable, Mapping
 
 from llamajax.planning.hlo import (
@@ -24,7 +25,7 @@ from llamajax.planning.hlo_products import product_flops_of
 # what a collective counts as, and the seconds of one call
 Route = Callable[[Collective], tuple[Hashable, float]]
 Waits = collections.Counter[Hashable]
-_KERNEL = "__cudnn$"
+_KERNELS = re.compile(r'custom_call_target="(?:__cudnn\$|tpu_custom_call)')
 _IN_PLACE = '"is_sync":true'  # launched in the order of products, beside nothing
 
 
@@ -65,7 +66,7 @@ class _Clock:
                 now = max(now, end)
             elif found := self._collective(name, i, by_name):
                 kind, seconds = self._route(found)
-                if _IN_PLACE in i.attributes or not i.operation.endswith("-start"):
+                if _IN_PLACE in i.attributes or not i.operation.endswith(("-start", "-update")):
                     waits[kind] += seconds
                     now += seconds
                 else:
@@ -80,7 +81,7 @@ class _Clock:
                     now += turns * seconds
                     for kind, waited in inner.items():
                         waits[kind] += turns * waited
-            elif _KERNEL in i.attributes:
+            elif _KERNELS.search(i.attributes):
                 now += self._kernel_s
             else:
                 now += self._product_s * (flops + sum(map(self.flops, called_by(i))))
@@ -92,21 +93,22 @@ class _Clock:
         if i.operation.removesuffix("-start") in KINDS:
             operands = [by_name[operand] for operand in i.operands]
             return list(collectives_of(name, [*operands, i], 1))[-1]
-        if i.operation == "async-start":
-            (called,) = called_by(i)
+        if i.operation in ("async-start", "call-update"):
+            start = i if i.operation == "async-start" else by_name[i.operands[0]]
+            (called,) = called_by(start)
             return next(collectives_of(called, self._computations[called], 1), None)
         return None
 
 
 def is_in_launch_order(text: str) -> bool:
     """Return whether the order of instructions tells what runs beside a collective."""
-    return "is_scheduled=true" in text and "-start(" in text and 'chain_id="' not in text
+    return "is_scheduled=true" in text and 'chain_id="' not in text
 
 
 def kernel_calls(text: str) -> int:
     """Return the number of calls of a fused attention kernel in a step."""
     return sum(
-        count * sum(_KERNEL in i.attributes for i in instructions)
+        count * sum(_KERNELS.search(i.attributes) is not None for i in instructions)
         for _, instructions, count in executed(text)
     )
 

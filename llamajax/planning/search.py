@@ -93,7 +93,7 @@ def candidates(config: RunConfig, target: Target) -> list[Candidate]:
             f"no mesh, accumulation and recomputation makes this run fit on {target.text} "
             f"({limit / 2**30:.1f} GiB a device): use more or larger devices"
         )
-    return sorted(found, key=lambda c: -c.tokens_per_s)
+    return sorted(found, key=lambda c: (-c.tokens_per_s, c.held_bytes))
 
 
 def meshes(num_devices: int, axes: tuple[str, ...] = sharding.AXES) -> Iterator[dict[str, int]]:

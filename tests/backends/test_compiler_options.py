@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llamajax.backends import choose_compiler_options, compiler_flags, compiler_options
+from llamajax.backends import choose_compiler_options, compiler_flags, compiler_options, devices
 from llamajax.backends.platforms import LAYER_BYTES, platform_facts
 from llamajax.errors import UserError
 
@@ -45,6 +45,19 @@ def test_a_group_with_an_option_that_the_compiler_does_not_know_is_left_out_and_
     assert chosen(layer_bytes=2.0**31).values[FLAG] == 2**31
     lowered = jax.jit(jnp.sin).lower(1.0)
     assert found.compile(lowered)(1.0) == jnp.sin(1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"), [("TPU v5p", {LEVEL: 1}), ("TPU v5 lite", {}), ("unknown", {})]
+)
+def test_a_kind_of_device_has_options_of_its_own(monkeypatch, kind, values):
+    facts = dataclasses.replace(platform_facts("cpu"), kind_options={"v5p": ({LEVEL: 1},)})
+    entry = devices.find(kind)
+    monkeypatch.setattr(compiler_options, "platform_facts", lambda _: facts)
+    monkeypatch.setattr(devices, "find", lambda _: entry)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    found = choose_compiler_options(None, platform="cpu", device=jax.devices()[0], layer_bytes=1.0)
+    assert found.values == values
 
 
 def test_the_config_goes_before_flags_and_flags_before_the_table(chosen, monkeypatch):

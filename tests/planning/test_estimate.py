@@ -4,17 +4,25 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
+from typing import get_args
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
+from llamajax import sharding
 from llamajax.backends import absent_devices
 from llamajax.config import MeshConfig, load
+from llamajax.config.schema import Remat
 from llamajax.models.counts import matrices_per_layer
+from llamajax.models.llama import Compute
 from llamajax.models.memory import held_bytes, held_parts, state_bytes
 from llamajax.planning import compilation, estimate, roofline
 from llamajax.planning.hlo_products import product_flops
 from llamajax.planning.planner import shard_bytes
 from llamajax.training.setup import with_loss_chunk
+from llamajax.training.state import StateSpec
 
 # (axes, remat, accumulation steps, rounds, microbatch size)
 CASES = {
@@ -116,6 +124,53 @@ def test_products_are_those_of_the_program(name):
     config, sizes, step, text, _ = compiled(name)
     found = roofline.expected_product_flops(config, sizes, attention=step.attention.impl)
     assert product_flops(text) * math.prod(sizes.values()) == pytest.approx(found, rel=0.03)
+
+
+@pytest.mark.parametrize("remat", get_args(Remat))
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_activations_are_what_the_backward_pass_is_given(config, remat, tensor):
+    """Of two more layers, by the residuals of the traced forward pass."""
+    rows, seq_len = 3, 128
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, seq_len=seq_len, global_batch_size=rows),
+        train=dataclasses.replace(
+            config.train, dtype="bfloat16", remat=remat, accumulation_steps=1
+        ),
+    )
+    mesh = sharding.build_mesh(MeshConfig(tensor=tensor), jax.devices()[:tensor])
+    compute = Compute(
+        dtype=jnp.bfloat16, remat=remat, attention="blocked", loss_chunk_tokens=64, z_weight=0.0,
+        split_tokens=tensor > 1,
+    )  # fmt: skip
+    tokens = (rows, rows * seq_len, rows * seq_len // tensor)  # second dims of activations
+
+    def residuals(model):
+        batch = dict.fromkeys(
+            ("tokens", "positions", "segment_ids"), jnp.zeros((rows, seq_len), jnp.int32)
+        )
+        backward = jax.vjp(lambda weights: weights.hidden_states(batch, compute), model)[1]
+        for x in jax.tree.leaves(backward):  # scalars of a token are left out
+            if x.ndim > 2 and x.shape[1] in tokens and x.shape[-1] not in (1, seq_len):
+                kept[-1] += x.size * x.dtype.itemsize
+        return jnp.zeros(())
+
+    kept, told = [], []
+    for layers in (3, 5):
+        model = dataclasses.replace(
+            config.model, num_layers=layers, hidden_size=64, num_heads=8, num_kv_heads=2,
+            intermediate_size=176,
+        )  # fmt: skip
+        deep = dataclasses.replace(config, model=model)
+        told.append(held_parts(deep, dict(mesh.shape))["activations"])
+        weights = StateSpec.of(deep, mesh).abstract().model
+        kept.append(0)
+        specs = (sharding.specs(weights, mesh),)
+        traced = jax.shard_map(
+            residuals, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+        )
+        jax.eval_shape(traced, weights)
+    assert told[1] - told[0] == pytest.approx(kept[1] - kept[0], rel=0.01)
 
 
 def test_weights_in_8_bits_are_gathered_in_one_byte_and_the_others_in_two(config):

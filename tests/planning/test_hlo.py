@@ -1,5 +1,6 @@
 """A compiled program's text: collectives in loops, groups of devices, mesh axes, bytes sent."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -119,15 +120,29 @@ ENTRY %main (p: (s32[], bf16[8,16], bf16[16,32])) -> (s32[], bf16[8,16], bf16[16
 """.replace("KNOWN", 'backend_config={"known_trip_count":{"n":"3"}}')
 
 
+# The same gather as libtpu gives it to a SparseCore: its operand comes after the start.
+CALL = """call-start(), async_execution_thread="sparsecore", to_apply=%gather
+  %start = ((bf16[8,16]{1,0}), bf16[16,16]{1,0}) call-update(%call, %a)"""
+GATHER = """
+%gather (v: bf16[8,16]) -> bf16[16,16] {
+  %v = bf16[8,16]{1,0} parameter(0)
+  ROOT %g = bf16[16,16]{1,0} all-gather(%v), replica_groups={{0,1}}
+}, execution_thread="sparsecore"
+"""
+SPARSE_CORE = LAUNCHES.replace("all-gather-done", "call-done") + GATHER
+SPARSE_CORE = re.sub(r"%start = .*", f"%call = ((), (), (s32[1])) {CALL}", SPARSE_CORE)
+
+
+@pytest.mark.parametrize("text", [LAUNCHES, SPARSE_CORE], ids=["gpu", "tpu"])
 @pytest.mark.parametrize(("product_s", "waited"), [(4.0, 6.0), (10.0, 0.0), (25.0, 0.0)])
-def test_a_collective_waits_for_what_no_product_beside_it_hides(product_s, waited):
+def test_a_collective_waits_for_what_no_product_beside_it_hides(product_s, waited, text):
     flops = 2 * 8 * 16 * 32
 
     def route(collective):
         return collective.kind, {"all-gather": 10.0, "all-reduce": 2.0}[collective.kind]
 
-    assert is_in_launch_order(LAUNCHES)
-    found = waited_s(LAUNCHES, route, product_s=product_s / flops, kernel_s=0.0)
+    assert is_in_launch_order(text)
+    found = waited_s(text, route, product_s=product_s / flops, kernel_s=0.0)
     assert found["all-gather"] == pytest.approx(3 * waited)
     assert found["all-reduce"] == pytest.approx(3 * 2.0)
 
