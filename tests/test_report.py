@@ -114,7 +114,7 @@ def test_a_whole_run(tmp_path: Path):
 def test_validation_sets_and_other_numbers_have_their_own_curves():
     rows = [{"step": n, "loss": 2.0, "norm/embed": float(n), "tokens_seen": n} for n in (1, 2)]
     rows.append({"step": 2, "eval_loss/book": 1.5, "ema_loss/book": 1.25, "time_s": 7.0})
-    rows[-1] |= {"eval_loss/code": 2.5}
+    rows[-1] |= {"eval_loss/code": 2.5, "eval_bits_per_byte/code": 3.5}
     # No row is of steps 3 and 9, and none comes after 9.
     rows.append({"step": 6, "loss": 2.0, "tokens_seen": 10})
     rows += [{"step": n, "eval_loss": 3.0, "ema_loss": 2.75} for n in (3, 9)]
@@ -126,6 +126,8 @@ def test_validation_sets_and_other_numbers_have_their_own_curves():
     }  # fmt: skip
     assert found["evaluations"][""]["tokens_seen"] == [4, None]
     assert found["evaluations"]["code"]["tokens_seen"] == [2]
+    assert found["evaluations"]["code"]["bits_per_byte"] == [3.5]
+    assert found["evaluations"]["averaged weights"]["bits_per_byte"] == [None, None]
     assert found["evaluations"]["code"]["time_s"] == [2.0]
 
 

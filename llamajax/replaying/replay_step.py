@@ -85,7 +85,11 @@ def _config(record: ReplayRecord, options: ReplayOptions) -> Any:
         changed |= {"name": given.name, "plugin": given.plugin, "options": given.options}
     if given.num_cpu_devices is not None:
         changed["num_cpu_devices"] = given.num_cpu_devices
-    config = dataclasses.replace(config, backend=dataclasses.replace(config.backend, **changed))
+    config = dataclasses.replace(
+        config,
+        backend=dataclasses.replace(config.backend, **changed),
+        data=dataclasses.replace(config.data, validation=None),  # not read here
+    )
     if options.mesh is None:
         return config
     return dataclasses.replace(config, mesh=mesh_config(options.mesh, rest="fsdp"))

@@ -109,8 +109,8 @@ def curves(rows: Sequence[Row], *, first_s: float, cells: int = CELLS) -> dict[s
     """Return the curves of a run.
 
     train: columns of training rows. means: the same of parts of all rows, where train is thinned.
-    evaluations: by name of a validation set ("" for the only one), columns with `loss`; that of the
-    average of the weights as `averaged weights`.
+    evaluations: by name of a validation set ("" for the run's own), columns with `loss` and
+    `bits_per_byte`; those of the average of the weights as `averaged weights`.
     nonfinite: [[step, key], ...] of the first hundred. nonfinite_rows: how many there are.
     """
     train = [row for row in rows if "loss" in row]
@@ -125,7 +125,7 @@ def curves(rows: Sequence[Row], *, first_s: float, cells: int = CELLS) -> dict[s
     odd = [i for i, row in enumerate(train) if "update_skipped" in row or row["step"] in steps]
     kept = thin(table, odd, limit=cells // len(table))
     found = {
-        name: _table(points, ["loss"], first_s)
+        name: _table(points, ["loss", "bits_per_byte"], first_s)
         for name, points in _evaluations(rows, table["step"], table["tokens_seen"]).items()
     }
     return {
@@ -155,6 +155,8 @@ def _evaluations(
             if kind in _HELD_OUT and is_number(row[key]):
                 entry = {"step": row["step"], "loss": row[key], "time_s": row.get("time_s")}
                 entry["tokens_seen"] = _between(row["step"], steps[known], tokens[known])
+                bits = key.replace("eval_loss", "eval_bits_per_byte")  # none of an average
+                entry["bits_per_byte"] = row.get(bits) if bits != key else None
                 shown = ", ".join(filter(None, (name, _HELD_OUT[kind])))
                 found.setdefault(shown, []).append(entry)
     return found

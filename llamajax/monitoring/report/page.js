@@ -139,11 +139,12 @@ function figures(run) {
     ? `MFU ${percent(measured.mfu_full)}, causal ${percent(measured.mfu_causal)}`
     : "MFU unknown: no peak of this device";
   const perplexity = (loss) => `perplexity ${logged(loss, (v) => digits(Math.exp(v)))}`;
+  const bits = (value) => (isNumber(value) ? `, ${digits(value)} bits a byte` : "");
   return [
     ["Step", whole(run.step), isNumber(run.steps) && `of ${whole(run.steps)}`],
     ["Training loss", logged(last(train.loss), digits), "last row, nats a token"],
-    ...Object.entries(evaluations).map(([name, { loss }]) =>
-      [name ? `Held out: ${name}` : "Held out", logged(last(loss), digits), perplexity(last(loss))]),
+    ...Object.entries(evaluations).map(([name, { loss, bits_per_byte: each }]) =>
+      [name ? `Held out: ${name}` : "Held out", logged(last(loss), digits), perplexity(last(loss)) + bits(last(each))]),
     ["Tokens seen", count(last(train.tokens_seen))],
     ["Tokens a second", count(measured.tokens_per_s), mfu],
     isNumber(time.goodput) && ["Goodput", percent(time.goodput), "share of time in steps that count"],
