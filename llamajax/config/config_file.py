@@ -141,6 +141,7 @@ def _get_config(name: str) -> Callable[..., Any]:
     path = Path(name)
     if not path.is_file():
         there = {p.stem: str(p) for p in sorted(path.parent.glob("*.py"))}
+        there = there or {stem: stem for stem in packaged_configs()}
         hint = did_you_mean(there.get(nearest(path.stem, there)))
         what = "is a directory" if path.is_dir() else "no such config file"
         raise UserError(f"{name}: {what}{hint}")

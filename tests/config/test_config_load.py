@@ -194,6 +194,7 @@ def test_a_config_imports_the_files_beside_it(config_file, tmp_path, how):
     [
         ("plain.py:3", "takes no argument; drop ':3'"),
         ("palin.py", r"no such config file; did you mean .*plain\.py\?"),
+        ("configs/my_text.py", r"no such config file; did you mean my_text\?"),
         (".", "is a directory"),
         ("binary.py", r"binary\.py: cannot be read as a Python file"),
     ],

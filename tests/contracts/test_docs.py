@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import re
 import runpy
 import shlex
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from shell import shell
 
 from llamajax.cli import verbs
 from llamajax.config.command_line import parse_command_line
@@ -227,3 +229,46 @@ def test_one_version():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.search(rf"^## .*{version}", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+
+
+# What no test's CPU has: devices, weights and data of others, servers, a terminal, an hour.
+_NOT_HERE = re.compile(
+    r"hf/llama|hf/smollm|llama2|llama3|=gs://|/shared|web/|wiki|=npu|--interactive|--serve|--search"
+    r"|--devices|chats|row_attention|verify_resume|launch --"
+)
+_SHORT = {
+    "train.steps": 4, "train.eval_batches": 1, "train.loss_chunk_tokens": 128, "data.seq_len": 64,
+    "checkpoint.every_steps": 2, "model.num_layers": 1,
+}  # fmt: skip
+
+
+def runnable_commands() -> list[tuple[str, ...]]:
+    """The commands of all pages that a CPU can run, in the order of a new user; runs are short."""
+    first = ["first-run", "data", "configs", "training", "weights", "optimizers", "finetuning"]
+    found = {}
+    for page in dict.fromkeys([*(ROOT / "docs" / f"{name}.md" for name in first), *PAGES]):
+        for command in all_commands(page, spans=False):
+            line = "\0".join([command[0], *command[1]])
+            line = re.sub(r"(resume_step=|@)\d+", r"\g<1>2", line).replace("20:25", "2:3")
+            line = re.sub(r"\0--config\.train\.steps=\d+", "", line)
+            if not _PLACEHOLDER.search(line) and not _NOT_HERE.search(line.replace("\0", " ")):
+                found[tuple(line.split("\0"))] = None
+    return list(found)
+
+
+@pytest.mark.slow
+def test_the_commands_run(tmp_path: Path):
+    """As a new user runs them: beside the text and the configs, the folder is empty."""
+    text = (ROOT / "launch" / "text" / "moby_dick.txt").read_text(encoding="utf-8")[:400_000]
+    for name in ("my/a.txt", "book.txt", "launch/text/moby_dick.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    short = [f"--config.{key}={value}" for key, value in _SHORT.items()]
+    found = runnable_commands()
+    assert len(found) > 20
+    for verb, *flags in found:
+        is_run = verb == "train" and not flags[0].startswith("--help")
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = shell(verb, *flags, *(short if is_run else []), cwd=tmp_path, env=environment)
+        assert done.returncode == 0, f"{verb} {flags}: {done.stderr[-2000:]}"
