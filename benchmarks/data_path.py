@@ -50,10 +50,10 @@ def ours(mixture: data.Mixture, args: argparse.Namespace, threads: int) -> Itera
         batch_size=args.batch_size, seq_len=args.seq_len, mixture_hash=mixture.hash
     )
     return data.train_batches(
-        mixture,
+        {mixture.hash: mixture},
         position,
         first_step=0,
-        rows=range(args.batch_size),
+        rows=range,
         num_threads=threads,
         prefetch=4 if threads else 0,
     )

@@ -15,7 +15,8 @@ _NAMES = {
     "jax_private": ("lost_features", "untested_versions"),
     "machine_facts": (
         "donated_bytes", "host_memory_bytes", "machine_profile", "machine_warnings",
-        "memory_in_use", "profile_lines", "program_bytes", "undonated_warnings",
+        "memory_in_use", "memory_limit_bytes", "profile_lines", "program_bytes",
+        "undonated_warnings",
     ),
     "platforms": ("computes_attention", "platform_facts", "platform_of_attention"),
     "plugin": ("built_for",),

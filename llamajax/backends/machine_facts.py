@@ -41,7 +41,7 @@ def machine_profile(machine: Machine) -> dict[str, Any]:
         "platform_version": machine.platform_version,
         "device_kind": machine.device_kind,
         "device": None if device is None else dataclasses.asdict(device),
-        "memory_limit_bytes": (first.memory_stats() or {}).get("bytes_limit"),
+        "memory_limit_bytes": memory_limit_bytes(),
         "memory_kinds": [memory.kind for memory in first.addressable_memories()],
         "attention_preferences": list(machine.attention_preferences),
         "donates": machine.donates,
@@ -58,6 +58,11 @@ def machine_profile(machine: Machine) -> dict[str, Any]:
         "tested": facts.tested,
         "source": facts.source,
     }
+
+
+def memory_limit_bytes() -> int | None:
+    """Return the memory that programs may take of this process's first device, if it says so."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def profile_lines(machine: Machine) -> list[str]:

@@ -20,6 +20,7 @@ from llamajax.checkpoint.leaf_names import named_leaves, rebuild
 from llamajax.checkpoint.location import Location
 from llamajax.checkpoint.manifest import DamagedError
 from llamajax.checkpoint.stored_array import StoredArray, array_from_parts
+from llamajax.config.saved_config import record_of_step
 from llamajax.config.values import show
 from llamajax.errors import UserError, combine
 from llamajax.processes.host_collectives import broadcast_from_first, first_problem, raise_together
@@ -265,7 +266,8 @@ def check_same_model(
     partial, cast: as in `restore_state`.
     """
     keys, arrays = [], {}
-    saved_config, stored = checkpoint.meta.get("config") or {}, checkpoint.arrays
+    saved_config = record_of_step(checkpoint.meta.get("config") or {}, checkpoint.step)
+    stored = checkpoint.arrays
     if model is not None and "model" in saved_config:
         keys = model_differences(saved_config["model"], model)
     for name, leaf in abstract.items():

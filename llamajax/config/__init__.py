@@ -1,10 +1,10 @@
 """Configuration, free of jax: what a run is, how it is given, what is wrong with it.
 
-In the order of what happens: `values`, `model_schema`, `schema`, `keys` and `presets` declare;
-`config_file` runs the user's file; `load` applies overrides and freezes it, after `check`; `flags`
-and `command_line` do the same for the flags of a verb; `saved_config` writes and reads
-`config.json`. Only what works on a ConfigDict (`new_config`, `preset`, `freeze`, `load`) imports
-ml-collections.
+In the order of what happens: `values`, `schema` with the `*_schema` of its sections, `keys` and
+`presets` declare; `config_file` runs the user's file; `load` applies overrides and freezes it,
+after `check` and `stages`; `flags` and `command_line` do the same for the flags of a verb;
+`saved_config` writes and reads `config.json`. Only what works on a ConfigDict (`new_config`,
+`preset`, `freeze`, `load`) imports ml-collections.
 """
 
 from typing import Any
@@ -23,6 +23,7 @@ from llamajax.config.load import build_model, freeze, load
 from llamajax.config.presets import PRESETS, find_preset, preset
 from llamajax.config.saved_config import common_values, diff, from_json_dict, to_json_dict
 from llamajax.config.schema import BackendConfig, MeshConfig, ModelConfig, RunConfig
+from llamajax.config.stages import Stage, stage_named, stages_of
 from llamajax.config.values import Mistyped, key, parse_address, parse_fork
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "ModelConfig",
     "RunConfig",
     "RunFlags",
+    "Stage",
     "TrainFlags",
     "WeightsFlags",
     "build_model",
@@ -52,6 +54,8 @@ __all__ = [
     "parse_command_line",
     "parse_fork",
     "preset",
+    "stage_named",
+    "stages_of",
     "to_json_dict",
 ]
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 from ml_collections.config_dict import RequiredValueError
 
 from llamajax.config.keys import own_keys, sections
@@ -78,7 +78,18 @@ def _value(config: ConfigDict, name: str) -> Any:
         return NOT_SET
     except (ArithmeticError, TypeError, ValueError) as error:
         return Mistyped(f"cannot be computed from other keys: {error}")
-    return values_of(value) if isinstance(value, ConfigDict) else value
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with its ConfigDicts as dicts, and references computed, also in lists."""
+    if isinstance(value, FieldReference):
+        value = value.get()
+    if isinstance(value, ConfigDict):
+        return values_of(value)
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def packaged_configs() -> dict[str, Path]:

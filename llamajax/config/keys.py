@@ -16,6 +16,12 @@ def nested_class(annotation: Any) -> type | None:
     return inner if dataclasses.is_dataclass(inner) else None
 
 
+def listed_class(annotation: Any) -> type | None:
+    """Return the dataclass of a list's items (`tuple[DataStage, ...]` -> DataStage), or None."""
+    items = typing.get_args(annotation)[:1] if typing.get_origin(annotation) is tuple else ()
+    return next(filter(dataclasses.is_dataclass, items), None)
+
+
 @functools.cache
 def own_keys(cls: type, prefix: str = "") -> dict[str, Key]:
     """Return the keys that a dataclass declares, by field name; `prefix` begins their paths.
@@ -54,6 +60,17 @@ def all_keys() -> dict[str, Key]:
                     nested.path: nested for nested in own_keys(inner, f"{key.path}.").values()
                 }
     return table
+
+
+def leaves(run: RunConfig) -> dict[str, Any]:
+    """Return every value of a run by path; a nested optional dataclass also under its own path."""
+    values: dict[str, Any] = {}
+    for path in all_keys():
+        value: Any = run
+        for name in path.split("."):
+            value = getattr(value, name, None)
+        values[path] = value
+    return values
 
 
 # Names that other systems have for a key.

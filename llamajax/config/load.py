@@ -1,11 +1,20 @@
 """From a config file and overrides to a frozen run, every problem reported at once."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llamajax.config.check import check
-from llamajax.config.keys import all_keys, key_hint, nearest_key, nested_class, own_keys, sections
+from llamajax.config.keys import (
+    all_keys,
+    key_hint,
+    listed_class,
+    nearest_key,
+    nested_class,
+    own_keys,
+    sections,
+)
 from llamajax.config.schema import ModelConfig, RunConfig
+from llamajax.config.stages import stage_problems
 from llamajax.config.values import NOT_SET, Key, Mistyped, coerce
 from llamajax.errors import UserError, combine, did_you_mean, nearest
 
@@ -97,7 +106,11 @@ def build(tree: Mapping, *, reported: Collection[str] = ()) -> tuple[RunConfig |
     }
     reader.problems += [_unknown(name) for name in tree if name not in found]
     problems = reader.problems + check(reader.values)
-    return (None if problems or reported else RunConfig(**found)), problems
+    if problems or reported:
+        return None, problems
+    run = RunConfig(**found)
+    problems = list(stage_problems(run))
+    return (None if problems else run), problems
 
 
 def build_model(tree: Mapping) -> tuple[ModelConfig | None, list[str]]:
@@ -122,7 +135,7 @@ class _Reader:
             self.problems.append(f"{path}: a section with keys, got {tree!r}")
             return NOT_SET
         keys = own_keys(cls, f"{path}.")
-        self.problems += [_unknown(f"{path}.{name}") for name in tree if name not in keys]
+        self.problems += [_unknown(f"{path}.{name}", keys) for name in tree if name not in keys]
         found = {name: self._value(key, tree, name) for name, key in keys.items()}
         return NOT_SET if NOT_SET in found.values() else cls(**found)
 
@@ -135,6 +148,8 @@ class _Reader:
                 raise raw
             if inner and isinstance(raw, Mapping):
                 value = self.section(key.path, inner, raw)
+            elif (item := listed_class(key.annotation)) and isinstance(raw, list | tuple):
+                value = self._list(key.path, item, raw)
             elif raw is not NOT_SET:
                 value = coerce(raw, key.annotation)
             elif key.path in self._reported:
@@ -148,9 +163,22 @@ class _Reader:
             self.values[key.path] = value
         return value
 
+    def _list(self, path: str, cls: type, items: Sequence) -> Any:
+        """Return an instance of `cls` for each item, or NOT_SET after adding to the problems."""
+        reader = _Reader()  # of its own: the values of an item are none of the run's
+        found = tuple(reader.section(f"{path}[{i}]", cls, item) for i, item in enumerate(items))
+        self.problems += reader.problems
+        return NOT_SET if NOT_SET in found else found
 
-def _unknown(path: str) -> str:
-    """Return the problem of a key (or, at the top, a section) that does not exist."""
+
+def _unknown(path: str, known: Collection[str] = ()) -> str:
+    """Return the problem of a key (or, at the top, a section) that does not exist.
+
+    known: the keys beside it, where it is none of a section.
+    """
+    if "]." in path:
+        hint = nearest(path.rpartition(".")[2], known) or f"one of {', '.join(known)}"
+        return f"{path}: unknown key{did_you_mean(hint)}"
     section = None if "." in path else nearest(path, sections())
     if "." in path or (nearest_key(path) and not section):
         return f"{path}: unknown key{key_hint(path)}"

@@ -6,10 +6,11 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llamajax.config.keys import all_keys
+from llamajax.config.keys import all_keys, leaves
 from llamajax.config.load import build
 from llamajax.config.presets import PRESETS
 from llamajax.config.schema import RunConfig
+from llamajax.config.stages import config_of_step
 from llamajax.config.values import show
 from llamajax.errors import combine
 
@@ -70,12 +71,19 @@ def from_json_dict(tree: Mapping[str, Any], *, source: str = "config.json") -> R
     return run
 
 
+def record_of_step(tree: Mapping[str, Any], step: int) -> Mapping[str, Any]:
+    """Return the record of a run's config as it was at update `step`; itself without stages."""
+    if not (tree.get("data") or {}).get("stages"):
+        return tree
+    return to_json_dict(config_of_step(from_json_dict(tree), step))
+
+
 def diff(old: RunConfig, new: RunConfig) -> dict[str, tuple[str, str]]:
     """Return the old and the new value, as written on the command line, of each key that differs.
 
     By path, in the schema's order; only the deepest paths, and none of ONCE.
     """
-    before, after = _leaves(old), _leaves(new)
+    before, after = leaves(old), leaves(new)
     changed = [path for path in all_keys() if path not in ONCE and before[path] != after[path]]
     return {
         path: (show(before[path]), show(after[path]))
@@ -91,8 +99,8 @@ def origins(run: RunConfig, overrides: Collection[str]) -> Iterator[tuple[str, s
     the default.
     """
     published = PRESETS.get(run.model.name)
-    values = _leaves(run)
-    preset = {} if published is None else _leaves(dataclasses.replace(run, model=published))
+    values = leaves(run)
+    preset = {} if published is None else leaves(dataclasses.replace(run, model=published))
     for path, key in all_keys().items():
         section = path.rpartition(".")[0]
         if dataclasses.is_dataclass(values[path]) or values.get(section, run) is None:
@@ -109,16 +117,5 @@ def origins(run: RunConfig, overrides: Collection[str]) -> Iterator[tuple[str, s
 
 def common_values(run: RunConfig) -> dict[str, str]:
     """Return the values, by path, that all processes of a run must have in common."""
-    values = {path: show(value) for path, value in _leaves(run).items()}
+    values = {path: show(value) for path, value in leaves(run).items()}
     return {path: value for path, value in values.items() if path not in PER_PROCESS}
-
-
-def _leaves(run: RunConfig) -> dict[str, Any]:
-    """Return every value by its path; a nested optional dataclass also under its own path."""
-    values: dict[str, Any] = {}
-    for path in all_keys():
-        value: Any = run
-        for name in path.split("."):
-            value = getattr(value, name, None)
-        values[path] = value
-    return values

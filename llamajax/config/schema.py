@@ -1,6 +1,6 @@
 """The configuration of a run as frozen dataclasses: every key, its type, unit, range and meaning.
 
-A key is declared only here (those of `optim` in `optim_schema.py`). A key without a default must be
+A key is declared only here, or in the `*_schema.py` of its section. A key without a default must be
 set by the config file: no number that changes the loss has one. `check.py` has the constraints
 between several keys.
 """
@@ -8,6 +8,7 @@ between several keys.
 import dataclasses
 from typing import Literal
 
+from llamajax.config.data_schema import SEED_LIMIT, DataConfig
 from llamajax.config.model_schema import LORA_TARGETS, ModelConfig
 from llamajax.config.monitoring_schema import MonitoringConfig
 from llamajax.config.optim_schema import OptimConfig
@@ -19,8 +20,6 @@ Remat = Literal["none", "full", "dots", "save_attention", "save_qkv"]
 # Tensors of a block that train.remat_keep and train.remat_offload can name.
 REMAT_NAMES = ("block_input", "qkv", "attention", "mlp_input", "gate", "up")
 AttentionImpl = Literal["auto", "xla", "blocked", "split", "cudnn", "splash", "module:function"]
-# JAX keys and grain shuffles are seeded with 32 bits.
-_SEED_LIMIT = 2**32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,51 +45,12 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which samples are read, and in which order."""
-
-    path: str = key(
-        "directory written by `llamajax.prepare`; several, separated by commas, are mixed",
-        is_path=True,
-    )
-    weights: tuple[float, ...] | None = key(
-        "share of the samples drawn from each of several paths; none: by their numbers of tokens",
-        default=None,
-    )
-    validation: dict[str, str] | None = key(
-        "further validation sets, as NAME:DIR,NAME:DIR, each a directory written by `prepare`: its "
-        "validation split, or all of it where it has none; none: the split of `path` alone",
-        default=None,
-        is_path=True,
-    )
-    seq_len: int = key("T: tokens per sample; chosen here, not by `prepare`", at_least=1)
-    global_batch_size: int = key(
-        "samples per optimizer step, over all devices and accumulation steps", at_least=1
-    )
-    shuffle: bool = key(
-        "whether samples are drawn in a random order, a new one each epoch", default=True
-    )
-    seed: int = key("seed of the order of the samples", at_least=0, below=_SEED_LIMIT)
-    mask_documents: bool = key(
-        "whether attention and positions are separate for each document packed into one sample",
-        default=True,
-    )
-    num_threads: int = key("reader threads; changes speed only", default=2, at_least=1)
-    prefetch_batches: int = key("batches read ahead; changes speed only", default=4, at_least=1)
-
-    @property
-    def paths(self) -> list[str]:
-        """The prepared directories that `path` names."""
-        return [part.strip() for part in self.path.split(",") if part.strip()]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How the step computes, and how long it runs."""
 
     steps: int = key("optimizer steps of the whole run", at_least=1)
     seed: int = key(
-        "seed of initial weights, of adapters and of their dropout", at_least=0, below=_SEED_LIMIT
+        "seed of initial weights, of adapters and of their dropout", at_least=0, below=SEED_LIMIT
     )
     dtype: TrainDtype = key(
         "dtype of the matrix products; weights, moments, norms, softmax and loss stay fp32. "

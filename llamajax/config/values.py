@@ -114,6 +114,8 @@ def describe(annotation: Any) -> str:
     inner, optional = split_optional(annotation)
     if get_origin(inner) is Literal:
         words = " | ".join(get_args(inner))
+    elif get_origin(inner) is tuple and dataclasses.is_dataclass(get_args(inner)[0]):
+        words = "list of objects in JSON"
     elif get_origin(inner) is tuple:
         words = f"{get_args(inner)[0].__name__}s separated by commas"
     elif get_origin(inner) is dict:
@@ -133,6 +135,8 @@ def show(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        return json.dumps([dataclasses.asdict(item, dict_factory=_without_none) for item in value])
     if isinstance(value, tuple):
         texts = [item for item in value if isinstance(item, str)]
         if any(_parts(text) != [text] or text.startswith("[") for text in texts):
@@ -141,6 +145,10 @@ def show(value: Any) -> str:
     if isinstance(value, dict):
         return ",".join(f"{name}:{item}" for name, item in value.items())
     return '""' if value == "" else str(value)
+
+
+def _without_none(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in pairs if value is not None}
 
 
 def parse(text: str, annotation: Any) -> Any:
@@ -157,7 +165,9 @@ def parse(text: str, annotation: Any) -> Any:
         raise Mistyped(f"expected none, got {text!r}; otherwise set its keys: {names}")
     if get_origin(inner) is tuple:
         kind = get_args(inner)[0]
-        if kind is str and text.startswith("["):
+        if dataclasses.is_dataclass(kind) and text.casefold() in ("", "none"):
+            return ()
+        if dataclasses.is_dataclass(kind) or (kind is str and text.startswith("[")):
             return coerce(_parse_json(text), annotation)
         return tuple(_parse_one(part, kind, whole=annotation) for part in _parts(text))
     if get_origin(inner) is dict:
@@ -173,7 +183,7 @@ def _parse_json(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise Mistyped(f"begins with [ and is no JSON list: {error}") from None
+        raise Mistyped(f"is no JSON list: {error}") from None
 
 
 def _parse_pairs(text: str, annotation: Any) -> dict[str, Any]:
@@ -263,6 +273,8 @@ def coerce(value: Any, annotation: Any) -> Any:
     if get_origin(inner) is tuple:
         if not isinstance(value, list | tuple):
             raise mistyped
+        if dataclasses.is_dataclass(get_args(inner)[0]):
+            return tuple(value)  # `load` reads their keys
         try:
             return tuple(coerce(item, get_args(inner)[0]) for item in value)
         except Mistyped:

@@ -17,9 +17,11 @@ _FILE_OF = {
     "eval_batches": "batches",
     "has_split": "mixture",
     "open_mixture": "mixture",
+    "open_stages": "stages",
     "open_validation_sets": "mixture",
     "sample_ids": "batches",
     "train_batches": "batches",
+    "with_stages": "stages",
 }
 
 BATCH_KEYS = ("tokens", "targets", "positions", "segment_ids", "loss_mask")

@@ -11,7 +11,7 @@ A batch is a dict of arrays (B, T), B the rows asked for:
 With `mask_documents` off a sample is one segment, and the next document's first token counts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -33,34 +33,38 @@ def sample_ids(
     rows: None for all.
     """
     segment, first = position.segment(step), position.first_sample(step)
-    order = mixture.order(segment.seq_len, segment.rounds)
+    order = mixture.order(segment.seq_len, segment.rounds, segment.starts)
     rows = range(segment.batch_size) if rows is None else rows
     return np.array([order[first + row] for row in rows], np.int64)
 
 
 def train_batches(
-    mixture: Mixture,
+    mixtures: Mapping[str, Mixture],
     position: Position,
     *,
     first_step: int,
-    rows: range,
+    rows: Callable[[int], range],
     num_threads: int,
     prefetch: int,
 ) -> grain.DatasetIterator[Batch]:
     """Iterate without end over the batches of steps `first_step`, ...: only `rows` of each.
 
-    Close it (`.close()`) to end its threads. Their number and `prefetch`, the batches held ready,
-    change speed only. ValueError if the position belongs to another mixture.
+    mixtures: by hash, all that the position has from `first_step` on. rows: of this process, in a
+    global batch of this size. Close it (`.close()`) to end its threads. Their number and
+    `prefetch`, the batches held ready, change speed only. ValueError if a mixture is not there.
     """
-    segment = position.segment(first_step)
-    if segment.mixture_hash != mixture.hash:
-        raise ValueError("the position is of another mixture: call Position.continued first")
-    mixture.order(segment.seq_len, segment.rounds)  # UserError for data shorter than a sample
+    later = [segment for segment in position.segments if segment.first_step > first_step]
+    for segment in (position.segment(first_step), *later):
+        if segment.mixture_hash not in mixtures:
+            raise ValueError("the position is of another mixture: call Position.continued first")
+        # Made before there are threads. UserError for data shorter than a sample.
+        mixtures[segment.mixture_hash].order(segment.seq_len, segment.rounds, segment.starts)
 
     def read(index: int) -> Batch:
         step = first_step + index
-        seq_len = position.segment(step).seq_len
-        ids = sample_ids(mixture, position, step, rows=rows)
+        segment = position.segment(step)
+        mixture, seq_len = mixtures[segment.mixture_hash], segment.seq_len
+        ids = sample_ids(mixture, position, step, rows=rows(segment.batch_size))
         samples = [mixture.locate(int(i), seq_len) for i in ids]
         return make_batch(samples, seq_len, mask_documents=mixture.mask_documents)
 

@@ -27,13 +27,19 @@ class Ledger:
     `all_rows_until`) hash every row. The digest after step n is the same for any number of
     processes, devices and restarts.
 
-    saved: the result of `to_json` in the checkpoint of `step`; None if it has none, as at step 0.
+    mixtures: by hash, all that the position has from `step` on. saved: the result of `to_json` in
+    the checkpoint of `step`; None if it has none, as at step 0.
     """
 
     def __init__(
-        self, mixture: Mixture, position: Position, *, step: int, saved: Mapping[str, Any] | None
+        self,
+        mixtures: Mapping[str, Mixture],
+        position: Position,
+        *,
+        step: int,
+        saved: Mapping[str, Any] | None,
     ):
-        self._mixture, self._position = mixture, position
+        self._mixtures, self._position = mixtures, position
         self._step = step
         self._digest = saved["digest"] if saved else ""
         # An earlier release saved no `all_rows_until`: every step so far has all its rows.
@@ -47,7 +53,8 @@ class Ledger:
             raise ValueError(f"step {step} does not follow step {self._step}")
         self._recent.append((self._step, self._digest))
         all_rows = step <= self._all_rows_until
-        self._digest = _next(self._digest, self._mixture, self._position, step, all_rows=all_rows)
+        mixture = self._mixtures[self._position.segment(step - 1).mixture_hash]
+        self._digest = _next(self._digest, mixture, self._position, step, all_rows=all_rows)
         self._step = step
 
     def to_json(self) -> dict[str, Any]:
@@ -57,15 +64,17 @@ class Ledger:
 
 
 def check_ledger(
-    saved: Mapping[str, Any], mixture: Mixture, position: Position, *, step: int
+    saved: Mapping[str, Any], mixtures: Mapping[str, Mixture], position: Position, *, step: int
 ) -> int:
     """Check that the steps before `step` read the same samples now as then; return how many.
 
     0 if the data has changed since, which the position knows and continues from. Raises UserError
     if the same data is read in another order.
     """
-    recent = [(n, digest) for n, digest in saved["recent"] if n >= position.segments[-1].first_step]
-    if not recent or position.segment(step - 1).mixture_hash != mixture.hash:
+    segment = position.segment(step - 1)
+    mixture = mixtures.get(segment.mixture_hash)
+    recent = [(n, digest) for n, digest in saved["recent"] if n >= segment.first_step]
+    if not recent or mixture is None:
         return 0
     first, digest = recent[0]
     all_rows_until = saved.get("all_rows_until", step)

@@ -9,6 +9,7 @@ epoch of each directory, mixed by grain over directories that repeat without end
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 from pathlib import Path
@@ -136,24 +137,43 @@ class Mixture:
             sample_id -= count
         raise IndexError("sample id beyond the last of this mixture")
 
-    def order(self, seq_len: int, rounds: int = ROUNDS) -> EndlessOrder | grain.MapDataset:
-        """Return the endless sequence of sample ids of this length: `order[i]` is the i-th."""
-        if (seq_len, rounds) not in self._orders:
-            self._orders[seq_len, rounds] = self._make_order(seq_len, rounds)
-        return self._orders[seq_len, rounds]
+    def order(
+        self, seq_len: int, rounds: int = ROUNDS, starts: tuple[int, ...] = ()
+    ) -> EndlessOrder | grain.MapDataset:
+        """Return the endless sequence of sample ids of this length: `order[i]` is the i-th.
+
+        starts: samples of each source to pass by, as in `Segment`.
+        """
+        if (seq_len, rounds, starts) not in self._orders:
+            self._orders[seq_len, rounds, starts] = self._make_order(seq_len, rounds, starts)
+        return self._orders[seq_len, rounds, starts]
 
     @functools.cached_property
-    def _orders(self) -> dict[tuple[int, int], EndlessOrder | grain.MapDataset]:
+    def _orders(self) -> dict[tuple, EndlessOrder | grain.MapDataset]:
         return {}
 
-    def _make_order(self, seq_len: int, rounds: int) -> EndlessOrder | grain.MapDataset:
+    def counts(self, num_samples: int) -> list[int]:
+        """Return how many of the first samples of an order are of each source, as grain mixes."""
+        # Its proportions are whole numbers, the smallest 100 (grain 0.2.18); each source takes its
+        # share of what the sources before it have left, rounded up.
+        shares = [int(weight * (100 / min(self.weights))) for weight in self.weights]
+        found, left, all_shares = [], num_samples, sum(shares)
+        for share in shares:
+            rest = left * (all_shares - share) // all_shares
+            found.append(left - rest)
+            left, all_shares = rest, all_shares - share
+        return found
+
+    def _make_order(
+        self, seq_len: int, rounds: int, starts: tuple[int, ...]
+    ) -> EndlessOrder | grain.MapDataset:
         parts, first = [], 0
-        for source in self.sources:
+        for source, start in itertools.zip_longest(self.sources, starts, fillvalue=0):
             count = source.num_samples(seq_len)
             if count == 0:
                 raise UserError(_too_short(source, seq_len))
             key = _digest([self.seed, source.fingerprint]) if self.shuffle else None
-            parts.append(EndlessOrder(first, count, key=key, rounds=rounds))
+            parts.append(EndlessOrder(first, count, key=key, rounds=rounds, start=start))
             first += count
         if len(parts) == 1:
             return parts[0]

@@ -7,6 +7,8 @@ samples of one length. A checkpoint saves nothing else of the data: resuming is 
 
 import bisect
 import dataclasses
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llamajax.data.sample_order import FIRST_ROUNDS, ROUNDS
@@ -16,7 +18,9 @@ from llamajax.data.sample_order import FIRST_ROUNDS, ROUNDS
 class Segment:
     """The steps from `first_step` until the next segment starts.
 
-    rounds: of the shuffle. Positions saved before it was a choice do not contain it.
+    rounds: of the shuffle. Positions saved before it was a choice do not contain it. starts: where
+    the order begins in that of each source, after the samples that earlier stages read of it; empty
+    where all begin at their first.
     """
 
     first_step: int
@@ -25,6 +29,22 @@ class Segment:
     seq_len: int
     mixture_hash: str
     rounds: int = FIRST_ROUNDS
+    starts: tuple[int, ...] = ()
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Segment":
+        """Return the segment of `dataclasses.asdict`, or of an earlier release; else TypeError."""
+        return cls(**value | {"starts": tuple(value.get("starts", ()))})
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the config says of the segment."""
+        return {name: getattr(self, name) for name in ("batch_size", "seq_len", "mixture_hash")}
+
+    @property
+    def order(self) -> tuple:
+        """What two segments have in common where one goes on in the order of the other."""
+        return self.seq_len, self.mixture_hash, self.rounds, self.starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +87,37 @@ class Position:
         if step < last.first_step:
             raise ValueError(f"step {step} lies before the last segment's {last.first_step}")
         settings = {"batch_size": batch_size, "seq_len": seq_len, "mixture_hash": mixture_hash}
-        if all(getattr(last, key) == value for key, value in settings.items()):
+        if settings == last.settings:
             return self
         tokens_read = self.first_sample(step) * last.seq_len
         first_sample = -(-tokens_read // seq_len)
         new = dataclasses.replace(last, first_step=step, first_sample=first_sample, **settings)
         return Position((*self.segments, new))
+
+    def until(self, step: int) -> "Position":
+        """Return the position without the segments that begin at `step` or later, or the first."""
+        kept = [s for s in self.segments[1:] if s.first_step < step]
+        return Position((self.segments[0], *kept))
+
+    def without(self, first: int, last: int, borders: Iterable[int]) -> list[Segment]:
+        """Return the segments from step `first` on, without what the steps up to `last` read.
+
+        borders: first steps of stages. What follows in the same order is moved on with it.
+        """
+        begins = [first, *(border for border in borders if border > first)]
+        spans = list(zip(begins, [*begins[1:], math.inf], strict=True))
+        found, reached = [], {}
+        for begin, end in spans:
+            if begin < last:
+                segment = self.segment(min(last, end) - 1)
+                read = (min(last, end) - segment.first_step) * segment.batch_size
+                reached[segment.order] = segment.first_sample + read
+        for begin, end in spans:
+            segment = self.segment(max(begin, min(last, end) - 1))
+            sample = reached.get(segment.order, segment.first_sample)
+            found.append(dataclasses.replace(segment, first_step=begin, first_sample=sample))
+            reached[segment.order] = sample + (end - begin) * segment.batch_size
+        return found
 
     def segment(self, step: int) -> Segment:
         """Return the segment of `step`."""
@@ -100,8 +145,8 @@ class Position:
     def from_json(cls, value: dict[str, Any]) -> "Position":
         """Return the position that `to_json` described; ValueError if it describes none."""
         try:
-            segments = tuple(Segment(**s) for s in value["segments"])
-        except (KeyError, TypeError) as error:
+            segments = tuple(map(Segment.from_json, value["segments"]))
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not a position in the data: {value!r}") from error
         steps = [s.first_step for s in segments]
         if not segments or steps[0] != 0 or steps != sorted(steps):

@@ -21,11 +21,14 @@ class EndlessOrder:
     """`order[i]` is `first` + the i-th sample: epoch after epoch, each another permutation.
 
     A random-access source for grain. key: None for the stored order in every epoch. rounds: of the
-    shuffle, if an epoch is too long to be drawn whole.
+    shuffle, if an epoch is too long to be drawn whole. start: samples at its beginning to pass by.
     """
 
-    def __init__(self, first: int, count: int, *, key: str | None, rounds: int = ROUNDS) -> None:
+    def __init__(
+        self, first: int, count: int, *, key: str | None, rounds: int = ROUNDS, start: int = 0
+    ) -> None:
         self._first, self._count, self._key, self._rounds = first, count, key, rounds
+        self._start = start
         # Threads that read ahead are in two epochs at most.
         self._permutation = functools.lru_cache(maxsize=3)(self._draw)
 
@@ -33,7 +36,7 @@ class EndlessOrder:
         return 2**62
 
     def __getitem__(self, index: int) -> int:
-        epoch, number = divmod(index, self._count)
+        epoch, number = divmod(self._start + index, self._count)
         if self._key is None:
             return self._first + number
         if self._count <= _WHOLE_UP_TO:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from llamajax.config.saved_config import record_of_step
 from llamajax.corpus.input_files import format_of, read_text
 from llamajax.data import Tokenizer, load_tokenizer
 from llamajax.errors import UserError, say
@@ -54,6 +55,7 @@ def _prepared(options: EvaluateOptions, weights: Weights) -> RowSource:
             "is read with --text)"
         )
     run_config = {} if weights.checkpoint is None else weights.checkpoint.meta.get("config") or {}
+    run_config = record_of_step(run_config, weights.step or 0)
     trained = run_config.get("data") or {}  # empty where the run's data is unknown
     rows = PackedRows(
         path,

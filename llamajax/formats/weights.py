@@ -26,7 +26,7 @@ from llamajax.checkpoint.restore import (
     restore_state,
 )
 from llamajax.config import build_model
-from llamajax.config.saved_config import from_json_dict
+from llamajax.config.saved_config import from_json_dict, record_of_step
 from llamajax.config.schema import LoraConfig, ModelConfig
 from llamajax.errors import UserError, combine
 from llamajax.formats.foreign_weights import ForeignWeights, TensorSource
@@ -311,7 +311,7 @@ def open_base(record: Mapping[str, str], *, path: Location | None, adapters: Pur
 def _of_checkpoint(checkpoint: Checkpoint, *, run: Path | None = None) -> Weights:
     """Return the weights of a checkpoint. run: its --workdir, where that was named."""
     directory, meta = checkpoint.directory, checkpoint.meta
-    config, base, lora = meta.get("config") or {}, None, None
+    config, base, lora = record_of_step(meta.get("config") or {}, checkpoint.step), None, None
     if "model" not in config:
         raise UserError(f"checkpoint {directory} does not say which model it is of")
     model, problems = build_model(config["model"])

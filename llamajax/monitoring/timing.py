@@ -21,20 +21,23 @@ class StepTimer:
         timer.take()                    means over the steps fetched since the last call
         with timer.pause():             anything that is not a step
 
-    A step that is not watched counts as done when it is fetched. tokens_per_step: tokens of the
-    global batch. clock: seconds, monotonic. paused_s: seconds of the last pause in which no step
+    A step that is not watched counts as done when it is fetched. tokens_of: tokens of the global
+    batch of a step. clock: seconds, monotonic. paused_s: seconds of the last pause in which no step
     was in flight.
     """
 
-    def __init__(self, *, tokens_per_step: int, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, *, tokens_of: Callable[[int], int], clock: Callable[[], float] = time.monotonic
+    ):
         self.paused_s = 0.0
-        self._tokens_per_step, self._clock = tokens_per_step, clock
+        self._tokens_of, self._clock = tokens_of, clock
         self._fetched_step: int | None = None
         self._done_s: dict[int, float] = {}  # by step: the fetched one, and those in flight
         self._before: dict[int, tuple[float, float]] = {}  # by step: idle, and waiting for data
         self._since = (0.0, 0.0)  # the same, since the last dispatch
         self._depth = 0
-        self._taken = (0, 0.0, 0.0)  # of the steps fetched since `take`: how many, s, waiting s
+        # Of the steps fetched since `take`: how many, tokens, seconds, and seconds of waiting.
+        self._taken = (0, 0, 0.0, 0.0)
         self._watched: queue.SimpleQueue | None = None
 
     def mark_dispatched(self, step: int) -> None:
@@ -81,8 +84,9 @@ class StepTimer:
         for done in [n for n in list(self._done_s) if n < step]:
             del self._done_s[done]
         self._fetched_step = step
-        count, steps_s, data_wait_s = self._taken
-        self._taken = (count + len(before), steps_s + elapsed_s, data_wait_s + wait_s)
+        count, tokens, steps_s, data_wait_s = self._taken
+        tokens += sum(map(self._tokens_of, range(first, step + 1)))
+        self._taken = (count + len(before), tokens, steps_s + elapsed_s, data_wait_s + wait_s)
 
     def take(self) -> dict[str, float]:
         """Return means over the steps fetched since the last call, of which there must be one.
@@ -90,19 +94,18 @@ class StepTimer:
         step_time_s; data_wait_s: seconds a step that the devices waited for its batch, which are
         not in step_time_s; tokens_per_s: tokens a second of step time.
         """
-        count, steps_s, data_wait_s = self._taken
-        self._taken = (0, 0.0, 0.0)
+        count, tokens, steps_s, data_wait_s = self._taken
+        self._taken = (0, 0, 0.0, 0.0)
         return {
             "step_time_s": steps_s / count,
             "data_wait_s": data_wait_s / count,
-            "tokens_per_s": count * self._tokens_per_step / steps_s if steps_s > 0 else 0.0,
+            "tokens_per_s": tokens / steps_s if steps_s > 0 else 0.0,
         }
 
     @property
     def untaken(self) -> dict[str, float]:
         """The seconds of the steps fetched since the last `take`, and of waiting; their tokens."""
-        count, steps_s, data_wait_s = self._taken
-        tokens = count * self._tokens_per_step
+        _, tokens, steps_s, data_wait_s = self._taken
         return {"steps_s": steps_s, "data_wait_s": data_wait_s, "tokens": tokens}
 
     @contextlib.contextmanager

@@ -99,7 +99,8 @@ class ProfileHook(Hook):
         return total_s
 
     def _summarize(self) -> None:
-        setup, update = self.run.setup, self.attempt.programs.update
+        last = self._last
+        setup, update = self.run.setup.at(last), self.attempt.programs.at(last).update
         text = update.as_text()
         module = text.split(maxsplit=2)[1].rstrip(",")
         busy = read_trace(self._folder, kinds_of_operations(text, setup), module)

@@ -17,6 +17,7 @@ from llamajax.monitoring.blackbox import boxes, read_box
 from llamajax.monitoring.run_facts import read_run_facts
 from llamajax.optim.guard import REASONS
 from llamajax.training.safety.rollback import RollbackLog
+from llamajax.training.setup import Setup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,23 +41,19 @@ class ReplayRecord:
         """Step of `base`."""
         return self.base.step if self.base else 0
 
-    def read_position(self, mixture: data.Mixture, audit: RollbackLog) -> data.Position:
+    def read_position(self, setup: Setup, audit: RollbackLog) -> data.Position:
         """Return the position in the data of the steps from `base` to this one."""
         if self.position is not None:
             return self.position
-        now = {
-            "batch_size": self.config.data.global_batch_size,
-            "seq_len": self.config.data.seq_len,
-            "mixture_hash": mixture.hash,
-        }
+        stages = setup.data_settings
         if self.base is None:
-            saved, rollbacks = data.Position.start(**now), 0
+            saved, rollbacks = data.Position.start(**stages[0][1]), 0
         else:
             saved = data.Position.from_json(self.base.meta["position"])
             rollbacks = self.base.meta.get("rollbacks", 0)
-        step = audit.entries[-1].to_step if audit.entries else 0
-        later = audit.position(saved, step=max(step, self.first_step), rollbacks=rollbacks)
-        return later.continued(step=max(self.first_step, later.segments[-1].first_step), **now)
+        step = max(self.first_step, audit.entries[-1].to_step if audit.entries else 0)
+        later = audit.position(saved, step=step, rollbacks=rollbacks)
+        return data.with_stages(later, stages, setup.mixtures, step=step)
 
     def recorded_row(self, step: int, position: data.Position) -> Mapping[str, Any] | None:
         """Return the recorded loss and gradient norm of a step, and why its update was skipped.

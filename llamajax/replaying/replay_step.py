@@ -41,14 +41,15 @@ def replay(options: ReplayOptions) -> Evidence:
     workdir = Path(options.workdir)
     box = None if options.blackbox is None else Path(options.blackbox)
     record = read_record(workdir, options.step, box=box)
-    setup = set_up(_config(record, options))
-    config, mixture = setup.config, setup.mixture
-    if setup.machine.num_processes > 1:
+    whole = set_up(_config(record, options))
+    if whole.machine.num_processes > 1:
         raise UserError("replay runs in one process: start it on one node, with a mesh that it has")
-    position = record.read_position(mixture, RollbackLog(workdir, primary=False))
+    position = record.read_position(whole, RollbackLog(workdir, primary=False))
     base = record.base or "the beginning"
     say(f"replay   step {record.step}, from {base}: {record.step - record.first_step} steps")
-    state, first_difference = _state_before(setup, record, position)
+    state, first_difference = _state_before(whole, record, position)
+    setup = whole.at(record.step)
+    state, config, mixture = setup.spec.retyped(state), setup.config, setup.mixture
     ids = data.sample_ids(mixture, position, record.step - 1)
     samples = [mixture.locate(int(i), config.data.seq_len) for i in ids]
     batch = make_batch(samples, config.data.seq_len, mask_documents=config.data.mask_documents)
@@ -100,17 +101,23 @@ def _state_before(
 ) -> tuple[TrainState, str | None]:
     """Return the state before the step, and the first step on the way that was not as recorded."""
     meta = None if record.base is None else record.base.meta
-    state = initial_state(setup, record.base, open_initial_weights(setup.config, meta))
+    first = setup.at(record.first_step)
+    state = initial_state(first, record.base, open_initial_weights(setup.config, meta))
     start, first_difference = record.first_step, None
     if start + 1 == record.step:
         return state, None
-    c, mesh = setup.config, setup.mesh
-    batches = train_batches(c.data, mesh, setup.mixture, position, step=start)
-    lowered = lower_update(c, mesh, setup.compute, setup.spec.optimizer, state)
-    update = setup.compiler_options.compile(lowered)
+    mixtures = setup.mixtures
+    batches = train_batches(setup.config.data, setup.mesh, mixtures, position, step=start)
+    update = None
     total = record.step - 1
     progress = Progress(total_steps=total, start_step=start, title="replay")
     for step in range(start + 1, record.step):
+        if update is None or step - 1 in setup.borders:
+            stage = setup.at(step)
+            state = stage.spec.retyped(state)
+            update = stage.compiler_options.compile(
+                lower_update(stage.config, stage.mesh, stage.compute, stage.spec.optimizer, state)
+            )
         state, metrics = update(state, next(batches))
         row = {name: metrics[name].item() for name in ("loss", "grad_norm")}
         progress.show({"step": step} | row)

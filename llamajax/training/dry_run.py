@@ -26,7 +26,7 @@ def dry_run(config: RunConfig, *, workdir: Path, overrides: Mapping[str, str]) -
     with read_run(setup, workdir) as run:
         start, _ = first_start(run)
     if start.checkpoint is not None:
-        check_stored(setup, start.checkpoint)
+        check_stored(setup.at(start.step), start.checkpoint)
     yield from run_header(setup, start.step)
     yield f"kernels  attention {setup.attention.impl}: {setup.attention.reason}"
     options = setup.compiler_options.values.items()
@@ -35,7 +35,11 @@ def dry_run(config: RunConfig, *, workdir: Path, overrides: Mapping[str, str]) -
 
 
 def _memory(setup: Setup) -> str:
-    parts = held_parts(setup.config, dict(setup.mesh.shape))
+    sizes = dict(setup.mesh.shape)
+    parts = max(
+        (held_parts(stage.config, sizes) for _, stage in setup.stages),
+        key=lambda p: sum(p.values()),
+    )
     listed = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
     total = gib(sum(parts.values()))
     return f"memory   {total} a device at least, by formula: {listed}; `llamajax plan` has more"

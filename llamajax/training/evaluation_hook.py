@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamajax import sharding
+from llamajax.config import RunConfig
 from llamajax.data import Mixture
 from llamajax.decoding.engine import Engine
 from llamajax.decoding.generate_options import Sampling
@@ -76,13 +77,16 @@ class HeldOutLosses:
     """
 
     def __init__(self, attempt: Attempt):
-        self._attempt, self._setup = attempt, attempt.run.setup
+        self._attempt = attempt
 
     def __call__(self, step: int, state: TrainState) -> dict[str, Any]:
         models = [state.whole] if state.average is None else [state.whole, state.averaged]
-        sets = self._setup.evaluated.sets
-        sums = {name: self._sums(held_out, models) for name, held_out in sets.items()}
-        sizes = {name: self._num_bytes(held_out) for name, held_out in sets.items()}
+        config, sets = (
+            self._attempt.run.setup.at(step).config,
+            self._attempt.run.setup.evaluated.sets,
+        )
+        sums = {name: self._sums(step, held_out, models) for name, held_out in sets.items()}
+        sizes = {name: _num_bytes(config, held_out) for name, held_out in sets.items()}
         if "" not in sets:
             sums = {"": np.sum(list(sums.values()), axis=0)} | sums
             sizes[""] = None if None in sizes.values() else sum(sizes.values())
@@ -92,30 +96,32 @@ class HeldOutLosses:
             row |= {f"ema_loss/{name}".rstrip("/"): nll / count for nll, count in average}
         return row
 
-    def _sums(self, held_out: Mixture, models: list[Llama]) -> np.ndarray:
+    def _sums(self, step: int, held_out: Mixture, models: list[Llama]) -> np.ndarray:
         """Sum the loss and the targets of each model in float64, (models, 2).
 
-        Batches have a fixed order. The last is padded, never dropped.
+        Samples are as long as those of the stage that `step` belongs to. Batches have a fixed
+        order. The last is padded, never dropped.
         """
-        a, setup, pending = self._attempt, self._setup, None
+        a, setup, pending = self._attempt, self._attempt.run.setup.at(step), None
+        evaluate = a.programs.at(step).evaluate
         sums = np.zeros((len(models), 2), np.float64)
         for batch in eval_batches(setup.config, setup.mesh, held_out):
-            current = [a.programs.evaluate(model, batch) for model in models]
+            current = [evaluate(model, batch) for model in models]
             if pending is not None:
                 sums += np.array(jax.device_get(pending), np.float64)
             pending = current
             a.report_part()
         return sums + np.array(jax.device_get(pending), np.float64)
 
-    def _num_bytes(self, held_out: Mixture) -> int | None:
-        """Return the bytes of the text that is scored; None if unknown."""
-        config = self._setup.config
-        rows = sum(s.num_eval_samples(config.data.seq_len) for s in held_out.sources)
-        batches = config.train.eval_batches
-        if batches is not None and batches * eval_batch_size(config) < rows:
-            return None
-        sizes = [source.text_bytes for source in held_out.sources]
-        return None if None in sizes else sum(sizes)
+
+def _num_bytes(config: RunConfig, held_out: Mixture) -> int | None:
+    """Return the bytes of the text that is scored; None if unknown."""
+    rows = sum(s.num_eval_samples(config.data.seq_len) for s in held_out.sources)
+    batches = config.train.eval_batches
+    if batches is not None and batches * eval_batch_size(config) < rows:
+        return None
+    sizes = [source.text_bytes for source in held_out.sources]
+    return None if None in sizes else sum(sizes)
 
 
 def _fields(suffix: str, sums: np.ndarray, num_bytes: int | None) -> dict[str, Any]:

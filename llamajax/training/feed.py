@@ -3,6 +3,7 @@
 Types of `data` are quoted: to name them would import grain, which `abstract_batch` does not need.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -16,14 +17,22 @@ DeviceBatch = dict[str, jax.Array]
 
 
 def train_batches(
-    config: DataConfig, mesh: Mesh, mixture: "data.Mixture", position: "data.Position", *, step: int
+    config: DataConfig,
+    mesh: Mesh,
+    mixtures: "Mapping[str, data.Mixture]",
+    position: "data.Position",
+    *,
+    step: int,
 ) -> Iterator[DeviceBatch]:
-    """Yield batches of updates step + 1, step + 2, ... without end; copies don't block."""
+    """Yield batches of updates step + 1, step + 2, ... without end; copies don't block.
+
+    mixtures: by hash, all that the position has from `step` on.
+    """
     batches = data.train_batches(
-        mixture,
+        mixtures,
         position,
         first_step=step,
-        rows=sharding.local_rows(mesh, config.global_batch_size),
+        rows=functools.partial(sharding.local_rows, mesh),
         num_threads=config.num_threads,
         prefetch=config.prefetch_batches,
     )

@@ -15,11 +15,11 @@ from llamajax.checkpoint import CheckpointError
 from llamajax.monitoring import MetricsWriter, Progress, StepTimer
 from llamajax.processes.host_collectives import broadcast_from_first
 from llamajax.training.export import export_weights, is_exported
-from llamajax.training.messages import mfu_from_speed
+from llamajax.training.messages import mfu
 from llamajax.training.run_start import Start
 from llamajax.training.safety.hang import HangWatch
 from llamajax.training.safety.step_checks import StepChecks
-from llamajax.training.setup import Programs
+from llamajax.training.stages import StagePrograms
 from llamajax.training.state import TrainState
 from llamajax.training.workdir import Run
 
@@ -40,7 +40,7 @@ class Attempt:
 
     run: Run
     start: Start
-    programs: Programs  # compiled
+    programs: StagePrograms  # compiled
     timer: StepTimer
     metrics: MetricsWriter  # rows of metrics.jsonl
     progress: Progress  # lines or a bar for people
@@ -56,6 +56,19 @@ class Attempt:
         with self.timer.pause():
             yield fields
         self.run.events.write(event, step=step, duration_s=self.timer.paused_s, **fields)
+
+    def begin_stage(self, step: int, state: TrainState) -> TrainState:
+        """Say that update `step` begins a stage; return the state as one of that stage's model."""
+        setup = self.run.setup
+        number, data = setup.stage_number(step), setup.at(step).config.data
+        fields = {"seq_len": data.seq_len, "global_batch_size": data.global_batch_size}
+        fields |= {"path": data.path, "tokens_seen": self.start.position.tokens_seen(step - 1)}
+        self.run.events.write("stage", step=step - 1, number=number, **fields)
+        self.progress.note(
+            f"stage {number} begins after step {step - 1}: {data.global_batch_size} x "
+            f"{data.seq_len} of {data.path}"
+        )
+        return setup.at(step).spec.retyped(state)
 
     def report_alive(self) -> None:
         """Tell the launcher and the hang watch that something was finished."""
@@ -98,7 +111,6 @@ class LogHook:
         self._attempt = attempt
         self.gradient_norms: Sequence[np.ndarray] = ()  # by weight, of the last step read
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._mfu = mfu_from_speed(attempt.run.setup)
 
     def __call__(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Read the metrics of the previous step; keep those of `step` for the next call."""
@@ -118,7 +130,9 @@ class LogHook:
         a.timer.mark_fetched(step)
         unlogged = {f"unlogged_{part}": value for part, value in a.timer.untaken.items()}
         row = a.checks.inspect(step, values, unlogged)
-        if step % train.log_every == 0 or step == train.steps or "update_skipped" in row:
+        # The last step of a stage, so that no row has times of two.
+        is_last = step == train.steps or step in a.run.setup.borders
+        if step % train.log_every == 0 or is_last or "update_skipped" in row:
             self._write(step, row)
         a.checks.react(step, values)
 
@@ -127,7 +141,7 @@ class LogHook:
         times = a.timer.take()
         row = {"step": step} | values | times
         row["tokens_seen"] = a.start.position.tokens_seen(step)
-        row |= self._mfu(times["tokens_per_s"]) | memory_in_use()
+        row |= mfu(a.run.setup.at(step), times["tokens_per_s"]) | memory_in_use()
         row["time_s"] = events.time_s
         if a.failed_saves:
             row["failed_checkpoints"] = a.failed_saves
@@ -162,7 +176,7 @@ class CanaryHook(Hook):
 
     def __call__(self, step: int, state: TrainState, stop: bool) -> None:
         with self.attempt.phase("canary", step):
-            self.attempt.programs.canary.check(step, state)
+            self.attempt.programs.at(step).canary.check(step, state)
         self.attempt.report_alive()
 
 
@@ -192,7 +206,7 @@ class SaveHook(Hook):
             except CheckpointError as error:
                 self._checkpoint_failed(error)
             try:
-                saved = run.setup.spec.to_stored_order(state.to_save)
+                saved = run.setup.at(step).spec.to_stored_order(state.to_save)
                 meta = a.start.recorded | {"ledger": a.start.ledger.to_json()}
                 run.checkpointer.save(step, saved, meta=meta, wait=final)
             except CheckpointError as error:
@@ -224,7 +238,7 @@ class ExportHook(Hook):
 
     def __call__(self, step: int, state: TrainState, stop: bool) -> None:
         with self.attempt.phase("export", step), self.attempt.hang.paused():
-            stored = self.run.setup.spec.to_stored_order(state)
+            stored = self.run.setup.at(step).spec.to_stored_order(state)
             dtype = self.config.train.activation_dtype
             for line in export_weights(self.run.workdir, step, stored, dtype=dtype):
                 self.attempt.progress.note(f"warning: {line}")

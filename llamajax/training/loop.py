@@ -47,7 +47,7 @@ def train_steps(
             if hook.is_due(start.step, stop=False) and not hook.was_done():
                 hook(start.step, state, stop=False)
     data = run.config.data
-    batches = train_batches(data, setup.mesh, setup.mixture, start.position, step=start.step)
+    batches = train_batches(data, setup.mesh, setup.mixtures, start.position, step=start.step)
 
     def next_batch() -> DeviceBatch:
         with timer.pause(data_wait=True):  # counts only while no step runs on the devices
@@ -55,8 +55,11 @@ def train_steps(
 
     batch = next_batch() if first <= last else None
     for step in range(first, last + 1):
+        if step - 1 in setup.borders:
+            log.flush()  # the row of the stage before
+            state = attempt.begin_stage(step, state)
         timer.mark_dispatched(step)
-        state, metrics = attempt.programs.update(state, batch)
+        state, metrics = attempt.programs.at(step).update(state, batch)
         timer.watch(step, functools.partial(jax.block_until_ready, metrics))  # in its thread
         run.shutdown.begin_updates()  # until here a signal ends the process, from here on it saves
         gc.enable()  # off while starting (train.py)

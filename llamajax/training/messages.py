@@ -1,7 +1,7 @@
 """What a run prints when it starts and ends, and writes about itself to `run.json`."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,14 @@ def run_header(setup: Setup, start: int) -> Iterator[str]:
         yield f"peak     {peak[0] / 1e12:g} TFLOP/s a device ({peak[1]})"
     else:
         yield f"peak     unknown for {m.device_kind!r}: no MFU"
-    tokens = format_count(c.data.global_batch_size * c.data.seq_len)
-    shape = f"{c.data.global_batch_size} x {c.data.seq_len}"
-    yield f"data     {c.data.path}; {shape} = {tokens} tokens a step"
-    yield f"epochs   {_epochs(setup)}"
+    for number, (first_step, stage) in enumerate(setup.stages):
+        where = f"stage {number}  from step {first_step} on: " if number else "data     "
+        data, scaling = stage.config.data, stage.config.model.rope_scaling
+        shape = f"{data.global_batch_size} x {data.seq_len}"
+        tokens = format_count(data.global_batch_size * data.seq_len)
+        scaled = f"; {scaling}" if scaling != c.model.rope_scaling else ""
+        yield f"{where}{data.path}; {shape} = {tokens} tokens a step{scaled}"
+        yield f"epochs   {_epochs(setup, number)}"
     for name, held_out in setup.evaluated.named.items():
         (source,) = held_out.sources
         tokens = format_count(source.num_tokens)
@@ -88,12 +92,14 @@ def _float8_products(setup: Setup) -> str | None:
 
 def memory_warnings(setup: Setup) -> list[str]:
     """Return a warning where this host cannot hold what the run needs of it, by formula."""
-    sizes, machine = dict(setup.mesh.shape), setup.machine
-    needed = host_bytes(
-        setup.config,
-        sizes,
-        num_devices=jax.local_device_count(),
-        is_host=platform_facts(machine.platform).is_host,
+    needed = max(
+        host_bytes(
+            stage.config,
+            dict(setup.mesh.shape),
+            num_devices=jax.local_device_count(),
+            is_host=platform_facts(setup.machine.platform).is_host,
+        )
+        for _, stage in setup.stages
     )
     there = backends.host_memory_bytes()
     if there is None or needed <= there:
@@ -110,26 +116,34 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
 
 
-def _epochs(setup: Setup) -> str:
-    """Describe how often a run reads each of its sources."""
-    c, sources = setup.config, setup.mixture.sources
-    read = c.train.steps * c.data.global_batch_size * c.data.seq_len
-    shares = [weight / sum(setup.mixture.weights) for weight in setup.mixture.weights]
+def _tokens_read(setup: Setup, number: int) -> tuple[int, int]:
+    """Return the steps of a stage and the tokens that it reads."""
+    ends = [*setup.borders, setup.config.train.steps]
+    steps = ends[number] - setup.stages[number][0]
+    return steps, steps * setup.tokens_of(ends[number])
+
+
+def _epochs(setup: Setup, number: int) -> str:
+    """Describe how often a stage reads each of its sources."""
+    mixture, (steps, read) = setup.stages[number][1].mixture, _tokens_read(setup, number)
+    shares = [weight / sum(mixture.weights) for weight in mixture.weights]
     epochs = ", ".join(
         f"{read * share / source.num_tokens:.3g} of {source.path} "
         f"({format_count(source.num_tokens)} tokens)"
-        for source, share in zip(sources, shares, strict=True)
+        for source, share in zip(mixture.sources, shares, strict=True)
     )
-    return f"{epochs}; {format_count(read)} tokens in {c.train.steps} steps"
+    return f"{epochs}; {format_count(read)} tokens in {steps} steps"
 
 
 def data_warnings(setup: Setup) -> list[str]:
     """Return what is odd about this data for this run."""
     c, mixture, warnings = setup.config, setup.mixture, []
-    passes = c.train.steps * c.data.global_batch_size * c.data.seq_len / mixture.num_tokens
-    if passes >= _MANY_PASSES:
-        text = format_count(mixture.num_tokens)
-        warnings.append(f"train.steps reads the {text} tokens of data.path {passes:,.0f} times")
+    for number, (_, stage) in enumerate(setup.stages):
+        passes = _tokens_read(setup, number)[1] / stage.mixture.num_tokens
+        if passes >= _MANY_PASSES:
+            text = format_count(stage.mixture.num_tokens)
+            reader = f"data.stages[{number - 1}]" if number else "train.steps"
+            warnings.append(f"{reader} reads the {text} tokens of data.path {passes:,.0f} times")
     known = mixture.manifests[0]["tokenizer"]["vocab_size"]
     if c.model.vocab_size > 4 * known:
         warnings.append(
@@ -141,8 +155,9 @@ def data_warnings(setup: Setup) -> list[str]:
     if left := {s.path for s in mixture.sources} - {s.path for s in used}:
         names = ", ".join(sorted(map(str, left)))
         warnings.append(f"evaluation leaves out {names}: prepared without a validation split")
+    trained = {s.fingerprint for _, stage in setup.stages for s in stage.mixture.sources}
     for name, held_out in setup.evaluated.named.items():
-        if {s.fingerprint for s in held_out.sources} & {s.fingerprint for s in mixture.sources}:
+        if trained & {s.fingerprint for s in held_out.sources}:
             warnings.append(f"data.validation: {name} is what the run trains on, not held out")
     return warnings
 
@@ -163,22 +178,18 @@ def previous_checkpoint(checkpointer: Checkpointer) -> str:
     return f"{checkpointer.directory / str(steps[-1])}" if steps else "none yet, it starts anew"
 
 
-def mfu_from_speed(setup: Setup) -> Callable[[float], dict[str, float | None]]:
-    """Return the function from tokens/s to both MFUs; null where the device's peak is not known."""
+def mfu(setup: Setup, tokens_per_s: float) -> dict[str, float | None]:
+    """Return both MFUs of a stage at a speed; null where the device's peak is not known."""
     config, machine = setup.config, setup.machine
     peak = backends.peak_flops(machine.device_kind, config.train.dtype)
+    total = peak and peak[0] * machine.num_devices
     flops = {
         name: flops_per_token(
             config.model, config.data.seq_len, causal=causal, frozen=config.lora.rank > 0
         )
         for name, causal in (("mfu_full", False), ("mfu_causal", True))
     }
-
-    def mfu(tokens_per_s: float) -> dict[str, float | None]:
-        total = peak and peak[0] * machine.num_devices
-        return {name: total and tokens_per_s * each / total for name, each in flops.items()}
-
-    return mfu
+    return {name: total and tokens_per_s * each / total for name, each in flops.items()}
 
 
 def run_facts(setup: Setup, programs: Programs) -> dict[str, Any]:

@@ -77,7 +77,9 @@ class NormsHook(Hook):
         kinds = {"weight": norms[0], "update": norms[1], "gradient": self._log.gradient_norms}
         sums: collections.Counter[str] = collections.Counter()
         for kind, values in kinds.items():
-            for name, norm in zip(self.attempt.programs.weight_names, values, strict=False):
+            for name, norm in zip(
+                self.attempt.programs.at(step).weight_names, values, strict=False
+            ):
                 sums[f"norm_{kind}/{_group(name)}"] += float(norm) ** 2
         row = {"step": step} | {name: math.sqrt(square) for name, square in sums.items()}
         row["time_s"] = self.run.events.time_s

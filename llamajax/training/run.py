@@ -44,7 +44,8 @@ from llamajax.training.safety.hang import HangWatch
 from llamajax.training.safety.rollback import remove_checkpoints, roll_back
 from llamajax.training.safety.shutdown import Shutdown, exit_on_error
 from llamajax.training.safety.step_checks import GuardStop, RollbackNeeded, StepChecks
-from llamajax.training.setup import Programs, check_stored, compile_programs, initial_state, set_up
+from llamajax.training.setup import check_stored, initial_state, set_up
+from llamajax.training.stages import StagePrograms
 from llamajax.training.state import TrainState
 from llamajax.training.workdir import Run, keep_tokenizer, open_run, write_config
 
@@ -75,7 +76,9 @@ def train(
         start, history = first_start(run)
         if _is_finished(run, start, history):
             if start.checkpoint is not None:
-                check_stored(setup, start.checkpoint)  # the config may be another one by now
+                check_stored(
+                    setup.at(start.step), start.checkpoint
+                )  # the config may be another one by now
             run.say(f"finished before, at step {start.step}: {workdir}")
             return ExitCode.FINISHED
         # If the start was accepted: write the `end` event and the report, however this is left.
@@ -116,16 +119,17 @@ def _is_finished(run: Run, start: Start, history: History) -> bool:
 
 def _train(run: Run, start: Start, more_hooks: Sequence[Callable[[Attempt], Hook]]) -> int:
     """Train from `start` to the end. After a rollback, train again from an earlier step."""
-    tokens_per_step = run.config.data.global_batch_size * run.config.data.seq_len
-    programs, rolled_back_s = None, 0.0
+    programs, rolled_back_s, is_accepted = StagePrograms(run.setup), 0.0, False
     while True:
         with ExitStack() as stack:
-            timer = StepTimer(tokens_per_step=tokens_per_step)
+            timer = StepTimer(tokens_of=run.setup.tokens_of)
             stack.callback(timer.close)
             state = _load(run, start, timer, rolled_back_s)
-            if programs is None:
-                programs = _compile(run, state, timer)
-                _accept(run, start, programs)
+            if programs.lacks(start.step):  # at first, and after a rollback to an earlier stage
+                _compile(run, programs, state, timer, step=start.step)
+                if not is_accepted:
+                    _accept(run, start, programs)
+                    is_accepted = True
                 run.events.write("compile", step=start.step, duration_s=timer.paused_s)
             # Those between the step that a rollback went back to and the one it came from.
             remove_checkpoints(run.checkpointer, start.superseded)
@@ -157,7 +161,7 @@ def _load(run: Run, start: Start, timer: StepTimer, rolled_back_s: float) -> Tra
     seconds of the rows after its step (`Start.time_after`): that work is done again.
     """
     with timer.pause():
-        state = initial_state(run.setup, start.checkpoint, start.weights)
+        state = initial_state(run.setup.at(start.step), start.checkpoint, start.weights)
     source = "restore" if start.step else "import" if start.weights else "init"
     ours = run.config.model.rope_scaling
     if source == "import" and (theirs := start.weights.model.rope_scaling) != ours:
@@ -174,18 +178,20 @@ def _load(run: Run, start: Start, timer: StepTimer, rolled_back_s: float) -> Tra
     return state
 
 
-def _compile(run: Run, state: TrainState, timer: StepTimer) -> Programs:
-    """Compile what the run needs, once for this process."""
+def _compile(
+    run: Run, programs: StagePrograms, state: TrainState, timer: StepTimer, *, step: int
+) -> None:
+    """Compile what the run needs from `step` on, once for this process."""
     run.say("compiling the step; this may take minutes, and the next start reads it from disk")
     with timer.pause():
-        programs = compile_programs(run.setup, state)
+        new = programs.compile(state, step=step)
     run.say(f"ready    compiled in {timer.paused_s:.1f} s")
-    for line in undonated_warnings(programs.update, "the step", "state"):
-        run.say(f"warning: {line}")
-    return programs
+    for each in new:
+        for line in undonated_warnings(each.update, "the step", "state"):
+            run.say(f"warning: {line}")
 
 
-def _accept(run: Run, start: Start, programs: Programs) -> None:
+def _accept(run: Run, start: Start, programs: StagePrograms) -> None:
     """Write what a start changes in the directory: nothing can refuse it any more.
 
     To be called by all processes: process 0 writes, and its failure is raised on all.
@@ -203,14 +209,15 @@ def _accept(run: Run, start: Start, programs: Programs) -> None:
         if run.config.monitoring.dump_hlo:
             for name in ("update", "evaluate"):
                 (run.workdir / "profile").mkdir(exist_ok=True)
-                text = getattr(programs, name).as_text()
+                text = getattr(programs.at(start.step + 1), name).as_text()
                 write_file(run.workdir / "profile" / f"{name}.hlo.txt", text)
-        facts = run_facts(run.setup, programs) | {"origin": start.recorded["origin"]}
+        facts = run_facts(run.setup, programs.at(start.step + 1)) | programs.facts()
+        facts["origin"] = start.recorded["origin"]
         write_run_facts(run.workdir, facts | {"workdir_locked": run.is_locked})
 
 
 def _open_attempt(
-    run: Run, start: Start, programs: Programs, timer: StepTimer, stack: ExitStack
+    run: Run, start: Start, programs: StagePrograms, timer: StepTimer, stack: ExitStack
 ) -> Attempt:
     """Open what logs and checks the steps from `start` on, until `stack` is closed."""
     setup, config, primary = run.setup, run.config, run.is_primary
@@ -237,10 +244,10 @@ def _open_attempt(
         config=config.guard,
         box=run.box,
         events=run.events,
-        mixture=setup.mixture,
+        mixtures=setup.mixtures,
         position=start.position,
         seed=config.train.seed,
-        weights=programs.weight_names,
+        weights=programs.at(start.step).weight_names,
         note=progress.note,
     )
 
@@ -280,6 +287,7 @@ def _go_back(attempt: Attempt, problem: GuardStop | RollbackNeeded) -> int | Non
             run.checkpointer,
             run.rollbacks,
             attempt.checks,
+            borders=run.setup.borders,
             origin_step=origin["step"] if origin else None,
         )
     except GuardStop as error:

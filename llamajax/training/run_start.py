@@ -32,6 +32,7 @@ from llamajax.training.fork import check_directories, check_same_origin, open_fo
 from llamajax.training.resume import Request, choose_checkpoint, requested_start
 from llamajax.training.run_record import History
 from llamajax.training.setup import Setup, new_moment_dtypes
+from llamajax.training.stages import check_past, stage_warnings
 from llamajax.training.workdir import Run
 
 # What must not change in a run with adapters: the function, or the arrays of its checkpoints.
@@ -122,7 +123,10 @@ def find_start(run: Run, request: Request, history: History) -> Start:
             run.say(line)
     if origin and origin["step"] == step:
         meta["rollbacks"] = 0  # those of this run count, not those of the one before the fork
-    position, ledger = _place_in_data(run, meta, step)
+    forked = of != run.workdir
+    position, ledger = _place_in_data(run, meta, step, forked=forked)
+    for line in stage_warnings(config, position, step=step):
+        run.say(line)
     recorded = {
         "config": to_json_dict(config),
         "position": position.to_json(),
@@ -147,27 +151,25 @@ def find_start(run: Run, request: Request, history: History) -> Start:
 
 
 def _place_in_data(
-    run: Run, meta: Mapping[str, Any] | None, step: int
+    run: Run, meta: Mapping[str, Any] | None, step: int, *, forked: bool
 ) -> tuple[data.Position, data.Ledger]:
     """Return where in the data a run continues, and what it has read.
 
-    meta, step: of the checkpoint that it continues from, if it does.
+    meta, step: of the checkpoint that it continues from, if it does. forked: whether that is
+    another run's.
     """
-    config, mixture = run.config.data, run.setup.mixture
-    now = {
-        "batch_size": config.global_batch_size,
-        "seq_len": config.seq_len,
-        "mixture_hash": mixture.hash,
-    }
-    before, saved, rollbacks = data.Position.start(**now), None, 0
+    mixtures, stages = run.setup.mixtures, run.setup.data_settings
+    before, saved, rollbacks = data.Position.start(**stages[0][1]), None, 0
     if meta is not None:
-        before, saved = data.Position.from_json(meta["position"]), meta.get("ledger")
+        before, saved = data.Position.from_json(meta["position"]).until(step), meta.get("ledger")
+        if not forked:
+            check_past(run.setup, from_json_dict(meta["config"]), before, step=step)
         rollbacks = meta.get("rollbacks", 0)
         if saved and step:
-            data.check_ledger(saved, mixture, before, step=step)
+            data.check_ledger(saved, mixtures, before, step=step)
     position = run.rollbacks.position(before, step=step, rollbacks=rollbacks)
-    position = position.continued(step=step, **now)
-    return position, data.Ledger(mixture, position, step=step, saved=saved)
+    position = data.with_stages(position, stages, mixtures, step=step)
+    return position, data.Ledger(mixtures, position, step=step, saved=saved)
 
 
 def run_tokenizer(setup: Setup, meta: Mapping[str, Any] | None, workdir: Path) -> dict:

@@ -1,6 +1,7 @@
 """What a run needs besides its directory: machine, mesh, data, first state, compiled programs."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from llamajax import backends, data, sharding
 from llamajax.backends.platforms import platform_facts
 from llamajax.checkpoint import Checkpoint, check_same_model, named_leaves, restore_state
-from llamajax.config import RunConfig, common_values, to_json_dict
+from llamajax.config import RunConfig, common_values, stage_named, stages_of, to_json_dict
 from llamajax.errors import UserError
 from llamajax.formats.weights import Weights
 from llamajax.models.counts import matrices_per_layer
@@ -36,7 +37,11 @@ _LOSS_CHUNK_TOKENS = (512, 4096)  # the least and the most that are chosen
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a run consists of before any memory is taken."""
+    """What a run, or one of its stages, consists of before any memory is taken.
+
+    config: of a stage it is that of `Stage`. stages: of a run, each with its first step, the first
+    at step 0; empty in a stage.
+    """
 
     config: RunConfig
     machine: backends.Machine
@@ -47,11 +52,53 @@ class Setup:
     spec: StateSpec
     mixture: "data.Mixture"
     evaluated: EvaluationInputs
+    stages: "tuple[tuple[int, Setup], ...]" = ()
+
+    def stage_number(self, step: int) -> int:
+        """Return the number, from 0, of the stage that update `step` belongs to."""
+        return sum(first_step < step for first_step in self.borders)
+
+    def at(self, step: int) -> "Setup":
+        """Return the stage that update `step` belongs to; of step 0 the first."""
+        return self.stages[self.stage_number(step)][1]
+
+    @property
+    def borders(self) -> list[int]:
+        """The first steps of the stages but the first."""
+        return [first_step for first_step, _ in self.stages[1:]]
+
+    def tokens_of(self, step: int) -> int:
+        """Return the tokens that update `step` reads."""
+        config = self.at(step).config.data
+        return config.global_batch_size * config.seq_len
+
+    @property
+    def mixtures(self) -> "dict[str, data.Mixture]":
+        """What is read in training, by hash."""
+        return {stage.mixture.hash: stage.mixture for _, stage in self.stages}
+
+    @property
+    def data_settings(self) -> list[tuple[int, dict[str, Any]]]:
+        """The first step of each stage, and its settings in a position in the data."""
+        return [
+            (
+                first_step,
+                {
+                    "batch_size": stage.config.data.global_batch_size,
+                    "seq_len": stage.config.data.seq_len,
+                    "mixture_hash": stage.mixture.hash,
+                },
+            )
+            for first_step, stage in self.stages
+        ]
 
     @property
     def data_record(self) -> dict[str, str]:
         """What is read, by split, as checkpoints record it."""
         found = {"train": self.mixture.describe()}
+        for number, (_, stage) in enumerate(self.stages[1:]):
+            if stage.mixture.hash != self.mixture.hash:
+                found[f"data.stages[{number}]"] = stage.mixture.describe()
         for name, split in self.evaluated.sets.items():
             found[f"validation set {name}" if name else "validation"] = split.describe()
         return found
@@ -62,48 +109,61 @@ def set_up(config: RunConfig, *, keep_programs: bool = True) -> Setup:
 
     keep_programs: in the compile cache.
     """
-    mixture = refusal = None
-    evaluated = EvaluationInputs()
+    mixtures: list[data.Mixture] = []
+    refusal, evaluated = None, EvaluationInputs()
     try:
-        size = config.model.vocab_size
-        mixture = data.open_mixture(config.data, split="train", vocab_size=size)
-        evaluated = open_evaluation_inputs(config, mixture)
+        mixtures += data.open_stages(config)
+        evaluated = open_evaluation_inputs(config, mixtures[0])
     except UserError as error:
         refusal = error  # raised below, after the other processes have received it
 
     def common_facts() -> dict[str, str | None]:
         """Describe what all processes of a run must have in common."""
         facts = {**common_values(config), "problem": refusal and str(refusal)}
-        facts["the train data in data.path"] = mixture and mixture.describe()
+        for number, mixture in enumerate(mixtures):
+            name = f"data.stages[{number - 1}]" if number else "data.path"
+            facts[f"the train data in {name}"] = mixture.describe()
         for name, split in evaluated.sets.items():
             where = f"the data of {name} in data.validation"
             facts[where if name else "the validation data in data.path"] = split.describe()
-        facts["the tokenizer in data.path"] = mixture and mixture.tokenizer_fingerprint[:12]
+        if mixtures:
+            facts["the tokenizer in data.path"] = mixtures[0].tokenizer_fingerprint[:12]
         facts["XLA_FLAGS and LIBTPU_INIT_ARGS"] = backends.compiler_flags()
         return facts | process_facts.versions()
 
     machine = backends.start(config.backend, keep_programs=keep_programs, facts=common_facts)
     mesh = sharding.build_mesh(config.mesh, jax.devices())
-    check_mesh(config, mesh)
+    for number, stage in enumerate(stages_of(config)):
+        with stage_named(number):
+            check_mesh(stage.config, mesh)
     if refusal is not None:
         raise refusal
     config = with_loss_chunk(config, machine.platform, mesh.shape)
-    with raising_together():  # code of the user's can fail on one process alone
+    proven = functools.cache(prove)  # the same in all stages of one length
+
+    def resolved(config: RunConfig, mixture: data.Mixture) -> Setup:
         attention = resolve_attention(config, machine, mesh)
         if is_own(attention.impl):
-            attention = _proven(attention.impl, config, mesh)
+            attention = _proven(attention.impl, config, mesh, proven)
+        return Setup(
+            config=config,
+            machine=machine,
+            mesh=mesh,
+            attention=attention,
+            compute=resolve_compute(config, mesh, attention.impl),
+            compiler_options=resolve_compiler_options(config, machine, mesh),
+            spec=dataclasses.replace(spec, model=config.model),
+            mixture=mixture,
+            evaluated=evaluated,
+        )
+
+    with raising_together():  # code of the user's can fail on one process alone
         spec = StateSpec.of(config, mesh)
-    return Setup(
-        config=config,
-        machine=machine,
-        mesh=mesh,
-        attention=attention,
-        compute=resolve_compute(config, mesh, attention.impl),
-        compiler_options=resolve_compiler_options(config, machine, mesh),
-        spec=spec,
-        mixture=mixture,
-        evaluated=evaluated,
-    )
+        stages = [
+            (stage.first_step, resolved(stage.config, mixture))
+            for stage, mixture in zip(stages_of(config), mixtures, strict=True)
+        ]
+    return dataclasses.replace(stages[0][1], config=config, stages=tuple(stages))
 
 
 def with_loss_chunk(config: RunConfig, platform: str, sizes: Mapping[str, int]) -> RunConfig:
@@ -143,7 +203,7 @@ def resolve_attention(config: RunConfig, machine: backends.Machine, mesh: Mesh) 
     return choose_attention(t.attention, machine.attention_preferences, **facts)
 
 
-def _proven(own: str, config: RunConfig, mesh: Mesh) -> AttentionChoice:
+def _proven(own: str, config: RunConfig, mesh: Mesh, prove: Callable) -> AttentionChoice:
     """Prove the user's own attention on this process's first device."""
     model, t, parts = config.model, config.train, mesh.shape["tensor"]
     found, is_named = prove(

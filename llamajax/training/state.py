@@ -162,6 +162,13 @@ class StateSpec:
         state = jax.jit(rest, out_shardings=out)(jax.random.key(seed)).replace(model=model)
         return self.with_own_average(state)
 
+    def retyped(self, state: TrainState) -> TrainState:
+        """Return the same arrays as a state of this spec's model, whose rope scaling may differ."""
+        if state.model.config == self.model:
+            return state
+        treedef = jax.tree.structure(self.abstract())
+        return jax.tree.unflatten(treedef, jax.tree.leaves(state))
+
     def to_pipeline_order(self, state: TrainState) -> TrainState:
         """Reorder a stored state's layers for the pipeline; no-op without one."""
         return self._reorder(state, self._in_pipeline_order)

@@ -40,7 +40,10 @@ def start(mixture, *, batch_size: int = 4, seq_len: int = 100) -> Position:
 
 def train(mixture, position: Position, *, rows: range = range(4), first_step: int = 0, **options):
     options = {"num_threads": 0, "prefetch": 0} | options
-    return read_batches(mixture, position, first_step=first_step, rows=rows, **options)
+    mixtures = {mixture.hash: mixture}
+    return read_batches(
+        mixtures, position, first_step=first_step, rows=lambda size: rows, **options
+    )
 
 
 @pytest.mark.parametrize("masked", [True, False])

@@ -87,7 +87,7 @@ def test_shuffled_batches_count_the_same_targets_and_all_of_text_beside_them(
     mixture = opened(*paths, weights=(1.0, 1.0))
     position = Position.start(batch_size=40, seq_len=100, mixture_hash=mixture.hash)
     batches = train_batches(
-        mixture, position, first_step=3, rows=range(40), num_threads=1, prefetch=2
+        {mixture.hash: mixture}, position, first_step=3, rows=range, num_threads=1, prefetch=2
     )
     for step in range(3, 6):
         batch, kinds = next(batches), Counter()

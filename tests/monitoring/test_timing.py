@@ -27,7 +27,7 @@ def clock():
 
 @pytest.fixture
 def timer(clock):
-    return StepTimer(tokens_per_step=1000, clock=clock)
+    return StepTimer(tokens_of=lambda step: 1000, clock=clock)
 
 
 def test_time_between_fetches(timer, clock):

@@ -58,9 +58,8 @@ def first_batch(config) -> dict[str, np.ndarray]:
         seq_len=config.data.seq_len,
         mixture_hash=mixture.hash,
     )
-    rows = range(config.data.global_batch_size)
-    options = {"rows": rows, "num_threads": 1, "prefetch": 1}
-    return next(data.train_batches(mixture, position, first_step=0, **options))
+    options = {"rows": range, "num_threads": 1, "prefetch": 1}
+    return next(data.train_batches({mixture.hash: mixture}, position, first_step=0, **options))
 
 
 def test_weights_of_ours_are_taken_bit_by_bit_and_once(short_run, short_config, tmp_path):

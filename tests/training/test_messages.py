@@ -23,10 +23,11 @@ def session(*, steps: int = 10, vocab_size: int = 300, held_out: tuple[str, ...]
     """A run of 1,000 tokens a step over 10,000 tokens in `a` and `b`."""
     sources = {path: SimpleNamespace(path=path) for path in ("a", "b")}
     manifests = ({"tokenizer": {"vocab_size": 258}},)
-    return SimpleNamespace(
+    run = SimpleNamespace(
+        borders=[],
+        tokens_of=lambda step: 1000,
         config=SimpleNamespace(
             train=SimpleNamespace(steps=steps),
-            data=SimpleNamespace(global_batch_size=10, seq_len=100),
             model=SimpleNamespace(vocab_size=vocab_size),
         ),
         mixture=SimpleNamespace(
@@ -36,6 +37,8 @@ def session(*, steps: int = 10, vocab_size: int = 300, held_out: tuple[str, ...]
             own=SimpleNamespace(sources=tuple(sources[p] for p in held_out)), named={}
         ),
     )
+    run.stages = ((0, run),)
+    return run
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,7 @@ def test_usual_data_is_none():
 def test_a_host_without_the_memory_is_a_warning(short_config, monkeypatch):
     mesh = build_mesh(MeshConfig(fsdp=8), jax.devices())
     run = SimpleNamespace(config=short_config(), mesh=mesh, machine=SimpleNamespace(platform="cpu"))
+    run.stages = ((0, run),)
     needed = host_bytes(run.config, mesh.shape, num_devices=8, is_host=True)
     for there in (None, int(needed) + 1):
         monkeypatch.setattr(backends, "host_memory_bytes", lambda there=there: there)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,17 @@ AUDIT = "audit.jsonl"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rollback:
-    """At step `at_step`, back to step `to_step`, which continues with the data of `segment`."""
+    """At step `at_step`, back to step `to_step`, which continues with the data of `segment`.
+
+    later: the segments of the stages after it; none in records of earlier releases.
+    """
 
     at_step: int
     to_step: int
     first_skipped_step: int  # the first of those that were left out in a row
     segment: dict[str, Any]
     reason: str
+    later: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 class RollbackLog:
@@ -95,17 +100,19 @@ class RollbackLog:
         since = [entry for entry in self.entries[rollbacks:] if entry.to_step <= step]
         if not since:
             return saved
-        segment = Segment(**since[-1].segment | {"first_step": step})
-        return data.Position((*saved.segments, segment))
+        segment = Segment.from_json(since[-1].segment | {"first_step": step})
+        later = map(Segment.from_json, since[-1].later)
+        before = saved.until(step).segments
+        return data.Position((*before, segment, *(s for s in later if s.first_step > step)))
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
-    fields = {field.name for field in dataclasses.fields(Rollback)}
+    fields = {field.name for field in dataclasses.fields(Rollback)} - {"later"}
     found = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:
             entry = json.loads(line)
-            found.append({name: entry[name] for name in fields})
+            found.append({name: entry[name] for name in fields} | {"later": entry.get("later", [])})
         except (ValueError, KeyError, TypeError):
             continue  # cut off by a crash: it did not happen
     return found
@@ -128,15 +135,16 @@ def roll_back(
     log: RollbackLog,
     checks: StepChecks,
     *,
+    borders: Iterable[int] = (),
     origin_step: int | None = None,
 ) -> str:
     """Choose the checkpoint to go back to and record the rollback; return what to say of it.
 
-    origin_step: of another run's checkpoint, which this one began with, if it did. To be called by
-    all processes. The run then starts anew as after a kill: from the newest
-    checkpoint that is not superseded. It skips the data of all steps from there to the one of
-    `cause`: what led to the first update that was left out may lie before it. Raises GuardStop
-    after as many rollbacks to one checkpoint as the config allows.
+    borders: first steps of the run's stages. origin_step: of another run's checkpoint, which this
+    one began with, if it did. To be called by all processes. The run then starts anew as after a
+    kill: from the newest checkpoint that is not superseded. It skips the data of all steps from
+    there to the one of `cause`: what led to the first update that was left out may lie before it.
+    Raises GuardStop after as many rollbacks to one checkpoint as the config allows.
     """
     try:
         checkpointer.wait()
@@ -148,19 +156,15 @@ def roll_back(
     times = log.count_to(to_step)
     if times >= checks.config.max_rollbacks:
         raise GuardStop(f"{cause}; the run has gone back to {where} {times} times already")
-    position = checks.position
-    segment = dataclasses.replace(
-        position.segment(cause.step),
-        first_step=to_step,
-        first_sample=position.first_sample(cause.step),
-    )
+    segment, *later = map(dataclasses.asdict, checks.position.without(to_step, cause.step, borders))
     log.add(
         Rollback(
             at_step=cause.step,
             to_step=to_step,
             first_skipped_step=cause.first_skipped_step,
-            segment=dataclasses.asdict(segment),
+            segment=segment,
             reason=cause.reason,
+            later=later,
         )
     )
     return (

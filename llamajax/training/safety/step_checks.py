@@ -47,7 +47,7 @@ class StepChecks:
     config: GuardConfig
     box: BlackBox
     events: EventLog
-    mixture: "data.Mixture"
+    mixtures: "Mapping[str, data.Mixture]"  # by hash
     position: "data.Position"
     seed: int  # train.seed
     weights: tuple[str, ...]  # names of what is trained, in the order of its norms
@@ -108,7 +108,8 @@ class StepChecks:
         return f"{file}" if file else "not written"
 
     def _warn(self, step: int, reason: int, metrics: Mapping[str, Any]) -> None:
-        ids = data.sample_ids(self.mixture, self.position, step - 1).tolist()
+        mixture = self.mixtures[self.position.segment(step - 1).mixture_hash]
+        ids = data.sample_ids(mixture, self.position, step - 1).tolist()
         spiked = reason in (3, 4)
         file = self.write_box("spike" if spiked else "skip", step=step, sample_ids=ids)
         for event in ("spike", "skipped_update") if spiked else ("skipped_update",):

@@ -23,7 +23,7 @@ from llamajax.monitoring.jsonl import encode_row
 from llamajax.monitoring.metrics import MEASURED
 from llamajax.replaying.replay_options import ReplayOptions
 from llamajax.replaying.replay_step import replay
-from llamajax.training import run as run_module
+from llamajax.training import stages
 from llamajax.training.safety.rollback import Rollback, RollbackLog, target
 
 RARE = ord("Z")
@@ -34,7 +34,7 @@ COMMON = {"train__steps": STEPS, "checkpoint__every_steps": 1, "checkpoint__keep
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
     """The runs differ in what the host does: each program is compiled once for all of them."""
-    compiled, compile_programs = {}, run_module.compile_programs
+    compiled, compile_programs = {}, stages.compile_programs
 
     def programs(setup, state):
         guard = setup.config.guard
@@ -44,7 +44,7 @@ def compiled_once():
         return compiled[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "compile_programs", programs)
+        patch.setattr(stages, "compile_programs", programs)
         yield
 
 

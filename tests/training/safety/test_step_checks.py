@@ -14,7 +14,7 @@ def test_a_slower_kernel_is_warned_of_once_and_stands_in_each_row():
         config=None,
         box=SimpleNamespace(add=lambda row: None),
         events=None,
-        mixture=None,
+        mixtures={},
         position=Position.start(batch_size=2, seq_len=8, mixture_hash="m"),
         seed=0,
         weights=(),

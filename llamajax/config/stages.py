@@ -1,0 +1,115 @@
+"""The stages of a run (`data.stages`): each is a whole config with a first step."""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from llamajax.config.check import check
+from llamajax.config.data_schema import DataStage
+from llamajax.config.keys import leaves, own_keys
+from llamajax.config.schema import RunConfig
+from llamajax.errors import UserError
+
+_OF_DATA = ("path", "weights", "seq_len", "global_batch_size")
+_CHANGES = (*_OF_DATA, "accumulation_steps", "rope_scaling")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """The steps from `first_step` on: that many updates, and `tokens` tokens, are before it.
+
+    config: of the run, with the changes of all stages so far; it has no `data.stages` itself.
+    tokens: as this config says, from step 0 on.
+    """
+
+    first_step: int
+    tokens: int
+    config: RunConfig
+
+
+def stages_of(run: RunConfig) -> tuple[Stage, ...]:
+    """Return the stages of a run; the first begins at step 0."""
+    plain = dataclasses.replace(run, data=dataclasses.replace(run.data, stages=()))
+    found = [Stage(first_step=0, tokens=0, config=plain)]
+    for change in run.data.stages:
+        last = found[-1]
+        each = last.config.data.global_batch_size * last.config.data.seq_len
+        first_step = change.from_step
+        if first_step is None:
+            first_step = last.first_step - (last.tokens - change.from_tokens) // each
+        tokens = last.tokens + (first_step - last.first_step) * each
+        changed = _changed(last.config, change)
+        found.append(Stage(first_step=first_step, tokens=tokens, config=changed))
+    return tuple(found)
+
+
+def config_of_step(run: RunConfig, step: int) -> RunConfig:
+    """Return the config of the stage that update `step` belongs to."""
+    return [s for s in stages_of(run) if s.first_step < max(step, 1)][-1].config
+
+
+@contextlib.contextmanager
+def stage_named(number: int) -> Iterator[None]:
+    """Name the stage in a UserError of the block; no-op for the first one, number 0."""
+    try:
+        yield
+    except UserError as error:
+        if number == 0:
+            raise
+        raise UserError(f"data.stages[{number - 1}]: {error}") from None
+
+
+def _changed(config: RunConfig, change: DataStage) -> RunConfig:
+    given = {name: getattr(change, name) for name in _CHANGES}
+    given = {name: value for name, value in given.items() if value is not None}
+    data = {name: given[name] for name in _OF_DATA if name in given}
+    if "path" in data:
+        data.setdefault("weights", None)
+    parts: dict[str, Any] = {"data": dataclasses.replace(config.data, **data)}
+    for section, name in (("train", "accumulation_steps"), ("model", "rope_scaling")):
+        if name in given:
+            parts[section] = dataclasses.replace(getattr(config, section), **{name: given[name]})
+    return dataclasses.replace(config, **parts)
+
+
+def stage_problems(run: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with the stages of a run that is right without them."""
+    for number, change in enumerate(run.data.stages):
+        title = f"data.stages[{number}]"
+        if (change.from_step is None) == (change.from_tokens is None):
+            yield f"{title}: set one of from_step and from_tokens, which say where it begins"
+            return
+        ranges = {
+            name: found
+            for name, key in own_keys(DataStage).items()
+            if (found := key.out_of_range(getattr(change, name)))
+        }
+        if ranges:
+            yield from (f"{title}.{name}: {found}" for name, found in ranges.items())
+            return
+        if all(getattr(change, name) is None for name in _CHANGES):
+            yield f"{title}: changes nothing; set one of {', '.join(_CHANGES)}"
+    stages = stages_of(run)
+    for number, (before, stage) in enumerate(itertools.pairwise(stages)):
+        title, first = f"data.stages[{number}]", stage.first_step
+        if first <= before.first_step:
+            yield (
+                f"{title}: begins at step {first}, and the stage before it at step "
+                f"{before.first_step}: list stages by rising steps"
+            )
+        elif first >= run.train.steps:
+            yield (
+                f"{title}: begins at step {first}, where train.steps = {run.train.steps} leaves it "
+                "no update; raise train.steps, or leave the stage out"
+            )
+        known = check(_values(before.config))
+        new = [problem for problem in check(_values(stage.config)) if problem not in known]
+        yield from (f"{title}, from step {first} on: {problem}" for problem in new)
+
+
+def _values(run: RunConfig) -> dict[str, Any]:
+    """Return every value by path, without the keys of a section that is none."""
+    found = leaves(run)
+    return {p: value for p, value in found.items() if found.get(p.rpartition(".")[0], run)}

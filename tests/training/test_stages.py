@@ -1,0 +1,106 @@
+"""Runs whose data, lengths and batches change at certain steps (`data.stages`)."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from refusal import refused
+from workdirs import logged, prepare_texts, read_rows
+
+from llamajax.formats.weights import open_weights
+from llamajax.monitoring import load_events
+from llamajax.training import stages
+
+SCALING = {"factor": 2.0, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_seq_len": 64}
+STEPS = 7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """The runs differ in what the host does: each stage is compiled once for all of them."""
+    compiled, compile_programs = {}, stages.compile_programs
+
+    def programs(setup, state):
+        key = json.dumps(dataclasses.asdict(setup.config.data) | {"path": ""})
+        if key not in compiled:
+            compiled[key] = compile_programs(setup, state)
+        return compiled[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "compile_programs", programs)
+        yield
+
+
+@pytest.fixture(scope="module")
+def staged(short_data, short_run, tmp_path_factory):
+    """Runs `train`: from step 2 on larger batches, from step 4 on longer samples of more text."""
+    texts = [f"other text {i} {'xyz' * (i % 9)}" for i in range(300)]
+    other = prepare_texts(tmp_path_factory.mktemp("other"), texts)
+    ramp = {"from_step": 2, "global_batch_size": 16, "accumulation_steps": 2}
+    longer = {"from_step": 4, "path": f"{short_data},{other}", "weights": [1, 3]}
+    longer |= {"seq_len": 96, "rope_scaling": SCALING}
+
+    def run(workdir, *, stop_after=None, ramp=ramp, longer=longer, **keys):
+        fixed = {"train__steps": STEPS, "train__eval_every": 3, "checkpoint__keep": 9}
+        fixed["data__stages"] = [stage for stage in (ramp, longer) if stage]
+        return short_run(workdir, stop_after=stop_after, **fixed | keys)
+
+    run.ramp, run.longer = ramp, longer
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(staged, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    assert staged(workdir) == 0
+    return workdir
+
+
+def test_tokens_rates_events_and_checkpoints_follow_the_stages(undisturbed, staged, capsys):
+    rows = [row for row in logged(undisturbed) if "loss" in row]
+    tokens = [8 * 48] * 2 + [16 * 48] * 2 + [16 * 96] * 3
+    assert [row["tokens_seen"] for row in rows] == [sum(tokens[: n + 1]) for n in range(STEPS)]
+    assert rows[-1]["learning_rate"] == 0  # a schedule is one of steps
+    found = [event for event in load_events(undisturbed) if event["event"] == "stage"]
+    assert [(e["number"], e["step"], e["seq_len"]) for e in found] == [(1, 2, 48), (2, 4, 96)]
+    evaluated = {row["step"]: row for row in read_rows(undisturbed / "metrics.jsonl")}
+    assert sorted(n for n, row in evaluated.items() if "eval_loss" in row) == [3, 6, 7]
+    scaled = {
+        step: open_weights(undisturbed / "checkpoints" / str(step)).model.rope_scaling
+        for step in (2, 4, 6)
+    }
+    assert (scaled[2], scaled[4], dataclasses.asdict(scaled[6])) == (None, None, SCALING)
+    facts = json.loads((undisturbed / "run.json").read_text())["stages"]
+    assert [stage["first_step"] for stage in facts] == [0, 2, 4]
+    assert len({stage["program"] for stage in facts}) == 3
+    assert staged(undisturbed) == 0  # a finished run
+    assert "finished before, at step 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+def test_a_resumed_run_is_the_same_run(undisturbed, staged, tmp_path, step):
+    """Before, at and after a border; what was not saved is done again."""
+    assert staged(tmp_path, stop_after=step) == 143
+    if step == 3:  # as after a kill
+        shutil.rmtree(tmp_path / "checkpoints" / "3")
+    assert staged(tmp_path) == 0
+    assert logged(tmp_path) == logged(undisturbed)
+
+
+def test_a_fork_at_a_border_goes_on_with_the_next_stage(undisturbed, staged, tmp_path):
+    assert staged(tmp_path, train__fork=f"{undisturbed}@4") == 0
+    assert logged(tmp_path) == [row for row in logged(undisturbed) if row["step"] > 4]
+
+
+def test_stages_that_have_begun_stay_and_later_ones_may_change(staged, tmp_path, capsys):
+    assert staged(tmp_path, stop_after=3) == 143
+    for changed in ({"from_step": 1}, {"global_batch_size": 8, "accumulation_steps": 1}, None):
+        ramp = changed and staged.ramp | changed
+        with refused("until step 3 this run has read 8 x 48", "8 x 48 of", unchanged=(tmp_path,)):
+            staged(tmp_path, ramp=ramp)
+    shorter = {"from_tokens": 2 * 8 * 48 + 3 * 16 * 48, "seq_len": 24}
+    assert staged(tmp_path, longer=shorter) == 0
+    tokens = [row["tokens_seen"] for row in logged(tmp_path) if "loss" in row]
+    assert tokens[-3:] == [tokens[4], tokens[4] + 16 * 24, tokens[4] + 2 * 16 * 24]
+    assert "changed since step 3: data.stages: [" in capsys.readouterr().err
