@@ -123,10 +123,7 @@ def find_start(run: Run, request: Request, history: History) -> Start:
             run.say(line)
     if origin and origin["step"] == step:
         meta["rollbacks"] = 0  # those of this run count, not those of the one before the fork
-    forked = of != run.workdir
-    position, ledger = _place_in_data(run, meta, step, forked=forked)
-    for line in stage_warnings(config, position, step=step):
-        run.say(line)
+    position, ledger = _place_in_data(run, meta, step, forked=of != run.workdir)
     recorded = {
         "config": to_json_dict(config),
         "position": position.to_json(),
@@ -169,6 +166,8 @@ def _place_in_data(
             data.check_ledger(saved, mixtures, before, step=step)
     position = run.rollbacks.position(before, step=step, rollbacks=rollbacks)
     position = data.with_stages(position, stages, mixtures, step=step)
+    for line in stage_warnings(run.config, position, step=step):
+        run.say(line)
     return position, data.Ledger(mixtures, position, step=step, saved=saved)
 
 

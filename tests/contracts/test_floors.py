@@ -53,6 +53,7 @@ CLASS_FIELDS = 10
 PARAMETERS = 6
 # Where a list of things is the point, and no object is missing.
 LONG_LISTS = {
+    "config/data_schema.py:DataConfig": "keys of a config",
     "config/model_schema.py:ModelConfig": "keys of a config",
     "config/optim_schema.py:OptimConfig": "keys of a config",
     "config/schema.py:TrainConfig": "keys of a config",
