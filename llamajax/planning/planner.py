@@ -9,7 +9,7 @@ import jax
 
 from llamajax.backends import Target
 from llamajax.backends.platforms import platform_facts
-from llamajax.config import RunConfig
+from llamajax.config import RunConfig, stage_named, stages_of
 from llamajax.models.counts import flops_per_token
 from llamajax.planning.compilation import CompilerFacts, PlannedStep, abstract_step, compiled_facts
 from llamajax.planning.roofline import (
@@ -28,19 +28,26 @@ class Plan:
     """What a config takes on a target; None where it cannot be known.
 
     Bytes are of one device. gradients and activations are parts of the compiler's temporary memory:
-    float32 sums of what is trained, and the rest.
+    float32 sums of what is trained, and the rest. Of a run with `data.stages` it is the plan of the
+    stage that takes most memory, `fits` is of all, and `stages` has the plan of each with its first
+    step.
     """
 
     step: PlannedStep
     facts: CompilerFacts
     params_bytes: int
     optimizer_bytes: int
-    gradients_bytes: int
     activations_bytes: int | None
     peak_bytes: int | None
     limit_bytes: int | None
     fits: bool | None
     prediction: Prediction | None
+    stages: "tuple[tuple[int, Plan], ...]" = ()
+
+    @property
+    def gradients_bytes(self) -> int:
+        """Return the bytes of the float32 sums of what is trained."""
+        return shard_bytes(self.step.state.trained)
 
     @property
     def compiled_product_flops(self) -> float | None:
@@ -87,12 +94,28 @@ class Plan:
 
 
 def make_plan(config: RunConfig, target: Target, *, cache: Path | None) -> Plan:
-    """Build, lower and compile the step of `config` for `target`.
+    """Build, lower and compile the step of `config`, of each of its stages, for `target`.
 
     Raises UserError where model, batch and mesh do not fit, before anything is compiled.
     """
-    step = abstract_step(config, target)
-    facts, state = compiled_facts(step, cache=cache), step.state
+    stages, steps = stages_of(config), []
+    for number, stage in enumerate(stages):
+        with stage_named(number):
+            steps.append(abstract_step(stage.config, target))
+    plans = [_plan(step, cache=cache) for step in steps]
+    if len(plans) == 1:
+        return plans[0]
+    fits = {plan.fits for plan in plans}
+    return dataclasses.replace(
+        max(plans, key=lambda plan: plan.peak_bytes or plan.facts.arguments_bytes or 0),
+        fits=False if False in fits else None if None in fits else True,
+        stages=tuple((stage.first_step, plan) for stage, plan in zip(stages, plans, strict=True)),
+    )
+
+
+def _plan(step: PlannedStep, *, cache: Path | None) -> Plan:
+    """Compile one step and return its plan."""
+    facts, state, target = compiled_facts(step, cache=cache), step.state, step.target
     gradients, peak, temporary = shard_bytes(state.trained), None, None
     if not platform_facts(target.platform).is_host:  # temporary memory of a CPU predicts nothing
         peak, temporary = facts.needed_bytes, facts.temporary_bytes
@@ -102,7 +125,6 @@ def make_plan(config: RunConfig, target: Target, *, cache: Path | None) -> Plan:
         facts=facts,
         params_bytes=shard_bytes((state.model, state.adapters)),
         optimizer_bytes=shard_bytes((state.opt_state, state.average)),
-        gradients_bytes=gradients,
         activations_bytes=None if temporary is None else max(0, temporary - gradients),
         peak_bytes=peak,
         limit_bytes=limit,

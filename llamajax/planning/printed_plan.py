@@ -17,7 +17,10 @@ _FITS = {True: "yes", False: "no", None: "unknown"}
 
 
 def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
-    """Return the plan as JSON values, null where something is unknowable."""
+    """Return the plan as JSON values, null where something is unknowable.
+
+    stages: the same of each stage of a run that has several.
+    """
     p, config, facts = plan.prediction, plan.config, plan.facts
     pipe = pipeline_facts(config, plan.step.mesh.shape)
 
@@ -72,11 +75,16 @@ def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
         "cached": facts.cached,
         "versions": plan.step.target.versions,
         "notes": plan_notes(plan),
+        "stages": [
+            {"first_step": first_step} | to_json(each, config_file=config_file)
+            for first_step, each in plan.stages
+        ],
     }  # fmt: skip
 
 
 def text_lines(plan: Plan) -> Iterator[str]:
     """Yield the plan as a table for people."""
+    yield from _stages(plan)
     c, step, target = plan.config, plan.step, plan.step.target
     tokens = c.data.global_batch_size * c.data.seq_len
     yield (
@@ -121,6 +129,29 @@ def text_lines(plan: Plan) -> Iterator[str]:
     yield f"  compiled in {plan.facts.compile_s:.1f} s{again}"
     for note in plan_notes(plan):
         yield f"  note: {note}"
+
+
+def _stages(plan: Plan) -> Iterator[str]:
+    """Yield a table of the stages of a run."""
+    if not plan.stages:
+        return
+    yield (
+        f"{'stage':>5}{'from step':>11}{'batch':>8}{'seq_len':>9}{'peak':>14}{'fits':>9}"
+        f"{'s a step':>10}{'tokens/s':>12}"
+    )
+    for number, (first_step, each) in enumerate(plan.stages):
+        data, p = each.config.data, each.prediction
+        speed = (
+            f"{'-':>10}{'-':>12}"
+            if p is None
+            else f"{p.step_time_s:>10.3f}{p.tokens_per_s:>12,.0f}"
+        )
+        yield (
+            f"{number:>5}{first_step:>11}{data.global_batch_size:>8}{data.seq_len:>9}"
+            f"{_gib(each.peak_bytes):>14}{_FITS[each.fits]:>9}{speed}"
+        )
+    yield ""
+    yield "the stage that takes most memory:"
 
 
 def _pipeline(plan: Plan) -> Iterator[str]:

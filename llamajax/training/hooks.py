@@ -61,13 +61,11 @@ class Attempt:
         """Say that update `step` begins a stage; return the state as one of that stage's model."""
         setup = self.run.setup
         number, data = setup.stage_number(step), setup.at(step).config.data
-        fields = {"seq_len": data.seq_len, "global_batch_size": data.global_batch_size}
-        fields |= {"path": data.path, "tokens_seen": self.start.position.tokens_seen(step - 1)}
-        self.run.events.write("stage", step=step - 1, number=number, **fields)
-        self.progress.note(
-            f"stage {number} begins after step {step - 1}: {data.global_batch_size} x "
-            f"{data.seq_len} of {data.path}"
-        )
+        words = f"{data.global_batch_size} x {data.seq_len} of {data.path}"
+        tokens = self.start.position.tokens_seen(step - 1)
+        fields = {"number": number, "tokens_seen": tokens, "reason": words}
+        self.run.events.write("stage", step=step - 1, **fields)
+        self.progress.note(f"stage {number} begins after step {step - 1}: {words}")
         return setup.at(step).spec.retyped(state)
 
     def report_alive(self) -> None:

@@ -63,7 +63,10 @@ def test_tokens_rates_events_and_checkpoints_follow_the_stages(undisturbed, stag
     assert [row["tokens_seen"] for row in rows] == [sum(tokens[: n + 1]) for n in range(STEPS)]
     assert rows[-1]["learning_rate"] == 0  # a schedule is one of steps
     found = [event for event in load_events(undisturbed) if event["event"] == "stage"]
-    assert [(e["number"], e["step"], e["seq_len"]) for e in found] == [(1, 2, 48), (2, 4, 96)]
+    assert [(e["number"], e["step"], e["tokens_seen"]) for e in found] == [
+        (1, 2, sum(tokens[:2])),
+        (2, 4, sum(tokens[:4])),
+    ]
     evaluated = {row["step"]: row for row in read_rows(undisturbed / "metrics.jsonl")}
     assert sorted(n for n, row in evaluated.items() if "eval_loss" in row) == [3, 6, 7]
     scaled = {

@@ -21,7 +21,7 @@ const CHARTS = [
   ["Waiting for data, a step", duration, { data_wait_s: { color: "data" } }, FAR],
   ["Memory in use, fullest device, GiB", (v, n) => digits(v / GIB, n), { memory_bytes: TRAINING }, { zero: true }],
 ];
-const MARKED = { skipped_update: "skip", rollback: "rollback", start: "restart", signal: "stop" };
+const MARKED = { skipped_update: "skip", rollback: "rollback", start: "restart", signal: "stop", stage: "stage" };
 
 const plural = (n, word) => `${n.toLocaleString("en-US")} ${word}${n === 1 ? "" : "s"}`;
 const whole = (n) => n.toLocaleString("en-US");
