@@ -17,6 +17,7 @@ from pathlib import Path
 from llamajax.backends import platform_facts
 from llamajax.config import RunConfig, RunFlags, key
 from llamajax.config.schema import MeshConfig
+from llamajax.config.values import show
 from llamajax.errors import UserError, combine, say
 from llamajax.launching.worker_logs import last_lines
 from llamajax.monitoring import read_run_facts
@@ -109,6 +110,14 @@ def shortened(config: RunConfig, steps: int) -> list[str]:
         "monitoring.profile_steps": "none",  # they may end behind `steps`
         "backend.deterministic": "true",  # runs are compared bit by bit
     }
+    if stages := config.data.stages[: steps - 1]:  # evenly over the steps
+        begin = [steps * (n + 1) // (len(stages) + 1) for n in range(len(stages))]
+        found["data.stages"] = show(
+            tuple(
+                dataclasses.replace(stage, from_step=step, from_tokens=None)
+                for stage, step in zip(stages, begin, strict=True)
+            )
+        )
     if config.optim.decay_steps is not None:
         found["optim.decay_steps"] = min(config.optim.decay_steps, third)
     return [f"--config.{key}={value}" for key, value in found.items()]

@@ -49,10 +49,11 @@ def run_header(setup: Setup, start: int) -> Iterator[str]:
         yield f"peak     unknown for {m.device_kind!r}: no MFU"
     for number, (first_step, stage) in enumerate(setup.stages):
         where = f"stage {number}  from step {first_step} on: " if number else "data     "
-        data, scaling = stage.config.data, stage.config.model.rope_scaling
+        data, rope = stage.config.data, stage.config.model.rope_scaling
         shape = f"{data.global_batch_size} x {data.seq_len}"
         tokens = format_count(data.global_batch_size * data.seq_len)
-        scaled = f"; {scaling}" if scaling != c.model.rope_scaling else ""
+        is_scaled = rope != c.model.rope_scaling
+        scaled = f"; rope_scaling {rope.type} x {rope.factor:g}" if is_scaled else ""
         yield f"{where}{data.path}; {shape} = {tokens} tokens a step{scaled}"
         yield f"epochs   {_epochs(setup, number)}"
     for name, held_out in setup.evaluated.named.items():

@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 
 import pytest
 from refusal import refused
+from shell import SHORT, train_command
 from workdirs import logged, prepare_texts, read_rows
 
 from llamajax.formats.weights import open_weights
 from llamajax.monitoring import load_events
+from llamajax.proving.trial import has_chosen_start, newest_checkpoint, read_meta, run_trial
 from llamajax.training import stages
 
 SCALING = {"factor": 2.0, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_seq_len": 64}
@@ -48,6 +51,13 @@ def staged(short_data, short_run, tmp_path_factory):
 
     run.ramp, run.longer = ramp, longer
     return run
+
+
+@pytest.fixture(scope="module")
+def tokenized_otherwise(tmp_path_factory):
+    """A folder with data of another tokenizer."""
+    texts = ["Another tokenizer is trained on this."] * 300
+    return prepare_texts(tmp_path_factory.mktemp("other"), texts, tokenizer="train:300").parent
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +117,69 @@ def test_stages_that_have_begun_stay_and_later_ones_may_change(staged, tmp_path,
     tokens = [row["tokens_seen"] for row in logged(tmp_path) if "loss" in row]
     assert tokens[-3:] == [tokens[4], tokens[4] + 16 * 24, tokens[4] + 2 * 16 * 24]
     assert "changed since step 3: data.stages: [" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"path": "PLACE/nothing"}, "data.stages[0]: PLACE/nothing"),
+        ({"path": "PLACE/data"}, "was prepared with another tokenizer than data.path"),
+        ({"seq_len": 10**6, "max": True}, "data.stages[0]: the data cannot be used"),
+        ({"global_batch_size": 4}, "data.stages[0], from step 2 on: data.global_batch_size = 4"),
+        ({"seq_len": 47}, "data.stages[0]: data.seq_len = 47 does not divide by 2"),
+    ],
+)
+def test_a_stage_that_does_not_fit_ends_the_run_at_its_start(
+    staged, tokenized_otherwise, tmp_path, stage, words
+):
+    place = str(tokenized_otherwise)
+    keys = {"model__max_seq_len": 10**7} if stage.pop("max", None) else {}
+    stage = {k: v.replace("PLACE", place) if k == "path" else v for k, v in stage.items()}
+    with refused(words.replace("PLACE", place), unchanged=(tmp_path,)):
+        staged(
+            tmp_path / "run",
+            ramp={"from_step": 2} | stage,
+            longer=None,
+            model__vocab_size=300,
+            **keys,
+        )
+
+
+@pytest.mark.slow
+def test_killed_at_borders_and_random_moments_it_is_the_same_run(staged, short_data, tmp_path, rng):
+    stages = json.dumps([staged.ramp | {"from_step": 7}, staged.longer | {"from_step": 13}])
+    keys = SHORT | {"train.steps": 20, "train.eval_every": 5, "data.stages": stages}
+
+    def command(workdir):
+        return train_command(short_data, workdir, keys | {"checkpoint.every_steps": 3})
+
+    assert (
+        run_trial(
+            command(tmp_path / "whole"), workdir=tmp_path / "whole", log=tmp_path / "log"
+        ).code
+        == 0
+    )
+    workdir, log = tmp_path / "killed", tmp_path / "log"
+
+    def at_border(step):
+        events = load_events(workdir)
+        begun = max((n for n, e in enumerate(events) if e["event"] == "start"), default=0)
+        return any(e["event"] == "stage" and e["step"] == step for e in events[begun:])
+
+    def after_save():
+        return newest_checkpoint(workdir) > saved
+
+    moments = [after_save, partial(at_border, 7), after_save, partial(at_border, 13)]
+    codes = []
+    for moment in [*moments, after_save, partial(has_chosen_start, log)]:
+        saved, delay_s = newest_checkpoint(workdir), rng.choice((0.0, 0.02, 0.1))
+        result = run_trial(
+            command(workdir), workdir=workdir, log=log, kill_when=moment, delay_s=delay_s
+        )
+        codes.append(result.code)
+    assert set(codes) <= {None, 0}, log.read_text()
+    assert codes.count(None) >= 4
+    assert run_trial(command(workdir), workdir=workdir, log=log).code == 0
+    assert logged(workdir) == logged(tmp_path / "whole")
+    ledgers = [read_meta(tmp_path / name, 20)["ledger"] for name in ("killed", "whole")]
+    assert ledgers[0] == ledgers[1]

@@ -1,0 +1,34 @@
+"""A run in three stages on the bundled book: short samples, larger batches, longer samples.
+
+Hardware: two CPU cores and 2 GB of memory; any accelerator does.
+Command:  after ./launch/quickstart.sh, which prepares the book,
+          python -m llamajax.train --config=configs/stages.py --workdir=runs/stages
+Model:    5.0 M parameters, float32; samples of 128 tokens, 8 and then 16 in a batch, at last 4 of
+          512 tokens with rotary frequencies scaled for them (yarn).
+"""
+
+from ml_collections import ConfigDict
+
+from llamajax.configs.quickstart import get_config as quickstart
+
+
+def get_config() -> ConfigDict:
+    """The run."""
+    config = quickstart()
+    config.train.steps = 240
+    config.train.eval_every = 40
+    config.checkpoint.every_steps = 40
+
+    config.data.seq_len = 128
+    config.data.global_batch_size = 8
+    steps = config.train.get_ref("steps")
+    config.data.stages = [
+        {"from_step": steps // 3, "global_batch_size": 16},
+        {
+            "from_step": 2 * steps // 3,
+            "seq_len": 512,
+            "global_batch_size": 4,
+            "rope_scaling": {"type": "yarn", "factor": 4, "original_max_seq_len": 128},
+        },
+    ]
+    return config

@@ -1,0 +1,146 @@
+"""The position in data that changes at certain steps: what is read, and in which order."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from llamajax.data import Position, sample_ids, with_stages
+from llamajax.training.safety.rollback import Rollback, RollbackLog
+
+SIZES = {"batch_size": 4, "seq_len": 100}
+
+
+def settings(mixture, **changes):
+    return SIZES | {"mixture_hash": mixture.hash} | changes
+
+
+def staged(mixtures, *stages, position=None, step=0):
+    """The position of stages, each a first step and its settings."""
+    position = position or Position.start(**stages[0][1])
+    return with_stages(position, stages, {m.hash: m for m in mixtures}, step=step)
+
+
+def read(mixtures, position, steps):
+    """The source and the number of each sample that these steps read, in order."""
+    by_hash, found = {m.hash: m for m in mixtures}, []
+    for step in steps:
+        segment = position.segment(step)
+        mixture = by_hash[segment.mixture_hash]
+        for number in sample_ids(mixture, position, step):
+            source, sample = mixture.locate(int(number), segment.seq_len)
+            found.append((source.path.name, sample, segment.seq_len))
+    return found
+
+
+@pytest.fixture
+def sources(prepared, documents):
+    return prepared("a", documents), prepared("b", documents[3:])
+
+
+@pytest.mark.parametrize("weights", [(0.9, 0.1), (0.3, 0.7), (2.0, 1.0, 7.0)])
+def test_samples_of_a_source_are_counted_as_grain_mixes_them(opened, prepared, documents, weights):
+    paths = [prepared(f"p{i}", documents[i:]) for i in range(len(weights))]
+    mixture = opened(*paths, weights=weights)
+    order = mixture.order(100)
+    names = [mixture.locate(order[i], 100)[0].path.name for i in range(700)]
+    for n in (0, 1, 9, 10, 699, 700):
+        assert mixture.counts(n) == [names[:n].count(path.name) for path in paths]
+
+
+def test_a_ramp_reads_each_sample_once(mixture):
+    position = staged(
+        [mixture],
+        (0, settings(mixture)),
+        (3, settings(mixture, batch_size=8)),
+        (5, settings(mixture, batch_size=16)),
+    )
+    order = mixture.order(100)
+    assert [s for _, s, _ in read([mixture], position, range(8))] == [
+        order[i] for i in range(3 * 4 + 2 * 8 + 3 * 16)
+    ]
+
+
+def test_with_other_weights_each_source_goes_on_and_a_new_one_begins(opened, sources, prepared):
+    a, b = sources
+    new = prepared("new", ["z" * 9000])
+    mostly_a, mostly_b = (
+        opened(a, b, weights=(0.8, 0.2)),
+        opened(new, b, a, weights=(0.2, 0.6, 0.2)),
+    )
+    mixtures = [mostly_a, mostly_b]
+    position = staged(mixtures, (0, settings(mostly_a)), (12, settings(mostly_b)))
+    samples = read(mixtures, position, range(30))
+    for path in (a, b, new):
+        alone = opened(path)
+        mine = [sample for name, sample, _ in samples if name == path.name]
+        assert mine == [alone.order(100)[i] for i in range(len(mine))]
+    # back to the first mixture: on from where both stages left its sources
+    third = staged(
+        mixtures, *[(n, settings(m)) for n, m in ((0, mostly_a), (12, mostly_b), (30, mostly_a))]
+    )
+    again = read(mixtures, third, range(40))
+    mine = [sample for name, sample, _ in again if name == "a"]
+    assert mine == [opened(a).order(100)[i] for i in range(len(mine))]
+
+
+def test_longer_samples_go_on_after_the_tokens_that_were_read(opened, sources):
+    mixture = opened(sources[0], shuffle=False)
+    position = staged([mixture], (0, settings(mixture)), (3, settings(mixture, seq_len=250)))
+    assert [s for _, s, _ in read([mixture], position, [3])] == [5, 6, 7, 8]  # 1,200 tokens read
+
+
+def test_a_position_is_the_same_from_any_step_on(opened, sources):
+    one, other = opened(sources[0]), opened(*sources)
+    stages = [
+        (0, settings(one)),
+        (4, settings(one, batch_size=8)),
+        (6, settings(other, batch_size=8, seq_len=250)),
+    ]
+    whole = staged([one, other], *stages)
+    assert Position.from_json(whole.to_json()) == whole
+    for step in (1, 4, 5, 6, 7):
+        saved = Position.from_json(whole.to_json()).until(step)
+        assert staged([one, other], *stages, position=saved, step=step) == whole
+
+
+@pytest.mark.parametrize(("back", "bad"), [(2, 3), (2, 5), (4, 7), (5, 8), (2, 8)])
+def test_a_rollback_leaves_out_what_led_to_it_on_both_sides_of_a_border(
+    opened, sources, tmp_path, back, bad
+):
+    one, other = opened(sources[0]), opened(sources[1])
+    stages = [
+        (0, settings(one)),
+        (4, settings(one, batch_size=8)),
+        (6, settings(other, batch_size=8)),
+    ]
+    whole = staged([one, other], *stages)
+    segment, *later = map(dataclasses.asdict, whole.without(back, bad, (4, 6)))
+    log = RollbackLog(tmp_path, primary=True)
+    entry = {"at_step": bad, "to_step": back, "first_skipped_step": bad, "reason": "test"}
+    log.add(Rollback(**entry, segment=segment, later=later))
+    log = RollbackLog(tmp_path, primary=True)  # as a restart reads it
+    after = log.position(whole.until(back), step=back, rollbacks=0)
+    after = staged([one, other], *stages, position=after, step=back)
+    assert [after.segment(step).settings for step in range(9)] == [
+        whole.segment(step).settings for step in range(9)
+    ]
+    before = read([one, other], whole, range(bad))
+    new = read([one, other], after, range(back, 12))
+    assert not set(before) & set(new)
+    assert len(set(new)) == len(new)
+    kept = read([one, other], whole, range(back))
+    for path in sources:  # nothing else is left out
+        left = [s for s in before[len(kept) :] if s[0] == path.name]
+        mine = [s for s in kept + left + new if s[0] == path.name]
+        order = opened(path).order(100)
+        assert [sample for _, sample, _ in mine] == [order[i] for i in range(len(mine))]
+
+
+def test_a_rollback_without_stages_is_recorded_as_before(mixture):
+    position = Position.start(**settings(mixture)).continued(
+        step=6, **settings(mixture, batch_size=8)
+    )
+    (segment,) = position.without(5, 9, ())
+    assert (segment.first_step, segment.first_sample, segment.batch_size) == (5, 6 * 4 + 3 * 8, 8)
+    assert np.isfinite(segment.first_sample)
