@@ -1,7 +1,7 @@
 """The stages of a run (`data.stages`): all are compiled at its start, and it goes through them."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from llamajax import backends, data
@@ -50,7 +50,10 @@ class StagePrograms:
                 shapes = _shapes(self.setup, number)
                 if shapes not in known:
                     with stage_named(number):
-                        known[shapes] = _compile(self.setup.stages[number][1], state)
+                        stage = self.setup.stages[number][1]
+                        known[shapes] = compile_programs(stage, stage.spec.retyped(state))
+                        if number:  # the first finds out by itself, at once
+                            _check_memory(stage, known[shapes])
                     new.append(known[shapes])
                 self.by_number[number] = known[shapes]
         return new
@@ -63,10 +66,9 @@ def _shapes(setup: Setup, number: int) -> tuple:
     return *sizes, c.model.rope_scaling, stage.attention.impl
 
 
-def _compile(stage: Setup, state: TrainState) -> Programs:
-    programs = compile_programs(stage, stage.spec.retyped(state))
+def _check_memory(stage: Setup, programs: Programs) -> None:
     if platform_facts(stage.machine.platform).says_peak:
-        return programs  # XLA for TPUs has refused what does not fit, by its own count
+        return  # XLA for TPUs has refused what does not fit, by its own count
     needed, limit = backends.program_bytes(programs.update), backends.memory_limit_bytes()
     if needed and limit and needed > limit:
         raise UserError(
@@ -74,7 +76,6 @@ def _compile(stage: Setup, state: TrainState) -> Programs:
             "smaller data.global_batch_size or data.seq_len, or more train.accumulation_steps "
             "(`llamajax plan` has the parts)"
         )
-    return programs
 
 
 def check_past(setup: Setup, before: RunConfig, position: "data.Position", *, step: int) -> None:
@@ -83,37 +84,29 @@ def check_past(setup: Setup, before: RunConfig, position: "data.Position", *, st
     before, position: the config and the place in the data of the checkpoint of `step`. Where
     neither has come to a second stage, the data may change as in any run.
     """
-    was = _merged([(s.first_step, s.settings) for s in position.segments], step)
-    now = _merged(setup.data_settings, step)
-    stages = [[s for s in stages_of(c) if s.first_step < step] for c in (before, setup.config)]
-    ropes = [
-        _merged([(s.first_step, {"rope": s.config.model.rope_scaling}) for s in each], step)
-        for each in stages
-    ]
-    if max(map(len, stages)) == 1 or (was == now and ropes[0] == ropes[1]):
-        return
-    words = [_words(was), _words(now)] if was != now else [f"{rope}" for rope in ropes]
-    raise UserError(
-        f"data.stages: until step {step} this run has read {words[0]}, and its stages are now "
-        f"{words[1]}: what has begun cannot change. Put that back, and add a stage with from_step "
-        f"= {step}, or begin another --workdir"
-    )
+    was, now = [], []
+    stages = stages_of(before)
+    for stage, end in zip(stages, [*(s.first_step for s in stages[1:]), step], strict=True):
+        if stage.first_step < step:
+            settings = position.segment(min(end, step) - 1).settings
+            was.append(_words(stage.first_step, settings, stage.config))
+    for (first_step, stage), (_, settings) in zip(setup.stages, setup.data_settings, strict=True):
+        if first_step < step:
+            now.append(_words(first_step, settings, stage.config))
+    if max(len(was), len(now)) > 1 and was != now:
+        raise UserError(
+            f"data.stages: until step {step} this run has read {', '.join(was)}; its config now "
+            f"says {', '.join(now)}: what has begun cannot change. Put that back, and add a stage "
+            f"with from_step = {step}, or begin another --workdir"
+        )
 
 
-def _merged(settings: Iterable[tuple[int, dict]], step: int) -> list[tuple[int, dict]]:
-    """Return the settings before `step` by first step, without those that change nothing."""
-    found: list[tuple[int, dict]] = []
-    for first_step, each in settings:
-        if first_step < step and (not found or found[-1][1] != each):
-            found.append((first_step, each))
-    return found
-
-
-def _words(settings: Iterable[tuple[int, dict]]) -> str:
-    return ", ".join(
-        f"{s['batch_size']} x {s['seq_len']} of data {s['mixture_hash'][:8]} from step {first} on"
-        for first, s in settings
-    )
+def _words(first_step: int, settings: dict[str, Any], config: RunConfig) -> str:
+    """Describe all that must not change of a stage that has begun."""
+    size, hash_ = f"{settings['batch_size']} x {settings['seq_len']}", settings["mixture_hash"]
+    scaling = config.model.rope_scaling
+    scaled = f" with {scaling}" if scaling else ""
+    return f"{size} of data {hash_[:8]} from step {first_step} on{scaled}"
 
 
 def stage_warnings(config: RunConfig, position: "data.Position", *, step: int) -> Iterator[str]:

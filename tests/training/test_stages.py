@@ -10,6 +10,7 @@ from refusal import refused
 from shell import SHORT, train_command
 from workdirs import logged, prepare_texts, read_rows
 
+from llamajax.config.model_schema import RopeScaling
 from llamajax.formats.weights import open_weights
 from llamajax.monitoring import load_events
 from llamajax.proving.trial import has_chosen_start, newest_checkpoint, read_meta, run_trial
@@ -83,7 +84,7 @@ def test_tokens_rates_events_and_checkpoints_follow_the_stages(undisturbed, stag
         step: open_weights(undisturbed / "checkpoints" / str(step)).model.rope_scaling
         for step in (2, 4, 6)
     }
-    assert (scaled[2], scaled[4], dataclasses.asdict(scaled[6])) == (None, None, SCALING)
+    assert scaled == {2: None, 4: None, 6: RopeScaling(**SCALING)}
     facts = json.loads((undisturbed / "run.json").read_text())["stages"]
     assert [stage["first_step"] for stage in facts] == [0, 2, 4]
     assert len({stage["program"] for stage in facts}) == 3
@@ -91,11 +92,11 @@ def test_tokens_rates_events_and_checkpoints_follow_the_stages(undisturbed, stag
     assert "finished before, at step 7" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("step", [1, 3, 4])
 def test_a_resumed_run_is_the_same_run(undisturbed, staged, tmp_path, step):
-    """Before, at and after a border; what was not saved is done again."""
+    """Before a border, at one after a kill, and at one."""
     assert staged(tmp_path, stop_after=step) == 143
-    if step == 3:  # as after a kill
+    if step == 3:  # not saved
         shutil.rmtree(tmp_path / "checkpoints" / "3")
     assert staged(tmp_path) == 0
     assert logged(tmp_path) == logged(undisturbed)
@@ -108,8 +109,8 @@ def test_a_fork_at_a_border_goes_on_with_the_next_stage(undisturbed, staged, tmp
 
 def test_stages_that_have_begun_stay_and_later_ones_may_change(staged, tmp_path, capsys):
     assert staged(tmp_path, stop_after=3) == 143
-    for changed in ({"from_step": 1}, {"global_batch_size": 8, "accumulation_steps": 1}, None):
-        ramp = changed and staged.ramp | changed
+    for ramp in ({"from_step": 1}, {"global_batch_size": 8}, {"rope_scaling": SCALING}, None):
+        ramp = ramp and staged.ramp | ramp
         with refused("until step 3 this run has read 8 x 48", "8 x 48 of", unchanged=(tmp_path,)):
             staged(tmp_path, ramp=ramp)
     shorter = {"from_tokens": 2 * 8 * 48 + 3 * 16 * 48, "seq_len": 24}
