@@ -23,7 +23,7 @@ from llamajax.config.load import build_model, freeze, load
 from llamajax.config.presets import PRESETS, find_preset, preset
 from llamajax.config.saved_config import common_values, diff, from_json_dict, to_json_dict
 from llamajax.config.schema import BackendConfig, MeshConfig, ModelConfig, RunConfig
-from llamajax.config.stages import Stage, stage_named, stages_of
+from llamajax.config.stages import stage_named, stages_of
 from llamajax.config.values import Mistyped, key, parse_address, parse_fork
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "ModelConfig",
     "RunConfig",
     "RunFlags",
-    "Stage",
     "TrainFlags",
     "WeightsFlags",
     "build_model",

@@ -12,6 +12,7 @@ from llamajax import plan, sharding
 from llamajax.backends import absent_devices, compiler_options
 from llamajax.backends.platforms import platform_facts
 from llamajax.config import load
+from llamajax.config.data_schema import DataStage
 from llamajax.errors import UserError
 from llamajax.models.counts import flops_per_token
 from llamajax.planning import estimate, planner, printed_plan
@@ -133,6 +134,25 @@ def test_what_does_not_fit_is_no_error(planned, cache, config, known_devices):
     roomy = make_plan(config, known_devices(arguments), cache=cache)
     assert roomy.fits is None
     assert roomy.prediction.step_time_s > 0
+
+
+def test_all_stages_of_a_run_are_planned_and_must_fit(cache, config, known_devices):
+    stages = (DataStage(from_step=5, global_batch_size=64),)
+    staged = dataclasses.replace(config, data=dataclasses.replace(config.data, stages=stages))
+    first = make_plan(config, known_devices(), cache=cache)
+    made = make_plan(staged, known_devices(first.facts.arguments_bytes), cache=cache)
+    assert (made.fits, [plan.fits for _, plan in made.stages]) == (False, [None, False])
+    assert made.config.data.global_batch_size == 64  # the larger one
+    told = printed_plan.to_json(made, config_file="")
+    assert [(s["first_step"], s["program"]) for s in told["stages"]] == [
+        (0, first.facts.digest),
+        (5, told["program"]),
+    ]
+    table = list(printed_plan.text_lines(made))[:3]
+    assert [line.split()[:4] for line in table[1:]] == [
+        ["0", "0", "16", "64"],
+        ["1", "5", "64", "64"],
+    ]
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"])
