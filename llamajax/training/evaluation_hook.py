@@ -1,5 +1,6 @@
 """Evaluations: losses of the validation sets in a row of `metrics.jsonl`, and `samples.jsonl`."""
 
+import collections
 import functools
 import math
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llamajax import sharding
-from llamajax.config import RunConfig
+from llamajax.config import ModelConfig, RunConfig
 from llamajax.data import Mixture
 from llamajax.decoding.engine import Engine
 from llamajax.decoding.generate_options import Sampling
@@ -144,7 +145,8 @@ class Samples:
     def __init__(self, attempt: Attempt):
         self._attempt, self._setup = attempt, attempt.run.setup
         self._mesh = sharding.join_sequence(self._setup.mesh)  # rows are whole
-        self._programs: dict[tuple, Any] = {}
+        # By model: the rope scaling of a stage is a part of it.
+        self._programs: dict[ModelConfig, dict[tuple, Any]] = collections.defaultdict(dict)
         run = attempt.run
         self._rows = MetricsWriter(
             run.workdir, file=SAMPLES, resume_step=attempt.start.step, primary=run.is_primary
@@ -180,7 +182,7 @@ class Samples:
             sampling=Sampling(temperature=config.train.sample_temperature),
             stop_ids=setup.evaluated.tokenizer.stop_ids,
         )
-        engine.programs = self._programs  # compiled at the first evaluation
+        engine.programs = self._programs[state.model.config]  # compiled at the first evaluation
         (seed,) = np.random.SeedSequence([config.train.seed, step]).generate_state(1)
         found: list[list[int]] = [[] for _ in prompts]
         for update in engine.generate(prompts, seed=int(seed)):

@@ -64,7 +64,7 @@ def tokenized_otherwise(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(staged, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    assert staged(workdir) == 0
+    assert staged(workdir, train__sample_prompts=["a line"], train__sample_tokens=4) == 0
     return workdir
 
 
@@ -80,6 +80,7 @@ def test_tokens_rates_events_and_checkpoints_follow_the_stages(undisturbed, stag
     ]
     evaluated = {row["step"]: row for row in read_rows(undisturbed / "metrics.jsonl")}
     assert sorted(n for n, row in evaluated.items() if "eval_loss" in row) == [3, 6, 7]
+    assert [row["step"] for row in read_rows(undisturbed / "samples.jsonl")] == [3, 6, 7]
     scaled = {
         step: open_weights(undisturbed / "checkpoints" / str(step)).model.rope_scaling
         for step in (2, 4, 6)
