@@ -89,9 +89,13 @@ class Position:
         settings = {"batch_size": batch_size, "seq_len": seq_len, "mixture_hash": mixture_hash}
         if settings == last.settings:
             return self
-        tokens_read = self.first_sample(step) * last.seq_len
+        tokens_read, starts = self.first_sample(step) * last.seq_len, last.starts
+        if settings | {"batch_size": last.batch_size} != last.settings:  # another order
+            tokens_read, starts = tokens_read + sum(starts) * last.seq_len, ()
         first_sample = -(-tokens_read // seq_len)
-        new = dataclasses.replace(last, first_step=step, first_sample=first_sample, **settings)
+        new = dataclasses.replace(
+            last, first_step=step, first_sample=first_sample, starts=starts, **settings
+        )
         return Position((*self.segments, new))
 
     def until(self, step: int) -> "Position":

@@ -1,5 +1,6 @@
 """The position in the data: arithmetic on a list of segments."""
 
+import dataclasses
 import json
 
 import pytest
@@ -46,6 +47,13 @@ def test_a_change_of_mixture_continues_in_the_new_order():
 def test_json_of_something_else_is_refused(value):
     with pytest.raises(ValueError, match="not a position"):
         Position.from_json(value)
+
+
+def test_what_earlier_stages_read_counts_where_the_order_changes():
+    started = Position((dataclasses.replace(START.segments[0], starts=(5, 7)),))
+    assert continued(started, 10, batch_size=4).segments[-1].starts == (5, 7)
+    position = continued(started, 10, mixture_hash="other")
+    assert (position.first_sample(10), position.segments[-1].starts) == (60 + 12, ())
 
 
 def test_the_past_cannot_be_changed():
