@@ -8,7 +8,7 @@ from llamajax import sharding
 from llamajax.backends.platforms import platform_facts
 from llamajax.models.counts import num_parameters
 from llamajax.monitoring.row_format import format_count
-from llamajax.planning.compilation import node_of
+from llamajax.planning.compilation import Traffic, node_of
 from llamajax.planning.planner import Plan, plan_notes
 from llamajax.planning.roofline import pipeline_facts
 
@@ -53,12 +53,7 @@ def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
         "expected_product_flops": plan.expected_product_flops,
         "collective_bytes": rounded(plan.collective_bytes()),
         "slow_bytes": rounded(plan.collective_bytes(slow=True)),
-        "collectives": None if facts.traffic is None else [
-            {"kind": t.kind, "axes": list(t.axes), "dtype": t.dtype, "calls": t.calls,
-             "sent_bytes": round(t.sent_bytes), "slow_bytes": round(t.slow_bytes),
-             "waits_s": t.waits_s}
-            for t in facts.traffic
-        ],
+        "collectives": None if facts.traffic is None else list(map(_collective, facts.traffic)),
         "step_time_s": p and p.step_time_s,
         "tokens_per_s": p and p.tokens_per_s,
         "tokens_per_s_per_device": p and p.tokens_per_s / plan.step.mesh.size,
@@ -80,6 +75,11 @@ def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
             for first_step, each in plan.stages
         ],
     }  # fmt: skip
+
+
+def _collective(row: Traffic) -> dict[str, Any]:
+    sizes = {"sent_bytes": round(row.sent_bytes), "slow_bytes": round(row.slow_bytes)}
+    return dataclasses.asdict(row) | sizes
 
 
 def text_lines(plan: Plan) -> Iterator[str]:
