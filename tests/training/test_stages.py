@@ -127,7 +127,7 @@ def test_stages_that_have_begun_stay_and_later_ones_may_change(staged, tmp_path,
         ({"path": "PLACE/nothing"}, "data.stages[0]: data.path: PLACE/nothing: no such directory"),
         ({"path": "PLACE/data"}, "was prepared with another tokenizer than data.path"),
         ({"seq_len": 10**6, "max": True}, "data.stages[0]: the data cannot be used"),
-        ({"global_batch_size": 6}, "data.stages[0]: data.global_batch_size = 6 does not divide by"),
+        ({"global_batch_size": 6}, "data.stages[0], from step 2 on: data.global_batch_size = 6"),
         ({"seq_len": 47}, "data.stages[0]: data.seq_len = 47 does not divide by 2"),
     ],
 )
