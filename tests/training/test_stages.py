@@ -128,7 +128,7 @@ def test_stages_that_have_begun_stay_and_later_ones_may_change(staged, tmp_path,
         ({"path": "PLACE/data"}, "was prepared with another tokenizer than data.path"),
         ({"seq_len": 10**6, "max": True}, "data.stages[0]: the data cannot be used"),
         ({"global_batch_size": 6}, "data.stages[0], from step 2 on: data.global_batch_size = 6"),
-        ({"seq_len": 47}, "data.stages[0]: data.seq_len = 47 does not divide by 2"),
+        ({"seq_len": 47}, "data.seq_len = 47 does not divide by 2"),
     ],
 )
 def test_a_stage_that_does_not_fit_ends_the_run_at_its_start(
@@ -137,7 +137,8 @@ def test_a_stage_that_does_not_fit_ends_the_run_at_its_start(
     place = str(tokenized_otherwise)
     keys = {"model__max_seq_len": 10**7} if stage.pop("max", None) else {}
     stage = {k: v.replace("PLACE", place) if k == "path" else v for k, v in stage.items()}
-    with refused(words.replace("PLACE", place), unchanged=(tmp_path,)):
+    words = words.replace("PLACE", place)
+    with refused("data.stages[0]", words, unchanged=(tmp_path,)):
         staged(
             tmp_path / "run",
             ramp={"from_step": 2} | stage,
