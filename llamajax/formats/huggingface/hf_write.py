@@ -62,12 +62,7 @@ def write_hf(
     check_tied_head(source, model)
     files = _plan_files(model, np.dtype(jax.numpy.dtype(dtype)), max_shard_bytes)
     arrays = _converted_tensors(source, files, progress)
-    failure, warnings = None, []
-    if model.hidden_size % model.num_heads:  # transformers 5 refuses what it could compute
-        warnings.append(
-            f"transformers loads no model whose hidden_size ({model.hidden_size}) is not a "
-            f"multiple of num_heads ({model.num_heads}); llamajax reads this directory"
-        )
+    failure, warnings = None, list(_unlike_transformers(model))
     if jax.process_index() == 0:
         try:
             needed = sum(file.num_bytes for file in files)
@@ -91,6 +86,23 @@ def write_hf(
         failure = error  # process 0 met it too, so no process is left waiting
     raise_together(failure)
     return warnings
+
+
+def _unlike_transformers(model: ModelConfig) -> Iterator[str]:
+    """Yield a warning for each way in which some version of transformers differs on this model."""
+    if model.hidden_size % model.num_heads:  # transformers 5 refuses what it could compute
+        yield (
+            f"transformers loads no model whose hidden_size ({model.hidden_size}) is not a "
+            f"multiple of num_heads ({model.num_heads}); llamajax reads this directory"
+        )
+    scaling = model.rope_scaling
+    if scaling is not None and scaling.type == "yarn":
+        ratio = model.max_seq_len / scaling.original_max_seq_len
+        if ratio != scaling.factor:
+            yield (
+                f"transformers 4.51 to 4.55 scale by max_seq_len / original_max_seq_len = {ratio:g}"
+                f", not by rope_scaling.factor = {scaling.factor:g}; later ones by factor"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
