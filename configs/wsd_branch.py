@@ -8,8 +8,8 @@ Command:  after ./launch/quickstart.sh, which prepares the book,
           At full size: --config=configs/llama3_8b.py --config.optim.schedule=wsd \
               --config.optim.decay_steps=2000, and for a branch that ends at step 12,000 also
               --config.train.fork=runs/llama3_8b@10000 --config.train.steps=12000
-Model:    5.0 M parameters, sequences of 256 tokens, batches of 2,048 tokens, float32.
-Branch:   goes on from step 180, its rate falls to a tenth until step 240; up to there the run's own
+Model:    5.0 M parameters, sequences of 256 tokens, batches of 1,024 tokens, float32.
+Branch:   goes on from step 120, its rate falls to a tenth until step 160; up to there the run's own
           rate is constant, and both read the same samples.
 Speed:    unmeasured.
 Loss:     unmeasured.
@@ -23,16 +23,17 @@ from llamajax.configs.quickstart import get_config as quickstart
 def get_config(part: str = "run") -> ConfigDict:
     """The `run`, or its `branch`."""
     config = quickstart()
-    config.train.steps = 300
+    config.data.global_batch_size = 4
+    config.train.steps = 200
     config.optim.schedule = "wsd"
     config.optim.decay_steps = config.train.get_ref("steps") // 5
     if part == "branch":
-        config.train.fork = "runs/wsd@180"
-        config.train.steps = 240
+        config.train.fork = "runs/wsd@120"
+        config.train.steps = 160
         config.optim.decay_steps = config.train.get_ref("steps") // 4
-    config.optim.warmup_steps = 15
+    config.optim.warmup_steps = 10
     config.train.log_every = 1  # the paired difference wants many rows
-    config.train.eval_every = 60
-    config.checkpoint.every_steps = 60
-    config.checkpoint.keep_every = 60  # each can be forked
+    config.train.eval_every = 40
+    config.checkpoint.every_steps = 40
+    config.checkpoint.keep_every = 40  # each can be forked
     return config
