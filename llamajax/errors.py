@@ -72,6 +72,12 @@ def combine(problems: Sequence[str], *, title: str, listed: int | None = None) -
     return UserError("\n".join([title, *(f"  - {p}" for p in shown)]))
 
 
+def listed(items: Sequence[object], *, most: int) -> str:
+    """Return the first items, with commas between them; the rest is counted."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + more
+
+
 def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.65) -> str | None:
     """Return the choice most like `word`, or None if none has a similarity of `cutoff` (0 to 1).
 

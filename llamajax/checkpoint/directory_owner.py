@@ -63,7 +63,7 @@ def claim(
     except location.storage_errors(directory) as error:
         gone = location.is_remote(directory) and isinstance(error, FileNotFoundError)
         why = "there is no such bucket" if gone else location.reason(error)
-        fix = location.fix_for(directory) if location.is_remote(directory) else "choose another"
+        fix = location.FIX if location.is_remote(directory) else "choose another"
         kind = location.user_error_type(error, directory)
         problem = kind(f"checkpoint.directory = {directory} cannot be used: {why}; {fix}")
     raise_together(problem)

@@ -8,23 +8,14 @@ not which class holds it.
 from typing import Any
 
 import jax
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, KeyEntry, SequenceKey
+from jax.tree_util import GetAttrKey, KeyEntry, keystr
 
 
 def leaf_name(path: tuple[KeyEntry, ...]) -> str:
     """Return the name of the leaf at `path`."""
-    parts = []
-    for entry in path:
-        match entry:
-            case GetAttrKey(name=name):
-                parts.append(name)
-            case DictKey(key=key) | FlattenedIndexKey(key=key) | SequenceKey(idx=key):
-                parts.append(str(key))
-            case _:
-                raise TypeError(f"cannot name the path component {entry!r} of a state's leaf")
-    if len(parts) > 1 and isinstance(path[-1], GetAttrKey) and parts[-1] == "value":
-        parts.pop()
-    return "/".join(parts)
+    name = keystr(path, simple=True, separator="/")
+    is_attribute = bool(path) and isinstance(path[-1], GetAttrKey)
+    return name.removesuffix("/value") if is_attribute else name
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

@@ -19,14 +19,12 @@ from etils import epath
 
 from llamajax.errors import TransientError, UserError
 
-# Scheme -> module of the client library, the extra that installs it, where credentials come from.
-_CLIENTS = {
-    "gs": (
-        "gcsfs",
-        "gcs",
-        "`gcloud auth application-default login` or GOOGLE_APPLICATION_CREDENTIALS",
-    ),
-}
+_SCHEME, _CLIENT = "gs", "gcsfs"  # of URLs, and the module of the client library
+# What a user can check when an object store refuses.
+FIX = (
+    "check the bucket's name, the network, and the credentials (`gcloud auth application-default "
+    "login` or GOOGLE_APPLICATION_CREDENTIALS)"
+)
 # TensorStore's own default retries for a quarter of an hour, and the next save would wait for that.
 RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "8s"}
 
@@ -48,14 +46,14 @@ def locate(text: str | PurePath) -> Location:
     if not is_url(text):
         return Path(text).absolute()
     scheme = str(text).partition("://")[0]
-    if scheme not in _CLIENTS:
-        known = ", ".join(f"{name}://" for name in _CLIENTS)
-        raise UserError(f"{text}: checkpoints can be at a path or at {known}; not at {scheme}://")
-    module, extra, _ = _CLIENTS[scheme]
+    if scheme != _SCHEME:
+        raise UserError(
+            f"{text}: checkpoints can be at a path or at {_SCHEME}://; not at {scheme}://"
+        )
     try:
-        importlib.import_module(module)
+        importlib.import_module(_CLIENT)
     except ImportError as error:
-        raise UserError(f"{text}: {error}; run: pip install 'llamajax[{extra}]'") from None
+        raise UserError(f"{text}: {error}; run: pip install 'llamajax[gcs]'") from None
     # Orbax and TensorStore do not write through fsspec, whose cached listings would become wrong.
     import fsspec
 
@@ -110,12 +108,6 @@ def user_error_type(error: BaseException, path: PurePath) -> type[UserError]:
     return UserError if denied else TransientError
 
 
-def fix_for(path: PurePath) -> str:
-    """Return what a user can check when an object store refuses."""
-    scheme = str(path).partition("://")[0]
-    return f"check the bucket's name, the network, and the credentials ({_CLIENTS[scheme][2]})"
-
-
 def reason(error: BaseException) -> str:
     """Return the cause of a storage error on one line, in the system's words if it has some."""
     if isinstance(error, TimeoutError):
@@ -145,7 +137,7 @@ def store_errors_explained(directory: Location) -> Iterator[None]:
         if not is_remote(directory):
             raise
         problem = with_rank(f"{directory} cannot be reached: {reason(error)}")
-        raise user_error_type(error, directory)(f"{problem}; {fix_for(directory)}") from None
+        raise user_error_type(error, directory)(f"{problem}; {FIX}") from None
 
 
 def tensorstore_spec(directory: PurePath) -> dict[str, Any]:

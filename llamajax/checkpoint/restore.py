@@ -162,7 +162,7 @@ def _damage_on_any(directory: Location, error: Exception | None) -> str | None:
     if isinstance(error, DamagedError):
         problem = str(error)
     elif error is not None and location.is_remote(directory):
-        refusal = f"cannot read checkpoint {directory}: {error}; {location.fix_for(directory)}"
+        refusal = f"cannot read checkpoint {directory}: {error}; {location.FIX}"
     elif error is not None and error.errno == errno.EIO:  # the disk itself gives up on these bytes
         problem = f"{error.filename or directory} cannot be read: {error.strerror}"
     elif error is not None:

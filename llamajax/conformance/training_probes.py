@@ -18,6 +18,7 @@ from llamajax import optim, sharding
 from llamajax.checkpoint import Checkpointer, named_leaves, newest_checkpoint, restore_state
 from llamajax.config.schema import MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from llamajax.conformance.bench import Bench, WrongError
+from llamajax.errors import listed
 from llamajax.models.llama import Compute
 from llamajax.ops.attention import best_attention
 from llamajax.training.state import StateSpec, TrainState
@@ -142,15 +143,13 @@ def _initial_arrays(mesh: Mesh) -> TrainState:
     return jax.device_get(spec.init(7))
 
 
-@functools.cache
-def _compiled_run(devices: tuple[Any, ...], dtype: str, attention: str) -> TinyRun:
-    """Return the run of a dtype, compiled once in a process."""
-    return TinyRun(devices, dtype=dtype, attention=attention)
+# Each is compiled once in a process.
+_compiled_run = functools.cache(TinyRun)
 
 
 def _tiny_run(bench: Bench, dtype: str) -> TinyRun:
     attention = best_attention(bench.machine, dtype, MODEL.head_size, _TOKENS).impl
-    return _compiled_run(tuple(bench.devices), dtype, attention)
+    return _compiled_run(tuple(bench.devices), dtype=dtype, attention=attention)
 
 
 def train_float32(bench: Bench) -> str:
@@ -236,5 +235,4 @@ def _differing(a: Any, b: Any) -> str:
         for name, x in named_leaves(a).items()
         if np.asarray(x).tobytes() != np.asarray(others[name]).tobytes()
     ]
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    return ", ".join(wrong[:3]) + more
+    return listed(wrong, most=3)

@@ -28,7 +28,7 @@ from llamajax.checkpoint.restore import (
 from llamajax.config import build_model
 from llamajax.config.saved_config import from_json_dict, record_of_step
 from llamajax.config.schema import LoraConfig, ModelConfig
-from llamajax.errors import UserError, combine
+from llamajax.errors import UserError, combine, listed
 from llamajax.formats.foreign_weights import ForeignWeights, TensorSource
 from llamajax.formats.gguf import gguf_config
 from llamajax.formats.huggingface import hf_read
@@ -167,10 +167,9 @@ def _check_finite(model: Any, path: Location) -> None:
     """
     finite = jax.device_get(_all_finite(named_leaves(model)))
     if bad := [name for name, is_finite in finite.items() if not is_finite]:
-        shown = ", ".join(bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
         raise UserError(
-            f"{path}: these weights hold values that are NaN or infinite: {shown}; take an earlier "
-            "checkpoint"
+            f"{path}: these weights hold values that are NaN or infinite: {listed(bad, most=10)}; "
+            "take an earlier checkpoint"
         )
 
 
@@ -198,13 +197,7 @@ def open_weights(path: str | PurePath) -> Weights:
         found = recognize(path)
         if found is not None:
             hf_read.check_tensors(found.source, found.model, path=path)
-            return Weights(
-                kind=kind,
-                path=path,
-                model=found.model,
-                tokenizer=found.tokenizer,
-                source=found.source,
-            )
+            return Weights(kind=kind, path=path, **vars(found))
     if revisions := sorted(path.glob("snapshots/*")):
         raise UserError(f"{path} is the root of a hub cache; name a revision in it: {revisions[0]}")
     raise UserError(
@@ -263,10 +256,10 @@ def _open_url(path: Location) -> Weights:
         if (checkpoint := _checkpoint_in(path)) is not None:
             return _of_checkpoint(checkpoint)
     except location.storage_errors(path) as error:
-        raise UserError(f"{path} cannot be read: {error}; {location.fix_for(path)}") from None
+        raise UserError(f"{path} cannot be read: {error}; {location.FIX}") from None
     raise UserError(
         f"{path}: there is no checkpoint of llamajax (weights in other formats are read from local "
-        f"paths); {location.fix_for(path)}"
+        f"paths); {location.FIX}"
     )
 
 

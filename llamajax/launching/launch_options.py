@@ -9,7 +9,6 @@ from pathlib import Path
 
 from llamajax.config import Flags, Mistyped, key, parse_address
 from llamajax.errors import UserError
-from llamajax.files import write_problem
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,9 +118,3 @@ def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
                 command = shlex.join(argv[index : index + 3])
                 raise UserError(f"there is no -- before the command: write `-- {command} ...`")
     return before, list(argv[len(before) + 1 :])
-
-
-def make_log_dir(log_dir: Path) -> None:
-    """Make the directory of the logs. Raises UserError when it cannot be written."""
-    if problem := write_problem(log_dir):
-        raise UserError(f"--log_dir={log_dir}: {problem}; choose a directory that can be written")

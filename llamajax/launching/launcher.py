@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterator
 
 from llamajax import errors
-from llamajax.errors import ExitCode
-from llamajax.launching.launch_options import LaunchOptions, make_log_dir
+from llamajax.errors import ExitCode, UserError
+from llamajax.files import write_problem
+from llamajax.launching.launch_options import LaunchOptions
 from llamajax.launching.node_protocol import NodeClient, NodeServer
 from llamajax.launching.worker_logs import next_attempt
 from llamajax.launching.workers import WorkerGroup, exit_code, first_failed
@@ -25,9 +26,12 @@ _STACKS_WITHIN_S = 1.0
 def launch(options: LaunchOptions) -> int:
     """Run the command on all workers until it has finished or stopped, or cannot be restarted.
 
-    Returns the exit code.
+    Returns the exit code. Raises UserError when the directory of the logs cannot be written.
     """
-    make_log_dir(options.logs)
+    if problem := write_problem(options.logs):
+        raise UserError(
+            f"--log_dir={options.logs}: {problem}; choose a directory that can be written"
+        )
     node = NodeClient(options) if options.node_rank else NodeServer(options)
     with contextlib.closing(node), _signals() as signals, _pipe() as parent, _pipe() as reports:
         os.set_blocking(reports[1], False)  # a worker never waits for its launcher

@@ -6,7 +6,11 @@ here must be called by all processes, at the same point of the program.
 
 import contextlib
 import json
+import os
+import socket
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -16,6 +20,8 @@ from jax.experimental import multihost_utils
 from llamajax.errors import ExitCode, TransientError, UserError
 
 _PAD_BYTES = 1024  # texts are padded to multiples: each other length is a program to compile
+# Network file systems show a new file to other hosts only after their caches' time.
+_SHARED_WITHIN_S = 30
 T = TypeVar("T")
 
 
@@ -76,3 +82,32 @@ def broadcast_from_first(decide: Callable[..., T], *args: Any) -> T:
         if jax.process_index() == 0:
             found = decide(*args)
     return found if jax.process_count() == 1 else json.loads(all_gather_text(json.dumps(found))[0])
+
+
+def check_shared_directory(directory: Path, *, key: str) -> None:
+    """Raise UserError on all processes unless all see the same directory. To be called by all.
+
+    Process 0 leaves a random token in it, which every other one must find there.
+    """
+    if jax.process_count() == 1:
+        return
+
+    def leave_token() -> str:
+        name = f".shared_{os.urandom(8).hex()}"
+        (directory / name).touch()
+        return name
+
+    file, problem = directory / broadcast_from_first(leave_token), None
+    deadline = time.monotonic() + _SHARED_WITHIN_S
+    while not (found := file.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if not found:
+        problem = UserError(
+            f"{key}={directory} on {socket.gethostname()} (process {jax.process_index()}) is "
+            "not the directory of process 0: checkpoints need storage that all nodes share"
+        )
+    try:
+        raise_together(problem)
+    finally:
+        if jax.process_index() == 0:
+            file.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ are to be named. Processes that meet in a roll call compare them there, before J
 that JAX's own cluster detection joins compare them with a collective.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -13,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamajax.errors import UserError
+from llamajax.errors import UserError, listed
 from llamajax.processes.host_collectives import all_gather_text
 
 Facts = Mapping[str, Any]
 # The fact that names why this process cannot start; absent or None where it can.
 PROBLEM = "problem"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "grain")
-_LISTED = 8
+_listed = functools.partial(listed, most=8)
 
 
 def versions() -> dict[str, str]:
@@ -62,8 +63,3 @@ def check_same(facts: Facts) -> None:
     if len(set(all_gather_text(digest))) > 1:
         everyone = map(json.loads, all_gather_text(json.dumps([facts, socket.gethostname()])))
         raise UserError(describe_difference(*zip(*everyone, strict=True)))
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -8,7 +8,7 @@ second knows that the others are past the first, so a short timeout is enough.
 """
 
 import contextlib
-from typing import Protocol
+from collections.abc import Callable
 
 # How long a process that is done waits for the slowest to finish writing.
 _FINISHED_MS = 600_000
@@ -18,16 +18,11 @@ _COMPLETE_MS = 20_000
 _BARRIERS_OF_ORBAX = 2
 
 
-class Barrier(Protocol):
-    """Returns when all processes have called it with `key`; raises after `timeout_ms`."""
-
-    def __call__(self, *, key: str, timeout_ms: int) -> None: ...
-
-
 class SaveBarrier:
     """Orbax's `barrier_sync_fn`. Call `begin` before each save, `failed` after one that failed."""
 
-    def __init__(self, barrier: Barrier):
+    def __init__(self, barrier: Callable[..., None]):
+        """barrier: returns when all processes called it with `key`; raises after `timeout_ms`."""
         self._barrier = barrier
         self._save = 0
         self._next = _BARRIERS_OF_ORBAX  # number of the barrier to come in this save

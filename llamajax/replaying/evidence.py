@@ -5,6 +5,7 @@ says nothing about numbers, and numbers that are not finite say nothing about th
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from llamajax import data
+from llamajax.errors import listed
 from llamajax.monitoring.row_comparison import TOLERANCES
 from llamajax.optim.guard import REASONS
 from llamajax.replaying.document_losses import DocumentLosses, DocumentPart
@@ -21,7 +23,7 @@ from llamajax.replaying.step_probe import GradientSummary
 # targets: shorter ones differ by more.
 _STANDS_OUT = 2.0
 _LEAST_TOKENS = 16
-_LISTED_ROWS = 8
+_first_of = functools.partial(listed, most=8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,8 +224,3 @@ def same_number(a: float, b: float) -> bool:
 
 def _plain(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
-
-
-def _first_of(items: list) -> str:
-    more = len(items) - _LISTED_ROWS
-    return ", ".join(map(str, items[:_LISTED_ROWS])) + (f" and {more} more" if more > 0 else "")

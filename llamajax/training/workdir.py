@@ -27,7 +27,7 @@ from llamajax.monitoring import EventLog
 from llamajax.monitoring.blackbox import BlackBox
 from llamajax.monitoring.events import LOCK
 from llamajax.monitoring.log_copy import LogCopy
-from llamajax.processes.shared_directory import check_shared_directory
+from llamajax.processes.host_collectives import check_shared_directory
 from llamajax.training.messages import previous_checkpoint
 from llamajax.training.safety.rollback import RollbackLog
 from llamajax.training.safety.shutdown import Shutdown, exit_on_error

@@ -199,7 +199,7 @@ def test_mistakes_are_one_message(store, tmp_path, monkeypatch):
         open_weights("gs://no-such-bucket/run")
     with refused("not at ftp://"):
         open_weights("ftp://host/run")
-    monkeypatch.setitem(location._CLIENTS, "gs", ("no_such_module", "gcs", ""))
+    monkeypatch.setattr(location, "_CLIENT", "no_such_module")
     with refused("pip install 'llamajax[gcs]'"):
         location.locate("gs://bucket/run")
 

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -126,14 +126,10 @@ def read_part(place: TensorPlace, index: Index | None) -> np.ndarray:
     start, stop, _ = index[0].indices(shape[0])
     array = np.empty((stop - start, *shape[1:]), place.dtype)
     row_bytes = math.prod(shape[1:]) * place.dtype.itemsize
-    with place.file.open("rb", buffering=0) as file:
+    with place.file.open("rb") as file:
         file.seek(place.offset + start * row_bytes)
-        view = memoryview(array.reshape(-1).view(np.uint8))
-        while view:
-            count = file.readinto(view)
-            if not count:
-                raise DamagedFile("ended while it was read")
-            view = view[count:]
+        if file.readinto(memoryview(array.reshape(-1).view(np.uint8))) != array.nbytes:
+            raise DamagedFile("ended while it was read")
     return array
 
 
@@ -155,14 +151,9 @@ def write_safetensors(
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-    with path.open("wb", buffering=0) as file:
-        _write_all(file, memoryview(len(text).to_bytes(8, "little") + text))
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
             array = next(arrays)
             assert (shape, dtype) == (array.shape, array.dtype), name
-            _write_all(file, memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
-
-
-def _write_all(file: BinaryIO, view: memoryview) -> None:
-    while view:
-        view = view[file.write(view) :]
+            file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
