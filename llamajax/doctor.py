@@ -10,13 +10,12 @@ Example:
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from llamajax.config import BackendFlags, key, parse_command_line
 from llamajax.errors import say
 from llamajax.files import write_file
-from llamajax.verbs import output_problem, run_verb
+from llamajax.verbs import run_verb
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,13 +26,13 @@ class DoctorFlags(BackendFlags):
         "also write platform, verdict, repairs, attention and every probe as a JSON object",
         metavar="OUT",
         default=None,
-        is_path=True,
+        is_output=True,
     )
     html: str | None = key(
         "also write a page that shows them, for the vendor",
         metavar="OUT",
         default=None,
-        is_path=True,
+        is_output=True,
     )
     timeout_s: float = key(
         "seconds that one probe may take, compilation included, before it counts as hanging",
@@ -46,11 +45,6 @@ class DoctorFlags(BackendFlags):
         metavar="PROBE,...",
         default=None,
     )
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        yield from output_problem("json", self.json)
-        yield from output_problem("html", self.html)
 
 
 def main(argv: list[str]) -> int:

@@ -10,13 +10,12 @@ Example:
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from llamajax.config import RunFlags, key, parse_command_line
 from llamajax.errors import say
 from llamajax.files import write_file
-from llamajax.verbs import output_problem, run_verb
+from llamajax.verbs import run_verb
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,15 +42,11 @@ class PlanFlags(RunFlags):
         "also write the plan as a JSON object; with --search the best one, and all in `search`",
         metavar="OUT",
         default=None,
-        is_path=True,
+        is_output=True,
     )
     fresh: bool = key(
         "compile again even where an earlier plan of the same program is stored", default=False
     )
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        yield from output_problem("json", self.json)
 
 
 def main(argv: list[str]) -> int:

@@ -14,7 +14,7 @@ from llamajax.config import Flags, key, parse_command_line
 from llamajax.errors import say
 from llamajax.monitoring.report.run_report import check_workdirs, write_report
 from llamajax.monitoring.report.server import ReportServer
-from llamajax.verbs import output_problem, run_verb
+from llamajax.verbs import run_verb
 
 _PORT = 8365
 
@@ -33,7 +33,7 @@ class ReportFlags(Flags):
         "first of several",
         default=None,
         metavar="FILE",
-        is_path=True,
+        is_output=True,
     )
     price_per_hour: float | None = key(
         "price of one device for an hour, in any currency: times are shown in money as well. It is "
@@ -53,7 +53,6 @@ class ReportFlags(Flags):
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with the values together."""
-        yield from output_problem("output", self.output)
         if not self.workdir:
             yield "--workdir: names no directory"
         if self.output is not None and self.serve is not None:

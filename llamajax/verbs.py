@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from llamajax.errors import ExitCode, UserError, say
@@ -175,9 +174,3 @@ class Output:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
-
-
-def output_problem(flag: str, path: str | None) -> Iterator[str]:
-    """Yield why no file can be written at `--FLAG=PATH`, if so; nothing without a path."""
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        yield f"--{flag}={path}: there is no directory to write it in"

@@ -115,7 +115,7 @@ def test_a_tokenizer_goes_along_and_others_read_it_alike(
     if kind == "sentencepiece":
         path, size = small_sentencepiece(tmp_path, assets), 400
     elif kind == "tiktoken":
-        path, size = small_ranks(tmp_path), 600
+        path, size = small_ranks(tmp_path / "ranks.model"), 600
     elif kind == "huggingface":
         path = source / "tokenizer.json"
     config = dataclasses.replace(BASE, vocab_size=size)

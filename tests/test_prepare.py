@@ -15,6 +15,9 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import warm
+from shell import verb
+from workdirs import contents, write_rows
+from workdirs import run_prepare as run
 
 from llamajax import prepare
 from llamajax.data import load_tokenizer
@@ -29,24 +32,8 @@ WORDS = ["whale", "ship", "sea", "Ahab", "the", "a", "white", "harpoon", "said",
 def corpus(tmp_path: Path) -> Path:
     """300 documents of some words."""
     rng = np.random.default_rng(0)
-    path = tmp_path / "corpus.jsonl"
-    with path.open("w") as file:
-        for size in rng.integers(1, 400, 300):
-            file.write(json.dumps({"text": " ".join(rng.choice(WORDS, size))}) + "\n")
-    return path
-
-
-def run(corpus: Path, output: Path, *flags: str, tokenizer: str = "byte") -> int:
-    args = [f"--input={corpus}", f"--output={output}", f"--tokenizer={tokenizer}"]
-    return prepare.main([*args, "--workers=1", *flags])
-
-
-def command(*args: str) -> list[str]:
-    return [sys.executable, "-m", "llamajax.prepare", *args]
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {f.name: f.read_bytes() for f in directory.iterdir()}
+    texts = [" ".join(rng.choice(WORDS, size)) for size in rng.integers(1, 400, 300)]
+    return write_rows(tmp_path / "corpus.jsonl", *({"text": text} for text in texts))
 
 
 def blocks(path: Path, split: str) -> list[list]:
@@ -70,17 +57,15 @@ def stream(path: Path, split: str) -> tuple[list[int], list[int]]:
 @pytest.fixture
 def chats(tmp_path: Path) -> Path:
     """250 conversations of one or two turns, half of them with a system message."""
-    rng = np.random.default_rng(1)
-    path = tmp_path / "chats.jsonl"
-    with path.open("w") as file:
-        for number in range(250):
-            said = [" ".join(rng.choice(WORDS[:10], size)) for size in rng.integers(1, 90, 4)]
-            turns = zip(("user", "assistant") * 2, said[: 2 + 2 * (number % 3 == 0)], strict=False)
-            messages = [{"role": role, "content": text} for role, text in turns]
-            if number % 2:
-                messages.insert(0, {"role": "system", "content": "be old"})
-            file.write(json.dumps({"messages": messages}) + "\n")
-    return path
+    rng, rows = np.random.default_rng(1), []
+    for number in range(250):
+        said = [" ".join(rng.choice(WORDS[:10], size)) for size in rng.integers(1, 90, 4)]
+        turns = zip(("user", "assistant") * 2, said[: 2 + 2 * (number % 3 == 0)], strict=False)
+        messages = [{"role": role, "content": text} for role, text in turns]
+        if number % 2:
+            messages.insert(0, {"role": "system", "content": "be old"})
+        rows.append({"messages": messages})
+    return write_rows(tmp_path / "chats.jsonl", *rows)
 
 
 INSTRUCTIONS = ("--format=instructions", "--chat_template=llama2", "--validation_fraction=0.1")
@@ -194,7 +179,7 @@ def test_a_stopped_run_leaves_nothing_that_looks_finished(tmp_path, number, form
     fifo = tmp_path / ("in.txt" if form == "text" else "in.jsonl")
     os.mkfifo(fifo)
     args = (f"--output={tmp_path / 'out'}", "--tokenizer=byte", f"--format={form}")
-    process = warm.Popen(command(f"--input={fifo}", *args), cwd=REPOSITORY)
+    process = warm.Popen(verb("prepare", f"--input={fifo}", *args), cwd=REPOSITORY)
     with process, fifo.open("w"):  # opens when the other side reads: it is at work
         process.send_signal(number)
         code = process.wait(timeout=60)
@@ -211,8 +196,8 @@ def test_a_stopped_run_leaves_nothing_that_looks_finished(tmp_path, number, form
 
 def test_a_full_disk_is_the_users_to_fix(tmp_path):
     (tmp_path / "big.txt").write_text("many words\n\n" * 100_000)
-    args = command(f"--input={tmp_path / 'big.txt'}", f"--output={tmp_path / 'out'}")
-    limited = ["bash", "-c", 'ulimit -f 500; exec "$@"', "-", *args, "--tokenizer=byte"]
+    args = (f"--input={tmp_path / 'big.txt'}", f"--output={tmp_path / 'out'}", "--tokenizer=byte")
+    limited = ["bash", "-c", 'ulimit -f 500; exec "$@"', "-", *verb("prepare", *args)]
     done = subprocess.run(limited, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: cannot write")
@@ -236,8 +221,8 @@ def test_a_script_without_a_main_guard_can_prepare_and_imports_no_jax(corpus, tm
 def test_two_runs_into_one_output(corpus, tmp_path):
     fifo = tmp_path / "in.txt"
     os.mkfifo(fifo)
-    args = command(f"--input={fifo}", f"--output={tmp_path / 'out'}", "--tokenizer=byte")
-    with warm.Popen(args, cwd=REPOSITORY) as process, fifo.open("w"):
+    args = (f"--input={fifo}", f"--output={tmp_path / 'out'}", "--tokenizer=byte")
+    with warm.Popen(verb("prepare", *args), cwd=REPOSITORY) as process, fifo.open("w"):
         with pytest.raises(UserError, match="another prepare is writing it"):
             run(corpus, tmp_path / "out")
         process.terminate()
@@ -268,7 +253,12 @@ MISTAKES = {
     f"{LLAMA3} --tokenizer=train:300": "which a tokenizer trained here lacks",
     "--beam_options=a=b --merge": "(?s)beam_options needs --runner=beam.*--merge need --num_tasks",
     "--runner=beam --task_index=0": "--runner=beam runs all tasks",
+    "--task_index=0": "need --num_tasks",
+    "--merge": "need --num_tasks",
     "--num_tasks=2": r"needs one of --task_index=0\.\.1 and --merge",
+    "--num_tasks=2 --task_index=0 --merge": "needs one of",
+    "--num_tasks=2 --task_index=2": r"must lie in 0\.\.1",
+    "--num_tasks=0 --task_index=0": "must be at least 1",
     "--tokeniser=byte stray": "(?s)--tokeniser: unknown .* --tokenizer.*stray argument 'stray'",
 }
 

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -184,15 +184,6 @@ def file_sizes(directory: Location) -> dict[str, int]:
         for name, entry in found.items()
         if entry["type"] == "file"
     }
-
-
-def sizes_of(directory: Location, names: Iterable[str]) -> dict[str, int]:
-    """Return the bytes of those of the named files under a directory that exist."""
-    if is_remote(directory):
-        found = file_sizes(directory)  # one listing instead of one request a file
-        return {name: found[name] for name in names if name in found}
-    existing = (name for name in names if (directory / name).is_file())
-    return {name: (directory / name).stat().st_size for name in existing}
 
 
 def create_file(path: Location, text: str) -> bool:

@@ -102,8 +102,9 @@ def seal(
     `commit_success.txt` and `_CHECKPOINT_METADATA` at the top are Orbax's own notes about the save,
     still changing at this point and not needed to restore.
     """
-    state = sorted(location.file_sizes(directory / STATE).items())
-    sizes = {f"{STATE}/{name}": n for name, n in state} | location.sizes_of(directory, [META])
+    found = location.file_sizes(directory)
+    names = [*sorted(name for name in found if name.startswith(f"{STATE}/")), META]
+    sizes = {name: found[name] for name in names}
     sums = _checksums_of_files(directory, sizes, sync=not is_remote(directory))
     body = {
         "format": FORMAT,
@@ -142,7 +143,7 @@ def check_sizes(directory: Location) -> Manifest:
     manifest = read_manifest(directory)
     if str(manifest.step) != directory.name:
         raise DamagedError(directory, f"holds the checkpoint of step {manifest.step}")
-    found = location.sizes_of(directory, manifest.files)
+    found = location.file_sizes(directory)
     for name, (size, _) in manifest.files.items():
         if name not in found:
             raise DamagedError(directory / name, "is missing")

@@ -121,11 +121,7 @@ def newest_intact(
     damaged: Damaged = []
     steps = [int(path.name) for path in manifests.step_directories(directory)]
     steps = [step for step in steps if step not in without]
-
-    def newest() -> int | None:
-        return steps[-1] if steps else None
-
-    while (step := broadcast_from_first(newest)) is not None:
+    while (step := broadcast_from_first(functools.partial(max, steps, default=None))) is not None:
         path = directory / str(step)
         checkpoint, problem = _open_verified(path)
         if checkpoint is not None:

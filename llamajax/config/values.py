@@ -57,7 +57,7 @@ class Key:
     """A config key or a flag as its dataclass declares it. path: `train.steps`, or a flag's name.
 
     default: NOT_SET if required. is_path: `~` on the command line is the home directory, also after
-    a comma or a colon.
+    a comma or a colon. is_output: the path of a file to write.
     """
 
     path: str
@@ -69,6 +69,7 @@ class Key:
     above: float | None = None
     below: float | None = None
     is_path: bool = False
+    is_output: bool = False
 
     @property
     def type_words(self) -> str:
@@ -81,14 +82,16 @@ class Key:
 
     def expand_home(self, text: str) -> str:
         """Replace `~` by the home directory where a path begins; no-op for what is no path."""
-        if not self.is_path:
+        if not (self.is_path or self.is_output):
             return text
         return re.sub(r"(?:^|(?<=[,=:]))~(?=/|$)", lambda _: os.path.expanduser("~"), text)
 
     def out_of_range(self, value: Any) -> str:
-        """Return what is wrong with a number, as `must be at least 1`; empty if nothing is."""
+        """Return what is wrong with a value, as `must be at least 1`; empty if nothing is."""
         if value is None:
             return ""
+        if self.is_output and not Path(value).absolute().parent.is_dir():
+            return "there is no directory to write it in"
         low = self.at_least is not None and value < self.at_least
         high = self.below is not None and value >= self.below
         if low or high:

@@ -26,9 +26,7 @@ Blocks = np.ndarray  # (members of the axis, the others, rows, columns)
 def all_reduce(bench: Bench) -> str:
     """Take the sum and the maximum."""
     on_every_axis(
-        bench,
-        collectives.pmax,
-        lambda blocks: np.broadcast_to(blocks.max(axis=0), blocks.shape),
+        bench, collectives.pmax, lambda blocks: np.broadcast_to(blocks.max(axis=0), blocks.shape)
     )
     return on_every_axis(
         bench,
@@ -117,7 +115,10 @@ def on_every_axis(
         mesh = sharding.build_mesh(MeshConfig(**sizes), bench.devices)
         rows = NamedSharding(mesh, PartitionSpec(tuple(a for a in AXES if mesh.shape[a] > 1)))
         for axis, size in sizes.items():
-            run = _on_mesh(rows, functools.partial(collective, axis=axis))
+            # of one device's block, for arrays whose rows are split over the mesh
+            function = functools.partial(collective, axis=axis)
+            specs = {"in_specs": rows.spec, "out_specs": rows.spec}
+            run = jax.jit(jax.shard_map(function, mesh=mesh, **specs, check_vma=False))
             for dtype in ("bfloat16", "float32"):
                 _check(rows, axis, run, expected, dtype=dtype)
             if sent is not None:
@@ -125,12 +126,6 @@ def on_every_axis(
                 name = f"{axis} {size}"
                 rates[name] = min(rate, rates.get(name, rate))
     return "right on " + ", ".join(f"{name}: {rate:.2g} GB/s" for name, rate in rates.items())
-
-
-def _on_mesh(rows: NamedSharding, function: Callable) -> Callable:
-    """Compile a function of one device's block for arrays whose rows are split over the mesh."""
-    specs = {"in_specs": rows.spec, "out_specs": rows.spec}
-    return jax.jit(jax.shard_map(function, mesh=rows.mesh, **specs, check_vma=False))
 
 
 def _check(

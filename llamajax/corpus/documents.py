@@ -7,19 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llamajax.corpus import wikitext
-from llamajax.corpus.input_files import (
-    COMPRESSIONS,
-    FileError,
-    byte_lines,
-    checked_object,
-    decode,
-    decoded_chunks,
-    decompressed,
-    format_of,
-    json_object,
-    lines_of,
-)
+from llamajax.corpus import input_files, wikitext
 from llamajax.corpus.long_text import LONG_CHARS, LongText, document_of, long_json, split_at
 from llamajax.corpus.parquet import parquet_rows
 from llamajax.corpus.prepare_options import PrepareOptions
@@ -93,7 +81,7 @@ class Corpus:
     @property
     def expected_text_bytes(self) -> int:
         """Estimate of the bytes of text: four times those of compressed files, as for English."""
-        compressed = (*COMPRESSIONS, ".parquet")
+        compressed = (*input_files.COMPRESSIONS, ".parquet")
         sizes = (f.stat().st_size for f in self._files if f.name.lower().endswith(compressed))
         return self.total_bytes + 3 * sum(sizes)
 
@@ -166,16 +154,16 @@ class Corpus:
                 yield text
 
     def _texts(self, file: Path, raw: BinaryIO) -> Iterator[Any]:
-        form, stream = format_of(file), decompressed(file, raw)
+        form, stream = input_files.format_of(file), input_files.decompressed(file, raw)
         if form == ".parquet":
             rows = parquet_rows(file, raw, stream, self._options.text_key)
         elif form == ".jsonl":
             rows = _json_rows(file, stream, self._options.text_key)
         elif form == ".txt" and self._options.clean == "none":
-            chunks = self._watched(decoded_chunks(file, stream))
+            chunks = self._watched(input_files.decoded_chunks(file, stream))
             rows = _documents_of(split_at(chunks, self._options.document_separator))
         else:
-            rows = lines_of(file, stream)
+            rows = input_files.lines_of(file, stream)
         if form not in (".tokens", ".raw") and self._options.clean != "wikitext":
             yield from rows
             return
@@ -231,14 +219,14 @@ def placed(error: UserError, file: Path, number: int) -> UserError:
 
 
 def _json_rows(file: Path, stream: Any, text_key: str) -> Iterator[Any]:
-    for number, offset, line in byte_lines(stream):
+    for number, offset, line in input_files.byte_lines(stream):
         try:
             if len(line) > LONG_CHARS:
-                value = checked_object(long_json(line, f"{file}:{number}"))
+                value = input_files.checked_object(long_json(line, f"{file}:{number}"))
             else:
-                value = json_object(decode(file, line, offset))
+                value = input_files.json_object(input_files.decode(file, line, offset))
             yield _text_of(value, text_key)
-        except FileError:
+        except input_files.FileError:
             raise
         except UserError as error:
             yield placed(error, file, number)

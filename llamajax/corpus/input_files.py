@@ -249,11 +249,8 @@ def lines_of(file: Path, stream: io.RawIOBase) -> Iterator[str | UserError]:
 
 def numbered_lines(file: Path, stream: io.RawIOBase) -> Iterator[tuple[int, str]]:
     """Yield the lines that are more than white space, each with its number in the file."""
-    for number, line in enumerate(lines_of(file, stream), 1):
-        if isinstance(line, UserError):
-            raise line
-        if line.strip():
-            yield number, line
+    for number, offset, line in byte_lines(stream):
+        yield number, decode(file, line, offset)
 
 
 def json_object(line: str) -> dict[str, Any]:

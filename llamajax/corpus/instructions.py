@@ -5,16 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llamajax.corpus import input_files
 from llamajax.corpus.documents import Corpus, placed
-from llamajax.corpus.input_files import (
-    COMPRESSIONS,
-    FileError,
-    byte_lines,
-    decode,
-    decompressed,
-    format_of,
-    json_object,
-)
 from llamajax.corpus.prepare_options import PrepareOptions
 from llamajax.errors import UserError
 from llamajax.tokenizers.chat import Message, parse_messages, problems_of_keys, problems_of_message
@@ -41,19 +33,19 @@ class InstructionCorpus(Corpus):
 
     def __init__(self, files: Sequence[Path], options: PrepareOptions) -> None:
         super().__init__(files, options)
-        if others := [f.name for f in files if format_of(f) != ".jsonl"]:
-            kinds = " and ".join(f".jsonl{c}" for c in ("", *COMPRESSIONS))
+        if others := [f.name for f in files if input_files.format_of(f) != ".jsonl"]:
+            kinds = " and ".join(f".jsonl{c}" for c in ("", *input_files.COMPRESSIONS))
             raise UserError(f"--format=instructions reads {kinds}, not {', '.join(others)}")
 
     def _documents(self, file: Path, raw: BinaryIO) -> Iterator[Any]:
-        for number, offset, line in byte_lines(decompressed(file, raw)):
+        for number, offset, line in input_files.byte_lines(input_files.decompressed(file, raw)):
             try:
-                value = json_object(decode(file, line, offset))
+                value = input_files.json_object(input_files.decode(file, line, offset))
                 messages, problems = parse_example(value, self._options.chat_template)
                 if problems:
                     raise UserError("; ".join(problems))
                 yield Example(messages)
-            except FileError:
+            except input_files.FileError:
                 raise
             except UserError as error:
                 yield placed(error, file, number)

@@ -127,10 +127,7 @@ def tokenize(
 
 
 def tokenize_all(
-    parts: Iterable[DocumentPart],
-    tokenizer: Tokenizer,
-    options: PrepareOptions,
-    left_out: LeftOut,
+    parts: Iterable[DocumentPart], tokenizer: Tokenizer, options: PrepareOptions, left_out: LeftOut
 ) -> Iterator[TokenizedDocuments]:
     """Yield the tokens of all parts in their order, whatever the number of workers.
 

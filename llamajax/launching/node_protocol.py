@@ -123,7 +123,8 @@ class NodeClient:
         """Return the orders since the last call; `end` when node 0 is gone or does not come."""
         if self._connection is None:
             return self._connect()
-        found = list(filter(_is_order, self._connection.receive()))
+        received = self._connection.receive()
+        found = [m for m in received if has_fields(m, ORDERS.get(str(m.get("order"))))]
         if any(message["order"] == "start" for message in found):
             self._ready = None
         self._connection.beat()
@@ -163,7 +164,3 @@ class NodeClient:
 
 def _is_message(message: Message) -> bool:
     return has_fields(message, MESSAGES.get(str(message.get("say"))))
-
-
-def _is_order(message: Message) -> bool:
-    return has_fields(message, ORDERS.get(str(message.get("order"))))

@@ -22,14 +22,7 @@ from llamajax.errors import UserError, combine, say
 from llamajax.launching.worker_logs import last_lines
 from llamajax.monitoring import read_run_facts
 from llamajax.monitoring.row_comparison import TOLERANCES, largest_difference, logged_values
-from llamajax.proving.trial import (
-    TrialResult,
-    has_chosen_start,
-    is_saving,
-    last_step,
-    read_meta,
-    run_trial,
-)
+from llamajax.proving import trial
 
 _KINDS = ("in save", "at step", "at start")
 _RUNS = ("undisturbed", "killed", "other_mesh")
@@ -167,7 +160,7 @@ def _finish(
     if processes is not None:
         launch = [sys.executable, "-m", "llamajax.launch", f"--processes_per_node={processes}"]
         command = [*launch, "--max_restarts=0", "--", *command]
-    code = run_trial(command, workdir=workdir, log=log).code
+    code = trial.run_trial(command, workdir=workdir, log=log).code
     if code != 0 and overrides:
         raise combine(
             [str(_failure(code, log))],
@@ -187,7 +180,8 @@ def _kill_repeatedly(options: ProofOptions, workdir: Path, undisturbed: Path) ->
     """Start and kill as often as asked. Return False where a start ended before its kill."""
     rng = random.Random(options.seed)
     times = read_run_facts(undisturbed)["time_breakdown"]
-    step_s, last = times["steps_s"] / options.steps, TrialResult(code=None, step=0, checkpoint=0)
+    step_s = times["steps_s"] / options.steps
+    last = trial.TrialResult(code=None, step=0, checkpoint=0)
     for number in range(1, options.kills + 1):
         log = workdir.with_name(f"{workdir.name}.{number}.log")
         kind = _KINDS[(number - 1) % len(_KINDS)]
@@ -196,15 +190,15 @@ def _kill_repeatedly(options: ProofOptions, workdir: Path, undisturbed: Path) ->
         step = rng.randint(first, max(first, options.steps - 3))
         if kind == "in save":
             earliest = min(step, last.checkpoint + options.steps // 3)
-            kill_when, delay_s = functools.partial(is_saving, workdir, earliest), 0.0
+            kill_when, delay_s = functools.partial(trial.is_saving, workdir, earliest), 0.0
         elif kind == "at step":
             step = max(step, last.step + 1)
             kill_when = functools.partial(_has_logged, workdir, step)
             delay_s = rng.uniform(0, step_s)
         else:
-            kill_when = functools.partial(has_chosen_start, log)
+            kill_when = functools.partial(trial.has_chosen_start, log)
             delay_s = rng.uniform(0, times["compile_s"])
-        last = run_trial(
+        last = trial.run_trial(
             _command(options, workdir),
             workdir=workdir,
             log=log,
@@ -223,7 +217,7 @@ def _kill_repeatedly(options: ProofOptions, workdir: Path, undisturbed: Path) ->
 
 
 def _has_logged(workdir: Path, step: int) -> bool:
-    return last_step(workdir) >= step
+    return trial.last_step(workdir) >= step
 
 
 def judge(options: ProofOptions, undisturbed: Path, killed: Path, moved: Path | None) -> bool:
@@ -252,7 +246,7 @@ def judge(options: ProofOptions, undisturbed: Path, killed: Path, moved: Path | 
         where = "" if most is None else f" ({most.what})"
         print(f"other mesh   {_described(moved)}")
         print(f"             largest relative difference {relative:.1e}, allowed {limit:g}{where}")
-    ledgers = [read_meta(run, options.steps)["ledger"]["digest"] for run in runs]
+    ledgers = [trial.read_meta(run, options.steps)["ledger"]["digest"] for run in runs]
     one = len(set(ledgers)) == 1
     good &= one
     words = f"the same {options.steps} batches in all runs" if one else "differ"

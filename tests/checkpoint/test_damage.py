@@ -100,9 +100,6 @@ def test_another_model_is_refused_with_every_difference(saved: Path):
     ) as lines:
         restore(saved, leaves, 20, model={"hidden_size": 8, "name": "other"})
     assert "name" not in "".join(lines)
-
-
-def test_many_differences_are_counted(saved: Path):
     wanted = {f"w{i}": jax.ShapeDtypeStruct((1,), jnp.float32) for i in range(30)}
     with refused("and 20 more") as lines:
         restore(saved, wanted, 20, partial=True)

@@ -1,12 +1,12 @@
 """Preparing on Apache Beam's own local runner gives what one process gives, byte for byte."""
 
 import importlib.util
-import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from shell import verb
+from workdirs import contents, write_rows
 
 HAS_BEAM = importlib.util.find_spec("apache_beam") is not None
 needs_beam = pytest.mark.skipif(not HAS_BEAM, reason="pip install 'llamajax[beam]' to test it")
@@ -16,17 +16,15 @@ needs_beam = pytest.mark.skipif(not HAS_BEAM, reason="pip install 'llamajax[beam
 def folder(tmp_path: Path) -> Path:
     """Four files of 400 documents each."""
     folder = tmp_path / "input"
-    folder.mkdir()
     for name in "abcd":
-        lines = [json.dumps({"text": f"{name * (i % 9)} line {i} said so"}) for i in range(400)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        texts = (f"{name * (i % 9)} line {i} said so" for i in range(400))
+        write_rows(folder / f"{name}.jsonl", *({"text": text} for text in texts))
     return folder
 
 
 def run(folder: Path, output: Path, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "llamajax.prepare", f"--input={folder}", f"--output={output}"]
-    command += ["--workers=1", *flags]
-    return subprocess.run(command, capture_output=True, text=True)
+    where = (f"--input={folder}", f"--output={output}", "--workers=1")
+    return subprocess.run(verb("prepare", *where, *flags), capture_output=True, text=True)
 
 
 @needs_beam
@@ -35,10 +33,7 @@ def test_beam_gives_what_one_process_gives(folder, tmp_path, flags):
     assert run(folder, tmp_path / "one", *flags).returncode == 0
     done = run(folder, tmp_path / "beam", *flags, "--runner=beam", "--num_tasks=3")
     assert done.returncode == 0, done.stderr
-    one, beam = tmp_path / "one", tmp_path / "beam"
-    assert {f.name: f.read_bytes() for f in one.iterdir()} == {
-        f.name: f.read_bytes() for f in beam.iterdir()
-    }
+    assert contents(tmp_path / "one") == contents(tmp_path / "beam")
     assert not (tmp_path / "beam.parts").exists()
 
 

@@ -1,28 +1,18 @@
 """Preparing as an array of tasks gives what one process gives, byte for byte, whatever happens."""
 
-import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from workdirs import prepare_options
+from workdirs import contents, prepare_options, write_rows
+from workdirs import run_prepare as run
 
-from llamajax import prepare
 from llamajax.corpus.preparation import locked_output
 from llamajax.corpus.tasks import share_out
 from llamajax.errors import UserError
 
 WORDS = ["whale", "ship", "sea", "Ahab", "the", "a", "white", "harpoon", "said", "\n\n", "ü", "€"]
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
-
-
-def run(folder: Path, output: Path, *flags: str, tokenizer: str = "byte") -> int:
-    args = [f"--input={folder}", f"--output={output}", f"--tokenizer={tokenizer}", "--workers=1"]
-    return prepare.main([*args, *flags])
 
 
 def words(rng: np.random.Generator, most: int) -> str:
@@ -33,8 +23,7 @@ def write_many(folder: Path) -> None:
     """1,300 documents in five files of several sizes: one in a hundred is held out."""
     rng = np.random.default_rng(0)
     for name, count in {"a": 30, "b": 700, "c": 1, "d": 400, "e": 169}.items():
-        lines = [json.dumps({"text": words(rng, 60)}) + "\n" for _ in range(count)]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+        write_rows(folder / f"{name}.jsonl", *({"text": words(rng, 60)} for _ in range(count)))
 
 
 def write_books(folder: Path) -> None:
@@ -56,7 +45,7 @@ def write_chats(folder: Path) -> None:
     rng = np.random.default_rng(3)
     for name in "abc":
         pairs = [{"prompt": words(rng, 9), "completion": words(rng, 20)} for _ in range(90)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+        write_rows(folder / f"{name}.jsonl", *pairs)
 
 
 @pytest.fixture
@@ -153,23 +142,6 @@ def test_parts_of_another_command_are_refused(many, tmp_path):
     with pytest.raises(UserError, match="was cut short"):
         run(many, tmp_path / "out", "--num_tasks=2", "--merge")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--task_index=0",), "need --num_tasks"),
-        (("--merge",), "need --num_tasks"),
-        (("--num_tasks=2",), "needs one of --task_index=0..1 and --merge"),
-        (("--num_tasks=2", "--task_index=0", "--merge"), "needs one of"),
-        (("--num_tasks=2", "--task_index=2"), "must lie in 0..1"),
-        (("--num_tasks=0", "--task_index=0"), "must be at least 1"),
-    ],
-)
-def test_wrong_numbers_are_refused(many, tmp_path, flags, message):
-    with pytest.raises(UserError, match=message):
-        run(many, tmp_path / "out", *flags)
-    assert sorted(os.listdir(tmp_path)) == ["in"]
 
 
 def test_files_keep_their_order_and_are_shared_by_size(many):

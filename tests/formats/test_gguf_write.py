@@ -101,7 +101,7 @@ def test_the_tokenizer_goes_along_with_its_template(kind, tmp_path, assets, caps
     make = {
         "byte": lambda: (source / "tokenizer.byte").touch(),
         "llama2": lambda: shutil.copy(assets / "tokenizers" / "llama2.model", model),
-        "tiktoken": lambda: small_ranks(source).rename(model),
+        "tiktoken": lambda: small_ranks(model),
         "chatml": lambda: save_byte_level(
             source / "tokenizer.json", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         ),

@@ -135,17 +135,12 @@ def test_four_ranks_started_by_slurm(data, alone, tmp_path, port):
 
 
 @pytest.mark.slow
-def test_launched_and_resumed_on_one_two_and_four_processes(data, alone, tmp_path):
-    for steps, processes in ((2, 1), (4, 2), (6, 4)):
-        command = of_steps(data, tmp_path, steps=steps, devices=1, fsdp=processes)
-        finish(launch(command, "--max_restarts=0", processes=processes))
-    check_same(tmp_path, alone, step=6, tolerance=1e-5)
-
-
-@pytest.mark.slow
-def test_resumed_on_eight_four_and_eight_devices(data, alone, tmp_path):
-    for steps, devices in ((2, 8), (4, 4), (6, 8)):
-        finish(of_steps(data, tmp_path, steps=steps, devices=devices, fsdp=devices))
+@pytest.mark.parametrize(("launched", "counts"), [(True, (1, 2, 4)), (False, (8, 4, 8))])
+def test_resumed_on_other_numbers_of_processes_or_devices(data, alone, tmp_path, launched, counts):
+    for steps, count in zip((2, 4, 6), counts, strict=True):
+        devices = 1 if launched else count
+        command = of_steps(data, tmp_path, steps=steps, devices=devices, fsdp=count)
+        finish(launch(command, "--max_restarts=0", processes=count) if launched else command)
     check_same(tmp_path, alone, step=6, tolerance=1e-5)
 
 

@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from shell import free_port
 
 from llamajax.errors import TransientError, UserError
 from llamajax.processes.process_facts import describe_difference
@@ -17,8 +18,7 @@ HOST = socket.gethostname()
 
 @pytest.fixture
 def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+    return free_port()
 
 
 @pytest.fixture

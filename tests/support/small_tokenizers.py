@@ -17,9 +17,12 @@ def small_sentencepiece(directory: Path, assets: Path) -> Path:
     return directory / "small.model"
 
 
-def small_ranks(directory: Path) -> Path:
-    """A rank file: the bytes, then the syllables that begin some words."""
-    ranks = [bytes([b]) for b in range(256)] + [b"al", b"all", b" m", b" me", b"hm", b"ae", b"hmae"]
-    lines = [f"{base64.b64encode(t).decode()} {i}" for i, t in enumerate(ranks)]
-    (directory / "ranks.model").write_text("\n".join(lines) + "\n")
-    return directory / "ranks.model"
+SYLLABLES = (b"al", b"all", b" m", b" me", b"hm", b"ae", b"hmae")
+
+
+def small_ranks(file: Path, syllables: tuple[bytes, ...] = SYLLABLES) -> Path:
+    """A rank file: the bytes, then syllables."""
+    ranks = [*(bytes([b]) for b in range(256)), *syllables]
+    lines = (f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(ranks))
+    file.write_text("".join(lines))
+    return file

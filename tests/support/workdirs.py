@@ -37,14 +37,25 @@ def write_rows(path: Path, *rows: dict) -> Path:
     return path
 
 
+def contents(directory: Path) -> dict[str, bytes]:
+    """The files of a directory by name."""
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def run_prepare(source: Path, output: Path, *flags: str, tokenizer: str = "byte") -> int:
+    """Prepare files with one worker, in this process."""
+    where = (f"--input={source}", f"--output={output}", f"--tokenizer={tokenizer}")
+    return prepare.main([*where, "--workers=1", *flags])
+
+
 def prepare_texts(
     folder: Path, texts: Iterable[str], *flags: str, tokenizer: str = "byte", held_out: float = 0.05
 ) -> Path:
     """Prepare texts as `folder/data` with one worker; they stay in `folder/corpus.jsonl`."""
     corpus = write_rows(folder / "corpus.jsonl", *({"text": text} for text in texts))
-    where = (f"--input={corpus}", f"--output={folder / 'data'}", f"--tokenizer={tokenizer}")
-    prepare.main([*where, f"--validation_fraction={held_out}", "--workers=1", *flags])
-    return folder / "data"
+    output, held = folder / "data", f"--validation_fraction={held_out}"
+    run_prepare(corpus, output, held, *flags, tokenizer=tokenizer)
+    return output
 
 
 def prepare_options(**fields: Any) -> PrepareOptions:

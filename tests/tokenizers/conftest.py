@@ -1,12 +1,12 @@
 """Small tokenizers of three kinds, and the writing of their files."""
 
-import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tokenizers
+from small_tokenizers import small_ranks
 from tokenizers import models, pre_tokenizers
 
 from llamajax.data import load_tokenizer
@@ -17,11 +17,8 @@ from llamajax.tokenizers.tokenizer_export import export_tokenizer
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Llama 3 in small: the bytes and a few merges, and the same 256 control tokens."""
-    path = tmp_path_factory.mktemp("ranks") / "tokenizer.model"
-    tokens = [bytes([b]) for b in range(256)] + [b"th", b"the", b" t", b"<s", b"<s>"]
-    lines = (f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens))
-    path.write_text("".join(lines))
-    return path
+    file = tmp_path_factory.mktemp("ranks") / "tokenizer.model"
+    return small_ranks(file, (b"th", b"the", b" t", b"<s", b"<s>"))
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,12 @@ Expected values: transformers 5.24.0 with tokenizers 0.23.3 on the same files, 2
 """
 
 import hashlib
-import json
 import shutil
 
 import pytest
 import tokenizers
+from workdirs import run_prepare, write_rows
 
-from llamajax import prepare
 from llamajax.data import load_tokenizer
 from llamajax.errors import UserError
 from llamajax.tokenizers.chat import encode_chat
@@ -247,10 +246,9 @@ def test_a_template_that_was_trained_on_is_exported(
         model = byte_level([*SPECIALS[2:], "<|im_start|>"])
         path = store(tmp_path / "base", model, tokenizer_config=config)
     lines = [{"messages": [*CHAT, {"role": "assistant", "content": "4"}]}] * 30
-    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    args = [f"--input={tmp_path / 'chat.jsonl'}", "--format=instructions", "--workers=1"]
-    args += [f"--tokenizer={path}", f"--chat_template={template}", f"--output={tmp_path / 'out'}"]
-    assert prepare.main(args) == 0
+    source = write_rows(tmp_path / "chat.jsonl", *lines)
+    flags = ("--format=instructions", f"--chat_template={template}")
+    assert run_prepare(source, tmp_path / "out", *flags, tokenizer=str(path)) == 0
     tokenizer = export(load_tokenizer(tmp_path / "out"))
     text = (tmp_path / "export" / "chat_template.jinja").read_bytes()
     digest, ids, stop_ids = IDS[template]

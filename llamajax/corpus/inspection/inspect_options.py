@@ -1,11 +1,9 @@
 """The flags of `prepare --inspect`, checked before anything is read."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 from llamajax.config import Flags, key
-from llamajax.verbs import output_problem
 
 PAGE = "inspect.html"
 
@@ -39,16 +37,11 @@ class InspectOptions(Flags):
         at_least=0,
     )
     html: str | None = key(
-        f"where to write the page; none: {PAGE} in DIR", metavar="OUT", default=None, is_path=True
+        f"where to write the page; none: {PAGE} in DIR", metavar="OUT", default=None, is_output=True
     )
     json: str | None = key(
-        "also write all figures as a JSON object", metavar="OUT", default=None, is_path=True
+        "also write all figures as a JSON object", metavar="OUT", default=None, is_output=True
     )
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        yield from output_problem("html", self.html)
-        yield from output_problem("json", self.json)
 
     @property
     def directory(self) -> Path:

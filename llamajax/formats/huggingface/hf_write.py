@@ -135,9 +135,7 @@ def _plan_files(model: ModelConfig, dtype: np.dtype, max_shard_bytes: int) -> li
 
 
 def _converted_tensors(
-    source: TensorSource,
-    files: Sequence[_PlannedFile],
-    progress: Callable[[int, int], None] | None,
+    source: TensorSource, files: Sequence[_PlannedFile], progress: Callable[[int, int], None] | None
 ) -> Iterator[np.ndarray]:
     """Yield every tensor in the order of the files, converted. All processes consume it."""
     done, total = 0, sum(file.num_bytes for file in files)

@@ -134,10 +134,7 @@ def read_part(place: TensorPlace, index: Index | None) -> np.ndarray:
 
 
 def write_safetensors(
-    path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: np.dtype,
-    arrays: Iterator[np.ndarray],
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, arrays: Iterator[np.ndarray]
 ) -> None:
     """Write tensors of one dtype as they come: the header first, then one after the other.
 

@@ -18,7 +18,7 @@ from llamajax.formats.meta.torch_pickle import read_tensors
 EMBEDDING, HEAD = ROWS["embedding"].theirs, ROWS["head"].theirs
 _ROWS, _COLUMNS, _SAME = "rows", "columns", "same"
 _BUFFER = "rope.freqs"  # computed, yet stored by Llama 1 and 2
-_CHUNK_ROWS = 1024  # of q and k, permuted at one time
+_CHUNK_ROWS = 1024  # copied at one time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +97,8 @@ class MetaSource(TensorSource):
                 continue
             target = found[:, here.start - columns.start : here.stop - columns.start]
             source = part[:, here.start - left : here.stop - left]
-            if joined.order is None:
-                _copy_rows(target, source, rows, top)
-            else:
-                _copy_permuted(target, source, joined.order[rows.start : rows.stop] - top)
+            stored = np.array(rows) if joined.order is None else joined.order[rows]
+            _copy_rows(target, source, stored - top)
         return found.reshape(taken)
 
 
@@ -122,15 +120,7 @@ def _mismatch(parts: list[np.ndarray], split: str | None) -> str | None:
     return None
 
 
-def _copy_rows(target: np.ndarray, source: np.ndarray, rows: range, top: int) -> None:
-    """Copy those of `rows` of the joined matrix that are in `source`, which starts at row `top`."""
-    here = range(max(rows.start, top), min(rows.stop, top + len(source)))
-    if here:
-        wanted = source[here.start - top : here.stop - top]
-        target[here.start - rows.start : here.stop - rows.start] = wanted
-
-
-def _copy_permuted(target: np.ndarray, source: np.ndarray, stored: np.ndarray) -> None:
+def _copy_rows(target: np.ndarray, source: np.ndarray, stored: np.ndarray) -> None:
     """Copy rows `stored` of `source`; those outside of it are another shard's."""
     (here,) = np.nonzero((stored >= 0) & (stored < len(source)))
     for start in range(0, len(here), _CHUNK_ROWS):
