@@ -27,8 +27,8 @@ from llamajax.config import RunConfig, find_preset, freeze, mesh_config
 from llamajax.config.schema import AttentionImpl, ComputeDtype, Remat, TrainDtype
 from llamajax.config.values import describe
 from llamajax.errors import UserError, say
-from llamajax.files import write_file
-from llamajax.verbs import output_problem, run_verb
+from llamajax.files import target_problem, write_file
+from llamajax.verbs import run_verb
 
 WARM_UP = 2  # steps after the first that are not counted
 
@@ -385,8 +385,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--steps={flags.steps}: at least one step has to be timed")
     if flags.documents < 0 or flags.documents > flags.seq_len:
         raise UserError(f"--documents={flags.documents}: 0 to --seq_len={flags.seq_len}")
-    for problem in output_problem("json", flags.json):
-        raise UserError(problem)
+    if flags.json and (problem := target_problem(flags.json)):
+        raise UserError(f"--json={flags.json}: {problem}")
     found, run = measured(flags)
     if run.machine.is_primary:
         if flags.json:

@@ -32,8 +32,8 @@ from versus_systems import PACKAGES, WORK
 
 from llamajax.config.schema import ComputeDtype, Remat
 from llamajax.errors import UserError, say
-from llamajax.files import write_file
-from llamajax.verbs import output_problem, run_verb
+from llamajax.files import target_problem, write_file
+from llamajax.verbs import run_verb
 
 KINDS = tuple(PACKAGES)
 _CLOCKS = ("wall", "processor")
@@ -232,8 +232,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--systems={','.join(flags.systems)}: llamajax comes first")
     if flags.rounds < 1 or flags.steps < 1:
         raise UserError(f"--rounds={flags.rounds} --steps={flags.steps}: both at least 1")
-    for problem in output_problem("json", flags.json):
-        raise UserError(problem)
+    if flags.json and (problem := target_problem(flags.json)):
+        raise UserError(f"--json={flags.json}: {problem}")
     found = compare(flags)
     if flags.json:
         write_file(Path(flags.json), json.dumps(found, indent=1) + "\n")

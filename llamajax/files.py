@@ -138,6 +138,12 @@ def write_problem(folder: Path) -> str | None:
         return error.strerror
 
 
+def target_problem(file: str) -> str:
+    """Return why no file can be written at this path, for want of a folder; empty where it can."""
+    is_there = Path(file).absolute().parent.is_dir()
+    return "" if is_there else "there is no directory to write it in"
+
+
 def undo_new_folders(folder: Path, undo: contextlib.ExitStack) -> None:
     """Make `undo` remove `folder` and those of its parents that do not exist yet.
 

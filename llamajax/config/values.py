@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from llamajax.errors import did_you_mean, nearest
+from llamajax.files import target_problem
 
 
 class NotSet(enum.Enum):
@@ -90,8 +91,8 @@ class Key:
         """Return what is wrong with a value, as `must be at least 1`; empty if nothing is."""
         if value is None:
             return ""
-        if self.is_output and not Path(value).absolute().parent.is_dir():
-            return "there is no directory to write it in"
+        if self.is_output:
+            return target_problem(value)
         low = self.at_least is not None and value < self.at_least
         high = self.below is not None and value >= self.below
         if low or high:
