@@ -160,7 +160,7 @@ class Samples:
             prompt, text = train.sample_prompts[index], stream.feed(ids) + stream.finish()
             row = {"step": step, "index": index, "prompt": prompt, "text": text}
             self._rows.write(row | {"time_s": a.run.events.time_s})
-            texts.append(f"**{prompt}**{text}")
+            texts.append(f"{prompt} | {text}")
             if index < _SHOWN:
                 line = f"{prompt[-_SHOWN_CHARACTERS // 3 :]} | {text}"[:_SHOWN_CHARACTERS]
                 shown = "".join(c if c.isprintable() else " " for c in line)  # no escape codes

@@ -222,14 +222,18 @@ function charts() {
     .map((run) => ({ key, name, data: run.curves.train, means: run.curves.means, ...style, ...own(run) }));
   const own = (run) => (MANY ? { name: run.name, color: runColor(run) } : {});
   const sets = [...new Set(DATA.runs.flatMap((run) => Object.keys(run.curves.evaluations)))].sort();
-  const heldOut = (set, i) => DATA.runs.filter((run) => run.curves.evaluations[set]).map((run) => ({
-    key: "loss", name: set ? `held out: ${set}` : "held out", color: COLORS[1 + (i % 7)], points: true,
+  // A set and the average of the weights on it have one color.
+  const ownWeights = (set) => set.replace(/(, )?averaged weights$/, "");
+  const colored = [...new Set(sets.map(ownWeights))];
+  const heldOut = (set) => DATA.runs.filter((run) => run.curves.evaluations[set]).map((run) => ({
+    key: "loss", name: set ? `held out: ${set}` : "held out", points: true,
+    color: COLORS[1 + (colored.indexOf(ownWeights(set)) % 7)], dashed: ownWeights(set) !== set,
     data: run.curves.evaluations[set], ...own(run),
   }));
   const { unigram_entropy: unigram } = RUN.facts;
   const wide = { wide: true, note: "nats a token", level: isNumber(unigram) && !MANY ? ["unigram entropy", unigram] : null };
   add("Loss", digits, [...lines("loss", "training", TRAINING), ...(MANY ? [] : sets.flatMap(heldOut))], wide);
-  if (MANY) sets.forEach((set, i) => add(set ? `Held-out loss: ${set}` : "Held-out loss", digits, heldOut(set, i), wide));
+  if (MANY) sets.forEach((set) => add(set ? `Held-out loss: ${set}` : "Held-out loss", digits, heldOut(set), wide));
   for (const [title, format, columns, more] of CHARTS) {
     add(title, format, Object.entries(columns).flatMap(([key, style]) => lines(key, style.name ?? title, style)), more);
   }

@@ -158,9 +158,11 @@ function mesh(run) {
 
 function samples(run) {
   if (run.facts.samples_problem) return note(run.facts.samples_problem);
-  return run.samples.length > 0 && el("div", { class: "samples" }, [...run.samples].reverse().map((sample, i) =>
-    el("details", { open: i < 3 ? "" : null }, el("summary", {}, `Step ${whole(sample.step)}`),
-      el("p", {}, el("b", {}, sample.prompt), sample.text))));
+  const steps = [...new Set(run.samples.map((sample) => sample.step))].reverse();
+  const texts = (step) => run.samples.filter((sample) => sample.step === step)
+    .map((sample) => el("p", {}, el("b", {}, sample.prompt), sample.text));
+  return steps.length > 0 && el("div", { class: "samples" }, steps.map((step, i) =>
+    el("details", { open: i < 2 ? "" : null }, el("summary", {}, `Step ${whole(step)}`), texts(step))));
 }
 
 // Where a fork comes from, and each key of its config that differs there.
