@@ -234,7 +234,7 @@ def test_one_version():
 # What no test's CPU has: devices, weights and data of others, servers, a terminal, an hour.
 _NOT_HERE = re.compile(
     r"hf/llama|hf/smollm|llama2|llama3|=gs://|/shared|web/|wiki|=npu|--interactive|--serve|--search"
-    r"|--devices|chats|row_attention|verify_resume|launch --|data/code"
+    r"|--devices|chats|row_attention|verify_resume|launch --|data/code|=questions"
 )
 _SHORT = {
     "train.steps": 4, "train.eval_batches": 1, "train.loss_chunk_tokens": 128, "data.seq_len": 64,
