@@ -322,7 +322,7 @@ def test_the_record_and_the_screen_name_what_was_left_out(corpus, tmp_path, caps
     for name, stats in splits.items():
         assert f"{name:<11} {stats['documents']:,} documents, {stats['tokens']:,} tokens" in shown
         assert all(f"{s['file']}: {s['tokens']:,} tokens" in shown for s in stats["shards"])
-    begins = re.findall(r"begins +(?:ends|is cut) +(.{10,20})", shown)
+    begins = re.findall(r"document +(?:with it|cut) +(.{10,20})", shown)
     assert len(begins) >= 6
     assert all(any(" ".join(text.split()).startswith(b) for text in texts) for b in begins)
     with pytest.raises(UserError, match="not a prepared directory"):

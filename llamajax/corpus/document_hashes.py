@@ -50,7 +50,7 @@ class CopyCounter:
 
     def __init__(self) -> None:
         self.bits = 0
-        self._hashes = np.empty(0, np.uint64)
+        self._kept, self._num_kept = [np.empty(0, np.uint64)], 0
         self._last = np.empty(0, np.uint64)  # of the document that may go on
         self._last_length = 0
 
@@ -66,10 +66,12 @@ class CopyCounter:
         self._last = found[-1:]
 
     def _keep(self, hashes: np.ndarray) -> None:
-        self._hashes = np.concatenate((self._hashes, self._of_share(hashes)))
-        while len(self._hashes) > _MAX_KEPT:
+        self._kept.append(self._of_share(hashes))
+        self._num_kept += len(self._kept[-1])
+        while self._num_kept > _MAX_KEPT:
             self.bits += 1
-            self._hashes = self._of_share(self._hashes)
+            self._kept = [self._of_share(np.concatenate(self._kept))]
+            self._num_kept = len(self._kept[0])
 
     def _of_share(self, hashes: np.ndarray) -> np.ndarray:
         return hashes[hashes & np.uint64((1 << self.bits) - 1) == 0]
@@ -77,4 +79,4 @@ class CopyCounter:
     def copies(self) -> int:
         """Return the number of copies, an estimate if `bits` is not 0. To be called once."""
         self._keep(self._last)
-        return (len(self._hashes) - len(np.unique(self._hashes))) << self.bits
+        return (self._num_kept - len(np.unique(np.concatenate(self._kept)))) << self.bits

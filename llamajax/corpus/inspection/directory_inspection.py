@@ -10,7 +10,7 @@ import numpy as np
 from llamajax.corpus.inspection.document_reader import MAX_DOCUMENT, DocumentReader, DocumentRun
 from llamajax.corpus.inspection.document_survey import Survey
 from llamajax.corpus.inspection.inspect_options import InspectOptions
-from llamajax.corpus.inspection.ngram_overlap import NgramOverlap, reference_rows
+from llamajax.corpus.inspection.ngram_overlap import NgramOverlap
 from llamajax.data import shards
 from llamajax.errors import UserError
 from llamajax.tokenizers import Tokenizer, load_tokenizer
@@ -21,6 +21,7 @@ _NGRAM_BYTES, _NGRAM_TOKENS = 50, 13
 _SHINGLE_BYTES, _SHINGLE_TOKENS = 20, 5
 # Of the validation split less is read: every n-gram of it is kept, 16 bytes each.
 _MAX_VALIDATION_TOKENS = 1 << 24
+_LISTED = 10
 _FEW = 10  # tokens of the vocabulary that occur less often are hardly trained
 
 
@@ -40,35 +41,38 @@ def inspect(options: InspectOptions, progress: Callable[[str, int, int], None]) 
 
     Raises UserError for a directory that is none, or a file of `against` that cannot be read.
     """
-    directory = options.directory
-    manifest, tokenizer = open_directory(directory)
-    readers = {
-        name: DocumentReader(directory, manifest, name, tokenizer) for name in manifest["splits"]
-    }
-    ratio = max(1.0, _bytes_per_token(manifest["splits"]["train"]))
-    overlap = NgramOverlap(max(_NGRAM_TOKENS, round(_NGRAM_BYTES / ratio)))
-    _add_references(overlap, options, readers, tokenizer)
-    shingle = max(_SHINGLE_TOKENS, round(_SHINGLE_BYTES / ratio))
-    surveys, splits = {}, {}
+    manifest, tokenizer = open_directory(options.directory)
+    splits = manifest["splits"]
+    readers = {n: DocumentReader(options.directory, manifest, n, tokenizer) for n in splits}
+    # Of instructions, bytes and tokens that carry loss.
+    counted = {n: split.get("loss_tokens", split["tokens"]) for n, split in splits.items()}
+    per_token = {n: split["text_bytes"] / max(1, counted[n]) for n, split in splits.items()}
+    overlap = NgramOverlap(_tokens_of(_NGRAM_BYTES, _NGRAM_TOKENS, per_token["train"]))
+    overlap.add_files(options.against, tokenizer)
+    if "validation" in readers:
+        limit = min(options.max_tokens or _MAX_VALIDATION_TOKENS, _MAX_VALIDATION_TOKENS)
+        overlap.add_documents("validation", readers["validation"].runs(limit))
+    shingle = _tokens_of(_SHINGLE_BYTES, _SHINGLE_TOKENS, per_token["train"])
+    surveys, figures = {}, {}
     for name, reader in readers.items():
-        look = overlap.look if name == "train" else None
-        survey, splits[name] = _inspect_split(reader, options, shingle, look, progress)
-        splits[name] = {
-            "documents": manifest["splits"][name]["documents"],
-            "tokens": reader.num_tokens,
-            "bytes_per_token": _bytes_per_token(manifest["splits"][name]),
-            **splits[name],
-        }
-        surveys[name] = survey
+        watched = overlap if name == "train" else None
+        surveys[name], found = _inspect_split(reader, options, shingle, watched, progress)
+        stated = {"documents": splits[name]["documents"], "tokens": reader.num_tokens}
+        figures[name] = stated | {"bytes_per_token": per_token[name]} | found
     if "validation" in surveys:
         shared = np.isin(surveys["validation"].hashes, surveys["train"].hashes)
-        splits["validation"]["copies_of_train"] = int(shared.sum())
+        figures["validation"]["copies"]["in_train"] = int(shared.sum())
     return {
-        "directory": str(directory),
-        "left_out": manifest.get("left_out", {}),
-        "splits": splits,
-        "overlap": {"ngram_tokens": overlap.n, "references": overlap.result(tokenizer)},
+        "directory": str(options.directory),
+        "splits": figures,
+        "ngram_tokens": overlap.n,
+        **overlap.result(tokenizer),
+        "left_out": [{"problem": text} for text in manifest.get("left_out", {}).get("first", [])],
     }
+
+
+def _tokens_of(num_bytes: int, least: int, bytes_per_token: float) -> int:
+    return max(least, round(num_bytes / max(1.0, bytes_per_token)))
 
 
 def document_text(
@@ -86,78 +90,62 @@ def document_text(
     return f"tokens {start} to {end - 1} of train, {end - start:,} in all:\n{text}"
 
 
-def _bytes_per_token(stats: dict[str, Any]) -> float:
-    """Return bytes of text for each token; of instructions, of those that carry loss."""
-    return stats["text_bytes"] / max(1, stats.get("loss_tokens", stats["tokens"]))
-
-
-def _add_references(
-    overlap: NgramOverlap,
-    options: InspectOptions,
-    readers: dict[str, DocumentReader],
-    tokenizer: Tokenizer,
-) -> None:
-    """Add the texts that are looked for in the training data."""
-    for name in options.against:
-        for place, texts in reference_rows(Path(name)):
-            overlap.add(name, place, [tokenizer.encode_array(text) for text in texts])
-    if "validation" in readers:
-        limit = min(options.max_tokens or _MAX_VALIDATION_TOKENS, _MAX_VALIDATION_TOKENS)
-        for run in readers["validation"].runs(limit):
-            documents = np.split(run.tokens, run.offsets[1:])
-            for start, tokens in zip(run.starts.tolist(), documents, strict=True):
-                overlap.add("validation", f"validation token {start}", [tokens])
-    overlap.freeze()
-
-
 def _inspect_split(
     reader: DocumentReader,
     options: InspectOptions,
     shingle: int,
-    look: Callable[[DocumentRun], None] | None,
+    overlap: NgramOverlap | None,
     progress: Callable[[str, int, int], None],
 ) -> tuple[Survey, dict[str, Any]]:
     """Read a split twice: count its tokens, then measure its documents."""
     tokenizer, done = reader.tokenizer, 0
     total = 2 * min(reader.num_tokens, options.max_tokens or reader.num_tokens)
 
-    def runs(phase: str) -> Iterator[DocumentRun]:
+    def runs() -> Iterator[DocumentRun]:
         nonlocal done
         for run in reader.runs(options.max_tokens):
             yield run
             done += run.tokens.nbytes
-            progress(f"{phase} {reader.split}", done, total * run.tokens.itemsize)
+            progress(f"inspecting {reader.split}", done, total * run.tokens.itemsize)
 
-    counts = np.zeros(tokenizer.vocab_size, np.int64)
-    for run in runs("inspecting"):
-        counts += np.bincount(run.tokens, minlength=len(counts))
+    counts = sum(np.bincount(run.tokens, minlength=tokenizer.vocab_size) for run in runs())
     sizes = _token_bytes(tokenizer, counts)
-    nll = np.where(sizes > 0, -np.log(np.maximum(counts, 1) / max(1, counts.sum())), 0.0)
+    nll = np.where(sizes > 0, -np.log(np.maximum(counts, 1) / counts.sum()), 0.0)
     survey = Survey(nll, sizes, shingle)
-    for run in runs("inspecting"):
+    for run in runs():
         survey.add(run)
-        if look:
-            look(run)
+        if overlap:
+            overlap.look(run)
     survey.finish()
+    order = np.argsort(-counts, kind="stable")
     return survey, {
         "read_documents": len(survey.lengths),
         "read_tokens": int(survey.lengths.sum()),
-        "complete": int(survey.lengths.sum()) == reader.num_tokens,
         "truncated_documents": survey.truncated,
         "lengths": survey.length_facts(),
         "packing": survey.packing(options.seq_len)
         | {"unread_tokens": (reader.num_tokens - 1) % options.seq_len},
-        "vocabulary": _vocabulary(tokenizer, counts),
-        "duplicates": survey.duplicates(reader),
-        "order": survey.order.result(),
-        "outliers": survey.outliers(reader),
+        "vocabulary": {
+            "size": len(counts),
+            "used": int((counts > 0).sum()),
+            f"less_than_{_FEW}_times": int(((counts > 0) & (counts < _FEW)).sum()),
+            "make_up_99_percent": 1 + int((counts[order].cumsum() < 0.99 * counts.sum()).sum()),
+        },
+        **survey.copies(reader),
+        "order": survey.order(),
+        **survey.unlike(reader),
+        "frequent_tokens": [
+            {"id": int(i), "text": repr(tokenizer.decode([i])), "share": counts[i] / counts.sum()}
+            for i in order[:_LISTED]
+        ],
         "samples": [*_samples(reader, options.seq_len)],
     }
 
 
 def _token_bytes(tokenizer: Tokenizer, counts: np.ndarray) -> np.ndarray:
-    """Return the bytes of text of each token that occurs, within a text; a part of a character
-    counts as one byte.
+    """Return the bytes that each token adds to a text, 0 for those that do not occur.
+
+    A token of a part of a character counts as one byte.
     """
     sizes = np.zeros(len(counts), np.int64)
     before = tokenizer.encode("a")
@@ -168,39 +156,19 @@ def _token_bytes(tokenizer: Tokenizer, counts: np.ndarray) -> np.ndarray:
     return sizes
 
 
-def _vocabulary(tokenizer: Tokenizer, counts: np.ndarray) -> dict[str, Any]:
-    order = np.argsort(-counts, kind="stable")
-    cumulative = np.cumsum(counts[order])
-    total = int(cumulative[-1])
-    return {
-        "size": len(counts),
-        "used": int((counts > 0).sum()),
-        "rare": int(((counts > 0) & (counts < _FEW)).sum()),
-        "cover_99_percent": int(np.searchsorted(cumulative, 0.99 * total)) + 1,
-        "most_frequent": [
-            {"id": int(i), "text": tokenizer.decode([i]), "share": float(counts[i] / total)}
-            for i in order[:10]
-        ],
-    }
-
-
 def _samples(reader: DocumentReader, seq_len: int) -> Iterator[dict[str, Any]]:
-    """Yield samples of `seq_len` tokens: the documents in each, decoded."""
+    """Yield the parts of documents in the first and the middle sample, decoded."""
     count = (reader.num_tokens - 1) // seq_len
-    for number in sorted({0, count // 2})[: max(1, count)]:
+    for number in sorted({0, count // 2}):
         first, last = number * seq_len, min((number + 1) * seq_len, reader.num_tokens)
         starts = reader.borders(first, last).tolist()
-        borders = sorted({first, *starts, last})
-        yield {
-            "number": number,
-            "parts": [
-                {
-                    "token": begin,
-                    "length": end - begin,
-                    "begins": begin in starts,
-                    "ends": int(reader.tokens(end - 1, end)[0]) == reader.tokenizer.eos_id,
-                    "text": reader.text(begin, end),
-                }
-                for begin, end in itertools.pairwise(borders)
-            ],
-        }
+        for begin, end in itertools.pairwise(sorted({first, *starts, last})):
+            is_end = int(reader.tokens(end - 1, end)[0]) == reader.tokenizer.eos_id
+            yield {
+                "sample": number,
+                "at_token": begin,
+                "length": end - begin,
+                "begins": "document" if begin in starts else "within one",
+                "ends": "with it" if is_end else "cut",
+                "text": reader.text(begin, end),
+            }

@@ -13,7 +13,7 @@ from llamajax.tokenizers import Tokenizer
 
 _GROUP_BLOCKS = 64  # read at a time: 262,144 tokens
 _RUN_GROUPS = 8  # of a sample, successive groups
-_SHOWN_TOKENS = 60
+_SHOWN_TOKENS = 40
 MAX_DOCUMENT = 1 << 22  # tokens; of a longer document these are looked at
 
 
@@ -21,15 +21,14 @@ MAX_DOCUMENT = 1 << 22  # tokens; of a longer document these are looked at
 class DocumentRun:
     """Successive documents, with BOS and EOS.
 
-    tokens: of one after the other; lengths: of each in `tokens`, full_lengths: in the stream, and
-    starts: in tokens of the stream. follows: they follow those of the run before.
+    tokens: of one after the other; lengths: of each in `tokens`, full_lengths: in the stream;
+    starts: in tokens of the stream.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     full_lengths: np.ndarray
     starts: np.ndarray
-    follows: bool
 
     @property
     def offsets(self) -> np.ndarray:
@@ -62,7 +61,7 @@ class DocumentReader:
         """
         num_groups = -(-self._num_blocks // _GROUP_BLOCKS)
         wanted = _evenly(num_groups, max_tokens)
-        start, rest, follows = None, np.empty(0, np.uint32), False  # of a document that goes on
+        start, rest = None, np.empty(0, np.uint32)  # of a document that goes on
         for group in range(num_groups):
             if group not in wanted and start is None:
                 continue
@@ -86,9 +85,8 @@ class DocumentReader:
                 full = np.append(base + first - start, full)
                 lengths = np.append(len(rest), lengths)
             if len(starts):
-                yield DocumentRun(found, lengths, full, starts, follows)
-            follows = group in wanted
-            start, rest = (base + last, tokens[last:]) if follows else (None, rest[:0])
+                yield DocumentRun(found, lengths, full, starts)
+            start, rest = (base + last, tokens[last:]) if group in wanted else (None, rest[:0])
 
     def _read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens of some blocks, and where documents start in them."""
@@ -121,19 +119,15 @@ class DocumentReader:
 
     def document_at(self, token: int) -> tuple[int, int]:
         """Return start and end of the document that holds a token of the stream."""
-        start = end = -1
-        block = token // BLOCK_TOKENS
-        for number in range(block, -1, -1):
-            found = self.borders(number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)
-            if len(found := found[found <= token]):
-                start = int(found[-1])
-                break
-        for number in range(block, self._num_blocks):
-            found = self.borders(number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)
-            if len(found := found[found > token]):
-                end = int(found[0])
-                break
-        return start, end if end >= 0 else self.num_tokens
+        here = token // BLOCK_TOKENS
+
+        def starts(number: int) -> np.ndarray:
+            return self.borders(number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)
+
+        before = (found[found <= token] for found in map(starts, range(here, -1, -1)))
+        after = (found[found > token] for found in map(starts, range(here, self._num_blocks)))
+        start = next(int(found[-1]) for found in before if len(found))
+        return start, next((int(found[0]) for found in after if len(found)), self.num_tokens)
 
 
 def _evenly(num_groups: int, max_tokens: int | None) -> set[int] | range:

@@ -4,12 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from llamajax.corpus.document_hashes import document_hashes
+from llamajax.corpus.document_hashes import document_hashes, mix
 from llamajax.corpus.inspection.document_reader import DocumentReader, DocumentRun
 from llamajax.corpus.inspection.near_duplicates import MAX_SKETCHED, near_duplicates, sketches
-from llamajax.corpus.inspection.neighbor_order import NeighborOrder
 
 _LISTED = 5
+_BUCKETS = 64  # of the tokens of a document, to compare it with the next one
+_FEW = 10  # pairs of documents
 _QUANTILES = {"min": 0, "p1": 1, "p10": 10, "median": 50, "p90": 90, "p99": 99, "max": 100}
 _ODD_FROM = 64  # tokens of text; shorter documents differ by chance
 _ODD = 6.0  # robust standard deviations
@@ -26,8 +27,8 @@ class Survey:
         self._nll, self._token_bytes, self._shingle = nll, token_bytes, shingle
         self._columns: list[tuple[np.ndarray, ...]] = []
         self._sketches: list[np.ndarray] = []
+        self._vectors: list[np.ndarray] = []
         self.truncated = 0
-        self.order = NeighborOrder(nll)
 
     def add(self, run: DocumentRun) -> None:
         """Collect the documents of a run."""
@@ -40,7 +41,20 @@ class Survey:
         self._columns.append((run.starts, run.full_lengths, hashes, nll, num_bytes, num_text))
         if sum(map(len, self._sketches)) < MAX_SKETCHED:
             self._sketches.append(sketches(run, self._shingle))
-        self.order.add(run)
+            self._vectors.append(self._content(run))
+
+    def _content(self, run: DocumentRun) -> np.ndarray:
+        """Return a unit vector for each document, float16 (documents, buckets).
+
+        A bucket holds the sum over its tokens of nll, each token's with a random sign.
+        """
+        each = mix(np.arange(len(self._nll)))
+        weight = np.where(each >> np.uint64(63), self._nll, -self._nll)[run.tokens]
+        bucket = (each % np.uint64(_BUCKETS)).astype(np.int64)[run.tokens]
+        count = len(run.lengths)
+        sums = np.bincount(run.owners * _BUCKETS + bucket, weight, count * _BUCKETS)
+        sums = sums.reshape(count, _BUCKETS)
+        return (sums / np.maximum(np.linalg.norm(sums, axis=1)[:, None], 1e-9)).astype(np.float16)
 
     def finish(self) -> None:
         """Join what was collected."""
@@ -53,83 +67,103 @@ class Survey:
         return dict(zip(_QUANTILES, found, strict=True)) | {"mean": float(self.lengths.mean())}
 
     def packing(self, seq_len: int) -> dict[str, float]:
-        """Return what becomes of the documents in samples of `seq_len` tokens."""
+        """Return what becomes of the documents in samples of `seq_len` tokens, without padding.
+
+        unpacked_padding_share: of the tokens, with one document a row.
+        """
         last = self.starts + self.lengths - 1
         rows = -(-self.lengths // seq_len)
         return {
             "seq_len": seq_len,
             "documents_per_sample": seq_len / float(self.lengths.mean()),
-            "cut_documents": float((self.starts // seq_len != last // seq_len).mean()),
-            "longer_documents": float((self.lengths > seq_len).mean()),
-            "padding_unpacked": 1 - float(self.lengths.sum() / (rows.sum() * seq_len)),
+            "cut_documents_share": float((self.starts // seq_len != last // seq_len).mean()),
+            "longer_documents_share": float((self.lengths > seq_len).mean()),
+            "unpacked_padding_share": 1 - float(self.lengths.sum() / (rows.sum() * seq_len)),
         }
 
-    def duplicates(self, reader: DocumentReader) -> dict[str, Any]:
-        """Return how many documents are copies of others, or nearly, and the most frequent ones."""
+    def order(self) -> list[dict[str, Any]]:
+        """Return how much successive documents are alike, in content and in length.
+
+        The correlation of a document's vector with the next one's. Of shuffled documents it is 0
+        within a standard error of |C| / tr(C) / sqrt(pairs), C being the covariance of the vectors.
+        """
+        found = []
+        content = np.concatenate(self._vectors).astype(np.float32)
+        for of, x in (("content", content), ("length", np.log(self.lengths)[:, None])):
+            ends = self.starts[: len(x)] + self.lengths[: len(x)]
+            first = np.flatnonzero(ends[:-1] == self.starts[1 : len(x)])
+            x = x - x.mean(axis=0)
+            covariance = x.T @ x / len(x)
+            variance = float(np.trace(covariance))
+            if len(first) < _FEW or variance < 1e-9:
+                continue
+            correlation = float((x[first] * x[first + 1]).sum()) / len(first) / variance
+            error = float(np.linalg.norm(covariance)) / variance / len(first) ** 0.5
+            figures = {"correlation": correlation, "shuffled": 0, "standard_error": error}
+            found.append({"of": of} | figures)
+        return found
+
+    def copies(self, reader: DocumentReader) -> dict[str, Any]:
+        """Return how many documents are copies of an earlier one, or nearly, and some of them."""
         _, firsts, counts = np.unique(self.hashes, return_index=True, return_counts=True)
-        top = np.argsort(-counts, kind="stable")[:_LISTED]
-        originals = np.sort(firsts)
         is_copy = np.ones(len(self.hashes), bool)
         is_copy[firsts] = False
         sketched = np.concatenate(self._sketches)
-        originals = originals[originals < len(sketched)]
+        originals = np.flatnonzero(~is_copy[: len(sketched)])
         near = near_duplicates(sketched[originals])
-        best = np.argsort(-near.similarity, kind="stable")[:_LISTED]
         return {
-            "copies": int(is_copy.sum()),
-            "copied_tokens": int(self.lengths[is_copy].sum()),
+            "copies": {
+                "exact": int(is_copy.sum()),
+                "exact_tokens": int(self.lengths[is_copy].sum()),
+                "near": len(near.documents),
+                "compared": len(originals),
+            },
             "most_frequent": [
-                {"count": int(counts[i]), **self.describe(reader, firsts[i])}
-                for i in top
+                {"times": int(counts[i]), **self._describe(reader, firsts[i])}
+                for i in np.argsort(-counts, kind="stable")[:_LISTED]
                 if counts[i] > 1
             ],
-            "near_copies": len(near.documents),
-            "compared": len(originals),
-            "nearest": [
+            "nearly_the_same": [
                 {
                     "similarity": float(near.similarity[i]),
-                    **self.describe(reader, originals[near.documents[i]]),
-                    "earlier_token": int(self.starts[originals[near.earlier[i]]]),
+                    "earlier_at": int(self.starts[originals[near.earlier[i]]]),
+                    **self._describe(reader, originals[near.documents[i]]),
                 }
-                for i in best
+                for i in np.argsort(-near.similarity, kind="stable")[:_LISTED]
             ],
         }
 
-    def outliers(self, reader: DocumentReader) -> dict[str, Any]:
-        """Return the documents whose tokens are unlike the split's, the farthest first.
+    def unlike(self, reader: DocumentReader) -> dict[str, Any]:
+        """Return how many documents are unlike the split's others, and the farthest of them.
 
         Distances are in robust standard deviations, of two figures: mean loss by token frequencies,
-        and bytes per token.
+        and bytes per token. Documents of less than 64 tokens differ by chance and are left out.
         """
         long = np.flatnonzero(self._texts >= _ODD_FROM)
-        figures = self._sums[long] / self._texts[long], self._bytes[long] / self._texts[long]
-        if not len(long):
-            return {"documents": 0, "farthest": []}
-        far = np.max([np.abs(_distances(figure)) for figure in figures], axis=0)
-        order = np.argsort(-far, kind="stable")[: min(_LISTED, int((far >= _ODD).sum()))]
+        loss, size = self._sums[long] / self._texts[long], self._bytes[long] / self._texts[long]
+        far = np.maximum(_distances(loss), _distances(size)) if len(long) else np.empty(0)
         return {
-            "documents": int((far >= _ODD).sum()),
-            "unigram_loss": float(np.median(figures[0])),
-            "bytes_per_token": float(np.median(figures[1])),
+            "unlike": {"documents": int((far >= _ODD).sum()), "compared": len(long)},
             "farthest": [
                 {
-                    "distance": float(far[i]),
-                    "unigram_loss": float(figures[0][i]),
-                    "bytes_per_token": float(figures[1][i]),
-                    **self.describe(reader, long[i]),
+                    "deviations": float(far[i]),
+                    "unigram_loss": float(loss[i]),
+                    "bytes_per_token": float(size[i]),
+                    **self._describe(reader, long[i]),
                 }
-                for i in order
+                for i in np.argsort(-far, kind="stable")[:_LISTED]
+                if far[i] >= _ODD
             ],
         }
 
-    def describe(self, reader: DocumentReader, number: int) -> dict[str, Any]:
+    def _describe(self, reader: DocumentReader, number: int) -> dict[str, Any]:
         """Return where a document is, its length, and how it begins."""
         start, length = int(self.starts[number]), int(self.lengths[number])
-        return {"token": start, "length": length, "text": reader.text(start, start + length)}
+        return {"at_token": start, "length": length, "text": reader.text(start, start + length)}
 
 
 def _distances(x: np.ndarray) -> np.ndarray:
-    """Return distances from the median in standard deviations, estimated by the median one."""
+    """Return distances from the median in standard deviations, estimated by their median."""
     middle = np.median(x)
     spread = 1.4826 * np.median(np.abs(x - middle))
-    return (x - middle) / max(spread, _LEAST_SPREAD * middle, 1e-9)
+    return np.abs(x - middle) / max(spread, _LEAST_SPREAD * middle, 1e-9)

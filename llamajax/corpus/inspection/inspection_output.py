@@ -1,9 +1,9 @@
 """What `prepare` prints of a prepared directory, and the page of its inspection."""
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from llamajax.corpus.inspection.document_reader import MAX_DOCUMENT
 from llamajax.monitoring.report.static_page import static_page
@@ -11,7 +11,6 @@ from llamajax.tokenizers import Tokenizer
 
 # A split counts as unshuffled from here: correlation of neighbors, and in standard errors.
 _ALIKE, _ALIKE_ERRORS = 0.02, 4
-_SHOWN_CHARS = 160  # of a document, in the text
 
 
 def summary(manifest: dict[str, Any]) -> list[str]:
@@ -83,185 +82,90 @@ def describe(directory: Path, manifest: dict[str, Any], tokenizer: Tokenizer) ->
             yield f"shard       {shard['file']}: {size}"
 
 
-class Section(NamedTuple):
-    """A table with a title, for the text and for the page. head: empty where rows are facts."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: list[tuple[Any, ...]]
-
-
-def sections(found: dict[str, Any]) -> Iterator[Section]:
-    """Yield the tables of what `inspect` found; those without rows are left out."""
-    yield Section("Findings", (), [(text,) for text in findings(found)])
-    for name, split in found["splits"].items():
-        yield Section(f"{name}: what is in it", (), [*_facts(split)])
-        yield from (table for table in _documents(name, split) if table.rows)
-    references = found["overlap"]["references"]
-    if references:
-        yield Section(
-            f"Found in train, by {found['overlap']['ngram_tokens']} successive tokens",
-            ("text", "rows", "too short", "n-grams found", "rows half found", "rows found whole"),
-            [
-                (r["reference"], r["rows"], r["short_rows"], f"{r['share']:.2%}",
-                 r["rows_half_found"], r["rows_found_whole"])
-                for r in references
-            ],
-        )  # fmt: skip
-    worst = [(w["place"], f"{w['share']:.0%}", w["train_token"], w["text"])
-             for r in references for w in r["worst"]]  # fmt: skip
-    if worst:
-        head = ("row", "found", "at train token", "begins")
-        yield Section("Rows found in train", head, worst)
-    if left_out := found["left_out"].get("first"):
-        rows = [(problem,) for problem in left_out]
-        count = found["left_out"]["rows"]
-        yield Section(f"Left out: {count:,} rows, of which the first", (), rows)
-
-
 def findings(found: dict[str, Any]) -> Iterator[str]:
     """Yield a sentence about each thing that harms a training or its evaluation."""
     for name, split in found["splits"].items():
-        copies, read = split["duplicates"], split["read_documents"]
-        if copies["copies"]:
-            share = copies["copied_tokens"] / split["read_tokens"]
-            yield (
-                f"{name}: {copies['copies']:,} of {read:,} documents ({share:.2%} of the tokens) "
-                "are exact copies of an earlier one"
-            )
-        if copies["near_copies"]:
-            yield (
-                f"{name}: {copies['near_copies']:,} of {copies['compared']:,} different documents "
-                "are nearly the same as an earlier one"
-            )
-        if shared := split.get("copies_of_train"):
-            yield f"{name}: {shared:,} of {read:,} documents are in train as well"
-        for what, figure in split["order"].items():
-            if figure and figure["correlation"] > max(
-                _ALIKE, _ALIKE_ERRORS * figure["standard_error"]
-            ):
+        read, copies, unlike = split["read_documents"], split["copies"], split["unlike"]
+        share, samples = copies["exact_tokens"] / split["read_tokens"], split["packing"]
+        counts = {
+            f"of {split['documents'] - read:,} documents nothing was read; --max_tokens=none reads "
+            "all": split["read_tokens"] < split["tokens"],
+            f"of {split['truncated_documents']:,} documents the first {MAX_DOCUMENT:,} tokens were "
+            "read": split["truncated_documents"],
+            f"{copies['exact']:,} of {read:,} documents ({share:.2%} of the tokens) are exact "
+            "copies of an earlier one": copies["exact"],
+            f"{copies['near']:,} of {copies['compared']:,} different documents are nearly the same "
+            "as an earlier one": copies["near"],
+            f"{copies.get('in_train', 0):,} of {read:,} documents are in train as well": copies.get(
+                "in_train"
+            ),
+            f"{unlike['documents']:,} of {unlike['compared']:,} documents are unlike the rest in "
+            "their tokens or bytes per token: another language, tables, code": unlike["documents"],
+        }
+        yield from (f"{name}: {sentence}" for sentence, count in counts.items() if count)
+        for order in split["order"]:
+            if order["correlation"] > max(_ALIKE, _ALIKE_ERRORS * order["standard_error"]):
                 yield (
-                    f"{name}: not shuffled: successive documents are alike in {what} (correlation "
-                    f"{_correlation(figure)}). Training shuffles samples, not documents: one holds "
-                    f"{split['packing']['documents_per_sample']:.1f} neighbors; shuffle the input"
+                    f"{name}: not shuffled: the {order['of']} of successive documents has a "
+                    f"correlation of {order['correlation']:.3f} (shuffled: 0 ± "
+                    f"{order['standard_error']:.3f}). Training shuffles samples, not documents: "
+                    f"one holds {samples['documents_per_sample']:.1f} neighbors; shuffle the input"
                 )
-        if odd := split["outliers"]["documents"]:
-            yield (
-                f"{name}: {odd:,} documents are unlike the rest in their tokens or bytes per token:"
-                " another language, tables, code"
-            )
-    for r in found["overlap"]["references"]:
-        if half := r["rows_half_found"]:
-            yield f"train holds at least half of {half:,} of {r['rows']:,} rows of {r['reference']}"
+    for row in found["overlap"]:
+        if half := row["rows_half_found"]:
+            yield f"train holds at least half of {half:,} of {row['rows']:,} rows of {row['text']}"
 
 
-def _correlation(figure: dict[str, float] | None) -> str:
-    if figure is None:
-        return "too few documents to tell"
-    return f"{figure['correlation']:.3f}, of a shuffled set 0 ± {figure['standard_error']:.3f}"
+def tables(found: dict[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
+    """Yield title and rows, as text, of all that `inspect` found. Lists have a row of heads."""
+    yield "findings", [[text] for text in findings(found)] or [["none"]]
+    for name, part in found["splits"].items():
+        facts = {key: value for key, value in part.items() if not isinstance(value, list)}
+        yield name, [[_words(key), _shown(key, value)] for key, value in facts.items()]
+        lists = {key: value for key, value in part.items() if isinstance(value, list)}
+        yield from ((f"{name}: {_words(key)}", _rows(value)) for key, value in lists.items())
+    for key in ("overlap", "overlapping_rows", "left_out"):
+        yield f"{_words(key)}{' with train' * key.startswith('overlap')}", _rows(found[key])
 
 
-def _facts(split: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield name and value of the figures of a split."""
-    read, whole = split["read_documents"], split["documents"]
-    if not split["complete"]:
-        yield (
-            "sample",
-            f"{read:,} of {whole:,} documents were read ({split['read_tokens']:,} of "
-            f"{split['tokens']:,} tokens): a copy or an overlap outside of them is not seen; "
-            "--max_tokens=none reads all",
-        )
-    if long := split["truncated_documents"]:
-        yield "truncated", f"of {long:,} documents the first {MAX_DOCUMENT:,} tokens were looked at"
-    lengths = split["lengths"]
-    yield "tokens a document", ", ".join(f"{k} {round(n):,}" for k, n in lengths.items())
-    yield "bytes per token", f"{split['bytes_per_token']:.2f}"
-    packing, vocabulary = split["packing"], split["vocabulary"]
-    yield (
-        f"samples of {packing['seq_len']:,}",
-        f"no padding, {packing['documents_per_sample']:.1f} documents in each; "
-        f"{packing['cut_documents']:.1%} of the documents are cut, "
-        f"{packing['longer_documents']:.1%} are longer than a sample; "
-        f"{packing['unread_tokens']:,} tokens at the end are not read; "
-        f"one document a row would be {packing['padding_unpacked']:.1%} padding",
-    )
-    used, frequent = vocabulary["used"], vocabulary["most_frequent"]
-    yield (
-        "vocabulary",
-        f"{used:,} of {vocabulary['size']:,} tokens occur ({used / vocabulary['size']:.1%}), "
-        f"{vocabulary['rare']:,} of them less than 10 times; {vocabulary['cover_99_percent']:,} "
-        "make up 99 % of the text; most frequent: "
-        + ", ".join(f"{t['text'] or t['id']!r} {t['share']:.1%}" for t in frequent),
-    )
-    copies = split["duplicates"]
-    yield (
-        "copies",
-        f"{copies['copies']:,} documents are exact copies; of {copies['compared']:,} different "
-        f"ones {copies['near_copies']:,} are nearly the same as an earlier one",
-    )
-    yield (
-        "order",
-        "correlation of successive documents: "
-        + "; ".join(f"{what} {_correlation(f)}" for what, f in split["order"].items()),
-    )
-    yield "unlike the rest", f"{split['outliers']['documents']:,} documents"
+def _rows(items: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the names of the items' keys, then their values; nothing without items."""
+    heads = [[_words(key) for key in item] for item in items[:1]]
+    return heads + [[_shown(key, value) for key, value in item.items()] for item in items]
 
 
-def _documents(name: str, split: dict[str, Any]) -> Iterator[Section]:
-    """Yield the tables of single documents of a split."""
-    copies = split["duplicates"]
-    rows = [(d["count"], d["token"], d["length"], d["text"]) for d in copies["most_frequent"]]
-    yield Section(
-        f"{name}: most frequent documents", ("times", "at token", "tokens", "begins"), rows
-    )
-    rows = [(f"{d['similarity']:.0%}", d["token"], d["earlier_token"], d["length"], d["text"])
-            for d in copies["nearest"]]  # fmt: skip
-    head = ("alike", "at token", "earlier one at", "tokens", "begins")
-    yield Section(f"{name}: nearly the same", head, rows)
-    rows = [(f"{d['distance']:.1f}", f"{d['unigram_loss']:.2f}", f"{d['bytes_per_token']:.2f}",
-             d["token"], d["length"], d["text"])
-            for d in split["outliers"]["farthest"]]  # fmt: skip
-    head = ("deviations", "unigram loss", "bytes per token", "at token", "tokens", "begins")
-    yield Section(f"{name}: unlike the rest", head, rows)
-    for sample in split["samples"]:
-        rows = [
-            (p["token"], p["length"], "begins" if p["begins"] else "goes on",
-             "ends" if p["ends"] else "is cut", p["text"])
-            for p in sample["parts"]
-        ]  # fmt: skip
-        head = ("at token", "tokens", "it", "and", "text")
-        yield Section(f"{name}: documents in sample {sample['number']:,}", head, rows)
+def _words(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _shown(key: str, value: Any) -> str:
+    """Return a value on one line: shares in percent, numbers with commas."""
+    if isinstance(value, dict):
+        return ", ".join(f"{_words(k)} {_shown(k, v)}" for k, v in value.items())
+    if isinstance(value, float):
+        return f"{value:.1%}" if key.endswith("share") else f"{value:,.3f}"
+    return f"{value:,}" if isinstance(value, int) else " ".join(str(value).split())
 
 
 def text_lines(found: dict[str, Any]) -> Iterator[str]:
-    """Yield the tables as text."""
-    for title, head, rows in sections(found):
-        yield f"\n{title}" + ("" if rows else ": none")
-        cells = [[_shown(cell)[:_SHOWN_CHARS] if head else _shown(cell) for cell in row]
-                 for row in ([head] if head else []) + rows]  # fmt: skip
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        for row in cells:
-            line = "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True))
+    """Yield the tables as text; those without rows are left out."""
+    for title, rows in tables(found):
+        if rows:
+            yield f"\n{title}"
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
             yield f"  {line.rstrip()}"
 
 
 def to_html(found: dict[str, Any]) -> str:
     """Return the tables as a page that needs nothing else."""
-    body = [f"<header><h1>{html.escape(found['directory'])}</h1></header>"]
-    for title, head, rows in sections(found):
-        body.append(f'<section class="card"><h2>{html.escape(title)}</h2>')
-        body.append('<div class="scroll"><table>' if rows else "<p>none</p>")
-        if rows:
-            body += [_row(head, "th")] * bool(head) + [_row(row, "td") for row in rows]
-            body.append("</table></div>")
-        body.append("</section>")
+    body = [f"<h1>{html.escape(found['directory'])}</h1>"]
+    for title, rows in tables(found):
+        lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+        table = "".join(f"<tr>{line}</tr>\n" for line in lines)
+        body.append(
+            f'<section class="card"><h2>{html.escape(title)}</h2><div class="scroll wrap">'
+            f"<table>{table}</table></div></section>"
+        )
     return static_page(found["directory"], "\n".join(body))
-
-
-def _row(cells: Sequence[Any], tag: str) -> str:
-    return "".join(["<tr>", *(f"<{tag}>{html.escape(_shown(c))}</{tag}>" for c in cells), "</tr>"])
-
-
-def _shown(cell: Any) -> str:
-    """Return a number with commas, and text on one line."""
-    return f"{cell:,}" if isinstance(cell, int) else " ".join(str(cell).split())

@@ -1,6 +1,6 @@
 """Find text of validation or evaluation in the training data, by n-grams of tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from llamajax.corpus.inspection.document_reader import DocumentRun
 from llamajax.errors import UserError
 from llamajax.tokenizers import Tokenizer
 
-_LISTED, _LEAST_SHOWN = 5, 0.1  # rows, share of their n-grams
+_LISTED, _LEAST_SHOWN, _SHOWN_TOKENS = 5, 0.1, 60  # rows, share of their n-grams, tokens
 _FILTER_SLOTS = 8  # for each n-gram, so that one in eight of the others passes
 _MAX_FILTER_BITS = 27
 
@@ -34,79 +34,92 @@ class NgramOverlap:
         self._hashes: list[np.ndarray] = []
         self._rows: list[np.ndarray] = []  # of each hash
         self._places: list[tuple[str, str, np.ndarray]] = []  # reference, place, tokens of each row
-        self._unique = self._found = np.empty(0, np.uint64)
+        self._all = self._unique = np.empty(0, np.uint64)
+        self._found = np.empty(0, np.int64)
 
-    def add(self, reference: str, place: str, texts: Sequence[np.ndarray]) -> None:
-        """Add a row of a reference: the tokens of its texts."""
+    def add_files(self, files: Sequence[str], tokenizer: Tokenizer) -> None:
+        """Add texts: a whole file, or a row for each JSON line. Raises UserError."""
+        for name in files:
+            for place, texts in _rows_of(Path(name)):
+                self._add(name, place, [tokenizer.encode_array(text) for text in texts])
+
+    def add_documents(self, reference: str, runs: Iterable[DocumentRun]) -> None:
+        """Add a row for each prepared document."""
+        for run in runs:
+            documents = np.split(run.tokens, run.offsets[1:])
+            for start, tokens in zip(run.starts.tolist(), documents, strict=True):
+                self._add(reference, f"{reference} token {start}", [tokens])
+
+    def _add(self, reference: str, place: str, texts: Sequence[np.ndarray]) -> None:
         hashes = [ngram_hashes(tokens, self.n) for tokens in texts]
         self._hashes += hashes
         self._rows += [np.full(len(found), len(self._places)) for found in hashes]
         longest = max(texts, key=len, default=np.empty(0, np.uint32))
-        self._places.append((reference, place, longest[:100].copy()))
+        self._places.append((reference, place, longest[:_SHOWN_TOKENS].copy()))
 
-    def freeze(self) -> None:
-        """Get ready for `look`: no more rows are added."""
+    def _freeze(self) -> None:
         self._all = np.concatenate([np.empty(0, np.uint64), *self._hashes])
-        self._of = np.concatenate([np.empty(0, np.int64), *self._rows])
-        self._hashes, self._rows = [], []
         self._unique = np.unique(self._all)
         self._found = np.full(len(self._unique), -1)  # token of the training stream
-        slots = max(1, _FILTER_SLOTS * len(self._unique))
-        self._shift = np.uint64(64 - min(_MAX_FILTER_BITS, slots.bit_length()))
-        self._filter = np.zeros(1 << (64 - int(self._shift)), bool)
+        bits = min(_MAX_FILTER_BITS, (_FILTER_SLOTS * len(self._unique)).bit_length())
+        self._shift, self._filter = np.uint64(64 - bits), np.zeros(1 << bits, bool)
         self._filter[self._unique >> self._shift] = True
+        self._hashes = []
 
     def look(self, run: DocumentRun) -> None:
-        """Look for the n-grams in documents of the training data."""
+        """Look for the n-grams in documents of the training data; no row is added from then on."""
+        if self._hashes:
+            self._freeze()
+        if not len(self._unique):
+            return
         hashes = ngram_hashes(run.tokens, self.n)
         at = np.flatnonzero(self._filter[hashes >> self._shift])
-        slot = np.searchsorted(self._unique, hashes[at])
-        slot = np.minimum(slot, max(0, len(self._unique) - 1))
+        slot = np.minimum(np.searchsorted(self._unique, hashes[at]), len(self._unique) - 1)
         same = self._unique[slot] == hashes[at]
         at, slot = at[same], slot[same]
         owner = np.searchsorted(run.offsets, at, side="right") - 1
         self._found[slot] = run.starts[owner] + at - run.offsets[owner]
 
-    def result(self, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-        """Return for each reference how much of it was found, and its rows with most of it."""
+    def result(self, tokenizer: Tokenizer) -> dict[str, list[dict[str, Any]]]:
+        """Return how much of each reference was found, and the rows with most of it."""
         found = self._found[np.searchsorted(self._unique, self._all)]
-        size = len(self._places)
-        total = np.bincount(self._of, minlength=size)
-        seen = np.bincount(self._of[found >= 0], minlength=size)
+        size, of = len(self._places), np.concatenate([np.empty(0, np.int64), *self._rows])
+        total = np.bincount(of, minlength=size)
+        seen = np.bincount(of[found >= 0], minlength=size)
         share = seen / np.maximum(total, 1)
         where = np.full(size, -1)
-        where[self._of[found >= 0]] = found[found >= 0]
+        where[of[found >= 0]] = found[found >= 0]
         names = np.array([reference for reference, _, _ in self._places])
-        results = []
+        overlap, worst = [], []
         for name in dict.fromkeys(names.tolist()):
             own = np.flatnonzero(names == name)
-            worst = own[np.lexsort((-seen[own], -share[own]))][:_LISTED]
-            results.append(
+            order = own[np.lexsort((-seen[own], -share[own]))]
+            worst += [row for row in order[:_LISTED] if share[row] >= _LEAST_SHOWN]
+            overlap.append(
                 {
-                    "reference": name,
+                    "text": name,
                     "rows": len(own),
-                    "short_rows": int((total[own] == 0).sum()),
-                    "ngrams": int(total[own].sum()),
-                    "found_ngrams": int(seen[own].sum()),
-                    "share": float(seen[own].sum() / max(1, total[own].sum())),
+                    "too_short": int((total[own] == 0).sum()),
+                    "found_share": float(seen[own].sum() / max(1, total[own].sum())),
                     "rows_half_found": int((share[own] >= 0.5).sum()),
                     "rows_found_whole": int((share[own] == 1).sum()),
-                    "worst": [
-                        {
-                            "place": self._places[row][1],
-                            "share": float(share[row]),
-                            "train_token": int(where[row]),
-                            "text": tokenizer.decode(self._places[row][2].tolist()),
-                        }
-                        for row in worst
-                        if share[row] >= _LEAST_SHOWN
-                    ],
                 }
             )
-        return results
+        return {
+            "overlap": overlap,
+            "overlapping_rows": [
+                {
+                    "row": self._places[row][1],
+                    "found_share": float(share[row]),
+                    "at_train_token": int(where[row]),
+                    "text": tokenizer.decode(self._places[row][2].tolist()),
+                }
+                for row in worst
+            ],
+        }
 
 
-def reference_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
+def _rows_of(file: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield the place and the texts of each row of a file: all strings of a JSON line, or one text.
 
     Raises UserError for a file that cannot be read, or is neither text nor JSON lines.
