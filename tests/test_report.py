@@ -76,13 +76,16 @@ def make_run(workdir: Path, *, steps: int, bad: int | None = None) -> None:
             metrics.write({"step": step, "eval_loss": 3.0, "eval_perplexity": 20.0})
     metrics.close()
     model = {"name": "tiny", "vocab_size": 512}
-    config = {"model": model, "train": {"steps": steps, "name": HOSTILE}}
+    data = {"path": f"{workdir.parent}/books,{workdir.parent}/web"}
+    config = {"model": model, "data": data, "train": {"steps": steps, "name": HOSTILE}}
     (workdir / "config.json").write_text(json.dumps(config))
 
 
 def test_a_whole_run(tmp_path: Path):
     run = tmp_path / "run"
     make_run(run, steps=40, bad=7)
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "inspect.html").touch()
     text = "call me </script> \u2028 <!-- <script>"
     write_rows(run / "samples.jsonl", {"step": 10, "prompt": "Call", "text": text}, {"step": "no"})
     breakdown = {"wall_s": 200.0, "steps_s": 150.0, "compile_s": 50.0, "goodput": 0.75}
@@ -91,6 +94,10 @@ def test_a_whole_run(tmp_path: Path):
     page = Page(write_report(run))
     assert HOSTILE.replace("\ud800", "?") in page.text
     assert page.run["samples"] == [{"step": 10, "prompt": "Call", "text": text}]
+    assert page.run["data"] == [
+        {"path": f"{tmp_path}/books", "page": None},
+        {"path": f"{tmp_path}/web", "page": "../web/inspect.html"},
+    ]
     shown = page.run["curves"]["train"]
     assert shown["step"] == list(range(1, 41))
     assert shown["loss"][6] is None

@@ -219,6 +219,7 @@ def test_documents_are_read_in_order_whole_or_an_even_sample(
         assert seen == [*range(len(documents))]
     else:
         assert 20_000 < lengths[seen].sum() < 60_000
+        assert len({start // (2 * 4096) for start in starts[seen]}) <= 40_000 // (2 * 4096)
     for number in (0, 5, 100, 170, len(documents) - 1):
         start = int(starts[number])
         ends = (start, start + int(lengths[number]))
@@ -228,6 +229,7 @@ def test_documents_are_read_in_order_whole_or_an_even_sample(
 def test_copies_are_counted_across_pieces_and_in_bounded_memory(monkeypatch):
     documents = [RNG.integers(0, 9, n).astype(np.uint16) for n in (3, 9, 1, 700, 5)]
     documents += [documents[3], documents[0], documents[0]]
+    documents.append(np.append(np.uint16(9), documents[3][1:]))  # no copy: another first token
     counter = CopyCounter()
     for document in documents:
         pieces = np.array_split(document, min(3, len(document)))

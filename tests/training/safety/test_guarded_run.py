@@ -12,7 +12,7 @@ import pytest
 from refusal import refused
 from workdirs import export_poisoned, prepare_texts
 
-from llamajax import data
+from llamajax import data, prepare
 from llamajax.checkpoint import open_checkpoint, restore_state
 from llamajax.data.batches import make_batch
 from llamajax.data.position import Segment
@@ -252,7 +252,9 @@ def test_rollbacks_to_one_checkpoint_end_and_a_stop_has_its_own_code(guarded, tm
         assert [row["step"] for row in rows(tmp_path / name)][-1] == first
 
 
-def test_replay_names_the_weight_the_samples_and_the_documents(skipping, guarded, monkeypatch):
+def test_replay_names_the_weight_the_samples_and_the_documents(
+    skipping, guarded, monkeypatch, capsys
+):
     step = [h for h in guarded.hit if h <= STEPS][-1]
     found = asked(skipping, step)
     told = found.to_json()
@@ -268,6 +270,9 @@ def test_replay_names_the_weight_the_samples_and_the_documents(skipping, guarded
     assert told["documents"][0]["sample_id"] in told["first_nonfinite"]["samples"]
     assert json.dumps(told, allow_nan=False)
     assert any("'Z'" in line for line in found.lines())
+    [show] = [line for line in found.lines() if line.startswith("show ")]
+    assert prepare.main(show.partition("llamajax.prepare ")[2].split()) == 0
+    assert "Z" in capsys.readouterr().out
 
 
 def test_replay_tells_a_step_that_is_not_as_recorded(skipping, guarded, tmp_path):
