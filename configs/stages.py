@@ -2,9 +2,16 @@
 
 Hardware: two CPU cores and 2 GB of memory; any accelerator does.
 Command:  after ./launch/quickstart.sh, which prepares the book,
-          python -m llamajax.train --config=configs/stages.py --workdir=runs/stages
+          python -m llamajax.train --config=stages --workdir=runs/stages
+          At full size, Llama3-8B that reads 32,768 tokens in its last tenth:
+          python -m llamajax.train --config=llama3_8b --workdir=runs/8b --config.train.remat=full \\
+              --config.model.max_seq_len=32768 --config.data.stages='[{"from_step": 18000,
+              "seq_len": 32768, "global_batch_size": 32, "accumulation_steps": 4, "rope_scaling":
+              {"type": "yarn", "factor": 4, "original_max_seq_len": 8192}}]'
 Model:    5.0 M parameters, float32; samples of 128 tokens, 8 and then 16 in a batch, at last 4 of
-          512 tokens with rotary frequencies scaled for them (yarn).
+          512 tokens with rotary frequencies scaled for them (yarn). 410 k tokens in 240 steps.
+Speed:    unmeasured.
+Loss:     unmeasured.
 """
 
 from ml_collections import ConfigDict

@@ -140,4 +140,6 @@ def _place(segments: Sequence[Mapping[str, Any]], step: int) -> dict[str, Any]:
     """Return what the step after `step` reads, as a segment that begins there."""
     segment = [s for s in segments if s["first_step"] <= step][-1]
     read = (step - segment["first_step"]) * segment["batch_size"]
-    return {**segment, "first_step": step, "first_sample": segment["first_sample"] + read}
+    # Records of earlier releases have no `starts`.
+    place = {"starts": [], **segment, "first_step": step}
+    return place | {"first_sample": segment["first_sample"] + read}
