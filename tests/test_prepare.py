@@ -287,6 +287,7 @@ def test_bad_rows_are_listed_first_or_left_out_and_recorded(corpus, tmp_path, ta
         (folder / "a.jsonl").write_text(good)
         (folder / "c.jsonl.gz").write_bytes(gzip.compress(good.encode()))
     (mixed / "a.jsonl").write_bytes((good + "\n".join(BAD * 3)).encode() + b'\n{"text": "\xff"}\n')
+    (mixed / "c.jsonl").write_text('{"text": " \\n"}\n')
     (mixed / "b.jsonl.gz").write_bytes(gzip.compress(b"x")[:-4])
     calls = [["--num_tasks=2", f"--task_index={i}"] for i in range(tasks)]
     calls = [*calls, ["--num_tasks=2", "--merge"]] if tasks else [[]]
@@ -302,7 +303,10 @@ def test_bad_rows_are_listed_first_or_left_out_and_recorded(corpus, tmp_path, ta
     run(clean, tmp_path / "clean_out")
     manifest, expected = read_manifest(tmp_path / "out"), read_manifest(tmp_path / "clean_out")
     assert manifest["splits"] == expected["splits"]
-    assert manifest["left_out"]["rows"] == 17
+    assert manifest["left_out"]["rows"] == sum(manifest["left_out"]["reasons"].values()) == 17
+    assert manifest["left_out"]["reasons"]["truncated or damaged"] == 1
+    assert manifest["left_out"]["reasons"]["not valid JSON"] >= 3
+    assert manifest["left_out"]["blank"] == 1
     assert [p.rpartition("/")[2].split(": ")[0] for p in manifest["left_out"]["first"]] == [
         f"a.jsonl:{i}" for i in range(1501, 1511)
     ]
@@ -313,7 +317,7 @@ def test_the_record_and_the_screen_name_what_was_left_out(corpus, tmp_path, caps
     run(corpus, tmp_path / "out", "--on_error=skip")
     said = capsys.readouterr()
     assert "1 row of --input is left out:\n  - " in said.err
-    assert "left out    1 bad row of" in said.out
+    assert "left out    1 bad row of the input\n            - 1: not valid JSON\n" in said.out
     assert prepare.main([f"--inspect={tmp_path / 'out'}"]) == 0
     shown = capsys.readouterr().out
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()[:-1]]

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,20 +15,29 @@ from llamajax.corpus.prepare_options import PrepareOptions
 from llamajax.errors import UserError, combine, say
 
 _NAMED = 10
+# Of a problem, all but its first words: its place, and what is particular to the row.
+_REASON = re.compile(r"^.*?: (row \d+: )?|\s*[:;(].*$", re.DOTALL)
 
 
 @dataclasses.dataclass
 class LeftOut:
-    """What of the input is not in the output as it is: bad rows, and cuts that change tokens."""
+    """What of the input is not in the output as it is: bad rows, blank texts, unsafe cuts.
+
+    reasons: bad rows by the first words of their problem. unsafe_cuts: change a token.
+    """
 
     rows: int = 0
     first: list[str] = dataclasses.field(default_factory=list)
+    reasons: dict[str, int] = dataclasses.field(default_factory=dict)
+    blank: int = 0
     unsafe_cuts: int = 0
 
     def add(self, problem: str) -> None:
         """Count a bad row; name it if it is among the first."""
         self.rows += 1
         self.first += [problem][: _NAMED - len(self.first)]
+        reason = _REASON.sub("", problem)
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
     def error(self) -> UserError:
         """Return the error that names the first bad rows."""
@@ -59,6 +69,9 @@ class LeftOut:
         """Add the record of another part of the input."""
         self.rows += other.get("rows", 0)
         self.first = [*self.first, *other.get("first", [])][:_NAMED]
+        for reason, count in other.get("reasons", {}).items():
+            self.reasons[reason] = self.reasons.get(reason, 0) + count
+        self.blank += other.get("blank", 0)
         self.unsafe_cuts += other.get("unsafe_cuts", 0)
 
 
@@ -72,7 +85,7 @@ class Corpus:
     def __init__(self, files: Sequence[Path], options: PrepareOptions) -> None:
         self._files, self._options = files, options
         self.total_bytes = sum(f.stat().st_size for f in files)
-        self.num_articles = self._done_bytes = 0
+        self.num_articles = self._done_bytes = self._num_blank = 0
         self._stream: BinaryIO | None = None
         self.left_out = LeftOut()
         self._bad: set[int] = set()
@@ -110,6 +123,7 @@ class Corpus:
                     raise self.left_out.error() from None
             else:
                 yield size
+        self.left_out.blank = self._num_blank
         if self._options.on_error == "stop" and self._bad:
             raise self.left_out.error()
 
@@ -131,7 +145,7 @@ class Corpus:
 
     def _rows(self) -> Iterator[Any]:
         """Yield documents; a UserError for a bad row, and for a file that cannot be read on."""
-        self.num_articles = self._done_bytes = 0
+        self.num_articles = self._done_bytes = self._num_blank = 0
         for file in self._files:
             try:
                 with file.open("rb") as self._stream:
@@ -152,6 +166,8 @@ class Corpus:
         for text in self._texts(file, raw):
             if not isinstance(text, str) or (text and not text.isspace()):
                 yield text
+            else:
+                self._num_blank += 1
 
     def _texts(self, file: Path, raw: BinaryIO) -> Iterator[Any]:
         form, stream = input_files.format_of(file), input_files.decompressed(file, raw)

@@ -45,6 +45,9 @@ def summary(manifest: dict[str, Any]) -> list[str]:
     left_out = manifest.get("left_out", {})
     if rows := left_out.get("rows"):
         lines.append(f"left out    {rows:,} bad row{'s' * (rows > 1)} of the input")
+        lines += [f"            - {n:,}: {why}" for why, n in left_out.get("reasons", {}).items()]
+    if left_out.get("blank"):
+        lines.append(f"blank       {left_out['blank']:,} texts of white space alone")
     if left_out.get("unsafe_cuts"):
         lines.append(f"cuts        {left_out['unsafe_cuts']:,} within texts change a token")
     return lines
