@@ -258,7 +258,8 @@ def open_validation_sets(data: DataConfig, trained: Mixture) -> dict[str, Mixtur
 
 def _open_validation_set(path: Path, trained: Mixture) -> Mixture:
     """Open the validation split of a directory, or its train split where it has no other."""
-    split = "validation" if _with_split([path], "validation") else "train"
+    splits = read_manifest(path, label="")["splits"]
+    split = "validation" if splits.get("validation", {}).get("tokens") else "train"
     source, ours = _open_split(path, split, verify=False), trained.tokenizer_fingerprint
     if (theirs := source.manifest["tokenizer"]["fingerprint"]) != ours:
         raise UserError(

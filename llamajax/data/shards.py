@@ -75,17 +75,19 @@ def unpack_block(record: bytes, dtype: np.dtype, *, masked: bool) -> TokenBlock:
     return TokenBlock(tokens, starts, np.unpackbits(bits, count=num_tokens).view(bool))
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Read the manifest of a prepared directory. UserError for none, or one of another format."""
+def read_manifest(path: Path, *, label: str = "data.path: ") -> dict[str, Any]:
+    """Read the manifest of a prepared directory. UserError for none, or one of another format.
+
+    label: what named the directory, for messages.
+    """
     file = path / MANIFEST
     if not file.is_file():
         what = "no such directory"
         if path.is_dir():
             what = "not a prepared directory (no manifest.json)"
         raise UserError(
-            f"data.path: {path}: {what}; write one with `python -m llamajax.prepare "
-            f"--input=FILES --tokenizer=TOK --output={path}`, or name another with "
-            "--config.data.path=DIR"
+            f"{label}{path}: {what}; write one with `python -m llamajax.prepare "
+            f"--input=FILES --tokenizer=TOK --output={path}`, or name another"
         )
     try:
         manifest = json.loads(file.read_text("utf-8"))

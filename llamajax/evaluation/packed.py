@@ -16,7 +16,7 @@ class PackedRows:
     def __init__(
         self, path: Path, *, split: str, seq_len: int, mask_documents: bool, vocab_size: int
     ) -> None:
-        manifest = read_manifest(path)
+        manifest = read_manifest(path, label="--data=")
         tokens = manifest["tokenizer"]["vocab_size"]
         problems = []
         if split not in manifest["splits"]:

@@ -20,7 +20,8 @@ REFUSALS = {
     "mesh": ({"mesh.tensor": 3}, "does not make"),
     "vocabulary": ({"model.vocab_size": 200}, "model.vocab_size"),
     "no data": ({"data.path": "PLACE/nothing"}, "nothing"),
-    "no validation set": ({"data.validation": "a:PLACE/nothing"}, "a: "),
+    "no validation set": ({"data.validation": "a:PLACE/nothing"}, "/nothing: no such directory"),
+    "an empty validation set": ({"data.validation": "a:PLACE/empty"}, "has no token to predict"),
     "no name of a set": ({"data.validation": "a b:PLACE/file"}, "the name 'a b' may have letters"),
     "a validation set of another tokenizer": (
         {"data.validation": "a:PLACE/other_tokenizer"},
@@ -64,6 +65,10 @@ def place(short_data, tmp_path_factory) -> Path:
     shard.write_bytes(shard.read_bytes()[:-1])
     texts = ["Another tokenizer is trained on this."] * 300
     prepare_texts(folder, texts, tokenizer="train:300").rename(folder / "other_tokenizer")
+    shutil.copytree(short_data, folder / "empty")
+    manifest = json.loads((folder / "empty" / "manifest.json").read_text())
+    manifest["splits"]["validation"]["tokens"] = 1
+    (folder / "empty" / "manifest.json").write_text(json.dumps(manifest))
     (folder / "owned").mkdir()
     (folder / "owned" / "owner.json").write_text('{"id": "1", "workdir": "/else", "host": "a"}')
     (folder / "file").touch()
