@@ -142,6 +142,12 @@ def _document(directory: Path, token: int) -> str:
     return reader.text(start, end, shown=end)
 
 
+@pytest.mark.parametrize("documents", [["a"], ["b", "b", "c d"]])
+def test_a_tiny_set(documents, inspected):
+    train = inspected(documents)["splits"]["train"]
+    assert (train["copies"]["exact"], train["order"]) == (len(documents) // 2, [])
+
+
 def test_the_figures_of_lengths_and_packing(inspected, tmp_path):
     train = inspected(CLEAN)["splits"]["train"]
     lengths = np.array([len(text) + 2 for text in CLEAN])

@@ -51,7 +51,8 @@ def near_duplicates(found: np.ndarray) -> NearDuplicates:
         pairs = np.ascontiguousarray(found[told, first : first + _BAND]).view(np.uint64)
         keys = mix(mix(pairs[:, 0]) ^ pairs[:, 1])
         order = np.argsort(keys, kind="stable")
-        starts = np.append(True, keys[order][1:] != keys[order][:-1])
+        starts = np.ones(len(order), bool)
+        starts[1:] = keys[order][1:] != keys[order][:-1]
         earliest = order[np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))]
         later, earlier = told[order[~starts]], told[earliest[~starts]]
         for part in np.array_split(np.arange(len(later)), 1 + len(later) // (1 << 16)):
