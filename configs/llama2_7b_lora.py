@@ -1,8 +1,10 @@
 """Llama-2 7B with low-rank adapters on one accelerator, its weights frozen in bfloat16.
 
-Hardware: one accelerator of 40 GB or more: 13.5 GB of frozen weights, 0.6 GB of adapters (40 M
-          weights) with gradients and optimizer state, planned by the compiler; activations come on
-          top, less with a higher --config.train.accumulation_steps. More devices share all of it.
+Hardware: one accelerator of 80 GB: 12.7 GiB of frozen weights, 0.6 of adapters (40 M weights) with
+          gradients and optimizer state, and activations. Planned (`llamajax plan`, jax 0.12,
+          2026-11-30) for h100:1: 57.4 of 72.8 GiB. For one of 40 GB set
+          --config.train.accumulation_steps=8 --config.train.remat=full: 17 GiB by the formula. Up
+          to 4 devices share all of it.
 Command:  python -m llamajax.prepare --input='text/*.jsonl' --tokenizer=hf/llama2_7b \
               --output=data/finetune
           python -m llamajax.train --config=configs/llama2_7b_lora.py \
@@ -10,10 +12,10 @@ Command:  python -m llamajax.prepare --input='text/*.jsonl' --tokenizer=hf/llama
               --config.data.path=data/finetune
 Start:    a Hugging Face directory of Llama-2 7B, or any checkpoint of that architecture. It must
           stay where it is: checkpoints of this run hold the adapters alone.
-Batch:    16 sequences of 2048: 32,768 tokens a step, 8 sequences at a time.
+Batch:    16 sequences of 2048: 32,768 tokens a step, 4 sequences at a time.
 Result:   the merged model by `llamajax.convert --from=runs/llama2_7b_lora`, the adapters for
           Hugging Face's PEFT in runs/llama2_7b_lora/peft.
-Speed:    unmeasured.
+Speed:    planned for h100:1, not run: 18,239 tokens/s.
 Loss:     unmeasured; depends on the text.
 
 Adapters on every matrix, learning rate 2e-4 and constant scale alpha / rank = 1 after the recipe of

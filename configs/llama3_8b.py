@@ -1,14 +1,14 @@
 """Llama-3 8B from scratch on one node of 8 devices.
 
-Hardware: 8 accelerators of 80 GB; everything sharded over them (about 16 GB a device, planned by
-          hand, before activations).
+Hardware: 8 accelerators of 80 GB; everything sharded over them. Planned (`llamajax plan`, jax 0.12,
+          2026-11-30) for h100:8: 51.9 of 72.8 GiB a device, 29.9 with --config.train.remat=full.
 Command:  python -m llamajax.prepare --input='text/*.jsonl' --tokenizer=tokenizer.model \
               --output=data/llama3
           python -m llamajax.train --config=configs/llama3_8b.py --workdir=runs/llama3_8b \
               --config.data.path=data/llama3
 Batch:    128 sequences of 8192: 1,048,576 tokens a step, 21 G tokens in all.
-Speed:    planned for h100:8 (jax 0.12, 2026-11-30): 8,262 tokens/s a device, 29.9 of 72.8 GiB.
-          Unmeasured. Published elsewhere: 6,667 tokens/s a device with torchtitan on 8 H100.
+Speed:    planned for h100:8, not run: 10,496 tokens/s a device, 8,262 with `full`.
+          Published elsewhere: 6,667 tokens/s a device with torchtitan on 8 H100.
 Loss:     unmeasured.
 """
 

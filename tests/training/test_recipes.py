@@ -1,4 +1,4 @@
-"""Muon, rounded moments and an average of the weights in whole runs: stopped, resumed, exported."""
+"""Muon, 8-bit products, rounded moments and an average of weights in runs: stopped, resumed."""
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from llamajax.checkpoint import open_checkpoint
 DECAY = 0.2
 RECIPE = {"optim__name": "muon", "optim__moment_dtype": "bfloat16", "checkpoint__every_steps": 1}
 RECIPE |= {"checkpoint__keep": 9, "train__steps": 4, "train__eval_every": 2, "optim__offload": True}
+RECIPE |= {"train__dtype": "float8"}
 
 
 def stored(workdir, step: int, part: str) -> dict[str, np.ndarray]:
