@@ -162,7 +162,7 @@ def test_links_lead_somewhere(page: Path):
 
 def test_the_index_has_each_page_once():
     linked = re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs" / "index.md").read_text("utf-8"))
-    assert sorted([*linked, "index.md"]) == [page.name for page in DOCS]
+    assert sorted([*linked, "index.md"]) == [page.name for page in DOCS], "one line a page"
 
 
 def texts_of_the_package() -> Iterator[str]:
