@@ -8,7 +8,9 @@ Command:  with the weights of Llama-3 8B in hf/llama3_8b, and long documents pre
           `evaluate`, `generate` and `convert` then read runs/extended with its longer context.
 Batch:    64 sequences of 32,768: 2.1 M tokens a step, 0.84 G tokens in all.
 Speed:    unmeasured.
-Loss:     unmeasured.
+Loss:     8b: unmeasured. small: measured 2026-11-30 (jax 0.12, 2 shared CPU cores), in nats per
+          held-out token: 5.491 for the quickstart's weights in samples of 256 tokens, 5.517 of
+          1,024; with the scaling 5.500 of 1,024 after 10 steps, 5.481 after 20.
 """
 
 from ml_collections import ConfigDict

@@ -141,6 +141,8 @@ class _Reader:
 
     def _value(self, key: Key, tree: Mapping, name: str) -> Any:
         """Return the valid value of a key, or NOT_SET after adding to the problems."""
+        if key.path in self._reported:
+            return NOT_SET  # no rule is checked against the value that the flag was to replace
         inner = nested_class(key.annotation)
         try:
             raw = tree.get(name, key.default)
@@ -152,8 +154,6 @@ class _Reader:
                 value = self._list(key.path, item, raw)
             elif raw is not NOT_SET:
                 value = coerce(raw, key.annotation)
-            elif key.path in self._reported:
-                value = NOT_SET
             else:
                 raise Mistyped(f"not set ({key.type_words}: {key.doc})")
         except Mistyped as error:

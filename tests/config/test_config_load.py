@@ -50,7 +50,9 @@ def test_rope_scaling_is_built_cleared_and_changed_by_overrides(config_file):
         "model.rope_scaling.high_freq_factor and model.rope_scaling.original_max_seq_len"
     ]
     keys = {"type": "yran", "factor": "0.5", "rope_type": "yarn"}
-    found = problems_of(path, {f"model.rope_scaling.{name}": x for name, x in keys.items()})
+    found = problems_of(
+        config_file(), {f"model.rope_scaling.{name}": x for name, x in keys.items()}
+    )
     for fragment in (
         "type=yran: expected linear | llama3 | yarn, got 'yran' (str); did you mean yarn?",
         "factor = 0.5: must be at least 1",
