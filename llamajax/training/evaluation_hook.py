@@ -82,10 +82,8 @@ class HeldOutLosses:
 
     def __call__(self, step: int, state: TrainState) -> dict[str, Any]:
         models = [state.whole] if state.average is None else [state.whole, state.averaged]
-        config, sets = (
-            self._attempt.run.setup.at(step).config,
-            self._attempt.run.setup.evaluated.sets,
-        )
+        setup = self._attempt.run.setup
+        config, sets = setup.at(step).config, setup.evaluated.sets
         sums = {name: self._sums(step, held_out, models) for name, held_out in sets.items()}
         sizes = {name: _num_bytes(config, held_out) for name, held_out in sets.items()}
         if "" not in sets:

@@ -12,6 +12,7 @@ from llamajax.monitoring import load_events
 
 PROMPTS = ("abc, ", "line \x1b[31m 1")
 KEYS = {"train__steps": 4, "train__eval_every": 2, "train__eval_batches": None}
+AVERAGED = {"optim__ema_decay": 0.5}
 SAMPLED = {"train__sample_prompts": PROMPTS, "train__sample_tokens": 9}
 
 
@@ -45,7 +46,7 @@ def plain(short_run, tmp_path_factory):
 def stopped(short_run, sets, tmp_path_factory):
     """A run with two more sets and samples, stopped where it evaluates, and resumed."""
     workdir = tmp_path_factory.mktemp("stopped")
-    keys = KEYS | SAMPLED | {"data__validation": sets, "optim__ema_decay": 0.5}
+    keys = KEYS | SAMPLED | AVERAGED | {"data__validation": sets}
     assert short_run(workdir, **keys, stop_after=2) == 143
     assert not (workdir / "samples.jsonl").exists() or samples_of(workdir) == []
     assert short_run(workdir, **keys) == 0
@@ -82,6 +83,16 @@ def test_samples_are_what_generate_writes(stopped, capsys):
         assert generate.main([f"--checkpoint={stopped}", *flags]) == 0
         text = json.loads(capsys.readouterr().out)["text"]
         assert samples_of(stopped)[2 + number] == (4, number, text)
+
+
+def test_a_kill_before_the_row_repeats_the_row_and_no_sample(stopped, short_run, sets):
+    before = (rows_of(stopped), samples_of(stopped))
+    for name, lost in (("metrics.jsonl", 1), ("events.jsonl", 2)):  # the row; evaluation and end
+        lines = (stopped / name).read_text().splitlines(keepends=True)
+        (stopped / name).write_text("".join(lines[:-lost]))
+    assert len(rows_of(stopped)) == 1
+    assert short_run(stopped, **KEYS, **SAMPLED, **AVERAGED, data__validation=sets) == 0
+    assert (rows_of(stopped), samples_of(stopped)) == before
 
 
 ALONE = SAMPLED | {"train__sample_temperature": 1.0, "train__steps": 3}
