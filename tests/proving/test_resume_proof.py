@@ -12,7 +12,7 @@ from refusal import refused
 from shell import TINY_RUN, shell
 from workdirs import prepare_texts, write_rows
 
-from llamajax.config import load
+from llamajax.config import load, stages_of
 from llamajax.monitoring.row_comparison import largest_difference, logged_values
 from llamajax.proving import resume_proof, trial
 
@@ -130,6 +130,7 @@ def options_of(tmp_path):
 
 def test_a_short_run_is_a_valid_config(options_of):
     long = {"optim.schedule": "wsd", "monitoring.profile_steps": "20:25"}
+    long["data.stages"] = '[{"from_step": 2000, "seq_len": 24}, {"from_tokens": 2e6, "seq_len": 9}]'
     options = options_of(train__steps=9000, optim__decay_steps=900, **long)
     short = dict(
         text.removeprefix("--config.").split("=")
@@ -138,6 +139,7 @@ def test_a_short_run_is_a_valid_config(options_of):
     config = load(f"{TINY_RUN}:somewhere", long | short)
     found = (config.train.steps, config.checkpoint.every_steps, config.optim.decay_steps)
     assert found == (12, 2, 4)
+    assert [stage.first_step for stage in stages_of(config)] == [0, 4, 8]
 
 
 @pytest.mark.parametrize(
