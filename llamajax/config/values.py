@@ -187,7 +187,8 @@ def _parse_json(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise Mistyped(f"is no JSON list: {error}") from None
+        begins = "begins with [ and " if text.startswith("[") else ""
+        raise Mistyped(f"{begins}is no JSON list: {error}") from None
 
 
 def _parse_pairs(text: str, annotation: Any) -> dict[str, Any]:
