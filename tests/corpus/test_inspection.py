@@ -11,7 +11,7 @@ from refusal import refused
 
 from llamajax import prepare
 from llamajax.corpus.document_hashes import CopyCounter, document_hashes
-from llamajax.corpus.inspection import document_reader
+from llamajax.corpus.inspection import directory_inspection, document_reader
 from llamajax.corpus.inspection.directory_inspection import open_directory
 from llamajax.corpus.inspection.document_reader import DocumentReader
 
@@ -230,6 +230,15 @@ def test_documents_are_read_in_order_whole_or_an_even_sample(
         start = int(starts[number])
         ends = (start, start + int(lengths[number]))
         assert reader.document_at(start) == reader.document_at(ends[1] - 1) == ends
+
+
+def test_what_is_not_looked_for_is_said(inspected, monkeypatch):
+    monkeypatch.setattr(document_reader, "_GROUP_BLOCKS", 1)
+    monkeypatch.setattr(document_reader, "_RUN_GROUPS", 1)
+    monkeypatch.setattr(directory_inspection, "_MAX_VALIDATION_TOKENS", 9_000)
+    found = inspected(CLEAN, fraction=0.3)
+    rest = found["splits"]["validation"]["documents"] - found["overlap"][0]["rows"]
+    assert findings(found) == [f"validation: {rest} of its documents were not looked for in train"]
 
 
 def test_copies_are_counted_across_pieces_and_in_bounded_memory(monkeypatch):

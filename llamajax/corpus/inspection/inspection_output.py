@@ -115,6 +115,9 @@ def findings(found: dict[str, Any]) -> Iterator[str]:
                     f"one holds {samples['documents_per_sample']:.1f} neighbors; shuffle the input"
                 )
     for row in found["overlap"]:
+        rest = found["splits"].get(row["text"], {"documents": 0})["documents"] - row["rows"]
+        if rest > 0:
+            yield f"{row['text']}: {rest:,} of its documents were not looked for in train"
         if half := row["rows_half_found"]:
             yield f"train holds at least half of {half:,} of {row['rows']:,} rows of {row['text']}"
 
