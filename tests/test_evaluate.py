@@ -76,6 +76,8 @@ MISTAKES = {
     "--tasks=task.jsonl --seq_len=3": "(?s)line 2: .* 'whales' has 7 tokens .*between 1 and 3",
     "--tasks=task.jsonl --max_batches=1": "--max_batches=1 does not go with --tasks",
     "--tasks=task.jsonl --limit=5": "--limit=5 does not go with --tasks: it belongs to --harness",
+    "--harness=a": r"--harness needs .* 'lm_eval'\): pip install 'llamajax\[harness\]'",
+    "--harness=a --harness_tasks=nowhere": "nowhere: there is no such directory",
     "--tasks=task.jsonl --text=text.txt": "--text and --tasks given",
     "--data=foreign": r"its tokens are 0\.\.284, the vocabulary of the model 0\.\.257",
 }

@@ -145,6 +145,12 @@ class TrainConfig:
     eval_batches: int | None = key(
         "batches of each validation set per evaluation; none: all", default=None, at_least=1
     )
+    tasks: tuple[str, ...] = key(
+        "multiple choice at each evaluation: files of JSON lines, as evaluate --tasks reads them; "
+        "inputs are cut to data.seq_len",
+        default=(),
+        is_path=True,
+    )
     sample_prompts: tuple[str, ...] = key(
         "texts that are continued at each evaluation, in samples.jsonl; one with a comma as JSON, "
         """'["Well, ", "So"]'""",

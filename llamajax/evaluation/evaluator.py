@@ -21,15 +21,17 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
     To be called by all processes. Raises UserError for what a user can fix.
     """
-    weights = open_weights(options.checkpoint)
     if options.harness is not None:
+        if options.harness_tasks is not None and not Path(options.harness_tasks).is_dir():
+            raise UserError(f"--harness_tasks={options.harness_tasks}: there is no such directory")
         try:
             from llamajax.evaluation.harness import run_harness
         except ImportError as error:
             raise UserError(
                 f"--harness needs lm-evaluation-harness ({error}): pip install 'llamajax[harness]'"
             ) from error
-        return run_harness(options, weights)
+        return run_harness(options)
+    weights = open_weights(options.checkpoint)
     source = open_rows(options, weights)
     scorer = Scorer.load(options, weights)
     stride = "" if source.stride is None else f", stride {source.stride}"

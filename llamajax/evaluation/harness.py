@@ -28,7 +28,7 @@ from llamajax.evaluation.continuations import Continuation, ContinuationRows, pa
 from llamajax.evaluation.evaluate_options import EvaluateOptions
 from llamajax.evaluation.row_sources import context_length, needed_tokenizer
 from llamajax.evaluation.scorer import Scorer
-from llamajax.formats.weights import Weights, open_weights
+from llamajax.formats.weights import open_weights
 
 _PROMPTS_A_DEVICE = 8
 # What a task may ask of generation; other keys would change its numbers and are refused.
@@ -130,7 +130,8 @@ class HarnessModel(TemplateLM):
                 top_k=wanted.get("top_k"),
                 top_p=wanted.get("top_p"),
             )
-            prompt = Prompt(number, self.tok_encode(context)[-room:], wanted["max_gen_toks"])
+            ids = self.tok_encode(context)[-room:] or [self.prefix_token_id]
+            prompt = Prompt(number, ids, wanted["max_gen_toks"])
             groups.setdefault(sampling, []).append((prompt, wanted["until"]))
         texts = [""] * len(requests)
         size = _PROMPTS_A_DEVICE * sharding.batch_shards(self.scorer.mesh)
@@ -174,7 +175,7 @@ class HarnessModel(TemplateLM):
         ]
 
 
-def run_harness(options: EvaluateOptions, weights: Weights) -> dict[str, Any]:
+def run_harness(options: EvaluateOptions) -> dict[str, Any]:
     """Run the tasks of --harness, and return the result as the verb prints it."""
     manager = tasks.TaskManager(include_path=options.harness_tasks)
     try:
@@ -195,7 +196,8 @@ def run_harness(options: EvaluateOptions, weights: Weights) -> dict[str, Any]:
         for name, row in (found["results"] | found.get("groups", {})).items()
     }
     fixed = {"loss": None, "perplexity": None, "tokens": model.scored_tokens}
-    return fixed | {"protocol": "harness", "tasks": figures} | model.scorer.facts(weights, 0)
+    facts = model.scorer.facts(model.weights, model.max_length)
+    return fixed | {"protocol": "harness", "tasks": figures} | facts
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ from llamajax import backends, sharding
 from llamajax.config.flags import mesh_config
 from llamajax.errors import say
 from llamajax.evaluation.evaluate_options import EvaluateOptions
-from llamajax.evaluation.scoring import Score, rows_a_batch, score
+from llamajax.evaluation.scoring import Score, rows_a_batch, score, token_scores
 from llamajax.formats.load_model import load_model
 from llamajax.formats.weights import Weights
 from llamajax.models.llama import Compute, Llama
@@ -60,17 +60,18 @@ class Scorer:
         num_batches = min(num_batches, self.options.max_batches or num_batches)
         mode = "auto" if self.machine.is_primary else "none"
         progress = Progress(total_steps=num_batches, start_step=0, mode=mode, title="evaluate")
+        compute = Compute(
+            dtype=jnp.dtype(self.dtype),
+            remat="none",
+            attention=attention.impl,
+            loss_chunk_tokens=_CHUNK_TOKENS,
+        )
         try:
             return score(
                 self.model,
                 rows,
                 mesh=self.mesh,
-                compute=Compute(
-                    dtype=jnp.dtype(self.dtype),
-                    remat="none",
-                    attention=attention.impl,
-                    loss_chunk_tokens=_CHUNK_TOKENS,
-                ),
+                run=token_scores(compute, self.mesh),
                 batch_size=batch_size,
                 num_batches=num_batches,
                 keep=keep,

@@ -55,7 +55,7 @@ def score(
     rows: Any,
     *,
     mesh: Mesh,
-    compute: Compute,
+    run: Callable[[Llama, Batch], TokenScores],
     batch_size: int,
     num_batches: int,
     keep: bool,
@@ -63,10 +63,11 @@ def score(
 ) -> Score:
     """Score the first `num_batches` batches of `batch_size` rows; the last is filled with padding.
 
-    rows: `WindowRows` or `PackedRows`. keep: whether to keep the loss of every token. show: called
-    with a row of metrics a batch. A batch is read while the one before it is computed.
+    rows: `WindowRows`, `PackedRows` or `ContinuationRows`. run: made by `token_scores`. keep:
+    whether to keep the scores of every token. show: called with a row of metrics a batch. A batch
+    is read while the one before it is computed.
     """
-    run, local = token_scores(compute, mesh), sharding.local_rows(mesh, batch_size)
+    local = sharding.local_rows(mesh, batch_size)
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     nll, tokens, start_s = 0.0, 0, time.monotonic()
     pending: tuple[TokenScores, np.ndarray] | None = None

@@ -5,6 +5,7 @@ its question: the tokens of both together, of which those of the choice are targ
 """
 
 import dataclasses
+import hashlib
 import math
 import string
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,14 @@ class Tasks:
 
     questions: Mapping[str, Sequence[Question]]
     encoded: Sequence[Continuation]
+
+    @property
+    def digest(self) -> str:
+        """A digest of what is scored, for comparison between processes."""
+        known = hashlib.sha256(repr([*self.questions.items()]).encode())
+        for each in self.encoded:
+            known.update(each.ids.tobytes())
+        return known.hexdigest()[:12]
 
     def warnings(self) -> Iterator[str]:
         """Yield a line for each task with questions whose beginnings are left out."""

@@ -24,8 +24,8 @@ def plain_number(value: Any) -> Any:
 
 
 def is_evaluation(row: Mapping[str, Any]) -> bool:
-    """Return whether a row is of an evaluation: it has numbers whose names begin with `eval_`."""
-    return any(name.startswith("eval_") for name in row)
+    """Return whether a row is of an evaluation: some names begin with `eval_` or `task/`."""
+    return any(name.startswith(("eval_", "task/")) for name in row)
 
 
 def encode_row(row: Mapping[str, Any]) -> str:

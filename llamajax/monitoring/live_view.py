@@ -70,8 +70,8 @@ class LiveView:
         """Take over a row's values; those of an evaluation stay until the next one."""
         if is_evaluation(row):
             for name, value in row.items():
-                if name.startswith("eval_loss"):
-                    label = name.replace("_", " ").replace("/", " ")
+                if name.startswith("eval_loss") or name.endswith("/accuracy"):
+                    label = name.removeprefix("task/").replace("_", " ").replace("/", " ")
                     self.set_cell(label, f"{value:.3f} at {row['step']:,}")
             return
         self._row = row

@@ -51,6 +51,9 @@ def format_row(row: Mapping[str, Any]) -> str:
         shown["mfu_full"] *= 100
     parts = [formats[key].format(value) for key, value in shown.items()]
     parts += [f"{name[10:]} {row[name]:.3f}" for name in row if name.startswith("eval_loss/")]
+    for name in row:
+        if name.startswith("task/") and name.endswith("/accuracy"):
+            parts.append(f"{name.split('/')[1]} accuracy {row[name]:.3f}")
     return "  ".join(parts)
 
 

@@ -16,6 +16,8 @@ from llamajax.data import Mixture
 from llamajax.decoding.engine import Engine
 from llamajax.decoding.generate_options import Sampling
 from llamajax.decoding.printed_texts import TextStream
+from llamajax.evaluation.continuations import ContinuationRows
+from llamajax.evaluation.scoring import score
 from llamajax.models.llama import Llama
 from llamajax.monitoring import MetricsWriter
 from llamajax.monitoring.metrics import SAMPLES
@@ -26,8 +28,8 @@ from llamajax.training.hooks import Attempt, Hook, Interrupted
 from llamajax.training.messages import samples_problem
 from llamajax.training.state import TrainState
 
-# (step, state) -> numbers of the row, whose names begin with `eval_`. Called by all processes; it
-# calls `Attempt.report_part` now and then, and lets Interrupted through.
+# (step, state) -> numbers of the row, whose names begin with `eval_` or `task/`. Called by all
+# processes; it calls `Attempt.report_part` now and then, and lets Interrupted through.
 Part = Callable[[int, TrainState], dict[str, Any]]
 _SHOWN, _SHOWN_CHARACTERS = 3, 90  # of samples, on the terminal
 
@@ -41,6 +43,8 @@ class EvaluateHook(Hook):
         self._parts: list[Part] = []
         if self.run.setup.evaluated.sets:
             self._parts.append(HeldOutLosses(attempt))
+        if self.run.setup.evaluated.tasks is not None:
+            self._parts.append(TaskAccuracies(attempt))
         if self.run.setup.evaluated.prompts and not samples_problem(self.run.setup):
             self._parts.append(Samples(attempt))
 
@@ -121,6 +125,31 @@ def _num_bytes(config: RunConfig, held_out: Mixture) -> int | None:
         return None
     sizes = [source.text_bytes for source in held_out.sources]
     return None if None in sizes else sum(sizes)
+
+
+class TaskAccuracies:
+    """Scores the choices of `train.tasks`, in batches of the shape that evaluation has."""
+
+    def __init__(self, attempt: Attempt):
+        self._attempt, self._setup = attempt, attempt.run.setup
+        data, tasks = self._setup.config.data, self._setup.evaluated.tasks
+        self._rows = ContinuationRows(tasks.encoded, data.seq_len, packed=data.mask_documents)
+
+    def __call__(self, step: int, state: TrainState) -> dict[str, Any]:
+        size = eval_batch_size(self._setup.config)
+        found = score(
+            state.whole,
+            self._rows,
+            mesh=self._setup.mesh,
+            run=self._attempt.programs.score,
+            batch_size=size,
+            num_batches=-(-self._rows.num_rows // size),
+            keep=True,
+            show=lambda _: self._attempt.report_part(),
+        )
+        results = self._setup.evaluated.tasks.results(self._rows.sums(found)[0])
+        shown = ("accuracy", "accuracy_by_length", "bits_per_byte")
+        return {f"task/{name}/{key}": of[key] for name, of in results.items() for key in shown}
 
 
 def _fields(suffix: str, sums: np.ndarray, num_bytes: int | None) -> dict[str, Any]:

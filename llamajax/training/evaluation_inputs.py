@@ -1,4 +1,4 @@
-"""What the evaluations of a run read: its validation sets and its prompts."""
+"""What the evaluations of a run read: its validation sets, tasks and prompts."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from llamajax import data
 from llamajax.config import RunConfig
 from llamajax.decoding.prompts import Prompt, as_prompt, text_ids
+from llamajax.evaluation.task_files import Tasks, open_tasks
 from llamajax.tokenizers import Tokenizer
 
 
@@ -14,13 +15,14 @@ class EvaluationInputs:
     """What evaluations read besides the model.
 
     own: the validation split of `data.path`, if there is one. named: the sets of `data.validation`.
-    prompts: of `train.sample_prompts`. tokenizer: None without prompts.
+    prompts: of `train.sample_prompts`. tokenizer: None without prompts and tasks.
     """
 
     own: "data.Mixture | None" = None
     named: "Mapping[str, data.Mixture]" = dataclasses.field(default_factory=dict)
     prompts: Sequence[Prompt] = ()
     tokenizer: Tokenizer | None = None
+    tasks: Tasks | None = None
 
     @property
     def sets(self) -> "dict[str, data.Mixture]":
@@ -41,9 +43,12 @@ def open_evaluation_inputs(config: RunConfig, mixture: "data.Mixture") -> Evalua
     if data.has_split(config.data, "validation"):
         size = config.model.vocab_size
         own = data.open_mixture(config.data, split="validation", vocab_size=size)
-    tokenizer = None
-    if config.train.sample_prompts:
+    tokenizer = tasks = None
+    if config.train.sample_prompts or config.train.tasks:
         tokenizer = data.load_tokenizer(mixture.sources[0].path)
+    if config.train.tasks:
+        paths, seq_len = config.train.tasks, config.data.seq_len
+        tasks = open_tasks(paths, tokenizer, seq_len=seq_len, label="train.tasks")
     return EvaluationInputs(
         own=own,
         named=data.open_validation_sets(config.data, mixture),
@@ -59,4 +64,5 @@ def open_evaluation_inputs(config: RunConfig, mixture: "data.Mixture") -> Evalua
             for number, text in enumerate(config.train.sample_prompts)
         ],
         tokenizer=tokenizer,
+        tasks=tasks,
     )

@@ -24,11 +24,14 @@ _MANY_PASSES = 100  # over the same text
 def run_header(setup: Setup, start: int) -> Iterator[str]:
     """Yield the lines that say what runs where, and from which step."""
     c, m = setup.config, setup.machine
-    if not setup.evaluated.sets:
+    tasks = setup.evaluated.tasks
+    if not setup.evaluated.sets and tasks is None:
         yield "warning: the data has no validation split: no evaluation"
     if problem := samples_problem(setup):
         yield f"warning: train.sample_prompts: {problem}"
     for line in data_warnings(setup) + memory_warnings(setup):
+        yield f"warning: {line}"
+    for line in tasks.warnings() if tasks else ():
         yield f"warning: {line}"
     if c.train.name:
         yield f"run      {c.train.name}"
@@ -60,6 +63,8 @@ def run_header(setup: Setup, start: int) -> Iterator[str]:
         (source,) = held_out.sources
         tokens = format_count(source.num_tokens)
         yield f"held out {name}: {source.split} split of {source.path}, {tokens} tokens"
+    for name, questions in tasks.questions.items() if tasks else ():
+        yield f"task     {name}: {len(questions)} questions"
     origin = c.train.init_from or "the beginning"
     where = f"continuing from step {start}" if start else f"from {origin}"
     yield f"steps    {c.train.steps}, {where}"

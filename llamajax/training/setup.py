@@ -16,6 +16,7 @@ from llamajax.backends.platforms import platform_facts
 from llamajax.checkpoint import Checkpoint, check_same_model, named_leaves, restore_state
 from llamajax.config import RunConfig, common_values, stage_named, stages_of, to_json_dict
 from llamajax.errors import UserError
+from llamajax.evaluation.scoring import token_scores
 from llamajax.formats.weights import Weights
 from llamajax.models.counts import matrices_per_layer
 from llamajax.models.llama import Compute
@@ -126,6 +127,7 @@ def set_up(config: RunConfig, *, keep_programs: bool = True) -> Setup:
         for name, split in evaluated.sets.items():
             where = f"the data of {name} in data.validation"
             facts[where if name else "the validation data in data.path"] = split.describe()
+        facts["the files of train.tasks"] = evaluated.tasks and evaluated.tasks.digest
         if mixtures:
             facts["the tokenizer in data.path"] = mixtures[0].tokenizer_fingerprint[:12]
         facts["XLA_FLAGS and LIBTPU_INIT_ARGS"] = backends.compiler_flags()
@@ -326,6 +328,7 @@ class Programs:
     digest: str
     update: Callable  # (state, batch) -> (state, metrics); the state is donated
     evaluate: Callable  # (model, batch) -> (summed loss, number of targets)
+    score: Callable | None  # (model, batch) -> TokenScores; where there are tasks
     canary: Canary | None
     weight_names: tuple[str, ...]  # of what is trained, in the order of the norms in the metrics
 
@@ -354,6 +357,10 @@ def compile_programs(setup: Setup, state: TrainState) -> Programs:
     eval_batch = abstract_batch(config.data, mesh, batch_size=eval_batch_size(config))
     update = lower_update(config, mesh, setup.compute, setup.spec.optimizer, state)
     evaluate = eval_step(setup.compute, mesh).lower(state.whole, eval_batch)
+    scores = None
+    if setup.evaluated.tasks is not None:
+        inputs = {name: array for name, array in eval_batch.items() if name != "loss_mask"}
+        scores = token_scores(setup.compute, mesh).lower(state.whole, inputs)
     canary = None
     if config.guard.canary_every is not None:
         # Microbatches of the size that training has.
@@ -371,6 +378,7 @@ def compile_programs(setup: Setup, state: TrainState) -> Programs:
         digest=program_digest(update),
         update=compiled(update),
         evaluate=compiled(evaluate),
+        score=None if scores is None else compiled(scores),
         canary=canary,
         weight_names=tuple(named_leaves(state.trained)),
     )

@@ -11,7 +11,7 @@ from meshes import mesh_of
 from tiny_model import COMPUTE, tiny_model
 
 from llamajax import sharding
-from llamajax.evaluation.scoring import rows_a_batch, score
+from llamajax.evaluation.scoring import rows_a_batch, score, token_scores
 from llamajax.evaluation.windows import WindowRows, sliding_window
 from llamajax.models.llama import Llama
 
@@ -49,7 +49,7 @@ def run(shape: dict[str, int], batch_size: int, **options):
     attention = "split" if mesh.shape["sequence"] > 1 else COMPUTE.attention
     changes = {"attention": attention, "split_tokens": mesh.shape["tensor"] > 1}
     compute = dataclasses.replace(COMPUTE, **changes)
-    return score(placed, ROWS, mesh=mesh, compute=compute, **options), shown
+    return score(placed, ROWS, mesh=mesh, run=token_scores(compute, mesh), **options), shown
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 100])

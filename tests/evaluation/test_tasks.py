@@ -13,7 +13,7 @@ from tiny_model import COMPUTE
 from llamajax import sharding
 from llamajax.errors import UserError
 from llamajax.evaluation.continuations import Continuation, ContinuationRows, packed_length
-from llamajax.evaluation.scoring import rows_a_batch, score
+from llamajax.evaluation.scoring import rows_a_batch, score, token_scores
 from llamajax.evaluation.task_files import encode_continuation, open_tasks
 from llamajax.tokenizers import load_tokenizer
 
@@ -125,7 +125,7 @@ def test_packed_continuations_have_the_losses_they_have_alone(shape, packed):
         placed,
         rows,
         mesh=mesh,
-        compute=compute,
+        run=token_scores(compute, mesh),
         batch_size=batch_size,
         num_batches=-(-rows.num_rows // batch_size),
         keep=True,

@@ -22,6 +22,13 @@ def rows_of(workdir):
     return [{name: row[name] for name in row if name != "time_s"} for row in rows]
 
 
+def tasks_of(workdir):
+    """The figures of tasks in the last row that has some, by name."""
+    rows = read_rows(workdir / "metrics.jsonl")
+    figures = [{k: v for k, v in row.items() if k.startswith("task/")} for row in rows]
+    return [each for each in figures if each][-1]
+
+
 def samples_of(workdir):
     return [(r["step"], r["index"], r["text"]) for r in read_rows(workdir / "samples.jsonl")]
 
@@ -36,6 +43,17 @@ def sets(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Two files of multiple choice; questions of the second are longer than a sample."""
+    folder = tmp_path_factory.mktemp("tasks")
+    choices = ["line of 4", "seven lines 4", "4"]
+    for name, text in {"short": "abc, line", "long": "line 12, " * 9}.items():
+        rows = [{"question": f"{text} {n}", "choices": choices, "answer": n % 3} for n in range(8)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(folder / "short.jsonl"), str(folder / "long.jsonl")]
+
+
+@pytest.fixture(scope="module")
 def plain(short_run, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("plain")
     assert short_run(workdir, **KEYS) == 0
@@ -43,10 +61,10 @@ def plain(short_run, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stopped(short_run, sets, tmp_path_factory):
-    """A run with two more sets and samples, stopped where it evaluates, and resumed."""
+def stopped(short_run, sets, tasks, tmp_path_factory):
+    """A run with two more sets, tasks and samples, stopped where it evaluates, and resumed."""
     workdir = tmp_path_factory.mktemp("stopped")
-    keys = KEYS | SAMPLED | AVERAGED | {"data__validation": sets}
+    keys = KEYS | SAMPLED | AVERAGED | {"data__validation": sets, "train__tasks": tasks}
     assert short_run(workdir, **keys, stop_after=2) == 143
     assert not (workdir / "samples.jsonl").exists() or samples_of(workdir) == []
     assert short_run(workdir, **keys) == 0
@@ -76,6 +94,19 @@ def test_each_set_has_the_numbers_of_evaluate(stopped, sets, capsys):
     assert len(losses) == 3
 
 
+def test_tasks_have_the_numbers_of_evaluate(stopped, tasks, capsys):
+    flags = [f"--checkpoint={stopped}", f"--tasks={','.join(tasks)}", "--seq_len=48"]
+    assert evaluate.main([*flags, "--dtype=float32"]) == 0
+    captured, last = capsys.readouterr(), tasks_of(stopped)
+    assert "warning: task long: 8 of 8 questions are longer than the context" in captured.err
+    found = json.loads(captured.out)["tasks"]
+    assert len(last) == 3 * len(found) == 6
+    for name, figures in found.items():
+        assert last[f"task/{name}/bits_per_byte"] == pytest.approx(figures["bits_per_byte"], 1e-5)
+        for key in ("accuracy", "accuracy_by_length"):
+            assert last[f"task/{name}/{key}"] == figures[key]
+
+
 def test_samples_are_what_generate_writes(stopped, capsys):
     assert [row[:2] for row in samples_of(stopped)] == [(2, 0), (2, 1), (4, 0), (4, 1)]
     for number, prompt in enumerate(PROMPTS):
@@ -100,11 +131,12 @@ ALONE |= {"monitoring__progress": "lines", "train__eval_batches": None}
 
 
 @pytest.fixture(scope="module")
-def alone(short_run, sets, tmp_path_factory):
+def alone(short_run, sets, tasks, tmp_path_factory):
     """A run whose data has no validation split of its own, and what it printed."""
     workdir, said = tmp_path_factory.mktemp("alone"), io.StringIO()
     with contextlib.redirect_stderr(said):
-        assert short_run(workdir, data__path=sets["whole"], data__validation=sets, **ALONE) == 0
+        keys = ALONE | {"data__validation": sets, "train__tasks": tasks}
+        assert short_run(workdir, data__path=sets["whole"], **keys) == 0
     return workdir, said.getvalue()
 
 
@@ -118,24 +150,41 @@ def test_without_a_split_of_its_own_all_targets_count(alone, sets):
     assert row["eval_loss"] == pytest.approx(mean, rel=1e-12)
 
 
+def test_tasks_are_shown_and_warned_of_once(alone):
+    accuracy = tasks_of(alone[0])["task/short/accuracy"]
+    assert f"short accuracy {accuracy:.3f}" in alone[1]
+    assert alone[1].count("warning: task long: 8 of 8 questions are longer") == 1
+
+
 def test_samples_are_shown_without_escape_codes(alone):
     assert "sample   line  [31m 1 | " in alone[1]
 
 
 @pytest.mark.slow
-def test_samples_are_the_same_on_a_mesh_that_splits_rows(alone, short_run, sets, tmp_path):
-    mesh = {"mesh.fsdp": 2, "mesh.sequence": 2}
-    assert short_run(tmp_path, data__path=sets["whole"], **ALONE, **mesh) == 0
+def test_a_mesh_that_splits_rows_changes_neither_samples_nor_tasks(
+    alone, short_run, sets, tasks, tmp_path
+):
+    keys = ALONE | {"mesh.fsdp": 2, "mesh.sequence": 2, "train__tasks": tasks}
+    assert short_run(tmp_path, data__path=sets["whole"], **keys) == 0
+    assert tasks_of(tmp_path) == pytest.approx(tasks_of(alone[0]), rel=1e-5)
     assert samples_of(tmp_path) == samples_of(alone[0])
     assert len({text for _, _, text in samples_of(tmp_path)}) == 2
     assert rows_of(tmp_path) == []
 
 
 @pytest.mark.slow
-def test_a_pipeline_trains_without_samples_and_says_so(short_run, tmp_path, capfd):
-    mesh = {"mesh.stage": 2, "mesh.fsdp": 2, "model.num_layers": 2}
-    assert short_run(tmp_path, train__sample_prompts=["a"], train__steps=3, **mesh) == 0
+def test_a_pipeline_trains_without_samples_and_says_so(short_run, tasks, tmp_path, capfd):
+    mesh = {"mesh.stage": 2, "mesh.fsdp": 2, "model.num_layers": 2, "data.mask_documents": False}
+    keys = {"train__sample_prompts": ["a"], "train__steps": 3, "train__tasks": tasks}
+    assert short_run(tmp_path, **keys, **mesh) == 0
+    flags = [f"--checkpoint={tmp_path}", f"--tasks={','.join(tasks)}", "--seq_len=48"]
+    assert evaluate.main([*flags, "--dtype=float32"]) == 0
+    captured, in_the_run = capfd.readouterr(), tasks_of(tmp_path)
+    found = json.loads(captured.out.splitlines()[-1])["tasks"]
+    for name, figures in found.items():
+        bits = in_the_run[f"task/{name}/bits_per_byte"]
+        assert bits == pytest.approx(figures["bits_per_byte"], rel=1e-5)
     problem = json.loads((tmp_path / "run.json").read_text())["samples_problem"]
     assert "2 pipeline stages cannot decode" in problem
-    assert capfd.readouterr().err.count(f"warning: train.sample_prompts: {problem}") == 1
+    assert captured.err.count(f"warning: train.sample_prompts: {problem}") == 1
     assert not (tmp_path / "samples.jsonl").exists()

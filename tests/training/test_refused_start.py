@@ -27,6 +27,7 @@ REFUSALS = {
         {"data.validation": "a:PLACE/other_tokenizer"},
         "other_tokenizer was prepared with another tokenizer than ",
     ),
+    "no task": ({"train.tasks": "PLACE/file"}, "train.tasks: "),
     "no room for samples": (
         {"train.sample_prompts": "Once", "train.sample_tokens": 9999},
         "set train.sample_tokens to at most",

@@ -1,6 +1,7 @@
 """Two processes on one machine: they end alike where they differ, and one of them exports."""
 
 import functools
+import json
 import os
 import shutil
 import socket
@@ -77,6 +78,8 @@ def outcomes(short_data, other_data, tmp_path_factory):
         if target is not None:
             (host / "data").symlink_to(target)
     shutil.copy(Path(__file__).with_name("own_chain.py"), same)
+    row = {"question": "A line", "choices": [f"of {n} words" for n in range(9)], "answer": 3}
+    (same / "order.jsonl").write_text((json.dumps(row) + "\n") * 30)
     pairs = {
         "rate": ({"optim.learning_rate": 0.002}, same),
         "seed": ({"optim.learning_rate": 0.002, "data.seed": 7}, same),
@@ -98,6 +101,7 @@ def outcomes(short_data, other_data, tmp_path_factory):
             keys |= own_keys if rank else {}
             if name == "exempt":
                 keys |= {"data.validation": f"other:{other_data}", "train.sample_prompts": "a"}
+                keys |= {"train.tasks": "order.jsonl"}
             if name == "chain":  # process 1 alone fails in it
                 keys |= {"optim.chain": "own_chain:fails"}
             if name == "refused":  # by both, once the workdir is open
@@ -152,6 +156,8 @@ def test_keys_of_one_process_alone_may_differ(outcomes):
         assert code == 0, text
     (evaluated,) = [row for row in read_rows(folder / "exempt/metrics.jsonl") if "eval_loss" in row]
     assert evaluated["eval_loss"] != evaluated["eval_loss/other"]
+    assert evaluated["task/order/accuracy"] in (0, 1), "all questions are the same"
+    assert 1 < evaluated["task/order/bits_per_byte"] < 20
     assert [row["step"] for row in read_rows(folder / "exempt" / "samples.jsonl")] == [1]
 
 

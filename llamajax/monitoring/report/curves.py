@@ -111,6 +111,7 @@ def curves(rows: Sequence[Row], *, first_s: float, cells: int = CELLS) -> dict[s
     train: columns of training rows. means: the same of parts of all rows, where train is thinned.
     evaluations: by name of a validation set ("" for the run's own), columns with `loss` and
     `bits_per_byte`; those of the average of the weights as `averaged weights`.
+    tasks: columns `task/NAME/...` of evaluation rows.
     nonfinite: [[step, key], ...] of the first hundred. nonfinite_rows: how many there are.
     """
     train = [row for row in rows if "loss" in row]
@@ -128,6 +129,9 @@ def curves(rows: Sequence[Row], *, first_s: float, cells: int = CELLS) -> dict[s
         name: _table(points, ["loss", "bits_per_byte"], first_s)
         for name, points in _evaluations(rows, table["step"], table["tokens_seen"]).items()
     }
+    tasks = _task_rows(rows, table["step"], table["tokens_seen"])
+    names = {name for row in tasks for name in row if name.startswith("task/")}
+    task_table = _table(tasks, sorted(names), first_s)
     return {
         "train": columns(table, kept),
         "means": _means(table) if len(kept) < len(train) else None,
@@ -135,6 +139,7 @@ def curves(rows: Sequence[Row], *, first_s: float, cells: int = CELLS) -> dict[s
             name: columns(each, thin(each, (), limit=_MAX_EVALUATIONS))
             for name, each in found.items()
         },
+        "tasks": columns(task_table, thin(task_table, (), limit=_MAX_EVALUATIONS)),
         "nonfinite": broken[:100],
         "nonfinite_rows": len(steps),
     }
@@ -160,6 +165,16 @@ def _evaluations(
                 shown = ", ".join(filter(None, (name, _HELD_OUT[kind])))
                 found.setdefault(shown, []).append(entry)
     return found
+
+
+def _task_rows(rows: Sequence[Row], steps: np.ndarray, tokens: np.ndarray) -> list[Row]:
+    """Return the rows with figures of tasks, with the tokens seen, as `_evaluations` has them."""
+    known = np.isfinite(tokens)
+    return [
+        {**row, "tokens_seen": _between(row["step"], steps[known], tokens[known])}
+        for row in rows
+        if any(name.startswith("task/") for name in row)
+    ]
 
 
 def _between(step: int, steps: np.ndarray, tokens: np.ndarray) -> int | None:

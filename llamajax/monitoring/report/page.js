@@ -233,6 +233,11 @@ function charts() {
   const { unigram_entropy: unigram } = RUN.facts;
   const wide = { wide: true, note: "nats a token", level: isNumber(unigram) && !MANY ? ["unigram entropy", unigram] : null };
   add("Loss", digits, [...lines("loss", "training", TRAINING), ...(MANY ? [] : sets.flatMap(heldOut))], wide);
+  const accuracies = DATA.runs.flatMap((run) => Object.keys(run.curves.tasks)
+    .filter((key) => key.endsWith("/accuracy"))
+    .map((key, i) => ({ key, data: run.curves.tasks, points: true, color: COLORS[1 + (i % 7)], ...own(run),
+      name: [MANY && run.name, key.split("/")[1]].filter(Boolean).join(": ") })));
+  add("Accuracy of tasks", percent, accuracies, { zero: true });
   if (MANY) sets.forEach((set) => add(set ? `Held-out loss: ${set}` : "Held-out loss", digits, heldOut(set), wide));
   for (const [title, format, columns, more] of CHARTS) {
     add(title, format, Object.entries(columns).flatMap(([key, style]) => lines(key, style.name ?? title, style)), more);
