@@ -125,6 +125,7 @@ def test_validation_sets_and_other_numbers_have_their_own_curves():
     # No row is of steps 3 and 9, and none comes after 9.
     rows.append({"step": 6, "loss": 2.0, "tokens_seen": 10})
     rows += [{"step": n, "eval_loss": 3.0, "ema_loss": 2.75} for n in (3, 9)]
+    rows[-2] |= {"task/order/accuracy": 0.25}
     found = curves(rows, first_s=5.0)
     assert found["train"]["norm/embed"] == [1.0, 2.0, None]
     assert {name: set_["loss"] for name, set_ in found["evaluations"].items()} == {
@@ -136,6 +137,8 @@ def test_validation_sets_and_other_numbers_have_their_own_curves():
     assert found["evaluations"]["code"]["bits_per_byte"] == [3.5]
     assert found["evaluations"]["averaged weights"]["bits_per_byte"] == [None, None]
     assert found["evaluations"]["code"]["time_s"] == [2.0]
+    tasks = found["tasks"]
+    assert (tasks["task/order/accuracy"], tasks["step"], tasks["tokens_seen"]) == ([0.25], [3], [4])
 
 
 @pytest.mark.parametrize("config", [None, "{", "[1]", '{"model": 3, "train": {"steps": null}}'])
