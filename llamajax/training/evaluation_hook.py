@@ -131,23 +131,24 @@ class TaskAccuracies:
     """Scores the choices of `train.tasks`, in batches of the shape that evaluation has."""
 
     def __init__(self, attempt: Attempt):
-        self._attempt, self._setup = attempt, attempt.run.setup
-        data, tasks = self._setup.config.data, self._setup.evaluated.tasks
-        self._rows = ContinuationRows(tasks.encoded, data.seq_len, packed=data.mask_documents)
+        self._attempt = attempt
 
     def __call__(self, step: int, state: TrainState) -> dict[str, Any]:
-        size = eval_batch_size(self._setup.config)
+        a, setup = self._attempt, self._attempt.run.setup.at(step)
+        data, tasks = setup.config.data, setup.evaluated.tasks
+        rows = ContinuationRows(tasks.encoded, data.seq_len, packed=data.mask_documents)
+        size = eval_batch_size(setup.config)
         found = score(
             state.whole,
-            self._rows,
-            mesh=self._setup.mesh,
-            run=self._attempt.programs.score,
+            rows,
+            mesh=setup.mesh,
+            run=a.programs.at(step).score,
             batch_size=size,
-            num_batches=-(-self._rows.num_rows // size),
+            num_batches=-(-rows.num_rows // size),
             keep=True,
-            show=lambda _: self._attempt.report_part(),
+            show=lambda _: a.report_part(),
         )
-        results = self._setup.evaluated.tasks.results(self._rows.sums(found)[0])
+        results = tasks.results(rows.sums(found)[0])
         shown = ("accuracy", "accuracy_by_length", "bits_per_byte")
         return {f"task/{name}/{key}": of[key] for name, of in results.items() for key in shown}
 

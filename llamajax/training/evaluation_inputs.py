@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from llamajax import data
-from llamajax.config import RunConfig
+from llamajax.config import RunConfig, stages_of
 from llamajax.decoding.prompts import Prompt, as_prompt, text_ids
 from llamajax.evaluation.task_files import Tasks, open_tasks
 from llamajax.tokenizers import Tokenizer
@@ -47,8 +47,8 @@ def open_evaluation_inputs(config: RunConfig, mixture: "data.Mixture") -> Evalua
     if config.train.sample_prompts or config.train.tasks:
         tokenizer = data.load_tokenizer(mixture.sources[0].path)
     if config.train.tasks:
-        paths, seq_len = config.train.tasks, config.data.seq_len
-        tasks = open_tasks(paths, tokenizer, seq_len=seq_len, label="train.tasks")
+        shortest = min(stage.config.data.seq_len for stage in stages_of(config))
+        tasks = open_tasks(config.train.tasks, tokenizer, seq_len=shortest, label="train.tasks")
     return EvaluationInputs(
         own=own,
         named=data.open_validation_sets(config.data, mixture),

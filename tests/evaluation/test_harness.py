@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 from chat_cases import save_byte_level
 from llama_cases import CONTEXT, EVALUATED, save_hugging_face, weights
+from tokenizers.processors import TemplateProcessing
 
 from llamajax import convert, evaluate
 from llamajax.errors import UserError
@@ -48,10 +50,14 @@ CONTEXTS = ["Call me", "w" * 70, "", "é"]
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
-    """A small model with a tokenizer of bytes, as our export writes it."""
+    """A small model with a tokenizer of bytes that begins texts with BOS, as we export it."""
     folder, config = tmp_path_factory.mktemp("model"), EVALUATED["grouped"]
     save_hugging_face(folder / "source", config, weights(config, std=0.2))
-    save_byte_level(folder / "source" / "tokenizer.json", ["<s>", "</s>"])
+    file = save_byte_level(folder / "source" / "tokenizer.json", ["<s>", "</s>"])
+    library = tokenizers.Tokenizer.from_file(str(file))
+    bos = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", library.token_to_id("<s>"))])
+    library.post_processor = bos
+    library.save(str(file))
     flags = [f"--from={folder / 'source'}", f"--to={folder / 'hf'}", "--dtype=float32"]
     assert convert.main(flags) == 0
     return folder / "hf"
