@@ -30,6 +30,15 @@ class EvaluationInputs:
         return ({"": self.own} if self.own else {}) | dict(self.named)
 
     @property
+    def facts(self) -> dict[str, str]:
+        """Describe what all processes must have in common."""
+        found = {} if self.tasks is None else {"the files of train.tasks": self.tasks.digest}
+        for name, split in self.sets.items():
+            where = f"the data of {name} in data.validation"
+            found[where if name else "the validation data in data.path"] = split.describe()
+        return found
+
+    @property
     def described(self) -> str | None:
         """Describe what `eval_loss` is of; None where there is no validation set."""
         if self.own:

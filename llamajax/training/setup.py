@@ -124,10 +124,7 @@ def set_up(config: RunConfig, *, keep_programs: bool = True) -> Setup:
         for number, mixture in enumerate(mixtures):
             name = f"data.stages[{number - 1}]" if number else "data.path"
             facts[f"the train data in {name}"] = mixture.describe()
-        for name, split in evaluated.sets.items():
-            where = f"the data of {name} in data.validation"
-            facts[where if name else "the validation data in data.path"] = split.describe()
-        facts["the files of train.tasks"] = evaluated.tasks and evaluated.tasks.digest
+        facts |= evaluated.facts
         if mixtures:
             facts["the tokenizer in data.path"] = mixtures[0].tokenizer_fingerprint[:12]
         facts["XLA_FLAGS and LIBTPU_INIT_ARGS"] = backends.compiler_flags()
