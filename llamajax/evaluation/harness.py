@@ -126,7 +126,7 @@ class HarnessModel(TemplateLM):
                     f"{self.max_length} has no room for a prompt"
                 )
             sampling = Sampling(
-                temperature=wanted["temperature"],
+                temperature=wanted.get("temperature", 0.0),
                 top_k=wanted.get("top_k"),
                 top_p=wanted.get("top_p"),
             )
