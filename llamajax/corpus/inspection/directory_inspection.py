@@ -27,7 +27,7 @@ _FEW = 10  # tokens of the vocabulary that occur less often are hardly trained
 
 def open_directory(directory: Path) -> tuple[dict[str, Any], Tokenizer]:
     """Return manifest and tokenizer of a prepared directory. UserError for anything else."""
-    manifest = shards.read_manifest(directory)
+    manifest = shards.read_manifest(directory, label="--inspect=")
     if lacking := [key for key in ("tokenizer", "input", "splits") if key not in manifest]:
         raise UserError(
             f"{directory}: its manifest lacks {', '.join(lacking)}: damaged or not written by "
