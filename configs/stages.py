@@ -2,7 +2,7 @@
 
 Hardware: two CPU cores and 2 GB of memory; any accelerator does.
 Command:  after ./launch/quickstart.sh, which prepares the book,
-          python -m llamajax.train --config=stages --workdir=runs/stages
+          python -m llamajax.train --config=configs/stages.py --workdir=runs/stages
           At full size, Llama3-8B that reads 32,768 tokens in its last tenth:
           python -m llamajax.train --config=llama3_8b --workdir=runs/8b --config.train.remat=full \\
               --config.model.max_seq_len=32768 --config.data.stages='[{"from_step": 18000,
