@@ -92,8 +92,8 @@ def test_only_data_and_stage_communicate_between_slices_of_tpus(tmp_path):
 
 @needs_cuda
 def test_traffic_between_nodes_of_gpus(tmp_path):
-    # fsdp 4 x tensor 2: two of fsdp in each node. With `full` the layer that XLA takes out of its
-    # loop to pipeline it runs the last product of its forward pass again, for nothing.
+    # fsdp 4 x tensor 2: two of fsdp in each node. With `full` XLA runs the recomputed products of
+    # query, key, value and out twice in two of three layers.
     plan = planned(tmp_path, "h100:2x4", *BF16, "--config.train.remat=dots")
     assert plan["slow_bytes"]["tensor"] == 0 < plan["collective_bytes"]["tensor"]
     assert plan["slow_bytes"]["fsdp"] == pytest.approx(plan["collective_bytes"]["fsdp"] / 2)
