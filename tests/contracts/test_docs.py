@@ -233,7 +233,7 @@ def test_one_version():
 # What no test's CPU has: devices, weights and data of others, servers, a terminal, an hour.
 _NOT_HERE = re.compile(
     r"hf/llama|hf/smollm|llama2|llama3|=gs://|/shared|web/|wiki|=npu|--interactive|--serve|--search"
-    r"|--devices|chats|row_attention|verify_resume|launch --|data/code|=questions"
+    r"|--devices|chats|row_attention|verify_resume|launch --|data/code|=questions|harness"
 )
 _SHORT = {
     "train.steps": 4, "train.eval_batches": 1, "train.loss_chunk_tokens": 128, "data.seq_len": 64,
@@ -243,7 +243,7 @@ _SHORT = {
 
 def runnable_commands() -> list[tuple[str, ...]]:
     """The commands of all pages that a CPU can run, in the order of a new user; runs are short."""
-    first = ["first-run", "data", "configs", "training", "weights", "optimizers", "finetuning"]
+    first = "first-run data configs training weights evaluation optimizers finetuning".split()
     found = {}
     for page in dict.fromkeys([*(ROOT / "docs" / f"{name}.md" for name in first), *PAGES]):
         for command in all_commands(page, spans=False):
