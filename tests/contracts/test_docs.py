@@ -243,7 +243,16 @@ _SHORT = {
 
 def runnable_commands() -> list[tuple[str, ...]]:
     """The commands of all pages that a CPU can run, in the order of a new user; runs are short."""
-    first = "first-run data configs training weights evaluation optimizers finetuning".split()
+    first = [
+        "first-run",
+        "data",
+        "configs",
+        "training",
+        "weights",
+        "evaluation",
+        "optimizers",
+        "finetuning",
+    ]
     found = {}
     for page in dict.fromkeys([*(ROOT / "docs" / f"{name}.md" for name in first), *PAGES]):
         for command in all_commands(page, spans=False):
