@@ -21,7 +21,7 @@ from llamajax.training.setup import set_up
 
 def session(*, steps: int = 10, vocab_size: int = 300, held_out: tuple[str, ...] = ("a", "b")):
     """A run of 1,000 tokens a step over 10,000 tokens in `a` and `b`."""
-    sources = {path: SimpleNamespace(path=path) for path in ("a", "b")}
+    sources = {path: SimpleNamespace(path=path, fingerprint=path) for path in ("a", "b")}
     manifests = ({"tokenizer": {"vocab_size": 258}},)
     run = SimpleNamespace(
         borders=[],
