@@ -17,9 +17,12 @@ SAMPLED = {"train__sample_prompts": PROMPTS, "train__sample_tokens": 9}
 
 
 def rows_of(workdir):
-    """The evaluations of a run, without their times."""
+    """The evaluations of a run, without their times and tasks."""
     rows = [row for row in read_rows(workdir / "metrics.jsonl") if "eval_tokens" in row]
-    return [{name: row[name] for name in row if name != "time_s"} for row in rows]
+    return [
+        {name: row[name] for name in row if name != "time_s" and not name.startswith("task/")}
+        for row in rows
+    ]
 
 
 def tasks_of(workdir):
