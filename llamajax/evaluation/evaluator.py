@@ -11,7 +11,7 @@ from llamajax.errors import UserError, say
 from llamajax.evaluation.evaluate_options import EvaluateOptions
 from llamajax.evaluation.row_sources import RowSource, open_rows
 from llamajax.evaluation.scorer import Scorer
-from llamajax.evaluation.scoring import Score, rows_a_batch
+from llamajax.evaluation.scoring import Score, perplexity, rows_a_batch
 from llamajax.files import replaced_file
 from llamajax.formats.weights import open_weights
 
@@ -60,7 +60,7 @@ def _result(source: RowSource, found: Score, *, complete: bool) -> dict[str, Any
     num_bytes = source.num_bytes if complete else None
     return {
         "loss": loss,
-        "perplexity": math.inf if loss > 700 else math.exp(loss),
+        "perplexity": perplexity(loss),
         "bits_per_byte": num_bytes and found.nll / math.log(2) / num_bytes,
         "tokens": found.tokens,
         "bytes": num_bytes,

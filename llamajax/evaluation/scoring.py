@@ -1,5 +1,6 @@
 """Loss of every scored token of some rows, on any mesh, summed in float64 on the host."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -41,6 +42,11 @@ def token_scores(compute: Compute, mesh: Mesh) -> Callable[[Llama, Batch], Token
         return jax.tree.map(lambda x_BT: jax.sharding.reshard(x_BT, everywhere), found)
 
     return jax.jit(step)
+
+
+def perplexity(loss: float) -> float:
+    """Return exp of a loss in nats: inf where float64 ends, NaN of NaN."""
+    return math.inf if loss > 700 else math.exp(loss)
 
 
 def rows_a_batch(rows: Any, mesh: Mesh, batch_size: int | None) -> int:

@@ -69,7 +69,8 @@ class Tasks:
 
         accuracy: share of the questions whose right choice has the least loss; by_length: the least
         loss per byte of the choice in UTF-8. Of equals the first counts. loss (nats per token) and
-        bits_per_byte: of the right choices.
+        bits_per_byte: of the right choices. A question with a loss that is not finite counts as
+        answered wrongly.
         """
         found, start = {}, 0
         for name, questions in self.questions.items():
@@ -79,8 +80,9 @@ class Tasks:
                 here, answer = slice(start, start + len(question.choices)), question.answer
                 start = here.stop
                 sizes = np.array([len(choice.encode()) for choice in question.choices])
-                hits += int(np.argmin(nll[here])) == answer
-                hits_by_length += int(np.argmin(nll[here] / sizes)) == answer
+                is_scored = bool(np.isfinite(nll[here]).all())  # argmin would choose the NaN
+                hits += is_scored and int(np.argmin(nll[here])) == answer
+                hits_by_length += is_scored and int(np.argmin(nll[here] / sizes)) == answer
                 right_nll += float(nll[here][answer])
                 num_bytes += int(sizes[answer])
                 tokens += self.encoded[here][answer].num_targets
@@ -190,10 +192,17 @@ def _value(row: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 
 def _index(answer: Any, choices: list[str], labels: Any) -> int:
-    """Return which choice an answer names: by index from 0, label, letter from A, or its text."""
-    found, indices = set(), range(len(choices))
-    if isinstance(answer, str) and isinstance(labels, list):
-        found = {i for i in indices if labels[i : i + 1] == [answer]}
+    """Return which choice an answer names: by its label, where the choices have labels.
+
+    Else by index from 0, letter from A, or its text.
+    """
+    found, indices, fix = set(), range(len(choices)), "give the index of one, from 0"
+    if labels is not None:
+        if not isinstance(labels, list) or len(labels) != len(choices):
+            raise UserError(f"the choices must have a label each, not {labels!r}")
+        # ARC has numbers as labels in some rows, and data sets differ in how they write them.
+        name, fix = str(answer).strip(), f"give one of the labels {labels}"
+        found = {i for i in indices if str(labels[i]).strip() == name}
     elif isinstance(answer, str):
         name, letters = answer.strip(), string.ascii_uppercase
         found = {i for i in indices if answer == choices[i] or name in (str(i), letters[i : i + 1])}
@@ -201,5 +210,5 @@ def _index(answer: Any, choices: list[str], labels: Any) -> int:
         found = {i for i in indices if i == answer}
     if len(found) != 1:
         what = f"choices {sorted(found)}" if found else f"none of {len(choices)} choices"
-        raise UserError(f"the answer {answer!r} names {what}; give the index of one, from 0")
+        raise UserError(f"the answer {answer!r} names {what}; {fix}")
     return found.pop()

@@ -17,7 +17,7 @@ from llamajax.decoding.engine import Engine
 from llamajax.decoding.generate_options import Sampling
 from llamajax.decoding.printed_texts import TextStream
 from llamajax.evaluation.continuations import ContinuationRows
-from llamajax.evaluation.scoring import score
+from llamajax.evaluation.scoring import perplexity, score
 from llamajax.models.llama import Llama
 from llamajax.monitoring import MetricsWriter
 from llamajax.monitoring.metrics import SAMPLES
@@ -158,7 +158,7 @@ def _fields(suffix: str, sums: np.ndarray, num_bytes: int | None) -> dict[str, A
     loss = nll / count if count else math.nan
     return {
         f"eval_loss{suffix}": loss,
-        f"eval_perplexity{suffix}": math.exp(loss) if loss < 700 else math.inf,
+        f"eval_perplexity{suffix}": perplexity(loss),
         f"eval_bits_per_byte{suffix}": num_bytes and nll / math.log(2) / num_bytes,
         f"eval_tokens{suffix}": int(count),
     }

@@ -11,7 +11,7 @@ from meshes import mesh_of
 from tiny_model import COMPUTE, tiny_model
 
 from llamajax import sharding
-from llamajax.evaluation.scoring import rows_a_batch, score, token_scores
+from llamajax.evaluation.scoring import perplexity, rows_a_batch, score, token_scores
 from llamajax.evaluation.windows import WindowRows, sliding_window
 from llamajax.models.llama import Llama
 
@@ -83,6 +83,12 @@ def test_the_first_batches_are_the_first_tokens():
     assert found.per_token is None
     assert found.nll == pytest.approx(expected()[: found.tokens].sum(), rel=1e-6)
     assert 0 < found.tokens < len(IDS) - 1
+
+
+def test_perplexity_of_what_is_not_finite():
+    assert perplexity(1.0) == pytest.approx(np.e)
+    assert perplexity(701.0) == np.inf
+    assert np.isnan(perplexity(np.nan))
 
 
 def test_batches_fill_the_mesh_and_no_more():

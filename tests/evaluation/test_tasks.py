@@ -33,6 +33,8 @@ MISTAKES = {
     '{"question": "q", "choices": ["a", "b"], "answer": -1}': "-1 names none",
     '{"question": "q", "choices": ["a", "b"], "answer": true}': "True names none",
     '{"question": "q", "choices": ["a", "b"], "answer": "c"}': "'c' names none",
+    '{"question": "q", "choices": {"text": ["a", "b"], "label": [1, 2]}, "answer": 0}': "0 names",
+    '{"question": "q", "choices": {"text": ["a", "b"], "label": [1]}, "answer": 1}': "a label each",
     '{"question": "q", "choices": ["B", "b"], "answer": "B"}': r"'B' names choices \[0, 1\]",
 }
 
@@ -57,11 +59,12 @@ def test_spellings_of_an_answer(task_file, answer):
     assert question.answer == ANSWERS[answer]
 
 
-def test_labels_are_names_of_choices(task_file):
-    choices = {"text": CHOICES, "label": ["1", "2", "3"]}
-    row = {"question": "q", "choices": choices, "answerKey": "3"}
+@pytest.mark.parametrize("labels", [["1", "2", "3"], [1, 2, 3]], ids=repr)
+@pytest.mark.parametrize("answer", [1, "1", " 1 "], ids=repr)
+def test_labels_are_names_of_choices(task_file, labels, answer):
+    row = {"question": "q", "choices": {"text": CHOICES, "label": labels}, "answerKey": answer}
     (question,) = opened(task_file(json.dumps(row))).questions["t"]
-    assert (question.choices, question.answer) == (tuple(CHOICES), 2)
+    assert (question.choices, question.answer) == (tuple(CHOICES), 0)
 
 
 @pytest.mark.parametrize("line", MISTAKES)
@@ -80,6 +83,16 @@ def test_long_questions_lose_their_beginning(task_file):
     assert [each.is_cut for each in tasks.encoded] == [True, True, False, False]
     (line,) = tasks.warnings()
     assert line.startswith("task t: 1 of 2 questions are longer")
+
+
+def test_a_loss_that_is_not_finite_is_no_answer(task_file):
+    row = {"question": "q", "choices": ["x", "yz"], "answer": 0}
+    tasks = opened(task_file(*[json.dumps(row)] * 2))
+    figures = tasks.results(np.array([1.0, 2.0, 1.0, np.nan]))["t"]
+    assert (figures["accuracy"], figures["accuracy_by_length"]) == (0.5, 0.5)
+    figures = tasks.results(np.full(4, np.nan))["t"]
+    assert (figures["accuracy"], figures["accuracy_by_length"]) == (0, 0)
+    assert np.isnan(figures["bits_per_byte"])
 
 
 def test_white_space_before_a_continuation_is_part_of_it():
@@ -114,9 +127,12 @@ def alone(found: list[Continuation]) -> list[float]:
 def test_packed_continuations_have_the_losses_they_have_alone(shape, packed):
     lengths = [(9, 3), (5, 1), (24, 7), (2, 1), (13, 12), (8, 4), (8, 2)]
     found = [Continuation(IDS[i : i + size + 1], count) for i, (size, count) in enumerate(lengths)]
+    tokens = np.arange(CONFIG.vocab_size, dtype=np.int32)
+    following = [Continuation(np.append(IDS[:5], token), 1) for token in tokens]
+    found.append(following[np.argmin(alone(following))])
     assert packed_length(found, at_most=1000) == 128
     rows = ContinuationRows(found, packed_length(found, at_most=24), packed=packed)
-    assert rows.num_rows == (4 if packed else 7)
+    assert rows.num_rows == (4 if packed else 8)
     mesh = mesh_of(**shape)
     placed = jax.device_put(model(), sharding.shardings(model(), mesh))
     compute = dataclasses.replace(COMPUTE, split_tokens=mesh.shape["tensor"] > 1)
@@ -134,4 +150,5 @@ def test_packed_continuations_have_the_losses_they_have_alone(shape, packed):
     nll, greedy = rows.sums(scored)
     np.testing.assert_allclose(nll, alone(found), rtol=0, atol=12 * TOLERANCE)
     assert CONFIG.vocab_size > 100
-    assert not greedy.any(), "of 131 random tokens none is the most probable"
+    # Of 131 random tokens none is the most probable.
+    assert greedy.tolist() == [False] * len(lengths) + [True]
