@@ -11,8 +11,9 @@ Command:  after ./launch/quickstart.sh, which prepares the book,
 Model:    5.0 M parameters, float32; samples of 128 tokens, 8 and then 16 in a batch, at last 4 of
           512 tokens with rotary frequencies scaled for them (yarn). 410 k tokens in 240 steps.
 Speed:    unmeasured: under other load.
-Loss:     measured 2026-11-30 on 2 shared CPU cores (jax 0.12): 5.472 nats per held-out token after 240
-          steps, in samples of 512 tokens (perplexity 238); 5.610 at the last border, step 160, of 128.
+Loss:     measured 2026-11-30 on 2 shared CPU cores (jax 0.12): 5.472 nats per held-out token after
+          240 steps, in samples of 512 tokens (perplexity 238); 5.610 at the last border, step 160,
+          of 128.
 """
 
 from ml_collections import ConfigDict
