@@ -11,9 +11,10 @@ from refusal import refused
 
 from llamajax import prepare
 from llamajax.corpus.document_hashes import CopyCounter, document_hashes
-from llamajax.corpus.inspection import directory_inspection, document_reader
+from llamajax.corpus.inspection import directory_inspection, document_reader, ngram_overlap
 from llamajax.corpus.inspection.directory_inspection import open_directory
-from llamajax.corpus.inspection.document_reader import DocumentReader
+from llamajax.corpus.inspection.document_reader import DocumentReader, DocumentRun
+from llamajax.corpus.inspection.near_duplicates import near_duplicates, sketches
 
 RNG = np.random.default_rng(3)
 
@@ -42,7 +43,6 @@ PLANTED = {
     "near": lambda d: [*d, *map(_changed, d[100:107])],
     "language": lambda d: [*d, *texts(1, words("äöüßkqxyz", 50))],
     "unshuffled": lambda d: [*texts(250, words("aeiouklmnrst", 200)), *d[:250]],
-    "sorted": lambda d: sorted(d, key=len),
 }
 
 
@@ -77,15 +77,14 @@ def test_it_finds_what_was_planted_and_nothing_else(planted, inspected):
     train = found["splits"]["train"]
     copies, near = train["copies"]["exact"], train["copies"]["near"]
     order, odd = train["order"], train["unlike"]["documents"]
-    alike = [o["of"] for o in order if o["correlation"] > 4 * o["standard_error"]]
+    alike = order["correlation"] > 4 * order["standard_error"]
     expected = {
-        "copies": (8, 0, [], 0),
-        "near": (0, 7, [], 0),
-        "language": (0, 0, [], 1),
-        "unshuffled": (0, 0, ["content"], 0),
-        "sorted": (0, 0, ["length"], 0),
+        "copies": (8, 0, False, 0),
+        "near": (0, 7, False, 0),
+        "language": (0, 0, False, 1),
+        "unshuffled": (0, 0, True, 0),
     }
-    assert (copies, near, alike, odd) == expected.get(planted, (0, 0, [], 0))
+    assert (copies, near, alike, odd) == expected.get(planted, (0, 0, False, 0))
     said = findings(found)
     assert len(said) == 1
     assert (said == ["none"]) == (planted == "nothing")
@@ -145,7 +144,7 @@ def _document(directory: Path, token: int) -> str:
 @pytest.mark.parametrize("documents", [["a"], ["b", "b", "c d"]])
 def test_a_tiny_set(documents, inspected):
     train = inspected(documents)["splits"]["train"]
-    assert (train["copies"]["exact"], train["order"]) == (len(documents) // 2, [])
+    assert (train["copies"]["exact"], train["order"]) == (len(documents) // 2, {})
 
 
 def test_the_figures_of_lengths_and_packing(inspected, tmp_path):
@@ -160,8 +159,6 @@ def test_the_figures_of_lengths_and_packing(inspected, tmp_path):
     assert packing["unpacked_padding_share"] == pytest.approx(1 - lengths.mean() / 1000)
     assert packing["unread_tokens"] == (lengths.sum() - 1) % 1000
     assert train["bytes_per_token"] == pytest.approx(1 - 2 / lengths.mean())
-    used = {*"".join(CLEAN)}
-    assert train["vocabulary"]["used"] == len(used) + 2
     first = [part for part in train["samples"] if part["sample"] == 0]
     assert sum(part["length"] for part in first) == 1000
     assert {part["begins"] for part in first} == {"document"}
@@ -205,7 +202,7 @@ def test_documents_are_read_in_order_whole_or_an_even_sample(
     long = [" ".join(texts(90)), " ".join(texts(9))]
     documents = [*texts(100), long[0], *texts(60), long[1], *texts(200), long[0]]
     found = inspected(documents, f"--max_tokens={max_tokens or 'none'}")
-    assert ("documents nothing was read" in found["text"]) == (max_tokens is not None)
+    assert ("of the tokens were read" in found["text"]) == (max_tokens is not None)
     assert "of 2 documents the first" in found["text"] or max_tokens
     manifest, tokenizer = open_directory(tmp_path / "out")
     reader = DocumentReader(tmp_path / "out", manifest, "train", tokenizer)
@@ -232,13 +229,77 @@ def test_documents_are_read_in_order_whole_or_an_even_sample(
         assert reader.document_at(start) == reader.document_at(ends[1] - 1) == ends
 
 
-def test_what_is_not_looked_for_is_said(inspected, monkeypatch):
+@pytest.mark.parametrize("max_tokens", [None, 50_000])
+def test_copies_and_overlap_of_a_sample_are_lower_bounds(max_tokens, inspected, monkeypatch):
     monkeypatch.setattr(document_reader, "_GROUP_BLOCKS", 1)
     monkeypatch.setattr(document_reader, "_RUN_GROUPS", 1)
-    monkeypatch.setattr(directory_inspection, "_MAX_VALIDATION_TOKENS", 9_000)
-    found = inspected(CLEAN, fraction=0.3)
-    rest = found["splits"]["validation"]["documents"] - found["overlap"][0]["rows"]
-    assert findings(found) == [f"validation: {rest} of its documents were not looked for in train"]
+    twice = [*CLEAN[:250], *CLEAN[:250], *map(_changed, CLEAN[:250])]
+    found = inspected(twice, f"--max_tokens={max_tokens or 'none'}", fraction=0.1)
+    train = found["splits"]["train"]
+    manifest, _ = open_directory(Path(found["directory"]))
+    said = [line.partition(": ")[2] for line in findings(found) if line.startswith("train: ")]
+    exact, share = manifest["splits"]["train"]["copies"], train["read_share"]
+    assert exact > 150
+    assert f"{exact} of {train['documents']} documents are exact copies of an earlier one" in said
+    least = "at least " * (max_tokens is not None)
+    assert (share == train["read_tokens"] / train["tokens"] < 1) == bool(least)
+    assert any(line.startswith(f"{least}{train['copies']['near']} of ") for line in said)
+    in_train = found["splits"]["validation"]["copies"]["in_train"]
+    assert f"validation: {least}{in_train} of " in found["text"]
+    half = found["overlap"][0]["rows_half_found"]
+    assert f"train holds at least half of {least}{half} of " in found["text"]
+    where = f"{share:.1%} of train" if least else "train"
+    assert f"\noverlap with {where}\n" in found["text"]
+    assert (f"only {share:.1%} of the tokens were read" in found["text"]) == bool(least)
+
+
+def test_what_is_not_looked_for_is_said(inspected, tmp_path, monkeypatch):
+    monkeypatch.setattr(document_reader, "_GROUP_BLOCKS", 1)
+    monkeypatch.setattr(document_reader, "_RUN_GROUPS", 1)
+    monkeypatch.setattr(ngram_overlap, "_PIECE", 2_000)
+    monkeypatch.setattr(directory_inspection, "_MAX_REFERENCE_TOKENS", 9_000)
+    file, book = tmp_path / "questions.jsonl", tmp_path / "book.txt"
+    rows = [{"question": "q" * 4_000}, {"question": "r" * 3_999, "answer": "s" * 4_000}, {"a": "b"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    book.write_text("t" * 9_000)
+    found = inspected(CLEAN, f"--against={book},{file}", fraction=0.3)
+    of_book, of_file, held = found["overlap"]
+    assert (of_book["rows"], of_book["rows_left_out"], of_book["too_short"]) == (1, 0, 0)
+    assert (of_file["rows"], of_file["rows_left_out"]) == (0, 3)
+    rest = found["splits"]["validation"]["documents"] - held["rows"]
+    said = {str(file): 3, "validation": rest}
+    assert findings(found) == [
+        f"{name}: {count} rows were not looked for in train, or only in part"
+        for name, count in said.items()
+    ]
+    file_first = inspected(CLEAN, f"--against={file},{book}", fraction=0.3)["overlap"]
+    # Of the second row the beginning was added, and nothing after it.
+    assert [(o["rows"], o["rows_left_out"]) for o in file_first[:2]] == [(2, 2), (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("ngrams", "shared", "found"),
+    [
+        (500, 445, (97, 100)),  # similarity 0.80
+        (500, 429, (80, 92)),  # 0.75
+        (500, 412, (45, 64)),  # 0.70
+        (500, 375, (1, 9)),  # 0.60
+        (64, 57, (94, 100)),  # 0.80
+        (64, 48, (1, 10)),  # 0.60
+        (63, 62, (0, 0)),  # too short
+    ],
+)
+def test_near_copies_are_found_at_the_stated_rates(ngrams, shared, found):
+    pairs, n, rng = 400, 5, np.random.default_rng(0)
+    length, same = ngrams + n - 1, shared + n - 1
+    tokens = rng.integers(0, 1 << 31, (pairs, 2, length)).astype(np.uint32)
+    tokens[:, 1, :same] = tokens[:, 0, :same]
+    lengths = np.full(2 * pairs, length)
+    run = DocumentRun(tokens.reshape(-1), lengths, lengths, np.cumsum(lengths) - lengths)
+    near = near_duplicates(sketches(run, n))
+    assert near.compared == (2 * pairs if ngrams >= 64 else 0)
+    assert found[0] <= 100 * len(near.documents) / pairs <= found[1]
+    np.testing.assert_array_equal(near.earlier, near.documents - 1)
 
 
 def test_copies_are_counted_across_pieces_and_in_bounded_memory(monkeypatch):
@@ -274,7 +335,9 @@ def test_the_hash_of_a_document_is_of_its_order():
         (["--against=none.jsonl"], "--against=none.jsonl: cannot be read: No such file"),
         (["--against=bad.jsonl"], "bad.jsonl:2: not valid JSON"),
         (["--against=a.parquet"], "a.parquet: name a .txt or .jsonl file"),
+        (["--against=none.txt"], "--against=none.txt: cannot be read: No such file"),
         (["--at=99999999"], "has train tokens 0 to "),
+        (["--at=1", "--against=bad.jsonl", "--html=a"], "no use for --against, --html: it shows"),
         (["--seq_len=0"], "must be at least 1"),
         (["--html=none/a.html"], "no directory to write it in"),
         (["--tokenizer=byte"], "--tokenizer: unknown flag"),

@@ -19,9 +19,9 @@ from llamajax.tokenizers import Tokenizer, load_tokenizer
 # compared; but at least so many tokens.
 _NGRAM_BYTES, _NGRAM_TOKENS = 50, 13
 _SHINGLE_BYTES, _SHINGLE_TOKENS = 20, 5
-# Of validation no more is looked for in train: an n-gram takes 40 bytes, all 335 MB.
-_MAX_VALIDATION_TOKENS = 1 << 23
-_LISTED = 10
+# Of validation, and of all files of `against`, no more is looked for in train: an n-gram takes 40
+# bytes, all of each 335 MB.
+_MAX_REFERENCE_TOKENS = 1 << 23
 _FEW = 10  # tokens of the vocabulary that occur less often are hardly trained
 
 
@@ -48,10 +48,11 @@ def inspect(options: InspectOptions, progress: Callable[[str, int, int], None]) 
     counted = {n: split.get("loss_tokens", split["tokens"]) for n, split in splits.items()}
     per_token = {n: split["text_bytes"] / max(1, counted[n]) for n, split in splits.items()}
     overlap = NgramOverlap(_tokens_of(_NGRAM_BYTES, _NGRAM_TOKENS, per_token["train"]))
-    overlap.add_files(options.against, tokenizer)
+    overlap.add_files(options.against, tokenizer, _MAX_REFERENCE_TOKENS)
     if "validation" in readers:
-        limit = min(options.max_tokens or _MAX_VALIDATION_TOKENS, _MAX_VALIDATION_TOKENS)
-        overlap.add_documents("validation", readers["validation"].runs(limit))
+        limit = min(options.max_tokens or _MAX_REFERENCE_TOKENS, _MAX_REFERENCE_TOKENS)
+        runs, count = readers["validation"].runs(limit), splits["validation"]["documents"]
+        overlap.add_documents("validation", runs, count)
     shingle = _tokens_of(_SHINGLE_BYTES, _SHINGLE_TOKENS, per_token["train"])
     surveys, figures = {}, {}
     for name, reader in readers.items():
@@ -59,6 +60,10 @@ def inspect(options: InspectOptions, progress: Callable[[str, int, int], None]) 
         surveys[name], found = _inspect_split(reader, options, shingle, watched, progress)
         stated = {"documents": splits[name]["documents"], "tokens": reader.num_tokens}
         figures[name] = stated | {"bytes_per_token": per_token[name]} | found
+        # What `prepare` counted in all of the split; nothing in a directory of an earlier version.
+        counts = {"exact": splits[name].get("copies")}
+        counts["exact_estimated"] = splits[name].get("copies_estimated")
+        figures[name]["copies"] = counts | found["copies"]
     if "validation" in surveys:
         shared = np.isin(surveys["validation"].hashes, surveys["train"].hashes)
         figures["validation"]["copies"]["in_train"] = int(shared.sum())
@@ -117,27 +122,23 @@ def _inspect_split(
         if overlap:
             overlap.look(run)
     survey.finish()
-    order = np.argsort(-counts, kind="stable")
+    largest_first = np.sort(counts)[::-1]
     return survey, {
         "read_documents": len(survey.lengths),
         "read_tokens": int(survey.lengths.sum()),
+        "read_share": float(survey.lengths.sum() / reader.num_tokens),
         "truncated_documents": survey.truncated,
         "lengths": survey.length_facts(),
         "packing": survey.packing(options.seq_len)
         | {"unread_tokens": (reader.num_tokens - 1) % options.seq_len},
         "vocabulary": {
             "size": len(counts),
-            "used": int((counts > 0).sum()),
             f"less_than_{_FEW}_times": int(((counts > 0) & (counts < _FEW)).sum()),
-            "make_up_99_percent": 1 + int((counts[order].cumsum() < 0.99 * counts.sum()).sum()),
+            "make_up_99_percent": 1 + int((largest_first.cumsum() < 0.99 * counts.sum()).sum()),
         },
         **survey.copies(reader),
         "order": survey.order(),
         **survey.unlike(reader),
-        "frequent_tokens": [
-            {"id": int(i), "text": repr(tokenizer.decode([i])), "share": counts[i] / counts.sum()}
-            for i in order[:_LISTED]
-        ],
         "samples": [*_samples(reader, options.seq_len)],
     }
 

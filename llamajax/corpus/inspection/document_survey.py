@@ -81,43 +81,32 @@ class Survey:
             "unpacked_padding_share": 1 - float(self.lengths.sum() / (rows.sum() * seq_len)),
         }
 
-    def order(self) -> list[dict[str, Any]]:
-        """Return how much successive documents are alike, in content and in length.
+    def order(self) -> dict[str, float]:
+        """Return how much successive documents are alike in content; nothing of too few.
 
         The correlation of a document's vector with the next one's. Of shuffled documents it is 0
         within a standard error of |C| / tr(C) / sqrt(pairs), C being the covariance of the vectors.
         """
-        found = []
-        content = np.concatenate(self._vectors).astype(np.float32)
-        for of, x in (("content", content), ("length", np.log(self.lengths)[:, None])):
-            ends = self.starts[: len(x)] + self.lengths[: len(x)]
-            first = np.flatnonzero(ends[:-1] == self.starts[1 : len(x)])
-            x = x - x.mean(axis=0)
-            covariance = x.T @ x / len(x)
-            variance = float(np.trace(covariance))
-            if len(first) < _FEW or variance < 1e-9:
-                continue
-            correlation = float((x[first] * x[first + 1]).sum()) / len(first) / variance
-            error = float(np.linalg.norm(covariance)) / variance / len(first) ** 0.5
-            figures = {"correlation": correlation, "shuffled": 0, "standard_error": error}
-            found.append({"of": of} | figures)
-        return found
+        x = np.concatenate(self._vectors).astype(np.float32)
+        ends = self.starts[: len(x)] + self.lengths[: len(x)]
+        first = np.flatnonzero(ends[:-1] == self.starts[1 : len(x)])
+        x -= x.mean(axis=0)
+        covariance = x.T @ x / len(x)
+        variance = float(np.trace(covariance))
+        if len(first) < _FEW or variance < 1e-9:
+            return {}
+        correlation = float((x[first] * x[first + 1]).sum()) / len(first) / variance
+        error = float(np.linalg.norm(covariance)) / variance / len(first) ** 0.5
+        return {"correlation": correlation, "shuffled": 0, "standard_error": error}
 
     def copies(self, reader: DocumentReader) -> dict[str, Any]:
-        """Return how many documents are copies of an earlier one, or nearly, and some of them."""
+        """Return the documents that occur most often, and those that nearly copy an earlier one."""
         _, firsts, counts = np.unique(self.hashes, return_index=True, return_counts=True)
-        is_copy = np.ones(len(self.hashes), bool)
-        is_copy[firsts] = False
         sketched = np.concatenate(self._sketches)
-        originals = np.flatnonzero(~is_copy[: len(sketched)])
+        originals = np.sort(firsts[firsts < len(sketched)])
         near = near_duplicates(sketched[originals])
         return {
-            "copies": {
-                "exact": int(is_copy.sum()),
-                "exact_tokens": int(self.lengths[is_copy].sum()),
-                "near": len(near.documents),
-                "compared": len(originals),
-            },
+            "copies": {"near": len(near.documents), "compared": near.compared},
             "most_frequent": [
                 {"times": int(counts[i]), **self._describe(reader, firsts[i])}
                 for i in np.argsort(-counts, kind="stable")[:_LISTED]

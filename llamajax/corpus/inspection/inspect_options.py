@@ -1,6 +1,7 @@
 """The flags of `prepare --inspect`, checked before anything is read."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 from llamajax.config import Flags, key
@@ -42,6 +43,14 @@ class InspectOptions(Flags):
     json: str | None = key(
         "also write all figures as a JSON object", metavar="OUT", default=None, is_output=True
     )
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        others = {f.name: f.default for f in dataclasses.fields(self)}
+        del others["inspect"], others["at"], others["seq_len"]
+        useless = [f"--{name}" for name in others if getattr(self, name) != others[name]]
+        if self.at is not None and useless:
+            yield f"--at has no use for {', '.join(useless)}: it shows one document alone"
 
     @property
     def directory(self) -> Path:

@@ -87,39 +87,45 @@ def describe(directory: Path, manifest: dict[str, Any], tokenizer: Tokenizer) ->
 
 def findings(found: dict[str, Any]) -> Iterator[str]:
     """Yield a sentence about each thing that harms a training or its evaluation."""
+    in_train = _at_least(found["splits"]["train"])
     for name, split in found["splits"].items():
+        exact = split["copies"]["exact"]
         read, copies, unlike = split["read_documents"], split["copies"], split["unlike"]
-        share, samples = copies["exact_tokens"] / split["read_tokens"], split["packing"]
+        order, samples = split["order"], split["packing"]
+        about = "about " if copies["exact_estimated"] else ""
         counts = {
-            f"of {split['documents'] - read:,} documents nothing was read; --max_tokens=none reads "
-            "all": split["read_tokens"] < split["tokens"],
+            f"only {split['read_share']:.1%} of the tokens were read: what is in the others is not "
+            "seen; --max_tokens=none reads all": split["read_share"] < 1,
             f"of {split['truncated_documents']:,} documents the first {MAX_DOCUMENT:,} tokens were "
             "read": split["truncated_documents"],
-            f"{copies['exact']:,} of {read:,} documents ({share:.2%} of the tokens) are exact "
-            "copies of an earlier one": copies["exact"],
-            f"{copies['near']:,} of {copies['compared']:,} different documents are nearly the same "
-            "as an earlier one": copies["near"],
-            f"{copies.get('in_train', 0):,} of {read:,} documents are in train as well": copies.get(
-                "in_train"
-            ),
+            "exact copies were not counted: an earlier version prepared it": exact is None,
+            f"{about}{exact or 0:,} of {split['documents']:,} documents are exact copies of an "
+            "earlier one": exact,
+            f"{_at_least(split)}{copies['near']:,} of {copies['compared']:,} different documents "
+            "are nearly the same as an earlier one": copies["near"],
+            f"{in_train}{copies.get('in_train', 0):,} of {read:,} documents are in train as "
+            "well": copies.get("in_train"),
             f"{unlike['documents']:,} of {unlike['compared']:,} documents are unlike the rest in "
             "their tokens or bytes per token: another language, tables, code": unlike["documents"],
         }
         yield from (f"{name}: {sentence}" for sentence, count in counts.items() if count)
-        for order in split["order"]:
-            if order["correlation"] > max(_ALIKE, _ALIKE_ERRORS * order["standard_error"]):
-                yield (
-                    f"{name}: not shuffled: the {order['of']} of successive documents has a "
-                    f"correlation of {order['correlation']:.3f} (shuffled: 0 ± "
-                    f"{order['standard_error']:.3f}). Training shuffles samples, not documents: "
-                    f"one holds {samples['documents_per_sample']:.1f} neighbors; shuffle the input"
-                )
+        if order and order["correlation"] > max(_ALIKE, _ALIKE_ERRORS * order["standard_error"]):
+            yield (
+                f"{name}: not shuffled: the content of successive documents has a correlation of "
+                f"{order['correlation']:.3f} (shuffled: 0 ± {order['standard_error']:.3f}). "
+                "Training shuffles samples, not documents: one holds "
+                f"{samples['documents_per_sample']:.1f} neighbors; shuffle the input"
+            )
     for row in found["overlap"]:
-        rest = found["splits"].get(row["text"], {"documents": 0})["documents"] - row["rows"]
-        if rest > 0:
-            yield f"{row['text']}: {rest:,} of its documents were not looked for in train"
+        if left_out := row["rows_left_out"]:
+            yield f"{row['text']}: {left_out:,} rows were not looked for in train, or only in part"
         if half := row["rows_half_found"]:
-            yield f"train holds at least half of {half:,} of {row['rows']:,} rows of {row['text']}"
+            rows = f"{half:,} of {row['rows']:,} rows of {row['text']}"
+            yield f"train holds at least half of {in_train}{rows}"
+
+
+def _at_least(split: dict[str, Any]) -> str:
+    return "at least " if split["read_share"] < 1 else ""
 
 
 def tables(found: dict[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
@@ -130,8 +136,11 @@ def tables(found: dict[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
         yield name, [[_words(key), _shown(key, value)] for key, value in facts.items()]
         lists = {key: value for key, value in part.items() if isinstance(value, list)}
         yield from ((f"{name}: {_words(key)}", _rows(value)) for key, value in lists.items())
-    for key in ("overlap", "overlapping_rows", "left_out"):
-        yield f"{_words(key)}{' with train' * key.startswith('overlap')}", _rows(found[key])
+    share = found["splits"]["train"]["read_share"]
+    train = "train" if share == 1 else f"{share:.1%} of train"
+    yield f"overlap with {train}", _rows(found["overlap"])
+    yield f"rows that overlap with {train}", _rows(found["overlapping_rows"])
+    yield "left out", _rows(found["left_out"])
 
 
 def _rows(items: list[dict[str, Any]]) -> list[list[str]]:
@@ -150,7 +159,7 @@ def _shown(key: str, value: Any) -> str:
         return ", ".join(f"{_words(k)} {_shown(k, v)}" for k, v in value.items())
     if isinstance(value, float):
         return f"{value:.1%}" if key.endswith("share") else f"{value:,.3f}"
-    return f"{value:,}" if isinstance(value, int) else " ".join(str(value).split())
+    return f"{value:,}" if type(value) is int else " ".join(str(value).split())
 
 
 def text_lines(found: dict[str, Any]) -> Iterator[str]:

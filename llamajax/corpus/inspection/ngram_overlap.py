@@ -18,6 +18,7 @@ from llamajax.corpus.inspection.document_reader import DocumentRun
 from llamajax.errors import UserError
 from llamajax.tokenizers import Tokenizer
 
+_PIECE = 1 << 19  # characters that are encoded at a time
 _LISTED, _LEAST_SHOWN, _SHOWN_TOKENS = 5, 0.1, 60  # rows, share of their n-grams, tokens
 _FILTER_SLOTS = 8  # for each n-gram, so that one in eight of the others passes
 _MAX_FILTER_BITS = 27
@@ -34,18 +35,32 @@ class NgramOverlap:
         self._hashes: list[np.ndarray] = []
         self._rows: list[np.ndarray] = []  # of each hash
         self._places: list[tuple[str, str, np.ndarray]] = []  # reference, place, tokens of each row
+        self._left_out: dict[str, int] = {}  # rows of each reference
         self._all = self._unique = np.empty(0, np.uint64)
         self._found = np.empty(0, np.int64)
 
-    def add_files(self, files: Sequence[str], tokenizer: Tokenizer) -> None:
-        """Add texts: a whole file, or a row for each JSON line. Raises UserError."""
-        for name in files:
-            for place, texts in _rows_of(Path(name)):
-                self._add(name, place, [tokenizer.encode_array(text) for text in texts])
+    def add_files(self, files: Sequence[str], tokenizer: Tokenizer, max_tokens: int) -> None:
+        """Add texts: a whole file, or a row for each JSON line. Raises UserError.
 
-    def add_documents(self, reference: str, runs: Iterable[DocumentRun]) -> None:
-        """Add a row for each prepared document."""
+        About the first max_tokens of all files are added, in pieces of a text.
+        """
+        for name in files:
+            self._left_out[name] = 0
+            for place, texts in _rows_of(Path(name)):
+                pieces = [t[i : i + _PIECE] for t in texts for i in range(0, len(t), _PIECE)]
+                added: list[np.ndarray] = []
+                while len(added) < len(pieces) and max_tokens > 0:
+                    added.append(tokenizer.encode_array(pieces[len(added)]))
+                    max_tokens -= len(added[-1])
+                self._left_out[name] += len(added) < len(pieces)
+                if len(added) or not pieces:
+                    self._add(name, place, added)
+
+    def add_documents(self, reference: str, runs: Iterable[DocumentRun], total: int) -> None:
+        """Add a row for each prepared document. total: with those that `runs` leaves out."""
+        self._left_out[reference] = total
         for run in runs:
+            self._left_out[reference] -= len(run.lengths)
             documents = np.split(run.tokens, run.offsets[1:])
             for start, tokens in zip(run.starts.tolist(), documents, strict=True):
                 self._add(reference, f"{reference} token {start}", [tokens])
@@ -91,7 +106,7 @@ class NgramOverlap:
         where[of[found >= 0]] = found[found >= 0]
         names = np.array([reference for reference, _, _ in self._places])
         overlap, worst = [], []
-        for name in dict.fromkeys(names.tolist()):
+        for name in self._left_out:
             own = np.flatnonzero(names == name)
             order = own[np.lexsort((-seen[own], -share[own]))]
             worst += [row for row in order[:_LISTED] if share[row] >= _LEAST_SHOWN]
@@ -99,6 +114,7 @@ class NgramOverlap:
                 {
                     "text": name,
                     "rows": len(own),
+                    "rows_left_out": self._left_out[name],
                     "too_short": int((total[own] == 0).sum()),
                     "found_share": float(seen[own].sum() / max(1, total[own].sum())),
                     "rows_half_found": int((share[own] >= 0.5).sum()),
@@ -124,20 +140,22 @@ def _rows_of(file: Path) -> Iterator[tuple[str, list[str]]]:
 
     Raises UserError for a file that cannot be read, or is neither text nor JSON lines.
     """
-    if format_of(file) == ".txt":
-        yield str(file), [read_text(file)]
-        return
-    if format_of(file) != ".jsonl":
+    if format_of(file) not in (".txt", ".jsonl"):
         raise UserError(f"--against={file}: name a .txt or .jsonl file (also .gz or .zst)")
     try:
+        if format_of(file) == ".txt":
+            yield str(file), [read_text(file)]
+            return
         with file.open("rb") as raw:
             for number, line in numbered_lines(file, decompressed(file, raw)):
                 try:
                     yield f"{file}:{number}", list(_strings(json_object(line)))
                 except UserError as error:
-                    raise UserError(f"--against: {file}:{number}: {error}") from error
+                    raise UserError(f"{file}:{number}: {error}") from error
     except OSError as error:
         raise UserError(f"--against={file}: cannot be read: {error.strerror or error}") from error
+    except UserError as error:
+        raise UserError(f"--against={error}") from error
 
 
 def _strings(value: Any) -> Iterator[str]:
