@@ -19,8 +19,8 @@ from llamajax.tokenizers import Tokenizer, load_tokenizer
 # compared; but at least so many tokens.
 _NGRAM_BYTES, _NGRAM_TOKENS = 50, 13
 _SHINGLE_BYTES, _SHINGLE_TOKENS = 20, 5
-# Of validation, and of all files of `against`, no more is looked for in train: an n-gram takes 40
-# bytes, all of each 335 MB.
+# Of validation, and of all files of `against`, no more is looked for in train: all of each
+# take up to 640 MB (measured).
 _MAX_REFERENCE_TOKENS = 1 << 23
 _FEW = 10  # tokens of the vocabulary that occur less often are hardly trained
 
