@@ -16,10 +16,12 @@ _FILE_OF = {
     "check_ledger": "ledger",
     "eval_batches": "batches",
     "has_split": "mixture",
+    "left_out": "stages",
     "open_mixture": "mixture",
     "open_stages": "stages",
     "open_validation_sets": "mixture",
     "sample_ids": "batches",
+    "tokens_reached": "stages",
     "train_batches": "batches",
     "with_stages": "stages",
 }

@@ -7,8 +7,7 @@ samples of one length. A checkpoint saves nothing else of the data: resuming is 
 
 import bisect
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from llamajax.data.sample_order import FIRST_ROUNDS, ROUNDS
@@ -62,9 +61,14 @@ class Position:
       epoch: no cut of the unread pieces into longer samples could avoid that.
     - mixture (data, weights, seed, shuffle): as for the sequence length. New data is all unread
       wherever its order begins, and data that stays does not start again at its first sample.
+
+    reached: how far each source was read or left out, in tokens, by its fingerprint, as the
+    checkpoint or the rollback says from which the run goes on. The segments do not tell where their
+    data is not open any more, or where a rollback left out what a later stage had read.
     """
 
     segments: tuple[Segment, ...]
+    reached: Mapping[str, int] = dataclasses.field(default_factory=dict, compare=False)
 
     @classmethod
     def start(cls, *, batch_size: int, seq_len: int, mixture_hash: str) -> "Position":
@@ -96,32 +100,16 @@ class Position:
         new = dataclasses.replace(
             last, first_step=step, first_sample=first_sample, starts=starts, **settings
         )
-        return Position((*self.segments, new))
+        return self.extended(new)
 
     def until(self, step: int) -> "Position":
         """Return the position without the segments that begin at `step` or later, or the first."""
         kept = [s for s in self.segments[1:] if s.first_step < step]
-        return Position((self.segments[0], *kept))
+        return dataclasses.replace(self, segments=(self.segments[0], *kept))
 
-    def without(self, first: int, last: int, borders: Iterable[int]) -> list[Segment]:
-        """Return the segments from step `first` on, without what the steps up to `last` read.
-
-        borders: first steps of stages. What follows in the same order is moved on with it.
-        """
-        begins = [first, *(border for border in borders if border > first)]
-        spans = list(zip(begins, [*begins[1:], math.inf], strict=True))
-        found, reached = [], {}
-        for begin, end in spans:
-            if begin < last:
-                segment = self.segment(min(last, end) - 1)
-                read = (min(last, end) - segment.first_step) * segment.batch_size
-                reached[segment.order] = segment.first_sample + read
-        for begin, end in spans:
-            segment = self.segment(max(begin, min(last, end) - 1))
-            sample = reached.get(segment.order, segment.first_sample)
-            found.append(dataclasses.replace(segment, first_step=begin, first_sample=sample))
-            reached[segment.order] = sample + (end - begin) * segment.batch_size
-        return found
+    def extended(self, segment: Segment) -> "Position":
+        """Return the position with one more segment, from that one's first step on."""
+        return dataclasses.replace(self, segments=(*self.segments, segment))
 
     def segment(self, step: int) -> Segment:
         """Return the segment of `step`."""
@@ -146,8 +134,13 @@ class Position:
         return {"segments": [dataclasses.asdict(s) for s in self.segments]}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Position":
-        """Return the position that `to_json` described; ValueError if it describes none."""
+    def from_json(
+        cls, value: dict[str, Any], *, reached: Mapping[str, int] | None = None
+    ) -> "Position":
+        """Return the position that `to_json` described; ValueError if it describes none.
+
+        reached: as checkpoints have it; None in those of earlier releases.
+        """
         try:
             segments = tuple(map(Segment.from_json, value["segments"]))
         except (AttributeError, KeyError, TypeError) as error:
@@ -155,4 +148,4 @@ class Position:
         steps = [s.first_step for s in segments]
         if not segments or steps[0] != 0 or steps != sorted(steps):
             raise ValueError(f"not a position in the data: segments start at {steps}")
-        return cls(segments)
+        return cls(segments, reached or {})

@@ -6,11 +6,12 @@ number of tokens, where the sequence length changes), and a source that is new b
 sample. So a stage with other weights reads text that is new, as long as the epoch lasts.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from llamajax.config import RunConfig, stage_named, stages_of
-from llamajax.data.mixture import Mixture, PreparedSplit, open_mixture
+from llamajax.data.mixture import Mixture, open_mixture
 from llamajax.data.position import Position, Segment
 from llamajax.errors import UserError
 
@@ -40,57 +41,89 @@ def with_stages(
 ) -> Position:
     """Return the position of a run that goes on from `step` with these stages.
 
-    position: until `step`, and of a rollback what it planned for later. stages: first step and
-    settings (as `Segment.settings`) of each. mixtures: by hash, of all stages.
+    position: until `step`; what it has for later is planned anew. stages: first step and settings
+    (as `Segment.settings`) of each. mixtures: by hash, of all stages.
     """
     stages = list(stages)
     later = [stage for stage in stages if stage[0] >= step]
-    planned = {s.first_step: s for s in position.segments if s.first_step > step}
-    found = Position(tuple(s for s in position.segments if s.first_step <= step))
+    kept = tuple(s for s in position.segments if s.first_step <= step)
+    found = dataclasses.replace(position, segments=kept)
+    if len(stages) == 1:
+        return found.continued(step=step, **stages[0][1])
     if not later or later[0][0] > step:
-        found = found.continued(step=step, **stages[len(stages) - len(later) - 1][1])
+        later.insert(0, (step, stages[len(stages) - len(later) - 1][1]))
     for first_step, settings in later:
-        segment = planned.get(first_step)
-        if segment is None or segment.settings != settings:
-            segment = _segment(found, mixtures, first_step, settings)
-        if segment is not None:
-            found = Position((*found.segments, segment))
+        found = _with_stage(found, mixtures, first_step, settings)
     return found
 
 
-def _segment(
+def _with_stage(
     before: Position, mixtures: Mapping[str, Mixture], step: int, settings: dict[str, Any]
-) -> Segment | None:
-    """Return the segment that begins at `step`; None where all stays as it was."""
+) -> Position:
     last = before.segments[-1]
-    if settings == last.settings:
-        return None
-    if settings | {"batch_size": last.batch_size} == last.settings:
-        return before.continued(step=step, **settings).segments[-1]
-    sources = mixtures[settings["mixture_hash"]].sources
-    reached = [_tokens_reached(before, mixtures, step, source) for source in sources]
-    starts = tuple(-(-tokens // settings["seq_len"]) for tokens in reached)
-    return Segment(
-        first_step=step,
-        first_sample=0,
-        rounds=last.rounds,
-        starts=starts if any(starts) else (),
-        **settings,
+    if settings | {"batch_size": last.batch_size} == last.settings:  # the same order
+        return before.continued(step=step, **settings)
+    reached = tokens_reached(before, mixtures, step)
+    return before.extended(
+        Segment(
+            first_step=step,
+            first_sample=0,
+            rounds=last.rounds,
+            starts=_starts(mixtures[settings["mixture_hash"]], settings["seq_len"], reached),
+            **settings,
+        )
     )
 
 
-def _tokens_reached(
-    position: Position, mixtures: Mapping[str, Mixture], step: int, source: PreparedSplit
-) -> int:
-    """Return how far the order of a source was read before `step`, epochs included."""
-    end = step
-    for segment in reversed(position.segments):
-        mixture = mixtures.get(segment.mixture_hash)
-        fingerprints = [s.fingerprint for s in mixture.sources] if mixture else []
-        if source.fingerprint in fingerprints:
-            number = fingerprints.index(source.fingerprint)
-            samples = segment.first_sample + (end - segment.first_step) * segment.batch_size
-            start = segment.starts[number] if segment.starts else 0
-            return (start + mixture.counts(samples)[number]) * segment.seq_len
-        end = segment.first_step
-    return 0
+def _starts(mixture: Mixture, seq_len: int, reached: Mapping[str, int]) -> tuple[int, ...]:
+    """Return `Segment.starts` of an order that goes on after what was read of each source."""
+    starts = tuple(-(-reached.get(source.fingerprint, 0) // seq_len) for source in mixture.sources)
+    return starts if any(starts) else ()
+
+
+def tokens_reached(
+    position: Position, mixtures: Mapping[str, Mixture], step: int
+) -> dict[str, int]:
+    """Return how far each source was read before `step`: tokens, epochs included, by fingerprint.
+
+    mixtures: by hash, all that the position has read since the step that `position.reached` is of.
+    """
+    found = dict(position.reached)
+    ends = [segment.first_step for segment in position.segments[1:]] + [step]
+    for segment, end in zip(position.segments, ends, strict=True):
+        steps, mixture = min(end, step) - segment.first_step, mixtures.get(segment.mixture_hash)
+        if steps <= 0 or mixture is None:
+            continue
+        counts = mixture.counts(segment.first_sample + steps * segment.batch_size)
+        starts = segment.starts or (0,) * len(counts)
+        for source, start, count in zip(mixture.sources, starts, counts, strict=True):
+            tokens = (start + count) * segment.seq_len
+            found[source.fingerprint] = max(tokens, found.get(source.fingerprint, 0))
+    return found
+
+
+def left_out(
+    position: Position,
+    mixtures: Mapping[str, Mixture],
+    *,
+    to_step: int,
+    at_step: int,
+    borders: Iterable[int],
+) -> tuple[Segment, dict[str, int]]:
+    """Return how a run goes on from `to_step` without what the steps up to `at_step` read.
+
+    That is the segment from `to_step` on, and how far each source was read. mixtures: as in
+    `tokens_reached`. borders: first steps of stages; the segment has the settings of the stage that
+    `to_step` is in.
+    """
+    end = min([at_step, *(border for border in borders if border > to_step)])
+    segment, newest = position.segment(end - 1), position.segment(at_step - 1)
+    reached = tokens_reached(position, mixtures, at_step)
+    if segment.order == newest.order:
+        read = (at_step - newest.first_step) * newest.batch_size
+        starts, first_sample = segment.starts, newest.first_sample + read
+    else:
+        starts = _starts(mixtures[segment.mixture_hash], segment.seq_len, reached)
+        first_sample = 0
+    new = dataclasses.replace(segment, first_step=to_step, first_sample=first_sample, starts=starts)
+    return new, reached

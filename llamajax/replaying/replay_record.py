@@ -49,7 +49,8 @@ class ReplayRecord:
         if self.base is None:
             saved, rollbacks = data.Position.start(**stages[0][1]), 0
         else:
-            saved = data.Position.from_json(self.base.meta["position"])
+            meta = self.base.meta
+            saved = data.Position.from_json(meta["position"], reached=meta.get("reached"))
             rollbacks = self.base.meta.get("rollbacks", 0)
         step = max(self.first_step, audit.entries[-1].to_step if audit.entries else 0)
         later = audit.position(saved, step=step, rollbacks=rollbacks)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from llamajax import data
 from llamajax.backends import memory_in_use, report_alive
 from llamajax.checkpoint import CheckpointError
 from llamajax.monitoring import MetricsWriter, Progress, StepTimer
@@ -60,8 +61,8 @@ class Attempt:
     def begin_stage(self, step: int, state: TrainState) -> TrainState:
         """Say that update `step` begins a stage; return the state as one of that stage's model."""
         setup = self.run.setup
-        number, data = setup.stage_number(step), setup.at(step).config.data
-        words = f"{data.global_batch_size} x {data.seq_len} of {data.path}"
+        number, c = setup.stage_number(step), setup.at(step).config.data
+        words = f"{c.global_batch_size} x {c.seq_len} of {c.path}"
         tokens = self.start.position.tokens_seen(step - 1)
         fields = {"number": number, "tokens_seen": tokens, "reason": words}
         self.run.events.write("stage", step=step - 1, **fields)
@@ -205,7 +206,9 @@ class SaveHook(Hook):
                 self._checkpoint_failed(error)
             try:
                 saved = run.setup.at(step).spec.to_stored_order(state.to_save)
-                meta = a.start.recorded | {"ledger": a.start.ledger.to_json()}
+                reached = data.tokens_reached(a.start.position, run.setup.mixtures, step)
+                read = {"ledger": a.start.ledger.to_json(), "reached": reached}
+                meta = a.start.recorded | read
                 run.checkpointer.save(step, saved, meta=meta, wait=final)
             except CheckpointError as error:
                 self._checkpoint_failed(error, final=final)

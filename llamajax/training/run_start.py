@@ -158,7 +158,8 @@ def _place_in_data(
     mixtures, stages = run.setup.mixtures, run.setup.data_settings
     before, saved, rollbacks = data.Position.start(**stages[0][1]), None, 0
     if meta is not None:
-        before, saved = data.Position.from_json(meta["position"]).until(step), meta.get("ledger")
+        before = data.Position.from_json(meta["position"], reached=meta.get("reached")).until(step)
+        saved = meta.get("ledger")
         if not forked:
             check_past(run.setup, from_json_dict(meta["config"]), before, step=step)
         rollbacks = meta.get("rollbacks", 0)
@@ -166,7 +167,7 @@ def _place_in_data(
             data.check_ledger(saved, mixtures, before, step=step)
     position = run.rollbacks.position(before, step=step, rollbacks=rollbacks)
     position = data.with_stages(position, stages, mixtures, step=step)
-    for line in stage_warnings(run.config, position, step=step):
+    for line in stage_warnings(run.config, position, mixtures, step=step):
         run.say(line)
     return position, data.Ledger(mixtures, position, step=step, saved=saved)
 

@@ -1,7 +1,7 @@
 """The stages of a run (`data.stages`): all are compiled at its start, and it goes through them."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llamajax import backends, data
@@ -109,8 +109,24 @@ def _words(first_step: int, settings: dict[str, Any], config: RunConfig) -> str:
     return f"{size} of data {hash_[:8]} from step {first_step} on{scaled}"
 
 
-def stage_warnings(config: RunConfig, position: "data.Position", *, step: int) -> Iterator[str]:
-    """Yield a warning for each stage to come that does not begin at the tokens that it names."""
+def stage_warnings(
+    config: RunConfig,
+    position: "data.Position",
+    mixtures: "Mapping[str, data.Mixture]",
+    *,
+    step: int,
+) -> Iterator[str]:
+    """Yield a warning for each stage to come that does not begin where the config says.
+
+    mixtures: by hash, of all stages.
+    """
+    past = {s.mixture_hash for s in position.segments if s.first_step < step}
+    if config.data.stages and not position.reached and past - set(mixtures):
+        yield (
+            f"warning: until step {step} the run has read data that no stage has now, and its "
+            "checkpoint, of an earlier release, does not say of which sources: a stage may read "
+            "samples of them again"
+        )
     for stage, change in zip(stages_of(config)[1:], config.data.stages, strict=True):
         seen = position.tokens_seen(stage.first_step)
         if change.from_tokens is not None and stage.first_step >= step and seen != stage.tokens:

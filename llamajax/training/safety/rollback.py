@@ -29,7 +29,8 @@ AUDIT = "audit.jsonl"
 class Rollback:
     """At step `at_step`, back to step `to_step`, which continues with the data of `segment`.
 
-    later: the segments of the stages after it; none in records of earlier releases.
+    reached: how far each source had been read (`data.tokens_reached`), for the stages after it;
+    empty in records of earlier releases.
     """
 
     at_step: int
@@ -37,7 +38,7 @@ class Rollback:
     first_skipped_step: int  # the first of those that were left out in a row
     segment: dict[str, Any]
     reason: str
-    later: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    reached: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class RollbackLog:
@@ -101,18 +102,18 @@ class RollbackLog:
         if not since:
             return saved
         segment = Segment.from_json(since[-1].segment | {"first_step": step})
-        later = map(Segment.from_json, since[-1].later)
-        before = saved.until(step).segments
-        return data.Position((*before, segment, *(s for s in later if s.first_step > step)))
+        before = dataclasses.replace(saved.until(step), reached=saved.reached | since[-1].reached)
+        return before.extended(segment)
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
-    fields = {field.name for field in dataclasses.fields(Rollback)} - {"later"}
+    fields = {field.name for field in dataclasses.fields(Rollback)} - {"reached"}
     found = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:
             entry = json.loads(line)
-            found.append({name: entry[name] for name in fields} | {"later": entry.get("later", [])})
+            reached = entry.get("reached", {})
+            found.append({name: entry[name] for name in fields} | {"reached": reached})
         except (ValueError, KeyError, TypeError):
             continue  # cut off by a crash: it did not happen
     return found
@@ -156,15 +157,17 @@ def roll_back(
     times = log.count_to(to_step)
     if times >= checks.config.max_rollbacks:
         raise GuardStop(f"{cause}; the run has gone back to {where} {times} times already")
-    segment, *later = map(dataclasses.asdict, checks.position.without(to_step, cause.step, borders))
+    segment, reached = data.left_out(
+        checks.position, checks.mixtures, to_step=to_step, at_step=cause.step, borders=borders
+    )
     log.add(
         Rollback(
             at_step=cause.step,
             to_step=to_step,
             first_skipped_step=cause.first_skipped_step,
-            segment=segment,
+            segment=dataclasses.asdict(segment),
             reason=cause.reason,
-            later=later,
+            reached=reached,
         )
     )
     return (

@@ -200,6 +200,27 @@ def test_a_rollback_leaves_the_data_out_and_outlives_a_kill(guarded, tmp_path):
     assert same(rows(two), found)
 
 
+def test_a_rollback_over_a_border_leaves_out_what_the_later_stage_had_read(guarded, tmp_path):
+    """Also where the run is stopped between the rollback and the border."""
+    lines = [f"line {i} {'Z' * (i < 40)}" for i in range(400)]
+    bad = prepare_texts(tmp_path / "bad", lines, held_out=0)
+    good = prepare_texts(tmp_path / "good", [line.replace("Z", "") for line in lines], held_out=0)
+    options = {"data__path": str(good), "data__shuffle": False, "train__steps": 6}
+    options |= {"data__stages": [{"from_step": 3, "path": str(bad)}], "guard__max_in_a_row": 1}
+    options |= {"guard__max_rollbacks": 9, "checkpoint__every_steps": 2}
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert guarded(one, **options) == 0
+    audit = [json.loads(line) for line in (one / "audit.jsonl").read_text().splitlines() if line]
+    assert {(entry["at_step"], entry["to_step"]) for entry in audit} == {(4, 2)}
+    assert len(audit) == 2  # each leaves out a batch of both
+    reached = open_checkpoint(one / "checkpoints" / "6").meta["reached"]
+    assert list(reached.values()) == [5 * 8 * 48, 5 * 8 * 48]
+    assert guarded(two, **options, stop_after=7) == 143  # after step 3 of the third time
+    assert max(int(path.name) for path in (two / "checkpoints").iterdir()) == 3
+    assert guarded(two, **options) == 0
+    assert same(rows(two), rows(one))
+
+
 @pytest.mark.parametrize("every", [99, 1])
 def test_a_fork_rolls_back_to_its_own_checkpoints_or_to_the_run_it_left(guarded, tmp_path, every):
     assert guarded(tmp_path / "base", stop_after=1) == 143
