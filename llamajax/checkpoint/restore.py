@@ -6,10 +6,12 @@ checkpoint when the newest is damaged (`newest_intact`), because it does the los
 other readers are refused, since they would take older weights for the newest.
 """
 
+import dataclasses
 import errno
 import functools
+import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ from llamajax.checkpoint.leaf_names import named_leaves, rebuild
 from llamajax.checkpoint.location import Location
 from llamajax.checkpoint.manifest import DamagedError
 from llamajax.checkpoint.stored_array import StoredArray, array_from_parts
+from llamajax.config.model_schema import RopeScaling
 from llamajax.config.saved_config import record_of_step
 from llamajax.config.values import show
 from llamajax.errors import UserError, combine
@@ -220,25 +223,48 @@ def _damaged(directory: Location, problem: str, *, hopeless: bool = False) -> Us
     return UserError(f"checkpoint {directory} is damaged: {problem}\n{fix}")
 
 
-def model_differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Name every key of the model section in which the weights differ from the run's config."""
-    old, new = _flatten(saved), _flatten(wanted)
+def model_differences(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], *, step: int = 0
+) -> list[str]:
+    """Name every key of the model section in which the weights differ from the run's config.
+
+    step: of the run whose checkpoint holds the weights; 0 where it is another run's.
+    """
+    old, new = (dict(section) for section in (saved, wanted))
+    scalings = [
+        section and RopeScaling(**section)  # older checkpoints lack the keys added since
+        for section in (old.pop("rope_scaling", None), new.pop("rope_scaling", None))
+    ]
     return [
         f"model.{key}: the weights have {show(old.get(key))}, this run {show(new.get(key))}; "
         f"use --config.model.{key}={show(old.get(key))}"
         for key in {**new, **old}
         if key not in _HARMLESS and not _equal(old.get(key), new.get(key))
+    ] + list(_rope_difference(*scalings, step=step))
+
+
+def _rope_difference(
+    old: RopeScaling | None, new: RopeScaling | None, *, step: int
+) -> Iterator[str]:
+    """Yield how the rotary scalings differ, with all flags that give the run that of the weights.
+
+    old: of the weights. new: of the run. step: as in `model_differences`.
+    """
+    before, after = ({} if each is None else dataclasses.asdict(each) for each in (old, new))
+    if all(_equal(before.get(name), after.get(name)) for name in {**before, **after}):
+        return
+    key = "--config.model.rope_scaling"
+    kept = before if new else old.given() if old else {}
+    flags = [
+        f"{key}.{name}={show(value)}"
+        for name, value in kept.items()
+        if not _equal(value, after.get(name))
     ]
-
-
-def _flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
+    fix = " ".join(flags) or f"{key}=none"
+    if step and new:
+        stage = json.dumps({"from_step": step, "rope_scaling": new.given()})
+        fix += f"; to change it from step {step} on, also add {stage} to data.stages"
+    yield f"model.rope_scaling: the weights have {show(old)}, this run {show(new)}; use {fix}"
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -265,7 +291,7 @@ def check_same_model(
     saved_config = record_of_step(checkpoint.meta.get("config") or {}, checkpoint.step)
     stored = checkpoint.arrays
     if model is not None and "model" in saved_config:
-        keys = model_differences(saved_config["model"], model)
+        keys = model_differences(saved_config["model"], model, step=checkpoint.step)
     for name, leaf in abstract.items():
         if name not in stored:
             arrays[name] = "not in the checkpoint"

@@ -1,7 +1,7 @@
 """The config keys of an architecture: `model.*`; the names of its matrices."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from llamajax.config.values import key
 
@@ -67,6 +67,17 @@ class RopeScaling:
     truncate: bool = key(
         "yarn: whether the blend begins and ends at whole pairs of dimensions", default=True
     )
+
+    def given(self) -> dict[str, Any]:
+        """Return the keys of its type; of those that it may have, the ones not at their default."""
+        required, optional = ROPE_KEYS[self.type]
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        changed = [name for name in optional if getattr(self, name) != defaults[name]]
+        return {name: getattr(self, name) for name in ("type", *required, *changed)}
+
+    def __str__(self) -> str:
+        (_, kind), *rest = self.given().items()
+        return f"{kind} ({', '.join(f'{name}={value}' for name, value in rest)})"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

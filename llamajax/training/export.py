@@ -7,14 +7,14 @@ import jax.numpy as jnp
 
 from llamajax import data
 from llamajax.checkpoint import newest_checkpoint
-from llamajax.checkpoint.location import Location, locate
-from llamajax.config.schema import LoraConfig
+from llamajax.config.values import show
 from llamajax.errors import UserError
 from llamajax.formats.huggingface.hf_write import export_hf
 from llamajax.formats.peft import write_peft
-from llamajax.formats.weights import TOKENIZER
+from llamajax.formats.weights import TOKENIZER, Weights
 from llamajax.models.lora import merge
 from llamajax.training.state import TrainState
+from llamajax.training.workdir import Run
 
 _merge = jax.jit(merge, static_argnames="dtype")
 
@@ -49,15 +49,22 @@ def export_weights(workdir: Path, step: int, state: TrainState, *, dtype: str) -
         return [f"step {step} was not exported: {error}"]
 
 
-def write_adapters(
-    workdir: Path, checkpoints: Location, lora: LoraConfig, base: dict[str, str]
-) -> list[str]:
+def write_adapters(run: Run, base: Weights) -> list[str]:
     """Write the adapters of the newest checkpoint as `peft/`; return warnings.
 
-    To be called by all processes.
+    base: the weights that they belong to. Where the run ends with another rotary scaling than
+    theirs, nothing is written: PEFT computes with the base's. To be called by all processes.
     """
-    target, weights = workdir / "peft", locate(base["path"])
-    write_peft(newest_checkpoint(checkpoints), target, lora=lora, base=weights)
+    target, weights = run.workdir / "peft", base.path
+    ours = run.setup.at(run.config.train.steps).config.model.rope_scaling
+    if ours != base.model.rope_scaling:
+        return [
+            f"{target} is not written: the adapters were trained with rope_scaling {show(ours)}, "
+            f"and PEFT takes that of the base, {show(base.model.rope_scaling)}; merge them: "
+            f"python -m llamajax.convert --from={run.workdir} --to=DIRECTORY"
+        ]
+    checkpoint = newest_checkpoint(run.checkpointer.directory)
+    write_peft(checkpoint, target, lora=run.config.lora, base=weights)
     if (weights / "config.json").is_file():
         return []
     return [

@@ -96,9 +96,7 @@ def train(
                 run.say(line)
             outcome["code"] = code = _train(run, start, more_hooks)
             if code == ExitCode.FINISHED and config.lora.rank:
-                checkpoints = run.checkpointer.directory
-                base = start.recorded["base"]
-                for line in write_adapters(workdir, checkpoints, config.lora, base):
+                for line in write_adapters(run, start.weights):
                     run.say(f"warning: {line}")
     if run.is_primary:
         with run.log:  # again, after `end_event`: the summary shows a run that has ended
@@ -163,9 +161,6 @@ def _load(run: Run, start: Start, timer: StepTimer, rolled_back_s: float) -> Tra
     with timer.pause():
         state = initial_state(run.setup.at(start.step), start.checkpoint, start.weights)
     source = "restore" if start.step else "import" if start.weights else "init"
-    ours = run.config.model.rope_scaling
-    if source == "import" and (theirs := start.weights.model.rope_scaling) != ours:
-        run.say(f"warning: the weights have rope_scaling {theirs}; this run goes on with {ours}")
     duration_s = timer.paused_s + rolled_back_s
     run.events.write(
         "restore",
@@ -212,7 +207,7 @@ def _accept(run: Run, start: Start, programs: StagePrograms) -> None:
                 text = getattr(programs.at(start.step + 1), name).as_text()
                 write_file(run.workdir / "profile" / f"{name}.hlo.txt", text)
         facts = run_facts(run.setup, programs.at(start.step + 1)) | programs.facts()
-        facts["origin"] = start.recorded["origin"]
+        facts |= {name: start.recorded[name] for name in ("origin", "rope_scaling_changed")}
         write_run_facts(run.workdir, facts | {"workdir_locked": run.is_locked})
 
 

@@ -118,9 +118,8 @@ def find_start(run: Run, request: Request, history: History) -> Start:
             f"the newest checkpoint is of step {step}, beyond train.steps = {config.train.steps}: "
             "raise train.steps, or choose another --workdir"
         )
-    if meta is not None:
-        for line in changes(setup, checkpoint, forked=of != run.workdir):
-            run.say(line)
+    for line in changes(setup, checkpoint, forked=of != run.workdir) if meta else ():
+        run.say(line)
     if origin and origin["step"] == step:
         meta["rollbacks"] = 0  # those of this run count, not those of the one before the fork
     position, ledger = _place_in_data(run, meta, step, forked=of != run.workdir)
@@ -131,6 +130,7 @@ def find_start(run: Run, request: Request, history: History) -> Start:
         "data": setup.data_record,
         "rollbacks": len(run.rollbacks.entries),
         "origin": origin,
+        "rope_scaling_changed": _rope_scaling_changed(run, meta, weights),
     }
     if config.lora.rank:
         recorded["base"] = base_record(weights)
@@ -145,6 +145,27 @@ def find_start(run: Run, request: Request, history: History) -> Start:
         is_evaluated=history.is_evaluated(step),
         time_after=history.time_after(step),
     )
+
+
+def _rope_scaling_changed(
+    run: Run, meta: Mapping[str, Any] | None, weights: Weights | None
+) -> str | None:
+    """Return how the run's rotary scaling differs from that of the weights it began from, if so.
+
+    meta: of the checkpoint that the run continues from, if it does. Warns where the run begins.
+    """
+    if meta is not None:
+        return meta.get("rope_scaling_changed")
+    ours = run.config.model.rope_scaling
+    if weights is None or (theirs := weights.model.rope_scaling) == ours:
+        return None
+    changed = f"the weights have no rope_scaling; this run trains them on with {ours}"
+    if theirs is not None:
+        changed = (
+            f"the weights were trained with rope_scaling {theirs}; this run has {ours} instead"
+        )
+    run.say(f"warning: {changed}")
+    return changed
 
 
 def _place_in_data(

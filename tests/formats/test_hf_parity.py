@@ -51,8 +51,10 @@ def test_weights_give_the_logits_of_transformers_and_go_back(name, tmp_path):
     assert_close(logits(model, ids), stored.arrays("stored")[name])
     again = tmp_path / "again"
     warnings = export_hf(model, config, again, dtype="float32", tokenizer=None)
-    unlike = name == "other yarn"  # whose context is not factor x original
-    assert ["4.51 to 4.55" in line for line in warnings] == [True] * unlike
+    unlike = name == "other yarn"  # its context is not factor x original, and it has no truncate
+    assert len(warnings) == 2 * unlike
+    for words in ("4.51 to 4.55 scale by", "before 4.55 ignores rope_scaling.truncate = false,"):
+        assert sum(words in line for line in warnings) == unlike
     assert_same_tensors(again, theirs)
     written = json.loads((again / "config.json").read_text())
     expected = llama_cases.hugging_face_config(config) | {"model_type": "llama", "dtype": "float32"}

@@ -1,6 +1,8 @@
 """`train.init_from`: the first loss is that of the weights, and what does not fit is named."""
 
 import dataclasses
+import itertools
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from workdirs import logged, prepare_texts
 from llamajax import data
 from llamajax.checkpoint import open_checkpoint, restore_state
 from llamajax.checkpoint.restore import model_differences
+from llamajax.config.model_schema import RopeScaling
 from llamajax.models.abstract import abstract_model
 from llamajax.training.run_start import open_initial_weights
 
@@ -111,8 +114,49 @@ def test_a_longer_context_begins_from_unscaled_weights(short_config, hugging_fac
     assert open_initial_weights(short_config(**options, **longer), None).model.rope_scaling is None
     source = Path(shutil.copytree(hugging_face, tmp_path / "source"))
     llamas.edit_config(source, rope_scaling={"type": "linear", "factor": 2.0})
-    with refused("model.rope_scaling.factor: the weights have 2.0, this run none"):
+    with refused("model.rope_scaling: the weights have linear (factor=2.0), this run none; use"):
         open_initial_weights(short_config(**options | {"train__init_from": str(source)}), None)
+
+
+ROPES = [
+    {},
+    {"type": "linear", "factor": 2.0},
+    {"type": "yarn", "factor": 4.0, "original_max_seq_len": 16},
+    {"type": "yarn", "factor": 4.0, "original_max_seq_len": 16, "beta_fast": 8.0},
+    {"type": "llama3", "factor": 8.0, "original_max_seq_len": 16, "low_freq_factor": 1.0}
+    | {"high_freq_factor": 4.0},
+]
+
+
+@pytest.mark.parametrize(("old", "new"), list(itertools.permutations(ROPES, 2)))
+def test_what_another_rope_scaling_is_told_to_use_works(short_config, old, new):
+    """The flags give that of the weights; the stage gives the run's own from then on."""
+
+    def model(scaling, **keys):
+        scaled = {f"model.rope_scaling.{name}": value for name, value in scaling.items()}
+        return short_config(train__steps=3, **scaled | keys).model
+
+    sections = [dataclasses.asdict(model(scaling)) for scaling in (old, new)]
+    (line,) = model_differences(*sections, step=2)
+    fix, _, stage = line.partition("; to change it from step 2 on, also add ")
+    flags = dict(re.findall(r"--config\.(\S+)=(\S+)", fix))
+    if old:
+        assert model(new, **flags) == model(old)
+    else:
+        assert flags == {"model.rope_scaling": "none"}
+    if new:
+        stages = f"[{stage.removesuffix(' to data.stages')}]"
+        (stage,) = short_config(train__steps=3, data__stages=stages).data.stages
+        assert (stage.from_step, stage.rope_scaling) == (2, model(new).rope_scaling)
+    else:
+        assert not stage
+
+
+def test_a_record_without_newer_keys_of_rope_scaling_is_the_same_model():
+    """As runs of Llama 3.1 wrote it that had no other type."""
+    old = {name: value for name, value in ROPES[-1].items() if name != "type"}
+    now = dataclasses.asdict(RopeScaling(**ROPES[-1]))
+    assert model_differences({"rope_scaling": old}, {"rope_scaling": now}) == []
 
 
 def test_an_epsilon_in_float32_is_the_same(short_config):

@@ -84,6 +84,22 @@ def test_peft_has_the_factors_under_its_own_names(adapted, base, loaded):
     assert "which PEFT cannot load, as it is no Hugging Face directory" in log
 
 
+def test_with_another_rope_scaling_than_its_base_it_says_so_and_writes_no_peft(
+    short_run, base, tmp_path
+):
+    options = {"train__init_from": str(base), **LORA, "train__steps": 3}
+    options |= {"model__rope_scaling__type": "linear", "model__rope_scaling__factor": 2.0}
+    changed = "the weights have no rope_scaling; this run trains them on with linear (factor=2.0)"
+    for stop_after, code in ((1, 143), (None, 0)):
+        assert short_run(tmp_path, stop_after=stop_after, **options) == code
+        facts = json.loads((tmp_path / "run.json").read_text())
+        assert facts["rope_scaling_changed"] == changed  # also after a rerun
+    log = (tmp_path / "train.log").read_text("utf-8")
+    assert log.count(f"warning: {changed}\n") == 1
+    assert "peft is not written: the adapters were trained with rope_scaling linear" in log
+    assert not (tmp_path / "peft").exists()
+
+
 def test_an_interrupted_run_continues_bit_by_bit(short_run, adapted, base, tmp_path):
     options = {"train__init_from": str(base), **LORA, **STEPS}
     assert short_run(tmp_path, stop_after=4, **options) == 143

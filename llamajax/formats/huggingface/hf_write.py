@@ -103,6 +103,11 @@ def _unlike_transformers(model: ModelConfig) -> Iterator[str]:
                 f"transformers 4.51 to 4.55 scale by max_seq_len / original_max_seq_len = {ratio:g}"
                 f", not by rope_scaling.factor = {scaling.factor:g}; later ones by factor"
             )
+        if not scaling.truncate:
+            yield (
+                "transformers before 4.55 ignores rope_scaling.truncate = false, and begins and "
+                "ends yarn's blend at whole pairs; load this directory with a later version"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
