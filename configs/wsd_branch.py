@@ -10,7 +10,7 @@ Command:  after ./launch/quickstart.sh, which prepares the book,
               --config.train.fork=runs/llama3_8b@10000 --config.train.steps=12000
 Model:    5.0 M parameters, sequences of 256 tokens, batches of 1,024 tokens, float32.
 Branch:   goes on from step 600, its rate falls to a tenth until step 800; up to there the run's own
-          rate is constant, and both read the same samples (`report` wants 64 common rows).
+          rate is constant, and both read the same samples (`report` needs 64 common rows).
 Speed:    unmeasured.
 Loss:     unmeasured at this size. With 0.6 M parameters (model.num_layers=1, hidden_size=64,
           intermediate_size=176, num_heads=2, num_kv_heads=1, head_size=32; optim.learning_rate
@@ -38,7 +38,7 @@ def get_config(part: str = "run") -> ConfigDict:
         config.train.steps = 800
         config.optim.decay_steps = config.train.get_ref("steps") // 4
     config.optim.warmup_steps = 10
-    config.train.log_every = 1  # the paired difference wants many rows
+    config.train.log_every = 1  # the paired difference needs many rows
     config.train.eval_every = 200
     config.checkpoint.every_steps = 200
     config.checkpoint.keep_every = 200  # each can be forked

@@ -77,6 +77,8 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple], **_: Any) -> list:
         """Return log-likelihood and greediness of (texts, context ids, continuation ids)."""
+        if not requests:
+            return []
         found, limit = [], self.max_length + 1
         for texts, context, continuation in requests:
             if not 1 <= len(continuation) <= self.max_length:
@@ -108,7 +110,7 @@ class HarnessModel(TemplateLM):
             ):
                 windows.append((None, *make_disjoint_window(window)))
                 owners.append(owner)
-        logs = [log for log, _ in self._loglikelihood_tokens(windows)] if windows else []
+        logs = [log for log, _ in self._loglikelihood_tokens(windows)]
         return np.bincount(owners, weights=logs, minlength=len(requests)).tolist()
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:

@@ -35,7 +35,10 @@ _SHOWN, _SHOWN_CHARACTERS = 3, 90  # of samples, on the terminal
 
 
 class EvaluateHook(Hook):
-    """Writes the row of an evaluation; no row where a stop signal comes meanwhile."""
+    """Writes the row of an evaluation; no row where a stop signal comes meanwhile.
+
+    Samples come after the row, so that decoding that fails costs neither the row nor a resume.
+    """
 
     def __init__(self, attempt: Attempt):
         super().__init__(attempt)
@@ -45,13 +48,13 @@ class EvaluateHook(Hook):
             self._parts.append(HeldOutLosses(attempt))
         if self.run.setup.evaluated.tasks is not None:
             self._parts.append(TaskAccuracies(attempt))
-        if self.run.setup.evaluated.prompts and not samples_problem(self.run.setup):
-            self._parts.append(Samples(attempt))
+        has_samples = self.run.setup.evaluated.prompts and not samples_problem(self.run.setup)
+        self._samples = Samples(attempt) if has_samples else None
 
     def is_due(self, step: int, stop: bool) -> bool:
         every, last = self.config.train.eval_every, self.config.train.steps
         due = step == last or bool(every and step % every == 0)
-        return due and not stop and bool(self._parts)
+        return due and not stop and bool(self._parts or self._samples)
 
     def was_done(self) -> bool:
         """Return whether an earlier process evaluated the step that this one resumes from."""
@@ -63,15 +66,15 @@ class EvaluateHook(Hook):
             try:
                 for part in self._parts:
                     row |= part(step, state)
+                if self._parts:
+                    fields |= {name: row[name] for name in row if name.startswith("eval_loss")}
+                    row["time_s"] = a.run.events.time_s
+                    a.metrics.write(row)
+                    a.progress.show(row)
+                if self._samples:
+                    self._samples.write(step, state)
             except Interrupted:
                 self.was_interrupted = True
-                return
-            fields |= {name: row[name] for name in row if name.startswith("eval_loss")}
-        if len(row) == 1:
-            return
-        row["time_s"] = a.run.events.time_s
-        a.metrics.write(row)
-        a.progress.show(row)
 
 
 class HeldOutLosses:
@@ -180,7 +183,8 @@ class Samples:
             run.workdir, file=SAMPLES, resume_step=attempt.start.step, primary=run.is_primary
         )
 
-    def __call__(self, step: int, state: TrainState) -> dict[str, Any]:
+    def write(self, step: int, state: TrainState) -> None:
+        """Write the samples of a step. To be called by all processes. Lets Interrupted through."""
         a, inputs, texts = self._attempt, self._setup.evaluated, []
         train = self._setup.config.train
         for index, ids in enumerate(self._new_ids(step, state)):
@@ -194,10 +198,9 @@ class Samples:
                 shown = "".join(c if c.isprintable() else " " for c in line)  # no escape codes
                 a.progress.note(f"sample   {shown}")
         a.metrics.write_text("samples", "\n\n".join(texts), step)
-        return {}
 
     def _new_ids(self, step: int, state: TrainState) -> list[list[int]]:
-        setup, prompts = self._setup, self._setup.evaluated.prompts
+        a, setup, prompts = self._attempt, self._setup, self._setup.evaluated.prompts
         config = setup.config
         dtype = config.train.activation_dtype
         engine = Engine(
@@ -213,8 +216,10 @@ class Samples:
         engine.programs = self._programs[state.model.config]  # compiled at the first evaluation
         (seed,) = np.random.SeedSequence([config.train.seed, step]).generate_state(1)
         found: list[list[int]] = [[] for _ in prompts]
-        for update in engine.generate(prompts, seed=int(seed)):
-            for ids, more in zip(found, update, strict=True):
-                ids += more
-            self._attempt.report_part()
+        a.report_alive()  # compiling has no parts
+        with a.hang.paused():
+            for update in engine.generate(prompts, seed=int(seed)):
+                for ids, more in zip(found, update, strict=True):
+                    ids += more
+                a.report_part()
         return found

@@ -12,6 +12,7 @@ from llamajax.backends.platforms import platform_facts
 from llamajax.checkpoint import Checkpointer
 from llamajax.config import RunConfig
 from llamajax.errors import ExitCode, UserError
+from llamajax.evaluation.continuations import ContinuationRows
 from llamajax.models.counts import flops_per_token, num_parameters
 from llamajax.models.lora import num_adapter_parameters
 from llamajax.models.memory import host_bytes
@@ -33,6 +34,8 @@ def run_header(setup: Setup, start: int) -> Iterator[str]:
         yield f"warning: {line}"
     for line in tasks.warnings() if tasks else ():
         yield f"warning: {line}"
+    if problem := tasks_problem(setup):
+        yield f"warning: train.tasks: {problem}"
     if c.train.name:
         yield f"run      {c.train.name}"
     trained = f", {format_count(num_trained(c))} trained" if c.lora.rank else ""
@@ -76,6 +79,19 @@ def samples_problem(setup: Setup) -> str | None:
     if not setup.evaluated.prompts or stages == 1:
         return None
     return f"no samples, as layers in {stages} pipeline stages cannot decode; set mesh.stage to 1"
+
+
+def tasks_problem(setup: Setup) -> str | None:
+    """Return what it costs that choices of tasks do not share rows; None where they do."""
+    tasks, data = setup.evaluated.tasks, setup.config.data
+    if tasks is None or data.mask_documents:
+        return None
+    count, packed = len(tasks.encoded), ContinuationRows(tasks.encoded, data.seq_len).num_rows
+    return (
+        f"with data.mask_documents=false each of {count} choices has a row of its own, so that an "
+        f"evaluation computes {count * data.seq_len:,} tokens; `llamajax evaluate --tasks` "
+        f"computes about {packed * data.seq_len:,}"
+    )
 
 
 def float8_warnings(config: RunConfig, device_kind: str) -> list[str]:
@@ -224,6 +240,7 @@ def run_facts(setup: Setup, programs: Programs) -> dict[str, Any]:
         "lost_features": backends.lost_features(setup.machine.platform),
         "untested_versions": backends.untested_versions(),
         "samples_problem": samples_problem(setup),
+        "tasks_problem": tasks_problem(setup),
         "eval_loss_of": setup.evaluated.described,
         "unigram_entropy": own.unigram_loss if own else None,
     }

@@ -132,6 +132,7 @@ def test_log_likelihoods_are_those_of_the_harness(ours, theirs):
     for (log, is_greedy), (their_log, is_theirs) in zip(found, expected, strict=True):
         assert log == pytest.approx(their_log, rel=1e-5)
         assert is_greedy is is_theirs
+    assert ours.loglikelihood([]) == ours.loglikelihood_rolling([]) == []
     texts = asked("loglikelihood_rolling", [("of many windows " * 20,), ("é",)])
     found = ours.loglikelihood_rolling(texts)
     assert found == pytest.approx(theirs.loglikelihood_rolling(texts), rel=1e-5)

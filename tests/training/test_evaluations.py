@@ -8,7 +8,10 @@ import pytest
 from workdirs import logged, prepare_texts, read_rows
 
 from llamajax import evaluate, generate
+from llamajax.decoding.engine import Engine
 from llamajax.monitoring import load_events
+from llamajax.training import hooks
+from llamajax.training.safety.hang import HangWatch
 
 PROMPTS = ("abc, ", "line \x1b[31m 1")
 KEYS = {"train__steps": 4, "train__eval_every": 2, "train__eval_batches": None}
@@ -77,7 +80,8 @@ def stopped(short_run, sets, tasks, tmp_path_factory):
 def test_training_and_its_own_split_stay_as_they_are(stopped, plain):
     assert logged(stopped) == logged(plain)
     assert [row["step"] for row in rows_of(stopped)] == [2, 4]
-    assert json.loads((stopped / "run.json").read_text())["samples_problem"] is None
+    record = json.loads((stopped / "run.json").read_text())
+    assert (record["samples_problem"], record["tasks_problem"]) == (None, None)
 
 
 def test_each_set_has_the_numbers_of_evaluate(stopped, sets, capsys):
@@ -163,6 +167,32 @@ def test_samples_are_shown_without_escape_codes(alone):
     assert "sample   line  [31m 1 | " in alone[1]
 
 
+def test_decoding_that_fails_costs_no_row(short_run, tmp_path, monkeypatch):
+    """Decoding compiles, and may need more memory than there is."""
+    seen, saved = [], {"checkpoint__every_steps": 2, "monitoring__progress": "lines"}
+
+    def fails(*_, **__):
+        seen.append("decoding")
+        raise MemoryError("of a device")
+
+    @contextlib.contextmanager
+    def paused(_):
+        seen.append("unwatched")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "generate", fails)
+        patch.setattr(HangWatch, "paused", paused)
+        patch.setattr(hooks, "report_alive", lambda: seen.append("alive"))
+        with pytest.raises(MemoryError):
+            short_run(tmp_path, **KEYS, **SAMPLED, **saved)
+    assert seen[-3:] == ["alive", "unwatched", "decoding"]
+    assert [row["step"] for row in rows_of(tmp_path)] == [2]
+    assert short_run(tmp_path, **KEYS, **SAMPLED, **saved) == 0
+    assert [row["step"] for row in rows_of(tmp_path)] == [2, 4]
+    assert [row[:2] for row in samples_of(tmp_path)] == [(4, 0), (4, 1)]
+
+
 @pytest.mark.slow
 def test_a_mesh_that_splits_rows_changes_neither_samples_nor_tasks(
     alone, short_run, sets, tasks, tmp_path
@@ -187,7 +217,10 @@ def test_a_pipeline_trains_without_samples_and_says_so(short_run, tasks, tmp_pat
     for name, figures in found.items():
         bits = in_the_run[f"task/{name}/bits_per_byte"]
         assert bits == pytest.approx(figures["bits_per_byte"], rel=1e-5)
-    problem = json.loads((tmp_path / "run.json").read_text())["samples_problem"]
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert "48 choices has a row" in record["tasks_problem"]
+    assert f"warning: train.tasks: {record['tasks_problem']}" in captured.err
+    problem = record["samples_problem"]
     assert "2 pipeline stages cannot decode" in problem
     assert captured.err.count(f"warning: train.sample_prompts: {problem}") == 1
     assert not (tmp_path / "samples.jsonl").exists()
