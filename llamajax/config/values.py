@@ -147,7 +147,7 @@ def show(value: Any) -> str:
             return json.dumps(value, ensure_ascii=False)
         return ",".join(show(item) for item in value)
     if isinstance(value, dict):
-        return ",".join(f"{name}:{item}" for name, item in value.items())
+        return ",".join(f"{name}:{item}" for name, item in value.items()) or "none"
     return '""' if value == "" else str(value)
 
 
@@ -194,7 +194,9 @@ def _parse_json(text: str) -> Any:
 def _parse_pairs(text: str, annotation: Any) -> dict[str, Any]:
     pairs: dict[str, str] = {}
     for part in _parts(text) or [text]:
-        name, _, value = part.partition(":")
+        name, _, value = (piece.strip() for piece in part.partition(":"))
+        if value.startswith("//"):
+            raise Mistyped(f"{part} has no name; write NAME:{part}")
         if not name or not value:
             raise Mistyped(f"expected {describe(annotation)}, got {part!r}")
         if name in pairs:

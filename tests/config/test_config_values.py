@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llamajax.config.model_schema import RopeScaling
-from llamajax.config.values import Mistyped, coerce, parse
+from llamajax.config.values import Mistyped, coerce, parse, show
 
 Floats = tuple[float, ...] | None
 Choice = Literal["none", "full"]
@@ -37,7 +37,10 @@ Sets = dict[str, str] | None
         (parse, "a=b:c/d", str, "a=b:c/d"),
         (parse, '["Well, ", " so", ""]', Texts, ("Well, ", " so", "")),
         (parse, "book:a/b, code-2:c:d", Sets, {"book": "a/b", "code-2": "c:d"}),
+        (parse, "a: x, b :y", Sets, {"a": "x", "b": "y"}),
+        (parse, "far:gs://bucket/x", Sets, {"far": "gs://bucket/x"}),
         (parse, "none", Sets, None),
+        (parse, show({}), Sets, None),
         (coerce, {"book": pathlib.PurePosixPath("a/b")}, Sets, {"book": "a/b"}),
         (coerce, 3, float, 3.0),
         (coerce, 1e3, int, 1000),
@@ -72,6 +75,8 @@ def test_values_become_the_declared_type(convert, given, annotation, value):
         (parse, "[1", Texts, "begins with [ and is no JSON list: "),
         (parse, "book", Sets, "expected NAME:VALUE pairs separated by commas or none, got 'book'"),
         (parse, "", Sets, "expected NAME:VALUE pairs"),
+        (parse, "gs://bucket/x", Sets, "write NAME:gs://bucket/x"),
+        (parse, "a: ,b:c", Sets, "expected NAME:VALUE pairs"),
         (parse, "a:b,a:c", Sets, "names 'a' twice"),
         (parse, "a.b:c", Sets, "the name 'a.b' may have letters, digits, _ and - only"),
         (coerce, {"a/b": "c"}, Sets, "the name 'a/b'"),
