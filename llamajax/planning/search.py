@@ -46,8 +46,14 @@ class Candidate:
 def search(config: RunConfig, target: Target, *, cache: Path | None, wanted: int) -> list[Plan]:
     """Return compiled plans, those that fit first, each group by predicted speed.
 
-    Raises UserError where the device is unknown to the table, or nothing can fit.
+    Raises UserError for a run with stages, where the device is unknown to the table, or nothing can
+    fit.
     """
+    if config.data.stages:
+        raise UserError(
+            "--search ranks one step, and a run with data.stages has one in each: search without "
+            "data.stages (with the batch and length of one stage), then plan the run with them"
+        )
     if target.entry is None or target.entry.peak(config.train.dtype) is None:
         raise UserError(
             f"--search ranks by predicted speed, and the {config.train.dtype} peak of "

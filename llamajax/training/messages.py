@@ -164,8 +164,11 @@ def data_warnings(setup: Setup) -> list[str]:
         passes = _tokens_read(setup, number)[1] / stage.mixture.num_tokens
         if passes >= _MANY_PASSES:
             text = format_count(stage.mixture.num_tokens)
-            reader = f"data.stages[{number - 1}]" if number else "train.steps"
-            warnings.append(f"{reader} reads the {text} tokens of data.path {passes:,.0f} times")
+            paths = ", ".join(str(source.path) for source in stage.mixture.sources)
+            reader, path = "train.steps", "data.path"
+            if number:
+                reader, path = f"data.stages[{number - 1}]", f"its path, {paths},"
+            warnings.append(f"{reader} reads the {text} tokens of {path} {passes:,.0f} times")
     known = mixture.manifests[0]["tokenizer"]["vocab_size"]
     if c.model.vocab_size > 4 * known:
         warnings.append(

@@ -233,7 +233,7 @@ def changes(setup: Setup, checkpoint: Checkpoint, *, forked: bool = False) -> It
     if forked:
         keys.pop("train.fork", None)
     for key, (old, new) in keys.items():
-        yield f"changed since step {step}: {key}: {old} -> {new}"
+        yield f"changed since step {step}: {key}: {old or 'none'} -> {new or 'none'}"
     if dtypes := new_moment_dtypes(setup.spec.in_stored_order.abstract(), checkpoint):
         yield f"the moments of step {step} are converted to {', '.join(dtypes)}"
     if step and (before.optim.ema_decay is None) != (now.optim.ema_decay is None):
@@ -265,8 +265,8 @@ def changes(setup: Setup, checkpoint: Checkpoint, *, forked: bool = False) -> It
     for split in dict.fromkeys([*meta["data"], *setup.data_record]):
         old, new = (record.get(split, "none") for record in (meta["data"], setup.data_record))
         if old != new:
-            name = split.removeprefix("validation set ")
-            where = f"{split} split of {now.data.path}" if name == split else split
+            is_split = split in ("train", "validation")
+            where = f"{split} split of {now.data.path}" if is_split else split
             yield f"data changed since step {step}: {where}: {old} -> {new}"
 
 

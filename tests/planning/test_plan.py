@@ -194,6 +194,14 @@ def test_options_that_need_the_device_are_left_out_and_named(monkeypatch, cache,
         (["--devices=cpu:4"], r"mesh: fsdp 4 x tensor 2 does not make 4 devices"),
         (["--devices=cpu:8", "--json=not/there/b.json"], "no directory"),
         (["--devices=cpu:8", "--search"], "device table"),
+        (
+            [
+                "--devices=cpu:8",
+                "--search",
+                '--config.data.stages=[{"from_step": 2, "seq_len": 64}]',
+            ],
+            "has one in each: search without data.stages",
+        ),
     ],
 )
 def test_a_wrong_mesh_or_path_is_one_message(flags, message):

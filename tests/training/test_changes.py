@@ -128,6 +128,11 @@ def test_nothing_is_reported_where_nothing_changed(begun, short_config):
         if "/mu/" in name:
             stored.arrays[name] = jax.ShapeDtypeStruct(array.shape, "bfloat16")
     assert list(changes(session, stored)) == ["the moments of step 2 are converted to float32"]
+    stored.meta["config"]["data"]["stages"] = [{"from_step": 5, "seq_len": 24}]
+    stored.meta["data"]["data.stages[0]"] = "other text"
+    told = [line.partition(": ")[2] for line in changes(session, stored)]
+    assert told[0] == 'data.stages: [{"from_step": 5, "seq_len": 24}] -> none'
+    assert told[-1] == "data.stages[0]: other text -> none"
     stored = open_checkpoint(begun / "run" / "checkpoints" / "2")
     del stored.meta["data"]  # as in checkpoints of older versions
     assert list(changes(session, stored)) == []

@@ -55,6 +55,15 @@ def test_odd_data_is_a_warning(changes, message):
     assert re.search(message, line)
 
 
+def test_a_stage_that_reads_its_data_often_is_named_with_its_path():
+    run, stage = session(), session()
+    run.stages, run.borders, run.tokens_of = ((0, run), (1, stage)), [1], lambda _: 1_000_000
+    stage.mixture.sources = stage.mixture.sources[:1]
+    assert data_warnings(run)[1] == (
+        "data.stages[0] reads the 10.0k tokens of its path, a, 900 times"
+    )
+
+
 def test_usual_data_is_none():
     assert data_warnings(session()) == []
 
