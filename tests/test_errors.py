@@ -38,7 +38,7 @@ def handlers():
 
 def verb(body: str) -> list[str]:
     """Return the command of a verb whose main does `body`."""
-    head = "import os, signal, sys, time\nimport llamajax.verbs\n"
+    head = "import os, pathlib, signal, sys, time\nimport llamajax.verbs\n"
     return [
         sys.executable, "-c", f"{head}def main(argv):\n    {body}\nllamajax.verbs.run_verb(main)",
     ]  # fmt: skip
@@ -156,7 +156,7 @@ def test_the_documented_exit_codes_are_those_of_the_code():
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_stop_signal_unwinds_and_ends_in_143(tmp_path, number):
     body = f"""
-    hidden = llamajax.verbs.Path(argv[0])
+    hidden = pathlib.Path(argv[0])
     try:
         hidden.write_text("half")
         os.kill(os.getpid(), {int(number)})

@@ -133,7 +133,7 @@ def outcomes(short_data, other_data, tmp_path_factory):
         ("seed", ("differ in optim.learning_rate, XLA_FLAGS and LIBTPU_INIT_ARGS. Start",)),
         ("model", ("in model.num_layers: 1 in process 0", "2 in process 1")),
         ("directory", ("in checkpoint.directory: none in process 0", "elsewhere in process 1")),
-        ("path", ("in data.path: data in process 0", "other0/data in process 1")),
+        ("path", ("in data.path: data in process 0", "/data in process 1")),
         ("contents", ("in the train data in data.path: ", " tokens, weight 1, fingerprint ")),
         ("gone", ("process 1 on", "data.path: data: no such directory")),
         ("refused", ("train.init_from = ", "there is no such file or directory")),
