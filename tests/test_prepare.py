@@ -248,7 +248,7 @@ MISTAKES = {
     "--document_separator=x": r"is for \.txt files",
     "--document_separator=x --clean=wikitext": "wikitext has no use for --document_separator",
     "--format=instructions --text_key=a --clean=wikitext": "--text_key, --clean",
-    "--format=instructions": r"(?s)first 10.*corpus.jsonl:10: neither prompt and comp",
+    "--format=instructions": r"(?s)first 10.*corpus.jsonl:10: no messages, or prompt and comp",
     LLAMA3: "which this byte tokenizer lacks",
     f"{LLAMA3} --tokenizer=train:300": "which a tokenizer trained here lacks",
     "--beam_options=a=b --merge": "(?s)beam_options needs --runner=beam.*--merge need --num_tasks",
@@ -367,8 +367,8 @@ def test_a_long_text_is_read_in_chunks_and_cut_where_that_changes_nothing(
     else:
         pyarrow.parquet.write_table(pyarrow.table({"text": [text, "b"]}), path)
     run(path, tmp_path / "one", tokenizer=tokenizer)
-    for name, size in [("long_text.LONG_CHARS", 900), ("documents.LONG_CHARS", 900),
-                       ("long_text.CHUNK", 7), ("parquet.CHUNK", 7),
+    for name, size in [("long_text.LONG_CHARS", 900), ("json_values.LONG_CHARS", 900),
+                       ("long_text.CHUNK", 7), ("columnar.CHUNK", 7),
                        ("input_files.CHUNK", 7), ("tokenizing._PIECE_CHARS", 50)]:  # fmt: skip
         monkeypatch.setattr(f"llamajax.corpus.{name}", size)
     run(path, tmp_path / "many", tokenizer=tokenizer)

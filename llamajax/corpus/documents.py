@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llamajax.corpus import input_files, wikitext
-from llamajax.corpus.long_text import LONG_CHARS, LongText, document_of, long_json, split_at
-from llamajax.corpus.parquet import parquet_rows
+from llamajax.corpus.columnar import ColumnarFile
+from llamajax.corpus.input_patterns import InputFile
+from llamajax.corpus.json_values import json_values
+from llamajax.corpus.long_text import LongText, document_of, split_at
 from llamajax.corpus.prepare_options import PrepareOptions
 from llamajax.errors import UserError, combine, say
 
@@ -79,13 +81,15 @@ class Corpus:
     """The texts of some files, in order. Can be iterated any number of times.
 
     total_bytes: on disk. num_articles: of WikiText, found by the last complete iteration.
-    left_out: what the last check found.
+    left_out: what the last check found. declared: the splits that its files are declared to be of,
+    each with the number of successive documents.
     """
 
-    def __init__(self, files: Sequence[Path], options: PrepareOptions) -> None:
+    def __init__(self, files: Sequence[InputFile], options: PrepareOptions) -> None:
         self._files, self._options = files, options
-        self.total_bytes = sum(f.stat().st_size for f in files)
-        self.num_articles = self._done_bytes = self._num_blank = 0
+        self.total_bytes = sum(f.size for f in files)
+        self.declared: list[tuple[str, int]] = []
+        self.num_articles = self._done_bytes = 0
         self._stream: BinaryIO | None = None
         self.left_out = LeftOut()
         self._bad: set[int] = set()
@@ -95,7 +99,7 @@ class Corpus:
     def expected_text_bytes(self) -> int:
         """Estimate of the bytes of text: four times those of compressed files, as for English."""
         compressed = (*input_files.COMPRESSIONS, ".parquet")
-        sizes = (f.stat().st_size for f in self._files if f.name.lower().endswith(compressed))
+        sizes = (f.size for f in self._files if f.path.name.lower().endswith(compressed))
         return self.total_bytes + 3 * sum(sizes)
 
     @property
@@ -110,8 +114,8 @@ class Corpus:
         Bad rows are counted in `left_out`. If they are not to be skipped, raises UserError that
         names the first ten: at the end, or as soon as there are more.
         """
-        self.left_out, self._bad = LeftOut(), set()
-        for number, row in enumerate(self._rows()):
+        self.left_out, self._bad, self.declared = LeftOut(), set(), []
+        for number, (file, row) in enumerate(self._rows()):
             try:
                 if isinstance(row, UserError):
                     raise row
@@ -122,8 +126,11 @@ class Corpus:
                 if self._options.on_error == "stop" and self.left_out.rows > _NAMED:
                     raise self.left_out.error() from None
             else:
+                split = file.split or "train"
+                if not self.declared or self.declared[-1][0] != split:
+                    self.declared.append((split, 0))
+                self.declared[-1] = split, self.declared[-1][1] + 1
                 yield size
-        self.left_out.blank = self._num_blank
         if self._options.on_error == "stop" and self._bad:
             raise self.left_out.error()
 
@@ -133,7 +140,7 @@ class Corpus:
         A LongText has to be read before the next document is asked for. Raises UserError for a bad
         row that is not skipped.
         """
-        for number, row in enumerate(self._rows()):
+        for number, (_, row) in enumerate(self._rows()):
             is_bad = number in self._bad
             if isinstance(row, UserError) and not is_bad:
                 raise row
@@ -143,53 +150,54 @@ class Corpus:
                 with contextlib.suppress(UserError) if is_bad else contextlib.nullcontext():
                     collections.deque(row, maxlen=0)
 
-    def _rows(self) -> Iterator[Any]:
-        """Yield documents; a UserError for a bad row, and for a file that cannot be read on."""
-        self.num_articles = self._done_bytes = self._num_blank = 0
+    def _rows(self) -> Iterator[tuple[InputFile, Any]]:
+        """Yield documents, each with its file; a UserError for a bad row and for a damaged file."""
+        self.num_articles = self._done_bytes = self.left_out.blank = 0
         for file in self._files:
             try:
-                with file.open("rb") as self._stream:
+                with file.path.open("rb") as self._stream:
                     for row in self._documents(file, self._stream):
                         self.report()
-                        yield row
+                        yield file, row
             except OSError as error:
-                problem = f"{file}: cannot be read: {error.strerror or error}"
+                problem = f"{file.path}: cannot be read: {error.strerror or error}"
                 if self._options.on_error == "skip":  # another try may find it readable
                     raise UserError(problem) from error
-                yield UserError(problem)
+                yield file, UserError(problem)
             except UserError as error:
-                yield error
-            self._done_bytes += file.stat().st_size
+                yield file, error
+            self._done_bytes += file.size
 
-    def _documents(self, file: Path, raw: BinaryIO) -> Iterator[Any]:
+    def _documents(self, file: InputFile, raw: BinaryIO) -> Iterator[Any]:
         """Yield the documents and bad rows of one open file; subclasses override this."""
         for text in self._texts(file, raw):
             if not isinstance(text, str) or (text and not text.isspace()):
                 yield text
             else:
-                self._num_blank += 1
+                self.left_out.blank += 1
 
-    def _texts(self, file: Path, raw: BinaryIO) -> Iterator[Any]:
-        form, stream = input_files.format_of(file), input_files.decompressed(file, raw)
-        if form == ".parquet":
-            rows = parquet_rows(file, raw, stream, self._options.text_key)
+    def _texts(self, file: InputFile, raw: BinaryIO) -> Iterator[Any]:
+        path, options, form = file.path, file.options, input_files.format_of(file.path)
+        stream = input_files.decompressed(path, raw)
+        if form in (".parquet", ".arrow"):
+            rows = ColumnarFile(path, raw, stream).texts(options.text_key)
         elif form == ".jsonl":
-            rows = _json_rows(file, stream, self._options.text_key)
-        elif form == ".txt" and self._options.clean == "none":
-            chunks = self._watched(input_files.decoded_chunks(file, stream))
-            rows = _documents_of(split_at(chunks, self._options.document_separator))
+            rows = _json_texts(path, stream, options.text_key)
+        elif form == ".txt" and options.clean == "none":
+            chunks = self._watched(input_files.decoded_chunks(path, stream))
+            rows = _documents_of(split_at(chunks, options.document_separator))
         else:
-            rows = input_files.lines_of(file, stream)
-        if form not in (".tokens", ".raw") and self._options.clean != "wikitext":
+            rows = input_files.lines_of(path, stream)
+        if form not in (".tokens", ".raw") and options.clean != "wikitext":
             yield from rows
             return
         problems: list[UserError] = []
         lines = _good(rows, problems)
-        if form in (".parquet", ".jsonl"):
+        if form in (".parquet", ".arrow", ".jsonl"):
             lines = wikitext.lines_of(lines)
         for article in wikitext.articles(lines):
             self.num_articles += not article.isspace()
-            yield wikitext.clean(article) if self._options.clean == "wikitext" else article
+            yield wikitext.clean(article) if options.clean == "wikitext" else article
         yield from problems
 
     def _watched(self, chunks: Iterator[Any]) -> Iterator[Any]:
@@ -219,33 +227,22 @@ def _documents_of(texts: Iterator[Iterator[str]]) -> Iterator[str | LongText | U
             yield error
 
 
-def warn_of_single_article(clean: str, num_articles: int) -> None:
+def warn_of_single_article(files: Sequence[InputFile], num_articles: int) -> None:
     """Warn if cleaning found one article only in all files."""
-    if clean == "wikitext" and num_articles == 1:
+    if num_articles == 1 and any(file.options.clean == "wikitext" for file in files):
         say(
             "warning: --clean=wikitext found a single article in all files: no line ` = Title = ` "
             "follows a blank line; is this WikiText?"
         )
 
 
-def placed(error: UserError, file: Path, number: int) -> UserError:
-    """Return the error for a line, unless it names the place already."""
-    text = str(error)
-    return error if text.startswith(f"{file}:") else UserError(f"{file}:{number}: {text}")
-
-
-def _json_rows(file: Path, stream: Any, text_key: str) -> Iterator[Any]:
-    for number, offset, line in input_files.byte_lines(stream):
+def _json_texts(file: Path, stream: Any, text_key: str) -> Iterator[Any]:
+    for place, value in json_values(file, stream, long_texts=True):
         try:
-            if len(line) > LONG_CHARS:
-                value = input_files.checked_object(long_json(line, f"{file}:{number}"))
-            else:
-                value = input_files.json_object(input_files.decode(file, line, offset))
-            yield _text_of(value, text_key)
-        except input_files.FileError:
-            raise
+            is_bad = isinstance(value, UserError)
+            yield value if is_bad else _text_of(input_files.checked_object(value), text_key)
         except UserError as error:
-            yield placed(error, file, number)
+            yield UserError(f"{place}: {error}")
 
 
 def _text_of(value: dict[str, Any], text_key: str) -> str | LongText:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from llamajax.corpus.instructions import Example
 from llamajax.corpus.long_text import LongText
@@ -47,16 +47,25 @@ class Holdout:
     the smallest hash are held out. Fewer: whole documents in the order of their hash, as long as
     they fit into the fraction of the text. If none fits (a book, or a few): the end of the first
     one, from the start of a paragraph. Examples are never cut: the first is held out whole, if
-    there is another.
+    there is another. Where inputs declare what is held out, that is held out and nothing else.
 
     cut: the number of the document that is held out in part, None if there is none.
     """
 
-    def __init__(self, sizes: Iterable[int], fraction: float, *, whole: bool = False) -> None:
+    def __init__(
+        self,
+        sizes: Iterable[int],
+        fraction: float,
+        *,
+        whole: bool = False,
+        declared: Sequence[tuple[str, int]] = (),
+    ) -> None:
         """Iterate over the `sizes` of documents, in characters, until there are many.
 
-        whole: they are examples.
+        whole: they are examples. declared: if not empty, the splits of successive documents, each
+        with their number; then the fraction is to be 0.
         """
+        self._declared = declared
         self._group = math.ceil(_HELD_PER_GROUP / fraction) if fraction else 0
         self._held: set[int] = set()
         self.cut: int | None = None
@@ -90,6 +99,8 @@ class Holdout:
 
     def held(self) -> Iterator[bool]:
         """Yield without end, for each document in turn, whether it is held out whole."""
+        for split, count in self._declared:
+            yield from itertools.repeat(split == "validation", count)
         in_group: set[int] = set()
         for number in itertools.count():
             if not self._group:

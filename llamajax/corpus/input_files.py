@@ -1,21 +1,19 @@
-"""Read documents from files: text, JSON lines, Parquet, WikiText; plain, gzip or zstd."""
+"""Read documents from files: text, JSON, Parquet, Arrow, WikiText; plain, gzip or zstd."""
 
-import glob
 import gzip
 import io
 import json
-import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from llamajax.corpus.long_text import CHUNK
-from llamajax.errors import UserError, say
+from llamajax.errors import UserError
 from llamajax.files import lfs_problem
 
-FORMATS = (".txt", ".jsonl", ".parquet", ".tokens", ".raw")
+FORMATS = (".txt", ".jsonl", ".parquet", ".arrow", ".tokens", ".raw")
 COMPRESSIONS = (".gz", ".zst")
 _BOM = "\ufeff"
 _COMPRESSED_STEP = 1 << 16  # bytes; what was read before damage is kept, but for the last step
@@ -23,77 +21,6 @@ _COMPRESSED_STEP = 1 << 16  # bytes; what was read before damage is kept, but fo
 _BAD_BYTES = re.compile("([\udc80-\udcff]+)")
 # Every line of JSON has one.
 _VISIBLE = re.compile(rb"[!-~]")
-
-
-def find_files(patterns: str) -> list[Path]:
-    """List the files of comma-separated paths, directories and globs, each once.
-
-    The files of a pattern are sorted. A directory means all files of a known kind in it, at any
-    depth. Raises UserError for a pattern without files and for a file of an unknown kind.
-    """
-    found: dict[Path, Path] = {}
-    for pattern in (p.strip() for p in patterns.split(",") if p.strip()):
-        path = Path(pattern)
-        if path.is_dir():
-            files, others = _files_in(path)
-            _note_left_out(pattern, others)
-            if not files:
-                raise UserError(f"--input: no {', '.join(FORMATS)} files in directory {pattern}")
-        elif path.exists():
-            files = [path]
-        else:
-            matched = sorted(Path(f) for f in glob.glob(pattern, recursive=True))
-            files = [f for f in matched if f.is_file()]
-            known = {*files, *(folder for f in files for folder in f.parents)}
-            _note_left_out(pattern, [str(f) for f in matched if f not in known])
-            if not files:
-                kind = "no file matches" if glob.has_magic(pattern) else "no such file:"
-                raise UserError(f"--input: {kind} {pattern}")
-        for file in files:
-            if not format_of(file):
-                raise UserError(
-                    f"--input: {file}: unknown kind of file; known are {', '.join(FORMATS)},"
-                    f" each also with {' or '.join(COMPRESSIONS)}"
-                )
-            found.setdefault(file.resolve(), file)
-    if not found:
-        raise UserError("--input is empty; name a file, a directory or a glob")
-    return list(found.values())
-
-
-def _note_left_out(pattern: str, names: Sequence[str]) -> None:
-    if names:
-        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        is_json = any(name.lower().endswith(".json") for name in names)
-        say(
-            f"note: --input: {len(names)} left out of {pattern}, not of a kind that is read from "
-            f"there: {shown}"
-            + ("; name a .json file itself if it holds JSON lines" if is_json else "")
-        )
-
-
-def _files_in(directory: Path) -> tuple[list[Path], list[str]]:
-    """List the files to read in a directory at any depth, sorted, and the names of the others.
-
-    Follows symbolic links and ignores hidden files. Leaves out plain `.json`, which is rarely data.
-    Raises UserError for a folder that cannot be listed.
-    """
-    files, others, seen = [], [], set()
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"--input: {error.filename}: cannot be listed: {error.strerror}") from error
-
-    for folder, folders, names in os.walk(directory, onerror=refuse, followlinks=True):
-        real = os.path.realpath(folder)
-        folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
-        visible = [] if real in seen else [Path(folder, n) for n in names if not n.startswith(".")]
-        seen.add(real)
-        for file in visible:
-            if file.is_file() and format_of(file) and file.suffix.lower() != ".json":
-                files.append(file)
-            else:
-                others.append(str(file.relative_to(directory)))
-    return sorted(files), sorted(others)
 
 
 def format_of(path: Path) -> str | None:
@@ -220,13 +147,14 @@ def decoded_chunks(file: Path, stream: io.RawIOBase) -> Iterator[str | UserError
     yield from _decoded(file, rest, offset)
 
 
-def byte_lines(stream: io.RawIOBase) -> Iterator[tuple[int, int, bytes]]:
+def byte_lines(stream: io.RawIOBase | io.BufferedReader) -> Iterator[tuple[int, int, bytes]]:
     """Yield number, offset and content of the lines that are more than white space.
 
     Only a newline ends a line. A byte order mark is left out.
     """
     offset = 0
-    for number, line in enumerate(io.BufferedReader(stream, CHUNK), 1):
+    is_buffered = isinstance(stream, io.BufferedReader)
+    for number, line in enumerate(stream if is_buffered else io.BufferedReader(stream, CHUNK), 1):
         start, offset = offset, offset + len(line)
         line = line if start else line.removeprefix(_BOM.encode())
         if _VISIBLE.search(line) or line.decode("utf-8", "replace").strip():
@@ -253,13 +181,17 @@ def numbered_lines(file: Path, stream: io.RawIOBase) -> Iterator[tuple[int, str]
         yield number, decode(file, line, offset)
 
 
-def json_object(line: str) -> dict[str, Any]:
-    """Parse a line that holds a JSON object. Raises UserError without the place."""
+def json_value(line: str) -> Any:
+    """Parse a line of JSON. Raises UserError without the place."""
     try:
-        value = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON: {error}") from error
-    return checked_object(value)
+
+
+def json_object(line: str) -> dict[str, Any]:
+    """Parse a line that holds a JSON object. Raises UserError without the place."""
+    return checked_object(json_value(line))
 
 
 def checked_object(value: Any) -> dict[str, Any]:

@@ -1,15 +1,34 @@
-"""Read examples for finetuning from JSON lines: a prompt with its completion, or a conversation."""
+"""Read examples for finetuning: a prompt with its completion, or a conversation.
+
+Layouts of others: ShareGPT's `conversations` of `from` and `value`; Alpaca's `instruction`, `input`
+and `output` (the file of tatsu-lab/stanford_alpaca).
+"""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from llamajax.corpus import input_files
-from llamajax.corpus.documents import Corpus, placed
+from llamajax.corpus.columnar import ColumnarFile
+from llamajax.corpus.documents import Corpus
+from llamajax.corpus.input_patterns import InputFile
+from llamajax.corpus.json_values import json_values
 from llamajax.corpus.prepare_options import PrepareOptions
-from llamajax.errors import UserError
+from llamajax.errors import UserError, listed
 from llamajax.tokenizers.chat import Message, parse_messages, problems_of_keys, problems_of_message
+
+_READ = (".jsonl", ".parquet", ".arrow")
+# The keys by which each form of an example is recognized.
+_FORMS = (
+    ("messages",), ("prompt", "completion"), ("conversations",), ("instruction", "output"),
+)  # fmt: skip
+# Columns that are read: those of the forms, and those that change what an example means.
+_KEYS = (
+    *(key for form in _FORMS for key in form), "input", "system", "history", "weight", "tools",
+    "tool_calls", "functions", "function_call", "images", "audio",
+)  # fmt: skip
+# ShareGPT's names of the roles.
+_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,44 +50,90 @@ class Example:
 class InstructionCorpus(Corpus):
     """The examples of some files, in order. Can be iterated any number of times."""
 
-    def __init__(self, files: Sequence[Path], options: PrepareOptions) -> None:
+    def __init__(self, files: Sequence[InputFile], options: PrepareOptions) -> None:
         super().__init__(files, options)
-        if others := [f.name for f in files if input_files.format_of(f) != ".jsonl"]:
-            kinds = " and ".join(f".jsonl{c}" for c in ("", *input_files.COMPRESSIONS))
-            raise UserError(f"--format=instructions reads {kinds}, not {', '.join(others)}")
+        if others := [f.path.name for f in files if input_files.format_of(f.path) not in _READ]:
+            raise UserError(
+                f"--format=instructions reads {', '.join(_READ)}, not {listed(others, most=10)}; "
+                "prepare texts into a directory of their own and train on both: "
+                "--config.data.path=data/a,data/b"
+            )
 
-    def _documents(self, file: Path, raw: BinaryIO) -> Iterator[Any]:
-        for number, offset, line in input_files.byte_lines(input_files.decompressed(file, raw)):
+    def _documents(self, file: InputFile, raw: BinaryIO) -> Iterator[Any]:
+        stream = input_files.decompressed(file.path, raw)
+        if input_files.format_of(file.path) == ".jsonl":
+            rows = json_values(file.path, stream)
+        else:
+            rows = ColumnarFile(file.path, raw, stream).objects(_KEYS)
+        for place, value in rows:
+            if isinstance(value, UserError):
+                yield value
+                continue
             try:
-                value = input_files.json_object(input_files.decode(file, line, offset))
+                value = input_files.checked_object(value)
                 messages, problems = parse_example(value, self._options.chat_template)
                 if problems:
                     raise UserError("; ".join(problems))
                 yield Example(messages)
-            except input_files.FileError:
-                raise
             except UserError as error:
-                yield placed(error, file, number)
+                yield UserError(f"{place}: {error}")
 
 
 def parse_example(value: dict[str, Any], template: str) -> tuple[tuple[Message, ...], list[str]]:
-    """Return the messages of a line's object, and all that is wrong with it."""
-    pair = [key for key in ("prompt", "completion") if key in value]
+    """Return the messages of a row's object, and all that is wrong with it."""
     if wrong := problems_of_keys(value):
         return (), wrong
     if value.get("weight", 1) == 0:
         return (), ["an example of weight 0 has nothing to learn: leave it out"]
-    if "messages" in value:
-        if pair:
-            return (), [f"both messages and {' and '.join(pair)}: keep one of the two forms"]
-        return parse_messages(value["messages"], template, last="assistant")
-    if len(pair) < 2:
+    forms = [form for form in _FORMS if all(key in value for key in form)]
+    if len(forms) > 1:
+        forms = [form for form in forms if all(value[key] is not None for key in form)] or forms
+    names = [" and ".join(form) for form in forms or _FORMS]
+    if not forms:
         has = ", ".join(map(repr, value)) or "none"
-        return (), [f"neither prompt and completion nor messages (its keys: {has})"]
-    messages = Message("user", value["prompt"]), Message("assistant", value["completion"])
-    problems = [
-        f"{key}: {problem}"
-        for key, message in zip(pair, messages, strict=True)
-        for problem in problems_of_message(message._asdict(), template)
-    ]
-    return messages, problems
+        return (), [f"no {', or '.join(names)} (its keys: {has})"]
+    if len(forms) > 1:
+        return (), [f"has {', as well as '.join(names)}: keep one of these forms"]
+    (form,) = forms
+    if form == ("prompt", "completion"):
+        messages = Message("user", value["prompt"]), Message("assistant", value["completion"])
+        problems = [
+            f"{key}: {problem}"
+            for key, message in zip(form, messages, strict=True)
+            for problem in problems_of_message(message._asdict(), template)
+        ]
+        return messages, problems
+    if form == ("instruction", "output"):
+        return _parse_alpaca(value, template)
+    turns = value[form[0]]
+    if isinstance(turns, list):
+        turns = [*_system(value), *map(_message_of, turns)]
+    return parse_messages(turns, template, last="assistant")
+
+
+def _parse_alpaca(value: dict[str, Any], template: str) -> tuple[tuple[Message, ...], list[str]]:
+    """Return the messages of an instruction with its input, a blank line between them."""
+    texts = [value["instruction"], value.get("input") or "", value["output"]]
+    names = ("instruction", "input", "output")
+    if wrong := [n for n, text in zip(names, texts, strict=True) if not isinstance(text, str)]:
+        return (), [f"{' and '.join(wrong)}: not a string"]
+    if value.get("history"):
+        return (), ["'history' is not supported: write the turns as messages"]
+    if template == "none":
+        return (), ["an instruction needs a --chat_template: with none its answer runs into it"]
+    asked = "\n\n".join(text for text in texts[:2] if text.strip())
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": texts[2]}]
+    return parse_messages([*_system(value), *turns], template, last="assistant")
+
+
+def _system(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the system message that stands beside the turns, if any."""
+    return [{"role": "system", "content": value["system"]}] if value.get("system") else []
+
+
+def _message_of(item: Any) -> Any:
+    """Return a message with role and content; what is not of ShareGPT's layout as it is."""
+    if not isinstance(item, dict) or "role" in item or not {"from", "value"} <= item.keys():
+        return item
+    rest = {key: value for key, value in item.items() if key not in ("from", "value")}
+    return {"role": _ROLES.get(item["from"], item["from"]), "content": item["value"], **rest}

@@ -13,7 +13,8 @@ import numpy as np
 from llamajax.corpus.document_hashes import CopyCounter
 from llamajax.corpus.documents import Corpus, LeftOut, warn_of_single_article
 from llamajax.corpus.holdout import SPLITS, Holdout
-from llamajax.corpus.input_files import find_files, format_of
+from llamajax.corpus.input_files import format_of
+from llamajax.corpus.input_patterns import InputFile, declares_validation, find_inputs, record_of
 from llamajax.corpus.instructions import InstructionCorpus
 from llamajax.corpus.prepare_options import PrepareOptions
 from llamajax.corpus.tokenizer_training import MAX_BYTES, parse_train, train_tokenizer
@@ -36,18 +37,18 @@ def prepare(options: PrepareOptions, progress: ReportProgress) -> dict[str, Any]
     files, tokenizer = check_input(options)
     corpus = open_corpus(options, files)
     with locked_output(options.directory) as directory:
-        holdout = choose_holdout(options, corpus, progress)
+        holdout = choose_holdout(options, files, corpus, progress)
         if tokenizer is None:
             tokenizer = train_on(options, corpus, holdout, directory / TRAINED, progress)
         watch(corpus, "tokenizing", progress)
         results = tokenize_all(holdout.split(corpus), tokenizer, options, corpus.left_out)
         manifest = write_results(options, files, results, directory, tokenizer, corpus.left_out)
     corpus.left_out.say()
-    warn_of_single_article(options.clean, corpus.num_articles)
+    warn_of_single_article(files, corpus.num_articles)
     return manifest
 
 
-def check_input(options: PrepareOptions) -> tuple[list[Path], Tokenizer | None]:
+def check_input(options: PrepareOptions) -> tuple[list[InputFile], Tokenizer | None]:
     """Return the files to prepare, and the tokenizer unless it is still to be trained.
 
     Raises UserError for what is wrong on the disk.
@@ -58,8 +59,8 @@ def check_input(options: PrepareOptions) -> tuple[list[Path], Tokenizer | None]:
         for line in tokenizer.warnings:
             say(f"warning: {line}")
     check_template(options.chat_template, tokenizer)
-    files = find_files(options.input)
-    if options.document_separator and all(format_of(file) != ".txt" for file in files):
+    files = find_inputs(options)
+    if options.document_separator and all(format_of(file.path) != ".txt" for file in files):
         raise UserError("--document_separator is for .txt files, and --input has none")
     output = options.directory
     is_empty = output.is_dir() and not any(output.iterdir())
@@ -70,15 +71,20 @@ def check_input(options: PrepareOptions) -> tuple[list[Path], Tokenizer | None]:
     return files, tokenizer
 
 
-def open_corpus(options: PrepareOptions, files: list[Path]) -> Corpus:
+def open_corpus(options: PrepareOptions, files: list[InputFile]) -> Corpus:
     """Return the documents of some of the files."""
     return (InstructionCorpus if options.has_examples else Corpus)(files, options)
 
 
-def choose_holdout(options: PrepareOptions, corpus: Corpus, progress: ReportProgress) -> Holdout:
+def choose_holdout(
+    options: PrepareOptions, files: list[InputFile], corpus: Corpus, progress: ReportProgress
+) -> Holdout:
     """Check all documents, and choose those that are held out. UserError names the bad rows."""
     watch(corpus, "checking documents", progress)
     sizes = corpus.check()
+    if declares_validation(files):
+        collections.deque(sizes, maxlen=0)
+        return Holdout((), 0.0, declared=corpus.declared)
     holdout = Holdout(sizes, options.validation_fraction, whole=options.has_examples)
     collections.deque(sizes, maxlen=0)  # name every bad row before any work is done
     return holdout
@@ -129,7 +135,7 @@ def train_on(
 
 def write_results(
     options: PrepareOptions,
-    files: list[Path],
+    files: list[InputFile],
     results: Generator[TokenizedDocuments],
     directory: Path,
     tokenizer: Tokenizer,
@@ -143,13 +149,17 @@ def write_results(
     splits = _write_splits(results, directory, tokenizer, masked=masked)
     if not splits:
         raise UserError(f"--input={options.input}: no text in these files")
+    declared = declares_validation(files)
+    if declared and len(splits) < len(SPLITS):
+        (empty,) = set(SPLITS) - set(splits)
+        raise UserError(f"--input={options.input}: no text in the files of the split {empty}")
     if "train" not in splits or ("validation" not in splits and options.validation_fraction):
         raise UserError(
             f"--input={options.input}: too little text for two splits; add some, or pass"
             " --validation_fraction=0"
         )
     names = ("format", "chat_template") if masked else ("text_key", "clean")
-    names += ("validation_fraction",)
+    names += () if declared else ("validation_fraction",)
     names += ("document_separator",) if options.document_separator else ()
     manifest = {
         "format": "llamajax prepared tokens",
@@ -166,7 +176,8 @@ def write_results(
         "token_dtype": shards.token_dtype(tokenizer.vocab_size).str,
         **({"loss_mask": True} if masked else {}),
         "input": {name: getattr(options, name) for name in names}
-        | {"files": [file.name for file in files]},
+        | {"files": [file.path.name for file in files]}
+        | ({"inputs": inputs} if (inputs := record_of(files)) else {}),
         **({"left_out": record} if (record := left_out.record()) else {}),
         "splits": splits,
     }

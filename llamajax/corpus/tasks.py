@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llamajax.corpus.documents import LeftOut, warn_of_single_article
+from llamajax.corpus.documents import Corpus, LeftOut, warn_of_single_article
 from llamajax.corpus.holdout import DocumentPart, Holdout
+from llamajax.corpus.input_patterns import InputFile, declares_validation
 from llamajax.corpus.preparation import (
     TRAINED,
     ReportProgress,
@@ -47,8 +48,7 @@ _TOKENS, _ANSWER = "tokens.bin", "answer.bin"
 _COLUMNS = ("lengths.bin", "text_bytes.bin", "characters.bin")
 # Those that decide the bytes of a part.
 _FLAGS = (
-    "format", "chat_template", "validation_fraction", "text_key", "clean", "document_separator",
-    "on_error",
+    "format", "chat_template", "validation_fraction", "on_error",
 )  # fmt: skip
 # The merge holds at most so many documents, or so many tokens, at a time.
 _MERGED_DOCUMENTS = 1 << 16
@@ -59,7 +59,11 @@ class PrepareTask(NamedTuple):
     """A run of the input files, so that documents keep their order, and where its part is."""
 
     part: Path
-    files: list[Path]
+    files: list[InputFile]
+
+    def record(self, name: str) -> Any:
+        """Return what the finished part says of itself under a name."""
+        return json.loads((self.part / _FACTS).read_text("utf-8"))[name]
 
     def column(self, number: int) -> np.ndarray:
         """Read one of _COLUMNS of the finished part."""
@@ -71,9 +75,9 @@ def parts_of(options: PrepareOptions) -> Path:
     return options.directory.with_name(f"{options.directory.name}.parts")
 
 
-def share_out(options: PrepareOptions, files: list[Path]) -> list[PrepareTask]:
+def share_out(options: PrepareOptions, files: list[InputFile]) -> list[PrepareTask]:
     """Divide the files among tasks: the middle byte of a file decides to which it belongs."""
-    sizes = [file.stat().st_size for file in files]
+    sizes = [file.size for file in files]
     total, before, num_tasks = max(1, sum(sizes)), 0, options.num_tasks
     names = (f"part-{i:05d}-of-{num_tasks:05d}" for i in range(num_tasks))
     tasks = [PrepareTask(parts_of(options) / name, []) for name in names]
@@ -99,10 +103,10 @@ def run_task(options: PrepareOptions, progress: ReportProgress) -> str:
             raise UserError(problem)
         return f"{part} is there already"
     with locked_output(part) as directory:
-        columns, left_out = _write_part(options, own_files, directory, tokenizer, progress)
-        num_documents = len(columns[0])
-        facts |= {"documents": num_documents, "files": [f.name for f in own_files]}
-        facts |= {"left_out": left_out.record()}
+        columns, corpus = _write_part(options, own_files, directory, tokenizer, progress)
+        num_documents, left_out = len(columns[0]), corpus.left_out
+        facts |= {"documents": num_documents, "files": [f.path.name for f in own_files]}
+        facts |= {"left_out": left_out.record(), "declared": corpus.declared}
         (directory / _FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     left_out.say()
     return f"wrote {part}: {num_documents:,} documents of {len(own_files)} files"
@@ -131,20 +135,26 @@ def merge(options: PrepareOptions, progress: ReportProgress) -> dict[str, Any]:
     num_documents = sum(len(task.column(0)) for task in tasks)
     left_out = LeftOut()
     for task in tasks:
-        left_out.merge(json.loads((task.part / _FACTS).read_text("utf-8"))["left_out"])
+        left_out.merge(task.record("left_out"))
     with locked_output(options.directory) as directory:
         if trained:
             tokenizer = load_tokenizer(shutil.copyfile(tokenizer_path, directory / TRAINED))
-        results = _merged(options, tasks, tokenizer, progress)
+        sizes = (int(n) for task in tasks for n in task.column(2))
+        if declares_validation(files):
+            declared = [tuple(each) for task in tasks for each in task.record("declared")]
+            holdout = Holdout((), 0.0, declared=declared)
+        else:
+            holdout = Holdout(sizes, options.validation_fraction, whole=options.has_examples)
+        results = _merged(options, tasks, tokenizer, holdout, progress)
         manifest = write_results(options, files, results, directory, tokenizer, left_out)
     left_out.say()
-    warn_of_single_article(options.clean, num_documents)
+    warn_of_single_article(files, num_documents)
     shutil.rmtree(parts, ignore_errors=True)
     return manifest
 
 
 def find_or_train_tokenizer(
-    options: PrepareOptions, files: list[Path], progress: ReportProgress
+    options: PrepareOptions, files: list[InputFile], progress: ReportProgress
 ) -> str:
     """Return the tokenizer's path. The first task trains `train:N`, on the whole input."""
     parts = parts_of(options)
@@ -161,7 +171,7 @@ def find_or_train_tokenizer(
                     raise UserError(f"{path} was trained on another input; remove {parts}")
                 return str(path)
             corpus = open_corpus(options, files)
-            holdout = choose_holdout(options, corpus, progress)
+            holdout = choose_holdout(options, files, corpus, progress)
             with replaced_file(path) as hidden:
                 train_on(options, corpus, holdout, hidden, progress)
             write_file(facts_path, json.dumps(facts, indent=1))
@@ -170,10 +180,10 @@ def find_or_train_tokenizer(
     return str(path)
 
 
-def _facts(options: PrepareOptions, files: list[Path], **others: Any) -> dict[str, Any]:
+def _facts(options: PrepareOptions, files: list[InputFile], **others: Any) -> dict[str, Any]:
     """Return what decides the bytes of the parts: flags, input files, and `others`."""
-    listed = [[file.name, file.stat().st_size] for file in files]
-    return {name: getattr(options, name) for name in _FLAGS} | {"input": listed} | others
+    facts = {name: getattr(options, name) for name in _FLAGS}
+    return facts | {"input": [file.facts for file in files]} | others
 
 
 def _mismatch(part: Path, facts: dict[str, Any]) -> str | None:
@@ -187,12 +197,12 @@ def _mismatch(part: Path, facts: dict[str, Any]) -> str | None:
 
 def _write_part(
     options: PrepareOptions,
-    files: list[Path],
+    files: list[InputFile],
     directory: Path,
     tokenizer: Tokenizer,
     progress: ReportProgress,
-) -> tuple[tuple[list[int], ...], LeftOut]:
-    """Write the tokens and the columns of all documents in `files`; return the columns."""
+) -> tuple[tuple[list[int], ...], Corpus]:
+    """Write the tokens and the columns of all documents in `files`; return columns and corpus."""
     corpus = open_corpus(options, files)
     watch(corpus, "checking documents", progress)
     columns: tuple[list[int], ...] = ([], [], list(corpus.check()))
@@ -212,13 +222,14 @@ def _write_part(
                 array.tofile(output)
     for name, column in zip(_COLUMNS, columns, strict=True):
         np.array(column, "<i8").tofile(directory / name)
-    return columns, corpus.left_out
+    return columns, corpus
 
 
 def _merged(
     options: PrepareOptions,
     tasks: list[PrepareTask],
     tokenizer: Tokenizer,
+    holdout: Holdout,
     progress: ReportProgress,
 ) -> Generator[TokenizedDocuments]:
     """Yield the tokens of all parts, divided into splits as one process would.
@@ -227,8 +238,6 @@ def _merged(
     """
     masked = options.has_examples
     dtype = token_dtype(tokenizer.vocab_size)
-    sizes = (int(n) for task in tasks for n in task.column(2))
-    holdout = Holdout(sizes, options.validation_fraction, whole=masked)
     held = holdout.held()
     total, done = sum((task.part / _TOKENS).stat().st_size for task in tasks), 0
     before = 0  # documents of earlier parts

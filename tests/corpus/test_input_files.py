@@ -11,10 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
-from workdirs import prepare_options
+from workdirs import inputs, prepare_options
 
 from llamajax.corpus.documents import Corpus
-from llamajax.corpus.input_files import find_files
 from llamajax.corpus.long_text import long_json
 from llamajax.errors import UserError
 
@@ -23,8 +22,12 @@ WIKI = " \n = A = \n \n a , b \n \n = = S = = \n x \n \n = B = \n \n b1 \n"
 
 
 def read(*paths: Path, text_key: str = "text", clean: str = "none") -> list[str]:
-    files = find_files(",".join(map(str, paths)))
-    return list(Corpus(files, prepare_options(text_key=text_key, clean=clean)))
+    options = {"text_key": text_key, "clean": clean}
+    return list(Corpus(inputs(*paths, **options), prepare_options(**options)))
+
+
+def found(pattern: Path | str) -> list[str]:
+    return [str(file.path) for file in inputs(pattern)]
 
 
 def parquet(path: Path, column: object, name: str = "text") -> bytes:
@@ -58,7 +61,7 @@ def test_every_format_in_every_packing(tmp_path, kind, packing):
     content, texts = contents(tmp_path)[kind]
     path = tmp_path / f"f{kind}{packing.lstrip('2')}"
     path.write_bytes(PACK[packing](content))
-    corpus = Corpus(find_files(str(path)), prepare_options())
+    corpus = Corpus(inputs(path), prepare_options())
     assert list(corpus) == texts
     assert list(corpus) == texts  # a second walk starts again
     assert corpus.bytes_read == corpus.total_bytes == path.stat().st_size
@@ -69,9 +72,9 @@ def test_patterns_name_files_in_order_and_once(tmp_path, monkeypatch):
     for name in ("b.txt", "a.txt", "d/c.txt", "d/e/x.jsonl.zst", "d/README.md", "d/.hidden.txt"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text("x")
-    assert list(map(str, find_files("d"))) == ["d/c.txt", "d/e/x.jsonl.zst"]
-    assert list(map(str, find_files("*.txt"))) == ["a.txt", "b.txt"]
-    assert list(map(str, find_files("b.txt, *.txt,d/*.txt,d"))) == [
+    assert found("d") == ["d/c.txt", "d/e/x.jsonl.zst"]
+    assert found("*.txt") == ["a.txt", "b.txt"]
+    assert found("b.txt, *.txt,d/*.txt,d") == [
         "b.txt", "a.txt", "d/c.txt", "d/e/x.jsonl.zst",
     ]  # fmt: skip
     Path("empty").mkdir()
@@ -79,11 +82,11 @@ def test_patterns_name_files_in_order_and_once(tmp_path, monkeypatch):
         "none.txt": "no such file: none.txt",
         "none*.txt": "no file matches none",
         "d/README.md": "unknown kind of file",
-        "empty": "no .txt, .jsonl, .parquet, .tokens, .raw files in directory empty",
+        "empty": "no .txt, .jsonl, .parquet, .arrow, .tokens, .raw files in directory empty",
         " , ": "--input is empty",
     }.items():
         with pytest.raises(UserError, match=message):
-            find_files(pattern)
+            inputs(pattern)
 
 
 @pytest.mark.parametrize(
@@ -167,8 +170,8 @@ def test_a_bad_byte_costs_its_own_document_only(tmp_path, chunk, monkeypatch):
         (tmp_path / name).write_bytes(packed[: len(packed) * 3 // 4])
     kept = {"f.txt": (87, 3), "f.raw": (4, 1), "f.jsonl.gz": (14_000, 1), "f.jsonl.zst": (9000, 1)}
     for name, (least, rows) in kept.items():
-        options = prepare_options(document_separator="<|>", on_error="skip")
-        corpus = Corpus([tmp_path / name], options)
+        options = {"document_separator": "<|>", "on_error": "skip"}
+        corpus = Corpus(inputs(tmp_path / name, **options), prepare_options(**options))
         sizes = list(corpus.check())
         documents = ["".join(document) for document in corpus]
         assert [len(document) for document in documents] == sizes
@@ -230,7 +233,7 @@ def test_a_directory_is_read_whole_and_what_is_not_is_named(tmp_path, capsys):
     assert sorted(read(folder)) == ["b", "c", "d"]
     assert "3 left out of" in (said := capsys.readouterr().err)
     assert "README.md, dataset_infos.json, lost; name a .json" in said
-    assert find_files(f"{folder}/[dl]*d*") == [folder / "d.ndjson"]
+    assert found(f"{folder}/[dl]*d*") == [str(folder / "d.ndjson")]
     assert "1 left out of" in (said := capsys.readouterr().err)
     assert said.endswith("folder/linked\n")
 
@@ -247,7 +250,7 @@ def test_a_directory_is_read_in_one_order_whatever_the_file_system(tmp_path, mon
             yield step
 
     monkeypatch.setattr("os.walk", turned)
-    assert find_files(str(tmp_path)) == [tmp_path / "a" / "x.txt"]
+    assert found(tmp_path) == [str(tmp_path / "a" / "x.txt")]
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
@@ -262,7 +265,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.scandir", scandir)
     with pytest.raises(UserError, match="closed: cannot be listed: Permission denied"):
-        find_files(str(tmp_path))
+        inputs(tmp_path)
 
 
 def test_long_strings_of_a_json_line_are_read_in_chunks_as_a_whole(monkeypatch):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from workdirs import contents, prepare_options, write_rows
+from workdirs import contents, inputs, prepare_options, write_rows
 from workdirs import run_prepare as run
 
 from llamajax.corpus.preparation import locked_output
@@ -146,7 +146,7 @@ def test_parts_of_another_command_are_refused(many, tmp_path):
 
 def test_files_keep_their_order_and_are_shared_by_size(many):
     files = sorted(many.iterdir())
-    tasks = share_out(prepare_options(num_tasks=3), files)
-    shares = [[file.name for file in task.files] for task in tasks]
+    tasks = share_out(prepare_options(num_tasks=3), inputs(many))
+    shares = [[file.path.name for file in task.files] for task in tasks]
     assert [name for share in shares for name in share] == [file.name for file in files]
     assert shares[1] != [] != shares[2]

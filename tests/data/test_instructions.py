@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from old_run import unpack_data
 from refusal import refused
-from workdirs import prepare_options, prepare_texts
+from workdirs import inputs, prepare_options, prepare_texts
 
 from llamajax.corpus.holdout import Holdout
 from llamajax.corpus.instructions import Example, InstructionCorpus, parse_example
@@ -182,14 +182,16 @@ def chat(*answers: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("line", "problems"),
     [
-        ({"prompt": "a"}, [r"neither prompt and completion nor messages \(its keys: 'prompt'\)"]),
-        ({}, [r"neither prompt and completion nor messages \(its keys: none\)"]),
+        ({"prompt": "a"}, [r"no messages, or prompt and completion, or .* \(its keys: 'prompt'\)"]),
+        ({}, [r"no messages, .* \(its keys: none\)"]),
         ({"prompt": 1, "completion": None}, [
             "prompt: content is of type int, not a string",
             "completion: content is of type NoneType, not a string",
         ]),
         ({"prompt": "a", "completion": " \n"}, ["completion: an answer without text"]),
-        ({"prompt": "a", "messages": []}, ["both messages and prompt: keep one of the two forms"]),
+        ({"prompt": "a", "completion": "b", "messages": chat({})}, [
+            "has messages, as well as prompt and completion: keep one of these forms",
+        ]),
         ({"messages": {}}, ["messages is of type dict, not a list"]),
         ({"messages": chat({"weight": 0})}, ["every answer has weight 0"]),
         ({"messages": chat({"weight": 0.5})}, [r"message 2: weight 0\.5 is neither 0 nor 1"]),
@@ -211,7 +213,7 @@ def test_bad_lines_are_named_together(tmp_path):
     lines = [json.dumps(good), "", "{", "[1]", json.dumps({"prompt": "a"}), json.dumps(good)]
     path, text = tmp_path / "x.jsonl", tmp_path / "a.txt"
     path.write_text("\n".join(lines))
-    corpus = InstructionCorpus([path], prepare_options())
+    corpus = InstructionCorpus(inputs(path), prepare_options())
     for _ in range(2):  # again by a second iteration
         with refused() as lines_of_refusal:
             list(corpus.check())
@@ -219,22 +221,23 @@ def test_bad_lines_are_named_together(tmp_path):
         assert "first" not in title
         assert [t.split(":")[1:3] for t in named] == [
             ["3", " not valid JSON"], ["4", " a list, not a JSON object"],
-            ["5", " neither prompt and completion nor messages (its keys"],
+            ["5", " no messages, or prompt and completion, or conversations, or instruction and "
+             "output (its keys"],
         ]  # fmt: skip
     path.write_text("[]\n" * 50)
     with refused("the first 10 problems") as named:
         list(corpus.check())
     assert len(named) == 11
     text.write_text("x")
-    with pytest.raises(UserError, match=r"reads \.jsonl and \.jsonl\.gz.*not a\.txt"):
-        InstructionCorpus([text, path], prepare_options())
+    with pytest.raises(UserError, match=r"reads \.jsonl, .*not a\.txt.*data\.path="):
+        InstructionCorpus(inputs(text, path), prepare_options())
 
 
 def test_a_bad_line_is_named_before_anything_is_tokenized(prepared_pairs, monkeypatch):
     """Even one beyond the lines that decide what is held out."""
     monkeypatch.setattr("llamajax.corpus.preparation.tokenize_all", pytest.fail)
     lines = [{"prompt": "a", "completion": "b"}] * 1010 + [{"prompt": "a"}]
-    with pytest.raises(UserError, match=r"a\.jsonl:1011: neither"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1011: no messages"):
         prepared_pairs("a", lines, "--validation_fraction=0.01")
 
 

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from llamajax import convert, prepare
 from llamajax.checkpoint import Checkpointer
 from llamajax.config.schema import ModelConfig
+from llamajax.corpus.input_patterns import InputFile, find_inputs
 from llamajax.corpus.prepare_options import PrepareOptions
 from llamajax.models.llama import Llama
 
@@ -61,6 +62,11 @@ def prepare_texts(
 def prepare_options(**fields: Any) -> PrepareOptions:
     """The flags of `prepare`, for its parts."""
     return PrepareOptions(**{"input": "", "tokenizer": "byte", "output": "out", **fields})
+
+
+def inputs(*patterns: Path | str, **fields: Any) -> list[InputFile]:
+    """The files of --input, with the options of each."""
+    return find_inputs(prepare_options(input=",".join(map(str, patterns)), **fields))
 
 
 def save_checkpoint(workdir: Path, step: int, state: Any, **meta: Any) -> Path:
