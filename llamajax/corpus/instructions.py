@@ -25,7 +25,7 @@ _FORMS = (
 # Columns that are read: those of the forms, and those that change what an example means.
 _KEYS = (
     *(key for form in _FORMS for key in form), "input", "system", "history", "weight", "tools",
-    "tool_calls", "functions", "function_call", "images", "audio",
+    "builtin_tools", "tool_calls", "functions", "function_call", "images", "audio",
 )  # fmt: skip
 # ShareGPT's names of the roles.
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -81,7 +81,7 @@ class InstructionCorpus(Corpus):
 
 def parse_example(value: dict[str, Any], template: str) -> tuple[tuple[Message, ...], list[str]]:
     """Return the messages of a row's object, and all that is wrong with it."""
-    if wrong := problems_of_keys(value):
+    if wrong := problems_of_keys(value, template):
         return (), wrong
     if value.get("weight", 1) == 0:
         return (), ["an example of weight 0 has nothing to learn: leave it out"]
@@ -96,19 +96,21 @@ def parse_example(value: dict[str, Any], template: str) -> tuple[tuple[Message, 
         return (), [f"has {', as well as '.join(names)}: keep one of these forms"]
     (form,) = forms
     if form == ("prompt", "completion"):
-        messages = Message("user", value["prompt"]), Message("assistant", value["completion"])
+        turns = [_turn("user", value["prompt"]), _turn("assistant", value["completion"])]
         problems = [
             f"{key}: {problem}"
-            for key, message in zip(form, messages, strict=True)
-            for problem in problems_of_message(message._asdict(), template)
+            for key, turn in zip(form, turns, strict=True)
+            for problem in problems_of_message(turn, template)
         ]
-        return messages, problems
+        if problems:
+            return (), problems
+        return parse_messages(turns, template, last="assistant", example=value)
     if form == ("instruction", "output"):
         return _parse_alpaca(value, template)
     turns = value[form[0]]
     if isinstance(turns, list):
         turns = [*_system(value), *map(_message_of, turns)]
-    return parse_messages(turns, template, last="assistant")
+    return parse_messages(turns, template, last="assistant", example=value)
 
 
 def _parse_alpaca(value: dict[str, Any], template: str) -> tuple[tuple[Message, ...], list[str]]:
@@ -122,13 +124,17 @@ def _parse_alpaca(value: dict[str, Any], template: str) -> tuple[tuple[Message, 
     if template == "none":
         return (), ["an instruction needs a --chat_template: with none its answer runs into it"]
     asked = "\n\n".join(text for text in texts[:2] if text.strip())
-    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": texts[2]}]
-    return parse_messages([*_system(value), *turns], template, last="assistant")
+    turns = [*_system(value), _turn("user", asked), _turn("assistant", texts[2])]
+    return parse_messages(turns, template, last="assistant", example=value)
 
 
 def _system(value: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the system message that stands beside the turns, if any."""
-    return [{"role": "system", "content": value["system"]}] if value.get("system") else []
+    return [_turn("system", value["system"])] if value.get("system") else []
+
+
+def _turn(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
 
 
 def _message_of(item: Any) -> Any:

@@ -4,7 +4,8 @@ Control tokens are inserted here by id. What people wrote goes through `encode`,
 ordinary tokens whatever a text looks like. `corpus/instructions.py` reads examples from files.
 
 Sources: `llama/generation.py` (Llama 2) and `llama/tokenizer.py` (Llama 3) of Meta's repositories;
-for chatml the template that SmolLM2-Instruct is published with, without its default system message.
+for llama3.1 and its tools `chat_tools.py`; for chatml the template that SmolLM2-Instruct is
+published with, without its default system message.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamajax.errors import UserError, combine
+from llamajax.tokenizers import chat_tools
+from llamajax.tokenizers.chat_tools import TOOL_TEMPLATE, Message
 from llamajax.tokenizers.special_tokens import set_stop_ids
 from llamajax.tokenizers.tokenizer import Tokenizer
 
@@ -19,24 +22,17 @@ ROLES = ("system", "user", "assistant")
 # Llama 2 writes its marks as ordinary text: a message that contains one would be misread.
 _LLAMA2_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
-# Keys of OpenAI's format that no text template here can express.
-_LOST = ("tools", "tool_calls", "tool_call_id", "functions", "function_call", "images", "audio")
+# Keys of OpenAI's format that change the meaning; those of tools only llama3.1 can express.
+_TOOL_KEYS = ("tools", "builtin_tools", "tool_calls", "tool_call_id")
+_LOST = (*_TOOL_KEYS, "functions", "function_call", "images", "audio")
+# Whose message follows one of a role, and whether that one is a call of a tool.
+_NEXT = {
+    ("user", False): "assistant", ("assistant", False): "user",
+    ("assistant", True): "tool", ("tool", False): "assistant",
+}  # fmt: skip
 
 # Token ids of a part of a conversation, and whether they carry loss.
 Piece = tuple[list[int], bool]
-
-
-class Message(NamedTuple):
-    """What one side said; `role` is one of ROLES. An answer of weight 0 carries no loss."""
-
-    role: str
-    content: str
-    weight: float = 1
-
-    @property
-    def learned(self) -> bool:
-        """Whether its tokens carry loss."""
-        return self.role == "assistant" and self.weight > 0
 
 
 def _plain(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece]:
@@ -53,7 +49,7 @@ def _llama2(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece
     """BOS [INST] user [/INST] answer EOS for each turn; system text goes into the first user's."""
     system, start = "", [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     for message in messages:
-        role, content, _ = message
+        role, content = message.role, message.content
         if role == "system":
             system = f"<<SYS>>\n{content}\n<</SYS>>\n\n"
         elif role == "user":
@@ -67,12 +63,18 @@ def _llama2(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece
 
 def _llama3(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece]:
     """A header with the role, an empty line, the message, end of turn."""
+    return _llama31(tokenizer, [m._replace(content=m.content.strip()) for m in messages])
+
+
+def _llama31(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[Piece]:
+    """The same, of the texts as `chat_tools` has written them."""
     control = tokenizer.control_ids
     yield [control["<|begin_of_text|>"]], False
     for message in messages:
         yield _llama3_header(tokenizer, message.role), False
-        text = tokenizer.encode_continuation(message.content.strip())
-        yield [*text, control["<|eot_id|>"]], message.learned
+        before = [control[message.before]] if message.before else []
+        text = tokenizer.encode_continuation(message.content)
+        yield [*before, *text, control[message.end or "<|eot_id|>"]], message.learned
 
 
 def _llama3_header(tokenizer: Tokenizer, role: str) -> list[int]:
@@ -108,6 +110,7 @@ class _Template(NamedTuple):
     jinja: str = ""
 
 
+_LLAMA3_CONTROL = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _TEMPLATES = {
     "none": _Template(_plain),
     "llama2": _Template(
@@ -121,11 +124,18 @@ _TEMPLATES = {
     "llama3": _Template(
         _llama3,
         _llama3_header,
-        control=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        control=_LLAMA3_CONTROL,
         stop=("<|eot_id|>",),
         jinja="<|begin_of_text|>{% for m in messages %}{{ '<|start_header_id|>' + m.role +"
         " '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}{{"
         " '<|start_header_id|>assistant<|end_header_id|>\\n\\n' if add_generation_prompt }}",
+    ),
+    TOOL_TEMPLATE: _Template(
+        _llama31,
+        _llama3_header,
+        control=(*_LLAMA3_CONTROL, chat_tools.PYTHON_TAG, chat_tools.EOM),
+        stop=("<|eot_id|>", chat_tools.EOM),
+        jinja=chat_tools.JINJA,
     ),
     "chatml": _Template(
         _chatml,
@@ -172,20 +182,22 @@ def encode_example(
 def encode_chat(
     tokenizer: Tokenizer,
     template: str,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool = True,
+    tools: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Return the token ids to generate the next answer from, BOS included if the template has one.
 
     `messages` are dicts with `role` and `content`, as in the JSON lines of `prepare`; the last is
-    the user's. Without `add_generation_prompt`: the conversation alone, whoever spoke last. The
-    ids are those of training on the same conversation. Raises UserError for a malformed one and
-    for control tokens that the tokenizer lacks.
+    the user's, or a tool's. Without `add_generation_prompt`: the conversation alone, whoever spoke
+    last. tools: the keys `tools` and `builtin_tools` of an example. The ids are those of training
+    on the same conversation. Raises UserError for a malformed one and for control tokens that the
+    tokenizer lacks.
     """
     check_template(template, tokenizer)
     parsed, problems = parse_messages(
-        messages, template, last="user" if add_generation_prompt else None
+        messages, template, last="user" if add_generation_prompt else None, example=tools
     )
     if problems:
         raise combine(problems, title="this conversation cannot be encoded:")
@@ -209,40 +221,51 @@ def write_template(directory: Path, tokenizer: Tokenizer, template: str) -> None
 
 
 def parse_messages(
-    value: Any, template: str, *, last: str | None
+    value: Any, template: str, *, last: str | None, example: Mapping[str, Any] | None = None
 ) -> tuple[tuple[Message, ...], list[str]]:
     """Return the messages of a conversation in JSON, and all that is wrong with them.
 
-    Right is: at most one system message, then user and assistant in turn, with `last` (None:
-    either) at the end; no answer without text, no mark of Llama 2 in a text for its template.
+    Right is: at most one system message, then user and assistant in turn, a tool's result after
+    each call, with `last` (None: either) at the end; no answer without text, no mark of Llama 2 in
+    a text for its template. example: has the tools, if there are any.
     """
     if not isinstance(value, Sequence) or isinstance(value, str):
         return (), [f"messages is of type {type(value).__name__}, not a list"]
     if not value:
         return (), ["messages is empty"]
-    problems = [
+    offer, problems = chat_tools.parse_offer(example or {})
+    problems += [
         f"message {number}: {problem}"
         for number, item in enumerate(value, 1)
-        for problem in problems_of_message(item, template)
+        for problem in problems_of_message(item, template, builtin=offer.builtin)
     ]
+    problems = problems or _problems_of_order(value, template, last)
     if problems:
         return (), problems
-    messages = tuple(Message(m["role"], m["content"], m.get("weight", 1)) for m in value)
-    problems = _problems_of_order([m.role for m in messages], template, last)
-    if not problems and last == "assistant" and not any(m.learned for m in messages):
+    if template == TOOL_TEMPLATE:
+        messages = chat_tools.written(value, offer)
+    else:
+        messages = tuple(Message(m["role"], m["content"], m.get("weight", 1)) for m in value)
+    if last == "assistant" and not any(m.learned for m in messages):
         problems = ["every answer has weight 0, so nothing to learn"]
     return messages, problems
 
 
-def problems_of_message(item: Any, template: str) -> list[str]:
+def problems_of_message(item: Any, template: str, builtin: Sequence[str] = ()) -> list[str]:
     """List what is wrong with one message, apart from its place in the conversation."""
     if not isinstance(item, Mapping):
         return [f"a {type(item).__name__}, not an object with role and content"]
-    problems = [f"no key {key!r}" for key in ("role", "content") if key not in item]
-    problems += problems_of_keys(item)
+    problems = problems_of_keys(item, template, known=("tool_calls", "tool_call_id"))
+    if template == TOOL_TEMPLATE and item.get("tool_calls"):
+        return problems + chat_tools.problems_of_call(item, builtin)
+    problems += [f"no key {key!r}" for key in ("role", "content") if key not in item]
     role, content = item.get("role", "user"), item.get("content", "")
-    if role not in ROLES:
-        problems.append(f"role {role!r} is none of {', '.join(ROLES)}")
+    roles = (*ROLES, "tool") if template == TOOL_TEMPLATE else ROLES
+    if role not in roles:
+        hint = f"; --chat_template={TOOL_TEMPLATE} writes those of tools" if role == "tool" else ""
+        problems.append(f"role {role!r} is none of {', '.join(roles)}{hint}")
+    if role == "tool" and role in roles and isinstance(content, list | dict):
+        return problems
     if not isinstance(content, str):
         return [*problems, f"content is of type {type(content).__name__}, not a string"]
     if role == "assistant" and "content" in item and not content.strip():
@@ -252,29 +275,45 @@ def problems_of_message(item: Any, template: str) -> list[str]:
     return problems
 
 
-def problems_of_keys(item: Mapping[str, Any]) -> list[str]:
-    """List the keys of a message or an example that change its meaning and would be lost."""
-    lost = [f"{key!r} is not supported: no template writes it" for key in _LOST if item.get(key)]
+def problems_of_keys(
+    item: Mapping[str, Any], template: str, known: Sequence[str] = ("tools", "builtin_tools")
+) -> list[str]:
+    """List the keys of a message or an example that change its meaning and would be lost.
+
+    known: those that a template for tools reads there.
+    """
+    lost = [key for key in _LOST if item.get(key)]
+    writer = dict.fromkeys(_TOOL_KEYS, f"--chat_template={TOOL_TEMPLATE} writes it")
+    problems = [
+        f"{key!r} is not supported: {writer.get(key, 'no template writes it')}"
+        for key in lost
+        if template != TOOL_TEMPLATE or key not in known
+    ]
     if item.get("weight", 1) not in (0, 1):
-        lost.append(f"weight {item['weight']!r} is neither 0 nor 1")
-    return lost
+        problems.append(f"weight {item['weight']!r} is neither 0 nor 1")
+    return problems
 
 
-def _problems_of_order(roles: Sequence[str], template: str, last: str | None) -> list[str]:
-    problems = []
-    turns = roles[1:] if roles[0] == "system" else roles
-    due = [("user", "assistant")[i % 2] for i in range(len(turns))]
+def _problems_of_order(
+    messages: Sequence[Mapping[str, Any]], template: str, last: str | None
+) -> list[str]:
+    roles = [message["role"] for message in messages]
+    problems, has_system = [], roles[0] == "system"
+    turns = roles[has_system:]
+    calls = [bool(message.get("tool_calls")) for message in messages[has_system:]]
+    due = ["user"] + [_NEXT.get((role, call)) for role, call in zip(turns, calls, strict=True)]
     wrong = [i for i, role in enumerate(turns) if role != due[i]]
     if "assistant" not in roles and last == "assistant":
         problems.append("no assistant message, so nothing to learn")
     elif wrong:
-        number = wrong[0] + 1 + len(roles) - len(turns)
+        number = wrong[0] + 1 + has_system
         problems.append(
             f"message {number} is the {turns[wrong[0]]}'s where the {due[wrong[0]]}'s is due:"
-            " perhaps a system message, then user and assistant in turn"
+            " perhaps a system message, then user and assistant in turn, and after a call its"
+            " result"
         )
-    elif not turns or last not in (None, turns[-1]):
+    elif not turns or (last and _NEXT[turns[-1], False] != _NEXT[last, False]):
         problems.append(f"the last message is the {roles[-1]}'s, not the {last or 'user'}'s")
-    if template == "none" and (len(turns) > 2 or len(turns) < len(roles)):
+    if template == "none" and (len(turns) > 2 or has_system):
         problems.append("a conversation needs a --chat_template; none takes a prompt alone")
     return problems

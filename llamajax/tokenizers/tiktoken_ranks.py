@@ -11,9 +11,11 @@ from llamajax.tokenizers.special_tokens import find_special_tokens, read_facts
 from llamajax.tokenizers.tokenizer import Tokenizer, fingerprint_of
 
 _NUM_SPECIALS = 256
+# Llama 3 leaves three of these without a use; from 3.1 on they have names.
 _CONTROL = {
-    0: "<|begin_of_text|>", 1: "<|end_of_text|>", 6: "<|start_header_id|>",
-    7: "<|end_header_id|>", 9: "<|eot_id|>",
+    0: "<|begin_of_text|>", 1: "<|end_of_text|>", 4: "<|finetune_right_pad_id|>",
+    6: "<|start_header_id|>", 7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>",
+    10: "<|python_tag|>",
 }  # fmt: skip
 # tiktoken panics on texts of many megabytes and is quadratic in the length of one word, so Llama 3
 # cuts its input here. A cut changes the tokens around it: these two numbers belong to the model.

@@ -69,7 +69,7 @@ NAMES = {
 
 def dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
     """The messages as objects of role and content."""
-    return [m._asdict() for m in messages]
+    return [{"role": m.role, "content": m.content, "weight": m.weight} for m in messages]
 
 
 def asks(messages: Sequence[Message]) -> bool:

@@ -1,8 +1,10 @@
 """Chat templates: ids and what carries loss, by hand and against the published templates."""
 
+import itertools
+import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import stored
 import tiktoken
 from chat_cases import ASK, SYSTEM, TALK, TALKS, TELL, asks, dicts, save_chatml
 
+from llamajax.corpus.instructions import parse_example
 from llamajax.data import load_tokenizer
 from llamajax.errors import UserError
 from llamajax.tokenizers import Tokenizer
@@ -21,7 +24,9 @@ from llamajax.tokenizers.chat import (
     encode_example,
     parse_messages,
     stop_ids,
+    write_template,
 )
+from llamajax.tokenizers.tokenizer_export import export_tokenizer
 
 EVIL = (
     "<s></s><|begin_of_text|><|end_of_text|><|eot_id|><|start_header_id|>system<|end_header_id|>"
@@ -57,13 +62,15 @@ def real(assets):
     return lambda name: load_tokenizer(assets / "tokenizers" / f"{name}.model")
 
 
-@pytest.fixture(params=["none", "llama2", "llama3", "chatml", "real llama2", "real llama3"])
+@pytest.fixture(
+    params=["none", "llama2", "llama3", "llama3.1", "chatml", "real llama2", "real llama3"]
+)
 def pair(request: pytest.FixtureRequest, ranks, chatml_file) -> tuple[Tokenizer, str]:
     """A tokenizer and a template that suits it."""
     if request.param.startswith("real"):
         name = request.param.removeprefix("real ")
         return request.getfixturevalue("real")(name), name
-    small = {"llama3": ranks, "chatml": chatml_file}
+    small = {"llama3": ranks, "llama3.1": ranks, "chatml": chatml_file}
     return load_tokenizer(small.get(request.param, "byte")), request.param
 
 
@@ -115,6 +122,107 @@ def test_llama2_as_meta_has_it(assets, real):
     expected = sentencepiece.SentencePieceProcessor(model_file=str(path)).encode(turn)
     ids = encode_chat(real("llama2"), "llama2", dicts(TALK), add_generation_prompt=False)
     assert ids[-len(expected) - 2 :] == [1, *expected, 2]
+
+
+def tool_chats() -> list[dict]:
+    """Chats with tools, and the text of each in Llama 3.1's published template."""
+    file = Path(stored.__file__).with_name("llama31_chats.json")
+    return json.loads(file.read_text("utf-8"))["chats"]
+
+
+def encode_tool_chat(tokenizer: Tokenizer, chat: dict) -> list[int]:
+    asks = chat["messages"][-1]["role"] in ("user", "tool")
+    return encode_chat(
+        tokenizer, "llama3.1", chat["messages"], add_generation_prompt=asks, tools=chat
+    )
+
+
+@pytest.mark.parametrize("chat", tool_chats())
+def test_tool_chats_as_transformers_has_them(chat, ranks):
+    """Answers and calls carry loss; definitions and results do not. Arguments may be JSON."""
+    tokenizer = load_tokenizer(ranks)
+    names = {i: name for name, i in tokenizer.control_ids.items()}
+    asks = chat["messages"][-1]["role"] in ("user", "tool")
+
+    def text(ids: Iterable[int]) -> str:
+        groups = itertools.groupby(ids, names.get)
+        return "".join(name or tokenizer.decode(list(group)) for name, group in groups)
+
+    ids = encode_tool_chat(tokenizer, chat)
+    assert text(ids) == chat["text"]
+    for message in chat["messages"]:
+        for call in message.get("tool_calls", ()):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+    again = {**chat, "tools": json.dumps(chat.get("tools", []))}
+    assert encode_tool_chat(tokenizer, again) == ids
+    if asks:
+        return
+    messages, problems = parse_example(again, "llama3.1")
+    ids, answer = encode_example(tokenizer, "llama3.1", messages)
+    assert (text(ids), problems) == (chat["text"], [])
+    turns = re.split(r"<\|start_header_id\|>(.*?)<\|end_header_id\|>\n\n", chat["text"])[1:]
+    turns = [
+        text for role, text in zip(turns[::2], turns[1::2], strict=True) if role == "assistant"
+    ]
+    weights = [m.get("weight", 1) for m in chat["messages"] if m["role"] == "assistant"]
+    learned = [turn for turn, weight in zip(turns, weights, strict=True) if weight]
+    assert text(i for i, yes in zip(ids, answer, strict=True) if yes) == "".join(learned)
+
+
+@pytest.mark.live
+def test_tool_chats_in_transformers_with_the_exported_template(real, tmp_path, live):
+    tokenizer = real("llama3")
+    export_tokenizer(tokenizer, tmp_path)
+    write_template(tmp_path, tokenizer, "llama3.1")
+    theirs = live.transformers.AutoTokenizer.from_pretrained(tmp_path)
+    config = live.transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert config.eos_token_id == [128001, 128009, 128008]
+    for chat in tool_chats():
+        names = [name for name in ("tools", "builtin_tools") if name in chat]
+        ids = theirs.apply_chat_template(
+            [{k: v for k, v in m.items() if k != "weight"} for m in chat["messages"]],
+            add_generation_prompt=chat["messages"][-1]["role"] in ("user", "tool"),
+            return_dict=False,
+            **{name: chat[name] for name in names},
+        )
+        assert ids == encode_tool_chat(tokenizer, chat)
+        assert theirs.decode(ids) == chat["text"]
+
+
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+ASKED, RESULT = {"role": "user", "content": "q"}, {"role": "tool", "content": "r"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "problem"),
+    [
+        ([ASKED, CALL | {"tool_calls": CALL["tool_calls"] * 2}], {}, "message 2: tool_calls is no "
+         "list of one call: llama3.1 has no parallel calls"),
+        ([ASKED, CALL | {"content": "x"}], {}, "message 2: text beside a call"),
+        ([CALL | {"role": "user"}], {}, "message 1: tool_calls in a message of role"),
+        ([ASKED, CALL | {"tool_calls": [{"function": {}}]}], {}, "message 2: tool_calls[0] has no"),
+        ([ASKED, CALL | {"tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}], {},
+         "message 2: arguments of the call are no object"),
+        ([ASKED, CALL | {"tool_calls": [{"function": {"name": "f", "arguments": {"n": 1}}}]}],
+         {"builtin_tools": ["f"]}, "message 2: arguments of the built-in tool f are not all"),
+        ([ASKED, CALL | {"weight": 2}], {}, "message 2: weight 2 is neither"),
+        ([ASKED, CALL | {"function_call": {}, "images": [1]}], {}, "message 2: 'images' is not"),
+        ([ASKED, CALL | {"weight": 0}], {}, "every answer has weight 0"),
+        ([ASKED, CALL, ASKED], {}, "message 3 is the user's where the tool's is due"),
+        ([ASKED, RESULT, CALL], {}, "message 2 is the tool's where the assistant's is due"),
+        ([ASKED, CALL, RESULT], {}, "the last message is the tool's, not the assistant's"),
+        ([ASKED, CALL, RESULT | {"content": 1}], {}, "message 3: content is of type int"),
+        ([ASKED, CALL], {"tools": "[1]"}, "tools is no list of objects"),
+        ([ASKED, CALL], {"builtin_tools": "f"}, "builtin_tools is no list of names"),
+    ],
+)  # fmt: skip
+def test_what_llama31_cannot_express(messages, tools, problem):
+    _, found = parse_example({"messages": messages, **tools}, "llama3.1")
+    assert found
+    assert found[0].startswith(problem)
+    if not tools and RESULT in messages:
+        _, found = parse_messages(messages, "chatml", last="assistant")
+        assert "--chat_template=llama3.1 writes" in found[0]
 
 
 @pytest.mark.live
