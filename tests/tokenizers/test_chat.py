@@ -241,7 +241,8 @@ def test_llama2s_tokenizer_as_transformers_saves_it(assets, real, tmp_path, live
 def test_generation_starts_from_what_training_saw(pair):
     tokenizer, template = pair
     talk = [ASK, TELL] if template == "none" else TALK
-    ids, answer = encode_example(tokenizer, template, talk)
+    messages, _ = parse_messages(dicts(talk), template, last="assistant")
+    ids, answer = encode_example(tokenizer, template, messages)
     begins = [i for i in range(1, len(ids)) if answer[i] > answer[i - 1]]
     asked = [i for i, m in enumerate(talk) if m.role == "user"]
     assert len(begins) == len(asked)
