@@ -2,9 +2,8 @@
 
 Hardware: one accelerator of 80 GB: 12.7 GiB of frozen weights, 0.6 of adapters (40 M weights) with
           gradients and optimizer state, and activations. Planned (`llamajax plan`, jax 0.12,
-          2026-11-30) for h100:1: 57.4 of 72.8 GiB. For one of 40 GB set
-          --config.train.accumulation_steps=8 --config.train.remat=full: 17 GiB by the formula. Up
-          to 4 devices share all of it.
+          2026-11-30) for h100:1: 38.1 of 72.8 GiB. For one of 40 GB set
+          --config.train.accumulation_steps=8: 25.7 GiB. Up to 4 devices share all of it.
 Command:  python -m llamajax.prepare --input='text/*.jsonl' --tokenizer=hf/llama2_7b \
               --output=data/finetune
           python -m llamajax.train --config=configs/llama2_7b_lora.py \

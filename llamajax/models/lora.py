@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llamajax.config.schema import LORA_TARGETS, LoraConfig, ModelConfig
 from llamajax.models.declare import named_key
@@ -73,9 +74,13 @@ def project(
     *,
     contract: int = 1,
 ) -> jax.Array:
-    """Multiply `x` by a matrix, and add its adapter if it has one; `keys_BT` for dropout."""
+    """Multiply `x` by a matrix, and add its adapter if it has one; `keys_BT` for dropout.
+
+    The sum has the name "product": where a remat policy keeps it, both products that it is made of
+    are not needed again.
+    """
     y = linear(x, weight.get_value(), contract=contract)
-    return y if adapter is None else y + adapter(x, keys_BT)
+    return y if adapter is None else checkpoint_name(y + adapter(x, keys_BT), "product")
 
 
 def with_scales(blocks: Any, float8: Float8 | None) -> Any:

@@ -151,8 +151,9 @@ def _kept_activations(config: RunConfig, sizes: Mapping[str, int]) -> float:
     """Return the bytes kept for the backward pass.
 
     `none` keeps what derivatives use: the inputs of products, six values of a feed-forward's width,
-    and of each norm two float32 values; no input of the block besides. Where `tensor` splits
-    tokens, inputs of products and results that it scatters are whole.
+    and of each norm two float32 values, one where its scale is frozen; no input of the block
+    besides. Where `tensor` splits tokens, inputs of products and results that it scatters are
+    whole. What adapters have of their rank is left out.
     """
     m, t, share = config.model, config.train, device_share(config, sizes)
     layers, rows = layers_held(config, sizes), share.microbatch
@@ -166,7 +167,7 @@ def _kept_activations(config: RunConfig, sizes: Mapping[str, int]) -> float:
     attended = m.num_heads * m.head_size
     qkv = attended + 2 * m.num_kv_heads * m.head_size
     whole = m.hidden_size * (sizes["tensor"] - 1)
-    norms = 4 * m.hidden_size * FLOAT32_BYTES / width(config)
+    norms = (2 if config.lora.rank else 4) * m.hidden_size * FLOAT32_BYTES / width(config)
     everything = qkv + attended + m.hidden_size + 2 * whole + 6 * m.intermediate_size + norms
     kept = {
         "full": 0,

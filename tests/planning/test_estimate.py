@@ -17,6 +17,7 @@ from llamajax.config import MeshConfig, load
 from llamajax.config.schema import Remat
 from llamajax.models.counts import matrices_per_layer
 from llamajax.models.llama import Compute
+from llamajax.models.lora import attach, trainable
 from llamajax.models.memory import held_bytes, held_parts, state_bytes
 from llamajax.planning import compilation, estimate, roofline
 from llamajax.planning.hlo_products import product_flops
@@ -127,12 +128,13 @@ def test_products_are_those_of_the_program(name):
 
 
 @pytest.mark.parametrize("remat", get_args(Remat))
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_activations_are_what_the_backward_pass_is_given(config, remat, tensor):
-    """Of two more layers, by the residuals of the traced forward pass."""
+@pytest.mark.parametrize(("tensor", "rank"), [(1, 0), (2, 0), (1, 5)])
+def test_activations_are_what_the_backward_pass_is_given(config, remat, tensor, rank):
+    """Of two more layers, by the residuals of the traced forward pass; with adapters as without."""
     rows, seq_len = 3, 128
     config = dataclasses.replace(
         config,
+        lora=dataclasses.replace(config.lora, rank=rank, alpha=10.0),
         data=dataclasses.replace(config.data, seq_len=seq_len, global_batch_size=rows),
         train=dataclasses.replace(
             config.train, dtype="bfloat16", remat=remat, accumulation_steps=1
@@ -145,13 +147,14 @@ def test_activations_are_what_the_backward_pass_is_given(config, remat, tensor):
     )  # fmt: skip
     tokens = (rows, rows * seq_len, rows * seq_len // tensor)  # second dims of activations
 
-    def residuals(model):
+    def residuals(model, adapters):
         batch = dict.fromkeys(
             ("tokens", "positions", "segment_ids"), jnp.zeros((rows, seq_len), jnp.int32)
         )
-        backward = jax.vjp(lambda weights: weights.hidden_states(batch, compute), model)[1]
+        weights, whole = trainable(attach(model, adapters))
+        backward = jax.vjp(lambda weights: whole(weights).hidden_states(batch, compute), weights)[1]
         for x in jax.tree.leaves(backward):  # scalars of a token are left out
-            if x.ndim > 2 and x.shape[1] in tokens and x.shape[-1] not in (1, seq_len):
+            if x.ndim > 2 and x.shape[1] in tokens and x.shape[-1] not in (1, rank, seq_len):
                 kept[-1] += x.size * x.dtype.itemsize
         return jnp.zeros(())
 
@@ -163,13 +166,14 @@ def test_activations_are_what_the_backward_pass_is_given(config, remat, tensor):
         )  # fmt: skip
         deep = dataclasses.replace(config, model=model)
         told.append(held_parts(deep, dict(mesh.shape))["activations"])
-        weights = StateSpec.of(deep, mesh).abstract().model
+        state = StateSpec.of(deep, mesh).abstract()
+        given = (state.model, state.adapters)
         kept.append(0)
-        specs = (sharding.specs(weights, mesh),)
+        specs = tuple(sharding.specs(weights, mesh) for weights in given)
         traced = jax.shard_map(
             residuals, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
         )
-        jax.eval_shape(traced, weights)
+        jax.eval_shape(traced, *given)
     assert told[1] - told[0] == pytest.approx(kept[1] - kept[0], rel=0.01)
 
 
