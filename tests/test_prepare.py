@@ -248,7 +248,7 @@ MISTAKES = {
     "--document_separator=x": r"is for \.txt files",
     "--document_separator=x --clean=wikitext": "wikitext has no use for --document_separator",
     "--format=instructions --text_key=a --clean=wikitext": "--text_key, --clean",
-    "--format=instructions": r"(?s)first 10.*corpus.jsonl:10: no messages, or prompt and comp",
+    "--format=instructions": r"(?s)first 10.*corpus.jsonl:10: neither messages, nor prompt",
     LLAMA3: "which this byte tokenizer lacks",
     f"{LLAMA3} --tokenizer=train:300": "which a tokenizer trained here lacks",
     "--beam_options=a=b --merge": "(?s)beam_options needs --runner=beam.*--merge need --num_tasks",

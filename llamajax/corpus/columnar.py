@@ -1,6 +1,7 @@
 """Read rows of Parquet and Arrow files: the strings in a column, or the objects of some columns."""
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -9,54 +10,32 @@ from llamajax.errors import UserError
 
 _STRINGS = ("string", "large_string", "string_view", "binary", "large_binary")
 _BATCH_ROWS = 1024
-_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+# How an Arrow file begins, and how an Arrow stream ends.
+_FILE_MARK, _END_OF_STREAM = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"
 
 
-class ColumnarFile:
-    """An open Parquet file, or an Arrow stream or file, whose rows are read once.
+def text_rows(file: Path, raw: BinaryIO, stream: Any, text_key: str) -> Iterator[Any]:
+    """Yield the text in each row of a column; a UserError for a row without one.
 
-    stream: the decompressed content of `raw`. Raises UserError for a damaged file.
+    stream: the decompressed content of `raw`. Raises UserError for a damaged file, or one without
+    the column.
     """
+    import pyarrow as pa
 
-    def __init__(self, file: Path, raw: BinaryIO, stream: Any) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet
-
-        self._file = file
-        is_plain = file.name.lower().endswith((".parquet", ".arrow"))
-        self._source = raw if is_plain else pa.BufferReader(stream.read())
-        self._is_parquet = ".parquet" in file.suffixes[-2:]
-        try:
-            if self._is_parquet:
-                self._table = pa.parquet.ParquetFile(self._source)
-                self._schema = self._table.schema_arrow
-            else:
-                self._batches = self._arrow_batches()
-                self._schema = next(self._batches)
-        except (pa.ArrowException, OSError) as error:
-            raise self._damaged(error) from error
-
-    def texts(self, text_key: str) -> Iterator[Any]:
-        """Yield the text in each row of a column; a UserError for a row without one.
-
-        Raises UserError for a file without the column.
-        """
-        import pyarrow as pa
-
-        file, names = self._file, self._schema.names
-        if text_key not in names:
+    row = 0
+    with _opened(file, raw, stream) as (schema, batches):
+        if text_key not in schema.names:
             raise UserError(
-                f"{file}: no column {text_key!r} (it has {', '.join(names)}); name the right one "
-                "with --text_key"
+                f"{file}: no column {text_key!r} (it has {', '.join(schema.names)}); name the "
+                "right one with --text_key"
             )
-        if names.count(text_key) > 1:
+        if schema.names.count(text_key) > 1:
             raise UserError(f"{file}: two columns are named {text_key!r}; drop one of them")
-        kind = self._schema.field(text_key).type
+        kind = schema.field(text_key).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if str(kind) not in _STRINGS:
             raise UserError(f"{file}: column {text_key!r} holds {kind}, not strings")
-        row = 0
-        for batch in self._read([text_key]):
+        for batch in batches([text_key]):
             column = batch.column(0)
             if pa.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
@@ -65,62 +44,62 @@ class ColumnarFile:
                 row += 1
                 yield _text_of(value.as_py(), f"{file}: row {row}: {text_key!r}")
 
-    def objects(self, keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
-        """Yield the place and object of each row, of the columns among `keys`.
 
-        Nulls are left out, since a column has one wherever other rows have a key. A UserError
-        stands for a row that cannot be read. Raises UserError for a file without such a column.
-        """
-        columns = [name for name in self._schema.names if name in keys]
+def object_rows(
+    file: Path, raw: BinaryIO, stream: Any, keys: Sequence[str]
+) -> Iterator[tuple[str, Any]]:
+    """Yield the place and object of each row, of the columns among `keys`.
+
+    Leaves out nulls: a column has one wherever other rows have a key. A UserError stands for a row
+    that cannot be read. Raises UserError for a damaged file, or one without such a column.
+    """
+    row = 0
+    with _opened(file, raw, stream) as (schema, batches):
+        columns = [name for name in schema.names if name in keys]
         if not columns:
-            has = ", ".join(self._schema.names)
-            raise UserError(f"{self._file}: no column of an example (it has {has})")
-        row = 0
-        for batch in self._read(columns):
+            has = ", ".join(schema.names)
+            raise UserError(f"{file}: no column of an example (it has {has})")
+        for batch in batches(columns):
             for number in range(batch.num_rows):
                 row += 1
-                place = f"{self._file}: row {row}"
+                place = f"{file}: row {row}"
                 try:
                     (value,) = batch.slice(number, 1).to_pylist()
                     yield place, _without_nulls(value)
                 except UnicodeDecodeError as error:
                     yield place, UserError(f"{place}: not UTF-8 ({error.reason})")
 
-    def _read(self, columns: list[str]) -> Iterator[Any]:
-        """Yield record batches of some columns."""
-        import pyarrow as pa
 
-        try:
-            if self._is_parquet:
-                yield from self._table.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
-            else:
-                yield from (batch.select(columns) for batch in self._batches)
-        except (pa.ArrowException, OSError) as error:
-            raise self._damaged(error) from error
+@contextlib.contextmanager
+def _opened(
+    file: Path, raw: BinaryIO, stream: Any
+) -> Iterator[tuple[Any, Callable[[list[str]], Iterable[Any]]]]:
+    """Yield the schema, and what returns the record batches of some columns, in order, once.
 
-    def _arrow_batches(self) -> Iterator[Any]:
-        """Yield the schema, then the record batches, of an Arrow stream or file."""
-        import pyarrow as pa
+    Raises UserError for a file that is damaged, which may be seen when all batches were read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
 
-        source = self._source
-        is_file = source.read(6) == b"ARROW1"
-        source.seek(0)
-        if is_file:
-            reader = pa.ipc.open_file(source)
-            yield reader.schema
-            yield from map(reader.get_batch, range(reader.num_record_batches))
+    kind = "Parquet" if ".parquet" in file.name.lower() else "Arrow"
+    is_plain = file.name.lower().endswith((".parquet", ".arrow"))
+    try:
+        source = raw if is_plain else pa.BufferReader(stream.read())
+        if kind == "Parquet":
+            table = pa.parquet.ParquetFile(source)
+            yield table.schema_arrow, lambda names: table.iter_batches(_BATCH_ROWS, columns=names)
             return
-        reader = pa.ipc.open_stream(source)
-        yield reader.schema
-        yield from reader
-        # Arrow takes a file that was cut off between two batches for a whole one.
-        source.seek(-len(_END_OF_STREAM), 2)
-        if source.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
-            raise pa.ArrowInvalid("it has no end mark")
-
-    def _damaged(self, error: Exception) -> UserError:
-        kind = "Parquet" if self._is_parquet else "Arrow"
-        return UserError(f"{self._file}: truncated or damaged {kind}: {str(error)[:200]}")
+        is_stream = source.read(len(_FILE_MARK)) != _FILE_MARK
+        source.seek(0)
+        reader = (pa.ipc.open_stream if is_stream else pa.ipc.open_file)(source)
+        batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
+        yield reader.schema, lambda names: (batch.select(names) for batch in batches)
+        if is_stream:  # Arrow takes one that was cut off between two batches for a whole one
+            source.seek(-len(_END_OF_STREAM), 2)
+            if source.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
+                raise pa.ArrowInvalid("it has no end mark")
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file}: truncated or damaged {kind}: {str(error)[:200]}") from error
 
 
 def _without_nulls(value: Any) -> Any:

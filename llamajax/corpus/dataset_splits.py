@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llamajax.errors import UserError, did_you_mean, listed, nearest
+from llamajax.errors import UserError, listed
 
 # The names of splits that are known, in the words of files and folders.
 KNOWN = {
@@ -68,28 +68,21 @@ def _read_json(file: Path) -> dict[str, Any]:
 def readme_splits(folder: Path, config: str) -> Splits | None:
     """Return the files of a config that the README of a hub folder declares; None without any.
 
-    config: its name; empty: the only one, or the one marked as the default.
+    config: its name; empty: the only one. Raises UserError where one has to be chosen.
     """
-    configs = {c.get("config_name", "default"): c for c in _readme_configs(folder)}
-    if not configs:
-        if config:
-            raise UserError(f"{folder}: no README.md there declares configs, so no {config!r}")
-        return None
-    defaults = [name for name, c in configs.items() if c.get("default")]
-    if not config and len(configs) > 1 and len(defaults) != 1 and "default" not in configs:
-        raise UserError(
-            f"{folder}: its README.md declares the configs {listed(list(configs), most=20)}; choose"
-            f" one with {folder}:config=NAME"
-        )
-    config = config or (next(iter(configs)) if len(configs) == 1 else (*defaults, "default")[0])
+    configs = _readme_configs(folder)
+    if not config and len(configs) < 2:
+        config = next(iter(configs), "")
     if config not in configs:
+        if not config and not configs:
+            return None
         raise UserError(
-            f"{folder}: its README.md declares no config {config!r} but"
-            f" {listed(list(configs), most=20)}{did_you_mean(nearest(config, configs))}"
+            f"{folder}: its README.md declares the configs {listed(list(configs), most=20) or '-'};"
+            f" choose one with {folder}:config=NAME"
         )
-    declared = configs[config]["data_files"]
-    if not isinstance(declared, list) or not all(isinstance(d, dict) for d in declared):
-        declared = [{"split": "train", "path": declared}]
+    declared = configs[config]
+    if not isinstance(declared, list) or not isinstance(declared[0], dict):
+        declared = [{"path": declared}]
     splits: Splits = {}
     for each in declared:
         paths = each.get("path", ())
@@ -101,22 +94,20 @@ def readme_splits(folder: Path, config: str) -> Splits | None:
     return splits
 
 
-def _readme_configs(folder: Path) -> list[dict[str, Any]]:
-    """Return the configs in a README's front matter that declare files."""
+def _readme_configs(folder: Path) -> dict[str, Any]:
+    """Return the files that each config in a README's front matter declares."""
     readme = folder / "README.md"
-    try:
-        found = _FRONT_MATTER.match(readme.read_text("utf-8")) if readme.is_file() else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{readme}: cannot be read: {error}") from error
-    if not found or "configs:" not in found[1]:
-        return []
+    if not readme.is_file():
+        return {}
     import yaml
 
     try:
-        configs = yaml.safe_load(found[1])["configs"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+        found = _FRONT_MATTER.match(readme.read_text("utf-8"))
+        matter = (yaml.safe_load(found[1]) if found else None) or {}
+        configs = matter.get("configs") or ()
+        return {str(c["config_name"]): c["data_files"] for c in configs if c.get("data_files")}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, AttributeError) as error:
         raise UserError(f"{readme}: its front matter cannot be read: {error}") from error
-    return [c for c in configs or () if isinstance(c, dict) and c.get("data_files")]
 
 
 def named_splits(folder: Path, files: Iterable[Path]) -> Splits:

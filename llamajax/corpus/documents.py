@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llamajax.corpus import input_files, wikitext
-from llamajax.corpus.columnar import ColumnarFile
+from llamajax.corpus.columnar import text_rows
 from llamajax.corpus.input_patterns import InputFile
 from llamajax.corpus.json_values import json_values
 from llamajax.corpus.long_text import LongText, document_of, split_at
@@ -180,7 +180,7 @@ class Corpus:
         path, options, form = file.path, file.options, input_files.format_of(file.path)
         stream = input_files.decompressed(path, raw)
         if form in (".parquet", ".arrow"):
-            rows = ColumnarFile(path, raw, stream).texts(options.text_key)
+            rows = text_rows(path, raw, stream, options.text_key)
         elif form == ".jsonl":
             rows = _json_texts(path, stream, options.text_key)
         elif form == ".txt" and options.clean == "none":

@@ -4,7 +4,6 @@ import dataclasses
 import glob
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,8 @@ from llamajax.corpus.input_files import COMPRESSIONS, FORMATS, format_of
 from llamajax.corpus.prepare_options import PrepareOptions
 from llamajax.errors import UserError, did_you_mean, listed, nearest, say
 
-# Flags that an input may have for itself, and the kinds of files that have a use for each.
-_OWN_FLAGS = {
-    "text_key": (".jsonl", ".parquet", ".arrow"),
-    "clean": FORMATS,
-    "document_separator": (".txt",),
-}
+# Flags that an input may have for itself, and what only an input has.
+_OWN_FLAGS = ("text_key", "clean", "document_separator")
 _OWN = (*_OWN_FLAGS, "split", "into", "config")
 _CHOICES = {"clean": ("none", "wikitext"), "into": ("train", "validation")}
 _OPTION = re.compile(r":(?=[A-Za-z_]+=)")
@@ -33,22 +28,17 @@ _NAMED = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class InputPattern:
-    """One input as given: a path or glob, and its own options; the splits that are not read."""
-
-    path: str
-    given: dict[str, str]
-    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
 class InputFile:
-    """A file to read. options: those of its input. split: where its input declares it to go."""
+    """A file to read, with the options of its input.
+
+    split: where its input declares it to go; None: validation is held out. record: its input as the
+    manifest has it, the same object for all files of an input.
+    """
 
     path: Path
     options: PrepareOptions
-    split: str | None = None
-    pattern: InputPattern | None = None
+    split: str | None
+    record: dict[str, Any]
 
     @property
     def size(self) -> int:
@@ -70,18 +60,20 @@ def find_inputs(options: PrepareOptions) -> list[InputFile]:
     """
     found: dict[Path, InputFile] = {}
     for text in (p for p in options.input.split(",") if p.strip()):
-        pattern, own = _parse(text, options)
-        splits = _splits_of(pattern)
-        chosen = _choose(pattern, splits)
-        left_out = {name: len(files) for name, files in splits.items() if name not in chosen}
-        pattern = dataclasses.replace(pattern, left_out=left_out)
+        path, given, own = _parse(text, options)
+        splits = _splits_of(path, given)
+        chosen = _choose(path, given, splits)
+        record: dict[str, Any] = {"path": path, **given}
         if len(splits) > 1:
-            read = ", ".join(f"{n or 'other files'} ({len(splits[n])})" for n in chosen)
-            left = ", ".join(f"{name} ({count})" for name, count in left_out.items())
-            say(
-                f"note: --input: {pattern.path}: files of these splits are read: {read}"
-                + (f"; left out: {left}" if left else "")
+            for part in ("files_read", "files_left_out"):
+                is_read = part == "files_read"
+                record[part] = {n: len(splits[n]) for n in splits if (n in chosen) == is_read}
+            read, left = (
+                ", ".join(f"{name or 'other files'} ({count})" for name, count in part.items())
+                for part in (record["files_read"], record["files_left_out"])
             )
+            more = f"; left out: {left}" if left else ""
+            say(f"note: --input: {path}: files of these splits are read: {read}{more}")
         for split in chosen:
             for file in splits[split]:
                 if not format_of(file):
@@ -89,18 +81,16 @@ def find_inputs(options: PrepareOptions) -> list[InputFile]:
                         f"--input: {file}: unknown kind of file; known are {', '.join(FORMATS)},"
                         f" each also with {' or '.join(COMPRESSIONS)}"
                     )
-                new = InputFile(file, own, chosen[split], pattern)
+                new = InputFile(file, own, chosen[split], record)
                 old = found.setdefault(file.resolve(), new)
                 if (old.options, old.split) != (new.options, new.split):
                     raise UserError(
                         f"--input: {file} is in two inputs with different options:"
-                        f" {old.pattern.path} and {pattern.path}; name it in one of them"
+                        f" {old.record['path']} and {path}; name it in one of them"
                     )
         kinds = {format_of(file) for split in chosen for file in splits[split]}
-        for name in _OWN_FLAGS:
-            if name in pattern.given and not kinds & set(_OWN_FLAGS[name]):
-                kinds = " and ".join(_OWN_FLAGS[name])
-                raise UserError(f"--input: {text}: {name} is for {kinds} files")
+        if given.get("document_separator") and ".txt" not in kinds:
+            raise UserError(f"--input: {text}: document_separator is for .txt files")
     if not found:
         raise UserError("--input is empty; name a file, a directory or a glob")
     return list(found.values())
@@ -111,28 +101,18 @@ def declares_validation(files: Sequence[InputFile]) -> bool:
     return any(file.split == "validation" for file in files)
 
 
-def record_of(files: Sequence[InputFile]) -> list[dict[str, Any]]:
-    """Return each input for the manifest, with its files by split; nothing for plain ones."""
-    counts: dict[int, Counter[str]] = {}
-    patterns = {id(file.pattern): file.pattern for file in files}
-    for file in files:
-        counts.setdefault(id(file.pattern), Counter())[file.split or ""] += 1
-    if not any(p.given or p.left_out or set(counts[i]) - {""} for i, p in patterns.items()):
-        return []
-    return [
-        {"path": pattern.path, **pattern.given, "files": counts[number].total()}
-        | {f"{split}_files": n for split, n in counts[number].items() if split}
-        | ({"left_out_files": pattern.left_out} if pattern.left_out else {})
-        for number, pattern in patterns.items()
-    ]
+def records_of(files: Sequence[InputFile]) -> list[dict[str, Any]]:
+    """Return each input for the manifest; none if no input has options or splits."""
+    records = list({id(file.record): file.record for file in files}.values())
+    return records if any(len(record) > 1 for record in records) else []
 
 
-def _parse(text: str, options: PrepareOptions) -> tuple[InputPattern, PrepareOptions]:
-    """Parse `PATH:KEY=VALUE:...`; return it with the options of its files."""
+def _parse(text: str, options: PrepareOptions) -> tuple[str, dict[str, str], PrepareOptions]:
+    """Parse `PATH:KEY=VALUE:...`; return its path and options, and all flags of its files."""
     path, *pairs = [text] if Path(text.strip()).exists() else _OPTION.split(text)
-    pattern = InputPattern(path.strip(), dict(pair.split("=", 1) for pair in pairs))
-    for name, value in pattern.given.items():
-        where = f"--input: {pattern.path}:{name}={value}"
+    path, given = path.strip(), dict(pair.split("=", 1) for pair in pairs)
+    for name, value in given.items():
+        where = f"--input: {path}:{name}={value}"
         if name in ("format", "chat_template", "on_error"):
             raise UserError(
                 f"{where}: --{name} is one for all inputs; prepare the others into a directory of "
@@ -143,61 +123,58 @@ def _parse(text: str, options: PrepareOptions) -> tuple[InputPattern, PrepareOpt
             raise UserError(f"{where}: unknown{hint}")
         if value not in _CHOICES.get(name, (value,)):
             raise UserError(f"{where}: expected {' | '.join(_CHOICES[name])}")
-    flags = {name: value for name, value in pattern.given.items() if name in _OWN_FLAGS}
-    own = dataclasses.replace(options, **flags)
-    if flags and (problems := list(own.problems())):
+    own = dataclasses.replace(options, **{n: v for n, v in given.items() if n in _OWN_FLAGS})
+    if given and (problems := list(own.problems())):
         raise UserError(f"--input: {text}: {problems[0]}")
-    return pattern, own
+    return path, given, own
 
 
-def _splits_of(pattern: InputPattern) -> Splits:
+def _splits_of(name: str, given: dict[str, str]) -> Splits:
     """Return the files of an input by the split that they are declared to be of."""
-    path, config = Path(pattern.path), pattern.given.get("config", "")
+    path, config = Path(name), given.get("config", "")
     if path.is_dir():
         splits = saved_splits(path) or readme_splits(path, config)
         if splits is None:
             files, others = _files_in(path)
-            _note_left_out(pattern.path, others)
+            _note_left_out(name, others)
             splits = named_splits(path, files)
         if not any(splits.values()):
-            kinds = ", ".join(FORMATS)
-            raise UserError(f"--input: no {kinds} files in directory {pattern.path}")
+            raise UserError(f"--input: no {', '.join(FORMATS)} files in directory {name}")
         return splits
     if config:
-        raise UserError(f"--input: {pattern.path}:config={config}: config is for directories")
+        raise UserError(f"--input: {name}:config={config}: config is for directories")
     if path.exists():
         return {"": [path]}
-    matched = sorted(Path(f) for f in glob.glob(pattern.path, recursive=True))
+    matched = sorted(Path(f) for f in glob.glob(name, recursive=True))
     files = [f for f in matched if f.is_file()]
     known = {*files, *(folder for f in files for folder in f.parents)}
-    _note_left_out(pattern.path, [str(f) for f in matched if f not in known])
+    _note_left_out(name, [str(f) for f in matched if f not in known])
     if not files:
-        kind = "no file matches" if glob.has_magic(pattern.path) else "no such file:"
-        raise UserError(f"--input: {kind} {pattern.path}")
+        kind = "no file matches" if glob.has_magic(name) else "no such file:"
+        raise UserError(f"--input: {kind} {name}")
     splits = named_splits(Path(os.path.commonpath([f.parent for f in files])), files)
     return splits if len(splits) > 1 else {"": files}  # a glob of one split is meant as it is
 
 
-def _choose(pattern: InputPattern, splits: Splits) -> dict[str, str | None]:
+def _choose(name: str, given: dict[str, str], splits: Splits) -> dict[str, str | None]:
     """Return the splits that are read, each with where it goes; None: that is not declared."""
-    wanted, into = pattern.given.get("split", ""), pattern.given.get("into")
-    kinds = {name: KNOWN.get(name, name) for name in splits}
-    declared = [name for name in splits if name]
-    names = f"{pattern.path} declares the splits {listed(declared, most=20)}"
-    if wanted not in ("", "all") and wanted not in splits:
-        has = names if declared else f"{pattern.path} declares none"
-        hint = did_you_mean(nearest(wanted, declared))
-        raise UserError(f"--input: no split {wanted!r}: {has}{hint}")
-    if wanted == "all" or set(kinds.values()) <= {"", "train"}:
+    wanted, into = given.get("split", ""), given.get("into")
+    kinds = {split: KNOWN.get(split, split) for split in splits}
+    declared = listed([split for split in splits if split], most=20)
+    if wanted == "all" or (not wanted and set(kinds.values()) <= {"", "train"}):
         return dict.fromkeys(splits, into)
-    if wanted:
+    if wanted in kinds and wanted:
         return {wanted: into}
+    if wanted:
+        hint = did_you_mean(nearest(wanted, kinds))
+        raise UserError(f"--input: {name}:split={wanted}: it declares {declared or 'none'}{hint}")
     if into or "" in splits or "train" not in kinds.values():
         more = f", but not of {listed(splits[''], most=3)}" if "" in splits else ""
         raise UserError(
-            f"--input: {names}{more}; say what to read: {pattern.path}:split=NAME, or split=all"
+            f"--input: {name} declares the splits {declared}{more}; say what to read:"
+            f" {name}:split=NAME, or split=all"
         )
-    read = {name: kind for name, kind in kinds.items() if kind in ("train", "validation")}
+    read = {split: kind for split, kind in kinds.items() if kind in ("train", "validation")}
     return read if "validation" in read.values() else dict.fromkeys(read)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from llamajax.corpus import input_files
-from llamajax.corpus.columnar import ColumnarFile
+from llamajax.corpus.columnar import object_rows
 from llamajax.corpus.documents import Corpus
 from llamajax.corpus.input_patterns import InputFile
 from llamajax.corpus.json_values import json_values
@@ -64,7 +64,7 @@ class InstructionCorpus(Corpus):
         if input_files.format_of(file.path) == ".jsonl":
             rows = json_values(file.path, stream)
         else:
-            rows = ColumnarFile(file.path, raw, stream).objects(_KEYS)
+            rows = object_rows(file.path, raw, stream, _KEYS)
         for place, value in rows:
             if isinstance(value, UserError):
                 yield value
@@ -91,7 +91,7 @@ def parse_example(value: dict[str, Any], template: str) -> tuple[tuple[Message, 
     names = [" and ".join(form) for form in forms or _FORMS]
     if not forms:
         has = ", ".join(map(repr, value)) or "none"
-        return (), [f"no {', or '.join(names)} (its keys: {has})"]
+        return (), [f"neither {', nor '.join(names)} (its keys: {has})"]
     if len(forms) > 1:
         return (), [f"has {', as well as '.join(names)}: keep one of these forms"]
     (form,) = forms

@@ -14,7 +14,7 @@ from llamajax.corpus.document_hashes import CopyCounter
 from llamajax.corpus.documents import Corpus, LeftOut, warn_of_single_article
 from llamajax.corpus.holdout import SPLITS, Holdout
 from llamajax.corpus.input_files import format_of
-from llamajax.corpus.input_patterns import InputFile, declares_validation, find_inputs, record_of
+from llamajax.corpus.input_patterns import InputFile, declares_validation, find_inputs, records_of
 from llamajax.corpus.instructions import InstructionCorpus
 from llamajax.corpus.prepare_options import PrepareOptions
 from llamajax.corpus.tokenizer_training import MAX_BYTES, parse_train, train_tokenizer
@@ -177,7 +177,7 @@ def write_results(
         **({"loss_mask": True} if masked else {}),
         "input": {name: getattr(options, name) for name in names}
         | {"files": [file.path.name for file in files]}
-        | ({"inputs": inputs} if (inputs := record_of(files)) else {}),
+        | ({"inputs": inputs} if (inputs := records_of(files)) else {}),
         **({"left_out": record} if (record := left_out.record()) else {}),
         "splits": splits,
     }

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -35,12 +36,22 @@ def parquet(path: Path, column: object, name: str = "text") -> bytes:
     return path.read_bytes()
 
 
+def arrow(write: Callable) -> bytes:
+    table, buffer = pa.table({"n": [0] * len(TEXTS), "text": TEXTS}), pa.BufferOutputStream()
+    with write(buffer, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return buffer.getvalue().to_pybytes()
+
+
 def contents(tmp_path: Path) -> dict[str, tuple[bytes, list[str]]]:
     lines = "".join(json.dumps({"text": t}) + "\n" for t in TEXTS)
     return {
         ".txt": ("".join(TEXTS).encode(), ["".join(TEXTS)]),
         ".jsonl": (lines.encode(), TEXTS),
         ".parquet": (parquet(tmp_path / "made.bin", TEXTS), TEXTS),
+        ".arrow": (arrow(pa.ipc.new_stream), TEXTS),
+        "2.arrow": (arrow(pa.ipc.new_file), TEXTS),
+        ".json": (json.dumps([{"text": t} for t in TEXTS], indent=1).encode(), TEXTS),
         ".tokens": (WIKI.encode(), [WIKI[2 : WIKI.index(" = B")], WIKI[WIKI.index(" = B") :]]),
     }
 
@@ -56,10 +67,12 @@ PACK = {
 
 
 @pytest.mark.parametrize("packing", PACK)
-@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".parquet", ".tokens"])
+@pytest.mark.parametrize(
+    "kind", [".txt", ".jsonl", ".json", ".parquet", ".arrow", "2.arrow", ".tokens"]
+)
 def test_every_format_in_every_packing(tmp_path, kind, packing):
     content, texts = contents(tmp_path)[kind]
-    path = tmp_path / f"f{kind}{packing.lstrip('2')}"
+    path = tmp_path / f"f{kind.lstrip('2')}{packing.lstrip('2')}"
     path.write_bytes(PACK[packing](content))
     corpus = Corpus(inputs(path), prepare_options())
     assert list(corpus) == texts
@@ -105,6 +118,15 @@ def test_patterns_name_files_in_order_and_once(tmp_path, monkeypatch):
         ("f.txt.zst", b"abcdefgh", "f.txt.zst: truncated or damaged"),
         # a frame whose header asks for a window of 2 GiB, as zstd --long=31 writes it
         ("f.txt.zst", bytes.fromhex("28b52ffd00a8"), "written by zstd --long"),
+        ("f.json", b'[{"text": "a"},\n {"text": "b"}', "f.json: truncated or not valid JSON"),
+        ("f.json", b'[{"text": "a"}, {"text": "b', "f.json: row 2: truncated or not valid JSON"),
+        ("f.json", b'[{"text": "a"} {"text": "b"}]', "f.json: row 2: not valid JSON: no comma"),
+        ("f.json", b'[{"text": "a"}]\n[]', "f.json: truncated or not valid JSON"),
+        ("f.json", b'[{"text": "a"}, 5]', "f.json: row 2: a int, not a JSON object"),
+        ("f.json", b'[{"text": "a"}, {"txt": "b"}]', "f.json: row 2: no key 'text'"),
+        ("f.json", b'{\n "text": "a"\n}', "f.json: one JSON object over several lines; what is"),
+        ("f.arrow", arrow(pa.ipc.new_stream)[:-8], "f.arrow: truncated or damaged Arrow: it has"),
+        ("f.arrow", b"", "f.arrow: truncated or damaged Arrow"),
         ("f.parquet", b"PAR1abcdefgh", "f.parquet: truncated or damaged Parquet"),
         ("f.parquet", b"", "f.parquet: truncated or damaged Parquet"),
         ("f.txt", "abc".encode("utf-16"), "f.txt: is UTF-16; convert it"),
@@ -149,6 +171,15 @@ def test_other_string_columns_and_a_truncated_file(tmp_path):
     for i, kind in enumerate(kinds):
         parquet(tmp_path / f"{i}.parquet", pa.array(TEXTS).cast(kind), "body")
         assert read(tmp_path / f"{i}.parquet", text_key="body") == TEXTS
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50])
+def test_an_array_is_read_in_chunks(tmp_path, chunk, monkeypatch):
+    monkeypatch.setattr("llamajax.corpus.input_files.CHUNK", chunk)
+    rows = [{"text": t, "n": [1, {"a": "]}"}]} for t in (*TEXTS, "x" * 99, '"],[\\')]
+    for indent in (None, 2):
+        (tmp_path / "f.json").write_text(f"\n{json.dumps(rows, indent=indent)}\n")
+        assert read(tmp_path / "f.json") == [row["text"] for row in rows]
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 50])

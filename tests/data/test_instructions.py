@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from old_run import unpack_data
 from refusal import refused
-from workdirs import inputs, prepare_options, prepare_texts
+from workdirs import inputs, prepare_options, prepare_texts, write_rows
 
 from llamajax.corpus.holdout import Holdout
 from llamajax.corpus.instructions import Example, InstructionCorpus, parse_example
@@ -179,11 +181,70 @@ def chat(*answers: dict[str, Any]) -> list[dict[str, Any]]:
     return turns
 
 
+ASK, TELL = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+SYSTEM = {"role": "system", "content": "s"}
+SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+LAYOUTS = [
+    ({"conversations": SHAREGPT, "id": "x"}, [ASK, TELL]),
+    ({"conversations": [{"from": "system", "value": "s"}, *SHAREGPT]}, [SYSTEM, ASK, TELL]),
+    ({"conversations": SHAREGPT, "system": "s"}, [SYSTEM, ASK, TELL]),
+    ({"conversations": [ASK, TELL], "system": ""}, [ASK, TELL]),
+    ({"instruction": "q", "input": "", "output": "a", "text": "as a prompt"}, [ASK, TELL]),
+    ({"instruction": "q", "output": "a", "system": "s"}, [SYSTEM, ASK, TELL]),
+    ({"instruction": "x", "input": "y", "output": "a"}, [{**ASK, "content": "x\n\ny"}, TELL]),
+    ({"messages": [ASK, TELL], "prompt": "q", "prompt_id": "1"}, [ASK, TELL]),  # as UltraChat
+    ({"messages": [ASK, TELL], "prompt": None, "completion": None}, [ASK, TELL]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "arrow"])
+def test_layouts_of_others_in_every_container(tmp_path, kind):
+    """In columns each row has all keys of the others, null where it had none."""
+    for number, (row, expected) in enumerate(LAYOUTS):
+        path, rows = tmp_path / f"{number}.{kind}", [row, {**row, "weight": 1}]
+        if kind == "jsonl":
+            write_rows(path, *rows)
+        elif kind == "json":
+            path.write_text(json.dumps(rows))
+        else:
+            table = pa.Table.from_pylist(rows, schema=pa.Table.from_pylist(rows[::-1]).schema)
+            if kind == "parquet":
+                pa.parquet.write_table(table, path)
+            else:
+                with pa.ipc.new_stream(path, table.schema) as writer:
+                    writer.write_table(table)
+        corpus = InstructionCorpus(inputs(path), prepare_options(chat_template="chatml"))
+        read = [[m._asdict() for m in example.messages] for example in corpus]
+        assert read == [[{**message, "weight": 1} for message in expected]] * 2
+
+
+def test_bad_rows_of_columns_are_named_and_files_of_other_columns(tmp_path):
+    rows = [{"messages": chat({})}, {"messages": None}, {"messages": [{"role": "user"}]}]
+    path = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+    with refused(
+        "a.parquet: row 2: neither messages, nor prompt and completion",
+        "a.parquet: row 3: message 1: no key 'content'",
+    ):
+        list(InstructionCorpus(inputs(path), prepare_options(chat_template="chatml")).check())
+    pa.parquet.write_table(pa.table({"question": ["q"]}), path)
+    with refused("a.parquet: no column of an example (it has question)"):
+        list(InstructionCorpus(inputs(path), prepare_options()).check())
+
+
 @pytest.mark.parametrize(
     ("line", "problems"),
     [
-        ({"prompt": "a"}, [r"no messages, or prompt and completion, or .* \(its keys: 'prompt'\)"]),
-        ({}, [r"no messages, .* \(its keys: none\)"]),
+        ({"conversations": SHAREGPT, "instruction": "q", "output": "a"}, [
+            "has conversations, as well as instruction and output: keep one of these forms",
+        ]),
+        ({"conversations": [{"from": "tool", "value": "q"}]}, ["message 1: role 'tool' is none"]),
+        ({"conversations": [1]}, ["message 1: a int, not an object"]),
+        ({"instruction": 1, "output": None}, ["instruction and output: not a string"]),
+        ({"instruction": "q", "output": " "}, ["message 2: an answer without text"]),
+        ({"instruction": "q", "output": "a", "history": [["x", "y"]]}, ["'history' is not"]),
+        ({"prompt": "a"}, [r"neither messages, nor prompt and .* \(its keys: 'prompt'\)"]),
+        ({}, [r"neither messages, .* \(its keys: none\)"]),
         ({"prompt": 1, "completion": None}, [
             "prompt: content is of type int, not a string",
             "completion: content is of type NoneType, not a string",
@@ -221,8 +282,8 @@ def test_bad_lines_are_named_together(tmp_path):
         assert "first" not in title
         assert [t.split(":")[1:3] for t in named] == [
             ["3", " not valid JSON"], ["4", " a list, not a JSON object"],
-            ["5", " no messages, or prompt and completion, or conversations, or instruction and "
-             "output (its keys"],
+            ["5", " neither messages, nor prompt and completion, nor conversations, nor "
+             "instruction and output (its keys"],
         ]  # fmt: skip
     path.write_text("[]\n" * 50)
     with refused("the first 10 problems") as named:
@@ -237,7 +298,7 @@ def test_a_bad_line_is_named_before_anything_is_tokenized(prepared_pairs, monkey
     """Even one beyond the lines that decide what is held out."""
     monkeypatch.setattr("llamajax.corpus.preparation.tokenize_all", pytest.fail)
     lines = [{"prompt": "a", "completion": "b"}] * 1010 + [{"prompt": "a"}]
-    with pytest.raises(UserError, match=r"a\.jsonl:1011: no messages"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1011: neither messages"):
         prepared_pairs("a", lines, "--validation_fraction=0.01")
 
 

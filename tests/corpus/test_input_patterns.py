@@ -1,0 +1,222 @@
+"""Which files --input means: saved folders of `datasets`, declared splits, options of an input."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from workdirs import contents, inputs, write_rows
+from workdirs import run_prepare as run
+
+from llamajax.data.mixture import read_manifest
+from llamajax.errors import UserError
+
+SAVED = Path(__file__).parent / "saved"  # by `write_saved.py`
+CHATS = ("--format=instructions", "--chat_template=llama2", "--validation_fraction=0.2")
+
+
+def found(*patterns: Any) -> list[tuple[str, str | None]]:
+    """The files of inputs, each with the split that it is declared to be of."""
+    return [(file.path.name, file.split) for file in inputs(*patterns)]
+
+
+def documents(directory: Path) -> dict[str, int]:
+    return {name: each["documents"] for name, each in read_manifest(directory)["splits"].items()}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return shutil.copytree(SAVED, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("flags", [(), CHATS])
+def test_a_saved_dataset_is_prepared_by_its_splits_as_its_rows_in_json_lines_are(
+    saved, tmp_path, flags, capsys
+):
+    (saved / "train" / "cache-123.arrow").write_bytes(b"of map")
+    run(saved, tmp_path / "out", *flags)
+    said = "saved: files of these splits are read: train (2), validation (1); left out: test (1)"
+    assert said in capsys.readouterr().err
+    assert documents(tmp_path / "out") == {"train": 6, "validation": 3}
+    rows = {}
+    for split in ("train", "validation"):
+        files = sorted((saved / split).glob("data-*.arrow"))
+        tables = [pa.ipc.open_stream(file.read_bytes()).read_all() for file in files]
+        rows[split] = pa.concat_tables(tables).to_pylist()
+        write_rows(tmp_path / "lines" / f"{split}.jsonl", *rows[split])
+        (tmp_path / "columns" / split).mkdir(parents=True)
+        pa.parquet.write_table(pa.concat_tables(tables), tmp_path / "columns" / split / "0.parquet")
+    assert rows["train"][0]["text"] == "Document 0 of the whale."
+    expected = contents(tmp_path / "out")
+    manifest = json.loads(expected.pop("manifest.json"))["input"]
+    assert manifest["inputs"] == [{
+        "path": str(saved), "files_read": {"train": 2, "validation": 1},
+        "files_left_out": {"test": 1},
+    }]  # fmt: skip
+    assert "validation_fraction" not in manifest
+    for kind in ("lines", "columns"):
+        run(tmp_path / kind, tmp_path / f"{kind}_out", *flags)
+        assert {**contents(tmp_path / f"{kind}_out"), "manifest.json": 0} == {
+            **expected, "manifest.json": 0,
+        }  # fmt: skip
+
+
+def test_tasks_give_the_bytes_of_one_process_with_splits_and_options_of_inputs(saved, tmp_path):
+    write_rows(tmp_path / "web.jsonl", *({"body": f"page {n}"} for n in range(20)))
+    (tmp_path / "book.txt").write_text("one<|endoftext|>two <|endoftext|>\nthree<|endoftext|>")
+    source = (
+        f"{saved},{tmp_path}/web.jsonl:text_key=body,"
+        f"{tmp_path}/book.txt:document_separator=<|endoftext|>:into=train,"
+        f"{saved}/test:split=all:into=validation"
+    )
+    run(source, tmp_path / "one")
+    assert documents(tmp_path / "one") == {"train": 6 + 20 + 3, "validation": 3 + 2}
+    for index in (2, 0, 1):
+        run(source, tmp_path / "all", "--num_tasks=3", f"--task_index={index}")
+    run(source, tmp_path / "all", "--num_tasks=3", "--merge")
+    assert contents(tmp_path / "all") == contents(tmp_path / "one")
+    given = read_manifest(tmp_path / "one")["input"]["inputs"]
+    assert [entry.get("text_key") for entry in given] == [None, "body", None, None]
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        ("data/train-00000-of-00002.parquet data/train-00001-of-00002.parquet "
+         "data/validation-00000-of-00001.parquet data/test-00000-of-00001.parquet", [2, 1]),
+        ("train/a.jsonl train/b.jsonl dev/a.jsonl test/c.jsonl", [2, 1]),
+        ("wiki.train.tokens wiki.valid.tokens wiki.test.tokens", [1, 1]),
+        ("c4-train.00000-of-01024.json.gz c4-validation.00000-of-00008.json.gz", [1, 1]),
+        # No split is declared, or train alone: validation is held out as ever.
+        ("part-00000-of-00002.parquet part-00001-of-00002.parquet", 2),
+        ("train-00000-of-00001.parquet", 1),
+        ("train.jsonl more.jsonl", 2),
+        ("CC-MAIN-2024-10/000_00000.parquet latest.jsonl contest.txt trainer.txt", 4),
+        # train, but no validation: test is left out
+        ("train.jsonl test.jsonl", 1),
+        # What is to be read has to be said.
+        ("test-00000-of-00001.parquet", "declares the splits test; say"),
+        ("data.jsonl test.jsonl", "declares the splits test, but not of .*data.jsonl; say"),
+        ("train_sft-00000-of-00001.parquet test_sft-00000-of-00001.parquet",
+         "declares the splits test_sft, train_sft; say what to read: .*:split=NAME, or split=all"),
+    ],
+)  # fmt: skip
+def test_splits_by_the_names_of_files_and_folders(tmp_path, names, splits):
+    for name in names.split():
+        write_rows(tmp_path / name)
+    if isinstance(splits, str):
+        with pytest.raises(UserError, match=splits):
+            found(tmp_path)
+        name = splits.split()[3].rstrip(",;")
+        assert found(f"{tmp_path}:split={name}") == [
+            (file.name, None) for file in tmp_path.glob(f"{name}*")
+        ]
+    else:
+        kinds = [split for _, split in found(tmp_path)]
+        declared = [kinds.count(name) for name in ("train", "validation")]
+        assert (len(kinds) if set(kinds) == {None} else declared) == splits
+    assert len(found(f"{tmp_path}:split=all")) == len(names.split())
+
+
+def test_a_glob_over_splits_is_a_declaration_and_a_glob_of_one_is_meant(tmp_path):
+    for name in ("train-00000-of-00001", "test-00000-of-00001"):
+        write_rows(tmp_path / f"{name}.jsonl")
+    assert found(tmp_path / "*.jsonl") == [("train-00000-of-00001.jsonl", None)]
+    assert found(tmp_path / "te*.jsonl") == [("test-00000-of-00001.jsonl", None)]
+
+
+README = """---
+license: mit
+configs:
+- config_name: large
+  data_files:
+  - split: train
+    path: ["large/a-*", "large/b.parquet"]
+  - split: validation
+    path: large/held.parquet
+- config_name: small
+  data_files: small/*
+---
+# About
+"""
+
+
+def test_configs_of_a_readme(tmp_path):
+    for name in ("large/a-1", "large/a-2", "large/b", "large/held", "small/x"):
+        write_rows(tmp_path / f"{name}.parquet")
+    (tmp_path / "README.md").write_text(README)
+    large = [("a-1.parquet", "train"), ("a-2.parquet", "train"), ("b.parquet", "train")]
+    assert found(f"{tmp_path}:config=large") == [*large, ("held.parquet", "validation")]
+    assert found(f"{tmp_path}:config=small") == [("x.parquet", None)]
+    with pytest.raises(
+        UserError, match=r"declares the configs large, small; choose one with .*:config=NAME"
+    ):
+        found(tmp_path)
+    with pytest.raises(UserError, match="declares the configs large, small; choose"):
+        found(f"{tmp_path}:config=smal")
+    (tmp_path / "README.md").write_text(README.replace("large/held", "large/lost"))
+    with pytest.raises(UserError, match=r"no file matches large/lost\.parquet of its README"):
+        found(f"{tmp_path}:config=large")
+    (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(UserError, match="front matter cannot be read"):
+        found(tmp_path)
+
+
+def cut(file: Path, size: int) -> None:
+    os.truncate(file, file.stat().st_size + size)
+
+
+DAMAGE = {
+    "truncated or damaged Arrow": lambda s: cut(s / "validation/data-00000-of-00001.arrow", -400),
+    "truncated or damaged Arrow: it has no end mark": lambda s: cut(
+        s / "validation/data-00000-of-00001.arrow", -8
+    ),
+    "train: lacks data-00001-of-00002.arrow, which state.json lists": lambda s: (
+        s / "train/data-00001-of-00002.arrow"
+    ).unlink(),
+    "validation/state.json: cannot be read": lambda s: shutil.rmtree(s / "validation"),
+    "state.json: lists no _data_files": lambda s: (s / "train/state.json").write_text("[]"),
+    r"no column 'body' \(it has text, messages": lambda s: None,
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_damaged_folders_are_refused_and_leave_nothing(saved, tmp_path, message):
+    DAMAGE[message](saved)
+    key = "body" if "body" in message else "text"
+    with pytest.raises(UserError, match=message):
+        run(f"{saved}:text_key={key}", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["saved"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("a.jsonl:text_keey=x", "a.jsonl:text_keey=x: unknown; did you mean text_key?"),
+        ("a.jsonl:colour=x", "unknown; an input may have text_key, clean, document_separator"),
+        ("a.jsonl:clean=html", r"clean=html: expected none \| wikitext"),
+        ("a.jsonl:into=test", r"into=test: expected train \| validation"),
+        ("a.jsonl:format=instructions", r"--format is one for all inputs.*data\.path="),
+        ("a.jsonl:document_separator=x", r"document_separator is for \.txt files"),
+        ("a.jsonl:split=train", "a.jsonl:split=train: it declares none"),
+        ("a.jsonl:config=x", "config is for directories"),
+        (".:config=x", "declares the configs -; choose"),
+        ("a.jsonl,a.jsonl:into=validation", "a.jsonl is in two inputs with different options"),
+        ("none.jsonl:text_key=x", "no such file: none.jsonl"),
+    ],
+)
+def test_wrong_options_of_an_input(tmp_path, given, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "a.jsonl", {"text": "a"})
+    with pytest.raises(UserError, match=message):
+        inputs(given)
+
+
+def test_a_file_whose_name_looks_like_an_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "run:lr=3.jsonl", {"text": "a"})
+    assert found("run:lr=3.jsonl") == [("run:lr=3.jsonl", None)]
