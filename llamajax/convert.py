@@ -107,6 +107,7 @@ def main(argv: list[str]) -> int:
             warnings = write_gguf(source, weights.model, target, **options)
         else:
             options |= {"max_shard_bytes": flags.max_shard_bytes, "overwrite": flags.overwrite}
+            options["card"] = functools.partial(_card, flags, weights)
             warnings = write_hf(source, weights.model, target, **options)
     for line in warnings:
         say(f"warning: {line}")
@@ -135,6 +136,21 @@ def _check_apart(flags: ConvertFlags, opened: "Sequence[Weights]") -> None:
         raise UserError(f"--to={flags.to} is a directory; name a file, as in model.gguf")
     if flags.format == "gguf" and target.exists() and not flags.overwrite:
         raise UserError(f"--to={flags.to} exists already; name another file, or pass --overwrite")
+
+
+def _card(flags: ConvertFlags, weights: "Weights") -> bytes:
+    """Return the card of a Hugging Face directory that is read, else one of what is known."""
+    from llamajax.formats.huggingface.model_card import CARD, RunOrigin, model_card
+
+    if weights.kind == "huggingface" and (weights.path / CARD).is_file():
+        return (weights.path / CARD).read_bytes()
+    run, checkpoint = None, weights.checkpoint
+    if checkpoint is not None:
+        workdir = Path(flags.from_)
+        if isinstance(checkpoint.directory, Path) and not (workdir / "config.json").is_file():
+            workdir = checkpoint.directory.parent.parent
+        run = RunOrigin(step=checkpoint.step, recorded=checkpoint.meta, workdir=workdir)
+    return model_card(weights.model, Path(flags.to).name, run=run, average=flags.average)
 
 
 def _tensors(opened: "Sequence[Weights]", *, ema: bool) -> "TensorSource":

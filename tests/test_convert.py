@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 import warm
+import yaml
 from llamas import BASE, edit_config, random_model
 from meshes import mesh_of
 from refusal import refused
@@ -23,8 +24,10 @@ from workdirs import save_checkpoint
 from llamajax import convert
 from llamajax.data import load_tokenizer
 from llamajax.formats.huggingface.hf_write import export_hf
+from llamajax.formats.huggingface.model_card import CARD, hub_name
 from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
+from llamajax.models.counts import num_parameters
 from llamajax.tokenizers.tokenizer_export import export_tokenizer
 
 CONFIG = dataclasses.replace(BASE, vocab_size=300)
@@ -60,7 +63,7 @@ def test_float32_is_converted_bit_for_bit(kind, source, workdir, tmp_path, capsy
     back = tmp_path / "deeper" / "back"
     path = source if kind == "huggingface" else workdir
     assert run(f"--from={path}", f"--to={back}", "--dtype=float32") == 0
-    assert {p.name for p in source.iterdir()} == {p.name for p in back.iterdir()}
+    assert {p.name for p in source.iterdir()} == {p.name for p in back.iterdir()} - {CARD}
     for file in source.iterdir():
         assert file.read_bytes() == (back / file.name).read_bytes(), file.name
     assert_same_bits(open_weights(back).load(abstract_model(CONFIG, mesh_of(fsdp=2))), MODEL)
@@ -179,6 +182,44 @@ def test_companions_of_a_tokenizer_go_along(source, tmp_path):
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (256, [257, 3])
     assert config["pad_token_id"] is None  # 300 has no row, and Transformers refuses such a config
+
+
+def test_a_card_goes_along_and_an_edited_one_stays(source, workdir, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for target in (first, second):
+        run(f"--from={workdir}", f"--to={target}")
+        settings = json.loads((target / "tokenizer_config.json").read_text("utf-8"))
+        assert settings["model_max_length"] == CONFIG.max_seq_len
+    card = (second / CARD).read_text("utf-8")
+    assert yaml.safe_load(card.split("---\n")[1]) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["llama", "llamajax"],
+    }
+    assert f"# second\n\n| | |\n| --- | --- |\n| parameters | {num_parameters(CONFIG):,} |" in card
+    for row in ("loss", "tokens seen", "trained from", "versions"):
+        assert f"| {row}" not in card  # unknown of this run, so left out
+    (first / CARD).write_bytes(b"My card\r\n\xff")
+    for read in (first, workdir):  # one of a directory that is read goes along
+        capsys.readouterr()
+        run(f"--from={read}", f"--to={second}", "--overwrite")
+        assert (second / CARD).read_bytes() == b"My card\r\n\xff"
+    assert f"{second / CARD} was edited, so it stays" in capsys.readouterr().err
+    (second / CARD).write_text(card, "utf-8")
+    run(f"--from={source}", f"--to={second}", "--overwrite", "--dtype=float32")
+    new = (second / CARD).read_text("utf-8")
+    assert "| updates | 5 |" in card
+    assert "| updates |" not in new
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_the_hub_name_of_weights_in_its_cache(tmp_path):
+    folder = tmp_path / "models--meta-llama--Llama-2-7b-hf" / "snapshots" / ("0a" * 20)
+    folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(folder)
+    assert hub_name(tmp_path / "link") == ("meta-llama/Llama-2-7b-hf", "0a" * 20)
+    assert hub_name(folder, "my/own") == ("my/own", None)
+    assert hub_name(tmp_path) == (None, None)
 
 
 def test_without_a_tokenizer_it_warns(source, tmp_path, capsys):

@@ -77,6 +77,11 @@ class TrainConfig:
         default=None,
         is_path=True,
     )
+    base_model: str | None = key(
+        "name on the Hugging Face hub of what init_from holds, ORGANIZATION/NAME, for model cards "
+        "and peft/; none: that of a snapshot in its cache, else unknown",
+        default=None,
+    )
     fork: str | None = key(
         "RUN@STEP: go on from a checkpoint of another --workdir, with its weights, moments, steps "
         "and place in the data, and this config; none: a run of its own",

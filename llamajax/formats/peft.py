@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from llamajax.checkpoint.location import Location
 from llamajax.checkpoint.restore import Checkpoint
 from llamajax.config.schema import LoraConfig, ModelConfig
 from llamajax.errors import UserError, combine
@@ -24,15 +25,18 @@ from llamajax.formats.foreign_weights import check_finite
 from llamajax.formats.huggingface.hf_names import TABLE, tensors
 from llamajax.formats.huggingface.hf_read import EMBEDDING, WEIGHT_DTYPES
 from llamajax.formats.huggingface.hf_write import write_json
+from llamajax.formats.huggingface.model_card import CARD, edited_card
 from llamajax.formats.huggingface.safetensors_files import (
     DamagedFile,
     SafetensorsSource,
+    read_metadata,
     read_places,
     write_safetensors,
 )
 from llamajax.formats.llama_sources import Pair, pairs_of, read_factors
 
 CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_BASE = "base_directory"  # our key in the tensors' metadata
 _PREFIX = "base_model.model."
 # What changes the model in another way than W + scale * B A (LoraConfig of PEFT 0.21).
 _REFUSED = (
@@ -103,11 +107,12 @@ def read_peft_config(path: Path) -> dict[str, Any]:
 def find_base(path: Path, config: Mapping[str, Any]) -> Path:
     """Return the directory of the base's weights, as seen from here or from the adapters.
 
-    Raises UserError where there is none, as for a name on the hub.
+    Ours name it beside a name on the hub. Raises UserError where there is none.
     """
     name = config.get("base_model_name_or_path")
-    for found in (os.path.expanduser(name), path / name) if name else ():
-        if os.path.exists(found):  # False for a name that is too long
+    ours = read_metadata(path / _TENSORS).get(_BASE)
+    for found in (os.path.expanduser(name), path / name, ours) if name else ():
+        if found and os.path.exists(found):  # False for a name that is too long
             return Path(found)
     fix = f'write the directory of the base as "base_model_name_or_path" into {path / CONFIG}'
     if not name:
@@ -182,11 +187,22 @@ def _in_pattern(config: Mapping[str, Any], key: str, module: str, default: Any) 
     return default
 
 
-def write_peft(checkpoint: Checkpoint, target: Path, *, lora: LoraConfig, base: Path) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeftBase:
+    """The weights that adapters belong to: where they are, and name and revision on the hub."""
+
+    directory: Location
+    name: str | None
+    revision: str | None
+
+
+def write_peft(
+    checkpoint: Checkpoint, target: Path, *, lora: LoraConfig, base: PeftBase, card: bytes
+) -> None:
     """Write the adapters of one of our checkpoints as a PEFT directory, complete or not at all.
 
-    base: directory of the weights that they belong to, which PEFT loads with transformers. To be
-    called by all processes; process 0 writes. Raises UserError when the disk refuses.
+    PEFT loads the base with transformers, by its name on the hub if that is known. To be called by
+    all processes; process 0 writes. Raises UserError when the disk refuses.
     """
     pairs = pairs_of(read_factors(checkpoint), lora)
     if jax.process_index() != 0:
@@ -199,7 +215,8 @@ def write_peft(checkpoint: Checkpoint, target: Path, *, lora: LoraConfig, base: 
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base),
+        "base_model_name_or_path": base.name or str(base.directory),
+        "revision": base.revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,  # PEFT scales by lora_alpha / r, as we do
         "lora_dropout": lora.dropout,
@@ -215,5 +232,8 @@ def write_peft(checkpoint: Checkpoint, target: Path, *, lora: LoraConfig, base: 
         arrays |= {f"{name}.lora_A.weight": pair.a, f"{name}.lora_B.weight": pair.b}
     with replaced_directory(target) as hidden:
         shapes = {name: array.shape for name, array in arrays.items()}
-        write_safetensors(hidden / _TENSORS, shapes, np.dtype("float32"), iter(arrays.values()))
+        values, metadata = iter(arrays.values()), {_BASE: str(base.directory)}
+        write_safetensors(hidden / _TENSORS, shapes, np.dtype("float32"), values, **metadata)
         write_json(hidden / CONFIG, config)
+        old = edited_card(target)
+        (hidden / CARD).write_bytes(card if old is None else old)

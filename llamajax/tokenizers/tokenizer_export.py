@@ -21,8 +21,13 @@ from llamajax.tokenizers.tokenizer import Tokenizer
 _SPACE = "\u2581"
 
 
-def export_tokenizer(tokenizer: Tokenizer, directory: Path) -> list[str]:
-    """Write the files from which transformers loads this tokenizer; return warnings."""
+def export_tokenizer(
+    tokenizer: Tokenizer, directory: Path, *, max_length: int | None = None
+) -> list[str]:
+    """Write the files from which transformers loads this tokenizer; return warnings.
+
+    max_length: tokens that the model takes; written as `model_max_length`.
+    """
     if tokenizer.file is not None:
         copy_companions(tokenizer.file, directory)
     ids = ModelIds(tokenizer.bos_id, tokenizer.stop_ids, tokenizer.facts.model.pad_id)
@@ -55,11 +60,13 @@ def export_tokenizer(tokenizer: Tokenizer, directory: Path) -> list[str]:
                 special_tokens=[(bos, tokenizer.bos_id)],
             )
         spec.save(str(directory / "tokenizer.json"))
-    _write_config(tokenizer, directory, kind=kind)
+    _write_config(tokenizer, directory, kind=kind, max_length=max_length)
     return warnings
 
 
-def _write_config(tokenizer: Tokenizer, directory: Path, *, kind: str) -> None:
+def _write_config(
+    tokenizer: Tokenizer, directory: Path, *, kind: str, max_length: int | None
+) -> None:
     """Write `tokenizer_config.json`; keep what a file of that name states about other things."""
     names = {i: name for name, i in tokenizer.control_ids.items()}
 
@@ -78,6 +85,7 @@ def _write_config(tokenizer: Tokenizer, directory: Path, *, kind: str) -> None:
         "clean_up_tokenization_spaces": False,
     }
     settings = ours | given if tokenizer.kind == "huggingface" else given | ours
+    settings |= {} if max_length is None else {"model_max_length": max_length}
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 

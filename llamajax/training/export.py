@@ -1,5 +1,6 @@
 """Export the weights of a run: Hugging Face's format while training, PEFT's at the end."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -10,7 +11,8 @@ from llamajax.checkpoint import newest_checkpoint
 from llamajax.config.values import show
 from llamajax.errors import UserError
 from llamajax.formats.huggingface.hf_write import export_hf
-from llamajax.formats.peft import write_peft
+from llamajax.formats.huggingface.model_card import RunOrigin, hub_name, model_card
+from llamajax.formats.peft import PeftBase, write_peft
 from llamajax.formats.weights import TOKENIZER, Weights
 from llamajax.models.lora import merge
 from llamajax.training.state import TrainState
@@ -28,11 +30,14 @@ def is_exported(workdir: Path, step: int) -> bool:
     return _target(workdir, step).is_dir()
 
 
-def export_weights(workdir: Path, step: int, state: TrainState, *, dtype: str) -> list[str]:
-    """Write `hf/STEP` in `dtype`, adapters merged; return warnings.
+def export_weights(run: Run, step: int, state: TrainState, recorded: Mapping) -> list[str]:
+    """Write `hf/STEP` in the dtype of activations, adapters merged; return warnings.
 
-    state: in stored order. A failure is a warning. To be called by all processes.
+    state: in stored order. recorded: as in checkpoints. A failure is a warning. To be called by all
+    processes.
     """
+    workdir, dtype = run.workdir, run.config.train.activation_dtype
+    origin = RunOrigin(step=step, recorded=recorded, workdir=workdir)
     model = state.whole
     if state.adapters is not None:
         model = _merge(model, dtype=jnp.dtype(dtype))
@@ -43,6 +48,7 @@ def export_weights(workdir: Path, step: int, state: TrainState, *, dtype: str) -
             _target(workdir, step),
             dtype=dtype,
             tokenizer=data.load_tokenizer(workdir / TOKENIZER),
+            card=lambda: model_card(model.config, run.name, run=origin),
             overwrite=True,
         )
     except UserError as error:
@@ -64,9 +70,23 @@ def write_adapters(run: Run, base: Weights) -> list[str]:
             f"python -m llamajax.convert --from={run.workdir} --to=DIRECTORY"
         ]
     checkpoint = newest_checkpoint(run.checkpointer.directory)
-    write_peft(checkpoint, target, lora=run.config.lora, base=weights)
-    if (weights / "config.json").is_file():
+    origin = RunOrigin(step=checkpoint.step, recorded=checkpoint.meta, workdir=run.workdir)
+    name, revision = hub_name(weights, run.config.train.base_model)
+    write_peft(
+        checkpoint,
+        target,
+        lora=run.config.lora,
+        base=PeftBase(directory=weights, name=name, revision=revision),
+        card=model_card(base.model, run.name, run=origin, is_peft=True),
+    )
+    if name:
         return []
+    if (weights / "config.json").is_file():
+        return [
+            f"{target} names its base by the path {weights}, which other machines lack: write its "
+            f'name on the hub as "base_model_name_or_path" into {target / "adapter_config.json"}; '
+            "in later runs, set train.base_model"
+        ]
     return [
         f"{target} names {weights} as its base, which PEFT cannot load, as it is no Hugging Face "
         f"directory: python -m llamajax.convert --from={weights} --to=DIRECTORY, then write that "

@@ -240,6 +240,5 @@ class ExportHook(Hook):
     def __call__(self, step: int, state: TrainState, stop: bool) -> None:
         with self.attempt.phase("export", step), self.attempt.hang.paused():
             stored = self.run.setup.at(step).spec.to_stored_order(state)
-            dtype = self.config.train.activation_dtype
-            for line in export_weights(self.run.workdir, step, stored, dtype=dtype):
+            for line in export_weights(self.run, step, stored, self.attempt.start.recorded):
                 self.attempt.progress.note(f"warning: {line}")

@@ -108,6 +108,9 @@ def test_the_tokenizer_goes_along_with_its_template(kind, tmp_path, assets, caps
     }
     make[kind]()
     (source / "chat_template.jinja").write_text(PUBLISHED["chatml"])
+    if kind == "chatml":
+        named = {"unk_token": "<|endoftext|>", "pad_token": "<|im_end|>"}
+        (source / "tokenizer_config.json").write_text(json.dumps(named))
     original = load_tokenizer(source)
     turn = original.control_ids.get("<|eot_id|>", original.control_ids.get("<|im_end|>", 9))
     stops = dict.fromkeys((original.eos_id, 7, 8, turn, 10))
@@ -120,8 +123,14 @@ def test_the_tokenizer_goes_along_with_its_template(kind, tmp_path, assets, caps
     assert turn not in lost or turn == 9  # the end of a turn comes before other stop tokens
     assert f"does not name {lost}" in capsys.readouterr().err
     assert found.facts.chat_template == PUBLISHED["chatml"]
-    names = gguf.GGUFReader(file).fields["tokenizer.ggml.tokens"].contents()
+    fields = {key: f.contents() for key, f in gguf.GGUFReader(file).fields.items()}
+    names = fields["tokenizer.ggml.tokens"]
     assert len(names) == len(set(names)) == 32_003
+    # Of llama.cpp's converter at 0c1e570, as every other key but those that its docs make optional.
+    assert fields["general.size_label"] == "4.2M"
+    if kind == "chatml":
+        ids = [fields[f"tokenizer.ggml.{key}_token_id"] for key in ("unknown", "padding")]
+        assert [names[i] for i in ids] == list(named.values())
 
 
 def test_mistakes_and_what_was_there_stays(tmp_path):

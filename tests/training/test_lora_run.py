@@ -30,7 +30,7 @@ def base(short_run, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def adapted(short_run, base, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("adapted")
-    export = {"checkpoint__export_hf_every": 4}
+    export = {"checkpoint__export_hf_every": 4, "train__base_model": "my/base"}
     assert short_run(workdir, train__init_from=str(base), **LORA, **STEPS, **export) == 0
     return workdir
 
@@ -63,13 +63,23 @@ def test_it_exports_what_it_is(adapted, loaded):
     for name, value in loaded(adapted / "hf" / "6").items():
         np.testing.assert_allclose(value, merged[name], rtol=0, atol=1e-6, err_msg=name)
     assert open_weights(adapted / "hf" / "6").tokenizer is not None
+    rows = [json.loads(line) for line in (adapted / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "tokens_seen" in row]
+    for folder, last in ((adapted / "hf" / "4", 4), (adapted / "peft", 6)):
+        card = (folder / "README.md").read_text("utf-8")
+        row = max((r for r in trained if r["step"] <= last), key=lambda r: r["step"])
+        assert 'base_model: "my/base"\n' in card
+        assert f"| updates | {last} |\n| adapters | rank 3 on query, out, down |\n" in card
+        assert f"| tokens seen | {row['tokens_seen']:,} at step {row['step']} |" in card
+        assert f"| training loss | {row['loss']:.4f} |" in card
+        assert str(adapted.parent) not in card
 
 
 def test_peft_has_the_factors_under_its_own_names(adapted, base, loaded):
     config = json.loads((adapted / "peft" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (3, 6.0)
     assert config["target_modules"] == ["q_proj", "o_proj", "down_proj"]
-    assert config["base_model_name_or_path"] == str(base / "checkpoints" / "3")
+    assert config["base_model_name_or_path"] == "my/base"
     tensors = load_file(adapted / "peft" / "adapter_model.safetensors")
     ours = read_factors(open_checkpoint(adapted / "checkpoints" / "6"))["out"]
     name = "base_model.model.model.layers.0.self_attn.o_proj"
@@ -77,11 +87,10 @@ def test_peft_has_the_factors_under_its_own_names(adapted, base, loaded):
     np.testing.assert_array_equal(a.T.reshape(ours.a[0].shape), ours.a[0])
     np.testing.assert_array_equal(b.T, ours.b[0])
     assert len(tensors) == 6
-    merged = loaded(adapted)  # PEFT's directory is read back, whatever kind its base is
+    merged = loaded(adapted)  # PEFT's directory is read back, whatever kind and name its base has
     for name, value in loaded(adapted / "peft").items():
         np.testing.assert_array_equal(value, merged[name], err_msg=name)
-    log = (adapted / "train.log").read_text("utf-8")
-    assert "which PEFT cannot load, as it is no Hugging Face directory" in log
+    assert "warning" not in (adapted / "train.log").read_text("utf-8")
 
 
 def test_with_another_rope_scaling_than_its_base_it_says_so_and_writes_no_peft(
@@ -105,6 +114,8 @@ def test_an_interrupted_run_continues_bit_by_bit(short_run, adapted, base, tmp_p
     assert short_run(tmp_path, stop_after=4, **options) == 143
     assert not (tmp_path / "peft").exists()
     assert short_run(tmp_path, **options) == 0
+    log = (tmp_path / "train.log").read_text("utf-8")
+    assert "which PEFT cannot load, as it is no Hugging Face directory" in log
     assert logged(tmp_path) == logged(adapted)
     ours, theirs = (
         read_factors(open_checkpoint(path / "checkpoints" / "6")) for path in (tmp_path, adapted)

@@ -82,9 +82,12 @@ def _facts(tokenizer: Tokenizer, vocab_size: int, spec: dict[str, Any], pre: str
         vocab[token["content"]] = token["id"]
         types[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
     types |= dict.fromkeys(tokenizer.control_ids.values(), _CONTROL)
+    named, padding = tokenizer.facts.named, tokenizer.facts.model.pad_id
     unknown = vocab.get(model.get("unk_token"))
     if unknown is not None:
         types[unknown] = _UNKNOWN
+    unknown = vocab.get(named.get("unk_token"), unknown)
+    padding = vocab.get(named.get("pad_token"), padding)
     names = {i: name for name, i in vocab.items()}
     found = {
         "model": "llama" if pieces else "gpt2",
@@ -97,9 +100,9 @@ def _facts(tokenizer: Tokenizer, vocab_size: int, spec: dict[str, Any], pre: str
     }
     turn = [i for i in tokenizer.stop_ids if i != tokenizer.eos_id]
     turn.sort(key=lambda i: names.get(i) not in _ENDS_OF_TURN)
-    ids = {"bos": tokenizer.bos_id, "unknown": unknown}
+    ids = {"bos": tokenizer.bos_id, "unknown": unknown, "padding": padding}
     ids |= dict(zip(("eot", "eom"), turn, strict=False))  # ends of a turn, and of a message in it
-    found |= {f"{key}_token_id": i for key, i in ids.items() if i is not None}
+    found |= {f"{key}_token_id": i for key, i in ids.items() if i in names and i < vocab_size}
     merges = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
     if not pieces:
         return found | {"merges": [" ".join(pair) for pair in merges]}

@@ -75,6 +75,7 @@ def write_gguf(
         "general.architecture": "llama",
         "general.type": "model",
         "general.name": file.stem,
+        "general.size_label": _size_label(sum(math.prod(each.shape) for each in plan)),
         "general.file_type": _FILE_TYPES[dtype],
         "general.quantization_version": 2,
         **_model_metadata(model),
@@ -115,6 +116,14 @@ def _plan(model: ModelConfig, dtype: str) -> tuple[list[_Planned], list[str]]:
         f"{len(wide)} matrices are float16, since q8_0 needs rows of a multiple of {_BLOCK}: "
         f"{wide[0]} ..."
     ]
+
+
+def _size_label(num_parameters: int) -> str:
+    """Return a count as the converter of llama.cpp rounds it: two digits at least, as in "4.2M"."""
+    power = next((p for p in (12, 9, 6) if num_parameters > 10**p), 3)
+    count = num_parameters / 10**power
+    digits = max(0, 2 - len(str(round(count)).lstrip("0")))
+    return f"{count:.{digits}f}{dict(zip((12, 9, 6, 3), 'TBMK', strict=True))[power]}"
 
 
 def _model_metadata(model: ModelConfig) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from llamajax.formats.foreign_weights import TensorSource, read_as
 from llamajax.formats.huggingface.hf_config import write_model_config
 from llamajax.formats.huggingface.hf_names import TABLE, Tensor, tensors
 from llamajax.formats.huggingface.hf_read import INDEX, SINGLE, check_tied_head
+from llamajax.formats.huggingface.model_card import CARD, edited_card
 from llamajax.formats.huggingface.safetensors_files import write_safetensors
 from llamajax.formats.llama_sources import ModelSource
 from llamajax.processes.host_collectives import raise_together
@@ -47,16 +48,17 @@ def write_hf(
     *,
     dtype: str,
     tokenizer: Tokenizer | None,
+    card: Callable[[], bytes] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Write weights and tokenizer as a directory that stock transformers loads; return warnings.
 
-    dtype: of the files, bfloat16, float16 or float32. progress: called with the bytes done and all
-    bytes. The directory appears complete or not at all. Raises UserError, on all processes, when it
-    cannot be written, and for what does not fit: a tokenizer with more tokens than the model, a
-    value beyond float16.
+    dtype: of the files, bfloat16, float16 or float32. card: makes the model card, on process 0; one
+    that was edited stays. progress: called with the bytes done and all bytes. The directory appears
+    complete or not at all. Raises UserError, on all processes, when it cannot be written, and for
+    what does not fit: a tokenizer with more tokens than the model, a value beyond float16.
     """
     check_vocabulary(tokenizer, model.vocab_size)
     check_tied_head(source, model)
@@ -73,10 +75,18 @@ def write_hf(
                 if tokenizer is not None:
                     from llamajax.tokenizers.tokenizer_export import export_tokenizer  # slow
 
-                    warnings += export_tokenizer(tokenizer, hidden)
+                    warnings += export_tokenizer(tokenizer, hidden, max_length=model.max_seq_len)
                     ids = json.loads((hidden / GENERATION).read_text("utf-8"))
                 config = write_model_config(model, dtype=dtype, ids=ids)
                 write_json(hidden / "config.json", config)
+                if card is not None:
+                    new, old = card(), edited_card(directory)
+                    (hidden / CARD).write_bytes(new if old is None else old)
+                    if old not in (None, new):
+                        warnings.append(
+                            f"{directory / CARD} was edited, so it stays, and may not be of these "
+                            "weights; remove it for a new one"
+                        )
         except UserError as error:
             failure = error
     try:

@@ -75,6 +75,16 @@ class SafetensorsSource(TensorSource):
             raise UserError(f"cannot read {self.where(name)}: {error.strerror}") from None
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a file; empty where it has none that can be read."""
+    try:
+        with path.open("rb") as file:
+            length = min(_MAX_HEADER_BYTES, int.from_bytes(file.read(8), "little"))
+            return dict(json.loads(file.read(length))["__metadata__"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def read_places(path: Path) -> dict[str, TensorPlace]:
     """Return the tensors of a file by name. Raises DamagedFile; OSError if it cannot be read."""
     size = path.stat().st_size
@@ -134,13 +144,17 @@ def read_part(place: TensorPlace, index: Index | None) -> np.ndarray:
 
 
 def write_safetensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, arrays: Iterator[np.ndarray]
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    arrays: Iterator[np.ndarray],
+    **metadata: str,
 ) -> None:
     """Write tensors of one dtype as they come: the header first, then one after the other.
 
     arrays: in the order of `shapes`; as many as there are shapes are taken.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
     for name, shape in shapes.items():
         end = position + math.prod(shape) * dtype.itemsize
