@@ -283,6 +283,11 @@ def test_a_served_page_follows_the_run(tmp_path: Path):
         assert Page(page).run["step"] == 4
         assert get("/blackbox/2_skip.jsonl")[0] == 200
         assert get("/config.json")[0] == 404
+        (tmp_path / "web").mkdir()
+        (tmp_path / "web" / "inspect.html").write_text("web's own")
+        (tmp_path / "web" / "other.html").touch()
+        assert get("/web/inspect.html") == (200, "web's own")  # of the link ../web/inspect.html
+        assert get("/web/other.html")[0] == get("/books/inspect.html")[0] == 404
         hosts = ("localhost", "localhost:80", "127.0.0.1", "[::1]:80", "[::1]")
         assert {get("/version", Host=host)[0] for host in hosts} == {200}
         for host in ("elsewhere.example:80", "localhost.example", "localhost:80.example", ""):

@@ -22,11 +22,16 @@ _SPACE = "\u2581"
 
 
 def export_tokenizer(
-    tokenizer: Tokenizer, directory: Path, *, max_length: int | None = None
+    tokenizer: Tokenizer,
+    directory: Path,
+    *,
+    max_length: int | None = None,
+    states_bos: bool = False,
 ) -> list[str]:
     """Write the files from which transformers loads this tokenizer; return warnings.
 
-    max_length: tokens that the model takes; written as `model_max_length`.
+    max_length: tokens that the model takes; written as `model_max_length`. states_bos: a BOS that
+    our texts begin with is added to a tokenizer.json without one, which is copied otherwise.
     """
     if tokenizer.file is not None:
         copy_companions(tokenizer.file, directory)
@@ -35,6 +40,9 @@ def export_tokenizer(
     kind, warnings, spec = "PreTrainedTokenizerFast", [], None
     if tokenizer.kind == "huggingface":
         shutil.copyfile(tokenizer.file, directory / "tokenizer.json")
+        if states_bos and tokenizer.start_ids:  # transformers goes by this file alone
+            found = tokenizers.Tokenizer.from_file(str(tokenizer.file))
+            spec = found if found.encode("a").ids[0] != tokenizer.bos_id else None
     elif tokenizer.kind == "sentencepiece":
         shutil.copyfile(tokenizer.file, directory / "tokenizer.model")
         spec = _sentencepiece_spec(tokenizer)
@@ -54,11 +62,13 @@ def export_tokenizer(
     if spec is not None:
         if tokenizer.start_ids:  # before every text, as the Llamas were trained
             bos = spec.id_to_token(tokenizer.bos_id)
-            spec.post_processor = processors.TemplateProcessing(
+            template = processors.TemplateProcessing(
                 single=f"{bos} $A",
                 pair=f"{bos} $A {bos} $B:1",
                 special_tokens=[(bos, tokenizer.bos_id)],
             )
+            before = [] if spec.post_processor is None else [spec.post_processor]
+            spec.post_processor = processors.Sequence([*before, template]) if before else template
         spec.save(str(directory / "tokenizer.json"))
     _write_config(tokenizer, directory, kind=kind, max_length=max_length)
     return warnings

@@ -13,6 +13,7 @@ from workdirs import run_prepare, write_rows
 from llamajax.data import load_tokenizer
 from llamajax.errors import UserError
 from llamajax.tokenizers.chat import encode_chat
+from llamajax.tokenizers.tokenizer_export import export_tokenizer
 from llamajax.tokenizers.tokenizer_identity import (
     check_vocabulary,
     matches_record,
@@ -113,6 +114,23 @@ def test_a_tokenizer_json_decides_about_its_bos_itself(tmp_path, byte_level, sto
     tokenizer = load_tokenizer(store(tmp_path, model, tokenizer_config=config))
     assert tokenizer.start_ids == [258]
     assert "add_bos_token: false; transformers ignores that" in tokenizer.warnings[0]
+
+
+@pytest.mark.parametrize("processor", [None, tokenizers.processors.ByteLevel(trim_offsets=False)])
+def test_an_export_of_a_run_begins_texts_as_its_data_do(processor, tmp_path, byte_level, store):
+    """transformers' AutoTokenizer goes by the post-processor; its ids, before and after."""
+    model = byte_level(SPECIALS)
+    if processor is not None:
+        model.post_processor = processor
+    store(tmp_path, model, tokenizer_config=named(bos_token=A, eos_token=B))
+    tokenizer = load_tokenizer(tmp_path)
+    for states_bos, ids in ((False, [64, 220, 65, 66]), (True, [258, 64, 220, 65, 258, 66])):
+        folder = tmp_path / str(states_bos)
+        folder.mkdir()
+        export_tokenizer(tokenizer, folder, states_bos=states_bos)
+        library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        assert library.encode("a b", "c").ids == ids
+        assert matches_record(load_tokenizer(folder), tokenizer_record(tokenizer))
 
 
 def test_one_token_at_both_ends_is_the_last_resort_and_named(tmp_path, byte_level, store):

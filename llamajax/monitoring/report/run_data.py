@@ -48,7 +48,7 @@ def read_run(workdir: Path, *, cells: int) -> dict[str, Any]:
         "curves": drawn,
         "facts": facts,
         "config": config,
-        "data": _data(workdir, config),
+        "data": prepared_data(workdir, config),
         "plan": plan,
         "measured": _measured(rows, facts),
         "processes": processes,
@@ -193,7 +193,7 @@ def _events(workdir: Path, events: Sequence[Row], first_s: float) -> Iterator[di
         yield shown
 
 
-def _data(workdir: Path, config: Row) -> list[dict[str, Any]]:
+def prepared_data(workdir: Path, config: Row) -> list[dict[str, Any]]:
     """Return the prepared directories, each with the page of its inspection if there is one."""
     paths = [Path(path) for path in str(section(config, "data").get("path") or "").split(",")]
     pages = [(path, path / "inspect.html") for path in paths if path.name]

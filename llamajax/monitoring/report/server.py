@@ -1,15 +1,19 @@
 """Serve the page of runs on this machine; it reloads itself when their files change."""
 
 import http.server
+import posixpath
 import re
 import threading
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 
 from llamajax.errors import UserError
 from llamajax.monitoring.blackbox import BLACKBOX, boxes
 from llamajax.monitoring.events import EVENTS, is_running
+from llamajax.monitoring.jsonl import read_object
 from llamajax.monitoring.metrics import METRICS
+from llamajax.monitoring.report.run_data import prepared_data
 from llamajax.monitoring.report.run_report import MALFORMED, read_runs, render
 
 _HOST = "127.0.0.1"
@@ -92,9 +96,19 @@ class _Answer(http.server.BaseHTTPRequestHandler):
             return self.server.page(), "text/html; charset=utf-8"
         if path == "/version":
             return self.server.version(), "text/plain"
+        if page := self._inspection(urllib.parse.unquote(path)):
+            return page.read_text(encoding="utf-8"), "text/html; charset=utf-8"
         if box := self._box(path):
             return box.read_text(encoding="utf-8"), "text/plain; charset=utf-8"
         return "", ""
+
+    def _inspection(self, path: str) -> Path | None:
+        """Return the file of a link to inspected data; browsers drop what leads above `/`."""
+        for workdir in self.server.workdirs:
+            for each in prepared_data(workdir, read_object(workdir / "config.json")):
+                if each["page"] and posixpath.normpath(f"/{each['page']}") == path:
+                    return workdir / each["page"]
+        return None
 
     def _box(self, path: str) -> Path | None:
         found = boxes(self.server.workdirs[0])
