@@ -30,6 +30,7 @@ from workdirs import prepare_texts, save_checkpoint
 
 from llamajax import data, evaluate, sharding
 from llamajax.config import freeze, to_json_dict
+from llamajax.data.packing import EXAMPLES
 from llamajax.errors import UserError
 from llamajax.models.llama import Llama
 from llamajax.tokenizers import load_tokenizer
@@ -210,7 +211,9 @@ def test_a_split_gives_the_loss_that_training_logs(trained, capsys):
     mesh, compute = mesh_of(), dataclasses.replace(COMPUTE, attention="blocked")
     placed = jax.device_put(model, sharding.shardings(model, mesh))
     step, sums = eval_step(compute, mesh), np.zeros(2)
-    for batch in data.eval_batches(held_out, batch_size=8, seq_len=40, rows=range(8)):
+    for batch in data.eval_batches(
+        held_out, batch_size=8, seq_len=40, packing=EXAMPLES, rows=range(8)
+    ):
         sums += np.array(step(placed, sharding.put_batch(batch, mesh)), np.float64)
     assert found["loss"] == pytest.approx(sums[0] / sums[1], rel=1e-6)
     assert (found["tokens"], found["seq_len"], found["step"]) == (sums[1], 40, 7)

@@ -1,6 +1,7 @@
 """The config keys of the data: `data.*`, and those of a stage in `data.stages`."""
 
 import dataclasses
+from typing import Literal
 
 from llamajax.config.model_schema import RopeScaling
 from llamajax.config.values import key
@@ -59,6 +60,13 @@ class DataConfig:
     mask_documents: bool = key(
         "whether attention and positions are separate for each document packed into one sample",
         default=True,
+    )
+    packing: Literal["auto", "examples", "windows"] = key(
+        "how instructions become samples. examples: best-fit rows of whole examples with padding; "
+        "only those longer than a sample are cut. windows: of one stream, without padding, cut "
+        "anywhere. auto: examples, but a run that began with windows goes on with them. Text is "
+        "always cut into windows",
+        default="auto",
     )
     num_threads: int = key("reader threads; changes speed only", default=2, at_least=1)
     prefetch_batches: int = key("batches read ahead; changes speed only", default=4, at_least=1)

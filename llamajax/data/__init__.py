@@ -13,6 +13,7 @@ _FILE_OF = {
     "Ledger": "ledger",
     "Mixture": "mixture",
     "Position": "position",
+    "Segment": "position",
     "check_ledger": "ledger",
     "eval_batches": "batches",
     "has_split": "mixture",

@@ -3,26 +3,26 @@
 A batch is a dict of arrays (B, T), B the rows asked for:
 
 - `tokens`, `targets` int32: target t is the token after token t (both view one array);
-- `positions` int32: 0 at the start of the sample and of each document in it;
-- `segment_ids` int32: 1, 2, ... for the documents in a sample, 0 for padding;
+- `positions` int32: 0 at the start of the sample and of each document or example in it;
+- `segment_ids` int32: 1, 2, ... for the documents or examples in a sample, 0 for padding;
 - `loss_mask` bool: False for padding, where the target is the first token of the next document,
   and in instruction data where the target belongs to no answer.
 
-With `mask_documents` off a sample is one segment, and the next document's first token counts.
+With `mask_documents` off a sample is one segment, and the next document's first token counts, but
+not that of the next whole example.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from llamajax.backends.jax_private.bare_grain import grain
-from llamajax.data.mixture import Mixture, PreparedSplit
+from llamajax.data.mixture import Mixture, PreparedSplit, Sample
 from llamajax.data.position import Position
 from llamajax.data.shards import BLOCK_TOKENS
 
 Batch = dict[str, np.ndarray]
-# A sample is a source and a number within it; None is a row of padding.
-Sample = tuple[PreparedSplit, int] | None
 
 
 def sample_ids(
@@ -33,7 +33,7 @@ def sample_ids(
     rows: None for all.
     """
     segment, first = position.segment(step), position.first_sample(step)
-    order = mixture.order(segment.seq_len, segment.rounds, segment.starts)
+    order = mixture.order(segment.seq_len, segment.packing, segment.rounds, segment.starts)
     rows = range(segment.batch_size) if rows is None else rows
     return np.array([order[first + row] for row in rows], np.int64)
 
@@ -58,14 +58,14 @@ def train_batches(
         if segment.mixture_hash not in mixtures:
             raise ValueError("the position is of another mixture: call Position.continued first")
         # Made before there are threads. UserError for data shorter than a sample.
-        mixtures[segment.mixture_hash].order(segment.seq_len, segment.rounds, segment.starts)
+        sample_ids(mixtures[segment.mixture_hash], position, segment.first_step, rows=range(1))
 
     def read(index: int) -> Batch:
         step = first_step + index
         segment = position.segment(step)
         mixture, seq_len = mixtures[segment.mixture_hash], segment.seq_len
         ids = sample_ids(mixture, position, step, rows=rows(segment.batch_size))
-        samples = [mixture.locate(int(i), seq_len) for i in ids]
+        samples = [mixture.locate(int(i), seq_len, segment.packing) for i in ids]
         return make_batch(samples, seq_len, mask_documents=mixture.mask_documents)
 
     return _iterate(read, 2**62, num_threads=num_threads, prefetch=prefetch)
@@ -76,28 +76,32 @@ def eval_batches(
     *,
     batch_size: int,
     seq_len: int,
+    packing: str,
     rows: range,
     max_batches: int | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """Iterate over every target of the mixture once, in order; padding fills the last batch.
+    """Iterate over every target of the mixture once; padding fills the last batch.
 
-    Several sources are interleaved evenly, so that the first `max_batches` represent all.
+    packing: of instruction data. Several sources are interleaved evenly, so that the first
+    `max_batches` represent all.
     """
-    counts = [s.num_eval_samples(seq_len) for s in mixture.sources]
+    samples = [source.samples(seq_len, packing) for source in mixture.sources]
+    counts = [each.count_all for each in samples]
     source = np.repeat(np.arange(len(counts)), counts)
     number = np.concatenate([np.arange(c) for c in counts])
     progress = np.concatenate([(np.arange(c) + 0.5) / c for c in counts if c])
     order = np.argsort(progress, kind="stable")
     num_batches = -(-len(order) // batch_size)
 
-    def sample(index: int) -> Sample:
+    def sample(index: int) -> Sample | None:
         if index >= len(order):
             return None
-        return mixture.sources[source[order[index]]], int(number[order[index]])
+        of, n = source[order[index]], int(number[order[index]])
+        return Sample(mixture.sources[of], n, samples[of].pieces(n))
 
     def read(index: int) -> Batch:
-        samples = [sample(index * batch_size + row) for row in rows]
-        return make_batch(samples, seq_len, mask_documents=mixture.mask_documents)
+        drawn = [sample(index * batch_size + row) for row in rows]
+        return make_batch(drawn, seq_len, mask_documents=mixture.mask_documents)
 
     if max_batches is not None:
         num_batches = min(max_batches, num_batches)
@@ -111,21 +115,20 @@ def _iterate(
     return iter(grain.MapDataset.range(num_batches).map(read).to_iter_dataset(options))
 
 
-def make_batch(samples: Sequence[Sample], seq_len: int, *, mask_documents: bool) -> Batch:
-    """Build the batch of these samples, one a row.
+def make_batch(samples: Sequence[Sample | None], seq_len: int, *, mask_documents: bool) -> Batch:
+    """Build the batch of these samples, one a row; None is a row of padding.
 
     Works on the whole batch at once: a loop over tokens or rows would cost more than reading.
     """
-    window, answer, lengths, starts, rows = _read(samples, seq_len)
+    read = _read(samples, seq_len)
     num_rows = len(samples)
+    rows, starts = (
+        np.concatenate([read.pieces, read.documents], 1) if mask_documents else read.pieces
+    )
     loss_mask = np.ones(num_rows * seq_len, bool)
-    if mask_documents:
-        inside = starts > 0
-        loss_mask[rows[inside] * seq_len + starts[inside] - 1] = False
-        inside &= starts < seq_len
-        rows, starts = rows[inside], starts[inside]
-    else:
-        rows, starts = rows[:0], starts[:0]
+    loss_mask[rows * seq_len + starts - 1] = False
+    inside = (starts < seq_len) & mask_documents
+    rows, starts = rows[inside], starts[inside]
     # A segment starts with every row, and with every document inside a row.
     borders = np.concatenate([np.arange(num_rows) * seq_len, rows * seq_len + starts])
     borders.sort()
@@ -136,58 +139,70 @@ def make_batch(samples: Sequence[Sample], seq_len: int, *, mask_documents: bool)
     positions = np.arange(num_rows * seq_len, dtype=np.int32)
     positions -= np.repeat(borders.astype(np.int32), sizes)
     batch = {
-        "tokens": window[:, :-1],  # views: two copies would take a tenth of the time
-        "targets": window[:, 1:],
+        "tokens": read.window[:, :-1],  # views: two copies would take a tenth of the time
+        "targets": read.window[:, 1:],
         "positions": positions.reshape(num_rows, seq_len),
         "segment_ids": segment_ids.reshape(num_rows, seq_len),
         "loss_mask": loss_mask.reshape(num_rows, seq_len),
     }
-    if answer is not None:
-        batch["loss_mask"] &= answer[:, 1:]
-    for row in np.flatnonzero(lengths <= seq_len):
-        num_targets = max(0, lengths[row] - 1)
+    if read.answer is not None:
+        batch["loss_mask"] &= read.answer[:, 1:]
+    for row in np.flatnonzero(read.lengths <= seq_len):
+        num_targets = max(0, read.lengths[row] - 1)
         for name in ("positions", "segment_ids", "loss_mask"):
             batch[name][row, num_targets:] = 0
     return batch
 
 
-def _read(
-    samples: Sequence[Sample], seq_len: int
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray, np.ndarray]:
-    """Read the samples' tokens, and where documents start among them.
+class _Rows(NamedTuple):
+    """Tokens of a batch. documents, pieces: row, and offset in it from 1 on, of each start (2, n).
 
-    Returns the tokens (B, T + 1), 0 where there are none; which carry loss (B, T + 1), None if all
-    do; their number in each row (B,); the offsets of document starts in 0..T, and their rows.
+    window (B, T + 1): 0 where there are none. answer (B, T + 1): which carry loss; None if all do.
+    lengths (B,): the tokens of each row.
     """
+
+    window: np.ndarray
+    answer: np.ndarray | None
+    lengths: np.ndarray
+    documents: np.ndarray
+    pieces: np.ndarray
+
+
+def _read(samples: Sequence[Sample | None], seq_len: int) -> _Rows:
+    """Read the samples' tokens, and where documents start within their pieces."""
     window = np.zeros((len(samples), seq_len + 1), np.int32)
     lengths = np.zeros(len(samples), np.int64)
-    wanted: dict[PreparedSplit, list[tuple[int, int]]] = {}  # row and block
+    pieces: list[tuple[int, int]] = []
+    wanted: dict[PreparedSplit, list[tuple[int, ...]]] = {}
     for row, sample in enumerate(samples):
-        if sample is None:
-            continue
-        source, number = sample
-        first = number * seq_len
-        end = min(first + seq_len, source.num_tokens - 1)  # the last token is in end's record too
-        lengths[row] = end - first + 1
-        blocks = range(first // BLOCK_TOKENS, (end - 1) // BLOCK_TOKENS + 1)
-        wanted.setdefault(source, []).extend((row, block) for block in blocks)
+        for first, size in () if sample is None else sample.pieces.tolist():
+            begin, end = int(lengths[row]), first + size
+            if begin:
+                pieces.append((row, begin))
+            # The last token is also in the record of the one before.
+            blocks = range(first // BLOCK_TOKENS, max(first, end - 2) // BLOCK_TOKENS + 1)
+            parts = [(block, row, begin - first, first, end) for block in blocks]
+            wanted.setdefault(sample.source, []).extend(parts)
+            lengths[row] += size
     answer = np.ones(window.shape, bool) if any(s.masked for s in wanted) else None
     found: list[np.ndarray] = [np.empty(0, np.uint32)]  # document starts of each block
-    origins: list[tuple[int, int, int]] = [(0, 0, 0)]  # how many, their row, the block's start
-    for source, places in wanted.items():
-        blocks = source.reader.blocks([block for _, block in places])
-        for (row, number), block in zip(places, blocks, strict=True):
-            at = number * BLOCK_TOKENS - samples[row][1] * seq_len
-            begin, end = max(at, 0), min(at + len(block.tokens), seq_len + 1)
-            window[row, begin:end] = block.tokens[begin - at : end - at]
+    origins: list[tuple[int, ...]] = [(0, 0, 0, 0, 0, 0)]  # how many, and of which part
+    for source, parts in wanted.items():
+        blocks = source.reader.blocks([number for number, *_ in parts])
+        for (number, row, shift, first, end), block in zip(parts, blocks, strict=True):
+            at = number * BLOCK_TOKENS  # of the block in the stream; `shift` more in the row
+            low, high = max(at, first), min(at + len(block.tokens), end)
+            here, there = slice(low + shift, high + shift), slice(low - at, high - at)
+            window[row, here] = block.tokens[there]
             if block.answer is not None:
-                answer[row, begin:end] = block.answer[begin - at : end - at]
+                answer[row, here] = block.answer[there]
             found.append(block.starts)
-            origins.append((len(block.starts), row, at))
-    offsets, (sizes, rows, block_starts) = np.concatenate(found), np.array(origins).T
-    rows = np.repeat(rows, sizes)
-    starts = offsets + np.repeat(block_starts, sizes)
-    keep = (starts >= 0) & (starts < lengths[rows])
-    # The one token that two records share counts here only where it ends the window.
-    keep &= (offsets < BLOCK_TOKENS) | (starts == lengths[rows] - 1)
-    return window, answer, lengths, starts[keep], rows[keep]
+            origins.append((len(block.starts), at, row, shift, first, end))
+    offsets, (sizes, *columns) = np.concatenate(found), np.array(origins).T
+    at, rows, shift, first, end = (np.repeat(column, sizes) for column in columns)
+    starts = offsets + at
+    keep = (starts > first) & (starts < end)
+    # The one token that two records share counts here only where it ends the piece.
+    keep &= (offsets < BLOCK_TOKENS) | (starts == end - 1)
+    documents = np.stack([rows, starts + shift])[:, keep]
+    return _Rows(window, answer, lengths, documents, np.array(pieces, np.int64).reshape(-1, 2).T)

@@ -23,6 +23,8 @@ _HASHED_ROWS = 64
 class Ledger:
     """The digest of each step: the hash of the one before and of sample ids in its global batch.
 
+    Of whole examples the rows that ids name are hashed as well.
+
     The ids are those of rows spread evenly over the batch. Steps of an earlier release (up to
     `all_rows_until`) hash every row. The digest after step n is the same for any number of
     processes, devices and restarts.
@@ -92,7 +94,9 @@ def check_ledger(
 
 def _next(digest: str, mixture: Mixture, position: Position, step: int, *, all_rows: bool) -> str:
     """Return the digest after `step` from the one before."""
-    size = position.segment(step - 1).batch_size
+    segment = position.segment(step - 1)
+    size = segment.batch_size
     rows = range(0, size, 1 if all_rows else -(-size // _HASHED_ROWS))
     ids = sample_ids(mixture, position, step - 1, rows=rows).astype("<i8").tobytes()
-    return hashlib.blake2b(bytes.fromhex(digest) + ids, digest_size=16).hexdigest()
+    cuts = b"".join(each.digest for each in mixture.samples(segment.seq_len, segment.packing))
+    return hashlib.blake2b(bytes.fromhex(digest) + ids + cuts, digest_size=16).hexdigest()

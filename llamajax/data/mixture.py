@@ -1,23 +1,25 @@
 """Open prepared directories as one mixture, with the endless order of its samples.
 
-Sample j of length T of a directory is tokens [j*T, j*T + T] of its stream: T inputs and T targets,
-sharing all but one. An *id* names a sample of the mixture: directories one after the other, each
-with `num_samples` ids. The order of ids is a function of (seed, index): a new permutation for each
-epoch of each directory, mixed by grain over directories that repeat without end.
+Text is cut into windows, instructions are packed by whole examples (`packing.py`). An *id* names a
+sample of the mixture: directories one after the other, each with as many ids as samples of this
+length. The order of ids is a function of (seed, index): a new permutation for each epoch of each
+directory, mixed by grain over directories that repeat without end.
 """
 
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from llamajax.backends.jax_private.bare_grain import grain
 from llamajax.config.schema import DataConfig
 from llamajax.data import shards
+from llamajax.data.packing import WINDOWS, PackedRows, Windows, cut_examples
 from llamajax.data.sample_order import ROUNDS, EndlessOrder
 from llamajax.data.shards import read_manifest
 from llamajax.errors import UserError, combine
@@ -68,13 +70,30 @@ class PreparedSplit:
         files = self.stats["shards"]
         return shards.SplitReader(self.path, files, dtype, masked=self.masked)
 
-    def num_samples(self, seq_len: int) -> int:
-        """Count the whole samples; training does not read the tokens after the last."""
-        return (self.num_tokens - 1) // seq_len
+    @functools.cached_property
+    def example_sizes(self) -> np.ndarray:
+        """Tokens of each example, and how many carry loss, (examples, 2)."""
+        return self.reader.example_sizes()
 
-    def num_eval_samples(self, seq_len: int) -> int:
-        """Count the samples that make every token a target once; the last may need padding."""
-        return -(-(self.num_tokens - 1) // seq_len)
+    def samples(self, seq_len: int, packing: str, key: str | None = None) -> Windows | PackedRows:
+        """Return how the stream becomes samples. key: of `PackedRows`; None: for evaluation."""
+        if not self.masked or packing == WINDOWS:
+            return Windows(self.num_tokens, seq_len)
+        if (seq_len, key) not in self._rows:  # a start and each evaluation ask for it
+            self._rows[seq_len, key] = PackedRows(self.example_sizes[:, 0], seq_len, key)
+        return self._rows[seq_len, key]
+
+    @functools.cached_property
+    def _rows(self) -> dict[tuple[int, str | None], PackedRows]:
+        return {}
+
+
+class Sample(NamedTuple):
+    """A sample of a source. pieces: first token in its stream and size of each, (pieces, 2)."""
+
+    source: PreparedSplit
+    number: int
+    pieces: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,25 +147,64 @@ class Mixture:
         counts = [s.num_loss_tokens for s in self.sources]
         return sum(x * n for x, n in zip(losses, counts, strict=True)) / sum(counts)
 
-    def locate(self, sample_id: int, seq_len: int) -> tuple[PreparedSplit, int]:
-        """Return the source of a sample, and its number within it."""
-        for source in self.sources:
-            count = source.num_samples(seq_len)
-            if sample_id < count:
-                return source, sample_id
-            sample_id -= count
+    @property
+    def masked(self) -> bool:
+        """Whether any source is instruction data."""
+        return any(source.masked for source in self.sources)
+
+    def samples(self, seq_len: int, packing: str) -> list[Windows | PackedRows]:
+        """Return how the stream of each source becomes samples of training."""
+        if (seq_len, packing) not in self._samples:
+            found = [source.samples(seq_len, packing, self._key(source)) for source in self.sources]
+            self._samples[seq_len, packing] = found
+        return self._samples[seq_len, packing]
+
+    @functools.cached_property
+    def _samples(self) -> dict[tuple[int, str], list[Windows | PackedRows]]:
+        return {}
+
+    def packing_facts(self, seq_len: int, packing: str) -> dict[str, Any]:
+        """Return what becomes of the examples in samples of this length; empty without examples.
+
+        efficiency: share of the positions that hold tokens. cut_examples_share: of the examples,
+        those of which a sample holds only a part; cut_loss_share: of the tokens that carry loss,
+        those of these examples.
+        """
+        if not self.masked:
+            return {}
+        sizes = [source.example_sizes for source in self.sources if source.masked]
+        cut = sum(cut_examples(each, seq_len, packing) for each in sizes)
+        examples, learned = sum(map(len, sizes)), sum(each[:, 1].sum() for each in sizes)
+        samples = zip(self.weights, self.samples(seq_len, packing), strict=True)
+        return {
+            "packing": packing,
+            "efficiency": sum(weight * each.efficiency for weight, each in samples),
+            "cut_examples_share": float(cut[0] / examples),
+            "cut_loss_share": float(cut[1] / max(1, learned)),
+        }
+
+    def _key(self, source: PreparedSplit) -> str | None:
+        return _digest([self.seed, source.fingerprint]) if self.shuffle else None
+
+    def locate(self, sample_id: int, seq_len: int, packing: str) -> Sample:
+        """Return the sample of an id."""
+        for source, samples in zip(self.sources, self.samples(seq_len, packing), strict=True):
+            if sample_id < samples.count:
+                return Sample(source, sample_id, samples.pieces(sample_id))
+            sample_id -= samples.count
         raise IndexError("sample id beyond the last of this mixture")
 
     def order(
-        self, seq_len: int, rounds: int = ROUNDS, starts: tuple[int, ...] = ()
+        self, seq_len: int, packing: str, rounds: int = ROUNDS, starts: tuple[int, ...] = ()
     ) -> EndlessOrder | grain.MapDataset:
         """Return the endless sequence of sample ids of this length: `order[i]` is the i-th.
 
         starts: samples of each source to pass by, as in `Segment`.
         """
-        if (seq_len, rounds, starts) not in self._orders:
-            self._orders[seq_len, rounds, starts] = self._make_order(seq_len, rounds, starts)
-        return self._orders[seq_len, rounds, starts]
+        of = (seq_len, packing, rounds, starts)
+        if of not in self._orders:
+            self._orders[of] = self._make_order(*of)
+        return self._orders[of]
 
     @functools.cached_property
     def _orders(self) -> dict[tuple, EndlessOrder | grain.MapDataset]:
@@ -165,14 +223,14 @@ class Mixture:
         return found
 
     def _make_order(
-        self, seq_len: int, rounds: int, starts: tuple[int, ...]
+        self, seq_len: int, packing: str, rounds: int, starts: tuple[int, ...]
     ) -> EndlessOrder | grain.MapDataset:
-        parts, first = [], 0
-        for source, start in itertools.zip_longest(self.sources, starts, fillvalue=0):
-            count = source.num_samples(seq_len)
+        parts, first, counts = [], 0, [s.count for s in self.samples(seq_len, packing)]
+        starts = starts or (0,) * len(counts)
+        for source, count, start in zip(self.sources, counts, starts, strict=True):
             if count == 0:
                 raise UserError(_too_short(source, seq_len))
-            key = _digest([self.seed, source.fingerprint]) if self.shuffle else None
+            key = self._key(source)
             parts.append(EndlessOrder(first, count, key=key, rounds=rounds, start=start))
             first += count
         if len(parts) == 1:
@@ -221,7 +279,8 @@ def open_mixture(data: DataConfig, *, split: str, vocab_size: int, verify: bool 
                 f"{source.path} has tokens up to {tokenizer['vocab_size'] - 1}, but"
                 f" model.vocab_size = {vocab_size}: set it to at least {tokenizer['vocab_size']}"
             )
-        if split == "train" and source.num_samples(data.seq_len) == 0:
+        by_examples = source.masked and data.packing != WINDOWS
+        if split == "train" and not by_examples and source.num_tokens <= data.seq_len:
             problems.append(_too_short(source, data.seq_len))
     weights = tuple(s.num_tokens for s in sources)
     if data.weights and len(data.weights) != len(paths):

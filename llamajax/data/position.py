@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from llamajax.data.packing import EXAMPLES, WINDOWS
 from llamajax.data.sample_order import FIRST_ROUNDS, ROUNDS
 
 
@@ -19,7 +20,7 @@ class Segment:
 
     rounds: of the shuffle. Positions saved before it was a choice do not contain it. starts: where
     the order begins in that of each source, after the samples that earlier stages read of it; empty
-    where all begin at their first.
+    where all begin at their first. packing: of instruction data.
     """
 
     first_step: int
@@ -29,6 +30,7 @@ class Segment:
     mixture_hash: str
     rounds: int = FIRST_ROUNDS
     starts: tuple[int, ...] = ()
+    packing: str = WINDOWS
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Segment":
@@ -38,12 +40,13 @@ class Segment:
     @property
     def settings(self) -> dict[str, Any]:
         """What the config says of the segment."""
-        return {name: getattr(self, name) for name in ("batch_size", "seq_len", "mixture_hash")}
+        names = ("batch_size", "seq_len", "mixture_hash", "packing")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def order(self) -> tuple:
         """What two segments have in common where one goes on in the order of the other."""
-        return self.seq_len, self.mixture_hash, self.rounds, self.starts
+        return self.seq_len, self.mixture_hash, self.packing, self.rounds, self.starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +74,10 @@ class Position:
     reached: Mapping[str, int] = dataclasses.field(default_factory=dict, compare=False)
 
     @classmethod
-    def start(cls, *, batch_size: int, seq_len: int, mixture_hash: str) -> "Position":
-        """Return the position of a run that has read nothing."""
+    def start(
+        cls, *, batch_size: int, seq_len: int, mixture_hash: str, packing: str | None = None
+    ) -> "Position":
+        """Return the position of a run that has read nothing. packing: None for whole examples."""
         first = Segment(
             first_step=0,
             first_sample=0,
@@ -80,17 +85,28 @@ class Position:
             seq_len=seq_len,
             mixture_hash=mixture_hash,
             rounds=ROUNDS,
+            packing=packing or EXAMPLES,
         )
         return cls((first,))
 
     def continued(
-        self, *, step: int, batch_size: int, seq_len: int, mixture_hash: str
+        self,
+        *,
+        step: int,
+        batch_size: int,
+        seq_len: int,
+        mixture_hash: str,
+        packing: str | None = None,
     ) -> "Position":
-        """Return this position with new settings from `step` on; itself if nothing changes."""
+        """Return this position with new settings from `step` on; itself if nothing changes.
+
+        packing: None for that of the position so far.
+        """
         last = self.segments[-1]
         if step < last.first_step:
             raise ValueError(f"step {step} lies before the last segment's {last.first_step}")
         settings = {"batch_size": batch_size, "seq_len": seq_len, "mixture_hash": mixture_hash}
+        settings["packing"] = packing or last.packing
         if settings == last.settings:
             return self
         tokens_read, starts = self.first_sample(step) * last.seq_len, last.starts

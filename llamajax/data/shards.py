@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python import array_record_module
 
+from llamajax.data.packing import packing_facts
 from llamajax.errors import UserError
 from llamajax.tokenizers.loading import MANIFEST
 
@@ -173,7 +174,8 @@ class SplitWriter:
         self._tokens = np.empty(0, token_dtype(vocab_size))
         self._answer = np.empty(0, bool)
         self._starts = np.empty(0, np.int64)
-        self._lengths: list[int] = []  # of all examples
+        # Of all examples: tokens, and how many carry loss.
+        self._sizes: list[np.ndarray] = [np.empty((0, 2), np.int64)]
         self.counts = np.zeros(vocab_size, np.int64)
         self.documents = self.tokens = self.text_bytes = 0
 
@@ -201,7 +203,8 @@ class SplitWriter:
         counted = tokens
         if self._masked:
             self._answer = np.concatenate([self._answer, answer])
-            self._lengths += lengths
+            learned = np.add.reduceat(answer, starts, dtype=np.int64)
+            self._sizes.append(np.stack([np.array(lengths), learned], axis=1))
             counted = tokens[answer]
         self.counts += np.bincount(counted, minlength=len(self.counts))
         self.documents += len(starts)
@@ -236,10 +239,13 @@ class SplitWriter:
         shards = self._files.finish(self.tokens)
         facts = {"documents": self.documents, "tokens": self.tokens}
         if self._masked:
+            sizes = np.concatenate(self._sizes)
+            lengths = sizes[:, 0]
             facts |= {
                 "loss_tokens": int(self.counts.sum()),
-                "longest_document": max(self._lengths),
-                "documents_over": {str(n): sum(x > n for x in self._lengths) for n in _LENGTHS},
+                "longest_document": int(lengths.max()),
+                "documents_over": {str(n): int((lengths > n).sum()) for n in _LENGTHS},
+                "packing": {str(n): packing_facts(sizes, n) for n in _LENGTHS},
             }
         return facts | {"text_bytes": self.text_bytes, "shards": shards}
 
@@ -283,6 +289,27 @@ class SplitReader:
             wanted = [n for n, s in zip(numbers, shards, strict=True) if s == shard]
             found.update(zip(wanted, self._records(shard, wanted), strict=True))
         return [unpack_block(found[n], self._dtype, masked=self._masked) for n in numbers]
+
+    def example_sizes(self) -> np.ndarray:
+        """Return the tokens of each example, and how many carry loss, (examples, 2).
+
+        Reads all records, those of 100 M tokens in about a second.
+        """
+        starts, learned_before, num_tokens, learned = [], [], 0, 0
+        for number in range(int(self._ends[-1])):
+            (block,) = self.blocks([number])
+            own = block.starts[block.starts < BLOCK_TOKENS].astype(np.int64)
+            before = np.concatenate([[0], np.cumsum(block.answer[:BLOCK_TOKENS])])
+            starts.append(own + num_tokens)
+            learned_before.append(before[own] + learned)
+            num_tokens, learned = num_tokens + len(before) - 1, learned + before[-1]
+        return np.stack(
+            [
+                np.diff(np.concatenate(starts), append=num_tokens),
+                np.diff(np.concatenate(learned_before), append=learned),
+            ],
+            axis=1,
+        )
 
     def _records(self, shard: int, numbers: list[int]) -> list[bytes]:
         """Read records one by one.

@@ -12,13 +12,14 @@ from typing import Any
 
 from llamajax.config import RunConfig, stage_named, stages_of
 from llamajax.data.mixture import Mixture, open_mixture
+from llamajax.data.packing import EXAMPLES
 from llamajax.data.position import Position, Segment
 from llamajax.errors import UserError
 
 
 def open_stages(config: RunConfig) -> Iterator[Mixture]:
     """Yield the training data of each stage. UserError where it does not fit the run."""
-    tokenizer = None
+    tokenizer, has_examples = None, False
     for number, stage in enumerate(stages_of(config)):
         now = stage.config
         with stage_named(number):
@@ -29,7 +30,14 @@ def open_stages(config: RunConfig) -> Iterator[Mixture]:
                     f"{found.sources[0].path} was prepared with another tokenizer than "
                     f"data.path = {config.data.path}: prepare it with the same one"
                 )
+        has_examples |= found.masked
         yield found
+    if config.data.packing == EXAMPLES and not has_examples:
+        raise UserError(
+            f"data.packing = examples is for instructions, and data.path = {config.data.path} has "
+            "none: text is always cut into windows. Leave it at auto, or prepare the data with "
+            "--format=instructions"
+        )
 
 
 def with_stages(
@@ -48,7 +56,7 @@ def with_stages(
     later = [stage for stage in stages if stage[0] >= step]
     kept = tuple(s for s in position.segments if s.first_step <= step)
     found = dataclasses.replace(position, segments=kept)
-    if len(stages) == 1:
+    if len(stages) == 1 and not _packs(found, stages[0][1], mixtures):
         return found.continued(step=step, **stages[0][1])
     if not later or later[0][0] > step:
         later.insert(0, (step, stages[len(stages) - len(later) - 1][1]))
@@ -57,10 +65,26 @@ def with_stages(
     return found
 
 
+def _packs(position: Position, settings: dict[str, Any], mixtures: Mapping[str, Mixture]) -> bool:
+    """Return whether the order so far, or that of these settings, has whole examples.
+
+    Then a place in one is no number of tokens in the other, as `Position.continued` assumes.
+    """
+    last = position.segments[-1]
+    for packing, hash_ in (
+        (last.packing, last.mixture_hash),
+        (settings.get("packing") or last.packing, settings["mixture_hash"]),
+    ):
+        if packing == EXAMPLES and hash_ in mixtures and mixtures[hash_].masked:
+            return True
+    return False
+
+
 def _with_stage(
     before: Position, mixtures: Mapping[str, Mixture], step: int, settings: dict[str, Any]
 ) -> Position:
     last = before.segments[-1]
+    settings = settings | {"packing": settings.get("packing") or last.packing}
     if settings | {"batch_size": last.batch_size} == last.settings:  # the same order
         return before.continued(step=step, **settings)
     reached = tokens_reached(before, mixtures, step)
@@ -69,15 +93,22 @@ def _with_stage(
             first_step=step,
             first_sample=0,
             rounds=last.rounds,
-            starts=_starts(mixtures[settings["mixture_hash"]], settings["seq_len"], reached),
+            starts=_starts(mixtures, settings, reached),
             **settings,
         )
     )
 
 
-def _starts(mixture: Mixture, seq_len: int, reached: Mapping[str, int]) -> tuple[int, ...]:
+def _starts(
+    mixtures: Mapping[str, Mixture], settings: Mapping[str, Any], reached: Mapping[str, int]
+) -> tuple[int, ...]:
     """Return `Segment.starts` of an order that goes on after what was read of each source."""
-    starts = tuple(-(-reached.get(source.fingerprint, 0) // seq_len) for source in mixture.sources)
+    mixture = mixtures[settings["mixture_hash"]]
+    samples = mixture.samples(settings["seq_len"], settings["packing"])
+    starts = tuple(
+        each.after(reached.get(source.fingerprint, 0))
+        for source, each in zip(mixture.sources, samples, strict=True)
+    )
     return starts if any(starts) else ()
 
 
@@ -96,8 +127,11 @@ def tokens_reached(
             continue
         counts = mixture.counts(segment.first_sample + steps * segment.batch_size)
         starts = segment.starts or (0,) * len(counts)
-        for source, start, count in zip(mixture.sources, starts, counts, strict=True):
-            tokens = (start + count) * segment.seq_len
+        samples = mixture.samples(segment.seq_len, segment.packing)
+        for source, each, start, count in zip(
+            mixture.sources, samples, starts, counts, strict=True
+        ):
+            tokens = each.tokens(start + count)
             found[source.fingerprint] = max(tokens, found.get(source.fingerprint, 0))
     return found
 
@@ -123,7 +157,7 @@ def left_out(
         read = (at_step - newest.first_step) * newest.batch_size
         starts, first_sample = segment.starts, newest.first_sample + read
     else:
-        starts = _starts(mixtures[segment.mixture_hash], segment.seq_len, reached)
+        starts = _starts(mixtures, segment.settings, reached)
         first_sample = 0
     new = dataclasses.replace(segment, first_step=to_step, first_sample=first_sample, starts=starts)
     return new, reached

@@ -18,8 +18,8 @@ class EvaluateOptions(WeightsFlags):
 
     data: str | None = key(
         "directory written by llamajax.prepare, packed with document masks as in training: every "
-        "token of a document but its BOS is a target once (of instruction data, those of the "
-        "answers)",
+        "token of a document but its BOS is a target once. Of instructions those of the answers, "
+        "and examples are whole, however the model was trained",
         metavar="PREPARED",
         default=None,
         is_path=True,
@@ -108,7 +108,7 @@ class EvaluateOptions(WeightsFlags):
     )
     per_token_nll: str | None = key(
         "write the loss of every target in nats, float32: (B, T - 1) for --token_ids, else (1, "
-        "number of targets) in the order of the text",
+        "number of targets) in the order of the text; of instructions row by row, as packed",
         metavar="OUT.npy",
         default=None,
         is_path=True,

@@ -6,12 +6,16 @@ import numpy as np
 
 from llamajax.config.schema import DataConfig
 from llamajax.data.batches import make_batch
-from llamajax.data.mixture import open_mixture, read_manifest
+from llamajax.data.mixture import Sample, open_mixture, read_manifest
+from llamajax.data.packing import EXAMPLES
 from llamajax.errors import combine
 
 
 class PackedRows:
-    """The samples of one split of a prepared directory, in order; every target once."""
+    """The samples of one split of a prepared directory; every target once.
+
+    Of instructions whole examples, however a model was trained: each answer with its prompt.
+    """
 
     def __init__(
         self, path: Path, *, split: str, seq_len: int, mask_documents: bool, vocab_size: int
@@ -39,7 +43,13 @@ class PackedRows:
         (self._source,) = open_mixture(data, split=split, vocab_size=vocab_size).sources
         self._mask_documents = mask_documents
         self.seq_len = seq_len
-        self.num_rows = self._source.num_eval_samples(seq_len)
+        self._samples = self._source.samples(seq_len, EXAMPLES)
+        self.num_rows = self._samples.count_all
+
+    @property
+    def masked(self) -> bool:
+        """Whether these are instructions, of which the answers are scored."""
+        return self._source.masked
 
     @property
     def text_bytes(self) -> int | None:
@@ -48,7 +58,10 @@ class PackedRows:
 
     def batch(self, rows: range) -> dict[str, np.ndarray]:
         """Return these samples as arrays (B, T); those from `num_rows` on are padding."""
-        samples = [(self._source, n) if n < self.num_rows else None for n in rows]
+        samples = [
+            Sample(self._source, n, self._samples.pieces(n)) if n < self.num_rows else None
+            for n in rows
+        ]
         batch = make_batch(samples, self.seq_len, mask_documents=self._mask_documents)
         if not self._mask_documents:
             del batch["segment_ids"]

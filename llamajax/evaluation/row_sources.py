@@ -69,7 +69,8 @@ def _prepared(options: EvaluateOptions, weights: Weights) -> RowSource:
         ours = load_tokenizer(path)
         if problem := data_mismatch(f"--data={path}", ours, theirs, weights.tokenizer):
             raise UserError(problem)
-    return RowSource(rows=rows, protocol="packed", seq_len=rows.seq_len, num_bytes=rows.text_bytes)
+    protocol = "whole_examples" if rows.masked else "packed"
+    return RowSource(rows=rows, protocol=protocol, seq_len=rows.seq_len, num_bytes=rows.text_bytes)
 
 
 def _text(options: EvaluateOptions, weights: Weights) -> RowSource:

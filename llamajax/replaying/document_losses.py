@@ -1,12 +1,13 @@
 """The documents of a batch with the largest loss, and how they begin."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from llamajax import data
+from llamajax.data.mixture import Sample
 
 _LISTED = 5
 _EXCERPT_TOKENS = 48
@@ -44,32 +45,37 @@ class DocumentLosses(NamedTuple):
 
 
 def document_losses(
-    mixture: data.Mixture, ids: np.ndarray, batch: Mapping[str, np.ndarray], nll_BT: np.ndarray
+    ids: Sequence[int],
+    samples: Sequence[Sample],
+    batch: Mapping[str, np.ndarray],
+    nll_BT: np.ndarray,
 ) -> DocumentLosses:
     """Rank the documents of a batch by their excess; losses that are not finite come first.
 
-    ids: of the samples, one a row; nll_BT: 0 where there is no target.
+    ids, samples: one a row; nll_BT: 0 where there is no target.
     """
-    seq_len = nll_BT.shape[1]
     mask_BT, tokens_BT = batch["loss_mask"], batch["tokens"]
     counted = np.isfinite(nll_BT) & mask_BT
     mean = nll_BT[counted].mean(dtype=np.float64) if counted.any() else 0.0
     found = []
-    for row, sample_id in enumerate(ids.tolist()):
-        source, number = mixture.locate(sample_id, seq_len)
+    for row, (sample_id, sample) in enumerate(zip(ids, samples, strict=True)):
+        ends = np.cumsum(sample.pieces[:, 1])
         segments = batch["segment_ids"][row]
         for segment in range(1, segments.max() + 1):
             here = segments == segment
             count = int(mask_BT[row, here].sum())
             if not count:
                 continue
+            offset = int(np.flatnonzero(here)[0])
+            piece = int(np.searchsorted(ends, offset, side="right"))
+            first, size = sample.pieces[piece].tolist()
             total = float(nll_BT[row, here].sum(dtype=np.float64))
             found.append(
                 DocumentPart(
                     row=row,
                     sample_id=sample_id,
-                    source=str(source.path),
-                    first_token=number * seq_len + int(np.flatnonzero(here)[0]),
+                    source=str(sample.source.path),
+                    first_token=first + offset - (int(ends[piece]) - size),
                     num_targets=count,
                     loss=total / count,
                     excess=total - count * mean,

@@ -19,7 +19,7 @@ from llamajax.data.batches import make_batch
 from llamajax.errors import UserError, say
 from llamajax.evaluation.scoring import token_scores
 from llamajax.monitoring import Progress
-from llamajax.replaying.document_losses import DocumentLosses, document_losses
+from llamajax.replaying.document_losses import document_losses
 from llamajax.replaying.evidence import Evidence, RecordComparison, same_number
 from llamajax.replaying.replay_options import ReplayOptions
 from llamajax.replaying.replay_record import ReplayRecord, read_record
@@ -51,11 +51,12 @@ def replay(options: ReplayOptions) -> Evidence:
     setup = whole.at(record.step)
     state, config, mixture = setup.spec.retyped(state), setup.config, setup.mixture
     ids = data.sample_ids(mixture, position, record.step - 1)
-    samples = [mixture.locate(int(i), config.data.seq_len) for i in ids]
+    segment = position.segment(record.step - 1)
+    samples = [mixture.locate(int(i), segment.seq_len, segment.packing) for i in ids]
     batch = make_batch(samples, config.data.seq_len, mask_documents=config.data.mask_documents)
     probe = gradient_probe(setup, state, put_batch(config.data, setup.mesh, batch))
     first, second = probe(), probe()
-    first_nonfinite, documents = _forward(setup, state, batch, ids)
+    first_nonfinite, losses = _forward(setup, state, batch)
     return Evidence(
         step=record.step,
         base=None if record.base is None else str(record.base),
@@ -72,7 +73,7 @@ def replay(options: ReplayOptions) -> Evidence:
         ),
         weights=nonfinite_weights(state),
         first_nonfinite=first_nonfinite,
-        documents=documents,
+        documents=None if losses is None else document_losses(ids.tolist(), samples, batch, losses),
         tokenizer=data.load_tokenizer(config.data.paths[0]),
     )
 
@@ -131,9 +132,9 @@ def _state_before(
 
 
 def _forward(
-    setup: Setup, state: TrainState, batch: dict[str, np.ndarray], ids: np.ndarray
-) -> tuple[tuple[str, list[int]] | None, DocumentLosses | None]:
-    """Return the first activation that is not finite, with its rows, and the documents by loss.
+    setup: Setup, state: TrainState, batch: dict[str, np.ndarray]
+) -> tuple[tuple[str, list[int]] | None, np.ndarray | None]:
+    """Return the first activation that is not finite, with its rows, and the losses (B, T).
 
     One microbatch of the run at a time. Both are None on a mesh with stages or parts of sequences.
     """
@@ -160,7 +161,7 @@ def _forward(
         named += [(f"layer {layer}: {name}", counts) for name, counts in inside]
     named += [("last hidden states", last_B), ("token losses", ~np.isfinite(nll_BT).all(axis=1))]
     found = next(((name, np.flatnonzero(odd).tolist()) for name, odd in named if odd.any()), None)
-    return found, document_losses(setup.mixture, ids, batch, nll_BT)
+    return found, nll_BT
 
 
 def _is_same_machine(record: ReplayRecord, setup: Setup) -> bool:

@@ -27,7 +27,7 @@ def dry_run(config: RunConfig, *, workdir: Path, overrides: Mapping[str, str]) -
         start, _ = first_start(run)
     if start.checkpoint is not None:
         check_stored(setup.at(start.step), start.checkpoint)
-    yield from run_header(setup, start.step)
+    yield from run_header(setup, start.position, start.step)
     yield f"kernels  attention {setup.attention.impl}: {setup.attention.reason}"
     options = setup.compiler_options.values.items()
     yield f"compiler {', '.join(f'{name}={value}' for name, value in options) or 'no options'}"

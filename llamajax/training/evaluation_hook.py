@@ -13,6 +13,7 @@ import numpy as np
 from llamajax import sharding
 from llamajax.config import ModelConfig, RunConfig
 from llamajax.data import Mixture
+from llamajax.data.packing import WINDOWS
 from llamajax.decoding.engine import Engine
 from llamajax.decoding.generate_options import Sampling
 from llamajax.decoding.printed_texts import TextStream
@@ -110,8 +111,9 @@ class HeldOutLosses:
         """
         a, setup, pending = self._attempt, self._attempt.run.setup.at(step), None
         evaluate = a.programs.at(step).evaluate
+        packing = a.start.position.segment(max(step - 1, 0)).packing
         sums = np.zeros((len(models), 2), np.float64)
-        for batch in eval_batches(setup.config, setup.mesh, held_out):
+        for batch in eval_batches(setup.config, setup.mesh, held_out, packing=packing):
             current = [evaluate(model, batch) for model in models]
             if pending is not None:
                 sums += np.array(jax.device_get(pending), np.float64)
@@ -122,12 +124,13 @@ class HeldOutLosses:
 
 def _num_bytes(config: RunConfig, held_out: Mixture) -> int | None:
     """Return the bytes of the text that is scored; None if unknown."""
-    rows = sum(s.num_eval_samples(config.data.seq_len) for s in held_out.sources)
-    batches = config.train.eval_batches
-    if batches is not None and batches * eval_batch_size(config) < rows:
-        return None
     sizes = [source.text_bytes for source in held_out.sources]
-    return None if None in sizes else sum(sizes)
+    if None in sizes:  # only of text, which is cut into windows
+        return None
+    rows = sum(s.samples(config.data.seq_len, WINDOWS).count_all for s in held_out.sources)
+    batches = config.train.eval_batches
+    is_all = batches is None or batches * eval_batch_size(config) >= rows
+    return sum(sizes) if is_all else None
 
 
 class TaskAccuracies:

@@ -39,13 +39,16 @@ def train_batches(
     return (put_batch(config, mesh, batch) for batch in batches)
 
 
-def eval_batches(config: RunConfig, mesh: Mesh, held_out: "data.Mixture") -> Iterator[DeviceBatch]:
-    """Yield batches of the validation split, in order."""
+def eval_batches(
+    config: RunConfig, mesh: Mesh, held_out: "data.Mixture", *, packing: str
+) -> Iterator[DeviceBatch]:
+    """Yield batches of the validation split, in order. packing: of instruction data."""
     batch_size = eval_batch_size(config)
     batches = data.eval_batches(
         held_out,
         batch_size=batch_size,
         seq_len=config.data.seq_len,
+        packing=packing,
         rows=sharding.local_rows(mesh, batch_size),
         max_batches=config.train.eval_batches,
     )

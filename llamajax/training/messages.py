@@ -1,16 +1,17 @@
 """What a run prints when it starts and ends, and writes about itself to `run.json`."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from llamajax import backends, sharding
+from llamajax import backends, data, sharding
 from llamajax.backends.platforms import platform_facts
 from llamajax.checkpoint import Checkpointer
 from llamajax.config import RunConfig
+from llamajax.data.packing import WINDOWS
 from llamajax.errors import ExitCode, UserError
 from llamajax.evaluation.continuations import ContinuationRows
 from llamajax.models.counts import flops_per_token, num_parameters
@@ -22,15 +23,19 @@ from llamajax.training.setup import Programs, Setup
 _MANY_PASSES = 100  # over the same text
 
 
-def run_header(setup: Setup, start: int) -> Iterator[str]:
-    """Yield the lines that say what runs where, and from which step."""
+def run_header(setup: Setup, position: "data.Position", start: int) -> Iterator[str]:
+    """Yield the lines that say what runs where, and from which step.
+
+    position: in the data, from step `start` on.
+    """
+    packings = [position.segment(max(first, start)).packing for first, _ in setup.stages]
     c, m = setup.config, setup.machine
     tasks = setup.evaluated.tasks
     if not setup.evaluated.sets and tasks is None:
         yield "warning: the data has no validation split: no evaluation"
     if problem := samples_problem(setup):
         yield f"warning: train.sample_prompts: {problem}"
-    for line in data_warnings(setup) + memory_warnings(setup):
+    for line in data_warnings(setup, packings) + memory_warnings(setup):
         yield f"warning: {line}"
     for line in tasks.warnings() if tasks else ():
         yield f"warning: {line}"
@@ -61,7 +66,8 @@ def run_header(setup: Setup, start: int) -> Iterator[str]:
         is_scaled = rope != c.model.rope_scaling
         scaled = f"; rope_scaling {rope.type} x {rope.factor:g}" if is_scaled else ""
         yield f"{where}{data.path}; {shape} = {tokens} tokens a step{scaled}"
-        yield f"epochs   {_epochs(setup, number)}"
+        yield f"epochs   {_epochs(setup, number, packings[number])}"
+        yield from _packing(stage, packings[number])
     for name, held_out in setup.evaluated.named.items():
         (source,) = held_out.sources
         tokens = format_count(source.num_tokens)
@@ -145,23 +151,57 @@ def _tokens_read(setup: Setup, number: int) -> tuple[int, int]:
     return steps, steps * setup.tokens_of(ends[number])
 
 
-def _epochs(setup: Setup, number: int) -> str:
+def _stream_read(setup: Setup, number: int, packing: str) -> list[float]:
+    """Return how many tokens of each source's stream a stage reads, padding not included."""
+    stage, read = setup.stages[number][1], _tokens_read(setup, number)[1]
+    length, mixture = stage.config.data.seq_len, stage.mixture
+    samples = mixture.samples(length, packing)
+    shares = [weight / sum(mixture.weights) for weight in mixture.weights]
+    return [s.tokens(read / length * share) for s, share in zip(samples, shares, strict=True)]
+
+
+def _epochs(setup: Setup, number: int, packing: str) -> str:
     """Describe how often a stage reads each of its sources."""
     mixture, (steps, read) = setup.stages[number][1].mixture, _tokens_read(setup, number)
-    shares = [weight / sum(mixture.weights) for weight in mixture.weights]
     epochs = ", ".join(
-        f"{read * share / source.num_tokens:.3g} of {source.path} "
+        f"{tokens / source.num_tokens:.3g} of {source.path} "
         f"({format_count(source.num_tokens)} tokens)"
-        for source, share in zip(mixture.sources, shares, strict=True)
+        for source, tokens in zip(
+            mixture.sources, _stream_read(setup, number, packing), strict=True
+        )
     )
     return f"{epochs}; {format_count(read)} tokens in {steps} steps"
 
 
-def data_warnings(setup: Setup) -> list[str]:
-    """Return what is odd about this data for this run."""
+def _packing(stage: Setup, packing: str) -> Iterator[str]:
+    """Yield how the instructions of a stage become samples; nothing where it has none."""
+    length = stage.config.data.seq_len
+    facts = stage.mixture.packing_facts(length, packing)
+    if not facts:
+        return
+    cut = (
+        f"{facts['cut_examples_share']:.1%} of the examples, with {facts['cut_loss_share']:.1%} of "
+        "the tokens that carry loss"
+    )
+    if packing == WINDOWS:
+        yield (
+            f"packing  windows of one stream, which cut {cut}; data.packing=examples cuts only "
+            "those longer than a sample"
+        )
+        return
+    yield f"packing  whole examples; {facts['efficiency']:.1%} of the positions hold tokens"
+    if facts["cut_examples_share"]:
+        yield (
+            f"warning: {cut}, are longer than data.seq_len = {length} and cut: their prompts are "
+            "in the first part alone"
+        )
+
+
+def data_warnings(setup: Setup, packings: Sequence[str]) -> list[str]:
+    """Return what is odd about this data for this run. packings: of instructions, by stage."""
     c, mixture, warnings = setup.config, setup.mixture, []
     for number, (_, stage) in enumerate(setup.stages):
-        passes = _tokens_read(setup, number)[1] / stage.mixture.num_tokens
+        passes = sum(_stream_read(setup, number, packings[number])) / stage.mixture.num_tokens
         if passes >= _MANY_PASSES:
             text = format_count(stage.mixture.num_tokens)
             paths = ", ".join(str(source.path) for source in stage.mixture.sources)
@@ -217,8 +257,8 @@ def mfu(setup: Setup, tokens_per_s: float) -> dict[str, float | None]:
     return {name: total and tokens_per_s * each / total for name, each in flops.items()}
 
 
-def run_facts(setup: Setup, programs: Programs) -> dict[str, Any]:
-    """Return what `run.json` says of a run that has begun."""
+def run_facts(setup: Setup, programs: Programs, segment: "data.Segment") -> dict[str, Any]:
+    """Return what `run.json` says of a run that has begun. segment: of the data that comes next."""
     machine, config = setup.machine, setup.config
     peak = backends.peak_flops(machine.device_kind, config.train.dtype)
     update, own = programs.update, setup.evaluated.own
@@ -245,6 +285,9 @@ def run_facts(setup: Setup, programs: Programs) -> dict[str, Any]:
         "samples_problem": samples_problem(setup),
         "tasks_problem": tasks_problem(setup),
         "eval_loss_of": setup.evaluated.described,
+        "packing": setup.mixtures[segment.mixture_hash].packing_facts(
+            segment.seq_len, segment.packing
+        ),
         "unigram_entropy": own.unigram_loss if own else None,
     }
 

@@ -92,7 +92,7 @@ def train(
                 )
                 report_checkpoint(start.step)  # to the launcher, which counts progress
             del history  # all rows and events
-            for line in run_header(setup, start.step):
+            for line in run_header(setup, start.position, start.step):
                 run.say(line)
             outcome["code"] = code = _train(run, start, more_hooks)
             if code == ExitCode.FINISHED and config.lora.rank:
@@ -206,7 +206,8 @@ def _accept(run: Run, start: Start, programs: StagePrograms) -> None:
                 (run.workdir / "profile").mkdir(exist_ok=True)
                 text = getattr(programs.at(start.step + 1), name).as_text()
                 write_file(run.workdir / "profile" / f"{name}.hlo.txt", text)
-        facts = run_facts(run.setup, programs.at(start.step + 1)) | programs.facts()
+        segment = start.position.segment(start.step)
+        facts = run_facts(run.setup, programs.at(start.step + 1), segment) | programs.facts()
         facts |= {name: start.recorded[name] for name in ("origin", "rope_scaling_changed")}
         write_run_facts(run.workdir, facts | {"workdir_locked": run.is_locked})
 

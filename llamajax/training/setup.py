@@ -81,6 +81,7 @@ class Setup:
     @property
     def data_settings(self) -> list[tuple[int, dict[str, Any]]]:
         """The first step of each stage, and its settings in a position in the data."""
+        packing = self.config.data.packing  # of auto a position knows more
         return [
             (
                 first_step,
@@ -88,6 +89,7 @@ class Setup:
                     "batch_size": stage.config.data.global_batch_size,
                     "seq_len": stage.config.data.seq_len,
                     "mixture_hash": stage.mixture.hash,
+                    "packing": None if packing == "auto" else packing,
                 },
             )
             for first_step, stage in self.stages

@@ -8,6 +8,7 @@ import pytest
 
 from llamajax.data import BATCH_KEYS, Position, eval_batches, sample_ids, sample_order
 from llamajax.data import train_batches as read_batches
+from llamajax.data.packing import EXAMPLES
 
 BOS, EOS = 256, 257
 
@@ -53,8 +54,8 @@ def test_samples_are_the_stream_cut_at_the_sequence_length(
 ):
     path = prepared("a", documents)
     mixture = opened(path, seq_len=seq_len, shuffle=False, mask_documents=masked)
-    assert mixture.sources[0].num_samples(seq_len) == (len(stream) - 1) // seq_len
-    rows = range(min(300, mixture.sources[0].num_samples(seq_len)))
+    assert mixture.sources[0].samples(seq_len, EXAMPLES).count == (len(stream) - 1) // seq_len
+    rows = range(min(300, mixture.sources[0].samples(seq_len, EXAMPLES).count))
     batch = next(train(mixture, start(mixture, batch_size=999, seq_len=seq_len), rows=rows))
     for row in rows:
         window = stream[row * seq_len : row * seq_len + seq_len + 1]
@@ -70,7 +71,9 @@ def test_evaluation_counts_every_target_once_and_pads_the_rest(
     path = prepared("a", documents, "--validation_fraction=0.3")
     mixture = opened(path, split="validation", seq_len=seq_len)
     assert mixture.num_tokens + opened(path, seq_len=seq_len).num_tokens == len(stream)
-    batches = list(eval_batches(mixture, batch_size=3, seq_len=seq_len, rows=range(3)))
+    batches = list(
+        eval_batches(mixture, batch_size=3, seq_len=seq_len, packing=EXAMPLES, rows=range(3))
+    )
     whole = {name: np.concatenate([b[name] for b in batches]) for name in BATCH_KEYS}
     targets = whole["targets"][whole["loss_mask"]]
     held = mixture.manifests[0]["splits"]["validation"]["documents"]
@@ -84,7 +87,11 @@ def test_evaluation_counts_every_target_once_and_pads_the_rest(
 
 def test_evaluation_is_limited_and_split_by_rows(mixture):
     whole, *parts = (
-        list(eval_batches(mixture, batch_size=6, seq_len=100, rows=rows, max_batches=2))
+        list(
+            eval_batches(
+                mixture, batch_size=6, seq_len=100, packing=EXAMPLES, rows=rows, max_batches=2
+            )
+        )
         for rows in (range(6), range(4), range(4, 6))
     )
     assert len(whole) == 2
@@ -95,12 +102,12 @@ def test_evaluation_is_limited_and_split_by_rows(mixture):
 
 def test_evaluation_of_a_mixture_starts_with_both_sources(prepared, opened):
     mixture = opened(prepared("a", ["a" * 5000]), prepared("b", ["b" * 5000]))
-    first = next(eval_batches(mixture, batch_size=4, seq_len=100, rows=range(4)))
+    first = next(eval_batches(mixture, batch_size=4, seq_len=100, packing=EXAMPLES, rows=range(4)))
     assert {ord("a"), ord("b")} <= set(first["tokens"].ravel().tolist())
 
 
 def test_every_epoch_is_another_permutation_of_all_samples(mixture):
-    count = mixture.sources[0].num_samples(100)
+    count = mixture.sources[0].samples(100, EXAMPLES).count
     ids = sample_ids(mixture, start(mixture, batch_size=3 * count), 0).reshape(3, count)
     assert [sorted(epoch) for epoch in ids] == [list(range(count))] * 3
     assert (np.diff(ids, axis=0) == 0).mean() < 0.1
@@ -167,7 +174,7 @@ def test_weights_decide_the_shares_and_each_source_has_its_own_epochs(prepared, 
     from_a = ids[ids < 20]
     assert len(from_a) == 300
     assert [sorted(epoch) for epoch in from_a.reshape(15, 20)] == [list(range(20))] * 15
-    source, number = mixture.locate(int(ids[ids >= 20][0]), 100)
+    source, number, _ = mixture.locate(int(ids[ids >= 20][0]), 100, EXAMPLES)
     assert (source.path, number) == (b, ids[ids >= 20][0] - 20)
 
 
@@ -176,7 +183,7 @@ def test_an_old_position_reads_in_the_old_order(mixture, stream, monkeypatch):
     new = start(mixture)
     old = Position((dataclasses.replace(new.segments[0], rounds=4),))
     for position, rounds in ((old, 4), (new, 8)):
-        ids = [mixture.order(100, rounds)[i] for i in range(4)]
+        ids = [mixture.order(100, EXAMPLES, rounds)[i] for i in range(4)]
         assert sample_ids(mixture, position, 0).tolist() == ids
         batch = next(train(mixture, position))
         assert [row.tolist() for row in batch["tokens"]] == [

@@ -21,6 +21,7 @@ from llamajax.corpus.holdout import Holdout
 from llamajax.corpus.instructions import Example, InstructionCorpus, parse_example
 from llamajax.data import Position, eval_batches, load_tokenizer, sample_ids, train_batches
 from llamajax.data.mixture import PreparedSplit, read_manifest
+from llamajax.data.packing import EXAMPLES, WINDOWS
 from llamajax.errors import UserError
 from llamajax.tokenizers.chat import Message, encode_example
 
@@ -69,7 +70,8 @@ def test_only_targets_of_answers_count(prepared_pairs, opened, expected, seq_len
     tokens, learned, starts = expected
     mixture = opened(prepared_pairs("a"), seq_len=seq_len, mask_documents=mask_documents)
     rows = 3 + 1000 // seq_len
-    batches = list(eval_batches(mixture, batch_size=rows, seq_len=seq_len, rows=range(rows)))
+    sizes = {"batch_size": rows, "seq_len": seq_len, "rows": range(rows)}
+    batches = list(eval_batches(mixture, packing=WINDOWS, **sizes))
     targets, counted, segments = (
         np.concatenate([batch[name].ravel() for batch in batches])
         for name in ("targets", "loss_mask", "segment_ids")
@@ -87,14 +89,16 @@ def test_shuffled_batches_count_the_same_targets_and_all_of_text_beside_them(
     tokens, learned, _ = expected
     paths = prepared("text", ["x" * 2000]), prepared_pairs("examples")
     mixture = opened(*paths, weights=(1.0, 1.0))
-    position = Position.start(batch_size=40, seq_len=100, mixture_hash=mixture.hash)
+    position = Position.start(
+        batch_size=40, seq_len=100, mixture_hash=mixture.hash, packing=WINDOWS
+    )
     batches = train_batches(
         {mixture.hash: mixture}, position, first_step=3, rows=range, num_threads=1, prefetch=2
     )
     for step in range(3, 6):
         batch, kinds = next(batches), Counter()
         for row, sample in enumerate(sample_ids(mixture, position, step)):
-            source, number = mixture.locate(int(sample), 100)
+            source, number, _ = mixture.locate(int(sample), 100, WINDOWS)
             counted = np.ones(100, bool)
             if source.masked:
                 begin = 100 * number
@@ -153,7 +157,9 @@ def test_data_of_an_earlier_version_reads_bit_for_bit(tmp_path, opened):
         chosen = [d for i, d in enumerate(documents) if (i in held) == (split == "validation")]
         tokens = np.array([t for d in chosen for t in (BOS, *d.encode(), EOS)])
         mixture = opened(old_data, split=split, seq_len=seq_len)
-        (batch,) = eval_batches(mixture, batch_size=1, seq_len=seq_len, rows=range(1))
+        (batch,) = eval_batches(
+            mixture, batch_size=1, seq_len=seq_len, packing=EXAMPLES, rows=range(1)
+        )
         np.testing.assert_array_equal(batch["tokens"][0], tokens[:-1])
         np.testing.assert_array_equal(batch["targets"][0], tokens[1:])
         np.testing.assert_array_equal(batch["loss_mask"][0], tokens[1:] != BOS)

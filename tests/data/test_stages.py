@@ -6,6 +6,7 @@ import json
 import pytest
 
 from llamajax.data import Position, left_out, sample_ids, tokens_reached, with_stages
+from llamajax.data.packing import EXAMPLES
 from llamajax.training.safety.rollback import Rollback, RollbackLog
 
 SIZES = {"batch_size": 4, "seq_len": 100}
@@ -35,7 +36,7 @@ def read(mixtures, position, steps):
         segment = position.segment(step)
         mixture = by_hash[segment.mixture_hash]
         for number in sample_ids(mixture, position, step):
-            source, sample = mixture.locate(int(number), segment.seq_len)
+            source, sample, _ = mixture.locate(int(number), segment.seq_len, segment.packing)
             found.append((source.path.name, sample, segment.seq_len))
     return found
 
@@ -49,8 +50,8 @@ def sources(prepared, documents):
 def test_samples_of_a_source_are_counted_as_grain_mixes_them(opened, prepared, documents, weights):
     paths = [prepared(f"p{i}", documents[i:]) for i in range(len(weights))]
     mixture = opened(*paths, weights=weights)
-    order = mixture.order(100)
-    names = [mixture.locate(order[i], 100)[0].path.name for i in range(700)]
+    order = mixture.order(100, EXAMPLES)
+    names = [mixture.locate(order[i], 100, EXAMPLES).source.path.name for i in range(700)]
     for n in (0, 1, 9, 10, 699, 700):
         assert mixture.counts(n) == [names[:n].count(path.name) for path in paths]
 
@@ -62,7 +63,7 @@ def test_a_ramp_reads_each_sample_once(mixture):
         (3, settings(mixture, batch_size=8)),
         (5, settings(mixture, batch_size=16)),
     )
-    order = mixture.order(100)
+    order = mixture.order(100, EXAMPLES)
     assert [s for _, s, _ in read([mixture], position, range(8))] == [
         order[i] for i in range(3 * 4 + 2 * 8 + 3 * 16)
     ]
@@ -81,14 +82,14 @@ def test_with_other_weights_each_source_goes_on_and_a_new_one_begins(opened, sou
     for path in (a, b, new):
         alone = opened(path)
         mine = [sample for name, sample, _ in samples if name == path.name]
-        assert mine == [alone.order(100)[i] for i in range(len(mine))]
+        assert mine == [alone.order(100, EXAMPLES)[i] for i in range(len(mine))]
     # back to the first mixture: on from where both stages left its sources
     third = staged(
         mixtures, *[(n, settings(m)) for n, m in ((0, mostly_a), (12, mostly_b), (30, mostly_a))]
     )
     again = read(mixtures, third, range(40))
     mine = [sample for name, sample, _ in again if name == "a"]
-    assert mine == [opened(a).order(100)[i] for i in range(len(mine))]
+    assert mine == [opened(a).order(100, EXAMPLES)[i] for i in range(len(mine))]
 
 
 def test_longer_samples_go_on_after_the_tokens_that_were_read(opened, sources):
@@ -163,7 +164,7 @@ def test_a_rollback_leaves_out_what_led_to_it_on_both_sides_of_a_border(
         if kind == "length":
             assert len(set(tokens(mine))) > max([t for _, t in tokens(mine)], default=-1) - 400
         else:
-            order = opened(path).order(100)
+            order = opened(path).order(100, EXAMPLES)
             assert [sample for _, sample, _ in mine] == [order[i] for i in range(len(mine))]
     for step in range(back + 1, 9):  # from each checkpoint after it
         saved = resumed(after, mixtures, step)
@@ -180,7 +181,7 @@ def test_data_that_no_stage_has_any_more_is_not_read_again(opened, sources, prep
     fork = staged([a, with_new], *stages, position=saved, step=10)
     samples = read([a, both], parent, range(10)) + read([a, with_new], fork, range(10, 20))
     mine = [sample for name, sample, _ in samples if name == "a"]
-    assert mine == [a.order(100)[i] for i in range(len(mine))]
+    assert mine == [a.order(100, EXAMPLES)[i] for i in range(len(mine))]
 
     b = opened(sources[1])
     by_hand = staged(
@@ -191,7 +192,7 @@ def test_data_that_no_stage_has_any_more_is_not_read_again(opened, sources, prep
     later = staged([b, with_new], *stages, position=saved, step=8)
     samples = read([a], later, range(5)) + read([b, with_new], later, range(5, 20))
     mine = [sample for name, sample, _ in samples if name == "a"]
-    assert mine == [a.order(100)[i] for i in range(len(mine))]
+    assert mine == [a.order(100, EXAMPLES)[i] for i in range(len(mine))]
 
 
 def test_a_rollback_without_stages_is_recorded_as_before(mixture):

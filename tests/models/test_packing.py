@@ -9,7 +9,8 @@ from workdirs import prepare_texts
 
 from llamajax.config.schema import DataConfig
 from llamajax.data.batches import make_batch
-from llamajax.data.mixture import open_mixture
+from llamajax.data.mixture import Sample, open_mixture
+from llamajax.data.packing import WINDOWS
 from llamajax.models.llama import Compute, Llama
 
 BOS, T = 256, 24
@@ -75,8 +76,10 @@ def batch(tmp_path_factory) -> dict[str, np.ndarray]:
     path = prepare_texts(tmp_path_factory.mktemp("packed"), texts, held_out=0)
     data = DataConfig(path=str(path), seq_len=T, global_batch_size=4, seed=0)
     (source,) = open_mixture(data, split="train", vocab_size=258).sources
-    count = source.num_eval_samples(T)
-    found = make_batch([*((source, n) for n in range(count)), None], T, mask_documents=True)
+    windows = source.samples(T, WINDOWS)
+    count = windows.count_all
+    samples = [Sample(source, n, windows.pieces(n)) for n in range(count)]
+    found = make_batch([*samples, None], T, mask_documents=True)
     assert 0 < (found["segment_ids"][count - 1] == 0).sum() < T, "the last sample is part padding"
     assert found["segment_ids"].max() > 2
     return {name: np.ascontiguousarray(value) for name, value in found.items()}

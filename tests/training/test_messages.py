@@ -11,6 +11,7 @@ from llamajax import backends
 from llamajax.config.keys import all_keys, own_keys
 from llamajax.config.model_schema import RopeScaling
 from llamajax.config.schema import MeshConfig
+from llamajax.data.packing import EXAMPLES, Windows
 from llamajax.models.lora import num_adapter_parameters
 from llamajax.models.memory import held_parts, host_bytes, state_bytes
 from llamajax.processes import host_collectives
@@ -29,10 +30,15 @@ def session(*, steps: int = 10, vocab_size: int = 300, held_out: tuple[str, ...]
         tokens_of=lambda step: 1000,
         config=SimpleNamespace(
             train=SimpleNamespace(steps=steps),
+            data=SimpleNamespace(seq_len=100),
             model=SimpleNamespace(vocab_size=vocab_size),
         ),
         mixture=SimpleNamespace(
-            sources=tuple(sources.values()), num_tokens=10_000, manifests=manifests
+            sources=tuple(sources.values()),
+            weights=(0.5, 0.5),
+            samples=lambda seq_len, packing: [Windows(5000, seq_len)] * 2,
+            num_tokens=10_000,
+            manifests=manifests,
         ),
         evaluated=SimpleNamespace(
             own=SimpleNamespace(sources=tuple(sources[p] for p in held_out)), named={}
@@ -51,7 +57,7 @@ def session(*, steps: int = 10, vocab_size: int = 300, held_out: tuple[str, ...]
     ],
 )
 def test_odd_data_is_a_warning(changes, message):
-    (line,) = data_warnings(session(**changes))
+    (line,) = data_warnings(session(**changes), [EXAMPLES])
     assert re.search(message, line)
 
 
@@ -59,13 +65,13 @@ def test_a_stage_that_reads_its_data_often_is_named_with_its_path():
     run, stage = session(), session()
     run.stages, run.borders, run.tokens_of = ((0, run), (1, stage)), [1], lambda _: 1_000_000
     stage.mixture.sources = stage.mixture.sources[:1]
-    assert data_warnings(run)[1] == (
+    assert data_warnings(run, [EXAMPLES] * 2)[1] == (
         "data.stages[0] reads the 10.0k tokens of its path, a, 900 times"
     )
 
 
 def test_usual_data_is_none():
-    assert data_warnings(session()) == []
+    assert data_warnings(session(), [EXAMPLES]) == []
 
 
 def test_a_host_without_the_memory_is_a_warning(short_config, monkeypatch):

@@ -12,6 +12,7 @@ from llamajax.corpus.inspection.document_survey import Survey
 from llamajax.corpus.inspection.inspect_options import InspectOptions
 from llamajax.corpus.inspection.ngram_overlap import NgramOverlap
 from llamajax.data import shards
+from llamajax.data.packing import PackedRows, Windows
 from llamajax.errors import UserError
 from llamajax.tokenizers import Tokenizer, load_tokenizer
 
@@ -123,14 +124,21 @@ def _inspect_split(
             overlap.look(run)
     survey.finish()
     largest_first = np.sort(counts)[::-1]
+    cut, drawn = survey.packing(options.seq_len), reader.samples(options.seq_len)
+    cut["unread_tokens"] = (reader.num_tokens - 1) % options.seq_len
+    if reader.masked:  # the figures above are of data.packing=windows
+        cut["whole_examples"] = {
+            "rows": drawn.count,
+            "padding_share": 1 - drawn.efficiency,
+            "cut_documents_share": float((survey.lengths > options.seq_len + 1).mean()),
+        }
     return survey, {
         "read_documents": len(survey.lengths),
         "read_tokens": int(survey.lengths.sum()),
         "read_share": float(survey.lengths.sum() / reader.num_tokens),
         "truncated_documents": survey.truncated,
         "lengths": survey.length_facts(),
-        "packing": survey.packing(options.seq_len)
-        | {"unread_tokens": (reader.num_tokens - 1) % options.seq_len},
+        "packing": cut,
         "vocabulary": {
             "size": len(counts),
             f"less_than_{_FEW}_times": int(((counts > 0) & (counts < _FEW)).sum()),
@@ -139,7 +147,7 @@ def _inspect_split(
         **survey.copies(reader),
         "order": survey.order(),
         **survey.unlike(reader),
-        "samples": [*_samples(reader, options.seq_len)],
+        "samples": [*_samples(reader, drawn, options.seq_len)],
     }
 
 
@@ -157,19 +165,21 @@ def _token_bytes(tokenizer: Tokenizer, counts: np.ndarray) -> np.ndarray:
     return sizes
 
 
-def _samples(reader: DocumentReader, seq_len: int) -> Iterator[dict[str, Any]]:
+def _samples(
+    reader: DocumentReader, drawn: Windows | PackedRows, seq_len: int
+) -> Iterator[dict[str, Any]]:
     """Yield the parts of documents in the first and the middle sample, decoded."""
-    count = (reader.num_tokens - 1) // seq_len
-    for number in sorted({0, count // 2}):
-        first, last = number * seq_len, min((number + 1) * seq_len, reader.num_tokens)
-        starts = reader.borders(first, last).tolist()
-        for begin, end in itertools.pairwise(sorted({first, *starts, last})):
-            is_end = int(reader.tokens(end - 1, end)[0]) == reader.tokenizer.eos_id
-            yield {
-                "sample": number,
-                "at_token": begin,
-                "length": end - begin,
-                "begins": "document" if begin in starts else "within one",
-                "ends": "with it" if is_end else "cut",
-                "text": reader.text(begin, end),
-            }
+    for number in sorted({0, drawn.count // 2}):
+        for first, size in drawn.pieces(number).tolist():
+            last = first + min(size, seq_len)
+            starts = reader.borders(first, last).tolist()
+            for begin, end in itertools.pairwise(sorted({first, *starts, last})):
+                is_end = int(reader.tokens(end - 1, end)[0]) == reader.tokenizer.eos_id
+                yield {
+                    "sample": number,
+                    "at_token": begin,
+                    "length": end - begin,
+                    "begins": "document" if begin in starts else "within one",
+                    "ends": "with it" if is_end else "cut",
+                    "text": reader.text(begin, end),
+                }

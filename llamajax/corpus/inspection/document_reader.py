@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from llamajax.data import shards
+from llamajax.data.packing import PackedRows, Windows
 from llamajax.data.shards import BLOCK_TOKENS
 from llamajax.tokenizers import Tokenizer
 
@@ -48,10 +49,10 @@ class DocumentReader:
         self, directory: Path, manifest: dict[str, Any], split: str, tokenizer: Tokenizer
     ) -> None:
         files, dtype = manifest["splits"][split]["shards"], np.dtype(manifest["token_dtype"])
-        masked = bool(manifest.get("loss_mask"))
+        self.masked = bool(manifest.get("loss_mask"))
         self.split, self.tokenizer = split, tokenizer
         self.num_tokens = manifest["splits"][split]["tokens"]
-        self._reader = shards.SplitReader(directory, files, dtype, masked=masked)
+        self._reader = shards.SplitReader(directory, files, dtype, masked=self.masked)
         self._num_blocks = sum(shard["records"] for shard in files)
 
     def runs(self, max_tokens: int | None) -> Iterator[DocumentRun]:
@@ -98,6 +99,12 @@ class DocumentReader:
             for i, block in enumerate(blocks)
         ]
         return tokens, np.concatenate(starts)
+
+    def samples(self, seq_len: int) -> Windows | PackedRows:
+        """Return how the stream becomes samples; of training only the order is another one."""
+        if not self.masked:
+            return Windows(self.num_tokens, seq_len)
+        return PackedRows(self._reader.example_sizes()[:, 0], seq_len, None)
 
     def tokens(self, start: int, end: int) -> np.ndarray:
         """Return the tokens of the stream in [start, end)."""

@@ -30,12 +30,19 @@ def summary(manifest: dict[str, Any]) -> list[str]:
             f" unigram entropy {split['unigram_entropy']:.3f} nats"
         )
         if learned:
-            over = [f"{n:,} over {size}" for size, n in split["documents_over"].items() if n]
             lines.append(
                 f"{'':<11} {learned:,} tokens ({learned / split['tokens']:.1%}) carry loss;"
                 f" longest example {split['longest_document']:,} tokens"
-                + (f" ({', '.join(over)}: cut at the sequence length)" if over else "")
             )
+            if packing := split.get("packing"):
+                shares = ", ".join(
+                    f"{n}: {of['efficiency']:.1%} ({of['cut_examples'] / split['documents']:.1%})"
+                    for n, of in packing.items()
+                )
+                lines.append(
+                    f"{'':<11} tokens a row of whole examples holds at most, share that is not "
+                    f"padding (share of examples that are cut): {shares}"
+                )
         lines += [f"{'':<11} {line}" for line in _counted(split, tokenizer["vocab_size"])]
     if "unigram_loss" in manifest["splits"].get("validation", {}):
         loss = manifest["splits"]["validation"]["unigram_loss"]

@@ -131,7 +131,7 @@ function header() {
 // What one looks at first: [name, value, note].
 function figures(run) {
   const { curves: { train, evaluations }, facts, measured } = run;
-  const time = facts.time_breakdown ?? {};
+  const [time, packing] = [facts.time_breakdown ?? {}, facts.packing ?? {}];
   const deviceHours = isNumber(run.devices) && isNumber(time.wall_s) ? (time.wall_s * run.devices) / HOUR : null;
   const step_s = (measured.step_time_s ?? 0) + (last(train.data_wait_s) ?? 0);
   const left_s = running(run) && isNumber(run.steps) ? (run.steps - run.step) * step_s : 0;
@@ -145,7 +145,8 @@ function figures(run) {
     ["Training loss", logged(last(train.loss), digits), "last row, nats a token"],
     ...Object.entries(evaluations).map(([name, { loss, bits_per_byte: each }]) =>
       [name ? `Held out: ${name}` : "Held out", logged(last(loss), digits), perplexity(last(loss)) + bits(last(each))]),
-    ["Tokens seen", count(last(train.tokens_seen))],
+    ["Tokens seen", count(last(train.tokens_seen)), isNumber(packing.efficiency) &&
+      `${percent(packing.efficiency)} not padding, ${percent(packing.cut_examples_share)} of examples cut`],
     ["Tokens a second", count(measured.tokens_per_s), mfu],
     isNumber(time.goodput) && ["Goodput", percent(time.goodput), "share of time in steps that count"],
     isNumber(time.wall_s) && ["Wall clock", duration(time.wall_s),

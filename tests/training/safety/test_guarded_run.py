@@ -79,7 +79,7 @@ def _hit(config) -> list[int]:
     found = []
     for step in range(1, STEPS + 9):
         ids = data.sample_ids(mixture, place, step - 1)
-        samples = [mixture.locate(int(i), length) for i in ids]
+        samples = [mixture.locate(int(i), length, place.segments[0].packing) for i in ids]
         tokens = make_batch(samples, length, mask_documents=True)["tokens"]
         found += [step] * bool((tokens == RARE).any())
     return found

@@ -1,0 +1,219 @@
+"""Instructions packed by whole examples: the rows, the batches, and the place of a run in them."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_run
+
+from llamajax.config import freeze
+from llamajax.data import (
+    Ledger,
+    Position,
+    check_ledger,
+    eval_batches,
+    open_stages,
+    tokens_reached,
+    train_batches,
+    with_stages,
+)
+from llamajax.data.packing import EXAMPLES, WINDOWS, PackedRows, fill_rows
+from llamajax.errors import UserError
+
+BOS, EOS = 256, 257
+T = 60
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[tuple[str, str]]:
+    """Prompts and answers of 2 to 240 tokens, over three blocks; many have the same length."""
+    rng = np.random.default_rng(7)
+    sizes = [tuple(s) for s in rng.integers(0, 25, (400, 2))] + [(80, 90), (30, 28), (31, 28)]
+    letters = "".join(chr(97 + c) for c in rng.integers(0, 26, 20_000))
+    starts = np.cumsum([0, *(a + b for a, b in sizes)])
+    return [
+        (letters[s : s + a], letters[s + a : s + a + b + 1])
+        for s, (a, b) in zip(starts, sizes, strict=False)
+    ]
+
+
+@pytest.fixture
+def chats(prepared, opened, examples):
+    """The mixture of the examples, with what a test changes of the config."""
+    lines = [{"prompt": a, "completion": b} for a, b in examples]
+    path = prepared("chats", lines, "--format=instructions", "--validation_fraction=0.2")
+    return lambda split="train", **changes: opened(path, split=split, seq_len=T, **changes)
+
+
+def position(mixture, **changes):
+    settings = {"batch_size": 4, "seq_len": T, "mixture_hash": mixture.hash} | changes
+    return Position.start(**settings)
+
+
+def one_by_one(sizes, capacity, *, evenly):
+    """The rooms left after each piece in turn went into the row with the most, or least, room."""
+    rooms = [capacity] * (-(-sum(sizes) // capacity) if evenly else 0)
+    for size in sizes:
+        fitting = [(room, i) for i, room in enumerate(rooms) if room >= size]
+        if fitting:
+            rooms[(max if evenly else min)(fitting)[1]] -= size
+        else:
+            rooms.append(capacity - size)
+    return sorted(rooms)
+
+
+@pytest.mark.parametrize("evenly", [True, False])
+def test_rows_are_those_of_one_piece_after_the_other(evenly):
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        capacity = int(rng.integers(3, 50))
+        sizes = np.sort(rng.integers(1, capacity + 1, rng.integers(1, 60)))[::-1]
+        rows = fill_rows(sizes, capacity, evenly=evenly)
+        expected = one_by_one(sizes.tolist(), capacity, evenly=evenly)
+        left = capacity - np.bincount(rows, sizes, minlength=len(expected))
+        assert sorted(left.tolist()) == expected
+
+
+def test_rows_hold_about_as_many_examples_unless_that_takes_many_more_rows():
+    rng = np.random.default_rng(0)
+    lengths = np.exp(rng.normal(5, 1, 20_000)).astype(np.int64) + 2
+    counts = [
+        len(rows.pieces(n)) for rows in [PackedRows(lengths, 4096, "key")] for n in range(900)
+    ]
+    assert np.percentile(counts, 99) < 1.5 * np.mean(counts)
+    assert PackedRows(lengths, 4096, "key").efficiency > 0.98
+    pairs = np.array([40, 60] * 500 + [45, 55] * 500)  # each fits with one of the others alone
+    assert PackedRows(pairs, 99, "key").efficiency > 0.98
+
+
+@pytest.mark.parametrize("mask_documents", [True, False])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_each_example_is_whole_in_one_row_and_each_target_counts_once(
+    chats, examples, split, mask_documents
+):
+    mixture = chats(split, mask_documents=mask_documents)
+    (samples,) = mixture.samples(T, EXAMPLES)
+    if split == "train":
+        batches = train_batches(
+            {mixture.hash: mixture},
+            position(mixture, batch_size=samples.count),
+            first_step=0,
+            rows=range,
+            num_threads=0,
+            prefetch=0,
+        )
+        batches = [next(batches)]
+    else:
+        batches = eval_batches(mixture, batch_size=7, seq_len=T, packing=EXAMPLES, rows=range(7))
+    whole = {
+        (BOS, *a.encode(), *b.encode(), EOS): len(b) + 1
+        for a, b in examples
+        if len(a) + len(b) + 2 <= T + 1
+    }
+    found, targets, held = [], 0, 0
+    for batch in batches:
+        targets += batch["loss_mask"].sum()
+        held += (batch["segment_ids"] > 0).sum()
+        assert not batch["loss_mask"][batch["segment_ids"] == 0].any()
+        if not mask_documents:
+            assert batch["segment_ids"].max() == 1
+            continue
+        for row in range(len(batch["tokens"])):
+            for segment in range(1, batch["segment_ids"][row].max() + 1):
+                here = np.flatnonzero(batch["segment_ids"][row] == segment)
+                assert batch["positions"][row, here].tolist() == list(range(len(here)))
+                text = (*batch["tokens"][row, here].tolist(), int(batch["targets"][row, here[-1]]))
+                text = text if text[-1] == EOS else text[:-1]  # of the next example
+                if text in whole:
+                    assert batch["loss_mask"][row, here].sum() == whole[text]
+                    found.append(text)
+    (source,) = mixture.sources
+    assert targets == source.num_loss_tokens
+    assert held / (samples.count * T) == pytest.approx(samples.efficiency)
+    cut = mixture.packing_facts(T, EXAMPLES)["cut_examples_share"] * source.stats["documents"]
+    assert (
+        source.stats["documents"] - round(cut) == len(found) * mask_documents or not mask_documents
+    )
+    assert len(set(found)) == len(found)
+
+
+def test_manifest_and_run_have_the_same_figures(chats, examples):
+    mixture = chats()
+    for length, facts in mixture.sources[0].stats["packing"].items():
+        now = mixture.packing_facts(int(length), EXAMPLES)
+        assert facts["efficiency"] == pytest.approx(now["efficiency"])
+        assert facts["cut_examples"] == now["cut_examples_share"] == 0
+    facts = mixture.packing_facts(T, EXAMPLES)
+    lengths, learned = mixture.sources[0].example_sizes.T
+    assert facts["cut_examples_share"] == pytest.approx((lengths > T + 1).mean())
+    assert facts["cut_loss_share"] == pytest.approx(learned[lengths > T + 1].sum() / learned.sum())
+    starts = np.cumsum(lengths) - lengths
+    windows = [
+        not any(first <= s and s + n - 1 <= first + T for first in range(0, starts[-1] + 1, T))
+        for s, n in zip(starts, lengths, strict=True)
+    ]
+    assert mixture.packing_facts(T, WINDOWS)["cut_examples_share"] == np.mean(windows)
+
+
+def test_rows_are_a_function_of_lengths_length_and_seed():
+    lengths = np.random.default_rng(3).integers(2, 90, 500)
+    digest = PackedRows(lengths, T, "a").digest
+    # Changes only if runs that began before cannot go on: the ledger refuses them.
+    assert digest.hex() == "b11b4afd1189129c689f1047f5c20553"
+    assert digest == PackedRows(lengths, T, "a").digest != PackedRows(lengths, T, "b").digest
+    one, other = (PackedRows(lengths, T, key) for key in "ab")
+    assert one.count == other.count
+    first = [sorted(rows.pieces(n)[:, 1]) for rows in (one, other) for n in range(one.count)]
+    assert sorted(map(tuple, first[: one.count])) == sorted(map(tuple, first[one.count :]))
+
+
+def test_a_run_that_began_with_windows_goes_on_with_them(chats):
+    mixture, by_hash = chats(), {chats().hash: chats()}
+    saved = position(mixture, packing=WINDOWS).to_json()
+    del saved["segments"][0]["packing"]  # as of an earlier release
+    old = Position.from_json(saved)
+    auto = {"batch_size": 4, "seq_len": T, "mixture_hash": mixture.hash, "packing": None}
+    assert with_stages(old, [(0, auto)], by_hash, step=5) == old
+    # Asked for, whole examples begin after the share of the epoch that was read.
+    reached = tokens_reached(old, by_hash, 5)
+    assert list(reached.values()) == [5 * 4 * T]
+    new = with_stages(old, [(0, auto | {"packing": EXAMPLES})], by_hash, step=5)
+    segment = new.segment(5)
+    (rows,) = mixture.samples(T, EXAMPLES)
+    assert (new.segment(4).packing, segment.packing) == (WINDOWS, EXAMPLES)
+    assert segment.starts[0] == -(-5 * 4 * T * rows.count // mixture.num_tokens)
+    assert tokens_reached(new, by_hash, 5) == reached
+
+
+def test_another_length_keeps_the_epochs(chats):
+    mixture, by_hash = chats(), {chats().hash: chats()}
+    before, longer = (mixture.samples(length, EXAMPLES)[0] for length in (T, 150))
+    place = position(mixture, batch_size=before.count)
+    settings = {"batch_size": 4, "seq_len": 150, "mixture_hash": mixture.hash, "packing": None}
+    place = with_stages(place, [(0, settings)], by_hash, step=2)
+    assert place.segment(2).starts == (2 * longer.count,)
+    for count in range(3 * before.count):
+        assert before.after(before.tokens(count)) == count
+
+
+def test_the_ledger_knows_the_rows(chats):
+    mixture = chats()
+    by_hash, place = {mixture.hash: mixture}, position(mixture)
+    ledger = Ledger(by_hash, place, step=0, saved=None)
+    for step in (1, 2, 3):
+        ledger.add(step)
+    saved = json.loads(json.dumps(ledger.to_json()))
+    assert check_ledger(saved, by_hash, place, step=3) == 3
+    other = chats()
+    other.samples(T, EXAMPLES)[0] = PackedRows(other.sources[0].example_sizes[:, 0], T, "other")
+    with pytest.raises(UserError, match="are not those that this run read"):
+        check_ledger(saved, {other.hash: other}, place, step=3)
+
+
+def test_whole_examples_of_text_are_refused(prepared):
+    config = tiny_run.get_config(str(prepared("text", ["some text"] * 40)))
+    config.data.packing = EXAMPLES
+    with pytest.raises(
+        UserError, match=r"data\.packing = examples is for instructions, and .*text"
+    ):
+        list(open_stages(freeze(config)))
