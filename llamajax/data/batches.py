@@ -13,7 +13,6 @@ not that of the next whole example.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -120,11 +119,8 @@ def make_batch(samples: Sequence[Sample | None], seq_len: int, *, mask_documents
 
     Works on the whole batch at once: a loop over tokens or rows would cost more than reading.
     """
-    read = _read(samples, seq_len)
+    window, answer, lengths, (rows, starts) = _read(samples, seq_len, mask_documents)
     num_rows = len(samples)
-    rows, starts = (
-        np.concatenate([read.pieces, read.documents], 1) if mask_documents else read.pieces
-    )
     loss_mask = np.ones(num_rows * seq_len, bool)
     loss_mask[rows * seq_len + starts - 1] = False
     inside = (starts < seq_len) & mask_documents
@@ -139,37 +135,29 @@ def make_batch(samples: Sequence[Sample | None], seq_len: int, *, mask_documents
     positions = np.arange(num_rows * seq_len, dtype=np.int32)
     positions -= np.repeat(borders.astype(np.int32), sizes)
     batch = {
-        "tokens": read.window[:, :-1],  # views: two copies would take a tenth of the time
-        "targets": read.window[:, 1:],
+        "tokens": window[:, :-1],  # views: two copies would take a tenth of the time
+        "targets": window[:, 1:],
         "positions": positions.reshape(num_rows, seq_len),
         "segment_ids": segment_ids.reshape(num_rows, seq_len),
         "loss_mask": loss_mask.reshape(num_rows, seq_len),
     }
-    if read.answer is not None:
-        batch["loss_mask"] &= read.answer[:, 1:]
-    for row in np.flatnonzero(read.lengths <= seq_len):
-        num_targets = max(0, read.lengths[row] - 1)
+    if answer is not None:
+        batch["loss_mask"] &= answer[:, 1:]
+    for row in np.flatnonzero(lengths <= seq_len):
+        num_targets = max(0, lengths[row] - 1)
         for name in ("positions", "segment_ids", "loss_mask"):
             batch[name][row, num_targets:] = 0
     return batch
 
 
-class _Rows(NamedTuple):
-    """Tokens of a batch. documents, pieces: row, and offset in it from 1 on, of each start (2, n).
+def _read(
+    samples: Sequence[Sample | None], seq_len: int, mask_documents: bool
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
+    """Read the samples' tokens, and where pieces, and documents to be masked, start in a row.
 
-    window (B, T + 1): 0 where there are none. answer (B, T + 1): which carry loss; None if all do.
-    lengths (B,): the tokens of each row.
+    Returns the tokens (B, T + 1), 0 where there are none; which carry loss (B, T + 1), None if all
+    do; their number in each row (B,); rows and offsets (2, starts), those at the first token not.
     """
-
-    window: np.ndarray
-    answer: np.ndarray | None
-    lengths: np.ndarray
-    documents: np.ndarray
-    pieces: np.ndarray
-
-
-def _read(samples: Sequence[Sample | None], seq_len: int) -> _Rows:
-    """Read the samples' tokens, and where documents start within their pieces."""
     window = np.zeros((len(samples), seq_len + 1), np.int32)
     lengths = np.zeros(len(samples), np.int64)
     pieces: list[tuple[int, int]] = []
@@ -201,8 +189,9 @@ def _read(samples: Sequence[Sample | None], seq_len: int) -> _Rows:
     offsets, (sizes, *columns) = np.concatenate(found), np.array(origins).T
     at, rows, shift, first, end = (np.repeat(column, sizes) for column in columns)
     starts = offsets + at
-    keep = (starts > first) & (starts < end)
+    keep = (starts > first) & (starts < end) & mask_documents
     # The one token that two records share counts here only where it ends the piece.
     keep &= (offsets < BLOCK_TOKENS) | (starts == end - 1)
     documents = np.stack([rows, starts + shift])[:, keep]
-    return _Rows(window, answer, lengths, documents, np.array(pieces, np.int64).reshape(-1, 2).T)
+    borders = [np.array(pieces, np.int64).reshape(-1, 2).T, documents]
+    return window, answer, lengths, np.concatenate(borders, axis=1)

@@ -19,7 +19,7 @@ import numpy as np
 from llamajax.backends.jax_private.bare_grain import grain
 from llamajax.config.schema import DataConfig
 from llamajax.data import shards
-from llamajax.data.packing import WINDOWS, PackedRows, Windows, cut_examples
+from llamajax.data.packing import WINDOWS, ExampleRows, Windows, cut_examples
 from llamajax.data.sample_order import ROUNDS, EndlessOrder
 from llamajax.data.shards import read_manifest
 from llamajax.errors import UserError, combine
@@ -75,17 +75,11 @@ class PreparedSplit:
         """Tokens of each example, and how many carry loss, (examples, 2)."""
         return self.reader.example_sizes()
 
-    def samples(self, seq_len: int, packing: str, key: str | None = None) -> Windows | PackedRows:
-        """Return how the stream becomes samples. key: of `PackedRows`; None: for evaluation."""
+    def samples(self, seq_len: int, packing: str, key: str | None = None) -> Windows | ExampleRows:
+        """Return how the stream becomes samples. key: of `ExampleRows`; None: for evaluation."""
         if not self.masked or packing == WINDOWS:
             return Windows(self.num_tokens, seq_len)
-        if (seq_len, key) not in self._rows:  # a start and each evaluation ask for it
-            self._rows[seq_len, key] = PackedRows(self.example_sizes[:, 0], seq_len, key)
-        return self._rows[seq_len, key]
-
-    @functools.cached_property
-    def _rows(self) -> dict[tuple[int, str | None], PackedRows]:
-        return {}
+        return ExampleRows(self.example_sizes[:, 0], seq_len, key)
 
 
 class Sample(NamedTuple):
@@ -152,7 +146,7 @@ class Mixture:
         """Whether any source is instruction data."""
         return any(source.masked for source in self.sources)
 
-    def samples(self, seq_len: int, packing: str) -> list[Windows | PackedRows]:
+    def samples(self, seq_len: int, packing: str) -> list[Windows | ExampleRows]:
         """Return how the stream of each source becomes samples of training."""
         if (seq_len, packing) not in self._samples:
             found = [source.samples(seq_len, packing, self._key(source)) for source in self.sources]
@@ -160,7 +154,7 @@ class Mixture:
         return self._samples[seq_len, packing]
 
     @functools.cached_property
-    def _samples(self) -> dict[tuple[int, str], list[Windows | PackedRows]]:
+    def _samples(self) -> dict[tuple[int, str], list[Windows | ExampleRows]]:
         return {}
 
     def packing_facts(self, seq_len: int, packing: str) -> dict[str, Any]:

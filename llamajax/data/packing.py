@@ -51,7 +51,7 @@ class Windows:
         return -(-tokens // self._seq_len)
 
 
-class PackedRows:
+class ExampleRows:
     """Samples of whole examples, in the order of the longest example in each.
 
     lengths: of the examples in the stream, one after the other. key: of the order of examples of
@@ -136,7 +136,7 @@ def cut_examples(sizes: np.ndarray, seq_len: int, packing: str) -> np.ndarray:
 def packing_facts(sizes: np.ndarray, seq_len: int) -> dict[str, float]:
     """Return what the manifest says of whole examples in rows of this length. sizes: as above."""
     cut, learned = cut_examples(sizes, seq_len, EXAMPLES).tolist()
-    efficiency = PackedRows(sizes[:, 0], seq_len, None).efficiency
+    efficiency = ExampleRows(sizes[:, 0], seq_len, None).efficiency
     return {"efficiency": efficiency, "cut_examples": cut, "cut_loss_tokens": learned}
 
 

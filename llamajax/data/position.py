@@ -89,30 +89,21 @@ class Position:
         )
         return cls((first,))
 
-    def continued(
-        self,
-        *,
-        step: int,
-        batch_size: int,
-        seq_len: int,
-        mixture_hash: str,
-        packing: str | None = None,
-    ) -> "Position":
+    def continued(self, *, step: int, packing: str | None = None, **settings: Any) -> "Position":
         """Return this position with new settings from `step` on; itself if nothing changes.
 
-        packing: None for that of the position so far.
+        packing: None for that so far. settings: the others of `Segment.settings`.
         """
         last = self.segments[-1]
         if step < last.first_step:
             raise ValueError(f"step {step} lies before the last segment's {last.first_step}")
-        settings = {"batch_size": batch_size, "seq_len": seq_len, "mixture_hash": mixture_hash}
         settings["packing"] = packing or last.packing
         if settings == last.settings:
             return self
         tokens_read, starts = self.first_sample(step) * last.seq_len, last.starts
         if settings | {"batch_size": last.batch_size} != last.settings:  # another order
             tokens_read, starts = tokens_read + sum(starts) * last.seq_len, ()
-        first_sample = -(-tokens_read // seq_len)
+        first_sample = -(-tokens_read // settings["seq_len"])
         new = dataclasses.replace(
             last, first_step=step, first_sample=first_sample, starts=starts, **settings
         )

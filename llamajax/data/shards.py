@@ -295,21 +295,14 @@ class SplitReader:
 
         Reads all records, those of 100 M tokens in about a second.
         """
-        starts, learned_before, num_tokens, learned = [], [], 0, 0
+        found, total = [], np.zeros(2, np.int64)
         for number in range(int(self._ends[-1])):
             (block,) = self.blocks([number])
             own = block.starts[block.starts < BLOCK_TOKENS].astype(np.int64)
             before = np.concatenate([[0], np.cumsum(block.answer[:BLOCK_TOKENS])])
-            starts.append(own + num_tokens)
-            learned_before.append(before[own] + learned)
-            num_tokens, learned = num_tokens + len(before) - 1, learned + before[-1]
-        return np.stack(
-            [
-                np.diff(np.concatenate(starts), append=num_tokens),
-                np.diff(np.concatenate(learned_before), append=learned),
-            ],
-            axis=1,
-        )
+            found.append(total + np.stack([own, before[own]], axis=1))
+            total += len(before) - 1, before[-1]
+        return np.diff(np.concatenate([*found, total[None]]), axis=0)
 
     def _records(self, shard: int, numbers: list[int]) -> list[bytes]:
         """Read records one by one.

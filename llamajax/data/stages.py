@@ -56,28 +56,16 @@ def with_stages(
     later = [stage for stage in stages if stage[0] >= step]
     kept = tuple(s for s in position.segments if s.first_step <= step)
     found = dataclasses.replace(position, segments=kept)
-    if len(stages) == 1 and not _packs(found, stages[0][1], mixtures):
+    # A place among whole examples is no number of tokens, as `Position.continued` assumes.
+    packings = {found.segments[-1].packing, stages[0][1].get("packing")}
+    has_examples = EXAMPLES in packings and any(m.masked for m in mixtures.values())
+    if len(stages) == 1 and not has_examples:
         return found.continued(step=step, **stages[0][1])
     if not later or later[0][0] > step:
         later.insert(0, (step, stages[len(stages) - len(later) - 1][1]))
     for first_step, settings in later:
         found = _with_stage(found, mixtures, first_step, settings)
     return found
-
-
-def _packs(position: Position, settings: dict[str, Any], mixtures: Mapping[str, Mixture]) -> bool:
-    """Return whether the order so far, or that of these settings, has whole examples.
-
-    Then a place in one is no number of tokens in the other, as `Position.continued` assumes.
-    """
-    last = position.segments[-1]
-    for packing, hash_ in (
-        (last.packing, last.mixture_hash),
-        (settings.get("packing") or last.packing, settings["mixture_hash"]),
-    ):
-        if packing == EXAMPLES and hash_ in mixtures and mixtures[hash_].masked:
-            return True
-    return False
 
 
 def _with_stage(

@@ -179,22 +179,15 @@ def _packing(stage: Setup, packing: str) -> Iterator[str]:
     facts = stage.mixture.packing_facts(length, packing)
     if not facts:
         return
-    cut = (
-        f"{facts['cut_examples_share']:.1%} of the examples, with {facts['cut_loss_share']:.1%} of "
-        "the tokens that carry loss"
-    )
+    cut = f"{facts['cut_examples_share']:.1%} of the examples"
+    cut += f", with {facts['cut_loss_share']:.1%} of the tokens that carry loss,"
     if packing == WINDOWS:
-        yield (
-            f"packing  windows of one stream, which cut {cut}; data.packing=examples cuts only "
-            "those longer than a sample"
-        )
+        yield f"packing  windows of one stream; {cut} are cut (data.packing=examples: the longest)"
         return
     yield f"packing  whole examples; {facts['efficiency']:.1%} of the positions hold tokens"
     if facts["cut_examples_share"]:
-        yield (
-            f"warning: {cut}, are longer than data.seq_len = {length} and cut: their prompts are "
-            "in the first part alone"
-        )
+        where = "their prompts are in the first part alone"
+        yield f"warning: {cut} are longer than data.seq_len = {length} and cut: {where}"
 
 
 def data_warnings(setup: Setup, packings: Sequence[str]) -> list[str]:

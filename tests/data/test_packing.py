@@ -17,7 +17,7 @@ from llamajax.data import (
     train_batches,
     with_stages,
 )
-from llamajax.data.packing import EXAMPLES, WINDOWS, PackedRows, fill_rows
+from llamajax.data.packing import EXAMPLES, WINDOWS, ExampleRows, fill_rows
 from llamajax.errors import UserError
 
 BOS, EOS = 256, 257
@@ -78,12 +78,12 @@ def test_rows_hold_about_as_many_examples_unless_that_takes_many_more_rows():
     rng = np.random.default_rng(0)
     lengths = np.exp(rng.normal(5, 1, 20_000)).astype(np.int64) + 2
     counts = [
-        len(rows.pieces(n)) for rows in [PackedRows(lengths, 4096, "key")] for n in range(900)
+        len(rows.pieces(n)) for rows in [ExampleRows(lengths, 4096, "key")] for n in range(900)
     ]
     assert np.percentile(counts, 99) < 1.5 * np.mean(counts)
-    assert PackedRows(lengths, 4096, "key").efficiency > 0.98
+    assert ExampleRows(lengths, 4096, "key").efficiency > 0.98
     pairs = np.array([40, 60] * 500 + [45, 55] * 500)  # each fits with one of the others alone
-    assert PackedRows(pairs, 99, "key").efficiency > 0.98
+    assert ExampleRows(pairs, 99, "key").efficiency > 0.98
 
 
 @pytest.mark.parametrize("mask_documents", [True, False])
@@ -157,11 +157,11 @@ def test_manifest_and_run_have_the_same_figures(chats, examples):
 
 def test_rows_are_a_function_of_lengths_length_and_seed():
     lengths = np.random.default_rng(3).integers(2, 90, 500)
-    digest = PackedRows(lengths, T, "a").digest
+    digest = ExampleRows(lengths, T, "a").digest
     # Changes only if runs that began before cannot go on: the ledger refuses them.
     assert digest.hex() == "b11b4afd1189129c689f1047f5c20553"
-    assert digest == PackedRows(lengths, T, "a").digest != PackedRows(lengths, T, "b").digest
-    one, other = (PackedRows(lengths, T, key) for key in "ab")
+    assert digest == ExampleRows(lengths, T, "a").digest != ExampleRows(lengths, T, "b").digest
+    one, other = (ExampleRows(lengths, T, key) for key in "ab")
     assert one.count == other.count
     first = [sorted(rows.pieces(n)[:, 1]) for rows in (one, other) for n in range(one.count)]
     assert sorted(map(tuple, first[: one.count])) == sorted(map(tuple, first[one.count :]))
@@ -205,7 +205,7 @@ def test_the_ledger_knows_the_rows(chats):
     saved = json.loads(json.dumps(ledger.to_json()))
     assert check_ledger(saved, by_hash, place, step=3) == 3
     other = chats()
-    other.samples(T, EXAMPLES)[0] = PackedRows(other.sources[0].example_sizes[:, 0], T, "other")
+    other.samples(T, EXAMPLES)[0] = ExampleRows(other.sources[0].example_sizes[:, 0], T, "other")
     with pytest.raises(UserError, match="are not those that this run read"):
         check_ledger(saved, {other.hash: other}, place, step=3)
 

@@ -12,7 +12,7 @@ from llamajax.corpus.inspection.document_survey import Survey
 from llamajax.corpus.inspection.inspect_options import InspectOptions
 from llamajax.corpus.inspection.ngram_overlap import NgramOverlap
 from llamajax.data import shards
-from llamajax.data.packing import PackedRows, Windows
+from llamajax.data.packing import ExampleRows, Windows
 from llamajax.errors import UserError
 from llamajax.tokenizers import Tokenizer, load_tokenizer
 
@@ -166,7 +166,7 @@ def _token_bytes(tokenizer: Tokenizer, counts: np.ndarray) -> np.ndarray:
 
 
 def _samples(
-    reader: DocumentReader, drawn: Windows | PackedRows, seq_len: int
+    reader: DocumentReader, drawn: Windows | ExampleRows, seq_len: int
 ) -> Iterator[dict[str, Any]]:
     """Yield the parts of documents in the first and the middle sample, decoded."""
     for number in sorted({0, drawn.count // 2}):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llamajax.data import shards
-from llamajax.data.packing import PackedRows, Windows
+from llamajax.data.packing import ExampleRows, Windows
 from llamajax.data.shards import BLOCK_TOKENS
 from llamajax.tokenizers import Tokenizer
 
@@ -100,11 +100,11 @@ class DocumentReader:
         ]
         return tokens, np.concatenate(starts)
 
-    def samples(self, seq_len: int) -> Windows | PackedRows:
+    def samples(self, seq_len: int) -> Windows | ExampleRows:
         """Return how the stream becomes samples; of training only the order is another one."""
         if not self.masked:
             return Windows(self.num_tokens, seq_len)
-        return PackedRows(self._reader.example_sizes()[:, 0], seq_len, None)
+        return ExampleRows(self._reader.example_sizes()[:, 0], seq_len, None)
 
     def tokens(self, start: int, end: int) -> np.ndarray:
         """Return the tokens of the stream in [start, end)."""

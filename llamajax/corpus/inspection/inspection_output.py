@@ -34,15 +34,13 @@ def summary(manifest: dict[str, Any]) -> list[str]:
                 f"{'':<11} {learned:,} tokens ({learned / split['tokens']:.1%}) carry loss;"
                 f" longest example {split['longest_document']:,} tokens"
             )
-            if packing := split.get("packing"):
-                shares = ", ".join(
-                    f"{n}: {of['efficiency']:.1%} ({of['cut_examples'] / split['documents']:.1%})"
-                    for n, of in packing.items()
+            if packing := split.get("packing"):  # none of an earlier version
+                rows = (
+                    f"{each['efficiency']:.1%} at {length}"
+                    + f" ({each['cut_examples']:,} examples cut)" * (each["cut_examples"] > 0)
+                    for length, each in packing.items()
                 )
-                lines.append(
-                    f"{'':<11} tokens a row of whole examples holds at most, share that is not "
-                    f"padding (share of examples that are cut): {shares}"
-                )
+                lines.append(f"{'':<11} tokens fill rows of whole examples by {', '.join(rows)}")
         lines += [f"{'':<11} {line}" for line in _counted(split, tokenizer["vocab_size"])]
     if "unigram_loss" in manifest["splits"].get("validation", {}):
         loss = manifest["splits"]["validation"]["unigram_loss"]
