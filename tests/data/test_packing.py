@@ -12,7 +12,9 @@ from llamajax.data import (
     Position,
     check_ledger,
     eval_batches,
+    left_out,
     open_stages,
+    sample_ids,
     tokens_reached,
     train_batches,
     with_stages,
@@ -194,6 +196,29 @@ def test_another_length_keeps_the_epochs(chats):
     assert place.segment(2).starts == (2 * longer.count,)
     for count in range(3 * before.count):
         assert before.after(before.tokens(count)) == count
+
+
+def test_stages_and_rollbacks_go_on_in_the_rows_of_a_source(chats, prepared, opened):
+    alone, text = chats(), prepared("text", ["abc " * 900])
+    paths = text, alone.sources[0].path
+    mixtures = [opened(*paths, weights=w, seq_len=T) for w in ((0.2, 0.8), (0.7, 0.3))]
+    by_hash = {mixture.hash: mixture for mixture in mixtures}
+    stages = [
+        (step, {"batch_size": 4, "seq_len": T, "mixture_hash": mixture.hash})
+        for step, mixture in zip((0, 6), mixtures, strict=True)
+    ]
+    whole = with_stages(Position.start(**stages[0][1]), stages, by_hash, step=0)
+    segment, reached = left_out(whole, by_hash, to_step=4, at_step=8, borders=(6,))
+    after = Position((*whole.until(4).segments, segment), reached)
+    after = with_stages(after, stages, by_hash, step=4)
+    read = [(whole, step) for step in range(8)] + [(after, step) for step in range(4, 12)]
+    found = []
+    for place, step in read:
+        mixture = by_hash[place.segment(step).mixture_hash]
+        for number in sample_ids(mixture, place, step):
+            source, row, _ = mixture.locate(int(number), T, EXAMPLES)
+            found += [row] * source.masked
+    assert found == [alone.order(T, EXAMPLES)[i] for i in range(len(found))]
 
 
 def test_the_ledger_knows_the_rows(chats):
