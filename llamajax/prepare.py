@@ -4,13 +4,15 @@ On many machines: run the same command with --num_tasks=N and each of --task_ind
 order, and again after any failure; then once with --merge. Files are divided among tasks; the
 shards are those of one process, byte for byte.
 
-A line of instructions, of which only the completion or the assistant's answers carry loss:
+A row of instructions, of which only the completion or the assistant's answers carry loss:
   {"prompt": "...", "completion": "..."}
   {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
 
 Example:
   python -m llamajax.prepare --input=books/ --tokenizer=train:4096 --output=data/books
   python -m llamajax.prepare --input='web-*.jsonl.zst' --tokenizer=tokenizer.model --output=data/web
+  python -m llamajax.prepare --input='hf/wikitext,web/*.jsonl:text_key=content' \\
+      --tokenizer=tokenizer.model --output=data/mix
   python -m llamajax.prepare --input=chats.jsonl --format=instructions --chat_template=llama3 \\
       --tokenizer=tokenizer.model --output=data/chats
   python -m llamajax.prepare --inspect=data/web --seq_len=4096 --against=questions.jsonl

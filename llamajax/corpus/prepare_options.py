@@ -15,9 +15,10 @@ class PrepareOptions(Flags):
     """Flags of `prepare`; those from `num_tasks` on say where the work is done."""
 
     input: str = key(
-        "files, globs or directories: .txt, .jsonl, .json (lines), .parquet, .tokens, .raw, each "
-        "also .gz or .zst",
-        metavar="GLOB[,GLOB]",
+        "files, globs or directories: .txt, .jsonl, .json, .parquet, .arrow, .tokens, .raw, each "
+        "also .gz or .zst; each with options of its own: text_key, clean, document_separator, "
+        "split, into, config",
+        metavar="GLOB[:KEY=VALUE][,GLOB]",
         is_path=True,
     )
     tokenizer: str = key(
@@ -28,8 +29,7 @@ class PrepareOptions(Flags):
     )
     output: str = key("directory to write", metavar="DIR", is_path=True)
     format: Literal["text", "instructions"] = key(
-        "instructions: JSON lines of prompts and completions, or of chats, to finetune on the "
-        "answers",
+        "instructions: rows of prompts and completions, or of chats, to finetune on the answers",
         metavar="NAME",
         default="text",
     )
