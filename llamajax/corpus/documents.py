@@ -25,7 +25,8 @@ _REASON = re.compile(r"^.*?: (row \d+: )?|\s*[:;(].*$", re.DOTALL)
 class LeftOut:
     """What of the input is not in the output as it is: bad rows, blank texts, unsafe cuts.
 
-    reasons: bad rows by the first words of their problem. unsafe_cuts: change a token.
+    reasons: bad rows by the first words of their problem. unsafe_cuts: change a token. without_bos,
+    without_eos: documents of the input that were tokens and lack these.
     """
 
     rows: int = 0
@@ -33,6 +34,8 @@ class LeftOut:
     reasons: dict[str, int] = dataclasses.field(default_factory=dict)
     blank: int = 0
     unsafe_cuts: int = 0
+    without_bos: int = 0
+    without_eos: int = 0
 
     def add(self, problem: str) -> None:
         """Count a bad row; name it if it is among the first."""

@@ -49,7 +49,8 @@ class Holdout:
     one, from the start of a paragraph. Examples are never cut: the first is held out whole, if
     there is another. Where inputs declare what is held out, that is held out and nothing else.
 
-    cut: the number of the document that is held out in part, None if there is none.
+    cut: the number of the document that is held out in part, None if there is none; cut_at: from
+    about where on.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Holdout:
         self._group = math.ceil(_HELD_PER_GROUP / fraction) if fraction else 0
         self._held: set[int] = set()
         self.cut: int | None = None
-        self._cut_at = self._reach = 0  # in characters, roughly; how far from there
+        self.cut_at = self._reach = 0  # in characters, or tokens; how far from there
         if not fraction:
             return
         sizes = list(itertools.islice(sizes, self._group))
@@ -87,7 +88,7 @@ class Holdout:
         elif not self._held and sizes:
             self.cut = next((n for n in order if sizes[n] > wanted), order[0])
             self._reach = max(1, round(wanted))
-            self._cut_at = sizes[self.cut] - self._reach
+            self.cut_at = sizes[self.cut] - self._reach
 
     def split(self, documents: Iterable[str | Example | LongText]) -> Iterator[DocumentPart]:
         """Yield the parts of all documents, in order."""
@@ -115,18 +116,18 @@ class Holdout:
         """Return both parts of the document `cut`; of a LongText the first is to be read first."""
         if isinstance(document, LongText):
             return self._long_halves(document)
-        at = _paragraph_start(document, self._cut_at, self._reach)
+        at = _paragraph_start(document, self.cut_at, self._reach)
         return [DocumentPart("train", document[:at]), DocumentPart("validation", document[at:])]
 
     def _long_halves(self, document: LongText) -> list[DocumentPart]:
         reach = min(self._reach, _MAX_REACH)
-        before = max(0, self._cut_at - reach - 1)
+        before = max(0, self.cut_at - reach - 1)
         tail = []
 
         def train() -> Iterator[str]:
             yield from document.take(before)
-            window = "".join(document.take(self._cut_at + reach - before))
-            at = _paragraph_start(window, self._cut_at - before, reach)
+            window = "".join(document.take(self.cut_at + reach - before))
+            at = _paragraph_start(window, self.cut_at - before, reach)
             tail.append(window[at:])
             yield window[:at]
 

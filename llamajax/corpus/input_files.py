@@ -13,7 +13,8 @@ from llamajax.corpus.long_text import CHUNK
 from llamajax.errors import UserError
 from llamajax.files import lfs_problem
 
-FORMATS = (".txt", ".jsonl", ".parquet", ".arrow", ".tokens", ".raw")
+TOKEN_FORMATS = (".bin", ".npy")
+FORMATS = (".txt", ".jsonl", ".parquet", ".arrow", ".tokens", ".raw", *TOKEN_FORMATS)
 COMPRESSIONS = (".gz", ".zst")
 _BOM = "\ufeff"
 _COMPRESSED_STEP = 1 << 16  # bytes; what was read before damage is kept, but for the last step
@@ -29,11 +30,14 @@ def format_of(path: Path) -> str | None:
     `.json` and `.ndjson` are JSON lines: C4 and Dolma name them so (`.json.gz`).
     """
     name = path.name.lower()
+    if name.endswith(TOKEN_FORMATS):
+        return name[-4:]
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
     if name.endswith((".json", ".ndjson")):
         return ".jsonl"
-    return next((f for f in FORMATS if name.endswith(f)), None)
+    texts = (f for f in FORMATS if f not in TOKEN_FORMATS)
+    return next((f for f in texts if name.endswith(f)), None)
 
 
 def read_text(file: Path) -> str:

@@ -15,7 +15,7 @@ from llamajax.corpus.dataset_splits import (
     readme_splits,
     saved_splits,
 )
-from llamajax.corpus.input_files import COMPRESSIONS, FORMATS, format_of
+from llamajax.corpus.input_files import COMPRESSIONS, FORMATS, TOKEN_FORMATS, format_of
 from llamajax.corpus.prepare_options import PrepareOptions
 from llamajax.errors import UserError, did_you_mean, listed, nearest, say
 
@@ -143,9 +143,12 @@ def _splits_of(name: str, given: dict[str, str]) -> Splits:
         return splits
     if config:
         raise UserError(f"--input: {name}:config={config}: config is for directories")
+    if _is_index(Path(f"{path}.idx")):  # as Megatron-LM names it
+        path = Path(f"{path}.idx")
     if path.exists():
-        return {"": [path]}
+        return {"": [path.with_suffix(".bin") if _is_index(path) else path]}
     matched = sorted(Path(f) for f in glob.glob(name, recursive=True))
+    matched = [file for file in matched if not _is_index(file)]
     files = [f for f in matched if f.is_file()]
     known = {*files, *(folder for f in files for folder in f.parents)}
     _note_left_out(name, [str(f) for f in matched if f not in known])
@@ -207,6 +210,15 @@ def _files_in(directory: Path) -> tuple[list[Path], list[str]]:
         for file in visible:
             if file.is_file() and format_of(file) and file.suffix.lower() != ".json":
                 files.append(file)
-            else:
+            elif not _is_index(file):
                 others.append(str(file.relative_to(directory)))
+    tokens = {file for file in files if format_of(file) in TOKEN_FORMATS}
+    if len(tokens) < len(files):  # beside texts, `.bin` may be anything
+        files = [file for file in files if file not in tokens]
+        others += [str(file.relative_to(directory)) for file in tokens]
     return sorted(files), sorted(others)
+
+
+def _is_index(file: Path) -> bool:
+    """Return whether a file is the index beside a `.bin` of Megatron-LM."""
+    return file.suffix == ".idx" and file.with_suffix(".bin").is_file()

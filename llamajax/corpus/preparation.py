@@ -13,10 +13,11 @@ import numpy as np
 from llamajax.corpus.document_hashes import CopyCounter
 from llamajax.corpus.documents import Corpus, LeftOut, warn_of_single_article
 from llamajax.corpus.holdout import SPLITS, Holdout
-from llamajax.corpus.input_files import format_of
+from llamajax.corpus.input_files import TOKEN_FORMATS, format_of
 from llamajax.corpus.input_patterns import InputFile, declares_validation, find_inputs, records_of
 from llamajax.corpus.instructions import InstructionCorpus
 from llamajax.corpus.prepare_options import PrepareOptions
+from llamajax.corpus.token_files import TokenCorpus, check_token_flags
 from llamajax.corpus.tokenizer_training import MAX_BYTES, parse_train, train_tokenizer
 from llamajax.corpus.tokenizing import TokenizedDocuments, tokenize_all
 from llamajax.data import shards
@@ -35,13 +36,17 @@ ReportProgress = Callable[[str, int, int], None]
 def prepare(options: PrepareOptions, progress: ReportProgress) -> dict[str, Any]:
     """Write the output directory and return its manifest. A UserError leaves nothing behind."""
     files, tokenizer = check_input(options)
-    corpus = open_corpus(options, files)
+    is_text = format_of(files[0].path) not in TOKEN_FORMATS
+    corpus = open_corpus(options, files) if is_text else TokenCorpus(files, tokenizer)
     with locked_output(options.directory) as directory:
         holdout = choose_holdout(options, files, corpus, progress)
         if tokenizer is None:
             tokenizer = train_on(options, corpus, holdout, directory / TRAINED, progress)
         watch(corpus, "tokenizing", progress)
-        results = tokenize_all(holdout.split(corpus), tokenizer, options, corpus.left_out)
+        if is_text:
+            results = tokenize_all(holdout.split(corpus), tokenizer, options, corpus.left_out)
+        else:
+            results = corpus.split(holdout)
         manifest = write_results(options, files, results, directory, tokenizer, corpus.left_out)
     corpus.left_out.say()
     warn_of_single_article(files, corpus.num_articles)
@@ -60,6 +65,7 @@ def check_input(options: PrepareOptions) -> tuple[list[InputFile], Tokenizer | N
             say(f"warning: {line}")
     check_template(options.chat_template, tokenizer)
     files = find_inputs(options)
+    check_token_flags(options, files)
     if options.document_separator and all(format_of(file.path) != ".txt" for file in files):
         raise UserError("--document_separator is for .txt files, and --input has none")
     output = options.directory
@@ -159,6 +165,8 @@ def write_results(
             " --validation_fraction=0"
         )
     names = ("format", "chat_template") if masked else ("text_key", "clean")
+    is_tokens = format_of(files[0].path) in TOKEN_FORMATS
+    names = () if is_tokens else names
     names += () if declared else ("validation_fraction",)
     names += ("document_separator",) if options.document_separator else ()
     manifest = {
@@ -175,7 +183,8 @@ def write_results(
         "block_tokens": shards.BLOCK_TOKENS,
         "token_dtype": shards.token_dtype(tokenizer.vocab_size).str,
         **({"loss_mask": True} if masked else {}),
-        "input": {name: getattr(options, name) for name in names}
+        "input": ({"format": "tokens"} if is_tokens else {})
+        | {name: getattr(options, name) for name in names}
         | {"files": [file.path.name for file in files]}
         | ({"inputs": inputs} if (inputs := records_of(files)) else {}),
         **({"left_out": record} if (record := left_out.record()) else {}),

@@ -36,7 +36,7 @@ from llamajax.corpus.preparation import (
 )
 from llamajax.corpus.prepare_options import PrepareOptions
 from llamajax.corpus.tokenizer_training import parse_train
-from llamajax.corpus.tokenizing import TokenizedDocuments, tokenize_all
+from llamajax.corpus.tokenizing import TokenizedDocuments, by_split, tokenize_all
 from llamajax.data.shards import token_dtype
 from llamajax.errors import UserError, combine
 from llamajax.files import lock_file, replaced_file, write_file
@@ -262,7 +262,7 @@ def _merged(
                 if masked:
                     answer = np.fromfile(task.part / _ANSWER, bool, count, offset=start)
                 some = slice(first, last)
-                yield from _by_split(flags, tokens, answer, lengths[some], text_bytes[some])
+                yield from by_split(flags, tokens, answer, lengths[some], text_bytes[some])
             done += count * dtype.itemsize
             progress("merging", done, total)
         before += len(lengths)
@@ -281,23 +281,3 @@ def _chunks(ends: np.ndarray, cut: int) -> Iterator[tuple[int, int]]:
             last = max(cut, first + 1)
         yield first, last
         first = last
-
-
-def _by_split(
-    held: np.ndarray,
-    tokens: np.ndarray,
-    answer: np.ndarray | None,
-    lengths: np.ndarray,
-    text_bytes: np.ndarray,
-) -> Iterator[TokenizedDocuments]:
-    """Divide documents into splits; `held` says of each whether it is held out."""
-    for split, flags in (("train", ~held), ("validation", held)):
-        if flags.any():
-            each = np.repeat(flags, lengths)
-            yield TokenizedDocuments(
-                split,
-                tokens[each],
-                None if answer is None else answer[each],
-                lengths[flags].tolist(),
-                text_bytes[flags].tolist(),
-            )

@@ -59,6 +59,29 @@ class TokenizedDocuments:
     continues: bool = False
 
 
+def by_split(
+    held: np.ndarray,
+    tokens: np.ndarray,
+    answer: np.ndarray | None,
+    lengths: np.ndarray,
+    text_bytes: np.ndarray,
+    *,
+    continues: bool = False,
+) -> Iterator[TokenizedDocuments]:
+    """Divide documents into splits; `held` says of each whether it is held out."""
+    for split, flags in (("train", ~held), ("validation", held)):
+        if flags.any():
+            each = np.repeat(flags, lengths)
+            yield TokenizedDocuments(
+                split,
+                tokens[each],
+                None if answer is None else answer[each],
+                lengths[flags].tolist(),
+                text_bytes[flags].tolist(),
+                continues=continues and bool(flags[0]),
+            )
+
+
 def in_pieces(parts: Iterable[DocumentPart], tokenizer: Tokenizer) -> Iterator[DocumentPart]:
     """Cut long texts where that changes no token. A stretch without such a place is cut anyway."""
     for part in parts:

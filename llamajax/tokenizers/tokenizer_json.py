@@ -126,6 +126,10 @@ class HuggingFaceTokenizer(Tokenizer):
             return super().encode_rendered(text, as_text=as_text)
         return self._decoder.encode(text, add_special_tokens=False).ids  # as transformers does
 
+    def piece(self, token: int) -> str:
+        """Return a token as the vocabulary spells it."""
+        return self._decoder.id_to_token(token) or ""
+
     def _decode(self, ids: list[int]) -> str:
         control = self._control
         return self._decoder.decode([i for i in ids if i not in control], skip_special_tokens=False)

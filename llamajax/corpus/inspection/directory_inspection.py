@@ -15,6 +15,7 @@ from llamajax.data import shards
 from llamajax.data.packing import ExampleRows, Windows
 from llamajax.errors import UserError
 from llamajax.tokenizers import Tokenizer, load_tokenizer
+from llamajax.tokenizers.token_bytes import token_bytes
 
 # About so many bytes of text: of n-grams that are looked for, and of those by which documents are
 # compared; but at least so many tokens.
@@ -115,7 +116,7 @@ def _inspect_split(
             progress(f"inspecting {reader.split}", done, total * run.tokens.itemsize)
 
     counts = sum(np.bincount(run.tokens, minlength=tokenizer.vocab_size) for run in runs())
-    sizes = _token_bytes(tokenizer, counts)
+    sizes = token_bytes(tokenizer, np.flatnonzero(counts).tolist())
     nll = np.where(sizes > 0, -np.log(np.maximum(counts, 1) / counts.sum()), 0.0)
     survey = Survey(nll, sizes, shingle)
     for run in runs():
@@ -149,20 +150,6 @@ def _inspect_split(
         **survey.unlike(reader),
         "samples": [*_samples(reader, drawn, options.seq_len)],
     }
-
-
-def _token_bytes(tokenizer: Tokenizer, counts: np.ndarray) -> np.ndarray:
-    """Return the bytes that each token adds to a text, 0 for those that do not occur.
-
-    A token of a part of a character counts as one byte.
-    """
-    sizes = np.zeros(len(counts), np.int64)
-    before = tokenizer.encode("a")
-    known = len(tokenizer.decode(before))
-    for token in np.flatnonzero(counts).tolist():
-        text = tokenizer.decode([*before, token])[known:]
-        sizes[token] = len(text.encode("utf-8", "replace")) - 2 * text.count("\ufffd")
-    return sizes
 
 
 def _samples(
