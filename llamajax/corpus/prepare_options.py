@@ -15,16 +15,10 @@ class PrepareOptions(Flags):
     """Flags of `prepare`; those from `num_tasks` on say where the work is done."""
 
     input: str = key(
-<<<<<<< HEAD
         "files, globs or directories: .txt, .jsonl, .json, .parquet, .arrow, .tokens, .raw, each "
-        "also .gz or .zst; each with options of its own: text_key, clean, document_separator, "
-        "split, into, config",
+        "also .gz or .zst; .bin, .npy of tokens; each with options of its own: text_key, clean, "
+        "document_separator, split, into, config",
         metavar="GLOB[:KEY=VALUE][,GLOB]",
-=======
-        "files, globs or directories: .txt, .jsonl, .json (lines), .parquet, .tokens, .raw, each "
-        "also .gz or .zst; or .bin, .npy of tokens",
-        metavar="GLOB[,GLOB]",
->>>>>>> 554a82b (Prepare: tokens of Megatron-LM, llm.c, nanoGPT and NumPy as input)
         is_path=True,
     )
     tokenizer: str = key(
