@@ -33,7 +33,7 @@ def replaced_file(path: Path, *, durable: bool = False, label: str | None = None
     try:
         yield hidden
         if durable:
-            _sync(hidden)
+            force_to_disk(hidden)
         hidden.replace(path)
     except OSError as error:
         if label is None:
@@ -87,7 +87,7 @@ def publish_directory(directory: Path, target: Path) -> None:
     Raises OSError.
     """
     for path in (*directory.rglob("*"), directory):
-        _sync(path)
+        force_to_disk(path)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     try:
@@ -101,7 +101,7 @@ def publish_directory(directory: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def force_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -30,8 +30,8 @@ from llamajax.processes.host_collectives import broadcast_from_first, first_prob
 if TYPE_CHECKING:
     from llamajax.checkpoint.orbax_writer import OrbaxWriter
 
-# Loggers that Orbax (and its tasks, when they fail unobserved) and gcsfs write tracebacks to.
-_NOISY = ("absl", "asyncio", "gcsfs")
+# Loggers that Orbax (and its tasks, when they fail unobserved) write tracebacks to.
+_NOISY = ("absl", "asyncio")
 _SAVE_FAILURES = (OSError, ValueError, RuntimeError, manifests.DamagedError)
 
 
@@ -70,8 +70,7 @@ class _DropOrbaxRecords(logging.Filter):
     """Orbax logs each error, with tracebacks, from several threads; we report it once ourselves."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        from_orbax = "orbax" in record.pathname or "orbax" in record.getMessage()
-        return not from_orbax and record.name != "gcsfs"
+        return not ("orbax" in record.pathname or "orbax" in record.getMessage())
 
 
 def _storable(name: str, leaf: Any) -> Any:
@@ -136,7 +135,7 @@ class Checkpointer:
         def remove() -> None:
             try:
                 manifests.remove_leftovers(self.directory)
-            except location.storage_errors(self.directory) as error:
+            except OSError as error:
                 kind = location.user_error_type(error, self.directory)
                 raise kind(f"cannot clear {self.directory}: {location.reason(error)}") from None
 
@@ -254,10 +253,10 @@ class Checkpointer:
                 elif manifests.is_committed(directory):
                     found = True
                 else:
-                    location.remove_tree(directory)
+                    directory.rmtree()
             if found and (damage := manifests.find_damage(directory)):
                 problem = f"a damaged one is in the way ({damage})"
-        except location.storage_errors(self.directory) as error:
+        except OSError as error:
             problem = location.reason(error)
         if problem := first_problem(problem):
             text = f"checkpoint of step {step} was not saved: {problem}"
@@ -310,7 +309,7 @@ class Checkpointer:
             if self._on_complete is not None:
                 self._on_complete(save.step)
             # What can't be deleted now is tried again after the next save.
-            with contextlib.suppress(*location.storage_errors(self.directory)):
+            with contextlib.suppress(OSError):
                 self._prune(save.step)
 
     def _give_up(self, _: _Save) -> None:
@@ -321,7 +320,7 @@ class Checkpointer:
     def _clear(self) -> None:
         """Remove what a failed save left, now that no process writes there any more."""
         if jax.process_index() == 0:
-            with contextlib.suppress(*location.storage_errors(self.directory)):
+            with contextlib.suppress(OSError):
                 manifests.remove_leftovers(self.directory)
 
     @contextlib.contextmanager
@@ -329,13 +328,13 @@ class Checkpointer:
         """Turn an error in this block into `save.failure`."""
         try:
             yield
-        except (*_SAVE_FAILURES, *location.storage_errors(self.directory)) as error:
+        except _SAVE_FAILURES as error:
             try:
                 steps = manifests.complete_steps(self.directory)
                 newest = (
                     f"the newest complete one is step {steps[-1]}" if steps else "there is none yet"
                 )
-            except location.storage_errors(self.directory) as another:
+            except OSError as another:
                 newest = f"earlier ones cannot be seen: {location.reason(another)}"
             why = location.with_rank(location.reason(error))
             save.failure = f"checkpoint of step {save.step} was not saved: {why}; {newest}"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 
+from llamajax.backends.object_stores import how_to_fix
 from llamajax.checkpoint import location
 from llamajax.checkpoint.location import Location
 from llamajax.config.saved_config import read_saved_config
@@ -60,10 +61,9 @@ def claim(
             location.entry_names(directory)
     except UserError as error:
         problem = error
-    except location.storage_errors(directory) as error:
-        gone = location.is_remote(directory) and isinstance(error, FileNotFoundError)
-        why = "there is no such bucket" if gone else location.reason(error)
-        fix = location.FIX if location.is_remote(directory) else "choose another"
+    except OSError as error:
+        why = location.reason(error)
+        fix = how_to_fix(str(directory)) if location.is_remote(directory) else "choose another"
         kind = location.user_error_type(error, directory)
         problem = kind(f"checkpoint.directory = {directory} cannot be used: {why}; {fix}")
     raise_together(problem)

@@ -1,13 +1,10 @@
 """Directories of checkpoints: on a file system, or at a URL in an object store.
 
-A local location is a `pathlib.Path`, a remote one an `etils.epath.Path`, with the same methods.
-What differs is here: an object store has no rename, no fsync and no free space, and it fails with
-the exceptions of its client library.
+A local location is a `pathlib.Path`, a remote one an `ObjectPath`, with the same methods and the
+same errors. What differs is here: an object store has no rename, no fsync and no free space.
 """
 
-import asyncio
 import contextlib
-import importlib
 import os
 import re
 from collections.abc import Iterator
@@ -15,20 +12,13 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import jax
-from etils import epath
 
+from llamajax.backends.jax_private import orbax_tensorstore
+from llamajax.backends.object_stores import SCHEMES, how_to_fix, kvstore_spec
+from llamajax.checkpoint.object_store import ObjectPath
 from llamajax.errors import TransientError, UserError
 
-_SCHEME, _CLIENT = "gs", "gcsfs"  # of URLs, and the module of the client library
-# What a user can check when an object store refuses.
-FIX = (
-    "check the bucket's name, the network, and the credentials (`gcloud auth application-default "
-    "login` or GOOGLE_APPLICATION_CREDENTIALS)"
-)
-# TensorStore's own default retries for a quarter of an hour, and the next save would wait for that.
-RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "8s"}
-
-Location = Path | epath.Path
+Location = Path | ObjectPath
 
 
 def is_url(text: object) -> bool:
@@ -42,28 +32,20 @@ def is_remote(path: PurePath) -> bool:
 
 
 def locate(text: str | PurePath) -> Location:
-    """Return the location of a path or URL. UserError if its client library is not installed."""
+    """Return the location of a path or URL. UserError for a URL of another kind."""
     if not is_url(text):
         return Path(text).absolute()
     scheme = str(text).partition("://")[0]
-    if scheme != _SCHEME:
-        raise UserError(
-            f"{text}: checkpoints can be at a path or at {_SCHEME}://; not at {scheme}://"
-        )
-    try:
-        importlib.import_module(_CLIENT)
-    except ImportError as error:
-        raise UserError(f"{text}: {error}; run: pip install 'llamajax[gcs]'") from None
-    # Orbax and TensorStore do not write through fsspec, whose cached listings would become wrong.
-    import fsspec
-
-    for name in fsspec.get_filesystem_class(scheme).protocol:
-        fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
-    return epath.Path(str(text).rstrip("/"))
+    if scheme not in SCHEMES:
+        known = " or ".join(f"{name}://" for name in SCHEMES)
+        raise UserError(f"{text}: checkpoints can be at a path or at {known}; not at {scheme}://")
+    return ObjectPath(str(text))
 
 
 def check_usable(path: PurePath) -> None:
-    """Raise UserError for a path under which TensorStore cannot write."""
+    """Raise UserError for a location that Orbax or TensorStore cannot write to."""
+    if is_remote(path) and (problem := orbax_tensorstore.problem()):
+        raise UserError(f"{path}: {problem}; use a path, or another release of Orbax")
     bad = "a backslash" if "\\" in str(path) else None
     try:
         os.fspath(path).encode()
@@ -75,37 +57,10 @@ def check_usable(path: PurePath) -> None:
         )
 
 
-def storage_errors(path: PurePath) -> tuple[type[Exception], ...]:
-    """Return the exceptions that mean: the disk or the object store refused, not the program."""
-    if not is_remote(path):
-        return (OSError,)
-    import aiohttp
-    import gcsfs.retry
-    import google.auth.exceptions
-    import requests
-
-    return (
-        OSError,
-        asyncio.TimeoutError,
-        aiohttp.ClientError,
-        requests.RequestException,
-        gcsfs.retry.HttpError,
-        google.auth.exceptions.GoogleAuthError,
-    )
-
-
-def user_error_type(error: BaseException, path: PurePath) -> type[UserError]:
-    """Return the error class for one of `storage_errors`; TransientError if the network failed."""
-    if not is_remote(path):
-        return UserError
-    import google.auth.exceptions as google
-
-    if isinstance(error, google.GoogleAuthError):
-        return TransientError if isinstance(error, google.TransportError) else UserError
-    # gcsfs makes a plain OSError of 403.
-    denied = isinstance(error, FileNotFoundError | PermissionError) or "Forbidden" in str(error)
-    denied |= getattr(error, "code", None) in (400, 401, 403, 404)
-    return UserError if denied else TransientError
+def user_error_type(error: OSError, path: PurePath) -> type[UserError]:
+    """Return the error class for what `path` raised; TransientError if the network failed."""
+    passes = is_remote(path) and not isinstance(error, FileNotFoundError | PermissionError)
+    return TransientError if passes else UserError
 
 
 def reason(error: BaseException) -> str:
@@ -117,7 +72,8 @@ def reason(error: BaseException) -> str:
     # TensorStore: `...: No space left on device [os_error_code='28']`.
     if found := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(found.group(1)))
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    words = re.split(r" \[http_response_|$", str(error), maxsplit=1)[0]
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
 
 
@@ -133,37 +89,28 @@ def store_errors_explained(directory: Location) -> Iterator[None]:
     """Turn the failure of an object store in this block into a UserError with the fix."""
     try:
         yield
-    except storage_errors(directory) as error:
+    except OSError as error:
         if not is_remote(directory):
             raise
         problem = with_rank(f"{directory} cannot be reached: {reason(error)}")
-        raise user_error_type(error, directory)(f"{problem}; {FIX}") from None
+        fix = how_to_fix(str(directory))
+        raise user_error_type(error, directory)(f"{problem}; {fix}") from None
 
 
 def tensorstore_spec(directory: PurePath) -> dict[str, Any]:
     """Return TensorStore's spec of a directory: no URL, where `%41` and `?` have a meaning."""
-    if not is_remote(directory):
-        return {"driver": "file", "path": f"{directory}/"}
-    bucket, _, key = str(directory).partition("://")[2].partition("/")
-    return {"driver": "gcs", "bucket": bucket, "path": f"{key}/", "gcs_request_retries": RETRIES}
-
-
-def _filesystem(path: PurePath) -> tuple[Any, str]:
-    """Return fsspec's file system of a remote location, and the name of the location there."""
-    import fsspec
-
-    return fsspec.core.url_to_fs(str(path))
+    if is_remote(directory):
+        return kvstore_spec(f"{directory}/")
+    return {"driver": "file", "path": f"{directory}/"}
 
 
 def entry_names(directory: Location) -> set[str]:
-    """List a directory; empty if it does not exist. Raises one of `storage_errors`.
-
-    fsspec's `exists` and `isdir` return False when the network fails. What does not exist may be
-    removed or passed over, so those two are not used.
-    """
+    """List a directory; empty if it does not exist. Raises OSError."""
     try:
         return {path.name for path in directory.iterdir()}
     except FileNotFoundError:
+        if is_remote(directory):
+            raise  # no such bucket
         return set()
 
 
@@ -172,36 +119,34 @@ def is_directory(path: Location) -> bool:
     return bool(entry_names(path)) if is_remote(path) else path.is_dir()
 
 
-def file_sizes(directory: Location) -> dict[str, int]:
-    """Return the bytes of every file under a directory, by relative name."""
-    if not is_remote(directory):
-        paths = (path for path in directory.rglob("*") if path.is_file())
-        return {path.relative_to(directory).as_posix(): path.stat().st_size for path in paths}
-    fs, root = _filesystem(directory)
-    found = fs.find(root, detail=True)
-    return {
-        name.removeprefix(f"{root}/"): entry["size"]
-        for name, entry in found.items()
-        if entry["type"] == "file"
-    }
+def file_sizes(directory: Location) -> dict[str, int | None]:
+    """Return the bytes of every file under a directory, by relative name.
+
+    None where an object store does not tell them: no object is there in part.
+    """
+    if is_remote(directory):
+        return dict.fromkeys(directory.keys())
+    paths = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in paths}
+
+
+def read_chunks(path: Location, num_bytes: int) -> Iterator[bytes]:
+    """Read a file, this many bytes at a time."""
+    if is_remote(path):
+        yield from path.read_chunks(num_bytes)
+        return
+    with path.open("rb") as file:
+        while chunk := file.read(num_bytes):
+            yield chunk
 
 
 def create_file(path: Location, text: str) -> bool:
-    """Write a file unless it exists; return whether it was written. Raises `storage_errors`."""
+    """Write a file unless it exists; return whether it was written. Raises OSError."""
+    if is_remote(path):
+        return path.create(text.encode())
     try:
-        if is_remote(path):
-            fs, name = _filesystem(path)
-            fs.pipe_file(name, text.encode(), mode="create")
-        else:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(text)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
     except FileExistsError:
         return False
     return True
-
-
-def remove_tree(directory: Location) -> None:
-    """Delete everything under a remote directory. Raises one of `storage_errors`."""
-    fs, root = _filesystem(directory)
-    if found := fs.find(root):
-        fs.rm(found)

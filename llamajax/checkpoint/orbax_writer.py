@@ -10,11 +10,13 @@ import tensorstore as ts
 
 from llamajax.backends.jax_private import orbax_tensorstore
 from llamajax.backends.jax_private.literal_glob import take_directories_literally
-from llamajax.checkpoint.location import RETRIES, Location, is_remote
+from llamajax.backends.object_stores import SCHEMES, kvstore_spec
+from llamajax.checkpoint.location import Location, is_remote
 from llamajax.processes.save_barrier import SaveBarrier
 
 # Orbax's own default (20 minutes) is less than a 70B state takes on a slow disk.
 _TIMEOUT_S = 3 * 3600
+_OBJECT_BYTES = 400 << 20  # about: Orbax's choice for gs://; an upload that fails starts again
 _EVERY_S = 5.0  # TensorStore ends a thread that had nothing to do for 20 s
 
 
@@ -56,10 +58,11 @@ class OrbaxWriter:
     def __init__(self, directory: Location, *, seal: Callable[[], None]):
         options = {"file_io_concurrency": {"limit": "shared"}}  # the queue that KeptWorkers knows
         if is_remote(directory):
-            options["gcs_request_retries"] = RETRIES
+            orbax_tensorstore.take_urls(kvstore_spec, SCHEMES)
         else:
             take_directories_literally()
         orbax_tensorstore.set_options(options)
+        self._file_bytes = _OBJECT_BYTES if is_remote(directory) else None
         self._workers = KeptWorkers()
         self.save_barrier = SaveBarrier(ocp.multihost.get_barrier_sync_fn())
         self._orbax = ocp.AsyncCheckpointer(
@@ -79,7 +82,8 @@ class OrbaxWriter:
     def save(self, directory: Location, leaves: Mapping[str, Any]) -> None:
         """Start to write the leaves; return when they may be overwritten or donated."""
         self.save_barrier.begin()
-        self._orbax.save(directory, args=ocp.args.Composite(state=ocp.args.PyTreeSave(leaves)))
+        state = ocp.args.PyTreeSave(leaves, ocdbt_target_data_file_size=self._file_bytes)
+        self._orbax.save(directory, args=ocp.args.Composite(state=state))
 
     def wait(self) -> None:
         """Block until what `save` started is committed. Raises what went wrong there."""

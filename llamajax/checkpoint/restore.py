@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from llamajax.backends.object_stores import how_to_fix
 from llamajax.checkpoint import location
 from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.leaf_names import named_leaves, rebuild
@@ -83,7 +84,7 @@ class Checkpoint:
         share = files[jax.process_index() :: jax.process_count()]
         try:
             manifests.check_contents(self.directory, self.manifest, share)
-        except (DamagedError, *location.storage_errors(self.directory)) as caught:
+        except (DamagedError, OSError) as caught:
             error = caught
         problem = _damage_on_any(self.directory, error)
         self._verified = problem is None
@@ -146,7 +147,7 @@ def _open_verified(directory: Location) -> tuple[Checkpoint | None, str | None]:
     checkpoint = error = None
     try:
         checkpoint = Checkpoint(directory)
-    except (DamagedError, *location.storage_errors(directory)) as caught:
+    except (DamagedError, OSError) as caught:
         error = caught
     problem = _damage_on_any(directory, error) or checkpoint.find_damage()
     return (None, problem) if problem else (checkpoint, None)
@@ -161,12 +162,13 @@ def _damage_on_any(directory: Location, error: Exception | None) -> str | None:
     if isinstance(error, DamagedError):
         problem = str(error)
     elif error is not None and location.is_remote(directory):
-        refusal = f"cannot read checkpoint {directory}: {error}; {location.FIX}"
+        fix = how_to_fix(str(directory))
+        refusal = f"cannot read checkpoint {directory}: {location.reason(error)}; {fix}"
     elif error is not None and error.errno == errno.EIO:  # the disk itself gives up on these bytes
         problem = f"{error.filename or directory} cannot be read: {error.strerror}"
     elif error is not None:
         refusal = f"cannot read checkpoint {directory}: {error.strerror}: {error.filename}"
-    raise_together(None if refusal is None else UserError(refusal))
+    raise_together(refusal and location.user_error_type(error, directory)(refusal))
     return first_problem(problem)
 
 
@@ -180,8 +182,8 @@ def set_aside_damaged(damaged: Damaged) -> None:
     for path, what in damaged if jax.process_index() == 0 else ():
         try:
             manifests.set_aside(path, "damaged")
-        except location.storage_errors(path) as error:
-            why = error if location.is_remote(path) else error.strerror
+        except OSError as error:
+            why = location.reason(error)
             problem = UserError(f"{path} is damaged ({what}) and cannot be renamed: {why}")
     raise_together(problem)
 

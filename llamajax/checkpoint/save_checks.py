@@ -27,7 +27,7 @@ def check_room(directory: Location, leaves: Mapping[str, Any]) -> list[int]:
     """
     needed = sum(_local_bytes(leaf) for leaf in leaves.values())
     problem = None
-    oldest = broadcast_from_first(_oldest, directory)
+    oldest = None if location.is_remote(directory) else broadcast_from_first(_oldest, directory)
     try:
         # Orbax would wait for hours for a directory that this process cannot see.
         if oldest is not None and not location.is_directory(directory / str(oldest)):
@@ -41,7 +41,7 @@ def check_room(directory: Location, leaves: Mapping[str, Any]) -> list[int]:
         probe = directory / f".probe_{jax.process_index()}"  # read only, no inode, no mount?
         probe.write_bytes(b"x")
         probe.unlink()
-    except location.storage_errors(directory) as error:
+    except OSError as error:
         problem = location.with_rank(location.reason(error))
     if problem := first_problem(problem):
         raise OSError(0, problem)
@@ -59,7 +59,7 @@ def _oldest(directory: Location) -> int | None:
     """Return the oldest checkpoint, which no file system's cache hides any more, or None."""
     try:
         return next((int(path.name) for path in manifests.step_directories(directory)), None)
-    except location.storage_errors(directory):
+    except OSError:
         return None  # the caller's own access fails next and says why
 
 

@@ -19,8 +19,7 @@ from llamajax.errors import did_you_mean, nearest
 
 Values = Mapping[str, Any]  # by path
 
-# Without the characters that fsspec takes for patterns when it deletes.
-_GS_FOLDER = re.compile(r"gs://[^/*?\[\]]+/[^*?\[\]]*[^/*?\[\]]/?")
+_FOLDER = re.compile(r"(gs|s3)://[^/]+/+[^/].*")  # of a bucket
 _NOT_EMPTY = {
     "train.init_from": "name a directory of weights, or set it to none",
     "checkpoint.directory": "name a directory, or set it to none",
@@ -311,10 +310,10 @@ def _not_empty(v: Values) -> Iterator[str]:
 
 def _directory(v: Values) -> Iterator[str]:
     directory = v["checkpoint.directory"] or ""
-    if "://" in directory and not _GS_FOLDER.fullmatch(directory):
+    if "://" in directory and not _FOLDER.fullmatch(directory):
         yield (
-            f"checkpoint.directory = {directory}: is not a path, nor gs://BUCKET/FOLDER without "
-            "*?[] (of URLs, Orbax takes gs:// only)"
+            f"checkpoint.directory = {directory}: is not a path, nor gs://BUCKET/FOLDER, nor "
+            "s3://BUCKET/FOLDER"
         )
 
 

@@ -242,8 +242,8 @@ class CheckpointConfig:
     """When and where the state is saved, and which checkpoints are kept."""
 
     directory: str | None = key(
-        "where checkpoints are kept: a path shared by all processes, or gs://BUCKET/FOLDER; none: "
-        "WORKDIR/checkpoints",
+        "where checkpoints are kept: a path shared by all processes, or gs:// or s3:// and "
+        "BUCKET/FOLDER; none: WORKDIR/checkpoints",
         default=None,
         is_path=True,
     )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llamajax.backends.object_stores import how_to_fix
 from llamajax.checkpoint import location
 from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.directory_owner import recorded_directory
@@ -252,14 +253,12 @@ def last_checkpoints(weights: Weights, count: int) -> list[Weights]:
 
 
 def _open_url(path: Location) -> Weights:
-    try:
+    with location.store_errors_explained(path):
         if (checkpoint := _checkpoint_in(path)) is not None:
             return _of_checkpoint(checkpoint)
-    except location.storage_errors(path) as error:
-        raise UserError(f"{path} cannot be read: {error}; {location.FIX}") from None
     raise UserError(
         f"{path}: there is no checkpoint of llamajax (weights in other formats are read from local "
-        f"paths); {location.FIX}"
+        f"paths); {how_to_fix(str(path))}"
     )
 
 

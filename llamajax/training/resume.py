@@ -17,7 +17,6 @@ from llamajax.checkpoint.location import (
     Location,
     is_remote,
     reason,
-    storage_errors,
     store_errors_explained,
 )
 from llamajax.config import RunConfig
@@ -113,7 +112,7 @@ def set_aside(
                 say(_set_aside_all(workdir, checkpoints))
             else:
                 say(_set_aside_later(workdir, checkpoints, resume_step))
-        except storage_errors(checkpoints) as error:
+        except OSError as error:
             raise UserError(f"what was there before cannot be set aside: {reason(error)}") from None
 
     if request in ("restart", "older"):

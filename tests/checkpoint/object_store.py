@@ -1,10 +1,11 @@
-"""A Google Cloud Storage of one bucket on this machine: a script, and what tests start it with.
+"""Object stores of one bucket on this machine: what tests start, and the script of Google's.
 
     python object_store.py PORT [HOLD]
 
-gcp-storage-emulator with what TensorStore needs besides: the generation of what is read, and reads
-and writes that are conditional on it. HOLD: a file; an upload whose name ends as its text says is
-not answered until the file is gone, and a file HOLD.held says that there is one.
+gcp-storage-emulator with what TensorStore needs besides: the generation of what is read, reads and
+writes that are conditional on it, and the errors of a missing bucket and range. HOLD: a file; an
+upload whose name ends as its text says is not answered until the file is gone, and a file HOLD.held
+says that there is one. Of S3 there are `s3_store.py` and, where it is installed, moto's server.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
@@ -23,6 +25,8 @@ from urllib.parse import parse_qs, unquote, urlparse
 import pytest
 
 BUCKET = "bucket"
+MOTO = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p"]
+SCRIPTS = {"gs": Path(__file__), "s3": Path(__file__).with_name("s3_store.py")}
 
 
 def serve(port: int, hold: Path | None) -> None:
@@ -33,6 +37,7 @@ def serve(port: int, hold: Path | None) -> None:
         """The emulator's, with generations and preconditions."""
 
         generation: str | None = None
+        wbufsize = -1  # headers and body in one packet
 
         def _current(self, bucket: str, name: str) -> str:
             from gcp_storage_emulator.exceptions import NotFound
@@ -52,14 +57,28 @@ def serve(port: int, hold: Path | None) -> None:
             name = query.get("name") or unquote(rest.removeprefix("/"))
             if found := re.search(rb'"name": *"([^"]+)"', body if not name else b""):
                 name = found.group(1).decode()  # of an upload in several parts
+            if bucket and bucket != BUCKET:
+                return self._end(HTTPStatus.NOT_FOUND)
             current, self.name = self._current(bucket, name), name
             self.generation = current if query.get("alt") == "media" else None
             if query.get("ifGenerationMatch", current) != current:
                 status = HTTPStatus.PRECONDITION_FAILED
             elif query.get("ifGenerationNotMatch") == current:
                 status = HTTPStatus.NOT_MODIFIED
+            elif self._is_behind(bucket, name):
+                status = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
             else:
                 return False
+            return self._end(status)
+
+        def _is_behind(self, bucket: str, name: str) -> bool:
+            """Return whether the range that is asked for begins behind the end."""
+            start = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            return bool(start) and int(start[1]) >= int(
+                self.storage.get_file_obj(bucket, name)["size"]
+            )
+
+        def _end(self, status: HTTPStatus) -> bool:
             self.send_response(status)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -93,19 +112,17 @@ def serve(port: int, hold: Path | None) -> None:
 
 
 def environment(port: int) -> dict[str, str]:
-    """What tells the two clients (fsspec's, TensorStore's) where the store is."""
+    """What tells TensorStore where the store is, of either kind."""
     url = f"http://127.0.0.1:{port}"
-    return {
-        "STORAGE_EMULATOR_HOST": url,
-        "TENSORSTORE_GCS_HTTP_URL": url,
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks a service that is not here
-    }
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    return {"TENSORSTORE_GCS_HTTP_URL": url, "AWS_ENDPOINT_URL": url} | keys
 
 
 @contextlib.contextmanager
-def running(port: int, hold: Path | None = None) -> Iterator[subprocess.Popen]:
-    """A store in a process of its own, which is killed at the end."""
-    command = [sys.executable, str(Path(__file__)), str(port), *([str(hold)] if hold else [])]
+def running(kind: str, port: int, hold: Path | None = None) -> Iterator[subprocess.Popen]:
+    """A store in a process of its own, which is killed at the end. kind: gs, s3 or moto."""
+    command = MOTO if kind == "moto" else [sys.executable, str(SCRIPTS[kind])]
+    command = [*command, str(port), *([str(hold)] if hold else [])]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
@@ -113,6 +130,9 @@ def running(port: int, hold: Path | None = None) -> Iterator[subprocess.Popen]:
             assert process.poll() is None, f"{command} ended with {process.returncode}"
             assert time.monotonic() < deadline, f"{command} does not answer"
             time.sleep(0.1)
+        if kind == "moto":
+            url = f"http://127.0.0.1:{port}/{BUCKET}"
+            urllib.request.urlopen(urllib.request.Request(url, method="PUT")).close()
         yield process
     finally:
         process.kill()
@@ -124,12 +144,15 @@ def _listens(port: int) -> bool:
         return one.connect_ex(("127.0.0.1", port)) == 0
 
 
-def need_packages() -> None:
-    """Skip where the client or the emulator is not installed."""
-    for name in ("gcsfs", "gcp_storage_emulator"):
-        # Not imported here: gcsfs looks at the environment when it is.
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed: pip install '.[test]'")
+def need_package(kind: str) -> None:
+    """Skip where the emulator is not installed. Nothing in the package needs it."""
+    if kind == "gs" and importlib.util.find_spec("gcp_storage_emulator") is None:
+        pytest.skip("gcp_storage_emulator is not installed: pip install '.[test]'")
+
+
+def kinds() -> list[str]:
+    """The stores to test with."""
+    return ["gs", "s3", *(["moto"] if importlib.util.find_spec("moto") else [])]
 
 
 if __name__ == "__main__":

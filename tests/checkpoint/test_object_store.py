@@ -4,14 +4,11 @@ import json
 import os
 import subprocess
 import time
-import types
 
-import fsspec
 import jax
 import pytest
 import warm
-from etils import epath
-from object_store import BUCKET, environment, need_packages, running
+from object_store import BUCKET, environment, kinds, need_package, running
 from old_run import unpack_data
 from refusal import refused
 from shell import free_port, shell, train_command
@@ -30,6 +27,7 @@ from tiny_state import (
 from two_savers import run_both
 from workdirs import logged
 
+from llamajax.backends import object_stores
 from llamajax.checkpoint import (
     CheckpointError,
     complete_steps,
@@ -43,21 +41,24 @@ from llamajax.formats.weights import open_weights
 from llamajax.training.messages import previous_checkpoint
 
 
-@pytest.fixture(scope="module")
-def store():
-    """The URL of a bucket that is empty at first."""
-    need_packages()
+def url_of(kind, folder):
+    return f"{'s3' if kind == 'moto' else kind}://{BUCKET}/{folder}"
+
+
+@pytest.fixture(scope="module", params=kinds())
+def store(request):
+    """The kind of a store that is empty at first."""
+    need_package(request.param)
     port = free_port()
-    with pytest.MonkeyPatch.context() as patch, running(port):
+    with pytest.MonkeyPatch.context() as patch, running(request.param, port):
         for name, value in environment(port).items():
             patch.setenv(name, value)
-        yield f"gs://{BUCKET}"
+        yield request.param
 
 
 @pytest.fixture
 def folder(store, request):
-    name = "".join(c for c in request.node.name if c.isalnum())  # no pattern of fsspec's
-    return location.locate(f"{store}/{name}")
+    return location.locate(url_of(store, request.node.name))
 
 
 def tops(folder):
@@ -147,28 +148,16 @@ def test_two_runs_cannot_share_a_url(folder, tmp_path):
         assert run.steps() == []
 
 
-@pytest.fixture
-def impatient(monkeypatch):
-    """The clients try again at once, and not for long."""
-    need_packages()
-    import gcsfs.retry
-
-    async def at_once(_):
-        pass
-
-    shortly = {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"}
-    monkeypatch.setattr(location, "RETRIES", shortly)
-    monkeypatch.setattr(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=at_once))
-
-
-def test_a_store_that_goes_away_in_a_save_costs_that_checkpoint(tmp_path, impatient, monkeypatch):
+@pytest.mark.parametrize("kind", ["gs", "s3"])
+def test_a_store_that_goes_away_in_a_save_costs_that_checkpoint(tmp_path, kind, monkeypatch):
+    need_package(kind)
     port, hold = free_port(), tmp_path / "hold"
     for name, value in environment(port).items():
         monkeypatch.setenv(name, value)
-    fsspec.get_filesystem_class("gs").clear_instance_cache()
-    epath.backend.fsspec_backend._get_filesystem.cache_clear()
-    folder, state = location.locate(f"gs://{BUCKET}/run"), make_state((4, 2))
-    with running(port, hold):
+    shortly = {"max_retries": 2, "initial_delay": "10ms", "max_delay": "10ms"}
+    monkeypatch.setattr(object_stores, "RETRIES", shortly)
+    folder, state = location.locate(url_of(kind, "run")), make_state((4, 2))
+    with running(kind, port, hold):
         run = checkpointer(folder)
         run.save(1, state, meta=META, wait=True)
         hold.write_text("run/2/meta.json")
@@ -178,30 +167,34 @@ def test_a_store_that_goes_away_in_a_save_costs_that_checkpoint(tmp_path, impati
             time.sleep(0.01)
     with pytest.raises(CheckpointError, match=r"step 2 was not saved: .*earlier ones cannot be"):
         run.wait()
-    with pytest.raises(CheckpointError, match=r"step 3 was not saved: .*Connect call failed"):
+    with pytest.raises(CheckpointError, match=r"step 3 was not saved: .*ould not connect"):
         run.save(3, state, meta=META, wait=True)
     assert "cannot be read now" in previous_checkpoint(run)
-    gone = r"cannot be reached: .*Connect.*check the bucket's name"
+    gone = r"cannot be reached: .*ould not connect.*check the bucket's name"
     for look in (run.steps, run.newest_intact):
         with pytest.raises(TransientError, match=gone):
             look()
-    with running(port):  # another one, which is empty
+    with running(kind, port):  # another one, which is empty
         run.save(4, state, meta=META, wait=True)
         assert run.steps() == [4]
         run.close()
 
 
 def test_mistakes_are_one_message(store, tmp_path, monkeypatch):
-    nowhere = location.locate("gs://no-such-bucket/run")
-    with refused("there is no such bucket", "credentials"):
-        claim(nowhere, tmp_path)
-    with refused("no-such-bucket/run: there is no checkpoint"):
-        open_weights("gs://no-such-bucket/run")
+    url = url_of(store, "run")
+    nowhere = url.replace(BUCKET, "no-such-bucket")
+    with refused("cannot be used: ", "check the bucket's name", "credentials"):
+        claim(location.locate(nowhere), tmp_path)
+    with refused(f"{nowhere} cannot be reached", "check the bucket's name", "credentials"):
+        open_weights(nowhere)
+    with refused(f"{url}: there is no checkpoint"):
+        open_weights(url)
     with refused("not at ftp://"):
         open_weights("ftp://host/run")
-    monkeypatch.setattr(location, "_CLIENT", "no_such_module")
-    with refused("pip install 'llamajax[gcs]'"):
-        location.locate("gs://bucket/run")
+    if store == "s3":
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "wrong")
+        with refused("cannot be used: InvalidAccessKeyId", "AWS_SECRET_ACCESS_KEY"):
+            claim(location.locate("s3://not-opened-yet/run"), tmp_path)
 
 
 def test_two_processes_save_one_checkpoint_and_agree_on_damage(folder):
@@ -213,11 +206,12 @@ def test_two_processes_save_one_checkpoint_and_agree_on_damage(folder):
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_a_save_resumes_bit_by_bit(tmp_path):
+@pytest.mark.parametrize("kind", ["gs", "s3"])
+def test_a_run_killed_in_a_save_resumes_bit_by_bit(tmp_path, kind):
     """Started from the shell; a save is held up, and the run killed in it."""
-    need_packages()
+    need_package(kind)
     prepared, port, hold = unpack_data(tmp_path / "data"), free_port(), tmp_path / "hold"
-    environ, url = os.environ | environment(port), f"gs://{BUCKET}/run"
+    environ, url = os.environ | environment(port), url_of(kind, "run")
     here, there = tmp_path / "here", tmp_path / "there"
     keys = {"train.steps": 12, "train.log_every": 1, "train.eval_every": 6}
 
@@ -228,7 +222,7 @@ def test_a_run_killed_in_a_save_resumes_bit_by_bit(tmp_path):
 
     finished(train_command(prepared, here, keys))
     elsewhere = train_command(prepared, there, keys | {"checkpoint.directory": url})
-    with running(port, hold):
+    with running(kind, port, hold):
         hold.write_text("run/8/meta.json")
         with warm.Popen(elsewhere, env=environ, stderr=subprocess.DEVNULL) as process:
             deadline = time.monotonic() + 240

@@ -16,12 +16,12 @@ from jax.sharding import PartitionSpec as P
 
 from llamajax.checkpoint import (
     Checkpointer,
-    location,
     named_leaves,
     newest_checkpoint,
     open_checkpoint,
     restore_state,
 )
+from llamajax.checkpoint.manifest import read_manifest
 
 META = {"config": {"model": {"hidden_size": 16, "name": "tiny"}}, "position": [[0, 0, 8, 64, "a"]]}
 
@@ -100,7 +100,7 @@ def newest(run: Checkpointer) -> tuple[int | None, list[str]]:
 
 def largest(directory: Any) -> Any:
     """The file that holds most of the arrays of a checkpoint."""
-    found = {n: size for n, size in location.file_sizes(directory).items() if "/d/" in n}
+    found = {n: f for n, f in read_manifest(directory).files.items() if "/d/" in n}
     return directory / max(found, key=found.get)
 
 

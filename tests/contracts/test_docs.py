@@ -232,7 +232,7 @@ def test_one_version():
 
 # What no test's CPU has: devices, weights and data of others, servers, a terminal, an hour.
 _NOT_HERE = re.compile(
-    r"hf/llama|hf/smollm|llama2|llama3|=gs://|/shared|web/|wiki|=npu|--interactive|--serve|--search"
+    r"hf/llama|hf/smollm|llama2|llama3|=gs://|=s3://|/shared|web/|wiki|=npu|--interactive|--serve|--search"
     r"|--devices|chats|row_attention|verify_resume|launch --|data/code|=questions|harness"
 )
 _SHORT = {
