@@ -13,6 +13,7 @@ import importlib.util
 import io
 import re
 import socket
+import socketserver
 import subprocess
 import sys
 import time
@@ -108,6 +109,7 @@ def serve(port: int, hold: Path | None) -> None:
                 super().do_DELETE()
 
     server.RequestHandler = Handler
+    socketserver.TCPServer.request_queue_size = 128  # a dropped connection is tried after 1 s
     server.create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET).run()
 
 
