@@ -99,6 +99,9 @@ class Mixture:
     seed: int
     shuffle: bool
     mask_documents: bool
+    # What was made so far, by what it is made of.
+    _samples: dict = dataclasses.field(default_factory=dict, init=False)
+    _orders: dict = dataclasses.field(default_factory=dict, init=False)
 
     @functools.cached_property
     def hash(self) -> str:
@@ -153,10 +156,6 @@ class Mixture:
             self._samples[seq_len, packing] = found
         return self._samples[seq_len, packing]
 
-    @functools.cached_property
-    def _samples(self) -> dict[tuple[int, str], list[Windows | ExampleRows]]:
-        return {}
-
     def packing_facts(self, seq_len: int, packing: str) -> dict[str, Any]:
         """Return what becomes of the examples in samples of this length; empty without examples.
 
@@ -199,10 +198,6 @@ class Mixture:
         if of not in self._orders:
             self._orders[of] = self._make_order(*of)
         return self._orders[of]
-
-    @functools.cached_property
-    def _orders(self) -> dict[tuple, EndlessOrder | grain.MapDataset]:
-        return {}
 
     def counts(self, num_samples: int) -> list[int]:
         """Return how many of the first samples of an order are of each source, as grain mixes."""

@@ -7,6 +7,8 @@ import pytest
 import tiny_run
 
 from llamajax.config import freeze
+from llamajax.corpus.inspection.directory_inspection import inspect
+from llamajax.corpus.inspection.inspect_options import InspectOptions
 from llamajax.data import (
     Ledger,
     Position,
@@ -145,6 +147,13 @@ def test_manifest_and_run_have_the_same_figures(chats, examples):
         now = mixture.packing_facts(int(length), EXAMPLES)
         assert facts["efficiency"] == pytest.approx(now["efficiency"])
         assert facts["cut_examples"] == now["cut_examples_share"] == 0
+    path = mixture.sources[0].path
+    inspected = inspect(InspectOptions(inspect=str(path), seq_len=1024), lambda *_: None)
+    train = inspected["splits"]["train"]
+    assert train["packing"]["whole_examples"] == mixture.sources[0].stats["packing"]["1024"]
+    assert {(part["begins"], part["ends"]) for part in train["samples"]} == {
+        ("document", "with it")
+    }
     facts = mixture.packing_facts(T, EXAMPLES)
     lengths, learned = mixture.sources[0].example_sizes.T
     assert facts["cut_examples_share"] == pytest.approx((lengths > T + 1).mean())

@@ -12,7 +12,7 @@ from llamajax.corpus.inspection.document_survey import Survey
 from llamajax.corpus.inspection.inspect_options import InspectOptions
 from llamajax.corpus.inspection.ngram_overlap import NgramOverlap
 from llamajax.data import shards
-from llamajax.data.packing import ExampleRows, Windows
+from llamajax.data.packing import ExampleRows, Windows, packing_facts
 from llamajax.errors import UserError
 from llamajax.tokenizers import Tokenizer, load_tokenizer
 from llamajax.tokenizers.token_bytes import token_bytes
@@ -128,11 +128,7 @@ def _inspect_split(
     cut, drawn = survey.packing(options.seq_len), reader.samples(options.seq_len)
     cut["unread_tokens"] = (reader.num_tokens - 1) % options.seq_len
     if reader.masked:  # the figures above are of data.packing=windows
-        cut["whole_examples"] = {
-            "rows": drawn.count,
-            "padding_share": 1 - drawn.efficiency,
-            "cut_documents_share": float((survey.lengths > options.seq_len + 1).mean()),
-        }
+        cut["whole_examples"] = packing_facts(reader.example_sizes, options.seq_len)
     return survey, {
         "read_documents": len(survey.lengths),
         "read_tokens": int(survey.lengths.sum()),

@@ -1,6 +1,7 @@
 """Read prepared documents in order, or an even sample of them, some at a time."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,11 +101,16 @@ class DocumentReader:
         ]
         return tokens, np.concatenate(starts)
 
+    @functools.cached_property
+    def example_sizes(self) -> np.ndarray:
+        """Tokens of each example, and how many carry loss, (examples, 2)."""
+        return self._reader.example_sizes()
+
     def samples(self, seq_len: int) -> Windows | ExampleRows:
         """Return how the stream becomes samples; of training only the order is another one."""
         if not self.masked:
             return Windows(self.num_tokens, seq_len)
-        return ExampleRows(self._reader.example_sizes()[:, 0], seq_len, None)
+        return ExampleRows(self.example_sizes[:, 0], seq_len, None)
 
     def tokens(self, start: int, end: int) -> np.ndarray:
         """Return the tokens of the stream in [start, end)."""

@@ -114,7 +114,9 @@ def findings(found: dict[str, Any]) -> Iterator[str]:
             "their tokens or bytes per token: another language, tables, code": unlike["documents"],
         }
         yield from (f"{name}: {sentence}" for sentence, count in counts.items() if count)
-        if order and order["correlation"] > max(_ALIKE, _ALIKE_ERRORS * order["standard_error"]):
+        neighbors = "whole_examples" not in samples  # those of a row are from anywhere
+        limit = max(_ALIKE, _ALIKE_ERRORS * order.get("standard_error", 0))
+        if neighbors and order and order["correlation"] > limit:
             yield (
                 f"{name}: not shuffled: the content of successive documents has a correlation of "
                 f"{order['correlation']:.3f} (shuffled: 0 ± {order['standard_error']:.3f}). "
