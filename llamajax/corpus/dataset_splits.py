@@ -17,7 +17,6 @@ KNOWN = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-_NUMBERS = re.compile(r"[-._]?\d+(-of-\d+.*)?$")
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
 _FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 
@@ -127,12 +126,11 @@ def _word_of(name: str) -> str:
     """Return the split in a file's name; empty if there is none.
 
     A shard's name is that of its split, as `train_sft-00000-of-00003`, if a known word begins it.
+    Of a `.txt` only the last word counts: others are of its title.
     """
     shard = _SHARD.match(name)
     if shard and re.split(r"[-._]", shard[1].lower())[0] in KNOWN:
         return shard[1].lower()
-    stem = name.lower()
-    for suffix in (".gz", ".zst"):
-        stem = stem.removesuffix(suffix)
-    word = re.split(r"[-._]", _NUMBERS.sub("", stem.rpartition(".")[0]))[-1]
-    return word if word in KNOWN else ""
+    stem, _, suffix = re.sub(r"\.(gz|zst)$", "", name.lower()).rpartition(".")
+    words = [word for word in re.split(r"[-._ \d]+", stem) if word not in ("", "of")]
+    return next((w for w in (words[-1:] if suffix == "txt" else words) if w in KNOWN), "")

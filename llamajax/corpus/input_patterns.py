@@ -65,15 +65,12 @@ def find_inputs(options: PrepareOptions) -> list[InputFile]:
         chosen = _choose(path, given, splits)
         record: dict[str, Any] = {"path": path, **given}
         if len(splits) > 1:
-            for part in ("files_read", "files_left_out"):
-                is_read = part == "files_read"
-                record[part] = {n: len(splits[n]) for n in splits if (n in chosen) == is_read}
-            read, left = (
-                ", ".join(f"{name or 'other files'} ({count})" for name, count in part.items())
-                for part in (record["files_read"], record["files_left_out"])
-            )
-            more = f"; left out: {left}" if left else ""
-            say(f"note: --input: {path}: files of these splits are read: {read}{more}")
+            counts = {name: len(files) for name, files in splits.items()}
+            left = {name: counts[name] for name in counts if name not in chosen}
+            read = {name: counts[name] for name in chosen}
+            record |= {"files_read": read, "files_left_out": left}
+            more = f"; left out: {_listed(left)}" if left else ""
+            say(f"note: --input: {path}: files of these splits are read: {_listed(read)}{more}")
         for split in chosen:
             for file in splits[split]:
                 if not format_of(file):
@@ -94,6 +91,10 @@ def find_inputs(options: PrepareOptions) -> list[InputFile]:
     if not found:
         raise UserError("--input is empty; name a file, a directory or a glob")
     return list(found.values())
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name or 'other files'} ({count})" for name, count in counts.items())
 
 
 def declares_validation(files: Sequence[InputFile]) -> bool:

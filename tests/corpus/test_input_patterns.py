@@ -91,11 +91,12 @@ def test_tasks_give_the_bytes_of_one_process_with_splits_and_options_of_inputs(s
         ("train/a.jsonl train/b.jsonl dev/a.jsonl test/c.jsonl", [2, 1]),
         ("wiki.train.tokens wiki.valid.tokens wiki.test.tokens", [1, 1]),
         ("c4-train.00000-of-01024.json.gz c4-validation.00000-of-00008.json.gz", [1, 1]),
+        ("my_train_file.jsonl my_test_file.jsonl", 1),
         # No split is declared, or train alone: validation is held out as ever.
         ("part-00000-of-00002.parquet part-00001-of-00002.parquet", 2),
         ("train-00000-of-00001.parquet", 1),
         ("train.jsonl more.jsonl", 2),
-        ("CC-MAIN-2024-10/000_00000.parquet latest.jsonl contest.txt trainer.txt", 4),
+        ("CC-MAIN-2024-10/000_00000.parquet latest.jsonl contest.txt a.test.of.love.txt", 4),
         # train, but no validation: test is left out
         ("train.jsonl test.jsonl", 1),
         # What is to be read has to be said.

@@ -74,11 +74,12 @@ def _counted(split: dict[str, Any], vocab_size: int) -> Iterator[str]:
 def describe(directory: Path, manifest: dict[str, Any], tokenizer: Tokenizer) -> Iterator[str]:
     """Yield lines about the input, the splits, the tokenizer and the shards."""
     source = dict(manifest["input"])
-    files = source.pop("files")
+    files, inputs = source.pop("files"), source.pop("inputs", [])
     more = f" and {len(files) - 10:,} more" if len(files) > 10 else ""
     yield f"directory   {directory}, format version {manifest['format_version']}"
     yield f"input       {len(files):,} files: {', '.join(files[:10])}{more}"
-    yield f"            {', '.join(f'{name} {value!r}' for name, value in source.items())}"
+    for each in (*inputs, source):
+        yield f"            {', '.join(f'{name} {value!r}' for name, value in each.items())}"
     yield from summary(manifest)
     yield (
         f"ends        BOS {tokenizer.bos_id}, EOS {tokenizer.eos_id}; texts begin with "
