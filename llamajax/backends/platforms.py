@@ -91,8 +91,9 @@ _GPU_OPTIONS = (
 # By programs that libtpu 0.0.50 compiled (2026-11-30): left to itself it runs the collectives of a
 # v5p or v6e between products. Given to the SparseCores, which compute nothing else here, they run
 # beside them: 64 of 72 in 8 feed-forward layers on v5p:2x2x2, for 0.7 GiB. The five options of
-# "asynchronous collective fusion" in older recipes end a compilation on all but the v5e; those for
-# sums over `data` and for the layout of scattered sums hide nothing.
+# "asynchronous collective fusion" in older recipes end a compilation on all but the v5e. There they
+# change nothing: gathers are in such fusions anyway, and scattered sums stay between products. The
+# options for sums over `data` and for the layout of scattered sums hide nothing.
 _TPU_OPTIONS = ({"xla_tpu_scoped_vmem_limit_kib": 98304},)
 _SPARSE_CORES = tuple(
     {f"xla_tpu_enable_sparse_core_collective_offload_{kind}": True}

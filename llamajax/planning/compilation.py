@@ -48,7 +48,7 @@ from llamajax.training.setup import (
 )
 from llamajax.training.state import StateSpec, TrainState
 
-_FORMAT = 6  # of the stored facts
+_FORMAT = 7  # of the stored facts
 
 
 @dataclasses.dataclass(frozen=True)

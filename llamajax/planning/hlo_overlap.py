@@ -2,8 +2,9 @@
 
 XLA for GPUs and libtpu write instructions in the order in which they are launched, and a collective
 that runs beside others as a start and a done: what stands between the two runs beside it. One that
-libtpu gives to the SparseCores is a call on their thread, which gets its operand in an update.
-Where libtpu hides a collective in a chain of fusions instead, it does not write their times.
+libtpu gives to the SparseCores is a call on their thread, which gets its operand in an update. For
+others libtpu makes a chain of fusions, of which the first starts the collective and the last ends
+it. A collective in a fusion of its own runs beside nothing.
 """
 
 import collections
@@ -26,6 +27,8 @@ from llamajax.planning.hlo_products import product_flops_of
 Route = Callable[[Collective], tuple[Hashable, float]]
 Waits = collections.Counter[Hashable]
 _KERNELS = re.compile(r'custom_call_target="(?:__cudnn\$|tpu_custom_call)')
+_CHAIN = re.compile(r'chain_id="(\d+)"')
+_ENDS_CHAIN = 'custom_call_target="AsyncCollectiveDone"'
 _IN_PLACE = '"is_sync":true'  # launched in the order of products, beside nothing
 
 
@@ -60,18 +63,22 @@ class _Clock:
         ends: dict[str, tuple[Hashable, float]] = {}
         by_name = {i.name: i for i in instructions}
         for i, flops in zip(instructions, product_flops_of(instructions), strict=True):
-            if i.operation.endswith("-done") and i.operands[0] in ends:
-                kind, end = ends[i.operands[0]]
+            chain, ended = self._chain(i)
+            if i.operation.endswith("-done"):
+                ended = i.operands[0]
+            if ended in ends:
+                kind, end = ends[ended]
                 waits[kind] += max(0.0, end - now)
                 now = max(now, end)
             elif found := self._collective(name, i, by_name):
                 kind, seconds = self._route(found)
-                if _IN_PLACE in i.attributes or not i.operation.endswith(("-start", "-update")):
+                is_start = chain or i.operation.endswith(("-start", "-update"))
+                if _IN_PLACE in i.attributes or not is_start:
                     waits[kind] += seconds
                     now += seconds
                 else:
                     link_free = max(link_free, now) + seconds
-                    ends[i.name] = (kind, link_free)
+                    ends[chain or i.name] = (kind, link_free)
             elif i.operation in ("while", "conditional", "call"):
                 turns = 1
                 if i.operation == "while":
@@ -87,14 +94,22 @@ class _Clock:
                 now += self._product_s * (flops + sum(map(self.flops, called_by(i))))
         return now, waits
 
+    def _chain(self, i: Instruction) -> tuple[str, str]:
+        """Return the chain that a fusion is part of, and the one that it ends; "" for none."""
+        called = called_by(i) if i.operation == "fusion" else []
+        inside = " ".join(j.attributes for name in called for j in self._computations[name])
+        found = _CHAIN.search(inside)
+        chain = found[1] if found else ""
+        return chain, chain if _ENDS_CHAIN in inside else ""
+
     def _collective(
         self, name: str, i: Instruction, by_name: Mapping[str, Instruction]
     ) -> Collective | None:
         if i.operation.removesuffix("-start") in KINDS:
             operands = [by_name[operand] for operand in i.operands]
             return list(collectives_of(name, [*operands, i], 1))[-1]
-        if i.operation in ("async-start", "call-update"):
-            start = i if i.operation == "async-start" else by_name[i.operands[0]]
+        if i.operation in ("async-start", "call-update", "fusion"):
+            start = by_name[i.operands[0]] if i.operation == "call-update" else i
             (called,) = called_by(start)
             return next(collectives_of(called, self._computations[called], 1), None)
         return None
@@ -102,7 +117,7 @@ class _Clock:
 
 def is_in_launch_order(text: str) -> bool:
     """Return whether the order of instructions tells what runs beside a collective."""
-    return "is_scheduled=true" in text and 'chain_id="' not in text
+    return "is_scheduled=true" in text
 
 
 def kernel_calls(text: str) -> int:

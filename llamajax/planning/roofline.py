@@ -5,7 +5,9 @@ What no compiler says is estimated here with figures of the device table. All as
 - matrix products run at `Device.efficiency` of the peak, attention's at a part of that which
   depends on the kernel; recomputation is counted, and only the causal half of attention;
 - products in 8 bits run at 0.8 of that share, of their own peak; head and attention are in
-  bfloat16; each value that is quantized is read twice and written once, and transposed once;
+  bfloat16; each value that is quantized is read twice and written once, and transposed once. With
+  scales by rows it is quantized twice, and gathered weights in each pass (Llama2-7B on h100:8: 656
+  GB a step more by this, 731 in the compiled program, `program_bytes.py`, 2026-11-30);
 - element-wise work and the optimizer are bound by the bandwidth of the device's memory and overlap
   with nothing;
 - what `fsdp` sends hides behind the matrix products of the same pass, forward or backward, as far
@@ -236,13 +238,15 @@ def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
         turns *= pipe.microbatches / (1 - pipe.bubble)
         passes += config.train.remat_stage
     weights = matrices_per_layer(m) / sizes["tensor"] * layers * passes * turns
-    weights *= weight_width(config)
+    by_rows = config.train.float8_scaling == "row"  # 5 bytes: two reads in 16 bits, one write
+    weights *= weight_width(config) + 5 * by_rows * _float8_share(config)
     heads = (m.num_heads + 2 * m.num_kv_heads) * m.head_size
     values = 12 * m.hidden_size + 8 * heads + 10 * m.intermediate_size
     if float8 := _float8_share(config):  # in the width of an activation, 2 bytes
         update += held * FLOAT32_BYTES  # the scales of weights
         inputs_and_outputs = 4 * m.hidden_size + heads + m.num_heads * m.head_size
-        values += float8 * 3.5 * (inputs_and_outputs + 3 * m.intermediate_size)
+        moved = 6 if by_rows else 3.5
+        values += float8 * moved * (inputs_and_outputs + 3 * m.intermediate_size)
     tokens = share.rows * share.tokens / sizes["tensor"]
     return update + weights + tokens * values * layers * recompute * width(config)
 

@@ -199,6 +199,18 @@ def test_weights_in_8_bits_are_gathered_in_one_byte_and_the_others_in_two(config
     assert found == pytest.approx(gathered * m.hidden_size + gradients)
 
 
+def test_scales_by_rows_read_and_write_more_than_those_by_tensor():
+    """731 GB a step of Llama2-7B on h100:8 (benchmarks/program_bytes.py, jax 0.12, 2026-11-30)."""
+    sizes = {"data": 1, "stage": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
+    by_rows, by_tensor = (
+        roofline.memory_bytes(
+            load("llama2_7b", {"train.dtype": "float8", "train.float8_scaling": scaling}), sizes
+        )
+        for scaling in ("row", "tensor")
+    )
+    assert by_rows - by_tensor == pytest.approx(731e9, rel=0.2)
+
+
 def test_adapters_and_their_moments_are_divided_by_stage():
     config = load(str(Path(__file__).with_name("small_run.py")))
     axes = {"stage": 2, "fsdp": 2, "tensor": 2}

@@ -133,18 +133,38 @@ SPARSE_CORE = LAUNCHES.replace("all-gather-done", "call-done") + GATHER
 SPARSE_CORE = re.sub(r"%start = .*", f"%call = ((), (), (s32[1])) {CALL}", SPARSE_CORE)
 
 
-@pytest.mark.parametrize("text", [LAUNCHES, SPARSE_CORE], ids=["gpu", "tpu"])
+# And as a chain of fusions, between two of which the product stands; the sum is in a fusion, too.
+STARTS = CHAIN[CHAIN.index("%starts") : CHAIN.index("ENTRY")].replace("{{0,1,2,3}}", "{{0,1}}")
+SCATTER = """
+%all-reduce-scatter.1 (v: f32[8,32]) -> f32[4,32] {
+  %v = f32[8,32]{1,0} parameter(0)
+  ROOT %q = f32[8,32]{1,0} all-reduce(%v), replica_groups={{0,1}}, to_apply=%add
+}
+"""
+FUSIONS = LAUNCHES.replace("%sum = f32[8,32]{1,0} all-reduce(%r)", "%sum = f32[4,32] fusion(%r)")
+FUSIONS = FUSIONS.replace("replica_groups={{0,1}}, to_apply=%add", "calls=%all-reduce-scatter.1")
+FUSIONS = FUSIONS.replace(
+    "all-gather-start(%a), replica_groups={{0,1}}", "fusion(%a), calls=%starts"
+)
+FUSIONS = FUSIONS.replace("all-gather-done(%start)", "fusion(%start), calls=%ends")
+FUSIONS += STARTS + SCATTER
+
+
+@pytest.mark.parametrize(
+    "text", [LAUNCHES, SPARSE_CORE, FUSIONS], ids=["gpu", "sparse cores", "fusions"]
+)
 @pytest.mark.parametrize(("product_s", "waited"), [(4.0, 6.0), (10.0, 0.0), (25.0, 0.0)])
 def test_a_collective_waits_for_what_no_product_beside_it_hides(product_s, waited, text):
     flops = 2 * 8 * 16 * 32
 
     def route(collective):
-        return collective.kind, {"all-gather": 10.0, "all-reduce": 2.0}[collective.kind]
+        is_gather = collective.kind == "all-gather"
+        return ("gather", 10.0) if is_gather else ("sum", 2.0)
 
     assert is_in_launch_order(text)
     found = waited_s(text, route, product_s=product_s / flops, kernel_s=0.0)
-    assert found["all-gather"] == pytest.approx(3 * waited)
-    assert found["all-reduce"] == pytest.approx(3 * 2.0)
+    assert found["gather"] == pytest.approx(3 * waited)
+    assert found["sum"] == pytest.approx(3 * 2.0)
 
 
 # libtpu writes products as convolutions, batched ones with windows that are mostly holes
