@@ -65,6 +65,8 @@ def check_input(options: PrepareOptions) -> tuple[list[InputFile], Tokenizer | N
             say(f"warning: {line}")
     check_template(options.chat_template, tokenizer)
     files = find_inputs(options)
+    if declares_validation(files):
+        say("note: validation is what --input declares; --validation_fraction is not used")
     check_token_flags(options, files)
     if options.document_separator and all(format_of(file.path) != ".txt" for file in files):
         raise UserError("--document_separator is for .txt files, and --input has none")
