@@ -97,7 +97,7 @@ def open_tokens(path: Path, vocab_size: int) -> TokenFile:
 
 def _mapped(path: Path, dtype: str, start: int) -> np.ndarray:
     size = path.stat().st_size - start
-    if size % np.dtype(dtype).itemsize:
+    if not size or size % np.dtype(dtype).itemsize:
         raise UserError(f"{path}: {size} bytes of tokens are no multiple of {np.dtype(dtype)}")
     return np.memmap(path, dtype, "r", start)
 
@@ -133,7 +133,7 @@ def _megatron(path: Path) -> TokenFile:
     if len(head) < _MEGATRON.size or not head.startswith(_MEGATRON_MAGIC):
         raise UserError(f"{index}: not an index of Megatron-LM (MMIDIDX)")
     _, version, code, sequences, bounds = _MEGATRON.unpack(head)
-    if version != 1 or code not in _MEGATRON_DTYPES or not sequences:
+    if version != 1 or code not in _MEGATRON_DTYPES or not sequences or not bounds:
         raise UserError(
             f"{index}: version {version}, dtype {code}, {sequences} sequences: no tokens that can "
             "be read"

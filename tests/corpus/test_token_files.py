@@ -115,6 +115,7 @@ def test_megatrons_prefix_and_index_name_the_same_file_and_it_can_be_inspected(t
         ("a.npy", b"abcdefgh", "damaged, or no array of numbers"),
         ("a.bin", b"version https://git-lfs", "pointer of git-lfs"),
         ("a.bin", llmc(20240520, 1, TOKENS[:9], count=9)[:-8], "has 32 tokens, its header says 9"),
+        ("a.bin", llmc(20240520, 1, TOKENS[:0]), "0 bytes of tokens"),
         ("a.bin", llmc(20240522, 1, TOKENS[:9]), "magic 20240522, version 1: no tokens of llm.c"),
         ("a.bin.gz", b"", "unknown kind of file"),
     ],
