@@ -10,7 +10,7 @@ from typing import Any
 SCHEMES = ("gs", "s3")
 # TensorStore's own default retries for a quarter of an hour, and the next save would wait for that.
 RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "8s"}
-# One attempt: TensorStore's own defaults are 5 minutes to connect, and 2 without a byte.
+# One attempt: curl waits 5 minutes for a connection, and TensorStore 2 on one that carries nothing.
 _PATIENCE = {
     "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": "10",
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "30",
