@@ -41,15 +41,11 @@ class PackedRows:
             mask_documents=mask_documents,
         )
         (self._source,) = open_mixture(data, split=split, vocab_size=vocab_size).sources
+        self.protocol = "whole_examples" if self._source.masked else "packed"
         self._mask_documents = mask_documents
         self.seq_len = seq_len
         self._samples = self._source.samples(seq_len, EXAMPLES)
         self.num_rows = self._samples.count_all
-
-    @property
-    def masked(self) -> bool:
-        """Whether these are instructions, of which the answers are scored."""
-        return self._source.masked
 
     @property
     def text_bytes(self) -> int | None:

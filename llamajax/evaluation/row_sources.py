@@ -69,8 +69,8 @@ def _prepared(options: EvaluateOptions, weights: Weights) -> RowSource:
         ours = load_tokenizer(path)
         if problem := data_mismatch(f"--data={path}", ours, theirs, weights.tokenizer):
             raise UserError(problem)
-    protocol = "whole_examples" if rows.masked else "packed"
-    return RowSource(rows=rows, protocol=protocol, seq_len=rows.seq_len, num_bytes=rows.text_bytes)
+    facts = {"protocol": rows.protocol, "num_bytes": rows.text_bytes}
+    return RowSource(rows=rows, seq_len=rows.seq_len, **facts)
 
 
 def _text(options: EvaluateOptions, weights: Weights) -> RowSource:

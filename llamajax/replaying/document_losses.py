@@ -59,23 +59,20 @@ def document_losses(
     mean = nll_BT[counted].mean(dtype=np.float64) if counted.any() else 0.0
     found = []
     for row, (sample_id, sample) in enumerate(zip(ids, samples, strict=True)):
-        ends = np.cumsum(sample.pieces[:, 1])
+        stream = np.concatenate([np.arange(n, n + size) for n, size in sample.pieces.tolist()])
         segments = batch["segment_ids"][row]
         for segment in range(1, segments.max() + 1):
             here = segments == segment
             count = int(mask_BT[row, here].sum())
             if not count:
                 continue
-            offset = int(np.flatnonzero(here)[0])
-            piece = int(np.searchsorted(ends, offset, side="right"))
-            first, size = sample.pieces[piece].tolist()
             total = float(nll_BT[row, here].sum(dtype=np.float64))
             found.append(
                 DocumentPart(
                     row=row,
                     sample_id=sample_id,
                     source=str(sample.source.path),
-                    first_token=first + offset - (int(ends[piece]) - size),
+                    first_token=int(stream[np.flatnonzero(here)[0]]),
                     num_targets=count,
                     loss=total / count,
                     excess=total - count * mean,

@@ -21,8 +21,10 @@ from llamajax.data import (
     train_batches,
     with_stages,
 )
+from llamajax.data.batches import make_batch
 from llamajax.data.packing import EXAMPLES, WINDOWS, ExampleRows, fill_rows
 from llamajax.errors import UserError
+from llamajax.replaying.document_losses import document_losses
 
 BOS, EOS = 256, 257
 T = 60
@@ -242,6 +244,22 @@ def test_the_ledger_knows_the_rows(chats):
     other.samples(T, EXAMPLES)[0] = ExampleRows(other.sources[0].example_sizes[:, 0], T, "other")
     with pytest.raises(UserError, match="are not those that this run read"):
         check_ledger(saved, {other.hash: other}, place, step=3)
+
+
+def test_replay_names_examples_by_their_place_in_the_stream(chats):
+    mixture, ids = chats(), list(range(4))
+    samples = [mixture.locate(number, T, EXAMPLES) for number in ids]
+    batch = make_batch(samples, T, mask_documents=True)
+    nll_BT = np.where(batch["loss_mask"], np.random.default_rng(0).random((4, T)), 0)
+    lengths, learned = mixture.sources[0].example_sizes.T
+    expected = dict(zip((np.cumsum(lengths) - lengths).tolist(), learned.tolist(), strict=True))
+    found = document_losses(ids, samples, batch, nll_BT).largest
+    whole = [part for part in found if part.first_token in expected]
+    assert len(whole) > 2
+    for part in whole:
+        assert part.first_token in samples[part.row].pieces[:, 0]
+        assert part.token_ids[0] == BOS
+        assert part.num_targets == expected[part.first_token]
 
 
 def test_whole_examples_of_text_are_refused(prepared):
