@@ -145,14 +145,14 @@ def compiled(config: RunConfig, *, documents: int = 1, options: str = "", state:
     import jax
 
     from llamajax import backends, sharding
-    from llamajax.training.setup import (
+    from llamajax.models.machine_choices import (
         check_mesh,
-        lower_update,
         resolve_attention,
         resolve_compiler_options,
         resolve_compute,
         with_loss_chunk,
     )
+    from llamajax.training.programs import lower_update
     from llamajax.training.state import StateSpec
 
     if options:

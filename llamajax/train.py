@@ -8,6 +8,8 @@ Example:
 """
 
 import gc
+import os
+import time
 from pathlib import Path
 
 from llamajax.backends import exit_with_launcher, with_huge_pages
@@ -36,16 +38,22 @@ def main(argv: list[str]) -> int:
 
         hooks.append(ProfileHook)
     from llamajax.training.run import train
-    from llamajax.training.run_record import process_start_s
 
     return train(
         flags.config,
         workdir=Path(flags.workdir),
         shutdown=shutdown,
-        began_s=process_start_s(),
+        began_s=_process_start_s(),
         config_file=flags.config_file,
         more_hooks=hooks,
     )
+
+
+def _process_start_s() -> float:
+    """Return when this process began, on the clock of `time.monotonic`."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - age_s
 
 
 if __name__ == "__main__":

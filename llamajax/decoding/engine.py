@@ -72,11 +72,7 @@ class Engine:
         about that often, for a person who watches; without it they come in the largest chunks.
         """
         max_new_tokens = max(prompt.max_new_tokens for prompt in prompts)
-        longest = max(len(prompt.ids) for prompt in prompts)
-        slots = kv.prompt_slots(longest, max_seq_len=self._model.config.max_seq_len)
-        all_slots = slots + kv.bucket(max_new_tokens, least=kv.LEAST_SLOTS)
-        inputs = self._inputs(prompts, slots, np.uint32(seed))
-        run = self._prefill(inputs, slots, all_slots)
+        inputs, run = self._begin(prompts, seed)
         start = time.perf_counter()
         rows, tokens_B = run(self._model, *inputs)
         first = _to_host(tokens_B)[: len(prompts), None]
@@ -99,6 +95,22 @@ class Engine:
             yield _real_tokens(tokens_BC)
             if interval_s is not None:
                 steps = max(1, min(CHUNK, int(interval_s / (elapsed_s / steps))))
+
+    def compile(self, prompts: Sequence[Prompt]) -> None:
+        """Compile what `generate` runs for these prompts, where it is new."""
+        inputs, run = self._begin(prompts, seed=0)
+        if max(prompt.max_new_tokens for prompt in prompts) > 1:
+            rows, _ = run.out_info
+            self._decode(rows, inputs[-1])
+
+    def _begin(self, prompts: Sequence[Prompt], seed: int) -> tuple[tuple, Any]:
+        """Return the arguments of the prefill besides the model, and its program."""
+        longest = max(len(prompt.ids) for prompt in prompts)
+        max_new_tokens = max(prompt.max_new_tokens for prompt in prompts)
+        slots = kv.prompt_slots(longest, max_seq_len=self._model.config.max_seq_len)
+        all_slots = slots + kv.bucket(max_new_tokens, least=kv.LEAST_SLOTS)
+        inputs = self._inputs(prompts, slots, np.uint32(seed))
+        return inputs, self._prefill(inputs, slots, all_slots)
 
     def _inputs(self, prompts: Sequence[Prompt], slots: int, seed: np.uint32) -> tuple:
         """Arguments of the prefill besides the model; rows that are no prompt fill up the batch."""

@@ -32,6 +32,11 @@ def format_count(number: float) -> str:
     return f"{number:.{decimals}f}{unit}"
 
 
+def format_size(size: float) -> str:
+    """Format bytes: 3.5 MiB, 24.3 GiB."""
+    return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
+
+
 def format_row(row: Mapping[str, Any]) -> str:
     """Format the numbers of a metrics row that people read; those of several rows are aligned."""
     formats = {

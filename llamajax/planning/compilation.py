@@ -24,6 +24,13 @@ from llamajax.config import RunConfig
 from llamajax.errors import UserError, say
 from llamajax.files import write_file
 from llamajax.models.llama import Compute
+from llamajax.models.machine_choices import (
+    check_mesh,
+    resolve_attention,
+    resolve_compiler_options,
+    resolve_compute,
+    with_loss_chunk,
+)
 from llamajax.ops.attention import AttentionChoice
 from llamajax.planning.hlo import (
     Collective,
@@ -37,15 +44,7 @@ from llamajax.planning.hlo import (
 from llamajax.planning.hlo_overlap import is_in_launch_order, kernel_calls, waited_s
 from llamajax.planning.hlo_products import product_flops
 from llamajax.planning.roofline import compute_seconds, link_seconds
-from llamajax.training.setup import (
-    check_mesh,
-    lower_update,
-    program_digest,
-    resolve_attention,
-    resolve_compiler_options,
-    resolve_compute,
-    with_loss_chunk,
-)
+from llamajax.training.programs import lower_update, program_digest
 from llamajax.training.state import StateSpec, TrainState
 
 _FORMAT = 7  # of the stored facts

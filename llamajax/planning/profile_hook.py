@@ -15,7 +15,8 @@ from llamajax.planning.profile_summary import (
     predicted,
     read_trace,
 )
-from llamajax.training.hooks import Attempt, Hook
+from llamajax.training.attempt import Attempt
+from llamajax.training.hooks import Hook
 from llamajax.training.state import TrainState
 
 # What can fail while a trace begins, ends or is read; none of it may end a run.

@@ -20,13 +20,13 @@ from llamajax.backends.platforms import platform_facts
 from llamajax.config import MeshConfig, RunConfig, from_json_dict, to_json_dict
 from llamajax.config.schema import Remat
 from llamajax.errors import UserError, say
+from llamajax.models.machine_choices import check_mesh, resolve_attention, with_loss_chunk
 from llamajax.models.memory import held_bytes
 from llamajax.ops.attention_own import is_own, own_function
 from llamajax.planning.compilation import node_of
 from llamajax.planning.estimate import axes_slow_share, sent_bytes
 from llamajax.planning.planner import Plan, make_plan
 from llamajax.planning.roofline import link_seconds, predict
-from llamajax.training.setup import check_mesh, resolve_attention, with_loss_chunk
 
 _MOST_ROWS = 8  # of a microbatch on a device: more changes little but memory
 _SLACK = 1.05  # XLA recomputes more where memory is short, and then takes less than is estimated

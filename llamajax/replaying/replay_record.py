@@ -16,7 +16,7 @@ from llamajax.monitoring import load_metrics
 from llamajax.monitoring.blackbox import boxes, read_box
 from llamajax.monitoring.run_facts import read_run_facts
 from llamajax.optim.guard import REASONS
-from llamajax.training.safety.rollback import RollbackLog
+from llamajax.training.safety.rollback_log import RollbackLog
 from llamajax.training.setup import Setup
 
 

@@ -30,9 +30,10 @@ from llamajax.replaying.step_probe import (
     nonfinite_weights,
 )
 from llamajax.training.feed import eval_batch_size, put_batch, train_batches
-from llamajax.training.run_start import open_initial_weights
-from llamajax.training.safety.rollback import RollbackLog
-from llamajax.training.setup import Setup, initial_state, lower_update, set_up
+from llamajax.training.initial_state import initial_state, open_initial_weights
+from llamajax.training.programs import lower_update
+from llamajax.training.safety.rollback_log import RollbackLog
+from llamajax.training.setup import Setup, set_up
 from llamajax.training.state import TrainState
 
 

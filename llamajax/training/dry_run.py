@@ -6,9 +6,11 @@ from pathlib import Path
 from llamajax.config import RunConfig
 from llamajax.config.saved_config import origins
 from llamajax.models.memory import held_parts
-from llamajax.training.messages import gib, run_header
+from llamajax.monitoring.row_format import format_size
+from llamajax.training.initial_state import check_stored
+from llamajax.training.messages import run_header
 from llamajax.training.run_start import first_start
-from llamajax.training.setup import Setup, check_stored, set_up
+from llamajax.training.setup import Setup, set_up
 from llamajax.training.workdir import read_run
 
 _WIDTH = 44
@@ -40,6 +42,6 @@ def _memory(setup: Setup) -> str:
         (held_parts(stage.config, sizes) for _, stage in setup.stages),
         key=lambda p: sum(p.values()),
     )
-    listed = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
-    total = gib(sum(parts.values()))
+    listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items())
+    total = format_size(sum(parts.values()))
     return f"memory   {total} a device at least, by formula: {listed}; `llamajax plan` has more"

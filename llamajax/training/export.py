@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from llamajax import data
 from llamajax.checkpoint import newest_checkpoint
+from llamajax.config import RunConfig
 from llamajax.config.values import show
 from llamajax.errors import UserError
 from llamajax.formats.huggingface.hf_write import export_hf
@@ -23,6 +24,12 @@ _merge = jax.jit(merge, static_argnames="dtype")
 
 def _target(workdir: Path, step: int) -> Path:
     return workdir / "hf" / str(step)
+
+
+def exports_after(config: RunConfig, step: int) -> bool:
+    """Return whether the weights are exported after update `step`."""
+    every, last = config.checkpoint.export_hf_every, config.train.steps
+    return bool(every) and (step == last or step % every == 0)
 
 
 def is_exported(workdir: Path, step: int) -> bool:

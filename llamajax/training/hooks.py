@@ -1,102 +1,24 @@
 """What a run does after its steps besides updating: log, check replicas, save, export."""
 
-import contextlib
-import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from llamajax import data
-from llamajax.backends import memory_in_use, report_alive
+from llamajax.backends import memory_in_use
 from llamajax.checkpoint import CheckpointError
-from llamajax.monitoring import MetricsWriter, Progress, StepTimer
 from llamajax.processes.host_collectives import broadcast_from_first
-from llamajax.training.export import export_weights, is_exported
+from llamajax.training.attempt import Attempt
+from llamajax.training.export import export_weights, exports_after
 from llamajax.training.messages import mfu
-from llamajax.training.run_start import Start
-from llamajax.training.safety.hang import HangWatch
-from llamajax.training.safety.step_checks import StepChecks
-from llamajax.training.stages import StagePrograms
 from llamajax.training.state import TrainState
-from llamajax.training.workdir import Run
 
 # Process 0's clock decides when to save. Asking it waits for the devices, so it is asked rarely.
 _COMPARE_CLOCKS_EVERY = 16
-
-
-class Interrupted(Exception):
-    """A stop signal came during an evaluation; raised on all processes."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class Attempt:
-    """What the loop and its hooks use, from one start to the end of the run or to a rollback.
-
-    save_waits_s: by step, seconds that training waited for a checkpoint that is being written.
-    """
-
-    run: Run
-    start: Start
-    programs: StagePrograms  # compiled
-    timer: StepTimer
-    metrics: MetricsWriter  # rows of metrics.jsonl
-    progress: Progress  # lines or a bar for people
-    checks: StepChecks  # of each step's metrics
-    hang: HangWatch  # ends a process whose step never ends
-    save_waits_s: dict[int, float] = dataclasses.field(default_factory=dict)
-    failed_saves: int = 0
-
-    @contextlib.contextmanager
-    def phase(self, event: str, step: int) -> Iterator[dict[str, Any]]:
-        """Write an event with the seconds that the block took; they do not count as step time."""
-        fields: dict[str, Any] = {}
-        with self.timer.pause():
-            yield fields
-        self.run.events.write(event, step=step, duration_s=self.timer.paused_s, **fields)
-
-    def begin_stage(self, step: int, state: TrainState) -> TrainState:
-        """Say that update `step` begins a stage; return the state as one of that stage's model."""
-        setup = self.run.setup
-        number, c = setup.stage_number(step), setup.at(step).config.data
-        words = f"{c.global_batch_size} x {c.seq_len} of {c.path}"
-        tokens = self.start.position.tokens_seen(step - 1)
-        fields = {"number": number, "tokens_seen": tokens, "reason": words}
-        self.run.events.write("stage", step=step - 1, **fields)
-        self.progress.note(f"stage {number} begins after step {step - 1}: {words}")
-        return setup.at(step).spec.retyped(state)
-
-    def report_alive(self) -> None:
-        """Tell the launcher and the hang watch that something was finished."""
-        report_alive()
-        self.hang.beat()
-
-    def report_part(self) -> None:
-        """Report that a part of an evaluation is done. Raises Interrupted where the run stops.
-
-        To be called by all processes.
-        """
-        self.report_alive()
-        if self.run.shutdown.any_process_stops():
-            raise Interrupted
-
-    def record_saves(self) -> None:
-        """Write an event for each checkpoint that is complete by now."""
-        completed = self.run.checkpointer.completed
-        while completed:
-            step = completed.popleft()
-            duration_s = self.save_waits_s.pop(step, 0.0)
-            self.run.events.write("save", step=step, duration_s=duration_s)
-            self.progress.set_cell("saved", f"{step:,} at {time.strftime('%H:%M')}")
-
-    def record_signal(self, step: int) -> None:
-        """Write the event of a stop signal, with the time of the steps after the last row."""
-        unlogged = {f"kept_{part}": value for part, value in self.timer.untaken.items() if value}
-        name = self.run.shutdown.signal  # none: it came to another process
-        self.run.events.write("signal", step=step, signal=name, **unlogged)
 
 
 class LogHook:
@@ -230,12 +152,7 @@ class ExportHook(Hook):
     """Writes the weights of some steps in Hugging Face's format."""
 
     def is_due(self, step: int, stop: bool) -> bool:
-        every, last = self.config.checkpoint.export_hf_every, self.config.train.steps
-        return not stop and bool(every) and (step == last or step % every == 0)
-
-    def was_done(self) -> bool:
-        """Return whether an earlier process exported the step that this one resumes from."""
-        return broadcast_from_first(is_exported, self.run.workdir, self.attempt.start.step)
+        return not stop and exports_after(self.config, step)
 
     def __call__(self, step: int, state: TrainState, stop: bool) -> None:
         with self.attempt.phase("export", step), self.attempt.hang.paused():

@@ -12,16 +12,10 @@ from collections.abc import Callable, Sequence
 import jax
 
 from llamajax.errors import ExitCode
+from llamajax.training.attempt import Attempt
 from llamajax.training.evaluation_hook import EvaluateHook
 from llamajax.training.feed import DeviceBatch, train_batches
-from llamajax.training.hooks import (
-    Attempt,
-    CanaryHook,
-    ExportHook,
-    Hook,
-    LogHook,
-    SaveHook,
-)
+from llamajax.training.hooks import CanaryHook, ExportHook, Hook, LogHook, SaveHook
 from llamajax.training.norms_hook import NormsHook
 from llamajax.training.state import TrainState
 
@@ -42,10 +36,10 @@ def train_steps(
     norms = NormsHook(attempt, log)
     hooks: list[Hook] = [CanaryHook(attempt), norms, save, export, evaluate]
     hooks += [make(attempt) for make in more_hooks]
-    if start.step and not start.fork:
-        for hook in (evaluate, export):  # the previous process may have ended before these
-            if hook.is_due(start.step, stop=False) and not hook.was_done():
-                hook(start.step, state, stop=False)
+    if start.evaluates:  # the previous process ended before it
+        evaluate(start.step, state, stop=False)
+    if start.exports:
+        export(start.step, state, stop=False)
     data = run.config.data
     batches = train_batches(data, setup.mesh, setup.mixtures, start.position, step=start.step)
 

@@ -12,13 +12,16 @@ from llamajax.backends.platforms import platform_facts
 from llamajax.checkpoint import Checkpointer
 from llamajax.config import RunConfig
 from llamajax.data.packing import WINDOWS
-from llamajax.errors import ExitCode, UserError
+from llamajax.errors import ExitCode
 from llamajax.evaluation.continuations import ContinuationRows
+from llamajax.evaluation.evaluation_inputs import samples_problem
 from llamajax.models.counts import flops_per_token, num_parameters
 from llamajax.models.lora import num_adapter_parameters
 from llamajax.models.memory import host_bytes
-from llamajax.monitoring.row_format import format_count
-from llamajax.training.setup import Programs, Setup
+from llamajax.monitoring.row_format import format_count, format_size
+from llamajax.training.programs import Programs
+from llamajax.training.setup import Setup
+from llamajax.training.workdir import previous_checkpoint
 
 _MANY_PASSES = 100  # over the same text
 
@@ -33,7 +36,7 @@ def run_header(setup: Setup, position: "data.Position", start: int) -> Iterator[
     tasks = setup.evaluated.tasks
     if not setup.evaluated.sets and tasks is None:
         yield "warning: the data has no validation split: no evaluation"
-    if problem := samples_problem(setup):
+    if problem := samples_problem(c, setup.mesh.shape["stage"]):
         yield f"warning: train.sample_prompts: {problem}"
     for line in data_warnings(setup, packings) + memory_warnings(setup):
         yield f"warning: {line}"
@@ -77,14 +80,6 @@ def run_header(setup: Setup, position: "data.Position", start: int) -> Iterator[
     origin = c.train.init_from or "the beginning"
     where = f"continuing from step {start}" if start else f"from {origin}"
     yield f"steps    {c.train.steps}, {where}"
-
-
-def samples_problem(setup: Setup) -> str | None:
-    """Return why the mesh of a run cannot continue its prompts; None where it can."""
-    stages = setup.mesh.shape["stage"]
-    if not setup.evaluated.prompts or stages == 1:
-        return None
-    return f"no samples, as layers in {stages} pipeline stages cannot decode; set mesh.stage to 1"
 
 
 def tasks_problem(setup: Setup) -> str | None:
@@ -133,15 +128,10 @@ def memory_warnings(setup: Setup) -> list[str]:
     if there is None or needed <= there:
         return []
     return [
-        f"the run needs about {gib(needed)} of this host's memory, by formula, and there are "
-        f"{gib(there)}: it may be killed. Choose a smaller model, batch or sequence, a "
+        f"the run needs about {format_size(needed)} of this host's memory, by formula, and there "
+        f"are {format_size(there)}: it may be killed. Choose a smaller model, batch or sequence, a "
         "train.remat that keeps less, or more hosts (--dry_run lists the parts)"
     ]
-
-
-def gib(size: float) -> str:
-    """Format bytes: 3.5 MiB, 24.3 GiB."""
-    return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
 
 
 def _tokens_read(setup: Setup, number: int) -> tuple[int, int]:
@@ -227,15 +217,6 @@ def num_trained(config: RunConfig) -> int:
     return num_parameters(config.model)
 
 
-def previous_checkpoint(checkpointer: Checkpointer) -> str:
-    """Describe the checkpoint that a rerun continues from."""
-    try:
-        steps = checkpointer.steps()
-    except (UserError, OSError):
-        return f"the newest in {checkpointer.directory}, which cannot be read now"
-    return f"{checkpointer.directory / str(steps[-1])}" if steps else "none yet, it starts anew"
-
-
 def mfu(setup: Setup, tokens_per_s: float) -> dict[str, float | None]:
     """Return both MFUs of a stage at a speed; null where the device's peak is not known."""
     config, machine = setup.config, setup.machine
@@ -275,7 +256,7 @@ def run_facts(setup: Setup, programs: Programs, segment: "data.Segment") -> dict
         "float8_products": _float8_products(setup),
         "lost_features": backends.lost_features(setup.machine.platform),
         "untested_versions": backends.untested_versions(),
-        "samples_problem": samples_problem(setup),
+        "samples_problem": samples_problem(config, setup.mesh.shape["stage"]),
         "tasks_problem": tasks_problem(setup),
         "eval_loss_of": setup.evaluated.described,
         "packing": setup.mixtures[segment.mixture_hash].packing_facts(

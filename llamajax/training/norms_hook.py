@@ -16,7 +16,8 @@ import optax
 from llamajax.checkpoint import named_leaves
 from llamajax.monitoring import MetricsWriter
 from llamajax.processes.host_collectives import broadcast_from_first
-from llamajax.training.hooks import Attempt, Hook, LogHook
+from llamajax.training.attempt import Attempt
+from llamajax.training.hooks import Hook, LogHook
 from llamajax.training.state import TrainState
 
 NORMS = "norms.jsonl"

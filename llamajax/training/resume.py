@@ -1,16 +1,20 @@
 """Which checkpoint a start continues from: the newest, an older one that is asked for, or none.
 
+Or another run's (`train.fork=RUN@STEP`): its weights, moments, steps and place in the data go on,
+with a config and a --workdir of their own. Until that has a checkpoint, every start and every
+rollback begins at the other run's.
+
 Steps that were saved are never done again without a word: the record of the run says what was
 saved, and a start that finds none of it is refused.
 """
 
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from llamajax.checkpoint import Checkpoint, Checkpointer, open_checkpoint
+from llamajax.checkpoint import Checkpoint, open_checkpoint
 from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.directory_owner import checkpoint_directory, recorded_directory
 from llamajax.checkpoint.location import (
@@ -19,13 +23,14 @@ from llamajax.checkpoint.location import (
     reason,
     store_errors_explained,
 )
-from llamajax.config import RunConfig
+from llamajax.config import diff, from_json_dict, parse_fork
 from llamajax.config.saved_config import read_saved_config
 from llamajax.errors import UserError, say
 from llamajax.files import free_name
+from llamajax.monitoring.run_history import History
 from llamajax.processes.host_collectives import broadcast_from_first
-from llamajax.training.run_record import History
-from llamajax.training.safety.rollback import AUDIT
+from llamajax.training.safety.rollback_log import AUDIT
+from llamajax.training.workdir import Run
 
 # rollback: within a run. The others: where the config asks to continue.
 Request = Literal["newest", "restart", "older", "rollback"]
@@ -36,25 +41,25 @@ _RECORD += ("report.html",)
 _ASIDE = "before_restart"
 
 
-def requested_start(config: RunConfig, history: History) -> Request:
+def requested_start(run: Run, history: History) -> Request:
     """Return where the config asks to continue. To be called by all processes.
 
     `train.restart` and `train.resume_step` count once: the same command again continues from the
     newest checkpoint. Raises UserError where checkpoints were saved and all of them have gone.
     """
-    checkpoints = checkpoint_directory(history.workdir, config.checkpoint.directory)
+    train, checkpoints = run.config.train, run.checkpointer.directory
 
     def decide() -> Request:
         with store_errors_explained(checkpoints):
-            before = read_saved_config(history.workdir).get("train", {})
-            if config.train.restart and not before.get("restart"):
+            before = read_saved_config(run.workdir).get("train", {})
+            if train.restart and not before.get("restart"):
                 if is_remote(checkpoints) and manifests.step_directories(checkpoints):
                     raise UserError(
                         f"train.restart: {checkpoints} is in an object store, where nothing can be "
                         "renamed; choose another checkpoint.directory to begin anew"
                     )
                 return "restart"
-            if config.train.resume_step not in (None, before.get("resume_step")):
+            if train.resume_step not in (None, before.get("resume_step")):
                 return "older"
             _check_not_gone(history, checkpoints)
             return "newest"
@@ -63,55 +68,51 @@ def requested_start(config: RunConfig, history: History) -> Request:
 
 
 def choose_checkpoint(
-    request: Request,
-    checkpointer: Checkpointer,
-    history: History,
-    *,
-    resume_step: int | None,
-    superseded: Collection[int] = (),
-) -> tuple[Checkpoint | None, list[str]]:
-    """Return the verified checkpoint to continue from, and what to say of it.
+    run: Run, request: Request, history: History, superseded: Collection[int] = ()
+) -> Checkpoint | None:
+    """Return the verified checkpoint of the run to continue from, and say what it costs.
 
-    resume_step: of `older`. superseded: steps of checkpoints that a rollback made invalid. To
-    be called by all processes.
+    superseded: steps of checkpoints that a rollback made invalid. To be called by all processes.
     """
+    checkpoints = run.checkpointer.directory
     if request == "restart":
-        return None, []
+        return None
     if request == "older":
-        with store_errors_explained(checkpointer.directory):
-            checkpoint = open_checkpoint(checkpointer.directory / str(resume_step))
+        with store_errors_explained(checkpoints):
+            checkpoint = open_checkpoint(checkpoints / str(run.config.train.resume_step))
         checkpoint.verify()
-        return checkpoint, []
-    checkpoint, words = checkpointer.newest_intact(without=superseded)
+        return checkpoint
+    checkpoint, words = run.checkpointer.newest_intact(without=superseded)
+    for line in words:
+        run.say(line)
     if words or request == "rollback":
-        return checkpoint, words
+        return checkpoint
     step = 0 if checkpoint is None else checkpoint.step
     saved = newest_save(history)
     if saved is not None and saved > step:
-        words.append(
+        run.say(
             f"warning: the checkpoint of step {saved} was saved and is not in "
-            f"{checkpointer.directory} any more: steps {step + 1} to {saved} are done again"
+            f"{checkpoints} any more: steps {step + 1} to {saved} are done again"
         )
     elif checkpoint is None and history.rows:
         last = history.rows[-1]["step"]
-        words.append(f"no checkpoint was saved before: all steps to {last} are done again")
-    return checkpoint, words
+        run.say(f"no checkpoint was saved before: all steps to {last} are done again")
+    return checkpoint
 
 
-def set_aside(
-    request: Request, workdir: Path, checkpoints: Location, resume_step: int | None
-) -> None:
+def set_aside(run: Run, request: Request) -> None:
     """Move what does not belong to the run any more out of its way, and say so.
 
     To be called by all processes, once the start is accepted; process 0 does it.
     """
+    checkpoints = run.checkpointer.directory
 
     def move() -> None:
         try:
             if request == "restart":
-                say(_set_aside_all(workdir, checkpoints))
+                say(_set_aside_all(run.workdir, checkpoints))
             else:
-                say(_set_aside_later(workdir, checkpoints, resume_step))
+                say(_set_aside_later(run.workdir, checkpoints, run.config.train.resume_step))
         except OSError as error:
             raise UserError(f"what was there before cannot be set aside: {reason(error)}") from None
 
@@ -192,3 +193,86 @@ def _set_aside_later(workdir: Path, checkpoints: Location, step: int) -> str:
         f"train.resume_step: going on from step {step}; later checkpoints are set aside: "
         f"{', '.join(path.name for path in later) or 'none'}"
     )
+
+
+def check_fork(run: Run) -> None:
+    """Raise UserError where a fork would write into the run that it continues."""
+    fork, checkpoints = run.config.train.fork, run.checkpointer.directory
+    if fork is None:
+        return
+    other, _ = parse_fork(fork)
+    if other.resolve() == run.workdir.resolve():
+        raise UserError(
+            f"train.fork = {fork}: that is this --workdir itself; choose another one, or go back "
+            "in this one with train.resume_step"
+        )
+    if checkpoints == recorded_directory(other):
+        raise UserError(
+            f"train.fork = {fork}: that run has its checkpoints in {checkpoints}; choose another "
+            "checkpoint.directory for this one"
+        )
+
+
+def open_fork(run: Run, history: History) -> tuple[Checkpoint | None, dict[str, Any] | None]:
+    """Open and verify the checkpoint that `train.fork` names; return what to record of it as well.
+
+    The record: run, its --workdir; step; fingerprint, of the checkpoint; changed, old and new value
+    of each key that differs from the config which that was trained with. (None, None) without
+    `train.fork`. UserError where the run, which has no checkpoint, began elsewhere before. To be
+    called by all processes.
+    """
+    config, checkpoint, origin = run.config, None, None
+    if config.train.fork is not None:
+        other, step = parse_fork(config.train.fork)
+        title = f"train.fork = {config.train.fork}"
+        if not (other / "config.json").is_file():
+            raise UserError(f"{title}: {other} is no --workdir of a run (no config.json in it)")
+        if step >= config.train.steps:
+            raise UserError(f"{title}: train.steps = {config.train.steps} leaves no step to train")
+        directory = recorded_directory(other)
+        try:
+            with store_errors_explained(directory):
+                checkpoint = open_checkpoint(directory / str(step))
+        except UserError as error:
+            raise UserError(f"{title}: {error}") from None
+        checkpoint.verify()
+        before = from_json_dict(checkpoint.meta["config"], source=f"the config of {checkpoint}")
+        changed = diff(before, config)
+        changed.pop("train.fork", None)
+        origin = {
+            "run": str(other.absolute()),
+            "step": step,
+            "fingerprint": checkpoint.manifest.fingerprint,
+            "changed": {key: list(values) for key, values in changed.items()},
+        }
+    _check_same_origin(origin, history)
+    if origin:
+        run.say(f"forked from {checkpoint}")
+    return checkpoint, origin
+
+
+def _check_same_origin(origin: Mapping[str, Any] | None, history: History) -> None:
+    """Raise UserError where a run that has saved nothing yet would begin elsewhere than before.
+
+    Its rows would be of two runs.
+    """
+    starts = [event.get("fork") for event in history.events if event["event"] == "start"]
+    if not starts or not history.rows:
+        return
+    before = next((fork for fork in reversed(starts) if fork), None)
+    ours, theirs = (
+        {key: fork[key] for key in ("run", "step", "fingerprint")} if fork else None
+        for fork in (origin, before)
+    )
+    if ours != theirs:
+        raise UserError(
+            f"this --workdir began from {_words(theirs)}, and would go on from {_words(ours)}: go "
+            "back to the train.fork that it had, choose another --workdir, or begin anew with "
+            "--config.train.restart=true"
+        )
+
+
+def _words(origin: Mapping[str, Any] | None) -> str:
+    if origin is None:
+        return "no other run"
+    return f"{origin['run']}@{origin['step']} (checkpoint {origin['fingerprint'][:12]})"

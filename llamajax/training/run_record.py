@@ -1,8 +1,8 @@
-"""What the record of a run says at a start, and the events of its start and end."""
+"""What a run writes once its start is accepted, and the events of its start and end."""
 
 import contextlib
-import dataclasses
 import importlib.metadata
+import json
 import os
 import platform
 import socket
@@ -17,13 +17,16 @@ import llamajax
 from llamajax.config import RunConfig, diff, from_json_dict, load
 from llamajax.config.saved_config import read_saved_config
 from llamajax.errors import ExitCode, UserError
-from llamajax.monitoring import load_events, load_metrics
-from llamajax.monitoring.blackbox import read_leftovers
-from llamajax.monitoring.jsonl import is_evaluation
-from llamajax.monitoring.run_facts import steps_after
-from llamajax.training.messages import previous_checkpoint
-from llamajax.training.setup import Setup, with_loss_chunk
-from llamajax.training.workdir import Run
+from llamajax.files import write_file
+from llamajax.models.machine_choices import with_loss_chunk
+from llamajax.monitoring import write_run_facts
+from llamajax.monitoring.run_history import History
+from llamajax.training.messages import run_facts
+from llamajax.training.programs import RunPrograms
+from llamajax.training.resume import set_aside
+from llamajax.training.run_start import Start
+from llamajax.training.setup import Setup
+from llamajax.training.workdir import Run, keep_tokenizer, previous_checkpoint
 
 _PACKAGES = (
     "llamajax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain",
@@ -31,104 +34,47 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-_KEPT = "kept_steps_s"
+def accept_start(run: Run, start: Start, programs: RunPrograms) -> None:
+    """Write what a start changes in the directory: nothing can refuse it any more.
 
-
-@dataclasses.dataclass(frozen=True)
-class History:
-    """Events and rows that earlier processes of a run, or this one, have left in its directory."""
-
-    workdir: Path
-    events: list[dict[str, Any]]
-    rows: list[dict[str, Any]]
-
-    @classmethod
-    def read(cls, workdir: Path) -> "History":
-        """Read the events and rows that are on disk now."""
-        return cls(workdir, load_events(workdir), load_metrics(workdir))
-
-    def is_finished(self, step: int) -> bool:
-        """Whether the last event says that the run finished at `step`."""
-        last = self.events[-1] if self.events else {}
-        return last.get("status") == "finished" and last["step"] == step
-
-    def is_evaluated(self, step: int) -> bool:
-        """Whether the evaluation of `step` is on record."""
-        return any(row["step"] == step and is_evaluation(row) for row in self.rows)
-
-    def time_after(self, step: int) -> dict[str, float]:
-        """Return the seconds of the rows after `step`, which a start from there removes."""
-        return steps_after(self.events, self.rows, step)
-
-    def found_dead(self, step: int) -> dict[str, Any] | None:
-        """Describe the last process if it wrote no end, for a start from `step`."""
-        if not self.events or self.events[-1]["event"] == "end":
-            return None
-        begun = [event for event in self.events if event["event"] == "start"][-1:]
-        box, box_s = read_leftovers(self.workdir)
-        box = _after_rollback(box)
-        seen = [*begun, self.events[-1], *self.rows, *box]
-        return {
-            "step": max(entry["step"] for entry in seen),
-            "last_seen_s": max([box_s, *(entry.get("time_s", 0.0) for entry in seen)]),
-            "host": begun[0].get("host") if begun else None,
-            "pid": begun[0].get("pid") if begun else None,
-        } | self.unlogged(step)
-
-    def unlogged(self, step: int) -> dict[str, float]:
-        """Return the seconds of a process's steps since its last row, from its black box.
-
-        kept_*: of steps up to `step`, where the next start begins. removed_*: of later ones, which
-        are done again.
-        """
-        box = _after_rollback(read_leftovers(self.workdir)[0])
-        begun = max((i for i, e in enumerate(self.events) if e["event"] == "start"), default=0)
-        counted = [row for row in self.rows if "step_time_s" in row]
-        # A stop signal has the sums of the steps up to it in its event.
-        counted += [e for e in self.events[begun:] if e["event"] == "signal" and _KEPT in e]
-        logged = max((entry["step"] for entry in counted), default=0)
-        parts = ("steps_s", "data_wait_s", "tokens")
-        kept = total = dict.fromkeys(parts, 0)
-        for row in box:  # each has the sums over all steps since the last row
-            if row["step"] > logged and "unlogged_steps_s" in row:
-                total = {part: row[f"unlogged_{part}"] for part in parts}
-                kept = total if row["step"] <= step else kept
-        removed = {f"removed_{part}": total[part] - kept[part] for part in parts[:2]}
-        return {f"kept_{part}": value for part, value in kept.items()} | removed
-
-
-def _after_rollback(box: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of a black box that are not before its last rollback."""
-    for i in range(1, len(box)):
-        if box[-i]["step"] <= box[-i - 1]["step"]:
-            return box[-i:]
-    return box
-
-
-def process_start_s() -> float:
-    """Return when this process began, on the clock of `time.monotonic`."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.monotonic() - age_s
+    To be called by all processes: process 0 writes, and its failure is raised on all.
+    """
+    run.undo.pop_all()  # keep the folders that this start has made
+    run.checkpointer.begin()
+    set_aside(run, start.request)
+    if run.is_primary:
+        run.log.begin()
+        run.events.begin()
+        run.box.begin()
+        file = run.workdir / "config.json"
+        write_file(file, json.dumps(start.recorded["config"], indent=1) + "\n", label=f"{file}")
+        keep_tokenizer(run.workdir, run.config.data.paths[0], start.recorded["tokenizer"])
+        first = programs.at(start.step + 1)
+        if run.config.monitoring.dump_hlo:
+            (run.workdir / "profile").mkdir(exist_ok=True)
+            for name in ("update", "evaluate"):
+                text = getattr(first, name).as_text()
+                write_file(run.workdir / "profile" / f"{name}.hlo.txt", text)
+        facts = run_facts(run.setup, first, start.position.segment(start.step))
+        facts |= programs.facts(step=start.first_compiled)
+        facts |= {name: start.recorded[name] for name in ("origin", "rope_scaling_changed")}
+        write_run_facts(run.workdir, facts | {"workdir_locked": run.is_locked})
 
 
 def write_start(
-    run: Run,
-    *,
-    step: int,
-    fork: dict[str, Any] | None,
-    began_s: float,
-    config_file: str | None,
+    run: Run, start: Start, history: History, *, began_s: float, config_file: str | None
 ) -> None:
-    """Write the `start` event.
+    """Write the event `start`; before it `found_dead`, if the last process wrote no end.
 
-    step: that the run continues from. fork: as Start. began_s: of the process, `time.monotonic`.
+    began_s: of the process, `time.monotonic`. config_file: FILE.py[:ARG] as given.
     """
     machine = run.setup.machine
+    if dead := history.found_dead(start.step):
+        run.events.write("found_dead", **dead)
     run.events.write(
         "start",
-        step=step,
-        fork=fork,
+        step=start.step,
+        fork=start.fork,
         duration_s=time.monotonic() - began_s,
         host=socket.gethostname(),
         pid=os.getpid(),
@@ -221,17 +167,11 @@ def end_event(run: Run, start_step: int) -> Iterator[dict[str, Any]]:
         run.events.close()
 
 
-def _unlogged_steps(run: Run) -> dict[str, float]:
-    """Return the seconds of the steps that no row will count."""
-    with contextlib.suppress(UserError, OSError):  # the disk may be what failed
-        if run.is_primary and run.box.newest_step:
-            return History.read(run.workdir).unlogged(max(run.checkpointer.steps(), default=0))
-    return {}
-
-
 def write_end(run: Run, step: int, *, code: int, **fields: Any) -> None:
-    """Write the `end` event, with the seconds of the steps since the last row."""
-    if code != ExitCode.FINISHED:
-        fields |= _unlogged_steps(run)
+    """Write the `end` event, with the seconds of the steps that no row will count."""
+    if code != ExitCode.FINISHED and run.is_primary and run.box.newest_step:
+        with contextlib.suppress(UserError, OSError):  # the disk may be what failed
+            saved = max(run.checkpointer.steps(), default=0)
+            fields |= History.read(run.workdir).unlogged(saved)
     status = "finished" if code == ExitCode.FINISHED else "stopped"
     run.events.write("end", step=step, status=status, code=int(code), **fields)

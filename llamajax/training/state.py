@@ -1,7 +1,7 @@
 """The state of a run: what a step takes and returns, and what a checkpoint holds."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -241,25 +241,6 @@ class StateSpec:
             return sharding.with_memory_kind("pinned_host") if x.ndim else sharding
 
         return found.replace(opt_state=jax.tree.map(on_host, shapes.opt_state, found.opt_state))
-
-
-def as_stored(state: TrainState, stored: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
-    """Return an abstract state with the guard and the average that a checkpoint holds.
-
-    stored: the checkpoint's arrays by name. It may have no guard (of a run without, or older than
-    guards), or one with another window; and an average or none, whatever the run has.
-    """
-    has_average = any(name.startswith("average/") for name in stored)
-    state = state.replace(average=state.trained if has_average else None)
-    names = {field.name: f"guard/{field.name}" for field in dataclasses.fields(GuardState)}
-    if not all(name in stored for name in names.values()):
-        return state.replace(guard=None)
-    where = state.step.sharding
-    arrays = {
-        field: jax.ShapeDtypeStruct(stored[name].shape, stored[name].dtype, sharding=where)
-        for field, name in names.items()
-    }
-    return state.replace(guard=GuardState(**arrays))
 
 
 def to_device(opt_state: optax.OptState) -> optax.OptState:

@@ -1,9 +1,7 @@
 """The directory of a run: locked, opened, and changed only once its start is accepted."""
 
 import contextlib
-import dataclasses
 import functools
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,42 +16,48 @@ from llamajax.checkpoint.directory_owner import (
     checkpoint_directory,
     claim,
 )
-from llamajax.checkpoint.location import Location, check_usable, is_remote
-from llamajax.config import RunConfig, to_json_dict
+from llamajax.checkpoint.location import check_usable, is_remote
+from llamajax.config import RunConfig
 from llamajax.errors import TransientError, UserError, say
-from llamajax.files import lock_file, replaced_directory, write_file
+from llamajax.files import lock_file, replaced_directory
 from llamajax.formats.weights import TOKENIZER
 from llamajax.monitoring import EventLog
 from llamajax.monitoring.blackbox import BlackBox
 from llamajax.monitoring.events import LOCK
 from llamajax.monitoring.log_copy import LogCopy
 from llamajax.processes.host_collectives import check_shared_directory
-from llamajax.training.messages import previous_checkpoint
-from llamajax.training.safety.rollback import RollbackLog
+from llamajax.training.safety.rollback_log import RollbackLog
 from llamajax.training.safety.shutdown import Shutdown, exit_on_error
 from llamajax.training.setup import Setup
 
 LOG = "train.log"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """What a run has from its start to its end, however often it is rolled back.
 
-    log, events, box and checkpointer change nothing on the disk before `begin`. undo: removes what
-    a start has to make before it is accepted (folders, lock, claim); closed when it is refused.
+    log, events, box and checkpointer change nothing on the disk before `begin`. is_locked: against
+    a second run. undo: removes what a start has to make before it is accepted (folders, lock,
+    claim); closed when it is refused.
     """
 
-    setup: Setup
-    workdir: Path
-    is_locked: bool  # against a second run
-    checkpointer: Checkpointer
-    rollbacks: RollbackLog
-    log: LogCopy
-    events: EventLog
-    box: BlackBox
-    shutdown: Shutdown
-    undo: contextlib.ExitStack
+    def __init__(
+        self,
+        setup: Setup,
+        workdir: Path,
+        checkpointer: Checkpointer,
+        *,
+        is_locked: bool,
+        shutdown: Shutdown,
+        undo: contextlib.ExitStack,
+    ):
+        primary, box_steps = setup.machine.is_primary, setup.config.guard.blackbox_steps
+        self.setup, self.workdir, self.checkpointer = setup, workdir, checkpointer
+        self.is_locked, self.shutdown, self.undo = is_locked, shutdown, undo
+        self.rollbacks = RollbackLog(workdir, primary=primary)
+        self.log = LogCopy(workdir / LOG)
+        self.events = EventLog(workdir, primary=primary)
+        self.box = BlackBox(workdir, steps=box_steps, primary=primary)
 
     @property
     def config(self) -> RunConfig:
@@ -93,7 +97,7 @@ def open_run(
         shutdown.call_before_exit(lambda: previous_checkpoint(checkpointer))
         stack.enter_context(exit_on_error())  # before the checkpointer waits for other processes
         stack.callback(undo.close)  # before this process exits
-        run = _new_run(setup, workdir, checkpointer, is_locked, shutdown, undo)
+        run = Run(setup, workdir, checkpointer, is_locked=is_locked, shutdown=shutdown, undo=undo)
         if machine.is_primary:
             stack.enter_context(run.log)
         stack.enter_context(run.box)
@@ -103,33 +107,8 @@ def open_run(
 @contextlib.contextmanager
 def read_run(setup: Setup, workdir: Path) -> Iterator[Run]:
     """Open the directory of a run as `open_run` does, but lock and write nothing."""
-    directory = _checkpoint_directory(setup, workdir)
-    check_unclaimed(directory, workdir)
-    with _checkpointer(setup, workdir, directory) as checkpointer, contextlib.ExitStack() as undo:
-        yield _new_run(setup, workdir, checkpointer, False, Shutdown(), undo)
-
-
-def _new_run(
-    setup: Setup,
-    workdir: Path,
-    checkpointer: Checkpointer,
-    is_locked: bool,
-    shutdown: Shutdown,
-    undo: contextlib.ExitStack,
-) -> Run:
-    primary = setup.machine.is_primary
-    return Run(
-        setup=setup,
-        workdir=workdir,
-        is_locked=is_locked,
-        checkpointer=checkpointer,
-        rollbacks=RollbackLog(workdir, primary=primary),
-        log=LogCopy(workdir / LOG),
-        events=EventLog(workdir, primary=primary),
-        box=BlackBox(workdir, steps=setup.config.guard.blackbox_steps, primary=primary),
-        shutdown=shutdown,
-        undo=undo,
-    )
+    with _open_checkpoints(setup, workdir, None) as checkpointer, contextlib.ExitStack() as undo:
+        yield Run(setup, workdir, checkpointer, is_locked=False, shutdown=Shutdown(), undo=undo)
 
 
 @contextlib.contextmanager
@@ -178,24 +157,23 @@ def _locked(file: Path) -> tuple[IO[str], str | None]:
         lock.close()  # a start that was refused has removed this file: lock the new one
 
 
-def _open_checkpoints(setup: Setup, workdir: Path, undo: contextlib.ExitStack) -> Checkpointer:
-    """Mark the directory of the checkpoints as this run's, and open it. A collective."""
-    directory = _checkpoint_directory(setup, workdir)
-    if (words := claim(directory, workdir, undo)) and setup.machine.is_primary:
-        say(words)
-    if not is_remote(directory) and workdir.absolute() not in directory.parents:
-        check_shared_directory(directory, key="checkpoint.directory")
-    return _checkpointer(setup, workdir, directory)
+def _open_checkpoints(
+    setup: Setup, workdir: Path, undo: contextlib.ExitStack | None
+) -> Checkpointer:
+    """Open the directory of the checkpoints, and mark it as this run's, where `undo` is given.
 
-
-def _checkpoint_directory(setup: Setup, workdir: Path) -> Location:
-    directory = checkpoint_directory(workdir, setup.config.checkpoint.directory)
-    check_usable(directory)
-    return directory
-
-
-def _checkpointer(setup: Setup, workdir: Path, directory: Location) -> Checkpointer:
+    To be called by all processes.
+    """
     c = setup.config.checkpoint
+    directory = checkpoint_directory(workdir, c.directory)
+    check_usable(directory)
+    if undo is None:
+        check_unclaimed(directory, workdir)
+    else:
+        if (words := claim(directory, workdir, undo)) and setup.machine.is_primary:
+            say(words)
+        if not is_remote(directory) and workdir.absolute() not in directory.parents:
+            check_shared_directory(directory, key="checkpoint.directory")
     mine = functools.partial(check_owner, directory, workdir)
     return Checkpointer(
         directory,
@@ -208,10 +186,13 @@ def _checkpointer(setup: Setup, workdir: Path, directory: Location) -> Checkpoin
     )
 
 
-def write_config(workdir: Path, config: RunConfig) -> None:
-    """Write the resolved config to `config.json`."""
-    file = workdir / "config.json"
-    write_file(file, json.dumps(to_json_dict(config), indent=1) + "\n", label=f"{file}")
+def previous_checkpoint(checkpointer: Checkpointer) -> str:
+    """Describe the checkpoint that a rerun continues from."""
+    try:
+        steps = checkpointer.steps()
+    except (UserError, OSError):
+        return f"the newest in {checkpointer.directory}, which cannot be read now"
+    return f"{checkpointer.directory / str(steps[-1])}" if steps else "none yet, it starts anew"
 
 
 def keep_tokenizer(workdir: Path, source: str, record: Mapping[str, Any]) -> None:

@@ -38,7 +38,7 @@ from llamajax.checkpoint import (
 from llamajax.checkpoint.directory_owner import OWNER, check_owner, claim
 from llamajax.errors import TransientError
 from llamajax.formats.weights import open_weights
-from llamajax.training.messages import previous_checkpoint
+from llamajax.training.workdir import previous_checkpoint
 
 
 def url_of(kind, folder):

@@ -7,7 +7,7 @@ import pytest
 
 from llamajax.data import Position, left_out, sample_ids, tokens_reached, with_stages
 from llamajax.data.packing import EXAMPLES
-from llamajax.training.safety.rollback import Rollback, RollbackLog
+from llamajax.training.safety.rollback_log import Rollback, RollbackLog
 
 SIZES = {"batch_size": 4, "seq_len": 100}
 

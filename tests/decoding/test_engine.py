@@ -93,8 +93,12 @@ def test_neither_batch_nor_bucket_nor_chunk_changes_a_token(engine, drawn):
 
 
 @pytest.mark.parametrize("sizes", [{"tensor": 2}, {"fsdp": 2, "data": 2, "tensor": 2}], ids=str)
-def test_every_mesh_draws_the_same_tokens(drawn, sizes):
-    assert new_tokens(new_engine(sizes=sizes, **DRAWN), PROMPTS) == drawn
+def test_every_mesh_draws_the_same_tokens_with_what_was_compiled_before(drawn, sizes):
+    engine = new_engine(sizes=sizes, **DRAWN)
+    engine.compile([Prompt(number, ids, 12) for number, ids in PROMPTS.items()])
+    compiled = list(engine.programs)
+    assert new_tokens(engine, PROMPTS) == drawn
+    assert list(engine.programs) == compiled
 
 
 def test_a_session_compiles_a_bounded_number_of_programs():

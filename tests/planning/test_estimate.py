@@ -18,11 +18,11 @@ from llamajax.config.schema import Remat
 from llamajax.models.counts import matrices_per_layer
 from llamajax.models.llama import Compute
 from llamajax.models.lora import attach, trainable
+from llamajax.models.machine_choices import with_loss_chunk
 from llamajax.models.memory import held_bytes, held_parts, state_bytes
 from llamajax.planning import compilation, estimate, roofline
 from llamajax.planning.hlo_products import product_flops
 from llamajax.planning.planner import shard_bytes
-from llamajax.training.setup import with_loss_chunk
 from llamajax.training.state import StateSpec
 
 # (axes, remat, accumulation steps, rounds, microbatch size)

@@ -9,9 +9,9 @@ import pytest
 from llamajax import sharding
 from llamajax.config import load
 from llamajax.errors import UserError
+from llamajax.models.machine_choices import check_mesh, with_loss_chunk
 from llamajax.models.memory import held_bytes
 from llamajax.planning.search import candidates, meshes, search
-from llamajax.training.setup import check_mesh, with_loss_chunk
 
 
 def test_meshes_are_all_products_and_each_once():

@@ -5,13 +5,13 @@ import io
 import json
 
 import pytest
+from refusal import refused
 from workdirs import logged, prepare_texts, read_rows
 
 from llamajax import evaluate, generate
 from llamajax.decoding.engine import Engine
+from llamajax.errors import UserError
 from llamajax.monitoring import load_events
-from llamajax.training import hooks
-from llamajax.training.safety.hang import HangWatch
 
 PROMPTS = ("abc, ", "line \x1b[31m 1")
 KEYS = {"train__steps": 4, "train__eval_every": 2, "train__eval_batches": None}
@@ -168,29 +168,28 @@ def test_samples_are_shown_without_escape_codes(alone):
 
 
 def test_decoding_that_fails_costs_no_row(short_run, tmp_path, monkeypatch):
-    """Decoding compiles, and may need more memory than there is."""
-    seen, saved = [], {"checkpoint__every_steps": 2, "monitoring__progress": "lines"}
+    saved = {"checkpoint__every_steps": 2, "monitoring__progress": "lines"}
 
     def fails(*_, **__):
-        seen.append("decoding")
         raise MemoryError("of a device")
-
-    @contextlib.contextmanager
-    def paused(_):
-        seen.append("unwatched")
-        yield
 
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "generate", fails)
-        patch.setattr(HangWatch, "paused", paused)
-        patch.setattr(hooks, "report_alive", lambda: seen.append("alive"))
         with pytest.raises(MemoryError):
             short_run(tmp_path, **KEYS, **SAMPLED, **saved)
-    assert seen[-3:] == ["alive", "unwatched", "decoding"]
     assert [row["step"] for row in rows_of(tmp_path)] == [2]
     assert short_run(tmp_path, **KEYS, **SAMPLED, **saved) == 0
     assert [row["step"] for row in rows_of(tmp_path)] == [2, 4]
     assert [row[:2] for row in samples_of(tmp_path)] == [(4, 0), (4, 1)]
+
+
+def test_decoding_that_does_not_compile_ends_the_run_at_its_start(short_run, tmp_path, monkeypatch):
+    def decode(*_):
+        raise UserError("decoding needs more memory than a device has")
+
+    monkeypatch.setattr(Engine, "_decode", decode)
+    with refused("more memory than a device has", unchanged=(tmp_path,)):
+        short_run(tmp_path / "run", **KEYS, **SAMPLED)
 
 
 @pytest.mark.slow

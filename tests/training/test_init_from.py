@@ -20,7 +20,7 @@ from llamajax.checkpoint import open_checkpoint, restore_state
 from llamajax.checkpoint.restore import model_differences
 from llamajax.config.model_schema import RopeScaling
 from llamajax.models.abstract import abstract_model
-from llamajax.training.run_start import open_initial_weights
+from llamajax.training.initial_state import open_initial_weights
 
 UNMASKED = {"data__mask_documents": False}
 

@@ -13,7 +13,7 @@ from workdirs import logged
 from llamajax.checkpoint import open_checkpoint
 from llamajax.formats.llama_sources import read_factors
 from llamajax.formats.weights import open_base, open_weights
-from llamajax.training.run_start import open_initial_weights
+from llamajax.training.initial_state import open_initial_weights
 
 MATRICES = {"lora__targets": "query,out,down"}
 LORA = {"lora__rank": 3, "lora__alpha": 6.0, "lora__dropout": 0.1, **MATRICES}

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from refusal import refused
 from workdirs import logged, save_checkpoint, write_rows
 
 from llamajax.checkpoint import Checkpointer, complete_steps
+from llamajax.checkpoint.directory_owner import checkpoint_directory
+from llamajax.monitoring.run_history import History
 from llamajax.training.resume import choose_checkpoint, newest_save, requested_start, set_aside
-from llamajax.training.run_record import History
 
 
 def event(name: str, step: int, **fields) -> dict:
@@ -71,13 +73,17 @@ def used(tmp_path: Path) -> Path:
 
 def start(config, workdir: Path) -> tuple[int, list[str]]:
     """Where a start continues, and what it says; as `train` does, without training."""
-    directory = workdir / "checkpoints"
-    history = History.read(workdir)
-    request = requested_start(config, history)
-    with Checkpointer(directory, keep=5, keep_every=None, asynchronous=False) as checkpointer:
-        step = config.train.resume_step
-        found, words = choose_checkpoint(request, checkpointer, history, resume_step=step)
-    set_aside(request, workdir, directory, step)
+    history, words = History.read(workdir), []
+    options = {"keep": 5, "keep_every": None, "asynchronous": False, "hold": True}
+    where = checkpoint_directory(workdir, config.checkpoint.directory)
+    with Checkpointer(where, **options) as checkpointer:
+        run = SimpleNamespace(
+            config=config, workdir=workdir, checkpointer=checkpointer, say=words.append
+        )
+        request = requested_start(run, history)
+        found = choose_checkpoint(run, request, history)
+        checkpointer.begin()
+        set_aside(run, request)
     train = {"restart": config.train.restart, "resume_step": config.train.resume_step}
     write_rows(workdir / "config.json", {"train": train})
     return (0 if found is None else found.step), words

@@ -16,12 +16,12 @@ from workdirs import read_rows, write_rows
 from llamajax.backends import absent_devices
 from llamajax.monitoring import StepTimer, load_events, read_run_facts, write_report
 from llamajax.monitoring.events import EVENTS
+from llamajax.monitoring.run_history import History
 from llamajax.planning.compilation import abstract_step, lowered_step
 from llamajax.training import loop, run
 from llamajax.training.hooks import LogHook
-from llamajax.training.run_record import History
+from llamajax.training.programs import program_digest
 from llamajax.training.safety.step_checks import GuardStop
-from llamajax.training.setup import program_digest
 
 
 def kinds(workdir):

@@ -11,10 +11,12 @@ from shell import SHORT, train_command
 from workdirs import logged, prepare_texts, read_rows
 
 from llamajax.config.model_schema import RopeScaling
+from llamajax.data import Position
 from llamajax.formats.weights import open_weights
 from llamajax.monitoring import load_events
 from llamajax.proving.trial import has_chosen_start, newest_checkpoint, read_meta, run_trial
-from llamajax.training import stages
+from llamajax.training import programs
+from llamajax.training.place_in_data import stage_warnings
 
 SCALING = {"factor": 2.0, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_seq_len": 64}
 STEPS = 7
@@ -22,18 +24,24 @@ STEPS = 7
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-    """The runs differ in what the host does: each stage is compiled once for all of them."""
-    compiled, compile_programs = {}, stages.compile_programs
+    """The runs differ in what the host does: each stage is compiled once for all of them.
 
-    def programs(setup, state):
-        key = json.dumps(dataclasses.asdict(setup.config.data) | {"path": ""})
+    Returns the list of what runs compile: batch and length of each stage.
+    """
+    compiled, compile_programs, asked = {}, programs.compile_programs, []
+
+    def compiled_programs(stage, state):
+        c = stage.config
+        key = (json.dumps(dataclasses.asdict(c.data) | {"path": ""}), c.model)
+        key += (c.train.accumulation_steps,)
         if key not in compiled:
-            compiled[key] = compile_programs(setup, state)
+            compiled[key] = compile_programs(stage, state)
+        asked.append((c.data.global_batch_size, c.data.seq_len))
         return compiled[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "compile_programs", programs)
-        yield
+        patch.setattr(programs, "compile_programs", compiled_programs)
+        yield asked
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +102,24 @@ def test_tokens_rates_events_and_checkpoints_follow_the_stages(undisturbed, stag
 
 
 @pytest.mark.parametrize("step", [1, 3, 4])
-def test_a_resumed_run_is_the_same_run(undisturbed, staged, tmp_path, step):
-    """Before a border, at one after a kill, and at one."""
+def test_a_resumed_run_is_the_same_run(undisturbed, staged, compiled_once, tmp_path, step):
+    """Before a border, at one after a kill, and at one: stages that have ended are not compiled."""
     assert staged(tmp_path, stop_after=step) == 143
     if step == 3:  # not saved
         shutil.rmtree(tmp_path / "checkpoints" / "3")
+    compiled_once.clear()
     assert staged(tmp_path) == 0
     assert logged(tmp_path) == logged(undisturbed)
+    assert compiled_once == [(8, 48), (16, 48), (16, 96)][{1: 0, 3: 1, 4: 2}[step] :]
+
+
+def test_an_evaluation_missed_at_a_border_is_of_the_stage_before(staged, compiled_once, tmp_path):
+    assert staged(tmp_path, stop_after=4, train__eval_every=4) == 143
+    compiled_once.clear()
+    assert staged(tmp_path, stop_after=1, train__eval_every=4) == 143
+    assert compiled_once == [(16, 48), (16, 96)]
+    (row,) = [row for row in read_rows(tmp_path / "metrics.jsonl") if "eval_loss" in row]
+    assert row["step"] == 4
 
 
 def test_a_fork_at_a_border_goes_on_with_the_next_stage(undisturbed, staged, tmp_path):
@@ -119,6 +138,15 @@ def test_stages_that_have_begun_stay_and_later_ones_may_change(staged, tmp_path,
     tokens = [row["tokens_seen"] for row in logged(tmp_path) if "loss" in row]
     assert tokens[-3:] == [tokens[4], tokens[4] + 16 * 24, tokens[4] + 2 * 16 * 24]
     assert "changed since step 3: data.stages: [" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reached", [{}, {"a source": 960}])
+def test_a_checkpoint_that_does_not_say_how_far_it_read_is_warned_of(staged, short_config, reached):
+    config = short_config(data__stages=[staged.ramp])
+    read = Position.start(batch_size=8, seq_len=48, mixture_hash="gone")
+    read = dataclasses.replace(read, reached=reached)
+    found = list(stage_warnings(config, read, {}, step=2))
+    assert ["of an earlier release" in line for line in found] == [True] * (not reached)
 
 
 @pytest.mark.parametrize(

@@ -1,122 +1,15 @@
-"""Rolling back to an earlier checkpoint within a run, and on from there with other data.
-
-`audit.jsonl` records it, for people and for resuming: a rollback counts from the moment its line is
-on disk. Checkpoints know how many rollbacks they come after (`rollbacks` in their meta); those that
-come after fewer, and hold later steps, are superseded: the run does not continue from them.
-"""
+"""Roll back to an earlier checkpoint within a run, or end the run where a check stops it."""
 
 import dataclasses
-import json
-import os
-import time
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 from llamajax import data
-from llamajax.checkpoint import Checkpointer, CheckpointError, open_checkpoint
+from llamajax.checkpoint import Checkpointer, CheckpointError
 from llamajax.checkpoint.location import store_errors_explained
 from llamajax.checkpoint.manifest import remove_checkpoint
-from llamajax.data.position import Segment
-from llamajax.errors import UserError
 from llamajax.processes.host_collectives import broadcast_from_first
-from llamajax.training.safety.step_checks import GuardStop, RollbackNeeded, StepChecks
-
-AUDIT = "audit.jsonl"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rollback:
-    """At step `at_step`, back to step `to_step`, which continues with the data of `segment`.
-
-    reached: how far each source had been read (`data.tokens_reached`), for the stages after it;
-    empty in records of earlier releases.
-    """
-
-    at_step: int
-    to_step: int
-    first_skipped_step: int  # the first of those that were left out in a row
-    segment: dict[str, Any]
-    reason: str
-    reached: dict[str, int] = dataclasses.field(default_factory=dict)
-
-
-class RollbackLog:
-    """The rollbacks of a run, in order. Only process 0 writes them to disk."""
-
-    def __init__(self, workdir: Path, *, primary: bool):
-        self._file, self._primary = workdir / AUDIT, primary
-        self.entries = [Rollback(**entry) for entry in _read(self._file)]
-
-    def count_to(self, step: int) -> int:
-        """Return how often the run has gone back to `step` already."""
-        return sum(entry.to_step == step for entry in self.entries)
-
-    def add(self, entry: Rollback) -> None:
-        """Record a rollback; when this returns, it has happened. UserError if the disk refuses."""
-        self.entries.append(entry)
-        if not self._primary:
-            return
-        line = json.dumps({"event": "rollback", "time": time.time(), **dataclasses.asdict(entry)})
-        try:
-            with self._file.open("a", encoding="utf-8") as stream:
-                stream.write(f"\n{line}\n")  # a line that a full disk broke ends here
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self._file}: {error.strerror}; without it no rollback can be made"
-            ) from None
-
-    def superseded(self, checkpointer: Checkpointer) -> list[int]:
-        """Return, on process 0, the steps of checkpoints that a rollback made invalid.
-
-        To be called by all processes.
-        """
-        found: list[int] = []
-
-        def find() -> None:
-            if not self.entries:
-                return
-            with store_errors_explained(checkpointer.directory):
-                later = [s for s in checkpointer.steps() if s > self.entries[-1].to_step]
-                found.extend(s for s in later if self._is_superseded(checkpointer, s))
-
-        broadcast_from_first(find)
-        return found
-
-    def _is_superseded(self, checkpointer: Checkpointer, step: int) -> bool:
-        try:
-            meta = open_checkpoint(checkpointer.directory / str(step)).meta
-            return meta.get("rollbacks", 0) < len(self.entries)
-        except UserError:
-            return False  # damaged: restoring sets it aside
-
-    def position(self, saved: data.Position, *, step: int, rollbacks: int) -> data.Position:
-        """Return where a checkpoint's run continues in the data: after what was left out since.
-
-        saved, step, rollbacks: of the checkpoint.
-        """
-        # One that went back to a later step than this says nothing about the data from here on.
-        since = [entry for entry in self.entries[rollbacks:] if entry.to_step <= step]
-        if not since:
-            return saved
-        segment = Segment.from_json(since[-1].segment | {"first_step": step})
-        before = dataclasses.replace(saved.until(step), reached=saved.reached | since[-1].reached)
-        return before.extended(segment)
-
-
-def _read(file: Path) -> list[dict[str, Any]]:
-    fields = {field.name for field in dataclasses.fields(Rollback)} - {"reached"}
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
-            entry = json.loads(line)
-            reached = entry.get("reached", {})
-            found.append({name: entry[name] for name in fields} | {"reached": reached})
-        except (ValueError, KeyError, TypeError):
-            continue  # cut off by a crash: it did not happen
-    return found
+from llamajax.training.attempt import Attempt
+from llamajax.training.safety.rollback_log import Rollback
+from llamajax.training.safety.step_checks import GuardStop, RollbackNeeded
 
 
 def remove_checkpoints(checkpointer: Checkpointer, steps: list[int]) -> None:
@@ -130,37 +23,58 @@ def remove_checkpoints(checkpointer: Checkpointer, steps: list[int]) -> None:
     broadcast_from_first(remove)
 
 
-def roll_back(
-    cause: RollbackNeeded,
-    checkpointer: Checkpointer,
-    log: RollbackLog,
-    checks: StepChecks,
-    *,
-    borders: Iterable[int] = (),
-    origin_step: int | None = None,
-) -> str:
-    """Choose the checkpoint to go back to and record the rollback; return what to say of it.
+def go_back(attempt: Attempt, problem: GuardStop | RollbackNeeded) -> int | None:
+    """Record a rollback to an earlier checkpoint, or end the run and return its exit code.
 
-    borders: first steps of the run's stages. origin_step: of another run's checkpoint, which this
-    one began with, if it did. To be called by all processes. The run then starts anew as after a
-    kill: from the newest checkpoint that is not superseded. It skips the data of all steps from
-    there to the one of `cause`: what led to the first update that was left out may lie before it.
-    Raises GuardStop after as many rollbacks to one checkpoint as the config allows.
+    The run ends where a check stops it, or where it has gone back to one checkpoint as often as
+    the config allows. To be called by all processes.
     """
+    run, newest = attempt.run, attempt.run.box.newest_step
+    attempt.record_saves()  # those that were complete before the check
+    reason = "rollback" if isinstance(problem, RollbackNeeded) else "stop"
+    box = attempt.checks.write_box(reason, step=newest, cause=str(problem))
+    try:
+        if isinstance(problem, GuardStop):
+            raise problem
+        _roll_back(attempt, problem)
+    except GuardStop as error:
+        run.say(
+            f"error: {error}. No later step was saved; the black box is {box}, and "
+            f"`python -m llamajax.replay --workdir={run.workdir} --step={newest}` looks into the "
+            "step (docs/guards.md)"
+        )
+        return error.exit_code
+    return None
+
+
+def _roll_back(attempt: Attempt, cause: RollbackNeeded) -> None:
+    """Choose the checkpoint to go back to and record the rollback.
+
+    The run then starts anew as after a kill: from the newest checkpoint that is not superseded. It
+    skips the data of all steps from there to the one of `cause`: what led to the first update that
+    was left out may lie before it.
+    """
+    run, checkpointer = attempt.run, attempt.run.checkpointer
     try:
         checkpointer.wait()
     except CheckpointError as error:
-        checks.note(f"warning: {error}")
+        attempt.progress.note(f"warning: {error}")
     to_step = broadcast_from_first(lambda: target(checkpointer.steps(), cause.first_skipped_step))
-    to_step = to_step or origin_step or 0  # no checkpoint at all: the beginning
+    if not to_step:  # no checkpoint at all: the beginning, or another run's
+        origin = attempt.start.recorded["origin"]
+        to_step = origin["step"] if origin else 0
     where = f"the checkpoint of step {to_step}" if to_step else "the beginning"
-    times = log.count_to(to_step)
-    if times >= checks.config.max_rollbacks:
+    times = run.rollbacks.count_to(to_step)
+    if times >= run.config.guard.max_rollbacks:
         raise GuardStop(f"{cause}; the run has gone back to {where} {times} times already")
     segment, reached = data.left_out(
-        checks.position, checks.mixtures, to_step=to_step, at_step=cause.step, borders=borders
+        attempt.start.position,
+        run.setup.mixtures,
+        to_step=to_step,
+        at_step=cause.step,
+        borders=run.setup.borders,
     )
-    log.add(
+    run.rollbacks.add(
         Rollback(
             at_step=cause.step,
             to_step=to_step,
@@ -170,7 +84,8 @@ def roll_back(
             reached=reached,
         )
     )
-    return (
+    run.events.write("rollback", step=cause.step, to_step=to_step, reason=cause.reason)
+    run.say(
         f"rolled back: {cause}. Going on from {where}, without the data of steps {to_step + 1} to "
         f"{cause.step} (audit.jsonl)"
     )

@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 
 from llamajax import data
-from llamajax.config.schema import GuardConfig
 from llamajax.errors import ExitCode
-from llamajax.monitoring import EventLog
-from llamajax.monitoring.blackbox import BlackBox
 from llamajax.optim.guard import REASONS
+from llamajax.training.workdir import Run
 
 _SHOWN_IDS = 8
 
@@ -40,16 +38,12 @@ class RollbackNeeded(Exception):
         self.step, self.first_skipped_step, self.reason = step, first_skipped_step, reason
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class StepChecks:
     """Checks the metrics of each step: `inspect` before its row is written, `react` after."""
 
-    config: GuardConfig
-    box: BlackBox
-    events: EventLog
-    mixtures: "Mapping[str, data.Mixture]"  # by hash
+    run: Run
     position: "data.Position"
-    seed: int  # train.seed
     weights: tuple[str, ...]  # names of what is trained, in the order of its norms
     note: Callable[[str], None]
     _warned: list[str] = dataclasses.field(default_factory=list)
@@ -65,8 +59,10 @@ class StepChecks:
         segment = self.position.segment(step - 1)
         norms = zip(self.weights, metrics.get("weight_norms", np.zeros(0)), strict=False)
         row = {"step": step, "first_sample": self.position.first_sample(step - 1)}
-        row |= {"batch_size": segment.batch_size, "seed": self.seed} | times | plain
-        self.box.add(row | {f"norm/{name}": norm.item() for name, norm in norms})
+        row |= (
+            {"batch_size": segment.batch_size, "seed": self.run.config.train.seed} | times | plain
+        )
+        self.run.box.add(row | {f"norm/{name}": norm.item() for name, norm in norms})
         reason = plain.pop("update_skipped", None)
         for internal in ("skipped_in_a_row", "loss_limit", "grad_norm_limit"):
             plain.pop(internal, None)
@@ -89,7 +85,7 @@ class StepChecks:
         reason = int(metrics.get("update_skipped", 0))
         if not reason:
             return
-        in_a_row, config = int(metrics["skipped_in_a_row"]), self.config
+        in_a_row, config = int(metrics["skipped_in_a_row"]), self.run.config.guard
         if config.nonfinite == "stop" and reason <= 2:
             raise GuardStop(
                 f"the update of step {step} was left out, {REASONS[reason]}, and guard.nonfinite "
@@ -104,16 +100,16 @@ class StepChecks:
 
     def write_box(self, reason: str, *, step: int, **facts: Any) -> str:
         """Write the black box; return its path, or `not written`."""
-        file = self.box.write(reason, step=step, position=self.position.to_json(), **facts)
+        file = self.run.box.write(reason, step=step, position=self.position.to_json(), **facts)
         return f"{file}" if file else "not written"
 
     def _warn(self, step: int, reason: int, metrics: Mapping[str, Any]) -> None:
-        mixture = self.mixtures[self.position.segment(step - 1).mixture_hash]
+        mixture = self.run.setup.mixtures[self.position.segment(step - 1).mixture_hash]
         ids = data.sample_ids(mixture, self.position, step - 1).tolist()
         spiked = reason in (3, 4)
         file = self.write_box("spike" if spiked else "skip", step=step, sample_ids=ids)
         for event in ("spike", "skipped_update") if spiked else ("skipped_update",):
-            self.events.write(event, step=step, reason=REASONS[reason])
+            self.run.events.write(event, step=step, reason=REASONS[reason])
         shown = ", ".join(map(str, ids[:_SHOWN_IDS]))
         more = f" and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else ""
         numbers = []

@@ -23,8 +23,9 @@ from llamajax.monitoring.jsonl import encode_row
 from llamajax.monitoring.metrics import MEASURED
 from llamajax.replaying.replay_options import ReplayOptions
 from llamajax.replaying.replay_step import replay
-from llamajax.training import stages
-from llamajax.training.safety.rollback import Rollback, RollbackLog, target
+from llamajax.training import programs
+from llamajax.training.safety.rollback import target
+from llamajax.training.safety.rollback_log import Rollback, RollbackLog
 
 RARE = ord("Z")
 STEPS = 12
@@ -34,9 +35,9 @@ COMMON = {"train__steps": STEPS, "checkpoint__every_steps": 1, "checkpoint__keep
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
     """The runs differ in what the host does: each program is compiled once for all of them."""
-    compiled, compile_programs = {}, stages.compile_programs
+    compiled, compile_programs = {}, programs.compile_programs
 
-    def programs(setup, state):
+    def compiled_programs(setup, state):
         guard = setup.config.guard
         key = (guard.nonfinite == "off", guard.spike_window, setup.config.optim)
         if key not in compiled:
@@ -44,7 +45,7 @@ def compiled_once():
         return compiled[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "compile_programs", programs)
+        patch.setattr(programs, "compile_programs", compiled_programs)
         yield
 
 

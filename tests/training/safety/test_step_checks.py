@@ -10,16 +10,10 @@ from llamajax.training.safety.step_checks import StepChecks
 
 def test_a_slower_kernel_is_warned_of_once_and_stands_in_each_row():
     said = []
-    checks = StepChecks(
-        config=None,
-        box=SimpleNamespace(add=lambda row: None),
-        events=None,
-        mixtures={},
-        position=Position.start(batch_size=2, seq_len=8, mixture_hash="m"),
-        seed=0,
-        weights=(),
-        note=said.append,
-    )
+    box = SimpleNamespace(add=lambda row: None)
+    run = SimpleNamespace(box=box, config=SimpleNamespace(train=SimpleNamespace(seed=0)))
+    position = Position.start(batch_size=2, seq_len=8, mixture_hash="m")
+    checks = StepChecks(run, position, weights=(), note=said.append)
     rows = [
         checks.inspect(step, {"loss": np.float32(2), "split_attention": np.float32(slow)}, {})
         for step, slow in ((1, 0), (2, 1), (3, 1))

@@ -45,6 +45,11 @@ class EvaluationInputs:
             return "the validation split of data.path"
         return "all targets of data.validation" if self.named else None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to evaluate."""
+        return not self.sets and self.tasks is None and not self.prompts
+
 
 def open_evaluation_inputs(config: RunConfig, mixture: "data.Mixture") -> EvaluationInputs:
     """Open what the evaluations of a run on `mixture` read. Raises UserError."""
@@ -74,4 +79,16 @@ def open_evaluation_inputs(config: RunConfig, mixture: "data.Mixture") -> Evalua
         ],
         tokenizer=tokenizer,
         tasks=tasks,
+    )
+
+
+def samples_problem(config: RunConfig, num_stages: int) -> str | None:
+    """Return why the prompts of a run cannot be continued; None where they can.
+
+    num_stages: of the mesh.
+    """
+    if not config.train.sample_prompts or num_stages == 1:
+        return None
+    return (
+        f"no samples, as layers in {num_stages} pipeline stages cannot decode; set mesh.stage to 1"
     )

@@ -1,0 +1,94 @@
+"""Where in the data a run continues, and whether its stages are still those that it had."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llamajax import data
+from llamajax.config import RunConfig, from_json_dict, stages_of
+from llamajax.errors import UserError
+from llamajax.training.setup import Setup
+from llamajax.training.workdir import Run
+
+
+def place_in_data(
+    run: Run, meta: Mapping[str, Any] | None, step: int, *, origin: Mapping[str, Any] | None
+) -> tuple[data.Position, data.Ledger]:
+    """Return where in the data a run continues, and what it has read.
+
+    meta, step: of the checkpoint that it continues from, if it does. origin: what is recorded of
+    that where it is another run's.
+    """
+    mixtures, stages = run.setup.mixtures, run.setup.data_settings
+    before, saved, rollbacks = data.Position.start(**stages[0][1]), None, 0
+    if meta is not None:
+        before = data.Position.from_json(meta["position"], reached=meta.get("reached")).until(step)
+        saved = meta.get("ledger")
+        if origin is None:
+            check_past(run.setup, from_json_dict(meta["config"]), before, step=step)
+            rollbacks = meta.get("rollbacks", 0)  # else of the other run
+        if saved and step:
+            data.check_ledger(saved, mixtures, before, step=step)
+    position = run.rollbacks.position(before, step=step, rollbacks=rollbacks)
+    position = data.with_stages(position, stages, mixtures, step=step)
+    for line in stage_warnings(run.config, position, mixtures, step=step):
+        run.say(line)
+    return position, data.Ledger(mixtures, position, step=step, saved=saved)
+
+
+def check_past(setup: Setup, before: RunConfig, position: data.Position, *, step: int) -> None:
+    """Raise UserError where the stages that have begun are not those of the run so far.
+
+    before, position: the config and the place in the data of the checkpoint of `step`. Where
+    neither has come to a second stage, the data may change as in any run.
+    """
+    was, now = [], []
+    stages = stages_of(before)
+    for stage, end in zip(stages, [*(s.first_step for s in stages[1:]), step], strict=True):
+        if stage.first_step < step:
+            settings = position.segment(min(end, step) - 1).settings
+            was.append(_words(stage.first_step, settings, stage.config))
+    for (first_step, stage), (_, settings) in zip(setup.stages, setup.data_settings, strict=True):
+        if first_step < step:
+            now.append(_words(first_step, settings, stage.config))
+    if max(len(was), len(now)) > 1 and was != now:
+        raise UserError(
+            f"data.stages: until step {step} this run has read {', '.join(was)}; its config now "
+            f"says {', '.join(now)}: what has begun cannot change. Put that back, and add a stage "
+            f"with from_step = {step}, or begin another --workdir"
+        )
+
+
+def _words(first_step: int, settings: dict[str, Any], config: RunConfig) -> str:
+    """Describe all that must not change of a stage that has begun."""
+    size, hash_ = f"{settings['batch_size']} x {settings['seq_len']}", settings["mixture_hash"]
+    scaling = config.model.rope_scaling
+    scaled = f" with {scaling}" if scaling else ""
+    return f"{size} of data {hash_[:8]} from step {first_step} on{scaled}"
+
+
+def stage_warnings(
+    config: RunConfig,
+    position: data.Position,
+    mixtures: Mapping[str, data.Mixture],
+    *,
+    step: int,
+) -> Iterator[str]:
+    """Yield a warning for each stage to come that does not begin where the config says.
+
+    mixtures: by hash, of all stages.
+    """
+    past = {s.mixture_hash for s in position.segments if s.first_step < step}
+    if config.data.stages and not position.reached and past - set(mixtures):
+        yield (
+            f"warning: until step {step} the run has read data that no stage has now, and its "
+            "checkpoint, of an earlier release, does not say of which sources: a stage may read "
+            "samples of them again"
+        )
+    for stage, change in zip(stages_of(config)[1:], config.data.stages, strict=True):
+        seen = position.tokens_seen(stage.first_step)
+        if change.from_tokens is not None and stage.first_step >= step and seen != stage.tokens:
+            yield (
+                f"warning: the stage of data.stages with from_tokens = {change.from_tokens} begins "
+                f"at step {stage.first_step} with {seen} tokens seen: the run has read other "
+                "batches before than this config says. from_step is exact"
+            )
