@@ -18,7 +18,7 @@ from llamajax.monitoring import StepTimer, load_events, read_run_facts, write_re
 from llamajax.monitoring.events import EVENTS
 from llamajax.monitoring.run_history import History
 from llamajax.planning.compilation import abstract_step, lowered_step
-from llamajax.training import loop, run
+from llamajax.training import attempt, loop, run
 from llamajax.training.hooks import LogHook
 from llamajax.training.programs import program_digest
 from llamajax.training.safety.step_checks import GuardStop
@@ -213,7 +213,7 @@ def test_a_slow_loader_is_waiting_for_data(short_run, tmp_path, monkeypatch):
             LoaderTimer.now += 0.5
             yield batch
 
-    monkeypatch.setattr(run, "StepTimer", LoaderTimer)
+    monkeypatch.setattr(attempt, "StepTimer", LoaderTimer)
     monkeypatch.setattr(loop, "train_batches", slow)
     assert short_run(tmp_path, train__steps=4) == 0
     rows = read_rows(tmp_path / "metrics.jsonl")
