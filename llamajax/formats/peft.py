@@ -187,22 +187,20 @@ def _in_pattern(config: Mapping[str, Any], key: str, module: str, default: Any) 
     return default
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PeftBase:
-    """The weights that adapters belong to: where they are, and name and revision on the hub."""
-
-    directory: Location
-    name: str | None
-    revision: str | None
-
-
 def write_peft(
-    checkpoint: Checkpoint, target: Path, *, lora: LoraConfig, base: PeftBase, card: bytes
+    checkpoint: Checkpoint,
+    target: Path,
+    *,
+    lora: LoraConfig,
+    base: Location,
+    named: tuple[str | None, str | None],
+    card: bytes,
 ) -> None:
     """Write the adapters of one of our checkpoints as a PEFT directory, complete or not at all.
 
-    PEFT loads the base with transformers, by its name on the hub if that is known. To be called by
-    all processes; process 0 writes. Raises UserError when the disk refuses.
+    base: the weights that they belong to, which PEFT loads with transformers. named: their name and
+    revision on the hub. To be called by all processes; process 0 writes. Raises UserError when the
+    disk refuses.
     """
     pairs = pairs_of(read_factors(checkpoint), lora)
     if jax.process_index() != 0:
@@ -215,8 +213,8 @@ def write_peft(
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.name or str(base.directory),
-        "revision": base.revision,
+        "base_model_name_or_path": named[0] or str(base),
+        "revision": named[1],
         "r": lora.rank,
         "lora_alpha": lora.alpha,  # PEFT scales by lora_alpha / r, as we do
         "lora_dropout": lora.dropout,
@@ -232,7 +230,7 @@ def write_peft(
         arrays |= {f"{name}.lora_A.weight": pair.a, f"{name}.lora_B.weight": pair.b}
     with replaced_directory(target) as hidden:
         shapes = {name: array.shape for name, array in arrays.items()}
-        values, metadata = iter(arrays.values()), {_BASE: str(base.directory)}
+        values, metadata = iter(arrays.values()), {_BASE: str(base)}
         write_safetensors(hidden / _TENSORS, shapes, np.dtype("float32"), values, **metadata)
         write_json(hidden / CONFIG, config)
         old = edited_card(target)

@@ -13,7 +13,7 @@ from llamajax.config.values import show
 from llamajax.errors import UserError
 from llamajax.formats.huggingface.hf_write import export_hf
 from llamajax.formats.huggingface.model_card import RunOrigin, hub_name, model_card
-from llamajax.formats.peft import PeftBase, write_peft
+from llamajax.formats.peft import write_peft
 from llamajax.formats.weights import TOKENIZER, Weights
 from llamajax.models.lora import merge
 from llamajax.training.state import TrainState
@@ -78,15 +78,10 @@ def write_adapters(run: Run, base: Weights) -> list[str]:
         ]
     checkpoint = newest_checkpoint(run.checkpointer.directory)
     origin = RunOrigin(step=checkpoint.step, recorded=checkpoint.meta, workdir=run.workdir)
-    name, revision = hub_name(weights, run.config.train.base_model)
-    write_peft(
-        checkpoint,
-        target,
-        lora=run.config.lora,
-        base=PeftBase(directory=weights, name=name, revision=revision),
-        card=model_card(base.model, run.name, run=origin, is_peft=True),
-    )
-    if name:
+    named = hub_name(weights, run.config.train.base_model)
+    card = model_card(base.model, run.name, run=origin, is_peft=True)
+    write_peft(checkpoint, target, lora=run.config.lora, base=weights, named=named, card=card)
+    if named[0]:
         return []
     if (weights / "config.json").is_file():
         return [

@@ -106,15 +106,13 @@ def _facts_of_run(run: RunOrigin) -> Iterator[tuple[str, str]]:
     if lora := config["lora"].get("rank"):
         yield "adapters", f"rank {lora} on {', '.join(config['lora']['targets'])}"
     rows = [row for row in load_metrics(run.workdir) if row["step"] <= run.step]
-    for row in (row for row in rows[::-1] if {"tokens_seen", "loss"} <= row.keys()):
-        yield "tokens seen", f"{row['tokens_seen']:,} at step {row['step']:,}"
-        yield "training loss", f"{row['loss']:.4f}"
-        break
-    for row in (row for row in rows[::-1] if "eval_loss" in row):
+    if trained := [row for row in rows if {"tokens_seen", "loss"} <= row.keys()]:
+        yield "tokens seen", f"{trained[-1]['tokens_seen']:,} at step {trained[-1]['step']:,}"
+        yield "training loss", f"{trained[-1]['loss']:.4f}"
+    for row in [row for row in rows if "eval_loss" in row][-1:]:
         for key in (key for key in row if key.startswith("eval_loss")):
             name = key.replace("eval_loss", "held-out loss").replace("/", ", ")
             yield name, f"{row[key]:.4f} at step {row['step']:,}"
-        break
     for split, content in (run.recorded.get("data") or {}).items():
         yield f"data, {split}", content
     if names := config["data"].get("path"):
