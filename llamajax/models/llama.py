@@ -7,10 +7,10 @@ Names of arrays end in the letters of their dimensions:
     S  all tokens of a row       H  width of a head              V  vocabulary, padded
     Q  microbatches              L  layers                       G  query heads of a key-value head
 
-Inside a `sharded_step` (below) a letter counts what the device has of it.
+Inside a `sharded_step` (explained below) a letter counts what the device has of it.
 
-A weight is declared once, by its letters: `normal(config, "DNH", ...)` makes a matrix from D inputs
-to N x H outputs. Shape, sharding, weight decay, and names in other formats follow from the letters.
+A weight is declared once, by its letters: `normal(config, "DNH", ...)` makes an array (D, N, H).
+Shape, sharding, weight decay, and names in other formats follow from the letters.
 `weight[...]` is its array.
 
 A model is a pytree of float32 weights (Flax NNX modules that hold nothing mutable). The same code
@@ -18,21 +18,25 @@ runs on one device, where arrays are whole, and in a `sharded_step` (a `jax.shar
 mesh), where every array is one device's part. All communication of the forward pass is in a few
 functions, whose transposes communicate in the backward pass:
 
-- `gather` casts weights to the compute dtype and joins their parts along the mesh axis `fsdp`. It
-  runs at the top of each layer, so that only one layer is whole at a time (in a pipeline: the
-  layers of one stage).
+- `gather` rounds weights to the compute dtype, on one device too, and joins their parts along the
+  mesh axis `fsdp`. It runs at the top of each layer, so that only one layer is whole at a time (in
+  a pipeline: the layers of one stage).
 - `enter_tensor` and `leave_tensor` communicate around matrices that are split over the axis
-  `tensor`: `leave_tensor` sums the partial products behind such a pair of matrices. With
+  `tensor`: `leave_tensor` sums the partial products that such a pair of matrices gives. With
   `split_tokens` (sequence parallelism), norms and residuals have only a part of the tokens on each
   device: `leave_tensor` scatters the sums, and `enter_tensor` gathers the tokens again.
 - `embed` and `cross_entropy` communicate for the embedding and the head; `attention` joins the keys
   and values of a row that is split over `sequence`.
 
-The axes `data` and `fsdp` split the rows: every device has its own. A batch comes with all tokens
-of these rows. A device embeds, and computes the loss of, its `local_part`. Along `sequence` that is
-a part of each row. Along `stage` all microbatches pass through all P stages; embedding and loss are
-shared out: each stage has those of every P-th microbatch. Where an axis has one device, and outside
-`shard_map`, these functions do nothing.
+The axes `data` and `fsdp` split the rows of a batch; devices that differ only along `tensor`,
+`sequence` or `stage` get the same rows, with all their tokens. Of these a device embeds, and
+computes the loss of, its `local_part`:
+
+- along `sequence`, its part of the tokens of each row;
+- along `stage`, with P stages, every P-th microbatch. All microbatches pass through the layers of
+  all stages; embedding and loss are shared out in this way.
+
+Where an axis has one device, and outside `shard_map`, nothing is communicated.
 """
 
 import dataclasses
@@ -77,8 +81,10 @@ from llamajax.sharding.float8 import Float8
 # Arrays (B, S), or (B, T) of a local part, by name:
 #     tokens, positions     int32; a position counts from the start of a document
 #     targets, loss_mask    int32, bool; for losses alone
-#     segment_ids           int32, always (B, S): a number for each document; without: one a row
-#     dropout_keys          a key for each token; without: nothing is dropped
+#     segment_ids           int32, always (B, S): a number for each document; if there is none, a
+#                           row is one document
+#     dropout_keys          a key for each token, of the dropout in LoRA adapters; if there is none,
+#                           nothing is dropped
 Batch = Mapping[str, jax.Array]
 
 
@@ -93,7 +99,7 @@ class Compute:
     z_weight: float = 0.0  # of the z-loss in the objective
     remat_keep: tuple[str, ...] = ()  # checkpoint names to keep besides the policy's
     remat_offload: tuple[str, ...] = ()  # checkpoint names to keep in the host's memory
-    split_tokens: bool = False  # split T over `tensor` between matrices; its size must divide T
+    split_tokens: bool = False  # split T, between matrices, over `tensor`, whose size divides T
     pipeline: PipelineOptions = dataclasses.field(default_factory=PipelineOptions)
     float8: Float8 | None = None  # the layers' products in 8 bits
 
@@ -134,15 +140,15 @@ class Attention(nnx.Module):
         self.query_lora = self.key_lora = self.value_lora = self.out_lora = nnx.data(None)
 
     def __call__(self, x_BTD, inputs: LayerInputs, attend: Attend) -> tuple[jax.Array, Any]:
-        dropout_BT = inputs.dropout_keys_BT
-        q_BTNH = project(x_BTD, self.query, self.query_lora, dropout_BT)
-        k_BTKH = project(x_BTD, self.key, self.key_lora, dropout_BT)
-        v_BTKH = checkpoint_name(project(x_BTD, self.value, self.value_lora, dropout_BT), "qkv")
+        keys_BT = inputs.dropout_keys_BT
+        q_BTNH = project(x_BTD, self.query, self.query_lora, keys_BT)
+        k_BTKH = project(x_BTD, self.key, self.key_lora, keys_BT)
+        v_BTKH = checkpoint_name(project(x_BTD, self.value, self.value_lora, keys_BT), "qkv")
         q_BTNH = checkpoint_name(rotate(q_BTNH, inputs.cos_sin), "qkv")
         k_BTKH = checkpoint_name(rotate(k_BTKH, inputs.cos_sin), "qkv")
         with jax.named_scope("attention"):  # traces and their summary show it
             o_BTNH, extra = attend(q_BTNH, k_BTKH, v_BTKH)
-        return project(o_BTNH, self.out, self.out_lora, dropout_BT, contract=2), extra
+        return project(o_BTNH, self.out, self.out_lora, keys_BT, contract=2), extra
 
 
 class FeedForward(nnx.Module):
@@ -161,7 +167,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention, then feed-forward; each reads normalized activations and is added."""
+    """One layer: attention, then feed-forward, each a residual branch that begins with a norm."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         self.norm_eps = config.norm_eps
@@ -214,7 +220,8 @@ def walk_layers(
 
     c = inputs.compute
     policy = remat_policy(c.remat, keep=c.remat_keep, offload=c.remat_offload)
-    body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # which a scan does not need
+    # A scan needs no protection against common subexpression elimination.
+    body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     (x_BTD, carry), outputs = jax.lax.scan(body, (x_BTD, carry), (layers, numbers))
     return x_BTD, carry, outputs
 
@@ -320,7 +327,8 @@ class Llama(nnx.Module):
         """Return `hidden_states` where layers are split over `stage`.
 
         Microbatches pass stage after stage. Each stage gathers its layers once for all of them, and
-        sums their gradients in float32. B counts rows of a microbatch, or of all local ones.
+        sums their gradients in float32. B counts the rows of one microbatch in arrays with Q and
+        inside `stage`, elsewhere those of this stage's share.
         """
         dtype, split = compute.dtype, compute.split_tokens
         size = compute.pipeline.microbatch_size

@@ -25,18 +25,17 @@ def train_steps(
 ) -> ExitCode:
     """Train to the last step, or to a stop signal: FINISHED or STOPPED.
 
-    Raises what the checks and hooks raise: GuardStop (BadDevice of the canary is one),
-    RollbackNeeded, and CheckpointError where the save before failed in the background.
+    Raises what the checks and hooks raise: GuardStop (also for a device that computes wrongly),
+    RollbackNeeded, and CheckpointError where an earlier save failed in the background.
     """
     run, setup, start, timer = attempt.run, attempt.run.setup, attempt.start, attempt.timer
     first, last = start.step + 1, run.config.train.steps
     log, save, evaluate = LogHook(attempt), SaveHook(attempt), EvaluateHook(attempt)
-    export = ExportHook(attempt)
+    export, norms = ExportHook(attempt), NormsHook(attempt, log)
     # The canary comes before the save, so that no checkpoint holds what a bad device computed.
-    norms = NormsHook(attempt, log)
     hooks: list[Hook] = [CanaryHook(attempt), norms, save, export, evaluate]
     hooks += [make(attempt) for make in more_hooks]
-    if start.evaluates:  # the previous process ended before it
+    if start.evaluates:  # the previous process ended before its evaluation or export
         evaluate(start.step, state, stop=False)
     if start.exports:
         export(start.step, state, stop=False)
@@ -44,23 +43,23 @@ def train_steps(
     batches = train_batches(data, setup.mesh, setup.mixtures, start.position, step=start.step)
 
     def next_batch() -> DeviceBatch:
-        with timer.pause(data_wait=True):  # counts only while no step runs on the devices
+        with timer.pause(data_wait=True):  # a wait, unless the devices still compute a step
             return next(batches)
 
     batch = next_batch() if first <= last else None
     for step in range(first, last + 1):
-        if step - 1 in setup.borders:
-            log.flush()  # the row of the stage before
+        if step - 1 in setup.borders:  # of `data.stages`
+            log.flush()  # the last row of the stage before
             state = attempt.begin_stage(step, state)
         timer.mark_dispatched(step)
         state, metrics = attempt.programs.at(step).update(state, batch)
-        timer.watch(step, functools.partial(jax.block_until_ready, metrics))  # in its thread
-        run.shutdown.begin_updates()  # until here a signal ends the process, from here on it saves
+        timer.watch(step, functools.partial(jax.block_until_ready, metrics))  # in another thread
+        run.shutdown.begin_updates()  # until the first one a signal ends the process; now it saves
         gc.enable()  # off while starting (train.py)
         start.ledger.add(step)  # digest of the samples seen, which checkpoints hold
         batch = next_batch() if step < last else None
         log(step, metrics)  # reads those of step - 1
-        stop = run.shutdown.any_process_stops()  # the same on all; waits for no device
+        stop = run.shutdown.any_process_stops()  # the same on all; the hosts agree, not the devices
         attempt.report_alive()
         attempt.record_saves()
         due = [hook for hook in hooks if hook.is_due(step, stop)]
@@ -70,11 +69,11 @@ def train_steps(
             attempt.record_signal(step)
         for hook in due:
             hook(step, state, stop)
-        if evaluate.was_interrupted and not stop:  # on all processes: a signal came while it ran
+        if evaluate.was_interrupted and not stop:  # a signal came while it ran; same on all
             stop = True
             attempt.record_signal(step)
             save(step, state, stop)  # does nothing where this step is saved already
         if stop:
             return ExitCode.STOPPED
-    # A run that had only its last evaluation to make up for may have been stopped in that one.
+    # A signal may have come where no step was left, during an evaluation that had been missed.
     return ExitCode.STOPPED if run.shutdown.requested else ExitCode.FINISHED

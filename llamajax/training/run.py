@@ -4,11 +4,12 @@
 directory (`open_run`), and chooses the checkpoint to continue from (`first_start`). `_train` loads
 the state, compiles the programs, accepts the start, and calls the loop (`train_steps`). After a
 rollback, which a check of the metrics asks for, it loads an older checkpoint and calls the loop
-again, with the data behind the steps that went wrong.
+again, with data that comes after what the steps that went wrong have read.
 
-Mistakes of the user are found in this order: machine, mesh and data; weights and checkpoint; memory
-and compilation. A start that is refused leaves the directory as it was: events, log and black box
-(the last steps, for the case that the run dies) are kept in memory until `accept_start`.
+Mistakes of the user are found in this order: machine, mesh and data (`set_up`); weights and
+checkpoint (`first_start`, `_load`); memory and compilation (`_compile`). A start that is refused
+leaves the directory as it was: until `accept_start`, what is written to events, log and black box
+(the last steps, for whoever asks why a run died) is kept in memory.
 """
 
 import time
@@ -58,9 +59,9 @@ def train(
     """
     began_s = time.monotonic() if began_s is None else began_s
     undo = ExitStack()
-    # Before the processes meet: afterwards another one may have made the folders.
+    # Asked before the processes meet: afterwards another process may have made the folders.
     undo_new_folders(workdir.absolute(), undo)
-    with exit_on_error():  # of several processes; with one it changes nothing
+    with exit_on_error():  # one process of several that fails ends the others
         setup = set_up(config)
     if setup.machine.num_processes > 1:
         shutdown.take_back()  # the signals, whose handlers jax.distributed has replaced
@@ -68,10 +69,10 @@ def train(
         start, history = first_start(run)
         is_last = start.step == config.train.steps and not start.exports
         if is_last and broadcast_from_first(history.is_finished, start.step):
-            check_stored(setup.at(start.step), start.checkpoint)  # the config may have changed
+            check_stored(setup.at(start.step), start.checkpoint)  # refuses a config that changed
             run.say(f"finished before, at step {start.step}: {workdir}")
             return ExitCode.FINISHED
-        # If the start was accepted: write the `end` event and the report, however this is left.
+        # Both write only if the start was accepted, and then however this block is left.
         report = refreshed_report(workdir, primary=run.is_primary)
         with report, end_event(run, start.step) as outcome:
             if run.is_primary:
@@ -99,7 +100,7 @@ def _train(run: Run, start: Start, more_hooks: Sequence[Callable[[Attempt], Hook
             _compile(run, start, programs, state)
         if start.request != "rollback":
             accept_start(run, start, programs)
-        # Those between the step that a rollback went back to and the one it came from.
+        # Of steps that a rollback has taken back, in this process or in one that ended before this.
         remove_checkpoints(run.checkpointer, start.superseded)
         with ExitStack() as stack:
             attempt = Attempt(run, start, programs, stack)
@@ -115,18 +116,18 @@ def _train(run: Run, start: Start, more_hooks: Sequence[Callable[[Attempt], Hook
                 say(f"error: {error}. {fix}")
                 remote = is_remote(run.checkpointer.directory)
                 return ExitCode.TRANSIENT if remote else ExitCode.USER_ERROR
-        del state  # not donated if no update ran; its memory is needed for the next one
+        del state  # its memory is needed for the state to load; still there if no update ran
         began_s = time.monotonic()
         if (code := go_back(attempt, problem)) is not None:
-            return code
-        start = find_start(run, "rollback", History.read(run.workdir))  # data behind the bad steps
+            return code  # a problem that going back does not mend, or once too often
+        start = find_start(run, "rollback", History.read(run.workdir))
 
 
 def _load(run: Run, start: Start, began_s: float) -> TrainState:
     """Return the state to start from. began_s: when the start, or the rollback to it, began.
 
-    The event `restore` is written for every source. It also has the place in the data, and the
-    seconds of the rows after its step (`Start.time_after`): that work is done again.
+    The event `restore` is written for every source. It also has the place in the data, and how long
+    the steps took that will run again (`Start.time_after`).
     """
     state = initial_state(run.setup.at(start.step), start.checkpoint, start.weights)
     run.events.write(
