@@ -23,7 +23,7 @@ class DoctorFlags(BackendFlags):
     """Flags of `doctor`."""
 
     json: str | None = key(
-        "also write platform, verdict, repairs, attention and every probe as a JSON object",
+        "also write platform, verdict, repairs, attention, options and every probe as JSON",
         metavar="OUT",
         default=None,
         is_output=True,
@@ -81,7 +81,8 @@ def main(argv: list[str]) -> int:
         except OSError as error:
             say(f"warning: runs will not know of this verdict: {error}")
     if flags.json:
-        text = json.dumps(verdict.to_json() | {"attention": attention}, indent=1) + "\n"
+        facts = {"compiler_options": None, **runner.found, "attention": attention}
+        text = json.dumps(verdict.to_json() | facts, indent=1) + "\n"
         write_file(Path(flags.json), text, label=f"--json={flags.json}")
     if flags.html:
         text = doctor_output.to_html(verdict, machine=machine, total_s=total_s)

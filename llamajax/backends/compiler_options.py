@@ -31,10 +31,10 @@ _LEAST_LAYER_BYTES = 2**30  # of small layers several are combined, as in publis
 
 @dataclasses.dataclass(frozen=True)
 class CompilerOptions:
-    """Options for `lowered.compile`, by name. refused: what XLA did not take of the table."""
+    """Options for `lowered.compile`, by name. refused: of the table, by what XLA said to it."""
 
     values: Mapping[str, Option] = dataclasses.field(default_factory=dict)
-    refused: tuple[str, ...] = ()
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         """Compile a program with these options."""
@@ -84,7 +84,7 @@ def choose_compiler_options(
         )
     flags = " ".join(os.environ.get(name, "") for name in COMPILER_VARIABLES)
     given = dict(re.findall(r"--(\w+)(?:=(\S*))?", flags)) | own
-    least, refused = max(_LEAST_LAYER_BYTES, int(layer_bytes)), []
+    least, refused = max(_LEAST_LAYER_BYTES, int(layer_bytes)), {}
     values: dict[str, Option] = {}
     facts, entry = platform_facts(platform), devices.find(device.device_kind)
     groups = facts.compiler_options + facts.kind_options.get(entry.name if entry else "", ())
@@ -98,10 +98,10 @@ def choose_compiler_options(
             if name in group and given.get(name):
                 left[name] = f"{given[name]},{group[name]}"
         if left and (found := _refusal(left, device)):
-            refused.append(found[0])
+            refused[found[0]] = found[1]
         else:
             values |= left
-    return CompilerOptions(own | values, tuple(refused))
+    return CompilerOptions(own | values, refused)
 
 
 def _refusal(options: Mapping[str, Option], device: Any) -> tuple[str, str] | None:

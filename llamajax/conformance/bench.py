@@ -22,11 +22,15 @@ class WrongError(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench:
-    """The test bench of a probe: all devices, facts of the machine, a folder of its own."""
+    """The test bench of a probe: all devices, facts of the machine, a folder of its own.
+
+    found: what the probe adds to the doctor's JSON, beside its result.
+    """
 
     devices: list[Any]
     machine: Any  # backends.Machine
     folder: Path
+    found: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def put(self, tree: Any) -> Any:
         """Copy arrays to the first device."""

@@ -61,7 +61,7 @@ def _counts(verdict: PlatformVerdict) -> str:
 def text_lines(
     verdict: PlatformVerdict, *, num_devices: int | None, total_s: float, partial: bool
 ) -> Iterator[str]:
-    """Yield lines: platform, verdict, all that did not pass. partial: some probes were left out."""
+    """Yield lines: platform, verdict, what did not pass, options. partial: probes were left out."""
     if num_devices is None:
         yield f"platform: {verdict.platform}, which did not start"
     else:
@@ -71,6 +71,9 @@ def text_lines(
     yield f"probes: {_counts(verdict)}, in {total_s:.0f} s"
     for result, text in consequences(verdict.probes):
         yield f"{_name_and_word(result)}{text}"
+    for result in verdict.probes:
+        if result.name == "compiler_options" and result.status == "pass":
+            yield f"compiler options: {result.message}"
     untried = [r for r in verdict.probes if r.message.startswith(NOT_TRIED)]
     if untried:
         yield f"  {len(untried)} more {untried[0].message}"

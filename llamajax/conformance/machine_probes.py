@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llamajax.backends import choose_compiler_options
 from llamajax.conformance.bench import Bench, UnsupportedError, WrongError
 
 _TRANSFER_BYTES = 64 << 20
@@ -26,6 +27,19 @@ def program(bench: Bench) -> str:
         if not np.array_equal(found, 2 * x + 1):
             raise WrongError(f"2 x + 1 for x = {x.tolist()} is {found.tolist()} on {device}")
     return f"compiled, and run on each device, in {time.monotonic() - begun:.2f} s"
+
+
+def compiler_options(bench: Bench) -> str:
+    """Choose the compiler's options as a run does, for layers of up to 1 GiB."""
+    chosen = choose_compiler_options(
+        None, platform=bench.machine.platform, device=bench.devices[0], layer_bytes=0.0
+    )
+    bench.found["compiler_options"] = {
+        "values": dict(chosen.values), "refused": dict(chosen.refused)
+    }  # fmt: skip
+    values = ", ".join(f"{name}={value}" for name, value in chosen.values.items())
+    refused = [f"left out: {name} ({reason})" for name, reason in chosen.refused.items()]
+    return "; ".join([values or "none of ours", *refused])
 
 
 def device(bench: Bench) -> str:

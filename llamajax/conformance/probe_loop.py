@@ -37,7 +37,9 @@ def run_probes(request: Message, parent: Connection) -> int:
         bench = Bench(devices=jax.devices(), machine=machine, folder=folder)
         status, message, healthy = _result(run, bench)
         result = {"name": name, "status": status, "message": message}
-        parent.send({"result": result | {"time_s": time.monotonic() - begun}})
+        parent.send({
+            "result": result | {"time_s": time.monotonic() - begun}, "found": bench.found,
+        })  # fmt: skip
         if not healthy:  # what failed may leave the runtime in disorder: the rest gets a new one
             break
     return 0

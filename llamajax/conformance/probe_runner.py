@@ -33,6 +33,7 @@ class ProbeRunner:
     """Runs probes on a backend. machine: facts of backends.Machine, None until it came up.
 
     limit_s: time of one probe. show is called with each result, begin with each probe's name.
+    found: what probes add to the doctor's JSON.
     """
 
     backend: BackendConfig
@@ -41,6 +42,7 @@ class ProbeRunner:
     begin: Callable[[str], None]
     machine: dict[str, Any] | None = None
     results: list[ProbeResult] = dataclasses.field(default_factory=list)
+    found: dict[str, Any] = dataclasses.field(default_factory=dict)
     hangs: int = 0
 
     def run(self, probes: Sequence[Probe]) -> None:
@@ -128,6 +130,7 @@ class ProbeRunner:
                 running = message["begins"]
                 self.begin(running)
             else:
+                self.found |= message["found"]
                 self._end(**message["result"])
                 if self._reason_to_stop():
                     return None

@@ -49,6 +49,7 @@ _USUALLY = {"always": "nothing trains on it", "never": "llamajax does without"}
 _GROUPS = {
     "machine": ("machine_probes", [
         ("program", "always", "compiling and running the smallest program", "nothing runs on it"),
+        ("compiler_options", "never", "what the step of a run is compiled with"),
         ("device", "never", "the facts that a report to the vendor needs"),
         ("dtypes", "always", "float32, int32, uint32 and bool are in every step"),
         ("float64", "never", "llamajax never computes in it"),

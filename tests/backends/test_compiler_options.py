@@ -39,7 +39,8 @@ def chosen(monkeypatch):
 def test_a_group_with_an_option_that_the_compiler_does_not_know_is_left_out_and_named(chosen):
     found = chosen()
     assert found.values == {LEVEL: 2, FLAG: 2**30, PASSES: "rematerialization"}
-    assert found.refused == ("xla_gone",)
+    assert found.refused == {"xla_gone": found.refused["xla_gone"]}
+    assert "No such compile option" in found.refused["xla_gone"]
     (line,) = found.warnings()
     assert "xla_gone: left out, with" in line
     assert chosen(layer_bytes=2.0**31).values[FLAG] == 2**31
@@ -81,7 +82,7 @@ def test_what_was_asked_for_and_is_unknown_is_refused(chosen):
 def test_the_cpu_has_no_options_of_ours():
     device = jax.devices()[0]
     found = choose_compiler_options(None, platform="cpu", device=device, layer_bytes=1.0)
-    assert (found.values, found.refused) == ({}, ())
+    assert (found.values, found.refused) == ({}, {})
 
 
 def test_what_makes_a_platform_repeat_its_bits_is_added_where_it_is_asked_for(monkeypatch):

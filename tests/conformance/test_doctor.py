@@ -28,15 +28,19 @@ def doctor(tmp_path, monkeypatch):
 
 def test_some_probes_of_a_cpu(doctor, tmp_path):
     page = tmp_path / "page.html"
-    names = "dtypes,matmul_float32,cross_entropy,donation,all_reduce,random_sharded"
+    names = (
+        "compiler_options,dtypes,matmul_float32,cross_entropy,donation,all_reduce,random_sharded"
+    )
     code, text, found, results = doctor(
         "--backend=cpu", "--num_cpu_devices=4", f"--only={names}", f"--html={page}"
     )
     assert code == 0, text
     assert (found["platform"], found["device_kind"], found["verdict"]) == ("cpu", "cpu", "ready")
     assert found["repairs"] == []
+    assert found["compiler_options"] == {"values": {}, "refused": {}}
     assert [row["attention"] for row in found["attention"]] == ["blocked"] * 2
     assert "attention: blocked in bfloat16, float32: the first choice on cpu; split" in text
+    assert "compiler options: none of ours" in text
     assert {status for status, _ in results.values()} == {"pass"}
     assert set(results) == {"start", "program", *names.split(",")}
     assert all(set(p) == {"name", "status", "message", "time_s"} for p in found["probes"])

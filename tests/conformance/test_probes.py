@@ -1,5 +1,6 @@
 """Probes can fail: what they allow is little more than what is right."""
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from refusal import refused
 
-from llamajax.backends import ProbeResult
-from llamajax.conformance import arithmetic_probes, collective_probes
+from llamajax.backends import ProbeResult, compiler_options
+from llamajax.backends.platforms import platform_facts
+from llamajax.conformance import arithmetic_probes, collective_probes, machine_probes
 from llamajax.conformance.bench import Bench, WrongError, compare
 from llamajax.conformance.probe_table import PROBES, START, chosen, verdict_on
 from llamajax.ops import references
@@ -109,3 +111,16 @@ def test_unknown_names_of_probes_are_all_named():
     with refused("'scna'; did you mean scan", "'nothing'"):
         chosen("scna,rope,nothing")
     assert [p.name for p in chosen("rope")] == ["program", "rope"]
+
+
+def test_options_of_the_compiler_are_listed_and_those_it_refuses_with_its_words(bench, monkeypatch):
+    table = ({"xla_backend_optimization_level": 2}, {"xla_gone": 1})
+    facts = dataclasses.replace(platform_facts("cpu"), compiler_options=table)
+    monkeypatch.setattr(compiler_options, "platform_facts", lambda _: facts)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    text = machine_probes.compiler_options(bench)
+    found = bench.found["compiler_options"]
+    assert found["values"] == table[0]
+    assert "No such compile option: 'xla_gone'" in found["refused"]["xla_gone"]
+    reason = found["refused"]["xla_gone"]
+    assert text == f"xla_backend_optimization_level=2; left out: xla_gone ({reason})"

@@ -14,7 +14,7 @@ from llamajax.backends.jax_private import cudnn
 from llamajax.errors import UserError
 from llamajax.ops import attention as attention_module
 from llamajax.ops import attention_kernels
-from llamajax.ops.attention import attention
+from llamajax.ops.attention import attention, check_supported
 
 
 def test_documents_become_lengths_and_offsets_in_elements():
@@ -128,6 +128,31 @@ def test_room_is_counted_for_the_rows_of_one_call():
 
 def test_the_installed_jax_has_the_primitives():
     assert cudnn.problem() is None
+
+
+@pytest.mark.parametrize("head_size", [8, 136, 256, 260, 264])
+def test_head_sizes_are_those_that_jax_allows_from_hopper_on(monkeypatch, head_size):
+    """By JAX's own check; then the program for a GPU calls the kernel, forward and backward."""
+    from jax._src.cudnn import fused_attention_stablehlo as module
+
+    facts = {"platform": "gpu", "dtype": "bfloat16", "seq_len": 128, "compute_capability": "9.0"}
+    problems = check_supported("cudnn", **facts, head_size=head_size)
+    x = jnp.zeros((1, 128, 2, head_size), jnp.bfloat16)
+    monkeypatch.setattr(module, "check_compute_capability", lambda _: True)
+    asked = (x, x, x, module.AttentionLayout.BTNH.value, 91000, False, True, True)
+    if problems:
+        with pytest.raises(NotImplementedError, match="head dim must be <= 256"):
+            module.check_is_flash_attention(*asked)
+        return
+    module.check_is_flash_attention(*asked)
+
+    def summed(q, k, v, ids):
+        return jnp.sum(attention(q, k, v, impl="cudnn", segment_ids_BT=ids).astype(jnp.float32))
+
+    traced = jax.jit(jax.grad(summed, (0, 1, 2))).trace(x, x, x, jnp.ones((1, 128), jnp.int32))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for kernel in ("fmhaSoftmax", "fmhaSoftmaxBackward"):
+        assert text.count(f"@__cudnn${kernel}(") == 1
 
 
 def lowering_rule(taken):

@@ -8,20 +8,24 @@ import shutil
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 
+import jax
 import pytest
 from refusal import refused, snapshot
 from workdirs import read_rows, write_rows
 
-from llamajax.backends import absent_devices
+from llamajax.backends import CompilerOptions, absent_devices
 from llamajax.monitoring import StepTimer, load_events, read_run_facts, write_report
 from llamajax.monitoring.events import EVENTS
 from llamajax.monitoring.run_history import History
 from llamajax.planning.compilation import abstract_step, lowered_step
-from llamajax.training import attempt, loop, run
+from llamajax.training import attempt, loop, run, setup
 from llamajax.training.hooks import LogHook
-from llamajax.training.programs import program_digest
+from llamajax.training.programs import compile_programs, program_digest
 from llamajax.training.safety.step_checks import GuardStop
+
+HAS_CUDA = bool(find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda13"))
 
 
 def kinds(workdir):
@@ -186,6 +190,28 @@ def test_the_program_that_is_planned_is_the_program_that_runs(short_run, short_c
     options = {"xla_backend_optimization_level": 0}
     assert planned() == (facts["program"], facts["compiler_options"]) == (facts["program"], options)
     assert planned(optim__learning_rate=0.1)[0] != facts["program"]
+
+
+# The session keeps compiled programs, and reads none for devices that are not here.
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache:UserWarning")
+@pytest.mark.skipif(not HAS_CUDA, reason="needs JAX's CUDA plugin")
+def test_a_run_on_h200s_lowers_the_program_that_is_planned_for_them(short_config, monkeypatch):
+    """By the run's own path, which finds the devices of the plan; nothing is compiled."""
+    fused = {"model__head_size": 16, "train__dtype": "bfloat16", "train__attention": "auto"}
+    config = short_config(**fused)
+    target = absent_devices("h200:8", config.backend)
+    monkeypatch.setattr(setup.backends, "start", lambda *_, **__: target.machine())
+    monkeypatch.setattr(jax, "devices", lambda: list(target.devices))
+    monkeypatch.setattr(CompilerOptions, "compile", lambda options, lowered: (options, lowered))
+    found = setup.set_up(config)
+    programs = compile_programs(found, found.spec.abstract())
+    options, lowered = programs.update
+    step = abstract_step(config, target)
+    assert programs.digest == program_digest(lowered) == program_digest(lowered_step(step))
+    assert options == step.compiler_options
+    assert "rematerialization" in options.values["xla_disable_hlo_passes"]
+    assert (found.attention, found.compute) == (step.attention, step.compute)
+    assert "@__cudnn$fmhaSoftmaxBackward(" in lowered.as_text()
 
 
 class LoaderTimer(StepTimer):
