@@ -12,8 +12,7 @@ Speed:    planned for h100:8: 12,945 tokens/s a device, with 0.02 s of 2.53 a st
           devices. For h200:8 13,408, 114.9 of 129.7 GiB, with --config.train.accumulation_steps=2;
           as it stands for b200:8 26,944, for a100:8 3,073 in 44.2 of 72.9 GiB, for v5p:2x2x2 7,007
           in 42.4; for v6e:4x4 7,137, 30.2 of 31.25 GiB, with --config.mesh.data=2: it waits for
-          0.83 of 1.04 s sent. An older plan (2026-11-28), which took all that is sent for hidden,
-          for v5e:4x4 2,448, 15.2 of 15.75 GiB, with --config.mesh.tensor=2
+          0.83 of 1.04 s sent; for v5e:4x4 1,958, 15.3 of 15.75 GiB, with --config.mesh.tensor=2
           --config.train.accumulation_steps=8. Unmeasured. Published elsewhere:
           3,484 (fp16) to 4,160 (bf16) tokens/s a device with the original, 11,361 with MaxText on
           8 H100.
