@@ -136,8 +136,8 @@ class Checkpointer:
             try:
                 manifests.remove_leftovers(self.directory)
             except OSError as error:
-                kind = location.user_error_type(error, self.directory)
-                raise kind(f"cannot clear {self.directory}: {location.reason(error)}") from None
+                what = f"cannot clear {self.directory}"
+                raise location.refusal(error, self.directory, what) from None
 
         damaged, self._held = self._held or [], None
         broadcast_from_first(remove)
@@ -240,20 +240,18 @@ class Checkpointer:
     def _exists(self, step: int) -> bool:
         """Return whether a step is saved already, the same on all processes.
 
-        Raises CheckpointError on all if it is there and damaged. In an object store, what is no
-        complete checkpoint is removed.
+        Raises CheckpointError on all if it is there and damaged, or not ours. In an object store,
+        what a save left unfinished is removed.
         """
         found, problem, directory = False, None, self.directory / str(step)
         try:
             if jax.process_index() == 0:
                 if self._check_owner is not None:
                     self._check_owner()
-                if not location.is_remote(directory):
-                    found = directory.exists()
-                elif manifests.is_committed(directory):
-                    found = True
-                else:
+                found = directory.exists()
+                if found and manifests.is_unfinished(directory):
                     directory.rmtree()
+                    found = False
             if found and (damage := manifests.find_damage(directory)):
                 problem = f"a damaged one is in the way ({damage})"
         except OSError as error:

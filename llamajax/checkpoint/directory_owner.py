@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jax
 
-from llamajax.backends.object_stores import how_to_fix
 from llamajax.checkpoint import location
 from llamajax.checkpoint.location import Location
 from llamajax.config.saved_config import read_saved_config
@@ -62,10 +61,8 @@ def claim(
     except UserError as error:
         problem = error
     except OSError as error:
-        why = location.reason(error)
-        fix = how_to_fix(str(directory)) if location.is_remote(directory) else "choose another"
-        kind = location.user_error_type(error, directory)
-        problem = kind(f"checkpoint.directory = {directory} cannot be used: {why}; {fix}")
+        what = f"checkpoint.directory = {directory} cannot be used"
+        problem = location.refusal(error, directory, what, "choose another")
     raise_together(problem)
     return words
 

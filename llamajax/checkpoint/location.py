@@ -35,7 +35,9 @@ def locate(text: str | PurePath) -> Location:
     """Return the location of a path or URL. UserError for a URL of another kind."""
     if not is_url(text):
         return Path(text).absolute()
-    scheme = str(text).partition("://")[0]
+    scheme, _, key = str(text).partition("://")
+    if not key.strip("/"):
+        raise UserError(f"{text}: there is no bucket in it; write {scheme}://BUCKET/NAME")
     if scheme not in SCHEMES:
         known = " or ".join(f"{name}://" for name in SCHEMES)
         raise UserError(f"{text}: checkpoints can be at a path or at {known}; not at {scheme}://")
@@ -57,10 +59,16 @@ def check_usable(path: PurePath) -> None:
         )
 
 
-def user_error_type(error: OSError, path: PurePath) -> type[UserError]:
-    """Return the error class for what `path` raised; TransientError if the network failed."""
-    passes = is_remote(path) and not isinstance(error, FileNotFoundError | PermissionError)
-    return TransientError if passes else UserError
+def refusal(error: OSError, path: PurePath, problem: str, fix: str = "") -> UserError:
+    """Return the error for a user where `path` raised this one; TransientError if the network did.
+
+    problem: what could not be done. fix: what helps on a disk.
+    """
+    text = with_rank(f"{problem}: {reason(error)}")
+    if not is_remote(path):
+        return UserError(f"{text}; {fix}" if fix else text)
+    lasts = isinstance(error, FileNotFoundError | PermissionError)
+    return (UserError if lasts else TransientError)(f"{text}; {how_to_fix(str(path))}")
 
 
 def reason(error: BaseException) -> str:
@@ -92,9 +100,7 @@ def store_errors_explained(directory: Location) -> Iterator[None]:
     except OSError as error:
         if not is_remote(directory):
             raise
-        problem = with_rank(f"{directory} cannot be reached: {reason(error)}")
-        fix = how_to_fix(str(directory))
-        raise user_error_type(error, directory)(f"{problem}; {fix}") from None
+        raise refusal(error, directory, f"{directory} cannot be reached") from None
 
 
 def tensorstore_spec(directory: PurePath) -> dict[str, Any]:

@@ -182,12 +182,13 @@ def step_directories(directory: Location) -> list[Location]:
 
     In an object store only what has a manifest: the rest was never finished.
     """
-    return [path for path in _named_like_steps(directory) if is_committed(path)]
+    found = _named_like_steps(directory)
+    return [p for p in found if not is_remote(p) or MANIFEST in location.entry_names(p)]
 
 
-def is_committed(directory: Location) -> bool:
-    """Return whether the save of what is named like a checkpoint ended."""
-    return not is_remote(directory) or MANIFEST in location.entry_names(directory)
+def is_unfinished(directory: Location) -> bool:
+    """Return whether an object store has, at the URL of a checkpoint, only a part of one."""
+    return is_remote(directory) and location.entry_names(directory) <= _OURS  # without a manifest
 
 
 def _named_like_steps(directory: Location) -> list[Location]:
@@ -207,8 +208,7 @@ def remove_leftovers(directory: Location) -> None:
     """Delete what killed saves and removals left behind."""
     if is_remote(directory):
         for path in _named_like_steps(directory):
-            names = location.entry_names(path)
-            if names and names <= _OURS and ASIDE not in names:  # without a manifest
+            if is_unfinished(path) and not (path / ASIDE).exists():
                 path.rmtree()
     elif directory.is_dir():
         for path in directory.iterdir():

@@ -38,11 +38,11 @@ class ObjectPath(epath.Path):
         import tensorstore as ts
 
         store, key = self._object
-        below = ts.KvStore.KeyRange(f"{key}/", f"{key}0")  # 0 comes after /
-        found = [name.decode() for name in result(store.list(below))]
+        prefix, stop = (f"{key}/", f"{key}0") if key else ("", "")  # 0 comes after /
+        found = [name.decode() for name in result(store.list(ts.KvStore.KeyRange(prefix, stop)))]
         # Not every service cuts a list at the end of the range. The prefix alone is a folder that a
         # console shows.
-        names = (name.removeprefix(f"{key}/") for name in found if name.startswith(f"{key}/"))
+        names = (name.removeprefix(prefix) for name in found if name.startswith(prefix))
         return sorted(filter(None, names))
 
     def exists(self) -> bool:
@@ -127,7 +127,10 @@ class ObjectPath(epath.Path):
 def _open(spec: str) -> Any:
     import tensorstore as ts  # takes long, and is not needed for a path on a disk
 
-    return result(ts.KvStore.open(json.loads(spec)))
+    try:
+        return ts.KvStore.open(json.loads(spec)).result()
+    except ValueError as error:  # a name that no bucket can have, or an endpoint that is no URL
+        raise as_os_error(error) from None
 
 
 def result(future: Any) -> Any:
@@ -144,4 +147,6 @@ def as_os_error(error: ValueError) -> OSError:
     status, _, words = text.partition(": ")
     if status == "NOT_FOUND":
         return FileNotFoundError(words)
-    return ConnectionError(words) if status in _PASSING else PermissionError(words)
+    if status in _PASSING:
+        return ConnectionError(words)
+    return PermissionError(words if status.isupper() else text)

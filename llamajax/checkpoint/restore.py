@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 
-from llamajax.backends.object_stores import how_to_fix
 from llamajax.checkpoint import location
 from llamajax.checkpoint import manifest as manifests
 from llamajax.checkpoint.leaf_names import named_leaves, rebuild
@@ -161,14 +160,11 @@ def _damage_on_any(directory: Location, error: Exception | None) -> str | None:
     problem = refusal = None
     if isinstance(error, DamagedError):
         problem = str(error)
-    elif error is not None and location.is_remote(directory):
-        fix = how_to_fix(str(directory))
-        refusal = f"cannot read checkpoint {directory}: {location.reason(error)}; {fix}"
     elif error is not None and error.errno == errno.EIO:  # the disk itself gives up on these bytes
         problem = f"{error.filename or directory} cannot be read: {error.strerror}"
     elif error is not None:
-        refusal = f"cannot read checkpoint {directory}: {error.strerror}: {error.filename}"
-    raise_together(refusal and location.user_error_type(error, directory)(refusal))
+        refusal = location.refusal(error, directory, f"cannot read checkpoint {directory}")
+    raise_together(refusal)
     return first_problem(problem)
 
 
@@ -183,8 +179,8 @@ def set_aside_damaged(damaged: Damaged) -> None:
         try:
             manifests.set_aside(path, "damaged")
         except OSError as error:
-            why = location.reason(error)
-            problem = UserError(f"{path} is damaged ({what}) and cannot be renamed: {why}")
+            what = f"{path} is damaged ({what}) and cannot be renamed"
+            problem = location.refusal(error, path, what)
     raise_together(problem)
 
 

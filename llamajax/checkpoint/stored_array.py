@@ -18,8 +18,14 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from llamajax.backends import platform_facts
-from llamajax.checkpoint.location import Location, tensorstore_spec
+from llamajax.checkpoint.location import (
+    Location,
+    is_remote,
+    store_errors_explained,
+    tensorstore_spec,
+)
 from llamajax.checkpoint.manifest import DamagedError
+from llamajax.checkpoint.object_store import result
 
 Index = tuple[slice, ...]
 
@@ -63,13 +69,16 @@ class _Slab(NamedTuple):
 
 
 class StoredArray:
-    """One array of a checkpoint, of which any part can be read."""
+    """One array of a checkpoint, of which any part can be read.
+
+    Raises UserError where an object store refuses, ValueError where a disk does.
+    """
 
     def __init__(self, state: Location, name: str):
         import tensorstore as ts  # not needed where nothing is restored
 
-        self._array = ts.open(array_spec(state, name), open=True, read=True).result()
-        self._name = name
+        self._state, self._name = state, name
+        self._array = self._result(ts.open(array_spec(state, name), open=True, read=True))
         self.shape: tuple[int, ...] = self._array.shape
         self.dtype = np.dtype(self._array.dtype.numpy_dtype)
         metadata = self._array.spec().to_json().get("metadata", {})
@@ -81,11 +90,11 @@ class StoredArray:
     def read(self, index: Index, dtype: Any) -> np.ndarray:
         """Read the part `index` (slices with bounds) as `dtype`, aligned for JAX's CPU backend.
 
-        Raises DamagedError where a block is missing, ValueError where the disk refuses.
+        Raises DamagedError where a block is missing.
         """
         part = aligned_zeros(tuple(s.stop - s.start for s in index), dtype)
         if not self._by_bytes:
-            part[...] = self._array[index].read().result().astype(dtype, copy=False)
+            part[...] = self._result(self._array[index].read()).astype(dtype, copy=False)
             return part
         in_flight: deque[tuple[_Slab, Any]] = deque()
         for slab in self._slabs(index):
@@ -98,11 +107,17 @@ class StoredArray:
         return part
 
     def _take(self, slab: _Slab, read: Any, part: np.ndarray) -> None:
-        found = read.result()
+        found = self._result(read)
         if found.state != "value":
             raise DamagedError(self._name, f"block {slab.key} is missing")
         rows = np.frombuffer(found.value, self.dtype).reshape(slab.shape)
         part[slab.target] = rows[slab.wanted].astype(part.dtype, copy=False)
+
+    def _result(self, future: Any) -> Any:
+        if not is_remote(self._state):
+            return future.result()
+        with store_errors_explained(self._state):
+            return result(future)
 
     def _slabs(self, index: Index) -> Iterator[_Slab]:
         """Yield the reads for the part `index`, block after block."""

@@ -243,7 +243,8 @@ def last_checkpoints(weights: Weights, count: int) -> list[Weights]:
             f"{weights.path} ({weights.kind}) has no earlier checkpoints; name a --workdir of train"
         )
     directory = weights.path.parent
-    steps = [s for s in manifests.complete_steps(directory) if s <= weights.checkpoint.step]
+    with location.store_errors_explained(directory):
+        steps = [s for s in manifests.complete_steps(directory) if s <= weights.checkpoint.step]
     if len(steps) < count:
         raise UserError(
             f"{directory} holds {len(steps)} complete checkpoints up to step "
@@ -284,7 +285,7 @@ def open_base(record: Mapping[str, str], *, path: Location | None, adapters: Pur
     now, None: where they were. Raises UserError when they are gone or have changed.
     """
     where = location.locate(record["path"]) if path is None else path
-    if not where.exists():
+    if not location.is_remote(where) and not where.exists():
         raise UserError(
             f"{adapters} holds adapters only, and the weights that they were trained on are gone: "
             f"there is no {where}; put them back, or link that path to where they are"

@@ -14,6 +14,8 @@ import numpy as np
 from llamajax import data
 from llamajax.backends import compiler_flags
 from llamajax.backends.platforms import platform_facts
+from llamajax.checkpoint.directory_owner import recorded_directory
+from llamajax.checkpoint.location import store_errors_explained
 from llamajax.config.flags import mesh_config
 from llamajax.data.batches import make_batch
 from llamajax.errors import UserError, say
@@ -41,7 +43,8 @@ def replay(options: ReplayOptions) -> Evidence:
     """Find out all about the step. Raises UserError for what the user can fix."""
     workdir = Path(options.workdir)
     box = None if options.blackbox is None else Path(options.blackbox)
-    record = read_record(workdir, options.step, box=box)
+    with store_errors_explained(recorded_directory(workdir)):
+        record = read_record(workdir, options.step, box=box)
     whole = set_up(_config(record, options))
     if whole.machine.num_processes > 1:
         raise UserError("replay runs in one process: start it on one node, with a mesh that it has")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from llamajax import data
 from llamajax.checkpoint import newest_checkpoint
+from llamajax.checkpoint.location import store_errors_explained
 from llamajax.config import RunConfig
 from llamajax.config.values import show
 from llamajax.errors import UserError
@@ -76,7 +77,8 @@ def write_adapters(run: Run, base: Weights) -> list[str]:
             f"and PEFT takes that of the base, {show(base.model.rope_scaling)}; merge them: "
             f"python -m llamajax.convert --from={run.workdir} --to=DIRECTORY"
         ]
-    checkpoint = newest_checkpoint(run.checkpointer.directory)
+    with store_errors_explained(run.checkpointer.directory):
+        checkpoint = newest_checkpoint(run.checkpointer.directory)
     origin = RunOrigin(step=checkpoint.step, recorded=checkpoint.meta, workdir=run.workdir)
     named = hub_name(weights, run.config.train.base_model)
     card = model_card(base.model, run.name, run=origin, is_peft=True)

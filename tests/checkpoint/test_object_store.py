@@ -34,6 +34,7 @@ from llamajax.checkpoint import (
     location,
     manifest,
     newest_checkpoint,
+    restore_state,
 )
 from llamajax.checkpoint.directory_owner import OWNER, check_owner, claim
 from llamajax.errors import TransientError
@@ -86,6 +87,13 @@ def test_what_was_saved_is_restored_and_old_ones_are_removed(folder):
     assert_restored(folder, 30)
 
 
+@pytest.mark.parametrize("name", ["", "a b/%41?#[y]+é"])
+def test_a_url_is_a_bucket_or_any_name_in_it(store, name):
+    folder = location.locate(url_of(store, name))
+    assert saved(folder, 10, 20, keep=1) == [20]
+    assert_restored(folder, 20)
+
+
 def test_a_save_is_complete_with_its_manifest_and_not_before(folder, monkeypatch):
     seen, real = [], manifest.write_durably
 
@@ -107,6 +115,8 @@ def test_what_killed_saves_and_removals_leave_is_removed_and_nothing_else(folder
     assert newest_checkpoint(folder).step == 30
     with checkpointer(folder) as run:
         assert run.steps() == [10, 30]
+        with pytest.raises(CheckpointError, match="step 2024 was not saved: a damaged one is in"):
+            run.save(2024, make_state((4, 2)), meta=META)
     assert tops(folder) == ["10", "2024", "30"]
 
 
@@ -160,6 +170,7 @@ def test_a_store_that_goes_away_in_a_save_costs_that_checkpoint(tmp_path, kind, 
     with running(kind, port, hold):
         run = checkpointer(folder)
         run.save(1, state, meta=META, wait=True)
+        verified, _ = run.newest_intact()
         hold.write_text("run/2/meta.json")
         run.save(2, state, meta=META)
         while not hold.with_suffix(".held").exists():
@@ -170,8 +181,9 @@ def test_a_store_that_goes_away_in_a_save_costs_that_checkpoint(tmp_path, kind, 
     with pytest.raises(CheckpointError, match=r"step 3 was not saved: .*ould not connect"):
         run.save(3, state, meta=META, wait=True)
     assert "cannot be read now" in previous_checkpoint(run)
-    gone = r"cannot be reached: .*ould not connect.*check the bucket's name"
-    for look in (run.steps, run.newest_intact):
+    wanted = abstract(state, (4, 2))
+    gone = r"cannot .*: .*ould not connect.*check the bucket's name"
+    for look in (run.steps, run.newest_intact, run.begin, lambda: restore_state(verified, wanted)):
         with pytest.raises(TransientError, match=gone):
             look()
     with running(kind, port):  # another one, which is empty
@@ -191,6 +203,10 @@ def test_mistakes_are_one_message(store, tmp_path, monkeypatch):
         open_weights(url)
     with refused("not at ftp://"):
         open_weights("ftp://host/run")
+    with refused("s3://: there is no bucket in it; write s3://BUCKET/NAME"):
+        location.locate("s3://")
+    with refused("cannot be used: ", "Invalid", 'bucket name: "x"'):
+        claim(location.locate(url.replace(BUCKET, "x")), tmp_path)
     if store == "s3":
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "wrong")
         with refused("cannot be used: InvalidAccessKeyId", "AWS_SECRET_ACCESS_KEY"):
