@@ -8,6 +8,7 @@ it. A collective in a fusion of its own runs beside nothing.
 """
 
 import collections
+import dataclasses
 import re
 from collections.abc import Callable, Hashable, Mapping
 
@@ -106,8 +107,9 @@ class _Clock:
         self, name: str, i: Instruction, by_name: Mapping[str, Instruction]
     ) -> Collective | None:
         if i.operation.removesuffix("-start") in KINDS:
-            operands = [by_name[operand] for operand in i.operands]
-            return list(collectives_of(name, [*operands, i], 1))[-1]
+            # Their types alone: an operand may be a collective itself.
+            operands = [dataclasses.replace(by_name[o], operation="parameter") for o in i.operands]
+            return next(collectives_of(name, [*operands, i], 1), None)
         if i.operation in ("async-start", "call-update", "fusion"):
             start = by_name[i.operands[0]] if i.operation == "call-update" else i
             (called,) = called_by(start)

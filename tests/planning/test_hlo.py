@@ -167,6 +167,20 @@ def test_a_collective_waits_for_what_no_product_beside_it_hides(product_s, waite
     assert found["sum"] == pytest.approx(3 * 2.0)
 
 
+def test_a_collective_of_what_another_one_gave_is_waited_for():
+    text = """HloModule m, is_scheduled=true
+
+ENTRY %main (a: f32[8]) -> f32[16] {
+  %a = f32[8]{0} parameter(0)
+  %copy = f32[8]{0} copy(%a)
+  %gather = f32[16]{0} all-gather(%copy), replica_groups=[1,2]<=[2], dimensions={0}
+  ROOT %sum = f32[16]{0} all-reduce(%gather), replica_groups=[1,2]<=[2], to_apply=%add
+}
+"""
+    found = waited_s(text, lambda c: (c.kind, 2.0), product_s=1.0, kernel_s=0.0)
+    assert found == {"all-gather": 2.0, "all-reduce": 2.0}
+
+
 # libtpu writes products as convolutions, batched ones with windows that are mostly holes
 PRODUCTS = """HloModule m
 
