@@ -48,16 +48,13 @@ class ToolOffer(NamedTuple):
 
 def parse_offer(example: Mapping[str, Any]) -> tuple[ToolOffer, list[str]]:
     """Return what `tools` and `builtin_tools` of an example offer, and what is wrong with them."""
-    offer = ToolOffer(_value(example.get("tools") or ()), example.get("builtin_tools") or ())
-    problems = [
-        f"{name} is no list of {what}s"
-        for name, value, kind, what in (
-            ("tools", offer.tools, Mapping, "object"),
-            ("builtin_tools", offer.builtin, str, "name"),
-        )
-        if not isinstance(value, list | tuple) or not all(isinstance(v, kind) for v in value)
-    ]
-    return offer, problems
+    tools, builtin = _value(example.get("tools") or ()), example.get("builtin_tools") or ()
+    problems = []
+    if not isinstance(tools, list | tuple) or not all(isinstance(t, Mapping) for t in tools):
+        problems.append("tools is no list of objects")
+    if not isinstance(builtin, list | tuple) or not all(isinstance(b, str) for b in builtin):
+        problems.append("builtin_tools is no list of names")
+    return ToolOffer(tools, builtin), problems
 
 
 def problems_of_call(item: Mapping[str, Any], builtin: Sequence[str] = ()) -> list[str]:
@@ -131,7 +128,8 @@ def _value(value: Any) -> Any:
         return value
 
 
-# The same for Hugging Face, where arguments may be a text too, and the date may be given.
+# The same for Hugging Face, where the date may be given, and arguments are no JSON text: a
+# template cannot read one.
 JINJA = r"""
 {%- set builtin = builtin_tools | default([], true) -%}
 {%- set begin, end = '<|start_header_id|>', '<|end_header_id|>\n\n' -%}
@@ -149,7 +147,13 @@ JINJA = r"""
     {%- if m.tool_calls | length > 1 -%}
       {{- raise_exception('This template has no parallel tool calls.') -}}
     {%- endif -%}
+    {%- if m.content -%}
+      {{- raise_exception('This template has no text beside a tool call.') -}}
+    {%- endif -%}
     {%- set call = m.tool_calls[0].function -%}
+    {%- if call.arguments is not mapping -%}
+      {{- raise_exception('arguments: give an object') -}}
+    {%- endif -%}
     {%- if call.name in builtin -%}
       {{- '<|python_tag|>' + call.name + '.call(' -}}
       {%- for key, value in call.arguments | items -%}
@@ -157,8 +161,7 @@ JINJA = r"""
       {%- endfor -%}
       {{- ')' -}}
     {%- else -%}
-      {%- set text = call.arguments if call.arguments is string else call.arguments | tojson -%}
-      {{- '{"name": "' + call.name + '", "parameters": ' + text + '}' -}}
+      {{- '{"name": "' + call.name + '", "parameters": ' + call.arguments | tojson + '}' -}}
     {%- endif -%}
   {%- else -%}
     {%- if tools and loop.first -%}
@@ -171,6 +174,6 @@ JINJA = r"""
 {%- endfor -%}
 {{- begin + 'assistant' + end if add_generation_prompt -}}
 """
-for _name, _text in (("ENVIRONMENT", _ENVIRONMENT), ("GUIDE", _GUIDE), ("DATES", _DATES)):
-    JINJA = JINJA.replace(_name, _text.replace("\n", "\\n"))
-JINJA = JINJA.replace("TODAY", _TODAY).strip()
+_TEXTS = {"ENVIRONMENT": _ENVIRONMENT, "GUIDE": _GUIDE, "DATES": _DATES, "TODAY": _TODAY}
+for _name, _text in _TEXTS.items():
+    JINJA = JINJA.replace(_name, _text.replace("\n", "\\n")).strip()

@@ -26,6 +26,9 @@ from llamajax.tokenizers.chat import (
     stop_ids,
     write_template,
 )
+from llamajax.tokenizers.chat_jinja import render
+from llamajax.tokenizers.chat_tools import JINJA
+from llamajax.tokenizers.special_tokens import TokenFacts
 from llamajax.tokenizers.tokenizer_export import export_tokenizer
 
 EVIL = (
@@ -187,6 +190,13 @@ def test_tool_chats_in_transformers_with_the_exported_template(real, tmp_path, l
         )
         assert ids == encode_tool_chat(tokenizer, chat)
         assert theirs.decode(ids) == chat["text"]
+    for builtin in ([], ["f"]):
+        with pytest.raises(Exception, match="arguments: give an object"):
+            theirs.apply_chat_template([ASKED, CALL], builtin_tools=builtin)
+    ids = theirs.apply_chat_template([ASKED], tools=[], return_dict=False)
+    assert ids == encode_chat(
+        tokenizer, "llama3.1", [ASKED], tools={"tools": []}, add_generation_prompt=False
+    )
 
 
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
@@ -223,6 +233,21 @@ def test_what_llama31_cannot_express(messages, tools, problem):
     if not tools and RESULT in messages:
         _, found = parse_messages(messages, "chatml", last="assistant")
         assert "--chat_template=llama3.1 writes" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({}, "arguments: give an object"),  # JSON, which training reads and a template cannot
+        ({"content": "x"}, "no text beside a tool call"),
+        ({"tool_calls": CALL["tool_calls"] * 2}, "no parallel tool calls"),
+    ],
+)
+def test_the_exported_template_refuses_what_it_would_write_otherwise(call, message, ranks):
+    tokenizer = load_tokenizer(ranks)
+    tokenizer.facts = TokenFacts(chat_template=JINJA)
+    with pytest.raises(UserError, match=message):
+        render(tokenizer, [ASKED, CALL | call], add_generation_prompt=False)
 
 
 @pytest.mark.live

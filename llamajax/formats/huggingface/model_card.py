@@ -77,7 +77,6 @@ def model_card(
         "tags": ["llama", "llamajax", *(["lora"] if is_peft else [])],
     }
     facts, config = {"parameters": f"{num_parameters(model):,}"}, {}
-    facts["context"] = f"{model.max_seq_len:,} tokens"
     if average:
         facts["average"] = f"{average}; losses are of the weights that were trained"
     if run is not None:
@@ -92,11 +91,10 @@ def model_card(
     lines += ["# license: not stated; name yours here", "---", "", f"# {title}", ""]
     lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items())]
     if config:
-        kept = {part: config[part] for part in ("model", *_PARTS) if config[part]}
+        kept = {part: config[part] for part in _PARTS if config[part]}
         text = re.sub(r'(?<=[",=])[^",=\n]*/(?=[^",\n])', "", json.dumps(kept, indent=1))
         lines += ["", "Config (paths without their folders):", "", "```json", text, "```"]
-    text = "\n".join(lines) + "\n"
-    return (text + _SEAL.format(_digest(text))).encode()
+    return _sealed(("\n".join(lines) + "\n").encode())
 
 
 def _facts_of_run(run: RunOrigin) -> Iterator[tuple[str, str]]:
@@ -105,14 +103,14 @@ def _facts_of_run(run: RunOrigin) -> Iterator[tuple[str, str]]:
     yield "updates", f"{run.step:,}"
     if lora := config["lora"].get("rank"):
         yield "adapters", f"rank {lora} on {', '.join(config['lora']['targets'])}"
-    rows = [row for row in load_metrics(run.workdir) if row["step"] <= run.step]
-    if trained := [row for row in rows if {"tokens_seen", "loss"} <= row.keys()]:
-        yield "tokens seen", f"{trained[-1]['tokens_seen']:,} at step {trained[-1]['step']:,}"
-        yield "training loss", f"{trained[-1]['loss']:.4f}"
-    for row in [row for row in rows if "eval_loss" in row][-1:]:
-        for key in (key for key in row if key.startswith("eval_loss")):
-            name = key.replace("eval_loss", "held-out loss").replace("/", ", ")
-            yield name, f"{row[key]:.4f} at step {row['step']:,}"
+    rows = [row for row in load_metrics(run.workdir) if row["step"] <= run.step][::-1]
+    if row := next((row for row in rows if {"tokens_seen", "loss"} <= row.keys()), {}):
+        yield "tokens seen", f"{row['tokens_seen']:,} at step {row['step']:,}"
+        yield "training loss", f"{row['loss']:.4f}"
+    row = next((row for row in rows if "eval_loss" in row), {})
+    for key in (key for key in row if key.startswith("eval_loss")):
+        name = key.replace("eval_loss", "held-out loss").replace("/", ", ")
+        yield name, f"{row[key]:.4f} at step {row['step']:,}"
     for split, content in (run.recorded.get("data") or {}).items():
         yield f"data, {split}", content
     if names := config["data"].get("path"):
@@ -126,10 +124,9 @@ def edited_card(directory: Path) -> bytes | None:
     if not (directory / CARD).is_file():
         return None
     content = (directory / CARD).read_bytes()
-    text = content.decode("utf-8", "replace")
-    body = text.rpartition(_SEAL.partition("{")[0])[0]
-    return None if text == body + _SEAL.format(_digest(body)) else content
+    body = content.rpartition(_SEAL.partition("{")[0].encode())[0]
+    return None if content == _sealed(body) else content
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _sealed(body: bytes) -> bytes:
+    return body + _SEAL.format(hashlib.sha256(body).hexdigest()[:16]).encode()
