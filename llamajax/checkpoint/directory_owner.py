@@ -26,7 +26,7 @@ _RUN_ID = ".run_id"
 
 def checkpoint_directory(workdir: Path, directory: str | None) -> Location:
     """Return where a run saves. directory: `checkpoint.directory` of its config."""
-    return workdir.absolute() / "checkpoints" if directory is None else location.locate(directory)
+    return location.locate(workdir / "checkpoints" if directory is None else directory)
 
 
 def recorded_directory(workdir: Path) -> Location:
@@ -72,7 +72,7 @@ def check_unclaimed(directory: Location, workdir: Path) -> None:
     with location.store_errors_explained(directory):
         owner, name = _read_owner(directory), workdir / _RUN_ID
     is_mine = owner is None or (name.exists() and owner.get("id") == name.read_text("utf-8"))
-    if not is_mine and owner.get("workdir") != str(workdir.absolute()):
+    if not is_mine and owner.get("workdir") != str(location.locate(workdir)):
         raise _refused(directory, owner)
 
 
@@ -86,7 +86,11 @@ def check_owner(directory: Location, workdir: Path) -> None:
 def _write_claim(directory: Location, workdir: Path, undo: contextlib.ExitStack) -> str | None:
     if not (workdir / _RUN_ID).exists():
         undo.callback((workdir / _RUN_ID).unlink, missing_ok=True)
-    me = {"id": _run_id(workdir), "workdir": str(workdir.absolute()), "host": socket.gethostname()}
+    me = {
+        "id": _run_id(workdir),
+        "workdir": str(location.locate(workdir)),
+        "host": socket.gethostname(),
+    }
     text = json.dumps(me)
     if location.create_file(directory / OWNER, text):
         undo.callback((directory / OWNER).unlink)

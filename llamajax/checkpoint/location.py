@@ -34,7 +34,8 @@ def is_remote(path: PurePath) -> bool:
 def locate(text: str | PurePath) -> Location:
     """Return the location of a path or URL. UserError for a URL of another kind."""
     if not is_url(text):
-        return Path(text).absolute()
+        path = Path(text).absolute()
+        return path.resolve() if ".." in path.parts else path  # TensorStore takes no ".."
     scheme, _, key = str(text).partition("://")
     if not key.strip("/"):
         raise UserError(f"{text}: there is no bucket in it; write {scheme}://BUCKET/NAME")

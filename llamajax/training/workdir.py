@@ -16,7 +16,7 @@ from llamajax.checkpoint.directory_owner import (
     checkpoint_directory,
     claim,
 )
-from llamajax.checkpoint.location import check_usable, is_remote
+from llamajax.checkpoint.location import check_usable, is_remote, locate
 from llamajax.config import RunConfig
 from llamajax.errors import TransientError, UserError, say
 from llamajax.files import lock_file, replaced_directory
@@ -172,7 +172,7 @@ def _open_checkpoints(
     else:
         if (words := claim(directory, workdir, undo)) and setup.machine.is_primary:
             say(words)
-        if not is_remote(directory) and workdir.absolute() not in directory.parents:
+        if not is_remote(directory) and locate(workdir) not in directory.parents:
             check_shared_directory(directory, key="checkpoint.directory")
     mine = functools.partial(check_owner, directory, workdir)
     return Checkpointer(

@@ -11,15 +11,17 @@ from tiny_state import abstract, assert_same_bits, checkpointer, make_state, res
 
 from llamajax.backends.jax_private import literal_glob
 from llamajax.checkpoint import CheckpointError
+from llamajax.checkpoint.directory_owner import checkpoint_directory
 from llamajax.checkpoint.location import check_usable
 from llamajax.formats.weights import open_weights
 
 ODD = ["50% off", "a%41b", "run[1]", "x[a-c]", "two words", "a#b?c=d&e", "ü 日本 é", "a|b:c*"]
 
 
-@pytest.mark.parametrize("name", [*ODD, "{1,2}"])
+@pytest.mark.parametrize("name", [*ODD, "{1,2}", "up/../run"])
 def test_what_is_saved_under_an_odd_path_is_restored(tmp_path: Path, name: str):
-    directory, state = tmp_path / name / "checkpoints", make_state((2, 1), seed=3)
+    (tmp_path / "up").mkdir()
+    directory, state = checkpoint_directory(tmp_path / name, None), make_state((2, 1), seed=3)
     with checkpointer(directory) as saver:
         saver.save(5, state, meta={"config": {}}, wait=True)
     assert_same_bits(restore(directory, abstract(state, (2, 1))), state)
