@@ -20,6 +20,7 @@ from workdirs import contents, write_rows
 from workdirs import run_prepare as run
 
 from llamajax import prepare
+from llamajax.corpus.documents import LeftOut
 from llamajax.data import load_tokenizer
 from llamajax.data.mixture import PreparedSplit, read_manifest
 from llamajax.errors import UserError
@@ -313,6 +314,17 @@ def test_bad_rows_are_listed_first_or_left_out_and_recorded(corpus, tmp_path, ta
 
 
 def test_the_record_and_the_screen_name_what_was_left_out(corpus, tmp_path, capsys):
+    chats = [{"messages": [{"role": "user"}]}, {"instruction": 1, "output": None}]
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    flags = ("--format=instructions", "--chat_template=llama2", "--on_error=skip")
+    with pytest.raises(UserError, match="no text in these files"):
+        run(tmp_path / "bad.jsonl", tmp_path / "out", *flags)
+    said = capsys.readouterr().err
+    assert "bad.jsonl:1: message 1: no key 'content'" in said
+    left_out = LeftOut()
+    for problem in re.findall("  - (.*)", said):
+        left_out.add(problem)
+    assert left_out.reasons == {"no key 'content'": 1, "not a string": 1}
     corpus.write_text(corpus.read_text() + "nothing\n")
     run(corpus, tmp_path / "out", "--on_error=skip")
     said = capsys.readouterr()

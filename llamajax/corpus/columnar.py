@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llamajax.corpus.long_text import CHUNK, LongText, document_of
+from llamajax.corpus.long_text import CHUNK, document_of
 from llamajax.errors import UserError
 
 _STRINGS = ("string", "large_string", "string_view", "binary", "large_binary")
@@ -42,7 +42,13 @@ def text_rows(file: Path, raw: BinaryIO, stream: Any, text_key: str) -> Iterator
             column = column.cast(pa.large_binary())  # files promise UTF-8 and check nothing
             for value in column:
                 row += 1
-                yield _text_of(value.as_py(), f"{file}: row {row}: {text_key!r}")
+                place = f"{file}: row {row}: {text_key!r}"
+                try:
+                    if not value.is_valid:
+                        raise UserError(f"{place} is null, not a string")
+                    yield document_of(_chunks(value.as_py(), place))
+                except UserError as error:
+                    yield error
 
 
 def object_rows(
@@ -107,15 +113,6 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _text_of(value: bytes | None, where: str) -> str | LongText | UserError:
-    if value is None:
-        return UserError(f"{where} is null, not a string")
-    try:
-        return document_of(_chunks(value, where))
-    except UserError as error:
-        return error
 
 
 def _chunks(value: bytes, where: str) -> Iterator[str]:

@@ -5,7 +5,7 @@ Source: the library `datasets` 5.2 (`save_to_disk`, `data_files.py`) and the hub
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,30 @@ def saved_splits(folder: Path) -> Splits | None:
     `state.json` lists the files: others in the folder are caches. Raises UserError for a missing
     file.
     """
-    if (folder / "dataset_dict.json").is_file():
-        names = _read_json(folder / "dataset_dict.json").get("splits") or ()
+    if (listing := folder / "dataset_dict.json").is_file():
+        names = _read_json(listing).get("splits")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{listing}: its splits are no list of names; save it again")
         return {name: _saved_files(folder / name)[0] for name in names}
-    if not (folder / "state.json").is_file() or not (folder / "dataset_info.json").is_file():
+    if not _is_saved(folder):
         return None
     files, name = _saved_files(folder)
     return {name if name in KNOWN else "": files}
 
 
-def _saved_files(folder: Path) -> tuple[list[Path], str | None]:
-    """Return the files of one saved split, and its name if it was saved with one."""
+def without_caches(files: Sequence[Path]) -> list[Path]:
+    """Leave out what `datasets` cached beside the files of a saved set."""
+    folders = {file.parent for file in files}
+    saved = {folder: {*_saved_files(folder)[0]} for folder in folders if _is_saved(folder)}
+    return [file for file in files if file in saved.get(file.parent, (file,))]
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+
+def _saved_files(folder: Path) -> tuple[list[Path], str]:
+    """Return the files of one saved split, and its name; empty if it was saved without one."""
     state = _read_json(folder / "state.json")
     try:
         files = [folder / each["filename"] for each in state["_data_files"]]
@@ -53,7 +66,7 @@ def _saved_files(folder: Path) -> tuple[list[Path], str | None]:
         )
     if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(f"{folder}: lacks {listed(missing, most=10)}, which state.json lists")
-    return files, state.get("_split")
+    return files, str(state.get("_split") or "")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -67,46 +80,46 @@ def _read_json(file: Path) -> dict[str, Any]:
 def readme_splits(folder: Path, config: str) -> Splits | None:
     """Return the files of a config that the README of a hub folder declares; None without any.
 
-    config: its name; empty: the only one. Raises UserError where one has to be chosen.
+    config: its name; empty: the only one, or else the default, as `datasets` chooses. A pattern
+    that no file matches stands for itself. Raises UserError where one has to be chosen.
     """
-    configs = _readme_configs(folder)
-    if not config and len(configs) < 2:
-        config = next(iter(configs), "")
-    if config not in configs:
-        if not config and not configs:
-            return None
+    import yaml
+
+    readme, splits = folder / "README.md", {}
+    try:
+        found = _FRONT_MATTER.match(readme.read_text("utf-8")) if readme.is_file() else None
+        matter = (yaml.safe_load(found[1]) if found else None) or {}
+        configs = {str(c["config_name"]): c for c in matter.get("configs") or ()}
+        configs = {name: c for name, c in configs.items() if c.get("data_files")}
+        names = [config] if config else list(configs)
+        if len(names) > 1:
+            names = [name for name in names if name == "default" or configs[name].get("default")]
+        is_one = len(names) == 1 and names[0] in configs
+        for split, pattern in _patterns(configs[names[0]]["data_files"]) if is_one else ():
+            files = sorted(file for file in folder.glob(pattern) if file.is_file())
+            splits.setdefault(split, {}).update(dict.fromkeys(files or [folder / pattern]))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"{readme}: its front matter cannot be read: {error}") from error
+    if not is_one and (config or configs):
         raise UserError(
             f"{folder}: its README.md declares the configs {listed(list(configs), most=20) or '-'};"
             f" choose one with {folder}:config=NAME"
         )
-    declared = configs[config]
-    if not isinstance(declared, list) or not isinstance(declared[0], dict):
-        declared = [{"path": declared}]
-    splits: Splits = {}
-    for each in declared:
-        paths = each.get("path", ())
-        for pattern in [paths] if isinstance(paths, str) else paths:
-            found = sorted(file for file in folder.glob(str(pattern)) if file.is_file())
-            if not found:
-                raise UserError(f"{folder}: no file matches {pattern} of its README.md")
-            splits.setdefault(str(each.get("split", "train")), []).extend(found)
-    return splits
+    return {split: list(files) for split, files in splits.items()} or None
 
 
-def _readme_configs(folder: Path) -> dict[str, Any]:
-    """Return the files that each config in a README's front matter declares."""
-    readme = folder / "README.md"
-    if not readme.is_file():
-        return {}
-    import yaml
-
-    try:
-        found = _FRONT_MATTER.match(readme.read_text("utf-8"))
-        matter = (yaml.safe_load(found[1]) if found else None) or {}
-        configs = matter.get("configs") or ()
-        return {str(c["config_name"]): c["data_files"] for c in configs if c.get("data_files")}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, AttributeError) as error:
-        raise UserError(f"{readme}: its front matter cannot be read: {error}") from error
+def _patterns(data_files: Any) -> Iterator[tuple[str, str]]:
+    """Yield the split of each pattern that a config declares. Raises TypeError for other forms."""
+    entries = data_files if isinstance(data_files, list) else [data_files]
+    if len({isinstance(each, dict) for each in entries}) > 1:
+        raise TypeError("data_files: some have a split and some have none")
+    for each in entries:
+        entry = each if isinstance(each, dict) else {"path": each}
+        paths = entry.get("path")
+        for pattern in paths if isinstance(paths, list) else [paths]:
+            if not isinstance(pattern, str) or not pattern or pattern.startswith("/"):
+                raise TypeError(f"data_files: {pattern!r} is no path within the folder")
+            yield str(entry.get("split", "train")), pattern
 
 
 def named_splits(folder: Path, files: Iterable[Path]) -> Splits:

@@ -18,7 +18,8 @@ from llamajax.errors import UserError, combine, say
 
 _NAMED = 10
 # Of a problem, all but its first words: its place, and what is particular to the row.
-_REASON = re.compile(r"^.*?: (row \d+: )?|\s*[:;(].*$", re.DOTALL)
+_KEY = r"(prompt|completion|instruction|input|output)"
+_REASON = re.compile(rf"^.*?: ((row|message) \d+: |{_KEY}( and {_KEY})*: )*|\s*[:;(].*$", re.DOTALL)
 
 
 @dataclasses.dataclass

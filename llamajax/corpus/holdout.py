@@ -12,7 +12,7 @@ from llamajax.errors import UserError
 
 SPLITS = ("train", "validation")
 _HELD_PER_GROUP = 10
-
+_TOO_LITTLE = "too little text to hold any out; add some, or pass --validation_fraction=0"
 
 # Around the cut of a long text; as far as the nearest blank line is looked for.
 _MAX_REACH = 1 << 22
@@ -86,8 +86,10 @@ class Holdout:
         if not self._held and whole:
             self._held.update(order[: len(sizes) > 1])
         elif not self._held and sizes:
-            self.cut = next((n for n in order if sizes[n] > wanted), order[0])
-            self._reach = max(1, round(wanted))
+            if max(sizes) < 2:
+                raise UserError(_TOO_LITTLE)
+            self.cut = next(number for number in order if sizes[number] > 1)
+            self._reach = min(max(1, round(wanted)), sizes[self.cut] - 1)
             self.cut_at = sizes[self.cut] - self._reach
 
     def split(self, documents: Iterable[str | Example | LongText]) -> Iterator[DocumentPart]:
@@ -152,7 +154,5 @@ def _paragraph_start(text: str, wanted: int, reach: int) -> int:
         if text[:at].strip() and text[at:].strip():
             return at
     if not 0 < wanted < len(text):
-        raise UserError(
-            "too little text to hold any out; add some, or pass --validation_fraction=0"
-        )
+        raise UserError(_TOO_LITTLE)
     return wanted

@@ -201,5 +201,5 @@ def json_object(line: str) -> dict[str, Any]:
 def checked_object(value: Any) -> dict[str, Any]:
     """Return what a line holds. Raises UserError unless it is an object."""
     if not isinstance(value, dict):
-        raise UserError(f"a {type(value).__name__}, not a JSON object")
+        raise UserError(f"of type {type(value).__name__}, not a JSON object")
     return value

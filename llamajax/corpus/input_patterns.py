@@ -14,6 +14,7 @@ from llamajax.corpus.dataset_splits import (
     named_splits,
     readme_splits,
     saved_splits,
+    without_caches,
 )
 from llamajax.corpus.input_files import COMPRESSIONS, FORMATS, TOKEN_FORMATS, format_of
 from llamajax.corpus.prepare_options import PrepareOptions
@@ -64,10 +65,15 @@ def find_inputs(options: PrepareOptions) -> list[InputFile]:
         splits = _splits_of(path, given)
         chosen = _choose(path, given, splits)
         record: dict[str, Any] = {"path": path, **given}
+        lost = [str(file) for split in chosen for file in splits[split] if not file.is_file()]
+        if lost:
+            raise UserError(
+                f"--input: no file matches {listed(lost, most=10)}, which {path}/README.md"
+                f" declares; download it, or choose another split: {path}:split=NAME"
+            )
         if len(splits) > 1:
-            counts = {name: len(files) for name, files in splits.items()}
-            left = {name: counts[name] for name in counts if name not in chosen}
-            read = {name: counts[name] for name in chosen}
+            left = {name: sum(map(Path.is_file, files)) for name, files in splits.items()}
+            read = {name: left.pop(name) for name in chosen}
             record |= {"files_read": read, "files_left_out": left}
             more = f"; left out: {_listed(left)}" if left else ""
             say(f"note: --input: {path}: files of these splits are read: {_listed(read)}{more}")
@@ -82,7 +88,9 @@ def find_inputs(options: PrepareOptions) -> list[InputFile]:
                 old = found.setdefault(file.resolve(), new)
                 if (old.options, old.split) != (new.options, new.split):
                     raise UserError(
-                        f"--input: {file} is in two inputs with different options:"
+                        f"--input: {file} is in two splits of {path}; choose: {path}:split=NAME"
+                        if old.record is record
+                        else f"--input: {file} is in two inputs with different options:"
                         f" {old.record['path']} and {path}; name it in one of them"
                     )
         kinds = {format_of(file) for split in chosen for file in splits[split]}
@@ -111,9 +119,11 @@ def records_of(files: Sequence[InputFile]) -> list[dict[str, Any]]:
 def _parse(text: str, options: PrepareOptions) -> tuple[str, dict[str, str], PrepareOptions]:
     """Parse `PATH:KEY=VALUE:...`; return its path and options, and all flags of its files."""
     path, *pairs = [text] if Path(text.strip()).exists() else _OPTION.split(text)
-    path, given = path.strip(), dict(pair.split("=", 1) for pair in pairs)
-    for name, value in given.items():
+    path, given = path.strip(), {}
+    for name, value in (pair.split("=", 1) for pair in pairs):
         where = f"--input: {path}:{name}={value}"
+        if name in given:
+            raise UserError(f"{where}: {name} is given twice")
         if name in ("format", "chat_template", "on_error"):
             raise UserError(
                 f"{where}: --{name} is one for all inputs; prepare the others into a directory of "
@@ -121,9 +131,14 @@ def _parse(text: str, options: PrepareOptions) -> tuple[str, dict[str, str], Pre
             )
         if name not in _OWN:
             hint = did_you_mean(nearest(name, _OWN)) or f"; an input may have {', '.join(_OWN)}"
-            raise UserError(f"{where}: unknown{hint}")
+            raise UserError(
+                f"{where}: unknown{hint} (where the path has the colon, write ? for it)"
+            )
+        if not value and name != "document_separator":
+            raise UserError(f"{where} has no value; give one, or leave :{name}= out")
         if value not in _CHOICES.get(name, (value,)):
             raise UserError(f"{where}: expected {' | '.join(_CHOICES[name])}")
+        given[name] = value
     own = dataclasses.replace(options, **{n: v for n, v in given.items() if n in _OWN_FLAGS})
     if given and (problems := list(own.problems())):
         raise UserError(f"--input: {text}: {problems[0]}")
@@ -134,12 +149,15 @@ def _splits_of(name: str, given: dict[str, str]) -> Splits:
     """Return the files of an input by the split that they are declared to be of."""
     path, config = Path(name), given.get("config", "")
     if path.is_dir():
-        splits = saved_splits(path) or readme_splits(path, config)
+        splits = saved_splits(path)
+        if splits is not None and not any(splits.values()):
+            raise UserError(f"--input: {name}: the dataset that was saved there has no rows")
+        splits = splits or readme_splits(path, config)
         if splits is None:
             files, others = _files_in(path)
             _note_left_out(name, others)
             splits = named_splits(path, files)
-        if not any(splits.values()):
+        if not splits:
             raise UserError(f"--input: no {', '.join(FORMATS)} files in directory {name}")
         return splits
     if config:
@@ -150,7 +168,7 @@ def _splits_of(name: str, given: dict[str, str]) -> Splits:
         return {"": [path.with_suffix(".bin") if _is_index(path) else path]}
     matched = sorted(Path(f) for f in glob.glob(name, recursive=True))
     matched = [file for file in matched if not _is_index(file)]
-    files = [f for f in matched if f.is_file()]
+    files = without_caches([f for f in matched if f.is_file()])
     known = {*files, *(folder for f in files for folder in f.parents)}
     _note_left_out(name, [str(f) for f in matched if f not in known])
     if not files:
@@ -187,7 +205,7 @@ def _note_left_out(pattern: str, names: Sequence[str]) -> None:
         is_json = any(name.lower().endswith(".json") for name in names)
         say(
             f"note: --input: {len(names)} left out of {pattern}, not of a kind that is read from "
-            f"there: {', '.join(names[:_NAMED])}{', ...' * (len(names) > _NAMED)}"
+            f"there: {listed(names, most=_NAMED)}"
             + ("; name a .json file itself if it holds JSON lines" if is_json else "")
         )
 
@@ -213,11 +231,11 @@ def _files_in(directory: Path) -> tuple[list[Path], list[str]]:
                 files.append(file)
             elif not _is_index(file):
                 others.append(str(file.relative_to(directory)))
-    tokens = {file for file in files if format_of(file) in TOKEN_FORMATS}
-    if len(tokens) < len(files):  # beside texts, `.bin` may be anything
-        files = [file for file in files if file not in tokens]
-        others += [str(file.relative_to(directory)) for file in tokens]
-    return sorted(files), sorted(others)
+    kept = without_caches(files)
+    texts = [file for file in kept if format_of(file) not in TOKEN_FORMATS]
+    kept = texts or kept  # beside texts, `.bin` may be anything
+    others += [str(file.relative_to(directory)) for file in {*files}.difference(kept)]
+    return sorted(kept), sorted(others)
 
 
 def _is_index(file: Path) -> bool:

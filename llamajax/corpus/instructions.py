@@ -29,6 +29,7 @@ _KEYS = (
 )  # fmt: skip
 # ShareGPT's names of the roles.
 _ROLES = {"human": "user", "gpt": "assistant"}
+_TOOL_TURNS = ("function_call", "observation")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,8 +109,15 @@ def parse_example(value: dict[str, Any], template: str) -> tuple[tuple[Message, 
     if form == ("instruction", "output"):
         return _parse_alpaca(value, template)
     turns = value[form[0]]
+    if turns == []:
+        return (), [f"{form[0]} is empty"]
     if isinstance(turns, list):
         turns = [*_system(value), *map(_message_of, turns)]
+        if any(turn.get("role") in _TOOL_TURNS for turn in turns if isinstance(turn, dict)):
+            return (), [
+                f"turns from {' and '.join(_TOOL_TURNS)} are not read: write them as messages in "
+                "OpenAI's form, a call as tool_calls of the assistant, its result as role tool"
+            ]
     return parse_messages(turns, template, last="assistant", example=value)
 
 
@@ -142,4 +150,5 @@ def _message_of(item: Any) -> Any:
     if not isinstance(item, dict) or "role" in item or not {"from", "value"} <= item.keys():
         return item
     rest = {key: value for key, value in item.items() if key not in ("from", "value")}
-    return {"role": _ROLES.get(item["from"], item["from"]), "content": item["value"], **rest}
+    role = item["from"] if isinstance(item["from"], str) else repr(item["from"])
+    return {"role": _ROLES.get(role, role), "content": item["value"], **rest}

@@ -13,6 +13,8 @@ from llamajax.errors import UserError
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
+# Characters at the end of a chunk that may be half an escape, number or constant.
+_LONGEST_TOKEN = 16
 
 
 def json_values(
@@ -71,7 +73,8 @@ def _array_items(file: Path, stream: io.RawIOBase) -> Iterator[tuple[str, Any]]:
                     break
                 value, end = _DECODER.raw_decode(text, start)
             except (ValueError, RecursionError) as error:
-                if ended:
+                may_go_on = getattr(error, "pos", -1) >= len(text.rstrip()) - _LONGEST_TOKEN
+                if ended or not (may_go_on or str(error).startswith("Unterminated string")):
                     place = f"{file}: row {number + 1}"
                     raise UserError(f"{place}: truncated or not valid JSON: {error}") from error
                 break

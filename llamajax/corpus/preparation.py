@@ -48,7 +48,6 @@ def prepare(options: PrepareOptions, progress: ReportProgress) -> dict[str, Any]
         else:
             results = corpus.split(holdout)
         manifest = write_results(options, files, results, directory, tokenizer, corpus.left_out)
-    corpus.left_out.say()
     warn_of_single_article(files, corpus.num_articles)
     return manifest
 
@@ -149,12 +148,13 @@ def write_results(
     tokenizer: Tokenizer,
     left_out: LeftOut,
 ) -> dict[str, Any]:
-    """Write shards, tokenizer and manifest; return the manifest."""
+    """Write shards, tokenizer and manifest; say what was left out; return the manifest."""
     masked = options.has_examples
     is_stored = tokenizer.file == directory / TRAINED
     stored = TRAINED if is_stored else tokenizer.save(directory)
     write_template(directory, tokenizer, options.chat_template)
     splits = _write_splits(results, directory, tokenizer, masked=masked)
+    left_out.say()
     if not splits:
         raise UserError(f"--input={options.input}: no text in these files")
     declared = declares_validation(files)

@@ -147,7 +147,6 @@ def merge(options: PrepareOptions, progress: ReportProgress) -> dict[str, Any]:
             holdout = Holdout(sizes, options.validation_fraction, whole=options.has_examples)
         results = _merged(options, tasks, tokenizer, holdout, progress)
         manifest = write_results(options, files, results, directory, tokenizer, left_out)
-    left_out.say()
     warn_of_single_article(files, num_documents)
     shutil.rmtree(parts, ignore_errors=True)
     return manifest

@@ -31,6 +31,7 @@ from llamajax.tokenizers import Tokenizer
 from llamajax.tokenizers.token_bytes import token_bytes
 
 _CHUNK = 1 << 22  # tokens that are held at a time
+_SAMPLE = 1 << 20  # tokens that show the width of one
 _MEGATRON = struct.Struct("<9sQBQQ")  # magic, version, dtype, sequences, document bounds
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 _MEGATRON_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
@@ -70,8 +71,8 @@ def check_token_flags(options: PrepareOptions, files: Sequence[InputFile]) -> No
     }  # fmt: skip
     if wrong := [name for name, given in useless.items() if given]:
         raise UserError(
-            f"--input: {names[0]} holds tokens, which are taken as they are; that goes not with "
-            f"{', '.join(wrong)}"
+            f"--input: {names[0]} holds tokens, which are taken as they are; that does not go "
+            f"with {', '.join(wrong)}"
         )
 
 
@@ -90,7 +91,14 @@ def open_tokens(path: Path, vocab_size: int) -> TokenFile:
             return _megatron(path)
         if len(head) == _LLMC_START and _LLMC.unpack_from(head)[0] in _LLMC_MAGIC:
             return _llmc(path, head)
-        return TokenFile(path, _mapped(path, token_dtype(vocab_size).str, 0))
+        tokens = _mapped(path, token_dtype(vocab_size).str, 0)
+        if tokens.itemsize == 2 and len(tokens) > 1 and not tokens[1:_SAMPLE:2].any():
+            raise UserError(
+                f"{path}: read as uint16, every second token is 0: these are wider integers; save "
+                f"them as .npy: numpy.save('{path.stem}.npy', numpy.fromfile('{path.name}', "
+                "'uint32'))"
+            )
+        return TokenFile(path, tokens)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -105,7 +113,9 @@ def _mapped(path: Path, dtype: str, start: int) -> np.ndarray:
 def _llmc(path: Path, head: bytes) -> TokenFile:
     magic, version, count = _LLMC.unpack_from(head)
     if (magic, version) not in _LLMC_DTYPES:
-        raise UserError(f"{path}: magic {magic}, version {version}: no tokens of llm.c")
+        raise UserError(
+            f"{path}: magic {magic}, version {version}: not tokens that llm.c trains on"
+        )
     tokens = _mapped(path, _LLMC_DTYPES[magic, version], _LLMC_START)
     if len(tokens) != count:
         raise UserError(f"{path}: has {len(tokens)} tokens, its header says {count}: cut short?")
@@ -182,12 +192,11 @@ class TokenCorpus:
         eos, bos = self._tokenizer.eos_id, self._tokenizer.bos_id
         counts = dict.fromkeys(range(len(self._files)), 0)
         ends = begins = length = 0
-        last = None
+        last = -1
         for number, tokens, starts in self._chunks():
             counts[number] += len(starts)
             begins += int((tokens[starts] == bos).sum())
-            ends += int((tokens[starts[starts > 0] - 1] == eos).sum())
-            ends += bool(len(starts) and starts[0] == 0 and last == eos)
+            ends += int((np.append(last, tokens)[starts] == eos).sum())
             last = tokens[-1]
             if len(starts):
                 yield from [length + int(starts[0])] * bool(length + starts[0])
@@ -195,12 +204,13 @@ class TokenCorpus:
                 length = -int(starts[-1])
             length += len(tokens)
         ends += bool(last == eos)
-        yield length
+        if length:
+            yield length
         splits = (file.split or "train" for file in self._files)
         self.declared = list(zip(splits, counts.values(), strict=True))
         total = sum(counts.values())
         self.left_out = LeftOut(without_bos=total - begins, without_eos=total - ends)
-        if not ends:
+        if total and not ends:
             say(
                 f"warning: no document ends with EOS ({eos}), so a model will not learn to end; "
                 "and without an index each file is one document. Is this the tokens' tokenizer?"

@@ -53,4 +53,5 @@ def test_text_without_any_border_is_cut_where_it_must():
     assert [len(t) for t in split(["x" * 1000], 0.1)["validation"]] == [100]
     with pytest.raises(UserError, match="--validation_fraction=0"):
         split(["x"], 0.1)
+    assert split(["ab", "cd"], 0.4)["validation"] in (["b"], ["d"])
     assert split(["a", "b"], 0.0) == {"train": ["a", "b"], "validation": []}

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import io
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import zstandard
 from workdirs import inputs, prepare_options
 
 from llamajax.corpus.documents import Corpus
+from llamajax.corpus.json_values import json_values
 from llamajax.corpus.long_text import long_json
 from llamajax.errors import UserError
 
@@ -106,7 +108,7 @@ def test_patterns_name_files_in_order_and_once(tmp_path, monkeypatch):
     ("name", "content", "message"),
     [
         ("f.jsonl", b'{"text": "a"}\n\n{"text": }\n', r"f.jsonl:3: not valid JSON"),
-        ("f.jsonl", b'["a"]\n', r"f.jsonl:1: a list, not a JSON object"),
+        ("f.jsonl", b'["a"]\n', r"f.jsonl:1: of type list, not a JSON object"),
         ("f.jsonl", b'{"txt": "a"}\n', r"f.jsonl:1: no key 'text' .*'txt'.*--text_key"),
         ("f.jsonl", b'{"text": null}\n', r"f.jsonl:1: 'text' is of type NoneType"),
         ("f.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "byte 0xff at offset 24"),
@@ -122,7 +124,7 @@ def test_patterns_name_files_in_order_and_once(tmp_path, monkeypatch):
         ("f.json", b'[{"text": "a"}, {"text": "b', "f.json: row 2: truncated or not valid JSON"),
         ("f.json", b'[{"text": "a"} {"text": "b"}]', "f.json: row 2: not valid JSON: no comma"),
         ("f.json", b'[{"text": "a"}]\n[]', "f.json: truncated or not valid JSON"),
-        ("f.json", b'[{"text": "a"}, 5]', "f.json: row 2: a int, not a JSON object"),
+        ("f.json", b'[{"text": "a"}, 5]', "f.json: row 2: of type int, not a JSON object"),
         ("f.json", b'[{"text": "a"}, {"txt": "b"}]', "f.json: row 2: no key 'text'"),
         ("f.json", b'{\n "text": "a"\n}', "f.json: one JSON object over several lines; what is"),
         ("f.arrow", arrow(pa.ipc.new_stream)[:-8], "f.arrow: truncated or damaged Arrow: it has"),
@@ -177,9 +179,19 @@ def test_other_string_columns_and_a_truncated_file(tmp_path):
 def test_an_array_is_read_in_chunks(tmp_path, chunk, monkeypatch):
     monkeypatch.setattr("llamajax.corpus.input_files.CHUNK", chunk)
     rows = [{"text": t, "n": [1, {"a": "]}"}]} for t in (*TEXTS, "x" * 99, '"],[\\')]
+    rows[0]["x"] = [1.5e-300, True, None, "\ud83d\udd99\\n", -1]
     for indent in (None, 2):
         (tmp_path / "f.json").write_text(f"\n{json.dumps(rows, indent=indent)}\n")
         assert read(tmp_path / "f.json") == [row["text"] for row in rows]
+
+
+@pytest.mark.parametrize("wrong", ['{"text" "b"}', '{"text": 1 2}', "[" * 5000])
+def test_what_no_more_text_can_mend_is_raised_at_once(tmp_path, wrong, monkeypatch):
+    for module in ("input_files", "json_values"):
+        monkeypatch.setattr(f"llamajax.corpus.{module}.CHUNK", 50)
+    stream = io.BytesIO(f"[{wrong}, ".encode() + b'{"text": "c"}, ' * 2000 + b"\xff")
+    with pytest.raises(UserError, match=r"f\.json: row 1: truncated or not valid JSON"):
+        list(json_values(tmp_path / "f.json", stream))
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 50])

@@ -164,11 +164,49 @@ def test_configs_of_a_readme(tmp_path):
     with pytest.raises(UserError, match="declares the configs large, small; choose"):
         found(f"{tmp_path}:config=smal")
     (tmp_path / "README.md").write_text(README.replace("large/held", "large/lost"))
-    with pytest.raises(UserError, match=r"no file matches large/lost\.parquet of its README"):
+    with pytest.raises(UserError, match=r"no file matches .*large/lost\.parquet, which .*README"):
         found(f"{tmp_path}:config=large")
-    (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n")
-    with pytest.raises(UserError, match="front matter cannot be read"):
+    assert found(f"{tmp_path}:config=large:split=train") == [(name, None) for name, _ in large]
+    (tmp_path / "README.md").write_text(README.replace("large/held", "large/[ah]*"))
+    with pytest.raises(UserError, match=r"large/a-1.parquet is in two splits of .*; choose"):
+        found(f"{tmp_path}:config=large")
+    for default in (
+        README.replace("small\n", "default\n"),
+        f"{README[:-12]}  default: true\n---\n",
+    ):
+        (tmp_path / "README.md").write_text(default)
+        assert found(tmp_path) == [("x.parquet", None)]
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [
+        "[", "3", "[a]", "[{data_files: x}]",
+        *(
+            f"[{{config_name: a, data_files: {files}}}]"
+            for files in (
+                "5", '[""]', "[null]", "/etc/*", "[{split: train, path: /etc/*}]", "[{path: null}]",
+                "[{path: a.jsonl}, a.jsonl]", "{train: a.jsonl}", "a**.jsonl/**x",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_a_readme_that_is_not_understood_is_named(tmp_path, configs):
+    write_rows(tmp_path / "a.jsonl", {"text": "a"})
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
+    with pytest.raises(UserError, match=r"README\.md"):
         found(tmp_path)
+
+
+def test_caches_of_a_saved_dataset_are_left_out_and_named(saved, capsys):
+    for split in ("train", "validation"):
+        shutil.copy(saved / "test" / "data-00000-of-00001.arrow", saved / split / "cache-1.arrow")
+    names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    assert [name for name, _ in found(saved / "train" / "*.arrow")] == names
+    assert capsys.readouterr().err.endswith("train/cache-1.arrow\n")
+    in_parent = [(name, "train") for name in names]
+    assert found(saved.parent) == [*in_parent, ("data-00000-of-00001.arrow", "validation")]
+    assert "saved/train/cache-1.arrow" in capsys.readouterr().err
 
 
 def cut(file: Path, size: int) -> None:
@@ -184,6 +222,12 @@ DAMAGE = {
         s / "train/data-00001-of-00002.arrow"
     ).unlink(),
     "validation/state.json: cannot be read": lambda s: shutil.rmtree(s / "validation"),
+    "dataset_dict.json: its splits are no list of names": lambda s: (
+        s / "dataset_dict.json"
+    ).write_text('{"splits": [1]}'),
+    "saved: the dataset that was saved there has no rows": lambda s: (
+        s / "dataset_dict.json"
+    ).write_text('{"splits": []}'),
     "state.json: lists no _data_files": lambda s: (s / "train/state.json").write_text("[]"),
     r"no column 'body' \(it has text, messages": lambda s: None,
 }
@@ -202,6 +246,10 @@ def test_damaged_folders_are_refused_and_leave_nothing(saved, tmp_path, message)
     ("given", "message"),
     [
         ("a.jsonl:text_keey=x", "a.jsonl:text_keey=x: unknown; did you mean text_key?"),
+        ("a.jsonl:split=", r"a.jsonl:split= has no value"),
+        ("a.jsonl:text_key=", r"a.jsonl:text_key= has no value"),
+        ("a.jsonl:text_key=a:text_key=b", "text_key=b: text_key is given twice"),
+        ("d:x=1/*.jsonl", r"unknown; an input may .* \(where the path has the colon, write \? for"),
         ("a.jsonl:colour=x", "unknown; an input may have text_key, clean, document_separator"),
         ("a.jsonl:clean=html", r"clean=html: expected none \| wikitext"),
         ("a.jsonl:into=test", r"into=test: expected train \| validation"),
@@ -225,3 +273,4 @@ def test_a_file_whose_name_looks_like_an_option(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "run:lr=3.jsonl", {"text": "a"})
     assert found("run:lr=3.jsonl") == [("run:lr=3.jsonl", None)]
+    assert found("run?lr=3.jsonl:text_key=a") == [("run:lr=3.jsonl", None)]

@@ -107,6 +107,7 @@ def test_megatrons_prefix_and_index_name_the_same_file_and_it_can_be_inspected(t
     ("name", "content", "message"),
     [
         ("a.bin", b"", "is empty"),
+        ("a.bin", np.array([5, 7, 257], "<u4"), "every second token is 0: .*save them as .npy"),
         ("a.bin", b"abc", "3 bytes of tokens are no multiple of uint16"),
         ("a.bin", np.array([1, 258], "<u2"), r"token 258 at 1 \(read as uint16\) is outside"),
         ("a.npy", np.array([3, 1, -1]), "token -1 at 2"),
@@ -116,7 +117,7 @@ def test_megatrons_prefix_and_index_name_the_same_file_and_it_can_be_inspected(t
         ("a.bin", b"version https://git-lfs", "pointer of git-lfs"),
         ("a.bin", llmc(20240520, 1, TOKENS[:9], count=9)[:-8], "has 32 tokens, its header says 9"),
         ("a.bin", llmc(20240520, 1, TOKENS[:0]), "0 bytes of tokens"),
-        ("a.bin", llmc(20240522, 1, TOKENS[:9]), "magic 20240522, version 1: no tokens of llm.c"),
+        ("a.bin", llmc(20240522, 1, TOKENS[:9]), "magic 20240522, version 1: not tokens that llm"),
         ("a.bin.gz", b"", "unknown kind of file"),
     ],
 )  # fmt: skip
@@ -134,11 +135,27 @@ def test_files_that_are_not_tokens_are_named(tmp_path, name, content, message):
 
 
 @pytest.mark.parametrize(
+    ("tokens", "held"),
+    [([EOS] * 6, None), ([1] * 40 + [EOS, EOS], [EOS]), ([EOS, 1, EOS], [EOS]), ([], None)],
+)
+def test_few_tokens_are_cut_where_there_are_two(tmp_path, tokens, held, capsys):
+    np.save(tmp_path / "a.npy", np.array(tokens, int))
+    if held is None:
+        with pytest.raises(UserError, match="too little text to" if tokens else "no text in these"):
+            run_prepare(tmp_path / "a.npy", tmp_path / "out", "--validation_fraction=0.01")
+        assert "no document ends" not in capsys.readouterr().err
+    else:
+        run_prepare(tmp_path / "a.npy", tmp_path / "out", "--validation_fraction=0.01")
+        assert split_of(tmp_path / "out", "validation") == (held, [0])
+
+
+@pytest.mark.parametrize(
     ("at", "value", "message"),
     [
         (slice(0, 1), b"X", r"\.idx: not an index of Megatron-LM"),
         (slice(17, 18), b"\7", r"\.idx: version 1, dtype 7, 6 sequences: no tokens"),
         (slice(-1, None), b"", r"\.idx: has 145 bytes instead of 146: cut short"),
+        (slice(26, 34), bytes(8), r"\.idx: version 1, .*: no tokens"),
         (slice(34, 35), b"\4", r"\.bin: 50 tokens, not in the places"),
         (slice(106, 107), b"\1", r"\.idx: its documents do not hold all sequences"),
     ],
@@ -162,7 +179,7 @@ def test_a_damaged_index_is_named(tmp_path, at, value, message):
 )
 def test_flags_for_text_are_refused_in_one_message(tmp_path, flags, tokenizer, named):
     file = write(tmp_path, "nano.bin")
-    with refused("holds tokens, which are taken as they are") as lines:
+    with refused("holds tokens, which are taken as they are; that does not go with") as lines:
         run_prepare(file, tmp_path / "out", *flags, tokenizer=tokenizer)
     assert all(name in "".join(lines) for name in named)
     (tmp_path / "a.txt").write_text("x")

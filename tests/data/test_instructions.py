@@ -245,6 +245,11 @@ def test_bad_rows_of_columns_are_named_and_files_of_other_columns(tmp_path):
             "has conversations, as well as instruction and output: keep one of these forms",
         ]),
         ({"conversations": [{"from": "tool", "value": "q"}]}, ["message 1: role 'tool' is none"]),
+        ({"conversations": [{"from": ["x"], "value": "q"}]}, [r"message 1: role .*x.* is none"]),
+        ({"conversations": []}, ["conversations is empty"]),
+        ({"conversations": [*SHAREGPT, {"from": "observation", "value": "q"}]}, [
+            "turns from function_call and observation are not read: .* tool_calls .* role tool",
+        ]),
         ({"conversations": [1]}, ["message 1: a int, not an object"]),
         ({"instruction": 1, "output": None}, ["instruction and output: not a string"]),
         ({"instruction": "q", "output": " "}, ["message 2: an answer without text"]),
@@ -287,7 +292,7 @@ def test_bad_lines_are_named_together(tmp_path):
         title, *named = lines_of_refusal
         assert "first" not in title
         assert [t.split(":")[1:3] for t in named] == [
-            ["3", " not valid JSON"], ["4", " a list, not a JSON object"],
+            ["3", " not valid JSON"], ["4", " of type list, not a JSON object"],
             ["5", " neither messages, nor prompt and completion, nor conversations, nor "
              "instruction and output (its keys"],
         ]  # fmt: skip

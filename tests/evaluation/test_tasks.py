@@ -20,7 +20,7 @@ from llamajax.tokenizers import load_tokenizer
 CHOICES = ["blue", "1", "red"]
 ANSWERS = {0: 0, 2: 2, "2": 2, "B": 1, " C ": 2, "blue": 0, "1": 1}
 MISTAKES = {
-    "[]": "a list, not a JSON object",
+    "[]": "of type list, not a JSON object",
     "{'question'": "not valid JSON",
     '{"choices": ["a", "b"], "answer": 0}': "has no question",
     '{"question": "q", "answer": 0}': "has no choices",
