@@ -65,14 +65,14 @@ def find_inputs(options: PrepareOptions) -> list[InputFile]:
         splits = _splits_of(path, given)
         chosen = _choose(path, given, splits)
         record: dict[str, Any] = {"path": path, **given}
-        lost = [str(file) for split in chosen for file in splits[split] if not file.is_file()]
+        lost = [str(file) for split in chosen for file in splits[split] if not file.exists()]
         if lost:
             raise UserError(
                 f"--input: no file matches {listed(lost, most=10)}, which {path}/README.md"
                 f" declares; download it, or choose another split: {path}:split=NAME"
             )
         if len(splits) > 1:
-            left = {name: sum(map(Path.is_file, files)) for name, files in splits.items()}
+            left = {name: sum(map(Path.exists, files)) for name, files in splits.items()}
             read = {name: left.pop(name) for name in chosen}
             record |= {"files_read": read, "files_left_out": left}
             more = f"; left out: {_listed(left)}" if left else ""
