@@ -40,7 +40,8 @@ class DataConfig:
         is_path=True,
     )
     weights: tuple[float, ...] | None = key(
-        "share of the samples drawn from each of several paths; none: by their numbers of tokens",
+        "share of the samples drawn from each of several paths; none: by their numbers of tokens "
+        "(rows of whole examples hold fewer tokens than samples of text)",
         default=None,
     )
     validation: dict[str, str] | None = key(
@@ -62,8 +63,9 @@ class DataConfig:
         default=True,
     )
     packing: Literal["auto", "examples", "windows"] = key(
-        "how instructions become samples. examples: best-fit rows of whole examples with padding; "
-        "only those longer than a sample are cut. windows: of one stream, without padding, cut "
+        "how instructions become samples. examples: rows of whole examples with padding, the "
+        "longest first, each into the row with the most room; only those longer than a sample are "
+        "cut. windows: of one stream, without padding, cut "
         "anywhere. auto: examples, but a run that began with windows goes on with them. Text is "
         "always cut into windows",
         default="auto",

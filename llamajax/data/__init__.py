@@ -24,7 +24,9 @@ _FILE_OF = {
     "sample_ids": "batches",
     "tokens_reached": "stages",
     "train_batches": "batches",
+    "with_packing": "stages",
     "with_stages": "stages",
+    "packings_read": "stages",
 }
 
 BATCH_KEYS = ("tokens", "targets", "positions", "segment_ids", "loss_mask")

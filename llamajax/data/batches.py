@@ -13,6 +13,7 @@ not that of the next whole example.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -150,6 +151,19 @@ def make_batch(samples: Sequence[Sample | None], seq_len: int, *, mask_documents
     return batch
 
 
+class _Part(NamedTuple):
+    """A piece [first, end) of a stream, as far as it is in one block.
+
+    shift: from a place in the stream to that in the row.
+    """
+
+    block: int
+    row: int
+    shift: int
+    first: int
+    end: int
+
+
 def _read(
     samples: Sequence[Sample | None], seq_len: int, mask_documents: bool
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
@@ -161,7 +175,7 @@ def _read(
     window = np.zeros((len(samples), seq_len + 1), np.int32)
     lengths = np.zeros(len(samples), np.int64)
     pieces: list[tuple[int, int]] = []
-    wanted: dict[PreparedSplit, list[tuple[int, ...]]] = {}
+    wanted: dict[PreparedSplit, list[_Part]] = {}
     for row, sample in enumerate(samples):
         for first, size in () if sample is None else sample.pieces.tolist():
             begin, end = int(lengths[row]), first + size
@@ -169,26 +183,26 @@ def _read(
                 pieces.append((row, begin))
             # The last token is also in the record of the one before.
             blocks = range(first // BLOCK_TOKENS, max(first, end - 2) // BLOCK_TOKENS + 1)
-            parts = [(block, row, begin - first, first, end) for block in blocks]
+            parts = [_Part(block, row, begin - first, first, end) for block in blocks]
             wanted.setdefault(sample.source, []).extend(parts)
             lengths[row] += size
     answer = np.ones(window.shape, bool) if any(s.masked for s in wanted) else None
-    found: list[np.ndarray] = [np.empty(0, np.uint32)]  # document starts of each block
-    origins: list[tuple[int, ...]] = [(0, 0, 0, 0, 0, 0)]  # how many, and of which part
+    # Document starts of each block, and the part that was read of it.
+    found, read = [np.empty(0, np.uint32)], [_Part(0, 0, 0, 0, 0)]
     for source, parts in wanted.items():
-        blocks = source.reader.blocks([number for number, *_ in parts])
-        for (number, row, shift, first, end), block in zip(parts, blocks, strict=True):
-            at = number * BLOCK_TOKENS  # of the block in the stream; `shift` more in the row
-            low, high = max(at, first), min(at + len(block.tokens), end)
-            here, there = slice(low + shift, high + shift), slice(low - at, high - at)
-            window[row, here] = block.tokens[there]
+        blocks = source.reader.blocks([part.block for part in parts])
+        for part, block in zip(parts, blocks, strict=True):
+            at = part.block * BLOCK_TOKENS
+            low, high = max(at, part.first), min(at + len(block.tokens), part.end)
+            here, there = slice(low + part.shift, high + part.shift), slice(low - at, high - at)
+            window[part.row, here] = block.tokens[there]
             if block.answer is not None:
-                answer[row, here] = block.answer[there]
+                answer[part.row, here] = block.answer[there]
             found.append(block.starts)
-            origins.append((len(block.starts), at, row, shift, first, end))
-    offsets, (sizes, *columns) = np.concatenate(found), np.array(origins).T
-    at, rows, shift, first, end = (np.repeat(column, sizes) for column in columns)
-    starts = offsets + at
+        read += parts
+    offsets, columns = np.concatenate(found), np.array(read).T
+    block, rows, shift, first, end = np.repeat(columns, list(map(len, found)), axis=1)
+    starts = offsets + block * BLOCK_TOKENS
     keep = (starts > first) & (starts < end) & mask_documents
     # The one token that two records share counts here only where it ends the piece.
     keep &= (offsets < BLOCK_TOKENS) | (starts == end - 1)

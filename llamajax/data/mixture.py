@@ -19,7 +19,7 @@ import numpy as np
 from llamajax.backends.jax_private.bare_grain import grain
 from llamajax.config.schema import DataConfig
 from llamajax.data import shards
-from llamajax.data.packing import WINDOWS, ExampleRows, Windows, cut_examples
+from llamajax.data.packing import WINDOWS, ExampleRows, Examples, Windows, cut_shares
 from llamajax.data.sample_order import ROUNDS, EndlessOrder
 from llamajax.data.shards import read_manifest
 from llamajax.errors import UserError, combine
@@ -71,15 +71,15 @@ class PreparedSplit:
         return shards.SplitReader(self.path, files, dtype, masked=self.masked)
 
     @functools.cached_property
-    def example_sizes(self) -> np.ndarray:
-        """Tokens of each example, and how many carry loss, (examples, 2)."""
-        return self.reader.example_sizes()
+    def examples(self) -> Examples:
+        """The examples of instruction data; the first access reads all records."""
+        return self.reader.examples()
 
     def samples(self, seq_len: int, packing: str, key: str | None = None) -> Windows | ExampleRows:
         """Return how the stream becomes samples. key: of `ExampleRows`; None: for evaluation."""
         if not self.masked or packing == WINDOWS:
             return Windows(self.num_tokens, seq_len)
-        return ExampleRows(self.example_sizes[:, 0], seq_len, key)
+        return ExampleRows(self.examples, seq_len, key)
 
 
 class Sample(NamedTuple):
@@ -165,16 +165,12 @@ class Mixture:
         """
         if not self.masked:
             return {}
-        sizes = [source.example_sizes for source in self.sources if source.masked]
-        cut = sum(cut_examples(each, seq_len, packing) for each in sizes)
-        examples, learned = sum(map(len, sizes)), sum(each[:, 1].sum() for each in sizes)
+        examples = [source.examples for source in self.sources if source.masked]
         samples = zip(self.weights, self.samples(seq_len, packing), strict=True)
         return {
             "packing": packing,
             "efficiency": sum(weight * each.efficiency for weight, each in samples),
-            "cut_examples_share": float(cut[0] / examples),
-            "cut_loss_share": float(cut[1] / max(1, learned)),
-        }
+        } | cut_shares(examples, seq_len, packing)
 
     def _key(self, source: PreparedSplit) -> str | None:
         return _digest([self.seed, source.fingerprint]) if self.shuffle else None

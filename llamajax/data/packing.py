@@ -2,8 +2,8 @@
 
 A sample of length T is a list of *pieces* of the stream, in one row of T + 1 tokens: T inputs and T
 targets, sharing all but one. A window is one piece. A row of whole examples has a piece for each
-example, and padding after them; of an example over T + 1 tokens each piece shares one token with
-the next.
+example, and padding after them. An example over T + 1 tokens is cut into pieces that share one
+token with the next; those without a target that carries loss are left out.
 
 Rows are filled with the longest examples first, each into the row with the most room. Best fit (the
 least room) needs fewer rows, but puts a hundred short examples into one and two long ones into
@@ -14,9 +14,11 @@ Rows are a function of the lengths of the examples, T, and a key. Examples of on
 interchangeable: which of them share a row follows the key, not their order in the file.
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -51,17 +53,48 @@ class Windows:
         return -(-tokens // self._seq_len)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
+    """The examples of a stream, one after the other.
+
+    lengths: in tokens, (examples,). spans: where the tokens that carry loss begin and end in the
+    stream, (spans, 2).
+    """
+
+    lengths: np.ndarray
+    spans: np.ndarray
+
+    @property
+    def starts(self) -> np.ndarray:
+        """The first token of each example in the stream."""
+        return np.cumsum(self.lengths) - self.lengths
+
+    def loss_tokens(self, first: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """Count the tokens that carry loss in each part [first, end) of the stream."""
+        return self._loss_tokens_before(end) - self._loss_tokens_before(first)
+
+    def _loss_tokens_before(self, tokens: np.ndarray) -> np.ndarray:
+        begins, ends = np.concatenate([np.zeros((1, 2), np.int64), self.spans]).T
+        last = np.searchsorted(begins[1:], tokens)  # span that begins before the token
+        return np.cumsum(ends - begins)[last] - np.maximum(0, ends[last] - tokens)
+
+
+def loss_spans(answer: np.ndarray, first: int) -> np.ndarray:
+    """Return `Examples.spans` of a part of the stream. first: its first token in the stream."""
+    edges = np.flatnonzero(np.diff(answer, prepend=False, append=False))
+    return edges.reshape(-1, 2) + first
+
+
 class ExampleRows:
     """Samples of whole examples, in the order of the longest example in each.
 
-    lengths: of the examples in the stream, one after the other. key: of the order of examples of
-    the same length; None for that of the stream. efficiency: share of the T positions of a row that
-    hold tokens.
+    key: of the order of examples of the same length; None for that of the stream. efficiency: share
+    of the T positions of a row that hold tokens.
     """
 
-    def __init__(self, lengths: np.ndarray, seq_len: int, key: str | None) -> None:
-        self._num_tokens = int(lengths.sum())
-        first, sizes = _pieces(lengths, seq_len)
+    def __init__(self, examples: Examples, seq_len: int, key: str | None) -> None:
+        self._num_tokens = int(examples.lengths.sum())
+        first, sizes = _pieces(examples, seq_len)
         order = np.lexsort((_draws(key, len(sizes)), -sizes))
         rows = fill_rows(sizes[order], seq_len + 1, evenly=True)
         best = fill_rows(sizes[order], seq_len + 1, evenly=False)
@@ -103,13 +136,18 @@ class ExampleRows:
         return -(-tokens * self.count // self._num_tokens)
 
 
-def _pieces(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return first token and size of the pieces of all examples; those that fit are one piece."""
-    counts = np.maximum(1, -(-(lengths - 1) // seq_len))
-    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts = np.repeat(np.cumsum(lengths) - lengths, counts)
-    sizes = np.minimum(np.repeat(lengths, counts) - number * seq_len, seq_len + 1)
-    return starts + number * seq_len, sizes
+def _pieces(examples: Examples, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return first token and size of the pieces; examples that fit are one piece.
+
+    Pieces of a longer one without a target that carries loss are left out.
+    """
+    counts = np.maximum(1, -(-(examples.lengths - 1) // seq_len))
+    offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    offsets *= seq_len
+    first = np.repeat(examples.starts, counts) + offsets
+    sizes = np.minimum(np.repeat(examples.lengths, counts) - offsets, seq_len + 1)
+    kept = (examples.loss_tokens(first + 1, first + sizes) > 0) | np.repeat(counts == 1, counts)
+    return first[kept], sizes[kept]
 
 
 def _draws(key: str | None, count: int) -> np.ndarray:
@@ -120,24 +158,25 @@ def _draws(key: str | None, count: int) -> np.ndarray:
     return np.random.Philox(key=int.from_bytes(seed, "little")).random_raw(count)
 
 
-def cut_examples(sizes: np.ndarray, seq_len: int, packing: str) -> np.ndarray:
-    """Count the examples that no sample holds whole, and their tokens that carry loss, (2,).
+def cut_shares(parts: Iterable[Examples], seq_len: int, packing: str) -> dict[str, float]:
+    """Return what no sample holds whole: shares of the examples, and of tokens that carry loss."""
+    is_cut, learned = [], []
+    for examples in parts:
+        lengths, starts = examples.lengths, examples.starts
+        begin = starts % seq_len if packing == WINDOWS else 0  # in a sample
+        is_cut.append(begin + lengths > seq_len + 1)
+        learned.append(examples.loss_tokens(starts, starts + lengths))
+    cut, tokens = np.concatenate(is_cut), np.concatenate(learned)
+    return {
+        "cut_examples_share": float(cut.mean()),
+        "cut_loss_share": float(tokens[cut].sum() / max(1, tokens.sum())),
+    }
 
-    sizes: tokens of each example and how many carry loss, (examples, 2).
-    """
-    lengths = sizes[:, 0]
-    room = seq_len + 1
-    if packing == WINDOWS:
-        room -= (np.cumsum(lengths) - lengths) % seq_len
-    is_cut = lengths > room
-    return np.array([is_cut.sum(), sizes[is_cut, 1].sum()])
 
-
-def packing_facts(sizes: np.ndarray, seq_len: int) -> dict[str, float]:
-    """Return what the manifest says of whole examples in rows of this length. sizes: as above."""
-    cut, learned = cut_examples(sizes, seq_len, EXAMPLES).tolist()
-    efficiency = ExampleRows(sizes[:, 0], seq_len, None).efficiency
-    return {"efficiency": efficiency, "cut_examples": cut, "cut_loss_tokens": learned}
+def packing_facts(examples: Examples, seq_len: int) -> dict[str, float]:
+    """Return what the manifest says of whole examples in rows of this length."""
+    efficiency = ExampleRows(examples, seq_len, None).efficiency
+    return {"efficiency": efficiency} | cut_shares([examples], seq_len, EXAMPLES)
 
 
 def fill_rows(sizes: np.ndarray, capacity: int, *, evenly: bool) -> np.ndarray:
@@ -147,34 +186,40 @@ def fill_rows(sizes: np.ndarray, capacity: int, *, evenly: bool) -> np.ndarray:
     as all tokens need at least; rows then hold about as many pieces. Otherwise the one with the
     least room (best fit), which needs the fewest rows.
     """
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = num_rows = 0  # bit r of rooms: there are rows with room for r tokens
+    rows_by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    nonempty_rooms = num_rows = 0  # bit r: there are rows with room for r tokens
 
-    def add(rows: list[int], room: int) -> None:
-        nonlocal rooms
-        by_room[room] += rows
-        rooms |= bool(rows) << room
+    def put(rows: Iterable[int], room: int) -> None:
+        nonlocal nonempty_rooms
+        rows_by_room[room] += rows
+        nonempty_rooms |= bool(rows_by_room[room]) << room
+
+    def take(room: int, count: int) -> list[int]:
+        """Return the last rows with this room, at most `count`, and remove them."""
+        nonlocal nonempty_rooms
+        rows = rows_by_room[room][-count:]
+        del rows_by_room[room][-count:]
+        nonempty_rooms ^= (not rows_by_room[room]) << room
+        return rows
 
     if evenly:
         num_rows = -(-int(sizes.sum()) // capacity)
-        add(list(range(num_rows)), capacity)
+        put(range(num_rows), capacity)
     found = [np.empty(0, np.int64)]
     for size, group in itertools.groupby(sizes.tolist()):
         left = sum(1 for _ in group)
         while left:
-            if not rooms >> size:
+            if not nonempty_rooms >> size:
                 new = -(-left // (capacity // size))
-                add(list(range(num_rows, num_rows + new)), capacity)
+                put(range(num_rows, num_rows + new), capacity)
                 num_rows += new
-            fitting = rooms >> size
-            room, each = rooms.bit_length() - 1, 1
+            fitting = nonempty_rooms >> size
+            room, each = nonempty_rooms.bit_length() - 1, 1
             if not evenly:  # after a piece the next one of this size fits best into the same row
                 room = size + (fitting & -fitting).bit_length() - 1
                 each = min(room // size, left)
-            rows = by_room[room][-(left // each) :]
-            del by_room[room][-len(rows) :]
-            rooms ^= (not by_room[room]) << room
+            rows = take(room, left // each)
             found.append(np.repeat(rows, each))
             left -= each * len(rows)
-            add(rows, room - each * size)
+            put(rows, room - each * size)
     return np.concatenate(found)

@@ -20,7 +20,7 @@ class Segment:
 
     rounds: of the shuffle. Positions saved before it was a choice do not contain it. starts: where
     the order begins in that of each source, after the samples that earlier stages read of it; empty
-    where all begin at their first. packing: of instruction data.
+    where all begin at their first. packing: of instructions; text, always windows, ignores it.
     """
 
     first_step: int
@@ -75,9 +75,9 @@ class Position:
 
     @classmethod
     def start(
-        cls, *, batch_size: int, seq_len: int, mixture_hash: str, packing: str | None = None
+        cls, *, batch_size: int, seq_len: int, mixture_hash: str, packing: str = EXAMPLES
     ) -> "Position":
-        """Return the position of a run that has read nothing. packing: None for whole examples."""
+        """Return the position of a run that has read nothing."""
         first = Segment(
             first_step=0,
             first_sample=0,
@@ -85,19 +85,19 @@ class Position:
             seq_len=seq_len,
             mixture_hash=mixture_hash,
             rounds=ROUNDS,
-            packing=packing or EXAMPLES,
+            packing=packing,
         )
         return cls((first,))
 
-    def continued(self, *, step: int, packing: str | None = None, **settings: Any) -> "Position":
-        """Return this position with new settings from `step` on; itself if nothing changes.
+    def continued(self, *, step: int, **settings: Any) -> "Position":
+        """Return this position with new `Segment.settings` from `step` on; itself if none changes.
 
-        packing: None for that so far. settings: the others of `Segment.settings`.
+        settings: those that are given.
         """
         last = self.segments[-1]
         if step < last.first_step:
             raise ValueError(f"step {step} lies before the last segment's {last.first_step}")
-        settings["packing"] = packing or last.packing
+        settings = last.settings | settings
         if settings == last.settings:
             return self
         tokens_read, starts = self.first_sample(step) * last.seq_len, last.starts

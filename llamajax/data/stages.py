@@ -12,7 +12,7 @@ from typing import Any
 
 from llamajax.config import RunConfig, stage_named, stages_of
 from llamajax.data.mixture import Mixture, open_mixture
-from llamajax.data.packing import EXAMPLES
+from llamajax.data.packing import EXAMPLES, WINDOWS
 from llamajax.data.position import Position, Segment
 from llamajax.errors import UserError
 
@@ -38,6 +38,31 @@ def open_stages(config: RunConfig) -> Iterator[Mixture]:
             "none: text is always cut into windows. Leave it at auto, or prepare the data with "
             "--format=instructions"
         )
+
+
+def with_packing(
+    stages: Iterable[tuple[int, dict[str, Any]]],
+    mixtures: Mapping[str, Mixture],
+    setting: str,
+    before: Position | None,
+) -> list[tuple[int, dict[str, Any]]]:
+    """Return the stages with the `Segment.packing` of each; of text always windows.
+
+    setting: `data.packing`. before: what the run has read so far, None for nothing.
+    """
+    if setting == "auto":
+        found = packings_read(before.segments if before else (), mixtures)
+        setting = found[-1] if found else EXAMPLES
+    return [
+        (step, each | {"packing": setting if mixtures[each["mixture_hash"]].masked else WINDOWS})
+        for step, each in stages
+    ]
+
+
+def packings_read(segments: Iterable[Segment], mixtures: Mapping[str, Mixture]) -> list[str]:
+    """Return the packing of each of the segments that is known to be of instructions."""
+    masked = {key for key, mixture in mixtures.items() if mixture.masked}
+    return [s.packing for s in segments if s.packing == EXAMPLES or s.mixture_hash in masked]
 
 
 def with_stages(
@@ -72,7 +97,7 @@ def _with_stage(
     before: Position, mixtures: Mapping[str, Mixture], step: int, settings: dict[str, Any]
 ) -> Position:
     last = before.segments[-1]
-    settings = settings | {"packing": settings.get("packing") or last.packing}
+    settings = last.settings | settings
     if settings | {"batch_size": last.batch_size} == last.settings:  # the same order
         return before.continued(step=step, **settings)
     reached = tokens_reached(before, mixtures, step)

@@ -67,6 +67,7 @@ def _result(source: RowSource, found: Score, *, complete: bool) -> dict[str, Any
         "protocol": source.protocol,
         "seq_len": source.seq_len,
         "stride": source.stride,
+        **source.facts,
     }
 
 

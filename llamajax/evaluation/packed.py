@@ -7,14 +7,15 @@ import numpy as np
 from llamajax.config.schema import DataConfig
 from llamajax.data.batches import make_batch
 from llamajax.data.mixture import Sample, open_mixture, read_manifest
-from llamajax.data.packing import EXAMPLES
+from llamajax.data.packing import EXAMPLES, cut_shares
 from llamajax.errors import combine
 
 
 class PackedRows:
     """The samples of one split of a prepared directory; every target once.
 
-    Of instructions whole examples, however a model was trained: each answer with its prompt.
+    Of instructions whole examples, however a model was trained: each answer with its prompt, but in
+    examples over `seq_len` + 1 tokens, which are cut. facts: of these, as `cut_shares` has them.
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class PackedRows:
         self.seq_len = seq_len
         self._samples = self._source.samples(seq_len, EXAMPLES)
         self.num_rows = self._samples.count_all
+        masked = self._source.masked
+        self.facts = cut_shares([self._source.examples], seq_len, EXAMPLES) if masked else {}
 
     @property
     def text_bytes(self) -> int | None:

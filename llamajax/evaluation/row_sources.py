@@ -27,6 +27,7 @@ class RowSource:
     """Rows to score (`WindowRows` or `PackedRows`), and what the result says of them.
 
     shape: of the per-token losses, None: (1, all of them). num_bytes: of the whole text in UTF-8.
+    facts: further fields of the result.
     """
 
     rows: Any
@@ -36,6 +37,7 @@ class RowSource:
     num_bytes: int | None = None
     shape: tuple[int, int] | None = None
     tasks: Tasks | None = None
+    facts: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def open_rows(options: EvaluateOptions, weights: Weights) -> RowSource:
@@ -69,7 +71,13 @@ def _prepared(options: EvaluateOptions, weights: Weights) -> RowSource:
         ours = load_tokenizer(path)
         if problem := data_mismatch(f"--data={path}", ours, theirs, weights.tokenizer):
             raise UserError(problem)
-    facts = {"protocol": rows.protocol, "num_bytes": rows.text_bytes}
+    if share := rows.facts.get("cut_examples_share"):
+        say(
+            f"warning: {share:.1%} of the examples, with {rows.facts['cut_loss_share']:.1%} of the "
+            f"tokens that are scored, are longer than {rows.seq_len} tokens and cut: a part does "
+            "not see those before it. --seq_len chooses another length"
+        )
+    facts = {"protocol": rows.protocol, "num_bytes": rows.text_bytes, "facts": rows.facts}
     return RowSource(rows=rows, seq_len=rows.seq_len, **facts)
 
 

@@ -46,9 +46,10 @@ def write_run_facts(workdir: Path, facts: Mapping[str, Any]) -> None:
       num_parameters       integer
       peak_flops, peak_source   FLOP/s of one device, and who says so
       float8_products      "in 8 bits", or "rounded only" where the device is not known to have them
-      packing              how instructions become samples in the first stage: `packing`, examples
-                           or windows; `efficiency`, the share of the positions that hold tokens;
-                           shares of what is cut. Empty without instructions
+      packing              how instructions become samples in the first stage that has them:
+                           `packing`, examples or windows; `efficiency`, the share of the positions
+                           that hold tokens; shares of what is cut. Empty without instructions
+      packing_problem      why many positions of that stage are padding; null where few are
       unigram_entropy      nats a token of the corpus: the loss of knowing frequencies only
       program_bytes        memory of one device that the compiled step asks for
       donated_bytes, reused_bytes   of the state on one device, given to the step, and used again

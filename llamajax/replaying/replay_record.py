@@ -47,11 +47,14 @@ class ReplayRecord:
             return self.position
         stages = setup.data_settings
         if self.base is None:
-            saved, rollbacks = data.Position.start(**stages[0][1]), 0
+            saved, rollbacks = None, 0
         else:
             meta = self.base.meta
             saved = data.Position.from_json(meta["position"], reached=meta.get("reached"))
             rollbacks = self.base.meta.get("rollbacks", 0)
+        before = saved and saved.until(self.first_step)
+        stages = data.with_packing(stages, setup.mixtures, self.config.data.packing, before)
+        saved = saved or data.Position.start(**stages[0][1])
         step = max(self.first_step, audit.entries[-1].to_step if audit.entries else 0)
         later = audit.position(saved, step=step, rollbacks=rollbacks)
         return data.with_stages(later, stages, setup.mixtures, step=step)

@@ -8,7 +8,7 @@ import numpy as np
 
 from llamajax.config import RunConfig
 from llamajax.data import Mixture
-from llamajax.data.packing import WINDOWS
+from llamajax.data.packing import EXAMPLES, WINDOWS
 from llamajax.decoding.printed_texts import TextStream
 from llamajax.evaluation.continuations import ContinuationRows
 from llamajax.evaluation.scoring import perplexity, score
@@ -108,6 +108,8 @@ def _sums(attempt: Attempt, step: int, held_out: Mixture, models: list[Llama]) -
     setup, pending = attempt.run.setup.at(step), None
     evaluate = attempt.programs.at(step).evaluate
     packing = attempt.start.position.segment(max(step - 1, 0)).packing
+    if not setup.mixture.masked and setup.config.data.packing != WINDOWS:
+        packing = EXAMPLES  # of a validation set: the segment of text does not tell
     sums = np.zeros((len(models), 2), np.float64)
     for batch in eval_batches(setup.config, setup.mesh, held_out, packing=packing):
         current = [evaluate(model, batch) for model in models]

@@ -24,6 +24,7 @@ from llamajax.training.setup import Setup
 from llamajax.training.workdir import previous_checkpoint
 
 _MANY_PASSES = 100  # over the same text
+_FULL = 0.9  # of the positions hold tokens
 
 
 def run_header(setup: Setup, position: "data.Position", start: int) -> Iterator[str]:
@@ -31,7 +32,7 @@ def run_header(setup: Setup, position: "data.Position", start: int) -> Iterator[
 
     position: in the data, from step `start` on.
     """
-    packings = [position.segment(max(first, start)).packing for first, _ in setup.stages]
+    packings = _packings(setup, position, start)
     c, m = setup.config, setup.machine
     tasks = setup.evaluated.tasks
     if not setup.evaluated.sets and tasks is None:
@@ -163,6 +164,32 @@ def _epochs(setup: Setup, number: int, packing: str) -> str:
     return f"{epochs}; {format_count(read)} tokens in {steps} steps"
 
 
+def _packings(setup: Setup, position: "data.Position", start: int) -> list[str]:
+    """Return how each stage packs its instructions; of one that is over, how it did last."""
+    ends = [*setup.borders, setup.config.train.steps]
+    steps = [
+        max(first, min(start, end - 1)) for (first, _), end in zip(setup.stages, ends, strict=True)
+    ]
+    return [position.segment(step).packing for step in steps]
+
+
+def packing_problem(stage: Setup, packing: str) -> str | None:
+    """Return that much of the rows of whole examples is padding; None where it is little."""
+    mixture, length = stage.mixture, stage.config.data.seq_len
+    efficiency = mixture.packing_facts(length, packing).get("efficiency", 1.0)
+    if efficiency >= _FULL:
+        return None
+    manifests = [source.stats.get("packing", {}) for source in mixture.sources if source.masked]
+    shares = {n: min(m.get(n, {}).get("efficiency", 0) for m in manifests) for n in manifests[0]}
+    fuller = [n for n, share in shares.items() if int(n) > length and share >= _FULL]
+    larger = f"data.seq_len = {fuller[0]} ({shares[fuller[0]]:.1%}) or " if fuller else ""
+    return (
+        f"only {efficiency:.1%} of the positions hold tokens, the others are padding that costs as "
+        f"much: few examples fit together into data.seq_len = {length}. Choose {larger}"
+        "data.packing=windows, which has no padding and cuts examples"
+    )
+
+
 def _packing(stage: Setup, packing: str) -> Iterator[str]:
     """Yield how the instructions of a stage become samples; nothing where it has none."""
     length = stage.config.data.seq_len
@@ -176,8 +203,20 @@ def _packing(stage: Setup, packing: str) -> Iterator[str]:
         return
     yield f"packing  whole examples; {facts['efficiency']:.1%} of the positions hold tokens"
     if facts["cut_examples_share"]:
-        where = "their prompts are in the first part alone"
-        yield f"warning: {cut} are longer than data.seq_len = {length} and cut: {where}"
+        yield (
+            f"warning: {cut} are longer than data.seq_len = {length} and cut: a part does not see "
+            "those before it, and parts without such tokens are left out"
+        )
+    if problem := packing_problem(stage, packing):
+        yield f"warning: {problem}"
+
+
+def _packing_record(setup: Setup, packings: Sequence[str]) -> dict[str, Any]:
+    """Return what `run.json` says of the packing, of the first stage that has instructions."""
+    for (_, stage), packing in zip(setup.stages, packings, strict=True):
+        if facts := stage.mixture.packing_facts(stage.config.data.seq_len, packing):
+            return {"packing": facts, "packing_problem": packing_problem(stage, packing)}
+    return {"packing": {}, "packing_problem": None}
 
 
 def data_warnings(setup: Setup, packings: Sequence[str]) -> list[str]:
@@ -231,8 +270,10 @@ def mfu(setup: Setup, tokens_per_s: float) -> dict[str, float | None]:
     return {name: total and tokens_per_s * each / total for name, each in flops.items()}
 
 
-def run_facts(setup: Setup, programs: Programs, segment: "data.Segment") -> dict[str, Any]:
-    """Return what `run.json` says of a run that has begun. segment: of the data that comes next."""
+def run_facts(
+    setup: Setup, programs: Programs, position: "data.Position", start: int
+) -> dict[str, Any]:
+    """Return what `run.json` says of a run. position: in the data, from step `start` on."""
     machine, config = setup.machine, setup.config
     peak = backends.peak_flops(machine.device_kind, config.train.dtype)
     update, own = programs.update, setup.evaluated.own
@@ -259,9 +300,7 @@ def run_facts(setup: Setup, programs: Programs, segment: "data.Segment") -> dict
         "samples_problem": samples_problem(config, setup.mesh.shape["stage"]),
         "tasks_problem": tasks_problem(setup),
         "eval_loss_of": setup.evaluated.described,
-        "packing": setup.mixtures[segment.mixture_hash].packing_facts(
-            segment.seq_len, segment.packing
-        ),
+        **_packing_record(setup, _packings(setup, position, start)),
         "unigram_entropy": own.unigram_loss if own else None,
     }
 

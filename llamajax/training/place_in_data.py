@@ -19,7 +19,7 @@ def place_in_data(
     that where it is another run's.
     """
     mixtures, stages = run.setup.mixtures, run.setup.data_settings
-    before, saved, rollbacks = data.Position.start(**stages[0][1]), None, 0
+    before, saved, rollbacks = None, None, 0
     if meta is not None:
         before = data.Position.from_json(meta["position"], reached=meta.get("reached")).until(step)
         saved = meta.get("ledger")
@@ -28,6 +28,8 @@ def place_in_data(
             rollbacks = meta.get("rollbacks", 0)  # else of the other run
         if saved and step:
             data.check_ledger(saved, mixtures, before, step=step)
+    stages = data.with_packing(stages, mixtures, run.config.data.packing, before)
+    before = before or data.Position.start(**stages[0][1])
     position = run.rollbacks.position(before, step=step, rollbacks=rollbacks)
     position = data.with_stages(position, stages, mixtures, step=step)
     for line in stage_warnings(run.config, position, mixtures, step=step):
@@ -77,8 +79,17 @@ def stage_warnings(
 
     mixtures: by hash, of all stages.
     """
-    past = {s.mixture_hash for s in position.segments if s.first_step < step}
-    if config.data.stages and not position.reached and past - set(mixtures):
+    segments = [s for s in position.segments if s.first_step < step]
+    is_closed = bool({s.mixture_hash for s in segments} - set(mixtures))
+    has_examples = any(mixture.masked for mixture in mixtures.values())
+    is_unknown = is_closed and not data.packings_read(segments, mixtures)
+    if config.data.packing == "auto" and has_examples and is_unknown:
+        yield (
+            f"warning: until step {step} the run has read data that its config does not have now, "
+            "text or windows of instructions: instructions are packed by whole examples from here "
+            "on. data.packing=windows cuts them into windows"
+        )
+    if config.data.stages and not position.reached and is_closed:
         yield (
             f"warning: until step {step} the run has read data that no stage has now, and its "
             "checkpoint, of an earlier release, does not say of which sources: a stage may read "

@@ -55,7 +55,7 @@ def accept_start(run: Run, start: Start, programs: RunPrograms) -> None:
             for name in ("update", "evaluate"):
                 text = getattr(first, name).as_text()
                 write_file(run.workdir / "profile" / f"{name}.hlo.txt", text)
-        facts = run_facts(run.setup, first, start.position.segment(start.step))
+        facts = run_facts(run.setup, first, start.position, start.step)
         facts |= programs.facts(step=start.first_compiled)
         facts |= {name: start.recorded[name] for name in ("origin", "rope_scaling_changed")}
         write_run_facts(run.workdir, facts | {"workdir_locked": run.is_locked})

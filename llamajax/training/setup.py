@@ -80,13 +80,11 @@ class Setup:
 
     @property
     def data_settings(self) -> list[tuple[int, dict[str, Any]]]:
-        """The first step of each stage, and its settings in a position in the data."""
-        packing = self.config.data.packing  # of auto a position knows more
+        """The first step of each stage, and its `Segment.settings` but the packing."""
         found = []
         for first_step, stage in self.stages:
             c, settings = stage.config.data, {"mixture_hash": stage.mixture.hash}
             settings |= {"batch_size": c.global_batch_size, "seq_len": c.seq_len}
-            settings["packing"] = None if packing == "auto" else packing
             found.append((first_step, settings))
         return found
 

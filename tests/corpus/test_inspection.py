@@ -154,7 +154,7 @@ def test_the_figures_of_lengths_and_packing(inspected, tmp_path):
     packing = train["packing"]
     assert train["lengths"]["max"] == lengths.max()
     assert train["lengths"]["mean"] == pytest.approx(lengths.mean())
-    cut = starts // 1000 != (starts + lengths - 1) // 1000
+    cut = starts // 1000 != (starts + lengths - 2) // 1000  # windows share a token
     assert packing["cut_documents_share"] == pytest.approx(cut.mean())
     assert packing["unpacked_padding_share"] == pytest.approx(1 - lengths.mean() / 1000)
     assert packing["unread_tokens"] == (lengths.sum() - 1) % 1000

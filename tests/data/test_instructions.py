@@ -120,8 +120,6 @@ def test_figures_of_the_manifest_are_about_the_answers(prepared_pairs, expected)
     assert (train["documents"], train["tokens"]) == (len(starts), len(tokens))
     lengths = np.diff([*starts, len(tokens)])
     assert train["longest_document"] == lengths.max()
-    over = {str(n): int((lengths > n).sum()) for n in (1024, 2048, 4096, 8192)}
-    assert train["documents_over"] == over
     assert train["loss_tokens"] == learned.sum()
     assert train["text_bytes"] == learned.sum() - len(starts)  # EOS is no text
     counts = Counter(tokens[learned].tolist()).values()

@@ -1,5 +1,6 @@
 """Instructions packed by whole examples: the rows, the batches, and the place of a run in them."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -19,12 +20,14 @@ from llamajax.data import (
     sample_ids,
     tokens_reached,
     train_batches,
+    with_packing,
     with_stages,
 )
 from llamajax.data.batches import make_batch
-from llamajax.data.packing import EXAMPLES, WINDOWS, ExampleRows, fill_rows
+from llamajax.data.packing import EXAMPLES, WINDOWS, ExampleRows, Examples, fill_rows
 from llamajax.errors import UserError
 from llamajax.replaying.document_losses import document_losses
+from llamajax.training.place_in_data import stage_warnings
 
 BOS, EOS = 256, 257
 T = 60
@@ -56,6 +59,18 @@ def position(mixture, **changes):
     return Position.start(**settings)
 
 
+def answers(lengths):
+    """Examples of these lengths of which every token carries loss."""
+    ends = np.cumsum(lengths)
+    return Examples(lengths, np.stack([ends - lengths, ends], axis=1))
+
+
+def sizes_of(source):
+    """The tokens of each example, and how many carry loss."""
+    found = source.examples
+    return found.lengths, found.loss_tokens(found.starts, found.starts + found.lengths)
+
+
 def one_by_one(sizes, capacity, *, evenly):
     """The rooms left after each piece in turn went into the row with the most, or least, room."""
     rooms = [capacity] * (-(-sum(sizes) // capacity) if evenly else 0)
@@ -83,13 +98,12 @@ def test_rows_are_those_of_one_piece_after_the_other(evenly):
 def test_rows_hold_about_as_many_examples_unless_that_takes_many_more_rows():
     rng = np.random.default_rng(0)
     lengths = np.exp(rng.normal(5, 1, 20_000)).astype(np.int64) + 2
-    counts = [
-        len(rows.pieces(n)) for rows in [ExampleRows(lengths, 4096, "key")] for n in range(900)
-    ]
+    rows = ExampleRows(answers(lengths), 4096, "key")
+    counts = [len(rows.pieces(n)) for n in range(900)]
     assert np.percentile(counts, 99) < 1.5 * np.mean(counts)
-    assert ExampleRows(lengths, 4096, "key").efficiency > 0.98
+    assert rows.efficiency > 0.98
     pairs = np.array([40, 60] * 500 + [45, 55] * 500)  # each fits with one of the others alone
-    assert ExampleRows(pairs, 99, "key").efficiency > 0.98
+    assert ExampleRows(answers(pairs), 99, "key").efficiency > 0.98
 
 
 @pytest.mark.parametrize("mask_documents", [True, False])
@@ -137,27 +151,32 @@ def test_each_example_is_whole_in_one_row_and_each_target_counts_once(
     assert targets == source.num_loss_tokens
     assert held / (samples.count * T) == pytest.approx(samples.efficiency)
     cut = mixture.packing_facts(T, EXAMPLES)["cut_examples_share"] * source.stats["documents"]
-    assert (
-        source.stats["documents"] - round(cut) == len(found) * mask_documents or not mask_documents
-    )
-    assert len(set(found)) == len(found)
+    if mask_documents:
+        assert source.stats["documents"] - round(cut) == len(found) == len(set(found))
+    targets_of_pieces = [  # of a long prompt the pieces without an answer are left out
+        source.examples.loss_tokens(first + 1, first + size)
+        for number in range(samples.count)
+        for first, size in samples.pieces(number)
+    ]
+    assert min(targets_of_pieces) > 0
+    assert sum(targets_of_pieces) == targets
 
 
 def test_manifest_and_run_have_the_same_figures(chats, examples):
     mixture = chats()
     for length, facts in mixture.sources[0].stats["packing"].items():
         now = mixture.packing_facts(int(length), EXAMPLES)
-        assert facts["efficiency"] == pytest.approx(now["efficiency"])
-        assert facts["cut_examples"] == now["cut_examples_share"] == 0
+        assert facts["cut_examples_share"] == 0
+        assert now == {"packing": EXAMPLES} | facts
     path = mixture.sources[0].path
     inspected = inspect(InspectOptions(inspect=str(path), seq_len=1024), lambda *_: None)
     train = inspected["splits"]["train"]
-    assert train["packing"]["whole_examples"] == mixture.sources[0].stats["packing"]["1024"]
+    assert train["packing"] == {"seq_len": 1024} | mixture.sources[0].stats["packing"]["1024"]
     assert {(part["begins"], part["ends"]) for part in train["samples"]} == {
         ("document", "with it")
     }
     facts = mixture.packing_facts(T, EXAMPLES)
-    lengths, learned = mixture.sources[0].example_sizes.T
+    lengths, learned = sizes_of(mixture.sources[0])
     assert facts["cut_examples_share"] == pytest.approx((lengths > T + 1).mean())
     assert facts["cut_loss_share"] == pytest.approx(learned[lengths > T + 1].sum() / learned.sum())
     starts = np.cumsum(lengths) - lengths
@@ -169,7 +188,7 @@ def test_manifest_and_run_have_the_same_figures(chats, examples):
 
 
 def test_rows_are_a_function_of_lengths_length_and_seed():
-    lengths = np.random.default_rng(3).integers(2, 90, 500)
+    lengths = answers(np.random.default_rng(3).integers(2, 90, 500))
     digest = ExampleRows(lengths, T, "a").digest
     # Changes only if runs that began before cannot go on: the ledger refuses them.
     assert digest.hex() == "b11b4afd1189129c689f1047f5c20553"
@@ -185,12 +204,13 @@ def test_a_run_that_began_with_windows_goes_on_with_them(chats):
     saved = position(mixture, packing=WINDOWS).to_json()
     del saved["segments"][0]["packing"]  # as of an earlier release
     old = Position.from_json(saved)
-    auto = {"batch_size": 4, "seq_len": T, "mixture_hash": mixture.hash, "packing": None}
-    assert with_stages(old, [(0, auto)], by_hash, step=5) == old
+    stages = [(0, {"batch_size": 4, "seq_len": T, "mixture_hash": mixture.hash})]
+    auto = with_packing(stages, by_hash, "auto", old)
+    assert with_stages(old, auto, by_hash, step=5) == old
     # Asked for, whole examples begin after the share of the epoch that was read.
     reached = tokens_reached(old, by_hash, 5)
     assert list(reached.values()) == [5 * 4 * T]
-    new = with_stages(old, [(0, auto | {"packing": EXAMPLES})], by_hash, step=5)
+    new = with_stages(old, with_packing(stages, by_hash, EXAMPLES, old), by_hash, step=5)
     segment = new.segment(5)
     (rows,) = mixture.samples(T, EXAMPLES)
     assert (new.segment(4).packing, segment.packing) == (WINDOWS, EXAMPLES)
@@ -198,11 +218,38 @@ def test_a_run_that_began_with_windows_goes_on_with_them(chats):
     assert tokens_reached(new, by_hash, 5) == reached
 
 
+def test_text_read_before_says_nothing_about_instructions(chats, prepared, opened):
+    chat, text = chats(), opened(prepared("text", ["abc " * 900]))
+    sizes = {"batch_size": 4, "seq_len": T}
+    stages = [(0, sizes | {"mixture_hash": text.hash}), (5, sizes | {"mixture_hash": chat.hash})]
+    by_hash = {mixture.hash: mixture for mixture in (chat, text)}
+    old = position(text, packing=WINDOWS)  # of an earlier release, or with data.packing=windows
+    assert [each["packing"] for _, each in with_packing(stages, by_hash, "auto", old)] == [
+        WINDOWS,
+        EXAMPLES,
+    ]
+    # Nor does the setting change anything of text, in place after an earlier stage.
+    alone = {text.hash: text}
+    later = dataclasses.replace(old.segments[0], first_step=5, starts=(7,))
+    read = old.extended(later)
+    for setting in ("auto", EXAMPLES, WINDOWS):
+        again = with_packing(stages[:1], alone, setting, read)
+        assert with_stages(read, again, alone, step=8) == read
+    # Where the data is not there any more, the run says what it takes.
+    config = tiny_run.get_config("unused")
+    with_chat = {chat.hash: chat}
+    place = with_stages(old, with_packing(stages[1:], with_chat, "auto", old), with_chat, step=5)
+    assert place.segment(5).packing == EXAMPLES
+    (line,) = stage_warnings(freeze(config), place, with_chat, step=5)
+    assert "data.packing=windows cuts them" in line
+    assert not list(stage_warnings(freeze(config), place, with_chat, step=6))
+
+
 def test_another_length_keeps_the_epochs(chats):
     mixture, by_hash = chats(), {chats().hash: chats()}
     before, longer = (mixture.samples(length, EXAMPLES)[0] for length in (T, 150))
     place = position(mixture, batch_size=before.count)
-    settings = {"batch_size": 4, "seq_len": 150, "mixture_hash": mixture.hash, "packing": None}
+    settings = {"batch_size": 4, "seq_len": 150, "mixture_hash": mixture.hash}
     place = with_stages(place, [(0, settings)], by_hash, step=2)
     assert place.segment(2).starts == (2 * longer.count,)
     for count in range(3 * before.count):
@@ -241,7 +288,7 @@ def test_the_ledger_knows_the_rows(chats):
     saved = json.loads(json.dumps(ledger.to_json()))
     assert check_ledger(saved, by_hash, place, step=3) == 3
     other = chats()
-    other.samples(T, EXAMPLES)[0] = ExampleRows(other.sources[0].example_sizes[:, 0], T, "other")
+    other.samples(T, EXAMPLES)[0] = ExampleRows(other.sources[0].examples, T, "other")
     with pytest.raises(UserError, match="are not those that this run read"):
         check_ledger(saved, {other.hash: other}, place, step=3)
 
@@ -251,7 +298,7 @@ def test_replay_names_examples_by_their_place_in_the_stream(chats):
     samples = [mixture.locate(number, T, EXAMPLES) for number in ids]
     batch = make_batch(samples, T, mask_documents=True)
     nll_BT = np.where(batch["loss_mask"], np.random.default_rng(0).random((4, T)), 0)
-    lengths, learned = mixture.sources[0].example_sizes.T
+    lengths, learned = sizes_of(mixture.sources[0])
     expected = dict(zip((np.cumsum(lengths) - lengths).tolist(), learned.tolist(), strict=True))
     found = document_losses(ids, samples, batch, nll_BT).largest
     whole = [part for part in found if part.first_token in expected]

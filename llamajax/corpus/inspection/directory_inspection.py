@@ -125,17 +125,19 @@ def _inspect_split(
             overlap.look(run)
     survey.finish()
     largest_first = np.sort(counts)[::-1]
-    cut, drawn = survey.packing(options.seq_len), reader.samples(options.seq_len)
-    cut["unread_tokens"] = (reader.num_tokens - 1) % options.seq_len
-    if reader.masked:  # the figures above are of data.packing=windows
-        cut["whole_examples"] = packing_facts(reader.example_sizes, options.seq_len)
+    packing, drawn = {"seq_len": options.seq_len}, reader.samples(options.seq_len)
+    if reader.masked:
+        packing |= packing_facts(reader.examples, options.seq_len)
+    else:
+        packing |= survey.packing(options.seq_len)
+        packing["unread_tokens"] = (reader.num_tokens - 1) % options.seq_len
     return survey, {
         "read_documents": len(survey.lengths),
         "read_tokens": int(survey.lengths.sum()),
         "read_share": float(survey.lengths.sum() / reader.num_tokens),
         "truncated_documents": survey.truncated,
         "lengths": survey.length_facts(),
-        "packing": cut,
+        "packing": packing,
         "vocabulary": {
             "size": len(counts),
             f"less_than_{_FEW}_times": int(((counts > 0) & (counts < _FEW)).sum()),
@@ -154,7 +156,8 @@ def _samples(
     """Yield the parts of documents in the first and the middle sample, decoded."""
     for number in sorted({0, drawn.count // 2}):
         for first, size in drawn.pieces(number).tolist():
-            last = first + min(size, seq_len)
+            # The last token of a window is shown with the next one.
+            last = first + (size if reader.masked else min(size, seq_len))
             starts = reader.borders(first, last).tolist()
             for begin, end in itertools.pairwise(sorted({first, *starts, last})):
                 is_end = int(reader.tokens(end - 1, end)[0]) == reader.tokenizer.eos_id

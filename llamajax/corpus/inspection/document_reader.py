@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llamajax.data import shards
-from llamajax.data.packing import ExampleRows, Windows
+from llamajax.data.packing import ExampleRows, Examples, Windows
 from llamajax.data.shards import BLOCK_TOKENS
 from llamajax.tokenizers import Tokenizer
 
@@ -102,15 +102,15 @@ class DocumentReader:
         return tokens, np.concatenate(starts)
 
     @functools.cached_property
-    def example_sizes(self) -> np.ndarray:
-        """Tokens of each example, and how many carry loss, (examples, 2)."""
-        return self._reader.example_sizes()
+    def examples(self) -> Examples:
+        """The examples of instruction data."""
+        return self._reader.examples()
 
     def samples(self, seq_len: int) -> Windows | ExampleRows:
         """Return how the stream becomes samples; of training only the order is another one."""
         if not self.masked:
             return Windows(self.num_tokens, seq_len)
-        return ExampleRows(self.example_sizes[:, 0], seq_len, None)
+        return ExampleRows(self.examples, seq_len, None)
 
     def tokens(self, start: int, end: int) -> np.ndarray:
         """Return the tokens of the stream in [start, end)."""

@@ -71,13 +71,12 @@ class Survey:
 
         unpacked_padding_share: of the tokens, with one document a row.
         """
-        last = self.starts + self.lengths - 1
+        last_input = self.starts + self.lengths - 2  # the token after it may be a target alone
         rows = -(-self.lengths // seq_len)
         return {
-            "seq_len": seq_len,
             "documents_per_sample": seq_len / float(self.lengths.mean()),
-            "cut_documents_share": float((self.starts // seq_len != last // seq_len).mean()),
-            "longer_documents_share": float((self.lengths > seq_len).mean()),
+            "cut_documents_share": float((self.starts // seq_len < last_input // seq_len).mean()),
+            "longer_documents_share": float((self.lengths > seq_len + 1).mean()),
             "unpacked_padding_share": 1 - float(self.lengths.sum() / (rows.sum() * seq_len)),
         }
 

@@ -37,7 +37,8 @@ def summary(manifest: dict[str, Any]) -> list[str]:
             if packing := split.get("packing"):  # none of an earlier version
                 rows = (
                     f"{each['efficiency']:.1%} at {length}"
-                    + f" ({each['cut_examples']:,} examples cut)" * (each["cut_examples"] > 0)
+                    + f" ({each['cut_examples_share']:.1%} of the examples cut)"
+                    * (each["cut_examples_share"] > 0)
                     for length, each in packing.items()
                 )
                 lines.append(f"{'':<11} tokens fill rows of whole examples by {', '.join(rows)}")
@@ -115,7 +116,7 @@ def findings(found: dict[str, Any]) -> Iterator[str]:
             "their tokens or bytes per token: another language, tables, code": unlike["documents"],
         }
         yield from (f"{name}: {sentence}" for sentence, count in counts.items() if count)
-        neighbors = "whole_examples" not in samples  # those of a row are from anywhere
+        neighbors = "efficiency" not in samples  # those of a row are from anywhere
         limit = max(_ALIKE, _ALIKE_ERRORS * order.get("standard_error", 0))
         if neighbors and order and order["correlation"] > limit:
             yield (
