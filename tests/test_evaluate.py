@@ -26,7 +26,7 @@ from llama_cases import (
 from meshes import mesh_of
 from shell import shell
 from tiny_model import COMPUTE
-from workdirs import prepare_texts, save_checkpoint
+from workdirs import prepare_texts, run_prepare, save_checkpoint, write_rows
 
 from llamajax import data, evaluate, sharding
 from llamajax.config import freeze, to_json_dict
@@ -219,6 +219,20 @@ def test_a_split_gives_the_loss_that_training_logs(trained, capsys):
     assert (found["tokens"], found["seq_len"], found["step"]) == (sums[1], 40, 7)
     num_bytes = held_out.manifests[0]["splits"]["validation"]["text_bytes"]
     assert found["bits_per_byte"] == pytest.approx(sums[0] / math.log(2) / num_bytes, rel=1e-6)
+
+
+def test_examples_that_are_cut_are_counted(trained, tmp_path, capsys):
+    rows = [{"prompt": "q" * 12, "completion": "a" * n} for n in (15, 15, 60, 15)] * 5
+    chats = write_rows(tmp_path / "chats.jsonl", *rows)
+    run_prepare(chats, tmp_path / "chats", "--format=instructions", "--validation_fraction=0")
+    assert capsys.readouterr()
+    args = (f"--data={tmp_path / 'chats'}", "--split=train", "--batch_size=8")
+    assert evaluate.main([f"--checkpoint={trained[0]}", *args]) == 0
+    out, err = capsys.readouterr()
+    found, learned = json.loads(out), 3 * 16 + 61
+    assert (found["cut_examples_share"], found["cut_loss_share"]) == (0.25, 61 / learned)
+    assert found["tokens"] == 5 * learned
+    assert "warning: 25.0% of the examples, with 56.0% of the tokens that are scored," in err
 
 
 def test_a_part_of_a_split_has_no_bits_per_byte(trained, tmp_path, capsys):

@@ -63,11 +63,11 @@ class DataConfig:
         default=True,
     )
     packing: Literal["auto", "examples", "windows"] = key(
-        "how instructions become samples. examples: rows of whole examples with padding, the "
-        "longest first, each into the row with the most room; only those longer than a sample are "
-        "cut. windows: of one stream, without padding, cut "
-        "anywhere. auto: examples, but a run that began with windows goes on with them. Text is "
-        "always cut into windows",
+        "how instructions become samples. examples: rows of whole examples with padding, filled "
+        "evenly, or by best fit where it saves over 1 % of the rows; only those longer than a "
+        "sample are cut. windows: of one stream, without padding, cut anywhere. auto: examples, "
+        "but a run that has read instructions in windows goes on with them. Text is always cut "
+        "into windows",
         default="auto",
     )
     num_threads: int = key("reader threads; changes speed only", default=2, at_least=1)

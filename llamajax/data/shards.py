@@ -174,8 +174,7 @@ class SplitWriter:
         self._tokens = np.empty(0, token_dtype(vocab_size))
         self._answer = np.empty(0, bool)
         self._starts = np.empty(0, np.int64)
-        self._lengths: list[int] = []  # of all examples
-        self._spans = [np.empty((0, 2), np.int64)]  # as `Examples.spans`
+        self._examples: list[Examples] = []  # of each part that was added
         self.counts = np.zeros(vocab_size, np.int64)
         self.documents = self.tokens = self.text_bytes = 0
 
@@ -203,8 +202,7 @@ class SplitWriter:
         counted = tokens
         if self._masked:
             self._answer = np.concatenate([self._answer, answer])
-            self._lengths += lengths
-            self._spans.append(loss_spans(answer, self.tokens))
+            self._examples.append(Examples(np.array(lengths), loss_spans(answer, self.tokens)))
             counted = tokens[answer]
         self.counts += np.bincount(counted, minlength=len(self.counts))
         self.documents += len(starts)
@@ -239,10 +237,11 @@ class SplitWriter:
         shards = self._files.finish(self.tokens)
         facts = {"documents": self.documents, "tokens": self.tokens}
         if self._masked:
-            examples = Examples(np.array(self._lengths), np.concatenate(self._spans))
+            parts = ((each.lengths, each.spans) for each in self._examples)
+            examples = Examples(*map(np.concatenate, zip(*parts, strict=True)))
             facts |= {
                 "loss_tokens": int(self.counts.sum()),
-                "longest_document": max(self._lengths),
+                "longest_document": int(examples.lengths.max()),
                 "packing": {str(n): packing_facts(examples, n) for n in _LENGTHS},
             }
         return facts | {"text_bytes": self.text_bytes, "shards": shards}

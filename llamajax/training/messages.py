@@ -32,7 +32,7 @@ def run_header(setup: Setup, position: "data.Position", start: int) -> Iterator[
 
     position: in the data, from step `start` on.
     """
-    packings = _packings(setup, position, start)
+    packings = stage_packings(setup, position, start)
     c, m = setup.config, setup.machine
     tasks = setup.evaluated.tasks
     if not setup.evaluated.sets and tasks is None:
@@ -164,7 +164,7 @@ def _epochs(setup: Setup, number: int, packing: str) -> str:
     return f"{epochs}; {format_count(read)} tokens in {steps} steps"
 
 
-def _packings(setup: Setup, position: "data.Position", start: int) -> list[str]:
+def stage_packings(setup: Setup, position: "data.Position", start: int) -> list[str]:
     """Return how each stage packs its instructions; of one that is over, how it did last."""
     ends = [*setup.borders, setup.config.train.steps]
     steps = [
@@ -211,7 +211,7 @@ def _packing(stage: Setup, packing: str) -> Iterator[str]:
         yield f"warning: {problem}"
 
 
-def _packing_record(setup: Setup, packings: Sequence[str]) -> dict[str, Any]:
+def packing_record(setup: Setup, packings: Sequence[str]) -> dict[str, Any]:
     """Return what `run.json` says of the packing, of the first stage that has instructions."""
     for (_, stage), packing in zip(setup.stages, packings, strict=True):
         if facts := stage.mixture.packing_facts(stage.config.data.seq_len, packing):
@@ -300,7 +300,7 @@ def run_facts(
         "samples_problem": samples_problem(config, setup.mesh.shape["stage"]),
         "tasks_problem": tasks_problem(setup),
         "eval_loss_of": setup.evaluated.described,
-        **_packing_record(setup, _packings(setup, position, start)),
+        **packing_record(setup, stage_packings(setup, position, start)),
         "unigram_entropy": own.unigram_loss if own else None,
     }
 

@@ -155,7 +155,9 @@ def test_the_figures_of_lengths_and_packing(inspected, tmp_path):
     assert train["lengths"]["max"] == lengths.max()
     assert train["lengths"]["mean"] == pytest.approx(lengths.mean())
     cut = starts // 1000 != (starts + lengths - 2) // 1000  # windows share a token
-    assert packing["cut_documents_share"] == pytest.approx(cut.mean())
+    assert 0 < packing["cut_documents_share"] == pytest.approx(cut.mean())
+    exact = inspected(["x" * 999] * 9)["splits"]["train"]["packing"]  # of seq_len + 1 tokens
+    assert exact["longer_documents_share"] == 0
     assert packing["unpacked_padding_share"] == pytest.approx(1 - lengths.mean() / 1000)
     assert packing["unread_tokens"] == (lengths.sum() - 1) % 1000
     assert train["bytes_per_token"] == pytest.approx(1 - 2 / lengths.mean())

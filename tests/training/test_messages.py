@@ -6,18 +6,25 @@ from types import SimpleNamespace
 import jax
 import pytest
 from refusal import refused
+from workdirs import run_prepare, write_rows
 
 from llamajax import backends
 from llamajax.config.keys import all_keys, own_keys
 from llamajax.config.model_schema import RopeScaling
 from llamajax.config.schema import MeshConfig
-from llamajax.data.packing import EXAMPLES, Windows
+from llamajax.data import Position
+from llamajax.data.packing import EXAMPLES, WINDOWS, Windows
 from llamajax.models.lora import num_adapter_parameters
 from llamajax.models.memory import held_parts, host_bytes, state_bytes
 from llamajax.processes import host_collectives
 from llamajax.sharding import build_mesh
 from llamajax.training.dry_run import dry_run
-from llamajax.training.messages import data_warnings, memory_warnings
+from llamajax.training.messages import (
+    data_warnings,
+    memory_warnings,
+    packing_record,
+    stage_packings,
+)
 from llamajax.training.setup import set_up
 
 
@@ -151,3 +158,25 @@ def test_a_dry_run_prints_every_value_with_its_origin_and_writes_nothing(
     assert f"memory   {total / 2**20:.3g} MiB a device at least" in told["memory"]
     assert {"model", "machine", "data", "steps"} <= told.keys()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_are_half_empty_are_a_warning(short_config, tmp_path):
+    """Also where the instructions come after a stage of text; it names what fills rows."""
+    rows = [{"prompt": "q" * 20, "completion": "a" * 10}] * 300
+    chats = write_rows(tmp_path / "chats.jsonl", *rows)
+    run_prepare(chats, tmp_path / "chats", "--format=instructions")
+    stages = [{"from_step": 1, "path": str(tmp_path / "chats")}]
+    config = short_config(**{"data.stages": stages, "train.steps": 3})
+    setup = set_up(config, keep_programs=False)
+    record = packing_record(setup, [WINDOWS, EXAMPLES])
+    assert record["packing"]["efficiency"] == pytest.approx(31 / 48)
+    assert record["packing_problem"].startswith("only 64.6% of the positions hold tokens")
+    assert "data.seq_len = 1024 (" in record["packing_problem"]
+    lines = list(dry_run(config, workdir=tmp_path / "run", overrides={}))
+    assert f"warning: {record['packing_problem']}" in lines
+    assert packing_record(setup, [WINDOWS, WINDOWS])["packing_problem"] is None
+    # What is over is described as it was, whatever is chosen now.
+    place = Position.start(batch_size=8, seq_len=48, mixture_hash="m", packing=WINDOWS)
+    place = place.continued(step=2, packing=EXAMPLES)
+    ended = SimpleNamespace(borders=[1, 2], config=config, stages=((0, 0), (1, 0), (2, 0)))
+    assert stage_packings(ended, place, 2) == [WINDOWS, WINDOWS, EXAMPLES]
