@@ -365,7 +365,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def measured(flags: argparse.Namespace, *, state: Any = None) -> tuple[dict[str, Any], Run]:
     """What the step that the flags describe takes, and the Run, whose state can be used again."""
-    from llamajax.training.messages import float8_warnings
+    from llamajax.models.machine_choices import float8_warnings
 
     config = run_config(flags)
     run = compiled(config, documents=flags.documents, options=flags.compiler_options, state=state)

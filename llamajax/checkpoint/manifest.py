@@ -35,8 +35,8 @@ STATE = "state"
 FORMAT = 1
 
 _STEP = re.compile(r"0|[1-9]\d*")
-# Orbax's suffix of a save in progress, and ours of a removal in progress.
-_LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|removing)")
+# Orbax's suffix of a save in progress, ours of a removal in progress, and what a save tries first.
+_LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|removing)|\.probe_\d+")
 # What Orbax and we write in the directory of one checkpoint; with anything else it is not ours.
 _OURS = {STATE, META, ASIDE, "_CHECKPOINT_METADATA", "commit_success.txt"}
 # Bytes a read and threads. A store answers a request late, and then at the speed of the network.
@@ -212,8 +212,12 @@ def remove_leftovers(directory: Location) -> None:
                 path.rmtree()
     elif directory.is_dir():
         for path in directory.iterdir():
-            if _LEFTOVER.fullmatch(path.name):
+            if not _LEFTOVER.fullmatch(path.name):
+                continue
+            if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def aside_name(directory: Path, suffix: str) -> Path:

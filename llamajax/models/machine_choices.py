@@ -122,3 +122,14 @@ def resolve_compiler_options(
         layer_bytes=4 * matrices_per_layer(config.model) / mesh.shape["tensor"],
         deterministic=deterministic,
     )
+
+
+def float8_warnings(config: RunConfig, device_kind: str) -> list[str]:
+    """Return a warning where train.dtype=float8 is used on devices without 8-bit products."""
+    if config.train.dtype != "float8" or backends.multiplies_float8(device_kind):
+        return []
+    return [
+        f"train.dtype=float8: {device_kind!r} is not known to multiply in 8 bits, so "
+        "values are only rounded to them and multiplied in bfloat16: slower than bfloat16, for "
+        "trying out what float8 does to a loss"
+    ]

@@ -11,6 +11,7 @@ from llamajax.backends import Target
 from llamajax.backends.platforms import platform_facts
 from llamajax.config import RunConfig, stage_named, stages_of
 from llamajax.models.counts import flops_per_token
+from llamajax.models.machine_choices import float8_warnings
 from llamajax.planning.compilation import CompilerFacts, PlannedStep, abstract_step, compiled_facts
 from llamajax.planning.roofline import (
     Prediction,
@@ -18,7 +19,6 @@ from llamajax.planning.roofline import (
     link_seconds,
     predict,
 )
-from llamajax.training.messages import float8_warnings
 
 _NOTABLE = 0.03  # difference of products in the program and by formula that a plan reports
 

@@ -17,6 +17,7 @@ from llamajax.evaluation.continuations import ContinuationRows
 from llamajax.evaluation.evaluation_inputs import samples_problem
 from llamajax.models.counts import flops_per_token, num_parameters
 from llamajax.models.lora import num_adapter_parameters
+from llamajax.models.machine_choices import float8_warnings
 from llamajax.models.memory import host_bytes
 from llamajax.monitoring.row_format import format_count, format_size
 from llamajax.training.programs import Programs
@@ -94,17 +95,6 @@ def tasks_problem(setup: Setup) -> str | None:
         f"evaluation computes {count * data.seq_len:,} tokens; `llamajax evaluate --tasks` "
         f"computes about {packed * data.seq_len:,}"
     )
-
-
-def float8_warnings(config: RunConfig, device_kind: str) -> list[str]:
-    """Return a warning where train.dtype=float8 is used on devices without 8-bit products."""
-    if config.train.dtype != "float8" or backends.multiplies_float8(device_kind):
-        return []
-    return [
-        f"train.dtype=float8: {device_kind!r} is not known to multiply in 8 bits, so "
-        "values are only rounded to them and multiplied in bfloat16: slower than bfloat16, for "
-        "trying out what float8 does to a loss"
-    ]
 
 
 def _float8_products(setup: Setup) -> str | None:

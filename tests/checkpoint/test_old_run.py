@@ -98,5 +98,8 @@ def test_its_exports_have_the_same_bits(stored, tmp_path, kind):
     assert len(found) == 12
     back = tmp_path / "back"
     assert convert.main([f"--from={stored / kind}", f"--to={back}", "--dtype=float32"]) == 0
+    stated = b',\n  "model_max_length": 128\n}'  # since 2026-11-30
     for file in (stored / "hf").iterdir():
-        assert file.read_bytes() == (back / file.name).read_bytes(), file.name
+        assert file.read_bytes() == (back / file.name).read_bytes().replace(stated, b"\n}"), (
+            file.name
+        )

@@ -47,7 +47,7 @@ def run_both(directory: Any) -> dict[str, Any]:
         for rank in (0, 1)
     ]
     try:
-        texts = [process.communicate(timeout=120) for process in both]
+        texts = [process.communicate(timeout=300) for process in both]
     finally:
         for process in both:
             process.kill()

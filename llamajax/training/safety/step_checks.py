@@ -6,14 +6,16 @@ replicated, so all processes act alike without asking each other.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llamajax import data
 from llamajax.errors import ExitCode
 from llamajax.optim.guard import REASONS
-from llamajax.training.workdir import Run
+
+if TYPE_CHECKING:  # it imports grain, and `benchmarks/accelerator.py` does without
+    from llamajax.training.workdir import Run
 
 _SHOWN_IDS = 8
 
@@ -42,7 +44,7 @@ class RollbackNeeded(Exception):
 class StepChecks:
     """Checks the metrics of each step: `inspect` before its row is written, `react` after."""
 
-    run: Run
+    run: "Run"
     position: "data.Position"
     weights: tuple[str, ...]  # names of what is trained, in the order of its norms
     note: Callable[[str], None]
