@@ -19,7 +19,7 @@ from pathlib import Path
 
 from llamajax.backends import report_checkpoint, undonated_warnings
 from llamajax.checkpoint import CheckpointError
-from llamajax.checkpoint.location import is_remote
+from llamajax.checkpoint.location import how_to_fix, is_remote
 from llamajax.config import RunConfig
 from llamajax.errors import ExitCode, say
 from llamajax.files import undo_new_folders
@@ -110,11 +110,10 @@ def _train(run: Run, start: Start, more_hooks: Sequence[Callable[[Attempt], Hook
             except (GuardStop, RollbackNeeded) as error:
                 problem = error.with_traceback(None)  # a traceback would keep the state in memory
             except CheckpointError as error:
-                fix = (
-                    "Make room or repair the directory; a rerun continues from the last checkpoint"
-                )
-                say(f"error: {error}. {fix}")
-                remote = is_remote(run.checkpointer.directory)
+                directory = run.checkpointer.directory
+                remote = is_remote(directory)
+                fix = how_to_fix(str(directory)) if remote else "make room or repair the directory"
+                say(f"error: {error}. A rerun continues from the last checkpoint; {fix}")
                 return ExitCode.TRANSIENT if remote else ExitCode.USER_ERROR
         del state  # its memory is needed for the state to load; still there if no update ran
         began_s = time.monotonic()
