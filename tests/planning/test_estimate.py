@@ -177,6 +177,7 @@ def test_activations_are_what_the_backward_pass_is_given(config, remat, tensor, 
     assert told[1] - told[0] == pytest.approx(kept[1] - kept[0], rel=0.01)
 
 
+@pytest.mark.slow
 def test_weights_in_8_bits_are_gathered_in_one_byte_and_the_others_in_two(config):
     """A CPU's program gathers 8 bits as 16, and 16 as 32: twice the bytes of an accelerator's."""
     train = dataclasses.replace(

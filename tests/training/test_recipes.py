@@ -45,6 +45,7 @@ def plain(short_run, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_with_an_average_stopped_and_resumed_trains_as_one_without(
     plain, short_run, tmp_path, loaded, capfd
 ):

@@ -144,6 +144,7 @@ def test_a_box_names_the_samples_of_a_skipped_step(skipping, guarded):
     assert np.sqrt(np.sum(np.square(norms))) == pytest.approx(steps[-2]["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_in_a_stretch_of_skips_is_the_same_run(skipping, guarded, tmp_path):
     first = guarded.hit[0]
     assert guarded(tmp_path, guard__max_in_a_row=None, stop_after=first) == 143
@@ -222,7 +223,7 @@ def test_a_rollback_over_a_border_leaves_out_what_the_later_stage_had_read(guard
     assert same(rows(two), rows(one))
 
 
-@pytest.mark.parametrize("every", [99, 1])
+@pytest.mark.parametrize("every", [pytest.param(99, marks=pytest.mark.slow), 1])
 def test_a_fork_rolls_back_to_its_own_checkpoints_or_to_the_run_it_left(guarded, tmp_path, every):
     assert guarded(tmp_path / "base", stop_after=1) == 143
     shutil.copytree(tmp_path / "base", tmp_path / "whole")
