@@ -184,7 +184,7 @@ def test_both_end_and_the_first_writes_the_exports(
     (warned,) = [line for line in "".join(texts).splitlines() if "warning" in line]
     assert "its base, which PEFT cannot load" in warned
     assert {path.name for path in (workdir / "hf").iterdir()} == {"2", "4"}
-    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert {path.name for path in (workdir / "peft").iterdir()} == adapter
     merged, before = loaded(workdir), loaded(base)
     for name, value in loaded(workdir / "hf" / "4").items():
