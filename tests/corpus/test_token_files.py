@@ -19,8 +19,8 @@ from llamajax.tokenizers import load_tokenizer
 from llamajax.tokenizers.token_bytes import token_bytes
 from llamajax.tokenizers.tokenizer_export import export_tokenizer
 
-REFERENCES = Path(__file__).parents[1] / "references"
 BOS, EOS = 256, 257
+MEGATRON = Path(__file__).with_name("small_megatron.bin")
 TEXTS = ["Call me Ishmael.", "Some years ago", "ü, never mind"]  # those of small_megatron
 TOKENS = np.array([t for text in TEXTS for t in (BOS, *text.encode(), EOS)])
 
@@ -43,7 +43,7 @@ def write(folder: Path, name: str) -> Path:
     path = folder / name
     if name == "megatron.bin":  # written by megatron-core 0.16.1, an empty document among them
         for suffix in (".bin", ".idx"):
-            shutil.copy(REFERENCES / f"small_megatron{suffix}", path.with_suffix(suffix))
+            shutil.copy(MEGATRON.with_suffix(suffix), path.with_suffix(suffix))
     elif name == "llmc.bin":
         path.write_bytes(llmc(20240520, 1, TOKENS.astype(np.uint16)))
     elif name == "llmc3.bin":

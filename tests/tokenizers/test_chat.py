@@ -129,7 +129,7 @@ def test_llama2_as_meta_has_it(assets, real):
 
 def tool_chats() -> list[dict]:
     """Chats with tools, and the text of each in Llama 3.1's published template."""
-    file = Path(stored.__file__).with_name("llama31_chats.json")
+    file = Path(__file__).with_name("llama31_chats.json")
     return json.loads(file.read_text("utf-8"))["chats"]
 
 
