@@ -15,28 +15,24 @@ Loss:     8b: unmeasured. small: measured 2026-11-30 (jax 0.12, 2 shared CPU cor
 
 from ml_collections import ConfigDict
 
-from llamajax.config import new_config, preset
+from llamajax.configs.llama3_8b import get_config as llama3_8b
+from llamajax.configs.quickstart import get_config as quickstart
 
 
 def get_config(size: str = "8b") -> ConfigDict:
     """The run that extends Llama-3 8B (`8b`) or the quickstart's model (`small`) four times."""
-    config = new_config()
     is_small = size == "small"
-    config.model = preset("quickstart" if is_small else "llama3-8b")
-    original = 256 if is_small else 8192
+    config = quickstart() if is_small else llama3_8b()
+    original = config.data.seq_len
     config.model.rope_scaling = {"type": "yarn", "factor": 4.0, "original_max_seq_len": original}
-    config.model.max_seq_len = 4 * original
-    config.mesh.fsdp = -1 if is_small else 8
+    config.model.max_seq_len = config.data.seq_len = 4 * original
 
     config.data.path = "runs/quickstart/data" if is_small else "data/long"
-    config.data.seq_len = 4 * original
     config.data.global_batch_size = 2 if is_small else 64
     config.data.seed = 1
 
     config.train.init_from = "runs/quickstart" if is_small else "hf/llama3_8b"
     config.train.steps = 50 if is_small else 400
-    config.train.seed = 0
-    config.train.dtype = "float32" if is_small else "bfloat16"
     config.train.accumulation_steps = 1 if is_small else 8
     config.train.remat = "full"
     config.train.log_every = 10
@@ -45,13 +41,10 @@ def get_config(size: str = "8b") -> ConfigDict:
 
     config.optim.learning_rate = 2e-4 if is_small else 2e-5
     config.optim.warmup_steps = config.train.get_ref("steps") // 20
-    config.optim.schedule = "cosine"
     config.optim.final_learning_rate = 0.0
-    config.optim.beta1 = 0.9
-    config.optim.beta2 = 0.95
-    config.optim.epsilon = 1e-8
     config.optim.weight_decay = 0.0
-    config.optim.clip_norm = 1.0
 
     config.checkpoint.every_steps = 100
+    config.checkpoint.keep = 3
+    config.checkpoint.keep_every = None
     return config

@@ -21,39 +21,21 @@ updates, so the masters are fp32 as in pretraining.
 
 from ml_collections import ConfigDict
 
-from llamajax.config import new_config, preset
+from llamajax.configs.llama2_7b import get_config as llama2_7b
 
 
 def get_config() -> ConfigDict:
     """The run."""
-    config = new_config()
-    config.model = preset("llama2-7b")
-    config.mesh.fsdp = 8
-
+    config = llama2_7b()
     config.data.path = "data/finetune"
-    config.data.seq_len = 4096
-    config.data.global_batch_size = 64
-    config.data.seed = 0
 
     config.train.init_from = "hf/llama2_7b"
-    config.train.steps = 1000
-    config.train.seed = 0
-    config.train.dtype = "bfloat16"
     config.train.accumulation_steps = 8
-    config.train.remat = "dots"
     config.train.eval_every = 100
 
     config.optim.learning_rate = 2e-5
-    config.optim.warmup_steps = config.train.get_ref("steps") * 3 // 100
-    config.optim.schedule = "cosine"
-    config.optim.final_learning_rate = 0.0
-    config.optim.beta1 = 0.9
-    config.optim.beta2 = 0.95
-    config.optim.epsilon = 1e-8
     config.optim.weight_decay = 0.1
-    config.optim.clip_norm = 1.0
 
-    config.checkpoint.every_steps = 100
     config.checkpoint.keep = 2
     config.checkpoint.export_hf_every = 200
     return config

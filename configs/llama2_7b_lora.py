@@ -23,26 +23,19 @@ QLoRA (arXiv:2305.14314, appendix B), whose 4-bit weights are bfloat16 here.
 
 from ml_collections import ConfigDict
 
-from llamajax.config import new_config, preset
+from llamajax.configs.llama2_7b import get_config as llama2_7b
 
 
 def get_config() -> ConfigDict:
     """The run."""
-    config = new_config()
-    config.model = preset("llama2-7b")
+    config = llama2_7b()
     config.mesh.fsdp = -1
 
     config.data.path = "data/finetune"
     config.data.seq_len = 2048
     config.data.global_batch_size = 16
-    config.data.seed = 0
 
     config.train.init_from = "hf/llama2_7b"
-    config.train.steps = 1000
-    config.train.seed = 0
-    config.train.dtype = "bfloat16"
-    config.train.accumulation_steps = 4
-    config.train.remat = "dots"
     config.train.eval_every = 100
 
     config.lora.rank = 16
@@ -51,15 +44,5 @@ def get_config() -> ConfigDict:
     config.lora.base_dtype = "bfloat16"
 
     config.optim.learning_rate = 2e-4
-    config.optim.warmup_steps = config.train.get_ref("steps") * 3 // 100
-    config.optim.schedule = "cosine"
-    config.optim.final_learning_rate = 0.0
-    config.optim.beta1 = 0.9
-    config.optim.beta2 = 0.95
-    config.optim.epsilon = 1e-8
-    config.optim.weight_decay = 0.0
-    config.optim.clip_norm = 1.0
-
-    config.checkpoint.every_steps = 100
     config.checkpoint.keep = 2
     return config

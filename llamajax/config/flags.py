@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from llamajax.config.schema import BackendConfig, ComputeDtype, MeshConfig, RunConfig
 from llamajax.config.values import key
@@ -51,29 +52,25 @@ class TrainFlags(RunFlags):
     )
 
 
+def _as_in(section: type, name: str, *, metavar: str) -> Any:
+    """Declare a flag as the key `name` of a section of the config is declared."""
+    field = section.__dataclass_fields__[name]
+    return key(**field.metadata, default=field.default, metavar=metavar)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackendFlags(Flags):
     """Flags that choose a backend."""
 
-    num_cpu_devices: int | None = key(
-        "virtual devices of the cpu backend, to try a mesh without one",
-        metavar="N",
-        default=None,
-    )
-    backend: str | None = key(
-        "JAX platform: cpu, cuda, tpu, or a plugin's; none: what JAX finds",
-        metavar="NAME",
-        default=None,
-    )
+    num_cpu_devices: int | None = _as_in(BackendConfig, "num_cpu_devices", metavar="N")
+    backend: str | None = _as_in(BackendConfig, "name", metavar="NAME")
     plugin: str | None = key(
         "bare PJRT plugin library that serves --backend",
         metavar="PATH.so",
         default=None,
         is_path=True,
     )
-    options: str | None = key(
-        "options of that plugin", metavar="K=V,...", default=None, is_path=True
-    )
+    options: str | None = _as_in(BackendConfig, "options", metavar="K=V,...")
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

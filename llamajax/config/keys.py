@@ -88,8 +88,8 @@ _ELSEWHERE = {
 }  # fmt: skip
 
 
-# What replaces a key that is no more; {} begins a key on the command line.
-_REMOVED = {
+# What replaces a key that is no more; {} begins a key on the command line. Saved configs have it.
+REMOVED = {
     "monitoring.tensorboard": "; false is now {}monitoring.sinks=jsonl, and true "
     "{}monitoring.sinks=tensorboard, the default"
 }
@@ -100,8 +100,8 @@ def key_hint(path: str, prefix: str = "") -> str:
 
     prefix: before each key that is named.
     """
-    if path in _REMOVED:
-        return _REMOVED[path].replace("{}", prefix)
+    if path in REMOVED:
+        return REMOVED[path].replace("{}", prefix)
     found = nearest_key(path)
     return did_you_mean(found and prefix + found)
 

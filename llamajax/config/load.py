@@ -1,6 +1,6 @@
 """From a config file and overrides to a frozen run, every problem reported at once."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llamajax.config.check import check
@@ -15,7 +15,7 @@ from llamajax.config.keys import (
 )
 from llamajax.config.schema import ModelConfig, RunConfig
 from llamajax.config.stages import stage_problems
-from llamajax.config.values import NOT_SET, Key, Mistyped, coerce
+from llamajax.config.values import NOT_SET, Key, Mistyped, coerce, show
 from llamajax.errors import UserError, combine, did_you_mean, nearest
 
 if TYPE_CHECKING:
@@ -151,7 +151,8 @@ class _Reader:
             if inner and isinstance(raw, Mapping):
                 value = self.section(key.path, inner, raw)
             elif (item := listed_class(key.annotation)) and isinstance(raw, list | tuple):
-                value = self._list(key.path, item, raw)
+                value = tuple(self.section(f"{key.path}[{i}]", item, x) for i, x in enumerate(raw))
+                value = NOT_SET if NOT_SET in value else value
             elif raw is not NOT_SET:
                 value = coerce(raw, key.annotation)
             else:
@@ -159,16 +160,13 @@ class _Reader:
         except Mistyped as error:
             self.problems.append(f"{key.path}: {error}")
             return NOT_SET
-        if value is not NOT_SET:
-            self.values[key.path] = value
+        if value is NOT_SET:
+            return NOT_SET
+        if problem := key.out_of_range(value):
+            self.problems.append(f"{key.path} = {show(value)}: {problem}")
+            return NOT_SET
+        self.values[key.path] = value
         return value
-
-    def _list(self, path: str, cls: type, items: Sequence) -> Any:
-        """Return an instance of `cls` for each item, or NOT_SET after adding to the problems."""
-        reader = _Reader()  # of its own: the values of an item are none of the run's
-        found = tuple(reader.section(f"{path}[{i}]", cls, item) for i, item in enumerate(items))
-        self.problems += reader.problems
-        return NOT_SET if NOT_SET in found else found
 
 
 def _unknown(path: str, known: Collection[str] = ()) -> str:

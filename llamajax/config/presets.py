@@ -108,7 +108,8 @@ _ALL = [
         max_seq_len=8192,
     ),
     # The workload that peers were measured with on a 2-core CPU: 32.0 M parameters.
-    ModelConfig(
+    dataclasses.replace(
+        _LLAMA2,
         name="bench-32m",
         vocab_size=8192,
         hidden_size=512,
@@ -117,14 +118,11 @@ _ALL = [
         num_heads=8,
         num_kv_heads=4,
         head_size=64,
-        rope_theta=10_000.0,
-        norm_eps=1e-5,
-        tie_embeddings=False,
-        init_std=0.02,
         max_seq_len=2048,
     ),
     # A first run on two CPU cores: 5 M parameters, a tokenizer of 4,096 pieces.
-    ModelConfig(
+    dataclasses.replace(
+        _LLAMA2,
         name="quickstart",
         vocab_size=4096,
         hidden_size=256,
@@ -133,10 +131,6 @@ _ALL = [
         num_heads=4,
         num_kv_heads=2,
         head_size=64,
-        rope_theta=10_000.0,
-        norm_eps=1e-5,
-        tie_embeddings=False,
-        init_std=0.02,
         max_seq_len=1024,
     ),
     # For tests: nobody's defaults, N * H != D, three query heads a kv head, a prime vocabulary.

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llamajax.config.keys import all_keys, leaves
+from llamajax.config.keys import REMOVED, all_keys, leaves
 from llamajax.config.load import build
 from llamajax.config.presets import PRESETS
 from llamajax.config.schema import RunConfig
@@ -49,10 +49,6 @@ def read_saved_config(workdir: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-# Keys of earlier versions that changed nothing about a run.
-_REMOVED = {"monitoring": ("tensorboard",)}
-
-
 def from_json_dict(tree: Mapping[str, Any], *, source: str = "config.json") -> RunConfig:
     """Return the run that `to_json_dict` wrote; a key added since then takes its default.
 
@@ -60,8 +56,8 @@ def from_json_dict(tree: Mapping[str, Any], *, source: str = "config.json") -> R
         UserError: unknown, mistyped or missing keys, all of them; `source` names the file.
     """
     kept = {
-        name: {key: section[key] for key in section if key not in _REMOVED[name]}
-        if name in _REMOVED and isinstance(section, Mapping)
+        name: {key: value for key, value in section.items() if f"{name}.{key}" not in REMOVED}
+        if isinstance(section, Mapping)
         else section
         for name, section in tree.items()
     }

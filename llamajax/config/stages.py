@@ -8,7 +8,7 @@ from typing import Any
 
 from llamajax.config.check import check
 from llamajax.config.data_schema import DataStage
-from llamajax.config.keys import leaves, own_keys
+from llamajax.config.keys import leaves
 from llamajax.config.schema import RunConfig
 from llamajax.errors import UserError
 
@@ -80,14 +80,6 @@ def stage_problems(run: RunConfig) -> Iterator[str]:
         title = f"data.stages[{number}]"
         if (change.from_step is None) == (change.from_tokens is None):
             yield f"{title}: set one of from_step and from_tokens, which say where it begins"
-            return
-        ranges = {
-            name: found
-            for name, key in own_keys(DataStage).items()
-            if (found := key.out_of_range(getattr(change, name)))
-        }
-        if ranges:
-            yield from (f"{title}.{name}: {found}" for name, found in ranges.items())
             return
         if all(getattr(change, name) is None for name in _CHANGES):
             yield f"{title}: changes nothing; set one of {', '.join(_CHANGES)}"

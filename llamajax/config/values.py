@@ -161,6 +161,11 @@ def parse(text: str, annotation: Any) -> Any:
     Raises:
         Mistyped: it spells no such value.
     """
+    return coerce(_read(text, annotation), annotation)
+
+
+def _read(text: str, annotation: Any) -> Any:
+    """Return the object that `text` spells, of the declared type if it spells one."""
     inner, optional = split_optional(annotation)
     if optional and text.casefold() == "none":
         return None
@@ -172,18 +177,20 @@ def parse(text: str, annotation: Any) -> Any:
         if dataclasses.is_dataclass(kind) and text.casefold() in ("", "none"):
             return ()
         if dataclasses.is_dataclass(kind) or (kind is str and text.startswith("[")):
-            return coerce(_parse_json(text), annotation)
-        return tuple(_parse_one(part, kind, whole=annotation) for part in _parts(text))
+            return _read_json(text)
+        return [_read(part, kind) for part in _parts(text)]
     if get_origin(inner) is dict:
-        return _parse_pairs(text, annotation)
-    return _parse_one(text, inner, whole=annotation)
+        return _read_pairs(text, annotation)
+    if inner is bool:
+        return {"true": True, "false": False}.get(text.casefold(), text)
+    return _read_number(text, inner) if inner in (int, float) else text
 
 
 def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _parse_json(text: str) -> Any:
+def _read_json(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
@@ -191,7 +198,7 @@ def _parse_json(text: str) -> Any:
         raise Mistyped(f"{begins}is no JSON list: {error}") from None
 
 
-def _parse_pairs(text: str, annotation: Any) -> dict[str, Any]:
+def _read_pairs(text: str, annotation: Any) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for part in _parts(text) or [text]:
         name, _, value = (piece.strip() for piece in part.partition(":"))
@@ -202,33 +209,22 @@ def _parse_pairs(text: str, annotation: Any) -> dict[str, Any]:
         if name in pairs:
             raise Mistyped(f"names {name!r} twice")
         pairs[name] = value
-    return coerce(pairs, annotation)
+    return pairs
 
 
-def _parse_one(text: str, inner: Any, *, whole: Any) -> Any:
-    if get_origin(inner) is Literal or inner is str:
-        return coerce(text, inner)
-    value = {"true": True, "false": False}.get(text.casefold()) if inner is bool else None
-    if inner in (int, float):
-        value = _parse_number(text, inner)
-    if value is None:
-        raise Mistyped(f"expected {describe(whole)}, got {text!r}")
-    return value
-
-
-def _parse_number(text: str, kind: type) -> int | float | None:
-    """Return the finite number that `text` spells, or None."""
+def _read_number(text: str, kind: type) -> int | float | str:
+    """Return the finite number that `text` spells, or the text."""
     try:
         number = Decimal(text)
     except InvalidOperation:
-        return None
+        return text
     if not number.is_finite() or not math.isfinite(float(number)):
-        return None
+        return text
     if kind is float:
         return float(number)
     # 19 digits hold every 64-bit integer; int() of a huge exponent would fill the memory.
     is_int = number.adjusted() <= 18 and number == number.to_integral_value()
-    return int(number) if is_int else None
+    return int(number) if is_int else text
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -267,35 +263,35 @@ def coerce(value: Any, annotation: Any) -> Any:
     inner, optional = split_optional(annotation)
     if value is None and optional:
         return None
-    shown = repr(value) if len(repr(value)) <= 120 else f"{repr(value)[:117]}..."
-    given = shown if value is None else f"{shown} ({type(value).__name__})"
-    mistyped = Mistyped(f"expected {describe(annotation)}, got {given}")
     if get_origin(inner) is Literal:
         choices, is_text = get_args(inner), isinstance(value, str)
         is_function = FUNCTION in choices and is_text and _FUNCTION.fullmatch(value)
         if value in choices or is_function:
             return value
         hint = nearest(value, choices) if is_text else None
-        raise Mistyped(f"{mistyped}{did_you_mean(hint)}")
-    if get_origin(inner) is tuple:
-        if not isinstance(value, list | tuple):
-            raise mistyped
-        if dataclasses.is_dataclass(get_args(inner)[0]):
+        raise Mistyped(f"{_expected(annotation, value)}{did_you_mean(hint)}")
+    if get_origin(inner) is tuple and isinstance(value, list | tuple):
+        kind = get_args(inner)[0]
+        if dataclasses.is_dataclass(kind):
             return tuple(value)  # `load` reads their keys
-        try:
-            return tuple(coerce(item, get_args(inner)[0]) for item in value)
-        except Mistyped:
-            raise mistyped from None
-    if get_origin(inner) is dict:
-        if not isinstance(value, Mapping):
-            raise mistyped
+        found = [_convert_scalar(item, kind) for item in value]
+        if None in found:
+            raise Mistyped(_expected(annotation, value[found.index(None)]))
+        return tuple(found)
+    if get_origin(inner) is dict and isinstance(value, Mapping):
         if wrong := [name for name in value if not _NAME.fullmatch(str(name))]:
             raise Mistyped(f"the name {wrong[0]!r} may have letters, digits, _ and - only")
         return {str(name): coerce(item, get_args(inner)[1]) for name, item in value.items()}
     converted = _convert_scalar(value, inner)
     if converted is None:
-        raise mistyped
+        raise Mistyped(_expected(annotation, value))
     return converted
+
+
+def _expected(annotation: Any, value: Any) -> str:
+    shown = repr(value) if len(repr(value)) <= 120 else f"{repr(value)[:117]}..."
+    kind = "" if value is None else f" ({type(value).__name__})"
+    return f"expected {describe(annotation)}, got {shown}{kind}"
 
 
 def _convert_scalar(value: Any, kind: Any) -> Any:

@@ -23,7 +23,8 @@ from llamajax.processes.line_protocol import Connection
 
 # Where so many probes hang, the device does: the rest would wait for nothing.
 _MOST_HANGS = 3
-_TRACEBACK_S = 1.0
+_TRACEBACK_S = 10.0  # on a machine that is busy
+_LOOK_EVERY_S = 0.05
 # A process imports JAX and starts the backend before its first probe, however short the probes are.
 _START_S = 120.0
 
@@ -229,9 +230,11 @@ class _ProbeProcess:
     def where(self) -> str:
         """Return the line that it executes just now, which it prints on request."""
         self._process.send_signal(signal.SIGUSR1)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # as it should be: it hangs
-            self._process.wait(timeout=_TRACEBACK_S)
-        return _location(self._output())
+        deadline = time.monotonic() + _TRACEBACK_S
+        while not (found := _location(self._output())) and time.monotonic() < deadline:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # as it should be: it hangs
+                self._process.wait(timeout=_LOOK_EVERY_S)
+        return found
 
     def _output(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace")
@@ -249,7 +252,7 @@ class _ProbeProcess:
 
 def _location(text: str) -> str:
     """Return the innermost line of a probe in `faulthandler`'s traceback; empty without one."""
-    for line in text.splitlines():
-        if line.strip().startswith("File ") and "/conformance/" in line:
-            return ", at " + line.rpartition("/")[2].replace('", line ', ":")
+    for line in text.splitlines(keepends=True):
+        if line.strip().startswith("File ") and "/conformance/" in line and line.endswith("\n"):
+            return ", at " + line.rstrip().rpartition("/")[2].replace('", line ', ":")
     return ""

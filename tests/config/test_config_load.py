@@ -98,7 +98,7 @@ def test_every_problem_is_named_at_once(config_file):
 
 def test_a_mistyped_flag_is_not_also_reported_as_missing(config_file):
     found = problems_of(config_file("del config.data.seq_len"), {"data.seq_len": "x"})
-    assert found == ["data.seq_len=x: expected int, got 'x'"]
+    assert found == ["data.seq_len=x: expected int, got 'x' (str)"]
 
 
 def test_an_empty_config_names_every_required_key(config_file):

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from pathlib import Path
 
 from llamajax.conformance.bench import Bench, UnsupportedError, WrongError
 
@@ -32,6 +33,7 @@ def leaves(_: Bench) -> str:
 
 
 def hangs(_: Bench) -> str:
+    Path(os.environ["HANGS"]).touch()
     threading.Event().wait()
     return "never"
 
