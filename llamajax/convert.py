@@ -108,7 +108,6 @@ def main(argv: list[str]) -> int:
         else:
             options |= {"max_shard_bytes": flags.max_shard_bytes, "overwrite": flags.overwrite}
             options["card"] = functools.partial(_card, flags, weights)
-            options["is_trained"] = weights.checkpoint is not None
             warnings = write_hf(source, weights.model, target, **options)
     for line in warnings:
         say(f"warning: {line}")

@@ -97,7 +97,7 @@ def hugging_face(folder: Path, name: str) -> Path:
     """A model with a tokenizer of bytes, saved in `folder`."""
     config = EVALUATED[name]
     save_hugging_face(folder, config, weights(config, std=0.2))
-    save_byte_level(folder / "tokenizer.json", ["<s>", "</s>"])
+    save_byte_level(folder / "tokenizer.json", ["<s>", "</s>"], bos="<s>")
     return folder
 
 

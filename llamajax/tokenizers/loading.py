@@ -15,9 +15,10 @@ MANIFEST = "manifest.json"
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer.byte")
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, *, fingerprint: str | None = None) -> Tokenizer:
     """Load `byte`, a file of a known kind, or what a directory holds: a prepared data set, a model.
 
+    fingerprint: what a checkpoint records of it; None: what a data set does, if it is in one.
     Raises UserError if it is none of these.
     """
     if str(path) == "byte":
@@ -26,7 +27,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: only llamajax.prepare trains a tokenizer; name its output here")
     file = Path(path)
     if file.is_dir():
-        file = _file_in(file)
+        file, recorded = _file_in(file)
+        fingerprint = fingerprint or recorded
     if not file.is_file():
         raise UserError(
             f"tokenizer {path}: no such file; give a file, a directory or `byte`; a model of the"
@@ -39,7 +41,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if problem := lfs_problem(first_line):
         raise UserError(f"{file}: {problem}")
     if file.suffix == ".json":
-        return HuggingFaceTokenizer(file)
+        found = HuggingFaceTokenizer(file)
+        if fingerprint is not None:
+            found.begin_as_recorded(fingerprint)
+        return found
     if re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\r?\n?", first_line):
         return TiktokenTokenizer(file)
     return SentencePieceTokenizer(file)
@@ -50,15 +55,17 @@ def find_tokenizer(directory: Path) -> Path | None:
     return next((directory / name for name in _FILES if (directory / name).is_file()), None)
 
 
-def _file_in(directory: Path) -> Path:
+def _file_in(directory: Path) -> tuple[Path, str | None]:
+    """Return the tokenizer's file in a directory, and the fingerprint that a manifest states."""
     manifest = directory / MANIFEST
     if manifest.is_file():
         try:
-            return directory / json.loads(manifest.read_text("utf-8"))["tokenizer"]["file"]
+            stated = json.loads(manifest.read_text("utf-8"))["tokenizer"]
+            return directory / stated["file"], stated.get("fingerprint")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{manifest}: damaged; run llamajax.prepare again") from error
     if file := find_tokenizer(directory):
-        return file
+        return file, None
     raise UserError(
         f"{directory}: no tokenizer.json, tokenizer.model or manifest.json in this directory"
     )

@@ -216,7 +216,7 @@ def _find_ends(
     if one is not None and (eos is None or (bos is None and named[1] is None and not no_bos)):
         name = next(n for n, i in vocab.items() if i == one)
         warning = (
-            f"{path}: {name} begins and ends every text, for want of another; "
+            f"{path}: {name} is BOS and EOS, for want of another; "
             "name bos_token and eos_token in tokenizer_config.json if that is wrong"
         )
         return one, one, (warning,)

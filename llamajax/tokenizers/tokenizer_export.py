@@ -22,16 +22,12 @@ _SPACE = "\u2581"
 
 
 def export_tokenizer(
-    tokenizer: Tokenizer,
-    directory: Path,
-    *,
-    max_length: int | None = None,
-    states_bos: bool = False,
+    tokenizer: Tokenizer, directory: Path, *, max_length: int | None = None
 ) -> list[str]:
     """Write the files from which transformers loads this tokenizer; return warnings.
 
-    max_length: tokens that the model takes; written as `model_max_length`. states_bos: a BOS that
-    our texts begin with is added to a tokenizer.json without one, which is copied otherwise.
+    max_length: tokens that the model takes; written as `model_max_length`. A tokenizer.json is
+    copied, unless it lacks the BOS that texts of old data begin with.
     """
     if tokenizer.file is not None:
         copy_companions(tokenizer.file, directory)
@@ -40,7 +36,7 @@ def export_tokenizer(
     kind, warnings, spec = "PreTrainedTokenizerFast", [], None
     if tokenizer.kind == "huggingface":
         shutil.copyfile(tokenizer.file, directory / "tokenizer.json")
-        if states_bos and tokenizer.start_ids:  # transformers goes by this file alone
+        if tokenizer.start_ids:
             found = tokenizers.Tokenizer.from_file(str(tokenizer.file))
             spec = found if found.encode("a").ids[0] != tokenizer.bos_id else None
     elif tokenizer.kind == "sentencepiece":

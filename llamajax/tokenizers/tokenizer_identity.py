@@ -53,8 +53,10 @@ def load_recorded(
     path: Path | None, record: Mapping[str, Any] | None, *, of: PurePath
 ) -> Tokenizer | None:
     """Load the tokenizer at `path`; UserError where `record`, of checkpoint `of`, names another."""
-    tokenizer = None if path is None else load_tokenizer(path)
-    if tokenizer is None or record is None or matches_record(tokenizer, record):
+    if path is None:
+        return None
+    tokenizer = load_tokenizer(path, fingerprint=record and record["fingerprint"])
+    if record is None or matches_record(tokenizer, record):
         return tokenizer
     raise UserError(
         f"{path} is another tokenizer ({describe(tokenizer_record(tokenizer))}) than the one that "

@@ -86,10 +86,10 @@ class HuggingFaceTokenizer(Tokenizer):
                 raise foreign_tokens(path, [i for i, *_ in more], len(vocab))
             spec, vocab = json.loads(full.to_str()), full.get_vocab(with_added_tokens=True)
         self.vocab_size = num_used(vocab)
-        self.special = self._special_tokens(spec, vocab)
-        self.fingerprint = fingerprint_of(self.kind, content, self.special)
         full.no_truncation()
         full.no_padding()
+        self.special = self._special_tokens(full, spec.get("added_tokens") or [], vocab)
+        self.fingerprint = fingerprint_of(self.kind, content, self.special)
         self._decoder = full
         names = {name for name, i in vocab.items() if i in self._control}
         self._encoder = _PlainEncoder(_without_control(spec, names), self.added_ids)
@@ -101,19 +101,33 @@ class HuggingFaceTokenizer(Tokenizer):
     def _control(self) -> set[int | None]:
         return {*self.control_ids.values(), self.bos_id, self.eos_id}
 
-    def _special_tokens(self, spec: dict[str, Any], vocab: dict[str, int]) -> SpecialTokens:
-        """Find BOS, EOS and added tokens. The post-processor states what begins and ends a text."""
-        ends = _ends_of_template(spec.get("post_processor"))
-        own = tuple(vocab.get(end or "") for end in ends)
-        listed = {t["content"]: (t["id"], t["special"]) for t in spec.get("added_tokens") or []}
+    def _special_tokens(
+        self, library: Any, added: list[dict[str, Any]], vocab: dict[str, int]
+    ) -> SpecialTokens:
+        """Find BOS, EOS and added tokens.
+
+        The post-processor alone decides what begins a text, as in transformers since version 5.
+        """
+        plain, whole = (library.encode("a", add_special_tokens=s).ids for s in (False, True))
+        start = next(i for i in range(len(whole) + 1) if whole[i : i + len(plain)] == plain)
+        before, after = whole[:start], whole[start + len(plain) :]
+        own = (next(iter(before), None), next(reversed(after), None))
+        listed = {t["content"]: (t["id"], t["special"]) for t in added}
         special = find_special_tokens(self.file, self.facts, vocab, own=own, added=listed)
-        if own[0] is None or special.bos_id is None or special.adds_bos:
-            return special
-        warning = (
-            f"{self.file} puts {ends[0]} before every text, although tokenizer_config.json has "
-            "add_bos_token: false; transformers ignores that beside a tokenizer.json, and so do we"
-        )
-        return dataclasses.replace(special, adds_bos=True, warnings=(*special.warnings, warning))
+        adds_bos, warnings = bool(before), special.warnings
+        if special.bos_id is not None and self.facts.add_bos not in (None, adds_bos):
+            warnings += (
+                f"{self.file} puts {'a' if adds_bos else 'no'} BOS before texts, although "
+                f"tokenizer_config.json has add_bos_token: {json.dumps(self.facts.add_bos)}; "
+                "transformers 5 ignores that beside a tokenizer.json, and so do we",
+            )
+        return dataclasses.replace(special, adds_bos=adds_bos, warnings=warnings)
+
+    def begin_as_recorded(self, fingerprint: str) -> None:
+        """Begin texts with BOS if data or a checkpoint record that: versions until 2026-11 did."""
+        older = dataclasses.replace(self.special, adds_bos=True)
+        if fingerprint == fingerprint_of(self.kind, self.file.read_bytes(), older):
+            self.special, self.fingerprint = older, fingerprint
 
     def safe_cut(self, text: str, at: int) -> int | None:
         return self._encoder.find_cut and self._encoder.find_cut(text, at)
@@ -164,17 +178,3 @@ def _without_control(spec: dict[str, Any], names: set[str]) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
     }
-
-
-def _ends_of_template(processor: dict[str, Any] | None) -> tuple[str | None, str | None]:
-    """Return the names of the tokens that the post-processor puts before and after a text."""
-    if not processor:
-        return None, None
-    if processor.get("type") == "Sequence":
-        found = [_ends_of_template(p) for p in processor.get("processors", [])]
-        return next((f for f in found if any(f)), (None, None))
-    single = processor.get("single")
-    if not isinstance(single, list) or not single:
-        return None, None
-    bos, eos = (end.get("SpecialToken", {}).get("id") for end in (single[0], single[-1]))
-    return bos, eos

@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from llamajax import data
 from llamajax.checkpoint import newest_checkpoint
 from llamajax.checkpoint.location import store_errors_explained
 from llamajax.config import RunConfig
@@ -17,6 +16,7 @@ from llamajax.formats.huggingface.model_card import RunOrigin, hub_name, model_c
 from llamajax.formats.peft import write_peft
 from llamajax.formats.weights import TOKENIZER, Weights
 from llamajax.models.lora import merge
+from llamajax.tokenizers.tokenizer_identity import load_recorded
 from llamajax.training.state import TrainState
 from llamajax.training.workdir import Run
 
@@ -55,7 +55,7 @@ def export_weights(run: Run, step: int, state: TrainState, recorded: Mapping) ->
             model.config,
             _target(workdir, step),
             dtype=dtype,
-            tokenizer=data.load_tokenizer(workdir / TOKENIZER),
+            tokenizer=load_recorded(workdir / TOKENIZER, recorded["tokenizer"], of=workdir),
             card=lambda: model_card(model.config, run.name, run=origin),
             overwrite=True,
         )

@@ -146,7 +146,9 @@ def run_tokenizer(setup: Setup, meta: Mapping[str, Any] | None, workdir: Path) -
     saved, kept = (meta or {}).get("tokenizer"), workdir / TOKENIZER
     if meta is not None and saved is None and kept.is_dir():
         try:
-            saved = tokenizer_record(data.load_tokenizer(kept))  # older checkpoints have no record
+            # Older checkpoints have no record.
+            fingerprint = setup.mixture.tokenizer_fingerprint
+            saved = tokenizer_record(data.load_tokenizer(kept, fingerprint=fingerprint))
         except UserError as error:
             raise UserError(
                 f"{error}; it is the only record of the tokenizer that these checkpoints were "

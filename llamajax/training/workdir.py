@@ -200,9 +200,10 @@ def keep_tokenizer(workdir: Path, source: str, record: Mapping[str, Any]) -> Non
 
     record: of the run's tokenizer; one that is already kept stays, a damaged one is replaced.
     """
-    target = workdir / TOKENIZER
+    target, wanted = workdir / TOKENIZER, record["fingerprint"]
     try:
-        if target.is_dir() and data.load_tokenizer(target).fingerprint == record["fingerprint"]:
+        kept = data.load_tokenizer(target, fingerprint=wanted) if target.is_dir() else None
+        if kept is not None and kept.fingerprint == wanted:
             return
     except UserError as error:
         say(f"warning: {error}; this copy of the run's tokenizer is written again from {source}")

@@ -54,7 +54,7 @@ def exported(tmp_path_factory) -> Path:
     """A small model with a tokenizer of bytes that begins texts with BOS, as we export it."""
     folder, config = tmp_path_factory.mktemp("model"), EVALUATED["grouped"]
     save_hugging_face(folder / "source", config, weights(config, std=0.2))
-    file = save_byte_level(folder / "source" / "tokenizer.json", ["<s>", "</s>"])
+    file = save_byte_level(folder / "source" / "tokenizer.json", ["<s>", "</s>"], bos="<s>")
     library = tokenizers.Tokenizer.from_file(str(file))
     bos = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", library.token_to_id("<s>"))])
     library.post_processor = bos

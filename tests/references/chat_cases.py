@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from llamajax.tokenizers.chat import Message
 
@@ -77,14 +77,18 @@ def asks(messages: Sequence[Message]) -> bool:
     return messages[-1].role == "user"
 
 
-def save_byte_level(path: Path, special: Sequence[str]) -> Path:
-    """Write a tokenizer.json of the 256 bytes and special tokens."""
+def save_byte_level(path: Path, special: Sequence[str], *, bos: str | None = None) -> Path:
+    """Write a tokenizer.json of the 256 bytes and special tokens; texts begin with `bos`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: i for i, character in enumerate(alphabet)}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(special))
+    if bos is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
     tokenizer.save(str(path))
     return path
 

@@ -253,9 +253,9 @@ def test_the_exported_template_refuses_what_it_would_write_otherwise(call, messa
 @pytest.mark.live
 def test_llama2s_tokenizer_as_transformers_saves_it(assets, real, tmp_path, live):
     shutil.copy(assets / "tokenizers" / "llama2.model", tmp_path / "tokenizer.model")
-    live.transformers.LlamaTokenizer.from_pretrained(tmp_path, legacy=True).save_pretrained(
-        tmp_path / "saved"
-    )
+    theirs = live.transformers.LlamaTokenizer
+    theirs = theirs.from_pretrained(tmp_path, legacy=True, add_bos_token=True)
+    theirs.save_pretrained(tmp_path / "saved")
     other = load_tokenizer(tmp_path / "saved" / "tokenizer.json")
     for template, talk in (("llama2", TALK), ("none", [TALK[3], TELL])):
         assert encode_example(other, template, talk) == encode_example(

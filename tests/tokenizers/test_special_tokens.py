@@ -4,10 +4,13 @@ Expected values: transformers 5.24.0 with tokenizers 0.23.3 on the same files, 2
 """
 
 import hashlib
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tokenizers
+from tokenizers.processors import Sequence
 from workdirs import run_prepare, write_rows
 
 from llamajax.data import load_tokenizer
@@ -16,6 +19,7 @@ from llamajax.tokenizers.chat import encode_chat
 from llamajax.tokenizers.tokenizer_export import export_tokenizer
 from llamajax.tokenizers.tokenizer_identity import (
     check_vocabulary,
+    load_recorded,
     matches_record,
     same_tokens,
     tokenizer_record,
@@ -86,7 +90,7 @@ def test_ends_of_a_text_in_every_form_and_from_every_writer(
     tokenizer.save(tmp_path / "copy")
     for read in (tokenizer, load_tokenizer(tmp_path / "copy"), export(tokenizer)):
         assert (read.bos_id, read.eos_id, read.stop_ids) == (bos, stops[0], stops)
-        assert bool(read.start_ids) == (bos is not None and form != "add_bos_token")
+        assert read.start_ids == []  # as no post-processor says so
         assert read.facts.model.pad_id == (261 if form == "generation" else None)
         assert read.warnings == ()
 
@@ -104,39 +108,64 @@ def test_a_model_file_follows_add_bos_token(name, assets, tmp_path, store, expor
     assert (exported.bos_id, exported.start_ids) == (both[0].bos_id, [])
 
 
-def test_a_tokenizer_json_decides_about_its_bos_itself(tmp_path, byte_level, store):
-    """transformers reads no add_bos_token beside a tokenizer.json that writes a BOS."""
+BYTES = tokenizers.processors.ByteLevel(trim_offsets=False)
+BOS = tokenizers.processors.TemplateProcessing(single="<|a|> $A", special_tokens=[("<|a|>", 258)])
+
+
+@pytest.mark.parametrize("reader", ["library", pytest.param("live", marks=pytest.mark.live)])
+@pytest.mark.parametrize("add", [None, False, True])
+@pytest.mark.parametrize("processor", [None, BYTES, BOS, [BYTES, BOS]])
+def test_a_tokenizer_json_decides_about_its_bos_itself(
+    processor, add, reader, tmp_path, byte_level, store, request
+):
+    """As in transformers, which goes by the post-processor and reads no add_bos_token beside it."""
     model = byte_level(SPECIALS)
-    model.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|a|> $A", special_tokens=[("<|a|>", 258)]
-    )
-    config = named(bos_token=A, eos_token=B, add_bos_token=False)
-    tokenizer = load_tokenizer(store(tmp_path, model, tokenizer_config=config))
-    assert tokenizer.start_ids == [258]
-    assert "add_bos_token: false; transformers ignores that" in tokenizer.warnings[0]
+    if processor is not None:
+        model.post_processor = processor if processor in (BYTES, BOS) else Sequence(processor)
+    config = named(bos_token="<|a|>", eos_token="<|b|>")
+    config |= {} if add is None else {"add_bos_token": add}
+    tokenizer = load_tokenizer(store(tmp_path / "hf", model, tokenizer_config=config))
+    adds = processor not in (None, BYTES)
+    assert tokenizer.start_ids == ([258] if adds else [])
+    assert len(tokenizer.warnings) == (add is not None and add != adds)
+    (tmp_path / "export").mkdir()
+    export_tokenizer(tokenizer, tmp_path / "export")
+    for folder in (tmp_path / "hf", tmp_path / "export"):
+        if reader == "library":
+            ids = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a b").ids
+        else:
+            theirs = request.getfixturevalue(reader).transformers.AutoTokenizer
+            ids = theirs.from_pretrained(folder).encode("a b")
+        assert ids == [*tokenizer.start_ids, *tokenizer.encode("a b")]
 
 
-@pytest.mark.parametrize("processor", [None, tokenizers.processors.ByteLevel(trim_offsets=False)])
-def test_an_export_of_a_run_begins_texts_as_its_data_do(processor, tmp_path, byte_level, store):
-    """transformers' AutoTokenizer goes by the post-processor; its ids, before and after."""
+@pytest.mark.parametrize("processor", [None, BYTES])
+def test_data_and_runs_of_before_go_on_with_the_bos_that_they_have(
+    processor, tmp_path, byte_level, store
+):
+    """Earlier versions began texts with it, whatever the post-processor said."""
     model = byte_level(SPECIALS)
     if processor is not None:
         model.post_processor = processor
-    store(tmp_path, model, tokenizer_config=named(bos_token=A, eos_token=B))
-    tokenizer = load_tokenizer(tmp_path)
-    for states_bos, ids in ((False, [64, 220, 65, 66]), (True, [258, 64, 220, 65, 258, 66])):
-        folder = tmp_path / str(states_bos)
-        folder.mkdir()
-        export_tokenizer(tokenizer, folder, states_bos=states_bos)
-        library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        assert library.encode("a b", "c").ids == ids
-        assert matches_record(load_tokenizer(folder), tokenizer_record(tokenizer))
+    folder = store(tmp_path / "data", model, tokenizer_config=named(bos_token=A, eos_token=B))
+    content = (folder / "tokenizer.json").read_bytes()
+    facts = json.dumps(["huggingface", 258, 259]).encode()
+    record = {"fingerprint": hashlib.sha256(facts + b"\n" + content).hexdigest(), "probe": ""}
+    assert load_recorded(folder, record, of=Path("7")).start_ids == [258]
+    store(folder, manifest={"tokenizer": {"file": "tokenizer.json", **record}})
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.start_ids == [258]
+    (tmp_path / "export").mkdir()
+    export_tokenizer(tokenizer, tmp_path / "export")
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "export" / "tokenizer.json"))
+    assert library.encode("a b", "c").ids == [258, 64, 220, 65, 258, 66]
+    assert matches_record(load_tokenizer(tmp_path / "export"), tokenizer_record(tokenizer))
 
 
 def test_one_token_at_both_ends_is_the_last_resort_and_named(tmp_path, byte_level, store):
     tokenizer = load_tokenizer(store(tmp_path, byte_level(["<|endoftext|>"])))
     assert tokenizer.bos_id == tokenizer.eos_id == 258
-    assert "<|endoftext|> begins and ends every text" in tokenizer.warnings[0]
+    assert "<|endoftext|> is BOS and EOS, for want of another" in tokenizer.warnings[0]
 
 
 @pytest.mark.parametrize("name", ["llama2", "llama3"])

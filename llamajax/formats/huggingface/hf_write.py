@@ -38,7 +38,7 @@ def export_hf(model: Any, config: ModelConfig, directory: Path, **options: Any) 
 
     To be called by all processes; process 0 writes. options: those of `write_hf`.
     """
-    return write_hf(ModelSource(model, config), config, directory, is_trained=True, **options)
+    return write_hf(ModelSource(model, config), config, directory, **options)
 
 
 def write_hf(
@@ -48,7 +48,6 @@ def write_hf(
     *,
     dtype: str,
     tokenizer: Tokenizer | None,
-    is_trained: bool = False,
     card: Callable[[], bytes] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -56,11 +55,10 @@ def write_hf(
 ) -> list[str]:
     """Write weights and tokenizer as a directory that stock transformers loads; return warnings.
 
-    dtype: of the files, bfloat16, float16 or float32. is_trained: by a run, so that transformers
-    shall begin texts as its data do. card: makes the model card, on process 0; an edited one stays.
-    progress: called with the bytes done and all bytes. The directory appears complete or not at
-    all. Raises UserError, on all processes, when it cannot be written, and for what does not fit: a
-    tokenizer with more tokens than the model, a value beyond float16.
+    dtype: of the files, bfloat16, float16 or float32. card: makes the model card, on process 0; an
+    edited one stays. progress: called with the bytes done and all bytes. The directory appears
+    complete or not at all. Raises UserError, on all processes, when it cannot be written, and for
+    what does not fit: a tokenizer with more tokens than the model, a value beyond float16.
     """
     check_vocabulary(tokenizer, model.vocab_size)
     check_tied_head(source, model)
@@ -77,9 +75,7 @@ def write_hf(
                 if tokenizer is not None:
                     from llamajax.tokenizers.tokenizer_export import export_tokenizer  # slow
 
-                    warnings += export_tokenizer(
-                        tokenizer, hidden, max_length=model.max_seq_len, states_bos=is_trained
-                    )
+                    warnings += export_tokenizer(tokenizer, hidden, max_length=model.max_seq_len)
                     ids = json.loads((hidden / GENERATION).read_text("utf-8"))
                 config = write_model_config(model, dtype=dtype, ids=ids)
                 write_json(hidden / "config.json", config)
