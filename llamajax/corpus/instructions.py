@@ -1,7 +1,8 @@
 """Read examples for finetuning: a prompt with its completion, or a conversation.
 
-Layouts of others: ShareGPT's `conversations` of `from` and `value`; Alpaca's `instruction`, `input`
-and `output` (the file of tatsu-lab/stanford_alpaca).
+Layouts of others: ShareGPT's `conversations` of `from` and `value`, with tools as LLaMA-Factory has
+them (its data/README.md and data/glaive_toolcall_en_demo.json); Alpaca's `instruction`, `input` and
+`output` (the file of tatsu-lab/stanford_alpaca).
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from llamajax.corpus.json_values import json_values
 from llamajax.corpus.prepare_options import PrepareOptions
 from llamajax.errors import UserError, listed
 from llamajax.tokenizers.chat import Message, parse_messages, problems_of_keys, problems_of_message
+from llamajax.tokenizers.chat_tools import from_json
 
 _READ = (".jsonl", ".parquet", ".arrow")
 # The keys by which each form of an example is recognized.
@@ -28,8 +30,7 @@ _KEYS = (
     "builtin_tools", "tool_calls", "functions", "function_call", "images", "audio",
 )  # fmt: skip
 # ShareGPT's names of the roles.
-_ROLES = {"human": "user", "gpt": "assistant"}
-_TOOL_TURNS = ("function_call", "observation")
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,6 +83,8 @@ class InstructionCorpus(Corpus):
 
 def parse_example(value: dict[str, Any], template: str) -> tuple[tuple[Message, ...], list[str]]:
     """Return the messages of a row's object, and all that is wrong with it."""
+    if "conversations" in value and "tools" in value:
+        value = value | {"tools": _definitions(value["tools"])}
     if wrong := problems_of_keys(value, template):
         return (), wrong
     if value.get("weight", 1) == 0:
@@ -113,11 +116,6 @@ def parse_example(value: dict[str, Any], template: str) -> tuple[tuple[Message, 
         return (), [f"{form[0]} is empty"]
     if isinstance(turns, list):
         turns = [*_system(value), *map(_message_of, turns)]
-        if any(turn.get("role") in _TOOL_TURNS for turn in turns if isinstance(turn, dict)):
-            return (), [
-                f"turns from {' and '.join(_TOOL_TURNS)} are not read: write them as messages in "
-                "OpenAI's form, a call as tool_calls of the assistant, its result as role tool"
-            ]
     return parse_messages(turns, template, last="assistant", example=value)
 
 
@@ -145,10 +143,23 @@ def _turn(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
+def _definitions(tools: Any) -> Any:
+    """Return definitions of tools in OpenAI's form, of those in LLaMA-Factory's; others as is."""
+    tools = from_json(tools)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        return tools
+    return [t if "function" in t else {"type": "function", "function": t} for t in tools]
+
+
 def _message_of(item: Any) -> Any:
-    """Return a message with role and content; what is not of ShareGPT's layout as it is."""
+    """Return a message in OpenAI's form; what is not of ShareGPT's layout as it is."""
     if not isinstance(item, dict) or "role" in item or not {"from", "value"} <= item.keys():
         return item
     rest = {key: value for key, value in item.items() if key not in ("from", "value")}
-    role = item["from"] if isinstance(item["from"], str) else repr(item["from"])
-    return {"role": _ROLES.get(role, role), "content": item["value"], **rest}
+    role, said = item["from"], item["value"]
+    if role == "function_call":
+        calls = from_json(said)
+        calls = calls if isinstance(calls, list) else [calls]
+        return {"role": "assistant", "tool_calls": [{"function": call} for call in calls], **rest}
+    role = role if isinstance(role, str) else repr(role)
+    return {"role": _ROLES.get(role, role), "content": said, **rest}

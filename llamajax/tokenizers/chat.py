@@ -256,8 +256,8 @@ def problems_of_message(item: Any, template: str, builtin: Sequence[str] = ()) -
     if not isinstance(item, Mapping):
         return [f"a {type(item).__name__}, not an object with role and content"]
     problems = problems_of_keys(item, template, known=("tool_calls", "tool_call_id"))
-    if template == TOOL_TEMPLATE and item.get("tool_calls"):
-        return problems + chat_tools.problems_of_call(item, builtin)
+    if item.get("tool_calls"):
+        return problems or chat_tools.problems_of_call(item, builtin)
     problems += [f"no key {key!r}" for key in ("role", "content") if key not in item]
     role, content = item.get("role", "user"), item.get("content", "")
     roles = (*ROLES, "tool") if template == TOOL_TEMPLATE else ROLES

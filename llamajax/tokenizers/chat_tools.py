@@ -48,7 +48,7 @@ class ToolOffer(NamedTuple):
 
 def parse_offer(example: Mapping[str, Any]) -> tuple[ToolOffer, list[str]]:
     """Return what `tools` and `builtin_tools` of an example offer, and what is wrong with them."""
-    tools, builtin = _value(example.get("tools") or ()), example.get("builtin_tools") or ()
+    tools, builtin = from_json(example.get("tools") or ()), example.get("builtin_tools") or ()
     problems = []
     if not isinstance(tools, list | tuple) or not all(isinstance(t, Mapping) for t in tools):
         problems.append("tools is no list of objects")
@@ -71,8 +71,8 @@ def problems_of_call(item: Mapping[str, Any], builtin: Sequence[str] = ()) -> li
         ]
     function = calls[0].get("function") if isinstance(calls[0], Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        return ["tool_calls[0] has no function with a name"]
-    arguments = _value(function.get("arguments"))
+        return ["its call has no function with a name"]
+    arguments = from_json(function.get("arguments"))
     if not isinstance(arguments, Mapping):
         return ["arguments of the call are no object, nor the JSON of one"]
     if function["name"] in builtin and not all(isinstance(v, str) for v in arguments.values()):
@@ -106,7 +106,7 @@ def _written(message: Mapping[str, Any], offer: ToolOffer) -> Message:
     if not message.get("tool_calls"):
         return Message(role, message["content"].strip(), weight)
     function = message["tool_calls"][0]["function"]
-    name, arguments = function["name"], _value(function["arguments"])
+    name, arguments = function["name"], from_json(function["arguments"])
     end = EOM if offer.builtin else ""
     if name in offer.builtin:
         given = ", ".join(f'{key}="{value}"' for key, value in arguments.items())
@@ -120,7 +120,7 @@ def _json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
-def _value(value: Any) -> Any:
+def from_json(value: Any) -> Any:
     """Return the value of a JSON text, as OpenAI gives arguments; anything else as it is."""
     try:
         return json.loads(value) if isinstance(value, str) else value

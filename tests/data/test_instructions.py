@@ -189,7 +189,7 @@ ASK, TELL = {"role": "user", "content": "q"}, {"role": "assistant", "content": "
 SYSTEM = {"role": "system", "content": "s"}
 SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 LAYOUTS = [
-    ({"conversations": SHAREGPT, "id": "x"}, [ASK, TELL]),
+    ({"conversations": SHAREGPT, "id": "x", "tools": "[]"}, [ASK, TELL]),
     ({"conversations": [{"from": "system", "value": "s"}, *SHAREGPT]}, [SYSTEM, ASK, TELL]),
     ({"conversations": SHAREGPT, "system": "s"}, [SYSTEM, ASK, TELL]),
     ({"conversations": [ASK, TELL], "system": ""}, [ASK, TELL]),
@@ -199,6 +199,34 @@ LAYOUTS = [
     ({"messages": [ASK, TELL], "prompt": "q", "prompt_id": "1"}, [ASK, TELL]),  # as UltraChat
     ({"messages": [ASK, TELL], "prompt": None, "completion": None}, [ASK, TELL]),
 ]  # fmt: skip
+
+
+# As in LLaMA-Factory's data/glaive_toolcall_en_demo.json.
+AREA = {"name": "area", "description": "of a shape", "parameters": {"type": "object"}}
+AREA_CALL = {"name": "area", "arguments": {"shape": "square", "sizes": [5, 5]}}
+TOOL_TURNS = [
+    SHAREGPT[0], {"from": "function_call", "value": json.dumps(AREA_CALL)},
+    {"from": "observation", "value": '{"area": 25}'}, SHAREGPT[1],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tools", [[AREA], [{"type": "function", "function": AREA}], []])
+def test_tools_of_sharegpt_are_those_of_openais_form(tools):
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": AREA_CALL}]}
+    result = {"role": "tool", "content": '{"area": 25}'}
+    theirs = {"conversations": TOOL_TURNS, "tools": json.dumps(tools), "system": "s"}
+    openai = {"messages": [SYSTEM, ASK, call, result, TELL]}
+    openai["tools"] = [{"type": "function", "function": AREA}] if tools else []
+    found = parse_example(theirs, "llama3.1")
+    assert found == parse_example(openai, "llama3.1")
+    assert found[1] == []
+    for wrong, problem in {
+        "{": "message 3: its call has no function with a name",
+        json.dumps([AREA_CALL] * 2): "message 3: tool_calls is no list of one call: llama3.1 has",
+    }.items():
+        turns = [TOOL_TURNS[0], TOOL_TURNS[1] | {"value": wrong}, *TOOL_TURNS[2:]]
+        _, (said,) = parse_example(theirs | {"conversations": turns}, "llama3.1")
+        assert said.startswith(problem)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "arrow"])
@@ -245,8 +273,9 @@ def test_bad_rows_of_columns_are_named_and_files_of_other_columns(tmp_path):
         ({"conversations": [{"from": "tool", "value": "q"}]}, ["message 1: role 'tool' is none"]),
         ({"conversations": [{"from": ["x"], "value": "q"}]}, [r"message 1: role .*x.* is none"]),
         ({"conversations": []}, ["conversations is empty"]),
-        ({"conversations": [*SHAREGPT, {"from": "observation", "value": "q"}]}, [
-            "turns from function_call and observation are not read: .* tool_calls .* role tool",
+        ({"conversations": TOOL_TURNS}, [
+            "message 2: 'tool_calls' is not supported: --chat_template=llama3.1 writes it",
+            "message 3: role 'tool' is none of .*; --chat_template=llama3.1 writes those of tools",
         ]),
         ({"conversations": [1]}, ["message 1: a int, not an object"]),
         ({"instruction": 1, "output": None}, ["instruction and output: not a string"]),

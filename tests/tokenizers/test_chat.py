@@ -210,7 +210,7 @@ ASKED, RESULT = {"role": "user", "content": "q"}, {"role": "tool", "content": "r
          "list of one call: llama3.1 has no parallel calls"),
         ([ASKED, CALL | {"content": "x"}], {}, "message 2: text beside a call"),
         ([CALL | {"role": "user"}], {}, "message 1: tool_calls in a message of role"),
-        ([ASKED, CALL | {"tool_calls": [{"function": {}}]}], {}, "message 2: tool_calls[0] has no"),
+        ([ASKED, CALL | {"tool_calls": [{"function": {}}]}], {}, "message 2: its call has no"),
         ([ASKED, CALL | {"tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}], {},
          "message 2: arguments of the call are no object"),
         ([ASKED, CALL | {"tool_calls": [{"function": {"name": "f", "arguments": {"n": 1}}}]}],
