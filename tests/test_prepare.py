@@ -380,7 +380,7 @@ def test_a_long_text_is_read_in_chunks_and_cut_where_that_changes_nothing(
         pyarrow.parquet.write_table(pyarrow.table({"text": [text, "b"]}), path)
     run(path, tmp_path / "one", tokenizer=tokenizer)
     for name, size in [("long_text.LONG_CHARS", 900), ("json_values.LONG_CHARS", 900),
-                       ("long_text.CHUNK", 7), ("columnar.CHUNK", 7),
+                       ("long_text.CHUNK", 7),
                        ("input_files.CHUNK", 7), ("tokenizing._PIECE_CHARS", 50)]:  # fmt: skip
         monkeypatch.setattr(f"llamajax.corpus.{name}", size)
     run(path, tmp_path / "many", tokenizer=tokenizer)

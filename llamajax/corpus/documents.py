@@ -4,12 +4,11 @@ import collections
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from llamajax.corpus import input_files, wikitext
-from llamajax.corpus.columnar import text_rows
+from llamajax.corpus.columnar import object_rows
 from llamajax.corpus.input_patterns import InputFile
 from llamajax.corpus.json_values import json_values
 from llamajax.corpus.long_text import LongText, document_of, split_at
@@ -182,11 +181,12 @@ class Corpus:
 
     def _texts(self, file: InputFile, raw: BinaryIO) -> Iterator[Any]:
         path, options, form = file.path, file.options, input_files.format_of(file.path)
-        stream = input_files.decompressed(path, raw)
+        stream, key = input_files.decompressed(path, raw), options.text_key
         if form in (".parquet", ".arrow"):
-            rows = text_rows(path, raw, stream, options.text_key)
+            wanted = f"{key!r}; name the right one with --text_key"
+            rows = _texts_of(object_rows(path, raw, stream, [key], wanted=wanted), key)
         elif form == ".jsonl":
-            rows = _json_texts(path, stream, options.text_key)
+            rows = _texts_of(json_values(path, stream, long_texts=True), key)
         elif form == ".txt" and options.clean == "none":
             chunks = self._watched(input_files.decoded_chunks(path, stream))
             rows = _documents_of(split_at(chunks, options.document_separator))
@@ -240,8 +240,9 @@ def warn_of_single_article(files: Sequence[InputFile], num_articles: int) -> Non
         )
 
 
-def _json_texts(file: Path, stream: Any, text_key: str) -> Iterator[Any]:
-    for place, value in json_values(file, stream, long_texts=True):
+def _texts_of(rows: Iterable[tuple[str, Any]], text_key: str) -> Iterator[Any]:
+    """Yield the text of each object, which comes with its place; a UserError for a bad one."""
+    for place, value in rows:
         try:
             is_bad = isinstance(value, UserError)
             yield value if is_bad else _text_of(input_files.checked_object(value), text_key)

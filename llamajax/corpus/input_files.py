@@ -1,5 +1,6 @@
 """Read documents from files: text, JSON, Parquet, Arrow, WikiText; plain, gzip or zstd."""
 
+import codecs
 import gzip
 import io
 import json
@@ -54,10 +55,10 @@ def read_text(file: Path) -> str:
 
 
 class _Decompressed(io.RawIOBase):
-    """A decompressed stream that raises UserError for a damaged file."""
+    """A decompressed stream that raises UserError for a damaged file, and for UTF-16."""
 
     def __init__(self, file: Path, stream: Any) -> None:
-        self._file = file
+        self._file, self._begins = file, True
         # GzipFile.read loses at damage all that it had decoded in that call.
         self._read = stream.read1 if isinstance(stream, gzip.GzipFile) else stream.read
 
@@ -78,38 +79,36 @@ class _Decompressed(io.RawIOBase):
                     f"{name.removesuffix('.zst')}"
                 ) from error
             raise UserError(f"{self._file}: truncated or damaged: {error}") from error
+        if self._begins and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            name = self._file.name
+            raise UserError(
+                f"{self._file}: is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {name} > utf8.txt"
+            )
+        self._begins = False
         buffer[: len(data)] = data
         return len(data)
 
 
-def decompressed(file: Path, raw: io.BufferedReader) -> io.RawIOBase:
+def decompressed(file: Path, raw: io.BufferedReader) -> io.BufferedReader:
     """Return the decompressed content of an open file. Reading it raises UserError for damage."""
-    name = file.name.lower()
+    name, stream = file.name.lower(), raw
     if problem := lfs_problem(raw.peek(100)):
         raise UserError(f"{file}: {problem}")
     if name.endswith(".gz"):
-        return _Decompressed(file, gzip.GzipFile(fileobj=raw))
-    if name.endswith(".zst"):
+        stream = gzip.GzipFile(fileobj=raw)
+    elif name.endswith(".zst"):
         import pyarrow as pa
 
-        return _Decompressed(file, pa.CompressedInputStream(raw, "zstd"))
-    return _Decompressed(file, raw)
+        stream = pa.CompressedInputStream(raw, "zstd")
+    return io.BufferedReader(_Decompressed(file, stream), CHUNK)
 
 
-class FileError(UserError):
-    """A mistake that concerns a whole file, and not a row of it."""
-
-
-def decode(file: Path, data: bytes, offset: int) -> str:
+def decode(place: Path | str, data: bytes, offset: int) -> str:
     """Decode UTF-8 at an offset of a decompressed file. Raises UserError that names the place."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        if not offset and data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise FileError(
-                f"{file}: is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {file.name} > utf8.txt"
-            ) from error
-        raise _not_utf8(file, data[error.start], offset + error.start) from error
+        raise _not_utf8(place, data[error.start], offset + error.start) from error
 
 
 def _decoded(file: Path, data: bytes, offset: int) -> Iterator[str | UserError]:
@@ -117,8 +116,6 @@ def _decoded(file: Path, data: bytes, offset: int) -> Iterator[str | UserError]:
     try:
         text = decode(file, data, offset)
         yield text if offset else text.removeprefix(_BOM)
-    except FileError:
-        raise
     except UserError:
         for part in _BAD_BYTES.split(data.decode("utf-8", "surrogateescape")):
             if _BAD_BYTES.match(part):
@@ -130,17 +127,17 @@ def _decoded(file: Path, data: bytes, offset: int) -> Iterator[str | UserError]:
                 offset += len(part.encode())
 
 
-def _not_utf8(file: Path, byte: int, offset: int) -> UserError:
+def _not_utf8(place: Path | str, byte: int, offset: int) -> UserError:
     return UserError(
-        f"{file}: not UTF-8: byte 0x{byte:02x} at offset {offset} (of the decompressed text); "
+        f"{place}: not UTF-8: byte 0x{byte:02x} at offset {offset} (of the decompressed text); "
         "convert the file to UTF-8"
     )
 
 
-def decoded_chunks(file: Path, stream: io.RawIOBase) -> Iterator[str | UserError]:
+def decoded_chunks(file: Path, stream: io.BufferedReader) -> Iterator[str | UserError]:
     """Yield a text in chunks of a bounded size, and a UserError for each run of bad bytes."""
     offset, rest = 0, b""
-    while data := stream.read(CHUNK):
+    while data := stream.read1(CHUNK):
         data = rest + data
         end = len(data)
         while end and end > len(data) - 4 and data[end - 1] & 0xC0 == 0x80:
@@ -151,55 +148,49 @@ def decoded_chunks(file: Path, stream: io.RawIOBase) -> Iterator[str | UserError
     yield from _decoded(file, rest, offset)
 
 
-def byte_lines(stream: io.RawIOBase | io.BufferedReader) -> Iterator[tuple[int, int, bytes]]:
-    """Yield number, offset and content of the lines that are more than white space.
+def byte_lines(stream: io.BufferedReader) -> Iterator[tuple[int, int, bytes]]:
+    """Yield number, offset and content of all lines, without a byte order mark.
 
-    Only a newline ends a line. A byte order mark is left out.
+    Only a newline ends a line.
     """
     offset = 0
-    is_buffered = isinstance(stream, io.BufferedReader)
-    for number, line in enumerate(stream if is_buffered else io.BufferedReader(stream, CHUNK), 1):
-        start, offset = offset, offset + len(line)
-        line = line if start else line.removeprefix(_BOM.encode())
-        if _VISIBLE.search(line) or line.decode("utf-8", "replace").strip():
-            yield number, start, line
-
-
-def lines_of(file: Path, stream: io.RawIOBase) -> Iterator[str | UserError]:
-    """Yield all lines with their ends; a UserError for one that is not UTF-8."""
-    offset = 0
-    for line in io.BufferedReader(stream, CHUNK):
-        try:
-            text = decode(file, line, offset)
-            yield text if offset else text.removeprefix(_BOM)
-        except FileError:
-            raise
-        except UserError as error:
-            yield error
+    for number, line in enumerate(stream, 1):
+        yield number, offset, line if offset else line.removeprefix(codecs.BOM_UTF8)
         offset += len(line)
 
 
-def numbered_lines(file: Path, stream: io.RawIOBase) -> Iterator[tuple[int, str]]:
+def is_blank(line: bytes) -> bool:
+    """Return whether a line is nothing but white space."""
+    return not _VISIBLE.search(line) and not line.decode("utf-8", "replace").strip()
+
+
+def lines_of(file: Path, stream: io.BufferedReader) -> Iterator[str | UserError]:
+    """Yield all lines with their ends; a UserError for one that is not UTF-8."""
+    for _, offset, line in byte_lines(stream):
+        try:
+            yield decode(file, line, offset)
+        except UserError as error:
+            yield error
+
+
+def numbered_lines(file: Path, stream: io.BufferedReader) -> Iterator[tuple[int, str]]:
     """Yield the lines that are more than white space, each with its number in the file."""
     for number, offset, line in byte_lines(stream):
-        yield number, decode(file, line, offset)
-
-
-def json_value(line: str) -> Any:
-    """Parse a line of JSON. Raises UserError without the place."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON: {error}") from error
+        if not is_blank(line):
+            yield number, decode(file, line, offset)
 
 
 def json_object(line: str) -> dict[str, Any]:
     """Parse a line that holds a JSON object. Raises UserError without the place."""
-    return checked_object(json_value(line))
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not valid JSON: {error}") from error
+    return checked_object(value)
 
 
 def checked_object(value: Any) -> dict[str, Any]:
-    """Return what a line holds. Raises UserError unless it is an object."""
+    """Return a value of JSON. Raises UserError unless it is an object."""
     if not isinstance(value, dict):
         raise UserError(f"of type {type(value).__name__}, not a JSON object")
     return value

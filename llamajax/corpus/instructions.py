@@ -66,7 +66,8 @@ class InstructionCorpus(Corpus):
         if input_files.format_of(file.path) == ".jsonl":
             rows = json_values(file.path, stream)
         else:
-            rows = object_rows(file.path, raw, stream, _KEYS)
+            rows = object_rows(file.path, raw, stream, _KEYS, wanted="column of an example")
+            rows = ((place, _without_nulls(value)) for place, value in rows)
         for place, value in rows:
             if isinstance(value, UserError):
                 yield value
@@ -132,6 +133,16 @@ def _parse_alpaca(value: dict[str, Any], template: str) -> tuple[tuple[Message, 
     asked = "\n\n".join(text for text in texts[:2] if text.strip())
     turns = [*_system(value), _turn("user", asked), _turn("assistant", texts[2])]
     return parse_messages(turns, template, last="assistant", example=value)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value without the keys whose value is null, at any depth.
+
+    A column has a null wherever other rows have a key.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _system(value: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Read the values of JSON files: one a line, or the items of an array that is the whole file."""
 
+import codecs
 import io
 import json
 import re
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llamajax.corpus import input_files
-from llamajax.corpus.long_text import CHUNK, LONG_CHARS, long_json
+from llamajax.corpus.long_text import LONG_CHARS, long_json
 from llamajax.errors import UserError
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -18,39 +19,39 @@ _LONGEST_TOKEN = 16
 
 
 def json_values(
-    file: Path, stream: io.RawIOBase, *, long_texts: bool = False
+    file: Path, stream: io.BufferedReader, *, long_texts: bool = False
 ) -> Iterator[tuple[str, Any]]:
     """Yield the place and value of each line or item, in bounded memory.
 
     A UserError stands for a line that cannot be read. long_texts: a LongText stands for a long
     string in a line. Raises UserError where the file cannot be read on.
     """
-    content = io.BufferedReader(stream, CHUNK)
     if ".json" in [suffix.lower() for suffix in file.suffixes[-2:]]:
-        start = content.peek(1).removeprefix(b"\xef\xbb\xbf").lstrip()
+        start = stream.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()
         if start.startswith(b"["):
-            yield from _array_items(file, content)
+            yield from _array_items(file, stream)
             return
         if start.startswith((b"{\n", b"{\r")):
             raise UserError(
                 f"{file}: one JSON object over several lines; what is read is an array of objects, "
                 "or an object on each line"
             )
-    for number, offset, line in input_files.byte_lines(content):
+    for number, offset, line in input_files.byte_lines(stream):
+        if input_files.is_blank(line):
+            continue
         place = f"{file}:{number}"
         try:
             if long_texts and len(line) > LONG_CHARS:
                 yield place, long_json(line, place)
             else:
-                yield place, input_files.json_value(input_files.decode(file, line, offset))
-        except input_files.FileError:
-            raise
+                yield place, json.loads(input_files.decode(place, line, offset))
         except UserError as error:
-            named = str(error).startswith(f"{file}:")
-            yield place, error if named else UserError(f"{place}: {error}")
+            yield place, error
+        except (ValueError, RecursionError) as error:
+            yield place, UserError(f"{place}: not valid JSON: {error}")
 
 
-def _array_items(file: Path, stream: io.RawIOBase) -> Iterator[tuple[str, Any]]:
+def _array_items(file: Path, stream: io.BufferedReader) -> Iterator[tuple[str, Any]]:
     """Yield the place and value of each item of an array, which is read in chunks."""
     chunks = input_files.decoded_chunks(file, stream)
     text, number, wanted, ended = "", 0, 0, False

@@ -229,7 +229,7 @@ DAMAGE = {
         s / "dataset_dict.json"
     ).write_text('{"splits": []}'),
     "state.json: lists no _data_files": lambda s: (s / "train/state.json").write_text("[]"),
-    r"no column 'body' \(it has text, messages": lambda s: None,
+    "has the columns text, messages, tools, but no 'body'": lambda s: None,
 }
 
 

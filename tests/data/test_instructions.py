@@ -260,7 +260,7 @@ def test_bad_rows_of_columns_are_named_and_files_of_other_columns(tmp_path):
     ):
         list(InstructionCorpus(inputs(path), prepare_options(chat_template="chatml")).check())
     pa.parquet.write_table(pa.table({"question": ["q"]}), path)
-    with refused("a.parquet: no column of an example (it has question)"):
+    with refused("a.parquet: has the columns question, but no column of an example"):
         list(InstructionCorpus(inputs(path), prepare_options()).check())
 
 

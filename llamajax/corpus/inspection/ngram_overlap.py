@@ -7,14 +7,9 @@ from typing import Any
 import numpy as np
 
 from llamajax.corpus.document_hashes import ngram_hashes
-from llamajax.corpus.input_files import (
-    decompressed,
-    format_of,
-    json_object,
-    numbered_lines,
-    read_text,
-)
+from llamajax.corpus.input_files import decompressed, format_of, read_text
 from llamajax.corpus.inspection.document_reader import DocumentRun
+from llamajax.corpus.json_values import json_values
 from llamajax.errors import UserError
 from llamajax.tokenizers import Tokenizer
 
@@ -136,9 +131,9 @@ class NgramOverlap:
 
 
 def _rows_of(file: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield the place and the texts of each row of a file: all strings of a JSON line, or one text.
+    """Yield the place and the texts of each row of a file: all strings of a JSON row, or one text.
 
-    Raises UserError for a file that cannot be read, or is neither text nor JSON lines.
+    Raises UserError for a file that cannot be read, or is neither text nor JSON.
     """
     if format_of(file) not in (".txt", ".jsonl"):
         raise UserError(f"--against={file}: name a .txt or .jsonl file (also .gz or .zst)")
@@ -147,11 +142,10 @@ def _rows_of(file: Path) -> Iterator[tuple[str, list[str]]]:
             yield str(file), [read_text(file)]
             return
         with file.open("rb") as raw:
-            for number, line in numbered_lines(file, decompressed(file, raw)):
-                try:
-                    yield f"{file}:{number}", list(_strings(json_object(line)))
-                except UserError as error:
-                    raise UserError(f"{file}:{number}: {error}") from error
+            for place, value in json_values(file, decompressed(file, raw)):
+                if isinstance(value, UserError):
+                    raise value
+                yield place, list(_strings(value))
     except OSError as error:
         raise UserError(f"--against={file}: cannot be read: {error.strerror or error}") from error
     except UserError as error:
