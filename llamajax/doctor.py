@@ -58,23 +58,19 @@ def main(argv: list[str]) -> int:
     from llamajax.conformance.probe_runner import ProbeRunner
     from llamajax.conformance.probe_table import chosen, verdict_on
 
-    live = doctor_output.LiveResults()
     begun = time.monotonic()
-    backend = flags.backend_config
-    runner = ProbeRunner(backend=backend, limit_s=flags.timeout_s, show=live.show, begin=live.begin)
+    backend, live = flags.backend_config, doctor_output.LiveResults()
+    runner = ProbeRunner(backend=backend, limit_s=flags.timeout_s, live=live)
     runner.run(chosen(flags.only))
-    total_s = time.monotonic() - begun
-    machine = runner.machine
-    num_devices = None if machine is None else machine["num_devices"]
+    total_s, machine = time.monotonic() - begun, runner.machine
     verdict = verdict_on(machine, runner.results, asked_for=backend.name)
     partial = flags.only is not None
-    for line in doctor_output.text_lines(
-        verdict, num_devices=num_devices, total_s=total_s, partial=partial
-    ):
-        print(line)
     attention = [] if machine is None else attention_rows(machine, verdict.repairs)
-    for line in attention_lines(attention):
-        print(line)
+    lines = [
+        *doctor_output.text_lines(verdict, machine=machine, total_s=total_s, partial=partial),
+        *attention_lines(attention),
+    ]
+    print("\n".join(lines))
     if machine is not None and not partial:
         try:
             print(f"kept for train and the other verbs: {write_verdict(verdict)}")
@@ -82,10 +78,10 @@ def main(argv: list[str]) -> int:
             say(f"warning: runs will not know of this verdict: {error}")
     if flags.json:
         facts = {"compiler_options": None, **runner.found, "attention": attention}
-        text = json.dumps(verdict.to_json() | facts, indent=1) + "\n"
+        text = json.dumps(dataclasses.asdict(verdict) | facts, indent=1) + "\n"
         write_file(Path(flags.json), text, label=f"--json={flags.json}")
     if flags.html:
-        text = doctor_output.to_html(verdict, machine=machine, total_s=total_s)
+        text = doctor_output.to_html(verdict, lines)
         write_file(Path(flags.html), text, label=f"--html={flags.html}")
     return int(verdict.verdict == NOT_READY)
 

@@ -18,7 +18,7 @@ _NAMES = {
         "memory_in_use", "memory_limit_bytes", "profile_lines", "program_bytes",
         "undonated_warnings",
     ),
-    "platforms": ("computes_attention", "platform_facts", "platform_of_attention"),
+    "platforms": ("platform_facts", "platform_of_attention"),
     "plugin": ("built_for",),
     "process_environment": (
         "child_environment", "exit_with_launcher", "keep_harness_from_forking", "last_alive_s",

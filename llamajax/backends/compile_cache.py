@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import os
 import platform as host
-import time
 from pathlib import Path
 
 import jax
@@ -31,7 +30,6 @@ _SUFFIX = ".program"
 _LEAST_COMPILE_S = 0.0
 _NO_HOME = "/dev/null/no home directory"  # nothing can be made there
 _MOST_BYTES = 10 * 2**30
-_KILLED_AFTER_S = 3600.0  # no write takes as long
 
 
 def cache_directory(name: str) -> Path:
@@ -88,25 +86,21 @@ def _default_folder() -> Path:
 class FileCache:
     """Programs as files of one folder, each with its digest; JAX wants `get`, `put` and `_path`.
 
-    The least recently used files beyond `most_bytes` are removed when the cache is opened.
+    The least recently used files beyond `most_bytes` are removed when the cache is opened; those
+    that killed processes left half written are among them.
     """
 
     def __init__(self, folder: Path, *, most_bytes: int = _MOST_BYTES):
         self._path = folder
         files = []
-        for path in folder.glob(f"*{_SUFFIX}"):
+        for path in folder.glob(f"*{_SUFFIX}*"):
             with contextlib.suppress(OSError):  # another process removed it
                 files.append((path.stat(), path))
-        total = sum(stat.st_size for stat, _ in files)
-        for path in folder.glob(f".*{_SUFFIX}.*.partial"):  # of processes that were killed
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _KILLED_AFTER_S:
-                    path.unlink()
-        for stat, path in sorted(files, key=lambda item: item[0].st_mtime):
-            if total <= most_bytes:
-                break
-            path.unlink(missing_ok=True)
-            total -= stat.st_size
+        total = 0
+        for stat, path in sorted(files, key=lambda item: -item[0].st_mtime):
+            total += stat.st_size
+            if total > most_bytes:
+                path.unlink(missing_ok=True)
 
     def get(self, key: str) -> bytes | None:
         """Return the value of a key; None where there is none, or a damaged one, then removed."""

@@ -31,11 +31,7 @@ def machine_profile(machine: Machine) -> dict[str, Any]:
     """Return everything that is known and was decided of the machine, as JSON takes it."""
     facts, device = platform_facts(machine.platform), find(machine.device_kind)
     first = jax.local_devices()[0]
-    verdict = read_verdict(
-        platform=machine.platform,
-        platform_version=machine.platform_version,
-        device_kind=machine.device_kind,
-    )
+    verdict = read_verdict(machine)
     return {
         "platform": machine.platform,
         "platform_version": machine.platform_version,

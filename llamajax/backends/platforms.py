@@ -193,11 +193,6 @@ def platform_of_attention(impl: str) -> str | None:
     return found[0].names[-1] if found else None
 
 
-def computes_attention(platform: str, impl: str) -> bool:
-    """Return whether an implementation is built for this platform."""
-    return impl in platform_facts(platform).attention_preferences
-
-
 def exact_options(platform: str) -> dict[str, int]:
     """Return compiler options that give the same bits however the result is sharded.
 

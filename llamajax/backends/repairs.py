@@ -57,7 +57,7 @@ class ProbeResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlatformVerdict:
-    """What the doctor says of one platform. `verdict` is READY or one of the two others."""
+    """What the doctor says of one platform: doctor.json. verdict: READY or one of the others."""
 
     platform: str
     platform_version: str
@@ -67,45 +67,28 @@ class PlatformVerdict:
     repairs: tuple[str, ...]
     probes: tuple[ProbeResult, ...]
 
-    def passed(self, name: str) -> bool | None:
-        """Return whether the probe of that name passed; None where it did not run."""
-        found = [probe for probe in self.probes if probe.name == name]
-        return found[0].status == "pass" if found else None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the object that doctor.json holds."""
-        return dataclasses.asdict(self)
-
-
-def verdict_path(*, platform: str, platform_version: str, device_kind: str) -> Path:
-    """Return the file of the verdict on a platform, under the JAX that is installed."""
-    key = json.dumps([platform, platform_version, device_kind, jax.__version__])
-    words = re.sub(r"[^a-z0-9]+", "-", f"{platform} {device_kind}".lower()).strip("-")
+def verdict_path(machine: Any) -> Path:
+    """Return the file of the verdict on a machine (or of a verdict), under the installed JAX."""
+    facts = [machine.platform, machine.platform_version, machine.device_kind]
+    key = json.dumps([*facts, jax.__version__])
+    words = re.sub(r"[^a-z0-9]+", "-", f"{facts[0]} {facts[2]}".lower()).strip("-")
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     return cache_directory("doctor") / f"{words}-{digest}" / "doctor.json"
 
 
 def write_verdict(verdict: PlatformVerdict) -> Path:
     """Write a verdict to where runs look for it. Returns the file. Raises OSError."""
-    path = verdict_path(
-        platform=verdict.platform,
-        platform_version=verdict.platform_version,
-        device_kind=verdict.device_kind,
-    )
+    path = verdict_path(verdict)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(verdict.to_json(), indent=1) + "\n")
+    write_file(path, json.dumps(dataclasses.asdict(verdict), indent=1) + "\n")
     return path
 
 
-def read_verdict(
-    *, platform: str, platform_version: str, device_kind: str
-) -> PlatformVerdict | None:
-    """Return the verdict on a platform; None where there is none, or only a damaged file."""
-    path = verdict_path(
-        platform=platform, platform_version=platform_version, device_kind=device_kind
-    )
+def read_verdict(machine: Any) -> PlatformVerdict | None:
+    """Return the verdict on a machine; None where there is none, or only a damaged file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(verdict_path(machine).read_text(encoding="utf-8"))
         found["probes"] = tuple(ProbeResult(**probe) for probe in found["probes"])
         found["repairs"] = tuple(str(name) for name in found["repairs"])
         fields = [field.name for field in dataclasses.fields(PlatformVerdict)]
@@ -114,7 +97,7 @@ def read_verdict(
         return None
 
 
-def choose_repairs(text: str, *, platform: str, verdict: PlatformVerdict | None) -> tuple[str, ...]:
+def choose_repairs(text: str, platform: str, verdict: PlatformVerdict | None) -> tuple[str, ...]:
     """Return the repairs that `backend.repairs` asks for on a platform, in the order of REPAIRS.
 
     Raises UserError for a name that is none, or for one that this release of JAX does not allow.

@@ -167,9 +167,13 @@ def _devices(config: BackendConfig) -> list[jax.Device]:
     return devices
 
 
+def platform_version(device: jax.Device) -> str:
+    """Return the version that a device's backend says of itself, on one line."""
+    return " ".join(str(device.client.platform_version).split())
+
+
 def _machine(devices: list[jax.Device]) -> Machine:
-    first = devices[0]
-    version = " ".join(str(first.client.platform_version).split())
+    first, version = devices[0], platform_version(devices[0])
     is_amd = first.platform == "gpu" and "rocm" in version.lower()
     return Machine(
         platform="rocm" if is_amd else first.platform,
@@ -185,14 +189,9 @@ def _machine(devices: list[jax.Device]) -> Machine:
 
 def _with_repairs(machine: Machine, config: BackendConfig, *, keep_programs: bool) -> Machine:
     """Make the repairs that were chosen for the machine, and keep its programs if asked to."""
-    platform = machine.platform
-    verdict = read_verdict(
-        platform=platform,
-        platform_version=machine.platform_version,
-        device_kind=machine.device_kind,
-    )
+    platform, verdict = machine.platform, read_verdict(machine)
     # All processes must run the same programs, whatever verdict their own caches hold.
-    own = choose_repairs(config.repairs, platform=platform, verdict=verdict)
+    own = choose_repairs(config.repairs, platform, verdict)
     repairs = tuple(broadcast_from_first(lambda: list(own)))
     apply_to_lowering(platform, repairs)
     is_known, force = platform_facts(platform).is_known_to_jax, COMPILE_CACHE in repairs

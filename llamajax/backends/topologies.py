@@ -13,7 +13,6 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -37,37 +36,17 @@ _HOST = (2, 2, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Devices to plan for. `entry` is theirs in the device table, None where they are unknown.
+    """Devices to plan for, and the machine that a run would get there.
 
-    devices_a_node: how many in a row fast links join, where JAX's devices do not tell.
+    entry: theirs in the device table, None where they are unknown. devices_a_node: how many in a
+    row fast links join, where JAX's devices do not tell.
     """
 
     text: str
-    platform: str  # "tpu", "gpu", "cpu" or a plugin's
-    device_kind: str
+    machine: runtime.Machine
     devices: tuple[Any, ...]
     entry: devices.Device | None
-    compute_capability: str | None
-    versions: dict[str, str]  # of what compiles for it, and the flags that change what it does
-    repairs: tuple[str, ...] = ()  # what is made up for in programs for it
     devices_a_node: int | None = None
-
-    def machine(self) -> runtime.Machine:
-        """Return the machine that a run would get there."""
-        return runtime.Machine(
-            platform=self.platform,
-            device_kind=self.device_kind,
-            num_devices=len(self.devices),
-            num_processes=_num_processes(self.devices),
-            process_id=0,
-            compute_capability=self.compute_capability,
-            versions=self.versions,
-            repairs=self.repairs,
-        )
-
-
-def _num_processes(devices: Sequence[Any]) -> int:
-    return len({device.process_index for device in devices})
 
 
 def absent_devices(text: str, backend: BackendConfig) -> Target:
@@ -104,26 +83,28 @@ def absent_devices(text: str, backend: BackendConfig) -> Target:
         packages.append("jax-cuda13-plugin")
     else:
         found = _of_plugin(text, kind, shape)
-    first = found[0]
-    verdict = read_verdict(
-        platform=first.platform,
-        platform_version=" ".join(str(first.client.platform_version).split()),
-        device_kind=first.device_kind,
-    )
-    repairs = choose_repairs(backend.repairs, platform=first.platform, verdict=verdict)
-    apply_to_lowering(first.platform, repairs)
-    return Target(
-        text=f"{count}*{kind}:{shape}" if count else f"{kind}:{shape}",
+    first, num_processes = found[0], len({device.process_index for device in found})
+    machine = runtime.Machine(
         platform=first.platform,
         device_kind=first.device_kind,
-        devices=tuple(found),
-        entry=devices.find(first.device_kind),
+        num_devices=len(found),
+        num_processes=num_processes,
+        process_id=0,
         compute_capability=_GPU[kind].capability if kind in GPUS else None,
+        # of what compiles for it, and the flags that change what it does
         versions={name: importlib.metadata.version(name) for name in packages}
         | {name: os.environ[name] for name in COMPILER_VARIABLES if os.environ.get(name)},
-        repairs=repairs,
+        platform_version=runtime.platform_version(first),
+    )
+    repairs = choose_repairs(backend.repairs, machine.platform, read_verdict(machine))
+    apply_to_lowering(machine.platform, repairs)
+    return Target(
+        text=f"{count}*{kind}:{shape}" if count else f"{kind}:{shape}",
+        machine=dataclasses.replace(machine, repairs=repairs),
+        devices=tuple(found),
+        entry=devices.find(machine.device_kind),
         # JAX gives all GPUs that are not here the same slice_index.
-        devices_a_node=len(found) // (count or _num_processes(found)) if kind in GPUS else None,
+        devices_a_node=len(found) // (count or num_processes) if kind in GPUS else None,
     )
 
 

@@ -5,7 +5,7 @@ import html
 import itertools
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from llamajax.backends import PlatformVerdict, ProbeResult
@@ -59,13 +59,16 @@ def _counts(verdict: PlatformVerdict) -> str:
 
 
 def text_lines(
-    verdict: PlatformVerdict, *, num_devices: int | None, total_s: float, partial: bool
+    verdict: PlatformVerdict, *, machine: dict[str, Any] | None, total_s: float, partial: bool
 ) -> Iterator[str]:
-    """Yield lines: platform, verdict, what did not pass, options. partial: probes were left out."""
-    if num_devices is None:
+    """Yield lines: platform, verdict, what did not pass, options.
+
+    machine: facts of `backends.Machine`; None: it did not start. partial: probes were left out.
+    """
+    if machine is None:
         yield f"platform: {verdict.platform}, which did not start"
     else:
-        yield f"platform: {verdict.platform}, {num_devices} x {verdict.device_kind}"
+        yield f"platform: {verdict.platform}, {machine['num_devices']} x {verdict.device_kind}"
     yield f"verdict: {verdict.verdict}{', as far as these probes go' * partial}"
     yield f"repairs: {', '.join(verdict.repairs) or 'none'}"
     yield f"probes: {_counts(verdict)}, in {total_s:.0f} s"
@@ -80,59 +83,36 @@ def text_lines(
 
 
 _STYLE = """
-h2 { margin-top: 28px; }
+pre { white-space: pre-wrap; }
 table.probes { background: var(--card); border-collapse: collapse; width: 100%; }
 table.probes td { border-top: 1px solid var(--rule); padding: 7px 14px; vertical-align: top; }
-.probes .name { white-space: nowrap; font-weight: 600; width: 15em; }
-.probes .word { white-space: nowrap; width: 7em; }
-.probes .number { width: 5em; color: var(--soft); white-space: nowrap; }
+.probes .name { white-space: nowrap; font-weight: 600; }
 .probes .why { color: var(--soft); font-size: 13px; }
 .pass { color: var(--green); } .fail { color: var(--red); font-weight: 600; }
 .unsupported { color: var(--soft); }"""
 
 
-def to_html(verdict: PlatformVerdict, *, machine: dict[str, Any] | None, total_s: float) -> str:
-    """Return the page; `machine` holds facts of `backends.Machine`, None where it did not start."""
-    body = "\n".join(_body(verdict, machine, total_s))
-    return static_page(f"{verdict.platform}: {verdict.verdict}", body, style=_STYLE)
+def to_html(verdict: PlatformVerdict, lines: Sequence[str]) -> str:
+    """Return the page: what the terminal shows, and every probe. lines: of the verdict."""
+    return static_page(
+        f"{verdict.platform}: {verdict.verdict}", "\n".join(_body(verdict, lines)), style=_STYLE
+    )
 
 
-def _body(
-    verdict: PlatformVerdict, machine: dict[str, Any] | None, total_s: float
-) -> Iterator[str]:
+def _body(verdict: PlatformVerdict, lines: Sequence[str]) -> Iterator[str]:
     kind = "bad" if verdict.verdict == NOT_READY else "good"
     name = html.escape(f"{verdict.platform}: {verdict.device_kind}")
+    version = html.escape(f"{verdict.platform_version or 'version unknown'}; jax {verdict.jax}")
+    text = html.escape("\n".join(lines))
     yield f'<header><h1>{name} <span class="pill {kind}">{verdict.verdict}</span></h1>'
-    yield f"<p>{html.escape(verdict.platform_version or 'version unknown')}</p></header>"
-    tiles = {
-        "devices": str(machine["num_devices"]) if machine else "none",
-        "probes": str(len(verdict.probes)),
-        "examined in": f"{total_s:.0f} s",
-        **(machine or {}).get("versions", {"jax": verdict.jax}),
-    }
-    yield '<div class="tiles">'
-    for label, value in tiles.items():
-        yield (
-            f'<div class="card tile"><div class="label">{html.escape(label)}</div>'
-            f'<div class="value">{html.escape(value)}</div></div>'
-        )
-    yield "</div>"
-    yield f"<p>Probes: {_counts(verdict)}. Repairs: {', '.join(verdict.repairs) or 'none'}.</p>"
-    if rows := consequences(verdict.probes):
-        yield "<h2>What did not pass, and what follows</h2>"
-        yield '<table class="probes">'
-        yield from (_row(result, text) for result, text in rows)
-        yield "</table>"
+    yield f"<p>{version}</p></header><pre>{text}</pre>"
     for group, results in itertools.groupby(verdict.probes, key=lambda r: probe(r.name).group):
         yield f'<h2>{html.escape(group)}</h2><table class="probes">'
-        yield from (_row(result, probe(result.name).why, timed=True) for result in results)
+        for result in results:
+            message, why = map(html.escape, (result.message, probe(result.name).why))
+            yield (
+                f'<tr><td class="name">{result.name}</td><td class="{result.status}">'
+                f"{result.status}</td><td>{result.time_s:.1f} s</td>"
+                f'<td>{message}<div class="why">{why}</div></td></tr>'
+            )
         yield "</table>"
-
-
-def _row(result: ProbeResult, why: str, *, timed: bool = False) -> str:
-    time = f'<td class="number">{result.time_s:.1f} s</td>' if timed else ""
-    return (
-        f'<tr><td class="name">{result.name}</td>'
-        f'<td class="word {result.status}">{result.status}</td>{time}'
-        f'<td>{html.escape(result.message)}<div class="why">{html.escape(why)}</div></td></tr>'
-    )

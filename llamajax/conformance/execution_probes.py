@@ -1,14 +1,11 @@
-"""Probes of execution: asynchronous calls, endurance, compile cache, profiler, kernels."""
+"""Probes of execution: asynchronous calls, endurance, compile cache, profiler, topology."""
 
-import contextlib
-import io
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as kernels
 from jax.experimental import topologies
 
 from llamajax.conformance.bench import Bench, UnsupportedError, WrongError
@@ -106,53 +103,6 @@ def profiler(bench: Bench) -> str:
     if not full:
         raise UnsupportedError("the profile has no event")
     return f"profile with {', '.join(full)}"
-
-
-def callbacks(bench: Bench) -> str:
-    """Call a Python function in the middle of a program."""
-    shape = jax.ShapeDtypeStruct((5,), jnp.float32)
-    called = jax.jit(lambda x: jax.pure_callback(lambda y: np.asarray(y) * 3, shape, x + 1) - 1)
-    x = np.arange(5, dtype=np.float32)
-    try:
-        found = np.asarray(called(bench.put(x)))
-    except ValueError as error:  # what JAX raises while lowering for a platform without any
-        raise UnsupportedError(str(error)) from None
-    if not np.array_equal(found, (x + 1) * 3 - 1):
-        raise WrongError(f"a callback gave {found.tolist()}")
-    return "pure_callback works"
-
-
-def debug_print(bench: Bench) -> str:
-    """Print with `jax.debug.print` inside a program."""
-
-    def printing(x: jax.Array) -> jax.Array:
-        jax.debug.print("seen {x}", x=x)
-        return x + 1
-
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        jax.block_until_ready(jax.jit(printing)(bench.put(np.int32(41))))
-        jax.effects_barrier()
-    if "seen 41" not in out.getvalue():
-        raise WrongError(f"41 was printed as {out.getvalue()!r}")
-    return "prints"
-
-
-def pallas(bench: Bench) -> str:
-    """Compile and run the smallest kernel."""
-
-    def kernel(x_ref, out_ref) -> None:
-        out_ref[...] = x_ref[...] * 2.0
-
-    x = np.random.RandomState(0).standard_normal((128, 128)).astype(np.float32)
-    doubled = kernels.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, jnp.float32))
-    try:
-        found = np.asarray(jax.jit(doubled)(bench.put(x)))
-    except ValueError as error:
-        raise UnsupportedError(str(error)) from None
-    if not np.array_equal(found, 2 * x):
-        raise WrongError("a kernel that doubles gives other values")
-    return "a kernel compiles and runs"
 
 
 def topology(bench: Bench) -> str:

@@ -47,10 +47,10 @@ def device(bench: Bench) -> str:
     first, count = bench.devices[0], len(bench.devices)
     kinds = sorted({memory.kind for memory in first.addressable_memories()})
     processes = f", {bench.machine.num_processes} processes" * (bench.machine.num_processes > 1)
-    version = " ".join(str(first.client.platform_version).split())
     return (
         f"platform {first.platform}, kind {first.device_kind}, {count} device{'s' * (count > 1)}"
-        f"{processes}; version {version or '(none)'}; memories {', '.join(kinds)}"
+        f"{processes}; version {bench.machine.platform_version or '(none)'}; memories "
+        f"{', '.join(kinds)}"
     )
 
 

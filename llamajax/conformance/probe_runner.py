@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llamajax.backends import ProbeResult, child_environment
 from llamajax.config.schema import BackendConfig
+from llamajax.conformance.doctor_output import LiveResults
 from llamajax.conformance.probe_table import NOT_TRIED, Probe, repairs_for
 from llamajax.errors import UserError
 from llamajax.processes.line_protocol import Connection
@@ -33,14 +34,13 @@ _START_S = 120.0
 class ProbeRunner:
     """Runs probes on a backend. machine: facts of backends.Machine, None until it came up.
 
-    limit_s: time of one probe. show is called with each result, begin with each probe's name.
-    found: what probes add to the doctor's JSON.
+    limit_s: time of one probe. live: shown which probe begins, and each result. found: what probes
+    add to the doctor's JSON.
     """
 
     backend: BackendConfig
     limit_s: float
-    show: Callable[[ProbeResult], None]
-    begin: Callable[[str], None]
+    live: LiveResults
     machine: dict[str, Any] | None = None
     results: list[ProbeResult] = dataclasses.field(default_factory=list)
     found: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -108,7 +108,7 @@ class ProbeRunner:
         """Read messages until the process ends, or until its time for one probe is over."""
         running: str | None = "start"
         begun = time.monotonic()
-        self.begin("start")
+        self.live.begin("start")
         while True:
             limit_s = max(self.limit_s, _START_S) if running == "start" else self.limit_s
             message = process.read(begun + limit_s - time.monotonic())
@@ -129,7 +129,7 @@ class ProbeRunner:
                     self._came_up(message["machine"], message["plugin"], spent_s)
             elif "begins" in message:
                 running = message["begins"]
-                self.begin(running)
+                self.live.begin(running)
             else:
                 self.found |= message["found"]
                 self._end(**message["result"])
@@ -159,7 +159,7 @@ class ProbeRunner:
     def _end(self, name: str, status: Any, message: str, time_s: float) -> None:
         result = ProbeResult(name=name, status=status, message=message, time_s=round(time_s, 3))
         self.results.append(result)
-        self.show(result)
+        self.live.show(result)
 
 
 def _batch(left: Sequence[Probe]) -> list[Probe]:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llamajax.backends import Machine, computes_attention, platform_facts, platform_of_attention
+from llamajax.backends import Machine, platform_facts, platform_of_attention
 from llamajax.backends.jax_private import cudnn
 from llamajax.errors import combine
 from llamajax.ops.attention_blocked import block_starts, blocked_attention
@@ -119,10 +119,11 @@ def check_supported(
             f"{impl} attention sees one device's tokens only, and mesh.sequence = {sequence_parts} "
             "splits them: use split"
         ]
-    facts = {}
-    if impl in FUSED:
-        needs = f"needs platform {platform_of_attention(impl)}, this is {platform}"
-        facts[needs] = computes_attention(platform, impl)
+    facts = {
+        f"needs platform {platform_of_attention(impl)}, this is {platform}": (
+            impl not in FUSED or impl in platform_facts(platform).fused_attention
+        )
+    }
     if impl == "cudnn":
         facts |= {
             f"needs bfloat16 or float16, not {dtype}": dtype in (jnp.bfloat16, jnp.float16),

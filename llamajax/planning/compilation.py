@@ -113,8 +113,8 @@ def abstract_step(config: RunConfig, target: Target) -> PlannedStep:
     """
     mesh = sharding.build_mesh(config.mesh, target.devices)
     check_mesh(config, mesh)
-    config = with_loss_chunk(config, target.platform, mesh.shape)
-    spec, machine = StateSpec.of(config, mesh), target.machine()
+    config = with_loss_chunk(config, target.machine.platform, mesh.shape)
+    spec, machine = StateSpec.of(config, mesh), target.machine
     attention = resolve_attention(config, machine, mesh)
     return PlannedStep(
         config=config,
@@ -168,7 +168,7 @@ def compiled_facts(step: PlannedStep, *, cache: Path | None) -> CompilerFacts:
 def compiled_facts_of(compiled: Any, step: PlannedStep, compile_s: float) -> CompilerFacts:
     """Return the facts of a compiled step; `step` says for which devices."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    temporary = temporary_bytes(memory, step.target.platform)
+    temporary = temporary_bytes(memory, step.target.machine.platform)
     return CompilerFacts(
         arguments_bytes=memory.argument_size_in_bytes,
         temporary_bytes=temporary,
@@ -248,7 +248,7 @@ def _waits(text: str, step: PlannedStep) -> Mapping[Hashable, float] | None:
     """
     entry, mesh, node = step.target.entry, step.mesh, node_of(step.target)
     speeds = entry and compute_seconds(step.config, mesh.shape, entry, step.attention.impl)
-    is_host = platform_facts(step.target.platform).is_host
+    is_host = platform_facts(step.target.machine.platform).is_host
     if not speeds or is_host or not is_in_launch_order(text):
         return None
 
@@ -276,7 +276,7 @@ def refusal(message: str, compile_s: float) -> CompilerFacts:
 
 
 def _fingerprint(digest: str, step: PlannedStep) -> str:
-    parts = [digest, step.target.text, step.target.versions, _FORMAT]
+    parts = [digest, step.target.text, step.target.machine.versions, _FORMAT]
     parts += [sorted(step.compiler_options.values.items()), step.target.entry]
     parts += [[device.id for device in step.mesh.devices.flat]]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]

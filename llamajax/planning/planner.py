@@ -117,7 +117,9 @@ def _plan(step: PlannedStep, *, cache: Path | None) -> Plan:
     """Compile one step and return its plan."""
     facts, state, target = compiled_facts(step, cache=cache), step.state, step.target
     gradients, peak, temporary = shard_bytes(state.trained), None, None
-    if not platform_facts(target.platform).is_host:  # temporary memory of a CPU predicts nothing
+    if not platform_facts(
+        target.machine.platform
+    ).is_host:  # temporary memory of a CPU predicts nothing
         peak, temporary = facts.needed_bytes, facts.temporary_bytes
     limit = facts.limit_bytes or (target.entry and target.entry.limit_bytes)
     return Plan(
@@ -171,8 +173,8 @@ def plan_notes(plan: Plan) -> list[str]:
     step, facts, target = plan.step, plan.facts, plan.step.target
     notes = []
     notes += [*step.attention.warnings(), *step.compiler_options.warnings()]
-    notes += float8_warnings(step.config, target.device_kind)
-    left_out = platform_facts(target.platform).deterministic_options
+    notes += float8_warnings(step.config, target.machine.device_kind)
+    left_out = platform_facts(target.machine.platform).deterministic_options
     if step.config.backend.deterministic and left_out:
         names = ", ".join(name for group in left_out for name in group)
         notes.append(
@@ -185,14 +187,15 @@ def plan_notes(plan: Plan) -> list[str]:
             f"products: the compiled program multiplies {words} than the formula, which has the "
             "recomputation of train.remat"
         )
-    if platform_facts(target.platform).is_host:
+    if platform_facts(target.machine.platform).is_host:
         notes.append("cpu: temporary memory of a CPU's program predicts no accelerator's; no peak")
         if step.config.train.activation_dtype == "bfloat16":
             notes.append("cpu: XLA moves float32 there where an accelerator moves bfloat16")
-    if not target.machine().donates:
+    if not target.machine.donates:
         notes.append(
-            f"donation: JAX gives {target.platform!r} none, so a step holds weights and optimizer "
-            "twice; run the doctor there, or see it repaired with backend.repairs = donation"
+            f"donation: JAX gives {target.machine.platform!r} none, so a step holds weights and "
+            "optimizer twice; run the doctor there, or see it repaired with backend.repairs = "
+            "donation"
         )
     crosses = any(row.slow_bytes for row in facts.traffic or ())
     if crosses and target.entry is not None and target.entry.slow_bytes_per_s is None:

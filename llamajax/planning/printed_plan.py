@@ -31,7 +31,7 @@ def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
         "config": config_file,
         "devices": plan.step.target.text,
         "num_devices": plan.step.mesh.size,
-        "device_kind": plan.step.target.device_kind,
+        "device_kind": plan.step.target.machine.device_kind,
         "mesh": dict(plan.step.mesh.shape),
         "remat": config.train.remat,
         "accumulation_steps": config.train.accumulation_steps,
@@ -68,7 +68,7 @@ def to_json(plan: Plan, *, config_file: str) -> dict[str, Any]:
         "program": facts.digest,
         "compile_s": facts.compile_s,
         "cached": facts.cached,
-        "versions": plan.step.target.versions,
+        "versions": plan.step.target.machine.versions,
         "notes": plan_notes(plan),
         "stages": [
             {"first_step": first_step} | to_json(each, config_file=config_file)
@@ -89,7 +89,7 @@ def text_lines(plan: Plan) -> Iterator[str]:
     tokens = c.data.global_batch_size * c.data.seq_len
     yield (
         f"{c.model.name or 'custom model'}, {format_count(num_parameters(c.model))} parameters, on "
-        f"{target.text} ({target.device_kind}): {sharding.describe(step.mesh)}"
+        f"{target.text} ({target.machine.device_kind}): {sharding.describe(step.mesh)}"
     )
     yield (
         f"{c.data.global_batch_size} x {c.data.seq_len} = {format_count(tokens)} tokens a step, "
@@ -177,7 +177,7 @@ def _traffic(plan: Plan) -> Iterator[str]:
         return
     yield ""
     yield "what a device sends in a step"
-    slow_link = platform_facts(plan.step.target.platform).slow_link
+    slow_link = platform_facts(plan.step.target.machine.platform).slow_link
     for row in traffic:
         if row.sent_bytes >= 1e-3 * traffic[0].sent_bytes:
             slow = f"  {_gib(row.slow_bytes)} of it {slow_link}" if row.slow_bytes else ""

@@ -150,19 +150,10 @@ def measure(busy: Busy, *, num_steps: int, data_wait_s: float) -> dict[str, Any]
 
 def predicted(setup: Setup, update: Any) -> Prediction | None:
     """Return what a plan for the devices that are here predicts; None where they are unknown."""
-    machine = setup.machine
-    target = Target(
-        text="these devices",
-        platform=machine.platform,
-        device_kind=machine.device_kind,
-        devices=tuple(jax.devices()),
-        entry=find(machine.device_kind),
-        compute_capability=machine.compute_capability,
-        versions={},
-        repairs=machine.repairs,
-    )
-    if target.entry is None:
+    entry = find(setup.machine.device_kind)
+    if entry is None:
         return None
+    target = Target("these devices", setup.machine, tuple(jax.devices()), entry)
     step = abstract_step(setup.config, target)
     return predict_step(step, compiled_facts_of(update, step, 0.0))
 

@@ -57,7 +57,7 @@ def search(config: RunConfig, target: Target, *, cache: Path | None, wanted: int
     if target.entry is None or target.entry.peak(config.train.dtype) is None:
         raise UserError(
             f"--search ranks by predicted speed, and the {config.train.dtype} peak of "
-            f"{target.device_kind!r} is not in the device table: plan without --search"
+            f"{target.machine.device_kind!r} is not in the device table: plan without --search"
         )
     nodes = set(map(node_of(target), target.devices))
     if target.entry.slow_bytes_per_s is None and len(nodes) > 1:
@@ -124,9 +124,9 @@ def _estimated(config: RunConfig, target: Target) -> Iterator[Candidate]:
         for variant in _variants(config, sizes):
             try:
                 checked = from_json_dict(to_json_dict(variant))
-                checked = with_loss_chunk(checked, target.platform, sizes)
+                checked = with_loss_chunk(checked, target.machine.platform, sizes)
                 check_mesh(checked, mesh)
-                attention = resolve_attention(checked, target.machine(), mesh).impl
+                attention = resolve_attention(checked, target.machine, mesh).impl
             except UserError:
                 continue
             links_s = {
@@ -155,9 +155,8 @@ def _waits(
     """
     if sizes["tensor"] == 1 or None in links_s.values():
         return None
-    return (
-        sum(links_s.values()) if platform_facts(target.platform).one_collective_at_a_time else None
-    )
+    facts = platform_facts(target.machine.platform)
+    return sum(links_s.values()) if facts.one_collective_at_a_time else None
 
 
 def _variants(config: RunConfig, sizes: dict[str, int]) -> Iterator[RunConfig]:

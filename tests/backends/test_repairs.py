@@ -16,9 +16,10 @@ from llamajax.backends.repairs import (
     write_verdict,
 )
 
-NPU = {"platform": "npu", "platform_version": "1.0", "device_kind": "Test NPU"}
 FOUND = PlatformVerdict(
-    **NPU,
+    platform="npu",
+    platform_version="1.0",
+    device_kind="Test NPU",
     jax="0.10.2",
     verdict=repairs.READY_WITH_REPAIRS,
     repairs=("compile_cache", "donation"),
@@ -37,16 +38,15 @@ def cache(tmp_path, monkeypatch):
 
 
 def chosen(text, *, platform="npu", verdict=None):
-    return repairs.choose_repairs(text, platform=platform, verdict=verdict)
+    return repairs.choose_repairs(text, platform, verdict)
 
 
 def test_a_verdict_is_read_as_it_was_written():
-    assert read_verdict(**NPU) is None
+    assert read_verdict(FOUND) is None
     path = write_verdict(FOUND)
-    assert path == verdict_path(**NPU)
-    assert read_verdict(**NPU) == FOUND
+    assert path == verdict_path(FOUND)
+    assert read_verdict(FOUND) == FOUND
     assert [file.name for file in path.parent.iterdir()] == ["doctor.json"]
-    assert [FOUND.passed(name) for name in ("matmul", "donation", "x")] == [True, False, None]
     found = json.loads(path.read_text())  # what the public surface names
     assert {"platform", "device_kind", "verdict", "repairs", "probes"} <= set(found)
     assert set(found["probes"][0]) == {"name", "status", "message", "time_s"}
@@ -55,15 +55,15 @@ def test_a_verdict_is_read_as_it_was_written():
 def test_another_version_kind_or_release_of_jax_was_not_examined(monkeypatch):
     write_verdict(FOUND)
     for change in ({"platform_version": "1.1"}, {"device_kind": "Test NPU 2"}):
-        assert read_verdict(**NPU | change) is None
+        assert read_verdict(dataclasses.replace(FOUND, **change)) is None
     monkeypatch.setattr(repairs.jax, "__version__", "0.99.0")
-    assert read_verdict(**NPU) is None
+    assert read_verdict(FOUND) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"probes": []}', '{"probes": [{"name": "x"}]}'])
 def test_a_damaged_file_is_no_verdict(text):
     write_verdict(FOUND).write_text(text)
-    assert read_verdict(**NPU) is None
+    assert read_verdict(FOUND) is None
 
 
 def test_auto_makes_the_repairs_that_the_doctor_saw_work():

@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 from shell import shell
@@ -133,6 +134,4 @@ def test_the_test_npu_is_ready_with_repairs_that_runs_then_make(doctor, npu, tmp
     assert "100% of the state aliased" in results["train_float32"][1]
     assert "; plugin built for jax 0.11.2 (StableHLO 1.20, " in results["start"][1]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    facts = {key: found[key] for key in ("platform", "platform_version", "device_kind")}
-    kept = read_verdict(**facts)
-    assert kept.repairs == ("donation", "compile_cache")
+    assert read_verdict(SimpleNamespace(**found)).repairs == ("donation", "compile_cache")

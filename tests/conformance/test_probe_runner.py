@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -26,8 +27,7 @@ def results(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
     def run(*probes, backend=CPU, limit_s=60.0):
-        options = {"show": lambda _: None, "begin": lambda _: None}
-        runner = ProbeRunner(backend=backend, limit_s=limit_s, **options)
+        runner = ProbeRunner(backend=backend, limit_s=limit_s, live=mock.Mock())
         runner.run(probes)
         return {r.name: (r.status, r.message) for r in runner.results}
 

@@ -12,7 +12,12 @@ from refusal import refused
 
 from llamajax.backends import ProbeResult, compiler_options
 from llamajax.backends.platforms import platform_facts
-from llamajax.conformance import arithmetic_probes, collective_probes, machine_probes
+from llamajax.conformance import (
+    arithmetic_probes,
+    collective_probes,
+    machine_probes,
+    operation_probes,
+)
 from llamajax.conformance.bench import Bench, WrongError, compare
 from llamajax.conformance.probe_table import PROBES, START, chosen, verdict_on
 from llamajax.ops import references
@@ -22,7 +27,19 @@ from llamajax.sharding import AXES
 
 @pytest.fixture
 def bench(tmp_path):
-    return Bench(devices=jax.devices(), machine=SimpleNamespace(platform="cpu"), folder=tmp_path)
+    preferences = platform_facts("cpu").attention_preferences
+    machine = SimpleNamespace(
+        platform="cpu", compute_capability=None, attention_preferences=preferences
+    )
+    return Bench(devices=jax.devices(), machine=machine, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",  # test_attention.py has the others
+    [p.name for p in PROBES if p.group == "operations" and "attention" not in p.name],
+)
+def test_our_operations_are_those_of_float64_numpy(bench, name):
+    getattr(operation_probes, name)(bench)
 
 
 @pytest.mark.parametrize(

@@ -159,10 +159,12 @@ def test_all_stages_of_a_run_are_planned_and_must_fit(cache, config, known_devic
 def test_8_bits_on_a_device_without_such_products_are_noted(planned, cache, config, kind):
     made = make_plan(config, absent_devices("cpu:8", config.backend), cache=cache)
     train = dataclasses.replace(config.train, dtype="float8")
+    target = made.step.target
+    machine = dataclasses.replace(target.machine, device_kind=kind)
     step = dataclasses.replace(
         made.step,
         config=dataclasses.replace(config, train=train),
-        target=dataclasses.replace(made.step.target, device_kind=kind),
+        target=dataclasses.replace(target, machine=machine),
     )
     notes = planner.plan_notes(dataclasses.replace(made, step=step))
     assert any("not known to multiply in 8 bits" in note for note in notes) == ("A100" in kind)
