@@ -55,20 +55,9 @@ def absent_devices(text: str, backend: BackendConfig) -> Target:
     backend: names a plugin's library, if any. Raises UserError for a kind or shape that nothing
     here can compile for, naming the nearest kind or what is to be installed.
     """
-    kind, colon, shape = (part.strip() for part in text.partition(":"))
-    example = "write KIND:SHAPE, for example v5p:4x4x4, 2*v5p:4x4x4, h200:64, h100:8x8 or cpu:8"
-    if not (kind and colon and shape):
-        raise UserError(f"--devices={text}: {example}")
-    count, kind = _count(text, kind, shape)
-    is_plugin = kind.lower() not in (*TPUS, *GPUS, "cpu")
-    if not is_plugin:
-        kind, shape = kind.lower(), shape.lower()
-    sizes = [int(n) for n in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
-    if not is_plugin and (not sizes or 0 in sizes):
-        raise UserError(f"--devices={text}: {shape!r} is not a shape; {example}")
-    if kind == "cpu" and len(sizes) != 1:
-        raise UserError(f"--devices={text}: cpu takes one number, for example cpu:8")
+    count, kind, shape, sizes = _parse(text)
     devices.use_device_table(backend.device_table)
+    is_plugin = kind not in (*TPUS, *GPUS, "cpu")
     if is_plugin and not (backend.plugin and backend.name == kind):
         backend = BackendConfig(repairs=backend.repairs)
     _start_host(backend, num_cpu_devices=sizes[0] if kind == "cpu" else 1)
@@ -108,22 +97,28 @@ def absent_devices(text: str, backend: BackendConfig) -> Target:
     )
 
 
-def _count(text: str, kind: str, shape: str) -> tuple[int | None, str]:
-    """Return the number before `*`, if any, and the kind behind it."""
-    number, star, rest = (part.strip() for part in kind.partition("*"))
-    if not star:
-        return None, kind
-    if rest.lower() not in (*TPUS, *GPUS):
+def _parse(text: str) -> tuple[int | None, str, str, list[int]]:
+    """Return the number before `*`, the kind, the shape, and its sizes (none of a plugin's)."""
+    example = "write KIND:SHAPE, for example v5p:4x4x4, 2*v5p:4x4x4, h200:64, h100:8x8 or cpu:8"
+    parts = re.fullmatch(r"(?:([1-9]\d*)\*)?([^:*]+):(.+)", text.replace(" ", ""))
+    if not parts:
+        raise UserError(f"--devices={text}: {example}")
+    count, kind, shape = parts[1] and int(parts[1]), parts[2], parts[3]
+    known = kind.lower()
+    if count and known not in (*TPUS, *GPUS):
         raise UserError(
-            f"--devices={text}: N* counts slices of TPUs or NVLink domains of GPUs, and {rest!r} "
-            f"is neither ({', '.join((*TPUS, *GPUS))}); write {rest}:{shape}"
+            f"--devices={text}: N* counts slices of TPUs or NVLink domains of GPUs "
+            f"({', '.join((*TPUS, *GPUS))}); write {kind}:{shape}"
         )
-    if not re.fullmatch(r"[1-9]\d*", number):
-        raise UserError(
-            f"--devices={text}: {number!r} is not a number of slices or domains; write for example "
-            f"2*{rest}:{shape}"
-        )
-    return int(number), rest
+    if known not in (*TPUS, *GPUS, "cpu"):
+        return count, kind, shape, []
+    shape = shape.lower()
+    sizes = [int(n) for n in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
+    if not sizes or 0 in sizes:
+        raise UserError(f"--devices={text}: {shape!r} is not a shape; {example}")
+    if known == "cpu" and len(sizes) != 1:
+        raise UserError(f"--devices={text}: cpu takes one number, for example cpu:8")
+    return count, known, shape, sizes
 
 
 def _start_host(backend: BackendConfig, *, num_cpu_devices: int) -> None:

@@ -19,8 +19,9 @@ HAS_CUDA = bool(PLUGINS and importlib.util.find_spec("jax_plugins.xla_cuda13"))
 
 def test_cpu_devices_are_virtual_ones():
     target = absent_devices("cpu:4", BackendConfig())
-    assert (len(target.devices), target.platform, target.entry) == (4, "cpu", None)
-    assert target.machine().num_devices == 4
+    machine = target.machine
+    assert (len(target.devices), machine.platform, target.entry) == (4, "cpu", None)
+    assert machine.num_devices == 4
 
 
 @pytest.mark.parametrize(
@@ -40,8 +41,7 @@ def test_cpu_devices_are_virtual_ones():
         ("v5e:3x3", "hosts of 2x2"),
         ("2*cpu:4", "write cpu:4"),
         ("2*npu:4", "write npu:4"),
-        ("0*v5p:2x2x2", "write for example 2*v5p:2x2x2"),
-        ("two*h100:8", "write for example 2*h100:8"),
+        ("two*h100:8", "2*v5p:4x4x4, h200:64"),
     ],
 )
 def test_a_kind_or_shape_that_is_none_is_named(text, words):

@@ -200,7 +200,7 @@ def test_a_run_on_h200s_lowers_the_program_that_is_planned_for_them(short_config
     fused = {"model__head_size": 16, "train__dtype": "bfloat16", "train__attention": "auto"}
     config = short_config(**fused)
     target = absent_devices("h200:8", config.backend)
-    monkeypatch.setattr(setup.backends, "start", lambda *_, **__: target.machine())
+    monkeypatch.setattr(setup.backends, "start", lambda *_, **__: target.machine)
     monkeypatch.setattr(jax, "devices", lambda: list(target.devices))
     monkeypatch.setattr(CompilerOptions, "compile", lambda options, lowered: (options, lowered))
     found = setup.set_up(config)
