@@ -79,6 +79,7 @@ def main(argv: list[str]) -> int:
     flags = parse_command_line(argv, ConvertFlags, verb="convert", doc=__doc__)
     # JAX takes seconds to import: --help and mistakes are answered without it.
     from llamajax import backends
+    from llamajax.formats.foreign_weights import Export
     from llamajax.formats.gguf.gguf_write import write_gguf
     from llamajax.formats.huggingface.hf_write import write_hf
     from llamajax.formats.weights import last_checkpoints, open_weights
@@ -100,15 +101,15 @@ def main(argv: list[str]) -> int:
     source = _tensors(averaged, ema=flags.average == "ema")
     _note_rounding(source, flags.dtype)
     progress = BytesProgress()
-    options = {"dtype": flags.dtype, "tokenizer": tokenizer}
-    options["progress"] = functools.partial(progress, "weights")
+    options = {"dtype": flags.dtype, "progress": functools.partial(progress, "weights")}
+    card = functools.partial(_card, flags, weights)
+    export = Export(source=source, model=weights.model, tokenizer=tokenizer, card=card)
     with contextlib.closing(progress):
         if flags.format == "gguf":
-            warnings = write_gguf(source, weights.model, target, **options)
+            warnings = write_gguf(export, target, **options)
         else:
             options |= {"max_shard_bytes": flags.max_shard_bytes, "overwrite": flags.overwrite}
-            options["card"] = functools.partial(_card, flags, weights)
-            warnings = write_hf(source, weights.model, target, **options)
+            warnings = write_hf(export, target, **options)
     for line in warnings:
         say(f"warning: {line}")
     print(

@@ -7,13 +7,14 @@ system is atomic, so a reader and a killed process see the old content or the ne
 import contextlib
 import fcntl
 import glob
+import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from llamajax.errors import UserError
 
@@ -162,6 +163,17 @@ def free_name(path: Path) -> Path:
     """Return `path`, or the first of `path.2`, `path.3`, ... that does not exist."""
     names = (path.name, *(f"{path.name}.{n}" for n in range(2, 1000)))
     return next(path.with_name(name) for name in names if not os.path.lexists(path.parent / name))
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. UserError where there is none that can be read."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} is not readable as JSON ({error}); write it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds a {type(found).__name__}, not an object; write it again")
+    return found
 
 
 def lfs_problem(start: bytes) -> str | None:

@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 import warm
 import yaml
-from llamas import BASE, edit_config, random_model
+from llamas import BASE, edit_config, export_hf, random_model
 from meshes import mesh_of
 from refusal import refused
 from small_tokenizers import small_ranks, small_sentencepiece
@@ -23,7 +23,6 @@ from workdirs import save_checkpoint
 
 from llamajax import convert
 from llamajax.data import load_tokenizer
-from llamajax.formats.huggingface.hf_write import export_hf
 from llamajax.formats.huggingface.model_card import CARD, hub_name
 from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
@@ -41,7 +40,7 @@ def source(tmp_path_factory) -> Path:
     """A Hugging Face directory of float32 weights with the byte tokenizer."""
     path = tmp_path_factory.mktemp("hf") / "model"
     tokenizer = load_tokenizer("byte")
-    export_hf(MODEL, CONFIG, path, dtype="float32", tokenizer=tokenizer)
+    export_hf(MODEL, CONFIG, path, tokenizer=tokenizer)
     return path
 
 
@@ -123,7 +122,7 @@ def test_a_tokenizer_goes_along_and_others_read_it_alike(
         path = source / "tokenizer.json"
     config = dataclasses.replace(BASE, vocab_size=size)
     tokenizer = load_tokenizer(path)
-    export_hf(random_model(config), config, tmp_path / "hf", dtype="float32", tokenizer=tokenizer)
+    export_hf(random_model(config), config, tmp_path / "hf", tokenizer=tokenizer)
     theirs = request.getfixturevalue(reader)(tmp_path / "hf")
     again = load_tokenizer(open_weights(tmp_path / "hf").tokenizer)
     assert (again.bos_id, again.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
@@ -240,7 +239,7 @@ def assert_refused(tmp_path: Path, flags: list[str], *words: str) -> None:
 def test_a_tokenizer_of_another_model_is_refused(source, tmp_path):
     small = tmp_path / "small"
     config = dataclasses.replace(BASE, vocab_size=200)
-    export_hf(random_model(config), config, small, dtype="float32", tokenizer=None)
+    export_hf(random_model(config), config, small)
     shutil.copyfile(source / "tokenizer.json", small / "tokenizer.json")
     flags = [f"--from={small}", f"--to={tmp_path / 'x'}"]
     assert_refused(tmp_path, flags, "258 tokens", "200")
@@ -265,7 +264,7 @@ def test_targets_that_cannot_be_written_are_refused(source, tmp_path):
 
 def test_values_beyond_float16_are_refused(tmp_path):
     large = jax.tree.map(lambda x: x * np.float32(1e7), MODEL)
-    export_hf(large, CONFIG, tmp_path / "large", dtype="float32", tokenizer=None)
+    export_hf(large, CONFIG, tmp_path / "large")
     flags = [f"--from={tmp_path / 'large'}", f"--to={tmp_path / 'x'}", "--dtype=float16"]
     assert_refused(tmp_path, flags, "65504")
 

@@ -28,7 +28,6 @@ from llamajax.data.shards import token_dtype
 from llamajax.errors import UserError, combine, say
 from llamajax.files import lfs_problem
 from llamajax.tokenizers import Tokenizer
-from llamajax.tokenizers.token_bytes import token_bytes
 
 _CHUNK = 1 << 22  # tokens that are held at a time
 _SAMPLE = 1 << 20  # tokens that show the width of one
@@ -218,7 +217,7 @@ class TokenCorpus:
 
     def split(self, holdout: Holdout) -> Iterator[TokenizedDocuments]:
         """Yield all tokens, divided into splits; a document that is cut is cut at any token."""
-        sizes = token_bytes(self._tokenizer, range(self._tokenizer.vocab_size))
+        sizes = self._tokenizer.token_bytes(range(self._tokenizer.vocab_size))
         first = self._tokenizer.encode("a")
         prefix = sizes[first].sum() - 1  # a space that SentencePiece puts before texts
         held, goes_on, seen, done, cut_at = holdout.held(), np.zeros(0, bool), 0, 0, -1

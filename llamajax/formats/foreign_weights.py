@@ -1,4 +1,4 @@
-"""What readers of foreign weights share: the interface, the architecture, and rows in Meta's order.
+"""What readers and writers of foreign weights share: the interface and the architecture.
 
 Each format has one class that yields tensors by their Hugging Face names and in Hugging Face's
 layout. What these mean for our model is in `hf_names.py`; how tensors reach the shards of a mesh is
@@ -6,7 +6,7 @@ in `hf_read.py`.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from llamajax.config import build_model
 from llamajax.config.presets import PRESETS
 from llamajax.config.schema import ModelConfig
 from llamajax.errors import UserError, combine, say
+from llamajax.tokenizers import Tokenizer
 
 # transformers' own default where a config.json states none; imported weights never use it.
 _INIT_STD = 0.02
@@ -61,6 +62,19 @@ class ForeignWeights:
     model: ModelConfig
     tokenizer: Path | None
     source: TensorSource
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """What is written in a foreign format: tensors, their architecture, and what goes along.
+
+    card: makes the model card of a Hugging Face directory.
+    """
+
+    model: ModelConfig
+    source: TensorSource
+    tokenizer: Tokenizer | None
+    card: Callable[[], bytes] | None = None
 
 
 def check_finite(array: np.ndarray, source: TensorSource, name: str) -> None:
@@ -128,16 +142,6 @@ def imported_model(path: Path, *, max_seq_len: int | None, **facts: Any) -> Mode
 def note(path: Path, text: str) -> None:
     """Print one line on stderr about something that was assumed or left out."""
     say(f"note: {path}: {text}")
-
-
-def half_split_rows(num_heads: int, head_size: int) -> np.ndarray:
-    """Return, for each row (N * H) of a half-split q or k matrix, the row of the interleaved one.
-
-    Meta's own files and llama.cpp's GGUF interleave: rotary pairs are rows (i, i + 1) of a head.
-    Hugging Face's and ours are half-split: (i, i + H/2).
-    """
-    rows = np.arange(num_heads * head_size).reshape(num_heads, head_size // 2, 2)
-    return rows.swapaxes(1, 2).reshape(-1)
 
 
 def select(shape: Sequence[int], index: Index | None) -> tuple[tuple[int, ...], range, range]:

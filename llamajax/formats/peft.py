@@ -20,7 +20,7 @@ from llamajax.checkpoint.location import Location
 from llamajax.checkpoint.restore import Checkpoint
 from llamajax.config.schema import LoraConfig, ModelConfig
 from llamajax.errors import UserError, combine
-from llamajax.files import replaced_directory
+from llamajax.files import read_json_object, replaced_directory
 from llamajax.formats.foreign_weights import check_finite
 from llamajax.formats.huggingface.hf_names import TABLE, tensors
 from llamajax.formats.huggingface.hf_read import EMBEDDING, WEIGHT_DTYPES
@@ -65,11 +65,7 @@ def is_peft(path: Path) -> bool:
 def read_peft_config(path: Path) -> dict[str, Any]:
     """Read adapter_config.json. Raises UserError that names all that cannot be folded in."""
     file = path / CONFIG
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} is not readable as JSON ({error})") from None
-    config = config if isinstance(config, dict) else {}
+    config = read_json_object(file)
     problems = [f"{key} is {config[key]!r}" for key in _REFUSED if config.get(key)]
     if (kind := config.get("peft_type")) != "LORA":
         problems.append(f"peft_type is {kind!r}; only LORA is read")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamajax.errors import UserError
+from llamajax.files import read_json_object
 
 # Files that belong to a tokenizer of Hugging Face, and its model's defaults for sampling.
 _COMPANIONS = (
@@ -167,36 +168,10 @@ def find_special_tokens(
 ) -> SpecialTokens:
     """Return BOS and EOS, and divide the `added` tokens (id, whether special) into two kinds.
 
-    own: BOS and EOS as the tokenizer's file states them. Added tokens that are special, that chat
-    templates insert, or that are BOS or EOS are control tokens; the others are ordinary.
-    """
-    bos, eos, warnings = _find_ends(path, facts, vocab, own=own, added=added)
-    control, ordinary = {}, {}
-    for name, (i, special) in added.items():
-        is_control = special or name in _ALWAYS_CONTROL or i in (bos, eos)
-        (control if is_control else ordinary)[name] = i
-    return SpecialTokens(
-        bos_id=bos,
-        eos_id=eos,
-        adds_bos=facts.add_bos is not False,
-        control_ids=control,
-        added_ids=ordinary,
-        warnings=warnings,
-    )
-
-
-def _find_ends(
-    path: Path,
-    facts: TokenFacts,
-    vocab: Mapping[str, int],
-    *,
-    own: tuple[int | None, int | None],
-    added: Collection[str],
-) -> tuple[int | None, int, tuple[str, ...]]:
-    """Return BOS (None: texts have none), EOS, and warnings.
-
-    In this order: the names in tokenizer_config.json, what the tokenizer's file states (`own`),
-    the model's ids, well-known names among the `added` tokens.
+    BOS and EOS are in this order: the names in tokenizer_config.json, what the tokenizer's file
+    states (`own`), the model's ids, well-known names among the added tokens. Of these, the ones
+    that are special, that chat templates insert, or that are BOS or EOS are control tokens; the
+    others are ordinary.
     """
     known = set(vocab.values())
     named = [vocab.get(facts.named.get(key) or "") for key in _ENDS]
@@ -212,21 +187,32 @@ def _find_ends(
         bos = None
     elif bos is None and named[1] is None:
         bos = next((vocab[n] for n in _BOS_NAMES if n in added), None)
-    one = eos if bos is None else bos
+    one, warnings = eos if bos is None else bos, ()
     if one is not None and (eos is None or (bos is None and named[1] is None and not no_bos)):
         name = next(n for n, i in vocab.items() if i == one)
-        warning = (
+        warnings = (
             f"{path}: {name} is BOS and EOS, for want of another; "
-            "name bos_token and eos_token in tokenizer_config.json if that is wrong"
+            "name bos_token and eos_token in tokenizer_config.json if that is wrong",
         )
-        return one, one, (warning,)
+        bos = eos = one
     if eos is None:
         raise UserError(
             f"{path}: no BOS or EOS token found, and every document ends with EOS. Name them as "
             f"bos_token and eos_token in {path.with_name('tokenizer_config.json')}. Its control "
             f"tokens: {', '.join(sorted(added)[:20]) or 'none'}"
         )
-    return bos, eos, ()
+    is_control = {
+        name: special or name in _ALWAYS_CONTROL or i in (bos, eos)
+        for name, (i, special) in added.items()
+    }
+    return SpecialTokens(
+        bos_id=bos,
+        eos_id=eos,
+        adds_bos=facts.add_bos is not False,
+        control_ids={name: i for name, (i, _) in added.items() if is_control[name]},
+        added_ids={name: i for name, (i, _) in added.items() if not is_control[name]},
+        warnings=warnings,
+    )
 
 
 def foreign_tokens(path: Path, ids: Collection[int], size: int) -> UserError:
@@ -279,15 +265,7 @@ def set_stop_ids(directory: Path, ids: Sequence[int]) -> None:
 
 def _read_object(file: Path) -> dict[str, Any]:
     """Read the object in a JSON file; empty if there is no file."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: holds a {type(value).__name__}, not an object")
-    return value
+    return read_json_object(file) if file.is_file() else {}
 
 
 def _content(value: Any) -> str | None:

@@ -74,6 +74,9 @@ class TiktokenTokenizer(Tokenizer):
         pieces = cut_long_runs(text, _MAX_RUN)
         return [i for piece in pieces for i in self._encoding.encode_ordinary(piece)]
 
+    def _size(self, token: int) -> int:
+        return len(self._encoding.decode_single_token_bytes(token))
+
     def _decode(self, ids: list[int]) -> str:
         known = [i for i in ids if i < len(self.ranks)]
         return self._encoding.decode_bytes(known).decode("utf-8", "replace")

@@ -121,6 +121,20 @@ class Tokenizer:
             )
         return self._decode(ids)
 
+    def token_bytes(self, tokens: Iterable[int]) -> np.ndarray:
+        """Return the bytes that each token adds to a text, int64; 0 for those not in `tokens`."""
+        sizes, before = np.zeros(self.vocab_size, np.int64), self.encode("a")
+        known = len(self.decode(before))
+        for token in tokens:
+            text = self.decode([*before, token])[known:]
+            broken = "\ufffd" in text  # what a part of a character decodes to
+            sizes[token] = self._size(token) if broken else len(text.encode("utf-8", "replace"))
+        return sizes
+
+    def _size(self, token: int) -> int:
+        """Return the bytes of a token with a part of a character: one, unless tokens merge more."""
+        return 1
+
     def save(self, directory: Path) -> str:
         """Copy the tokenizer into `directory`; return the file name for `load_tokenizer`."""
         name = "tokenizer.json" if self.kind == "huggingface" else "tokenizer.model"

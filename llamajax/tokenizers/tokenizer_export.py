@@ -7,6 +7,7 @@ drops the spaces at the start of a text.
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,7 @@ def export_tokenizer(
         spec = _byte_level_spec(tokenizer)
     if spec is not None:
         if tokenizer.start_ids:  # before every text, as the Llamas were trained
-            bos = spec.id_to_token(tokenizer.bos_id)
-            template = processors.TemplateProcessing(
-                single=f"{bos} $A",
-                pair=f"{bos} $A {bos} $B:1",
-                special_tokens=[(bos, tokenizer.bos_id)],
-            )
-            before = [] if spec.post_processor is None else [spec.post_processor]
-            spec.post_processor = processors.Sequence([*before, template]) if before else template
+            begin_with(spec, tokenizer.bos_id)
         spec.save(str(directory / "tokenizer.json"))
     _write_config(tokenizer, directory, kind=kind, max_length=max_length)
     return warnings
@@ -137,7 +131,7 @@ def _sentencepiece_spec(tokenizer: Tokenizer) -> tokenizers.Tokenizer | None:
         for i, name, special in more
         if i >= len(model.pieces)
     ]
-    add_tokens(spec, added)
+    _add_tokens(spec, added)
     return spec
 
 
@@ -151,18 +145,41 @@ def _byte_level_spec(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     control = {i: name for name, i in tokenizer.control_ids.items()}
     if tokenizer.kind == "tiktoken":
         ranks = tokenizer.ranks
-        words = [pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), behavior="isolated")]
+        words = [split_into_words()]
         # Llama 3 numbers those without a use.
         unused = [i for i in range(len(ranks), tokenizer.vocab_size) if i not in control]
         control |= {i: f"<|reserved_special_token_{n}|>" for n, i in enumerate(unused)}
     vocab = {"".join(BYTE_LETTERS[b] for b in token): ranks[token] for token in ranks}
     merges = _merges(sorted(vocab, key=vocab.__getitem__))
-    spec = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
-    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    spec.pre_tokenizer = pre_tokenizers.Sequence([*words, bytes_only])
+    model = models.BPE(vocab=vocab, merges=merges, ignore_merges=True)
+    return byte_level(model, words, [(control[i], True) for i in sorted(control)], use_regex=False)
+
+
+def byte_level(
+    model: models.BPE, words: Sequence[Any], added: Sequence[tuple[str, bool]], *, use_regex: bool
+) -> tokenizers.Tokenizer:
+    """Return a byte-level tokenizer. words: what splits a text first; use_regex: into GPT 2's."""
+    spec = tokenizers.Tokenizer(model)
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    spec.pre_tokenizer = pre_tokenizers.Sequence([*words, as_bytes])
     spec.decoder = decoders.ByteLevel()
-    add_tokens(spec, [(control[i], True) for i in sorted(control)])
+    _add_tokens(spec, added)
     return spec
+
+
+def split_into_words() -> Any:
+    """Return what splits a text as Llama 3's tokenizer does."""
+    return pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), behavior="isolated")
+
+
+def begin_with(spec: tokenizers.Tokenizer, bos_id: int) -> None:
+    """Make every text begin with BOS, also the second of a pair."""
+    bos = spec.id_to_token(bos_id)
+    template = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, bos_id)]
+    )
+    before = [] if spec.post_processor is None else [spec.post_processor]
+    spec.post_processor = processors.Sequence([*before, template]) if before else template
 
 
 def _merges(pieces: list[str]) -> list[tuple[str, str]]:
@@ -176,6 +193,6 @@ def _merges(pieces: list[str]) -> list[tuple[str, str]]:
     ]
 
 
-def add_tokens(spec: tokenizers.Tokenizer, tokens: list[tuple[str, bool]]) -> None:
+def _add_tokens(spec: tokenizers.Tokenizer, tokens: Sequence[tuple[str, bool]]) -> None:
     """Add tokens by name, each with whether it is special."""
     spec.add_tokens([tokenizers.AddedToken(n, special=s, normalized=False) for n, s in tokens])

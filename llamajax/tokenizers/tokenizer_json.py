@@ -140,9 +140,9 @@ class HuggingFaceTokenizer(Tokenizer):
             return super().encode_rendered(text, as_text=as_text)
         return self._decoder.encode(text, add_special_tokens=False).ids  # as transformers does
 
-    def piece(self, token: int) -> str:
-        """Return a token as the vocabulary spells it."""
-        return self._decoder.id_to_token(token) or ""
+    def _size(self, token: int) -> int:
+        piece = self._decoder.id_to_token(token)  # a letter for each byte, or the name of one byte
+        return 1 if piece.startswith("<0x") else len(piece)
 
     def _decode(self, ids: list[int]) -> str:
         control = self._control

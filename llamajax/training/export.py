@@ -11,8 +11,10 @@ from llamajax.checkpoint.location import store_errors_explained
 from llamajax.config import RunConfig
 from llamajax.config.values import show
 from llamajax.errors import UserError
-from llamajax.formats.huggingface.hf_write import export_hf
+from llamajax.formats.foreign_weights import Export
+from llamajax.formats.huggingface.hf_write import write_hf
 from llamajax.formats.huggingface.model_card import RunOrigin, hub_name, model_card
+from llamajax.formats.llama_sources import ModelSource
 from llamajax.formats.peft import write_peft
 from llamajax.formats.weights import TOKENIZER, Weights
 from llamajax.models.lora import merge
@@ -50,15 +52,13 @@ def export_weights(run: Run, step: int, state: TrainState, recorded: Mapping) ->
     if state.adapters is not None:
         model = _merge(model, dtype=jnp.dtype(dtype))
     try:
-        return export_hf(
-            model,
-            model.config,
-            _target(workdir, step),
-            dtype=dtype,
+        export = Export(
+            source=ModelSource(model, model.config),
+            model=model.config,
             tokenizer=load_recorded(workdir / TOKENIZER, recorded["tokenizer"], of=workdir),
             card=lambda: model_card(model.config, run.name, run=origin),
-            overwrite=True,
         )
+        return write_hf(export, _target(workdir, step), dtype=dtype, overwrite=True)
     except UserError as error:
         return [f"step {step} was not exported: {error}"]
 

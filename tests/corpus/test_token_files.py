@@ -16,7 +16,6 @@ from llamajax.corpus import token_files
 from llamajax.data.mixture import PreparedSplit, read_manifest
 from llamajax.errors import UserError
 from llamajax.tokenizers import load_tokenizer
-from llamajax.tokenizers.token_bytes import token_bytes
 from llamajax.tokenizers.tokenizer_export import export_tokenizer
 
 BOS, EOS = 256, 257
@@ -199,5 +198,6 @@ def test_bytes_of_tokens_are_those_of_the_text(name, assets, tmp_path):
     known = {"byte": "byte", "parts": parts, "parts/tokenizer.json": tmp_path / name}
     tokenizer = load_tokenizer(known.get(name) or assets / "tokenizers" / f"{name}.model")
     ids = tokenizer.encode(text)
-    prefix = token_bytes(tokenizer, range(tokenizer.vocab_size))[tokenizer.encode("a")].sum() - 1
-    assert token_bytes(tokenizer, set(ids))[ids].sum() - prefix == len(text.encode())
+    sizes = tokenizer.token_bytes(range(tokenizer.vocab_size))
+    prefix = sizes[tokenizer.encode("a")].sum() - 1
+    assert tokenizer.token_bytes(set(ids))[ids].sum() - prefix == len(text.encode())

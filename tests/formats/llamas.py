@@ -15,6 +15,9 @@ from tiny_model import COMPUTE
 
 from llamajax import sharding
 from llamajax.config.schema import ModelConfig
+from llamajax.formats.foreign_weights import Export
+from llamajax.formats.huggingface.hf_write import write_hf
+from llamajax.formats.llama_sources import ModelSource
 from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
 from llamajax.models.llama import Llama
@@ -38,6 +41,15 @@ def random_model(config: ModelConfig, *, seed: int = 0) -> Llama:
         return weight.replace(jnp.asarray(value))
 
     return sharding.map_weights(one, shapes)
+
+
+def export_hf(
+    model: Llama, config: ModelConfig, path: Path, dtype: str = "float32", **more: Any
+) -> list[str]:
+    """Write a model in memory as a Hugging Face directory; return warnings."""
+    source, tokenizer = ModelSource(model, config), more.pop("tokenizer", None)
+    export = Export(source=source, model=config, tokenizer=tokenizer)
+    return write_hf(export, path, dtype=dtype, **more)
 
 
 def load(path: Path, **axes: int) -> Llama:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import stored
-from llamas import BASE, assert_close, load, logits, random_model
+from llamas import BASE, assert_close, export_hf, load, logits, random_model
 from meshes import mesh_of
 from tiny_state import assert_same_bits
 
 from llamajax import sharding
-from llamajax.formats.huggingface.hf_write import export_hf, write_hf
+from llamajax.formats.foreign_weights import Export
+from llamajax.formats.huggingface.hf_write import write_hf
 from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
 
@@ -23,7 +24,7 @@ RANDOM += ["linear", "other yarn"]
 
 
 def export(model, config, path, dtype="float32"):
-    export_hf(model, config, path, dtype=dtype, tokenizer=None)
+    export_hf(model, config, path, dtype)
     return path
 
 
@@ -50,7 +51,7 @@ def test_weights_give_the_logits_of_transformers_and_go_back(name, tmp_path):
     model = weights.load(abstract_model(config, mesh_of()))
     assert_close(logits(model, ids), stored.arrays("stored")[name])
     again = tmp_path / "again"
-    warnings = export_hf(model, config, again, dtype="float32", tokenizer=None)
+    warnings = export_hf(model, config, again)
     unlike = name == "other yarn"  # its context is not factor x original, and it has no truncate
     assert len(warnings) == 2 * unlike
     for words in ("4.51 to 4.55 scale by", "before 4.55 ignores rope_scaling.truncate = false,"):
@@ -75,7 +76,8 @@ def test_what_transformers_saves_gives_the_same_logits():
 def test_bfloat16_survives_a_round_trip_through_a_mesh(tmp_path):
     first, shards = export(random_model(BASE), BASE, tmp_path / "1", "bfloat16"), tmp_path / "2"
     source = open_weights(first).source
-    write_hf(source, BASE, shards, dtype="bfloat16", tokenizer=None, max_shard_bytes=9000)
+    again = Export(source=source, model=BASE, tokenizer=None)
+    write_hf(again, shards, dtype="bfloat16", max_shard_bytes=9000)
     assert len(list(shards.glob("model-0000?-of-0000?.safetensors"))) > 2
     wanted = abstract_model(BASE, mesh_of(data=2, fsdp=2, tensor=2), dtype=jnp.bfloat16)
     loaded = open_weights(shards).load(wanted)

@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from llamas import BASE, edit_config, random_model
+from llamas import BASE, edit_config, export_hf, random_model
 from meshes import mesh_of
 from tiny_state import assert_same_bits, checkpointer, flip
 
 from llamajax import convert, generate
 from llamajax.checkpoint.restore import open_checkpoint
 from llamajax.errors import UserError
-from llamajax.formats.huggingface.hf_write import export_hf
 from llamajax.formats.llama_sources import CheckpointSource
 from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
@@ -31,7 +30,7 @@ NORM = "model.norm.weight"
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("hf") / "model"
-    export_hf(MODEL, BASE, path, dtype="float32", tokenizer=None)
+    export_hf(MODEL, BASE, path)
     return path
 
 
@@ -163,7 +162,7 @@ def test_damaged_and_missing_files_are_named(copy):
     assert_refused(copy, r"two\.safetensors is missing")
     write_index(copy, {"weight_map": {"a": "one.safetensors"}})
     assert_refused(copy, r"a: .*does not hold it")
-    write_index(copy, [])
+    write_index(copy, {})
     assert_refused(copy, "no weight_map")
 
 

@@ -176,7 +176,7 @@ def test_hugging_face_ends_from_config_or_template_or_not_at_all(tmp_path, byte_
     with pytest.raises(UserError, match=r"no BOS or EOS token found.*<sep>"):
         load_tokenizer(store(tmp_path / "none", byte_level(["<sep>"])))
     (store(tmp_path / "bad", model) / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match="not readable as JSON"):
         load_tokenizer(tmp_path / "bad")
 
 

@@ -15,7 +15,6 @@ from llamajax.data import shards
 from llamajax.data.packing import ExampleRows, Windows, packing_facts
 from llamajax.errors import UserError
 from llamajax.tokenizers import Tokenizer, load_tokenizer
-from llamajax.tokenizers.token_bytes import token_bytes
 
 # About so many bytes of text: of n-grams that are looked for, and of those by which documents are
 # compared; but at least so many tokens.
@@ -116,7 +115,7 @@ def _inspect_split(
             progress(f"inspecting {reader.split}", done, total * run.tokens.itemsize)
 
     counts = sum(np.bincount(run.tokens, minlength=tokenizer.vocab_size) for run in runs())
-    sizes = token_bytes(tokenizer, np.flatnonzero(counts).tolist())
+    sizes = tokenizer.token_bytes(np.flatnonzero(counts).tolist())
     nll = np.where(sizes > 0, -np.log(np.maximum(counts, 1) / counts.sum()), 0.0)
     survey = Survey(nll, sizes, shingle)
     for run in runs():

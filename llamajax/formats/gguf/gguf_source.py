@@ -12,10 +12,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from llamajax.errors import UserError, combine
-from llamajax.formats.foreign_weights import Index, TensorSource, half_split_rows, select
+from llamajax.errors import UserError
+from llamajax.formats.foreign_weights import Index, TensorSource, select
 from llamajax.formats.gguf.gguf_header import GgufHeader, GgufTensor
-from llamajax.formats.huggingface.hf_names import Row, find_row
+from llamajax.formats.huggingface.hf_names import Row, interleaved_rows, renamed_tensors
 
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _QUANTIZED = (
@@ -40,30 +40,19 @@ class GgufSource(TensorSource):
     """The tensors of one file. Quantized ones are read as float32."""
 
     def __init__(self, header: GgufHeader, *, num_heads: int, num_kv_heads: int) -> None:
-        self._path = header.path
-        self._tensors: dict[str, _Matrix] = {}
+        self._path, heads = header.path, (num_heads, num_kv_heads)
         try:
             importlib.import_module("gguf")
         except ImportError as error:
             raise UserError(
                 f"{self._path}: GGUF files need the gguf package: pip install 'llamajax[gguf]'"
             ) from error
-        problems = []
-        for tensor in header.tensors.values():
-            if tensor.name == ROPE_FACTORS:
-                continue
-            row, name = find_row(tensor.name, Row.gguf_name)
-            if row is None:
-                problems.append(f"tensor {tensor.name}: no part of a Llama model")
-                continue
-            heads = {"q_proj": num_heads, "k_proj": num_kv_heads}.get(name.split(".")[-2])
-            try:
-                self._tensors[name] = _matrix(header, tensor, heads)
-            except ValueError as error:
-                problems.append(f"tensor {tensor.name}: {error}")
-        if problems:
-            title = f"{self._path}: tensors that cannot be imported:"
-            raise combine(problems, title=title, listed=10)
+        self._tensors: dict[str, _Matrix] = renamed_tensors(
+            [name for name in header.tensors if name != ROPE_FACTORS],
+            Row.gguf_name,
+            lambda row, name: _matrix(header, header.tensors[name], row, heads),
+            path=self._path,
+        )
 
     def where(self, name: str) -> str:
         return str(self._path)
@@ -79,7 +68,7 @@ class GgufSource(TensorSource):
         return found.reshape(taken)
 
 
-def _matrix(header: GgufHeader, tensor: GgufTensor, num_heads: int | None) -> _Matrix:
+def _matrix(header: GgufHeader, tensor: GgufTensor, row: Row, heads: tuple[int, int]) -> _Matrix:
     """Return the mapped bytes of one tensor. ValueError says why it cannot be read."""
     import gguf
 
@@ -91,8 +80,7 @@ def _matrix(header: GgufHeader, tensor: GgufTensor, num_heads: int | None) -> _M
         raise ValueError(f"type {name} cannot be read, only {types}")
     values, size = gguf.GGML_QUANT_SIZES[kind]
     rows, columns = tensor.shape if len(tensor.shape) == 2 else (1, math.prod(tensor.shape))
-    if num_heads and rows % (2 * num_heads):
-        raise ValueError(f"{rows} rows are no {num_heads} heads")
+    order = interleaved_rows(row, rows, heads)
     if columns % values:
         raise ValueError(f"rows of {columns} values are no whole blocks of {values}")
     row_bytes = columns // values * size
@@ -105,7 +93,7 @@ def _matrix(header: GgufHeader, tensor: GgufTensor, num_heads: int | None) -> _M
         kind=kind,
         block=(values, size),
         bytes_RC=mapped.reshape(rows, row_bytes),
-        order=half_split_rows(num_heads, rows // num_heads) if num_heads else None,
+        order=order,
     )
 
 

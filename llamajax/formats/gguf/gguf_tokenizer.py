@@ -17,7 +17,6 @@ import numpy as np
 
 from llamajax.formats.foreign_weights import note
 from llamajax.formats.gguf.gguf_header import GgufHeader
-from llamajax.tokenizers.tiktoken_ranks import LLAMA3_WORDS
 
 _KEY = "tokenizer.ggml."
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # token types, SentencePiece's own numbers
@@ -76,11 +75,6 @@ def _unusable(facts: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _special(facts: Mapping[str, Any], name: str) -> str | None:
-    i = facts.get(f"{name}_token_id")
-    return None if i is None else facts["tokens"][i]
-
-
 def _adds_bos(facts: Mapping[str, Any]) -> bool:
     """Decide as llama.cpp does where the file does not say."""
     silent = facts.get("model") == "llama" or facts.get("pre") in _LLAMA3_NAMES
@@ -91,15 +85,15 @@ def _config(facts: Mapping[str, Any], chat_template: str | None) -> dict[str, An
     """Return what transformers reads beside the tokenizer."""
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     classes = {"llama": "LlamaTokenizer", "gpt2": "PreTrainedTokenizerFast"}
-    found = {key: _special(facts, name) for key, name in names.items()}
+    ids = {key: facts.get(f"{name}_token_id") for key, name in names.items()}
+    found = {key: facts["tokens"][i] for key, i in ids.items() if i is not None}
     found |= {
         "tokenizer_class": classes[facts["model"]],
         "add_bos_token": _adds_bos(facts),
         "add_eos_token": bool(facts.get("add_eos_token", False)),
         "clean_up_tokenization_spaces": False,
-        "chat_template": chat_template,
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return found | ({} if chat_template is None else {"chat_template": chat_template})
 
 
 def _sentencepiece(facts: Mapping[str, Any]) -> bytes:
@@ -134,29 +128,21 @@ def _sentencepiece(facts: Mapping[str, Any]) -> bytes:
 
 def _byte_level(facts: Mapping[str, Any]) -> bytes:
     """Build a `tokenizer.json` of the same vocabulary and merges."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, processors
+    from tokenizers import models, pre_tokenizers
 
-    from llamajax.tokenizers.tokenizer_export import add_tokens
+    from llamajax.tokenizers.tokenizer_export import begin_with, byte_level, split_into_words
 
     vocab = {token: i for i, token in enumerate(facts["tokens"])}
     merges = [tuple(merge.split(" ", 1)) for merge in facts["merges"]]
-    llama3 = facts["pre"] in _LLAMA3_NAMES
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=llama3))
-    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not llama3)
-    first = []
+    llama3, words = facts["pre"] in _LLAMA3_NAMES, []
     if llama3:
-        first = [pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), behavior="isolated")]
+        words = [split_into_words()]
     elif facts["pre"] == "smollm":
-        first = [pre_tokenizers.Digits(individual_digits=True)]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, bytes_only])
-    tokenizer.decoder = decoders.ByteLevel()
+        words = [pre_tokenizers.Digits(individual_digits=True)]
     kinds = zip(facts["tokens"], facts["token_type"], strict=True)
     added = [(name, kind == _CONTROL) for name, kind in kinds if kind in (_CONTROL, _USER_DEFINED)]
-    add_tokens(tokenizer, added)
-    bos = _special(facts, "bos")
-    if _adds_bos(facts) and bos is not None:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
-        )
+    model = models.BPE(vocab=vocab, merges=merges, ignore_merges=llama3)
+    tokenizer = byte_level(model, words, added, use_regex=not llama3)
+    if _adds_bos(facts) and "bos_token_id" in facts:
+        begin_with(tokenizer, facts["bos_token_id"])
     return tokenizer.to_str().encode("utf-8")

@@ -19,15 +19,13 @@ from llamajax.config.model_schema import ModelConfig, RopeScaling
 from llamajax.config.values import show
 from llamajax.errors import UserError
 from llamajax.files import check_target, remove_partials, replaced_file
-from llamajax.formats.foreign_weights import TensorSource, half_split_rows, read_as
+from llamajax.formats.foreign_weights import Export, TensorSource, read_as
 from llamajax.formats.gguf.gguf_header import MAGIC
 from llamajax.formats.gguf.gguf_source import ROPE_FACTORS
 from llamajax.formats.gguf.gguf_tokenizer_write import tokenizer_metadata
-from llamajax.formats.huggingface.hf_names import Tensor, tensors
+from llamajax.formats.huggingface.hf_names import Tensor, interleaved_rows, tensors
 from llamajax.formats.huggingface.hf_read import check_tied_head
 from llamajax.ops.rope import attention_factor, frequencies
-from llamajax.tokenizers import Tokenizer
-from llamajax.tokenizers.tokenizer_identity import check_vocabulary
 
 _ALIGNMENT = 32
 _FLOAT32, _FLOAT16, _Q8_0, _BFLOAT16 = 0, 1, 8, 30  # ggml's numbers of types
@@ -55,20 +53,14 @@ class _Planned:
 
 
 def write_gguf(
-    source: TensorSource,
-    model: ModelConfig,
-    file: Path,
-    *,
-    dtype: str,
-    tokenizer: Tokenizer | None,
-    progress: Callable[[int, int], None],
+    export: Export, file: Path, *, dtype: str, progress: Callable[[int, int], None]
 ) -> list[str]:
     """Write weights and tokenizer as one file, in place of another or not at all; return warnings.
 
     dtype: of the matrices, float32, float16, bfloat16 or q8_0; vectors are float32. Raises
     UserError when it cannot be written, and for what does not fit.
     """
-    check_vocabulary(tokenizer, model.vocab_size)
+    source, model = export.source, export.model
     check_tied_head(source, model)
     plan, warnings = _plan(model, dtype)
     metadata = {
@@ -80,7 +72,7 @@ def write_gguf(
         "general.quantization_version": 2,
         **_model_metadata(model),
     }
-    facts, more = tokenizer_metadata(tokenizer, model.vocab_size, file)
+    facts, more = tokenizer_metadata(export.tokenizer, model.vocab_size, file)
     total = sum(each.num_bytes for each in plan)
     remove_partials(file)  # of this size, they may be what fills the disk
     check_target(file.absolute().parent, overwrite=True, needed_bytes=total)
@@ -172,11 +164,9 @@ def _content(planned: _Planned, source: TensorSource, model: ModelConfig) -> byt
         return _rope_factors(model).astype("<f4").tobytes()
     name, row = planned.tensor.name, planned.tensor.row
     array = read_as(source, name, np.dtype(_DTYPES.get(planned.kind, np.float32)))
-    heads = {"query": model.num_heads, "key": model.num_kv_heads}.get(row.ours.split("/")[-1])
-    if heads is not None:
-        interleaved = np.empty_like(array)
-        interleaved[half_split_rows(heads, model.head_size)] = array
-        array = interleaved
+    order = interleaved_rows(row, len(array), (model.num_heads, model.num_kv_heads))
+    if order is not None:
+        array = array[np.argsort(order)]
     return array.tobytes() if planned.kind != _Q8_0 else _quantize(array, name)
 
 

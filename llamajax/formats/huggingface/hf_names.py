@@ -9,11 +9,14 @@ the vocabulary differ.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from llamajax.config.schema import ModelConfig
+from llamajax.errors import combine
 from llamajax.formats.foreign_weights import Index
 
 
@@ -45,18 +48,6 @@ class Row:
         return f"{self.in_meta if layer is None else f'layers.{layer}.{self.in_meta}'}.weight"
 
 
-def find_row(name: str, name_of: Callable[[Row, str | None], str]) -> tuple[Row | None, str]:
-    """Return the row and the Hugging Face name of a tensor of another format; None: not a Llama's.
-
-    name_of: `Row.gguf_name` or `Row.meta_name`.
-    """
-    layer = found[1] if (found := re.search(r"\.(\d+)\.", name)) else None
-    for row in TABLE:
-        if ("{}" in row.theirs) == (layer is not None) and name_of(row, layer) == name:
-            return row, row.theirs.format(layer)
-    return None, name
-
-
 TABLE = (
     Row("embedding", "model.embed_tokens", "V D", "token_embd", "tok_embeddings"),
     Row("blocks/attention_norm", "input_layernorm", "D", "attn_norm", "attention_norm"),
@@ -72,6 +63,48 @@ TABLE = (
     Row("head", "lm_head", "V D", "output", "output"),
 )
 ROWS = {row.ours: row for row in TABLE}
+
+
+def renamed_tensors(
+    names: Iterable[str],
+    name_of: Callable[[Row, str | None], str],
+    open_tensor: Callable[[Row, str], Any],
+    *,
+    path: Path,
+) -> dict[str, Any]:
+    """Open the tensors `names` of another format; return them by Hugging Face's names.
+
+    name_of: `Row.gguf_name` or `Row.meta_name`. open_tensor: raises ValueError for what cannot be
+    read. Raises one UserError with all of these, and with what is no part of a Llama.
+    """
+    found, problems = {}, []
+    for name in names:
+        layer = number[1] if (number := re.search(r"\.(\d+)\.", name)) else None
+        rows = (r for r in TABLE if ("{}" in r.theirs) == (layer is not None))
+        row = next((row for row in rows if name_of(row, layer) == name), None)
+        try:
+            if row is None:
+                raise ValueError("no part of a Llama language model")
+            found[row.theirs.format(layer)] = open_tensor(row, name)
+        except ValueError as error:
+            problems.append(f"tensor {name}: {error}")
+    if problems:
+        raise combine(problems, title=f"{path}: tensors that cannot be imported:", listed=10)
+    return found
+
+
+def interleaved_rows(row: Row, num_rows: int, heads: tuple[int, int]) -> np.ndarray | None:
+    """Return, for each row of Hugging Face's q or k, the row in files of Meta and llama.cpp.
+
+    There rotary pairs are rows (i, i + 1) of a head; Hugging Face's and ours are half-split: (i, i
+    + H/2). heads: numbers of query and kv heads. None for other weights, whose rows have one order.
+    """
+    num_heads = {"query": heads[0], "key": heads[1]}.get(row.ours.rpartition("/")[2])
+    if num_heads is None:
+        return None
+    if num_rows % (2 * num_heads):
+        raise ValueError(f"{num_rows} rows are no {num_heads} heads")
+    return np.arange(num_rows).reshape(num_heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,6 @@
 Everything that can be refused is refused from headers, before memory is taken.
 """
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from llamajax.checkpoint.leaf_names import named_leaves, rebuild
 from llamajax.checkpoint.stored_array import aligned_zeros, array_from_parts
 from llamajax.config.schema import ModelConfig
 from llamajax.errors import UserError, combine
+from llamajax.files import read_json_object
 from llamajax.formats.foreign_weights import (
     ForeignWeights,
     Index,
@@ -53,11 +53,8 @@ def recognize(path: Path) -> ForeignWeights | None:
     file = path / "config.json"
     if not file.is_file():
         return None
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} is not readable as JSON ({error})") from None
-    if not isinstance(config, dict) or not config.keys() & {"model_type", "architectures"}:
+    config = read_json_object(file)
+    if not config.keys() & {"model_type", "architectures"}:
         return None
     model, problems = read_model_config(config)
     source = None
@@ -74,11 +71,10 @@ def _open_files(directory: Path) -> tuple[SafetensorsSource | None, list[str]]:
     if (directory / SINGLE).is_file():
         files = [directory / SINGLE]
     elif (directory / INDEX).is_file():
-        try:
-            weight_map = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"]
-            file_of = {name: directory / file for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        weight_map = read_json_object(directory / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
             return None, [f"{directory / INDEX} is not an index: no weight_map in it"]
+        file_of = {name: directory / str(file) for name, file in weight_map.items()}
         files = sorted(set(file_of.values()))
     elif pickled := sorted(p.name for p in directory.glob("*model*.bin")):
         return None, [

@@ -18,49 +18,35 @@ import numpy as np
 from llamajax.config.schema import ModelConfig
 from llamajax.errors import UserError
 from llamajax.files import check_target, replaced_directory
-from llamajax.formats.foreign_weights import TensorSource, read_as
+from llamajax.formats.foreign_weights import Export, TensorSource, read_as
 from llamajax.formats.huggingface.hf_config import write_model_config
 from llamajax.formats.huggingface.hf_names import TABLE, Tensor, tensors
 from llamajax.formats.huggingface.hf_read import INDEX, SINGLE, check_tied_head
 from llamajax.formats.huggingface.model_card import CARD, edited_card
 from llamajax.formats.huggingface.safetensors_files import write_safetensors
-from llamajax.formats.llama_sources import ModelSource
 from llamajax.processes.host_collectives import raise_together
-from llamajax.tokenizers import Tokenizer
-from llamajax.tokenizers.tokenizer_identity import check_vocabulary
 
 MAX_SHARD_BYTES = 4_000_000_000
 GENERATION = "generation_config.json"
 
 
-def export_hf(model: Any, config: ModelConfig, directory: Path, **options: Any) -> list[str]:
-    """Write a model of a run as a Hugging Face directory; return warnings.
-
-    To be called by all processes; process 0 writes. options: those of `write_hf`.
-    """
-    return write_hf(ModelSource(model, config), config, directory, **options)
-
-
 def write_hf(
-    source: TensorSource,
-    model: ModelConfig,
+    export: Export,
     directory: Path,
     *,
     dtype: str,
-    tokenizer: Tokenizer | None,
-    card: Callable[[], bytes] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Write weights and tokenizer as a directory that stock transformers loads; return warnings.
 
-    dtype: of the files, bfloat16, float16 or float32. card: makes the model card, on process 0; an
-    edited one stays. progress: called with the bytes done and all bytes. The directory appears
-    complete or not at all. Raises UserError, on all processes, when it cannot be written, and for
-    what does not fit: a tokenizer with more tokens than the model, a value beyond float16.
+    dtype: of the files, bfloat16, float16 or float32. progress: called with the bytes done and all
+    bytes. The directory appears complete or not at all; a card in it that was edited stays. To be
+    called by all processes; process 0 writes, and makes the card. Raises UserError, on all of them,
+    when it cannot be written, and for a value beyond float16.
     """
-    check_vocabulary(tokenizer, model.vocab_size)
+    source, model = export.source, export.model
     check_tied_head(source, model)
     files = _plan_files(model, np.dtype(jax.numpy.dtype(dtype)), max_shard_bytes)
     arrays = _converted_tensors(source, files, progress)
@@ -72,15 +58,16 @@ def write_hf(
             with replaced_directory(directory) as hidden:
                 _write_weights(hidden, files, arrays)
                 ids: dict[str, Any] = {}
-                if tokenizer is not None:
+                if export.tokenizer is not None:
                     from llamajax.tokenizers.tokenizer_export import export_tokenizer  # slow
 
-                    warnings += export_tokenizer(tokenizer, hidden, max_length=model.max_seq_len)
+                    length = model.max_seq_len
+                    warnings += export_tokenizer(export.tokenizer, hidden, max_length=length)
                     ids = json.loads((hidden / GENERATION).read_text("utf-8"))
                 config = write_model_config(model, dtype=dtype, ids=ids)
                 write_json(hidden / "config.json", config)
-                if card is not None:
-                    new, old = card(), edited_card(directory)
+                if export.card is not None:
+                    new, old = export.card(), edited_card(directory)
                     (hidden / CARD).write_bytes(new if old is None else old)
                     if old not in (None, new):
                         warnings.append(

@@ -5,13 +5,13 @@ is tied, how the rotary embedding is scaled and how long a sequence may be follo
 and the user is told.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from llamajax.config.schema import ModelConfig
 from llamajax.errors import UserError, combine
+from llamajax.files import read_json_object
 from llamajax.formats.foreign_weights import ForeignWeights, imported_model, note, same_matrix
 from llamajax.formats.meta.meta_source import EMBEDDING, HEAD, MetaSource
 
@@ -56,11 +56,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read_params(file: Path) -> dict[str, Any]:
-    try:
-        params = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error})") from None
-    params = params.get("model", params) if isinstance(params, dict) else {}
+    params = read_json_object(file)
+    params = params.get("model", params)
     if params.get("n_kv_heads") is None:
         params = params | {"n_kv_heads": params.get("n_heads")}
     needed = dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads"), int)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llamajax.errors import combine
-from llamajax.formats.foreign_weights import Index, TensorSource, half_split_rows, select
-from llamajax.formats.huggingface.hf_names import ROWS, Row, find_row
+from llamajax.formats.foreign_weights import Index, TensorSource, select
+from llamajax.formats.huggingface.hf_names import ROWS, Row, interleaved_rows, renamed_tensors
 from llamajax.formats.meta.torch_pickle import read_tensors
 
 EMBEDDING, HEAD = ROWS["embedding"].theirs, ROWS["head"].theirs
@@ -47,37 +46,23 @@ class MetaSource(TensorSource):
     def __init__(
         self, files: list[Path], *, hidden_size: int, num_heads: int, num_kv_heads: int
     ) -> None:
-        self._directory = files[0].parent
+        self._directory, heads = files[0].parent, (num_heads, num_kv_heads)
         shards = [read_tensors(file) for file in files]
-        self._tensors: dict[str, _Joined] = {}
-        problems = []
-        for theirs in dict.fromkeys(name for shard in shards for name in shard):
-            if theirs == _BUFFER:
-                continue
-            row, name = find_row(theirs, Row.meta_name)
-            parts = [shard[theirs] for shard in shards if theirs in shard]
-            if row is None:
-                problems.append(f"tensor {theirs}: no part of a Llama language model")
-                continue
-            split = _split_of(row)
-            heads = {"q_proj": num_heads, "k_proj": num_kv_heads}.get(name.split(".")[-2])
+
+        def join(row: Row, name: str) -> _Joined:
+            parts = [shard[name] for shard in shards if name in shard]
             if len(parts) != len(shards):
-                problems.append(f"tensor {theirs}: in {len(parts)} of {len(shards)} files only")
-            elif problem := _mismatch(parts, split):
-                problems.append(f"tensor {theirs}: {problem}")
-            else:
-                by_rows = parts[0].shape[-1] == hidden_size  # asked of the embedding only
-                joined = _Joined(parts, split or (_ROWS if by_rows else _COLUMNS))
-                rows = joined.shape[0]
-                if heads and rows % (2 * heads):
-                    problems.append(f"tensor {theirs}: {rows} rows are no {heads} heads")
-                elif heads:
-                    order = half_split_rows(heads, rows // heads)
-                    joined = dataclasses.replace(joined, order=order)
-                self._tensors[name] = joined
-        if problems:
-            title = f"{self._directory}: tensors that cannot be imported:"
-            raise combine(problems, title=title, listed=10)
+                raise ValueError(f"in {len(parts)} of {len(shards)} files only")
+            joined = _Joined(parts, _split_of(row, parts, hidden_size))
+            order = interleaved_rows(row, joined.shape[0], heads)
+            return dataclasses.replace(joined, order=order)
+
+        self._tensors: dict[str, _Joined] = renamed_tensors(
+            dict.fromkeys(name for shard in shards for name in shard if name != _BUFFER),
+            Row.meta_name,
+            join,
+            path=self._directory,
+        )
 
     def where(self, name: str) -> str:
         return str(self._directory)  # each file holds a part
@@ -102,22 +87,17 @@ class MetaSource(TensorSource):
         return found.reshape(taken)
 
 
-def _split_of(row: Row) -> str | None:
-    """Return how Meta splits a tensor; None: the embedding, which only its shape tells."""
-    if row.ours == "embedding":
-        return None
-    first, *rest = row.layout.split()
-    return _SAME if not rest else _COLUMNS if first == "D" else _ROWS
-
-
-def _mismatch(parts: list[np.ndarray], split: str | None) -> str | None:
-    """Return why the parts of a tensor do not belong together, or None."""
+def _split_of(row: Row, parts: list[np.ndarray], hidden_size: int) -> str:
+    """Return how Meta split a tensor. ValueError says why its parts do not belong together."""
     kinds = {(part.shape, str(part.dtype)) for part in parts}
     if len(kinds) > 1:
-        return f"the files hold parts of different shapes or types: {sorted(kinds)}"
-    if parts[0].ndim != (1 if split == _SAME else 2):
-        return f"of shape {parts[0].shape}"
-    return None
+        raise ValueError(f"the files hold parts of different shapes or types: {sorted(kinds)}")
+    first, *rest = row.layout.split()
+    if parts[0].ndim != 1 + len(rest):
+        raise ValueError(f"of shape {parts[0].shape}")
+    if row.ours == "embedding":
+        return _ROWS if parts[0].shape[1] == hidden_size else _COLUMNS
+    return _SAME if not rest else _COLUMNS if first == "D" else _ROWS
 
 
 def _copy_rows(target: np.ndarray, source: np.ndarray, stored: np.ndarray) -> None:
