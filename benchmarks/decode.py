@@ -11,7 +11,6 @@ same with a random model of the same sizes, alternating with ours.
 
 import argparse
 import datetime
-import functools
 import resource
 import statistics
 import time
@@ -62,16 +61,11 @@ def ours(config: ModelConfig, mesh: Any, machine: Any, dtype: str, flags: argpar
     from llamajax.decoding.engine import Engine
     from llamajax.decoding.generate_options import Sampling
     from llamajax.decoding.prompts import Prompt
-    from llamajax.ops.attention import best_attention
+    from llamajax.formats.load_model import LoadedModel
 
-    engine = Engine(
-        random_model(config, mesh, jnp.dtype(dtype), seed=flags.seed),
-        mesh,
-        dtype=jnp.dtype(dtype),
-        attention=functools.partial(best_attention, machine, dtype, config.head_size),
-        sampling=Sampling(temperature=0.0),
-        stop_ids=(),
-    )
+    model = random_model(config, mesh, jnp.dtype(dtype), seed=flags.seed)
+    loaded = LoadedModel(machine=machine, mesh=mesh, dtype=dtype, model=model)
+    engine = Engine(loaded, sampling=Sampling(temperature=0.0), stop_ids=())
     ids = random_prompts(config, flags).tolist()
     prompts = [Prompt(number, row, flags.new_tokens) for number, row in enumerate(ids)]
 
@@ -197,7 +191,7 @@ def main(argv: list[str]) -> None:
         )
     )
     chosen = default_mesh(config, machine.num_devices)
-    mesh_wanted = mesh_config(flags.mesh, rest="tensor") if flags.mesh else chosen
+    mesh_wanted = mesh_config(flags.mesh) if flags.mesh else chosen
     mesh = sharding.build_mesh(mesh_wanted, jax.devices())
     sharding.check_divides(config.dims, mesh, batch=sharding.batch_shards(mesh))
     dtype = flags.dtype or backends.platform_facts(machine.platform).dtype

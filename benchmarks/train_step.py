@@ -69,7 +69,7 @@ def run_config(flags: argparse.Namespace) -> RunConfig:
     """The checked run that the flags describe. UserError for what does not fit together."""
     found = {
         "model": dataclasses.asdict(find_preset(flags.preset)),
-        "mesh": dataclasses.asdict(mesh_config(flags.mesh, rest="fsdp")),
+        "mesh": dataclasses.asdict(mesh_config(flags.mesh or "fsdp=-1")),
         "data": {
             "path": "random",
             "seq_len": flags.seq_len,

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     from llamajax.decoding.generator import open_generator
     from llamajax.decoding.printed_texts import converse, write_json, write_text
 
-    generator, code = open_generator(options), 0
+    generator = open_generator(options)
     try:
         if options.interactive:
             converse(generator, sys.stdin, sys.stdout)
@@ -32,11 +32,10 @@ def main(argv: list[str]) -> int:
             else:
                 sys.stdout.write("\n" * (n > 0))
                 write_text(generator, prompts, sys.stdout, with_prompt=True)
-    except SystemExit as interrupted:
-        code = interrupted.code
-    if generator.engine.times.batches:
-        say(generator.summary())
-    return code
+    finally:  # also at a stop signal
+        if generator.engine.times.batches:
+            say(generator.summary())
+    return 0
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ MISTAKES = {
     r"top_k=0.*penalty=0.*temperature=-1\.0.*top_p=1\.5",
     "--prompt=x --seed=4294967296 --batch_size=0 --max_new_tokens=0": "(?s)tokens=0.*seed=.*size=0",
     "--prompt=x --stop_ids=260": r"--stop_ids: 260 is outside",
+    "--prompt=x --chat_template=chatml": r"<\|im_start\|>",
+    "--prompt_ids=1 --chat_template=llama2": "--chat_template is for texts",
     "--prompt=x --mesh=tensor=8": "num_kv_heads = 2 does not divide over mesh.tensor = 8",
     "--prompt=x --mesh=sequence=2,data=4": "sequence must be 1",
     "--prompts_file=missing": "there is no such file",
@@ -94,6 +96,8 @@ def test_text_is_the_prompt_and_what_follows_and_speed_is_on_stderr(workdir, cap
     assert "tokens/s" in printed.err
     assert max(row["output_ids"]) < 260
     assert rows(capsys, workdir, *args, "--seed=6") != [row]
+    (chat,) = rows(capsys, workdir, *args, "--chat_template=llama2")
+    assert chat["prompt_ids"] == [256, *b"[INST] none [/INST]"]
 
 
 def test_generation_ends_at_stop_tokens_and_at_the_context(workdir, capsys):

@@ -19,7 +19,7 @@ import pytest
 from refusal import refused
 from workdirs import write_rows
 
-from llamajax.monitoring import MetricsWriter, read_run_facts, write_report, write_run_facts
+from llamajax.monitoring import MetricsWriter, write_report, write_run_facts
 from llamajax.monitoring.events import LOCK
 from llamajax.monitoring.report import refresh, run_report
 from llamajax.monitoring.report.curves import CELLS, curves
@@ -104,7 +104,7 @@ def test_a_whole_run(tmp_path: Path):
     assert shown["loss"][:6] == pytest.approx([8 / step**0.3 for step in range(1, 7)], rel=1e-6)
     assert shown["tokens_seen"][-1] == 40 * 4096
     assert "mfu_full" not in shown  # null in every row: the peak is unknown
-    assert page.run["curves"]["evaluations"][""]["loss"] == [3.0] * 4
+    assert page.run["curves"]["evaluations"]["eval_loss"]["eval_loss"] == [3.0] * 4
     assert page.run["curves"]["nonfinite"] == [[7, "loss"]]
     assert page.run["facts"]["time_breakdown"] == breakdown
     # What has a finite end only beside something else is no success.
@@ -128,17 +128,16 @@ def test_validation_sets_and_other_numbers_have_their_own_curves():
     rows[-2] |= {"task/order/accuracy": 0.25}
     found = curves(rows, first_s=5.0)
     assert found["train"]["norm/embed"] == [1.0, 2.0, None]
-    assert {name: set_["loss"] for name, set_ in found["evaluations"].items()} == {
-        "book": [1.5], "book, averaged weights": [1.25], "code": [2.5], "": [3.0, 3.0],
-        "averaged weights": [2.75, 2.75],
+    evaluations = found["evaluations"]
+    assert {key: table[key] for key, table in evaluations.items()} == {
+        "eval_loss/book": [1.5], "ema_loss/book": [1.25], "eval_loss/code": [2.5],
+        "eval_bits_per_byte/code": [3.5], "eval_loss": [3.0, 3.0], "ema_loss": [2.75, 2.75],
+        "task/order/accuracy": [0.25],
     }  # fmt: skip
-    assert found["evaluations"][""]["tokens_seen"] == [4, None]
-    assert found["evaluations"]["code"]["tokens_seen"] == [2]
-    assert found["evaluations"]["code"]["bits_per_byte"] == [3.5]
-    assert found["evaluations"]["averaged weights"]["bits_per_byte"] == [None, None]
-    assert found["evaluations"]["code"]["time_s"] == [2.0]
-    tasks = found["tasks"]
-    assert (tasks["task/order/accuracy"], tasks["step"], tasks["tokens_seen"]) == ([0.25], [3], [4])
+    assert evaluations["eval_loss"]["tokens_seen"] == [4, None]
+    code, task = evaluations["eval_loss/code"], evaluations["task/order/accuracy"]
+    assert (code["tokens_seen"], code["time_s"]) == ([2], [2.0])
+    assert (task["step"], task["tokens_seen"]) == ([3], [4])
 
 
 @pytest.mark.parametrize("config", [None, "{", "[1]", '{"model": 3, "train": {"steps": null}}'])
@@ -180,17 +179,11 @@ def test_many_steps_stay_small_and_keep_their_extremes(tmp_path: Path):
     assert curves(rows[:99], first_s=0.0)["means"] is None
 
 
-def test_facts_are_merged(tmp_path: Path):
-    write_run_facts(tmp_path, {"platform": "cpu", "status": "running"})
-    write_run_facts(tmp_path, {"status": "finished"})
-    assert read_run_facts(tmp_path) == {"platform": "cpu", "status": "finished"}
-
-
 def test_a_report_keeps_the_facts_that_a_start_writes_meanwhile(tmp_path: Path, monkeypatch):
     make_run(tmp_path / "run", steps=3)
     end = {"event": "end", "step": 3, "time_s": 5.0, "status": "finished"}
     write_rows(tmp_path / "run" / "events.jsonl", end)
-    write_run_facts(tmp_path / "run", {"platform": "cpu", "status": "dead"})
+    write_run_facts(tmp_path / "run", {"platform": "cpu", "status": "dead", "program": "a"})
 
     def read(*args):
         found = read_runs(*args)
@@ -202,7 +195,7 @@ def test_a_report_keeps_the_facts_that_a_start_writes_meanwhile(tmp_path: Path, 
     write_report(tmp_path / "run", price_per_hour=2.5)
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (facts["platform"], facts["origin"], facts["status"]) == ("gpu", {"step": 7}, "finished")
-    assert facts["price_per_hour"] == 2.5
+    assert (facts["program"], facts["price_per_hour"]) == ("a", 2.5)
 
 
 START = {"event": "start", "step": 0, "time_s": 1.0}
@@ -214,7 +207,6 @@ START = {"event": "start", "step": 0, "time_s": 1.0}
         ({"event": "end"}, {}),
         ({"event": "save", "time_s": None}, {}),
         ({"event": "save", "duration_s": "long"}, {}),
-        ({"event": "restore", "duration_s": 1.0}, {}),
         ({"event": "found_dead"}, {}),
         ({}, {"step_time_s": 1.0, "time_s": 2.0}),
         ({}, {"time_s": None}),

@@ -117,15 +117,15 @@ class WeightsFlags(MachineFlags):
     )
 
 
-def mesh_config(text: str | None, *, rest: str) -> MeshConfig:
-    """Return the mesh of `fsdp=4,tensor=2`; without text, axis `rest` takes all devices.
+def mesh_config(text: str) -> MeshConfig:
+    """Return the mesh of `fsdp=4,tensor=2`.
 
     Raises:
         UserError: the text is not of this form, or splits over another axis than the three.
     """
     axes = [field.name for field in dataclasses.fields(MeshConfig)]
     sizes: dict[str, int] = {}
-    for part in (text or f"{rest}=-1").split(","):
+    for part in text.split(","):
         axis, _, size = (piece.strip() for piece in part.partition("="))
         if axis not in axes or not size.removeprefix("-").isdecimal() or axis in sizes:
             raise UserError(

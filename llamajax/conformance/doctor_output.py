@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from llamajax.backends import PlatformVerdict, ProbeResult
 from llamajax.backends.repairs import NOT_READY
 from llamajax.conformance.probe_table import NOT_TRIED, consequences, probe
-from llamajax.monitoring.report.static_page import static_page
+from llamajax.monitoring.report.html_page import html_page
 
 _WIDTH = 100
 _WORDS = {"pass": "pass", "fail": "FAIL", "unsupported": "unsupported"}
@@ -94,9 +94,8 @@ table.probes td { border-top: 1px solid var(--rule); padding: 7px 14px; vertical
 
 def to_html(verdict: PlatformVerdict, lines: Sequence[str]) -> str:
     """Return the page: what the terminal shows, and every probe. lines: of the verdict."""
-    return static_page(
-        f"{verdict.platform}: {verdict.verdict}", "\n".join(_body(verdict, lines)), style=_STYLE
-    )
+    body = "\n".join(_body(verdict, lines))
+    return html_page(f"{verdict.platform}: {verdict.verdict}", body, style=_STYLE)
 
 
 def _body(verdict: PlatformVerdict, lines: Sequence[str]) -> Iterator[str]:

@@ -54,6 +54,18 @@ def read_text(file: Path) -> str:
     return decode(file, data, 0).removeprefix(_BOM)
 
 
+def read_numbered_lines(file: Path) -> list[tuple[int, str]]:
+    """Read the lines of a text file that are more than white space, each with its number.
+
+    Raises UserError as `read_text` does.
+    """
+    try:
+        with file.open("rb") as raw:
+            return list(numbered_lines(file, decompressed(file, raw)))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+
+
 class _Decompressed(io.RawIOBase):
     """A decompressed stream that raises UserError for a damaged file, and for UTF-16."""
 

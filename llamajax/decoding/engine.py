@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from llamajax import sharding
 from llamajax.backends import undonated_warnings
@@ -23,8 +23,8 @@ from llamajax.decoding.decode_steps import NOTHING, decode, prefill
 from llamajax.decoding.generate_options import Sampling
 from llamajax.decoding.prompts import Prompt
 from llamajax.errors import say
-from llamajax.models.llama import Compute, Llama
-from llamajax.ops.attention import AttentionChoice
+from llamajax.formats.load_model import LoadedModel
+from llamajax.models.llama import Compute
 
 CHUNK = 32  # new tokens of a row between two readings by the host
 
@@ -41,45 +41,35 @@ class Times:
 
 
 class Engine:
-    """New tokens for prompts, by one model on one mesh.
+    """Makes new tokens for prompts with one model. `stop_ids` end a row."""
 
-    `attention` chooses the implementation for prompts of a given length; `stop_ids` end a row.
-    """
-
-    def __init__(
-        self,
-        model: Llama,
-        mesh: Mesh,
-        *,
-        dtype: jnp.dtype,
-        attention: Callable[[int], AttentionChoice],
-        sampling: Sampling,
-        stop_ids: Sequence[int],
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, *, sampling: Sampling, stop_ids: Sequence[int]) -> None:
         self.times = Times()
         self.programs: dict[tuple, Any] = {}
-        self._model, self._mesh = model, mesh
-        self._dtype, self._attention = jnp.dtype(dtype), attention
+        self._loaded, self._model, self._mesh = loaded, loaded.model, loaded.mesh
         self._sampling, self._stop_ids = sampling, tuple(stop_ids)
         self._warn = functools.cache(lambda line: say(f"warning: {line}"))  # once each
 
     def generate(
         self, prompts: Sequence[Prompt], *, seed: int, interval_s: float | None = None
     ) -> Iterator[list[list[int]]]:
-        """Yield the next new tokens of each prompt until all have stopped.
+        """Yield all new tokens of each prompt so far, whenever there are more: the same lists.
 
-        The stop token is the last of its row. Prompts are not empty. `interval_s` asks for tokens
-        about that often, for a person who watches; without it they come in the largest chunks.
+        A prompt ends with a stop token or at its own `max_new_tokens`. Prompts are not empty.
+        `interval_s` asks for tokens about that often, for a person who watches; without it they
+        come in the largest chunks.
         """
         max_new_tokens = max(prompt.max_new_tokens for prompt in prompts)
         inputs, run = self._begin(prompts, seed)
         start = time.perf_counter()
         rows, tokens_B = run(self._model, *inputs)
-        first = _to_host(tokens_B)[: len(prompts), None]
+        first_B1 = _to_host(tokens_B)[: len(prompts), None]
         self.times.batches += 1
         self.times.prefill_s += time.perf_counter() - start
-        yield _real_tokens(first)
-        stopped = np.isin(first[:, 0], self._stop_ids)
+        new: list[list[int]] = [[] for _ in prompts]
+        _append(new, first_B1, prompts)
+        yield new
+        stopped = np.isin(first_B1[:, 0], self._stop_ids)
         count, steps = 1, CHUNK if interval_s is None else 1
         while count < max_new_tokens and not stopped.all():
             steps = min(steps, max_new_tokens - count)
@@ -92,7 +82,8 @@ class Engine:
             self.times.decode_tokens += int((tokens_BC != NOTHING).sum())
             count += steps
             stopped |= np.isin(tokens_BC, self._stop_ids).any(axis=1)
-            yield _real_tokens(tokens_BC)
+            _append(new, tokens_BC, prompts)
+            yield new
             if interval_s is not None:
                 steps = max(1, min(CHUNK, int(interval_s / (elapsed_s / steps))))
 
@@ -125,7 +116,7 @@ class Engine:
         return *jax.device_put((tokens, lengths, numbers, running), rows), seed
 
     def _prefill(self, inputs: tuple, prompt_slots: int, slots: int) -> Callable:
-        attention = self._attention(prompt_slots)
+        attention = self._loaded.attention(prompt_slots)
         for line in attention.warnings():
             self._warn(line)
         return self._program(
@@ -151,9 +142,8 @@ class Engine:
         """The program of this key, compiled for the shapes of `arguments` when it is new."""
         if key not in self.programs:
             start = time.perf_counter()
-            compute = Compute(
-                dtype=self._dtype, remat="none", attention=attention, loss_chunk_tokens=1
-            )
+            dtype = jnp.dtype(self._loaded.dtype)
+            compute = Compute(dtype=dtype, remat="none", attention=attention, loss_chunk_tokens=1)
             made = step(self._mesh, self._model, compute, self._sampling, self._stop_ids, **sizes)
             self.programs[key] = made.lower(*arguments).compile()
             self.times.compile_s += time.perf_counter() - start
@@ -167,5 +157,8 @@ def _to_host(x: jax.Array) -> np.ndarray:
     return np.asarray(x if x.is_fully_addressable else process_allgather(x, tiled=True))
 
 
-def _real_tokens(tokens_BC: np.ndarray) -> list[list[int]]:
-    return [[int(i) for i in row if i != NOTHING] for row in tokens_BC]
+def _append(new: list[list[int]], tokens_BC: np.ndarray, prompts: Sequence[Prompt]) -> None:
+    """Append the tokens of each row, as far as its prompt wants more."""
+    for ids, row, prompt in zip(new, tokens_BC.tolist(), prompts, strict=True):
+        room = prompt.max_new_tokens - len(ids)
+        ids += [i for i in row if i != NOTHING][:room]

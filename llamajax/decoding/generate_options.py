@@ -107,16 +107,6 @@ class GenerateOptions(WeightsFlags):
         names = [field.name for field in dataclasses.fields(Sampling)]
         return Sampling(**{name: getattr(self, name) for name in names})
 
-    @property
-    def streams(self) -> bool:
-        """Whether a person watches the text come."""
-        return not self.json and self.prompts_file is None
-
-    @property
-    def continues_text(self) -> bool:
-        """Whether prompts are texts that are put into no chat."""
-        return self.prompt_ids is None and self.chat_template == "none"
-
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         given = [f"--{name}" for name in SOURCES if getattr(self, name) not in (None, False)]

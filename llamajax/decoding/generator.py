@@ -1,16 +1,9 @@
 """The work of `generate`: open, check and load a model, then continue prompts."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Sequence
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
-
-from llamajax import backends, sharding
-from llamajax.config.flags import mesh_config
 from llamajax.config.schema import MeshConfig, ModelConfig
 from llamajax.data import Tokenizer
 from llamajax.decoding.engine import Engine
@@ -19,11 +12,10 @@ from llamajax.decoding.prompts import Prompt, as_prompt, eos_ids, read_prompts, 
 from llamajax.errors import UserError, say
 from llamajax.formats.load_model import load_model
 from llamajax.formats.weights import Weights, open_weights
-from llamajax.ops.attention import best_attention
 from llamajax.tokenizers import chat
 from llamajax.tokenizers.tokenizer_identity import check_vocabulary
 
-STREAM_INTERVAL_S = 0.1
+_STREAM_INTERVAL_S = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,15 +41,10 @@ class Generator:
             yield self.prompts[start : start + self.options.batch_size]
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[list[list[int]]]:
-        """Yield the next new tokens of each prompt until all are complete."""
-        interval_s = STREAM_INTERVAL_S if self.options.streams else None
-        total = [0] * len(prompts)
-        for update in self.engine.generate(prompts, seed=self.options.seed, interval_s=interval_s):
-            yield [
-                ids[: max(0, prompt.max_new_tokens - n)]
-                for ids, prompt, n in zip(update, prompts, total, strict=True)
-            ]
-            total = [n + len(ids) for n, ids in zip(total, update, strict=True)]
+        """Yield all new tokens of each prompt so far, whenever there are more: the same lists."""
+        is_watched = not self.options.json and self.options.prompts_file is None
+        interval_s = _STREAM_INTERVAL_S if is_watched else None
+        return self.engine.generate(prompts, seed=self.options.seed, interval_s=interval_s)
 
     def summary(self) -> str:
         """Speed so far, for people."""
@@ -81,31 +68,22 @@ def open_generator(options: GenerateOptions) -> Generator:
     tokenizer = _tokenizer(options, weights)
     if options.interactive:
         text_ids("", tokenizer, options.chat_template)  # refuses a checkpoint without one
-    if tokenizer is not None and tokenizer.facts.chat_template and options.continues_text:
+    is_plain = options.prompt_ids is None and options.chat_template == "none"
+    if tokenizer is not None and tokenizer.facts.chat_template and is_plain:
         say(
             "note: prompts are continued as they are; --chat_template=model puts them into the "
             "model's own chat template"
         )
     prompts = [] if options.interactive else read_prompts(options, config, tokenizer)
     stop_ids = _stop_ids(options, weights, tokenizer)
-    machine = backends.start(options.backend_config, keep_programs=True)
-    mesh = _mesh(options, config)
-    dtype = options.dtype or backends.platform_facts(machine.platform).dtype
-    sharding.check_divides(config.dims, mesh, batch=sharding.batch_shards(mesh))
-    engine = Engine(
-        load_model(weights, machine, mesh, dtype, notes=[f"compute  {dtype}"]),
-        mesh,
-        dtype=jnp.dtype(dtype),
-        attention=functools.partial(best_attention, machine, dtype, config.head_size),
-        sampling=sampling,
-        stop_ids=stop_ids,
-    )
+    loaded = load_model(weights, options, default_mesh=default_mesh)
+    say(f"compute  {loaded.dtype}")
     return Generator(
         options=options,
         model=config,
         tokenizer=tokenizer,
         stop_ids=stop_ids,
-        engine=engine,
+        engine=Engine(loaded, sampling=sampling, stop_ids=stop_ids),
         prompts=prompts,
     )
 
@@ -117,13 +95,6 @@ def default_mesh(model: ModelConfig, num_devices: int) -> MeshConfig:
     """
     tensor = math.gcd(num_devices, *(model.dims[d] for d in "KNFV"))
     return MeshConfig(tensor=tensor, data=num_devices // tensor)
-
-
-def _mesh(options: GenerateOptions, model: ModelConfig) -> Mesh:
-    devices = jax.devices()
-    if options.mesh is None:
-        return sharding.build_mesh(default_mesh(model, len(devices)), devices)
-    return sharding.build_mesh(mesh_config(options.mesh, rest="tensor"), devices)
 
 
 def _tokenizer(options: GenerateOptions, weights: Weights) -> Tokenizer | None:

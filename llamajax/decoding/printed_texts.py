@@ -60,10 +60,7 @@ class TextStream:
 
 def write_json(generator: Generator, prompts: Sequence[Prompt], out: TextIO) -> None:
     """Write one object a prompt, one line each, in order, when the whole batch is complete."""
-    new_ids: list[list[int]] = [[] for _ in prompts]
-    for update in generator.generate(prompts):
-        for ids, more in zip(new_ids, update, strict=True):
-            ids += more
+    *_, new_ids = generator.generate(prompts)
     for prompt, ids in zip(prompts, new_ids, strict=True):
         text = None if generator.tokenizer is None else decode_ids(generator.tokenizer, ids)
         row = {"prompt_ids": list(prompt.ids), "output_ids": ids, "text": text}
@@ -75,15 +72,12 @@ def write_text(
 ) -> None:
     """Write each prompt's text as it comes; a prompt waits until those before it are complete."""
     tokenizer = generator.tokenizer
-    new_ids: list[list[int]] = [[] for _ in prompts]
     streams = [TextStream(tokenizer, prompt.ids) for prompt in prompts]
     waiting, shown = list(range(len(prompts))), 0
     if with_prompt:
         out.write(decode_ids(tokenizer, prompts[0].ids))
         out.flush()
-    for update in generator.generate(prompts):
-        for ids, more in zip(new_ids, update, strict=True):
-            ids += more
+    for new_ids in generator.generate(prompts):
         while waiting:
             row = waiting[0]
             out.write(streams[row].feed(new_ids[row][shown:]))
@@ -115,12 +109,8 @@ def _typed_line(lines: TextIO, out: TextIO) -> str:
 def converse(generator: Generator, lines: TextIO, out: TextIO) -> None:
     """Continue each line of the input by itself, until the input ends."""
     number = 0
-    while True:
-        line = _typed_line(lines, out)
-        if not line:
-            return
-        text = line.rstrip("\r\n")
-        if not text:
+    while line := _typed_line(lines, out):
+        if not (text := line.rstrip("\r\n")):
             continue
         try:
             prompt = generator.typed(text, number=number)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llamajax.config.schema import ModelConfig
-from llamajax.corpus.input_files import decompressed, json_object, numbered_lines
+from llamajax.corpus.input_files import json_object, read_numbered_lines
 from llamajax.data import Tokenizer
 from llamajax.decoding.generate_options import GenerateOptions
 from llamajax.errors import UserError, combine
@@ -14,7 +14,7 @@ from llamajax.tokenizers.chat import OWN_TEMPLATE, encode_chat
 from llamajax.tokenizers.special_tokens import model_ids
 
 DEFAULT_MAX_NEW_TOKENS = 128  # or what the context has room for
-_SHOWN = 10
+_LISTED = 10  # problems of a file that are named
 
 
 class Prompt(NamedTuple):
@@ -35,14 +35,13 @@ def read_prompts(
     """Return the prompts that the flags give, numbered from 0. One UserError for all problems."""
     if options.prompt_ids is not None:
         named = [("--prompt_ids", list(options.prompt_ids))]
-    elif options.prompt is not None:
-        named = [("--prompt", text_ids(options.prompt, tokenizer, options.chat_template))]
     else:
-        texts = list(_file_texts(Path(options.prompts_file)))
-        if not texts:
-            raise UserError(f"--prompts_file={options.prompts_file}: holds no prompt")
-        template = options.chat_template
-        named = [(name, text_ids(text, tokenizer, template)) for name, text in texts]
+        texts = [("--prompt", options.prompt)]
+        if options.prompt is None:
+            texts = list(_file_texts(Path(options.prompts_file)))
+        named = [(name, text_ids(text, tokenizer, options.chat_template)) for name, text in texts]
+    if not named:
+        raise UserError(f"--prompts_file={options.prompts_file}: holds no prompt")
     prompts, problems = [], []
     for number, (name, ids) in enumerate(named):
         try:
@@ -52,9 +51,7 @@ def read_prompts(
     if len(problems) == 1:
         raise UserError(problems[0])
     if problems:
-        more = len(problems) - _SHOWN
-        shown = problems[:_SHOWN] + ([f"and {more} more"] if more > 0 else [])
-        raise combine(shown, title="these prompts cannot be continued:")
+        raise combine(problems, title="these prompts cannot be continued:", listed=_LISTED)
     return prompts
 
 
@@ -115,11 +112,7 @@ def eos_ids(path: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
 
 def _file_texts(file: Path) -> Iterator[tuple[str, str]]:
     """Yield name and text of each prompt of a file: JSON lines with `prompt`, or one a line."""
-    try:
-        with file.open("rb") as raw:
-            lines = list(numbered_lines(file, decompressed(file, raw)))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
+    lines = read_numbered_lines(file)
     is_json = ".jsonl" in file.suffixes
     if lines and not is_json:
         with contextlib.suppress(UserError):

@@ -1,9 +1,7 @@
 """The flags of `evaluate`, checked as far as that needs neither a model nor a machine; no jax."""
 
 import dataclasses
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 from llamajax.config import WeightsFlags, key
@@ -111,7 +109,7 @@ class EvaluateOptions(WeightsFlags):
         "number of targets) in the order of the text; of instructions row by row, as packed",
         metavar="OUT.npy",
         default=None,
-        is_path=True,
+        is_output=True,
     )
 
     @property
@@ -132,7 +130,6 @@ class EvaluateOptions(WeightsFlags):
             yield from _of_another_source(self)
         if self.stride is not None and self.protocol != "sliding_window":
             yield "--stride belongs to --protocol=sliding_window"
-        yield from _unwritable(self.per_token_nll)
 
 
 def _of_another_source(flags: EvaluateOptions) -> list[str]:
@@ -158,20 +155,3 @@ def _of_another_source(flags: EvaluateOptions) -> list[str]:
             "--token_ids; give fewer rows instead"
         )
     return problems
-
-
-def _unwritable(path: str | None) -> list[str]:
-    """Why no file can be put there, found before the work and not after it."""
-    if path is None:
-        return []
-    file = Path(path)
-    folder = file.absolute().parent
-    if file.is_dir():
-        return [f"--per_token_nll={path}: is a directory; name a file"]
-    if not folder.is_dir():
-        return [f"--per_token_nll={path}: there is no directory {folder}; make it first"]
-    try:
-        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell: full disks
-            return []
-    except OSError as error:
-        return [f"--per_token_nll={path}: {folder} cannot be written: {error.strerror}"]

@@ -10,8 +10,8 @@ import numpy as np
 from llamajax.errors import UserError, say
 from llamajax.evaluation.evaluate_options import EvaluateOptions
 from llamajax.evaluation.row_sources import RowSource, open_rows
-from llamajax.evaluation.scorer import Scorer
-from llamajax.evaluation.scoring import Score, perplexity, rows_a_batch
+from llamajax.evaluation.scorer import facts, load_scored, score_rows
+from llamajax.evaluation.scoring import Score, perplexity
 from llamajax.files import replaced_file
 from llamajax.formats.weights import open_weights
 
@@ -33,31 +33,26 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         return run_harness(options)
     weights = open_weights(options.checkpoint)
     source = open_rows(options, weights)
-    scorer = Scorer.load(options, weights)
+    loaded = load_scored(options, weights)
     stride = "" if source.stride is None else f", stride {source.stride}"
     longest = f"at most {source.seq_len} tokens"
     say(f"rows     {source.rows.num_rows} of {longest}, {source.protocol}{stride}")
     keep = options.per_token_nll is not None
-    found = scorer.score(source.rows, keep=keep or source.tasks is not None)
-    if keep and scorer.machine.is_primary:
+    found = score_rows(loaded, source.rows, options, keep=keep or source.tasks is not None)
+    if keep and loaded.machine.is_primary:
         out, label = Path(options.per_token_nll), f"--per_token_nll={options.per_token_nll}"
         with replaced_file(out, label=label) as hidden, hidden.open("wb") as file:
             np.save(file, found.per_token.reshape(source.shape or (1, -1)))
-    if source.tasks is None:
-        batch_size = rows_a_batch(source.rows, scorer.mesh, options.batch_size)
-        limit = math.inf if options.max_batches is None else options.max_batches * batch_size
-        result = _result(source, found, complete=limit >= source.rows.num_rows)
-    else:
-        result = _task_result(source, found)
-    return result | scorer.facts(weights, source.rows.seq_len)
+    result = _result(source, found) if source.tasks is None else _task_result(source, found)
+    return result | facts(loaded, weights, source.rows.seq_len)
 
 
-def _result(source: RowSource, found: Score, *, complete: bool) -> dict[str, Any]:
+def _result(source: RowSource, found: Score) -> dict[str, Any]:
     """Loss and what follows from it; bits per byte only where all of the text was scored."""
     if not found.tokens:
         raise UserError("none of the tokens read is a target: raise --max_batches")
     loss = found.nll / found.tokens
-    num_bytes = source.num_bytes if complete else None
+    num_bytes = source.num_bytes if found.num_rows == source.rows.num_rows else None
     return {
         "loss": loss,
         "perplexity": perplexity(loss),
@@ -78,4 +73,4 @@ def _task_result(source: RowSource, found: Score) -> dict[str, Any]:
     nll = sum(figures["loss"] * figures["tokens"] for figures in tasks.values())
     num_bytes = sum(figures["bytes"] for figures in tasks.values())
     right = dataclasses.replace(source, num_bytes=num_bytes)
-    return _result(right, Score(nll, tokens, None, None), complete=True) | {"tasks": tasks}
+    return _result(right, found._replace(nll=nll, tokens=tokens)) | {"tasks": tasks}

@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import yaml
 from lm_eval import evaluator, tasks
@@ -27,7 +26,7 @@ from llamajax.errors import UserError, say
 from llamajax.evaluation.continuations import Continuation, ContinuationRows, packed_length
 from llamajax.evaluation.evaluate_options import EvaluateOptions
 from llamajax.evaluation.row_sources import context_length, needed_tokenizer
-from llamajax.evaluation.scorer import Scorer
+from llamajax.evaluation.scorer import facts, load_scored, score_rows
 from llamajax.formats.weights import open_weights
 
 _PROMPTS_A_DEVICE = 8
@@ -50,7 +49,7 @@ class HarnessModel(TemplateLM):
         self.weights = open_weights(options.checkpoint)
         self._tokenizer = needed_tokenizer(options, self.weights)
         self.max_length = context_length(options, self.weights)
-        self.scorer = Scorer.load(options, self.weights)
+        self.options, self.loaded = options, load_scored(options, self.weights)
         self.scored_tokens = 0
         self._engines: dict[Sampling, Engine] = {}
 
@@ -91,7 +90,7 @@ class HarnessModel(TemplateLM):
         if num_cut := sum(each.is_cut for each in found):
             say(f"warning: the first tokens of {num_cut} of {len(found)} requests are left out")
         rows = ContinuationRows(found, packed_length(found, at_most=self.max_length))
-        score = self.scorer.score(rows, keep=True)
+        score = score_rows(self.loaded, rows, self.options, keep=True)
         self.scored_tokens += score.tokens
         nll, greedy = rows.sums(score)
         return list(zip((-nll).tolist(), greedy.tolist(), strict=True))
@@ -136,7 +135,7 @@ class HarnessModel(TemplateLM):
             prompt = Prompt(number, ids, wanted["max_gen_toks"])
             groups.setdefault(sampling, []).append((prompt, wanted["until"]))
         texts = [""] * len(requests)
-        size = _PROMPTS_A_DEVICE * sharding.batch_shards(self.scorer.mesh)
+        size = _PROMPTS_A_DEVICE * sharding.batch_shards(self.loaded.mesh)
         for sampling, prompts in groups.items():
             prompts.sort(key=lambda each: -len(each[0].ids))
             for start in range(0, len(prompts), size):
@@ -150,26 +149,15 @@ class HarnessModel(TemplateLM):
         """Return the number of each prompt and its text; end when every text has ended."""
         stop_ids = tuple(eos_ids(self.weights.path, self._tokenizer))
         if sampling not in self._engines:
-            self._engines[sampling] = Engine(
-                self.scorer.model,
-                self.scorer.mesh,
-                dtype=jnp.dtype(self.scorer.dtype),
-                attention=self.scorer.attention,
-                sampling=sampling,
-                stop_ids=stop_ids,
-            )
-        new: list[list[int]] = [[] for _ in prompts]
-        texts = [""] * len(prompts)
+            self._engines[sampling] = Engine(self.loaded, sampling=sampling, stop_ids=stop_ids)
         engine = self._engines[sampling]
-        for update in engine.generate([prompt for prompt, _ in prompts], seed=0):
-            is_done = []
-            for row, (prompt, until) in enumerate(prompts):
-                new[row] = [*new[row], *update[row]][: prompt.max_new_tokens]
-                kept = [i for i in new[row] if i not in stop_ids]
-                texts[row] = self._tokenizer.decode(kept)
-                has_stop = any(stop and stop in texts[row] for stop in until)
-                is_done.append(has_stop or prompt.is_complete(new[row], stop_ids))
-            if all(is_done):
+        for new in engine.generate([prompt for prompt, _ in prompts], seed=0):
+            kept = [[i for i in ids if i not in stop_ids] for ids in new]
+            texts = [self._tokenizer.decode(ids) for ids in kept]
+            if all(
+                prompt.is_complete(ids, stop_ids) or any(stop and stop in text for stop in until)
+                for (prompt, until), ids, text in zip(prompts, new, texts, strict=True)
+            ):
                 break
         return [
             (prompt.number, postprocess_generated_text(text, until, None))
@@ -198,8 +186,8 @@ def run_harness(options: EvaluateOptions) -> dict[str, Any]:
         for name, row in (found["results"] | found.get("groups", {})).items()
     }
     fixed = {"loss": None, "perplexity": None, "tokens": model.scored_tokens}
-    facts = model.scorer.facts(model.weights, model.max_length)
-    return fixed | {"protocol": "harness", "tasks": figures} | facts
+    found = facts(model.loaded, model.weights, model.max_length)
+    return fixed | {"protocol": "harness", "tasks": figures} | found
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,12 @@ from llamajax.errors import UserError, say
 from llamajax.evaluation.continuations import ContinuationRows, packed_length
 from llamajax.evaluation.evaluate_options import EvaluateOptions
 from llamajax.evaluation.task_files import Tasks, open_tasks
-from llamajax.evaluation.windows import WindowRows, non_overlapping, separate, sliding_window
+from llamajax.evaluation.windows import (
+    non_overlapping,
+    separate,
+    sliding_window,
+    window_rows,
+)
 from llamajax.formats.weights import Weights
 from llamajax.tokenizers.loading import MANIFEST
 from llamajax.tokenizers.tokenizer_identity import check_vocabulary, data_mismatch
@@ -24,7 +29,7 @@ _DEFAULT_MAX_SEQ_LEN = 4096
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowSource:
-    """Rows to score (`WindowRows` or `PackedRows`), and what the result says of them.
+    """Rows to score (`PackedRows` or `ContinuationRows`), and what the result says of them.
 
     shape: of the per-token losses, None: (1, all of them). num_bytes: of the whole text in UTF-8.
     facts: further fields of the result.
@@ -109,7 +114,7 @@ def _text(options: EvaluateOptions, weights: Weights) -> RowSource:
     else:
         windows = sliding_window(len(ids), seq_len, stride)
     return RowSource(
-        rows=WindowRows(ids, windows),
+        rows=window_rows(ids, windows),
         protocol=protocol,
         seq_len=seq_len,
         stride=stride,
@@ -177,7 +182,7 @@ def _token_ids(options: EvaluateOptions, weights: Weights) -> RowSource:
             f"{name}: token id {array[where]} at {list(where)} is outside the model's vocabulary, "
             f"0..{model.vocab_size - 1} (the first of {len(outside)})"
         )
-    rows = WindowRows(array.astype(np.int32).reshape(-1), separate(num_rows, length))
+    rows = window_rows(array.astype(np.int32).reshape(-1), separate(num_rows, length))
     shape = (num_rows, length - 1)
     return RowSource(rows=rows, protocol="token_ids", seq_len=length, shape=shape)
 

@@ -22,6 +22,7 @@ _TOKENS_A_DEVICE = 8192
 class Score(NamedTuple):
     """Sums over the scored tokens, and the scores of each one in order, if they were kept."""
 
+    num_rows: int
     nll: float  # nats
     tokens: int
     per_token: np.ndarray | None  # float32 (tokens,)
@@ -69,7 +70,7 @@ def score(
 ) -> Score:
     """Score the first `num_batches` batches of `batch_size` rows; the last is filled with padding.
 
-    rows: `WindowRows`, `PackedRows` or `ContinuationRows`. run: made by `token_scores`. keep:
+    rows: `PackedRows` or `ContinuationRows`. run: made by `token_scores`. keep:
     whether to keep the scores of every token. show: called with a row of metrics a batch. A batch
     is read while the one before it is computed.
     """
@@ -96,4 +97,4 @@ def score(
     per_token = (
         [np.concatenate(parts) for parts in zip(*kept, strict=True)] if keep else (None,) * 2
     )
-    return Score(nll, tokens, *per_token)
+    return Score(min(num_batches * batch_size, rows.num_rows), nll, tokens, *per_token)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llamajax.corpus.input_files import decompressed, json_object, numbered_lines
+from llamajax.corpus.input_files import json_object, read_numbered_lines
 from llamajax.errors import UserError, combine
 from llamajax.evaluation.continuations import Continuation
 from llamajax.tokenizers import Tokenizer
@@ -149,10 +149,9 @@ def encode_continuation(tokenizer: Tokenizer, context: str, text: str) -> tuple[
 
 def _read(path: Path, label: str) -> list[Question]:
     try:
-        with path.open("rb") as raw:
-            lines = list(numbered_lines(path, decompressed(path, raw)))
-    except OSError as error:
-        raise UserError(f"{label}: {path}: cannot be read: {error.strerror or error}") from None
+        lines = read_numbered_lines(path)
+    except UserError as error:
+        raise UserError(f"{label}: {error}") from error
     questions, problems = [], []
     for number, line in lines:
         try:

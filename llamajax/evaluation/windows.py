@@ -7,6 +7,8 @@ scored tokens of all rows, one row after the other, are those of the text.
 
 import numpy as np
 
+from llamajax.evaluation.continuations import Continuation, ContinuationRows
+
 
 def non_overlapping(num_tokens: int, seq_len: int) -> np.ndarray:
     """Windows (R, 3) that share one token: each reads `seq_len` tokens and predicts the next ones.
@@ -38,30 +40,7 @@ def separate(num_rows: int, length: int) -> np.ndarray:
     return np.stack([begin, begin + 1, begin + length], axis=1)
 
 
-class WindowRows:
-    """The windows of a stream of ids as rows of batches (B, T), T that of the longest."""
-
-    def __init__(self, ids: np.ndarray, windows: np.ndarray) -> None:
-        self._ids, self._windows = ids, windows
-        self.num_rows = len(windows)
-        self.seq_len = int((windows[:, 2] - windows[:, 0]).max()) - 1
-
-    def batch(self, rows: range) -> dict[str, np.ndarray]:
-        """Return these rows as arrays (B, T); those from `num_rows` on are padding.
-
-        Only tokens with a true `loss_mask` are scored. Padding comes after a row's tokens, where
-        causal attention does not see it.
-        """
-        shape = (len(rows), self.seq_len)
-        batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets")}
-        batch["positions"] = np.tile(np.arange(self.seq_len, dtype=np.int32), (len(rows), 1))
-        batch["loss_mask"] = np.zeros(shape, bool)
-        for row, number in enumerate(rows):
-            if number >= self.num_rows:
-                break
-            begin, first_target, end = self._windows[number]
-            inputs = end - begin - 1
-            batch["tokens"][row, :inputs] = self._ids[begin : end - 1]
-            batch["targets"][row, :inputs] = self._ids[begin + 1 : end]
-            batch["loss_mask"][row, first_target - begin - 1 : inputs] = True
-        return batch
+def window_rows(ids: np.ndarray, windows: np.ndarray) -> ContinuationRows:
+    """Return windows (R, 3) of a stream of ids as rows, all as long as the longest."""
+    found = [Continuation(ids[begin:end], end - first) for begin, first, end in windows.tolist()]
+    return ContinuationRows(found, max(len(each.ids) for each in found) - 1, packed=False)

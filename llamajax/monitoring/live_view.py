@@ -7,7 +7,7 @@ cursor stays visible, so that a process which is killed has nothing to restore.
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -18,7 +18,6 @@ from rich.table import Table
 from rich.text import Text
 
 from llamajax.monitoring.jsonl import is_evaluation
-from llamajax.monitoring.log_copy import LogCopy
 from llamajax.monitoring.row_format import Pace, format_cells, format_duration
 from llamajax.verbs import Output
 
@@ -37,15 +36,12 @@ def can_draw(stream: TextIO) -> bool:
 
 
 class LiveView:
-    """Draws progress, loss curve and newest values until `close`.
+    """Draws progress, loss curve and newest values on a terminal until `close`.
 
-    stream: the terminal, or the copy of standard error to a log that ends there. Lines printed to
-    it meanwhile appear above. title: names the run.
+    above: takes the lines that are to appear above the view. title: names the run.
     """
 
-    def __init__(self, stream: TextIO, *, title: str, pace: Pace):
-        self._log = stream if isinstance(stream, LogCopy) else None
-        screen = self._log.stream if self._log else stream
+    def __init__(self, screen: TextIO, *, title: str, pace: Pace):
         self._title, self._pace = title, pace
         self._row: Mapping[str, Any] = {}
         self._cells: dict[str, str] = {}
@@ -57,14 +53,12 @@ class LiveView:
             console=console,
             refresh_per_second=_DRAWN_PER_S,
             redirect_stdout=False,
-            redirect_stderr=self._log is None and stream is sys.stderr,
+            redirect_stderr=screen is sys.stderr,
             vertical_overflow="crop",
         )
         self._live.start(refresh=True)
         console.show_cursor(True)
-        if self._log:  # the log gets lines as they are; the terminal gets them above the view
-            self._log.stream = FileProxy(console, screen)
-        self._screen = screen
+        self.above = FileProxy(console, screen)
 
     def show(self, row: Mapping[str, Any]) -> None:
         """Take over a row's values; those of an evaluation stay until the next one."""
@@ -85,18 +79,9 @@ class LiveView:
         """Show a value that is in no training row."""
         self._cells[label] = value
 
-    def print(self, text: str) -> None:
-        """Print a line above the view."""
-        if self._log:
-            print(text, file=self._log)
-        else:
-            self._live.console.print(Text(text))
-
     def close(self) -> None:
         """Draw the last values and leave them on the screen."""
         self._live.stop()
-        if self._log:
-            self._log.stream = self._screen
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width, row, total = options.max_width, self._row, max(1, self._pace.total_steps)
@@ -113,38 +98,27 @@ class LiveView:
         bar = ProgressBar(total=total, completed=step, finished_style="green")
         head.add_row(title, bar, Text(numbers))
         yield head
-        yield from self._curve(width)
+        if row.get("loss") is not None:
+            yield self._curve(row["loss"], width)
         columns = max(1, min(6, width // _CELL_WIDTH))
-        cells = [*format_cells(row), *self._cells.items()]
         grid = Table.grid(padding=(0, 1), expand=True)
         for _ in range(columns):
             grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-        for first in range(0, len(cells), columns):
-            texts = [
-                Text.assemble((f"{label} ", "dim"), value)
-                for label, value in cells[first : first + columns]
-            ]
-            grid.add_row(*texts)
+        cells = [*format_cells(row), *self._cells.items()]
+        texts = [Text.assemble((f"{label} ", "dim"), value) for label, value in cells]
+        for first in range(0, len(texts), columns):
+            grid.add_row(*texts[first : first + columns])
         yield grid
 
-    def _curve(self, width: int) -> Iterator[Text]:
-        """Yield the loss and its curve over the steps of this process; nothing without a loss."""
-        loss = self._row.get("loss")
-        if loss is None:
-            return
-        words = f"loss {loss:.3f}  "
-        losses = self._losses
-        heights = ""
-        if len(losses) > 1:
-            high, low = max(y for _, y in losses), min(y for _, y in losses)
-            room = max(8, width - len(words) - 2 - len(f"{high:.2f} to {low:.2f}"))
-            heights = curve(losses, room)
-            words += heights + f"  {low:.2f} to {high:.2f}"
-        text = Text(words, no_wrap=True, overflow="ellipsis")
-        text.stylize("dim", 0, 4)
-        text.stylize("bold", 5, 5 + len(f"{loss:.3f}"))
-        text.stylize("cyan", words.find(heights), words.find(heights) + len(heights))
-        yield text
+    def _curve(self, loss: float, width: int) -> Text:
+        """Return the loss and its curve over the steps of this process."""
+        parts = [("loss ", "dim"), (f"{loss:.3f}", "bold"), "  "]
+        if len(self._losses) > 1:
+            values = [y for _, y in self._losses]
+            ends = f"{min(values):.2f} to {max(values):.2f}"
+            room = max(8, width - len(f"loss {loss:.3f}    {ends}"))
+            parts += [(curve(self._losses, room), "cyan"), f"  {ends}"]
+        return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
 
 
 def curve(points: list[tuple[int, float]], width: int) -> str:

@@ -1,13 +1,16 @@
-"""Copy standard error to a file, each line with its time."""
+"""Copy standard error to a file, each line with its time; a terminal is written by a thread."""
 
 import contextlib
+import os
+import queue
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from llamajax.monitoring.terminal_thread import TerminalThread, without_waiting
+_MOST_WAITING = 1024  # writes
+_DRAIN_WITHIN_S = 2.0
 
 
 class LogCopy:
@@ -26,7 +29,7 @@ class LogCopy:
 
     def __enter__(self) -> "LogCopy":
         if self._screen is None and sys.stderr is not None:
-            self._screen = without_waiting(sys.stderr)
+            self._screen = TerminalThread(sys.stderr) if _is_terminal(sys.stderr) else sys.stderr
         self.stream = self._screen
         self._replaced, sys.stderr = sys.stderr, self
         return self
@@ -73,3 +76,55 @@ class LogCopy:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+class TerminalThread:
+    """A stream in front of a terminal, which may stop reading: Ctrl-S, a connection that hangs.
+
+    A write returns at once; where too many wait, it is dropped. The thread writes to the descriptor
+    itself: a lock of the stream that it held at the end would abort the interpreter.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream, self._descriptor = stream, stream.fileno()
+        self._waiting: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
+        self._drained = threading.Event()
+        self._drained.set()
+        threading.Thread(target=self._run, name="terminal", daemon=True).start()
+
+    def write(self, text: str) -> int:
+        """Enter a text; returns at once."""
+        if self._waiting.qsize() < _MOST_WAITING:
+            self._waiting.put(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: the thread does not buffer."""
+
+    def drain(self) -> None:
+        """Wait until what was entered is on the terminal, but not long, and not again in vain."""
+        if self._drained.is_set():
+            self._drained = threading.Event()
+            self._waiting.put(self._drained)
+            self._drained.wait(_DRAIN_WITHIN_S)
+
+    def _run(self) -> None:
+        while True:
+            entered = self._waiting.get()
+            if isinstance(entered, threading.Event):
+                entered.set()
+                continue
+            data = entered.encode(self._stream.encoding, "replace")
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    try:
+        return os.isatty(stream.fileno())
+    except OSError:  # an object that only looks like a stream
+        return False

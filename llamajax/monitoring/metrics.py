@@ -8,18 +8,13 @@ from typing import Any
 from llamajax.errors import UserError, say
 from llamajax.files import write_file
 from llamajax.monitoring.jsonl import RowFile, decode_row, is_evaluation, read_lines, read_rows
-from llamajax.monitoring.sinks import SinkThread, close_sinks
+from llamajax.monitoring.sinks import PERF, SinkThread, close_sinks
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 # A sink may keep rows in memory for a while (wandb does for 15 s), which a killed process loses.
 _SENT_AGAIN_S = 60.0
 # These depend on the machine, the clock and the disk; all else in a row is the same in each run.
-MEASURED = frozenset(
-    (
-        "time_s", "step_time_s", "data_wait_s", "tokens_per_s", "mfu_full", "mfu_causal",
-        "memory_bytes", "peak_memory_bytes", "failed_checkpoints", "sink_dropped_rows",
-    )
-)  # fmt: skip
+MEASURED = frozenset((*PERF, "failed_checkpoints", "sink_dropped_rows"))
 
 
 def load_metrics(workdir: Path) -> list[dict[str, Any]]:

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llamajax.monitoring.events import load_events
-from llamajax.monitoring.metrics import load_metrics
+from llamajax.monitoring.run_history import History
 
 # Independent differences stay below 6.7 in 95 % of cases. With 20, runs that differ by chance alone
 # are called different in at most 2.4 % of 2,500 simulations, if differences are correlated over up
@@ -52,28 +51,24 @@ class PairedDifference:
 
 
 def describe_comparison(one: str, other: str, *, names: Sequence[str]) -> str:
-    """Compare two runs, and describe what was found in a line. names: of the runs there."""
-    found = compare_losses(Path(one), Path(other))
-    if isinstance(found, str):
-        return f"{' - '.join(names)}: losses are not compared step by step: {found}"
-    return found.words(*names)
-
-
-def compare_losses(one: Path, other: Path) -> PairedDifference | str:
-    """Compare the training losses of two runs; the reason where they cannot be paired."""
+    """Compare the training losses of two runs in a line. names: of the runs there."""
+    histories = [History.read(Path(workdir)) for workdir in (one, other)]
     losses = [
-        {row["step"]: row["loss"] for row in load_metrics(workdir) if _is_finite(row.get("loss"))}
-        for workdir in (one, other)
+        {row["step"]: row["loss"] for row in history.rows if _is_finite(row.get("loss"))}
+        for history in histories
     ]
     steps = sorted(losses[0].keys() & losses[1].keys())
+    places = [_position(history.events) for history in histories]
     if len(steps) < _FIRST_LOOK:
-        return f"{len(steps)} steps are logged in both; {_FIRST_LOOK} are needed"
-    places = [_position(workdir) for workdir in (one, other)]
-    if not all(places):
-        return "a record does not say which samples were read"
-    if not _same_samples(*places, first=steps[0], last=steps[-1]):
-        return "they read other samples at the same steps"
-    return paired_difference(steps, [losses[0][n] - losses[1][n] for n in steps])
+        reason = f"{len(steps)} steps are logged in both; {_FIRST_LOOK} are needed"
+    elif not all(places):
+        reason = "a record does not say which samples were read"
+    elif not _same_samples(*places, first=steps[0], last=steps[-1]):
+        reason = "they read other samples at the same steps"
+    else:
+        found = paired_difference(steps, [losses[0][n] - losses[1][n] for n in steps])
+        return found.words(*names)
+    return f"{' - '.join(names)}: losses are not compared step by step: {reason}"
 
 
 def paired_difference(steps: Sequence[int], differences: Sequence[float]) -> PairedDifference:
@@ -110,12 +105,12 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _position(workdir: Path) -> list[Mapping[str, Any]]:
+def _position(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the segments of the newest position in the data, as `data.Position` writes them.
 
     Empty where the record has none, or what is none.
     """
-    found = next((e["position"] for e in reversed(load_events(workdir)) if "position" in e), None)
+    found = next((e["position"] for e in reversed(events) if "position" in e), None)
     numbers = ("first_step", "first_sample", "batch_size")
     is_one = isinstance(found, list) and all(
         isinstance(segment, dict) and all(isinstance(segment.get(n), int) for n in numbers)

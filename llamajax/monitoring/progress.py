@@ -17,13 +17,6 @@ from llamajax.verbs import Output
 _BYTES_LINE_EVERY_S = 10.0
 
 
-def _bar(**options: Any) -> Any:
-    """Return a bar of tqdm, imported here: `benchmarks/` runs where it is not installed."""
-    from tqdm import tqdm
-
-    return tqdm(**options)
-
-
 class Progress:
     """Shows the rows of a run while it goes on: a live view on a terminal, aligned lines elsewhere.
 
@@ -41,16 +34,20 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._stream = sys.stderr if stream is None else stream
+        stream = sys.stderr if stream is None else stream
+        self._log = stream if isinstance(stream, LogCopy) else None
+        self._screen = self._log.stream if self._log else stream
         self._total, self._silent = total_steps, mode == "none"
         self._pace = Pace(total_steps=total_steps, start_step=start_step, clock=clock)
         self._announced, self._view = False, None
-        if mode == "bar" or (mode == "auto" and self._stream.isatty()):
+        if mode == "bar" or (mode == "auto" and self._screen.isatty()):
             # rich takes 0.1 s to import, and `benchmarks/` runs where it is not installed
             from llamajax.monitoring.live_view import LiveView, can_draw
 
-            if mode == "bar" or can_draw(self._stream):
-                self._view = LiveView(self._stream, title=title, pace=self._pace)
+            if mode == "bar" or can_draw(self._screen):
+                self._view = LiveView(self._screen, title=title, pace=self._pace)
+                if self._log:  # the file gets lines as they are
+                    self._log.stream = self._view.above
 
     def show(self, row: Mapping[str, Any]) -> None:
         """Show one row of metrics, of a training step or of an evaluation."""
@@ -74,24 +71,24 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print one line of text, above the live view if there is one."""
-        if self._view:
-            self._view.print(text)
-        elif not self._silent:
-            print(text, file=Output(self._stream, raises=False), flush=True)
+        if not self._silent:
+            stream = self._log or (self._view.above if self._view else self._screen)
+            print(text, file=Output(stream, raises=False), flush=True)
 
     def close(self) -> None:
         """Leave the live view as it is."""
         if self._view:
             self._view.close()
             self._view = None
+            if self._log:
+                self._log.stream = self._screen
 
     def _line(self, text: str) -> None:
         """Write a row as a line: to the log with its time, and where there is no view, too."""
-        log = self._stream if isinstance(self._stream, LogCopy) else None
-        if log:
-            log.add(text)
+        if self._log:
+            self._log.add(text)
         if not self._view:
-            screen = Output(log.stream if log else self._stream, raises=False)
+            screen = Output(self._screen, raises=False)
             print(f"{time.strftime('%H:%M:%S')}  {text}", file=screen, flush=True)
 
 
@@ -100,18 +97,19 @@ class BytesProgress:
 
     def __init__(self) -> None:
         self.total = 0
-        self._phase = ""
-        self._bar = _bar(disable=True)
+        self._phase, self._bar = "", None
         self._start_s = self._line_s = 0.0
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Show that `done` of `total` bytes of a phase are done."""
         self.total = total
         if phase != self._phase:
+            from tqdm import tqdm  # here, as `benchmarks/` runs where it is not installed
+
             self.close()
             self._phase, self._start_s = phase, time.monotonic()
             self._line_s = self._start_s
-            self._bar = _bar(total=total, desc=phase, unit="B", unit_scale=True, disable=None)
+            self._bar = tqdm(total=total, desc=phase, unit="B", unit_scale=True, disable=None)
         if not self._bar.disable:
             self._bar.update(done - self._bar.n)
         elif time.monotonic() - self._line_s > _BYTES_LINE_EVERY_S:
@@ -123,4 +121,5 @@ class BytesProgress:
 
     def close(self) -> None:
         """Leave the bar as it is and end its line."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()

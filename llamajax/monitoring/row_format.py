@@ -39,22 +39,17 @@ def format_size(size: float) -> str:
 
 def format_row(row: Mapping[str, Any]) -> str:
     """Format the numbers of a metrics row that people read; those of several rows are aligned."""
-    formats = {
-        "loss": "loss {:6.3f}",
-        "eval_loss": "eval loss {:.3f}",
-        "eval_perplexity": "perplexity {:.2f}",
-        "ema_loss": "average's loss {:.3f}",
-        "learning_rate": "lr {:.1e}",
-        "grad_norm": "grad {:5.2f}",
-        "tokens_per_s": "{:>5} tok/s",
-        "mfu_full": "mfu {:4.1f} %",
+    formats: dict[str, Callable[[Any], str]] = {
+        "loss": "loss {:6.3f}".format,
+        "eval_loss": "eval loss {:.3f}".format,
+        "eval_perplexity": "perplexity {:.2f}".format,
+        "ema_loss": "average's loss {:.3f}".format,
+        "learning_rate": "lr {:.1e}".format,
+        "grad_norm": "grad {:5.2f}".format,
+        "tokens_per_s": lambda rate: f"{format_count(rate):>5} tok/s",
+        "mfu_full": lambda mfu: f"mfu {100 * mfu:4.1f} %",
     }
-    shown = {key: row[key] for key in formats if row.get(key) is not None}
-    if "tokens_per_s" in shown:
-        shown["tokens_per_s"] = format_count(shown["tokens_per_s"])
-    if "mfu_full" in shown:
-        shown["mfu_full"] *= 100
-    parts = [formats[key].format(value) for key, value in shown.items()]
+    parts = [shown(row[key]) for key, shown in formats.items() if row.get(key) is not None]
     parts += [f"{name[10:]} {row[name]:.3f}" for name in row if name.startswith("eval_loss/")]
     for name in row:
         if name.startswith("task/") and name.endswith("/accuracy"):

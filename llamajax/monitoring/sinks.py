@@ -19,15 +19,12 @@ from llamajax.monitoring.jsonl import is_evaluation, plain_number
 
 _MOST_WAITING = 4096  # rows
 _CLOSE_WITHIN_S = 10.0  # all sinks together
-_EXTRAS = {"wandb": "wandb"}  # package and extra that a sink needs, by name
-_GROUPS = {
-    "perf": (
-        "time_s", "step_time_s", "data_wait_s", "tokens_per_s", "mfu_full", "mfu_causal",
-        "memory_bytes", "peak_memory_bytes",
-    ),
-    "guard": ("skipped_updates", "update_skipped", "split_attention", "failed_checkpoints"),
-}  # fmt: skip
-_GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
+PERF = (
+    "time_s", "step_time_s", "data_wait_s", "tokens_per_s", "mfu_full", "mfu_causal",
+    "memory_bytes", "peak_memory_bytes",
+)  # fmt: skip
+_GUARD = ("skipped_updates", "update_skipped", "split_attention", "failed_checkpoints")
+_GROUP_OF = dict.fromkeys(PERF, "perf") | dict.fromkeys(_GUARD, "guard")
 
 
 class Sink(Protocol):
@@ -66,7 +63,7 @@ class SinkThread:
 
     def __init__(self, name: str, open_sink: Callable[[], Sink]):
         self._name, self._open = name, open_sink
-        self._refused = self._entered = self._written = 0  # rows and texts
+        self._offered = self._refused = self._written = 0  # rows and texts
         self._waiting: queue.SimpleQueue = queue.SimpleQueue()
         self._warned = self._over = False
         self._thread = threading.Thread(target=self._run, name=f"sink_{name}", daemon=True)
@@ -75,7 +72,7 @@ class SinkThread:
     @property
     def dropped(self) -> int:
         """Rows and texts that the sink did not get, as far as is known."""
-        return self._refused + (self._entered - self._written if self._over else 0)
+        return self._offered - self._written if self._over else self._refused
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Enter a row; returns at once."""
@@ -97,13 +94,10 @@ class SinkThread:
             self._warn(f"did not take its last rows within {_CLOSE_WITHIN_S:.0f} s")
 
     def _enter(self, call: tuple) -> None:
-        if self._over:
-            self._refused += 1
-            return
+        self._offered += 1
         if self._waiting.qsize() < _MOST_WAITING:
             self._waiting.put(call)
-            self._entered += 1
-        else:
+        elif not self._over:
             self._refused += 1
             self._warn(f"is slow: {_MOST_WAITING} rows wait for it, and it does not get later ones")
 
@@ -146,12 +140,11 @@ def close_sinks(sinks: Sequence[SinkThread]) -> None:
 
 def check_installed(names: Sequence[str]) -> None:
     """Raise UserError where a sink needs a package that is not installed."""
-    for name in names:
-        if name in _EXTRAS and importlib.util.find_spec(_EXTRAS[name]) is None:
-            raise UserError(
-                f"monitoring.sinks: {name} needs a package that is not installed: "
-                f"pip install 'llamajax[{_EXTRAS[name]}]', or leave it out"
-            )
+    if "wandb" in names and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "monitoring.sinks: wandb needs a package that is not installed: "
+            "pip install 'llamajax[wandb]', or leave it out"
+        )
 
 
 def open_sinks(
@@ -162,15 +155,14 @@ def open_sinks(
     after_step: points after this step, of earlier processes, are replaced. config: of the run, as
     JSON.
     """
-    found, facts = [], {"after_step": after_step, "config": config}
-    for name in names:
-        if name == "tensorboard":
-            from llamajax.monitoring.tensorboard import TensorBoard, imported
+    made: dict[str, Callable[[], Sink]] = {}
+    if "tensorboard" in names:
+        from llamajax.monitoring.tensorboard import TensorBoard, imported
 
-            imported()  # here and not in the thread: see there
-            found.append(SinkThread(name, lambda: TensorBoard(workdir, **facts)))
-        elif name == "wandb":
-            from llamajax.monitoring.weights_and_biases import WeightsAndBiases
+        imported()  # here and not in the thread: see there
+        made["tensorboard"] = lambda: TensorBoard(workdir, after_step=after_step, config=config)
+    if "wandb" in names:
+        from llamajax.monitoring.weights_and_biases import WeightsAndBiases
 
-            found.append(SinkThread(name, lambda: WeightsAndBiases(workdir, config=config)))
-    return found
+        made["wandb"] = lambda: WeightsAndBiases(workdir, config=config)
+    return [SinkThread(name, open_sink) for name, open_sink in made.items()]

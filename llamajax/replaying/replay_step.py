@@ -98,7 +98,7 @@ def _config(record: ReplayRecord, options: ReplayOptions) -> Any:
     )
     if options.mesh is None:
         return config
-    return dataclasses.replace(config, mesh=mesh_config(options.mesh, rest="fsdp"))
+    return dataclasses.replace(config, mesh=mesh_config(options.mesh))
 
 
 def _state_before(

@@ -171,9 +171,7 @@ def new_ids(attempt: Attempt, step: int, state: TrainState) -> list[list[int]]:
     setup = attempt.run.setup.at(step)
     prompts = setup.evaluated.prompts
     (seed,) = np.random.SeedSequence([setup.config.train.seed, step]).generate_state(1)
-    found: list[list[int]] = [[] for _ in prompts]
-    for update in attempt.programs.sampler(setup, state).generate(prompts, seed=int(seed)):
-        for ids, more in zip(found, update, strict=True):
-            ids += more
+    for so_far in attempt.programs.sampler(setup, state).generate(prompts, seed=int(seed)):
         attempt.report_part()
-    return found
+        new = so_far
+    return new

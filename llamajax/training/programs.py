@@ -1,13 +1,11 @@
 """The programs of a run: compiled for all its stages (`data.stages`) before the first update."""
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -19,10 +17,10 @@ from llamajax.decoding.engine import Engine
 from llamajax.decoding.generate_options import Sampling
 from llamajax.errors import UserError
 from llamajax.evaluation.scoring import token_scores
+from llamajax.formats.load_model import LoadedModel
 from llamajax.models.llama import Compute
 from llamajax.models.machine_choices import resolve_compiler_options
 from llamajax.monitoring.row_format import format_size
-from llamajax.ops.attention import best_attention
 from llamajax.training.feed import abstract_batch, eval_batch_size
 from llamajax.training.safety.canary import Canary
 from llamajax.training.setup import Setup
@@ -142,14 +140,14 @@ class RunPrograms:
         """Return what continues the prompts of a run with the weights of a state of this stage."""
         config, model = stage.config, state.whole
         mesh = sharding.join_sequence(stage.mesh)  # rows are whole
-        dtype = config.train.activation_dtype
+        loaded = LoadedModel(
+            machine=stage.machine,
+            mesh=mesh,
+            dtype=config.train.activation_dtype,
+            model=sharding.same_parts(model, mesh),
+        )
         engine = Engine(
-            sharding.same_parts(model, mesh),
-            mesh,
-            dtype=jnp.dtype(dtype),
-            attention=functools.partial(
-                best_attention, stage.machine, dtype, config.model.head_size
-            ),
+            loaded,
             sampling=Sampling(temperature=config.train.sample_temperature),
             stop_ids=stage.evaluated.tokenizer.stop_ids,
         )

@@ -10,7 +10,6 @@ from llamajax.config.model_schema import RopeScaling
 from llamajax.decoding import kv_cache as kv
 from llamajax.decoding.decode_steps import Rows, append_token, fill_cache
 from llamajax.models.llama import Llama
-from llamajax.ops.attention_plain import plain_attention
 
 YARN = RopeScaling(type="yarn", factor=8.0, original_max_seq_len=16, attention_factor=1.5)
 CONFIGS = {
@@ -23,22 +22,6 @@ CONFIGS = {
     },
 }  # fmt: skip
 TOLERANCE = 1e-5  # largest difference over largest value: float32, sums in another order
-
-
-def test_cached_attention_equals_numpy():
-    B, T, N, K, H, S = 2, 2, 6, 2, 5, 7
-    rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=s) for s in ((B, T, N, H), (B, K, S, H), (B, K, S, H)))
-    allowed = rng.random((B, S)) < 0.5
-    allowed[:, 3] = True
-    expected = np.zeros((B, T, N, H))
-    for b, t, n in np.ndindex(B, T, N):
-        scores = k[b, n // (N // K)] @ q[b, t, n] / np.sqrt(H)
-        p = np.exp(scores - scores.max()) * allowed[b]
-        expected[b, t, n] = p @ v[b, n // (N // K)] / p.sum()
-    arrays = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
-    got = plain_attention(*arrays, jnp.asarray(allowed)[:, None], keys="BKSH")
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
@@ -74,15 +57,6 @@ def test_prefill_and_decode_give_the_logits_of_a_full_forward_at_every_position(
         np.testing.assert_allclose(
             logits / scale, expected[np.arange(4), lengths + n] / scale, rtol=0, atol=TOLERANCE
         )
-
-
-def test_a_row_sees_its_prompt_and_the_new_tokens_but_no_padding():
-    lengths = jnp.array([2, 4], jnp.int32)
-    allowed = kv.visible_slots(lengths, prompt_slots=jnp.int32(4), slot=jnp.int32(5), slots=8)
-    assert np.asarray(allowed).astype(int).tolist() == [
-        [1, 1, 0, 0, 1, 1, 0, 0],
-        [1, 1, 1, 1, 1, 1, 0, 0],
-    ]
 
 
 def test_buckets_are_powers_of_two_up_to_the_context():

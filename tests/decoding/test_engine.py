@@ -1,9 +1,9 @@
 """Generated tokens: the same alone, in a batch, in any bucket, on any mesh; where rows stop."""
 
 import functools
+import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import stored
@@ -33,24 +33,20 @@ def random_model() -> Llama:
 def new_engine(*, model=None, sizes=None, stop_ids=(), **sampling) -> Engine:
     """An engine on a mesh, with random or given weights."""
     mesh, model = mesh_of(**(sizes or {})), model or random_model()
-    return Engine(
-        jax.device_put(model, sharding.shardings(model, mesh)),
-        mesh,
-        dtype=jnp.dtype("float32"),
+    loaded = types.SimpleNamespace(
+        model=jax.device_put(model, sharding.shardings(model, mesh)),
+        mesh=mesh,
+        dtype="float32",
         attention=lambda seq_len: AttentionChoice("blocked", "a test has no kernel", True),
-        sampling=Sampling(**({"temperature": 0.0} | sampling)),
-        stop_ids=stop_ids,
     )
+    return Engine(loaded, sampling=Sampling(**({"temperature": 0.0} | sampling)), stop_ids=stop_ids)
 
 
 def new_tokens(engine, prompts, *, count=12, seed=0, interval_s=None) -> dict[int, list[int]]:
     """All new tokens of prompts, given as {number: ids}."""
     rows = [Prompt(number, ids, count) for number, ids in prompts.items()]
-    found = {number: [] for number in prompts}
-    for update in engine.generate(rows, seed=seed, interval_s=interval_s):
-        for number, ids in zip(prompts, update, strict=True):
-            found[number] += ids
-    return found
+    *_, found = engine.generate(rows, seed=seed, interval_s=interval_s)
+    return dict(zip(prompts, found, strict=True))
 
 
 def test_a_kernel_that_was_passed_over_is_said_once(capsys):

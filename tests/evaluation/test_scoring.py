@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshes import mesh_of
@@ -12,12 +11,13 @@ from tiny_model import COMPUTE, tiny_model
 
 from llamajax import sharding
 from llamajax.evaluation.scoring import perplexity, rows_a_batch, score, token_scores
-from llamajax.evaluation.windows import WindowRows, sliding_window
+from llamajax.evaluation.windows import sliding_window, window_rows
 from llamajax.models.llama import Llama
 
 CONFIG = tiny_model(vocab_size=131, rope_theta=12_345.0, norm_eps=1e-4, init_std=0.4)
 IDS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 61).astype(np.int32)
-ROWS = WindowRows(IDS, sliding_window(len(IDS), 13, 5))
+WINDOWS = sliding_window(len(IDS), 13, 5)
+ROWS = window_rows(IDS, WINDOWS)
 TOLERANCE = 1e-5  # nats, of losses of several nats: float32, sums in another order
 
 
@@ -26,17 +26,25 @@ def model() -> Llama:
     return Llama(CONFIG, jax.random.key(0))
 
 
+def losses_alone(ids: np.ndarray, num_targets: int) -> np.ndarray:
+    """The losses of the last tokens of a row of its own, from the logits in float64."""
+    tokens = np.zeros((1, 24), np.int32)
+    tokens[0, : len(ids) - 1] = ids[:-1]
+    batch = {"tokens": tokens, "positions": np.arange(24, dtype=np.int32)[None]}
+    scores = np.asarray(logits()(model(), batch), np.float64)[0, : len(ids) - 1]
+    chosen = scores[np.arange(len(scores)), ids[1:]]
+    return (np.log(np.exp(scores).sum(axis=1)) - chosen)[-num_targets:]
+
+
+@functools.cache
+def logits():
+    return jax.jit(lambda weights, batch: weights.logits(batch, COMPUTE))
+
+
 @functools.cache
 def expected() -> np.ndarray:
-    """Loss of each scored token, from the logits of one window at a time, in float64."""
-    logits = jax.jit(lambda weights, batch: weights.logits(batch, COMPUTE))
-    found = []
-    for number in range(ROWS.num_rows):
-        batch = ROWS.batch(range(number, number + 1))
-        scores = np.asarray(logits(model(), jax.tree.map(jnp.asarray, batch)), np.float64)[0]
-        target = np.take_along_axis(scores, batch["targets"][0][:, None], axis=1)[:, 0]
-        losses = np.log(np.exp(scores).sum(axis=1)) - target
-        found.append(losses[batch["loss_mask"][0]])
+    """Loss of each scored token."""
+    found = [losses_alone(IDS[begin:end], end - first) for begin, first, end in WINDOWS]
     return np.concatenate(found)
 
 
@@ -52,30 +60,24 @@ def run(shape: dict[str, int], batch_size: int, **options):
     return score(placed, ROWS, mesh=mesh, run=token_scores(compute, mesh), **options), shown
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
-def test_padding_never_counts(batch_size):
-    assert ROWS.num_rows == 11, "so that 3, 7 and 100 end in padding"
-    found, shown = run({}, batch_size)
-    assert found.tokens == len(IDS) - 1
-    np.testing.assert_allclose(found.per_token, expected(), rtol=0, atol=TOLERANCE)
-    assert found.nll == pytest.approx(expected().sum(), rel=1e-6)
-    assert shown[-1]["loss"] == found.nll / found.tokens
-
-
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "batch_size"),
     [
-        {"data": 2},
-        {"data": 2, "fsdp": 2, "tensor": 2},
-        {"sequence": 2, "tensor": 2},
-        {"stage": 2, "fsdp": 2, "sequence": 2},
+        *(({}, size) for size in (1, 3, 7, 100)),
+        ({"data": 2}, 3),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 3),
+        ({"sequence": 2, "tensor": 2}, 3),
+        ({"stage": 2, "fsdp": 2, "sequence": 2}, 3),
     ],
     ids=str,
 )
-def test_every_mesh_gives_the_same_losses(shape):
-    found, _ = run(shape, 3)
-    assert found.tokens == len(IDS) - 1
+def test_neither_batch_nor_mesh_changes_a_loss(shape, batch_size):
+    assert ROWS.num_rows == 11, "so that 3, 7 and 100 end in padding"
+    found, shown = run(shape, batch_size)
+    assert (found.num_rows, found.tokens) == (11, len(IDS) - 1)
     np.testing.assert_allclose(found.per_token, expected(), rtol=0, atol=TOLERANCE)
+    assert found.nll == pytest.approx(expected().sum(), rel=1e-6)
+    assert shown[-1]["loss"] == found.nll / found.tokens
 
 
 def test_the_first_batches_are_the_first_tokens():

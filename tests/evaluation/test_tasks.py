@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from meshes import mesh_of
-from test_scoring import CONFIG, IDS, TOLERANCE, model
+from test_scoring import CONFIG, IDS, TOLERANCE, losses_alone, model
 from tiny_model import COMPUTE
 
 from llamajax import sharding
@@ -105,18 +105,7 @@ def test_white_space_before_a_continuation_is_part_of_it():
 
 
 def alone(found: list[Continuation]) -> list[float]:
-    """The loss of each continuation in a row of its own, from the logits in float64."""
-    logits = jax.jit(lambda weights, batch: weights.logits(batch, COMPUTE))
-    losses = []
-    for each in found:
-        tokens = np.zeros((1, 24), np.int32)
-        tokens[0, : len(each.ids) - 1] = each.ids[:-1]
-        batch = {"tokens": tokens, "positions": np.arange(24, dtype=np.int32)[None]}
-        scores = np.asarray(logits(model(), batch), np.float64)[0, : len(each.ids) - 1]
-        chosen = scores[np.arange(len(scores)), each.ids[1:]]
-        nll = np.log(np.exp(scores).sum(axis=1)) - chosen
-        losses.append(nll[-each.num_targets :].sum())
-    return losses
+    return [losses_alone(each.ids, each.num_targets).sum() for each in found]
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from llamajax.evaluation.windows import WindowRows, non_overlapping, separate, sliding_window
+from llamajax.evaluation.continuations import ContinuationRows
+from llamajax.evaluation.windows import non_overlapping, separate, sliding_window, window_rows
 
 
-def scored(rows: WindowRows, batch_size: int) -> list[tuple[int, tuple[int, ...]]]:
+def scored(rows: ContinuationRows, batch_size: int) -> list[tuple[int, tuple[int, ...]]]:
     """(target, tokens before it that are seen) of every scored token, in order."""
     found = []
     for first in range(0, rows.num_rows, batch_size):
@@ -39,7 +40,7 @@ def hugging_face(ids: np.ndarray, seq_len: int, stride: int) -> list[tuple[int, 
 @pytest.mark.parametrize(("seq_len", "stride"), [(8, 4), (8, 7), (8, 1), (2, 1), (64, 32)])
 def test_sliding_windows_are_those_of_hugging_faces_guide(num_tokens, seq_len, stride):
     ids = np.arange(100, 100 + num_tokens)
-    found = scored(WindowRows(ids, sliding_window(num_tokens, seq_len, stride)), batch_size=3)
+    found = scored(window_rows(ids, sliding_window(num_tokens, seq_len, stride)), batch_size=3)
     assert found == hugging_face(ids, seq_len, stride)
     assert [target for target, _ in found] == ids[1:].tolist()
 
@@ -60,7 +61,7 @@ HARNESS = [
 def test_windows_that_do_not_overlap_are_the_harness_rolling_ones(num_tokens, seq_len, windows):
     assert non_overlapping(num_tokens, seq_len).tolist() == [list(w) for w in windows]
     ids = np.arange(100, 100 + num_tokens)
-    found = scored(WindowRows(ids, non_overlapping(num_tokens, seq_len)), batch_size=3)
+    found = scored(window_rows(ids, non_overlapping(num_tokens, seq_len)), batch_size=3)
     expected = [
         (100 + place, tuple(range(100 + begin, 100 + place)))
         for begin, first, end in windows
@@ -71,13 +72,7 @@ def test_windows_that_do_not_overlap_are_the_harness_rolling_ones(num_tokens, se
 
 def test_rows_of_an_array_are_separate():
     ids = np.arange(15)
-    found = scored(WindowRows(ids, separate(3, 5)), batch_size=2)
+    found = scored(window_rows(ids, separate(3, 5)), batch_size=2)
     assert found == [
         (5 * r + t, tuple(range(5 * r, 5 * r + t))) for r in range(3) for t in (1, 2, 3, 4)
     ]
-
-
-def test_rows_beyond_the_last_are_padding():
-    batch = WindowRows(np.arange(1, 11), separate(2, 5)).batch(range(1, 4))
-    assert batch["loss_mask"].sum(axis=1).tolist() == [4, 0, 0]
-    assert not batch["tokens"][1:].any()

@@ -115,10 +115,12 @@ def _check_sections(page: Page, run: dict) -> None:
             words = [f"fork of {fork['run']} at step {fork['step']:,}"]
             words += [f"{key}: " for key in fork["changed"]]
             assert all(word in page.inner_text("body") for word in words)
-    for name, found in run["curves"]["evaluations"].items():
-        title = page.get_by_text(f"Held out: {name}" if name else "Held out", exact=True)
-        shown = page.locator(".tile").filter(has=title).locator(".value").inner_text()
-        assert shown == "not finite" or float(shown) == float(f"{found['loss'][-1]:.4g}")
+    for key, found in run["curves"]["evaluations"].items():
+        if key.startswith("eval_loss"):
+            title = key.replace("eval_loss/", "Held out: ").replace("eval_loss", "Held out")
+            tile = page.locator(".tile").filter(has=page.get_by_text(title, exact=True))
+            shown = tile.locator(".value").inner_text()
+            assert shown == "not finite" or float(shown) == float(f"{found[key][-1]:.4g}")
     samples = page.locator("section:has(h2:text-is('Samples'))")
     texts = samples.locator("p").all_text_contents() if run["samples"] else []
     newest_first = sorted(run["samples"], key=lambda sample: -sample["step"])

@@ -2,12 +2,13 @@
 
 import fcntl
 import json
+from pathlib import Path
 
 from refusal import refused
 
 from llamajax.monitoring import EventLog, load_events
 from llamajax.monitoring.events import EVENTS, LOCK, is_running
-from llamajax.monitoring.run_facts import SUMMARY, steps_after, summarize
+from llamajax.monitoring.run_history import SUMMARY, History
 
 
 def begun(workdir, *, primary=True):
@@ -33,31 +34,6 @@ def test_a_clock_that_jumps_does_not_move_events(tmp_path, monkeypatch):
     before = log.time_s
     monkeypatch.setattr("time.time", lambda: 0.0)
     assert log.time_s >= before
-
-
-def test_a_torn_line_is_left_out_and_the_next_one_is_whole(tmp_path):
-    (tmp_path / EVENTS).write_text('{"event": "save", "step": 4, "time_s": 1.0}\n{"event": "sa')
-    begun(tmp_path).write("end", step=8)
-    assert [event["event"] for event in load_events(tmp_path)] == ["save", "end"]
-
-
-def test_events_that_a_full_disk_refuses_are_written_later_or_named_as_lost(tmp_path, capsys):
-    """/dev/full takes nothing: the events wait in memory until there is room."""
-    log, file, kept = begun(tmp_path), tmp_path / EVENTS, tmp_path / "kept"
-    log.write("start", step=0)
-    file.rename(kept)
-    file.symlink_to("/dev/full")
-    log.write("save", step=1)
-    log.write("end", step=2)
-    log.close()
-    text = capsys.readouterr().err
-    assert text.count("are kept for later") == 1
-    assert "no room for its last lines" in text
-    assert '"event": "end"' in text
-    file.unlink()
-    kept.rename(file)
-    log.close()
-    assert [event["event"] for event in load_events(tmp_path)] == ["start", "save", "end"]
 
 
 def test_events_wait_until_the_log_begins(tmp_path):
@@ -109,9 +85,13 @@ KILLED = [
 KILLED_ROWS = [row(2, 126.0), row(3, 129.5)]
 
 
+def summary(events, rows, *, running=False):
+    return History(Path(), events, rows).summary(running=running)
+
+
 def test_a_killed_run_is_dead_once_its_lock_is_free():
-    assert summarize(KILLED, KILLED_ROWS, running=True)["status"] == "running"
-    facts = summarize(KILLED, KILLED_ROWS, running=False)
+    assert summary(KILLED, KILLED_ROWS, running=True)["status"] == "running"
+    facts = summary(KILLED, KILLED_ROWS, running=False)
     assert (facts["status"], facts["starts"], facts["tokens_per_s"]) == ("dead", 1, 50.0)
     assert tuple(facts) == SUMMARY
     assert facts["time_breakdown"] == {
@@ -122,7 +102,7 @@ def test_a_killed_run_is_dead_once_its_lock_is_free():
 
 
 def test_seconds_of_all_processes_add_up():
-    removed = steps_after(KILLED, KILLED_ROWS, 2)
+    removed = History(Path(), KILLED, KILLED_ROWS).time_after(2)
     kept = {"kept_steps_s": 0.0, "kept_data_wait_s": 0.0, "kept_tokens": 0.0}
     assert removed == kept | {"removed_steps_s": 2.0, "removed_data_wait_s": 0.5}
     again = [
@@ -141,7 +121,7 @@ def test_seconds_of_all_processes_add_up():
         event("end", 230.5, step=4, status="finished", code=0),
     ]  # fmt: skip
     rows = [row(2, 126.0), row(3, 226.5), row(4, 229.0)]
-    facts = summarize(KILLED + again + rolled_back, rows, running=False)
+    facts = summary(KILLED + again + rolled_back, rows, running=False)
     assert (facts["status"], facts["starts"], facts["rollbacks"]) == ("finished", 2, 1)
     breakdown = facts["time_breakdown"]
     assert breakdown == {
@@ -160,25 +140,25 @@ def test_a_row_counts_its_steps_since_the_last_row_or_start():
         event("restore", 50.0, step=22, source="restore", duration_s=0.0),
     ]
     rows = [row(20, 40.0), row(25, 60.0)]
-    assert summarize(events, rows, running=True)["time_breakdown"]["steps_s"] == 46.0
+    assert summary(events, rows, running=True)["time_breakdown"]["steps_s"] == 46.0
     # Back before the earlier start: its step is no border any more.
     events.append(event("restore", 70.0, step=10, source="restore", duration_s=0.0))
     rows = [row(10, 20.0), row(20, 90.0), row(25, 100.0)]
-    assert summarize(events, rows, running=True)["time_breakdown"]["steps_s"] == 50.0
+    assert summary(events, rows, running=True)["time_breakdown"]["steps_s"] == 50.0
 
 
 def test_steps_of_a_removed_row_that_are_not_done_again_still_count():
     events = [event("restore", 0.0, step=0, source="init", duration_s=0.0)]
     rows = [row(20, 40.0), row(30, 60.0)]
-    removed = steps_after(events, rows, 25)
+    removed = History(Path(), events, rows).time_after(25)
     assert (removed["kept_steps_s"], removed["removed_steps_s"]) == (10.0, 10.0)
     events.append(event("restore", 70.0, step=25, source="restore", duration_s=0.0, **removed))
     rows = [row(20, 40.0), row(30, 90.0)]
-    breakdown = summarize(events, rows, running=True)["time_breakdown"]
+    breakdown = summary(events, rows, running=True)["time_breakdown"]
     assert (breakdown["steps_s"], breakdown["redone_s"]) == (60.0, 10.0)
 
 
 def test_a_run_of_an_earlier_release_has_no_record(tmp_path):
-    assert summarize([], [row(3, 1.0)], running=False) == {}
+    assert summary([], [row(3, 1.0)], running=False) == {}
     (tmp_path / EVENTS).write_text(json.dumps({"event": "save", "step": 1}) + "\n")
     assert load_events(tmp_path) == []

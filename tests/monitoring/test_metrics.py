@@ -69,12 +69,14 @@ def test_values_that_are_not_finite_are_strict_json(tmp_path):
 
 
 @pytest.mark.parametrize("tail", ["", '{"step": 7, "lo', '{"step": 7}', "\0\0\0", "[1]\n", "\n"])
-def test_resumed_runs_read_like_undisturbed_ones(tmp_path, tail):
+@pytest.mark.parametrize("resume_step", [0, 4])
+def test_resumed_runs_read_like_undisturbed_ones(tmp_path, resume_step, tail):
     whole = write_steps(tmp_path / "whole", range(1, 9))
     write_steps(tmp_path / "cut", range(1, 7))
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write(tail)
-    assert write_steps(tmp_path / "cut", range(5, 9), resume_step=4) == whole
+    steps = range(resume_step + 1, 9)
+    assert write_steps(tmp_path / "cut", steps, resume_step=resume_step) == whole
 
 
 def test_a_line_without_its_end_is_not_glued_to_the_next(tmp_path):
@@ -90,12 +92,6 @@ def test_rows_that_cannot_be_read_are_reported(tmp_path, capsys):
     write_rows(tmp_path, resume_step=4)
     assert [row["step"] for row in load_metrics(tmp_path)] == [1, 2, 2, 4]
     assert "metrics.jsonl: 1 of 5 lines are not whole rows" in capsys.readouterr().err
-
-
-def test_starting_over_begins_an_empty_file(tmp_path):
-    write_steps(tmp_path, range(1, 4))
-    write_steps(tmp_path, range(1, 2))
-    assert [row["step"] for row in load_metrics(tmp_path)] == [1]
 
 
 def test_a_step_is_written_once_of_each_kind(tmp_path):

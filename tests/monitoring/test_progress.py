@@ -38,12 +38,14 @@ def lines_of(stream):
     return [re.sub(r"^\d\d:\d\d:\d\d  ", "", line) for line in stream.getvalue().splitlines()]
 
 
-def test_durations_and_counts():
+def test_numbers_as_people_read_them():
     durations = {0: "0s", 59.6: "1m00s", 192: "3m12s", 18420: "5h07m", 1051200: "12d04h"}
     assert {seconds: format_duration(seconds) for seconds in durations} == durations
     counts = {0: "0", 870: "870", 999.6: "1.00k", 12345: "12.3k", 999_600: "1.00M"}
     counts |= {70_553_706_496: "70.6B", 15e12: "15.0T", 2e16: "20000T"}
     assert {number: format_count(number) for number in counts} == counts
+    unknown = {"loss": 1.0, "mfu_full": None, "grad_norm": float("nan")}
+    assert format_row(unknown) == "loss  1.000  grad   nan"
 
 
 def test_lines_in_a_log_are_aligned():
@@ -66,11 +68,6 @@ def test_lines_in_a_log_are_aligned():
     )
     assert pace.startswith("pace     0 ms a step: 180 more take 0s, until ")
     assert evaluated == "step 120/300  eval loss 3.500  perplexity 33.12  book 2.500"
-
-
-def test_what_is_unknown_is_left_out():
-    row = {"loss": 1.0, "mfu_full": None, "grad_norm": float("nan")}
-    assert format_row(row) == "loss  1.000  grad   nan"
 
 
 def test_every_row_is_a_line_with_the_time_left():

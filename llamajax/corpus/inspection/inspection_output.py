@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llamajax.corpus.inspection.document_reader import MAX_DOCUMENT
-from llamajax.monitoring.report.static_page import static_page
+from llamajax.monitoring.report.html_page import html_page
 from llamajax.tokenizers import Tokenizer
 
 # A split counts as unshuffled from here: correlation of neighbors, and in standard errors.
@@ -192,4 +192,4 @@ def to_html(found: dict[str, Any]) -> str:
             f'<section class="card"><h2>{html.escape(title)}</h2><div class="scroll wrap">'
             f"<table>{table}</table></div></section>"
         )
-    return static_page(found["directory"], "\n".join(body))
+    return html_page(found["directory"], "\n".join(body))

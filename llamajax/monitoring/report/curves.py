@@ -1,6 +1,7 @@
 """The rows of a run as columns for the page: few enough to mail, with every extreme kept."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,8 @@ _NO_CURVES = {
 # The extremes of these are those of another one.
 _FOLLOW = {*_AXES, "mfu_full", "mfu_causal", "step_time_s", "learning_rate"}
 _MAX_COLUMNS = 40
-_HELD_OUT = {"eval_loss": "", "ema_loss": "averaged weights"}  # keys of evaluations, and names
+# Keys of evaluation rows that are shown.
+_EVALUATED = re.compile(r"eval_loss|eval_bits_per_byte|ema_loss|task/.*/accuracy$")
 
 
 def is_number(value: Any) -> bool:
@@ -109,9 +111,7 @@ def curves(rows: Sequence[Row], *, first_s: float, cells: int = CELLS) -> dict[s
     """Return the curves of a run.
 
     train: columns of training rows. means: the same of parts of all rows, where train is thinned.
-    evaluations: by name of a validation set ("" for the run's own), columns with `loss` and
-    `bits_per_byte`; those of the average of the weights as `averaged weights`.
-    tasks: columns `task/NAME/...` of evaluation rows.
+    evaluations: by each drawn key of evaluation rows, its column and those of the axes.
     nonfinite: [[step, key], ...] of the first hundred. nonfinite_rows: how many there are.
     """
     train = [row for row in rows if "loss" in row]
@@ -125,56 +125,36 @@ def curves(rows: Sequence[Row], *, first_s: float, cells: int = CELLS) -> dict[s
     steps = {step for step, _ in broken}
     odd = [i for i, row in enumerate(train) if "update_skipped" in row or row["step"] in steps]
     kept = thin(table, odd, limit=cells // len(table))
-    found = {
-        name: _table(points, ["loss", "bits_per_byte"], first_s)
-        for name, points in _evaluations(rows, table["step"], table["tokens_seen"]).items()
-    }
-    tasks = _task_rows(rows, table["step"], table["tokens_seen"])
-    names = {name for row in tasks for name in row if name.startswith("task/")}
-    task_table = _table(tasks, sorted(names), first_s)
     return {
         "train": columns(table, kept),
         "means": _means(table) if len(kept) < len(train) else None,
-        "evaluations": {
-            name: columns(each, thin(each, (), limit=_MAX_EVALUATIONS))
-            for name, each in found.items()
-        },
-        "tasks": columns(task_table, thin(task_table, (), limit=_MAX_EVALUATIONS)),
+        "evaluations": _evaluations(rows, table, first_s),
         "nonfinite": broken[:100],
         "nonfinite_rows": len(steps),
     }
 
 
 def _evaluations(
-    rows: Sequence[Row], steps: np.ndarray, tokens: np.ndarray
-) -> dict[str, list[Row]]:
-    """Return evaluation rows by validation set: `eval_loss` or `eval_loss/NAME` in a row.
+    rows: Sequence[Row], train: Mapping[str, np.ndarray], first_s: float
+) -> dict[str, dict[str, list]]:
+    """Return the drawn keys of evaluation rows by name: held-out losses, and figures of tasks.
 
-    steps, tokens: of the training rows, between which the tokens of other steps lie on a line.
+    train: columns of the training rows, between which the tokens of other steps are on a line.
     """
-    known = np.isfinite(tokens)
-    found: dict[str, list[Row]] = {}
+    known = np.isfinite(train["tokens_seen"])
+    steps, tokens = train["step"][known], train["tokens_seen"][known]
+    by_key: dict[str, list[Row]] = {}
     for row in rows:
-        for key in row if "loss" not in row else ():
-            kind, _, name = key.partition("/")
-            if kind in _HELD_OUT and is_number(row[key]):
-                entry = {"step": row["step"], "loss": row[key], "time_s": row.get("time_s")}
-                entry["tokens_seen"] = _between(row["step"], steps[known], tokens[known])
-                bits = key.replace("eval_loss", "eval_bits_per_byte")  # none of an average
-                entry["bits_per_byte"] = row.get(bits) if bits != key else None
-                shown = ", ".join(filter(None, (name, _HELD_OUT[kind])))
-                found.setdefault(shown, []).append(entry)
-    return found
-
-
-def _task_rows(rows: Sequence[Row], steps: np.ndarray, tokens: np.ndarray) -> list[Row]:
-    """Return the rows with figures of tasks, with the tokens seen, as `_evaluations` has them."""
-    known = np.isfinite(tokens)
-    return [
-        {**row, "tokens_seen": _between(row["step"], steps[known], tokens[known])}
-        for row in rows
-        if any(name.startswith("task/") for name in row)
-    ]
+        if "loss" not in row:
+            seen = {"tokens_seen": _between(row["step"], steps, tokens)}
+            for key in row:
+                if _EVALUATED.match(key):
+                    by_key.setdefault(key, []).append(row | seen)
+    tables = {key: _table(points, [key], first_s) for key, points in sorted(by_key.items())}
+    return {
+        key: columns(table, thin(table, (), limit=_MAX_EVALUATIONS))
+        for key, table in tables.items()
+    }
 
 
 def _between(step: int, steps: np.ndarray, tokens: np.ndarray) -> int | None:

@@ -29,6 +29,9 @@ const label = (name) => name.replaceAll("_", " ");
 const last = (list) => list?.at(-1);
 // A value of a row: null is not finite, undefined was never logged.
 const logged = (value, format) => (isNumber(value) ? format(value) : value === undefined ? "none yet" : "not finite");
+// Held-out losses of a run: `eval_loss` or `eval_loss/SET`; `ema_loss` of averaged weights.
+const heldOutKeys = (run) => Object.keys(run.curves.evaluations).filter((key) => /^(eval|ema)_loss/.test(key));
+const setName = (key) => [key.split("/")[1], key.startsWith("ema") && "averaged weights"].filter(Boolean).join(", ");
 const runColor = (run) => COLORS[DATA.runs.indexOf(run) % COLORS.length];
 const running = (run) => ["running", "in progress"].includes(run.verdict.status);
 
@@ -143,8 +146,11 @@ function figures(run) {
   return [
     ["Step", whole(run.step), isNumber(run.steps) && `of ${whole(run.steps)}`],
     ["Training loss", logged(last(train.loss), digits), "last row, nats a token"],
-    ...Object.entries(evaluations).map(([name, { loss, bits_per_byte: each }]) =>
-      [name ? `Held out: ${name}` : "Held out", logged(last(loss), digits), perplexity(last(loss)) + bits(last(each))]),
+    ...heldOutKeys(run).map((key) => {
+      const name = setName(key), loss = last(evaluations[key][key]);
+      const each = key.startsWith("eval") && key.replace("eval_loss", "eval_bits_per_byte");
+      return [name ? `Held out: ${name}` : "Held out", logged(loss, digits), perplexity(loss) + bits(last(evaluations[each]?.[each]))];
+    }),
     ["Tokens seen", count(last(train.tokens_seen)), isNumber(packing.efficiency) &&
       `${percent(packing.efficiency)} not padding, ${percent(packing.cut_examples_share)} of examples cut`],
     ["Tokens a second", count(measured.tokens_per_s), mfu],
@@ -222,24 +228,22 @@ function charts() {
     .filter((run) => run.curves.train[key]?.some((value) => value !== null))
     .map((run) => ({ key, name, data: run.curves.train, means: run.curves.means, ...style, ...own(run) }));
   const own = (run) => (MANY ? { name: run.name, color: runColor(run) } : {});
-  const sets = [...new Set(DATA.runs.flatMap((run) => Object.keys(run.curves.evaluations)))].sort();
   // A set and the average of the weights on it have one color.
-  const ownWeights = (set) => set.replace(/(, )?averaged weights$/, "");
-  const colored = [...new Set(sets.map(ownWeights))];
-  const heldOut = (set) => DATA.runs.filter((run) => run.curves.evaluations[set]).map((run) => ({
-    key: "loss", name: set ? `held out: ${set}` : "held out", points: true,
-    color: COLORS[1 + (colored.indexOf(ownWeights(set)) % 7)], dashed: ownWeights(set) !== set,
-    data: run.curves.evaluations[set], ...own(run),
+  const heldOut = [...new Set(DATA.runs.flatMap(heldOutKeys))].sort((a, b) => (setName(a) < setName(b) ? -1 : 1));
+  const sets = [...new Set(heldOut.map((key) => key.split("/")[1]))];
+  const evaluated = (key, name, index) => DATA.runs.filter((run) => run.curves.evaluations[key]).map((run) => ({
+    key, name, points: true, color: COLORS[1 + (index % 7)], data: run.curves.evaluations[key],
+    dashed: key.startsWith("ema"), ...own(run),
   }));
+  const losses = (key) => evaluated(key, ["held out", setName(key)].filter(Boolean).join(": "), sets.indexOf(key.split("/")[1]));
   const { unigram_entropy: unigram } = RUN.facts;
   const wide = { wide: true, note: "nats a token", level: isNumber(unigram) && !MANY ? ["unigram entropy", unigram] : null };
-  add("Loss", digits, [...lines("loss", "training", TRAINING), ...(MANY ? [] : sets.flatMap(heldOut))], wide);
-  const accuracies = DATA.runs.flatMap((run) => Object.keys(run.curves.tasks)
-    .filter((key) => key.endsWith("/accuracy"))
-    .map((key, i) => ({ key, data: run.curves.tasks, points: true, color: COLORS[1 + (i % 7)], ...own(run),
-      name: [MANY && run.name, key.split("/")[1]].filter(Boolean).join(": ") })));
+  add("Loss", digits, [...lines("loss", "training", TRAINING), ...(MANY ? [] : heldOut.flatMap(losses))], wide);
+  if (MANY) heldOut.forEach((key) => add(["Held-out loss", setName(key)].filter(Boolean).join(": "), digits, losses(key), wide));
+  const tasks = [...new Set(DATA.runs.flatMap((run) => Object.keys(run.curves.evaluations)))].filter((key) => key.startsWith("task/"));
+  const accuracies = tasks.flatMap((key, i) => evaluated(key, key.split("/")[1], i));
+  if (MANY) accuracies.forEach((line) => (line.name += `: ${line.key.split("/")[1]}`));
   add("Accuracy of tasks", percent, accuracies, { zero: true });
-  if (MANY) sets.forEach((set) => add(set ? `Held-out loss: ${set}` : "Held-out loss", digits, heldOut(set), wide));
   for (const [title, format, columns, more] of CHARTS) {
     add(title, format, Object.entries(columns).flatMap(([key, style]) => lines(key, style.name ?? title, style)), more);
   }

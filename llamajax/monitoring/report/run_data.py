@@ -5,7 +5,6 @@ Everything in them may be missing, of an earlier release, or cut: what is not kn
 
 import collections
 import itertools
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +14,11 @@ from typing import Any
 
 from llamajax.errors import ExitCode
 from llamajax.monitoring.blackbox import BLACKBOX, boxes
-from llamajax.monitoring.events import load_events
-from llamajax.monitoring.jsonl import read_lines, read_object, read_rows
-from llamajax.monitoring.metrics import SAMPLES, load_metrics
+from llamajax.monitoring.jsonl import read_object, read_rows
+from llamajax.monitoring.metrics import SAMPLES
 from llamajax.monitoring.report.curves import Row, curves, is_number
-from llamajax.monitoring.run_facts import merged_facts
+from llamajax.monitoring.run_facts import facts_of
+from llamajax.monitoring.run_history import History
 
 _MAX_EVENTS, _MAX_SAMPLES, _MAX_TEXT = 500, 60, 4000
 _NOT_SHOWN = {"versions", "command", "git", "overrides", "changed"}  # of events: processes have it
@@ -31,31 +30,30 @@ def read_run(workdir: Path, *, cells: int) -> dict[str, Any]:
     `facts` is `run.json` as it is now.
     """
     workdir = Path(workdir).absolute()
-    events, rows = load_events(workdir), load_metrics(workdir)
+    history = History.read(workdir)
+    events, rows, first_s = history.events, history.rows, history.first_s
     rows.sort(key=lambda row: row["step"])
-    config, plan = read_object(workdir / "config.json"), read_object(workdir / "plan.json")
-    facts = merged_facts(workdir, events, rows)
-    first_s = _first_s(events, rows)
+    config, facts = read_object(workdir / "config.json"), facts_of(history)
     drawn = curves(rows, first_s=first_s, cells=cells)
-    processes = list(_processes(events, rows, first_s, facts.get("status")))
+    processes = list(_processes(history, facts.get("status")))
     return {
         "name": _name(config, workdir),
         "workdir": str(workdir),
         "steps": section(config, "train").get("steps"),
         "step": max([row["step"] for row in rows] + [e["step"] for e in events], default=0),
         "first_s": first_s,
-        "verdict": _verdict(config, facts, events, drawn),
+        "verdict": _verdict(config, facts, history, drawn),
         "curves": drawn,
         "facts": facts,
         "config": config,
         "data": prepared_data(workdir, config),
-        "plan": plan,
+        "plan": read_object(workdir / "plan.json"),
         "measured": _measured(rows, facts),
         "processes": processes,
         "devices": _mean_devices(processes, facts),
-        "events": list(_events(workdir, events, first_s)),
+        "events": list(_events(history)),
         "left_out_events": max(0, len(events) - _MAX_EVENTS),
-        "checkpoints": _checkpoints(workdir, events, first_s),
+        "kept_checkpoints": _kept_checkpoints(workdir),
         "samples": _samples(workdir),
         "profile": read_object(workdir / "profile" / "summary.json"),
     }
@@ -71,20 +69,14 @@ def _name(config: Row, workdir: Path) -> str:
     return str(section(config, "train").get("name") or workdir.resolve().name)
 
 
-def _first_s(events: Sequence[Row], rows: Sequence[Row]) -> float:
-    if events:
-        return events[0]["time_s"] - events[0].get("duration_s", 0.0)
-    return next((row["time_s"] for row in rows if is_number(row.get("time_s"))), 0.0)
-
-
-def _verdict(config: Row, facts: Row, events: Sequence[Row], drawn: Row) -> dict[str, Any]:
+def _verdict(config: Row, facts: Row, history: History, drawn: Row) -> dict[str, Any]:
     """Return how the run stands: `status`, what happened (`incidents`), and a `level`.
 
     level: good only where it finished and nothing happened; info while it runs; warn; bad where it
     died or ended with an error.
     """
-    kinds = collections.Counter(event["event"] for event in events)
-    failed_saves = sum(e["event"] == "save" and "error" in e for e in events)
+    kinds = collections.Counter(event["event"] for event in history.events)
+    failed_saves = sum(e["event"] == "save" and "error" in e for e in history.events)
     counts = (
         (kinds["start"] - 1, "restart", "restarts"),
         (kinds["skipped_update"], "skipped update", "skipped updates"),
@@ -93,7 +85,7 @@ def _verdict(config: Row, facts: Row, events: Sequence[Row], drawn: Row) -> dict
         (drawn["nonfinite_rows"], "row that is not finite", "rows that are not finite"),
     )
     incidents = [f"{n} {many if n > 1 else one}" for n, one, many in counts if n > 0]
-    last, total = events[-1] if events else {}, section(config, "train").get("steps")
+    last, total = history.last, section(config, "train").get("steps")
     done = is_number(total) and drawn["train"]["step"][-1:] == [total]
     status = str(facts.get("status") or ("finished" if done else "in progress"))
     error, code = str(last.get("error") or ""), last.get("code", ExitCode.FINISHED)
@@ -119,13 +111,12 @@ def _measured(rows: Sequence[Row], facts: Row) -> dict[str, Any]:
     return {k: v for k, v in found.items() if is_number(v) and math.isfinite(v)}
 
 
-def _processes(
-    events: Sequence[Row], rows: Sequence[Row], first_s: float, status: Any
-) -> Iterator[dict[str, Any]]:
+def _processes(history: History, status: Any) -> Iterator[dict[str, Any]]:
     """Yield each process of the run: when, on what, how it ended, and what its start cost.
 
     lost_s: seconds of steps that are done again, of no process, and up to the compiled program.
     """
+    events, rows, first_s = history.events, history.rows, history.first_s
     starts = [i for i, event in enumerate(events) if event["event"] == "start"]
     seen_s = None
     for i, end in itertools.pairwise([*starts, len(events)]):
@@ -180,12 +171,12 @@ def _mean_devices(processes: Sequence[Row], facts: Row) -> float | None:
     return weighted / sum(seconds) if sum(seconds) else None
 
 
-def _events(workdir: Path, events: Sequence[Row], first_s: float) -> Iterator[dict[str, Any]]:
+def _events(history: History) -> Iterator[dict[str, Any]]:
     """Yield the newest events; a skipped update has its samples and its black box."""
-    written = {box.name: box for box in boxes(workdir)}
-    for event in events[-_MAX_EVENTS:]:
+    written = {box.name: box for box in boxes(history.workdir)}
+    for event in history.events[-_MAX_EVENTS:]:
         shown = {k: v for k, v in event.items() if k not in _NOT_SHOWN | {"time_s"}}
-        shown["at_s"] = round(event["time_s"] - first_s, 2)
+        shown["at_s"] = round(event["time_s"] - history.first_s, 2)
         for reason in ("skip", "spike") if event["event"] == "skipped_update" else ():
             if box := written.get(f"{event['step']}_{reason}.jsonl"):
                 head = next(iter(read_rows(box)), {})
@@ -203,31 +194,15 @@ def prepared_data(workdir: Path, config: Row) -> list[dict[str, Any]]:
     ]
 
 
-def _checkpoints(workdir: Path, events: Sequence[Row], first_s: float) -> list[dict[str, Any]]:
-    """Return the newest saves, and whether they are still there."""
+def _kept_checkpoints(workdir: Path) -> list[str] | None:
+    """Return the names of the checkpoints that are still there; None where they are elsewhere."""
     folder = workdir / "checkpoints"
-    kept = {path.name for path in folder.iterdir()} if folder.is_dir() else None
-    saves = [event for event in events if event["event"] == "save"][-_MAX_EVENTS // 5 :]
-    return [
-        {"step": e["step"], "at_s": round(e["time_s"] - first_s, 2), "error": e.get("error"),
-         "wait_s": e.get("duration_s"), "kept": None if kept is None else str(e["step"]) in kept}
-        for e in saves
-    ]  # fmt: skip
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else None
 
 
 def _samples(workdir: Path) -> list[dict[str, Any]]:
-    """Return the newest samples: rows of `samples.jsonl` with step, prompt and text."""
-    rows = [row for line in read_lines(workdir / SAMPLES)[-_MAX_SAMPLES:] if (row := _json(line))]
+    """Return step, prompt and text of the newest rows of `samples.jsonl`."""
     return [
         {"step": row["step"], **{k: str(row.get(k) or "")[:_MAX_TEXT] for k in ("prompt", "text")}}
-        for row in rows
-        if is_number(row.get("step"))
+        for row in read_rows(workdir / SAMPLES)[-_MAX_SAMPLES:]
     ]
-
-
-def _json(line: str) -> Row:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -11,7 +11,6 @@ import hashlib
 import html
 import json
 import math
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,10 +22,16 @@ from llamajax.monitoring.events import EVENTS
 from llamajax.monitoring.metrics import METRICS
 from llamajax.monitoring.paired_difference import describe_comparison
 from llamajax.monitoring.report.curves import CELLS
+from llamajax.monitoring.report.html_page import html_page, read_part
 from llamajax.monitoring.report.run_data import read_run
 from llamajax.monitoring.run_facts import write_report_facts
 
 REPORT, COMPARISON = "report.html", "comparison.html"
+# Nothing is loaded from elsewhere, and no script runs but ours.
+_POLICY = """\
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; base-uri 'none';
+  script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; form-action 'none'">
+"""
 # Errors of reading a record that has an unexpected structure.
 MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
@@ -114,17 +119,16 @@ def render(
     data["version"] = version
     # `<` as an escape: no text in the data can end the element or begin another one.
     text = json.dumps(_plain(data), separators=(",", ":")).replace("<", "\\u003c")
-    script = "".join(map(_read, ("charts.js", "page.js", "sections.js")))
-    said = (f"{run['name']}: {', '.join(run['verdict']['said'])}" for run in runs)
-    parts = {
-        "title": html.escape(" | ".join(run["name"] for run in runs)),
-        "digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        "style": _read("page.css"),
-        "summary": html.escape("; ".join(said)),
-        "data": text,
-        "script": script,
-    }
-    return re.sub(r"\{(\w+)\}", lambda found: parts[found[1]], _read("page.html"))
+    script = "".join(map(read_part, ("charts.js", "page.js", "sections.js")))
+    said = "; ".join(f"{run['name']}: {', '.join(run['verdict']['said'])}" for run in runs)
+    body = (
+        f"<noscript><p>{html.escape(said)}. The curves of this page need JavaScript.</p>"
+        f'</noscript>\n<script type="application/json" id="data">{text}</script>\n'
+        f"<script>{script}</script>"
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    title = " | ".join(run["name"] for run in runs)
+    return html_page(title, body, head=_POLICY.format(digest=digest))
 
 
 def _plain(value: Any) -> Any:
@@ -134,7 +138,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _read(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")

@@ -234,7 +234,7 @@ function config(run) {
   const all = Object.entries(run.config).map(([name, values]) =>
     el("div", {}, el("h3", {}, name), table(["Key", "Value"], flat(values), name)));
   return [...run.data.map((data) => el("p", {}, "Data: ", inspection(data))),
-    rows.length > 0 && table(["Key", "Before", "Used", "Where"], rows, "Config differences"),
+    rows.length > 0 && table(["Key", "Before", "Used", "Where"], rows, "Config differences", "stack"),
     all.length > 0 && el("details", {}, el("summary", {}, "All keys"), el("div", { class: "config" }, all))];
 }
 
@@ -250,8 +250,11 @@ function record(run) {
 }
 
 function checkpoints(run) {
-  const state = ({ error, kept }) => (error ? `failed: ${error}` : kept === null ? "complete" : kept ? "kept" : "removed since");
-  const rows = [...run.checkpoints].reverse().map((c) => [whole(c.step), duration(c.at_s), duration(c.wait_s), state(c)]);
+  const kept = run.kept_checkpoints; // names; null where they are elsewhere
+  const state = ({ error, step }) => (error ? `failed: ${error}` : !kept ? "complete" :
+    kept.includes(String(step)) ? "kept" : "removed since");
+  const rows = run.events.filter((e) => e.event === "save").reverse()
+    .map((e) => [whole(e.step), duration(e.at_s), duration(e.duration_s), state(e)]);
   return rows.length > 0 && table(["Step", "Time", "Training waited", "State"], rows, "Checkpoints");
 }
 
@@ -288,8 +291,8 @@ const sections = (run) => [
 if (new Set(DATA.runs.map((run) => run.name)).size < DATA.runs.length) {
   DATA.runs.forEach((run) => (run.name = run.workdir));
 }
-const main = el("main", {}, header(), !MANY && tiles(), toolbar(), charts(), MANY ? comparison() : sections(RUN));
-document.getElementById("page").append(main);
+const main = el("div", {}, header(), !MANY && tiles(), toolbar(), charts(), MANY ? comparison() : sections(RUN));
+document.querySelector("main").append(main);
 // What can be opened, by where it is and what it says.
 const keyOf = (details) => [details.closest("figure, section").querySelector(".title, h2"), details.firstChild]
   .map((node) => node.textContent).join(": ");

@@ -19,6 +19,7 @@ from llamajax.monitoring.report.run_report import MALFORMED, read_runs, render
 _HOST = "127.0.0.1"
 # Browsers leave out port 80; `ssh -L` listens at ::1 as well.
 _OWN_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
+_HTML, _TEXT = "text/html; charset=utf-8", "text/plain; charset=utf-8"
 _FILES = (METRICS, EVENTS, "config.json", "plan.json", "samples.jsonl", "profile/summary.json")
 
 
@@ -63,6 +64,15 @@ class ReportServer(http.server.ThreadingHTTPServer):
                 self._page = version, render(runs, price_per_hour=price, version=version)
             return self._page[1]
 
+    def linked_files(self) -> dict[str, Path]:
+        """Return the files that the page links to, by the path that a browser asks for."""
+        found = {f"/{BLACKBOX}/{box.name}": box for box in boxes(self.workdirs[0])}
+        for workdir in self.workdirs:
+            for each in prepared_data(workdir, read_object(workdir / "config.json")):
+                if page := each["page"]:  # browsers drop what leads above `/`
+                    found[posixpath.normpath(f"/{page}")] = workdir / page
+        return found
+
 
 class _Answer(http.server.BaseHTTPRequestHandler):
     server: ReportServer
@@ -76,7 +86,7 @@ class _Answer(http.server.BaseHTTPRequestHandler):
         try:
             text, kind = self._found(self.path.partition("?")[0])
         except (OSError, *MALFORMED) as error:
-            status, text, kind = 500, f"error: {error}\n", "text/plain; charset=utf-8"
+            status, text, kind = 500, f"error: {error}\n", _TEXT
         if not kind:
             self.send_error(404)
             return
@@ -93,26 +103,12 @@ class _Answer(http.server.BaseHTTPRequestHandler):
     def _found(self, path: str) -> tuple[str, str]:
         """Return the text at a path, and its type; no type where there is nothing."""
         if path == "/":
-            return self.server.page(), "text/html; charset=utf-8"
+            return self.server.page(), _HTML
         if path == "/version":
-            return self.server.version(), "text/plain"
-        if page := self._inspection(urllib.parse.unquote(path)):
-            return page.read_text(encoding="utf-8"), "text/html; charset=utf-8"
-        if box := self._box(path):
-            return box.read_text(encoding="utf-8"), "text/plain; charset=utf-8"
+            return self.server.version(), _TEXT
+        if file := self.server.linked_files().get(urllib.parse.unquote(path)):
+            return file.read_text(encoding="utf-8"), _HTML if file.suffix == ".html" else _TEXT
         return "", ""
-
-    def _inspection(self, path: str) -> Path | None:
-        """Return the file of a link to inspected data; browsers drop what leads above `/`."""
-        for workdir in self.server.workdirs:
-            for each in prepared_data(workdir, read_object(workdir / "config.json")):
-                if each["page"] and posixpath.normpath(f"/{each['page']}") == path:
-                    return workdir / each["page"]
-        return None
-
-    def _box(self, path: str) -> Path | None:
-        found = boxes(self.server.workdirs[0])
-        return next((box for box in found if path == f"/{BLACKBOX}/{box.name}"), None)
 
     def log_message(self, *_: object) -> None:
         """Print nothing for each request."""
