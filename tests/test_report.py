@@ -322,8 +322,15 @@ def test_a_report_is_rewritten_meanwhile(tmp_path: Path, capsys, monkeypatch):
     make_run(run, steps=3)
     monkeypatch.setattr(refresh, "_LOOK_EVERY_S", 0.01)
     monkeypatch.setattr(refresh, "_IDLE_SHARE", 0)
-    write = refresh._Refresher._write
-    monkeypatch.setattr(refresh._Refresher, "_write", lambda self: (write(self), written.set()))
+
+    def write(*args):
+        try:
+            return written_by(*args)
+        finally:
+            written.set()
+
+    written_by = refresh._write
+    monkeypatch.setattr(refresh, "_write", write)
     start, groups = subprocess.Popen, []
 
     def started(*args, **options):

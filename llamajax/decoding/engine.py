@@ -101,7 +101,12 @@ class Engine:
         slots = kv.prompt_slots(longest, max_seq_len=self._model.config.max_seq_len)
         all_slots = slots + kv.bucket(max_new_tokens, least=kv.LEAST_SLOTS)
         inputs = self._inputs(prompts, slots, np.uint32(seed))
-        return inputs, self._prefill(inputs, slots, all_slots)
+        attention = self._loaded.attention(slots)
+        for line in attention.warnings():
+            self._warn(line)
+        key = ("prefill", len(inputs[1]), slots, all_slots)
+        arguments = (self._model, *inputs)
+        return inputs, self._program(key, prefill, attention.impl, arguments, slots=all_slots)
 
     def _inputs(self, prompts: Sequence[Prompt], slots: int, seed: np.uint32) -> tuple:
         """Arguments of the prefill besides the model; rows that are no prompt fill up the batch."""
@@ -114,18 +119,6 @@ class Engine:
             lengths[row], numbers[row], running[row] = len(prompt.ids), prompt.number, True
         rows = NamedSharding(self._mesh, sharding.spec("B", sharding.ACTIVATIONS, self._mesh))
         return *jax.device_put((tokens, lengths, numbers, running), rows), seed
-
-    def _prefill(self, inputs: tuple, prompt_slots: int, slots: int) -> Callable:
-        attention = self._loaded.attention(prompt_slots)
-        for line in attention.warnings():
-            self._warn(line)
-        return self._program(
-            ("prefill", len(inputs[1]), prompt_slots, slots),
-            prefill,
-            attention.impl,
-            (self._model, *inputs),
-            slots=slots,
-        )
 
     def _decode(self, rows: Any, seed: np.uint32) -> Callable:
         return self._program(

@@ -13,7 +13,6 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from llamajax.errors import say
@@ -85,14 +84,9 @@ class BlackBox:
     def __enter__(self) -> "BlackBox":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and self._rows and self._directory.parent.is_dir():
-            self.write("crash", step=self.newest_step, error=f"{kind.__name__}: {error}")
+            self.write("crash", step=self.newest_step, error=f"{type(error).__name__}: {error}")
         self._close()
         if self._begun:
             with self._one_warning():

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 from llamajax.errors import UserError, say
@@ -111,16 +110,11 @@ class SinkThread:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         """Turn an error of the sink, whatever it is, into a warning."""
         if error is not None:
             self._over = True
-            self._warn(f"is no longer written: {error or kind.__name__}")
+            self._warn(f"is no longer written: {str(error) or type(error).__name__}")
         return True
 
     def _warn(self, problem: str) -> None:

@@ -29,8 +29,9 @@ const label = (name) => name.replaceAll("_", " ");
 const last = (list) => list?.at(-1);
 // A value of a row: null is not finite, undefined was never logged.
 const logged = (value, format) => (isNumber(value) ? format(value) : value === undefined ? "none yet" : "not finite");
-// Held-out losses of a run: `eval_loss` or `eval_loss/SET`; `ema_loss` of averaged weights.
-const heldOutKeys = (run) => Object.keys(run.curves.evaluations).filter((key) => /^(eval|ema)_loss/.test(key));
+// Held-out losses of runs, by set: `eval_loss` or `eval_loss/SET`; `ema_loss` of averaged weights.
+const heldOutKeys = (runs) => [...new Set(runs.flatMap((run) => Object.keys(run.curves.evaluations)))]
+  .filter((key) => /^(eval|ema)_loss/.test(key)).sort((a, b) => (setName(a) < setName(b) ? -1 : 1));
 const setName = (key) => [key.split("/")[1], key.startsWith("ema") && "averaged weights"].filter(Boolean).join(", ");
 const runColor = (run) => COLORS[DATA.runs.indexOf(run) % COLORS.length];
 const running = (run) => ["running", "in progress"].includes(run.verdict.status);
@@ -146,7 +147,7 @@ function figures(run) {
   return [
     ["Step", whole(run.step), isNumber(run.steps) && `of ${whole(run.steps)}`],
     ["Training loss", logged(last(train.loss), digits), "last row, nats a token"],
-    ...heldOutKeys(run).map((key) => {
+    ...heldOutKeys([run]).map((key) => {
       const name = setName(key), loss = last(evaluations[key][key]);
       const each = key.startsWith("eval") && key.replace("eval_loss", "eval_bits_per_byte");
       return [name ? `Held out: ${name}` : "Held out", logged(loss, digits), perplexity(loss) + bits(last(evaluations[each]?.[each]))];
@@ -229,7 +230,7 @@ function charts() {
     .map((run) => ({ key, name, data: run.curves.train, means: run.curves.means, ...style, ...own(run) }));
   const own = (run) => (MANY ? { name: run.name, color: runColor(run) } : {});
   // A set and the average of the weights on it have one color.
-  const heldOut = [...new Set(DATA.runs.flatMap(heldOutKeys))].sort((a, b) => (setName(a) < setName(b) ? -1 : 1));
+  const heldOut = heldOutKeys(DATA.runs);
   const sets = [...new Set(heldOut.map((key) => key.split("/")[1]))];
   const evaluated = (key, name, index) => DATA.runs.filter((run) => run.curves.evaluations[key]).map((run) => ({
     key, name, points: true, color: COLORS[1 + (index % 7)], data: run.curves.evaluations[key],

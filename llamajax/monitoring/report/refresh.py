@@ -35,15 +35,16 @@ def refreshed_report(workdir: Path, *, primary: bool) -> Iterator[None]:
         yield
         return
     workdir = Path(workdir).absolute()
-    refresher = _Refresher(workdir)
-    thread = threading.Thread(target=refresher.run, name="report", daemon=True)
+    before, stopped = _events_size(workdir), threading.Event()
+    arguments = (workdir, before, stopped)
+    thread = threading.Thread(target=_refresh, args=arguments, name="report", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        refresher.stop()
+        stopped.set()
         thread.join()
-        if _events_size(workdir) != refresher.before:
+        if _events_size(workdir) != before:
             remove_partials(workdir / REPORT)  # of a process that did not end in time
             try:
                 write_report(workdir)
@@ -57,65 +58,55 @@ def _events_size(workdir: Path) -> int:
     return 0
 
 
-class _Refresher:
-    """Starts the process that writes, one at a time. before: size of the events at the start."""
+def _refresh(workdir: Path, before: int, stopped: threading.Event) -> None:
+    """Look for new events until `stopped`. before: size of the events at the start."""
+    seen, written_s, took_s, warned = before, time.monotonic(), 0.0, False
+    while not stopped.wait(max(_LOOK_EVERY_S, _IDLE_SHARE * took_s)):
+        size, began_s = _events_size(workdir), time.monotonic()
+        late = began_s - written_s >= _WRITE_EVERY_S and size != before
+        if size != seen or late:
+            problem = _write(workdir, stopped)
+            if problem and not warned:
+                warned = True
+                say(f"warning: report.html is not up to date: {problem}; training goes on")
+            seen, written_s = size, time.monotonic()
+            took_s = written_s - began_s
 
-    def __init__(self, workdir: Path):
-        self._workdir = workdir
-        self.before = _events_size(workdir)
-        self._stopped, self._warned = threading.Event(), False
 
-    def stop(self) -> None:
-        """Make `run` return."""
-        self._stopped.set()
+def _write(workdir: Path, stopped: threading.Event) -> str:
+    """Write the report at a low priority; end at once when the run does. Return what went wrong.
 
-    def run(self) -> None:
-        """Look for new events until `stop`."""
-        seen, written_s, took_s = self.before, time.monotonic(), 0.0
-        while not self._stopped.wait(max(_LOOK_EVERY_S, _IDLE_SHARE * took_s)):
-            size, began_s = _events_size(self._workdir), time.monotonic()
-            late = began_s - written_s >= _WRITE_EVERY_S and size != self.before
-            if size != seen or late:
-                self._write()
-                seen, written_s = size, time.monotonic()
-                took_s = written_s - began_s
+    In a session of its own, so that Ctrl-C reaches the run alone, which then ends it.
+    """
+    command = [sys.executable, "-m", "llamajax.report", f"--workdir={workdir}"]
+    home = Path(llamajax.__file__).parents[1]  # so that the same package is found
+    try:
+        with subprocess.Popen(
+            command,
+            cwd=home,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as child:
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, child.pid, _NICE)
+            return _problem_of(child, stopped)
+    except OSError as error:
+        return str(error)
 
-    def _write(self) -> None:
-        """Write the report at a low priority; end at once when the run does.
 
-        In a session of its own, so that Ctrl-C reaches the run alone, which then ends it.
-        """
-        command = [sys.executable, "-m", "llamajax.report", f"--workdir={self._workdir}"]
-        home = Path(llamajax.__file__).parents[1]  # so that the same package is found
-        try:
-            with subprocess.Popen(
-                command,
-                cwd=home,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            ) as child:
-                with contextlib.suppress(OSError):
-                    os.setpriority(os.PRIO_PROCESS, child.pid, _NICE)
-                problem = self._wait(child)
-        except OSError as error:
-            problem = str(error)
-        if problem and not self._warned:
-            self._warned = True
-            say(f"warning: report.html is not up to date: {problem}; training goes on")
-
-    def _wait(self, child: subprocess.Popen) -> str:
-        """Return what went wrong; nothing where the run ended first."""
-        while not self._stopped.is_set():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                _, text = child.communicate(timeout=1.0)
-                lines = text.strip().splitlines()
-                return (lines or [f"exit code {child.returncode}"])[-1] if child.returncode else ""
-        child.terminate()
-        try:
-            child.communicate(timeout=_STOP_WITHIN_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-        return ""
+def _problem_of(child: subprocess.Popen, stopped: threading.Event) -> str:
+    """Wait for the process, or end it where the run ends first. Return what went wrong."""
+    while not stopped.is_set():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _, text = child.communicate(timeout=1.0)
+            lines = text.strip().splitlines()
+            return (lines or [f"exit code {child.returncode}"])[-1] if child.returncode else ""
+    child.terminate()
+    try:
+        child.communicate(timeout=_STOP_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+    return ""
