@@ -17,8 +17,8 @@ _PATIENCE = {
 }
 _FIXES = {
     "gs": "`gcloud auth application-default login` or GOOGLE_APPLICATION_CREDENTIALS",
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; AWS_REGION; of another "
-    "service than Amazon's also AWS_ENDPOINT_URL",
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, of temporary keys also AWS_SESSION_TOKEN; "
+    "or AWS_PROFILE; AWS_REGION; of another service than Amazon's also AWS_ENDPOINT_URL",
 }
 
 
@@ -34,12 +34,16 @@ def kvstore_spec(url: str) -> dict[str, Any]:
     endpoint = _first_set("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
     region = _first_set("AWS_REGION", "AWS_DEFAULT_REGION")
     if endpoint:
-        spec["endpoint"] = endpoint.rstrip("/")
+        # No object has two writers, and OpenStack's Swift refuses to write on a condition.
+        spec |= {"endpoint": endpoint.rstrip("/"), "use_conditional_write": False}
     if endpoint or region:  # else TensorStore asks Amazon, once and without a retry
         spec["aws_region"] = region or "us-east-1"
     if _first_set("AWS_ACCESS_KEY_ID"):
         # The first of the default chain, which also logs an error for each file that is not there.
         spec["aws_credentials"] = {"type": "environment"}
+    else:  # TensorStore 0.1.86 does not read AWS_PROFILE, and without a name it finds no profile
+        profile = _first_set("AWS_PROFILE") or "default"
+        spec["aws_credentials"] = {"type": "default", "profile": profile}
     return spec
 
 

@@ -30,8 +30,6 @@ from llamajax.processes.host_collectives import broadcast_from_first, first_prob
 if TYPE_CHECKING:
     from llamajax.checkpoint.orbax_writer import OrbaxWriter
 
-# Loggers that Orbax (and its tasks, when they fail unobserved) write tracebacks to.
-_NOISY = ("absl", "asyncio")
 _SAVE_FAILURES = (OSError, ValueError, RuntimeError, manifests.DamagedError)
 
 
@@ -66,11 +64,10 @@ class _Save:
     thread: threading.Thread | None = None
 
 
-class _DropOrbaxRecords(logging.Filter):
-    """Orbax logs each error, with tracebacks, from several threads; we report it once ourselves."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not ("orbax" in record.pathname or "orbax" in record.getMessage())
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    """Drop what Orbax logs: each error with tracebacks, from several threads. We report it once."""
+    text = record.pathname + record.getMessage()
+    return "orbax" not in text and "tensorstore" not in text
 
 
 def _storable(name: str, leaf: Any) -> Any:
@@ -120,9 +117,8 @@ class Checkpointer:
         self._held: Damaged | None = []  # to be set aside by `begin`; None after that
         self._orbax: OrbaxWriter | None = None
         self._save: _Save | None = None
-        self._filter = _DropOrbaxRecords()
-        for name in _NOISY:
-            logging.getLogger(name).addFilter(self._filter)
+        for name in ("absl", "asyncio"):  # the second one for tasks whose error nobody takes
+            logging.getLogger(name).addFilter(_is_not_orbax)
         if not hold:
             self.begin()
 
@@ -223,8 +219,6 @@ class Checkpointer:
     def _release(self) -> None:
         if self._orbax is not None:
             self._orbax.close()
-        for name in _NOISY:
-            logging.getLogger(name).removeFilter(self._filter)
 
     def __enter__(self) -> "Checkpointer":
         return self

@@ -79,7 +79,9 @@ def check_unclaimed(directory: Location, workdir: Path) -> None:
 def check_owner(directory: Location, workdir: Path) -> None:
     """Raise OSError if another run has taken `directory` over."""
     owner = _read_owner(directory)
-    if owner is None or owner.get("id") != _run_id(workdir):
+    if owner is None:
+        raise OSError(0, f"{directory / OWNER} is gone; was the bucket or folder deleted?")
+    if owner.get("id") != _run_id(workdir):
         raise OSError(0, f"{directory} was taken over by {_describe(owner)}; stop one of the two")
 
 

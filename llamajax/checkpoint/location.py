@@ -83,7 +83,7 @@ def reason(error: BaseException) -> str:
         return os.strerror(int(found.group(1)))
     words = re.split(r" \[http_response_|$", str(error), maxsplit=1)[0]
     lines = [line.strip() for line in words.splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    return lines[0][:300].rstrip(".") if lines else type(error).__name__
 
 
 def with_rank(problem: str) -> str:

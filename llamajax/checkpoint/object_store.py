@@ -47,7 +47,8 @@ class ObjectPath(epath.Path):
 
     def exists(self) -> bool:
         store, key = self._object
-        return result(store.read(key, byte_range=slice(0, 0))).state == "value" or self.is_dir()
+        # The list comes first: a refusal of the other request (HEAD) has no words.
+        return self.is_dir() or result(store.read(key, byte_range=slice(0, 0))).state == "value"
 
     def is_dir(self) -> bool:
         return bool(self.keys())
@@ -137,11 +138,11 @@ def result(future: Any) -> Any:
     """Wait for TensorStore. Its error becomes the OSError that a disk would raise."""
     try:
         return future.result()
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise as_os_error(error) from None
 
 
-def as_os_error(error: ValueError) -> OSError:
+def as_os_error(error: Exception) -> OSError:
     """Return the OSError for an error of TensorStore's, `STATUS: CODE OF THE STORE: words`."""
     text = str(error).partition(" [")[0]  # before the response in full
     status, _, words = text.partition(": ")

@@ -13,13 +13,14 @@ import importlib.util
 import io
 import re
 import socket
-import socketserver
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from http import HTTPStatus
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
 
@@ -31,8 +32,10 @@ SCRIPTS = {"gs": Path(__file__), "s3": Path(__file__).with_name("s3_store.py")}
 
 
 def serve(port: int, hold: Path | None) -> None:
-    """Serve requests, one at a time, until killed."""
+    """Serve requests until killed, one at a time; an idle connection keeps no other waiting."""
     from gcp_storage_emulator import server
+
+    lock = threading.Lock()
 
     class Handler(server.RequestHandler):
         """The emulator's, with generations and preconditions."""
@@ -86,7 +89,8 @@ def serve(port: int, hold: Path | None) -> None:
             return True
 
         def _wait(self) -> None:
-            while hold and hold.exists() and self.name.endswith(hold.read_text()):
+            text = hold.read_text() if hold and hold.exists() and self.command == "POST" else ""
+            while text and hold.exists() and self.name.endswith(text):
                 hold.with_suffix(".held").touch()
                 time.sleep(0.05)
 
@@ -95,21 +99,17 @@ def serve(port: int, hold: Path | None) -> None:
                 self.send_header("x-goog-generation", self.generation)
             super().end_headers()
 
-        def do_GET(self) -> None:
-            if not self._refused():
-                super().do_GET()
+        def _handle(self) -> None:
+            with lock:
+                if not self._refused():
+                    self._wait()
+                    getattr(super(), f"do_{self.command}")()
 
-        def do_POST(self) -> None:
-            if not self._refused():
-                self._wait()
-                super().do_POST()
-
-        def do_DELETE(self) -> None:
-            if not self._refused():
-                super().do_DELETE()
+        do_GET = do_POST = do_DELETE = _handle
 
     server.RequestHandler = Handler
-    socketserver.TCPServer.request_queue_size = 128  # a dropped connection is tried after 1 s
+    server.server.HTTPServer = ThreadingHTTPServer
+    ThreadingHTTPServer.request_queue_size = 128  # a dropped connection is tried after 1 s
     server.create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET).run()
 
 

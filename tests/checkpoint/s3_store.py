@@ -3,8 +3,8 @@
     python s3_store.py PORT [HOLD]
 
 As far as TensorStore asks: objects with ranges and conditions, lists of PAGE keys at a time, errors
-in XML. Every FAILS-th request is answered with 503, as Amazon's is when too many come. HOLD: as in
-`object_store.py`.
+in XML. Every FAILS-th request is answered with 503, as Amazon's is when too many come. No object is
+written on the condition of its tag, as with OpenStack's Swift. HOLD: as in `object_store.py`.
 """
 
 import hashlib
@@ -56,7 +56,10 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(0.05)
         with self.lock:
             Handler.count += 1
-            if f"Credential={KEY_ID}/" not in self.headers.get("Authorization", ""):
+            who = self.headers.get("Authorization", "").partition("Credential=")[2]
+            if who.startswith("expired/"):
+                self._error(400, "ExpiredToken")
+            elif not who.startswith(f"{KEY_ID}/"):
                 self._error(403, "InvalidAccessKeyId")
             elif bucket != BUCKET:
                 self._error(404, "NoSuchBucket")
@@ -76,7 +79,9 @@ class Handler(BaseHTTPRequestHandler):
         found = self.objects.get(key)
         tag = found is not None and f'"{hashlib.md5(found).hexdigest()}"'
         wanted = self.headers.get("If-Match")
-        if found is None and (wanted or self.command in ("GET", "HEAD")):
+        if wanted and self.command == "PUT":
+            self._error(501, "NotImplemented")
+        elif found is None and (wanted or self.command in ("GET", "HEAD")):
             self._error(404, "NoSuchKey")
         elif wanted not in (None, tag) or (found and self.headers.get("If-None-Match") == "*"):
             self._error(412, "PreconditionFailed")

@@ -156,6 +156,34 @@ def test_two_runs_cannot_share_a_url(folder, tmp_path):
         with pytest.raises(CheckpointError, match="taken over by the run"):
             run.save(1, {"x": jax.numpy.ones(3)}, meta={})
         assert run.steps() == []
+    (folder / OWNER).unlink()  # with the bucket, for example
+    with pytest.raises(OSError, match=f"{OWNER} is gone"):
+        check_owner(folder, one)
+
+
+def test_keys_of_a_profile_are_renewed_and_expired_ones_cost_a_checkpoint(tmp_path, monkeypatch):
+    port, keys, config = free_port(), tmp_path / "keys.json", tmp_path / "config"
+    for name, value in (environment(port) | {"AWS_CONFIG_FILE": str(config)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    config.write_text(f"[profile mine]\ncredential_process = cat {keys}\n")
+
+    def issue(key):
+        until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 8))  # asked for anew
+        found = {"Version": 1, "AccessKeyId": key, "SecretAccessKey": "x", "Expiration": until}
+        keys.write_text(json.dumps(found))
+
+    state = {"x": jax.numpy.ones(3)}
+    issue("key")
+    with running("s3", port), checkpointer(location.locate("s3://bucket/keys")) as run:
+        run.save(1, state, meta={}, wait=True)
+        issue("expired")
+        with pytest.raises(CheckpointError, match=r"step 2 was not saved: ExpiredToken"):
+            run.save(2, state, meta={}, wait=True)
+        issue("key")
+        run.save(2, state, meta={}, wait=True)
+        assert run.steps() == [1, 2]
 
 
 @pytest.mark.parametrize("kind", ["gs", "s3"])
