@@ -70,9 +70,7 @@ def replaced_directory(target: Path) -> Iterator[Path]:
     target = target.absolute()
     hidden = target.with_name(f".{target.name}.partial")
     try:
-        # Of a process that was killed; the second name is that of earlier versions.
-        for left in (hidden, target.with_name(f".{target.name}.incomplete")):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)  # of a process that was killed
         hidden.mkdir(parents=True)
         yield hidden
         publish_directory(hidden, target)

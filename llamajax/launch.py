@@ -10,18 +10,14 @@ Example:
 """
 
 from llamajax.config import parse_command_line
-from llamajax.launching.launch_options import LaunchOptions, split_command
+from llamajax.launching.launch_options import LaunchOptions
 from llamajax.launching.launcher import launch
 from llamajax.verbs import run_verb
 
 
 def main(argv: list[str]) -> int:
     """Return 0 if finished, 143 if stopped by a signal, else the code of the worker that failed."""
-    own, command = split_command(argv)
-    options = parse_command_line(
-        own, LaunchOptions, verb="launch", doc=__doc__, command=tuple(command)
-    )
-    return launch(options)
+    return launch(parse_command_line(argv, LaunchOptions, verb="launch", doc=__doc__))
 
 
 if __name__ == "__main__":

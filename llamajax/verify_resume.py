@@ -8,17 +8,13 @@ Example:
 """
 
 from llamajax.config import parse_command_line
-from llamajax.proving.resume_proof import ProofOptions, prove, train_arguments
+from llamajax.proving.resume_proof import ProofOptions, prove
 from llamajax.verbs import run_verb
-
-_OWN = ("workdir", "kills", "seed", "steps", "other", "processes")
 
 
 def main(argv: list[str]) -> int:
     """Return 0 if it is proven, 1 if not, 2 if the config does not train."""
-    options = parse_command_line(
-        argv, ProofOptions, verb="verify_resume", doc=__doc__, train=train_arguments(argv, _OWN)
-    )
+    options = parse_command_line(argv, ProofOptions, verb="verify_resume", doc=__doc__)
     return 0 if prove(options) else 1
 
 

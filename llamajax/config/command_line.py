@@ -6,6 +6,7 @@ those of the config file.
 
 import importlib.metadata
 import inspect
+import shlex
 import shutil
 import sys
 import textwrap
@@ -29,21 +30,22 @@ _KEYS = (
 )
 
 
-def parse_command_line(
-    argv: Sequence[str], flags: type[F], *, verb: str, doc: str | None, **others: Any
-) -> F:
+def parse_command_line(argv: Sequence[str], flags: type[F], *, verb: str, doc: str | None) -> F:
     """Return a verb's command line as an instance of its `flags`.
 
     `doc` is what `--help` begins with: the docstring of the verb's file. `--help` and `--version`
-    print and exit 0. `others` are values of fields that are no flags.
+    print and exit 0.
 
     Raises:
         UserError: every problem of the command line and of the config file.
     """
+    values: dict[str, Any] = {}
+    if _takes_command(flags):
+        end = argv.index("--") if "--" in argv else len(argv)
+        argv, values["command"] = argv[:end], tuple(argv[end + 1 :])
     answer_help(argv, lambda word: help_text(flags, verb=verb, doc=doc or "", word=word))
     given, overrides, problems = _scan(argv, flags)
     keys = _keys(flags)
-    values = others
     for name, flag in keys.items():
         try:
             values[name] = _value(flag, given.get(flag.path))
@@ -82,6 +84,11 @@ def answer_help(argv: Sequence[str], text: Callable[[str], str]) -> None:
         except importlib.metadata.PackageNotFoundError:
             print("llamajax, not installed")
         sys.exit(0)
+
+
+def _takes_command(flags: type[Flags]) -> bool:
+    """Return whether a field `command` takes what stands after `--`."""
+    return "command" in flags.__dataclass_fields__
 
 
 def _keys(flags: type[Flags]) -> dict[str, Key]:
@@ -126,6 +133,10 @@ def _scan(
     tokens = list(argv)
     while tokens:
         token = tokens.pop(0)
+        if not token.startswith("-") and _takes_command(flags):
+            command = shlex.join([token, *tokens[:2]])
+            problems.append(f"there is no -- before the command: write `-- {command} ...`")
+            break
         if not token.startswith("-") or token == "-":
             problems.append(f"stray argument {token!r}: every value has a flag, --NAME=VALUE")
             continue
@@ -166,7 +177,7 @@ def help_text(flags: type[Flags], *, verb: str, doc: str, word: str = "") -> str
     usage = [f"python -m llamajax.{verb}"]
     usage += [_usage(k) if k.default is NOT_SET else f"[{_usage(k)}]" for k in keys]
     usage += ["[--config.SECTION.KEY=VALUE ...]"] * takes_config
-    usage += ["-- COMMAND..."] * ("command" in flags.__dataclass_fields__)
+    usage += ["-- COMMAND..."] * _takes_command(flags)
     lines = [f"llamajax {verb}: {doc.strip()}", "", "Usage:"]
     lines += [*_wrap(" ".join(usage), indent=2, hanging=6), "", "Flags:"]
     for flag in keys:

@@ -13,8 +13,8 @@ from llamajax.errors import UserError
 class Flags:
     """What a command line gives: a field declared with `key` is the flag `--NAME=METAVAR`.
 
-    A field named like a Python keyword ends in an underscore that the flag has not. Fields without
-    `key` are no flags.
+    A field named like a Python keyword ends in an underscore that the flag has not. A field
+    `command` takes what stands after `--`.
     """
 
     def problems(self) -> Iterator[str]:

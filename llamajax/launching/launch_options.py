@@ -1,14 +1,11 @@
 """The flags of `launch`, checked before anything is started."""
 
 import dataclasses
-import itertools
-import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from llamajax.config import Flags, Mistyped, key, parse_address
-from llamajax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,18 +100,3 @@ class LaunchOptions(Flags):
             if token == "--workdir" and following:
                 return Path(following) / "logs"
         return Path("logs")
-
-
-def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments before the first `--`, and the command after it.
-
-    Raises UserError for a command without `--`.
-    """
-    before = list(itertools.takewhile(lambda token: token != "--", argv))
-    if len(before) == len(argv):
-        for previous, (index, token) in zip(["", *argv], enumerate(argv), strict=False):
-            is_value = previous.startswith("--") and "=" not in previous
-            if not token.startswith("-") and not is_value:
-                command = shlex.join(argv[index : index + 3])
-                raise UserError(f"there is no -- before the command: write `-- {command} ...`")
-    return before, list(argv[len(before) + 1 :])

@@ -2,11 +2,11 @@
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import wait
 
 from llamajax import errors
 from llamajax.errors import ExitCode, UserError
@@ -15,7 +15,7 @@ from llamajax.launching.launch_options import LaunchOptions
 from llamajax.launching.node_protocol import NodeClient, NodeServer
 from llamajax.launching.worker_logs import next_attempt
 from llamajax.launching.workers import WorkerGroup, exit_code, first_failed
-from llamajax.processes.line_protocol import Message, readable
+from llamajax.processes.line_protocol import Message
 from llamajax.verbs import STOP_SIGNALS, caught_signals
 
 _LOOK_EVERY_S = 0.1
@@ -68,9 +68,6 @@ class Launcher:
         self._workers: WorkerGroup | None = None
         self._again_at: float | None = None
         self._asked_to_stop = False
-        # Of the attempt that runs: what was said to its workers and of them, and their exit codes.
-        self._told_to_stop = self._reported = False
-        self._codes: list[int] = []
 
     def run(self, signals: int) -> int:
         """Return the exit code. signals: descriptor that yields the number of each signal."""
@@ -88,7 +85,7 @@ class Launcher:
                 self._watch_workers(self._workers)
             wakers = [signals, *self._node.wakers]
             wakers += self._workers.wakers if self._workers else []
-            if signals in readable(wakers, _LOOK_EVERY_S):
+            if signals in wait(wakers, _LOOK_EVERY_S):
                 numbers = os.read(signals, 64)
                 if signal.SIGUSR1 in numbers and self._workers is not None:
                     self._workers.ask_for_stacks()
@@ -119,8 +116,8 @@ class Launcher:
         match order["order"]:
             case "start":
                 self._start(order["attempt"])
-            case "stop":
-                self._tell_to_stop()
+            case "stop" if self._workers is not None:
+                self._workers.stop()
             case "end":
                 self.end_workers()
                 say(order["why"])
@@ -138,7 +135,6 @@ class Launcher:
         if address is None:  # one node: a free port for each attempt
             with socket.create_server(("127.0.0.1", 0)) as free:
                 address = free.getsockname()
-        self._reported, self._told_to_stop, self._codes = False, False, []
         self._workers = WorkerGroup(
             options,
             attempt=attempt,
@@ -155,7 +151,7 @@ class Launcher:
     def _report_checkpoints(self) -> None:
         """Tell node 0 which checkpoints are complete. Call it before reporting a failure."""
         reading = self._reports[0]
-        if readable([reading], 0):
+        if wait([reading], 0):
             for step in os.read(reading, 1 << 16).split():
                 self._node.say({"say": "checkpoint", "step": int(step)})
 
@@ -163,12 +159,11 @@ class Launcher:
         """Show the output of worker 0, and report workers that ended or make no progress."""
         workers.echo()
         ended = workers.ended()
-        self._codes += [exit_code(code) for code in ended.values()]
         failed = {r: c for r, c in ended.items() if c and exit_code(c) != ExitCode.STOPPED}
         # One that SIGTERM killed outright stopped, if it was told to; else somebody killed it.
-        if not self._told_to_stop and ExitCode.STOPPED not in ended.values():
+        if not workers.told_to_stop and ExitCode.STOPPED not in ended.values():
             failed |= {r: c for r, c in ended.items() if c == -signal.SIGTERM}
-        if self._reported:
+        if workers.reported:
             return
         if failed:
             rank = first_failed(failed)
@@ -177,20 +172,20 @@ class Launcher:
             what = f"worker {rank} {killed or f'failed: code {code}'}"
             self._report_failure(workers, rank, exit_code(code), what)
         elif ended and not workers.running:
-            self._reported = True
-            code = ExitCode.STOPPED if ExitCode.STOPPED in self._codes else 0
+            workers.reported = True
+            code = ExitCode.STOPPED if ExitCode.STOPPED in workers.codes else 0
             self._node.say({"say": "ended", "attempt": workers.attempt, "code": code})
         elif ExitCode.STOPPED in ended.values():
             self._node.say({"say": "stopping"})
         elif workers.idle_s() > self._options.timeout_s:
             workers.send(signal.SIGUSR1)  # workers of ours write the stacks of their threads
-            select.select([], [], [], _STACKS_WITHIN_S)
+            wait(workers.wakers, _STACKS_WITHIN_S)
             what = f"no progress within {self._options.timeout_s:g} s"
             self._report_failure(workers, workers.running[0], ExitCode.STALLED, what)
 
     def _report_failure(self, workers: WorkerGroup, rank: int, code: int, what: str) -> None:
         self._report_checkpoints()
-        self._reported = True
+        workers.reported = True
         log, lines = workers.log(rank), workers.last_lines(rank, _SHOWN_LINES)
         node = f" (node {self._options.node_rank})" if self._options.nodes > 1 else ""
         rest = f"the last lines of {log}:" if lines else f"{log} is empty"
@@ -216,15 +211,9 @@ class Launcher:
             say("stopped at once")
             return ExitCode.STOPPED
         if not again:
-            self._tell_to_stop()  # first: a terminal that is gone or held up may block the print
+            self._workers.stop()  # first: a terminal that is gone or held up may block the print
             say("stopping: waiting for the workers to save; Ctrl-C, once more, ends them at once")
         return None
-
-    def _tell_to_stop(self) -> None:
-        """Send SIGTERM to the workers, once an attempt."""
-        if self._workers is not None and not self._told_to_stop:
-            self._told_to_stop = True
-            self._workers.send(signal.SIGTERM)
 
 
 @contextlib.contextmanager

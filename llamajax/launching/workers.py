@@ -38,13 +38,17 @@ def first_failed(returncodes: Mapping[int, int]) -> int:
 
 
 class WorkerGroup:
-    """Starts workers with one attempt number, each in a process group of its own."""
+    """Starts workers with one attempt number, each in a process group of its own.
+
+    told_to_stop: by `stop`. reported: whether node 0 knows how the attempt ended.
+    """
 
     def __init__(
         self, options: LaunchOptions, *, attempt: int, address: str, parent_pipe: int, reports: int
     ):
         """address: HOST:PORT of process 0. parent_pipe, reports: as `child_environment` wants."""
         self._options, self.attempt = options, attempt
+        self.told_to_stop = self.reported = False
         self._processes: dict[int, subprocess.Popen] = {}
         self._pidfds: dict[int, int] = {}
         self._logs: dict[int, BinaryIO] = {}
@@ -92,6 +96,12 @@ class WorkerGroup:
         return list(self._pidfds)
 
     @property
+    def codes(self) -> list[int]:
+        """Exit codes of the workers that ended."""
+        codes = [process.returncode for process in self._processes.values()]
+        return [exit_code(code) for code in codes if code is not None]
+
+    @property
     def wakers(self) -> list[int]:
         """Descriptors that become readable when a worker ends."""
         return list(self._pidfds.values())
@@ -128,6 +138,12 @@ class WorkerGroup:
         for rank in self.running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._processes[rank].pid, number)
+
+    def stop(self) -> None:
+        """Send SIGTERM to the running workers, once: a worker may count them."""
+        if not self.told_to_stop:
+            self.told_to_stop = True
+            self.send(signal.SIGTERM)
 
     def ask_for_stacks(self) -> None:
         """Send SIGUSR1 to the workers that catch it: it ends any other."""

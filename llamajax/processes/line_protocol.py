@@ -7,10 +7,10 @@ check) or stays silent is dropped and disturbs nobody: `Listener` and `has_field
 import contextlib
 import errno
 import json
-import select
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from multiprocessing.connection import wait
 from typing import Any
 
 from llamajax.errors import TransientError, UserError
@@ -24,19 +24,6 @@ _BACKLOG = 1024
 _MAX_LINE_BYTES = 1 << 20
 
 Message = dict[str, Any]
-
-
-def readable(sources: Sequence[Any], within_s: float) -> list[Any]:
-    """Return the sources (descriptors, or objects that have one) that can be read or have ended.
-
-    within_s: how long to wait for the first.
-    """
-    poll, found = select.poll(), {}
-    for source in sources:
-        descriptor = source if isinstance(source, int) else source.fileno()
-        found[descriptor] = source
-        poll.register(descriptor, select.POLLIN)
-    return [found[descriptor] for descriptor, _ in poll.poll(max(0.0, within_s) * 1000)]
 
 
 def has_fields(message: Message, fields: Mapping[str, type | tuple[type, ...]] | None) -> bool:
@@ -73,7 +60,7 @@ class Connection:
         """Return the messages that arrived. within_s: how long to wait for the first."""
         found: list[Message] = []
         deadline = time.monotonic() + within_s
-        while self.alive and readable([self._socket], 0 if found else deadline - time.monotonic()):
+        while self.alive and wait([self._socket], 0 if found else deadline - time.monotonic()):
             try:
                 part = self._socket.recv(1 << 16)
             except OSError:
@@ -112,7 +99,7 @@ class Connection:
         with contextlib.suppress(OSError):
             if self.alive and not after_peer:
                 self._socket.shutdown(socket.SHUT_WR)
-            while self.alive and readable([self._socket], deadline - time.monotonic()):
+            while self.alive and wait([self._socket], deadline - time.monotonic()):
                 self.alive = bool(self._socket.recv(1 << 16)) and time.monotonic() < deadline
         self.drop()
 
@@ -169,8 +156,8 @@ class Listener:
 
     def accept(self, *, within_s: float = 0.0) -> list[tuple[Connection, list[Message]]]:
         """Return peers with their first messages. within_s: how long to wait for any news."""
-        readable(self.wakers, within_s)
-        while readable([self._socket], 0):
+        wait(self.wakers, within_s)
+        while wait([self._socket], 0):
             self._unidentified.append(Connection(self._socket.accept()[0]))
         found = []
         for peer in list(self._unidentified):

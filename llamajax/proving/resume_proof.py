@@ -11,7 +11,6 @@ import math
 import random
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from llamajax.backends import platform_facts
@@ -31,7 +30,7 @@ _SHOWN_LINES = 15
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProofOptions(RunFlags):
-    """Flags of `verify_resume`, and the arguments that are meant for `train`."""
+    """Flags of `verify_resume`."""
 
     workdir: str = key("directory for the runs of the proof alone", metavar="DIR", is_path=True)
     kills: int = key("how often it is killed", metavar="N", default=3, at_least=1)
@@ -48,7 +47,6 @@ class ProofOptions(RunFlags):
         default=None,
         at_least=2,
     )
-    train: tuple[str, ...] = ()
 
 
 def prove(options: ProofOptions) -> bool:
@@ -146,9 +144,10 @@ def other_mesh(options: ProofOptions, undisturbed: Path) -> list[str] | None:
 
 
 def _command(options: ProofOptions, workdir: Path, *overrides: str) -> list[str]:
+    train = [sys.executable, "-m", "llamajax.train", f"--config={options.config_file}"]
+    given = [f"--config.{path}={text}" for path, text in options.overrides.items()]
     short = shortened(options.config, options.steps)
-    python = [sys.executable, "-m", "llamajax.train", *options.train]
-    return [*python, f"--workdir={workdir}", *short, *overrides]
+    return [*train, f"--workdir={workdir}", *given, *short, *overrides]
 
 
 def _finish(
@@ -269,15 +268,3 @@ def _described(run: Path) -> str:
     mesh = ", ".join(f"{axis} {size}" for axis, size in facts["mesh"].items() if size > 1)
     count = facts["num_processes"]
     return f"{mesh or 'one device'}; {count} {'process' if count == 1 else 'processes'}"
-
-
-def train_arguments(argv: Sequence[str], own: Sequence[str]) -> tuple[str, ...]:
-    """Return the arguments that are meant for `train`: all but the flags named in `own`."""
-    found, tokens = [], list(argv)
-    while tokens:
-        token = tokens.pop(0)
-        if token.partition("=")[0].removeprefix("--") not in own:
-            found.append(token)
-        elif "=" not in token and tokens:
-            tokens.pop(0)
-    return tuple(found)

@@ -7,16 +7,6 @@ from refusal import refused
 
 from llamajax.errors import UserError
 from llamajax.launch import main
-from llamajax.launching.launch_options import split_command
-
-
-def test_the_command_starts_after_the_first_dashes():
-    assert split_command(["--nodes=2", "--", "a", "--", "b"]) == (["--nodes=2"], ["a", "--", "b"])
-    assert split_command(["--nodes=2"]) == (["--nodes=2"], [])
-    assert split_command(["--nodes", "2"]) == (["--nodes", "2"], [])
-    for flags in (["--nodes=2"], ["--nodes", "2"], []):
-        with pytest.raises(UserError, match="no -- before the command: write `-- a b --c=d "):
-            split_command([*flags, "a", "b", "--c=d", "--e"])
 
 
 def test_every_mistake_is_named_at_once(tmp_path):

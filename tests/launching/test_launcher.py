@@ -1,20 +1,22 @@
 """A launcher of one node, with fake workers: codes, logs, restarts, signals, silence."""
 
 import errno
+import itertools
 import os
 import re
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from llamajax import errors
-from llamajax.launching.launcher import Launcher
+from llamajax.launching import launcher, workers
 from llamajax.launching.worker_logs import Echo
-from llamajax.launching.workers import first_failed
+from llamajax.launching.workers import WorkerGroup, first_failed
 
 
 def log(tmp_path: Path, rank: int, attempt: int | None = None) -> str:
@@ -34,7 +36,9 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def signal_when(text: str, log: Path, *numbers: int) -> threading.Thread:
+def signal_when(
+    text: str, log: Path, *numbers: int, then: Callable[[], None] = lambda: None
+) -> threading.Thread:
     """Sends the signals to this process, which is the launcher, once `text` is in the log."""
 
     def watch() -> None:
@@ -45,6 +49,7 @@ def signal_when(text: str, log: Path, *numbers: int) -> threading.Thread:
                 poll.wait(0.01)
             os.kill(os.getpid(), number)
             wanted = "got 15"  # the launcher passes every stop signal on as SIGTERM
+        then()
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -153,19 +158,14 @@ def test_not_the_worker_is_blamed_that_aborts_for_the_loss_of_another():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
-def test_a_signal_is_forwarded_once_and_ends_in_143(launched, tmp_path, number):
-    lines = """
-count = 0
-def stop(*_):
-    global count
-    count += 1
-    print("saved", count)
-signal.signal(signal.SIGTERM, stop)
-print("ready")
-signal.pause()
-signal.setitimer(signal.ITIMER_REAL, 0.3)  # time for a second one, which must not come
-signal.signal(signal.SIGALRM, lambda *_: os._exit(143))
-wait_for_ever()"""
+def test_a_signal_is_forwarded_once_and_ends_in_143(launched, tmp_path, monkeypatch, number):
+    """Two SIGTERMs at once are one to the kernel, but not always: a worker may count them."""
+    done, send = [], WorkerGroup.send
+    monkeypatch.setattr(errors, "say", done.append)
+    monkeypatch.setattr(WorkerGroup, "send", lambda group, n: done.append(n) or send(group, n))
+    lines = (
+        "signal.signal(signal.SIGTERM, lambda *_: os._exit(143))\nprint('ready')\nwait_for_ever()"
+    )
     # what a shell starts in the background ignores Ctrl-C, and the launcher would leave it so
     before = signal.signal(number, signal.SIG_DFL)
     thread = signal_when("ready", tmp_path / "logs" / "worker_0.log", number)
@@ -174,20 +174,9 @@ wait_for_ever()"""
     finally:
         signal.signal(number, before)
     thread.join()
-    assert log(tmp_path, 0) == "ready\nsaved 1\n"
-
-
-def test_workers_are_told_to_stop_once_however_many_say_so(monkeypatch):
-    """Two SIGTERMs at once are one to the kernel, but not always: a worker may count them."""
-    sent: list[int] = []
-    wire = SimpleNamespace(say=lambda message: None)
-    monkeypatch.setattr(errors, "say", lambda text: sent.append(0))
-    launcher = Launcher(SimpleNamespace(), wire, parent_pipe=0, reports=(0, 0))
-    launcher._workers = SimpleNamespace(send=sent.append)
-    assert launcher._stop(bytes([signal.SIGTERM])) is None
-    launcher._obey({"order": "stop"})
-    launcher._obey({"order": "stop"})
-    assert sent == [signal.SIGTERM, 0]  # and before a word, which a terminal may hold up
+    assert done.count(signal.SIGTERM) == 1
+    # before a word, which a terminal may hold up
+    assert done[done.index(signal.SIGTERM) + 1].startswith("launch: stopping: waiting")
 
 
 @pytest.mark.parametrize("where", [">/dev/full 2>&1", ">&- 2>&-", "2>&1 | head -n 1"])
@@ -281,21 +270,22 @@ def test_an_echo_never_waits_for_its_reader(tmp_path):
     ],
 )
 def test_only_a_later_ctrl_c_ends_workers_that_save(launched, tmp_path, first, second, words):
-    lines = """
-def leave(*_):
-    print("saved")
-    os._exit(143)
+    sent = tmp_path / "sent"
+    lines = f"""
 def save(*_):
     print("got 15")
-    signal.signal(signal.SIGALRM, leave)
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    while not Path({str(sent)!r}).exists():
+        os.sched_yield()
+    if {second == signal.SIGINT}:
+        wait_for_ever()
+    print("saved")
+    os._exit(143)
 signal.signal(signal.SIGTERM, save)
 print("ready")
 wait_for_ever()"""
-    if second == signal.SIGINT:
-        lines = lines.replace("0.5", "600")
     # The second signal is sent when the worker has got the first.
-    thread = signal_when("ready", tmp_path / "logs" / "worker_0.log", first, second)
+    log_file = tmp_path / "logs" / "worker_0.log"
+    thread = signal_when("ready", log_file, first, second, then=sent.touch)
     assert launched(lines, processes_per_node=1) == 143
     thread.join()
     assert log(tmp_path, 0) == words
@@ -319,31 +309,65 @@ def test_a_worker_killed_by_somebodys_sigterm_is_a_failure(launched, tmp_path):
     assert (tmp_path / "logs" / "worker_1.1.log").exists()
 
 
-def test_silence_is_a_failure_and_the_stacks_are_in_the_log(launched, tmp_path, capfd):
+@pytest.fixture
+def at_each_look(monkeypatch):
+    """Calls a function before each look at the workers; to the launcher, 50 s lie between two."""
+
+    def call(function: Callable[[int], None]) -> None:
+        looks = itertools.count()
+
+        def clock() -> float:
+            number = next(looks)
+            function(number)
+            return 50.0 * number
+
+        monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=clock))
+
+    return call
+
+
+def test_silence_is_a_failure_and_the_stacks_are_in_the_log(
+    launched, tmp_path, capfd, monkeypatch, at_each_look
+):
+    """The worker leaves when it has written its stacks, and the launcher waits for that."""
     lines = """
 import faulthandler
-faulthandler.register(signal.SIGUSR1)
 def where_it_hangs():
+    print("hangs")
     wait_for_ever()
 if attempt == 0:
+    faulthandler.register(signal.SIGUSR1, chain=True)
     where_it_hangs()"""
-    assert launched(lines, max_restarts=1, timeout_s=4.0) == 0
-    assert "no progress within 4 s" in capfd.readouterr().err
-    assert "where_it_hangs" in log(tmp_path, 0, 0)
+
+    def touch(number: int) -> None:
+        for path in (tmp_path / "logs").glob("worker_0.*.log"):
+            if "hangs" not in path.read_text():
+                os.utime(path, (number, number))
+
+    at_each_look(touch)
+    monkeypatch.setattr(launcher, "_STACKS_WITHIN_S", 60.0)
+    assert launched(lines, processes_per_node=1, max_restarts=1) == 0
+    assert "no progress within 60 s" in capfd.readouterr().err
+    assert "in where_it_hangs" in log(tmp_path, 0, 0)
 
 
 def test_without_restarts_silence_ends_with_a_code_of_its_own(launched):
     assert launched("wait_for_ever()", timeout_s=0.5) == 124
 
 
-def test_a_worker_that_shows_itself_alive_is_left_alone(launched):
-    """It never prints; it runs twice as long as the limit."""
-    lines = """
-import time
-for _ in range(50):
-    os.utime(2)
-    time.sleep(0.1)"""
-    assert launched(lines, processes_per_node=1, timeout_s=2.5) == 0
+def test_a_worker_that_shows_itself_alive_is_left_alone(launched, tmp_path, at_each_look):
+    """It never prints: its log is touched."""
+    done, file = tmp_path / "done", tmp_path / "logs" / "worker_0.0.log"
+
+    def touch(number: int) -> None:
+        if file.exists():
+            os.utime(file, (number, number))
+        if number == 10:
+            done.touch()
+
+    at_each_look(touch)
+    lines = f"while not Path({str(done)!r}).exists(): os.sched_yield()"
+    assert launched(lines, processes_per_node=1) == 0
 
 
 def test_workers_of_an_attempt_get_one_port_and_the_next_attempt_another(launched, tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,7 +59,8 @@ def test_beats_keep_a_connection_alive_and_silence_ends_it(ends, monkeypatch):
     now = line_protocol.time.monotonic()
     connection, peer = ends[0], Connection(ends[1])
     for later, alive in ((15, True), (30, True), (60, False)):
-        monkeypatch.setattr(line_protocol.time, "monotonic", lambda at=now + later: at)
+        clock = SimpleNamespace(monotonic=lambda at=now + later: at)
+        monkeypatch.setattr(line_protocol, "time", clock)
         if alive:
             peer.beat()
         assert connection.receive() == []

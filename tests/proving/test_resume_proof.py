@@ -52,12 +52,6 @@ def test_a_row_that_is_missing_differs_infinitely():
     assert largest_difference(one, other).relative == math.inf
 
 
-def test_flags_of_the_proof_do_not_reach_train():
-    argv = ["--config=a", "--kills", "3", "--config.train.steps", "5", "--seed=1", "--workdir", "d"]
-    left = resume_proof.train_arguments(argv, ["kills", "seed", "workdir"])
-    assert left == ("--config=a", "--config.train.steps", "5")
-
-
 def fake_train(workdir: Path, lines: str) -> list[str]:
     """A command that writes what `train` would: `row(n)`, `save(n)`, `done(n)`."""
     preamble = f"""
@@ -121,9 +115,7 @@ def options_of(tmp_path):
         keys = {key.replace("__", "."): value for key, value in overrides.items()}
         config = load(f"{TINY_RUN}:somewhere", keys)
         numbers = {"steps": 12, "kills": 3, "seed": 0}
-        return resume_proof.ProofOptions(
-            train=(), config=config, workdir=tmp_path, other=None, **numbers
-        )
+        return resume_proof.ProofOptions(config=config, workdir=tmp_path, **numbers)
 
     return make
 
