@@ -12,8 +12,8 @@ or the memory is written as `skipped` or `failed` with the reason. The same comm
 is done and tries the rest; `--restart` begins anew. results.json and the table have all of it.
 """
 
-import argparse
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -22,11 +22,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerator_parts import PARTS, Child, DoesNotFit, Part, versions  # beside this script
 
+from llamajax.config import BackendFlags, key, parse_command_line
 from llamajax.errors import UserError
 from llamajax.files import write_file
 from llamajax.monitoring.jsonl import RowFile, read_lines
@@ -39,6 +41,39 @@ _ENDS_WITHIN_S = 5.0  # after a signal, before it is killed
 Row = dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AcceleratorFlags(BackendFlags):
+    """Flags of this script."""
+
+    minutes: float = key("time for all of it", default=5.0, above=0)
+    output: str = key("folder of the results", default="accelerator", is_path=True)
+    restart: bool = key("forget results in the folder", default=False)
+    size: Literal["auto", "card", "tiny"] = key("auto: tiny on a CPU", default="auto")
+    parts: tuple[str, ...] = key("parts to measure, a,b", default=tuple(p.name for p in PARTS))
+    device_table: str | None = key(
+        "TOML file with peaks, as backend.device_table", default=None, is_path=True
+    )
+    part: str | None = key("of the process that measures one part: which", default=None)
+    deadline: float = key("of that process: seconds since 1970", default=0.0)
+    call: float = key("of that process: when the script was started", default=0.0)
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        known = [part.name for part in PARTS]
+        for name in sorted({*self.parts} - {*known}):
+            yield f"--parts: no part {name!r}; parts: {','.join(known)}"
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the results."""
+        return Path(self.output)
+
+    @property
+    def step_flags(self) -> dict[str, str]:
+        """Those that choose a backend, as `train_step.py` takes them as well."""
+        return {name: getattr(self, name) for name in BACKEND if getattr(self, name)}
+
+
 def read_rows(folder: Path) -> dict[tuple[str, str], Row]:
     """The newest row of each result, by part and name; a line that a kill cut off is left out."""
     found = {}
@@ -49,9 +84,9 @@ def read_rows(folder: Path) -> dict[tuple[str, str], Row]:
     return found
 
 
-def add_row(flags: argparse.Namespace, part: str, name: str, status: str, **found: Any) -> None:
+def add_row(flags: AcceleratorFlags, part: str, name: str, status: str, **found: Any) -> None:
     """Write one result: status `begun`, `done`, `does not fit`, `skipped` or `failed`."""
-    file = RowFile(flags.output / ROWS)
+    file = RowFile(flags.folder / ROWS)
     file.begin()
     now = datetime.datetime.now().isoformat(timespec="seconds")
     row = {"part": part, "name": name, "status": status, "call": flags.call, "at": now} | found
@@ -60,9 +95,9 @@ def add_row(flags: argparse.Namespace, part: str, name: str, status: str, **foun
         print(f"{part}: {name}: {outcome(row)}", flush=True)
 
 
-def unsettled(part: Part, flags: argparse.Namespace) -> list[str]:
+def unsettled(part: Part, flags: AcceleratorFlags) -> list[str]:
     """Names of a part's results that are not done, and that this call has not given up."""
-    rows = read_rows(flags.output)
+    rows = read_rows(flags.folder)
 
     def is_settled(row: Row) -> bool:
         given_up = row.get("call") == flags.call and row.get("status") in ("skipped", "failed")
@@ -72,17 +107,16 @@ def unsettled(part: Part, flags: argparse.Namespace) -> list[str]:
     return [name for name in names if not is_settled(rows.get((part.name, name), {}))]
 
 
-def run_child(part: Part, flags: argparse.Namespace) -> None:
+def run_child(part: Part, flags: AcceleratorFlags) -> None:
     """Measure what is unsettled of a part in this process, as far as the time goes."""
     import jax
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    backend = {name: getattr(flags, name) for name in BACKEND if getattr(flags, name)}
     child = Child(
         flags.size,
         left_s=lambda: flags.deadline - time.time(),
-        output=flags.output,
-        backend=backend,
+        output=flags.folder,
+        backend=flags.step_flags,
     )
     for name in unsettled(part, flags):
         if child.left_s() < part.needs_s:
@@ -105,7 +139,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def run_part(part: Part, flags: argparse.Namespace) -> None:
+def run_part(part: Part, flags: AcceleratorFlags) -> None:
     """Start processes for a part until each of its results is there, or why it is not."""
     deadline = min(flags.deadline, time.time() + part.limit_s)
     why = f"of --minutes={flags.minutes:g}" if deadline == flags.deadline else "of the part's time"
@@ -115,7 +149,7 @@ def run_part(part: Part, flags: argparse.Namespace) -> None:
         if left_s >= part.needs_s:
             problem = _run_process(part, flags, deadline)
             names = unsettled(part, flags)
-            rows = read_rows(flags.output)
+            rows = read_rows(flags.folder)
             begun = [n for n in names if rows.get((part.name, n), {}).get("call") == flags.call]
             if problem:  # the result that was begun is at fault, or whatever precedes the first
                 for name in begun or names:
@@ -126,12 +160,12 @@ def run_part(part: Part, flags: argparse.Namespace) -> None:
             add_row(flags, part.name, name, "skipped", reason=reason)
 
 
-def _run_process(part: Part, flags: argparse.Namespace, deadline: float) -> str | None:
+def _run_process(part: Part, flags: AcceleratorFlags, deadline: float) -> str | None:
     """Measure a part in a new process until the deadline; say how it ended, if not well."""
     command = [sys.executable, __file__, f"--part={part.name}", f"--deadline={deadline}"]
     given = ("output", "size", "call", *BACKEND)
     command += [f"--{name}={getattr(flags, name)}" for name in given if getattr(flags, name)]
-    with (flags.output / LOG).open("ab") as log:
+    with (flags.folder / LOG).open("ab") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stderr=log, start_new_session=True
         )
@@ -139,7 +173,7 @@ def _run_process(part: Part, flags: argparse.Namespace, deadline: float) -> str 
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = process.wait(max(deadline - time.time(), 0.0))
-            problem = f"the process ended with code {code}: {_last_line(flags.output / LOG)}"
+            problem = f"the process ended with code {code}: {_last_line(flags.folder / LOG)}"
             problem = problem if code else None
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):  # it and what it started
@@ -203,87 +237,63 @@ def predicted(row: Row) -> str:
     return words
 
 
-def finish(flags: argparse.Namespace) -> int:
+def finish(parts: list[Part], flags: AcceleratorFlags) -> int:
     """Write results.json, print the table. Return 0 where nothing is wrong or missing."""
-    found, lines = read_rows(flags.output), ["| part | result | outcome |", "| --- | --- | --- |"]
-    wanted = [(part.name, name) for part in flags.parts for name in part.names(flags.size)]
+    found, lines = read_rows(flags.folder), ["| part | result | outcome |", "| --- | --- | --- |"]
+    wanted = [(part.name, name) for part in parts for name in part.names(flags.size)]
     rows = [found[key] for key in wanted if key in found]
     lines += [f"| {row['part']} | {row['name']} | {outcome(row)} |" for row in rows]
     steps = [row for row in rows if row["status"] == "done" and "step_s" in row]
     lines += [f"| predicted | {row['name']} | {predicted(row)} |" for row in steps]
     table = "\n".join(lines)
     whole = {"size": flags.size, "minutes": flags.minutes, "rows": rows, "table": table}
-    write_file(flags.output / RESULTS, json.dumps(whole, indent=1) + "\n")
-    print(f"\n{table}\n\nwritten to {flags.output / RESULTS}")
+    write_file(flags.folder / RESULTS, json.dumps(whole, indent=1) + "\n")
+    print(f"\n{table}\n\nwritten to {flags.folder / RESULTS}")
     well = all(row["status"] in ("done", DOES_NOT_FIT) and row.get("right", True) for row in rows)
     return int(not (well and len(rows) == len(wanted)))
 
 
-def environment_row(flags: argparse.Namespace) -> Row:
+def environment_row(flags: AcceleratorFlags) -> Row:
     """The row of the first part; empty where there is none yet."""
-    return read_rows(flags.output).get((PARTS[0].name, PARTS[0].names("")[0]), {})
+    return read_rows(flags.folder).get((PARTS[0].name, PARTS[0].names("")[0]), {})
 
 
-def check_same_environment(flags: argparse.Namespace) -> None:
+def check_same_environment(flags: AcceleratorFlags) -> None:
     """Refuse to add to the results of other versions: a table has one environment."""
     before = environment_row(flags).get("packages")
     if before is not None and before != versions():
         changed = sorted(set(before.items()) ^ set(versions().items()))
         raise UserError(
-            f"--output={flags.output}: has results of other versions ({changed[:4]}); choose "
+            f"--output={flags.folder}: has results of other versions ({changed[:4]}); choose "
             "another folder, or --restart to begin anew"
         )
 
 
-def arguments() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--minutes", type=float, default=5.0, help="time for all of it")
-    parser.add_argument("--output", type=Path, default=Path("accelerator"), help="folder")
-    parser.add_argument("--restart", action="store_true", help="forget results in the folder")
-    parser.add_argument(
-        "--size", choices=("auto", "card", "tiny"), default="auto", help="auto: tiny on a CPU"
-    )
-    known = {part.name: part for part in PARTS}
-    parser.add_argument("--parts", default=",".join(known), help="parts to measure: a,b")
-    parser.add_argument("--backend", help="JAX platform; none: what JAX finds")
-    parser.add_argument("--plugin", help="bare PJRT plugin library that serves --backend")
-    parser.add_argument("--options", help="options of that plugin, k=v,k=v")
-    parser.add_argument("--device_table", help="TOML file with peaks, as backend.device_table")
-    for name, kind in (("part", str), ("deadline", float), ("call", float)):
-        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
-    return parser
-
-
 def main(argv: list[str]) -> int | None:
     """Measure all parts, or be the process of one."""
-    flags, known = arguments().parse_args(argv), {part.name: part for part in PARTS}
+    flags = parse_command_line(
+        argv, AcceleratorFlags, verb="benchmarks/accelerator.py", doc=__doc__
+    )
+    known = {part.name: part for part in PARTS}
     if flags.part:
         return run_child(known[flags.part], flags)
-    if unknown := sorted({*flags.parts.split(",")} - {*known}):
-        raise UserError(f"--parts: no part {unknown[0]!r}; parts: {','.join(known)}")
-    flags.parts = [p for p in PARTS if p is PARTS[0] or p.name in flags.parts.split(",")]
-    if not flags.minutes > 0:
-        raise UserError(f"--minutes={flags.minutes:g}: must be above 0")
-    flags.call = time.time()
-    flags.deadline = flags.call + 60 * flags.minutes
-    flags.output.mkdir(parents=True, exist_ok=True)
+    parts = [p for p in PARTS if p is PARTS[0] or p.name in flags.parts]
+    now = time.time()
+    flags = dataclasses.replace(flags, call=now, deadline=now + 60 * flags.minutes)
+    flags.folder.mkdir(parents=True, exist_ok=True)
     if flags.restart:
-        (flags.output / ROWS).unlink(missing_ok=True)
+        (flags.folder / ROWS).unlink(missing_ok=True)
     check_same_environment(flags)
-    for part in flags.parts:
+    for part in parts:
         run_part(part, flags)
         if part is PARTS[0]:
             row = environment_row(flags)
             if row["status"] != "done":
                 raise UserError(f"no device to measure: {row['reason']}")
             if flags.size == "auto":
-                flags.size = "tiny" if row["platform"] == "cpu" else "card"
-    return finish(flags)
+                size = "tiny" if row["platform"] == "cpu" else "card"
+                flags = dataclasses.replace(flags, size=size)
+    return finish(parts, flags)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from train_step import DoesNotFit, arguments, measured  # the script beside this one
+from train_step import OPTIM, DoesNotFit, StepFlags, measured  # the script beside this one
 
 from llamajax.errors import UserError
 
@@ -125,8 +125,9 @@ def parity(child: Child, name: str) -> Found:
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from attention import value_and_grads  # the script beside this one
 
-    from llamajax.ops.attention import attention, best_attention
+    from llamajax.ops.attention import best_attention
 
     B, T, N, K, H, documents, padding = _parity_cases(child.size)[name]
     rng = np.random.default_rng(B + T + N + K + H + documents)
@@ -140,13 +141,9 @@ def parity(child: Child, name: str) -> Found:
     impl = best_attention(child.machine, "bfloat16", H, T).impl
 
     def run(impl: str, dtype: str) -> list[np.ndarray]:
-        def value_and_grads(q, k, v, do):
-            o, pull = jax.vjp(lambda *qkv: attention(*qkv, impl=impl, segment_ids_BT=ids), q, k, v)
-            return o, *pull(do)
-
         with jax.default_matmul_precision("highest"):
-            step = jax.jit(value_and_grads)
-            calls = [step(*(x.astype(dtype) for x in arrays)) for _ in range(2)]
+            step, (q, k, v, do) = jax.jit(value_and_grads(impl)), (x.astype(dtype) for x in arrays)
+            calls = [step(q, k, v, ids, do) for _ in range(2)]
         return [[np.asarray(x, np.float64) for x in found] for found in jax.device_get(calls)]
 
     (want, _), (got, again), (plain, _) = (
@@ -252,8 +249,8 @@ def _product(M: int, K: int, N: int, *, out: str) -> tuple[Callable, tuple, floa
 def _attention(
     child: Child, shape: tuple, *, documents: int, backward: bool
 ) -> tuple[Callable, tuple, float, float]:
-    import jax
     import jax.numpy as jnp
+    from attention import value_and_grads  # the script beside this one
 
     from llamajax.ops.attention import attention, best_attention
 
@@ -265,14 +262,15 @@ def _attention(
     def forward(q, k, v, ids):
         return attention(q, k, v, impl=impl, segment_ids_BT=ids)
 
-    def both(q, k, v, ids):
-        o, pull = jax.vjp(lambda *qkv: forward(*qkv, ids), q, k, v)
-        return pull(o)
-
     products = 2 * B * T * T * N * H / documents  # the causal half of two products, no other tile
     passes = 3.5 if backward else 1.0  # the scores are computed once more in the backward pass
     moved = (2 if not backward else 6) * (q.nbytes + k.nbytes)
-    return (both if backward else forward), (q, k, v, ids), passes * products, moved
+    return (
+        (value_and_grads(impl) if backward else forward),
+        (q, k, v, ids),
+        passes * products,
+        moved,
+    )
 
 
 def _update(size: str) -> tuple[Callable, tuple, float, float]:
@@ -282,11 +280,7 @@ def _update(size: str) -> tuple[Callable, tuple, float, float]:
     from llamajax import optim
     from llamajax.config.schema import OptimConfig
 
-    config = OptimConfig(
-        learning_rate=1e-4, warmup_steps=0, schedule="constant", final_learning_rate=1e-4,
-        beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1, clip_norm=1.0,
-    )  # fmt: skip
-    optimizer = optim.build(config, steps=10)
+    optimizer = optim.build(OptimConfig(**OPTIM), steps=10)
     w = {"w": jnp.ones((_UPDATED[size] // 64, 64), jnp.float32)}
     state = optimizer.init(w)
 
@@ -342,9 +336,9 @@ _STEPS = {
 
 def _step(child: Child, name: str) -> Found:
     """One setting of the training step; the state of the one before is used again."""
-    flags = arguments().parse_args(name.split())
-    flags.batch *= child.machine.num_devices
-    vars(flags).update(child.backend)
+    flags = StepFlags.parse(name.split())
+    batch = flags.batch * child.machine.num_devices
+    flags = dataclasses.replace(flags, batch=batch, **child.backend)
     state, child.state = child.state, None
     try:
         found, run = measured(flags, state=state)

@@ -8,27 +8,38 @@ alternate within one run, so that a busy machine slows all of them alike; median
 `--repeats` calls, and the temporary memory of the compiled program.
 """
 
-import argparse
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llamajax.config import Flags, key, parse_command_line
 from llamajax.ops.attention import SUPPORTED, attention, check_supported
+from llamajax.verbs import run_verb
 
 
-def compiled_step(impl: str, arguments: tuple[jax.Array, ...]):
-    """The compiled value and gradients of one implementation."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionFlags(Flags):
+    """Flags of this script."""
 
-    def value_and_grads(q, k, v, segment_ids):
-        o, pull = jax.vjp(
-            lambda *qkv: attention(*qkv, impl=impl, segment_ids_BT=segment_ids), q, k, v
-        )
-        return o, *pull(o)
+    shape: tuple[int, ...] = key("B,T,N,K,H", default=(4, 512, 8, 4, 64))
+    dtypes: tuple[str, ...] = key("a,b", default=("float32", "bfloat16"))
+    repeats: int = key("calls that are timed", default=20, at_least=1)
+    own: str | None = key("also this function, as train.attention takes it", default=None)
 
-    return jax.jit(value_and_grads).lower(*arguments).compile()
+
+def value_and_grads(impl: str) -> Callable[..., tuple[jax.Array, ...]]:
+    """Return a function of q, k, v, ids and the output's gradient, which is the output if None."""
+
+    def both(q, k, v, ids, do=None):
+        o, pull = jax.vjp(lambda *qkv: attention(*qkv, impl=impl, segment_ids_BT=ids), q, k, v)
+        return o, *pull(o if do is None else do)
+
+    return both
 
 
 def inputs(shape: tuple[int, ...], dtype: str) -> tuple[jax.Array, ...]:
@@ -40,17 +51,20 @@ def inputs(shape: tuple[int, ...], dtype: str) -> tuple[jax.Array, ...]:
     return *qkv, jnp.asarray(ids, jnp.int32)
 
 
-def measure(shape: tuple[int, ...], dtype: str, repeats: int, impls: Sequence[str]) -> None:
+def measure(flags: AttentionFlags, dtype: str) -> None:
     """Print the rows of one dtype."""
-    _, T, _, _, H = shape
+    _, T, _, _, H = flags.shape
     facts = {"platform": jax.default_backend(), "dtype": dtype, "head_size": H, "seq_len": T}
-    arguments = inputs(shape, dtype)
-    steps = {i: compiled_step(i, arguments) for i in impls if not check_supported(i, **facts)}
+    arrays = inputs(flags.shape, dtype)
+    steps: dict[str, Any] = {}
+    for impl in [*SUPPORTED, *filter(None, [flags.own])]:
+        if not check_supported(impl, **facts):
+            steps[impl] = jax.jit(value_and_grads(impl)).lower(*arrays).compile()
     times: dict[str, list[float]] = {impl: [] for impl in steps}
-    for repeat in range(repeats + 1):
+    for repeat in range(flags.repeats + 1):
         for impl, step in steps.items():
             start = time.perf_counter()
-            jax.block_until_ready(step(*arguments))
+            jax.block_until_ready(step(*arrays))
             if repeat:  # the first call warms up
                 times[impl].append((time.perf_counter() - start) * 1e3)
     for impl, taken in times.items():
@@ -59,21 +73,16 @@ def measure(shape: tuple[int, ...], dtype: str, repeats: int, impls: Sequence[st
         print(f"| {dtype} | {impl} | {median:.1f} | {least:.1f} | {memory:.0f} |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="4,512,8,4,64", help="B,T,N,K,H")
-    parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--own", help="also this function, as train.attention takes it")
-    flags = parser.parse_args()
-    shape = tuple(int(size) for size in flags.shape.split(","))
-    device = jax.devices()[0].device_kind
-    print(f"jax {jax.__version__}, {device}, B,T,N,K,H = {flags.shape}, forward + backward\n")
+def main(argv: list[str]) -> None:
+    """Print one table."""
+    flags = parse_command_line(argv, AttentionFlags, verb="benchmarks/attention.py", doc=__doc__)
+    device, shape = jax.devices()[0].device_kind, ",".join(map(str, flags.shape))
+    print(f"jax {jax.__version__}, {device}, B,T,N,K,H = {shape}, forward + backward\n")
     print("| dtype | implementation | median ms | least ms | temporary MiB |")
     print("| --- | --- | ---: | ---: | ---: |")
-    for dtype in flags.dtypes.split(","):
-        measure(shape, dtype, flags.repeats, [*SUPPORTED, *filter(None, [flags.own])])
+    for dtype in flags.dtypes:
+        measure(flags, dtype)
 
 
 if __name__ == "__main__":
-    main()
+    run_verb(main)

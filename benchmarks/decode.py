@@ -9,18 +9,41 @@ random. Compiling is done before anything is timed. With `--transformers`, its `
 same with a random model of the same sizes, alternating with ours.
 """
 
-import argparse
+import dataclasses
 import datetime
-import resource
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
-from llamajax.config import PRESETS, mesh_config, preset
-from llamajax.config.schema import BackendConfig, ComputeDtype, ModelConfig
-from llamajax.errors import UserError
+from train_step import memory_peaks, peak_memory, two_columns  # the script beside this one
+
+from llamajax.config import MachineFlags, find_preset, key, mesh_config, parse_command_line
+from llamajax.config.schema import ComputeDtype, ModelConfig
 from llamajax.verbs import run_verb
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeFlags(MachineFlags):
+    """Flags of this script."""
+
+    preset: str = key("one of llamajax.config.PRESETS", default="quickstart")
+    batch: int = key("prompts at a time", default=1, at_least=1)
+    prompt_len: int = key("tokens a prompt", default=128, at_least=1)
+    new_tokens: int = key("tokens that follow each; the second is decoded", default=64, at_least=2)
+    rounds: int = key("generations that are timed", default=5, at_least=1)
+    dtype: ComputeDtype | None = key("as in llamajax.generate", default=None)
+    transformers: bool = key("time it beside ours", default=False)
+    seed: int = key("of weights and prompts", default=0)
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        model = find_preset(self.preset)
+        if self.prompt_len + self.new_tokens > model.max_seq_len:
+            yield (
+                f"--prompt_len={self.prompt_len} and --new_tokens={self.new_tokens} are more than "
+                f"the {model.max_seq_len} tokens of {model.name}"
+            )
 
 
 class Round(NamedTuple):
@@ -46,7 +69,7 @@ def random_model(config: ModelConfig, mesh: Any, dtype: Any, *, seed: int) -> An
     return jax.jit(init, out_shardings=placed)(jax.random.key(seed))
 
 
-def random_prompts(config: ModelConfig, flags: argparse.Namespace) -> Any:
+def random_prompts(config: ModelConfig, flags: DecodeFlags) -> Any:
     """Token ids (B, T), a function of the seed."""
     import numpy as np
 
@@ -54,7 +77,7 @@ def random_prompts(config: ModelConfig, flags: argparse.Namespace) -> Any:
     return np.random.default_rng(flags.seed).integers(config.vocab_size, size=shape)
 
 
-def ours(config: ModelConfig, mesh: Any, machine: Any, dtype: str, flags: argparse.Namespace):
+def ours(config: ModelConfig, mesh: Any, machine: Any, dtype: str, flags: DecodeFlags):
     """The engine with a random model, and a function that generates once."""
     import jax.numpy as jnp
 
@@ -78,27 +101,13 @@ def ours(config: ModelConfig, mesh: Any, machine: Any, dtype: str, flags: argpar
     return engine, generate
 
 
-def theirs(config: ModelConfig, dtype: str, flags: argparse.Namespace) -> Callable[[], Round]:
+def theirs(config: ModelConfig, dtype: str, flags: DecodeFlags) -> Callable[[], Round]:
     """The same by transformers on the CPU."""
     import torch
-    import transformers
+    from versus_systems import transformers_llama  # the script beside this one
 
-    sizes = transformers.LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_size,
-        tie_word_embeddings=config.tie_embeddings,
-        max_position_embeddings=config.max_seq_len,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=0,
-    )
     torch.manual_seed(flags.seed)
-    model = transformers.LlamaForCausalLM(sizes).to(getattr(torch, dtype)).eval()
+    model = transformers_llama(dataclasses.asdict(config)).to(getattr(torch, dtype)).eval()
     ids = torch.tensor(random_prompts(config, flags))
 
     def seconds(new_tokens: int) -> float:
@@ -119,7 +128,7 @@ def theirs(config: ModelConfig, dtype: str, flags: argparse.Namespace) -> Callab
     return generate
 
 
-def measured(rounds: list[Round], flags: argparse.Namespace) -> tuple[str, str]:
+def measured(rounds: list[Round], flags: DecodeFlags) -> tuple[str, str]:
     """Decoding speed and time to first token, medians with the best."""
     tokens = flags.batch * (flags.new_tokens - 1)
     speeds = [tokens / r.rest_s for r in rounds]
@@ -128,68 +137,17 @@ def measured(rounds: list[Round], flags: argparse.Namespace) -> tuple[str, str]:
     return speed, f"{statistics.median(firsts):,.0f} ms (best {min(firsts):,.0f})"
 
 
-def table(rows: dict[str, str]) -> str:
-    """One Markdown table."""
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows.items())])
-
-
-def arguments() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--preset", default="quickstart", help="one of llamajax.config.PRESETS")
-    parser.add_argument("--batch", type=int, default=1, help="prompts at a time")
-    parser.add_argument("--prompt_len", type=int, default=128, help="tokens a prompt")
-    parser.add_argument("--new_tokens", type=int, default=64, help="tokens that follow each")
-    parser.add_argument("--rounds", type=int, default=5, help="generations that are timed")
-    parser.add_argument("--dtype", choices=get_args(ComputeDtype), help="as in llamajax.generate")
-    parser.add_argument("--transformers", action="store_true", help="time it beside ours")
-    parser.add_argument("--mesh", help="AXIS=SIZE,...; default: as llamajax.generate chooses it")
-    parser.add_argument("--backend", help="JAX platform; none: what JAX finds")
-    parser.add_argument("--plugin", help="bare PJRT plugin library that serves --backend")
-    parser.add_argument("--options", help="options of that plugin, k=v,k=v")
-    parser.add_argument("--num_cpu_devices", type=int, help="virtual devices of the cpu backend")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and prompts")
-    return parser
-
-
-def checked(flags: argparse.Namespace) -> ModelConfig:
-    """The model. UserError for what does not fit together."""
-    config = PRESETS[preset(flags.preset)["name"]]
-    for name in ("batch", "prompt_len", "rounds"):
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name}={getattr(flags, name)}: must be at least 1")
-    if flags.new_tokens < 2:
-        raise UserError(f"--new_tokens={flags.new_tokens}: two at least, the second is decoded")
-    if flags.prompt_len + flags.new_tokens > config.max_seq_len:
-        raise UserError(
-            f"--prompt_len={flags.prompt_len} and --new_tokens={flags.new_tokens} are more than "
-            f"the {config.max_seq_len} tokens of {config.name}"
-        )
-    return config
-
-
 def main(argv: list[str]) -> None:
     """Measure and print."""
-    flags = arguments().parse_args(argv)
-    config = checked(flags)
+    flags = parse_command_line(argv, DecodeFlags, verb="benchmarks/decode.py", doc=__doc__)
+    config = find_preset(flags.preset)
     import jax
 
     from llamajax import backends, sharding
     from llamajax.decoding.generator import default_mesh
     from llamajax.models.counts import num_parameters
 
-    machine = backends.start(
-        BackendConfig(
-            name=flags.backend,
-            plugin=flags.plugin,
-            options=flags.options,
-            num_cpu_devices=flags.num_cpu_devices,
-        )
-    )
+    machine = backends.start(flags.backend_config)
     chosen = default_mesh(config, machine.num_devices)
     mesh_wanted = mesh_config(flags.mesh) if flags.mesh else chosen
     mesh = sharding.build_mesh(mesh_wanted, jax.devices())
@@ -203,9 +161,6 @@ def main(argv: list[str]) -> None:
         rounds.append(generate())
         if reference:
             reference_rounds.append(reference())
-    memory = max(backends.memory_in_use().get("peak_memory_bytes", []), default=None)
-    kind = "device statistics" if memory else "process peak RSS"
-    memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     speed, first = measured(rounds, flags)
     rows = {
         "model": f"{config.name}, {num_parameters(config):,} parameters, random",
@@ -216,12 +171,12 @@ def main(argv: list[str]) -> None:
         "decoding, tokens/s": speed,
         "time to first token": first,
         "compiling": f"{engine.times.compile_s:.1f} s for {len(engine.programs)} programs",
-        "peak memory": f"{memory / 2**20:,.0f} MiB ({kind})",
+        "peak memory": peak_memory(memory_peaks()),
     }
     if reference:
         speed, first = measured(reference_rounds, flags)
         rows |= {"transformers, tokens/s": speed, "transformers, time to first token": first}
-    print(table(rows))
+    print(two_columns(rows))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ import argparse
 import collections
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from llamajax.errors import UserError
 from llamajax.files import write_file
-from llamajax.planning.hlo import Instruction, bytes_of, executed, parse
-from llamajax.planning.hlo_products import product_flops_of
+from llamajax.planning.hlo import Instruction, Program, bytes_of
+from llamajax.planning.hlo_products import flops_of
 from llamajax.verbs import run_verb
 
 _NO_BYTES = {
@@ -29,7 +29,6 @@ _NO_BYTES = {
     "call", "after-all", "iota", "partition-id", "replica-id", "optimization-barrier",
     "fusion-done", "async-done", "copy-done",
 }  # fmt: skip
-_CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _KERNEL = re.compile(r'custom_call_target="(__cudnn|__cublas|tpu_custom_call)')
 _UNITS = {"GB": 1e9, "kB": 1e3}
 _SLICES = ("dynamic-slice", "slice", "gather")
@@ -37,35 +36,33 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 def rows(text: str) -> list[tuple[str, float, str]]:
     """Return (kind, bytes read and written in a step, name) of each instruction of a program."""
-    computations, entry = parse(text)
-    inner = {
+    program, found = Program(text), []
+    called = {
         name
-        for instructions in computations.values()
-        for i in instructions
-        if i.operation not in ("call", "while")
-        for name in _CALLED.findall(i.attributes)
+        for instructions in program.computations.values()
+        for i in instructions.values()
+        if i.operation not in ("call", "while", "conditional")
+        for name in i.called
     }
-    found = []
-    for computation, instructions, count in executed(text):
-        if computation in inner:
+    for computation, count in program.counts.items():
+        if computation in called:
             continue
-        types = {i.name: i.result for i in instructions}
-        for i in instructions:
+        for i in program.computations[computation].values():
             if i.operation in _NO_BYTES or "AllocateBuffer" in i.attributes:
                 continue
-            body = computations[_CALLED.findall(i.attributes)[0]] if "fusion" in i.operation else []
-            read, written = _fusion_bytes(body) if body else _plain_bytes(i, types)
-            kind = _kind(i, body, in_entry=computation == entry)
+            body = program.computations[i.called[0]] if "fusion" in i.operation else {}
+            read, written = _fusion_bytes(body) if body else _plain_bytes(i)
+            kind = _kind(i, body, in_entry=computation == program.entry)
             found.append((kind, float(count * (read + written)), i.name))
     return found
 
 
-def _kind(i: Instruction, body: list[Instruction], *, in_entry: bool) -> str:
+def _kind(i: Instruction, body: Mapping[str, Instruction], *, in_entry: bool) -> str:
     """Return the kind of an instruction; body: of its fusion."""
-    parts = [x for x in body or [i] if "[]" not in x.result]  # without the scalars of an index
+    parts = [x for x in body.values() or [i] if "[]" not in x.result]  # no scalars of an index
     operations = {x.operation for x in parts}
     working = operations - {"parameter", "bitcast", "constant", "tuple", "reshape", *_SLICES}
-    if _KERNEL.search(i.attributes) or any(product_flops_of(body or [])):
+    if _KERNEL.search(i.attributes) or any(map(flops_of, body.values())):
         return "products and kernels"
     if working <= {"broadcast"} and not operations & {*_SLICES}:
         return "filling with one value"
@@ -78,32 +75,29 @@ def _kind(i: Instruction, body: list[Instruction], *, in_entry: bool) -> str:
     return "after the gradients: norms and update" if in_entry else "other element-wise work"
 
 
-def _plain_bytes(i: Instruction, types: dict[str, str]) -> tuple[int, int]:
+def _plain_bytes(i: Instruction) -> tuple[int, int]:
     if i.operation == "dynamic-slice":
         return bytes_of(i.result), bytes_of(i.result)
     if i.operation == "dynamic-update-slice":
-        return (bytes_of(types[i.operands[1]]),) * 2
-    return sum(bytes_of(types[o]) for o in i.operands if o in types), bytes_of(i.result)
+        return (bytes_of(i.operand_types[1]),) * 2
+    return sum(map(bytes_of, i.operand_types)), bytes_of(i.result)
 
 
-def _fusion_bytes(body: list[Instruction]) -> tuple[int, int]:
+def _fusion_bytes(body: Mapping[str, Instruction]) -> tuple[int, int]:
     """Return the bytes that a fusion reads and writes, of stacks the slices alone."""
-    by_name = {x.name: x for x in body}
     users: dict[str, list[tuple[Instruction, int]]] = collections.defaultdict(list)
-    for x in body:
+    for x in body.values():
         for position, operand in enumerate(x.operands):
             users[operand].append((x, position))
-    results = (
-        [by_name[o] for o in body[-1].operands] if body[-1].operation == "tuple" else body[-1:]
-    )
+    *_, root = body.values()
     written = 0
-    for result in results:
+    for result in [body[o] for o in root.operands] if root.operation == "tuple" else [root]:
         while result.operation == "bitcast":
-            result = by_name[result.operands[0]]
+            result = body[result.operands[0]]
         in_place = result.operation == "dynamic-update-slice"
-        written += bytes_of(by_name[result.operands[1]].result if in_place else result.result)
+        written += bytes_of(result.operand_types[1] if in_place else result.result)
     read = 0
-    for parameter in (x for x in body if x.operation == "parameter"):
+    for parameter in (x for x in body.values() if x.operation == "parameter"):
         whole, total, left = bytes_of(parameter.result), 0, list(users[parameter.name])
         while left:
             user, position = left.pop()

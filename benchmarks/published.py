@@ -9,19 +9,24 @@ published: `remat`, the mesh and the rows of a device here are the nearest that 
 Needs JAX's CUDA plugin and libtpu (extras plan-gpu, plan-tpu), and neither GPU nor TPU.
 """
 
-import argparse
 import dataclasses
 import datetime
 
 import jax
+from train_step import OPTIM  # the script beside this one
 
-from llamajax.backends import Target, absent_devices
-from llamajax.config import BackendConfig, RunConfig, find_preset, freeze
-from llamajax.planning.compilation import abstract_step, node_of
-from llamajax.planning.estimate import axes_slow_share, sent_bytes
+from llamajax.backends import absent_devices
+from llamajax.config import (
+    BackendConfig,
+    Flags,
+    RunConfig,
+    find_preset,
+    freeze,
+    key,
+    parse_command_line,
+)
 from llamajax.planning.planner import make_plan
-from llamajax.planning.roofline import Prediction, link_seconds, predict
-from llamajax.sharding import node_numbers
+from llamajax.planning.search import estimate
 from llamajax.verbs import run_verb
 
 
@@ -37,6 +42,14 @@ class Published:
     rows: int
     remat: str
     tokens_per_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PublishedFlags(Flags):
+    """Flags of this script."""
+
+    compile: bool = key("predict by the compiled programs", default=False)
+    only: str = key("runs whose devices begin so", default="")
 
 
 # Figures: each system's own tables and issues, autumn 2026. A TPU7x chip is two devices.
@@ -62,32 +75,15 @@ def run_config(run: Published, devices: int) -> RunConfig:
             "data": {"path": "random", "seq_len": run.seq_len, "seed": 0,
                      "global_batch_size": run.rows * devices},
             "train": {"steps": 1, "seed": 0, "dtype": "bfloat16", "remat": run.remat},
-            "optim": {"learning_rate": 1e-4, "warmup_steps": 0, "schedule": "constant",
-                      "final_learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8,
-                      "weight_decay": 0.1, "clip_norm": 1.0},
+            "optim": OPTIM,
         },
         source=f"{run.system}, {run.preset}",
     )  # fmt: skip
 
 
-def by_formulas(config: RunConfig, target: Target) -> Prediction | None:
-    """Predict as a search does before it compiles."""
-    step = abstract_step(config, target)
-    sizes = dict(step.mesh.shape)
-    nodes = node_numbers(sizes, target.devices, node_of(target))
-    links_s = {
-        axes: link_seconds(sent, sent * axes_slow_share(axes, sizes, nodes), target.entry)
-        for axes, sent in sent_bytes(config, sizes).items()
-    }
-    return predict(config, sizes, target.entry, links_s, attention=step.attention.impl)
-
-
 def main(argv: list[str]) -> int:
     """Print a row a run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--only", default="", help="run those whose devices begin so")
-    flags = parser.parse_args(argv)
+    flags = parse_command_line(argv, PublishedFlags, verb="benchmarks/published.py", doc=__doc__)
     how = "compiled programs" if flags.compile else "formulas"
     print(f"{datetime.date.today()}, jax {jax.__version__}, by {how}\n")
     print("| run | devices | mesh, rows, remat | predicted | published | error |")
@@ -100,7 +96,7 @@ def main(argv: list[str]) -> int:
         if flags.compile:
             found = make_plan(config, target, cache=None).prediction
         else:
-            found = by_formulas(config, target)
+            found = estimate(config, target).prediction
         mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.items()) or "1 device"
         row = f"| {run.system}, {run.preset}, {run.seq_len} | {run.devices} | {mesh}, {run.rows}, "
         if found is None:

@@ -42,6 +42,7 @@ EARLY = ("import", "restore", "compilation")  # before the first step of an atte
 LATE = ("step", "save", "evaluation")
 # What an attempt is at once worker 0's log has such a line; none is needed for the first.
 PHASES = {"import": "", "restore or compilation": "\nsteps ", "steps": "\nready "}
+_DELAYS_S = {"import": 2.0, "compilation": 0.5}  # the longest after these have begun
 _POLL = threading.Event()
 
 
@@ -120,19 +121,17 @@ class Run:
 def moment(run: Run, kind: str, rng: random.Random) -> Callable[[], bool | None]:
     """Whether a moment of this kind has come in what runs now; None: it is over."""
     before = last_step(run.workdir)
-    wait = _Wait(rng.uniform(0, 2 if kind == "import" else 0.5))
 
-    def early(here: bool, over: bool) -> bool | None:
-        return None if over else here
+    def in_phase(phase: str, over: bool) -> bool | None:
+        return None if over else run.phase == phase
 
     match kind:
         case "import":
-            return lambda: early(wait.over(run.phase == "import"), run.phase not in ("", "import"))
+            return lambda: in_phase("import", run.phase not in ("", "import"))
         case "restore":
-            return lambda: early(run.phase != "" and run.reads_checkpoint(), run.phase == "steps")
+            return lambda: None if run.phase == "steps" else run.phase and run.reads_checkpoint()
         case "compilation":
-            here = "restore or compilation"
-            return lambda: early(wait.over(run.phase == here), run.phase == "steps")
+            return lambda: in_phase("restore or compilation", run.phase == "steps")
         case "step":
             wanted = before + rng.randint(1, 7)
             return lambda: run.phase == "steps" and last_step(run.workdir) >= wanted
@@ -144,62 +143,41 @@ def moment(run: Run, kind: str, rng: random.Random) -> Callable[[], bool | None]
             return lambda: last_step(run.workdir) >= after
 
 
-class _Wait:
-    """A time after something first held."""
-
-    def __init__(self, seconds: float):
-        self._seconds, self._since = seconds, None
-
-    def over(self, holds: bool) -> bool:
-        """Whether it holds, and has for so long."""
-        if self._since is None and holds:
-            self._since = time.monotonic()
-        return holds and time.monotonic() - self._since >= self._seconds
-
-
-class Deck:
-    """Draws each of some things equally often, in random order."""
-
-    def __init__(self, things: Iterable[str], rng: random.Random):
-        self._all, self._rng, self._left = list(things), rng, []
-
-    def top(self) -> str:
-        """What comes next."""
-        self._left = self._left or self._rng.sample(self._all, len(self._all))
-        return self._left[-1]
-
-    def take(self) -> None:
-        """Go on to the one after it."""
-        self._left.pop()
-
-
 def soak(run: Run, *, faults: int, rng: random.Random, steps: int) -> Counter[str]:
     """Hurt the run so often, or till it is done; how often at each moment."""
     hit: Counter[str] = Counter()
-    what, early, late = Deck(FAULTS, rng), Deck(EARLY, rng), Deck(LATE, rng)
-    after_start = False  # whether the next fault comes before the run has started again
-    while hit.total() < faults and last_step(run.workdir) < steps - 1:
+
+    def rarest(things: Iterable[str]) -> str:
+        """One of those that came least often."""
+        return min(things, key=lambda thing: (hit[thing], rng.random()))
+
+    num_hit, after_start = 0, False  # whether the next fault comes before the run has started again
+    while num_hit < faults and last_step(run.workdir) < steps - 1:
         run.ensure()
-        deck = early if after_start else late
-        if not come(run, moment(run, deck.top(), rng)) or not run.hurt(what.top()):
-            after_start = False  # too late for this moment: it stays on top
+        kind, what = rarest(EARLY if after_start else LATE), rarest(FAULTS)
+        if not come(run, kind, rng) or not run.hurt(what):
+            after_start = False  # too late for this moment, which stays the rarest
             continue
-        at, began, kind = last_step(run.workdir), time.monotonic(), deck.top()
-        hit[kind] += 1
-        row = f"| {hit.total()} | {what.top()} | {kind} | {at} |"
-        what.take(), deck.take()
+        at, began, num_hit = last_step(run.workdir), time.monotonic(), num_hit + 1
+        hit.update((kind, what))
         after_start = rng.random() < 0.5
+        took = "hurt again"
         if not after_start:
-            took = seconds_to_next_step(run, steps, began)
-        print(row, "hurt again |" if after_start else f"{took:.0f} |", flush=True)
+            took = f"{seconds_to_next_step(run, steps, began):.0f}"
+        print(f"| {num_hit} | {what} | {kind} | {at} | {took} |", flush=True)
     return hit
 
 
-def come(run: Run, has: Callable[[], bool | None]) -> bool:
+def come(run: Run, kind: str, rng: random.Random) -> bool:
     """Wait for a moment; False where it is missed or the launcher ends first."""
-    give_up = time.monotonic() + 300
+    has, give_up = moment(run, kind, rng), time.monotonic() + 300
+    delay_s = rng.uniform(0, _DELAYS_S.get(kind, 0.0))
     while run.process.poll() is None and time.monotonic() < give_up:
-        if (now := has()) is None or now:
+        now = has()
+        if now:
+            _POLL.wait(delay_s)
+            now = has()
+        if now or now is None:
             return bool(now)
         _POLL.wait(0.002)
     return False
@@ -242,9 +220,10 @@ def main() -> int:
     difference = largest_difference(logged_values(undisturbed.workdir), logged_values(run.workdir))
     same = code == 0 and difference is None
     words = "all logged values are those of the undisturbed run" if same else f"{difference}"
-    early = f" (the run ended before all {arguments.faults})" * (hit.total() < arguments.faults)
+    num_hit = sum(hit[kind] for kind in EARLY + LATE)
+    early = f" (the run ended before all {arguments.faults})" * (num_hit < arguments.faults)
     print("\nmoments hit: " + ", ".join(f"{kind} {hit[kind]}" for kind in EARLY + LATE))
-    print(f"{hit.total()} faults{early}, exit code {code}: {words}")
+    print(f"{num_hit} faults{early}, exit code {code}: {words}")
     return 0 if same and not early else 1
 
 

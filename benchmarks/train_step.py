@@ -10,7 +10,6 @@ next begins, and a window of them dispatched without waiting, as a run does it. 
 those of the window. Runs on whatever backend JAX finds, with jax, flax, optax and orbax alone.
 """
 
-import argparse
 import dataclasses
 import datetime
 import json
@@ -18,19 +17,67 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from llamajax.backends import with_huge_pages
-from llamajax.config import RunConfig, find_preset, freeze, mesh_config
+from llamajax.config import (
+    MachineFlags,
+    RunConfig,
+    find_preset,
+    freeze,
+    key,
+    mesh_config,
+    parse_command_line,
+)
 from llamajax.config.schema import AttentionImpl, ComputeDtype, Remat, TrainDtype
-from llamajax.config.values import describe
 from llamajax.errors import UserError, say
-from llamajax.files import target_problem, write_file
+from llamajax.files import write_file
 from llamajax.verbs import run_verb
 
+if TYPE_CHECKING:  # JAX takes seconds to import: mistakes are answered without it
+    from llamajax.planning.compilation import PlannedStep
+
 WARM_UP = 2  # steps after the first that are not counted
+OPTIM = {
+    "learning_rate": 3e-4, "warmup_steps": 0, "schedule": "constant", "final_learning_rate": 3e-4,
+    "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepFlags(MachineFlags):
+    """Flags of this script."""
+
+    preset: str = key("a model of llamajax.config.PRESETS", default="bench-32m")
+    batch: int = key("samples a step, over all devices", default=4, at_least=1)
+    seq_len: int = key("tokens a sample", default=512, at_least=1)
+    dtype: TrainDtype = key("of matrix products", default="float32")
+    steps: int = key("steps that are timed", default=20, at_least=1)
+    remat: Remat = key("what a block keeps for the backward pass", default="dots")
+    remat_keep: tuple[str, ...] = key("further tensors of a block to keep, a,b", default=())
+    attention: AttentionImpl = key("as train.attention", default="auto")
+    accumulation: int = key("microbatches a step", default=1, at_least=1)
+    loss_chunk_tokens: int | None = key("none: as train chooses", default=None)
+    moment_dtype: ComputeDtype = key("of the first moment", default="float32")
+    documents: int = key("documents a row; 0: no document masks", default=1, at_least=0)
+    compiler_options: str | None = key("of XLA for the step, k=v,k=v", default=None)
+    device_table: str | None = key(
+        "TOML file with peaks, as backend.device_table", default=None, is_path=True
+    )
+    json: str | None = key("file to write everything measured to", default=None, is_output=True)
+    seed: int = key("of weights and tokens", default=0)
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.documents > self.seq_len:
+            yield f"--documents={self.documents}: 0 to --seq_len={self.seq_len}"
+
+    @classmethod
+    def parse(cls, argv: list[str]) -> "StepFlags":
+        """Read a command line. UserError for mistakes."""
+        return parse_command_line(argv, cls, verb="benchmarks/train_step.py", doc=__doc__)
 
 
 class DoesNotFit(UserError):
@@ -41,11 +88,8 @@ class DoesNotFit(UserError):
 class Run:
     """A compiled step with everything it needs; `step()` is one update, waited for."""
 
-    config: RunConfig
     machine: Any
-    mesh: Any
-    attention: Any  # AttentionChoice
-    options: Any  # CompilerOptions
+    planned: "PlannedStep"  # the step before it is compiled
     compile_s: float
     update: Callable  # the compiled program
     state: Any
@@ -65,7 +109,7 @@ class Run:
         return metrics
 
 
-def run_config(flags: argparse.Namespace) -> RunConfig:
+def run_config(flags: StepFlags) -> RunConfig:
     """The checked run that the flags describe. UserError for what does not fit together."""
     found = {
         "model": dataclasses.asdict(find_preset(flags.preset)),
@@ -82,30 +126,14 @@ def run_config(flags: argparse.Namespace) -> RunConfig:
             "seed": flags.seed,
             "dtype": flags.dtype,
             "remat": flags.remat,
-            "remat_keep": tuple(filter(None, flags.remat_keep.split(","))),
+            "remat_keep": flags.remat_keep,
             "attention": flags.attention,
             "accumulation_steps": flags.accumulation,
             "loss_chunk_tokens": flags.loss_chunk_tokens,
         },
-        "optim": {
-            "learning_rate": 3e-4,
-            "warmup_steps": 0,
-            "schedule": "constant",
-            "final_learning_rate": 3e-4,
-            "beta1": 0.9,
-            "beta2": 0.95,
-            "epsilon": 1e-8,
-            "weight_decay": 0.1,
-            "clip_norm": 1.0,
-            "moment_dtype": flags.moment_dtype,
-        },
-        "backend": {
-            "name": flags.backend,
-            "plugin": flags.plugin,
-            "options": flags.options,
-            "num_cpu_devices": flags.num_cpu_devices,
-            "device_table": flags.device_table,
-        },
+        "optim": OPTIM | {"moment_dtype": flags.moment_dtype},
+        "backend": dataclasses.asdict(flags.backend_config)
+        | {"device_table": flags.device_table, "compiler_options": flags.compiler_options},
     }
     return freeze(found, source="these flags, as config keys")
 
@@ -136,43 +164,26 @@ def random_batch(config: RunConfig, *, documents: int) -> dict[str, Any]:
     return batch
 
 
-def compiled(config: RunConfig, *, documents: int = 1, options: str = "", state: Any = None) -> Run:
+def compiled(config: RunConfig, *, documents: int = 1, state: Any = None) -> Run:
     """The step as a run builds it, compiled, with its first state and one batch on the devices.
 
-    documents: of a row. options: XLA's, `k=v,k=v`. state: of an earlier Run of the same model and
-    optimizer, which this one takes over.
+    documents: of a row. state: of an earlier Run of the same model and optimizer, which this one
+    takes over.
     """
     import jax
 
     from llamajax import backends, sharding
-    from llamajax.models.machine_choices import (
-        check_mesh,
-        resolve_attention,
-        resolve_compiler_options,
-        resolve_compute,
-        with_loss_chunk,
-    )
-    from llamajax.training.programs import lower_update
-    from llamajax.training.state import StateSpec
+    from llamajax.planning.compilation import abstract_step, lowered_step, present_devices
 
-    if options:
-        backend = dataclasses.replace(config.backend, compiler_options=options)
-        config = dataclasses.replace(config, backend=backend)
     machine = backends.start(config.backend)
-    mesh = sharding.build_mesh(config.mesh, jax.devices())
-    check_mesh(config, mesh)
-    config = with_loss_chunk(config, machine.platform, mesh.shape)
-    attention = resolve_attention(config, machine, mesh)
-    compute = resolve_compute(config, mesh, attention.impl)
-    chosen = resolve_compiler_options(config, machine, mesh)
-    spec = StateSpec.of(config, mesh)
+    planned = abstract_step(config, present_devices(machine))
     if state is None:
-        state = jax.block_until_ready(spec.init(config.train.seed))
-    batch = sharding.put_batch(random_batch(config, documents=documents), mesh)
+        state = jax.block_until_ready(planned.spec.init(config.train.seed))
+    batch = sharding.put_batch(random_batch(config, documents=documents), planned.mesh)
     start = time.perf_counter()
-    update = chosen.compile(lower_update(config, mesh, compute, spec.optimizer, state))
-    compile_s = time.perf_counter() - start
-    return Run(config, machine, mesh, attention, chosen, compile_s, update, state, batch)
+    lowered = lowered_step(dataclasses.replace(planned, state=state))
+    update = planned.compiler_options.compile(lowered)
+    return Run(machine, planned, time.perf_counter() - start, update, state, batch)
 
 
 def check_fits(run: Run) -> None:
@@ -221,30 +232,32 @@ def facts(run: Run) -> dict[str, Any]:
     import jax
 
     from llamajax import backends, sharding
-    from llamajax.backends.devices import find
     from llamajax.models.counts import num_parameters
     from llamajax.planning.roofline import predict
 
-    c, machine, memory = run.config, run.machine, run.update.memory_analysis()
-    device, predicted = find(machine.device_kind), None
-    if device is not None and run.mesh.size == 1:  # with more, links have a part in it
-        predicted = predict(c, run.mesh.shape, device, {}, attention=run.attention.impl)
+    machine, planned, memory = run.machine, run.planned, run.update.memory_analysis()
+    c, mesh, attention, options = (
+        planned.config, planned.mesh, planned.attention, planned.compiler_options
+    )  # fmt: skip
+    device, predicted = planned.target.entry, None
+    if device is not None and mesh.size == 1:  # with more, links have a part in it
+        predicted = predict(c, mesh.shape, device, {}, attention=attention.impl)
     return {
         "date": str(datetime.date.today()),
         "versions": machine.versions,
         "platform": machine.platform,
         "device_kind": machine.device_kind,
         "num_devices": machine.num_devices,
-        "mesh": sharding.describe(run.mesh),
+        "mesh": sharding.describe(mesh),
         "model": c.model.name,
         "parameters": num_parameters(c.model),
         "batch": c.data.global_batch_size,
         "seq_len": c.data.seq_len,
         "mask_documents": c.data.mask_documents,
-        "attention": run.attention.impl,
-        "attention_reason": run.attention.reason,
-        "compiler_options": dict(run.options.values),
-        "refused_compiler_options": list(run.options.refused),
+        "attention": attention.impl,
+        "attention_reason": attention.reason,
+        "compiler_options": dict(options.values),
+        "refused_compiler_options": list(options.refused),
         "moment_dtype": c.optim.moment_dtype,
         **{
             key: getattr(c.train, key)
@@ -263,7 +276,7 @@ def speed(run: Run, step_s: float) -> dict[str, Any]:
     from llamajax import backends
     from llamajax.models.counts import flops_per_token
 
-    c, machine = run.config, run.machine
+    c, machine = run.planned.config, run.machine
     tokens = c.data.global_batch_size * c.data.seq_len
     peak = backends.peak_flops(machine.device_kind, c.train.dtype)
     found = {"step_s": step_s, "tokens_per_s": tokens / step_s}
@@ -272,10 +285,24 @@ def speed(run: Run, step_s: float) -> dict[str, Any]:
         reached = tokens / step_s * flops / machine.num_devices
         found[f"flops_per_s_{name}"] = reached  # of a device
         found[f"mfu_{name}"] = reached / peak[0] if peak else None
-    memory = max(backends.memory_in_use().get("peak_memory_bytes", []), default=None)
-    found["peak_bytes"] = memory  # of a device since the process began; None: unknown
-    found["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return found
+    return found | memory_peaks()
+
+
+def memory_peaks() -> dict[str, int | None]:
+    """Peaks since the process began: of a device (null where unknown), and of the process."""
+    from llamajax import backends
+
+    return {
+        "peak_bytes": max(backends.memory_in_use().get("peak_memory_bytes", []), default=None),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def peak_memory(peaks: dict[str, Any]) -> str:
+    """Memory in words, from what `memory_peaks` found."""
+    if peaks["peak_bytes"] is not None:
+        return f"{peaks['peak_bytes'] / 2**20:,.0f} MiB (device statistics)"
+    return f"{peaks['peak_rss_bytes'] / 2**20:,.0f} MiB (process peak RSS)"
 
 
 def seconds_alive() -> float | None:
@@ -288,17 +315,19 @@ def seconds_alive() -> float | None:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
+def two_columns(rows: dict[str, str]) -> str:
+    """One Markdown table of names and values."""
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows.items())])
+
+
 def table(found: dict[str, Any]) -> str:
-    """What `measure` found, as the rows of one Markdown table."""
+    """What `measure` found, as one Markdown table."""
     each = found["tokens_per_s"] / found["num_devices"]
     mfu = {}
     for name in ("full", "causal"):
         share = found[f"mfu_{name}"]
         mfu[name] = "null, peak unknown" if share is None else f"{100 * share:.1f} %"
         mfu[name] += f" ({found[f'flops_per_s_{name}'] / 1e12:.3g} TFLOP/s a device)"
-    memory, kind = found["peak_bytes"], "device statistics"
-    if memory is None:
-        memory, kind = found["peak_rss_bytes"], "process peak RSS"
     tokens, versions = found["batch"] * found["seq_len"], found["versions"]
     kept = "".join(f", keeping {name}" for name in found["remat_keep"])
     rows = {
@@ -317,7 +346,7 @@ def table(found: dict[str, Any]) -> str:
         f"of {found['steps']} steps",
         "MFU, full attention matrix": mfu["full"],
         "MFU, causal half of it": mfu["causal"],
-        "peak memory": f"{memory / 2**20:,.0f} MiB ({kind})",
+        "peak memory": peak_memory(found),
         "start-up": f"{found['start_up_s']:.1f} s from process start to first step done"
         if found["start_up_s"]
         else "unknown: no /proc",
@@ -327,49 +356,16 @@ def table(found: dict[str, Any]) -> str:
         rows["compiler options"] = ", ".join(f"{name}={value}" for name, value in options)
     if found["predicted_step_s"]:
         rows["predicted step time"] = f"{found['predicted_step_s'] * 1e3:.1f} ms"
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows.items())])
+    return two_columns(rows)
 
 
-def arguments() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--preset", default="bench-32m", help="a model of llamajax.config.PRESETS")
-    parser.add_argument("--batch", type=int, default=4, help="samples a step, over all devices")
-    parser.add_argument("--seq_len", type=int, default=512, help="tokens a sample")
-    parser.add_argument("--dtype", choices=get_args(TrainDtype), default="float32")
-    parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
-    parser.add_argument("--remat", choices=get_args(Remat), default="dots")
-    parser.add_argument("--remat_keep", default="", help="tensors of a block to keep, a,b")
-    parser.add_argument("--attention", help=describe(AttentionImpl), default="auto")
-    parser.add_argument("--accumulation", type=int, default=1, help="microbatches a step")
-    parser.add_argument("--loss_chunk_tokens", type=int, help="none: as train chooses")
-    parser.add_argument("--moment_dtype", choices=get_args(ComputeDtype), default="float32")
-    parser.add_argument(
-        "--documents", type=int, default=1, help="documents a row; 0: no document masks"
-    )
-    parser.add_argument("--compiler_options", default="", help="of XLA for the step, k=v,k=v")
-    parser.add_argument("--mesh", help="AXIS=SIZE,...; default: all devices along fsdp")
-    parser.add_argument("--backend", help="JAX platform; none: what JAX finds")
-    parser.add_argument("--plugin", help="bare PJRT plugin library that serves --backend")
-    parser.add_argument("--options", help="options of that plugin, k=v,k=v")
-    parser.add_argument("--num_cpu_devices", type=int, help="virtual devices of the cpu backend")
-    parser.add_argument("--device_table", help="TOML file with peaks, as backend.device_table")
-    parser.add_argument("--json", help="file to write everything measured to, as one object")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and tokens")
-    return parser
-
-
-def measured(flags: argparse.Namespace, *, state: Any = None) -> tuple[dict[str, Any], Run]:
+def measured(flags: StepFlags, *, state: Any = None) -> tuple[dict[str, Any], Run]:
     """What the step that the flags describe takes, and the Run, whose state can be used again."""
     from llamajax.models.machine_choices import float8_warnings
 
     config = run_config(flags)
-    run = compiled(config, documents=flags.documents, options=flags.compiler_options, state=state)
-    warnings = [*run.attention.warnings(), *run.options.warnings()]
+    run = compiled(config, documents=flags.documents, state=state)
+    warnings = [*run.planned.attention.warnings(), *run.planned.compiler_options.warnings()]
     for line in warnings + float8_warnings(config, run.machine.device_kind):
         say(f"warning: {line}")
     check_fits(run)
@@ -380,13 +376,7 @@ def measured(flags: argparse.Namespace, *, state: Any = None) -> tuple[dict[str,
 
 def main(argv: list[str]) -> None:
     """Measure and print."""
-    flags = arguments().parse_args(argv)
-    if flags.steps < 1:
-        raise UserError(f"--steps={flags.steps}: at least one step has to be timed")
-    if flags.documents < 0 or flags.documents > flags.seq_len:
-        raise UserError(f"--documents={flags.documents}: 0 to --seq_len={flags.seq_len}")
-    if flags.json and (problem := target_problem(flags.json)):
-        raise UserError(f"--json={flags.json}: {problem}")
+    flags = StepFlags.parse(argv)
     found, run = measured(flags)
     if run.machine.is_primary:
         if flags.json:

@@ -1,7 +1,7 @@
 """Prints the training step beside those of other systems, alternating in one run.
 
     python benchmarks/versus.py --systems=llamajax,torch,litgpt [--dtype=bfloat16] [--json=FILE]
-    python benchmarks/versus.py --systems=llamajax,before --source=before=../other-clone
+    python benchmarks/versus.py --systems=llamajax,before --source=before:../other-clone
 
 `torch` is transformers' LlamaForCausalLM, `litgpt` its GPT, both under torch.compile. Same sizes,
 same initial weights, same random tokens, same AdamW and clipping, one document a row: the losses
@@ -9,12 +9,11 @@ printed at the end show it. Each system runs in its own process and waits for it
 only one computes at a time. The order alternates from round to round. A busy machine slows all of
 them: read the ratios, of wall time and of processor time.
 
---python=SYSTEM=PATH runs a system under another Python, for releases that do not fit together;
---source=NAME=FOLDER adds llamajax as it is in another clone. A system that is not installed is left
+--python=SYSTEM:PATH runs a system under another Python, for releases that do not fit together;
+--source=NAME:FOLDER adds llamajax as it is in another clone. A system that is not installed is left
 out, with a line that says so. torch.compile on a CPU needs a C++ compiler.
 """
 
-import argparse
 import dataclasses
 import datetime
 import json
@@ -24,27 +23,67 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
-from train_step import arguments, run_config  # the script beside this one
+from train_step import StepFlags, run_config  # the script beside this one
 from versus_systems import PACKAGES, WORK
 
+from llamajax.config import Flags, key, parse_command_line
 from llamajax.config.schema import Remat, TrainDtype
 from llamajax.errors import UserError, say
-from llamajax.files import target_problem, write_file
+from llamajax.files import write_file
 from llamajax.verbs import run_verb
 
 KINDS = tuple(PACKAGES)
 _CLOCKS = ("wall", "processor")
 
 
-def work(flags: argparse.Namespace) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VersusFlags(Flags):
+    """Flags of this script."""
+
+    systems: tuple[str, ...] = key("a,b; llamajax first", default=KINDS)
+    python: dict[str, str] | None = key(
+        "systems under another Python", metavar="NAME:PATH,...", default=None
+    )
+    source: dict[str, str] | None = key(
+        "llamajax in other clones", metavar="NAME:FOLDER,...", default=None
+    )
+    preset: str = key("a preset with an untied head", default="bench-32m")
+    batch: int = key("samples a step", default=4, at_least=1)
+    seq_len: int = key("tokens a sample", default=512, at_least=1)
+    dtype: TrainDtype = key("float8: the other systems compute in bfloat16", default="float32")
+    remat: Remat = key("of llamajax alone", default="dots")
+    backend: Literal["cpu", "cuda"] = key("what all run on", default="cpu")
+    rounds: int = key("turns of each system", default=6, at_least=1)
+    steps: int = key("steps of each system a round", default=3, at_least=1)
+    no_compile: bool = key("torch without torch.compile", default=False)
+    json: str | None = key("file to write everything measured to", default=None, is_output=True)
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        for name in sorted({*self.systems} - {*KINDS, *(self.source or ())}):
+            yield f"--systems: no system {name!r}; systems: {','.join(KINDS)}"
+        if self.systems[:1] != ("llamajax",):
+            yield f"--systems={','.join(self.systems)}: llamajax comes first"
+
+    def kind(self, name: str) -> str:
+        """What a system is, one of KINDS."""
+        return "llamajax" if name in (self.source or {}) else name
+
+    def interpreter(self, name: str) -> str:
+        """The Python that runs a system."""
+        return (self.python or {}).get(name, sys.executable)
+
+
+def work(flags: VersusFlags) -> dict[str, Any]:
     """Return what all systems are given: sizes, settings, and llamajax's flags for them."""
     given = [f"--backend={flags.backend}", f"--preset={flags.preset}", f"--dtype={flags.dtype}"]
     given += [f"--batch={flags.batch}", f"--seq_len={flags.seq_len}", f"--remat={flags.remat}"]
     given += ["--documents=0"]
-    config = run_config(arguments().parse_args(given))
+    config = run_config(StepFlags.parse(given))
     if config.model.tie_embeddings:
         raise UserError(f"--preset={flags.preset}: has a tied head; choose one without")
     return {
@@ -60,13 +99,13 @@ def work(flags: argparse.Namespace) -> dict[str, Any]:
 class System:
     """One system in its process. losses, wall, processor: of all its steps, the first ones too."""
 
-    def __init__(self, name: str, flags: argparse.Namespace, folder: Path, *, initial: bool):
-        self.name, self.kind = name, "llamajax" if name in flags.source else name
+    def __init__(self, name: str, flags: VersusFlags, folder: Path, *, initial: bool):
+        self.name = name
         script = Path(__file__).with_name("versus_systems.py")
-        python = flags.python.get(name, sys.executable)
-        command = [python, str(script), self.kind, str(folder), *["--initial"] * initial]
+        command = [flags.interpreter(name), str(script), flags.kind(name), str(folder)]
+        command += ["--initial"] * initial
         environment = dict(os.environ)
-        if name in flags.source:
+        if flags.kind(name) != name:
             environment["PYTHONPATH"] = str(Path(flags.source[name]).resolve())
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
@@ -100,13 +139,12 @@ class System:
         return answer
 
 
-def installed(flags: argparse.Namespace) -> list[str]:
+def installed(flags: VersusFlags) -> list[str]:
     """Return the systems whose packages their Python has; say which are left out."""
     found = []
     for name in flags.systems:
-        packages = PACKAGES["llamajax" if name in flags.source else name]
+        packages, python = PACKAGES[flags.kind(name)], flags.interpreter(name)
         ask = f"import importlib.metadata as m; [m.version(n) for n in {packages!r}]"
-        python = flags.python.get(name, sys.executable)
         done = subprocess.run([python, "-c", ask], capture_output=True, text=True)
         if done.returncode == 0:
             found.append(name)
@@ -116,7 +154,7 @@ def installed(flags: argparse.Namespace) -> list[str]:
     return found
 
 
-def compare(flags: argparse.Namespace) -> dict[str, Any]:
+def compare(flags: VersusFlags) -> dict[str, Any]:
     """Run the rounds; return everything that was measured."""
     names, systems = installed(flags), {}
     if not names or names[0] != "llamajax":
@@ -162,7 +200,7 @@ def compare(flags: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def report(flags: argparse.Namespace, found: dict[str, Any]) -> str:
+def report(flags: VersusFlags, found: dict[str, Any]) -> str:
     """Return the tables of the rounds and of the losses."""
     systems, rounds = found["systems"], found["rounds"]
     tokens = flags.batch * flags.seq_len
@@ -196,48 +234,9 @@ def report(flags: argparse.Namespace, found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _named(text: str) -> tuple[str, str]:
-    """Parse NAME=VALUE."""
-    name, _, value = text.partition("=")
-    if not name or not value:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    return name, value
-
-
 def main(argv: list[str]) -> None:
     """Read the flags, compare, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--systems", default="llamajax,torch,litgpt", help="a,b; llamajax first")
-    parser.add_argument("--python", type=_named, action="append", default=[], metavar="NAME=PATH")
-    parser.add_argument("--source", type=_named, action="append", default=[], metavar="NAME=FOLDER")
-    parser.add_argument("--preset", default="bench-32m", help="a preset with an untied head")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seq_len", type=int, default=512)
-    parser.add_argument(
-        "--dtype", choices=get_args(TrainDtype), default="float32",
-        help="float8: the other systems compute in bfloat16",
-    )  # fmt: skip
-    parser.add_argument("--remat", choices=get_args(Remat), default="dots", help="llamajax only")
-    parser.add_argument("--backend", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=3, help="steps of each system a round")
-    parser.add_argument("--no_compile", action="store_true", help="torch without torch.compile")
-    parser.add_argument("--json", help="file to write everything measured to, as one object")
-    flags = parser.parse_args(argv)
-    flags.python, flags.source = dict(flags.python), dict(flags.source)
-    flags.systems = flags.systems.split(",")
-    if unknown := sorted({*flags.systems} - {*KINDS, *flags.source}):
-        raise UserError(f"--systems: no system {unknown[0]!r}; systems: {','.join(KINDS)}")
-    if flags.systems[0] != "llamajax":
-        raise UserError(f"--systems={','.join(flags.systems)}: llamajax comes first")
-    if flags.rounds < 1 or flags.steps < 1:
-        raise UserError(f"--rounds={flags.rounds} --steps={flags.steps}: both at least 1")
-    if flags.json and (problem := target_problem(flags.json)):
-        raise UserError(f"--json={flags.json}: {problem}")
+    flags = parse_command_line(argv, VersusFlags, verb="benchmarks/versus.py", doc=__doc__)
     found = compare(flags)
     if flags.json:
         write_file(Path(flags.json), json.dumps(found, indent=1) + "\n")

@@ -31,11 +31,11 @@ PACKAGES = {
 
 def llamajax_step(work: dict[str, Any], folder: Path, *, initial: bool) -> Callable[[], float]:
     """llamajax's update; with `initial` its first weights and its rows are left for the others."""
-    from train_step import arguments, compiled, random_rows, run_config  # the script beside this
+    from train_step import StepFlags, compiled, random_rows, run_config  # the script beside this
 
     from llamajax.formats.llama_sources import ModelSource
 
-    config = run_config(arguments().parse_args(work["flags"]))
+    config = run_config(StepFlags.parse(work["flags"]))
     run = compiled(config, documents=0)
     if initial:
         source = ModelSource(run.state.model, config.model)
@@ -44,11 +44,11 @@ def llamajax_step(work: dict[str, Any], folder: Path, *, initial: bool) -> Calla
     return run.step
 
 
-def transformers_model(model: dict[str, Any], weights: dict[str, Any]) -> tuple[Any, Callable]:
-    """Return transformers' Llama, and the function from tokens to logits that it is."""
+def transformers_llama(model: dict[str, Any]) -> Any:
+    """Return transformers' Llama of these sizes, with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    network = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=model["vocab_size"],
             hidden_size=model["hidden_size"],
@@ -60,11 +60,19 @@ def transformers_model(model: dict[str, Any], weights: dict[str, Any]) -> tuple[
             max_position_embeddings=model["max_seq_len"],
             rms_norm_eps=model["norm_eps"],
             rope_parameters={"rope_type": "default", "rope_theta": model["rope_theta"]},
-            tie_word_embeddings=False,
-            use_cache=False,
+            tie_word_embeddings=model["tie_embeddings"],
             attn_implementation="sdpa",
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
         )
     )
+
+
+def transformers_model(model: dict[str, Any], weights: dict[str, Any]) -> tuple[Any, Callable]:
+    """Return transformers' Llama, and the function from tokens to logits that it is."""
+    network = transformers_llama(model)
+    network.config.use_cache = False
     network.load_state_dict(weights)
     return network, lambda tokens: network(input_ids=tokens).logits
 

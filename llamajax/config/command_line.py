@@ -64,8 +64,13 @@ def parse_command_line(argv: Sequence[str], flags: type[F], *, verb: str, doc: s
         problems += parsed.problems()
     if problems:
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)} with this command"
-        raise combine(problems, title=f"{count} (python -m llamajax.{verb} --help shows all):")
+        raise combine(problems, title=f"{count} ({_program(verb)} --help shows all):")
     return parsed
+
+
+def _program(verb: str) -> str:
+    """Return the command of a verb, or of a script that ends in `.py`."""
+    return f"python {verb}" if verb.endswith(".py") else f"python -m llamajax.{verb}"
 
 
 def answer_help(argv: Sequence[str], text: Callable[[str], str]) -> None:
@@ -174,7 +179,7 @@ def help_text(flags: type[Flags], *, verb: str, doc: str, word: str = "") -> str
     takes_config = issubclass(flags, RunFlags)
     if word:
         return _help_about(word, [*keys, *(all_keys().values() if takes_config else ())], len(keys))
-    usage = [f"python -m llamajax.{verb}"]
+    usage = [_program(verb)]
     usage += [_usage(k) if k.default is NOT_SET else f"[{_usage(k)}]" for k in keys]
     usage += ["[--config.SECTION.KEY=VALUE ...]"] * takes_config
     usage += ["-- COMMAND..."] * _takes_command(flags)

@@ -7,18 +7,19 @@ is never compiled twice.
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh
 
 from llamajax import sharding
-from llamajax.backends import CompilerOptions, Target
+from llamajax.backends import CompilerOptions, Machine, Target
+from llamajax.backends.devices import find
 from llamajax.backends.platforms import platform_facts
 from llamajax.config import RunConfig
 from llamajax.errors import UserError, say
@@ -32,40 +33,15 @@ from llamajax.models.machine_choices import (
     with_loss_chunk,
 )
 from llamajax.ops.attention import AttentionChoice
-from llamajax.planning.hlo import (
-    Collective,
-    axes_of_groups,
-    collectives,
-    device_groups,
-    ring_bytes,
-    slice_groups,
-    slow_share,
-)
-from llamajax.planning.hlo_overlap import is_in_launch_order, kernel_calls, waited_s
+from llamajax.planning.hlo import Collective, Program
+from llamajax.planning.hlo_overlap import waited_s
 from llamajax.planning.hlo_products import product_flops
 from llamajax.planning.roofline import compute_seconds, link_seconds
+from llamajax.planning.traffic import Traffic, route, traffic
 from llamajax.training.programs import lower_update, program_digest
 from llamajax.training.state import StateSpec, TrainState
 
 _FORMAT = 7  # of the stored facts
-
-
-@dataclasses.dataclass(frozen=True)
-class Traffic:
-    """Collectives of one kind along the same axes: calls a step, and bytes that a device sends.
-
-    slow_bytes: the part of them that goes from one node, or slice of TPUs, to another. waits_s: the
-    seconds a step waits for them, predicted from the order of the program; None where that says
-    nothing.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    dtype: str
-    calls: int
-    sent_bytes: float
-    slow_bytes: float
-    waits_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +76,7 @@ class PlannedStep:
     attention: AttentionChoice
     compute: Compute
     compiler_options: CompilerOptions
-    optimizer: optax.GradientTransformation
+    spec: StateSpec
     state: TrainState
 
 
@@ -123,14 +99,20 @@ def abstract_step(config: RunConfig, target: Target) -> PlannedStep:
         attention=attention,
         compute=resolve_compute(config, mesh, attention.impl),
         compiler_options=resolve_compiler_options(config, machine, mesh, deterministic=False),
-        optimizer=spec.optimizer,
+        spec=spec,
         state=spec.abstract(),
     )
 
 
+def present_devices(machine: Machine) -> Target:
+    """Return the devices of a machine that runs, to plan for."""
+    devices = tuple(jax.devices())
+    return Target("these devices", machine, devices, find(machine.device_kind))
+
+
 def lowered_step(step: PlannedStep) -> jax.stages.Lowered:
     """Return the step as a program, not yet compiled."""
-    return lower_update(step.config, step.mesh, step.compute, step.optimizer, step.state)
+    return lower_update(step.config, step.mesh, step.compute, step.spec.optimizer, step.state)
 
 
 def compiled_facts(step: PlannedStep, *, cache: Path | None) -> CompilerFacts:
@@ -167,14 +149,15 @@ def compiled_facts(step: PlannedStep, *, cache: Path | None) -> CompilerFacts:
 
 def compiled_facts_of(compiled: Any, step: PlannedStep, compile_s: float) -> CompilerFacts:
     """Return the facts of a compiled step; `step` says for which devices."""
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory, program = compiled.memory_analysis(), Program(compiled.as_text())
+    nodes = [node_of(step.target)(device) for device in step.mesh.devices.flat]
     temporary = temporary_bytes(memory, step.target.machine.platform)
     return CompilerFacts(
         arguments_bytes=memory.argument_size_in_bytes,
         temporary_bytes=temporary,
         needed_bytes=memory.argument_size_in_bytes + temporary,
-        traffic=traffic(text, step.mesh, node_of(step.target), waits=_waits(text, step)),
-        product_flops=product_flops(text),
+        traffic=traffic(program, step.mesh, nodes, _waits(program, step, nodes)),
+        product_flops=product_flops(program),
         compile_s=compile_s,
         host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
     )
@@ -201,68 +184,32 @@ def node_of(target: Target) -> Callable[[Any], int]:
     return sharding.node_of if each is None else lambda device: device.id // each
 
 
-def traffic(
-    text: str,
-    mesh: Mesh,
-    node: Callable[[Any], int] = sharding.node_of,
-    *,
-    waits: Mapping[Hashable, float] | None = None,
-) -> tuple[Traffic, ...]:
-    """Return what a compiled program sends in one run, by kind, axes and dtype; most first.
-
-    node: the number of a device's node. waits: seconds by (kind, axes, dtype).
-    """
-    sums: dict[tuple, tuple[int, float, float]] = {}
-    for collective in collectives(text):
-        axes, sent, slow = route(collective, mesh, node)
-        if axes:
-            key = (collective.kind, axes, collective.dtype)
-            calls, sent_before, slow_before = sums.get(key, (0, 0.0, 0.0))
-            n = collective.count
-            sums[key] = (calls + n, sent_before + n * sent, slow_before + n * slow)
-    rows = (
-        Traffic(*key, *values, None if waits is None else waits.get(key, 0.0))
-        for key, values in sums.items()
-    )
-    return tuple(sorted(rows, key=lambda row: -row.sent_bytes))
-
-
-def route(
-    collective: Collective, mesh: Mesh, node: Callable[[Any], int] = sharding.node_of
-) -> tuple[tuple[str, ...], float, float]:
-    """Return the mesh axes of one call, the bytes that a device sends, and those to other nodes."""
-    if collective.between_slices:
-        positions = {device.id: n for n, device in enumerate(mesh.devices.flat)}
-        groups = slice_groups(collective.groups, positions)
-    else:
-        groups = device_groups(collective.groups, mesh.size)
-    axes, sent = axes_of_groups(groups, mesh.shape), ring_bytes(collective, groups, mesh.size)
-    nodes = [node(device) for device in mesh.devices.flat]
-    return axes, sent, sent * slow_share(collective.kind, groups, nodes)
-
-
-def _waits(text: str, step: PlannedStep) -> Mapping[Hashable, float] | None:
+def _waits(
+    program: Program, step: PlannedStep, nodes: Sequence[int]
+) -> Mapping[Hashable, float] | None:
     """Return the seconds a step waits by (kind, axes, dtype), at the speeds of the device table.
 
     None where the order of the program does not tell, or a speed is unknown.
     """
-    entry, mesh, node = step.target.entry, step.mesh, node_of(step.target)
-    speeds = entry and compute_seconds(step.config, mesh.shape, entry, step.attention.impl)
-    is_host = platform_facts(step.target.machine.platform).is_host
-    if not speeds or is_host or not is_in_launch_order(text):
+    entry, is_host = step.target.entry, platform_facts(step.target.machine.platform).is_host
+    if entry is None or is_host or not program.is_in_launch_order:
         return None
+    speeds = compute_seconds(step.config, step.mesh.shape, entry, step.attention.impl)
+    if speeds is None:
+        return None
+    kernel_calls = sum(count for i, count in program.executed() if i.is_attention_kernel)
 
     def seconds_of(collective: Collective) -> tuple[Hashable, float]:
-        axes, sent, slow = route(collective, mesh, node)
-        seconds = link_seconds(sent, slow, entry) or 0.0
-        return (collective.kind, axes, collective.dtype), seconds
+        axes, sent, slow = route(collective, step.mesh, nodes)
+        return (collective.kind, axes, collective.dtype), link_seconds(sent, slow, entry)
 
-    return waited_s(
-        text,
+    waits = waited_s(
+        program,
         seconds_of,
         product_s=1 / entry.product_rate(step.config.train.dtype),
-        kernel_s=speeds[1] / max(1, kernel_calls(text)),
+        kernel_s=speeds[1] / max(1, kernel_calls),
     )
+    return waits if all(map(math.isfinite, waits.values())) else None
 
 
 def refusal(message: str, compile_s: float) -> CompilerFacts:

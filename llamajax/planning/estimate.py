@@ -8,12 +8,15 @@ import collections
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from llamajax.config import RunConfig
 from llamajax.models.counts import matrices_per_layer
 from llamajax.models.memory import FLOAT32_BYTES, device_share, layers_held, weight_width, width
 from llamajax.models.pipeline import num_ticks
 from llamajax.planning.muon_cost import muon_sent_bytes
 from llamajax.planning.roofline import pipeline_facts
+from llamajax.planning.traffic import slow_share
 
 
 def sent_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[tuple[str, ...], float]:
@@ -78,14 +81,10 @@ def sent_bytes(config: RunConfig, sizes: Mapping[str, int]) -> dict[tuple[str, .
 
 
 def axes_slow_share(axes: Sequence[str], sizes: Mapping[str, int], nodes: Sequence[int]) -> float:
-    """Return the part of what is sent along `axes` that leaves a node, as `slow_share` does.
+    """Return the part of what is sent along `axes` that leaves a node.
 
     `nodes`: number of the node at each position of a mesh of `sizes`, in its order.
     """
-    positions, stride = [0], 1
-    for axis in reversed(list(sizes)):
-        if axis in axes:
-            positions = [n + i * stride for n in positions for i in range(sizes[axis])]
-        stride *= sizes[axis]
-    counts = collections.Counter(nodes[n] for n in positions)
-    return 0.0 if len(counts) == 1 else 1 / max(counts.values())
+    positions = np.arange(len(nodes)).reshape(tuple(sizes.values()))
+    group = positions[tuple(slice(None) if axis in axes else 0 for axis in sizes)]
+    return slow_share("all-gather", [group.ravel().tolist()], nodes)

@@ -7,9 +7,8 @@ attention kernel multiplies is in none of them.
 
 import math
 import re
-from collections.abc import Sequence
 
-from llamajax.planning.hlo import Instruction, array_shape, executed
+from llamajax.planning.hlo import Instruction, Program, array_shape
 
 _LIBRARIES = re.compile(r'custom_call_target="__(?:cublas\$|onednn\$matmul)')
 # as XLA writes them beside an instruction, and as libraries' configurations have them in JSON
@@ -18,27 +17,19 @@ _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 
 
-def product_flops(text: str) -> float:
+def product_flops(program: Program) -> float:
     """Return the FLOPs of all matrix products in one run of one device's program."""
-    total = 0.0
-    for _, instructions, count in executed(text):
-        total += count * sum(product_flops_of(instructions))
-    return total
+    return sum(count * flops_of(i) for i, count in program.executed())
 
 
-def product_flops_of(instructions: Sequence[Instruction]) -> list[float]:
-    """Return the FLOPs of each instruction of one computation, without what it calls."""
-    types = {i.name: i.result for i in instructions}
-    return [_flops(i, types) for i in instructions]
-
-
-def _flops(i: Instruction, types: dict[str, str]) -> float:
+def flops_of(i: Instruction) -> float:
+    """Return the FLOPs of one instruction, without what it calls."""
     if i.operation == "convolution":
-        return _convolution_flops(i, types)
+        return _convolution_flops(i)
     is_call = i.operation == "custom-call" and _LIBRARIES.search(i.attributes)
     if i.operation != "dot" and not is_call:
         return 0.0
-    lhs = array_shape(types[i.operands[0]])
+    lhs = array_shape(i.operand_types[0])
     found = _CONTRACTED.search(i.attributes)
     if found:
         contracted = [int(n) for n in re.findall(r"\d+", found[1])]
@@ -49,12 +40,12 @@ def _flops(i: Instruction, types: dict[str, str]) -> float:
     return 2.0 * math.prod(array_shape(i.result)) * math.prod(lhs[n] for n in contracted)
 
 
-def _convolution_flops(i: Instruction, types: dict[str, str]) -> float:
+def _convolution_flops(i: Instruction) -> float:
     """Count multiplications of values alone: those with padding or with holes are none.
 
     libtpu writes batched products as convolutions with dilated windows, most of which is holes.
     """
-    lhs, rhs = (array_shape(types[name]) for name in i.operands[:2])
+    lhs, rhs = map(array_shape, i.operand_types[:2])
     out = array_shape(i.result)
     lhs_labels, rhs_labels, out_labels = _LABELS.search(i.attributes).groups()
     window = _WINDOW.search(i.attributes)

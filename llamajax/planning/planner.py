@@ -1,5 +1,6 @@
 """Make a plan: what a config takes on a target, from the program that would run there."""
 
+import collections
 import dataclasses
 import math
 from pathlib import Path
@@ -86,11 +87,10 @@ class Plan:
         """
         if self.facts.traffic is None:
             return None
-        found = dict.fromkeys(self.step.mesh.axis_names, 0.0)
+        found = collections.Counter(dict.fromkeys(self.step.mesh.axis_names, 0.0))
         for row in self.facts.traffic:
-            name = "+".join(row.axes)
-            found[name] = found.get(name, 0.0) + (row.slow_bytes if slow else row.sent_bytes)
-        return found
+            found["+".join(row.axes)] += row.slow_bytes if slow else row.sent_bytes
+        return dict(found)
 
 
 def make_plan(config: RunConfig, target: Target, *, cache: Path | None) -> Plan:
@@ -157,11 +157,9 @@ def predict_step(step: PlannedStep, facts: CompilerFacts) -> Prediction | None:
     entry = step.target.entry
     if facts.traffic is None or entry is None:
         return None
-    links_s: dict[tuple[str, ...], float | None] = {}
+    links_s: collections.Counter[tuple[str, ...]] = collections.Counter()
     for row in facts.traffic:
-        seconds = link_seconds(row.sent_bytes, row.slow_bytes, entry)
-        before = links_s.get(row.axes, 0.0)
-        links_s[row.axes] = None if None in (before, seconds) else before + seconds
+        links_s[row.axes] += link_seconds(row.sent_bytes, row.slow_bytes, entry)
     waits = [row.waits_s for row in facts.traffic]
     waits_s = None if None in waits else sum(waits)
     kernel = step.attention.impl

@@ -5,7 +5,6 @@ is. Two operations of one kind at the same time count once.
 """
 
 import collections
-import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,19 +13,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from llamajax.backends import Target
-from llamajax.backends.devices import find
-from llamajax.planning.compilation import abstract_step, compiled_facts_of, route
-from llamajax.planning.hlo import KINDS, Instruction, called_by, collectives_of, parse
-from llamajax.planning.hlo_products import product_flops_of
+from llamajax.planning.compilation import abstract_step, compiled_facts_of, present_devices
+from llamajax.planning.hlo import Instruction, Program
+from llamajax.planning.hlo_products import flops_of
 from llamajax.planning.planner import predict_step
 from llamajax.planning.roofline import Prediction
+from llamajax.planning.traffic import axes_of_groups, groups_of
 from llamajax.training.setup import Setup
 
 # Of a device's plane: XLA's lines of operations on TPUs, streams of kernels on GPUs.
 _OPERATION_LINES = ("XLA Ops", "Async XLA Ops", "Stream")
 _NESTED = ("while", "conditional", "call", "async-update")  # what runs inside has its own events
-_KERNELS = re.compile(r'custom_call_target="(?:__cudnn\$|tpu_custom_call)')
 # What to try where most time is lost, by part.
 _ADVICE = {
     "products": "a larger microbatch, or other backend.compiler_options",
@@ -46,34 +43,28 @@ def kinds_of_operations(text: str, setup: Setup) -> dict[str, tuple[str, str]]:
     Parts are products, attention, communication and other. Operations that only contain others are
     left out.
     """
-    computations, _ = parse(text)
-    found: dict[str, tuple[str, str]] = {}
-    for name, instructions in computations.items():
-        by_name = {i.name: i for i in instructions}
-        for i, flops in zip(instructions, product_flops_of(instructions), strict=True):
-            base = i.operation.removesuffix("-start").removesuffix("-done")
-            inner = [j for called in called_by(i) for j in computations[called]]
+    program, found = Program(text), {}
+    for name, instructions in program.computations.items():
+        for i in instructions.values():
             if i.operation in _NESTED:
                 continue
             if i.operation.endswith("-done") and i.operands[0] in found:
                 found[i.name] = found[i.operands[0]]
-            elif base in KINDS:
-                types = [dataclasses.replace(by_name[o], operation="parameter") for o in i.operands]
-                collective = next(collectives_of(name, [*types, i], 1))
-                found[i.name] = ("communication", "+".join(route(collective, setup.mesh)[0]))
-            elif base == "async" and any(j.operation in KINDS for j in inner):
-                collective = next(collectives_of("", inner, 1))
-                found[i.name] = ("communication", "+".join(route(collective, setup.mesh)[0]))
-            else:
-                found[i.name] = (_part(i, flops, inner), "")
+                continue
+            part, collective = _part(i, program.inner(i)), program.started_by(i, name)
+            axes: tuple[str, ...] = ()
+            # a fusion with products holds the collective that runs beside them
+            if collective and (part == "other" or i.operation != "fusion"):
+                part = "communication"
+                axes = axes_of_groups(groups_of(collective, setup.mesh), setup.mesh.shape)
+            found[i.name] = (part, "+".join(axes))
     return found
 
 
-def _part(i: Instruction, flops: float, inner: list[Instruction]) -> str:
-    names = [j.attributes for j in (i, *inner)]
-    if any("/attention/" in attributes for attributes in names) or _KERNELS.search(i.attributes):
+def _part(i: Instruction, inner: list[Instruction]) -> str:
+    if i.is_attention_kernel or any("/attention/" in j.attributes for j in (i, *inner)):
         return "attention"
-    return "products" if flops or any(product_flops_of(inner)) else "other"
+    return "products" if any(map(flops_of, (i, *inner))) else "other"
 
 
 def read_trace(trace: Path, kinds: Mapping[str, tuple[str, str]], module: str) -> Busy:
@@ -150,10 +141,9 @@ def measure(busy: Busy, *, num_steps: int, data_wait_s: float) -> dict[str, Any]
 
 def predicted(setup: Setup, update: Any) -> Prediction | None:
     """Return what a plan for the devices that are here predicts; None where they are unknown."""
-    entry = find(setup.machine.device_kind)
-    if entry is None:
+    target = present_devices(setup.machine)
+    if target.entry is None:
         return None
-    target = Target("these devices", setup.machine, tuple(jax.devices()), entry)
     step = abstract_step(setup.config, target)
     return predict_step(step, compiled_facts_of(update, step, 0.0))
 

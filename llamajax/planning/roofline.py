@@ -22,9 +22,10 @@ What no compiler says is estimated here with figures of the device table. All as
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from llamajax.backends import Device
-from llamajax.config import ModelConfig, RunConfig
+from llamajax.config import RunConfig
 from llamajax.models.counts import flops_per_token, matrices_per_layer, num_parameters
 from llamajax.models.layer_order import padded_layers
 from llamajax.models.lora import num_adapter_parameters
@@ -64,41 +65,98 @@ class Prediction:
     mfu_causal: float
 
 
+class TokenFlops(NamedTuple):
+    """FLOPs a token by formula, of the model's own layers.
+
+    blocks, scores, head: of the forward pass; scores are the causal half of attention. again,
+    scores_again: what the backward pass runs once more. passes: of products with weights, forward
+    and backward, in forward passes. filled: layers with those of zeros, which take as long, by the
+    model's own.
+    """
+
+    blocks: float
+    scores: float
+    head: float
+    again: float
+    scores_again: float
+    passes: int
+    filled: float
+
+    @property
+    def step_blocks(self) -> float:
+        """Of the blocks' products in a step, layers of zeros included."""
+        return self.filled * (self.passes * self.blocks + self.again)
+
+    @property
+    def step_head(self) -> float:
+        """Of the head's products in a step."""
+        return self.passes * self.head
+
+
+def token_flops(config: RunConfig, sizes: Mapping[str, int]) -> TokenFlops:
+    """Count the FLOPs of a step by formula.
+
+    The backward pass needs no block's last product again. A pipeline that keeps only a stage's
+    input runs the stage once more, and then what the policy of each block says; where a stage's
+    group is a single block, the compiler makes one of the two.
+    """
+    m, t, seq_len, stages = config.model, config.train, config.data.seq_len, sizes["stage"]
+    blocks = 2.0 * m.num_layers * matrices_per_layer(m)
+    head = 2.0 * m.vocab_size * m.hidden_size
+    scores = flops_per_token(m, seq_len, causal=True) / 3 - blocks - head
+    qkv = 2.0 * m.num_layers * m.hidden_size * m.head_size * (m.num_heads + 2 * m.num_kv_heads)
+    but_last = blocks - 2.0 * m.num_layers * m.hidden_size * m.intermediate_size
+    again, scores_again = {
+        "full": (but_last, scores),
+        "save_attention": (but_last, 0.0),
+        "save_qkv": (but_last - qkv, 0.0),
+    }.get(t.remat, (0.0, 0.0))
+    if stages > 1 and t.remat_stage:
+        if m.num_layers <= stages * t.pipeline_rounds:
+            again, scores_again = max(again, but_last), scores
+        else:
+            again, scores_again = again + blocks, scores_again + scores
+    layers = padded_layers(m.num_layers, stages=stages, rounds=t.pipeline_rounds)
+    filled, passes = layers / m.num_layers, 2 if config.lora.rank else 3
+    return TokenFlops(blocks, scores, head, again, scores_again, passes, filled)
+
+
 def predict(
     config: RunConfig,
     sizes: Mapping[str, int],
     device: Device,
-    links_s: Mapping[tuple[str, ...], float | None],
+    links_s: Mapping[tuple[str, ...], float],
     *,
     attention: str,
     waits_s: float | None = None,
 ) -> Prediction | None:
     """Predict the time of a step; None where the device's peak in this dtype is unknown.
 
-    `links_s` holds the seconds in which a device sends all of a step, by mesh axes; None among them
-    makes the prediction None. `waits_s`: how much of it the compiled program waits for, if known.
+    `links_s` holds the seconds in which a device sends all of a step, by mesh axes; one that is
+    infinite makes the prediction None. `waits_s`: how much of it the compiled program waits for, if
+    known.
     """
     peak = device.peak(config.train.dtype)
     speeds = compute_seconds(config, sizes, device, attention)
-    if speeds is None or None in links_s.values():
+    sent_s = sum(links_s.values())
+    if speeds is None or not math.isfinite(sent_s):
         return None
     products_s, attention_s = speeds
-    c, model, devices = config.data, config.model, math.prod(sizes.values())
-    tokens = c.global_batch_size * c.seq_len
+    seq_len, devices = config.data.seq_len, math.prod(sizes.values())
+    tokens, flops = config.data.global_batch_size * seq_len, token_flops(config, sizes)
     memory_s = memory_bytes(config, sizes) / device.hbm_bytes_per_s
-    sent_s = sum(links_s.values())
     if waits_s is None:
         fsdp_s = sum(s for axes, s in links_s.items() if "fsdp" in axes)
-        hidden_s = _hidden_by_phase(config, sizes, fsdp_s, products_s)
+        hidden_s = _hidden_by_phase(config, flops, fsdp_s, products_s)
     else:
         hidden_s = max(0.0, sent_s - waits_s)
     pipe = pipeline_facts(config, sizes)
     idle = pipe.bubble if pipe else 0.0
-    head_s = products_s * _head_share(config, sizes)  # head and loss are in no stage
+    head_s = products_s * flops.step_head / (flops.step_blocks + flops.step_head)  # in no stage
     bubble_s = (products_s - head_s + attention_s) * idle / (1 - idle)
     step_s = products_s + attention_s + memory_s + sent_s - hidden_s + bubble_s
     full, causal = (
-        tokens * flops_per_token(model, c.seq_len, causal=causal) / (step_s * peak * devices)
+        tokens * flops_per_token(config.model, seq_len, causal=causal) / (step_s * peak * devices)
         for causal in (False, True)
     )
     return Prediction(
@@ -125,15 +183,13 @@ def compute_seconds(
     rate, seq_len = device.product_rate(config.train.activation_dtype), config.data.seq_len
     if rate is None:
         return None
-    share = _float8_share(config)
+    share, flops = _float8_share(config), token_flops(config, sizes)
     slower = 1 - share + share * rate / device.product_rate(config.train.dtype)
-    _, forward_scores, _ = _forward_flops(config.model, seq_len)
-    _, again_scores = _recomputed_flops(config, sizes)
-    blocks, head = _product_flops(config, sizes)
     tokens = config.data.global_batch_size * seq_len / math.prod(sizes.values())
     # fused kernels compute the scores once more in their backward pass
-    scores = _filled(config, sizes) * (3.5 * forward_scores + again_scores)
-    products = tokens * (slower * blocks + head) + muon_product_flops(config, sizes)
+    scores = flops.filled * (3.5 * flops.scores + flops.scores_again)
+    products = tokens * (slower * flops.step_blocks + flops.step_head)
+    products += muon_product_flops(config, sizes)
     return products / rate, tokens * scores / (rate * _ATTENTION.get(attention, 0.6))
 
 
@@ -143,39 +199,18 @@ def _float8_share(config: RunConfig) -> float:
     return products * float8_share(config)
 
 
-def _filled(config: RunConfig, sizes: Mapping[str, int]) -> float:
-    """Return the layers of a run by those of its model: layers of zeros take as long as others."""
-    layers, rounds = config.model.num_layers, config.train.pipeline_rounds
-    return padded_layers(layers, stages=sizes["stage"], rounds=rounds) / layers
-
-
-def _product_flops(config: RunConfig, sizes: Mapping[str, int]) -> tuple[float, float]:
-    """Return the FLOPs a token of products with weights, recomputed ones included: blocks, head."""
-    blocks, _, head = _forward_flops(config.model, config.data.seq_len)
-    again, _ = _recomputed_flops(config, sizes)
-    passes = 2 if config.lora.rank else 3
-    return _filled(config, sizes) * (passes * blocks + again), passes * head
-
-
-def _head_share(config: RunConfig, sizes: Mapping[str, int]) -> float:
-    blocks, head = _product_flops(config, sizes)
-    return head / (blocks + head)
-
-
 def _hidden_by_phase(
-    config: RunConfig, sizes: Mapping[str, int], fsdp_s: float, products_s: float
+    config: RunConfig, flops: TokenFlops, fsdp_s: float, products_s: float
 ) -> float:
     """Return the seconds of what `fsdp` sends that products of the same pass hide.
 
     The forward pass gathers weights in the compute dtype; the backward pass gathers them again and
     scatters gradients in float32.
     """
-    passes = 2 if config.lora.rank else 3
     gradients = 0 if config.lora.rank else FLOAT32_BYTES / weight_width(config)
     sends_forward = 1 / (2 + gradients)
-    forward, _, _ = _forward_flops(config.model, config.data.seq_len)
-    blocks, heads = _product_flops(config, sizes)
-    runs_forward = (_filled(config, sizes) * forward + heads / passes) / (blocks + heads)
+    forward = flops.filled * flops.blocks + flops.head
+    runs_forward = forward / (flops.step_blocks + flops.step_head)
     return min(sends_forward * fsdp_s, runs_forward * products_s) + min(
         (1 - sends_forward) * fsdp_s, (1 - runs_forward) * products_s
     )
@@ -189,33 +224,30 @@ def expected_product_flops(
     Recomputation by train.remat counts, and so do Muon's products, layers of zeros, a pipeline's
     idle ticks and the padding of the vocabulary. None where no formula is known for the attention.
     """
-    model, train, tokens = config.model, config.train, config.data.global_batch_size
-    tokens *= config.data.seq_len
-    passes = 2 if config.lora.rank else 3
-    blocks, _, head = _forward_flops(model, config.data.seq_len)
-    again, again_scores = _recomputed_flops(config, sizes)
-    layers = padded_layers(model.num_layers, stages=sizes["stage"], rounds=train.pipeline_rounds)
-    pipe = pipeline_facts(config, sizes)
-    filled = layers / model.num_layers / (1 - pipe.bubble if pipe else 1)
+    model, train, seq_len = config.model, config.train, config.data.seq_len
+    flops, pipe = token_flops(config, sizes), pipeline_facts(config, sizes)
+    filled = flops.filled / (1 - pipe.bubble if pipe else 1)
     adapters = num_adapter_parameters(model, config.lora) if config.lora.rank else 0
-    adapters *= 6 + 2 * again / blocks
+    adapters *= 6 + 2 * flops.again / flops.blocks
     scores = 0.0
     if attention not in FUSED:
-        elements = computed_scores(attention, config.data.seq_len, parts=sizes["sequence"])
+        elements = computed_scores(attention, seq_len, parts=sizes["sequence"])
         if elements is None:
             return None
         # Forward 2, backward 4, and the scores once more unless they are kept or recomputed anyhow.
-        products = 6 + 2 * again_scores / _forward_flops(model, config.data.seq_len)[1]
+        products = 6 + 2 * flops.scores_again / flops.scores
         if attention != "xla" or train.remat not in ("none", "full"):
             products += 1
         heads = 2.0 * model.num_layers * model.num_heads * model.head_size
-        scores = products * heads * elements / config.data.seq_len
+        scores = products * heads * elements / seq_len
     share = device_share(config, sizes)
     rows = share.microbatch * share.tokens / sizes["stage"]
     chunk = min(train.loss_chunk_tokens, rows)
-    head *= model.padded_vocab_size / model.vocab_size * math.ceil(rows / chunk) * chunk / rows
+    padding = model.padded_vocab_size / model.vocab_size * math.ceil(rows / chunk) * chunk / rows
+    each = filled * (flops.passes * flops.blocks + flops.again + adapters + scores)
+    each += padding * flops.step_head
     muon = math.prod(sizes.values()) * muon_product_flops(config, sizes)
-    return tokens * (filled * (passes * blocks + again + adapters + scores) + passes * head) + muon
+    return config.data.global_batch_size * seq_len * each + muon
 
 
 def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
@@ -249,37 +281,6 @@ def memory_bytes(config: RunConfig, sizes: Mapping[str, int]) -> float:
         values += float8 * moved * (inputs_and_outputs + 3 * m.intermediate_size)
     tokens = share.rows * share.tokens / sizes["tensor"]
     return update + weights + tokens * values * layers * recompute * width(config)
-
-
-def _forward_flops(model: ModelConfig, seq_len: int) -> tuple[float, float, float]:
-    """Return the operations of the forward pass a token: blocks, causal scores, head."""
-    blocks = 2.0 * model.num_layers * matrices_per_layer(model)
-    head = 2.0 * model.vocab_size * model.hidden_size
-    return blocks, flops_per_token(model, seq_len, causal=True) / 3 - blocks - head, head
-
-
-def _recomputed_flops(config: RunConfig, sizes: Mapping[str, int]) -> tuple[float, float]:
-    """Return the operations of the forward pass that the backward pass runs again: blocks, scores.
-
-    Nothing needs a block's last product again. A pipeline that keeps only a stage's input runs the
-    stage once more, and then what the policy of each block says; where a stage's group is a single
-    block, the compiler makes one of the two.
-    """
-    model, train = config.model, config.train
-    forward, scores, _ = _forward_flops(model, config.data.seq_len)
-    attention = 2.0 * model.num_layers * model.hidden_size * model.head_size
-    qkv = attention * (model.num_heads + 2 * model.num_kv_heads)
-    but_last = forward - 2.0 * model.num_layers * model.hidden_size * model.intermediate_size
-    again, again_scores = {
-        "full": (but_last, scores),
-        "save_attention": (but_last, 0.0),
-        "save_qkv": (but_last - qkv, 0.0),
-    }.get(train.remat, (0.0, 0.0))
-    if sizes["stage"] > 1 and train.remat_stage:
-        if model.num_layers <= sizes["stage"] * train.pipeline_rounds:
-            return max(again, but_last), scores
-        return again + forward, again_scores + scores
-    return again, again_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,13 +318,11 @@ def pipeline_facts(config: RunConfig, sizes: Mapping[str, int]) -> PipelineFacts
     )
 
 
-def link_seconds(sent: float, slow: float, device: Device) -> float | None:
+def link_seconds(sent: float, slow: float, device: Device) -> float:
     """Return the seconds in which a device sends so many bytes, of which `slow` go to other nodes.
 
-    None where the table does not say how fast those are.
+    Infinite where the table does not say how fast those are.
     """
-    if slow == 0:
-        return sent / device.fast_bytes_per_s
-    if device.slow_bytes_per_s is None:
-        return None
-    return max(sent / device.fast_bytes_per_s, slow / device.slow_bytes_per_s)
+    if slow and device.slow_bytes_per_s is None:
+        return math.inf
+    return max(sent / device.fast_bytes_per_s, slow and slow / device.slow_bytes_per_s)

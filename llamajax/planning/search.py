@@ -5,14 +5,13 @@ is estimated by the formulas of `estimate` and `roofline`; what cannot fit is dr
 promising are compiled, until as many as wanted fit.
 """
 
+import contextlib
 import dataclasses
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
 from jax.sharding import AbstractMesh
-from tqdm import tqdm
 
 from llamajax import sharding
 from llamajax.backends import Target
@@ -26,7 +25,7 @@ from llamajax.ops.attention_own import is_own, own_function
 from llamajax.planning.compilation import node_of
 from llamajax.planning.estimate import axes_slow_share, sent_bytes
 from llamajax.planning.planner import Plan, make_plan
-from llamajax.planning.roofline import link_seconds, predict
+from llamajax.planning.roofline import Prediction, link_seconds, predict
 
 _MOST_ROWS = 8  # of a microbatch on a device: more changes little but memory
 _SLACK = 1.05  # XLA recomputes more where memory is short, and then takes less than is estimated
@@ -35,12 +34,12 @@ _MOST_REFUSED = 3  # compilations that do not fit, for each one wanted
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A variant of the run, with its estimates: bytes that a device cannot do without, tokens/s."""
+    """A variant of the run with its estimates. held_bytes: that a device cannot do without."""
 
     config: RunConfig
-    sizes: dict[str, int]
+    mesh: AbstractMesh
     held_bytes: float
-    tokens_per_s: float
+    prediction: Prediction | None
 
 
 def search(config: RunConfig, target: Target, *, cache: Path | None, wanted: int) -> list[Plan]:
@@ -68,21 +67,16 @@ def search(config: RunConfig, target: Target, *, cache: Path | None, wanted: int
     if is_own(config.train.attention):
         own_function(config.train.attention)  # a misspelt one makes no mesh impossible
     plans: list[Plan] = []
-    ranked = candidates(config, target)
-    with tqdm(total=wanted, unit="plan", file=sys.stderr, disable=None) as bar:
-        for candidate in ranked:
-            fitting = sum(plan.fits is not False for plan in plans)
-            if fitting >= wanted or len(plans) >= wanted * (1 + _MOST_REFUSED):
-                break
-            used = [f"{axis} {size}" for axis, size in candidate.sizes.items() if size > 1]
-            mesh, t = " x ".join(used) or "1 device", candidate.config.train
-            text = f"compiling {mesh}, accumulation {t.accumulation_steps}, remat {t.remat}"
-            if bar.disable:
-                say(text)
-            else:
-                bar.set_postfix_str(text)
-            plans.append(make_plan(candidate.config, target, cache=cache))
-            bar.update(plans[-1].fits is not False)
+    for candidate in candidates(config, target):
+        fitting = sum(plan.fits is not False for plan in plans)
+        if fitting >= wanted or len(plans) >= wanted * (1 + _MOST_REFUSED):
+            break
+        mesh, t = sharding.describe(candidate.mesh), candidate.config.train
+        say(
+            f"{fitting} of {wanted} found; compiling {mesh}, accumulation {t.accumulation_steps}, "
+            f"remat {t.remat}"
+        )
+        plans.append(make_plan(candidate.config, target, cache=cache))
 
     def rank(plan: Plan) -> tuple[bool, float]:
         return plan.fits is False, -plan.prediction.tokens_per_s if plan.prediction else 0.0
@@ -93,13 +87,18 @@ def search(config: RunConfig, target: Target, *, cache: Path | None, wanted: int
 def candidates(config: RunConfig, target: Target) -> list[Candidate]:
     """Return all variants that are allowed and may fit, the fastest by estimate first."""
     limit = target.entry.limit_bytes
-    found = [c for c in _estimated(config, target) if c.held_bytes <= limit * _SLACK]
+    found = []
+    for sizes in meshes(len(target.devices)):
+        for variant in _variants(config, sizes):
+            with contextlib.suppress(UserError):
+                found.append(estimate(from_json_dict(to_json_dict(variant)), target))
+    found = [c for c in found if c.prediction and c.held_bytes <= limit * _SLACK]
     if not found:
         raise UserError(
             f"no mesh, accumulation and recomputation makes this run fit on {target.text} "
             f"({limit / 2**30:.1f} GiB a device): use more or larger devices"
         )
-    return sorted(found, key=lambda c: (-c.tokens_per_s, c.held_bytes))
+    return sorted(found, key=lambda c: (-c.prediction.tokens_per_s, c.held_bytes))
 
 
 def meshes(num_devices: int, axes: tuple[str, ...] = sharding.AXES) -> Iterator[dict[str, int]]:
@@ -113,50 +112,38 @@ def meshes(num_devices: int, axes: tuple[str, ...] = sharding.AXES) -> Iterator[
                 yield {axes[0]: size, **others}
 
 
-def _estimated(config: RunConfig, target: Target) -> Iterator[Candidate]:
-    for sizes in meshes(len(target.devices)):
-        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-        try:
-            sharding.check_slices(sizes, target.devices)
-        except UserError:
-            continue
-        nodes = sharding.node_numbers(sizes, target.devices, node_of(target))
-        for variant in _variants(config, sizes):
-            try:
-                checked = from_json_dict(to_json_dict(variant))
-                checked = with_loss_chunk(checked, target.machine.platform, sizes)
-                check_mesh(checked, mesh)
-                attention = resolve_attention(checked, target.machine, mesh).impl
-            except UserError:
-                continue
-            links_s = {
-                axes: link_seconds(sent, sent * axes_slow_share(axes, sizes, nodes), target.entry)
-                for axes, sent in sent_bytes(checked, sizes).items()
-            }
-            prediction = predict(
-                checked, sizes, target.entry, links_s, attention=attention,
-                waits_s=_waits(target, sizes, links_s),
-            )  # fmt: skip
-            if prediction is not None:
-                yield Candidate(
-                    config=checked,
-                    sizes=sizes,
-                    held_bytes=held_bytes(checked, sizes),
-                    tokens_per_s=prediction.tokens_per_s,
-                )
+def estimate(config: RunConfig, target: Target) -> Candidate:
+    """Estimate a run by formulas alone; raise UserError where its mesh is not allowed.
 
-
-def _waits(
-    target: Target, sizes: dict[str, int], links_s: dict[tuple[str, ...], float | None]
-) -> float | None:
-    """Return the seconds that are waited for where nothing can be hidden, else None.
-
-    Llama3-70B on h100:8x8 with fsdp 16 x tensor 4: 20.9 of 24.3 s by the compiled program.
+    On platforms that run one collective at a time nothing is hidden where `tensor` splits: of
+    Llama3-70B on h100:8x8 with fsdp 16 x tensor 4 20.9 of 24.3 s are waited for by the compiled
+    program.
     """
-    if sizes["tensor"] == 1 or None in links_s.values():
-        return None
+    sizes = {axis: getattr(config.mesh, axis) for axis in sharding.AXES}
+    sharding.check_slices(sizes, target.devices)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    config = with_loss_chunk(config, target.machine.platform, sizes)
+    check_mesh(config, mesh)
+    nodes = sharding.node_numbers(sizes, target.devices, node_of(target))
+    links_s = {
+        axes: link_seconds(sent, sent * axes_slow_share(axes, sizes, nodes), target.entry)
+        for axes, sent in sent_bytes(config, sizes).items()
+    }
     facts = platform_facts(target.machine.platform)
-    return sum(links_s.values()) if facts.one_collective_at_a_time else None
+    hides = sizes["tensor"] == 1 or not facts.one_collective_at_a_time
+    return Candidate(
+        config=config,
+        mesh=mesh,
+        held_bytes=held_bytes(config, sizes),
+        prediction=predict(
+            config,
+            sizes,
+            target.entry,
+            links_s,
+            attention=resolve_attention(config, target.machine, mesh).impl,
+            waits_s=None if hides else sum(links_s.values()),
+        ),
+    )
 
 
 def _variants(config: RunConfig, sizes: dict[str, int]) -> Iterator[RunConfig]:

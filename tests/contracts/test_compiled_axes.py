@@ -19,7 +19,8 @@ from llamajax.config.schema import TrainConfig
 from llamajax.models.counts import num_parameters
 from llamajax.models.llama import Compute
 from llamajax.models.pipeline import PipelineOptions, num_ticks
-from llamajax.planning.hlo import axes_of_groups, collectives, device_groups
+from llamajax.planning.hlo import Program
+from llamajax.planning.traffic import axes_of_groups, groups_of
 from llamajax.training.state import StateSpec
 from llamajax.training.step import train_step
 
@@ -51,8 +52,8 @@ def compiled(*axes, rounds=1, split=True):
     step = train_step(optimizer, OPTIM, train, compute, mesh).lower(state, batch)
     text = step.compile({"xla_backend_optimization_level": 0}).as_text()
     moved = []
-    for found in collectives(text):
-        along = axes_of_groups(device_groups(found.groups, mesh.size), mesh.shape)
+    for found in Program(text).collectives():
+        along = axes_of_groups(groups_of(found, mesh), mesh.shape)
         if along:
             moved.append((along, found.kind, found.dtype, found.operand_bytes, found.count))
     return text, moved

@@ -1,11 +1,11 @@
 """Plans for TPUs and GPUs that are not here, by their own compilers, as a user runs them."""
 
-import importlib.util
 import json
 import os
 from pathlib import Path
 
 import pytest
+from compilers import needs_cuda, needs_tpu
 from shell import shell
 
 CONFIG = str(Path(__file__).with_name("small_run.py"))
@@ -15,16 +15,6 @@ BF16 = (
     "--config.train.attention=auto",
 )  # fmt: skip
 pytestmark = pytest.mark.slow
-
-
-needs_tpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs the extra plan-tpu"
-)
-PLUGINS = importlib.util.find_spec("jax_plugins")
-needs_cuda = pytest.mark.skipif(
-    not (PLUGINS and importlib.util.find_spec("jax_plugins.xla_cuda13")),
-    reason="needs JAX's CUDA plugin",
-)
 
 
 def planned(tmp_path, devices, *overrides):

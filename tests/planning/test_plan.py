@@ -15,7 +15,7 @@ from llamajax.config import load
 from llamajax.config.data_schema import DataStage
 from llamajax.errors import UserError
 from llamajax.models.counts import flops_per_token
-from llamajax.planning import estimate, planner, printed_plan
+from llamajax.planning import planner, printed_plan
 from llamajax.planning.compilation import compiled_facts, refusal, temporary_bytes
 from llamajax.planning.planner import make_plan
 from llamajax.planning.roofline import pipeline_facts
@@ -92,14 +92,6 @@ def test_collectives_send_what_a_hand_formula_says(planned):
     # tensor moves the residual eleven times a block, and four times around
     moved = sent(planned, "all-gather", ["tensor"]) + sent(planned, "reduce-scatter", ["tensor"])
     assert moved == (11 * L + 4) * rows * T * D * 4 / 2
-
-
-def test_the_formulas_of_a_search_agree_with_the_compiled_program(planned, config):
-    found = estimate.sent_bytes(config, planned["mesh"])
-    assert set(found) == {("fsdp",), ("tensor",)}
-    # left out: norms, token ids and their embeddings
-    assert found[("fsdp",)] == pytest.approx(planned["collective_bytes"]["fsdp"], rel=0.15)
-    assert found[("tensor",)] == pytest.approx(planned["collective_bytes"]["tensor"], rel=0.05)
 
 
 def test_products_as_compiled_are_those_of_the_formula(planned, config, capsys, monkeypatch):

@@ -28,13 +28,13 @@ def test_candidates_are_runs_that_train_would_accept(config, known_devices):
     for candidate in found:
         check_mesh(candidate.config, sharding.build_mesh(candidate.config.mesh, target.devices))
         assert candidate.held_bytes <= target.entry.limit_bytes
-    speeds = [c.tokens_per_s for c in found]
+    speeds = [c.prediction.tokens_per_s for c in found]
     assert speeds == sorted(speeds, reverse=True)
     assert {c.config.train.remat for c in found} >= {"none", "full", "dots"}
-    used = {axis for c in found for axis, size in c.sizes.items() if size > 1}
+    used = {axis for c in found for axis, size in c.mesh.shape.items() if size > 1}
     assert used == set(sharding.AXES)
     # 2 kv heads cannot be split in 4, nor 16 samples in 32 microbatches
-    assert max(c.sizes["tensor"] for c in found) == 2
+    assert max(c.mesh.shape["tensor"] for c in found) == 2
     assert max(c.config.train.accumulation_steps for c in found) == 16
 
 
@@ -52,16 +52,18 @@ def test_on_gpus_nothing_is_gathered_beside_what_tensor_exchanges(config, known_
     """XLA runs one collective at a time there: 70B on fsdp 16 x tensor 4 hides a tenth."""
 
     def speeds(platform):
-        target = dataclasses.replace(known_devices(), platform=platform)
+        target = known_devices()
+        machine = dataclasses.replace(target.machine, platform=platform)
+        target = dataclasses.replace(target, machine=machine)
         return {
-            (*c.sizes.values(), c.config.train.remat, c.config.train.accumulation_steps): c
+            (*c.mesh.shape.values(), c.config.train.remat, c.config.train.accumulation_steps): c
             for c in candidates(config, target)
         }
 
     others = speeds("cpu")
     for key, found in speeds("gpu").items():
-        slower = found.sizes["tensor"] > 1 and found.sizes["fsdp"] > 1
-        assert (found.tokens_per_s < others[key].tokens_per_s) == slower
+        slower = found.mesh.shape["tensor"] > 1 and found.mesh.shape["fsdp"] > 1
+        assert (found.prediction.tokens_per_s < others[key].prediction.tokens_per_s) == slower
 
 
 def test_a_search_returns_compiled_plans(config, known_devices, tmp_path):

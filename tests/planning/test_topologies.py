@@ -1,9 +1,9 @@
 """KIND:SHAPE is read into devices, or refused with what to write instead."""
 
-import importlib.util
 import re
 
 import pytest
+from compilers import HAS_CUDA, HAS_TPU, needs_cuda, needs_tpu
 from refusal import refused
 
 from llamajax import sharding
@@ -11,10 +11,6 @@ from llamajax.backends import absent_devices, topologies
 from llamajax.backends.devices import GPU_MEMORY_FRACTION
 from llamajax.config import BackendConfig
 from llamajax.planning.compilation import node_of
-
-HAS_TPU = importlib.util.find_spec("libtpu") is not None
-PLUGINS = importlib.util.find_spec("jax_plugins")
-HAS_CUDA = bool(PLUGINS and importlib.util.find_spec("jax_plugins.xla_cuda13"))
 
 
 def test_cpu_devices_are_virtual_ones():
@@ -74,7 +70,7 @@ def test_a_gpu_program_may_take_what_the_environment_says(monkeypatch, table):
     assert v5p.limit_bytes == v5p.xla_bytes
 
 
-@pytest.mark.skipif(not HAS_TPU, reason="needs the extra plan-tpu")
+@needs_tpu
 def test_slices_of_tpus_are_nodes():
     target = absent_devices("2*v5e:2x2", BackendConfig())
     assert (target.text, len(target.devices)) == ("2*v5e:2x2", 8)
@@ -82,7 +78,7 @@ def test_slices_of_tpus_are_nodes():
     assert {sharding.node_of(d) for d in absent_devices("v5e:2x4", BackendConfig()).devices} == {0}
 
 
-@pytest.mark.skipif(not HAS_CUDA, reason="needs JAX's CUDA plugin")
+@needs_cuda
 @pytest.mark.parametrize(
     ("text", "nodes"), [("h100:2x4", 2), ("2*h100:2x2", 2), ("1*h100:2x4", 1), ("h100:8", 1)]
 )

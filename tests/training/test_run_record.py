@@ -8,10 +8,10 @@ import shutil
 import subprocess
 import sys
 import threading
-from importlib.util import find_spec
 
 import jax
 import pytest
+from compilers import needs_cuda
 from refusal import refused, snapshot
 from workdirs import read_rows, write_rows
 
@@ -24,8 +24,6 @@ from llamajax.training import attempt, loop, run, setup
 from llamajax.training.hooks import LogHook
 from llamajax.training.programs import compile_programs, program_digest
 from llamajax.training.safety.step_checks import GuardStop
-
-HAS_CUDA = bool(find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda13"))
 
 
 def kinds(workdir):
@@ -194,7 +192,7 @@ def test_the_program_that_is_planned_is_the_program_that_runs(short_run, short_c
 
 # The session keeps compiled programs, and reads none for devices that are not here.
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache:UserWarning")
-@pytest.mark.skipif(not HAS_CUDA, reason="needs JAX's CUDA plugin")
+@needs_cuda
 def test_a_run_on_h200s_lowers_the_program_that_is_planned_for_them(short_config, monkeypatch):
     """By the run's own path, which finds the devices of the plan; nothing is compiled."""
     fused = {"model__head_size": 16, "train__dtype": "bfloat16", "train__attention": "auto"}
