@@ -164,7 +164,7 @@ def _tensors(opened: "Sequence[Weights]", *, ema: bool) -> "TensorSource":
 
     mesh = sharding.build_mesh(MeshConfig(), jax.devices()[:1])
     sources = [w.tensors(abstract_model(w.model, mesh), average=ema) for w in opened]
-    return sources[0] if len(sources) == 1 else AveragedSource(sources)
+    return sources[0] if len(sources) == 1 else AveragedSource(opened[0].model, sources)
 
 
 def _note_rounding(source: "TensorSource", dtype: str) -> None:

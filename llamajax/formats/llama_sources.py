@@ -112,17 +112,12 @@ def _all_gather_layer(array: jax.Array, layer: int, *, stacked: bool, mesh: Mesh
     return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec()))
 
 
-class AveragedSource(TensorSource):
+class AveragedSource(_LlamaSource):
     """The uniform mean of several sources of one architecture, in float64, as float32."""
 
-    def __init__(self, sources: Sequence[TensorSource]):
+    def __init__(self, model: ModelConfig, sources: Sequence[TensorSource]):
+        super().__init__(model)
         self._sources = sources
-
-    def names(self) -> list[str]:
-        return self._sources[0].names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._sources[0].shape(name)
 
     def dtype(self, name: str) -> np.dtype:
         return np.dtype("float32")

@@ -22,6 +22,22 @@ NAMES = {
 }
 
 
+def gguf_metadata(c: ModelConfig) -> dict[str, int | float]:
+    """The architecture in llama.cpp's keys."""
+    return {
+        "llama.block_count": c.num_layers,
+        "llama.context_length": c.max_seq_len,
+        "llama.embedding_length": c.hidden_size,
+        "llama.feed_forward_length": c.intermediate_size,
+        "llama.attention.head_count": c.num_heads,
+        "llama.attention.head_count_kv": c.num_kv_heads,
+        "llama.attention.key_length": c.head_size,
+        "llama.attention.layer_norm_rms_epsilon": c.norm_eps,
+        "llama.rope.freq_base": c.rope_theta,
+        "llama.rope.dimension_count": c.head_size,
+    }
+
+
 def as_gguf(c: ModelConfig) -> dict[str, np.ndarray]:
     """The weights under llama.cpp's names, q and k interleaved."""
     found = {}

@@ -12,12 +12,13 @@ from chat_cases import (
     asks,
     dicts,
     save_byte_level,
+    save_chatml,
 )
 
 from llamajax.data import load_tokenizer
 from llamajax.decoding.prompts import text_ids
 from llamajax.errors import UserError
-from llamajax.tokenizers.chat import Message, encode_chat, write_template
+from llamajax.tokenizers.chat import Message, encode_chat, stop_ids, write_template
 from llamajax.tokenizers.chat_jinja import encode_with_own_template, render
 from llamajax.tokenizers.special_tokens import TokenFacts
 from llamajax.tokenizers.tokenizer_export import export_tokenizer
@@ -81,28 +82,29 @@ def test_a_template_that_cannot_be_used_is_named(source, message):
         encode_with_own_template(tokenizer, dicts([ASK]))
 
 
-@pytest.mark.parametrize("template", ["llama2", "llama3"])
-def test_published_templates_make_the_tokens_of_ours(template, assets):
+@pytest.mark.parametrize("template", ["llama2", "llama3", "chatml"])
+def test_published_templates_and_ours_as_exported_make_the_tokens_of_training(
+    template, assets, tmp_path
+):
     """Whose ids are compared with transformers in test_chat.py."""
-    tokenizer = load_tokenizer(assets / "tokenizers" / f"{template}.model")
-    tokenizer.facts = TokenFacts(chat_template=PUBLISHED[template])
-    for talk in TALKS[template]:
-        found, expected = (
-            encode(tokenizer, *args, dicts(talk), add_generation_prompt=asks(talk))
-            for encode, args in ((encode_with_own_template, ()), (encode_chat, (template,)))
-        )
-        assert found == expected
-
-
-def test_a_template_that_was_trained_on_is_the_models_own_wherever_it_is_copied(tmp_path):
+    file = assets / "tokenizers" / f"{template}.model"
+    if template == "chatml":
+        file = save_chatml(tmp_path / "tokenizer.json")
     data, run, exported = (tmp_path / name for name in ("data", "run", "exported"))
     for directory in (data, run, exported):
         directory.mkdir()
-    byte = load_tokenizer("byte")
-    byte.save(data)
-    write_template(data, byte, "llama2")
+    tokenizer, published = load_tokenizer(file), load_tokenizer(file)
+    published.facts = TokenFacts(chat_template=PUBLISHED[template])
+    tokenizer.save(data)
+    write_template(data, tokenizer, template)
     load_tokenizer(data).save(run)
     export_tokenizer(load_tokenizer(run), exported)
-    for directory in (data, run, exported):
-        found = text_ids(" Who? <s>", load_tokenizer(directory), "model")
-        assert found == text_ids(" Who? <s>", byte, "llama2")
+    for each in (published, *map(load_tokenizer, (data, run, exported))):
+        assert each is published or set(each.stop_ids) == set(stop_ids(tokenizer, template))
+        for talk in TALKS[template]:
+            found, expected = (
+                encode(each, *args, dicts(talk), add_generation_prompt=asks(talk))
+                for encode, args in ((encode_with_own_template, ()), (encode_chat, (template,)))
+            )
+            assert found == expected
+        assert text_ids(" Who? <s>", each, "model") == text_ids(" Who? <s>", tokenizer, template)

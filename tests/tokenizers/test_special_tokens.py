@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 import tokenizers
 from tokenizers.processors import Sequence
-from workdirs import run_prepare, write_rows
 
 from llamajax.data import load_tokenizer
 from llamajax.errors import UserError
-from llamajax.tokenizers.chat import encode_chat
 from llamajax.tokenizers.tokenizer_export import export_tokenizer
 from llamajax.tokenizers.tokenizer_identity import (
     check_vocabulary,
@@ -95,10 +93,15 @@ def test_ends_of_a_text_in_every_form_and_from_every_writer(
         assert read.warnings == ()
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama3"])
-def test_a_model_file_follows_add_bos_token(name, assets, tmp_path, store, export):
+@pytest.fixture(params=["llama2", "ranks"])
+def model_file(request, assets, ranks) -> Path:
+    """Llama 2's tokenizer.model, and one as Llama 3's."""
+    return ranks if request.param == "ranks" else assets / "tokenizers" / "llama2.model"
+
+
+def test_a_model_file_follows_add_bos_token(model_file, tmp_path, store, export):
     """As transformers does: its ids of "a" with True and False are [1, 263] and [263]."""
-    shutil.copyfile(assets / "tokenizers" / f"{name}.model", tmp_path / "tokenizer.model")
+    shutil.copyfile(model_file, tmp_path / "tokenizer.model")
     both = []
     for add in (True, False):
         both.append(load_tokenizer(store(tmp_path, tokenizer_config={"add_bos_token": add})))
@@ -168,21 +171,20 @@ def test_one_token_at_both_ends_is_the_last_resort_and_named(tmp_path, byte_leve
     assert "<|endoftext|> is BOS and EOS, for want of another" in tokenizer.warnings[0]
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama3"])
-def test_a_bare_tokenizer_json_that_we_exported(name, assets, tmp_path, export):
-    original = load_tokenizer(assets / "tokenizers" / f"{name}.model")
+def test_a_bare_tokenizer_json_that_we_exported(model_file, tmp_path, export):
+    original = load_tokenizer(model_file)
     export(original)
     shutil.copy(tmp_path / "export" / "tokenizer.json", tmp_path)
     bare = load_tokenizer(tmp_path)
     assert (bare.bos_id, bare.eos_id, bare.warnings) == (original.bos_id, original.eos_id, ())
 
 
-def test_ranks_without_a_bos_are_exported(assets, tmp_path, store, export):
-    shutil.copyfile(assets / "tokenizers" / "llama3.model", tmp_path / "tokenizer.model")
+def test_ranks_without_a_bos_are_exported(ranks, tmp_path, store, export):
+    shutil.copyfile(ranks, tmp_path / "tokenizer.model")
     store(tmp_path, tokenizer_config=named(bos_token=None, eos_token="<|end_of_text|>"))
     tokenizer = load_tokenizer(tmp_path)
     exported = export(tokenizer)
-    assert (exported.bos_id, exported.eos_id) == (None, 128001)
+    assert (exported.bos_id, exported.eos_id) == (None, tokenizer.eos_id)
     spec = tokenizers.Tokenizer.from_file(str(tmp_path / "export" / "tokenizer.json"))
     assert spec.encode("Hello there").ids == tokenizer.encode("Hello there")
 
@@ -252,56 +254,6 @@ def test_padding_beyond_the_model_counts_for_nothing(assets, tmp_path, store):
     tokenizer = load_tokenizer(store(tmp_path, added_tokens={"<pad>": 32000}))
     assert tokenizer.vocab_size == 32000
     assert max(tokenizer.encode("a <pad> b")) < 32000
-
-
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "  Hi there\n"},
-    {"role": "assistant", "content": " Hello! "},
-    {"role": "user", "content": "2+2?"},
-]
-# The sha256 of the template that we write; the ids of transformers' apply_chat_template(CHAT,
-# add_generation_prompt=True) with it; the ids that end an answer.
-IDS = {
-    "llama2": ("7c250c75082e0106", [
-        1, 518, 25580, 29962, 3532, 14816, 29903, 6778, 13, 3629, 11473, 29889, 13, 29966, 829,
-        14816, 29903, 6778, 13, 13, 29871, 6324, 727, 518, 29914, 25580, 29962, 15043, 29991,
-        29871, 2, 1, 518, 25580, 29962, 29871, 29906, 29974, 29906, 29973, 518, 29914, 25580,
-        29962,
-    ], (2,)),
-    "llama3": ("54112a6f3c2906f6", [
-        128000, 128006, 9125, 128007, 271, 3513, 10015, 13, 128009, 128006, 882, 128007, 271,
-        13347, 1070, 128009, 128006, 78191, 128007, 271, 9906, 0, 128009, 128006, 882, 128007,
-        271, 17, 10, 17, 30, 128009, 128006, 78191, 128007, 271,
-    ], (128001, 128009)),
-    "chatml": ("f0ccc12278f1261f", [
-        261, 82, 88, 82, 83, 68, 76, 198, 33, 68, 220, 65, 81, 72, 68, 69, 13, 260, 198, 261,
-        84, 82, 68, 81, 198, 220, 220, 39, 72, 220, 83, 71, 68, 81, 68, 198, 260, 198, 261, 64,
-        82, 82, 72, 82, 83, 64, 77, 83, 198, 220, 39, 68, 75, 75, 78, 0, 220, 260, 198, 261, 84,
-        82, 68, 81, 198, 17, 10, 17, 30, 260, 198, 261, 64, 82, 82, 72, 82, 83, 64, 77, 83, 198,
-    ], (258, 260)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("template", IDS)
-def test_a_template_that_was_trained_on_is_exported(
-    template, assets, tmp_path, byte_level, store, export
-):
-    path = assets / "tokenizers" / f"{template}.model"
-    if template == "chatml":
-        config = named(bos_token=None, eos_token="</s>")
-        model = byte_level([*SPECIALS[2:], "<|im_start|>"])
-        path = store(tmp_path / "base", model, tokenizer_config=config)
-    lines = [{"messages": [*CHAT, {"role": "assistant", "content": "4"}]}] * 30
-    source = write_rows(tmp_path / "chat.jsonl", *lines)
-    flags = ("--format=instructions", f"--chat_template={template}")
-    assert run_prepare(source, tmp_path / "out", *flags, tokenizer=str(path)) == 0
-    tokenizer = export(load_tokenizer(tmp_path / "out"))
-    text = (tmp_path / "export" / "chat_template.jinja").read_bytes()
-    digest, ids, stop_ids = IDS[template]
-    assert encode_chat(tokenizer, template, CHAT) == ids
-    assert hashlib.sha256(text).hexdigest()[:16] == digest
-    assert tokenizer.stop_ids == stop_ids
 
 
 @pytest.mark.parametrize(

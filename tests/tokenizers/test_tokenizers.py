@@ -99,18 +99,6 @@ def test_texts_without_a_space_end_in_time(request, name):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize(
-    ("text", "pieces"),
-    [
-        ("abc", ["abc"]),
-        ("abcdefg", ["abc", "def", "g"]),
-        ("ab  cdefgh    ij", ["ab  cde", "fgh   ", " ij"]),
-    ],
-)
-def test_long_runs_are_cut(text, pieces):
-    assert cut_long_runs(text, 3) == pieces
-
-
 def test_long_runs_are_cut_wherever_they_begin():
     rng = random.Random(0)
     for _ in range(500):
@@ -163,11 +151,8 @@ def test_hugging_face_control_words_in_the_vocabulary_are_out_of_reach(tmp_path,
     assert tokenizer.decode(ids) == "a<s></s>b"
 
 
-def test_hugging_face_ends_from_config_or_template_or_not_at_all(tmp_path, byte_level, store):
+def test_hugging_face_ends_from_the_template_or_not_at_all(tmp_path, byte_level, store):
     model = byte_level(["<a>", "<b>", "</s>", "<|endoftext|>"])  # ids 258 and 259
-    config = {"bos_token": {"content": "<a>"}, "eos_token": "<b>"}
-    tokenizer = load_tokenizer(store(tmp_path / "config", model, tokenizer_config=config))
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (258, 259)
     model.post_processor = processors.TemplateProcessing(
         single="<b> $A <a>", special_tokens=[("<a>", 258), ("<b>", 259)]
     )
@@ -197,12 +182,15 @@ def test_fingerprints_tell_tokenizers_apart(trained, ranks, hugging_face, tmp_pa
         ("t.model", b"YQ== 0\nYg== 1\n", "over all 256 bytes"),
         ("tokenizer.json", b"{}", "not a Hugging Face tokenizer.json"),
         ("manifest.json", b"{}", "damaged"),
+        ("readme.txt", b"", r"no tokenizer\.json"),
+        ("none.model", None, "no such file"),
     ],
 )
 def test_files_that_are_no_tokenizer(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        load_tokenizer(tmp_path if name == "manifest.json" else tmp_path / name)
+        load_tokenizer(tmp_path if name in ("manifest.json", "readme.txt") else tmp_path / name)
 
 
 @pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b.replace(b"fox", b"\xff" * 3)])
@@ -212,11 +200,7 @@ def test_a_damaged_sentencepiece_model(trained, change, tmp_path):
         load_tokenizer(tmp_path / "t.model")
 
 
-def test_paths_without_a_tokenizer(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        load_tokenizer(tmp_path / "none.model")
-    with pytest.raises(UserError, match=r"no tokenizer\.json"):
-        load_tokenizer(tmp_path)
+def test_only_prepare_trains_a_tokenizer():
     with pytest.raises(UserError, match=r"only llamajax\.prepare trains"):
         load_tokenizer("train:100")
 

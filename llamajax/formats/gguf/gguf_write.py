@@ -22,7 +22,7 @@ from llamajax.files import check_target, remove_partials, replaced_file
 from llamajax.formats.foreign_weights import Export, TensorSource, read_as
 from llamajax.formats.gguf.gguf_header import MAGIC
 from llamajax.formats.gguf.gguf_source import ROPE_FACTORS
-from llamajax.formats.gguf.gguf_tokenizer_write import tokenizer_metadata
+from llamajax.formats.gguf.gguf_tokenizer import tokenizer_metadata
 from llamajax.formats.huggingface.hf_names import Tensor, interleaved_rows, tensors
 from llamajax.formats.huggingface.hf_read import check_tied_head
 from llamajax.ops.rope import attention_factor, frequencies
