@@ -19,7 +19,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from llamajax.config import new_config, preset
+from llamajax.config import preset
+from llamajax.configs.quickstart import get_config as quickstart
 
 # Up to about four readings teach nearly as much as new text (Muennighoff et al. 2023,
 # arXiv:2305.16264).
@@ -35,16 +36,17 @@ def get_config(arguments: str = "quickstart,data/mine") -> ConfigDict:
         raise ValueError(f"{arguments}: expected a preset, a directory, or both")
     name = names[0] if names else "quickstart"
     path = paths[0] if paths else "data/mine"
-    is_small = name == "quickstart"
 
-    config = new_config()
+    config = quickstart()
     config.model = preset(name)
-    config.mesh.fsdp = -1
-
     config.data.path = path
-    config.data.seq_len = 256 if is_small else min(1024, config.model.max_seq_len)
-    config.data.global_batch_size = 8 if is_small else 64
-    config.data.seed = 0
+    if name != "quickstart":
+        config.data.seq_len = min(1024, config.model.max_seq_len)
+        config.data.global_batch_size = 64
+        config.train.dtype = "bfloat16"
+        config.train.remat = "full"
+        config.train.accumulation_steps = 4
+        config.optim.learning_rate = 1e-3
 
     config.train.steps = 1000
     manifest = Path(path, "manifest.json")
@@ -54,22 +56,9 @@ def get_config(arguments: str = "quickstart,data/mine") -> ConfigDict:
         tokens = facts["splits"]["train"]["tokens"]
         batch_tokens = config.data.seq_len * config.data.global_batch_size
         config.train.steps = max(100, min(3000, EPOCHS * tokens // batch_tokens))
-    config.train.seed = 0
-    config.train.dtype = "float32" if is_small else "bfloat16"
-    config.train.remat = "dots" if is_small else "full"
-    config.train.accumulation_steps = 1 if is_small else 4
-    config.train.log_every = 10
     config.train.eval_every = 100
-
-    config.optim.learning_rate = 2e-3 if is_small else 1e-3
-    config.optim.warmup_steps = config.train.get_ref("steps") // 10
-    config.optim.schedule = "cosine"
     config.optim.final_learning_rate = 1e-4
-    config.optim.beta1 = 0.9
-    config.optim.beta2 = 0.95
-    config.optim.epsilon = 1e-8
-    config.optim.weight_decay = 0.1
-    config.optim.clip_norm = 1.0
 
     config.checkpoint.every_steps = 100
+    config.checkpoint.keep = 3
     return config

@@ -57,8 +57,8 @@ def _kv_heads(v: Values) -> Iterator[str]:
         )
 
 
-def check_rope_scaling(v: Values, path: str = "model.rope_scaling") -> Iterator[str]:
-    """Yield what is wrong with the keys of a RopeScaling under `path`, and for `data.seq_len`."""
+def _rope_scaling(v: Values) -> Iterator[str]:
+    path = "model.rope_scaling"
     kind, keys = v[f"{path}.type"], own_keys(RopeScaling)
     required, optional = ROPE_KEYS[kind]
     given = {name: v[f"{path}.{name}"] for name in keys if f"{path}.{name}" in v}
@@ -360,7 +360,7 @@ def _processes(v: Values) -> Iterator[str]:
 
 
 _RULES = (
-    _even_head, _kv_heads, check_rope_scaling, _context, _mesh, _batch, _data_path, _validation,
+    _even_head, _kv_heads, _rope_scaling, _context, _mesh, _batch, _data_path, _validation,
     _weights, _warmup, _decay, _final_rate, _muon, _remat, _continuation, _lora_base, _targets,
     _lora_rank, _not_empty, _directory, _spikes, _plugin, _plugin_options, _processes, _monitoring,
     _profile_steps, _samples,

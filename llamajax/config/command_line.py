@@ -178,37 +178,30 @@ def help_text(flags: type[Flags], *, verb: str, doc: str, word: str = "") -> str
     keys = list(_keys(flags).values())
     takes_config = issubclass(flags, RunFlags)
     if word:
-        return _help_about(word, [*keys, *(all_keys().values() if takes_config else ())], len(keys))
+        entries = [_entry(_usage(key), key) for key in keys]
+        if takes_config:
+            entries += [_entry(_PREFIX + key.path, key) for key in all_keys().values()]
+        found = [each for each in entries if word.casefold() in " ".join(each.split()).casefold()]
+        return "\n".join(found) or f"nothing here is about {word!r}; --help without it shows all"
     usage = [_program(verb)]
     usage += [_usage(k) if k.default is NOT_SET else f"[{_usage(k)}]" for k in keys]
     usage += ["[--config.SECTION.KEY=VALUE ...]"] * takes_config
     usage += ["-- COMMAND..."] * _takes_command(flags)
     lines = [f"llamajax {verb}: {doc.strip()}", "", "Usage:"]
     lines += [*_wrap(" ".join(usage), indent=2, hanging=6), "", "Flags:"]
-    for flag in keys:
-        kind = "required" if flag.annotation is RunConfig else _type_and_default(flag)
-        lines += _entry(_usage(flag), kind, flag.doc)
-    about = "print this, or what is about WORD, or the version, and exit"
-    lines += _entry("--help[=WORD], --version", "", about)
+    lines += [_entry(_usage(flag), flag) for flag in keys]
+    lines += ["  --help[=WORD], --version"]
+    lines += _wrap(
+        "print this, or what is about WORD, or the version, and exit", indent=6, hanging=6
+    )
     if takes_config:
         lines += ["", *_wrap(_KEYS, indent=0, hanging=0)]
         for name, cls in sections().items():
             lines += ["", f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}"]
             for key in all_keys().values():
                 if key.path.startswith(f"{name}."):
-                    lines += _entry(key.path, _type_and_default(key), key.doc)
+                    lines.append(_entry(key.path, key))
     return "\n".join(lines)
-
-
-def _help_about(word: str, keys: Sequence[Key], num_flags: int) -> str:
-    """Return the entries whose name or text has `word`; the first `num_flags` keys are flags."""
-    lines = []
-    for n, key in enumerate(keys):
-        name = _usage(key) if n < num_flags else f"{_PREFIX}{key.path}"
-        kind = "" if key.annotation is RunConfig else _type_and_default(key)
-        if word.casefold() in f"{name} {kind} {key.doc}".casefold():
-            lines += _entry(name, kind, key.doc)
-    return "\n".join(lines) or f"nothing here is about {word!r}; --help without it shows all"
 
 
 def _usage(flag: Key) -> str:
@@ -216,15 +209,18 @@ def _usage(flag: Key) -> str:
 
 
 def _type_and_default(key: Key) -> str:
+    if key.annotation is RunConfig:
+        return "required"
     if key.default is not NOT_SET:
         return f"{key.type_words}; default {show(key.default)}"
     parent, _, _ = key.path.rpartition(".")
     return f"{key.type_words}; required" + f" unless {parent} is none" * (parent.count(".") > 0)
 
 
-def _entry(name: str, kind: str, doc: str) -> list[str]:
-    head = name + (f"  ({kind})" if kind else "")
-    return [*_wrap(head, indent=2, hanging=6), *_wrap(doc, indent=6, hanging=6)]
+def _entry(name: str, key: Key) -> str:
+    """Return what `--help` says of a key or flag."""
+    head = _wrap(f"{name}  ({_type_and_default(key)})", indent=2, hanging=6)
+    return "\n".join([*head, *_wrap(key.doc, indent=6, hanging=6)])
 
 
 def _wrap(text: str, *, indent: int, hanging: int) -> list[str]:

@@ -64,12 +64,7 @@ class BackendFlags(Flags):
 
     num_cpu_devices: int | None = _as_in(BackendConfig, "num_cpu_devices", metavar="N")
     backend: str | None = _as_in(BackendConfig, "name", metavar="NAME")
-    plugin: str | None = key(
-        "bare PJRT plugin library that serves --backend",
-        metavar="PATH.so",
-        default=None,
-        is_path=True,
-    )
+    plugin: str | None = _as_in(BackendConfig, "plugin", metavar="PATH.so")
     options: str | None = _as_in(BackendConfig, "options", metavar="K=V,...")
 
     def problems(self) -> Iterator[str]:

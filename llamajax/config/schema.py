@@ -272,7 +272,9 @@ class BackendConfig:
     name: str | None = key(
         "JAX platform: cpu, cuda, tpu, or a plugin's; none: what JAX finds", default=None
     )
-    plugin: str | None = key("path of a bare PJRT library for `name`", default=None, is_path=True)
+    plugin: str | None = key(
+        "path of a bare PJRT library that serves that platform", default=None, is_path=True
+    )
     options: str | None = key("options of that plugin, as k=v,k=v", default=None, is_path=True)
     num_cpu_devices: int | None = key(
         "virtual devices of the cpu backend, to try a mesh without one", default=None, at_least=1

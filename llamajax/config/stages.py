@@ -12,8 +12,9 @@ from llamajax.config.keys import leaves
 from llamajax.config.schema import RunConfig
 from llamajax.errors import UserError
 
-_OF_DATA = ("path", "weights", "seq_len", "global_batch_size")
-_CHANGES = (*_OF_DATA, "accumulation_steps", "rope_scaling")
+# What a stage may change, and the section of each key.
+_SECTIONS = dict.fromkeys(("path", "weights", "seq_len", "global_batch_size"), "data")
+_SECTIONS |= {"accumulation_steps": "train", "rope_scaling": "model"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,16 +63,12 @@ def stage_named(number: int) -> Iterator[None]:
 
 
 def _changed(config: RunConfig, change: DataStage) -> RunConfig:
-    given = {name: getattr(change, name) for name in _CHANGES}
-    given = {name: value for name, value in given.items() if value is not None}
-    data = {name: given[name] for name in _OF_DATA if name in given}
-    if "path" in data:
-        data.setdefault("weights", None)
-    parts: dict[str, Any] = {"data": dataclasses.replace(config.data, **data)}
-    for section, name in (("train", "accumulation_steps"), ("model", "rope_scaling")):
-        if name in given:
-            parts[section] = dataclasses.replace(getattr(config, section), **{name: given[name]})
-    return dataclasses.replace(config, **parts)
+    for name, section in _SECTIONS.items():
+        value = getattr(change, name)
+        if value is not None or (name == "weights" and change.path is not None):
+            part = dataclasses.replace(getattr(config, section), **{name: value})
+            config = dataclasses.replace(config, **{section: part})
+    return config
 
 
 def stage_problems(run: RunConfig) -> Iterator[str]:
@@ -81,8 +78,8 @@ def stage_problems(run: RunConfig) -> Iterator[str]:
         if (change.from_step is None) == (change.from_tokens is None):
             yield f"{title}: set one of from_step and from_tokens, which say where it begins"
             return
-        if all(getattr(change, name) is None for name in _CHANGES):
-            yield f"{title}: changes nothing; set one of {', '.join(_CHANGES)}"
+        if all(getattr(change, name) is None for name in _SECTIONS):
+            yield f"{title}: changes nothing; set one of {', '.join(_SECTIONS)}"
     stages = stages_of(run)
     for number, (before, stage) in enumerate(itertools.pairwise(stages)):
         title, first = f"data.stages[{number}]", stage.first_step
