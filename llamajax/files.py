@@ -65,39 +65,28 @@ def write_file(
 def replaced_directory(target: Path) -> Iterator[Path]:
     """Yield an empty hidden directory to fill; publish it as `target` when the block ends well.
 
-    Raises UserError when the disk refuses. What was at `target` stays if anything fails.
+    It is forced onto the disk before. Raises UserError when the disk refuses. What was at `target`
+    stays if anything fails.
     """
     target = target.absolute()
-    hidden = target.with_name(f".{target.name}.partial")
+    hidden, old = (target.with_name(f".{target.name}.{end}") for end in ("partial", "old"))
     try:
         shutil.rmtree(hidden, ignore_errors=True)  # of a process that was killed
         hidden.mkdir(parents=True)
         yield hidden
-        publish_directory(hidden, target)
+        for path in (*hidden.rglob("*"), hidden):
+            force_to_disk(path)
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        hidden.rename(target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from None
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-
-
-def publish_directory(directory: Path, target: Path) -> None:
-    """Force a finished directory onto the disk, then rename it to `target`, replacing that.
-
-    Raises OSError.
-    """
-    for path in (*directory.rglob("*"), directory):
-        force_to_disk(path)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    try:
-        if target.exists():
-            target.rename(old)
-        directory.rename(target)
-    except BaseException:  # a stop signal too: the old one comes back
         if old.exists() and not target.exists():
             old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        for left in (hidden, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def force_to_disk(path: Path) -> None:

@@ -13,145 +13,55 @@ from llamajax.errors import UserError, did_you_mean, nearest
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-_LLAMA2 = ModelConfig(
-    name="llama2-7b",
-    vocab_size=32_000,
-    hidden_size=4096,
-    intermediate_size=11_008,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_size=128,
-    rope_theta=10_000.0,
-    norm_eps=1e-5,
-    tie_embeddings=False,
-    init_std=0.02,
-    max_seq_len=4096,
-)
-_LLAMA3 = dataclasses.replace(
-    _LLAMA2,
-    name="llama3-8b",
-    vocab_size=128_256,
-    intermediate_size=14_336,
-    num_kv_heads=8,
-    rope_theta=500_000.0,
-    max_seq_len=8192,
-)
-_LLAMA3_1 = dataclasses.replace(
-    _LLAMA3,
-    name="llama3.1-8b",
-    rope_scaling=RopeScaling(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
-    ),
-    max_seq_len=131_072,
-)
-_LLAMA3_2 = dataclasses.replace(
-    _LLAMA3_1,
-    name="llama3.2-1b",
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_layers=16,
-    head_size=64,
-    rope_scaling=RopeScaling(
-        factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
-    ),
-    tie_embeddings=True,
-)
-_SIZE_70B = {"hidden_size": 8192, "intermediate_size": 28_672, "num_layers": 80, "num_heads": 64}
 
-_ALL = [
-    _LLAMA2,
-    dataclasses.replace(
-        _LLAMA2,
-        name="llama2-13b",
-        hidden_size=5120,
-        intermediate_size=13_824,
-        num_layers=40,
-        num_heads=40,
-        num_kv_heads=40,
-    ),
-    dataclasses.replace(_LLAMA2, name="llama2-70b", num_kv_heads=8, **_SIZE_70B),
-    _LLAMA3,
-    dataclasses.replace(_LLAMA3, name="llama3-70b", **_SIZE_70B),
-    _LLAMA3_1,
-    dataclasses.replace(_LLAMA3_1, name="llama3.1-70b", **_SIZE_70B),
-    dataclasses.replace(
-        _LLAMA3_1,
-        name="llama3.1-405b",
-        hidden_size=16_384,
-        intermediate_size=53_248,
-        num_layers=126,
-        num_heads=128,
-    ),
-    _LLAMA3_2,
-    dataclasses.replace(
-        _LLAMA3_2,
-        name="llama3.2-3b",
-        hidden_size=3072,
-        num_layers=28,
-        num_heads=24,
-        head_size=128,
-    ),
-    ModelConfig(
-        name="smollm2-135m",
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        head_size=64,
-        rope_theta=100_000.0,
-        norm_eps=1e-5,
-        tie_embeddings=True,
-        init_std=1 / 24,
-        max_seq_len=8192,
-    ),
+def _scaled(factor: float) -> RopeScaling:
+    return RopeScaling(
+        factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
+    )
+
+
+_USUAL = {"norm_eps": 1e-5, "tie_embeddings": False, "init_std": 0.02}
+_LLAMA2 = _USUAL | {"vocab_size": 32_000, "rope_theta": 10_000.0, "max_seq_len": 4096}
+_LLAMA3 = _USUAL | {"vocab_size": 128_256, "rope_theta": 500_000.0, "max_seq_len": 8192}
+_LLAMA3_1 = _LLAMA3 | {"rope_scaling": _scaled(8.0), "max_seq_len": 131_072}
+_LLAMA3_2 = _LLAMA3_1 | {"rope_scaling": _scaled(32.0), "tie_embeddings": True}
+_SMOLLM2 = {"vocab_size": 49_152, "rope_theta": 100_000.0, "max_seq_len": 8192}
+_SMOLLM2 |= {"norm_eps": 1e-5, "tie_embeddings": True, "init_std": 1 / 24}
+_TINY = {"vocab_size": 101, "rope_theta": 12_345.0, "max_seq_len": 128}
+_TINY |= {"norm_eps": 3e-5, "tie_embeddings": False, "init_std": 0.05}
+
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_size",
+)  # fmt: skip
+# fmt: off
+_ROWS = [
+    # name                D       F    L    N   K    H
+    ("llama2-7b",      4096, 11_008,  32,  32, 32, 128, _LLAMA2),
+    ("llama2-13b",     5120, 13_824,  40,  40, 40, 128, _LLAMA2),
+    ("llama2-70b",     8192, 28_672,  80,  64,  8, 128, _LLAMA2),
+    ("llama3-8b",      4096, 14_336,  32,  32,  8, 128, _LLAMA3),
+    ("llama3-70b",     8192, 28_672,  80,  64,  8, 128, _LLAMA3),
+    ("llama3.1-8b",    4096, 14_336,  32,  32,  8, 128, _LLAMA3_1),
+    ("llama3.1-70b",   8192, 28_672,  80,  64,  8, 128, _LLAMA3_1),
+    ("llama3.1-405b", 16_384, 53_248, 126, 128, 8, 128, _LLAMA3_1),
+    ("llama3.2-1b",    2048,   8192,  16,  32,  8,  64, _LLAMA3_2),
+    ("llama3.2-3b",    3072,   8192,  28,  24,  8, 128, _LLAMA3_2),
+    ("smollm2-135m",    576,   1536,  30,   9,  3,  64, _SMOLLM2),
     # The workload that peers were measured with on a 2-core CPU: 32.0 M parameters.
-    dataclasses.replace(
-        _LLAMA2,
-        name="bench-32m",
-        vocab_size=8192,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_layers=8,
-        num_heads=8,
-        num_kv_heads=4,
-        head_size=64,
-        max_seq_len=2048,
-    ),
+    ("bench-32m",       512,   1408,   8,   8,  4,  64,
+     _LLAMA2 | {"vocab_size": 8192, "max_seq_len": 2048}),
     # A first run on two CPU cores: 5 M parameters, a tokenizer of 4,096 pieces.
-    dataclasses.replace(
-        _LLAMA2,
-        name="quickstart",
-        vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=704,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        head_size=64,
-        max_seq_len=1024,
-    ),
+    ("quickstart",      256,    704,   4,   4,  2,  64,
+     _LLAMA2 | {"vocab_size": 4096, "max_seq_len": 1024}),
     # For tests: nobody's defaults, N * H != D, three query heads a kv head, a prime vocabulary.
-    ModelConfig(
-        name="tiny",
-        vocab_size=101,
-        hidden_size=48,
-        intermediate_size=88,
-        num_layers=3,
-        num_heads=6,
-        num_kv_heads=2,
-        head_size=10,
-        rope_theta=12_345.0,
-        norm_eps=3e-5,
-        tie_embeddings=False,
-        init_std=0.05,
-        max_seq_len=128,
-    ),
+    ("tiny",             48,     88,   3,   6,  2,  10, _TINY),
 ]
+# fmt: on
 
-PRESETS: dict[str, ModelConfig] = {model.name: model for model in _ALL}
+PRESETS: dict[str, ModelConfig] = {
+    name: ModelConfig(name=name, **dict(zip(_SIZES, sizes, strict=True)), **rest)
+    for name, *sizes, rest in _ROWS
+}
 
 
 def find_preset(name: str) -> ModelConfig:
