@@ -32,11 +32,11 @@ FLOAT = 4
 
 
 @functools.cache
-def compiled(*axes, rounds=1, split=True):
-    """(text, moved) of a step on a mesh of such pairs; moved: (axes, kind, dtype, bytes, count)."""
+def lowered(*axes, rounds=1, split=True, dtype="float32"):
+    """The mesh of such pairs, and a step on it."""
     mesh = mesh_of(**dict(axes))
     compute = Compute(
-        dtype=jnp.dtype("float32"), remat="full", loss_chunk_tokens=16,
+        dtype=jnp.dtype(dtype), remat="full", loss_chunk_tokens=16,
         pipeline=PipelineOptions(rounds=rounds),
         attention="split" if mesh.shape["sequence"] > 1 else "blocked",
         split_tokens=split and mesh.shape["tensor"] > 1,
@@ -48,8 +48,14 @@ def compiled(*axes, rounds=1, split=True):
         name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placed)
         for name, array in plain_batch(np.zeros((B, T + 1))).items()
     }
-    train = TrainConfig(steps=10, seed=0, dtype="float32")
-    step = train_step(optimizer, OPTIM, train, compute, mesh).lower(state, batch)
+    train = TrainConfig(steps=10, seed=0, dtype=dtype)
+    return mesh, train_step(optimizer, OPTIM, train, compute, mesh).lower(state, batch)
+
+
+@functools.cache
+def compiled(*axes, **options):
+    """(text, moved) of a compiled step; moved: (axes, kind, dtype, bytes, count)."""
+    mesh, step = lowered(*axes, **options)
     text = step.compile({"xla_backend_optimization_level": 0}).as_text()
     moved = []
     for found in Program(text).collectives():
@@ -139,3 +145,21 @@ def test_a_tensor_axis_that_sums_activations_is_seen():
     _, moved = compiled(("tensor", 2), split=False)
     largest = max(m[3] for m in along(moved, "tensor", "all-reduce"))
     assert largest >= B * T * D * FLOAT
+
+
+def test_in_bfloat16_weights_travel_as_such_and_gradients_are_float32():
+    """Read before compilation: for a CPU, the compiler makes all of it float32."""
+    text = lowered(("fsdp", 2), ("tensor", 2), split=False, dtype="bfloat16")[1].as_text()
+    operation = (
+        r"stablehlo\.(all_gather|reduce_scatter).*?\) -> \(?tensor<([0-9x]*)x(bf16|f32|i32)>"
+    )
+    found = re.findall(operation, text, re.DOTALL)
+    moved = {(kind, dtype) for kind, shape, dtype in found if shape not in (f"{D}", f"{B}x{T}")}
+    assert moved == {("all_gather", "bf16"), ("reduce_scatter", "f32")}, "norms and ids left out"
+    products = re.findall(r"stablehlo\.dot_general.* -> tensor<(\w+)x(\w+)>", text)
+    query, key, hidden = 8 * 6 // 2, 4 * 6 // 2, MODEL.intermediate_size // 2
+    gradients = [(D, query), (D, key), (query, D), (D, hidden), (hidden, D), (V // 2, D)]
+    for rows, columns in gradients:
+        dtypes = {dtype for shape, dtype in products if shape == f"{rows}x{columns}"}
+        assert dtypes == {"f32"}, (rows, columns)
+    assert (f"{B // 2 * T}x{D}", "bf16") in products, "of activations"
