@@ -22,7 +22,7 @@ from workdirs import run_prepare as run
 from llamajax import prepare
 from llamajax.corpus.documents import LeftOut
 from llamajax.data import load_tokenizer
-from llamajax.data.mixture import PreparedSplit, read_manifest
+from llamajax.data.prepared_split import PreparedSplit, read_manifest
 from llamajax.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -40,10 +40,8 @@ def corpus(tmp_path: Path) -> Path:
 def blocks(path: Path, split: str) -> list[list]:
     """The blocks of a split: tokens with the next one, document starts, which tokens carry loss."""
     prepared = PreparedSplit(path, read_manifest(path), split)
-    count = sum(s["records"] for s in prepared.stats["shards"])
-    return [
-        [a if a is None else a.tolist() for a in b] for b in prepared.reader.blocks(range(count))
-    ]
+    found = prepared.blocks(range(prepared.num_blocks))
+    return [[a if a is None else a.tolist() for a in block] for block in found]
 
 
 def stream(path: Path, split: str) -> tuple[list[int], list[int]]:

@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from llamajax.backends.jax_private.bare_grain import grain
-from llamajax.data.mixture import Mixture, PreparedSplit, Sample
+from llamajax.data.mixture import Mixture, Sample
 from llamajax.data.position import Position
+from llamajax.data.prepared_split import PreparedSplit
 from llamajax.data.shards import BLOCK_TOKENS
 
 Batch = dict[str, np.ndarray]
@@ -190,7 +191,7 @@ def _read(
     # Document starts of each block, and the part that was read of it.
     found, read = [np.empty(0, np.uint32)], [_Part(0, 0, 0, 0, 0)]
     for source, parts in wanted.items():
-        blocks = source.reader.blocks([part.block for part in parts])
+        blocks = source.blocks([part.block for part in parts])
         for part, block in zip(parts, blocks, strict=True):
             at = part.block * BLOCK_TOKENS
             low, high = max(at, part.first), min(at + len(block.tokens), part.end)

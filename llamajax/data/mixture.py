@@ -8,8 +8,6 @@ directory, mixed by grain over directories that repeat without end.
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,68 +16,10 @@ import numpy as np
 
 from llamajax.backends.jax_private.bare_grain import grain
 from llamajax.config.schema import DataConfig
-from llamajax.data import shards
-from llamajax.data.packing import WINDOWS, ExampleRows, Examples, Windows, cut_shares
+from llamajax.data.packing import WINDOWS, ExampleRows, Windows, cut_shares
+from llamajax.data.prepared_split import PreparedSplit, digest, open_split, read_manifest
 from llamajax.data.sample_order import ROUNDS, EndlessOrder
-from llamajax.data.shards import read_manifest
 from llamajax.errors import UserError, combine
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PreparedSplit:
-    """One split of one prepared directory."""
-
-    path: Path
-    manifest: dict[str, Any]
-    split: str
-
-    @property
-    def stats(self) -> dict[str, Any]:
-        """The split's part of the manifest."""
-        return self.manifest["splits"][self.split]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the stream, every BOS and EOS included."""
-        return self.stats["tokens"]
-
-    @property
-    def masked(self) -> bool:
-        """Whether only some tokens carry loss: those of the answers, in instruction data."""
-        return self.manifest.get("loss_mask", False)
-
-    @property
-    def num_loss_tokens(self) -> int:
-        """Tokens that carry loss; without a mask all, the few that start a document included."""
-        return self.stats["loss_tokens"] if self.masked else self.num_tokens
-
-    @property
-    def text_bytes(self) -> int | None:
-        """UTF-8 bytes of the text; None where only answers are scored."""
-        return None if self.masked else self.stats.get("text_bytes")
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Identity of the tokens, wherever the directory is."""
-        return _digest([self.manifest["tokenizer"]["fingerprint"], self.stats["shards"]])
-
-    @functools.cached_property
-    def reader(self) -> shards.SplitReader:
-        """Access to the blocks."""
-        dtype = shards.token_dtype(self.manifest["tokenizer"]["vocab_size"])
-        files = self.stats["shards"]
-        return shards.SplitReader(self.path, files, dtype, masked=self.masked)
-
-    @functools.cached_property
-    def examples(self) -> Examples:
-        """The examples of instruction data; the first access reads all records."""
-        return self.reader.examples()
-
-    def samples(self, seq_len: int, packing: str, key: str | None = None) -> Windows | ExampleRows:
-        """Return how the stream becomes samples. key: of `ExampleRows`; None: for evaluation."""
-        if not self.masked or packing == WINDOWS:
-            return Windows(self.num_tokens, seq_len)
-        return ExampleRows(self.examples, seq_len, key)
 
 
 class Sample(NamedTuple):
@@ -107,7 +47,7 @@ class Mixture:
     def hash(self) -> str:
         """Identity of what is read and in which order, apart from the sequence length."""
         data = [s.fingerprint for s in self.sources]
-        return _digest([data, self.weights, self.seed, self.shuffle])
+        return digest([data, self.weights, self.seed, self.shuffle])
 
     def describe(self) -> str:
         """Describe what is read of each source, for people and for comparison."""
@@ -173,7 +113,7 @@ class Mixture:
         } | cut_shares(examples, seq_len, packing)
 
     def _key(self, source: PreparedSplit) -> str | None:
-        return _digest([self.seed, source.fingerprint]) if self.shuffle else None
+        return digest([self.seed, source.fingerprint]) if self.shuffle else None
 
     def locate(self, sample_id: int, seq_len: int, packing: str) -> Sample:
         """Return the sample of an id."""
@@ -248,7 +188,7 @@ def open_mixture(data: DataConfig, *, split: str, vocab_size: int, verify: bool 
     if len({p.resolve() for p in paths}) < len(paths):
         raise UserError(f"data.path names a directory twice: {data.path}; use data.weights instead")
     kept = (_with_split(paths, split) if split == "validation" else None) or paths
-    sources = tuple(_open_split(p, split, verify=verify) for p in kept)
+    sources = tuple(open_split(p, split, verify=verify) for p in kept)
     problems = []
     first = sources[0].manifest["tokenizer"]
     for source in sources:
@@ -304,7 +244,7 @@ def _open_validation_set(path: Path, trained: Mixture) -> Mixture:
     """Open the validation split of a directory, or its train split where it has no other."""
     splits = read_manifest(path, label="")["splits"]
     split = "validation" if splits.get("validation", {}).get("tokens") else "train"
-    source, ours = _open_split(path, split, verify=False), trained.tokenizer_fingerprint
+    source, ours = open_split(path, split, verify=False), trained.tokenizer_fingerprint
     if (theirs := source.manifest["tokenizer"]["fingerprint"]) != ours:
         raise UserError(
             f"{path} was prepared with another tokenizer than {trained.sources[0].path}"
@@ -320,29 +260,3 @@ def _too_short(source: PreparedSplit, seq_len: int) -> str:
         f"{source.path} has {source.num_tokens} {source.split} tokens, fewer than one sample:"
         f" data.seq_len = {seq_len}, plus 1; use a smaller one"
     )
-
-
-def _open_split(path: Path, split: str, *, verify: bool) -> PreparedSplit:
-    manifest = read_manifest(path)
-    stats = manifest["splits"].get(split)
-    if not stats or not stats["tokens"]:
-        raise UserError(
-            f"{path}: no {split} split; it has {', '.join(manifest['splits'])}. Prepare it again"
-            " with another --validation_fraction"
-        )
-    problems = []
-    for shard in stats["shards"]:
-        file = path / shard["file"]
-        if not file.is_file():
-            problems.append(f"{file.name} is missing")
-        elif (size := file.stat().st_size) != shard["bytes"]:
-            problems.append(f"{file.name} has {size} bytes, the manifest says {shard['bytes']}")
-        elif verify and shards.file_sha256(file) != shard["sha256"]:
-            problems.append(f"{file.name}: its checksum is not the manifest's")
-    if problems:
-        raise combine(problems, title=f"{path}: damaged; copy it or prepare it again:")
-    return PreparedSplit(path, manifest, split)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

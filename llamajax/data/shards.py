@@ -13,10 +13,7 @@ token carries loss as a target. A document is then an example in its chat templa
 
 import contextlib
 import hashlib
-import json
-import os
 import struct
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +23,6 @@ from array_record.python import array_record_module
 
 from llamajax.data.packing import Examples, loss_spans, packing_facts
 from llamajax.errors import UserError
-from llamajax.tokenizers.loading import MANIFEST
 
 FORMAT_VERSION = 1
 # With bits for the loss: a reader that does not know them must not train on the prompts.
@@ -38,9 +34,7 @@ _LENGTHS = (1024, 2048, 4096, 8192)
 _HEADER = struct.Struct("<II")
 _OFFSET = np.dtype("<u4")
 _WRITER_OPTIONS = "group_size:1,uncompressed"
-_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
-# Smaller than any record, so that reading one fetches its bytes and no more.
-_READER_BUFFER_BYTES = 512
+READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -74,34 +68,6 @@ def unpack_block(record: bytes, dtype: np.dtype, *, masked: bool) -> TokenBlock:
         return TokenBlock(tokens, starts, None)
     bits = np.frombuffer(record, np.uint8, offset=len(record) - -(-num_tokens // 8))
     return TokenBlock(tokens, starts, np.unpackbits(bits, count=num_tokens).view(bool))
-
-
-def read_manifest(path: Path, *, label: str = "data.path: ") -> dict[str, Any]:
-    """Read the manifest of a prepared directory. UserError for none, or one of another format.
-
-    label: what named the directory, for messages.
-    """
-    file = path / MANIFEST
-    if not file.is_file():
-        what = "no such directory"
-        if path.is_dir():
-            what = "not a prepared directory (no manifest.json)"
-        raise UserError(
-            f"{label}{path}: {what}; write one with `python -m llamajax.prepare "
-            f"--input=FILES --tokenizer=TOK --output={path}`, or name another"
-        )
-    try:
-        manifest = json.loads(file.read_text("utf-8"))
-        version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: damaged or not written by llamajax.prepare") from error
-    known = (FORMAT_VERSION, MASKED_FORMAT_VERSION)
-    if version not in known:
-        raise UserError(
-            f"{file}: format version {version}; this llamajax reads {known[0]} to {known[-1]}:"
-            " prepare again"
-        )
-    return manifest
 
 
 class _ShardFiles:
@@ -249,7 +215,7 @@ class SplitWriter:
 
 def _count_records(path: Path) -> int:
     """Count the records of a file; raises RuntimeError or ValueError if it is damaged."""
-    reader = array_record_module.ArrayRecordReader(str(path), options=_READER_OPTIONS)
+    reader = array_record_module.ArrayRecordReader(str(path), options=READER_OPTIONS)
     count = reader.num_records()
     reader.close()
     return count
@@ -259,69 +225,3 @@ def file_sha256(path: Path) -> str:
     """Return the checksum of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-class SplitReader:
-    """Random access to the blocks of one split, from any number of threads."""
-
-    def __init__(
-        self,
-        directory: Path,
-        shards: Sequence[dict[str, Any]],
-        dtype: np.dtype,
-        *,
-        masked: bool = False,
-    ) -> None:
-        self._paths = [directory / s["file"] for s in shards]
-        self._ends = np.cumsum([s["records"] for s in shards])
-        self._readers: list[Any] = [None] * len(shards)
-        self._locks = [threading.Lock() for _ in shards]
-        self._dtype, self._masked = dtype, masked
-
-    def blocks(self, numbers: Sequence[int]) -> list[TokenBlock]:
-        """Read the blocks with these numbers, in this order."""
-        shards = np.searchsorted(self._ends, numbers, side="right").tolist()
-        found: dict[int, bytes] = {}
-        for shard in set(shards):
-            wanted = sorted({n for n, s in zip(numbers, shards, strict=True) if s == shard})
-            found.update(zip(wanted, self._records(shard, wanted), strict=True))
-        return [unpack_block(found[n], self._dtype, masked=self._masked) for n in numbers]
-
-    def examples(self) -> Examples:
-        """Return the examples of instruction data.
-
-        Reads all records, those of 100 M tokens in about a second.
-        """
-        starts, spans, end = [], [], 0
-        for number in range(int(self._ends[-1])):
-            (block,) = self.blocks([number])
-            starts.append(block.starts[block.starts < BLOCK_TOKENS].astype(np.int64) + end)
-            spans.append(loss_spans(block.answer[:BLOCK_TOKENS], end))
-            end = number * BLOCK_TOKENS + min(len(block.tokens), BLOCK_TOKENS)
-        return Examples(np.diff(np.concatenate(starts), append=end), np.concatenate(spans))
-
-    def _records(self, shard: int, numbers: list[int]) -> list[bytes]:
-        """Read records one by one.
-
-        The library's `read` of a list hands each to a pool of threads, which costs four times as
-        much as reading a record of this size from the page cache.
-        """
-        base = int(self._ends[shard - 1]) if shard else 0
-        records = []
-        try:
-            with self._locks[shard]:
-                if self._readers[shard] is None:
-                    self._readers[shard] = array_record_module.ArrayRecordReader(
-                        os.fspath(self._paths[shard]),
-                        options=_READER_OPTIONS,
-                        file_reader_buffer_size=_READER_BUFFER_BYTES,
-                    )
-                reader = self._readers[shard]
-                for number in numbers:
-                    reader.seek(number - base)
-                    records.append(reader.read())
-            return records
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise UserError(
-                f"{self._paths[shard]}: damaged ({str(error)[:200]}); prepare this data again"
-            ) from error

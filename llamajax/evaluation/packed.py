@@ -6,8 +6,9 @@ import numpy as np
 
 from llamajax.config.schema import DataConfig
 from llamajax.data.batches import make_batch
-from llamajax.data.mixture import Sample, open_mixture, read_manifest
+from llamajax.data.mixture import Sample, open_mixture
 from llamajax.data.packing import EXAMPLES, cut_shares
+from llamajax.data.prepared_split import read_manifest
 from llamajax.errors import combine
 
 

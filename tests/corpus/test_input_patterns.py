@@ -12,7 +12,7 @@ import pytest
 from workdirs import contents, inputs, write_rows
 from workdirs import run_prepare as run
 
-from llamajax.data.mixture import read_manifest
+from llamajax.data.prepared_split import read_manifest
 from llamajax.errors import UserError
 
 SAVED = Path(__file__).parent / "saved"  # by `write_saved.py`

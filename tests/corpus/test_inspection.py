@@ -15,6 +15,7 @@ from llamajax.corpus.inspection import directory_inspection, document_reader, ng
 from llamajax.corpus.inspection.directory_inspection import open_directory
 from llamajax.corpus.inspection.document_reader import DocumentReader, DocumentRun
 from llamajax.corpus.inspection.near_duplicates import near_duplicates, sketches
+from llamajax.data.prepared_split import PreparedSplit
 
 RNG = np.random.default_rng(3)
 
@@ -135,7 +136,7 @@ def test_it_finds_text_of_validation_and_evaluation_in_train(inspected, tmp_path
 
 def _document(directory: Path, token: int) -> str:
     manifest, tokenizer = open_directory(directory)
-    reader = DocumentReader(directory, manifest, "train", tokenizer)
+    reader = DocumentReader(PreparedSplit(directory, manifest, "train"), tokenizer)
     start, end = reader.document_at(token)
     assert start <= token < end
     return reader.text(start, end, shown=end)
@@ -207,7 +208,7 @@ def test_documents_are_read_in_order_whole_or_an_even_sample(
     assert ("of the tokens were read" in found["text"]) == (max_tokens is not None)
     assert "of 2 documents the first" in found["text"] or max_tokens
     manifest, tokenizer = open_directory(tmp_path / "out")
-    reader = DocumentReader(tmp_path / "out", manifest, "train", tokenizer)
+    reader = DocumentReader(PreparedSplit(tmp_path / "out", manifest, "train"), tokenizer)
     lengths = np.array([len(text.encode()) + 2 for text in documents])
     starts = np.cumsum(lengths) - lengths
     seen = []

@@ -13,7 +13,7 @@ from workdirs import contents, run_prepare
 
 from llamajax import prepare
 from llamajax.corpus import token_files
-from llamajax.data.mixture import PreparedSplit, read_manifest
+from llamajax.data.prepared_split import PreparedSplit, read_manifest
 from llamajax.errors import UserError
 from llamajax.tokenizers import load_tokenizer
 from llamajax.tokenizers.tokenizer_export import export_tokenizer
@@ -33,7 +33,7 @@ def llmc(magic: int, version: int, tokens: np.ndarray, *, count: int | None = No
 
 def split_of(directory: Path, split: str = "train") -> tuple[list[int], list[int]]:
     """Tokens and document starts of a split of one block."""
-    (block,) = PreparedSplit(directory, read_manifest(directory), split).reader.blocks([0])
+    (block,) = PreparedSplit(directory, read_manifest(directory), split).blocks([0])
     return block.tokens.tolist(), block.starts.tolist()
 
 

@@ -20,8 +20,8 @@ from workdirs import inputs, prepare_options, prepare_texts, write_rows
 from llamajax.corpus.holdout import Holdout
 from llamajax.corpus.instructions import Example, InstructionCorpus, parse_example
 from llamajax.data import Position, eval_batches, load_tokenizer, sample_ids, train_batches
-from llamajax.data.mixture import PreparedSplit, read_manifest
 from llamajax.data.packing import EXAMPLES, WINDOWS
+from llamajax.data.prepared_split import PreparedSplit, read_manifest
 from llamajax.errors import UserError
 from llamajax.tokenizers.chat import Message, encode_example
 
@@ -164,8 +164,8 @@ def test_data_of_an_earlier_version_reads_bit_for_bit(tmp_path, opened):
     new_data = prepare_texts(tmp_path, documents, held_out=0.2)
     old, new = map(read_manifest, (old_data, new_data))
     for split in ("train", "validation"):
-        (block,) = PreparedSplit(old_data, old, split).reader.blocks([0])
-        (same,) = PreparedSplit(new_data, new, split).reader.blocks([0])
+        (block,) = PreparedSplit(old_data, old, split).blocks([0])
+        (same,) = PreparedSplit(new_data, new, split).blocks([0])
         assert all(np.array_equal(a, b) for a, b in zip(block[:2], same[:2], strict=True))
         assert block.answer is same.answer is None
         # The container's bytes are the library's affair, and its versions may differ.

@@ -36,7 +36,7 @@ def test_damaged_shards(config, prepared, documents):
     shard.write_bytes(content[:2000] + bytes(1000) + content[3000:])
     mixture = open_mixture(config(path), split="train", vocab_size=258)
     with pytest.raises(UserError, match=f"{shard.name}: damaged"):
-        mixture.sources[0].reader.blocks(range(mixture.sources[0].stats["shards"][0]["records"]))
+        mixture.sources[0].blocks(range(mixture.sources[0].num_blocks))
     refused(config(path), "checksum", verify=True)
     shard.write_bytes(content[:-1])
     refused(config(path), rf"{len(content) - 1} bytes, the manifest says {len(content)}")

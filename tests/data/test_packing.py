@@ -187,6 +187,15 @@ def test_manifest_and_run_have_the_same_figures(chats, examples):
     assert mixture.packing_facts(T, WINDOWS)["cut_examples_share"] == np.mean(windows)
 
 
+def test_the_inspection_shows_an_example_that_fills_a_row_whole(prepared):
+    lines = [{"prompt": "q" * 10, "completion": "a" * 10}]  # 22 tokens
+    path = prepared("one", lines, "--format=instructions")
+    (part,) = inspect(InspectOptions(inspect=str(path), seq_len=21), lambda *_: None)["splits"][
+        "train"
+    ]["samples"]
+    assert (part["length"], part["ends"]) == (22, "with it")
+
+
 def test_rows_are_a_function_of_lengths_length_and_seed():
     lengths = answers(np.random.default_rng(3).integers(2, 90, 500))
     digest = ExampleRows(lengths, T, "a").digest

@@ -7,7 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamajax.data.shards import BLOCK_TOKENS, SplitReader, SplitWriter, token_dtype
+from llamajax.data.prepared_split import PreparedSplit
+from llamajax.data.shards import BLOCK_TOKENS, SplitWriter
+
+
+def written(writer: SplitWriter, directory: Path, *, masked: bool) -> PreparedSplit:
+    manifest = {"tokenizer": {"vocab_size": 258}, "loss_mask": masked}
+    return PreparedSplit(directory, manifest | {"splits": {"train": writer.close()}}, "train")
 
 
 def test_the_blocks_do_not_depend_on_the_calls_of_the_writer(tmp_path):
@@ -21,9 +27,8 @@ def test_the_blocks_do_not_depend_on_the_calls_of_the_writer(tmp_path):
         for begin in range(0, len(tokens), size):
             part = slice(begin, begin + size)
             writer.add(tokens[part], [50_000] * (size // 50_000), text_bytes=0, answer=answer[part])
-        files = writer.close()["shards"]
-        reader = SplitReader(directory, files, token_dtype(258), masked=True)
-        read.append(reader.blocks(range(files[0]["records"])))
+        source = written(writer, directory, masked=True)
+        read.append(source.blocks(range(source.num_blocks)))
     for (tokens_a, starts_a, answer_a), (tokens_b, starts_b, answer_b) in zip(*read, strict=True):
         np.testing.assert_array_equal(tokens_a, tokens_b)
         np.testing.assert_array_equal(starts_a, starts_b)
@@ -46,7 +51,7 @@ def test_many_threads_read_the_blocks_they_ask_for(tmp_path: Path):
     tokens = np.repeat(np.arange(200), BLOCK_TOKENS)  # block n holds n
     writer = SplitWriter(tmp_path, "train", 258, masked=False)
     writer.add(tokens, [len(tokens)], text_bytes=0)
-    reader = SplitReader(tmp_path, writer.close()["shards"], token_dtype(258))
+    source = written(writer, tmp_path, masked=False)
     begin, wrong = threading.Barrier(6), []
 
     def read(seed: int) -> None:
@@ -54,7 +59,7 @@ def test_many_threads_read_the_blocks_they_ask_for(tmp_path: Path):
         begin.wait()
         for _ in range(400):
             numbers = rng.integers(0, 200, 8).tolist()
-            found = [int(tokens[0]) for tokens, _, _ in reader.blocks(numbers)]
+            found = [int(tokens[0]) for tokens, _, _ in source.blocks(numbers)]
             if found != numbers:
                 wrong.append((numbers, found))
 

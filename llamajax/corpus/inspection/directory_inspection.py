@@ -11,8 +11,8 @@ from llamajax.corpus.inspection.document_reader import MAX_DOCUMENT, DocumentRea
 from llamajax.corpus.inspection.document_survey import Survey
 from llamajax.corpus.inspection.inspect_options import InspectOptions
 from llamajax.corpus.inspection.ngram_overlap import NgramOverlap
-from llamajax.data import shards
-from llamajax.data.packing import ExampleRows, Windows, packing_facts
+from llamajax.data.packing import EXAMPLES, packing_facts
+from llamajax.data.prepared_split import PreparedSplit, read_manifest
 from llamajax.errors import UserError
 from llamajax.tokenizers import Tokenizer, load_tokenizer
 
@@ -28,7 +28,7 @@ _FEW = 10  # tokens of the vocabulary that occur less often are hardly trained
 
 def open_directory(directory: Path) -> tuple[dict[str, Any], Tokenizer]:
     """Return manifest and tokenizer of a prepared directory. UserError for anything else."""
-    manifest = shards.read_manifest(directory, label="--inspect=")
+    manifest = read_manifest(directory, label="--inspect=")
     if lacking := [key for key in ("tokenizer", "input", "splits") if key not in manifest]:
         raise UserError(
             f"{directory}: its manifest lacks {', '.join(lacking)}: damaged or not written by "
@@ -44,10 +44,10 @@ def inspect(options: InspectOptions, progress: Callable[[str, int, int], None]) 
     """
     manifest, tokenizer = open_directory(options.directory)
     splits = manifest["splits"]
-    readers = {n: DocumentReader(options.directory, manifest, n, tokenizer) for n in splits}
+    sources = {n: PreparedSplit(options.directory, manifest, n) for n in splits}
+    readers = {n: DocumentReader(source, tokenizer) for n, source in sources.items()}
     # Of instructions, bytes and tokens that carry loss.
-    counted = {n: split.get("loss_tokens", split["tokens"]) for n, split in splits.items()}
-    per_token = {n: split["text_bytes"] / max(1, counted[n]) for n, split in splits.items()}
+    per_token = {n: s.stats["text_bytes"] / max(1, s.num_loss_tokens) for n, s in sources.items()}
     overlap = NgramOverlap(_tokens_of(_NGRAM_BYTES, _NGRAM_TOKENS, per_token["train"]))
     overlap.add_files(options.against, tokenizer, _MAX_REFERENCE_TOKENS)
     if "validation" in readers:
@@ -59,7 +59,7 @@ def inspect(options: InspectOptions, progress: Callable[[str, int, int], None]) 
     for name, reader in readers.items():
         watched = overlap if name == "train" else None
         surveys[name], found = _inspect_split(reader, options, shingle, watched, progress)
-        stated = {"documents": splits[name]["documents"], "tokens": reader.num_tokens}
+        stated = {"documents": splits[name]["documents"], "tokens": splits[name]["tokens"]}
         figures[name] = stated | {"bytes_per_token": per_token[name]} | found
         # What `prepare` counted in all of the split; nothing in a directory of an earlier version.
         counts = {"exact": splits[name].get("copies")}
@@ -88,9 +88,10 @@ def document_text(
 
     Raises UserError for a token that is not there.
     """
-    reader = DocumentReader(directory, manifest, "train", tokenizer)
-    if token >= reader.num_tokens:
-        raise UserError(f"--at={token}: {directory} has train tokens 0 to {reader.num_tokens - 1}")
+    source = PreparedSplit(directory, manifest, "train")
+    if token >= source.num_tokens:
+        raise UserError(f"--at={token}: {directory} has train tokens 0 to {source.num_tokens - 1}")
+    reader = DocumentReader(source, tokenizer)
     start, end = reader.document_at(token)
     text = reader.text(start, end, shown=MAX_DOCUMENT)
     return f"tokens {start} to {end - 1} of train, {end - start:,} in all:\n{text}"
@@ -104,15 +105,15 @@ def _inspect_split(
     progress: Callable[[str, int, int], None],
 ) -> tuple[Survey, dict[str, Any]]:
     """Read a split twice: count its tokens, then measure its documents."""
-    tokenizer, done = reader.tokenizer, 0
-    total = 2 * min(reader.num_tokens, options.max_tokens or reader.num_tokens)
+    source, tokenizer, seq_len, done = reader.source, reader.tokenizer, options.seq_len, 0
+    total = 2 * min(source.num_tokens, options.max_tokens or source.num_tokens)
 
     def runs() -> Iterator[DocumentRun]:
         nonlocal done
         for run in reader.runs(options.max_tokens):
             yield run
             done += run.tokens.nbytes
-            progress(f"inspecting {reader.split}", done, total * run.tokens.itemsize)
+            progress(f"inspecting {source.split}", done, total * run.tokens.itemsize)
 
     counts = sum(np.bincount(run.tokens, minlength=tokenizer.vocab_size) for run in runs())
     sizes = tokenizer.token_bytes(np.flatnonzero(counts).tolist())
@@ -124,16 +125,16 @@ def _inspect_split(
             overlap.look(run)
     survey.finish()
     largest_first = np.sort(counts)[::-1]
-    packing, drawn = {"seq_len": options.seq_len}, reader.samples(options.seq_len)
-    if reader.masked:
-        packing |= packing_facts(reader.examples, options.seq_len)
+    packing = {"seq_len": seq_len}
+    if source.masked:
+        packing |= packing_facts(source.examples, seq_len)
     else:
-        packing |= survey.packing(options.seq_len)
-        packing["unread_tokens"] = (reader.num_tokens - 1) % options.seq_len
+        packing |= survey.packing(seq_len)
+        packing["unread_tokens"] = (source.num_tokens - 1) % seq_len
     return survey, {
         "read_documents": len(survey.lengths),
         "read_tokens": int(survey.lengths.sum()),
-        "read_share": float(survey.lengths.sum() / reader.num_tokens),
+        "read_share": float(survey.lengths.sum() / source.num_tokens),
         "truncated_documents": survey.truncated,
         "lengths": survey.length_facts(),
         "packing": packing,
@@ -145,18 +146,20 @@ def _inspect_split(
         **survey.copies(reader),
         "order": survey.order(),
         **survey.unlike(reader),
-        "samples": [*_samples(reader, drawn, options.seq_len)],
+        "samples": [*_samples(reader, seq_len)],
     }
 
 
-def _samples(
-    reader: DocumentReader, drawn: Windows | ExampleRows, seq_len: int
-) -> Iterator[dict[str, Any]]:
-    """Yield the parts of documents in the first and the middle sample, decoded."""
+def _samples(reader: DocumentReader, seq_len: int) -> Iterator[dict[str, Any]]:
+    """Yield the parts of documents in the first and the middle sample, decoded.
+
+    Of training only the order of samples is another one.
+    """
+    masked, drawn = reader.source.masked, reader.source.samples(seq_len, EXAMPLES)
     for number in sorted({0, drawn.count // 2}):
         for first, size in drawn.pieces(number).tolist():
             # The last token of a window is shown with the next one.
-            last = first + (size if reader.masked else min(size, seq_len))
+            last = first + (size if masked else min(size, seq_len))
             starts = reader.borders(first, last).tolist()
             for begin, end in itertools.pairwise(sorted({first, *starts, last})):
                 is_end = int(reader.tokens(end - 1, end)[0]) == reader.tokenizer.eos_id

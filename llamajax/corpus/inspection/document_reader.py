@@ -1,15 +1,11 @@
 """Read prepared documents in order, or an even sample of them, some at a time."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from llamajax.data import shards
-from llamajax.data.packing import ExampleRows, Examples, Windows
+from llamajax.data.prepared_split import PreparedSplit
 from llamajax.data.shards import BLOCK_TOKENS
 from llamajax.tokenizers import Tokenizer
 
@@ -43,25 +39,19 @@ class DocumentRun:
         return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
 
+@dataclasses.dataclass(frozen=True)
 class DocumentReader:
-    """The documents of one split of a prepared directory."""
+    """The documents of one split of a prepared directory, as tokens and as text."""
 
-    def __init__(
-        self, directory: Path, manifest: dict[str, Any], split: str, tokenizer: Tokenizer
-    ) -> None:
-        files, dtype = manifest["splits"][split]["shards"], np.dtype(manifest["token_dtype"])
-        self.masked = bool(manifest.get("loss_mask"))
-        self.split, self.tokenizer = split, tokenizer
-        self.num_tokens = manifest["splits"][split]["tokens"]
-        self._reader = shards.SplitReader(directory, files, dtype, masked=self.masked)
-        self._num_blocks = sum(shard["records"] for shard in files)
+    source: PreparedSplit
+    tokenizer: Tokenizer
 
     def runs(self, max_tokens: int | None) -> Iterator[DocumentRun]:
         """Yield all documents, or those that start in evenly spaced parts of the stream.
 
         max_tokens: about so many are read; the last document of a part is read to its end.
         """
-        num_groups = -(-self._num_blocks // _GROUP_BLOCKS)
+        num_groups = -(-self.source.num_blocks // _GROUP_BLOCKS)
         wanted = _evenly(num_groups, max_tokens)
         start, rest = None, np.empty(0, np.uint32)  # of a document that goes on
         for group in range(num_groups):
@@ -92,25 +82,13 @@ class DocumentReader:
 
     def _read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens of some blocks, and where documents start in them."""
-        numbers = range(first, min(first + count, self._num_blocks))
-        blocks = self._reader.blocks(numbers)
+        blocks = self.source.blocks(range(first, min(first + count, self.source.num_blocks)))
         tokens = np.concatenate([block.tokens[:BLOCK_TOKENS] for block in blocks])
         starts = [
             block.starts[block.starts < BLOCK_TOKENS].astype(np.int64) + i * BLOCK_TOKENS
             for i, block in enumerate(blocks)
         ]
         return tokens, np.concatenate(starts)
-
-    @functools.cached_property
-    def examples(self) -> Examples:
-        """The examples of instruction data."""
-        return self._reader.examples()
-
-    def samples(self, seq_len: int) -> Windows | ExampleRows:
-        """Return how the stream becomes samples; of training only the order is another one."""
-        if not self.masked:
-            return Windows(self.num_tokens, seq_len)
-        return ExampleRows(self.examples, seq_len, None)
 
     def tokens(self, start: int, end: int) -> np.ndarray:
         """Return the tokens of the stream in [start, end)."""
@@ -138,9 +116,9 @@ class DocumentReader:
             return self.borders(number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)
 
         before = (found[found <= token] for found in map(starts, range(here, -1, -1)))
-        after = (found[found > token] for found in map(starts, range(here, self._num_blocks)))
+        after = (found[found > token] for found in map(starts, range(here, self.source.num_blocks)))
         start = next(int(found[-1]) for found in before if len(found))
-        return start, next((int(found[0]) for found in after if len(found)), self.num_tokens)
+        return start, next((int(found[0]) for found in after if len(found)), self.source.num_tokens)
 
 
 def _evenly(num_groups: int, max_tokens: int | None) -> set[int] | range:
