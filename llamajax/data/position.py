@@ -53,18 +53,6 @@ class Segment:
 class Position:
     """Segments in order of `first_step`; where two start at one step, the later one counts.
 
-    The effect of a change, at the step where it happens:
-
-    - batch size: the next sample is the one after the last sample read. Nothing is repeated or
-      left out.
-    - sequence length: the tokens read so far stay counted as read. The new order (another cut, so
-      another permutation) continues at the first of its samples after that many tokens.
-      Unshuffled, nothing is repeated and less than one sample is left out. Shuffled, the number of
-      epochs is kept. The rest of the current epoch is a new draw, so it may repeat text of this
-      epoch: no cut of the unread pieces into longer samples could avoid that.
-    - mixture (data, weights, seed, shuffle): as for the sequence length. New data is all unread
-      wherever its order begins, and data that stays does not start again at its first sample.
-
     reached: how far each source was read or left out, in tokens, by its fingerprint, as the
     checkpoint or the rollback says from which the run goes on. The segments do not tell where their
     data is not open any more, or where a rollback left out what a later stage had read.
@@ -88,26 +76,6 @@ class Position:
             packing=packing,
         )
         return cls((first,))
-
-    def continued(self, *, step: int, **settings: Any) -> "Position":
-        """Return this position with new `Segment.settings` from `step` on; itself if none changes.
-
-        settings: those that are given.
-        """
-        last = self.segments[-1]
-        if step < last.first_step:
-            raise ValueError(f"step {step} lies before the last segment's {last.first_step}")
-        settings = last.settings | settings
-        if settings == last.settings:
-            return self
-        tokens_read, starts = self.first_sample(step) * last.seq_len, last.starts
-        if settings | {"batch_size": last.batch_size} != last.settings:  # another order
-            tokens_read, starts = tokens_read + sum(starts) * last.seq_len, ()
-        first_sample = -(-tokens_read // settings["seq_len"])
-        new = dataclasses.replace(
-            last, first_step=step, first_sample=first_sample, starts=starts, **settings
-        )
-        return self.extended(new)
 
     def until(self, step: int) -> "Position":
         """Return the position without the segments that begin at `step` or later, or the first."""

@@ -1,9 +1,14 @@
-"""Data that changes at certain steps (`data.stages`), and the position of a run in it.
+"""Data that changes at certain steps, by `data.stages` or by hand, and the position of a run in it.
 
-A stage with the data and the sequence length of the one before goes on in its order: nothing is
-repeated or left out. In any other, each source goes on after what was read of it before (in the
-number of tokens, where the sequence length changes), and a source that is new begins at its first
-sample. So a stage with other weights reads text that is new, as long as the epoch lasts.
+With the data and the sequence length of before, whatever the batch size, a run goes on in its
+order: nothing is repeated or left out. Otherwise each source goes on after what was read of it
+before, and a source that is new begins at its first sample. So a stage with other weights reads
+text that is new, as long as the epoch lasts.
+
+With another sequence length a source goes on after as many tokens, in another order: another cut.
+Unshuffled, nothing is repeated and less than one sample is left out. Shuffled, the number of epochs
+is kept; the rest of the epoch is a new draw and may repeat text of it, which no cut of the unread
+pieces into longer samples could avoid.
 """
 
 import dataclasses
@@ -78,17 +83,11 @@ def with_stages(
     (as `Segment.settings`) of each. mixtures: by hash, of all stages.
     """
     stages = list(stages)
-    later = [stage for stage in stages if stage[0] >= step]
+    later = [stage for stage in stages if stage[0] > step]
+    _, current = stages[-len(later) - 1]
     kept = tuple(s for s in position.segments if s.first_step <= step)
     found = dataclasses.replace(position, segments=kept)
-    # A place among whole examples is no number of tokens, as `Position.continued` assumes.
-    packings = {found.segments[-1].packing, stages[0][1].get("packing")}
-    has_examples = EXAMPLES in packings and any(m.masked for m in mixtures.values())
-    if len(stages) == 1 and not has_examples:
-        return found.continued(step=step, **stages[0][1])
-    if not later or later[0][0] > step:
-        later.insert(0, (step, stages[len(stages) - len(later) - 1][1]))
-    for first_step, settings in later:
+    for first_step, settings in [(step, current), *later]:
         found = _with_stage(found, mixtures, first_step, settings)
     return found
 
@@ -98,18 +97,15 @@ def _with_stage(
 ) -> Position:
     last = before.segments[-1]
     settings = last.settings | settings
+    if settings == last.settings:
+        return before
     if settings | {"batch_size": last.batch_size} == last.settings:  # the same order
-        return before.continued(step=step, **settings)
-    reached = tokens_reached(before, mixtures, step)
-    return before.extended(
-        Segment(
-            first_step=step,
-            first_sample=0,
-            rounds=last.rounds,
-            starts=_starts(mixtures, settings, reached),
-            **settings,
-        )
-    )
+        first_sample, starts = before.first_sample(step), last.starts
+    else:
+        reached = tokens_reached(before, mixtures, step)
+        first_sample, starts = 0, _starts(mixtures, settings, reached)
+    place = {"first_step": step, "first_sample": first_sample, "starts": starts}
+    return before.extended(dataclasses.replace(last, **place, **settings))
 
 
 def _starts(

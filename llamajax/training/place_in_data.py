@@ -89,11 +89,11 @@ def stage_warnings(
             "text or windows of instructions: instructions are packed by whole examples from here "
             "on. data.packing=windows cuts them into windows"
         )
-    if config.data.stages and not position.reached and is_closed:
+    if not position.reached and is_closed:
         yield (
-            f"warning: until step {step} the run has read data that no stage has now, and its "
-            "checkpoint, of an earlier release, does not say of which sources: a stage may read "
-            "samples of them again"
+            f"warning: until step {step} the run has read data that its config does not have now, "
+            "and its checkpoint, of an earlier release, does not say of which sources: samples of "
+            "them may be read again"
         )
     for stage, change in zip(stages_of(config)[1:], config.data.stages, strict=True):
         seen = position.tokens_seen(stage.first_step)

@@ -11,7 +11,12 @@ from refusal import refused
 
 from llamajax import prepare
 from llamajax.corpus.document_hashes import CopyCounter, document_hashes
-from llamajax.corpus.inspection import directory_inspection, document_reader, ngram_overlap
+from llamajax.corpus.inspection import (
+    directory_inspection,
+    document_reader,
+    inspection_output,
+    ngram_overlap,
+)
 from llamajax.corpus.inspection.directory_inspection import open_directory
 from llamajax.corpus.inspection.document_reader import DocumentReader, DocumentRun
 from llamajax.corpus.inspection.near_duplicates import near_duplicates, sketches
@@ -104,6 +109,8 @@ def test_it_finds_what_was_planted_and_nothing_else(planted, inspected):
     elif planted != "nothing":
         assert "not shuffled" in said[0]
         assert "(shuffled: 0 ± 0.0" in said[0]
+        train["packing"]["efficiency"] = 1.0  # whole examples: a row has them from anywhere
+        assert list(inspection_output.findings(found)) == []
 
 
 def test_it_finds_text_of_validation_and_evaluation_in_train(inspected, tmp_path):

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from llamajax.data import BATCH_KEYS, Position, eval_batches, sample_ids, sample_order
+from llamajax.data import BATCH_KEYS, Position, eval_batches, sample_ids, sample_order, with_stages
 from llamajax.data import train_batches as read_batches
 from llamajax.data.packing import EXAMPLES
 
@@ -152,7 +152,7 @@ def test_closing_ends_the_threads(mixture):
 
 def test_a_change_of_batch_size_continues_with_the_next_sample(mixture):
     position = start(mixture)
-    changed = position.continued(step=5, batch_size=10, seq_len=100, mixture_hash=mixture.hash)
+    changed = with_stages(position, [(0, {"batch_size": 10})], {}, step=5)
     steady = np.concatenate([sample_ids(mixture, position, s) for s in range(10)])
     both = [sample_ids(mixture, changed, s) for s in range(7)]
     assert [len(ids) for ids in both] == [4] * 5 + [10] * 2

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from llamajax.data import Ledger, Position, check_ledger
+from llamajax.data import Ledger, Position, check_ledger, with_stages
 from llamajax.data import ledger as module
 from llamajax.errors import UserError
 
@@ -77,9 +77,7 @@ def test_changes_that_the_position_knows_are_no_error(mixture, opened):
     other = opened(mixture.sources[0].path, seed=12)
     assert check_ledger(saved, {other.hash: other}, begin(mixture), step=10) == 0
     # A larger batch from step 10 on: the steps before are checked as they were read.
-    changed = begin(mixture).continued(
-        step=10, batch_size=6, seq_len=100, mixture_hash=mixture.hash
-    )
+    changed = with_stages(begin(mixture), [(0, {"batch_size": 6})], {}, step=10)
     later = ledger_of(mixture, changed, 14, start=10, saved=saved)
     assert check_ledger(later, {mixture.hash: mixture}, changed, step=14) == 4
 

@@ -78,6 +78,8 @@ def test_with_other_weights_each_source_goes_on_and_a_new_one_begins(opened, sou
     )
     mixtures = [mostly_a, mostly_b]
     position = staged(mixtures, (0, settings(mostly_a)), (12, settings(mostly_b)))
+    begun = staged(mixtures, (0, settings(mostly_a)))
+    assert position == staged(mixtures, (0, settings(mostly_b)), position=begun, step=12)  # by hand
     samples = read(mixtures, position, range(30))
     for path in (a, b, new):
         alone = opened(path)
@@ -196,9 +198,7 @@ def test_data_that_no_stage_has_any_more_is_not_read_again(opened, sources, prep
 
 
 def test_a_rollback_without_stages_is_recorded_as_before(mixture):
-    position = Position.start(**settings(mixture)).continued(
-        step=6, **settings(mixture, batch_size=8)
-    )
+    position = staged([mixture], (0, settings(mixture)), (6, settings(mixture, batch_size=8)))
     mixtures = {mixture.hash: mixture}
     segment, _ = left_out(position, mixtures, to_step=5, at_step=9, borders=())
     assert (segment.first_step, segment.first_sample, segment.batch_size) == (5, 6 * 4 + 3 * 8, 8)

@@ -1,5 +1,6 @@
 """What a run says of its data and of memory before it starts, and what a dry run prints."""
 
+import dataclasses
 import re
 from types import SimpleNamespace
 
@@ -177,6 +178,7 @@ def test_rows_that_are_half_empty_are_a_warning(short_config, tmp_path):
     assert packing_record(setup, [WINDOWS, WINDOWS])["packing_problem"] is None
     # What is over is described as it was, whatever is chosen now.
     place = Position.start(batch_size=8, seq_len=48, mixture_hash="m", packing=WINDOWS)
-    place = place.continued(step=2, packing=EXAMPLES)
+    chats = dataclasses.replace(place.segments[0], first_step=2, packing=EXAMPLES)
+    place = place.extended(chats)
     ended = SimpleNamespace(borders=[1, 2], config=config, stages=((0, 0), (1, 0), (2, 0)))
     assert stage_packings(ended, place, 2) == [WINDOWS, WINDOWS, EXAMPLES]
