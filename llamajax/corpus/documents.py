@@ -85,7 +85,7 @@ class Corpus:
 
     total_bytes: on disk. num_articles: of WikiText, found by the last complete iteration.
     left_out: what the last check found. declared: the splits that its files are declared to be of,
-    each with the number of successive documents.
+    each with the number of successive documents; the last check has filled it.
     """
 
     def __init__(self, files: Sequence[InputFile], options: PrepareOptions) -> None:
@@ -117,7 +117,8 @@ class Corpus:
         Bad rows are counted in `left_out`. If they are not to be skipped, raises UserError that
         names the first ten: at the end, or as soon as there are more.
         """
-        self.left_out, self._bad, self.declared = LeftOut(), set(), []
+        self.left_out, self._bad = LeftOut(), set()
+        self.declared.clear()
         for number, (file, row) in enumerate(self._rows()):
             try:
                 if isinstance(row, UserError):

@@ -22,15 +22,13 @@ _MAX_REACH = 1 << 22
 class DocumentPart:
     """A document, or the part of a text, that goes to one split.
 
-    begins, ends: of a piece of a text, whether it is the first and the last one. cut_is_safe:
-    whether its beginning changes no token.
+    begins, ends: of a piece of a text, whether it is the first and the last one.
     """
 
     split: str
     document: str | Example | LongText
     begins: bool = True
     ends: bool = True
-    cut_is_safe: bool = True
 
     @property
     def text_bytes(self) -> int:
@@ -115,13 +113,9 @@ class Holdout:
             yield number in in_group
 
     def halves(self, document: str | LongText) -> list[DocumentPart]:
-        """Return both parts of the document `cut`; of a LongText the first is to be read first."""
-        if isinstance(document, LongText):
-            return self._long_halves(document)
-        at = _paragraph_start(document, self.cut_at, self._reach)
-        return [DocumentPart("train", document[:at]), DocumentPart("validation", document[at:])]
-
-    def _long_halves(self, document: LongText) -> list[DocumentPart]:
+        """Return both parts of the document `cut`; the first is to be read before the second."""
+        if isinstance(document, str):
+            document = LongText(iter([document]))
         reach = min(self._reach, _MAX_REACH)
         before = max(0, self.cut_at - reach - 1)
         tail = []

@@ -65,8 +65,8 @@ def find_inputs(options: PrepareOptions) -> list[InputFile]:
         splits = _splits_of(path, given)
         chosen = _choose(path, given, splits)
         record: dict[str, Any] = {"path": path, **given}
-        lost = [str(file) for split in chosen for file in splits[split] if not file.exists()]
-        if lost:
+        files = [(file, into) for split, into in chosen.items() for file in splits[split]]
+        if lost := [str(file) for file, _ in files if not file.exists()]:
             raise UserError(
                 f"--input: no file matches {listed(lost, most=10)}, which {path}/README.md"
                 f" declares; download it, or choose another split: {path}:split=NAME"
@@ -77,24 +77,22 @@ def find_inputs(options: PrepareOptions) -> list[InputFile]:
             record |= {"files_read": read, "files_left_out": left}
             more = f"; left out: {_listed(left)}" if left else ""
             say(f"note: --input: {path}: files of these splits are read: {_listed(read)}{more}")
-        for split in chosen:
-            for file in splits[split]:
-                if not format_of(file):
-                    raise UserError(
-                        f"--input: {file}: unknown kind of file; known are {', '.join(FORMATS)},"
-                        f" each also with {' or '.join(COMPRESSIONS)}"
-                    )
-                new = InputFile(file, own, chosen[split], record)
-                old = found.setdefault(file.resolve(), new)
-                if (old.options, old.split) != (new.options, new.split):
-                    raise UserError(
-                        f"--input: {file} is in two splits of {path}; choose: {path}:split=NAME"
-                        if old.record is record
-                        else f"--input: {file} is in two inputs with different options:"
-                        f" {old.record['path']} and {path}; name it in one of them"
-                    )
-        kinds = {format_of(file) for split in chosen for file in splits[split]}
-        if given.get("document_separator") and ".txt" not in kinds:
+        for file, into in files:
+            if not format_of(file):
+                raise UserError(
+                    f"--input: {file}: unknown kind of file; known are {', '.join(FORMATS)},"
+                    f" each also with {' or '.join(COMPRESSIONS)}"
+                )
+            new = InputFile(file, own, into, record)
+            old = found.setdefault(file.resolve(), new)
+            if (old.options, old.split) != (new.options, new.split):
+                raise UserError(
+                    f"--input: {file} is in two splits of {path}; choose: {path}:split=NAME"
+                    if old.record is record
+                    else f"--input: {file} is in two inputs with different options:"
+                    f" {old.record['path']} and {path}; name it in one of them"
+                )
+        if given.get("document_separator") and all(format_of(f) != ".txt" for f, _ in files):
             raise UserError(f"--input: {text}: document_separator is for .txt files")
     if not found:
         raise UserError("--input is empty; name a file, a directory or a glob")

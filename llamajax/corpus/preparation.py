@@ -39,7 +39,8 @@ def prepare(options: PrepareOptions, progress: ReportProgress) -> dict[str, Any]
     is_text = format_of(files[0].path) not in TOKEN_FORMATS
     corpus = open_corpus(options, files) if is_text else TokenCorpus(files, tokenizer)
     with locked_output(options.directory) as directory:
-        holdout = choose_holdout(options, files, corpus, progress)
+        watch(corpus, "checking documents", progress)
+        holdout = choose_holdout(options, files, corpus.check(), corpus.declared)
         if tokenizer is None:
             tokenizer = train_on(options, corpus, holdout, directory / TRAINED, progress)
         watch(corpus, "tokenizing", progress)
@@ -84,16 +85,20 @@ def open_corpus(options: PrepareOptions, files: list[InputFile]) -> Corpus:
 
 
 def choose_holdout(
-    options: PrepareOptions, files: list[InputFile], corpus: Corpus, progress: ReportProgress
+    options: PrepareOptions,
+    files: list[InputFile],
+    sizes: Iterator[int],
+    declared: list[tuple[str, int]],
 ) -> Holdout:
-    """Check all documents, and choose those that are held out. UserError names the bad rows."""
-    watch(corpus, "checking documents", progress)
-    sizes = corpus.check()
+    """Choose the documents that are held out.
+
+    sizes, declared: as of `Corpus.check` and `Corpus.declared`.
+    """
     if declares_validation(files):
-        collections.deque(sizes, maxlen=0)
-        return Holdout((), 0.0, declared=corpus.declared)
-    holdout = Holdout(sizes, options.validation_fraction, whole=options.has_examples)
-    collections.deque(sizes, maxlen=0)  # name every bad row before any work is done
+        holdout = Holdout((), 0.0, declared=declared)
+    else:
+        holdout = Holdout(sizes, options.validation_fraction, whole=options.has_examples)
+    collections.deque(sizes, maxlen=0)  # every bad row is named before any work is done
     return holdout
 
 

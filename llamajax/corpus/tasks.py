@@ -22,7 +22,7 @@ import numpy as np
 
 from llamajax.corpus.documents import Corpus, LeftOut, warn_of_single_article
 from llamajax.corpus.holdout import DocumentPart, Holdout
-from llamajax.corpus.input_patterns import InputFile, declares_validation
+from llamajax.corpus.input_patterns import InputFile
 from llamajax.corpus.preparation import (
     TRAINED,
     ReportProgress,
@@ -140,11 +140,8 @@ def merge(options: PrepareOptions, progress: ReportProgress) -> dict[str, Any]:
         if trained:
             tokenizer = load_tokenizer(shutil.copyfile(tokenizer_path, directory / TRAINED))
         sizes = (int(n) for task in tasks for n in task.column(2))
-        if declares_validation(files):
-            declared = [tuple(each) for task in tasks for each in task.record("declared")]
-            holdout = Holdout((), 0.0, declared=declared)
-        else:
-            holdout = Holdout(sizes, options.validation_fraction, whole=options.has_examples)
+        declared = [tuple(each) for task in tasks for each in task.record("declared")]
+        holdout = choose_holdout(options, files, sizes, declared)
         results = _merged(options, tasks, tokenizer, holdout, progress)
         manifest = write_results(options, files, results, directory, tokenizer, left_out)
     warn_of_single_article(files, num_documents)
@@ -170,7 +167,8 @@ def find_or_train_tokenizer(
                     raise UserError(f"{path} was trained on another input; remove {parts}")
                 return str(path)
             corpus = open_corpus(options, files)
-            holdout = choose_holdout(options, files, corpus, progress)
+            watch(corpus, "checking documents", progress)
+            holdout = choose_holdout(options, files, corpus.check(), corpus.declared)
             with replaced_file(path) as hidden:
                 train_on(options, corpus, holdout, hidden, progress)
             write_file(facts_path, json.dumps(facts, indent=1))

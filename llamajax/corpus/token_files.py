@@ -65,8 +65,8 @@ def check_token_flags(options: PrepareOptions, files: Sequence[InputFile]) -> No
         "--clean": any(f.options.clean != "none" for f in files),
         "--document_separator": any(f.options.document_separator for f in files),
         "--on_error": options.on_error != "stop",
-        "--num_tasks": options.num_tasks is not None,
-        "--runner=beam": options.runner == "beam",
+        "--num_tasks or --runner=beam (they are only copied, which the merge would do alone)":
+            options.num_tasks is not None or options.runner == "beam",
     }  # fmt: skip
     if wrong := [name for name, given in useless.items() if given]:
         raise UserError(
@@ -180,7 +180,8 @@ class TokenCorpus:
             raise combine(problems, title="these files of tokens cannot be used:")
         self.total_bytes = sum(file.tokens.nbytes for file in self._opened)
         self.bytes_read = self.num_articles = 0
-        self.left_out, self.declared = LeftOut(), []
+        self.left_out = LeftOut()
+        self.declared: list[tuple[str, int]] = []
         self.report: Callable[[], None] = lambda: None
 
     def check(self) -> Iterator[int]:
@@ -206,7 +207,7 @@ class TokenCorpus:
         if length:
             yield length
         splits = (file.split or "train" for file in self._files)
-        self.declared = list(zip(splits, counts.values(), strict=True))
+        self.declared[:] = zip(splits, counts.values(), strict=True)
         total = sum(counts.values())
         self.left_out = LeftOut(without_bos=total - begins, without_eos=total - ends)
         if total and not ends:

@@ -82,8 +82,13 @@ def by_split(
             )
 
 
-def in_pieces(parts: Iterable[DocumentPart], tokenizer: Tokenizer) -> Iterator[DocumentPart]:
-    """Cut long texts where that changes no token. A stretch without such a place is cut anyway."""
+def in_pieces(
+    parts: Iterable[DocumentPart], tokenizer: Tokenizer, left_out: LeftOut
+) -> Iterator[DocumentPart]:
+    """Cut long texts where that changes no token.
+
+    A stretch without such a place is cut anyway, and counted in `left_out`.
+    """
     for part in parts:
         document = part.document
         if isinstance(document, str) and len(document) > _PIECE_CHARS:
@@ -91,13 +96,12 @@ def in_pieces(parts: Iterable[DocumentPart], tokenizer: Tokenizer) -> Iterator[D
         if isinstance(document, str | Example):
             yield part
             continue
-        piece, is_safe = None, True
-        for text, next_is_safe in _pieces(document, tokenizer):
+        piece = None
+        for text, cut_is_safe in _pieces(document, tokenizer):
             if piece is not None:
                 yield dataclasses.replace(piece, ends=False)
-            begins = piece is None
-            piece = DocumentPart(part.split, text, begins=begins, cut_is_safe=is_safe)
-            is_safe = next_is_safe
+            piece = DocumentPart(part.split, text, begins=piece is None)
+            left_out.unsafe_cuts += not cut_is_safe
         yield piece
 
 
@@ -157,7 +161,7 @@ def tokenize_all(
     One worker: the work is done in this process. Several load the tokenizer from its file. Cuts
     that change tokens are counted in `left_out`. Raises UserError if a worker dies.
     """
-    parts = _counted(in_pieces(parts, tokenizer), left_out)
+    parts = in_pieces(parts, tokenizer, left_out)
     template, num_workers = options.chat_template, options.num_workers
     if num_workers == 1:
         for batch in _batched(parts):
@@ -192,12 +196,6 @@ def tokenize_all(
         for worker in workers:
             with contextlib.suppress(BrokenPipeError), worker:  # closes its pipes and waits for it
                 pass
-
-
-def _counted(parts: Iterable[DocumentPart], left_out: LeftOut) -> Iterator[DocumentPart]:
-    for part in parts:
-        left_out.unsafe_cuts += not part.cut_is_safe
-        yield part
 
 
 def _batched(parts: Iterable[DocumentPart]) -> Iterator[list[DocumentPart]]:

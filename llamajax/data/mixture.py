@@ -189,20 +189,12 @@ def open_mixture(data: DataConfig, *, split: str, vocab_size: int, verify: bool 
         raise UserError(f"data.path names a directory twice: {data.path}; use data.weights instead")
     kept = (_with_split(paths, split) if split == "validation" else None) or paths
     sources = tuple(open_split(p, split, verify=verify) for p in kept)
-    problems = []
-    first = sources[0].manifest["tokenizer"]
+    problems = [p for source in sources if (p := source.tokenizer_problem(sources[0]))]
     for source in sources:
-        tokenizer = source.manifest["tokenizer"]
-        if tokenizer["fingerprint"] != first["fingerprint"]:
+        if (size := source.manifest["tokenizer"]["vocab_size"]) > vocab_size:
             problems.append(
-                f"{source.path} was prepared with another tokenizer than {sources[0].path}"
-                f" ({tokenizer['fingerprint'][:12]}, {first['fingerprint'][:12]}):"
-                " prepare them with the same one"
-            )
-        if tokenizer["vocab_size"] > vocab_size:
-            problems.append(
-                f"{source.path} has tokens up to {tokenizer['vocab_size'] - 1}, but"
-                f" model.vocab_size = {vocab_size}: set it to at least {tokenizer['vocab_size']}"
+                f"{source.path} has tokens up to {size - 1}, but"
+                f" model.vocab_size = {vocab_size}: set it to at least {size}"
             )
         by_examples = source.masked and data.packing != WINDOWS
         if split == "train" and not by_examples and source.num_tokens <= data.seq_len:
@@ -244,12 +236,9 @@ def _open_validation_set(path: Path, trained: Mixture) -> Mixture:
     """Open the validation split of a directory, or its train split where it has no other."""
     splits = read_manifest(path, label="")["splits"]
     split = "validation" if splits.get("validation", {}).get("tokens") else "train"
-    source, ours = open_split(path, split, verify=False), trained.tokenizer_fingerprint
-    if (theirs := source.manifest["tokenizer"]["fingerprint"]) != ours:
-        raise UserError(
-            f"{path} was prepared with another tokenizer than {trained.sources[0].path}"
-            f" ({theirs[:12]}, {ours[:12]}): prepare it with the same one"
-        )
+    source = open_split(path, split, verify=False)
+    if problem := source.tokenizer_problem(trained.sources[0]):
+        raise UserError(problem)
     if source.num_tokens < 2 or not source.num_loss_tokens:
         raise UserError(f"{path}: its {split} split has no token to predict")
     return dataclasses.replace(trained, sources=(source,), weights=(1.0,))

@@ -133,6 +133,16 @@ class PreparedSplit:
         """Identity of the tokens, wherever the directory is."""
         return digest([self.manifest["tokenizer"]["fingerprint"], self.stats["shards"]])
 
+    def tokenizer_problem(self, other: "PreparedSplit") -> str | None:
+        """Return that another split has another tokenizer; None where it has the same."""
+        ours, theirs = (s.manifest["tokenizer"]["fingerprint"] for s in (self, other))
+        if ours == theirs:
+            return None
+        return (
+            f"{self.path} was prepared with another tokenizer than {other.path} ({ours[:12]}, "
+            f"{theirs[:12]}): prepare them with the same one"
+        )
+
     @functools.cached_property
     def _shards(self) -> list[_Shard]:
         return [_Shard(self.path / shard["file"]) for shard in self.stats["shards"]]

@@ -24,17 +24,14 @@ from llamajax.errors import UserError
 
 def open_stages(config: RunConfig) -> Iterator[Mixture]:
     """Yield the training data of each stage. UserError where it does not fit the run."""
-    tokenizer, has_examples = None, False
+    first, has_examples = None, False
     for number, stage in enumerate(stages_of(config)):
         now = stage.config
         with stage_named(number):
             found = open_mixture(now.data, split="train", vocab_size=now.model.vocab_size)
-            tokenizer = tokenizer or found.tokenizer_fingerprint
-            if found.tokenizer_fingerprint != tokenizer:
-                raise UserError(
-                    f"{found.sources[0].path} was prepared with another tokenizer than "
-                    f"data.path = {config.data.path}: prepare it with the same one"
-                )
+            first = first or found.sources[0]
+            if problem := found.sources[0].tokenizer_problem(first):
+                raise UserError(problem)
         has_examples |= found.masked
         yield found
     if config.data.packing == EXAMPLES and not has_examples:

@@ -8,7 +8,8 @@ from llamajax.errors import UserError
 
 def split(texts: list[str], fraction: float) -> dict[str, list[str]]:
     parts = list(Holdout(map(len, texts), fraction).split(iter(texts)))
-    return {s: [p.document for p in parts if p.split == s] for s in ("train", "validation")}
+    parts = [(part.split, "".join(part.document)) for part in parts]
+    return {s: [text for split, text in parts if split == s] for s in ("train", "validation")}
 
 
 @pytest.mark.parametrize("count", [1000, 2345])
