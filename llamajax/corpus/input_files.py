@@ -19,7 +19,8 @@ FORMATS = (".txt", ".jsonl", ".parquet", ".arrow", ".tokens", ".raw", *TOKEN_FOR
 COMPRESSIONS = (".gz", ".zst")
 _BOM = "\ufeff"
 _COMPRESSED_STEP = 1 << 16  # bytes; what was read before damage is kept, but for the last step
-# How bytes that are no UTF-8 are decoded by "surrogateescape", and by that only.
+# How bytes that are no UTF-8 are decoded, and nothing else is.
+_BAD = "surrogateescape"
 _BAD_BYTES = re.compile("([\udc80-\udcff]+)")
 # Every line of JSON has one.
 _VISIBLE = re.compile(rb"[!-~]")
@@ -123,22 +124,6 @@ def decode(place: Path | str, data: bytes, offset: int) -> str:
         raise _not_utf8(place, data[error.start], offset + error.start) from error
 
 
-def _decoded(file: Path, data: bytes, offset: int) -> Iterator[str | UserError]:
-    """Yield the text in `data` without a byte order mark, a UserError for each run of bad bytes."""
-    try:
-        text = decode(file, data, offset)
-        yield text if offset else text.removeprefix(_BOM)
-    except UserError:
-        for part in _BAD_BYTES.split(data.decode("utf-8", "surrogateescape")):
-            if _BAD_BYTES.match(part):
-                part = part.encode("utf-8", "surrogateescape")
-                yield _not_utf8(file, part[0], offset)
-                offset += len(part)
-            else:
-                yield part if offset else part.removeprefix(_BOM)
-                offset += len(part.encode())
-
-
 def _not_utf8(place: Path | str, byte: int, offset: int) -> UserError:
     return UserError(
         f"{place}: not UTF-8: byte 0x{byte:02x} at offset {offset} (of the decompressed text); "
@@ -147,17 +132,25 @@ def _not_utf8(place: Path | str, byte: int, offset: int) -> UserError:
 
 
 def decoded_chunks(file: Path, stream: io.BufferedReader) -> Iterator[str | UserError]:
-    """Yield a text in chunks of a bounded size, and a UserError for each run of bad bytes."""
-    offset, rest = 0, b""
-    while data := stream.read1(CHUNK):
-        data = rest + data
-        end = len(data)
-        while end and end > len(data) - 4 and data[end - 1] & 0xC0 == 0x80:
-            end -= 1  # to the first byte of the last character
-        end = max(0, end - 1)
-        yield from _decoded(file, data[:end], offset)
-        offset, rest = offset + end, data[end:]
-    yield from _decoded(file, rest, offset)
+    """Yield a text in chunks of a bounded size, without a byte order mark.
+
+    A UserError stands for each run of bytes that are no UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(_BAD)
+    data, offset = b"-", 0
+    while data:
+        data = stream.read1(CHUNK)
+        text = decoder.decode(data, final=not data)
+        try:
+            parts = [(text, len(text.encode()))]
+        except UnicodeEncodeError:
+            parts = [(p, len(p.encode("utf-8", _BAD))) for p in _BAD_BYTES.split(text)]
+        for part, size in parts:
+            if _BAD_BYTES.match(part):
+                yield _not_utf8(file, part[0].encode("utf-8", _BAD)[0], offset)
+            else:
+                yield part if offset else part.removeprefix(_BOM)
+            offset += size
 
 
 def byte_lines(stream: io.BufferedReader) -> Iterator[tuple[int, int, bytes]]:

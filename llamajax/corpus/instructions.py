@@ -16,7 +16,7 @@ from llamajax.corpus.input_patterns import InputFile
 from llamajax.corpus.json_values import json_values
 from llamajax.corpus.prepare_options import PrepareOptions
 from llamajax.errors import UserError, listed
-from llamajax.tokenizers.chat import Message, parse_messages, problems_of_keys, problems_of_message
+from llamajax.tokenizers.chat import Message, parse_messages, problems_of_keys
 from llamajax.tokenizers.chat_tools import from_json
 
 _READ = (".jsonl", ".parquet", ".arrow")
@@ -102,14 +102,10 @@ def parse_example(value: dict[str, Any], template: str) -> tuple[tuple[Message, 
     (form,) = forms
     if form == ("prompt", "completion"):
         turns = [_turn("user", value["prompt"]), _turn("assistant", value["completion"])]
-        problems = [
-            f"{key}: {problem}"
-            for key, turn in zip(form, turns, strict=True)
-            for problem in problems_of_message(turn, template)
-        ]
-        if problems:
-            return (), problems
-        return parse_messages(turns, template, last="assistant", example=value)
+        messages, problems = parse_messages(turns, template, last="assistant", example=value)
+        for number, key in enumerate(form, 1):
+            problems = [problem.replace(f"message {number}: ", f"{key}: ") for problem in problems]
+        return messages, problems
     if form == ("instruction", "output"):
         return _parse_alpaca(value, template)
     turns = value[form[0]]

@@ -9,25 +9,16 @@ from typing import Any
 
 from llamajax.tokenizers import Tokenizer, load_tokenizer
 
-_FILE_OF = {
-    "Ledger": "ledger",
-    "Mixture": "mixture",
-    "Position": "position",
-    "Segment": "position",
-    "check_ledger": "ledger",
-    "eval_batches": "batches",
-    "has_split": "mixture",
-    "left_out": "stages",
-    "open_mixture": "mixture",
-    "open_stages": "stages",
-    "open_validation_sets": "mixture",
-    "sample_ids": "batches",
-    "tokens_reached": "stages",
-    "train_batches": "batches",
-    "with_packing": "stages",
-    "with_stages": "stages",
-    "packings_read": "stages",
-}
+_NAMES = {
+    "batches": ("eval_batches", "sample_ids", "train_batches"),
+    "ledger": ("Ledger", "check_ledger"),
+    "mixture": ("Mixture", "has_split", "open_mixture", "open_validation_sets"),
+    "position": ("Position", "Segment"),
+    "stages": (
+        "left_out", "open_stages", "packings_read", "tokens_reached", "with_packing", "with_stages",
+    ),
+}  # fmt: skip
+_FILE_OF = {name: file for file, names in _NAMES.items() for name in names}
 
 BATCH_KEYS = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
 

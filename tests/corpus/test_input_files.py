@@ -108,6 +108,7 @@ def test_patterns_name_files_in_order_and_once(tmp_path, monkeypatch):
     ("name", "content", "message"),
     [
         ("f.jsonl", b'{"text": "a"}\n\n{"text": }\n', r"f.jsonl:3: not valid JSON"),
+        ("f.jsonl", b'{"text": ' + b"[" * 200_000, "f.jsonl:1: not valid JSON: maximum recursion"),
         ("f.jsonl", b'["a"]\n', r"f.jsonl:1: of type list, not a JSON object"),
         ("f.jsonl", b'{"txt": "a"}\n', r"f.jsonl:1: no key 'text' .*'txt'.*--text_key"),
         ("f.jsonl", b'{"text": null}\n', r"f.jsonl:1: 'text' is of type NoneType"),
@@ -115,9 +116,7 @@ def test_patterns_name_files_in_order_and_once(tmp_path, monkeypatch):
         ("f.txt", b"abc\xc3(", "f.txt: not UTF-8: byte 0xc3 at offset 3"),
         ("f.tokens", b" = A = \n \xe9\n", "f.tokens: not UTF-8: byte 0xe9 at offset 9"),
         ("f.txt.gz", gzip.compress(b"abc" * 999, mtime=0)[:-9], "f.txt.gz: truncated or damaged"),
-        ("f.txt.gz", b"abc", "f.txt.gz: truncated or damaged"),
         ("f.txt.zst", PACK[".zst"](b"abc" * 999)[:-3], "f.txt.zst: truncated or damaged"),
-        ("f.txt.zst", b"abcdefgh", "f.txt.zst: truncated or damaged"),
         # a frame whose header asks for a window of 2 GiB, as zstd --long=31 writes it
         ("f.txt.zst", bytes.fromhex("28b52ffd00a8"), "written by zstd --long"),
         ("f.json", b'[{"text": "a"},\n {"text": "b"}', "f.json: truncated or not valid JSON"),
@@ -130,7 +129,6 @@ def test_patterns_name_files_in_order_and_once(tmp_path, monkeypatch):
         ("f.arrow", arrow(pa.ipc.new_stream)[:-8], "f.arrow: truncated or damaged Arrow: it has"),
         ("f.arrow", b"", "f.arrow: truncated or damaged Arrow"),
         ("f.parquet", b"PAR1abcdefgh", "f.parquet: truncated or damaged Parquet"),
-        ("f.parquet", b"", "f.parquet: truncated or damaged Parquet"),
         ("f.txt", "abc".encode("utf-16"), "f.txt: is UTF-16; convert it"),
         ("f.jsonl", "{}".encode("utf-16"), "f.jsonl: is UTF-16; convert it"),
         *(
@@ -163,11 +161,7 @@ def test_parquet_of_the_wrong_shape(tmp_path, column, name, message):
         read(tmp_path / "f.parquet", text_key="n" if name == "n" else "text")
 
 
-def test_other_string_columns_and_a_truncated_file(tmp_path):
-    content = parquet(tmp_path / "f.parquet", TEXTS)
-    (tmp_path / "f.parquet").write_bytes(content[:-20])
-    with pytest.raises(UserError, match="truncated or damaged"):
-        read(tmp_path / "f.parquet")
+def test_other_string_columns(tmp_path):
     kinds = (pa.large_string(), pa.dictionary(pa.int8(), pa.string()))
     kinds += (pa.string_view(), pa.binary(), pa.large_binary())
     for i, kind in enumerate(kinds):
@@ -222,13 +216,6 @@ def test_a_bad_byte_costs_its_own_document_only(tmp_path, chunk, monkeypatch):
         if name == "f.txt":
             good = [text.decode() for n, text in enumerate(texts) if n not in (30, 31, 89)]
             assert documents == good
-
-
-def test_a_row_nested_too_deeply_is_a_bad_row(tmp_path):
-    deep = '{"text": "a", "b": ' + "[" * 200_000 + "]" * 200_000 + "}\n"
-    (tmp_path / "f.jsonl").write_text(deep + '{"text": "b"}\n')
-    with pytest.raises(UserError, match=r"f.jsonl:1: not valid JSON: maximum recursion"):
-        read(tmp_path / "f.jsonl")
 
 
 def test_byte_order_marks_and_blank_documents_are_left_out(tmp_path):

@@ -1,8 +1,8 @@
 """`prepare --inspect` finds what was planted, and nothing where nothing was."""
 
+import html
 import json
 from collections.abc import Callable, Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 from refusal import refused
 
 from llamajax import prepare
-from llamajax.corpus.document_hashes import CopyCounter, document_hashes
+from llamajax.corpus.document_hashes import CopyCounter
 from llamajax.corpus.inspection import (
     directory_inspection,
     document_reader,
@@ -175,31 +175,13 @@ def test_the_figures_of_lengths_and_packing(inspected, tmp_path):
     assert [part["ends"] for part in first] == ["with it"] * (len(first) - 1) + ["cut"]
 
 
-class Closed(HTMLParser):
-    """Checks that tags are closed in order, and collects the text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open, self.text = [], ""
-        self.feed(page)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        assert tag not in ("script", "link", "img")
-        self.open += [tag] if tag != "meta" else []
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def test_the_page_holds_the_tables_and_no_markup_of_documents(inspected, tmp_path):
     found = inspected(["<script>alert(1)</script> & " * 9] * 2 + CLEAN)
-    page = Closed((tmp_path / "out" / "inspect.html").read_text("utf-8"))
-    assert "<script>alert(1)</script> &" in page.text
-    assert all(line in page.text for line in findings(found))
+    page = (tmp_path / "out" / "inspect.html").read_text("utf-8")
+    assert "<script" not in page
+    shown = html.unescape(page)
+    assert "<script>alert(1)</script> &" in shown
+    assert all(line in shown for line in findings(found))
 
 
 @pytest.mark.parametrize("max_tokens", [None, 40_000])
@@ -291,11 +273,9 @@ def test_what_is_not_looked_for_is_said(inspected, tmp_path, monkeypatch):
     ("ngrams", "shared", "found"),
     [
         (500, 445, (97, 100)),  # similarity 0.80
-        (500, 429, (80, 92)),  # 0.75
         (500, 412, (45, 64)),  # 0.70
         (500, 375, (1, 9)),  # 0.60
         (64, 57, (94, 100)),  # 0.80
-        (64, 48, (1, 10)),  # 0.60
         (63, 62, (0, 0)),  # too short
     ],
 )
@@ -316,6 +296,7 @@ def test_copies_are_counted_across_pieces_and_in_bounded_memory(monkeypatch):
     documents = [RNG.integers(0, 9, n).astype(np.uint16) for n in (3, 9, 1, 700, 5)]
     documents += [documents[3], documents[0], documents[0]]
     documents.append(np.append(np.uint16(9), documents[3][1:]))  # no copy: another first token
+    documents.append(documents[3][::-1])  # nor another order
     counter = CopyCounter()
     for document in documents:
         pieces = np.array_split(document, min(3, len(document)))
@@ -331,12 +312,6 @@ def test_copies_are_counted_across_pieces_and_in_bounded_memory(monkeypatch):
         many.add(part, [1] * len(part))
     assert many.bits >= 2
     assert many.copies() == pytest.approx(15_000, rel=0.15)
-
-
-def test_the_hash_of_a_document_is_of_its_order():
-    tokens = np.array([1, 2, 3, 2, 1, 3, 1, 2, 3])
-    a, b, c = document_hashes(tokens, [3, 3, 3])
-    assert a == c != b
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from workdirs import contents, inputs, prepare_options, write_rows
+from workdirs import contents, write_rows
 from workdirs import run_prepare as run
 
-from llamajax.corpus.preparation import locked_output
-from llamajax.corpus.tasks import share_out
 from llamajax.errors import UserError
 
 WORDS = ["whale", "ship", "sea", "Ahab", "the", "a", "white", "harpoon", "said", "\n\n", "ü", "€"]
@@ -115,8 +113,6 @@ def test_a_task_that_was_killed_is_run_again_and_a_finished_one_is_left_alone(
     run(many, tmp_path / "out", *flags)
     assert "is there already" in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in part.iterdir()} == before
-    with locked_output(part), pytest.raises(UserError, match="another prepare is writing it"):
-        run(many, tmp_path / "out", *flags, "--overwrite")
 
 
 def test_a_merge_names_the_parts_that_are_missing_and_writes_nothing(many, tmp_path):
@@ -142,11 +138,3 @@ def test_parts_of_another_command_are_refused(many, tmp_path):
     with pytest.raises(UserError, match="was cut short"):
         run(many, tmp_path / "out", "--num_tasks=2", "--merge")
     assert not (tmp_path / "out").exists()
-
-
-def test_files_keep_their_order_and_are_shared_by_size(many):
-    files = sorted(many.iterdir())
-    tasks = share_out(prepare_options(num_tasks=3), inputs(many))
-    shares = [[file.path.name for file in task.files] for task in tasks]
-    assert [name for share in shares for name in share] == [file.name for file in files]
-    assert shares[1] != [] != shares[2]

@@ -106,14 +106,6 @@ def test_evaluation_of_a_mixture_starts_with_both_sources(prepared, opened):
     assert {ord("a"), ord("b")} <= set(first["tokens"].ravel().tolist())
 
 
-def test_every_epoch_is_another_permutation_of_all_samples(mixture):
-    count = mixture.sources[0].samples(100, EXAMPLES).count
-    ids = sample_ids(mixture, start(mixture, batch_size=3 * count), 0).reshape(3, count)
-    assert [sorted(epoch) for epoch in ids] == [list(range(count))] * 3
-    assert (np.diff(ids, axis=0) == 0).mean() < 0.1
-    assert (np.diff(ids[0]) == 1).mean() < 0.1
-
-
 def test_the_order_depends_on_the_seed_and_index_only(prepared, opened, documents):
     path = prepared("a", documents)
     one, same, other = (opened(path, seed=seed) for seed in (1, 1, 2))

@@ -80,9 +80,3 @@ def test_changes_that_the_position_knows_are_no_error(mixture, opened):
     changed = with_stages(begin(mixture), [(0, {"batch_size": 6})], {}, step=10)
     later = ledger_of(mixture, changed, 14, start=10, saved=saved)
     assert check_ledger(later, {mixture.hash: mixture}, changed, step=14) == 4
-
-
-def test_steps_are_added_one_after_the_other(mixture):
-    ledger = Ledger({}, begin(mixture), step=5, saved=None)
-    with pytest.raises(ValueError, match="step 7 does not follow step 5"):
-        ledger.add(7)
