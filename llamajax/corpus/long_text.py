@@ -1,5 +1,6 @@
 """Texts that are too long to be held whole: they are read once, chunk by chunk."""
 
+import collections
 import itertools
 import json
 import re
@@ -58,42 +59,40 @@ def split_at(chunks: Iterator[str | UserError], separator: str) -> Iterator[Iter
     separator: may be empty; then there is one text. Reading a text raises the first UserError that
     is among its chunks; the text after it is whole again.
     """
-    buffer, at, ended, is_bad = "", 0, False, False
+    found = _chunks_and_ends(chunks, separator)
+    for first in found:
+        text = _text(itertools.chain([first], found))
+        yield text
+        collections.deque(text, maxlen=0)
 
-    def text() -> Iterator[str]:
-        nonlocal buffer, at, ended, is_bad
-        while (found := buffer.find(separator, at) if separator else -1) < 0:
-            # What might begin a separator stays.
-            keep = max(at, len(buffer) - max(0, len(separator) - 1))
-            yield buffer[at:keep]
-            try:
-                chunk = next(chunks, None)
-            except UserError:
-                ended = True
-                raise
-            if isinstance(chunk, UserError):
-                buffer, at = "", 0
-                if is_bad:  # already said
-                    continue
-                is_bad = True
-                raise chunk
-            if chunk is None:
-                ended = True
-                yield buffer[keep:]
-                return
-            buffer, at = buffer[keep:] + chunk, 0
-        yield buffer[at:found]
-        at = found + len(separator)
 
-    while not ended:
-        each = text()
-        yield each
-        for _ in each:
-            pass
-        if is_bad:
-            for _ in text():
-                pass
-            is_bad = False
+def _chunks_and_ends(
+    chunks: Iterator[str | UserError], separator: str
+) -> Iterator[str | UserError | None]:
+    """Yield what is in each text, and None after it. A separator may lie across two chunks."""
+    rest, kept = "", max(0, len(separator) - 1)  # characters that may begin a separator
+    for chunk in chunks:
+        if isinstance(chunk, UserError):
+            yield chunk
+            rest = ""
+            continue
+        rest += chunk
+        *texts, rest = rest.split(separator) if separator else [rest]
+        for text in texts:
+            yield text
+            yield None
+        yield rest[: max(0, len(rest) - kept)]
+        rest = rest[max(0, len(rest) - kept) :]
+    yield rest
+    yield None
+
+
+def _text(found: Iterator[str | UserError | None]) -> Iterator[str]:
+    for chunk in iter(found.__next__, None):
+        if isinstance(chunk, UserError):
+            collections.deque(iter(found.__next__, None), maxlen=0)
+            raise chunk
+        yield chunk
 
 
 def long_json(line: bytes, where: str) -> Any:
