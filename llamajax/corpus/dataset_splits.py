@@ -3,13 +3,13 @@
 Source: the library `datasets` 5.2 (`save_to_disk`, `data_files.py`) and the hub's `configs:`.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from llamajax.errors import UserError, listed
+from llamajax.files import read_json_object
 
 # The names of splits that are known, in the words of files and folders.
 KNOWN = {
@@ -31,7 +31,7 @@ def saved_splits(folder: Path) -> Splits | None:
     file.
     """
     if (listing := folder / "dataset_dict.json").is_file():
-        names = _read_json(listing).get("splits")
+        names = read_json_object(listing).get("splits")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"{listing}: its splits are no list of names; save it again")
         return {name: _saved_files(folder / name)[0] for name in names}
@@ -54,7 +54,7 @@ def _is_saved(folder: Path) -> bool:
 
 def _saved_files(folder: Path) -> tuple[list[Path], str]:
     """Return the files of one saved split, and its name; empty if it was saved without one."""
-    state = _read_json(folder / "state.json")
+    state = read_json_object(folder / "state.json")
     try:
         files = [folder / each["filename"] for each in state["_data_files"]]
     except (KeyError, TypeError):
@@ -67,14 +67,6 @@ def _saved_files(folder: Path) -> tuple[list[Path], str]:
     if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(f"{folder}: lacks {listed(missing, most=10)}, which state.json lists")
     return files, str(state.get("_split") or "")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from error
-    return value if isinstance(value, dict) else {}
 
 
 def readme_splits(folder: Path, config: str) -> Splits | None:

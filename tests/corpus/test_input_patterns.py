@@ -221,14 +221,14 @@ DAMAGE = {
     "train: lacks data-00001-of-00002.arrow, which state.json lists": lambda s: (
         s / "train/data-00001-of-00002.arrow"
     ).unlink(),
-    "validation/state.json: cannot be read": lambda s: shutil.rmtree(s / "validation"),
+    "validation/state.json is not readable as JSON": lambda s: shutil.rmtree(s / "validation"),
     "dataset_dict.json: its splits are no list of names": lambda s: (
         s / "dataset_dict.json"
     ).write_text('{"splits": [1]}'),
     "saved: the dataset that was saved there has no rows": lambda s: (
         s / "dataset_dict.json"
     ).write_text('{"splits": []}'),
-    "state.json: lists no _data_files": lambda s: (s / "train/state.json").write_text("[]"),
+    "state.json: lists no _data_files": lambda s: (s / "train/state.json").write_text("{}"),
     "has the columns text, messages, tools, but no 'body'": lambda s: None,
 }
 
