@@ -5,7 +5,7 @@ A state is any pytree of arrays. This package knows arrays by name, and no model
 
 from llamajax.checkpoint.checkpointer import Checkpointer, CheckpointError
 from llamajax.checkpoint.leaf_names import named_leaves, rebuild
-from llamajax.checkpoint.manifest import complete_steps, find_damage
+from llamajax.checkpoint.manifest import complete_steps
 from llamajax.checkpoint.restore import (
     Checkpoint,
     check_same_model,
@@ -20,7 +20,6 @@ __all__ = [
     "Checkpointer",
     "check_same_model",
     "complete_steps",
-    "find_damage",
     "named_leaves",
     "newest_checkpoint",
     "open_checkpoint",

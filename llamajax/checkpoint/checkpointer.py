@@ -24,7 +24,6 @@ from llamajax.checkpoint.location import Location
 from llamajax.checkpoint.restore import Checkpoint, Damaged, newest_intact, set_aside_damaged
 from llamajax.checkpoint.save_checks import check_all_parts, check_room
 from llamajax.checkpoint.stored_array import prove_readable
-from llamajax.errors import UserError
 from llamajax.processes.host_collectives import broadcast_from_first, first_problem
 
 if TYPE_CHECKING:
@@ -87,9 +86,9 @@ class Checkpointer:
     keep_every: checkpoints whose step is a multiple of this are kept as well. asynchronous: whether
     `save` returns before the files are written. check_owner: called by process 0 before each save;
     raises OSError if the directory is another run's by now. on_complete: called by process 0,
-    in a thread, with the step of each checkpoint that is complete. hold: change nothing in the
-    directory before `begin`. Removes what a killed save left behind, so only the run itself may
-    make one; to read checkpoints use `open_checkpoint`.
+    in a thread, with the step of each checkpoint that is complete. `begin`, or the first save,
+    removes what a killed save left behind, so only the run itself may make one; to read
+    checkpoints use `open_checkpoint`.
 
     completed: steps of the saves that ended well, for the caller to take.
     """
@@ -103,12 +102,7 @@ class Checkpointer:
         asynchronous: bool,
         check_owner: Callable[[], None] | None = None,
         on_complete: Callable[[int], None] | None = None,
-        hold: bool = False,
     ):
-        if keep < 1:
-            raise UserError(f"checkpoint.keep is {keep}; at least 1 checkpoint must be kept")
-        if keep_every is not None and keep_every < 1:
-            raise UserError(f"checkpoint.keep_every is {keep_every}; it must be positive or none")
         self.directory = location.locate(directory)
         self.completed: collections.deque[int] = collections.deque()
         self._retention = keep, keep_every
@@ -119,8 +113,6 @@ class Checkpointer:
         self._save: _Save | None = None
         for name in ("absl", "asyncio"):  # the second one for tasks whose error nobody takes
             logging.getLogger(name).addFilter(_is_not_orbax)
-        if not hold:
-            self.begin()
 
     def begin(self) -> None:
         """Remove what a killed save left, and set aside the damaged checkpoints found so far.
@@ -148,13 +140,6 @@ class Checkpointer:
             from llamajax.checkpoint.orbax_writer import OrbaxWriter  # takes long to import
 
             self._orbax = OrbaxWriter(self.directory, seal=self._seal)
-
-    @property
-    def in_flight(self) -> int | None:
-        """The step whose checkpoint is being written now, or None."""
-        save = self._save
-        is_writing = save is not None and save.thread is not None and save.thread.is_alive()
-        return save.step if is_writing else None
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, ascending.
@@ -185,6 +170,8 @@ class Checkpointer:
         repeated. A step that is already there, complete, is not written again.
         """
         self.wait()
+        if self._held is not None:
+            self.begin()
         if not self._exists(step):
             self._start(step, state, meta)
             if wait or not self._asynchronous:
@@ -268,12 +255,11 @@ class Checkpointer:
         save.started = True
         with self._failure_recorded(save):
             self._orbax.save(self.directory / str(step), leaves)
-        if save.failure is not None and jax.process_count() == 1:
-            self._clear()
-            self.wait()
-        work = self._finish if save.failure is None else self._give_up
-        save.thread = threading.Thread(target=work, args=(save,), name=f"checkpoint_{step}")
+        has_failed = save.failure is not None
+        save.thread = threading.Thread(target=self._finish, args=(save,), name=f"checkpoint_{step}")
         save.thread.start()
+        if has_failed and jax.process_count() == 1:
+            self.wait()
 
     def _seal(self) -> None:
         """Called by Orbax on process 0 after all files are written, before the rename."""
@@ -288,32 +274,25 @@ class Checkpointer:
 
     def _finish(self, save: _Save) -> None:
         """In the background: wait for the commit, then delete what need not be kept."""
-        save.failure = f"checkpoint of step {save.step} was not saved: its thread died"
-        with self._failure_recorded(save):
-            self._orbax.wait()
-            if jax.process_index() == 0:
-                manifests.check_sizes(self.directory / str(save.step))
-            save.failure = None
-            self.completed.append(save.step)
+        if save.failure is None:
+            save.failure = f"checkpoint of step {save.step} was not saved: its thread died"
+            with self._failure_recorded(save):
+                self._orbax.wait()
+                if jax.process_index() == 0:
+                    manifests.check_sizes(self.directory / str(save.step))
+                save.failure = None
+                self.completed.append(save.step)
         if save.failure is not None:
-            self._give_up(save)
-        elif jax.process_index() == 0:
-            if self._on_complete is not None:
+            self._orbax.save_barrier.failed()  # after this no process writes there any more
+        if jax.process_index() == 0:
+            if save.failure is None and self._on_complete is not None:
                 self._on_complete(save.step)
             # What can't be deleted now is tried again after the next save.
             with contextlib.suppress(OSError):
-                self._prune(save.step)
-
-    def _give_up(self, _: _Save) -> None:
-        """In the background, after a failure: tell the other processes, then clear."""
-        self._orbax.save_barrier.failed()
-        self._clear()
-
-    def _clear(self) -> None:
-        """Remove what a failed save left, now that no process writes there any more."""
-        if jax.process_index() == 0:
-            with contextlib.suppress(OSError):
-                manifests.remove_leftovers(self.directory)
+                if save.failure is None:
+                    self._prune(save.step)
+                else:
+                    manifests.remove_leftovers(self.directory)
 
     @contextlib.contextmanager
     def _failure_recorded(self, save: _Save) -> Iterator[None]:

@@ -112,18 +112,13 @@ def tensorstore_spec(directory: PurePath) -> dict[str, Any]:
 
 
 def entry_names(directory: Location) -> set[str]:
-    """List a directory; empty if it does not exist. Raises OSError."""
+    """List a directory; empty if it does not exist, or is none. Raises OSError."""
     try:
         return {path.name for path in directory.iterdir()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if is_remote(directory):
             raise  # no such bucket
         return set()
-
-
-def is_directory(path: Location) -> bool:
-    """Return whether a directory exists; in an object store: whether it has any object."""
-    return bool(entry_names(path)) if is_remote(path) else path.is_dir()
 
 
 def file_sizes(directory: Location) -> dict[str, int | None]:

@@ -192,8 +192,6 @@ def is_unfinished(directory: Location) -> bool:
 
 
 def _named_like_steps(directory: Location) -> list[Location]:
-    if not is_remote(directory) and not directory.is_dir():
-        return []
     found = [directory / n for n in location.entry_names(directory) if _STEP.fullmatch(n)]
     found = [path for path in found if is_remote(path) or path.is_dir()]
     return sorted(found, key=lambda path: int(path.name))
@@ -210,10 +208,9 @@ def remove_leftovers(directory: Location) -> None:
         for path in _named_like_steps(directory):
             if is_unfinished(path) and not (path / ASIDE).exists():
                 path.rmtree()
-    elif directory.is_dir():
-        for path in directory.iterdir():
-            if not _LEFTOVER.fullmatch(path.name):
-                continue
+        return
+    for path in (directory / name for name in location.entry_names(directory)):
+        if _LEFTOVER.fullmatch(path.name):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

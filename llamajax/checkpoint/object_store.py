@@ -51,6 +51,7 @@ class ObjectPath(epath.Path):
         return self.is_dir() or result(store.read(key, byte_range=slice(0, 0))).state == "value"
 
     def is_dir(self) -> bool:
+        """Return whether any object is below this path."""
         return bool(self.keys())
 
     def iterdir(self) -> Iterator["ObjectPath"]:

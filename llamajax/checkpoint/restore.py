@@ -92,7 +92,7 @@ class Checkpoint:
 
 def open_checkpoint(directory: Location) -> Checkpoint:
     """Open one checkpoint (`checkpoints/STEP`); cheap. Raises UserError if it is damaged."""
-    if not location.is_directory(directory):
+    if not directory.is_dir():
         steps = manifests.complete_steps(directory.parent)
         have = f"complete ones are {', '.join(map(str, steps))}" if steps else "there is none"
         raise UserError(f"no checkpoint {directory}; in {directory.parent} {have}")

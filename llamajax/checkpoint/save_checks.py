@@ -30,7 +30,7 @@ def check_room(directory: Location, leaves: Mapping[str, Any]) -> list[int]:
     oldest = None if location.is_remote(directory) else broadcast_from_first(_oldest, directory)
     try:
         # Orbax would wait for hours for a directory that this process cannot see.
-        if oldest is not None and not location.is_directory(directory / str(oldest)):
+        if oldest is not None and not (directory / str(oldest)).is_dir():
             raise OSError(0, f"there is no {directory / str(oldest)}; is the mount gone?")
         if not location.is_remote(directory):
             directory.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ def prove_readable(state: Location, arrays: Mapping[str, tuple[str, tuple[int, .
 class _Slab(NamedTuple):
     """One read: bytes `start` to `stop` of the block `key`, which have `shape`.
 
-    wanted: the part of them to use. target: where that goes in the result.
+    wanted: the part of them to use. target: the part of the result that it fills.
     """
 
     key: str
@@ -65,7 +65,7 @@ class _Slab(NamedTuple):
     stop: int
     shape: tuple[int, ...]
     wanted: Index
-    target: tuple[int | slice, ...]
+    target: np.ndarray
 
 
 class StoredArray:
@@ -97,21 +97,21 @@ class StoredArray:
             part[...] = self._result(self._array[index].read()).astype(dtype, copy=False)
             return part
         in_flight: deque[tuple[_Slab, Any]] = deque()
-        for slab in self._slabs(index):
+        for slab in self._slabs(index, part):
             if len(in_flight) == _IN_FLIGHT:
-                self._take(*in_flight.popleft(), part)
+                self._take(*in_flight.popleft())
             read = self._array.kvstore.read(slab.key, byte_range=slice(slab.start, slab.stop))
             in_flight.append((slab, read))
         while in_flight:
-            self._take(*in_flight.popleft(), part)
+            self._take(*in_flight.popleft())
         return part
 
-    def _take(self, slab: _Slab, read: Any, part: np.ndarray) -> None:
+    def _take(self, slab: _Slab, read: Any) -> None:
         found = self._result(read)
         if found.state != "value":
             raise DamagedError(self._name, f"block {slab.key} is missing")
         rows = np.frombuffer(found.value, self.dtype).reshape(slab.shape)
-        part[slab.target] = rows[slab.wanted].astype(part.dtype, copy=False)
+        slab.target[...] = rows[slab.wanted].astype(slab.target.dtype, copy=False)
 
     def _result(self, future: Any) -> Any:
         if not is_remote(self._state):
@@ -119,8 +119,8 @@ class StoredArray:
         with store_errors_explained(self._state):
             return result(future)
 
-    def _slabs(self, index: Index) -> Iterator[_Slab]:
-        """Yield the reads for the part `index`, block after block."""
+    def _slabs(self, index: Index, part: np.ndarray) -> Iterator[_Slab]:
+        """Yield the reads that fill `part` with the part `index`, block after block."""
         block: tuple[int, ...] = self._array.chunk_layout.read_chunk.shape
         touched = (range(s.start // n, -(-s.stop // n)) for s, n in zip(index, block, strict=True))
         for number in itertools.product(*touched):
@@ -129,16 +129,20 @@ class StoredArray:
                 slice(max(s.start - c, 0), min(s.stop - c, n))
                 for s, c, n in zip(index, corner, block, strict=True)
             )
-            shift = [c - s.start for s, c in zip(index, corner, strict=True)]
-            yield from self._slabs_of(self._separator.join(map(str, number)), block, inside, shift)
+            target = part[
+                tuple(
+                    slice(i.start + c - s.start, i.stop + c - s.start)
+                    for i, c, s in zip(inside, corner, index, strict=True)
+                )
+            ]
+            yield from self._slabs_of(self._separator.join(map(str, number)), block, inside, target)
 
     def _slabs_of(
-        self, key: str, block: tuple[int, ...], inside: Index, shift: list[int]
+        self, key: str, block: tuple[int, ...], inside: Index, target: np.ndarray
     ) -> Iterator[_Slab]:
-        """Yield the reads for the part `inside` of one block.
+        """Yield the reads that fill `target` with the part `inside` of one block.
 
-        Each is a run of rows along the first axis whose rows are short enough. shift: from
-        positions in the block to those in the result.
+        Each is a run of rows along the first axis whose rows are short enough.
         """
 
         def row_bytes(axis: int) -> int:
@@ -155,22 +159,17 @@ class StoredArray:
         rows = max(1, SLAB_BYTES // row_bytes(axis))
         outer = itertools.product(*(range(s.start, s.stop) for s in inside[:axis]))
         starts = range(inside[axis].start, inside[axis].stop, rows)
-        rest = tuple(
-            slice(s.start + d, s.stop + d)
-            for s, d in zip(inside[axis + 1 :], shift[axis + 1 :], strict=True)
-        )
         for position, start in itertools.product(outer, starts):
-            stop = min(start + rows, inside[axis].stop)
+            count = min(rows, inside[axis].stop - start)
             first = int(np.ravel_multi_index((*position, start), block[: axis + 1]))
-            offset = first * row_bytes(axis)
-            target = tuple(p + d for p, d in zip(position, shift[:axis], strict=True))
+            at = [n - s.start for n, s in zip((*position, start), inside, strict=False)]
             yield _Slab(
                 key=key,
-                start=offset,
-                stop=offset + (stop - start) * row_bytes(axis),
-                shape=(stop - start, *block[axis + 1 :]),
+                start=first * row_bytes(axis),
+                stop=(first + count) * row_bytes(axis),
+                shape=(count, *block[axis + 1 :]),
                 wanted=(slice(None), *inside[axis + 1 :]),
-                target=(*target, slice(start + shift[axis], stop + shift[axis]), *rest),
+                target=target[(*at[:-1], slice(at[-1], at[-1] + count))],
             )
 
 

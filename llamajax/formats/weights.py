@@ -265,7 +265,7 @@ def _open_url(path: Location) -> Weights:
 
 def _checkpoint_in(path: Location) -> Checkpoint | None:
     """Open one of our checkpoints: `path` itself, or the newest under it."""
-    if path.name.isdecimal() and location.is_directory(path / manifests.STATE):
+    if path.name.isdecimal() and (path / manifests.STATE).is_dir():
         return open_checkpoint(path)
     directories = [path / "checkpoints", path]
     if not location.is_remote(path) and recorded_directory(path) not in directories:
@@ -273,7 +273,7 @@ def _checkpoint_in(path: Location) -> Checkpoint | None:
     for directory in directories:
         if (checkpoint := newest_checkpoint(directory)) is not None:
             return checkpoint
-    if location.is_directory(path / "checkpoints"):
+    if (path / "checkpoints").is_dir():
         raise UserError(f"{path} holds a run without a finished checkpoint yet")
     return None
 

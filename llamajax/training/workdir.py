@@ -182,7 +182,6 @@ def _open_checkpoints(
         asynchronous=c.asynchronous and setup.machine.saves_asynchronously,
         check_owner=mine if c.directory is not None else None,
         on_complete=report_checkpoint,
-        hold=True,
     )
 
 

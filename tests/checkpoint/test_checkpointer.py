@@ -34,7 +34,6 @@ from llamajax.checkpoint import (
     restore_state,
 )
 from llamajax.checkpoint import manifest as manifests
-from llamajax.errors import UserError
 
 ONE = {"x": np.int32(1)}
 
@@ -70,19 +69,12 @@ def test_an_older_step_and_a_part_of_the_state(saved: Path):
     assert index["model/blocks/wq"] == jax.ShapeDtypeStruct((16, 24), jnp.bfloat16)
 
 
-def test_leaves_without_sharding_become_numpy(saved: Path):
-    state = make_state((1, 1), seed=2)
-    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-    restored = restore(saved, plain)
-    assert isinstance(restored.model.blocks.wq.get_value(), np.ndarray)
-    assert_same_bits(restored, state)
-
-
 def test_python_numbers_are_stored_as_tracing_sees_them(tmp_path: Path):
     with checkpointer(tmp_path) as saver:
         saver.save(1, {"n": 3, "x": 0.5}, meta={})
     restored = restore(tmp_path, jax.eval_shape(lambda: {"n": 3, "x": 0.5}))
     assert_same_bits(restored, {"n": np.int32(3), "x": np.float32(0.5)})
+    assert isinstance(restored["n"], np.ndarray)  # without a sharding
 
 
 def test_what_cannot_be_stored_writes_nothing(tmp_path: Path):
@@ -119,7 +111,6 @@ def test_a_save_is_safe_from_donation_of_the_state(tmp_path: Path):
     [
         ({"keep": 2}, range(1, 6), [4, 5]),
         ({"keep": 1}, range(1, 4), [3]),
-        ({"keep": 5}, range(1, 5), [1, 2, 3, 4]),
         ({"keep": 1, "keep_every": 2, "asynchronous": False}, range(1, 6), [2, 4, 5]),
     ],
 )
@@ -132,17 +123,10 @@ def test_retention(tmp_path: Path, options: dict, steps: range, kept: list[int])
     assert names(tmp_path) == sorted(map(str, kept))
 
 
-@pytest.mark.parametrize("options", [{"keep": 0}, {"keep_every": 0}])
-def test_impossible_retention_is_refused(tmp_path: Path, options: dict):
-    with pytest.raises(UserError, match=r"checkpoint\.keep"):
-        checkpointer(tmp_path, **options)
-
-
 def test_a_complete_step_is_not_written_again(copy: Path):
     before = (copy / "20" / "manifest.json").stat().st_mtime_ns
     with checkpointer(copy) as saver:
         saver.save(20, ONE, meta={})
-        assert saver.in_flight is None
     assert (copy / "20" / "manifest.json").stat().st_mtime_ns == before
 
 
@@ -213,7 +197,6 @@ def test_meta_and_state_commit_together(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(manifests, "seal", watch)
     with checkpointer(tmp_path) as saver:
         saver.save(1, ONE, meta={"position": 5}, wait=True)
-        assert saver.in_flight is None
     assert seen == [("1.orbax-checkpoint-tmp", True, [])]
     assert open_checkpoint(tmp_path / "1").meta == {"position": 5}
     listed = json.loads((tmp_path / "1" / "manifest.json").read_text())["files"]

@@ -202,7 +202,6 @@ def test_a_store_that_goes_away_in_a_save_costs_that_checkpoint(tmp_path, kind, 
         hold.write_text("run/2/meta.json")
         run.save(2, state, meta=META)
         while not hold.with_suffix(".held").exists():
-            assert run.in_flight == 2
             time.sleep(0.01)
     with pytest.raises(CheckpointError, match=r"step 2 was not saved: .*earlier ones cannot be"):
         run.wait()

@@ -81,9 +81,12 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
 
 
 def checkpointer(directory: Path, **options: Any) -> Checkpointer:
-    return Checkpointer(
+    """A Checkpointer that has begun."""
+    run = Checkpointer(
         directory, **{"keep": 3, "keep_every": None, "asynchronous": True, **options}
     )
+    run.begin()
+    return run
 
 
 def restore(directory: Path, wanted: Any, step: int | None = None, **options: Any) -> Any:

@@ -74,7 +74,7 @@ def used(tmp_path: Path) -> Path:
 def start(config, workdir: Path) -> tuple[int, list[str]]:
     """Where a start continues, and what it says; as `train` does, without training."""
     history, words = History.read(workdir), []
-    options = {"keep": 5, "keep_every": None, "asynchronous": False, "hold": True}
+    options = {"keep": 5, "keep_every": None, "asynchronous": False}
     where = checkpoint_directory(workdir, config.checkpoint.directory)
     with Checkpointer(where, **options) as checkpointer:
         run = SimpleNamespace(
