@@ -81,7 +81,7 @@ def reason(error: BaseException) -> str:
     # TensorStore: `...: No space left on device [os_error_code='28']`.
     if found := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(found.group(1)))
-    words = re.split(r" \[http_response_|$", str(error), maxsplit=1)[0]
+    words = re.split(r" \[[\w -]+='", str(error), maxsplit=1)[0]  # before its attachments
     lines = [line.strip() for line in words.splitlines() if line.strip()]
     return lines[0][:300].rstrip(".") if lines else type(error).__name__
 

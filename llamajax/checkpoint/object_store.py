@@ -8,6 +8,7 @@ refuses, and will again. ConnectionError: it cannot be reached, or fails.
 import errno
 import fnmatch
 import functools
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -65,22 +66,18 @@ class ObjectPath(epath.Path):
             raise FileExistsError(errno.EEXIST, "there is already", str(self))
 
     def read_bytes(self) -> bytes:
-        store, key = self._object
-        found = result(store.read(key))
-        if found.state != "value":
-            raise FileNotFoundError(errno.ENOENT, "there is no such object", str(self))
-        return found.value
+        return self._range(0, None) or b""
 
     def read_text(self, encoding: str | None = None) -> str:
         return self.read_bytes().decode()
 
     def read_chunks(self, num_bytes: int) -> Iterator[bytes]:
         """Read an object in ranges of this many bytes. TensorStore does not tell its size."""
-        start = 0
-        while found := self._range(start, start + num_bytes):
+        for start in itertools.count(0, num_bytes):
+            if (found := self._range(start, start + num_bytes)) is None:
+                yield self._range(start, None) or b""
+                return
             yield found
-            start += num_bytes
-        yield self._range(start, None) or b""
 
     def _range(self, start: int, stop: int | None) -> bytes | None:
         """Read a range of bytes; None where the object ends before it does."""

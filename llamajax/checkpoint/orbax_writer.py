@@ -56,12 +56,12 @@ class OrbaxWriter:
     """
 
     def __init__(self, directory: Location, *, seal: Callable[[], None]):
-        options = {"file_io_concurrency": {"limit": "shared"}}  # the queue that KeptWorkers knows
         if is_remote(directory):
             orbax_tensorstore.take_urls(kvstore_spec, SCHEMES)
         else:
             take_directories_literally()
-        orbax_tensorstore.set_options(options)
+        # The queue that KeptWorkers knows.
+        orbax_tensorstore.set_options({"file_io_concurrency": {"limit": "shared"}})
         self._file_bytes = _OBJECT_BYTES if is_remote(directory) else None
         self._workers = KeptWorkers()
         self.save_barrier = SaveBarrier(ocp.multihost.get_barrier_sync_fn())
