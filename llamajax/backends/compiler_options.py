@@ -1,11 +1,11 @@
 """Choose the options that XLA compiles a step with, program by program.
 
 Precedence: `backend.compiler_options`, the user's XLA_FLAGS and LIBTPU_INIT_ARGS, the table by
-platform and kind of device (`platforms.py`). Of a list (`_LISTS`), such as the passes that are
-turned off, the table's entries are added to the user's; an empty list of the user's turns the
-table's off. In `backend.compiler_options` `+` stands between entries. XLA aborts on a flag that it
-does not know; an option of one program that it does not know is an error that can be caught. So
-each release takes of the table what it knows.
+platform and kind of device (`platforms.py`). To the user's list of passes that are turned off the
+table's entries are added; an empty list of the user's turns the table's off. In
+`backend.compiler_options` `+` stands between entries. XLA aborts on a flag that it does not know;
+an option of one program that it does not know is an error that can be caught. So each release
+takes of the table what it knows.
 """
 
 import dataclasses
@@ -23,8 +23,7 @@ from llamajax.backends.plugin import Option, typed_options
 from llamajax.errors import UserError
 
 COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-# Options that are lists: what the user and the table name counts together.
-_LISTS = ("xla_disable_hlo_passes",)
+_PASSES = "xla_disable_hlo_passes"  # a list: what the user and the table name counts together
 _REFUSED = re.compile(r"No such compile option: '(\w+)'|While setting option (\w+),")
 _LEAST_LAYER_BYTES = 2**30  # of small layers several are combined, as in published recipes
 
@@ -76,7 +75,8 @@ def choose_compiler_options(
     asked for.
     """
     own = typed_options(asked, key="backend.compiler_options")
-    own |= {name: str(own[name]).replace("+", ",") for name in _LISTS if own.get(name)}
+    if own.get(_PASSES):
+        own[_PASSES] = str(own[_PASSES]).replace("+", ",")
     if own and (found := _refusal(own, device)):
         raise UserError(
             f"backend.compiler_options = {asked}: the compiler refuses it: {found[1]}; correct the "
@@ -94,9 +94,8 @@ def choose_compiler_options(
             for name, value in group.items()
             if name not in given
         }
-        for name in _LISTS:
-            if name in group and given.get(name):
-                left[name] = f"{given[name]},{group[name]}"
+        if _PASSES in group and given.get(_PASSES):
+            left[_PASSES] = f"{given[_PASSES]},{group[_PASSES]}"
         if left and (found := _refusal(left, device)):
             refused[found[0]] = found[1]
         else:

@@ -32,16 +32,11 @@ from llamajax.files import write_file
 READY, READY_WITH_REPAIRS, NOT_READY = "ready", "ready with repairs", "not ready"
 Status = Literal["pass", "fail", "unsupported"]
 
-DONATION = "donation"
-COMPILE_CACHE = "compile_cache"
-SYNCHRONOUS_CHECKPOINTS = "synchronous_checkpoints"
-PLAIN_ATTENTION = "plain_attention"
-REPAIRS = {
-    DONATION: "memory of donated arrays is used again: else weights and optimizer live twice",
-    COMPILE_CACHE: "compiled programs are kept on disk: else every start compiles anew",
-    SYNCHRONOUS_CHECKPOINTS: "a checkpoint is on disk before the next step: no copies beside it",
-    PLAIN_ATTENTION: "attention as the plain operations of the reference, no blocks, no kernel",
-}
+DONATION = "donation"  # else weights and optimizer live twice
+COMPILE_CACHE = "compile_cache"  # else every start compiles anew
+SYNCHRONOUS_CHECKPOINTS = "synchronous_checkpoints"  # a save ends before the next step
+PLAIN_ATTENTION = "plain_attention"  # no blocks, no kernel
+REPAIRS = (DONATION, COMPILE_CACHE, SYNCHRONOUS_CHECKPOINTS, PLAIN_ATTENTION)
 _PRIVATE = {DONATION: donation, COMPILE_CACHE: cache_hook}
 
 

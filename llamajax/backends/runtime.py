@@ -114,10 +114,8 @@ def start(
     rank = find_rank(config)
     scheduler = detected_scheduler() if rank is None else None
     with named_to_jax(config):
-        if rank is not None and rank.num_processes > 1:
-            _join(rank, timeout_s=config.timeout_s, facts=facts())
-        elif scheduler:
-            _join_as_detected(scheduler, timeout_s=config.timeout_s)
+        if scheduler or (rank is not None and rank.num_processes > 1):
+            _join(rank, scheduler, timeout_s=config.timeout_s, facts=facts)
         devices = _devices(config)
     if rank is not None and jax.process_count() != rank.num_processes:
         raise UserError(
@@ -218,40 +216,41 @@ def _with_environment(config: BackendConfig) -> BackendConfig:
     return dataclasses.replace(config, name=name, plugin=path)
 
 
-def _join(rank: Rank, *, timeout_s: int, facts: process_facts.Facts) -> None:
-    """Join the processes of the run, after making sure that all of them are there."""
-    call_roll(
-        rank.coordinator_address,
-        num_processes=rank.num_processes,
-        process_id=rank.process_id,
-        timeout_s=timeout_s,
-        facts=facts,
-    )
-    try:
-        jax.distributed.initialize(
-            **dataclasses.asdict(rank),
-            cluster_detection_method="deactivate",  # a launcher's workers are no scheduler's tasks
-            initialization_timeout=timeout_s,
-            heartbeat_timeout_seconds=_HEARTBEAT_S,
+def _join(
+    rank: Rank | None,
+    scheduler: str | None,
+    *,
+    timeout_s: int,
+    facts: Callable[[], process_facts.Facts],
+) -> None:
+    """Join the processes of the run: as `rank` says, after making sure that all of them are there.
+
+    Without a rank JAX asks the scheduler for coordinator, number and rank.
+    """
+    settings = {"initialization_timeout": timeout_s, "heartbeat_timeout_seconds": _HEARTBEAT_S}
+    if rank is not None:
+        call_roll(
+            rank.coordinator_address,
+            num_processes=rank.num_processes,
+            process_id=rank.process_id,
+            timeout_s=timeout_s,
+            facts=facts(),
         )
+        # deactivate: a launcher's workers are no scheduler's tasks
+        settings |= dataclasses.asdict(rank) | {"cluster_detection_method": "deactivate"}
+    try:
+        jax.distributed.initialize(**settings)
     except (RuntimeError, ValueError) as error:
+        line = str(error).splitlines()[0]
+        if rank is None:
+            raise UserError(
+                f"{scheduler} started several processes, but JAX could not join them: {line}. Set "
+                "backend.coordinator_address, num_processes and process_id, or start them with "
+                "llamajax.launch"
+            ) from None
         # A RuntimeError is that of the network, or of a port taken since the roll call.
         kind = TransientError if isinstance(error, RuntimeError) else UserError
         raise kind(
             f"process {rank.process_id} of {rank.num_processes} could not join the coordinator "
-            f"{rank.coordinator_address}: {str(error).splitlines()[0]}"
-        ) from None
-
-
-def _join_as_detected(scheduler: str, *, timeout_s: int) -> None:
-    """Let JAX ask the scheduler for coordinator, number and rank."""
-    try:
-        jax.distributed.initialize(
-            initialization_timeout=timeout_s, heartbeat_timeout_seconds=_HEARTBEAT_S
-        )
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{scheduler} started several processes, but JAX could not join them: "
-            f"{str(error).splitlines()[0]}. Set backend.coordinator_address, num_processes and "
-            "process_id, or start them with llamajax.launch"
+            f"{rank.coordinator_address}: {line}"
         ) from None

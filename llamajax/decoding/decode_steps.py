@@ -12,7 +12,7 @@ from llamajax.decoding.generate_options import Sampling
 from llamajax.decoding.sampling import sample
 from llamajax.models.llama import Block, Compute, LayerInputs, Llama
 from llamajax.models.sharded_step import sharded_step
-from llamajax.ops.attention_plain import plain_attention
+from llamajax.ops.attention import plain_attention
 from llamajax.sharding import ACTIVATIONS, BATCH_AXES, batch_spec, collectives, spec
 
 NOTHING = -1  # in the output of a row that had stopped before

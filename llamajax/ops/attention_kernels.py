@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llamajax.backends.jax_private import cudnn
+from llamajax.sharding.collectives import pcast_varying_like
 
 # cuDNN needs a bound on the documents of a batch, and its row statistics take 4 bytes for each of
 # B * bound * N * T: at 128 tokens a document, half the output's size at T = 4096, H = 128.
@@ -34,13 +35,16 @@ def cudnn_attention(
 
 
 def _cudnn_forward(q_BTNH, k_BSKH, v_BSKH, docs):
-    o, statistics = cudnn.forward(q_BTNH, k_BSKH, v_BSKH, docs)
-    o, statistics = checkpoint_name(o, "attention"), checkpoint_name(statistics, "attention")
+    o, statistics = (
+        checkpoint_name(pcast_varying_like(x, q_BTNH), "attention")
+        for x in cudnn.forward(q_BTNH, k_BSKH, v_BSKH, docs)
+    )
     return o, (q_BTNH, k_BSKH, v_BSKH, docs, statistics, o)
 
 
 def _cudnn_backward(saved, do_BTNH):
-    return *cudnn.backward(*saved, do_BTNH), None
+    grads = zip(cudnn.backward(*saved, do_BTNH), saved[:3], strict=True)
+    return *(pcast_varying_like(grad, x) for grad, x in grads), None
 
 
 cudnn_attention.defvjp(_cudnn_forward, _cudnn_backward)

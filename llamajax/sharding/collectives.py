@@ -148,15 +148,11 @@ def _gather(x: jax.Array, scale: Any, dim: int | None, dtype: jnp.dtype) -> jax.
     return checkpoint_name(whole.astype(jnp.float32), "gathered_weight")
 
 
-def _gather_forward(x: jax.Array, scale: Any, dim: int | None, dtype: jnp.dtype):
-    return _gather(x, scale, dim, dtype), None
-
-
 def _gather_backward(dim: int | None, dtype: jnp.dtype, _: None, grad: jax.Array):
     return psum(grad, "fsdp") if dim is None else psum_scatter(grad, "fsdp", dim=dim), None
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+_gather.defvjp(lambda *arguments: (_gather(*arguments), None), _gather_backward)
 
 
 def gather(tree: Any, dtype: jnp.dtype, *, split_tokens: bool = False) -> Any:

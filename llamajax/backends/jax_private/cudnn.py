@@ -15,13 +15,13 @@ Checked by lowering for CUDA and reading the program; not yet run on a GPU.
 
 import inspect
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from llamajax.backends.jax_private import TESTED
-from llamajax.errors import UserError
 
 # Operands and parameters as the CUDA lowering rules name them. The last two came with jax 0.12 and
 # are passed as None where they exist; any other new parameter is one whose meaning we don't know.
@@ -105,14 +105,14 @@ def documents(segment_ids_BT: jax.Array, *, max_documents: int) -> Documents:
 
 def forward(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, docs: Documents | None
-) -> tuple[jax.Array, jax.Array]:
-    """Return output (B, T, N, H) and float32 row statistics (B * M, N, T) of causal attention."""
+) -> Sequence[jax.Array]:
+    """Return output (B, T, N, H) and float32 row statistics (B * M, N, T) of causal attention.
+
+    Until jax 0.10.1 results of the primitives do not say along which mesh axes they vary.
+    """
     module, parameters = _bound(q_BTNH, docs)
     operands = (q_BTNH, k_BSKH, v_BSKH, *_operands(q_BTNH, k_BSKH, docs))
-    o, statistics = module._dot_product_attention_fwd_p.bind(
-        *operands, is_training=True, **parameters
-    )
-    return _varying_like(o, q_BTNH), _varying_like(statistics, q_BTNH)
+    return module._dot_product_attention_fwd_p.bind(*operands, is_training=True, **parameters)
 
 
 def backward(
@@ -123,21 +123,12 @@ def backward(
     statistics: jax.Array,
     o_BTNH: jax.Array,
     do_BTNH: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Sequence[jax.Array]:
     """Return the gradients of q, k and v, from the results of `forward` and do."""
     module, parameters = _bound(q_BTNH, docs)
     documents = _operands(q_BTNH, k_BSKH, docs)
     operands = (q_BTNH, k_BSKH, v_BSKH, *documents, statistics, o_BTNH, do_BTNH)
-    grads = module._dot_product_attention_bwd_p.bind(*operands, **parameters)
-    dq, dk, dv = (_varying_like(g, x) for g, x in zip(grads, operands[:3], strict=True))
-    return dq, dk, dv
-
-
-def _varying_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Mark `x` as varying along the axes of `like`: until jax 0.10.1 the primitives do not."""
-    wanted, found = (jax.typeof(y).manual_axis_type.varying for y in (like, x))
-    missing = tuple(sorted(wanted - found))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
+    return module._dot_product_attention_bwd_p.bind(*operands, **parameters)
 
 
 def _operands(
@@ -158,8 +149,6 @@ def _operands(
 
 def _bound(q_BTNH: jax.Array, docs: Documents | None) -> tuple[Any, dict[str, Any]]:
     """Return JAX's private module and the parameters common to both primitives."""
-    if why := problem():
-        raise UserError(why)
     module = _module()
     return module, {
         "scale": q_BTNH.shape[-1] ** -0.5,
