@@ -11,15 +11,13 @@ memory_gib = 64
 hbm_bytes_per_s = 1.6e12
 fast_bytes_per_s = 196e9        # to its neighbors in the node, one direction
 source = "the vendor's data sheet"
-# optional: name, float32, float8, xla_gib, slow_bytes_per_s, efficiency
 ```
 """
 
+import dataclasses
 import os
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from llamajax.backends.device_data import (
     DEVICES,
@@ -27,16 +25,41 @@ from llamajax.backends.device_data import (
     GPU_MEMORY_FRACTION,
     Device,
 )
+from llamajax.config.load import build_list
 from llamajax.config.schema import TrainDtype
-from llamajax.errors import UserError, combine, did_you_mean, nearest
+from llamajax.config.values import key
+from llamajax.errors import UserError, combine
 
 _GIB = 2**30
-_REQUIRED_TEXTS, _TEXTS = ("kind", "source"), ("kind", "source", "name")
-_REQUIRED_NUMBERS = ("bfloat16", "memory_gib", "hbm_bytes_per_s", "fast_bytes_per_s")
-_NUMBERS = (*_REQUIRED_NUMBERS, "float32", "float8", "xla_gib", "slow_bytes_per_s", "efficiency")
-_KEYS = (*_TEXTS, *_NUMBERS)
-# Predictions need one; two thirds is what large products reach on the devices that are known.
-_EFFICIENCY = 0.66
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """One [[device]] of a user's file."""
+
+    kind: str = key("how JAX's device_kind begins")
+    source: str = key("who says so")
+    bfloat16: float = key("peak FLOP/s of matrix products, dense", above=0)
+    memory_gib: float = key("on the data sheet", above=0)
+    hbm_bytes_per_s: float = key("of its memory", above=0)
+    fast_bytes_per_s: float = key("to its neighbors in the node, one direction", above=0)
+    slow_bytes_per_s: float | None = key("between nodes", default=None, above=0)
+    name: str | None = key("short", default=None)
+    float32: float | None = key("peak FLOP/s", default=None, above=0)
+    float8: float | None = key("peak FLOP/s", default=None, above=0)
+    xla_gib: float | None = key("what XLA sees of the memory", default=None, above=0)
+    # Predictions need one; two thirds is what large products reach on the devices that are known.
+    efficiency: float = key(
+        "share of the peak that large products reach", default=0.66, at_least=0.01, below=1.0
+    )
+
+    def device(self) -> Device:
+        """Return the entry in the form of our own."""
+        facts = dataclasses.asdict(self) | {"name": self.name or self.kind}
+        memory_gib, xla_gib = facts.pop("memory_gib"), facts.pop("xla_gib")
+        sizes = {"memory_bytes": memory_gib, "xla_bytes": xla_gib or memory_gib}
+        return Device(**facts, **{name: int(gib * _GIB) for name, gib in sizes.items()})
+
 
 _added: tuple[Device, ...] = ()
 
@@ -82,67 +105,23 @@ def _read(file: str) -> tuple[Device, ...]:
         raise UserError(f"{title} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{title} is not TOML: {error}") from None
-    problems = [
-        f"unknown key {key!r}{did_you_mean(nearest(key, ('device',))) or '.'} "
-        "Devices stand under [[device]]"
-        for key in found
-        if key != "device"
-    ]
-    entries = found.get("device", [])
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        problems.append("device is no list of tables; write [[device]] above each")
-        entries = []
-    elif not entries and not problems:
-        problems.append("there is no device in it; write [[device]] and its keys below")
-    for number, entry in enumerate(entries, start=1):
-        problems += [f"device {number}: {problem}" for problem in _problems(entry)]
-    kinds = [entry["kind"] for entry in entries if "kind" in entry]
+    problems = [f"unknown key {name!r}: devices stand under [[device]]" for name in found
+                if name != "device"]  # fmt: skip
+    items = found.get("device")
+    if not isinstance(items, list) or not items:
+        raise combine(
+            [*problems, "has no list of devices; write [[device]] above each"], title=title
+        )
+    entries, wrong = build_list("device", _Entry, items)
+    problems += wrong
+    kinds = [item["kind"] for item in items if isinstance(item, dict) and "kind" in item]
     problems += [
         f"kind {kind!r} is there {kinds.count(kind)} times; describe it once"
-        for kind in dict.fromkeys(kinds)
+        for kind in dict.fromkeys(map(str, kinds))
         if kinds.count(kind) > 1
     ]
+    if "" in kinds:
+        problems.append("kind is empty: it would be every device")
     if problems:
         raise combine(problems, title=title)
-    return tuple(_device(**entry) for entry in entries)
-
-
-def _problems(entry: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for key in entry:
-        if key not in _KEYS:
-            hint = did_you_mean(nearest(key, _KEYS)) or "."
-            problems.append(f"unknown key {key!r}{hint} Keys: {', '.join(_KEYS)}")
-    missing = [key for key in (*_REQUIRED_TEXTS, *_REQUIRED_NUMBERS) if key not in entry]
-    if missing:
-        problems.append(f"{', '.join(missing)}: missing, and needed")
-    for key, value in entry.items():
-        if key in _TEXTS and not (isinstance(value, str) and value.strip()):
-            problems.append(f"{key} = {value!r}: must be text in quotes")
-        elif key in _NUMBERS and not (type(value) in (int, float) and 0 < value < 1e30):
-            problems.append(f"{key} = {value!r}: must be a number above 0")
-        elif key == "efficiency" and value > 1:
-            problems.append(f"efficiency = {value}: is a share of the peak, at most 1")
-    return problems
-
-
-def _device(
-    *,
-    kind: str,
-    source: str,
-    memory_gib: float,
-    name: str | None = None,
-    xla_gib: float | None = None,
-    efficiency: float = _EFFICIENCY,
-    **numbers: float,
-) -> Device:
-    optional = {"float32": None, "slow_bytes_per_s": None}
-    return Device(
-        kind=kind,
-        name=name or kind,
-        memory_bytes=int(memory_gib * _GIB),
-        xla_bytes=int((xla_gib or memory_gib) * _GIB),
-        efficiency=float(efficiency),
-        source=source,
-        **optional | {key: float(value) for key, value in numbers.items()},
-    )
+    return tuple(entry.device() for entry in entries)

@@ -121,6 +121,13 @@ def build_model(tree: Mapping) -> tuple[ModelConfig | None, list[str]]:
     return (None if problems else model), problems
 
 
+def build_list(path: str, cls: type, items: list) -> tuple[list, list[str]]:
+    """Return an instance of `cls` for each of these mappings, and every problem, as of `path`."""
+    reader = _Reader()
+    found = [reader.section(f"{path}[{i}]", cls, item) for i, item in enumerate(items)]
+    return found, reader.problems
+
+
 class _Reader:
     """Turn nested values into dataclasses; collect the valid values by path, and every problem."""
 

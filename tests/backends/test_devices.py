@@ -46,15 +46,14 @@ def test_an_added_device_comes_before_ours(table):
 
 def test_every_mistake_is_named_at_once(table):
     text = _ENTRY.replace("bfloat16", "bfloat61").replace("64", '"64"').replace("1.6e12", "-1")
-    text += _ENTRY + "efficiency = 66\n[limits]\nx = 1\n"
-    text = text.replace("[limits]", "[devices]")
+    text += _ENTRY + "efficiency = 66\n[devices]\nx = 1\n"
     with refused(
-        "unknown key 'devices'; did you mean device?",
-        "device 1: unknown key 'bfloat61'; did you mean bfloat16?",
-        "device 1: bfloat16: missing, and needed",
-        "device 1: memory_gib = '64': must be a number above 0",
-        "device 1: hbm_bytes_per_s = -1: must be a number above 0",
-        "device 2: efficiency = 66: is a share of the peak",
+        "unknown key 'devices': devices stand under [[device]]",
+        "device[0].bfloat61: unknown key; did you mean bfloat16?",
+        "device[0].bfloat16: not set (float: peak FLOP/s of matrix products, dense)",
+        "device[0].memory_gib: expected float, got '64' (str)",
+        "device[0].hbm_bytes_per_s = -1.0: must be above 0",
+        "device[1].efficiency = 66.0: must be at least 0.01 and below 1.0",
         "kind 'Ascend 910' is there 2 times",
     ):
         devices.use_device_table(table(text))
@@ -64,8 +63,9 @@ def test_every_mistake_is_named_at_once(table):
     ("text", "words"),
     [
         ("kind = ", "is not TOML"),
-        ("", "there is no device in it"),
+        ("", "write [[device]] above each"),
         ('device = "x"', "write [[device]] above each"),
+        (_ENTRY.replace("Ascend 910", ""), "kind is empty"),
         (None, "/nowhere.toml: cannot be read: No such file"),
     ],
 )
