@@ -64,6 +64,7 @@ LONG_LISTS = {
     "evaluation/evaluate_options.py:EvaluateOptions": "flags of a verb",
     "backends/platforms.py:Platform": "a row of the table of platforms",
     "backends/device_data.py:Device": "a row of the table of devices",
+    "backends/devices.py:_Entry": "keys of a user's table of devices",
     "backends/runtime.py:Machine": "facts of run.json",
     "ops/cross_entropy.py:cross_entropy": "four arrays, and what they are computed with",
     "backends/jax_private/cudnn.py:backward": "arrays, in the order that JAX passes them",
