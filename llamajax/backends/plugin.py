@@ -82,28 +82,27 @@ def _typed(text: str) -> Option:
 def check_library(library: Path) -> tuple[int, int]:
     """Load a library and return the version of the PJRT C API that it offers.
 
-    UserError for a file that is missing, no shared library, without `GetPjrtApi`, or of a version
-    that this JAX does not take.
+    UserError for a file that cannot be loaded, is no plugin, or is of a version that this JAX does
+    not take.
     """
     title = f"backend.plugin = {library}:"
-    if not library.is_file():
-        raise UserError(
-            f"{title} there is no such file; give the path of the vendor's PJRT library (often "
-            "libpjrt_NAME.so)"
-        )
     try:
         loaded = ctypes.CDLL(str(library))
     except OSError as error:
-        raise UserError(f"{title} {_not_loaded(library, error)}") from None
-    if not hasattr(loaded, "GetPjrtApi"):
+        reason = str(error).removeprefix(f"{library}: ")
         raise UserError(
-            f"{title} is a shared library without the function GetPjrtApi, so it is no PJRT "
-            "plugin; ask the vendor which of its libraries is"
+            f"{title} cannot be loaded: {reason}; give the path of the vendor's PJRT library "
+            "(often libpjrt_NAME.so), built for this system, and put what it needs itself into "
+            "LD_LIBRARY_PATH"
+        ) from None
+    function = getattr(loaded, "GetPjrtApi", None)
+    if function is not None:
+        function.restype = ctypes.POINTER(_Head)
+    if function is None or not (table := function()):
+        raise UserError(
+            f"{title} is a shared library without a function GetPjrtApi that gives a table: it is "
+            "no PJRT plugin; ask the vendor which of its libraries is"
         )
-    loaded.GetPjrtApi.restype = ctypes.POINTER(_Head)
-    table = loaded.GetPjrtApi()
-    if not table:
-        raise UserError(f"{title} GetPjrtApi gave no table of functions")
     major, minor = table.contents.version.major, table.contents.version.minor
     if major != _MAJOR or minor < _OLDEST_MINOR:
         raise UserError(
@@ -113,20 +112,6 @@ def check_library(library: Path) -> tuple[int, int]:
             f"({_package(library, ()) or _installed()})"
         )
     return major, minor
-
-
-def _not_loaded(library: Path, error: OSError) -> str:
-    with library.open("rb") as file:
-        is_elf = file.read(4) == b"\x7fELF"
-    if not is_elf:
-        return "is no shared library; give the path of the vendor's PJRT library"
-    reason = str(error).removeprefix(f"{library}: ")
-    if "cannot open shared object file" in reason:
-        return (
-            f"needs a library that is not found ({reason}); install the vendor's runtime, or add "
-            "its folder to LD_LIBRARY_PATH"
-        )
-    return f"cannot be loaded: {reason}; it may be built for another processor or system"
 
 
 @contextlib.contextmanager
@@ -222,12 +207,8 @@ def why_not(name: str, reason: str, config: BackendConfig) -> str:
             f"{title} {reason}. Correct backend.options = {config.options} (8 is an int, 8.0 a "
             'float, true a bool, "8" in quotes a string)'
         )
-    if "NOT_FOUND" in reason or "provides no devices" in reason:
-        return (
-            f"{title} {reason}. Is a device there, its driver loaded, and is it visible to this "
-            "process? Choose another backend otherwise (cpu always works)"
-        )
     return (
-        f"{title} {reason}. Check the vendor's driver and runtime (its own tool should list the "
-        "device), or choose another backend (cpu always works)"
+        f"{title} {reason}. Is a device there, its driver loaded (the vendor's own tool should "
+        "list it), and is it visible to this process? Choose another backend otherwise (cpu always "
+        "works)"
     )
