@@ -27,7 +27,6 @@ from llamajax.formats.huggingface.hf_read import EMBEDDING, WEIGHT_DTYPES
 from llamajax.formats.huggingface.hf_write import write_json
 from llamajax.formats.huggingface.model_card import CARD, edited_card
 from llamajax.formats.huggingface.safetensors_files import (
-    DamagedFile,
     SafetensorsSource,
     read_metadata,
     read_places,
@@ -130,10 +129,7 @@ def open_adapters(path: Path, config: Mapping[str, Any], model: ModelConfig) -> 
         raise UserError(
             f"{path} has no {_TENSORS}; save the adapters as safetensors (save_pretrained of PEFT)"
         )
-    try:
-        places = {name.removeprefix(_PREFIX): p for name, p in read_places(file).items()}
-    except DamagedFile as error:
-        raise UserError(f"{file} {error}; copy or download it again") from None
+    places = {name.removeprefix(_PREFIX): place for name, place in read_places(file).items()}
     source, whole = SafetensorsSource(places), {}
     shapes = {tensor.name: tensor.shape for tensor in tensors(model)}
     if model.tie_embeddings:  # PEFT would make two matrices of one

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from llamajax.errors import UserError
 from llamajax.formats.huggingface.safetensors_files import (
-    DamagedFile,
     read_part,
     read_places,
     write_safetensors,
@@ -72,22 +72,22 @@ def test_a_wrong_header_is_refused(file, change, words):
     change(header)
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-    with pytest.raises(DamagedFile, match=words):
+    with pytest.raises(UserError, match=words):
         read_places(file)
 
 
 @pytest.mark.parametrize("size", [0, 5, 40, -1])
 def test_a_cut_file_is_refused(file, size):
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(DamagedFile, match="cut off"):
+    with pytest.raises(UserError, match="cut off"):
         read_places(file)
 
 
 def test_a_pointer_and_a_file_that_shrinks_later_are_refused(file):
     place = read_places(file)["a"]
     file.write_bytes(file.read_bytes()[: place.offset + 8])
-    with pytest.raises(DamagedFile, match="ended while"):
+    with pytest.raises(UserError, match="ended while"):
         read_part(place, None)
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(DamagedFile, match="run `git lfs pull`"):
+    with pytest.raises(UserError, match="run `git lfs pull`"):
         read_places(file)

@@ -26,7 +26,6 @@ from llamajax.formats.foreign_weights import (
 from llamajax.formats.huggingface.hf_config import read_model_config
 from llamajax.formats.huggingface.hf_names import ROWS, Row, tensors, their_index, to_ours
 from llamajax.formats.huggingface.safetensors_files import (
-    DamagedFile,
     SafetensorsSource,
     TensorPlace,
     read_places,
@@ -86,6 +85,9 @@ def _open_files(directory: Path) -> tuple[SafetensorsSource | None, list[str]]:
     found: dict[str, TensorPlace] = {}
     problems = []
     for file in files:
+        if not file.exists():
+            problems.append(f"{file} is missing, and {INDEX} names it; copy or download it")
+            continue
         try:
             for name, place in read_places(file).items():
                 if file_of is not None and file_of.get(name, file) != file:
@@ -94,12 +96,8 @@ def _open_files(directory: Path) -> tuple[SafetensorsSource | None, list[str]]:
                     first = found[plain].file
                     problems.append(f"{file}: {name} is {plain}, which {first} holds too")
                 found[plain] = place
-        except FileNotFoundError:
-            problems.append(f"{file} is missing, and {INDEX} names it; copy or download it")
-        except OSError as error:
-            problems.append(f"cannot read {file}: {error.strerror}")
-        except DamagedFile as error:
-            problems.append(f"{file} {error}; copy or download it again")
+        except UserError as error:
+            problems.append(str(error))
     if file_of is not None and not problems:
         problems += [
             f"{name}: {INDEX} says it is in {file.name}, which does not hold it"
@@ -158,7 +156,6 @@ def load_tensors(source: TensorSource, model: ModelConfig, abstract_model: Any) 
     weight and one tensor at a time.
     """
     weights = named_weights(abstract_model)
-    _check_shapes(weights, model)
     check_tied_head(source, model)
     leaves = {
         name: array_from_parts(weight.get_value(), _reader(source, ROWS[name], weight, model))
@@ -171,20 +168,6 @@ def named_weights(model: Any) -> dict[str, Any]:
     """Return the declared weights of a model by name: each an array (or its shape) and letters."""
     weights = jax.tree.leaves(model, is_leaf=is_weight)
     return dict(zip(named_leaves(model), weights, strict=True))
-
-
-def _check_shapes(weights: dict[str, Any], model: ModelConfig) -> None:
-    """Raise UserError when the wanted model is of another architecture than the stored one."""
-    problems = []
-    for name, weight in weights.items():
-        wanted = list(weight.get_value().shape)
-        stored = [model.dims[d] for d in letters(weight)]
-        if wanted != stored:
-            problems.append(f"{name}: {stored} is stored, {wanted} is wanted")
-    if model.tie_embeddings != ("head" not in weights):
-        problems.append(f"model.tie_embeddings is {model.tie_embeddings} in what is stored")
-    if problems:
-        raise combine(problems[:_LISTED], title="the stored weights are of another architecture:")
 
 
 def _reader(

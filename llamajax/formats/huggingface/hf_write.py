@@ -5,10 +5,10 @@ before the next, because that is how ours are stacked.
 """
 
 import collections
-import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ import numpy as np
 from llamajax.config.schema import ModelConfig
 from llamajax.errors import UserError
 from llamajax.files import check_target, replaced_directory
-from llamajax.formats.foreign_weights import Export, TensorSource, read_as
+from llamajax.formats.foreign_weights import Export, read_as
 from llamajax.formats.huggingface.hf_config import write_model_config
 from llamajax.formats.huggingface.hf_names import TABLE, Tensor, tensors
 from llamajax.formats.huggingface.hf_read import INDEX, SINGLE, check_tied_head
 from llamajax.formats.huggingface.model_card import CARD, edited_card
 from llamajax.formats.huggingface.safetensors_files import write_safetensors
+from llamajax.models.counts import num_parameters
 from llamajax.processes.host_collectives import raise_together
 
 MAX_SHARD_BYTES = 4_000_000_000
@@ -46,34 +47,34 @@ def write_hf(
     called by all processes; process 0 writes, and makes the card. Raises UserError, on all of them,
     when it cannot be written, and for a value beyond float16.
     """
-    source, model = export.source, export.model
-    check_tied_head(source, model)
-    files = _plan_files(model, np.dtype(jax.numpy.dtype(dtype)), max_shard_bytes)
-    arrays = _converted_tensors(source, files, progress)
-    failure, warnings = None, list(_unlike_transformers(model))
+    model, numbers = export.model, np.dtype(jax.numpy.dtype(dtype))
+    check_tied_head(export.source, model)
+    files, total = _plan_files(model, numbers, max_shard_bytes), num_parameters(model)
+    total *= numbers.itemsize
+
+    def converted() -> Iterator[np.ndarray]:
+        """Yield the tensors in the order of the files. All processes consume it."""
+        done = 0
+        for tensor in itertools.chain(*files.values()):
+            array = read_as(export.source, tensor.name, numbers)
+            yield array
+            done += array.nbytes
+            if progress is not None:
+                progress(done, total)
+
+    arrays, failure, warnings = converted(), None, list(_unlike_transformers(model))
     if jax.process_index() == 0:
         try:
-            needed = sum(file.num_bytes for file in files)
-            check_target(directory, overwrite=overwrite, needed_bytes=needed)
+            check_target(directory, overwrite=overwrite, needed_bytes=total)
             with replaced_directory(directory) as hidden:
-                _write_weights(hidden, files, arrays)
-                ids: dict[str, Any] = {}
-                if export.tokenizer is not None:
-                    from llamajax.tokenizers.tokenizer_export import export_tokenizer  # slow
-
-                    length = model.max_seq_len
-                    warnings += export_tokenizer(export.tokenizer, hidden, max_length=length)
-                    ids = json.loads((hidden / GENERATION).read_text("utf-8"))
-                config = write_model_config(model, dtype=dtype, ids=ids)
-                write_json(hidden / "config.json", config)
-                if export.card is not None:
-                    new, old = export.card(), edited_card(directory)
-                    (hidden / CARD).write_bytes(new if old is None else old)
-                    if old not in (None, new):
-                        warnings.append(
-                            f"{directory / CARD} was edited, so it stays, and may not be of these "
-                            "weights; remove it for a new one"
-                        )
+                for name, held in files.items():
+                    shapes = {tensor.name: tensor.shape for tensor in held}
+                    write_safetensors(hidden / name, shapes, numbers, arrays)
+                if len(files) > 1:
+                    file_of = {tensor.name: name for name, held in files.items() for tensor in held}
+                    index = {"metadata": {"total_size": total}, "weight_map": file_of}
+                    write_json(hidden / INDEX, index)
+                warnings += _write_small_files(hidden, export, dtype=dtype, old=directory)
         except UserError as error:
             failure = error
     try:
@@ -82,6 +83,27 @@ def write_hf(
     except UserError as error:
         failure = error  # process 0 met it too, so no process is left waiting
     raise_together(failure)
+    return warnings
+
+
+def _write_small_files(directory: Path, export: Export, *, dtype: str, old: Path) -> list[str]:
+    """Write all but the weights; return warnings. old: a directory whose edited card stays."""
+    warnings, ids = [], {}
+    if export.tokenizer is not None:
+        from llamajax.tokenizers.tokenizer_export import export_tokenizer  # slow
+
+        length = export.model.max_seq_len
+        warnings += export_tokenizer(export.tokenizer, directory, max_length=length)
+        ids = json.loads((directory / GENERATION).read_text("utf-8"))
+    write_json(directory / "config.json", write_model_config(export.model, dtype=dtype, ids=ids))
+    if export.card is not None:
+        new, edited = export.card(), edited_card(old)
+        (directory / CARD).write_bytes(new if edited is None else edited)
+        if edited not in (None, new):
+            warnings.append(
+                f"{old / CARD} was edited, so it stays, and may not be of these weights; remove it "
+                "for a new one"
+            )
     return warnings
 
 
@@ -107,21 +129,10 @@ def _unlike_transformers(model: ModelConfig) -> Iterator[str]:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class _PlannedFile:
-    """One safetensors file: its name and its tensors."""
-
-    name: str
-    tensors: tuple[Tensor, ...]
-    dtype: np.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(math.prod(t.shape) for t in self.tensors) * self.dtype.itemsize
-
-
-def _plan_files(model: ModelConfig, dtype: np.dtype, max_shard_bytes: int) -> list[_PlannedFile]:
-    """Plan the files of a model, none larger than `max_shard_bytes` unless one tensor is."""
+def _plan_files(
+    model: ModelConfig, dtype: np.dtype, max_shard_bytes: int
+) -> dict[str, list[Tensor]]:
+    """Return the tensors of each file; none is larger than `max_shard_bytes` unless a tensor is."""
     groups: list[list[Tensor]] = [[]]
     room = max_shard_bytes
     for tensor in sorted(tensors(model), key=lambda tensor: TABLE.index(tensor.row)):
@@ -131,37 +142,12 @@ def _plan_files(model: ModelConfig, dtype: np.dtype, max_shard_bytes: int) -> li
             room = max_shard_bytes
         groups[-1].append(tensor)
         room -= size
-    names = [f"model-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
-    names = [SINGLE] if len(groups) == 1 else names
-    return [_PlannedFile(n, tuple(g), dtype) for n, g in zip(names, groups, strict=True)]
-
-
-def _converted_tensors(
-    source: TensorSource, files: Sequence[_PlannedFile], progress: Callable[[int, int], None] | None
-) -> Iterator[np.ndarray]:
-    """Yield every tensor in the order of the files, converted. All processes consume it."""
-    done, total = 0, sum(file.num_bytes for file in files)
-    for file in files:
-        for tensor in file.tensors:
-            array = read_as(source, tensor.name, file.dtype)
-            yield array
-            done += array.nbytes
-            if progress is not None:
-                progress(done, total)
-
-
-def _write_weights(
-    directory: Path, files: Sequence[_PlannedFile], arrays: Iterator[np.ndarray]
-) -> None:
-    for file in files:
-        shapes = {tensor.name: tensor.shape for tensor in file.tensors}
-        write_safetensors(directory / file.name, shapes, file.dtype, arrays)
-    if len(files) > 1:
-        index = {
-            "metadata": {"total_size": sum(file.num_bytes for file in files)},
-            "weight_map": {tensor.name: file.name for file in files for tensor in file.tensors},
-        }
-        write_json(directory / INDEX, index)
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {
+        f"model-{number:05}-of-{len(groups):05}.safetensors": group
+        for number, group in enumerate(groups, 1)
+    }
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -9,6 +9,7 @@ Specification: the README of huggingface/safetensors.
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-class DamagedFile(Exception):
-    """A file is not safetensors, or not all of it; the message says what is wrong, not where."""
+def _damaged(file: Path, problem: str) -> UserError:
+    return UserError(f"{file} {problem}; copy or download it again")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +70,6 @@ class SafetensorsSource(TensorSource):
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         try:
             return read_part(self._tensors[name], index)
-        except DamagedFile as error:
-            raise UserError(f"{self.where(name)} {error}; copy or download it again") from None
         except OSError as error:
             raise UserError(f"cannot read {self.where(name)}: {error.strerror}") from None
 
@@ -86,46 +85,49 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_places(path: Path) -> dict[str, TensorPlace]:
-    """Return the tensors of a file by name. Raises DamagedFile; OSError if it cannot be read."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(100)
-        if problem := lfs_problem(start):
-            raise DamagedFile(problem)
-        length = int.from_bytes(start[:8], "little")
-        if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
-            raise DamagedFile(f"is cut off or not safetensors ({size:,} bytes)")
-        file.seek(8)
-        try:
+    """Return the tensors of a file by name. UserError if it cannot be read, or is damaged."""
+    try:
+        with path.open("rb") as file:
+            size, start = os.fstat(file.fileno()).st_size, file.read(100)
+            length = int.from_bytes(start[:8], "little")
+            if problem := lfs_problem(start):
+                raise _damaged(path, problem)
+            if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
+                raise _damaged(path, f"is cut off or not safetensors ({size:,} bytes)")
+            file.seek(8)
             header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            places = {name: _place(path, spec, start=8 + length) for name, spec in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise DamagedFile("has a header that is not that of safetensors") from None
+        header.pop("__metadata__", None)
+        places = {name: _place(path, spec, start=8 + length) for name, spec in header.items()}
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _damaged(path, "has a header that is not that of safetensors") from None
     position = 8 + length
     for place in sorted(places.values(), key=lambda place: place.offset):
         if place.offset < position:
-            raise DamagedFile("has tensors that overlap")
+            raise _damaged(path, "has tensors that overlap")
         position = place.offset + place.num_bytes
     if position > size:
-        raise DamagedFile(f"is cut off: it has {size:,} bytes of {position:,}")
+        raise _damaged(path, f"is cut off: it has {size:,} bytes of {position:,}")
     return places
 
 
 def _place(path: Path, spec: Mapping[str, Any], *, start: int) -> TensorPlace:
     begin, end = spec["data_offsets"]
     if spec["dtype"] not in _DTYPES:
-        raise DamagedFile(f"holds a tensor of unknown dtype {spec['dtype']}")
+        raise _damaged(path, f"holds a tensor of unknown dtype {spec['dtype']}")
     place = TensorPlace(path, _DTYPES[spec["dtype"]], tuple(spec["shape"]), start + begin)
     if end - begin != place.num_bytes:
-        raise DamagedFile(f"has a byte range {begin}..{end} for shape {list(place.shape)}")
+        raise _damaged(path, f"has a byte range {begin}..{end} for shape {list(place.shape)}")
     return place
 
 
 def read_part(place: TensorPlace, index: Index | None) -> np.ndarray:
     """Read a tensor, or the part of it that `index` selects; whole rows in one go.
 
-    Raises DamagedFile when the file has become shorter than its header says.
+    Raises UserError when the file has become shorter than its header says.
     """
     shape = place.shape
     index = tuple(slice(0, n) for n in shape) if index is None else index
@@ -139,7 +141,7 @@ def read_part(place: TensorPlace, index: Index | None) -> np.ndarray:
     with place.file.open("rb") as file:
         file.seek(place.offset + start * row_bytes)
         if file.readinto(memoryview(array.reshape(-1).view(np.uint8))) != array.nbytes:
-            raise DamagedFile("ended while it was read")
+            raise _damaged(place.file, "ended while it was read")
     return array
 
 
