@@ -2,8 +2,7 @@
 
 Hardware: 8 accelerators of 48 GB or more in one node, which share weights, gradients and optimizer
           state. Planned (`llamajax plan`, jax 0.12, 2026-11-30) for h100:8: 45.5 of 72.8 GiB a
-          device; in 2026-11-25's plan 20.1 with --config.train.remat=full
-          --config.train.accumulation_steps=8.
+          device; 22.5 with --config.train.remat=full --config.train.accumulation_steps=8.
 Command:  python -m llamajax.prepare --input='text/*.jsonl' --tokenizer=llama2.model \
               --output=data/llama2
           python -m llamajax.train --config=configs/llama2_7b.py --workdir=runs/llama2_7b \
