@@ -143,6 +143,13 @@ def test_decode_prints_one_table():
     assert "transformers, tokens/s" not in rows
 
 
+def test_data_path_reads_what_it_prepared():
+    done = run("data_path.py", "--tokens=300000", "--seq_len=256", "--batch_size=2", "--steps=1")
+    assert done.returncode == 0, done.stderr
+    for reader in ("llamajax", "plain grain"):
+        assert re.search(rf"^{reader}, 2 threads +[\d.]+ ", done.stdout, re.MULTILINE)
+
+
 def test_bytes_of_a_stack_are_those_of_the_slice_alone():
     program = REPOSITORY / "tests" / "planning" / "programs" / "stack_update.hlo"
     done = run("program_bytes.py", f"--hlo={program}", "--unit=kB")
