@@ -4,8 +4,8 @@ Hardware: 8 nodes of 8 accelerators with 80 GB or more. Planned (`llamajax plan`
           2026-11-30) for h100:8x8: 55.6 of 72.8 GiB a device; for h200:8x8, with :h200, 86.3 of
           129.7; for h100:8x8 with --config.train.dtype=float8 47.2, and as a :pipeline 36.7; for
           b200:8x8, with :b200, 161.5 of 164.1; for v5p:4x4x4, with :v5p, 87.5 of 95.7; for
-          v6e:8x8, with :v6e, 30.9 of 31.25 (22.3 with --config.optim.offload=true on 2026-11-29).
-          By jax 0.10.2 on 2026-11-28 for two slices of v5p, '2*v5p:4x4x4' with :slices, 60.0.
+          v6e:8x8, with :v6e, 30.9 of 31.25 (22.3 with --config.optim.offload=true on 2026-11-29);
+          for two slices of v5p, '2*v5p:4x4x4' with :slices, 60.2.
 Command:  one process a node, with its own rank in --config.backend.process_id:
           python -m llamajax.train --config=configs/llama3_70b.py --workdir=/shared/llama3_70b \
               --config.data.path=/shared/data/llama3 --config.backend.num_processes=8 \
@@ -14,9 +14,8 @@ Speed:    planned for h100:8x8: 978 tokens/s a device (MFU 47.6 % full). Of 5.5 
           gathering and scattering weights the compiled program waits for 2.1. For h200:8x8 with
           :h200 1,066, for h100:8x8 with --config.train.dtype=float8 1,382, as a :pipeline 755, for
           b200:8x8 with :b200 2,058, for v5p:4x4x4 with :v5p 653 (566 without: on fsdp 64
-          libtpu gathers by all-reduces, of twice the bytes), for v6e:8x8 with :v6e 628. An older
-          plan, which took all that fsdp sends for hidden: '2*v5p:4x4x4' with :slices 642.
-          Unmeasured.
+          libtpu gathers by all-reduces, of twice the bytes), for v6e:8x8 with :v6e 628, for
+          '2*v5p:4x4x4' with :slices 616. Unmeasured.
           Published elsewhere: 337 tokens/s a device with the original, 1,053 with MaxText on H100.
 Loss:     unmeasured.
 
