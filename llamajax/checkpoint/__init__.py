@@ -13,16 +13,3 @@ from llamajax.checkpoint.restore import (
     open_checkpoint,
     restore_state,
 )
-
-__all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "Checkpointer",
-    "check_same_model",
-    "complete_steps",
-    "named_leaves",
-    "newest_checkpoint",
-    "open_checkpoint",
-    "rebuild",
-    "restore_state",
-]

@@ -26,38 +26,6 @@ from llamajax.config.schema import BackendConfig, MeshConfig, ModelConfig, RunCo
 from llamajax.config.stages import stage_named, stages_of
 from llamajax.config.values import Mistyped, key, parse_address, parse_fork
 
-__all__ = [
-    "PRESETS",
-    "BackendConfig",
-    "BackendFlags",
-    "Flags",
-    "MachineFlags",
-    "MeshConfig",
-    "Mistyped",
-    "ModelConfig",
-    "RunConfig",
-    "RunFlags",
-    "TrainFlags",
-    "WeightsFlags",
-    "build_model",
-    "common_values",
-    "diff",
-    "find_preset",
-    "freeze",
-    "from_json_dict",
-    "key",
-    "load",
-    "mesh_config",
-    "new_config",
-    "parse_address",
-    "parse_command_line",
-    "parse_fork",
-    "preset",
-    "stage_named",
-    "stages_of",
-    "to_json_dict",
-]
-
 
 def __getattr__(name: str) -> Any:
     if name != "new_config":

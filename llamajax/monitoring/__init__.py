@@ -6,15 +6,3 @@ from llamajax.monitoring.progress import Progress
 from llamajax.monitoring.report.run_report import write_report
 from llamajax.monitoring.run_facts import read_run_facts, write_run_facts
 from llamajax.monitoring.timing import StepTimer
-
-__all__ = [
-    "EventLog",
-    "MetricsWriter",
-    "Progress",
-    "StepTimer",
-    "load_events",
-    "load_metrics",
-    "read_run_facts",
-    "write_report",
-    "write_run_facts",
-]

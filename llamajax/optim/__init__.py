@@ -4,14 +4,3 @@ from llamajax.optim.average import move_average, start_average
 from llamajax.optim.chain import RunFacts, apply, build, decay_mask
 from llamajax.optim.custom import check_state
 from llamajax.optim.schedule import schedule
-
-__all__ = [
-    "RunFacts",
-    "apply",
-    "build",
-    "check_state",
-    "decay_mask",
-    "move_average",
-    "schedule",
-    "start_average",
-]

@@ -2,5 +2,3 @@
 
 from llamajax.tokenizers.loading import load_tokenizer
 from llamajax.tokenizers.tokenizer import Tokenizer
-
-__all__ = ["Tokenizer", "load_tokenizer"]
