@@ -70,7 +70,6 @@ LONG_LISTS = {
     "backends/jax_private/cudnn.py:backward": "arrays, in the order that JAX passes them",
     "ops/attention.py:check_supported": "facts of a machine and a model, each with a rule",
     "evaluation/scoring.py:score": "what is scored, on what, and how it is shown",
-    "checkpoint/checkpointer.py:__init__": "what is kept, and what is called when",
 }
 OTHER_LIMITS = {"training/step.py": 40, "training/loop.py": 100}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
