@@ -160,9 +160,9 @@ def _samples(reader: DocumentReader, seq_len: int) -> Iterator[dict[str, Any]]:
         for first, size in drawn.pieces(number).tolist():
             # The last token of a window is shown with the next one.
             last = first + (size if masked else min(size, seq_len))
-            starts = reader.borders(first, last).tolist()
-            for begin, end in itertools.pairwise(sorted({first, *starts, last})):
-                is_end = int(reader.tokens(end - 1, end)[0]) == reader.tokenizer.eos_id
+            tokens, starts = reader.read(first, last)
+            for begin, end in itertools.pairwise(sorted({first, *starts.tolist(), last})):
+                is_end = tokens[end - first - 1] == reader.tokenizer.eos_id
                 yield {
                     "sample": number,
                     "at_token": begin,

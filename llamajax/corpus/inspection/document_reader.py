@@ -58,7 +58,8 @@ class DocumentReader:
             if group not in wanted and start is None:
                 continue
             base = group * _GROUP_BLOCKS * BLOCK_TOKENS
-            tokens, borders = self._read(group * _GROUP_BLOCKS, _GROUP_BLOCKS)
+            tokens, starts = self.read(base, base + _GROUP_BLOCKS * BLOCK_TOKENS)
+            borders = starts - base
             if group == num_groups - 1:
                 borders = np.append(borders, len(tokens))
             if group not in wanted:  # of the next document no more than that it starts
@@ -80,40 +81,30 @@ class DocumentReader:
                 yield DocumentRun(found, lengths, full, starts)
             start, rest = (base + last, tokens[last:]) if group in wanted else (None, rest[:0])
 
-    def _read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens of some blocks, and where documents start in them."""
-        blocks = self.source.blocks(range(first, min(first + count, self.source.num_blocks)))
+    def read(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of the stream in [start, end), and where documents start there."""
+        first, last = start // BLOCK_TOKENS, -(-end // BLOCK_TOKENS)
+        blocks = self.source.blocks(range(first, min(last, self.source.num_blocks)))
         tokens = np.concatenate([block.tokens[:BLOCK_TOKENS] for block in blocks])
-        starts = [
-            block.starts[block.starts < BLOCK_TOKENS].astype(np.int64) + i * BLOCK_TOKENS
-            for i, block in enumerate(blocks)
-        ]
-        return tokens, np.concatenate(starts)
-
-    def tokens(self, start: int, end: int) -> np.ndarray:
-        """Return the tokens of the stream in [start, end)."""
-        first = start // BLOCK_TOKENS
-        found, _ = self._read(first, -(-end // BLOCK_TOKENS) - first)
-        return found[start - first * BLOCK_TOKENS : end - first * BLOCK_TOKENS]
+        starts = np.concatenate([
+            block.starts[block.starts < BLOCK_TOKENS].astype(np.int64) + number * BLOCK_TOKENS
+            for number, block in enumerate(blocks, first)
+        ])  # fmt: skip
+        base = first * BLOCK_TOKENS
+        return tokens[start - base : end - base], starts[(starts >= start) & (starts < end)]
 
     def text(self, start: int, end: int, *, shown: int = _SHOWN_TOKENS) -> str:
         """Decode the first `shown` tokens of [start, end); ` ...` stands for the others."""
-        text = self.tokenizer.decode(self.tokens(start, min(end, start + shown)).tolist())
+        tokens, _ = self.read(start, min(end, start + shown))
+        text = self.tokenizer.decode(tokens.tolist())
         return text + " ..." * (end - start > shown)
-
-    def borders(self, start: int, end: int) -> np.ndarray:
-        """Return the starts in [start, end) of documents, in tokens of the stream."""
-        first = start // BLOCK_TOKENS
-        _, found = self._read(first, -(-end // BLOCK_TOKENS) - first)
-        found += first * BLOCK_TOKENS
-        return found[(found >= start) & (found < end)]
 
     def document_at(self, token: int) -> tuple[int, int]:
         """Return start and end of the document that holds a token of the stream."""
         here = token // BLOCK_TOKENS
 
         def starts(number: int) -> np.ndarray:
-            return self.borders(number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)
+            return self.read(number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)[1]
 
         before = (found[found <= token] for found in map(starts, range(here, -1, -1)))
         after = (found[found > token] for found in map(starts, range(here, self.source.num_blocks)))
