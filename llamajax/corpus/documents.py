@@ -260,5 +260,6 @@ def _text_of(value: dict[str, Any], text_key: str) -> str | LongText:
         )
     text = value[text_key]
     if not isinstance(text, str | LongText):
-        raise UserError(f"{text_key!r} is of type {type(text).__name__}, not a string")
+        kind = "null" if text is None else f"of type {type(text).__name__}"
+        raise UserError(f"{text_key!r} is {kind}, not a string")
     return text

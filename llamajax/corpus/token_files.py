@@ -65,7 +65,7 @@ def check_token_flags(options: PrepareOptions, files: Sequence[InputFile]) -> No
         "--clean": any(f.options.clean != "none" for f in files),
         "--document_separator": any(f.options.document_separator for f in files),
         "--on_error": options.on_error != "stop",
-        "--num_tasks or --runner=beam (they are only copied, which the merge would do alone)":
+        "--num_tasks or --runner=beam (leave it out: tokens are only copied, by the merge)":
             options.num_tasks is not None or options.runner == "beam",
     }  # fmt: skip
     if wrong := [name for name, given in useless.items() if given]:

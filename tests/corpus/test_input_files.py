@@ -111,7 +111,7 @@ def test_patterns_name_files_in_order_and_once(tmp_path, monkeypatch):
         ("f.jsonl", b'{"text": ' + b"[" * 200_000, "f.jsonl:1: not valid JSON: maximum recursion"),
         ("f.jsonl", b'["a"]\n', r"f.jsonl:1: of type list, not a JSON object"),
         ("f.jsonl", b'{"txt": "a"}\n', r"f.jsonl:1: no key 'text' .*'txt'.*--text_key"),
-        ("f.jsonl", b'{"text": null}\n', r"f.jsonl:1: 'text' is of type NoneType"),
+        ("f.jsonl", b'{"text": null}\n', r"f.jsonl:1: 'text' is null, not a string"),
         ("f.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "byte 0xff at offset 24"),
         ("f.txt", b"abc\xc3(", "f.txt: not UTF-8: byte 0xc3 at offset 3"),
         ("f.tokens", b" = A = \n \xe9\n", "f.tokens: not UTF-8: byte 0xe9 at offset 9"),
@@ -148,7 +148,7 @@ def test_broken_files_are_named(tmp_path, name, content, message):
     [
         (["a"], "body", "has the columns body, n, but no 'text'; name the right .* --text_key"),
         ([1, 2], "text", "row 1: 'text' is of type int, not a string"),
-        (["a", None], "text", "row 2: 'text' is of type NoneType"),
+        (["a", None], "text", "row 2: 'text' is null"),
         ([b"a", b"\xff"], "text", r"row 2: not UTF-8 \(invalid start byte\)"),
         (pa.array([b"a", b"\xff"]).view(pa.string()), "text", "row 2: not UTF-8"),
         (["a"], "n", "two columns are named 'n'"),
