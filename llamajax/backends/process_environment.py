@@ -16,8 +16,9 @@ import threading
 import time
 from pathlib import Path
 
+from llamajax.config.forms import parse_address
 from llamajax.config.schema import BackendConfig
-from llamajax.config.values import Mistyped, parse_address
+from llamajax.config.values import Mistyped
 from llamajax.errors import ExitCode, UserError, say
 
 _COORDINATOR = "LLAMAJAX_COORDINATOR"  # HOST:PORT of process 0

@@ -1,4 +1,4 @@
-"""Constraints on the values of keys. Each problem names the value, the constraint and the fix.
+"""Constraints between keys. Each problem names the value, the constraint and the fix.
 
 A rule reads valid values by path. If one is absent (mistyped, not set or out of range, which is
 reported elsewhere), the KeyError skips the rule, so that one mistake never hides another.
@@ -6,27 +6,16 @@ reported elsewhere), the KeyError skips the rule, so that one mistake never hide
 
 import contextlib
 import math
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from llamajax.config.forms import parse_steps
 from llamajax.config.keys import own_keys
 from llamajax.config.model_schema import ROPE_KEYS, RopeScaling
-from llamajax.config.monitoring_schema import SINKS, parse_steps
-from llamajax.config.schema import LORA_TARGETS, REMAT_NAMES
-from llamajax.config.values import Mistyped, parse_address, parse_fork, show
-from llamajax.errors import did_you_mean, nearest
+from llamajax.config.schema import LORA_TARGETS
+from llamajax.config.values import show
 
 Values = Mapping[str, Any]  # by path
-
-_FOLDER = re.compile(r"(gs|s3)://[^/]+/+[^/].*")  # of a bucket
-_NOT_EMPTY = {
-    "train.init_from": "name a directory of weights, or set it to none",
-    "checkpoint.directory": "name a directory, or set it to none",
-    "backend.name": "name a platform, or set it to none",
-    "backend.repairs": "write auto, none or names",
-    "backend.compile_cache": "write auto or none",
-}
 
 
 def check(values: Values) -> list[str]:
@@ -123,20 +112,6 @@ def _batch(v: Values) -> Iterator[str]:
     yield f"data.global_batch_size = {batch}: {reason}; {fix}"
 
 
-def _data_path(v: Values) -> Iterator[str]:
-    if not all(name.strip() for name in v["data.path"].split(",")):
-        yield (
-            f"data.path = {v['data.path']!r}: has an empty name; give a directory written by "
-            "`llamajax prepare`, or several separated by single commas"
-        )
-
-
-def _validation(v: Values) -> Iterator[str]:
-    for name, path in (v["data.validation"] or {}).items():
-        if not path.strip() or "," in path:
-            yield f"data.validation: {name} = {path!r}: must be one directory, without a comma"
-
-
 def _weights(v: Values) -> Iterator[str]:
     weights, num_paths = v["data.weights"], len(v["data.path"].split(","))
     if weights is None:
@@ -205,7 +180,6 @@ def _muon(v: Values) -> Iterator[str]:
 
 def _remat(v: Values) -> Iterator[str]:
     for path in ("train.remat_keep", "train.remat_offload"):
-        yield from _unknown_names(f"{path}: unknown tensor", v[path], REMAT_NAMES)
         if v[path] and v["train.remat"] in ("none", "dots"):
             yield (
                 f"{path} = {','.join(v[path])}: train.remat = {v['train.remat']} keeps more than "
@@ -213,36 +187,10 @@ def _remat(v: Values) -> Iterator[str]:
             )
 
 
-def _unknown_names(what: str, names: Collection[str], known: Collection[str]) -> Iterator[str]:
-    for name in dict.fromkeys(names):
-        if name not in known:
-            hint = did_you_mean(nearest(name, known)) or "."
-            yield f"{what} {name!r}{hint} They are {', '.join(known)}"
-
-
-def _repeated_names(path: str, names: Sequence[str]) -> Iterator[str]:
-    for name in dict.fromkeys(names):
-        if names.count(name) > 1:
-            yield f"{path}: {name} is there {names.count(name)} times; name it once"
-
-
 def _continuation(v: Values) -> Iterator[str]:
     step = v["train.resume_step"]
     if step is not None and v["train.restart"]:
         yield f"train.resume_step = {step} and train.restart = true: choose one of the two"
-    if (fork := v["train.fork"]) is not None:
-        try:
-            parse_fork(fork)
-        except Mistyped as error:
-            yield f"train.fork = {fork}: {error}"
-
-
-def _samples(v: Values) -> Iterator[str]:
-    if 0 < v["train.sample_temperature"] < 1e-6:
-        yield (
-            f"train.sample_temperature = {v['train.sample_temperature']}: must be 0 (the most "
-            "probable token) or at least 1e-6"
-        )
 
 
 def _lora_base(v: Values) -> Iterator[str]:
@@ -259,25 +207,13 @@ def _targets(v: Values) -> Iterator[str]:
         "train.float8_targets": v["train.dtype"] == "float8",
     }
     for path, is_used in used.items():
-        targets = v[path]
-        yield from _unknown_names(f"{path}: unknown matrix", targets, LORA_TARGETS)
-        yield from _repeated_names(path, targets)
-        if not targets and is_used:
+        if is_used and not v[path]:
             yield f"{path}: is empty; name some of {', '.join(LORA_TARGETS)}"
-
-
-def _monitoring(v: Values) -> Iterator[str]:
-    yield from _unknown_names("monitoring.sinks: unknown sink", v["monitoring.sinks"], SINKS)
-    yield from _repeated_names("monitoring.sinks", v["monitoring.sinks"])
 
 
 def _profile_steps(v: Values) -> Iterator[str]:
     text, steps = v["monitoring.profile_steps"], v["train.steps"]
-    if text is None:
-        return
-    if (found := parse_steps(text)) is None:
-        yield f"monitoring.profile_steps = {text}: is not FIRST:LAST, e.g. 20:25, from step 2 on"
-    elif found[1] > steps:
+    if text is not None and parse_steps(text)[1] > steps:
         yield (
             f"monitoring.profile_steps = {text}: ends behind train.steps = {steps}; choose steps "
             "of the run"
@@ -290,28 +226,13 @@ def _lora_rank(v: Values) -> Iterator[str]:
     sizes = [
         (math.prod(v[f"model.{keys[letter]}"] for letter in letters), target)
         for target in v["lora.targets"]
-        for letters in LORA_TARGETS.get(target, ())
+        for letters in LORA_TARGETS[target]
     ]
     least, target = min(sizes, default=(math.inf, ""))
     if v["lora.rank"] > least:
         yield (
             f"lora.rank = {v['lora.rank']}: is more than {least}, the smaller dimension of the "
             f"{target} matrix, which has no higher rank; make it at most {least}"
-        )
-
-
-def _not_empty(v: Values) -> Iterator[str]:
-    for path, fix in _NOT_EMPTY.items():
-        if v.get(path) is not None and not v[path].strip():
-            yield f"{path} = '': is empty; {fix}"
-
-
-def _directory(v: Values) -> Iterator[str]:
-    directory = v["checkpoint.directory"] or ""
-    if "://" in directory and not _FOLDER.fullmatch(directory):
-        yield (
-            f"checkpoint.directory = {directory}: is not a path, nor gs://BUCKET/FOLDER, nor "
-            "s3://BUCKET/FOLDER"
         )
 
 
@@ -330,14 +251,6 @@ def _plugin(v: Values) -> Iterator[str]:
             yield f"{path} = {v[path]}: needs backend.name, the plugin's platform"
 
 
-def _plugin_options(v: Values) -> Iterator[str]:
-    for path in ("backend.options", "backend.compiler_options"):
-        for part in [] if v[path] is None else v[path].split(","):
-            name, equals, _ = part.partition("=")
-            if not name.strip() or not equals:
-                yield f"{path} = {v[path]}: {part!r} is not k=v; write k=v,k=v"
-
-
 def _processes(v: Values) -> Iterator[str]:
     names = ("coordinator_address", "num_processes", "process_id")
     given = {f"backend.{name}": v[f"backend.{name}"] for name in names}
@@ -347,21 +260,16 @@ def _processes(v: Values) -> Iterator[str]:
         yield f"{present}: needs {' and '.join(missing)} as well; set all three or none"
     if missing:
         return
-    address, count, rank = given.values()
+    _, count, rank = given.values()
     if rank >= count:
         yield (
             f"backend.process_id = {rank}: must be below backend.num_processes = {count}; "
             f"ranks go from 0 to {count - 1}"
         )
-    try:
-        parse_address(address)
-    except Mistyped as problem:
-        yield f"backend.coordinator_address = {address}: {problem}"
 
 
 _RULES = (
-    _even_head, _kv_heads, _rope_scaling, _context, _mesh, _batch, _data_path, _validation,
-    _weights, _warmup, _decay, _final_rate, _muon, _remat, _continuation, _lora_base, _targets,
-    _lora_rank, _not_empty, _directory, _spikes, _plugin, _plugin_options, _processes, _monitoring,
-    _profile_steps, _samples,
+    _even_head, _kv_heads, _rope_scaling, _context, _mesh, _batch, _weights, _warmup, _decay,
+    _final_rate, _muon, _remat, _continuation, _lora_base, _targets, _lora_rank, _spikes, _plugin,
+    _processes, _profile_steps,
 )  # fmt: skip

@@ -52,7 +52,7 @@ def parse_command_line(argv: Sequence[str], flags: type[F], *, verb: str, doc: s
         except Mistyped as error:
             problems.append(str(error))
         else:
-            if problem := flag.out_of_range(values[name]):
+            if problem := flag.problem_with(values[name]):
                 problems.append(f"--{flag.path}={show(values[name])}: {problem}")
     complete = all(name in values for name in keys)
     if issubclass(flags, RunFlags) and "config" in values:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from llamajax.config.forms import check_prepared, check_validation
 from llamajax.config.model_schema import RopeScaling
 from llamajax.config.values import key
 
@@ -21,7 +22,7 @@ class DataStage:
         default=None,
         at_least=1,
     )
-    path: str | None = key("as data.path", default=None, is_path=True)
+    path: str | None = key("as data.path", default=None, is_path=True, check=check_prepared)
     weights: tuple[float, ...] | None = key(
         "as data.weights; none beside a `path`: by their numbers of tokens", default=None
     )
@@ -38,6 +39,7 @@ class DataConfig:
     path: str = key(
         "directory written by `llamajax.prepare`; several, separated by commas, are mixed",
         is_path=True,
+        check=check_prepared,
     )
     weights: tuple[float, ...] | None = key(
         "share of the samples drawn from each of several paths; none: by their numbers of tokens "
@@ -49,6 +51,7 @@ class DataConfig:
         "validation split, or all of it where it has none; none: the split of `path` alone",
         default=None,
         is_path=True,
+        check=check_validation,
     )
     seq_len: int = key("T: tokens per sample; chosen here, not by `prepare`", at_least=1)
     global_batch_size: int = key(

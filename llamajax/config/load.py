@@ -169,7 +169,7 @@ class _Reader:
             return NOT_SET
         if value is NOT_SET:
             return NOT_SET
-        if problem := key.out_of_range(value):
+        if problem := key.problem_with(value):
             self.problems.append(f"{key.path} = {show(value)}: {problem}")
             return NOT_SET
         self.values[key.path] = value

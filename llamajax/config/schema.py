@@ -8,6 +8,7 @@ between several keys.
 import dataclasses
 from typing import Literal
 
+from llamajax.config import forms
 from llamajax.config.data_schema import SEED_LIMIT, DataConfig
 from llamajax.config.model_schema import LORA_TARGETS, ModelConfig
 from llamajax.config.monitoring_schema import MonitoringConfig
@@ -59,6 +60,7 @@ class TrainConfig:
     float8_targets: tuple[str, ...] = key(
         f"float8: matrices that are multiplied in 8 bits, among {','.join(LORA_TARGETS)}",
         default=tuple(LORA_TARGETS),
+        check=forms.among(LORA_TARGETS),
     )
     float8_gradients: Literal["e5m2", "e4m3", "bfloat16"] = key(
         "float8: format of the gradients in both backward products", default="e5m2"
@@ -76,6 +78,7 @@ class TrainConfig:
         "none: random weights",
         default=None,
         is_path=True,
+        check=forms.not_empty("name a directory of weights, or set it to none"),
     )
     base_model: str | None = key(
         "name on the Hugging Face hub of what init_from holds, ORGANIZATION/NAME, for model cards "
@@ -87,6 +90,7 @@ class TrainConfig:
         "and place in the data, and this config; none: a run of its own",
         default=None,
         is_path=True,
+        check=forms.parse_fork,
     )
     resume_step: int | None = key(
         "step of an older checkpoint to resume; later ones are set aside. It applies once: the "
@@ -122,10 +126,14 @@ class TrainConfig:
         "what a block keeps for the backward pass; changes memory and speed only", default="full"
     )
     remat_keep: tuple[str, ...] = key(
-        f"further tensors of a block to keep, among {','.join(REMAT_NAMES)}", default=()
+        f"further tensors of a block to keep, among {','.join(REMAT_NAMES)}",
+        default=(),
+        check=forms.among(REMAT_NAMES),
     )
     remat_offload: tuple[str, ...] = key(
-        "such tensors to keep in host memory; for accelerators with a fast link to it", default=()
+        "such tensors to keep in host memory; for accelerators with a fast link to it",
+        default=(),
+        check=forms.among(REMAT_NAMES),
     )
     attention: AttentionImpl = key(
         "attention; auto: the best here; module:function: your own kernel", default="auto"
@@ -163,7 +171,10 @@ class TrainConfig:
     )
     sample_tokens: int = key("most new tokens of a sample", default=64, at_least=1)
     sample_temperature: float = key(
-        "of the samples; 0: the most probable token", default=0.0, at_least=0
+        "of the samples; 0: the most probable token",
+        default=0.0,
+        at_least=0,
+        check=forms.check_temperature,
     )
 
     @property
@@ -184,7 +195,9 @@ class LoraConfig:
     # All: at equal numbers of weights, a lower rank for every matrix gives better results than a
     # higher one for query and value alone (Dettmers et al. 2023, arXiv:2305.14314, section 4).
     targets: tuple[str, ...] = key(
-        f"matrices with an adapter, among {','.join(LORA_TARGETS)}", default=tuple(LORA_TARGETS)
+        f"matrices with an adapter, among {','.join(LORA_TARGETS)}",
+        default=tuple(LORA_TARGETS),
+        check=forms.among(LORA_TARGETS),
     )
     base_dtype: ComputeDtype = key(
         "dtype of the frozen matrices; norms stay fp32", default="float32"
@@ -246,6 +259,7 @@ class CheckpointConfig:
         "BUCKET/FOLDER; none: WORKDIR/checkpoints",
         default=None,
         is_path=True,
+        check=forms.check_store,
     )
     every_steps: int | None = key(
         "steps between checkpoints; none: by minutes and at the end", default=None, at_least=1
@@ -270,16 +284,22 @@ class BackendConfig:
     """Which platform, devices and processes run it."""
 
     name: str | None = key(
-        "JAX platform: cpu, cuda, tpu, or a plugin's; none: what JAX finds", default=None
+        "JAX platform: cpu, cuda, tpu, or a plugin's; none: what JAX finds",
+        default=None,
+        check=forms.not_empty("name a platform, or set it to none"),
     )
     plugin: str | None = key(
         "path of a bare PJRT library that serves that platform", default=None, is_path=True
     )
-    options: str | None = key("options of that plugin, as k=v,k=v", default=None, is_path=True)
+    options: str | None = key(
+        "options of that plugin, as k=v,k=v", default=None, is_path=True, check=forms.check_options
+    )
     num_cpu_devices: int | None = key(
         "virtual devices of the cpu backend, to try a mesh without one", default=None, at_least=1
     )
-    coordinator_address: str | None = key("HOST:PORT of process 0, for all nodes", default=None)
+    coordinator_address: str | None = key(
+        "HOST:PORT of process 0, for all nodes", default=None, check=forms.parse_address
+    )
     num_processes: int | None = key("number of processes of the run", default=None, at_least=1)
     process_id: int | None = key("rank of this process, from 0", default=None, at_least=0)
     timeout_s: int = key("seconds to wait for the other processes", default=300, at_least=1)
@@ -289,16 +309,19 @@ class BackendConfig:
     repairs: str = key(
         "auto: what `doctor` found to work on a new platform; none; or names of repairs",
         default="auto",
+        check=forms.not_empty("write auto, none or names"),
     )
     compiler_options: str | None = key(
         "options of XLA for the step, as k=v,k=v; before XLA_FLAGS and our own; a list is a+b",
         default=None,
+        check=forms.check_options,
     )
     deterministic: bool = key("whether a GPU repeats the step's bits; slower", default=False)
     compile_cache: str | None = key(
         "folder of compiled programs; auto: in the user's cache directory; none: keep none",
         default="auto",
         is_path=True,
+        check=forms.not_empty("write auto or none"),
     )
 
 

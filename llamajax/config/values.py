@@ -12,9 +12,8 @@ import numbers
 import os
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from llamajax.errors import did_you_mean, nearest
@@ -58,7 +57,8 @@ class Key:
     """A config key or a flag as its dataclass declares it. path: `train.steps`, or a flag's name.
 
     default: NOT_SET if required. is_path: `~` on the command line is the home directory, also after
-    a comma or a colon. is_output: the path of a file to write.
+    a comma or a colon. is_output: the path of a file to write. check: raises Mistyped for a value
+    of the right type that cannot be taken (`forms`).
     """
 
     path: str
@@ -71,6 +71,7 @@ class Key:
     below: float | None = None
     is_path: bool = False
     is_output: bool = False
+    check: Callable[[Any], object] | None = None
 
     @property
     def type_words(self) -> str:
@@ -87,12 +88,17 @@ class Key:
             return text
         return re.sub(r"(?:^|(?<=[,=:]))~(?=/|$)", lambda _: os.path.expanduser("~"), text)
 
-    def out_of_range(self, value: Any) -> str:
-        """Return what is wrong with a value, as `must be at least 1`; empty if nothing is."""
+    def problem_with(self, value: Any) -> str:
+        """Say what is wrong with a value of the type, as `must be at least 1`; empty if nothing."""
         if value is None:
             return ""
         if self.is_output:
             return target_problem(value)
+        if self.check is not None:
+            try:
+                self.check(value)
+            except Mistyped as error:
+                return str(error)
         low = self.at_least is not None and value < self.at_least
         high = self.below is not None and value >= self.below
         if low or high:
@@ -225,33 +231,6 @@ def _read_number(text: str, kind: type) -> int | float | str:
     # 19 digits hold every 64-bit integer; int() of a huge exponent would fill the memory.
     is_int = number.adjusted() <= 18 and number == number.to_integral_value()
     return int(number) if is_int else text
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """Return host and port of HOST:PORT. An IPv6 host is in brackets, which it keeps.
-
-    Raises:
-        Mistyped: the text is no such address.
-    """
-    found = re.fullmatch(r"([^\s/:\[\]]+|\[[\w:.%]+\]):(\d+)", text)
-    if found and 0 < int(found[2]) < 65536:
-        return found[1], int(found[2])
-    host, _, port = text.rpartition(":")
-    is_bare = re.fullmatch(r"[0-9a-fA-F.]*(:[0-9a-fA-F.]*){2,}", host)
-    fix = f"an IPv6 address is in brackets: [{host}]:{port}" if is_bare else "e.g. node0:8476"
-    raise Mistyped(f"is not HOST:PORT, {fix}")
-
-
-def parse_fork(text: str) -> tuple[Path, int]:
-    """Return the --workdir and the step of RUN@STEP.
-
-    Raises:
-        Mistyped: the text is no such pair.
-    """
-    run, _, step = text.rpartition("@")
-    if run and re.fullmatch(r"\d+", step) and int(step):
-        return Path(run), int(step)
-    raise Mistyped("is not RUN@STEP, e.g. runs/base@1000: a --workdir and the step to go on from")
 
 
 def coerce(value: Any, annotation: Any) -> Any:

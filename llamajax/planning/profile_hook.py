@@ -5,7 +5,7 @@ import json
 
 import jax
 
-from llamajax.config.monitoring_schema import parse_steps
+from llamajax.config.forms import parse_steps
 from llamajax.files import write_file
 from llamajax.monitoring import load_metrics
 from llamajax.planning.profile_summary import (

@@ -7,6 +7,7 @@ from llamajax.config import freeze
 from llamajax.config.check import check
 from llamajax.config.keys import all_keys, own_keys
 from llamajax.config.model_schema import RopeScaling
+from llamajax.config.values import show
 
 BATCH = "data.global_batch_size = 8: "
 LORA = {"lora.rank": 4, "train.init_from": "weights"}
@@ -56,11 +57,14 @@ WRONG = [
     ({"mesh.fsdp": 8, "train.accumulation_steps": 2}, f"{BATCH}each of 2 microbatches is split"),
     ({"mesh.fsdp": -1, "mesh.data": -1}, "mesh.data and mesh.fsdp are -1: only one axis"),
     ({"mesh.fsdp": 0}, "mesh.fsdp = 0: must be at least 1, or -1"),
-    ({"train.remat_keep": ("qvk",)}, "train.remat_keep: unknown tensor 'qvk'; did you mean qkv?"),
+    (
+        {"train.remat_keep": ("qvk",)},
+        "remat_keep = qvk: unknown name 'qvk'; did you mean qkv?",
+    ),
     ({"train.remat": "dots", "train.remat_offload": ("up",)}, "train.remat_offload = up: train.re"),
-    ({"data.path": "a,,b"}, "data.path = 'a,,b': has an empty name"),
+    ({"data.path": "a,,b"}, "data.path = a,,b: has an empty name"),
     ({"data.path": "a,b", "data.weights": (1.0,)}, "data.weights = 1: 1 weights for 2 directories"),
-    ({"data.validation": {"a": "b,c"}}, "data.validation: a = 'b,c': must be one directory"),
+    ({"data.validation": {"a": "b,c"}}, "data.validation = a:b,c: a = 'b,c' must be one directory"),
     ({"train.sample_temperature": 1e-9}, "train.sample_temperature = 1e-09: must be 0 (the most"),
     ({"data.weights": ()}, "data.weights = : 0 weights for 1 directories"),
     ({"data.weights": (0.0,)}, "data.weights = 0: each must be above 0"),
@@ -74,15 +78,17 @@ WRONG = [
         MUON | {"optim.chain": "a:b"},
         "optim.chain = a:b and optim.name = muon: a chain is the whole",
     ),
-    ({"train.init_from": " "}, "train.init_from = '': is empty"),
+    ({"train.init_from": " "}, "is empty; name a directory of weights, or set it to none"),
     ({"train.resume_step": 3, "train.restart": True}, "train.resume_step = 3 and train.restart"),
     ({"lora.rank": 8}, "lora.rank = 8: adapters need weights to adapt; set train.init_from"),
     (LORA | {"lora.rank": 21}, "lora.rank = 21: is more than 20, the smaller dimension of the key"),
-    (LORA | {"lora.targets": ("querry",)}, "unknown matrix 'querry'; did you mean query?"),
-    (LORA | {"lora.targets": ("up", "up")}, "lora.targets: up is there 2 times"),
+    (LORA | {"lora.targets": ("querry",)}, "unknown name 'querry'; did you mean query?"),
+    (LORA | {"lora.targets": ("up", "up")}, "lora.targets = up,up: up is there 2 times"),
     (LORA | {"lora.targets": ()}, "lora.targets: is empty"),
-    ({"monitoring.sinks": ("wandb", "wandb")}, "monitoring.sinks: wandb is there 2 times"),
+    ({"monitoring.sinks": ("wandb", "wandb")}, "wandb is there 2 times"),
     ({"monitoring.profile_steps": "5:3"}, "monitoring.profile_steps = 5:3: is not FIRST:LAST"),
+    ({"monitoring.profile_steps": "1:3"}, "monitoring.profile_steps = 1:3: is not FIRST:LAST"),
+    ({"train.fork": "runs/a"}, "train.fork = runs/a: is not RUN@STEP"),
     ({"monitoring.profile_steps": "99:101"}, "= 99:101: ends behind train.steps = 100; choose"),
     ({"checkpoint.directory": "az://a/b"}, "checkpoint.directory = az://a/b: is not a path"),
     ({"checkpoint.directory": "s3://a/"}, "checkpoint.directory = s3://a/: is not a path"),
@@ -90,7 +96,7 @@ WRONG = [
     ({"backend.plugin": "x.so"}, "backend.plugin = x.so: needs backend.name"),
     ({"backend.options": "a=b"}, "backend.options = a=b: needs backend.name"),
     ({"backend.name": "npu", "backend.options": "a"}, "backend.options = a: 'a' is not k=v"),
-    ({"backend.name": ""}, "backend.name = '': is empty"),
+    ({"backend.name": ""}, 'backend.name = "": is empty'),
     ({"backend.process_id": 0}, "needs backend.coordinator_address and backend.num_processes"),
     (TRIPLE | {"backend.process_id": 2}, "backend.process_id = 2: must be below"),
     (TRIPLE | {"backend.coordinator_address": "node0:99999"}, "= node0:99999: is not HOST:PORT"),
@@ -125,15 +131,22 @@ def values(valid) -> dict:
     return {f"{name}.{key}": value for name in valid for key, value in valid[name].items()}
 
 
+def problems_of(values: dict) -> list[str]:
+    """What is wrong with each value, and with several together."""
+    alone = {path: all_keys()[path].problem_with(value) for path, value in values.items()}
+    found = [f"{path} = {show(values[path])}: {text}" for path, text in alone.items() if text]
+    return found + check({path: value for path, value in values.items() if not alone[path]})
+
+
 @pytest.mark.parametrize(("changes", "message"), WRONG, ids=lambda x: "-".join(x) if x else "")
 def test_a_violation_is_named_alone(values, changes, message):
-    (problem,) = check(values | changes)
+    (problem,) = problems_of(values | changes)
     assert message in problem
 
 
 @pytest.mark.parametrize("changes", RIGHT, ids=lambda x: "-".join(x))
 def test_values_at_the_edge_are_taken(values, changes):
-    assert check(values | changes) == []
+    assert problems_of(values | changes) == []
 
 
 LIMITED = [k for k in all_keys().values() if (k.at_least, k.above) != (None, None)]
@@ -142,10 +155,10 @@ LIMITED = [k for k in all_keys().values() if (k.at_least, k.above) != (None, Non
 @pytest.mark.parametrize("key", LIMITED, ids=lambda key: key.path)
 def test_numbers_out_of_range_are_refused(key):
     low = key.above if key.at_least is None else key.at_least - 1
-    assert key.out_of_range(low).startswith("must be a")
-    assert not key.out_of_range(1e-9 if key.at_least is None else key.at_least)
+    assert key.problem_with(low).startswith("must be a")
+    assert not key.problem_with(1e-9 if key.at_least is None else key.at_least)
     if key.below is not None:
-        assert key.out_of_range(key.below) == f"must be at least 0 and below {key.below}"
+        assert key.problem_with(key.below) == f"must be at least 0 and below {key.below}"
 
 
 def test_violations_do_not_hide_one_another(valid):

@@ -5,7 +5,6 @@ import types
 
 import pytest
 
-from llamajax.config.monitoring_schema import parse_steps
 from llamajax.planning.profile_hook import ProfileHook
 from llamajax.planning.profile_summary import lines, measure
 from llamajax.planning.roofline import Prediction
@@ -55,11 +54,6 @@ def test_the_table_has_the_plan_and_what_to_try(products_s, advice):
     assert table["along fsdp"] == ["0.0050", "0.0040"]
     assert table["along tensor"] == ["0.0037", "-"]
     assert advice in last
-
-
-def test_ranges_of_steps():
-    assert parse_steps("20:25") == (20, 25)
-    assert [parse_steps(text) for text in ("25:20", "1:3", "20", "a:b")] == [None] * 4
 
 
 def test_a_trace_that_fails_ends_no_run(tmp_path):
