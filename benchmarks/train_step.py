@@ -31,6 +31,7 @@ from llamajax.config import (
     mesh_config,
     parse_command_line,
 )
+from llamajax.config.forms import check_output
 from llamajax.config.schema import AttentionImpl, ComputeDtype, Remat, TrainDtype
 from llamajax.errors import UserError, say
 from llamajax.files import write_file
@@ -66,7 +67,9 @@ class StepFlags(MachineFlags):
     device_table: str | None = key(
         "TOML file with peaks, as backend.device_table", default=None, is_path=True
     )
-    json: str | None = key("file to write everything measured to", default=None, is_output=True)
+    json: str | None = key(
+        "file to write everything measured to", default=None, is_path=True, check=check_output
+    )
     seed: int = key("of weights and tokens", default=0)
 
     def problems(self) -> Iterator[str]:

@@ -31,6 +31,7 @@ from train_step import StepFlags, run_config  # the script beside this one
 from versus_systems import PACKAGES, WORK
 
 from llamajax.config import Flags, key, parse_command_line
+from llamajax.config.forms import check_output
 from llamajax.config.schema import Remat, TrainDtype
 from llamajax.errors import UserError, say
 from llamajax.files import write_file
@@ -60,7 +61,9 @@ class VersusFlags(Flags):
     rounds: int = key("turns of each system", default=6, at_least=1)
     steps: int = key("steps of each system a round", default=3, at_least=1)
     no_compile: bool = key("torch without torch.compile", default=False)
-    json: str | None = key("file to write everything measured to", default=None, is_output=True)
+    json: str | None = key(
+        "file to write everything measured to", default=None, is_path=True, check=check_output
+    )
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

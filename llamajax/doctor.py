@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from llamajax.config import BackendFlags, key, parse_command_line
+from llamajax.config.forms import check_output
 from llamajax.errors import say
 from llamajax.files import write_file
 from llamajax.verbs import run_verb
@@ -26,13 +27,15 @@ class DoctorFlags(BackendFlags):
         "also write platform, verdict, repairs, attention, options and every probe as JSON",
         metavar="OUT",
         default=None,
-        is_output=True,
+        is_path=True,
+        check=check_output,
     )
     html: str | None = key(
         "also write a page that shows them, for the vendor",
         metavar="OUT",
         default=None,
-        is_output=True,
+        is_path=True,
+        check=check_output,
     )
     timeout_s: float = key(
         "seconds that one probe may take, compilation included, before it counts as hanging",

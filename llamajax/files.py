@@ -126,17 +126,6 @@ def write_problem(folder: Path) -> str | None:
         return error.strerror
 
 
-def target_problem(file: str) -> str:
-    """Return why no file can be written at this path; empty where it can."""
-    path = Path(file).absolute()
-    if path.is_dir():
-        return "is a directory; name a file"
-    if not path.parent.is_dir():
-        return "there is no directory to write it in"
-    problem = write_problem(path.parent)
-    return f"{path.parent} cannot be written: {problem}" if problem else ""
-
-
 def undo_new_folders(folder: Path, undo: contextlib.ExitStack) -> None:
     """Make `undo` remove `folder` and those of its parents that do not exist yet.
 

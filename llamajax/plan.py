@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 from llamajax.config import RunFlags, key, parse_command_line
+from llamajax.config.forms import check_output
 from llamajax.errors import say
 from llamajax.files import write_file
 from llamajax.verbs import run_verb
@@ -42,7 +43,8 @@ class PlanFlags(RunFlags):
         "also write the plan as a JSON object; with --search the best one, and all in `search`",
         metavar="OUT",
         default=None,
-        is_output=True,
+        is_path=True,
+        check=check_output,
     )
     fresh: bool = key(
         "compile again even where an earlier plan of the same program is stored", default=False

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llamajax.config import Flags, key, parse_command_line
+from llamajax.config.forms import check_output
 from llamajax.errors import say
 from llamajax.monitoring.report.run_report import check_workdirs, write_report
 from llamajax.monitoring.report.server import ReportServer
@@ -33,7 +34,8 @@ class ReportFlags(Flags):
         "first of several",
         default=None,
         metavar="FILE",
-        is_output=True,
+        is_path=True,
+        check=check_output,
     )
     price_per_hour: float | None = key(
         "price of one device for an hour, in any currency: times are shown in money as well. It is "

@@ -71,6 +71,12 @@ def check_store(text: str) -> None:
         raise Mistyped("is not a path, nor gs://BUCKET/FOLDER, nor s3://BUCKET/FOLDER")
 
 
+def check_output(file: str) -> None:
+    """Take the path of a file to write."""
+    if not Path(file).absolute().parent.is_dir():
+        raise Mistyped("there is no directory to write it in")
+
+
 def check_temperature(value: float) -> None:
     """Take 0, or what a logit can be divided by."""
     if 0 < value < 1e-6:

@@ -17,7 +17,6 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, Union, get_args, get_origin
 
 from llamajax.errors import did_you_mean, nearest
-from llamajax.files import target_problem
 
 
 class NotSet(enum.Enum):
@@ -57,8 +56,8 @@ class Key:
     """A config key or a flag as its dataclass declares it. path: `train.steps`, or a flag's name.
 
     default: NOT_SET if required. is_path: `~` on the command line is the home directory, also after
-    a comma or a colon. is_output: the path of a file to write. check: raises Mistyped for a value
-    of the right type that cannot be taken (`forms`).
+    a comma or a colon. check: raises Mistyped for a value of the type that cannot be taken
+    (`forms`).
     """
 
     path: str
@@ -70,7 +69,6 @@ class Key:
     above: float | None = None
     below: float | None = None
     is_path: bool = False
-    is_output: bool = False
     check: Callable[[Any], object] | None = None
 
     @property
@@ -84,7 +82,7 @@ class Key:
 
     def expand_home(self, text: str) -> str:
         """Replace `~` by the home directory where a path begins; no-op for what is no path."""
-        if not (self.is_path or self.is_output):
+        if not self.is_path:
             return text
         return re.sub(r"(?:^|(?<=[,=:]))~(?=/|$)", lambda _: os.path.expanduser("~"), text)
 
@@ -92,8 +90,6 @@ class Key:
         """Say what is wrong with a value of the type, as `must be at least 1`; empty if nothing."""
         if value is None:
             return ""
-        if self.is_output:
-            return target_problem(value)
         if self.check is not None:
             try:
                 self.check(value)

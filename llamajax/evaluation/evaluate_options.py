@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from llamajax.config import WeightsFlags, key
+from llamajax.config.forms import check_output
 
 Protocol = Literal["non_overlapping", "sliding_window"]
 SOURCES = ("data", "text", "token_ids", "tasks", "harness")
@@ -109,7 +110,8 @@ class EvaluateOptions(WeightsFlags):
         "number of targets) in the order of the text; of instructions row by row, as packed",
         metavar="OUT.npy",
         default=None,
-        is_output=True,
+        is_path=True,
+        check=check_output,
     )
 
     @property

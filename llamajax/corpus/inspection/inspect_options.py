@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llamajax.config import Flags, key
+from llamajax.config.forms import check_output
 
 PAGE = "inspect.html"
 
@@ -38,10 +39,18 @@ class InspectOptions(Flags):
         at_least=0,
     )
     html: str | None = key(
-        f"where to write the page; none: {PAGE} in DIR", metavar="OUT", default=None, is_output=True
+        f"where to write the page; none: {PAGE} in DIR",
+        metavar="OUT",
+        default=None,
+        is_path=True,
+        check=check_output,
     )
     json: str | None = key(
-        "also write all figures as a JSON object", metavar="OUT", default=None, is_output=True
+        "also write all figures as a JSON object",
+        metavar="OUT",
+        default=None,
+        is_path=True,
+        check=check_output,
     )
 
     def problems(self) -> Iterator[str]:
