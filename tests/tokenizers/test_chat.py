@@ -332,8 +332,6 @@ def test_what_is_no_conversation(messages, problems):
         ("llama2", [ASK, TELL], True, "the last message is the assistant's, not the user's"),
         ("llama2", [SYSTEM], False, "the last message is the system's, not the user's"),
         ("none", [ASK, TELL, ASK], True, "a conversation needs a --chat_template"),
-        ("llama3", [ASK], True, "<|begin_of_text|>, <|start_header_id|>, <|end_header_id|>, "
-         "<|eot_id|>, which this byte"),
     ],
 )  # fmt: skip
 def test_encode_chat_names_the_users_mistakes(template, messages, add_generation_prompt, message):

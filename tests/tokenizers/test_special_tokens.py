@@ -16,7 +16,6 @@ from llamajax.data import load_tokenizer
 from llamajax.errors import UserError
 from llamajax.tokenizers.tokenizer_export import export_tokenizer
 from llamajax.tokenizers.tokenizer_identity import (
-    check_vocabulary,
     load_recorded,
     matches_record,
     same_tokens,
@@ -239,13 +238,6 @@ def test_tokenizers_that_number_an_added_token_differently_are_two(
     assert not same_tokens(one, other)
     old = {key: value for key, value in tokenizer_record(other).items() if key != "tokens"}
     assert matches_record(one, old)  # of an older checkpoint
-
-
-def test_a_tokenizer_larger_than_the_model_is_refused():
-    byte = load_tokenizer("byte")
-    check_vocabulary(byte, 258)
-    with pytest.raises(UserError, match="byte has 258 tokens and the model's vocabulary only 257"):
-        check_vocabulary(byte, 257)
 
 
 def test_padding_beyond_the_model_counts_for_nothing(assets, tmp_path, store):
