@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     flags = parse_command_line(argv, TrainFlags, verb="train", doc=__doc__)
     # JAX takes seconds to import: --help and mistakes are answered without it.
     if flags.dry_run:
-        from llamajax.training.dry_run import dry_run
+        from llamajax.training.messages import dry_run
 
         for line in dry_run(flags.config, workdir=Path(flags.workdir), overrides=flags.overrides):
             print(line)

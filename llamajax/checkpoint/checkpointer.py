@@ -11,7 +11,7 @@ import dataclasses
 import json
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -149,12 +149,10 @@ class Checkpointer:
         with location.store_errors_explained(self.directory):
             return manifests.complete_steps(self.directory)
 
-    def newest_intact(
-        self, *, without: Collection[int] = ()
-    ) -> tuple[Checkpoint | None, list[str]]:
+    def newest_intact(self) -> tuple[Checkpoint | None, list[str]]:
         """Return the checkpoint to continue from, and warnings; see `restore.newest_intact`."""
         with location.store_errors_explained(self.directory):
-            found, warnings, damaged = newest_intact(self.directory, without=without)
+            found, warnings, damaged = newest_intact(self.directory)
             if self._held is None:
                 set_aside_damaged(damaged)
             else:

@@ -11,7 +11,7 @@ import errno
 import functools
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -111,19 +111,15 @@ def newest_checkpoint(directory: Location) -> Checkpoint | None:
     return open_checkpoint(found[-1]) if found else None
 
 
-def newest_intact(
-    directory: Location, *, without: Collection[int]
-) -> tuple[Checkpoint | None, list[str], Damaged]:
+def newest_intact(directory: Location) -> tuple[Checkpoint | None, list[str], Damaged]:
     """Return the newest checkpoint with no damaged file, verified, and warnings to print.
 
     None where there is no checkpoint at all. Also returns the newer, damaged ones, which are to be
-    set aside so that their steps can be saved again. without: steps that do not count. Raises
-    UserError when all are damaged. To be called by all processes, which get the same answer
-    whichever of them saw the damage.
+    set aside so that their steps can be saved again. Raises UserError when all are damaged. To be
+    called by all processes, which get the same answer whichever of them saw the damage.
     """
     damaged: Damaged = []
     steps = [int(path.name) for path in manifests.step_directories(directory)]
-    steps = [step for step in steps if step not in without]
     while (step := broadcast_from_first(functools.partial(max, steps, default=None))) is not None:
         path = directory / str(step)
         checkpoint, problem = _open_verified(path)

@@ -4,7 +4,10 @@
 formula. One multiply-add is two operations.
 """
 
-from llamajax.config.schema import ModelConfig
+import math
+from collections.abc import Iterable
+
+from llamajax.config.schema import LORA_TARGETS, ModelConfig
 
 
 def num_parameters(model: ModelConfig) -> int:
@@ -32,9 +35,6 @@ def flops_per_token(
     return (4.0 if frozen else 6.0) * weights + 3.0 * (attention / 2 if causal else attention)
 
 
-def matrices_per_layer(model: ModelConfig) -> int:
-    """Return the number of weights in the matrices of one layer."""
-    query_and_output = 2 * model.hidden_size * model.num_heads * model.head_size
-    key_and_value = 2 * model.hidden_size * model.num_kv_heads * model.head_size
-    feed_forward = 3 * model.hidden_size * model.intermediate_size
-    return query_and_output + key_and_value + feed_forward
+def matrices_per_layer(model: ModelConfig, names: Iterable[str] = LORA_TARGETS) -> int:
+    """Return the number of weights in the matrices of one layer, all or those of these names."""
+    return sum(math.prod(model.dims[d] for d in "".join(LORA_TARGETS[name])) for name in names)

@@ -29,26 +29,18 @@ def pipeline_order(num_layers: int, *, stages: int, rounds: int) -> np.ndarray:
     return np.arange(total).reshape(rounds, stages, -1).swapaxes(0, 1).reshape(-1)
 
 
-def is_stored_order(num_layers: int, *, stages: int, rounds: int) -> bool:
-    """Return whether the order of a pipeline is that of the model."""
-    order = pipeline_order(num_layers, stages=stages, rounds=rounds)
-    return np.array_equal(order, np.arange(num_layers))
-
-
-def to_pipeline_order(tree: Any, mesh: Mesh, *, rounds: int) -> Any:
-    """Reorder the stacks of a tree for the mesh's pipeline; inside `jax.jit`."""
+def to_pipeline_order(tree: Any, order: np.ndarray, mesh: Mesh) -> Any:
+    """Reorder the stacks of a tree as `pipeline_order` says; inside `jax.jit`."""
 
     def reorder(stack: jax.Array) -> jax.Array:
-        order = pipeline_order(stack.shape[0], stages=mesh.shape["stage"], rounds=rounds)
         padding = [(0, len(order) - stack.shape[0]), *[(0, 0)] * (stack.ndim - 1)]
         return jnp.pad(stack, padding)[order]
 
     return _map_stacks(reorder, tree, mesh)
 
 
-def to_stored_order(tree: Any, num_layers: int, mesh: Mesh, *, rounds: int) -> Any:
+def to_stored_order(tree: Any, order: np.ndarray, mesh: Mesh, *, num_layers: int) -> Any:
     """Invert `to_pipeline_order`; layers of zeros are left out."""
-    order = pipeline_order(num_layers, stages=mesh.shape["stage"], rounds=rounds)
     return _map_stacks(lambda stack: stack[np.argsort(order)[:num_layers]], tree, mesh)
 
 

@@ -42,8 +42,7 @@ def float8_share(config: RunConfig) -> float:
     """Return the share of a layer's weights that are multiplied in 8 bits."""
     if config.train.dtype != "float8":
         return 0.0
-    dims, targets = config.model.dims, config.train.float8_targets
-    weights = sum(math.prod(dims[d] for d in "".join(LORA_TARGETS[x])) for x in targets)
+    weights = matrices_per_layer(config.model, config.train.float8_targets)
     return weights / matrices_per_layer(config.model)
 
 

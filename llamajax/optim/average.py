@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from llamajax.optim.guard import select_update
 
 
-def start_average(weights: Any) -> Any:
-    """Return a copy of the weights in their shards: the average before the first update of it."""
-    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-    return copy(weights)
+@jax.jit
+def copied(weights: Any) -> Any:
+    """Return a copy of the weights in their shards: an average before its first update."""
+    return jax.tree.map(jnp.copy, weights)
 
 
 def move_average(

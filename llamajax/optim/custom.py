@@ -54,7 +54,8 @@ def check_state(
         return
     text = f"optim.chain = {config.chain}"
     weights = shapes()
-    known = {(w.axes, w.get_value().shape) for w in _weights(weights)}
+    leaves = jax.tree.leaves(weights, is_leaf=is_weight)
+    known = {(w.axes, w.get_value().shape) for w in leaves if is_weight(w)}
     with errors_of_function(config.chain, key="optim.chain", case=" where it makes its state"):
         state = jax.eval_shape(optimizer.init, weights)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_weight):
@@ -79,13 +80,9 @@ def check_state(
 
     with errors_of_function(config.chain, key="optim.chain", case=" in an update"):
         after = jax.eval_shape(update, weights, state)
-    leaves = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (state, after)]
-    if leaves[0] != leaves[1] or jax.tree.structure(state) != jax.tree.structure(after):
+    found = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (state, after)]
+    if found[0] != found[1] or jax.tree.structure(state) != jax.tree.structure(after):
         raise UserError(
             f"{text}: an update changes the shapes or dtypes of its state; a step must return what "
             "it takes"
         )
-
-
-def _weights(tree: Any) -> list[Any]:
-    return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_weight) if is_weight(leaf)]

@@ -16,6 +16,7 @@ from llamajax.monitoring import load_metrics
 from llamajax.monitoring.blackbox import boxes, read_box
 from llamajax.monitoring.run_facts import read_run_facts
 from llamajax.optim.guard import REASONS
+from llamajax.training.place_in_data import read_position
 from llamajax.training.safety.rollback_log import RollbackLog
 from llamajax.training.setup import Setup
 
@@ -45,19 +46,10 @@ class ReplayRecord:
         """Return the position in the data of the steps from `base` to this one."""
         if self.position is not None:
             return self.position
-        stages = setup.data_settings
-        if self.base is None:
-            saved, rollbacks = None, 0
-        else:
-            meta = self.base.meta
-            saved = data.Position.from_json(meta["position"], reached=meta.get("reached"))
-            rollbacks = self.base.meta.get("rollbacks", 0)
-        before = saved and saved.until(self.first_step)
-        stages = data.with_packing(stages, setup.mixtures, self.config.data.packing, before)
-        saved = saved or data.Position.start(**stages[0][1])
+        meta, origin = self.base and self.base.meta, self.machine.get("origin")
+        is_fork = bool(origin) and origin["step"] == self.first_step
         step = max(self.first_step, audit.entries[-1].to_step if audit.entries else 0)
-        later = audit.position(saved, step=step, rollbacks=rollbacks)
-        return data.with_stages(later, stages, setup.mixtures, step=step)
+        return read_position(setup, meta, audit, step=step, is_fork=is_fork)
 
     def recorded_row(self, step: int, position: data.Position) -> Mapping[str, Any] | None:
         """Return the recorded loss and gradient norm of a step, and why its update was skipped.

@@ -14,7 +14,6 @@ from llamajax.training.programs import RunPrograms
 from llamajax.training.run_record import write_end
 from llamajax.training.run_start import Start
 from llamajax.training.safety.hang import HangWatch
-from llamajax.training.safety.step_checks import StepChecks
 from llamajax.training.state import TrainState
 from llamajax.training.workdir import Run
 
@@ -24,7 +23,7 @@ class Interrupted(Exception):
 
 
 class Attempt:
-    """What logs, checks and times the steps from `start` on, until `stack` is closed.
+    """What logs and times the steps from `start` on, until `stack` is closed.
 
     save_waits_s: by step, seconds that training waited for a checkpoint that is being written.
     """
@@ -60,23 +59,29 @@ class Attempt:
         self.progress.set_cell("restarts", f"{max(0, starts - 1)}")
         if run.rollbacks.entries:
             self.progress.set_cell("rollbacks", f"{len(run.rollbacks.entries)}")
-        weights = programs.at(start.step + 1).weight_names
-        self.checks = StepChecks(run, start.position, weights, note=self.progress.note)
         stacks = run.workdir / BLACKBOX / f"hang_process{run.setup.machine.process_id}.txt"
         self.hang = HangWatch(config.guard.hang_timeout_s, file=stacks, on_hang=self._on_hang)
 
     def _on_hang(self, text: str) -> None:
         step = self.run.box.newest_step
-        self.checks.write_box("hang", step=step, cause=text)
+        self.write_box("hang", step=step, cause=text)
         write_end(self.run, step, code=ExitCode.FAILED, error=text)
+
+    def write_box(self, reason: str, *, step: int, **facts: Any) -> str:
+        """Write the black box; return its path, or `not written`."""
+        position = self.start.position.to_json()
+        file = self.run.box.write(reason, step=step, position=position, **facts)
+        return f"{file}" if file else "not written"
 
     @contextlib.contextmanager
     def phase(self, event: str, step: int) -> Iterator[dict[str, Any]]:
         """Write an event with the seconds that the block took; they do not count as step time."""
         fields: dict[str, Any] = {}
-        with self.timer.pause():
-            yield fields
-        self.run.events.write(event, step=step, duration_s=self.timer.paused_s, **fields)
+        try:
+            with self.timer.pause():
+                yield fields
+        finally:  # also where a signal interrupts it
+            self.run.events.write(event, step=step, duration_s=self.timer.paused_s, **fields)
 
     def begin_stage(self, step: int, state: TrainState) -> TrainState:
         """Say that update `step` begins a stage; return the state as one of that stage's model."""

@@ -25,10 +25,6 @@ from llamajax.training.workdir import Run
 _merge = jax.jit(merge, static_argnames="dtype")
 
 
-def _target(workdir: Path, step: int) -> Path:
-    return workdir / "hf" / str(step)
-
-
 def exports_after(config: RunConfig, step: int) -> bool:
     """Return whether the weights are exported after update `step`."""
     every, last = config.checkpoint.export_hf_every, config.train.steps
@@ -37,7 +33,7 @@ def exports_after(config: RunConfig, step: int) -> bool:
 
 def is_exported(workdir: Path, step: int) -> bool:
     """Return whether the export of `step` is there; one that was cut off is not."""
-    return _target(workdir, step).is_dir()
+    return (workdir / "hf" / str(step)).is_dir()
 
 
 def export_weights(run: Run, step: int, state: TrainState, recorded: Mapping) -> list[str]:
@@ -58,7 +54,7 @@ def export_weights(run: Run, step: int, state: TrainState, recorded: Mapping) ->
             tokenizer=load_recorded(workdir / TOKENIZER, recorded["tokenizer"], of=workdir),
             card=lambda: model_card(model.config, run.name, run=origin),
         )
-        return write_hf(export, _target(workdir, step), dtype=dtype, overwrite=True)
+        return write_hf(export, workdir / "hf" / str(step), dtype=dtype, overwrite=True)
     except UserError as error:
         return [f"step {step} was not exported: {error}"]
 

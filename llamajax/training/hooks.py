@@ -1,76 +1,18 @@
-"""What a run does after its steps besides updating: log, check replicas, save, export."""
+"""What a run does after certain steps: check replicas, save, export."""
 
-import math
 import time
-from collections.abc import Sequence
-from typing import Any
 
 import jax
-import numpy as np
 
 from llamajax import data
-from llamajax.backends import memory_in_use
 from llamajax.checkpoint import CheckpointError
 from llamajax.processes.host_collectives import broadcast_from_first
 from llamajax.training.attempt import Attempt
 from llamajax.training.export import export_weights, exports_after
-from llamajax.training.messages import mfu
 from llamajax.training.state import TrainState
 
 # Process 0's clock decides when to save. Asking it waits for the devices, so it is asked rarely.
 _COMPARE_CLOCKS_EVERY = 16
-
-
-class LogHook:
-    """Reads the metrics of each step while the next one runs, so that no step waits for the host.
-
-    Writes rows of `metrics.jsonl`, whose times are means over the steps since the last row, and
-    passes every step to the checks.
-    """
-
-    def __init__(self, attempt: Attempt):
-        self._attempt = attempt
-        self.gradient_norms: Sequence[np.ndarray] = ()  # by weight, of the last step read
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
-
-    def __call__(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Read the metrics of the previous step; keep those of `step` for the next call."""
-        if self._pending is not None:
-            self.flush()
-            self._attempt.run.checkpointer.warm_up()  # imports Orbax once, while a step runs
-        self._pending = (step, metrics)
-
-    def flush(self) -> None:
-        """Wait for the metrics that were kept, write their row, and raise what the checks raise."""
-        if self._pending is None:
-            return
-        (step, metrics), self._pending = self._pending, None
-        a, train = self._attempt, self._attempt.run.config.train
-        values = jax.device_get(metrics)
-        self.gradient_norms = values.get("weight_norms", ())
-        a.timer.mark_fetched(step)
-        unlogged = {f"unlogged_{part}": value for part, value in a.timer.untaken.items()}
-        row = a.checks.inspect(step, values, unlogged)
-        # The last step of a stage, so that no row has times of two.
-        is_last = step == train.steps or step in a.run.setup.borders
-        if step % train.log_every == 0 or is_last or "update_skipped" in row:
-            self._write(step, row)
-        a.checks.react(step, values)
-
-    def _write(self, step: int, values: dict[str, Any]) -> None:
-        a, events = self._attempt, self._attempt.run.events
-        times = a.timer.take()
-        row = {"step": step} | values | times
-        row["tokens_seen"] = a.start.position.tokens_seen(step)
-        row |= mfu(a.run.setup.at(step), times["tokens_per_s"]) | memory_in_use()
-        row["time_s"] = events.time_s
-        if a.failed_saves:
-            row["failed_checkpoints"] = a.failed_saves
-        events.check_directory()
-        a.metrics.write(row)
-        a.progress.show(row)
-        if not math.isfinite(values["loss"]) and "update_skipped" not in values:
-            a.progress.note(f"warning: the loss of step {step} is {values['loss']}")
 
 
 class Hook:

@@ -16,9 +16,8 @@ from llamajax import data
 from llamajax.checkpoint import Checkpoint, check_same_model, named_leaves, restore_state
 from llamajax.checkpoint.location import locate
 from llamajax.checkpoint.restore import model_differences
-from llamajax.config import from_json_dict, to_json_dict
-from llamajax.config.schema import LoraConfig, RunConfig
-from llamajax.config.values import show
+from llamajax.config import diff, from_json_dict, to_json_dict
+from llamajax.config.schema import RunConfig
 from llamajax.errors import UserError, combine
 from llamajax.formats.weights import Weights, open_base, open_weights
 from llamajax.optim.guard import GuardState
@@ -27,7 +26,7 @@ from llamajax.training.setup import Setup
 from llamajax.training.state import StateSpec, TrainState
 
 # What must not change in a run with adapters: the function, or the arrays of its checkpoints.
-_FIXED = ("rank", "alpha", "targets", "base_dtype")
+_FIXED = ("lora.rank", "lora.alpha", "lora.targets", "lora.base_dtype")
 
 
 def open_initial_weights(
@@ -41,7 +40,17 @@ def open_initial_weights(
     """
     if meta is not None:
         before = from_json_dict(meta["config"], source="the config of the newest checkpoint")
-        _check_adapters(before.lora, config.lora, of=of)
+        changed = diff(before, config) if before.lora.rank or config.lora.rank else {}
+        if problems := [
+            f"{key}: it was {old}, now it is {new}"
+            for key, (old, new) in changed.items()
+            if key in _FIXED
+        ]:
+            raise combine(
+                problems,
+                title=f"the checkpoints in {of} have other adapters, or none; go back to what it "
+                "was, or begin another --workdir with train.init_from and without train.fork:",
+            )
         if not config.lora.rank:
             return None
         moved = before.train.init_from != config.train.init_from
@@ -67,19 +76,6 @@ def open_initial_weights(
             problems, title=f"train.init_from = {config.train.init_from}: its weights do not fit:"
         )
     return weights
-
-
-def _check_adapters(old: LoraConfig, new: LoraConfig, *, of: str | Path) -> None:
-    """Raise UserError when the run that continues has other adapters than the one that it was."""
-    keys = _FIXED if old.rank and new.rank else ("rank",)
-    pairs = {key: (show(getattr(old, key)), show(getattr(new, key))) for key in keys}
-    problems = [f"lora.{k}: it was {a}, now it is {b}" for k, (a, b) in pairs.items() if a != b]
-    if problems:
-        raise combine(
-            problems,
-            title=f"the checkpoints in {of} have other adapters, or none; go back to what it was, "
-            "or begin another --workdir with train.init_from and without train.fork:",
-        )
 
 
 def initial_state(setup: Setup, stored: Checkpoint | None, weights: Weights | None) -> TrainState:

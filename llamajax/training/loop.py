@@ -1,7 +1,7 @@
 """The loop over steps: update, log, and then the hooks that are due.
 
 `update` returns while the devices compute the step. Meanwhile the host draws the next batch, and
-reads and checks the metrics of the step before. The hooks (check replicas, save, export, evaluate)
+reads and checks the metrics of the step before. The hooks (check replicas, save, evaluate, export)
 wait for the step. Every process runs the same hooks at the same steps.
 """
 
@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 import jax
 
 from llamajax.errors import ExitCode
-from llamajax.training.attempt import Attempt
+from llamajax.training.attempt import Attempt, Interrupted
 from llamajax.training.evaluation_hook import EvaluateHook
 from llamajax.training.feed import DeviceBatch, train_batches
-from llamajax.training.hooks import CanaryHook, ExportHook, Hook, LogHook, SaveHook
-from llamajax.training.norms_hook import NormsHook
+from llamajax.training.hooks import CanaryHook, ExportHook, Hook, SaveHook
+from llamajax.training.log_hooks import LogHook, NormsHook
 from llamajax.training.state import TrainState
 
 
@@ -33,12 +33,27 @@ def train_steps(
     log, save, evaluate = LogHook(attempt), SaveHook(attempt), EvaluateHook(attempt)
     export, norms = ExportHook(attempt), NormsHook(attempt, log)
     # The canary comes before the save, so that no checkpoint holds what a bad device computed.
-    hooks: list[Hook] = [CanaryHook(attempt), norms, save, export, evaluate]
+    # The export comes after the evaluation, whose losses its model card shows.
+    hooks: list[Hook] = [CanaryHook(attempt), norms, save, evaluate, export]
     hooks += [make(attempt) for make in more_hooks]
-    if start.evaluates:  # the previous process ended before its evaluation or export
-        evaluate(start.step, state, stop=False)
-    if start.exports:
-        export(start.step, state, stop=False)
+
+    def call(due: Sequence[Hook], step: int, stop: bool) -> bool:
+        """Call hooks on the state; return whether the run stops, at this step."""
+        if stop:
+            attempt.record_signal(step)
+        try:
+            for hook in due:
+                hook(step, state, stop)
+        except Interrupted:  # in an evaluation; the next start does it again, and what follows
+            attempt.record_signal(step)
+            save(step, state, stop=True)  # does nothing where this step is saved already
+            return True
+        return stop
+
+    # What the process before did not come to.
+    missed = [evaluate] * start.evaluates + [export] * start.exports
+    if call(missed, start.step, stop=False):
+        return ExitCode.STOPPED
     data = run.config.data
     batches = train_batches(data, setup.mesh, setup.mixtures, start.position, step=start.step)
 
@@ -65,15 +80,6 @@ def train_steps(
         due = [hook for hook in hooks if hook.is_due(step, stop)]
         if due:
             log.flush()  # reads those of this step: a step is checked before it is saved
-        if stop:
-            attempt.record_signal(step)
-        for hook in due:
-            hook(step, state, stop)
-        if evaluate.was_interrupted and not stop:  # a signal came while it ran; same on all
-            stop = True
-            attempt.record_signal(step)
-            save(step, state, stop)  # does nothing where this step is saved already
-        if stop:
+        if call(due, step, stop):
             return ExitCode.STOPPED
-    # A signal may have come where no step was left, during an evaluation that had been missed.
-    return ExitCode.STOPPED if run.shutdown.requested else ExitCode.FINISHED
+    return ExitCode.FINISHED

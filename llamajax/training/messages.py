@@ -1,48 +1,46 @@
-"""What a run prints when it starts and ends, and writes about itself to `run.json`."""
+"""What a run prints when it starts and ends, or would print; what `run.json` says of it."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from llamajax import backends, data, sharding
+from llamajax import backends, sharding
 from llamajax.backends.platforms import platform_facts
 from llamajax.checkpoint import Checkpointer
 from llamajax.config import RunConfig
-from llamajax.data.packing import WINDOWS
+from llamajax.config.saved_config import origins
 from llamajax.errors import ExitCode
 from llamajax.evaluation.continuations import ContinuationRows
 from llamajax.evaluation.evaluation_inputs import samples_problem
 from llamajax.models.counts import flops_per_token, num_parameters
 from llamajax.models.lora import num_adapter_parameters
 from llamajax.models.machine_choices import float8_warnings
-from llamajax.models.memory import host_bytes
+from llamajax.models.memory import held_parts, host_bytes
 from llamajax.monitoring.row_format import format_count, format_size
-from llamajax.training.programs import Programs
-from llamajax.training.setup import Setup
-from llamajax.training.workdir import previous_checkpoint
+from llamajax.training.initial_state import check_stored
+from llamajax.training.programs import RunPrograms
+from llamajax.training.run_start import Start, first_start
+from llamajax.training.setup import Setup, set_up
+from llamajax.training.stage_data import data_warnings, stage_data
+from llamajax.training.workdir import Run, previous_checkpoint, read_run
 
-_MANY_PASSES = 100  # over the same text
-_FULL = 0.9  # of the positions hold tokens
+_WIDTH = 44  # of values in a dry run
 
 
-def run_header(setup: Setup, position: "data.Position", start: int) -> Iterator[str]:
-    """Yield the lines that say what runs where, and from which step.
-
-    position: in the data, from step `start` on.
-    """
-    packings = stage_packings(setup, position, start)
+def run_header(setup: Setup, start: Start) -> Iterator[str]:
+    """Yield the lines that say what runs where, and from which step."""
+    stages = stage_data(setup, start.position, start.step)
     c, m = setup.config, setup.machine
     tasks = setup.evaluated.tasks
     if not setup.evaluated.sets and tasks is None:
         yield "warning: the data has no validation split: no evaluation"
     if problem := samples_problem(c, setup.mesh.shape["stage"]):
         yield f"warning: train.sample_prompts: {problem}"
-    for line in data_warnings(setup, packings) + memory_warnings(setup):
-        yield f"warning: {line}"
-    for line in tasks.warnings() if tasks else ():
+    odd = [*data_warnings(setup, stages), *memory_warnings(setup)]
+    for line in [*odd, *(tasks.warnings() if tasks else ())]:
         yield f"warning: {line}"
     if problem := tasks_problem(setup):
         yield f"warning: train.tasks: {problem}"
@@ -63,16 +61,8 @@ def run_header(setup: Setup, position: "data.Position", start: int) -> Iterator[
         yield f"peak     {peak[0] / 1e12:g} TFLOP/s a device ({peak[1]})"
     else:
         yield f"peak     unknown for {m.device_kind!r}: no MFU"
-    for number, (first_step, stage) in enumerate(setup.stages):
-        where = f"stage {number}  from step {first_step} on: " if number else "data     "
-        data, rope = stage.config.data, stage.config.model.rope_scaling
-        shape = f"{data.global_batch_size} x {data.seq_len}"
-        tokens = format_count(data.global_batch_size * data.seq_len)
-        is_scaled = rope != c.model.rope_scaling
-        scaled = f"; rope_scaling {rope.type} x {rope.factor:g}" if is_scaled else ""
-        yield f"{where}{data.path}; {shape} = {tokens} tokens a step{scaled}"
-        yield f"epochs   {_epochs(setup, number, packings[number])}"
-        yield from _packing(stage, packings[number])
+    for each in stages:
+        yield from each.lines()
     for name, held_out in setup.evaluated.named.items():
         (source,) = held_out.sources
         tokens = format_count(source.num_tokens)
@@ -80,7 +70,7 @@ def run_header(setup: Setup, position: "data.Position", start: int) -> Iterator[
     for name, questions in tasks.questions.items() if tasks else ():
         yield f"task     {name}: {len(questions)} questions"
     origin = c.train.init_from or "the beginning"
-    where = f"continuing from step {start}" if start else f"from {origin}"
+    where = f"continuing from step {start.step}" if start.step else f"from {origin}"
     yield f"steps    {c.train.steps}, {where}"
 
 
@@ -97,15 +87,8 @@ def tasks_problem(setup: Setup) -> str | None:
     )
 
 
-def _float8_products(setup: Setup) -> str | None:
-    if setup.compute.float8 is None:
-        return None
-    known = backends.multiplies_float8(setup.machine.device_kind)
-    return "in 8 bits" if known else "rounded only"
-
-
-def memory_warnings(setup: Setup) -> list[str]:
-    """Return a warning where this host cannot hold what the run needs of it, by formula."""
+def memory_warnings(setup: Setup) -> Iterator[str]:
+    """Yield a warning where this host cannot hold what the run needs of it, by formula."""
     needed = max(
         host_bytes(
             stage.config,
@@ -116,127 +99,12 @@ def memory_warnings(setup: Setup) -> list[str]:
         for _, stage in setup.stages
     )
     there = backends.host_memory_bytes()
-    if there is None or needed <= there:
-        return []
-    return [
-        f"the run needs about {format_size(needed)} of this host's memory, by formula, and there "
-        f"are {format_size(there)}: it may be killed. Choose a smaller model, batch or sequence, a "
-        "train.remat that keeps less, or more hosts (--dry_run lists the parts)"
-    ]
-
-
-def _tokens_read(setup: Setup, number: int) -> tuple[int, int]:
-    """Return the steps of a stage and the tokens that it reads."""
-    ends = [*setup.borders, setup.config.train.steps]
-    steps = ends[number] - setup.stages[number][0]
-    return steps, steps * setup.tokens_of(ends[number])
-
-
-def _stream_read(setup: Setup, number: int, packing: str) -> list[float]:
-    """Return how many tokens of each source's stream a stage reads, padding not included."""
-    stage, read = setup.stages[number][1], _tokens_read(setup, number)[1]
-    length, mixture = stage.config.data.seq_len, stage.mixture
-    samples = mixture.samples(length, packing)
-    shares = [weight / sum(mixture.weights) for weight in mixture.weights]
-    return [s.tokens(read / length * share) for s, share in zip(samples, shares, strict=True)]
-
-
-def _epochs(setup: Setup, number: int, packing: str) -> str:
-    """Describe how often a stage reads each of its sources."""
-    mixture, (steps, read) = setup.stages[number][1].mixture, _tokens_read(setup, number)
-    epochs = ", ".join(
-        f"{tokens / source.num_tokens:.3g} of {source.path} "
-        f"({format_count(source.num_tokens)} tokens)"
-        for source, tokens in zip(
-            mixture.sources, _stream_read(setup, number, packing), strict=True
-        )
-    )
-    return f"{epochs}; {format_count(read)} tokens in {steps} steps"
-
-
-def stage_packings(setup: Setup, position: "data.Position", start: int) -> list[str]:
-    """Return how each stage packs its instructions; of one that is over, how it did last."""
-    ends = [*setup.borders, setup.config.train.steps]
-    steps = [
-        max(first, min(start, end - 1)) for (first, _), end in zip(setup.stages, ends, strict=True)
-    ]
-    return [position.segment(step).packing for step in steps]
-
-
-def packing_problem(stage: Setup, packing: str) -> str | None:
-    """Return that much of the rows of whole examples is padding; None where it is little."""
-    mixture, length = stage.mixture, stage.config.data.seq_len
-    efficiency = mixture.packing_facts(length, packing).get("efficiency", 1.0)
-    if efficiency >= _FULL:
-        return None
-    manifests = [source.stats.get("packing", {}) for source in mixture.sources if source.masked]
-    shares = {n: min(m.get(n, {}).get("efficiency", 0) for m in manifests) for n in manifests[0]}
-    fuller = [n for n, share in shares.items() if int(n) > length and share >= _FULL]
-    larger = f"data.seq_len = {fuller[0]} ({shares[fuller[0]]:.1%}) or " if fuller else ""
-    return (
-        f"only {efficiency:.1%} of the positions hold tokens, the others are padding that costs as "
-        f"much: few examples fit together into data.seq_len = {length}. Choose {larger}"
-        "data.packing=windows, which has no padding and cuts examples"
-    )
-
-
-def _packing(stage: Setup, packing: str) -> Iterator[str]:
-    """Yield how the instructions of a stage become samples; nothing where it has none."""
-    length = stage.config.data.seq_len
-    facts = stage.mixture.packing_facts(length, packing)
-    if not facts:
-        return
-    cut = f"{facts['cut_examples_share']:.1%} of the examples"
-    cut += f", with {facts['cut_loss_share']:.1%} of the tokens that carry loss,"
-    if packing == WINDOWS:
-        yield f"packing  windows of one stream; {cut} are cut (data.packing=examples: the longest)"
-        return
-    yield f"packing  whole examples; {facts['efficiency']:.1%} of the positions hold tokens"
-    if facts["cut_examples_share"]:
+    if there is not None and needed > there:
         yield (
-            f"warning: {cut} are longer than data.seq_len = {length} and cut: a part does not see "
-            "those before it, and parts without such tokens are left out"
+            f"the run needs about {format_size(needed)} of this host's memory, by formula, and "
+            f"there are {format_size(there)}: it may be killed. Choose a smaller model, batch or "
+            "sequence, a train.remat that keeps less, or more hosts (--dry_run lists the parts)"
         )
-    if problem := packing_problem(stage, packing):
-        yield f"warning: {problem}"
-
-
-def packing_record(setup: Setup, packings: Sequence[str]) -> dict[str, Any]:
-    """Return what `run.json` says of the packing, of the first stage that has instructions."""
-    for (_, stage), packing in zip(setup.stages, packings, strict=True):
-        if facts := stage.mixture.packing_facts(stage.config.data.seq_len, packing):
-            return {"packing": facts, "packing_problem": packing_problem(stage, packing)}
-    return {"packing": {}, "packing_problem": None}
-
-
-def data_warnings(setup: Setup, packings: Sequence[str]) -> list[str]:
-    """Return what is odd about this data for this run. packings: of instructions, by stage."""
-    c, mixture, warnings = setup.config, setup.mixture, []
-    for number, (_, stage) in enumerate(setup.stages):
-        passes = sum(_stream_read(setup, number, packings[number])) / stage.mixture.num_tokens
-        if passes >= _MANY_PASSES:
-            text = format_count(stage.mixture.num_tokens)
-            paths = ", ".join(str(source.path) for source in stage.mixture.sources)
-            reader, path = "train.steps", "data.path"
-            if number:
-                reader, path = f"data.stages[{number - 1}]", f"its path, {paths},"
-            warnings.append(f"{reader} reads the {text} tokens of {path} {passes:,.0f} times")
-    known = mixture.manifests[0]["tokenizer"]["vocab_size"]
-    if c.model.vocab_size > 4 * known:
-        warnings.append(
-            f"model.vocab_size = {c.model.vocab_size:,}, but the tokenizer of data.path has only "
-            f"{known:,} tokens: most of the embedding is never used"
-        )
-    own = setup.evaluated.own
-    used = own.sources if own else mixture.sources
-    if left := {s.path for s in mixture.sources} - {s.path for s in used}:
-        names = ", ".join(sorted(map(str, left)))
-        warnings.append(f"evaluation leaves out {names}: prepared without a validation split")
-    trained = {s.fingerprint for _, stage in setup.stages for s in stage.mixture.sources}
-    for name, held_out in setup.evaluated.named.items():
-        if trained & {s.fingerprint for s in held_out.sources}:
-            warnings.append(f"data.validation: {name} is what the run trains on, not held out")
-    return warnings
 
 
 def num_trained(config: RunConfig) -> int:
@@ -260,14 +128,15 @@ def mfu(setup: Setup, tokens_per_s: float) -> dict[str, float | None]:
     return {name: total and tokens_per_s * each / total for name, each in flops.items()}
 
 
-def run_facts(
-    setup: Setup, programs: Programs, position: "data.Position", start: int
-) -> dict[str, Any]:
-    """Return what `run.json` says of a run. position: in the data, from step `start` on."""
-    machine, config = setup.machine, setup.config
+def run_facts(run: Run, start: Start, programs: RunPrograms) -> dict[str, Any]:
+    """Return what `run.json` says of a run, as it is from `start` on."""
+    setup, machine, config = run.setup, run.setup.machine, run.config
     peak = backends.peak_flops(machine.device_kind, config.train.dtype)
-    update, own = programs.update, setup.evaluated.own
-    donated = backends.donated_bytes(update)
+    first, own = programs.at(start.step + 1), setup.evaluated.own
+    donated = backends.donated_bytes(first.update)
+    float8 = "in 8 bits" if backends.multiplies_float8(machine.device_kind) else "rounded only"
+    stages = stage_data(setup, start.position, start.step)
+    packed = next((each for each in stages if each.packing_facts), stages[0])
     facts = dataclasses.asdict(machine)
     del facts["process_id"]
     return facts | {
@@ -278,20 +147,25 @@ def run_facts(
         "compiler_options": dict(setup.compiler_options.values),
         "num_parameters": num_parameters(config.model),
         "num_trained_parameters": num_trained(config),
-        "program": programs.digest,
-        "program_bytes": backends.program_bytes(update),
+        "program": first.digest,
+        "program_bytes": backends.program_bytes(first.update),
         "donated_bytes": donated and donated[0],
         "reused_bytes": donated and donated[1],
         "peak_flops": peak[0] if peak else None,
         "peak_source": peak[1] if peak else None,
-        "float8_products": _float8_products(setup),
-        "lost_features": backends.lost_features(setup.machine.platform),
+        "float8_products": None if setup.compute.float8 is None else float8,
+        "lost_features": backends.lost_features(machine.platform),
         "untested_versions": backends.untested_versions(),
         "samples_problem": samples_problem(config, setup.mesh.shape["stage"]),
         "tasks_problem": tasks_problem(setup),
         "eval_loss_of": setup.evaluated.described,
-        **packing_record(setup, stage_packings(setup, position, start)),
+        "packing": packed.packing_facts,
+        "packing_problem": packed.packing_problem,
         "unigram_entropy": own.unigram_loss if own else None,
+        **programs.facts(step=start.first_compiled),
+        "origin": start.recorded["origin"],
+        "rope_scaling_changed": start.recorded["rope_scaling_changed"],
+        "workdir_locked": run.is_locked,
     }
 
 
@@ -302,3 +176,35 @@ def run_summary(workdir: Path, checkpointer: Checkpointer, code: int) -> str:
     word = words.get(code, "ended for the reason above")
     report = workdir / "report.html"
     return f"{word}. Checkpoint {previous_checkpoint(checkpointer)}, report {report}"
+
+
+def dry_run(config: RunConfig, *, workdir: Path, overrides: Mapping[str, str]) -> Iterator[str]:
+    """Yield what `train --dry_run` prints: every value with its origin, then the run's header.
+
+    Nothing is written. Raises UserError where `train` would. overrides: of the command line, by
+    path.
+    """
+    for path, value, origin in origins(config, overrides):
+        yield f"{f'{path} = {value}':<{_WIDTH}}  # {origin}"
+    yield ""
+    setup = set_up(config, keep_programs=False)
+    with read_run(setup, workdir) as run:
+        start, _ = first_start(run)
+    if start.checkpoint is not None:
+        check_stored(setup.at(start.step), start.checkpoint)
+    yield from run_header(setup, start)
+    yield f"kernels  attention {setup.attention.impl}: {setup.attention.reason}"
+    options = setup.compiler_options.values.items()
+    yield f"compiler {', '.join(f'{name}={value}' for name, value in options) or 'no options'}"
+    yield _memory(setup)
+
+
+def _memory(setup: Setup) -> str:
+    sizes = dict(setup.mesh.shape)
+    parts = max(
+        (held_parts(stage.config, sizes) for _, stage in setup.stages),
+        key=lambda p: sum(p.values()),
+    )
+    listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items())
+    total = format_size(sum(parts.values()))
+    return f"memory   {total} a device at least, by formula: {listed}; `llamajax plan` has more"

@@ -6,6 +6,7 @@ from typing import Any
 from llamajax import data
 from llamajax.config import RunConfig, from_json_dict, stages_of
 from llamajax.errors import UserError
+from llamajax.training.safety.rollback_log import RollbackLog
 from llamajax.training.setup import Setup
 from llamajax.training.workdir import Run
 
@@ -18,23 +19,37 @@ def place_in_data(
     meta, step: of the checkpoint that it continues from, if it does. origin: what is recorded of
     that where it is another run's.
     """
-    mixtures, stages = run.setup.mixtures, run.setup.data_settings
-    before, saved, rollbacks = None, None, 0
+    mixtures, saved = run.setup.mixtures, (meta or {}).get("ledger")
     if meta is not None:
-        before = data.Position.from_json(meta["position"], reached=meta.get("reached")).until(step)
-        saved = meta.get("ledger")
+        before = _saved_position(meta, step)
         if origin is None:
             check_past(run.setup, from_json_dict(meta["config"]), before, step=step)
-            rollbacks = meta.get("rollbacks", 0)  # else of the other run
         if saved and step:
             data.check_ledger(saved, mixtures, before, step=step)
-    stages = data.with_packing(stages, mixtures, run.config.data.packing, before)
-    before = before or data.Position.start(**stages[0][1])
-    position = run.rollbacks.position(before, step=step, rollbacks=rollbacks)
-    position = data.with_stages(position, stages, mixtures, step=step)
+    position = read_position(run.setup, meta, run.rollbacks, step=step, is_fork=origin is not None)
     for line in stage_warnings(run.config, position, mixtures, step=step):
         run.say(line)
     return position, data.Ledger(mixtures, position, step=step, saved=saved)
+
+
+def _saved_position(meta: Mapping[str, Any], step: int) -> data.Position:
+    return data.Position.from_json(meta["position"], reached=meta.get("reached")).until(step)
+
+
+def read_position(
+    setup: Setup, meta: Mapping[str, Any] | None, log: RollbackLog, *, step: int, is_fork: bool
+) -> data.Position:
+    """Return where in the data a run goes on from `step`, after what rollbacks have left out.
+
+    meta: of the checkpoint before that, if there is one. is_fork: whether it is another run's,
+    whose rollbacks are not those of `log`.
+    """
+    before, packing = meta and _saved_position(meta, step), setup.config.data.packing
+    stages = data.with_packing(setup.data_settings, setup.mixtures, packing, before)
+    before = before or data.Position.start(**stages[0][1])
+    count = 0 if meta is None or is_fork else meta.get("rollbacks", 0)
+    position = log.position(before, step=step, rollbacks=count)
+    return data.with_stages(position, stages, setup.mixtures, step=step)
 
 
 def check_past(setup: Setup, before: RunConfig, position: data.Position, *, step: int) -> None:

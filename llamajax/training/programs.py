@@ -121,8 +121,7 @@ class RunPrograms:
         or that the memory of a device does not hold, ends a run at its start.
         """
         new = []
-        for number in range(self.setup.stage_number(step), len(self.setup.stages)):
-            stage = self.setup.stages[number][1]
+        for number, _, stage in self.setup.stages_from(step):
             if _shapes(stage) in self.by_shapes:
                 continue
             with stage_named(number):
@@ -159,8 +158,7 @@ class RunPrograms:
         if len(self.setup.stages) == 1:
             return {}
         found = []
-        for number in range(self.setup.stage_number(step), len(self.setup.stages)):
-            first_step, stage = self.setup.stages[number]
+        for number, first_step, stage in self.setup.stages_from(step):
             programs = self.by_shapes[_shapes(stage)]
             fields = {"number": number, "first_step": first_step, "program": programs.digest}
             fields |= {"program_bytes": backends.program_bytes(programs.update)}

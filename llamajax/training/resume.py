@@ -10,7 +10,7 @@ saved, and a start that finds none of it is refused.
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,12 +67,10 @@ def requested_start(run: Run, history: History) -> Request:
     return broadcast_from_first(decide)
 
 
-def choose_checkpoint(
-    run: Run, request: Request, history: History, superseded: Collection[int] = ()
-) -> Checkpoint | None:
+def choose_checkpoint(run: Run, request: Request, history: History) -> Checkpoint | None:
     """Return the verified checkpoint of the run to continue from, and say what it costs.
 
-    superseded: steps of checkpoints that a rollback made invalid. To be called by all processes.
+    To be called by all processes.
     """
     checkpoints = run.checkpointer.directory
     if request == "restart":
@@ -82,7 +80,7 @@ def choose_checkpoint(
             checkpoint = open_checkpoint(checkpoints / str(run.config.train.resume_step))
         checkpoint.verify()
         return checkpoint
-    checkpoint, words = run.checkpointer.newest_intact(without=superseded)
+    checkpoint, words = run.checkpointer.newest_intact()
     for line in words:
         run.say(line)
     if words or request == "rollback":
@@ -137,14 +135,7 @@ def newest_save(history: History) -> int | None:
         elif kind == "rollback":
             back = min(newest or 0, event.get("to_step", 0))
             newest = back if back > fork_step else None
-    if history.events or (history.workdir / AUDIT).exists():
-        return newest
-    # A run of an earlier version has no events. Its last save but one ended before the last began.
-    every = read_saved_config(history.workdir).get("checkpoint", {}).get("every_steps")
-    rows = history.rows
-    if not every or not rows or any("failed_checkpoints" in row for row in rows):
-        return None
-    return max(0, rows[-1]["step"] // every - 1) * every or None
+    return newest
 
 
 def _check_not_gone(history: History, checkpoints: Location) -> None:
@@ -186,9 +177,10 @@ def _set_aside_later(workdir: Path, checkpoints: Location, step: int) -> str:
     metrics = workdir / "metrics.jsonl"
     if metrics.exists():
         shutil.copy2(metrics, free_name(metrics.with_name("metrics.set_aside.jsonl")))
-    later = [p for p in manifests.step_directories(checkpoints) if int(p.name) > step]
-    for path in later:
-        manifests.set_aside(path, "set_aside")
+    with store_errors_explained(checkpoints):
+        later = [p for p in manifests.step_directories(checkpoints) if int(p.name) > step]
+        for path in later:
+            manifests.set_aside(path, "set_aside")
     return (
         f"train.resume_step: going on from step {step}; later checkpoints are set aside: "
         f"{', '.join(path.name for path in later) or 'none'}"
@@ -197,19 +189,15 @@ def _set_aside_later(workdir: Path, checkpoints: Location, step: int) -> str:
 
 def check_fork(run: Run) -> None:
     """Raise UserError where a fork would write into the run that it continues."""
-    fork, checkpoints = run.config.train.fork, run.checkpointer.directory
-    if fork is None:
+    if (fork := run.config.train.fork) is None:
         return
     other, _ = parse_fork(fork)
-    if other.resolve() == run.workdir.resolve():
+    theirs = recorded_directory(other)
+    if other.resolve() == run.workdir.resolve() or theirs == run.checkpointer.directory:
         raise UserError(
-            f"train.fork = {fork}: that is this --workdir itself; choose another one, or go back "
-            "in this one with train.resume_step"
-        )
-    if checkpoints == recorded_directory(other):
-        raise UserError(
-            f"train.fork = {fork}: that run has its checkpoints in {checkpoints}; choose another "
-            "checkpoint.directory for this one"
+            f"train.fork = {fork}: that run is in {other} and has its checkpoints in {theirs}; "
+            "choose another --workdir and checkpoint.directory for this one, or go back in that "
+            "run with train.resume_step"
         )
 
 
@@ -259,15 +247,11 @@ def _check_same_origin(origin: Mapping[str, Any] | None, history: History) -> No
     starts = [event.get("fork") for event in history.events if event["event"] == "start"]
     if not starts or not history.rows:
         return
-    before = next((fork for fork in reversed(starts) if fork), None)
-    ours, theirs = (
-        {key: fork[key] for key in ("run", "step", "fingerprint")} if fork else None
-        for fork in (origin, before)
-    )
+    ours, theirs = _words(origin), _words(next(filter(None, reversed(starts)), None))
     if ours != theirs:
         raise UserError(
-            f"this --workdir began from {_words(theirs)}, and would go on from {_words(ours)}: go "
-            "back to the train.fork that it had, choose another --workdir, or begin anew with "
+            f"this --workdir began from {theirs}, and would go on from {ours}: go back to the "
+            "train.fork that it had, choose another --workdir, or begin anew with "
             "--config.train.restart=true"
         )
 

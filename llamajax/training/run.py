@@ -35,9 +35,9 @@ from llamajax.training.messages import run_header, run_summary
 from llamajax.training.programs import RunPrograms
 from llamajax.training.run_record import accept_start, end_event, write_start
 from llamajax.training.run_start import Start, find_start, first_start
-from llamajax.training.safety.rollback import go_back, remove_checkpoints
+from llamajax.training.safety.guard_stops import GuardStop, RollbackNeeded
+from llamajax.training.safety.rollback import go_back
 from llamajax.training.safety.shutdown import Shutdown, exit_on_error
-from llamajax.training.safety.step_checks import GuardStop, RollbackNeeded
 from llamajax.training.setup import set_up
 from llamajax.training.state import TrainState
 from llamajax.training.workdir import Run, open_run
@@ -79,7 +79,7 @@ def train(
                 write_start(run, start, history, began_s=began_s, config_file=config_file)
                 report_checkpoint(start.step)  # to the launcher, which counts progress
             del history  # all rows and events
-            for line in run_header(setup, start.position, start.step):
+            for line in run_header(setup, start):
                 run.say(line)
             outcome["code"] = code = _train(run, start, more_hooks)
             if code == ExitCode.FINISHED and config.lora.rank:
@@ -100,8 +100,6 @@ def _train(run: Run, start: Start, more_hooks: Sequence[Callable[[Attempt], Hook
             _compile(run, start, programs, state)
         if start.request != "rollback":
             accept_start(run, start, programs)
-        # Of steps that a rollback has taken back, in this process or in one that ended before this.
-        remove_checkpoints(run.checkpointer, start.superseded)
         with ExitStack() as stack:
             attempt = Attempt(run, start, programs, stack)
             try:

@@ -49,16 +49,12 @@ def accept_start(run: Run, start: Start, programs: RunPrograms) -> None:
         file = run.workdir / "config.json"
         write_file(file, json.dumps(start.recorded["config"], indent=1) + "\n", label=f"{file}")
         keep_tokenizer(run.workdir, run.config.data.paths[0], start.recorded["tokenizer"])
-        first = programs.at(start.step + 1)
         if run.config.monitoring.dump_hlo:
             (run.workdir / "profile").mkdir(exist_ok=True)
             for name in ("update", "evaluate"):
-                text = getattr(first, name).as_text()
+                text = getattr(programs.at(start.step + 1), name).as_text()
                 write_file(run.workdir / "profile" / f"{name}.hlo.txt", text)
-        facts = run_facts(run.setup, first, start.position, start.step)
-        facts |= programs.facts(step=start.first_compiled)
-        facts |= {name: start.recorded[name] for name in ("origin", "rope_scaling_changed")}
-        write_run_facts(run.workdir, facts | {"workdir_locked": run.is_locked})
+        write_run_facts(run.workdir, run_facts(run, start, programs))
 
 
 def write_start(

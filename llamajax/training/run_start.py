@@ -33,15 +33,14 @@ from llamajax.training.workdir import Run
 class Start:
     """Where a run starts, resumes, or continues after a rollback.
 
-    superseded: on process 0, steps of checkpoints that a rollback made invalid. weights: to
-    import. recorded: the JSON object that its checkpoints hold besides the arrays and the ledger.
-    evaluates, exports: whether its step is to be evaluated or exported first, as the process before
-    ended in between. time_after: seconds of the rows after its step, which are removed.
+    weights: to import. recorded: the JSON object that its checkpoints hold besides the arrays and
+    the ledger. evaluates, exports: whether its step is to be evaluated or exported first, as the
+    process before ended in between. time_after: seconds of the rows after its step, which are
+    removed.
     """
 
     request: Request
     checkpoint: Checkpoint | None  # to restore
-    superseded: list[int]
     position: data.Position
     ledger: data.Ledger
     weights: Weights | None
@@ -88,8 +87,7 @@ def find_start(run: Run, request: Request, history: History) -> Start:
     """
     setup, config = run.setup, run.config
     check_fork(run)
-    superseded = [] if request == "older" else run.rollbacks.superseded(run.checkpointer)
-    checkpoint = choose_checkpoint(run, request, history, superseded)
+    checkpoint = choose_checkpoint(run, request, history)
     origin = None
     if checkpoint is None:
         checkpoint, origin = open_fork(run, history)
@@ -127,7 +125,6 @@ def find_start(run: Run, request: Request, history: History) -> Start:
     return Start(
         request=request,
         checkpoint=checkpoint,
-        superseded=superseded,
         position=position,
         ledger=ledger,
         weights=weights,
@@ -143,18 +140,7 @@ def run_tokenizer(setup: Setup, meta: Mapping[str, Any] | None, workdir: Path) -
 
     meta, workdir: of the checkpoint that the run continues from, if it does, and of its run.
     """
-    saved, kept = (meta or {}).get("tokenizer"), workdir / TOKENIZER
-    if meta is not None and saved is None and kept.is_dir():
-        try:
-            # Older checkpoints have no record.
-            fingerprint = setup.mixture.tokenizer_fingerprint
-            saved = tokenizer_record(data.load_tokenizer(kept, fingerprint=fingerprint))
-        except UserError as error:
-            raise UserError(
-                f"{error}; it is the only record of the tokenizer that these checkpoints were "
-                f"trained with: copy that tokenizer into {kept}, or remove {kept} if it is the one "
-                "that the data was prepared with"
-            ) from error
+    saved = (meta or {}).get("tokenizer")
     if saved and saved["fingerprint"] == setup.mixture.tokenizer_fingerprint:
         return saved
     path = setup.mixture.sources[0].path
@@ -165,7 +151,7 @@ def run_tokenizer(setup: Setup, meta: Mapping[str, Any] | None, workdir: Path) -
         f"data.path: {path} was prepared with another tokenizer "
         f"({describe(tokenizer_record(ours))}) than the one that the checkpoints in {workdir} were "
         f"trained with ({describe(saved)}): its token ids mean other text. Prepare the text again "
-        f"with --tokenizer={kept}, or begin another --workdir"
+        f"with --tokenizer={workdir / TOKENIZER}, or begin another --workdir"
     )
 
 
@@ -181,11 +167,8 @@ def _rope_scaling_changed(
     ours = run.config.model.rope_scaling
     if weights is None or (theirs := weights.model.rope_scaling) == ours:
         return None
-    changed = f"the weights have no rope_scaling; this run trains them on with {ours}"
-    if theirs is not None:
-        changed = (
-            f"the weights were trained with rope_scaling {theirs}; this run has {ours} instead"
-        )
+    before = f"were trained with rope_scaling {theirs}" if theirs else "have no rope_scaling"
+    changed = f"the weights {before}; this run trains them on with {ours}"
     run.say(f"warning: {changed}")
     return changed
 
@@ -226,12 +209,9 @@ def changes(setup: Setup, checkpoint: Checkpoint, *, forked: bool = False) -> It
         if not math.isclose(*rates, rel_tol=1e-5):
             old, new = (f"{rate:.6g}" for rate in rates)
             yield f"changed since step {step}: learning rate of step {step + 1}: {old} -> {new}"
-    if "data" not in meta:
-        if meta["position"]["segments"][-1]["mixture_hash"] != setup.mixture.hash:
-            yield f"data changed since step {step}; the checkpoint does not say what it was"
-        return
-    for split in dict.fromkeys([*meta["data"], *setup.data_record]):
-        old, new = (record.get(split, "none") for record in (meta["data"], setup.data_record))
+    records = meta.get("data", setup.data_record), setup.data_record
+    for split in dict.fromkeys([*records[0], *records[1]]):
+        old, new = (record.get(split, "none") for record in records)
         if old != new:
             is_split = split in ("train", "validation")
             where = f"{split} split of {now.data.path}" if is_split else split

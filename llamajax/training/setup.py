@@ -57,6 +57,11 @@ class Setup:
         """Return the stage that update `step` belongs to; of step 0 the first."""
         return self.stages[self.stage_number(step)][1]
 
+    def stages_from(self, step: int) -> "list[tuple[int, int, Setup]]":
+        """Return number, first step, and setup of the stages that have update `step` or later."""
+        found = [(number, *stage) for number, stage in enumerate(self.stages)]
+        return found[self.stage_number(step) :]
+
     @property
     def borders(self) -> list[int]:
         """The first steps of the stages but the first."""

@@ -1,11 +1,13 @@
 """The state of a run: what a step takes and returns, and what a checkpoint holds."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh
@@ -95,8 +97,7 @@ class StateSpec:
         """Return the spec of a run's state."""
         guard, train = config.guard, config.train
         guarded = guard.nonfinite != "off" or guard.spike_factor is not None
-        stages, rounds = mesh.shape["stage"], train.pipeline_rounds
-        layers = config.model.num_layers
+        layers, stages, rounds = config.model.num_layers, mesh.shape["stage"], train.pipeline_rounds
         facts = optim.RunFacts(
             seed=train.seed,
             dtype="float32" if train.dtype == "float32" else "bfloat16",
@@ -171,14 +172,12 @@ class StateSpec:
 
     def to_pipeline_order(self, state: TrainState) -> TrainState:
         """Reorder a stored state's layers for the pipeline; no-op without one."""
-        return self._reorder(state, self._in_pipeline_order)
+        return self._reorder(state, layer_order.to_pipeline_order)
 
     def to_stored_order(self, state: TrainState) -> TrainState:
         """Invert `to_pipeline_order`; both copies exist until the old one is dropped."""
-        layers, mesh, rounds = self.model.num_layers, self.mesh, self.rounds
-        return self._reorder(
-            state, lambda s: layer_order.to_stored_order(s, layers, mesh, rounds=rounds)
-        )
+        invert = functools.partial(layer_order.to_stored_order, num_layers=self.model.num_layers)
+        return self._reorder(state, invert)
 
     def with_own_guard(self, state: TrainState) -> TrainState:
         """Return a restored state with the guard of this spec; a new window begins empty."""
@@ -197,7 +196,7 @@ class StateSpec:
             return state.replace(average=None)
         if state.average is not None:
             return state
-        return state.replace(average=optim.start_average(state.trained))
+        return state.replace(average=optim.copied(state.trained))
 
     def _new(self, model: Llama, key: jax.Array) -> TrainState:
         """Return the state of step 0 with these weights, in stored order; inside `jax.jit`."""
@@ -209,24 +208,27 @@ class StateSpec:
         with jax.numpy_dtype_promotion("standard"):
             return state.replace(opt_state=self.optimizer.init(state.trained))
 
-    def _is_stored_order(self) -> bool:
-        """Return whether pipeline order is the same as stored order."""
-        layers, stages, rounds = self.model.num_layers, self.mesh.shape["stage"], self.rounds
-        return rounds is None or layer_order.is_stored_order(layers, stages=stages, rounds=rounds)
+    @functools.cached_property
+    def _order(self) -> np.ndarray | None:
+        """The order of the layers in the pipeline; None where it is stored order."""
+        if self.rounds is None:
+            return None
+        layers, stages = self.model.num_layers, self.mesh.shape["stage"]
+        order = layer_order.pipeline_order(layers, stages=stages, rounds=self.rounds)
+        return None if np.array_equal(order, np.arange(layers)) else order
 
     def _in_pipeline_order(self, state: TrainState) -> TrainState:
-        if self._is_stored_order():
+        if self._order is None:
             return state
-        return layer_order.to_pipeline_order(state, self.mesh, rounds=self.rounds)
+        return layer_order.to_pipeline_order(state, self._order, self.mesh)
 
-    def _reorder(
-        self, state: TrainState, function: Callable[[TrainState], TrainState]
-    ) -> TrainState:
-        if self._is_stored_order():
+    def _reorder(self, state: TrainState, function: Callable) -> TrainState:
+        if self._order is None:
             return state
 
         def reordered(state: TrainState) -> TrainState:
-            return function(state.replace(opt_state=to_device(state.opt_state)))
+            state = state.replace(opt_state=to_device(state.opt_state))
+            return function(state, self._order, self.mesh)
 
         out = self._shardings(jax.eval_shape(reordered, state))
         return jax.jit(reordered, out_shardings=out)(state)

@@ -63,7 +63,7 @@ def _gradients(model: Llama, batch: Batch, *, compute: Compute, accumulation: in
             if axis_size("fsdp") == 1:
                 backward(sums)
             else:
-                _add_up(sums, *backward(values))
+                jax.tree.map(lambda s, g: jax.ref.addupdate(s, ..., g), sums, *backward(values))
             return jax.tree.map(jnp.add, scalars, terms), None
 
         zero = pcast_varying(pcast_varying_like(jnp.float32(0), batch["tokens"]), TOKEN_AXES)
@@ -71,11 +71,6 @@ def _gradients(model: Llama, batch: Batch, *, compute: Compute, accumulation: in
         scalars, _ = jax.lax.scan(add, (zero, zero, zero), microbatches)
         grads = jax.tree.map(jax.freeze, sums)
     return psum_tree(grads), psum(scalars, TOKEN_AXES)
-
-
-def _add_up(sums: Any, grads: Any) -> None:
-    for total, grad in zip(jax.tree.leaves(sums), jax.tree.leaves(grads), strict=True):
-        jax.ref.addupdate(total, ..., grad)
 
 
 def _dropout_keys(seed: int, step: jax.Array, tokens_BT: jax.Array, mesh: Mesh) -> jax.Array:

@@ -21,9 +21,11 @@ from llamajax.monitoring.events import EVENTS
 from llamajax.monitoring.run_history import History
 from llamajax.planning.compilation import abstract_step, lowered_step
 from llamajax.training import attempt, loop, run, setup
-from llamajax.training.hooks import LogHook
+from llamajax.training.log_hooks import LogHook
 from llamajax.training.programs import compile_programs, program_digest
-from llamajax.training.safety.step_checks import GuardStop
+from llamajax.training.safety.guard_stops import GuardStop
+
+PLANNED = {"train__steps": 4, "backend__compiler_options": "xla_backend_optimization_level=0"}
 
 
 def kinds(workdir):
@@ -33,18 +35,30 @@ def kinds(workdir):
 @pytest.fixture(scope="module")
 def finished(short_run, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished")
-    options = {"train__steps": 4, "checkpoint__asynchronous": False}
-    assert short_run(workdir, **options, stop_after=3) == 143
+    options = PLANNED | {"checkpoint__asynchronous": False}
+    gc.disable()  # as train.py does
+    try:
+        assert short_run(workdir, **options, stop_after=3) == 143
+        assert gc.isenabled()  # again after the first step
+    finally:
+        gc.enable()
     assert short_run(workdir, **options) == 0
     return workdir
 
 
-def test_a_stop_in_the_evaluation_of_a_start_is_recorded_and_saved_once(short_run, tmp_path):
-    options = {"train__steps": 6, "train__eval_every": 2, "checkpoint__asynchronous": False}
+def test_a_stop_in_an_evaluation_leaves_it_and_the_export_to_the_next_start(short_run, tmp_path):
+    options = {"train__steps": 3, "train__eval_every": 2, "checkpoint__export_hf_every": 2}
     assert short_run(tmp_path, **options, stop_after=2) == 143
     assert short_run(tmp_path, **options, stop_after=0) == 143
     second = kinds(tmp_path)[kinds(tmp_path).index("end") + 1 :]
-    assert second == ["start", "restore", "compile", "evaluation", "signal", "save", "end"]
+    assert second == ["start", "restore", "compile", "evaluation", "signal", "end"]
+    assert not (tmp_path / "hf").exists()
+    assert short_run(tmp_path, **options) == 0
+    evaluated = [row for row in read_rows(tmp_path / "metrics.jsonl") if "eval_loss" in row]
+    assert [row["step"] for row in evaluated] == [2, 3]
+    for row in evaluated:
+        card = (tmp_path / "hf" / str(row["step"]) / "README.md").read_text("utf-8")
+        assert f"| held-out loss | {row['eval_loss']:.4f} at step {row['step']} |" in card
 
 
 def test_a_run_that_is_stopped_and_continued(finished):
@@ -64,7 +78,6 @@ def test_a_run_that_is_stopped_and_continued(finished):
     assert [e["status"] for e in events if e["event"] == "end"] == ["stopped", "finished"]
     facts = json.loads((finished / "run.json").read_text())
     assert (facts["attention"], facts["attention_reason"]) == ("blocked", "the first choice on cpu")
-    assert facts["compiler_options"] == {}
     assert (facts["status"], facts["starts"]) == ("finished", 2)
     assert facts["time_breakdown"]["compile_s"] > 0
     lines = (finished / "train.log").read_text().splitlines()
@@ -75,7 +88,7 @@ def test_a_run_that_is_stopped_and_continued(finished):
 def test_a_finished_run_that_is_run_again_changes_nothing(finished, short_run, monkeypatch):
     before = snapshot(finished)
     monkeypatch.setattr(run, "_train", None)  # neither restores nor compiles
-    assert short_run(finished, train__steps=4) == 0
+    assert short_run(finished, **PLANNED) == 0
     assert snapshot(finished) == before
 
 
@@ -87,7 +100,7 @@ def test_a_killed_run_is_dead_and_the_next_start_says_so(finished, short_run, tm
     shutil.rmtree(workdir / "checkpoints" / "4")
     write_report(workdir)
     assert json.loads((workdir / "run.json").read_text())["status"] == "dead"
-    assert short_run(workdir, train__steps=4) == 0
+    assert short_run(workdir, **PLANNED) == 0
     events = load_events(workdir)
     dead = [event for event in events if event["event"] == "found_dead"]
     assert [event["step"] for event in dead] == [3]
@@ -130,7 +143,7 @@ def test_the_last_steps_before_an_error_are_counted(short_run, tmp_path, monkeyp
     monkeypatch.setattr(LogHook, "__call__", fail_at_six)
     ends = contextlib.nullcontext() if is_guard else pytest.raises(RuntimeError, match="lost")
     with ends:
-        short_run(tmp_path, train__steps=8, train__log_every=100, checkpoint__asynchronous=False)
+        short_run(tmp_path, train__steps=6, train__log_every=100, checkpoint__asynchronous=False)
     end = load_events(tmp_path)[-1]
     code = GuardStop.exit_code if is_guard else 1
     assert (end["event"], end["code"]) == ("end", code)
@@ -156,15 +169,6 @@ def test_a_workdir_that_vanishes_is_one_error(short_run, tmp_path, monkeypatch):
     assert not workdir.exists()
 
 
-def test_the_collector_is_on_again_after_the_first_step(short_run, tmp_path):
-    gc.disable()  # as train.py does
-    try:
-        assert short_run(tmp_path, stop_after=1) == 143
-        assert gc.isenabled()
-    finally:
-        gc.enable()
-
-
 def test_a_start_does_not_import_orbax_which_can_be_imported_afterwards():
     code = (
         "import sys, llamajax.training.run\n"
@@ -174,14 +178,12 @@ def test_a_start_does_not_import_orbax_which_can_be_imported_afterwards():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_program_that_is_planned_is_the_program_that_runs(short_run, short_config, tmp_path):
+def test_the_program_that_is_planned_is_the_program_that_runs(finished, short_config):
     """The same before XLA sees it, and with the same options; another learning rate is another."""
-    asked = {"train__steps": 4, "backend__compiler_options": "xla_backend_optimization_level=0"}
-    assert short_run(tmp_path / "run", **asked) == 0
-    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    facts = json.loads((finished / "run.json").read_text())
 
     def planned(**overrides):
-        config = short_config(**asked, **overrides)
+        config = short_config(**PLANNED, **overrides)
         step = abstract_step(config, absent_devices("cpu:8", config.backend))
         return program_digest(lowered_step(step)), step.compiler_options.values
 

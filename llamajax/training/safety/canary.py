@@ -23,7 +23,7 @@ from llamajax.errors import say
 from llamajax.models import replicas
 from llamajax.models.llama import Compute, Llama
 from llamajax.models.sharded_step import sharded_step
-from llamajax.training.safety.step_checks import BadDevice
+from llamajax.training.safety.guard_stops import BadDevice
 from llamajax.training.state import TrainState
 
 REPLICA_AXES = ("data", "fsdp", "sequence")  # along these devices compute the same of other tokens
@@ -101,7 +101,9 @@ class Canary:
                 if differ.size:
                     what = words.format(", ".join(names[i] for i in differ[:3]))
                     sure = "" if decided else " (or the others are wrong: as many say each)"
-                    problems.append(f"{_name(devices[copy, group])} {what}{sure}")
+                    device = devices[copy, group]
+                    where = f"{device.device_kind}, process {device.process_index}"
+                    problems.append(f"device {device.id} ({where}) {what}{sure}")
         return problems
 
     def _report(self, step: int, problems: list[str]) -> str:
@@ -129,10 +131,6 @@ def _most_repeat(first: np.ndarray, second: np.ndarray) -> bool:
     If the backend repeats bits, those that did not are broken. One device alone tells nothing.
     """
     return bool((first == second).all(axis=-1).mean() >= 0.5)
-
-
-def _name(device: jax.Device) -> str:
-    return f"device {device.id} ({device.device_kind}, process {device.process_index})"
 
 
 def _tables(model: Llama, mesh: Mesh, compute: Compute) -> Callable:

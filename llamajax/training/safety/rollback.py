@@ -3,24 +3,13 @@
 import dataclasses
 
 from llamajax import data
-from llamajax.checkpoint import Checkpointer, CheckpointError
-from llamajax.checkpoint.location import store_errors_explained
-from llamajax.checkpoint.manifest import remove_checkpoint
+from llamajax.checkpoint import CheckpointError
+from llamajax.checkpoint.location import Location, refusal
+from llamajax.checkpoint.manifest import remove_checkpoint, step_directories
 from llamajax.processes.host_collectives import broadcast_from_first
 from llamajax.training.attempt import Attempt
+from llamajax.training.safety.guard_stops import GuardStop, RollbackNeeded
 from llamajax.training.safety.rollback_log import Rollback
-from llamajax.training.safety.step_checks import GuardStop, RollbackNeeded
-
-
-def remove_checkpoints(checkpointer: Checkpointer, steps: list[int]) -> None:
-    """Remove the checkpoints of `steps`; process 0 does it. To be called by all processes."""
-
-    def remove() -> None:
-        with store_errors_explained(checkpointer.directory):
-            for step in steps:
-                remove_checkpoint(checkpointer.directory / str(step))
-
-    broadcast_from_first(remove)
 
 
 def go_back(attempt: Attempt, problem: GuardStop | RollbackNeeded) -> int | None:
@@ -32,27 +21,25 @@ def go_back(attempt: Attempt, problem: GuardStop | RollbackNeeded) -> int | None
     run, newest = attempt.run, attempt.run.box.newest_step
     attempt.record_saves()  # those that were complete before the check
     reason = "rollback" if isinstance(problem, RollbackNeeded) else "stop"
-    box = attempt.checks.write_box(reason, step=newest, cause=str(problem))
-    try:
-        if isinstance(problem, GuardStop):
-            raise problem
-        _roll_back(attempt, problem)
-    except GuardStop as error:
-        run.say(
-            f"error: {error}. No later step was saved; the black box is {box}, and "
-            f"`python -m llamajax.replay --workdir={run.workdir} --step={newest}` looks into the "
-            "step (docs/guards.md)"
-        )
-        return error.exit_code
-    return None
+    box = attempt.write_box(reason, step=newest, cause=str(problem))
+    stop = problem if isinstance(problem, GuardStop) else _roll_back(attempt, problem)
+    if stop is None:
+        return None
+    run.say(
+        f"error: {stop}. No later step was saved; the black box is {box}, and `python -m "
+        f"llamajax.replay --workdir={run.workdir} --step={newest}` looks into the step "
+        "(docs/guards.md)"
+    )
+    return stop.exit_code
 
 
-def _roll_back(attempt: Attempt, cause: RollbackNeeded) -> None:
-    """Choose the checkpoint to go back to and record the rollback.
+def _roll_back(attempt: Attempt, cause: RollbackNeeded) -> GuardStop | None:
+    """Choose the checkpoint to go back to and record the rollback; return why the run ends instead.
 
-    The run then starts anew as after a kill: from the newest checkpoint that is not superseded. It
-    skips the data of all steps from there to the one of `cause`: what led to the first update that
-    was left out may lie before it.
+    The run then starts anew as after a kill: from the newest checkpoint, as later ones are removed.
+    It skips the data of all steps from there to the one of `cause`: what led to the first update
+    that was left out may lie before it. A run that is killed before the record of the rollback
+    comes to the same step again.
     """
     run, checkpointer = attempt.run, attempt.run.checkpointer
     try:
@@ -64,9 +51,10 @@ def _roll_back(attempt: Attempt, cause: RollbackNeeded) -> None:
         origin = attempt.start.recorded["origin"]
         to_step = origin["step"] if origin else 0
     where = f"the checkpoint of step {to_step}" if to_step else "the beginning"
-    times = run.rollbacks.count_to(to_step)
+    times = sum(entry.to_step == to_step for entry in run.rollbacks.entries)
     if times >= run.config.guard.max_rollbacks:
-        raise GuardStop(f"{cause}; the run has gone back to {where} {times} times already")
+        return GuardStop(f"{cause}; the run has gone back to {where} {times} times already")
+    broadcast_from_first(_remove_after, checkpointer.directory, to_step)
     segment, reached = data.left_out(
         attempt.start.position,
         run.setup.mixtures,
@@ -89,6 +77,18 @@ def _roll_back(attempt: Attempt, cause: RollbackNeeded) -> None:
         f"rolled back: {cause}. Going on from {where}, without the data of steps {to_step + 1} to "
         f"{cause.step} (audit.jsonl)"
     )
+    return None
+
+
+def _remove_after(directory: Location, step: int) -> None:
+    """Remove the checkpoints of later steps, the newest first."""
+    try:
+        for path in reversed(step_directories(directory)):
+            if int(path.name) > step:
+                remove_checkpoint(path)
+    except OSError as error:
+        what = f"a checkpoint after step {step} in {directory} cannot be removed"
+        raise refusal(error, directory, what, "repair the directory") from None
 
 
 def target(steps: list[int], first_skipped_step: int) -> int | None:

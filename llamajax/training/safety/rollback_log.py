@@ -1,10 +1,10 @@
 """The record of a run's rollbacks, `audit.jsonl`, for people and for resuming.
 
-A rollback counts from the moment its line is on disk. Checkpoints know how many rollbacks they come
-after (`rollbacks` in their meta); those that come after fewer, and hold later steps, are
-superseded: the run does not continue from them.
+A rollback counts from the moment its line is on disk; the checkpoints of later steps are gone by
+then. Checkpoints know how many rollbacks they come after (`rollbacks` in their meta).
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llamajax import data
-from llamajax.checkpoint import Checkpointer, open_checkpoint
-from llamajax.checkpoint.location import store_errors_explained
 from llamajax.data.position import Segment
 from llamajax.errors import UserError
-from llamajax.processes.host_collectives import broadcast_from_first
 
 AUDIT = "audit.jsonl"
 
@@ -43,11 +40,7 @@ class RollbackLog:
 
     def __init__(self, workdir: Path, *, primary: bool):
         self._file, self._primary = workdir / AUDIT, primary
-        self.entries = [Rollback(**entry) for entry in _read(self._file)]
-
-    def count_to(self, step: int) -> int:
-        """Return how often the run has gone back to `step` already."""
-        return sum(entry.to_step == step for entry in self.entries)
+        self.entries = _read(self._file)
 
     def add(self, entry: Rollback) -> None:
         """Record a rollback; when this returns, it has happened. UserError if the disk refuses."""
@@ -65,30 +58,6 @@ class RollbackLog:
                 f"cannot write {self._file}: {error.strerror}; without it no rollback can be made"
             ) from None
 
-    def superseded(self, checkpointer: Checkpointer) -> list[int]:
-        """Return, on process 0, the steps of checkpoints that a rollback made invalid.
-
-        To be called by all processes.
-        """
-        found: list[int] = []
-
-        def find() -> None:
-            if not self.entries:
-                return
-            with store_errors_explained(checkpointer.directory):
-                later = [s for s in checkpointer.steps() if s > self.entries[-1].to_step]
-                found.extend(s for s in later if self._is_superseded(checkpointer, s))
-
-        broadcast_from_first(find)
-        return found
-
-    def _is_superseded(self, checkpointer: Checkpointer, step: int) -> bool:
-        try:
-            meta = open_checkpoint(checkpointer.directory / str(step)).meta
-            return meta.get("rollbacks", 0) < len(self.entries)
-        except UserError:
-            return False  # damaged: restoring sets it aside
-
     def position(self, saved: data.Position, *, step: int, rollbacks: int) -> data.Position:
         """Return where a checkpoint's run continues in the data: after what was left out since.
 
@@ -103,14 +72,10 @@ class RollbackLog:
         return before.extended(segment)
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
-    fields = {field.name for field in dataclasses.fields(Rollback)} - {"reached"}
-    found = []
+def _read(file: Path) -> list[Rollback]:
+    fields, found = {field.name for field in dataclasses.fields(Rollback)}, []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
+        with contextlib.suppress(ValueError, TypeError):  # cut off by a crash: it did not happen
             entry = json.loads(line)
-            reached = entry.get("reached", {})
-            found.append({name: entry[name] for name in fields} | {"reached": reached})
-        except (ValueError, KeyError, TypeError):
-            continue  # cut off by a crash: it did not happen
+            found.append(Rollback(**{name: entry[name] for name in fields & entry.keys()}))
     return found
