@@ -2,39 +2,36 @@
 
 import dataclasses
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import stepping
 from meshes import mesh_of
 from plain_batch import plain_batch
-from stepping import FAST_COMPILE, OPTIM
+from stepping import OPTIM, assert_same, drawn_state, run
 from tiny_model import COMPUTE, draw_like, draw_llama, named_arrays, tiny_model
 
-from llamajax import optim, sharding
+from llamajax import optim
 from llamajax.config.presets import PRESETS
-from llamajax.config.schema import LORA_TARGETS, LoraConfig, TrainConfig
+from llamajax.config.schema import LORA_TARGETS, LoraConfig
 from llamajax.models import sharded_step
 from llamajax.models.counts import flops_per_token
 from llamajax.models.llama import Llama
 from llamajax.models.lora import attach, detach, init_adapters, merge, num_adapter_parameters
 from llamajax.ops.dropout import dropout
 from llamajax.training.state import StateSpec
-from llamajax.training.step import train_step
 
 MODEL = tiny_model(head_size=6, rope_theta=12_345.0, init_std=0.2)
 LORA = LoraConfig(rank=3, alpha=6.0)
 # Split by columns (N, and K), by rows (N, and F): one of each, to compile less.
 TARGETS = ("query", "value", "out", "down")
-B, T, STEPS = 8, 8, 5
-UNCHECKED = {"base_dtype": "bfloat16", "checked": False}
-
-
-def batch(seed: int) -> dict[str, np.ndarray]:
-    tokens = np.random.default_rng(seed).integers(0, MODEL.vocab_size, (B, T + 1))
-    return plain_batch(tokens)
+DROPPING = dataclasses.replace(LORA, dropout=0.3, targets=TARGETS)
+HALVED = dataclasses.replace(LORA, base_dtype="bfloat16", targets=TARGETS)
+EIGHT = {"data": 2, "fsdp": 2, "tensor": 2}
+B, T = 8, 8
+BATCH = plain_batch(np.random.default_rng(0).integers(0, MODEL.vocab_size, (B, T + 1)))
 
 
 @functools.cache
@@ -49,45 +46,7 @@ def trained_adapters(lora: LoraConfig = LORA):
 
 
 def logits(model: Llama) -> np.ndarray:
-    return np.asarray(jax.jit(lambda m: m.logits(batch(0), COMPUTE))(model))
-
-
-@functools.cache
-def run(mesh_shape, *, dropout=0.0, accumulation=1, base_dtype="float32", checked=True):
-    """Losses and gradient norms of five steps, the state after them, the base before them.
-
-    One compiled program takes all five: it would refuse a state that is placed another way.
-    """
-    axes = ("data", "fsdp", "tensor", "sequence", "stage")
-    mesh = mesh_of(**dict(zip(axes, mesh_shape, strict=False)))
-    compute = dataclasses.replace(
-        COMPUTE,
-        split_tokens=mesh.shape["tensor"] > 1,
-        attention="split" if mesh.shape["sequence"] > 1 else "xla",
-    )
-    lora = dataclasses.replace(LORA, dropout=dropout, base_dtype=base_dtype, targets=TARGETS)
-    optimizer = optim.build(OPTIM, steps=10)
-    base = jax.tree.map(lambda x: x.astype(base_dtype) if x.ndim > 2 else x, base_model())
-    before = jax.tree.map(np.asarray, base)
-    model = jax.device_put(base, sharding.shardings(base, mesh))
-    spec = StateSpec(model=MODEL, optimizer=optimizer, mesh=mesh, lora=lora)
-    state = spec.from_weights(model, 4)
-    train = TrainConfig(steps=10, seed=7, dtype="float32", accumulation_steps=accumulation)
-    step = train_step(optimizer, OPTIM, train, compute, mesh)
-    batches, rows = [sharding.put_batch(batch(n), mesh) for n in range(STEPS)], []
-    with mock.patch.object(sharded_step, "needs_unchecked", return_value=not checked):
-        step = step.lower(state, batches[0]).compile(compiler_options=FAST_COMPILE)
-        for placed in batches:
-            state, metrics = step(state, placed)
-            rows.append([metrics["loss"].item(), metrics["grad_norm"].item()])
-    return np.array(rows), state, before
-
-
-def assert_same(found, expected):
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
-    ours, theirs = (jax.tree.map(np.asarray, x[1].adapters) for x in (found, expected))
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+    return np.asarray(jax.jit(lambda m: m.logits(BATCH, COMPUTE))(model))
 
 
 def test_fresh_adapters_leave_the_model_exactly_as_it_is():
@@ -113,11 +72,11 @@ def test_merged_weights_compute_the_same_and_have_the_same_gradients():
     model, adapters = base_model(), trained_adapters()
 
     def beside(adapters):
-        return attach(model, adapters).loss_terms(batch(0), COMPUTE).objective
+        return attach(model, adapters).loss_terms(BATCH, COMPUTE).objective
 
     def merged(adapters):
         whole = merge(attach(model, adapters), dtype=jnp.dtype("float32"))
-        return whole.loss_terms(batch(0), COMPUTE).objective
+        return whole.loss_terms(BATCH, COMPUTE).objective
 
     (loss, grads), (expected, expected_grads) = (
         jax.jit(jax.value_and_grad(f))(adapters) for f in (beside, merged)
@@ -128,37 +87,44 @@ def test_merged_weights_compute_the_same_and_have_the_same_gradients():
 
 
 @pytest.mark.parametrize(
-    ("shape", "options"),
+    ("axes", "options"),
     [
-        ((2, 2, 2), {}),
-        pytest.param((1, 2, 2), {"accumulation": 2}, marks=pytest.mark.slow),
-        pytest.param((1, 1, 2, 2, 2), {}, marks=pytest.mark.slow),
+        (EIGHT, {}),
+        pytest.param({"fsdp": 2, "tensor": 2}, {"accumulation": 2}, marks=pytest.mark.slow),
+        pytest.param({"tensor": 2, "sequence": 2, "stage": 2}, {}, marks=pytest.mark.slow),
     ],
     ids=["batch and width", "microbatches", "tokens and layers"],
 )
-def test_every_mesh_drops_the_same_and_trains_the_same_adapters(shape, options):
-    assert_same(run(shape, dropout=0.3, **options), run((1, 1, 1), dropout=0.3))
+def test_every_mesh_drops_the_same_and_trains_the_same_adapters(axes, options):
+    assert_same(run(*axes.items(), lora=DROPPING, **options), run(lora=DROPPING))
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 2, 2), pytest.param((1, 1, 2, 2, 2), marks=pytest.mark.slow)], ids=str
+    "axes",
+    [EIGHT, pytest.param({"tensor": 2, "sequence": 2, "stage": 2}, marks=pytest.mark.slow)],
+    ids=str,
 )
-def test_every_mesh_trains_the_same_adapters_where_varying_axes_are_not_checked(shape):
+def test_every_mesh_trains_the_same_adapters_where_varying_axes_are_not_checked(axes, monkeypatch):
     """As with a fused kernel: JAX then inserts no sum of a gradient that was forgotten."""
-    assert_same(run(shape, **UNCHECKED), run((1, 1, 1), **UNCHECKED))
+    monkeypatch.setattr(sharded_step, "needs_unchecked", lambda impl: True)
+    assert_same(run(*axes.items(), lora=HALVED), run(lora=HALVED))
 
 
-@pytest.mark.parametrize("options", [{"dropout": 0.3}, UNCHECKED], ids=str)
-def test_only_adapters_change_and_only_they_have_an_optimizer(options):
-    rows, state, before = run((2, 2, 2), **options)
-    assert rows[-1, 0] != rows[0, 0]
-    for now, then in zip(jax.tree.leaves(state.model), jax.tree.leaves(before), strict=True):
-        assert now.dtype == then.dtype
-        np.testing.assert_array_equal(np.asarray(now), then)
-    sizes = [leaf.size for leaf in jax.tree.leaves(state.adapters)]
-    lora = dataclasses.replace(LORA, targets=TARGETS)
-    assert sum(sizes) == num_adapter_parameters(MODEL, lora)
-    moments = [leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+@pytest.mark.parametrize("lora", [DROPPING, HALVED], ids=["dropout", "bfloat16"])
+def test_only_adapters_change_and_only_they_have_an_optimizer(lora, monkeypatch):
+    optimizer = optim.build(OPTIM, steps=10)
+    spec = StateSpec(model=stepping.MODEL, optimizer=optimizer, mesh=mesh_of(), lora=lora)
+    before = drawn_state(spec)
+    if lora is HALVED:
+        monkeypatch.setattr(sharded_step, "needs_unchecked", lambda impl: True)
+    _, after, _ = run(*EIGHT.items(), lora=lora)
+    for name, value in named_arrays(before.model).items():
+        np.testing.assert_array_equal(after[name], value.astype(np.float32))
+    for name, value in named_arrays(before.adapters).items():
+        assert np.abs(after[name] - value).max() > 1e-4
+    sizes = [leaf.size for leaf in jax.tree.leaves(before.adapters)]
+    assert sum(sizes) == num_adapter_parameters(stepping.MODEL, lora)
+    moments = [leaf.size for leaf in jax.tree.leaves(before.opt_state) if leaf.ndim]
     assert sorted(moments) == sorted(2 * sizes)
 
 
@@ -170,7 +136,7 @@ def test_dropout_needs_keys_and_follows_them():
     @jax.jit
     def nll(model, keys):
         found = {} if keys is None else {"dropout_keys": keys}
-        return model.loss_terms(batch(0) | found, COMPUTE).nll
+        return model.loss_terms(BATCH | found, COMPUTE).nll
 
     def loss(model, seed=None):
         keys = None if seed is None else jax.random.split(jax.random.key(seed), (B, T))

@@ -1,5 +1,7 @@
 """Prepared text and whole runs inside this process, on its 8 virtual devices."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from workdirs import prepare_texts
 from llamajax.config import RunConfig, load
 from llamajax.formats.weights import open_weights
 from llamajax.models.abstract import abstract_model
+from llamajax.training import programs
 from llamajax.training.run import train
 from llamajax.training.safety.shutdown import Shutdown
 
@@ -33,6 +36,38 @@ class StopAfter(Shutdown):
     def begin_updates(self) -> None:  # the loop calls it after every update
         if self._steps_left is not None:
             self._steps_left -= 1
+
+
+# Keys of a config that change what the host does, and no program.
+HOST = {"name", "init_from", "base_model", "fork", "resume_step", "restart", "log_every", "tasks"}
+HOST |= {"eval_every", "eval_batches", "sample_prompts", "sample_tokens", "sample_temperature"}
+HOST |= {"max_in_a_row", "then", "max_rollbacks", "hang_timeout_s", "blackbox_steps"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once():
+    """Each program is traced and compiled once for all runs of this process.
+
+    Returns the list of what runs ask for: batch and length of each stage.
+    """
+    compiled, compile_programs, asked = {}, programs.compile_programs, []
+
+    def compiled_programs(stage, state):
+        c = stage.config
+        sizes = c.data.global_batch_size, c.data.seq_len
+        key = [sizes, c.data.mask_documents, stage.evaluated.tasks is None]
+        for section in (c.model, c.optim, c.train, c.lora, c.guard, c.mesh, c.backend):
+            fields = dataclasses.asdict(section).items()
+            key.append({name: value for name, value in fields if name not in HOST})
+        key = json.dumps(key)
+        if key not in compiled:
+            compiled[key] = compile_programs(stage, state)
+        asked.append(sizes)
+        return compiled[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "compile_programs", compiled_programs)
+        yield asked
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +95,14 @@ def short_run(short_config):
         return train(short_config(**overrides), workdir=workdir, shutdown=StopAfter(stop_after))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def base(short_run, tmp_path_factory) -> Path:
+    """The --workdir of a finished run, whose weights others begin from; not to be changed."""
+    workdir = tmp_path_factory.mktemp("base")
+    assert short_run(workdir, train__steps=3) == 0
+    return workdir
 
 
 @pytest.fixture(scope="session")

@@ -49,18 +49,19 @@ def drawn_state(spec: StateSpec) -> TrainState:
 
     That `StateSpec.init` gives every mesh the same weights is in `test_init.py`.
     """
-    model, abstract = spec.model, spec.in_stored_order.abstract()
+    sizes, abstract = spec.model, spec.in_stored_order.abstract()
     rng = np.random.default_rng(3)
 
     def draw(leaf):
-        rows = leaf.shape[0] == model.padded_vocab_size
-        value = rng.normal(0.0 if rows or leaf.ndim > 2 else 1.0, model.init_std, leaf.shape)
+        rows = leaf.shape[0] == sizes.padded_vocab_size
+        value = rng.normal(0.0 if rows or leaf.ndim > 2 else 1.0, sizes.init_std, leaf.shape)
         if rows:
-            value[model.vocab_size :] = 0
-        return value.astype(np.float32)
+            value[sizes.vocab_size :] = 0
+        return value.astype(leaf.dtype)
 
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
-    state = zeros.replace(model=jax.tree.map(draw, abstract.model))
+    model, adapters = jax.tree.map(draw, (abstract.model, abstract.adapters))
+    state = zeros.replace(model=model, adapters=adapters)
     state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
     return spec.to_pipeline_order(state)
 
@@ -75,10 +76,11 @@ def run(
     layers=2,
     tied=False,
     offload=False,
+    lora=None,
     optimizer=(),
     **options,
 ):
-    """Metrics of each step, the weights after the last by name, and the number of traces.
+    """Metrics of each step, the weights and adapters after the last by name, the number of traces.
 
     `axes` are pairs of a mesh axis and its size, `optimizer` those of a key and its value.
     """
@@ -96,7 +98,9 @@ def run(
     config = dataclasses.replace(OPTIM, offload=offload, **dict(optimizer))
     order = pipeline_order(layers, stages=mesh.shape["stage"], rounds=rounds)
     optimizer = optim.build(config, steps=TRAIN.steps, facts=optim.RunFacts(layers=order))
-    spec = StateSpec(model=model, optimizer=optimizer, mesh=mesh, rounds=rounds, offload=offload)
+    spec = StateSpec(
+        model=model, optimizer=optimizer, mesh=mesh, rounds=rounds, offload=offload, lora=lora
+    )
     state = drawn_state(spec)
     split = {"split_tokens": mesh.shape["tensor"] > 1}
     if mesh.shape["sequence"] > 1:
@@ -109,7 +113,9 @@ def run(
     for batch in batches:
         state, metrics = step(state, batch)
         rows.append({name: value.item() for name, value in metrics.items()})
-    weights = named_arrays(spec.to_stored_order(state).model)
+    stored = spec.to_stored_order(state)
+    weights = named_arrays(stored.model) | named_arrays(stored.adapters)
+    weights = {name: value.astype(np.float32) for name, value in weights.items()}
     return rows, weights, jitted._cache_size()
 
 

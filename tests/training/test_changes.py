@@ -2,20 +2,18 @@
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import pytest
-from meshes import mesh_of
 from refusal import refused
 from workdirs import prepare_texts
 
 from llamajax import convert, evaluate, generate
 from llamajax.checkpoint import open_checkpoint
-from llamajax.data import load_tokenizer, open_mixture
+from llamajax.data import load_tokenizer
 from llamajax.optim import schedule
-from llamajax.training.run_start import changes, run_tokenizer
-from llamajax.training.state import StateSpec
+from llamajax.training.run_start import changes
+from llamajax.training.setup import set_up
 
 PIECES = 300
 KEYS = {"model.vocab_size": PIECES, "train.steps": 6, "optim.warmup_steps": 1}
@@ -70,18 +68,6 @@ def test_another_tokenizer_of_the_same_size_is_refused(begun, tokenizers, resume
         resumed()
 
 
-def test_without_a_record_the_kept_tokenizer_decides(begun, tokenizers, short_config, tmp_path):
-    other = prepared(tmp_path, TEXTS[0], tokenizer=tokenizers[1])
-    data = short_config(**KEYS, **{"data.path": str(other)}).data
-    mixture = open_mixture(data, split="train", vocab_size=PIECES)
-    session = SimpleNamespace(mixture=mixture)
-    with refused("another tokenizer"):
-        run_tokenizer(session, {}, begun / "run")
-    fresh = run_tokenizer(session, {}, tmp_path / "no_run")
-    assert fresh["fingerprint"] == load_tokenizer(tokenizers[1]).fingerprint
-    assert run_tokenizer(session, None, begun / "run") == fresh  # a run that begins
-
-
 def test_other_data_and_keys_are_reported_and_the_run_goes_on(
     begun, tokenizers, resumed, short_config, capsys
 ):
@@ -117,27 +103,20 @@ def test_what_a_resume_converts_and_what_it_does_not_read_is_said(resumed, tmp_p
 
 def test_nothing_is_reported_where_nothing_changed(begun, short_config):
     config = short_config(**KEYS, **{"data.path": str(begun / "data")})
-    splits = (open_mixture(config.data, split=s, vocab_size=300) for s in ("train", "validation"))
-    mixture, held_out = splits
-    record = {"train": mixture.describe(), "validation": held_out.describe()}
-    spec = StateSpec.of(config, mesh_of(fsdp=4, tensor=2))
-    session = SimpleNamespace(config=config, mixture=mixture, data_record=record, spec=spec)
+    setup = set_up(config, keep_programs=False)
     stored = open_checkpoint(begun / "run" / "checkpoints" / "2")
-    assert list(changes(session, stored)) == []
+    assert list(changes(setup, stored)) == []
     for name, array in stored.arrays.items():  # as older versions did with optim.moment_dtype
         if "/mu/" in name:
             stored.arrays[name] = jax.ShapeDtypeStruct(array.shape, "bfloat16")
-    assert list(changes(session, stored)) == ["the moments of step 2 are converted to float32"]
+    assert list(changes(setup, stored)) == ["the moments of step 2 are converted to float32"]
     stored.meta["config"]["data"]["stages"] = [{"from_step": 5, "seq_len": 24}]
     stored.meta["data"]["data.stages[0]"] = "other text"
-    told = [line.partition(": ")[2] for line in changes(session, stored)]
-    assert told[0] == 'data.stages: [{"from_step": 5, "seq_len": 24}] -> none'
-    assert told[-1] == "data.stages[0]: other text -> none"
-    stored = open_checkpoint(begun / "run" / "checkpoints" / "2")
+    *told_of_keys, told_of_data = changes(setup, stored)
+    assert told_of_keys[0].endswith('data.stages: [{"from_step": 5, "seq_len": 24}] -> none')
+    assert told_of_data == "data changed since step 2: data.stages[0]: other text -> none"
     del stored.meta["data"]  # as in checkpoints of older versions
-    assert list(changes(session, stored)) == []
-    stored.meta["position"]["segments"][-1]["mixture_hash"] = "another"
-    assert "data changed since step 2; " in next(changes(session, stored))
+    assert list(changes(setup, stored)) == told_of_keys
 
 
 @pytest.fixture

@@ -21,13 +21,6 @@ STEPS = {"train__steps": 6, "optim__learning_rate": 0.02}
 
 
 @pytest.fixture(scope="module")
-def base(short_run, tmp_path_factory) -> Path:
-    workdir = tmp_path_factory.mktemp("base")
-    assert short_run(workdir, train__steps=3) == 0
-    return workdir
-
-
-@pytest.fixture(scope="module")
 def adapted(short_run, base, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("adapted")
     export = {"checkpoint__export_hf_every": 4, "train__base_model": "my/base"}

@@ -7,79 +7,37 @@ from types import SimpleNamespace
 import jax
 import pytest
 from refusal import refused
-from workdirs import run_prepare, write_rows
+from workdirs import prepare_texts, run_prepare, write_rows
 
 from llamajax import backends
 from llamajax.config.keys import all_keys, own_keys
 from llamajax.config.model_schema import RopeScaling
 from llamajax.config.schema import MeshConfig
 from llamajax.data import Position
-from llamajax.data.packing import EXAMPLES, WINDOWS, Windows
+from llamajax.data.packing import EXAMPLES, WINDOWS
 from llamajax.models.lora import num_adapter_parameters
 from llamajax.models.memory import held_parts, host_bytes, state_bytes
 from llamajax.processes import host_collectives
 from llamajax.sharding import build_mesh
-from llamajax.training.dry_run import dry_run
-from llamajax.training.messages import (
-    data_warnings,
-    memory_warnings,
-    packing_record,
-    stage_packings,
-)
+from llamajax.training.messages import dry_run, memory_warnings
 from llamajax.training.setup import set_up
+from llamajax.training.stage_data import stage_data
 
 
-def session(*, steps: int = 10, vocab_size: int = 300, held_out: tuple[str, ...] = ("a", "b")):
-    """A run of 1,000 tokens a step over 10,000 tokens in `a` and `b`."""
-    sources = {path: SimpleNamespace(path=path, fingerprint=path) for path in ("a", "b")}
-    manifests = ({"tokenizer": {"vocab_size": 258}},)
-    run = SimpleNamespace(
-        borders=[],
-        tokens_of=lambda step: 1000,
-        config=SimpleNamespace(
-            train=SimpleNamespace(steps=steps),
-            data=SimpleNamespace(seq_len=100),
-            model=SimpleNamespace(vocab_size=vocab_size),
-        ),
-        mixture=SimpleNamespace(
-            sources=tuple(sources.values()),
-            weights=(0.5, 0.5),
-            samples=lambda seq_len, packing: [Windows(5000, seq_len)] * 2,
-            num_tokens=10_000,
-            manifests=manifests,
-        ),
-        evaluated=SimpleNamespace(
-            own=SimpleNamespace(sources=tuple(sources[p] for p in held_out)), named={}
-        ),
-    )
-    run.stages = ((0, run),)
-    return run
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"steps": 2000}, "reads the 10.0k tokens of data.path 200 times"),
-        ({"vocab_size": 128_256}, "model.vocab_size = 128,256, but the tokenizer .* only 258"),
-        ({"held_out": ("b",)}, "evaluation leaves out a: prepared without a validation split"),
-    ],
-)
-def test_odd_data_is_a_warning(changes, message):
-    (line,) = data_warnings(session(**changes), [EXAMPLES])
-    assert re.search(message, line)
-
-
-def test_a_stage_that_reads_its_data_often_is_named_with_its_path():
-    run, stage = session(), session()
-    run.stages, run.borders, run.tokens_of = ((0, run), (1, stage)), [1], lambda _: 1_000_000
-    stage.mixture.sources = stage.mixture.sources[:1]
-    assert data_warnings(run, [EXAMPLES] * 2)[1] == (
-        "data.stages[0] reads the 10.0k tokens of its path, a, 900 times"
-    )
-
-
-def test_usual_data_is_none():
-    assert data_warnings(session(), [EXAMPLES]) == []
+def test_odd_data_is_a_warning(short_config, short_data, tmp_path):
+    whole = prepare_texts(tmp_path, ["without a validation split"] * 9, held_out=0)
+    keys = {"data.path": f"{short_data},{whole}", "model.vocab_size": 128_256}
+    keys |= {"train.steps": 10_000, "data.stages": [{"from_step": 9000, "path": f"{whole}"}]}
+    config = short_config(**keys)
+    lines = dry_run(config, workdir=tmp_path / "run", overrides={})
+    found = [line for line in lines if line.startswith("warning: ")][:4]
+    expected = [
+        r"train.steps reads the \S+ tokens of data.path \S+ times",
+        rf"data.stages\[0\] reads the \d+ tokens of its path, {whole}, \S+ times",
+        "model.vocab_size = 128,256, but the tokenizer .* only 258",
+        f"evaluation leaves out {whole}: prepared without a validation split",
+    ]
+    assert all(re.search(*pair) for pair in zip(expected, found, strict=True)), found
 
 
 def test_a_host_without_the_memory_is_a_warning(short_config, monkeypatch):
@@ -89,7 +47,7 @@ def test_a_host_without_the_memory_is_a_warning(short_config, monkeypatch):
     needed = host_bytes(run.config, mesh.shape, num_devices=8, is_host=True)
     for there in (None, int(needed) + 1):
         monkeypatch.setattr(backends, "host_memory_bytes", lambda there=there: there)
-        assert memory_warnings(run) == []
+        assert list(memory_warnings(run)) == []
     monkeypatch.setattr(backends, "host_memory_bytes", lambda: int(needed) - 1)
     (line,) = memory_warnings(run)
     assert re.search(r"needs about \d+ MiB of this host's memory, .* there are \d+ MiB", line)
@@ -158,6 +116,7 @@ def test_a_dry_run_prints_every_value_with_its_origin_and_writes_nothing(
     total = sum(held_parts(config, build_mesh(config.mesh, jax.devices()).shape).values())
     assert f"memory   {total / 2**20:.3g} MiB a device at least" in told["memory"]
     assert {"model", "machine", "data", "steps"} <= told.keys()
+    assert not [line for line in lines if line.startswith("warning")]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -169,16 +128,22 @@ def test_rows_that_are_half_empty_are_a_warning(short_config, tmp_path):
     stages = [{"from_step": 1, "path": str(tmp_path / "chats")}]
     config = short_config(**{"data.stages": stages, "train.steps": 3})
     setup = set_up(config, keep_programs=False)
-    record = packing_record(setup, [WINDOWS, EXAMPLES])
-    assert record["packing"]["efficiency"] == pytest.approx(31 / 48)
-    assert record["packing_problem"].startswith("only 64.6% of the positions hold tokens")
-    assert "data.seq_len = 1024 (" in record["packing_problem"]
-    lines = list(dry_run(config, workdir=tmp_path / "run", overrides={}))
-    assert f"warning: {record['packing_problem']}" in lines
-    assert packing_record(setup, [WINDOWS, WINDOWS])["packing_problem"] is None
-    # What is over is described as it was, whatever is chosen now.
     place = Position.start(batch_size=8, seq_len=48, mixture_hash="m", packing=WINDOWS)
-    chats = dataclasses.replace(place.segments[0], first_step=2, packing=EXAMPLES)
-    place = place.extended(chats)
+    first = place.segments[0]
+    begun, later = (
+        place.extended(dataclasses.replace(first, first_step=step, packing=EXAMPLES))
+        for step in (1, 2)
+    )
+    text, chats = stage_data(setup, begun, 0)
+    assert (text.packing_facts, text.packing_problem) == ({}, None)
+    assert chats.packing_facts["efficiency"] == pytest.approx(31 / 48)
+    problem = chats.packing_problem
+    assert problem.startswith("only 64.6% of the positions hold tokens")
+    assert "data.seq_len = 1024 (" in problem
+    lines = list(dry_run(config, workdir=tmp_path / "run", overrides={}))
+    assert f"warning: {problem}" in lines
+    assert stage_data(setup, place, 0)[1].packing_problem is None
+    # What is over is described as it was, whatever is chosen now.
     ended = SimpleNamespace(borders=[1, 2], config=config, stages=((0, 0), (1, 0), (2, 0)))
-    assert stage_packings(ended, place, 2) == [WINDOWS, WINDOWS, EXAMPLES]
+    found = [each.packing for each in stage_data(ended, later, 2)]
+    assert found == [WINDOWS, WINDOWS, EXAMPLES]

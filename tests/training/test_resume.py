@@ -10,8 +10,10 @@ import pytest
 from refusal import refused
 from workdirs import logged, save_checkpoint, write_rows
 
-from llamajax.checkpoint import Checkpointer, complete_steps
+from llamajax.checkpoint import Checkpointer, complete_steps, manifest
 from llamajax.checkpoint.directory_owner import checkpoint_directory
+from llamajax.checkpoint.location import locate
+from llamajax.errors import TransientError
 from llamajax.monitoring.run_history import History
 from llamajax.training.resume import choose_checkpoint, newest_save, requested_start, set_aside
 
@@ -47,16 +49,6 @@ def test_the_record_names_the_newest_save(tmp_path: Path, events: list[dict], ne
     write_rows(tmp_path / "events.jsonl", *events)
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"event": "save", "st')  # torn by a crash
-    assert newest_save(History.read(tmp_path)) == newest
-
-
-@pytest.mark.parametrize(
-    ("last", "extra", "newest"),
-    [(7, {}, None), (8, {}, 4), (13, {}, 8), (13, {"failed_checkpoints": 1}, None)],
-)
-def test_rows_of_an_earlier_version_tell_what_must_have_been_saved(tmp_path, last, extra, newest):
-    write_rows(tmp_path / "config.json", {"checkpoint": {"every_steps": 4}})
-    write_rows(tmp_path / "metrics.jsonl", {"step": 1}, {"step": last} | extra)
     assert newest_save(History.read(tmp_path)) == newest
 
 
@@ -160,18 +152,36 @@ def test_an_older_checkpoint_is_resumed_once_and_later_ones_set_aside(short_conf
         start(short_config(train__resume_step=5), used)
 
 
+def test_a_store_that_cannot_be_reached_while_later_ones_are_set_aside_is_worth_a_retry(
+    short_config, used, monkeypatch
+):
+    store = locate("gs://bucket/run")
+
+    def cannot_connect(directory):
+        raise OSError("Connection refused")
+
+    monkeypatch.setattr(manifest, "step_directories", cannot_connect)
+    run = SimpleNamespace(
+        config=short_config(train__resume_step=2),
+        workdir=used,
+        checkpointer=SimpleNamespace(directory=store),
+    )
+    with pytest.raises(TransientError, match="cannot be reached: Connection refused"):
+        set_aside(run, "older")
+
+
 def test_a_run_goes_back_to_an_older_checkpoint_and_begins_anew(short_run, tmp_path, capfd):
-    assert short_run(tmp_path, train__steps=5) == 0
+    assert short_run(tmp_path, train__steps=6) == 0
     whole = logged(tmp_path)
-    assert short_run(tmp_path, train__steps=5, train__resume_step=2) == 0
+    assert short_run(tmp_path, train__steps=6, train__resume_step=2) == 0
     assert "continuing from step 2" in capfd.readouterr().err
     assert logged(tmp_path) == whole
     shutil.rmtree(tmp_path / "checkpoints")
     with refused("there is none in ", "checkpoints"):
-        short_run(tmp_path, train__steps=5)
+        short_run(tmp_path, train__steps=6)
     assert logged(tmp_path) == whole
-    assert short_run(tmp_path, train__steps=5, train__restart=True, stop_after=3) == 143
+    assert short_run(tmp_path, train__steps=6, train__restart=True, stop_after=3) == 143
     assert logged(tmp_path / "before_restart") == whole
-    assert short_run(tmp_path, train__steps=5, train__restart=True) == 0
+    assert short_run(tmp_path, train__steps=6, train__restart=True) == 0
     assert "continuing from step 3" in capfd.readouterr().err
     assert logged(tmp_path) == whole

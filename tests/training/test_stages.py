@@ -1,6 +1,5 @@
 """Runs whose data, lengths and batches change at certain steps (`data.stages`)."""
 
-import dataclasses
 import json
 import shutil
 from functools import partial
@@ -11,37 +10,12 @@ from shell import SHORT, train_command
 from workdirs import logged, prepare_texts, read_rows
 
 from llamajax.config.model_schema import RopeScaling
-from llamajax.data import Position
 from llamajax.formats.weights import open_weights
 from llamajax.monitoring import load_events
 from llamajax.proving.trial import has_chosen_start, newest_checkpoint, read_meta, run_trial
-from llamajax.training import programs
-from llamajax.training.place_in_data import stage_warnings
 
 SCALING = {"factor": 2.0, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_seq_len": 64}
 STEPS = 7
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    """The runs differ in what the host does: each stage is compiled once for all of them.
-
-    Returns the list of what runs compile: batch and length of each stage.
-    """
-    compiled, compile_programs, asked = {}, programs.compile_programs, []
-
-    def compiled_programs(stage, state):
-        c = stage.config
-        key = (json.dumps(dataclasses.asdict(c.data) | {"path": ""}), c.model)
-        key += (c.train.accumulation_steps,)
-        if key not in compiled:
-            compiled[key] = compile_programs(stage, state)
-        asked.append((c.data.global_batch_size, c.data.seq_len))
-        return compiled[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(programs, "compile_programs", compiled_programs)
-        yield asked
 
 
 @pytest.fixture(scope="module")
@@ -138,15 +112,6 @@ def test_stages_that_have_begun_stay_and_later_ones_may_change(staged, tmp_path,
     tokens = [row["tokens_seen"] for row in logged(tmp_path) if "loss" in row]
     assert tokens[-3:] == [tokens[4], tokens[4] + 16 * 24, tokens[4] + 2 * 16 * 24]
     assert "changed since step 3: data.stages: [" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("reached", [{}, {"a source": 960}])
-def test_a_checkpoint_that_does_not_say_how_far_it_read_is_warned_of(staged, short_config, reached):
-    config = short_config(data__stages=[staged.ramp])
-    read = Position.start(batch_size=8, seq_len=48, mixture_hash="gone")
-    read = dataclasses.replace(read, reached=reached)
-    found = list(stage_warnings(config, read, {}, step=2))
-    assert ["of an earlier release" in line for line in found] == [True] * (not reached)
 
 
 @pytest.mark.parametrize(

@@ -85,19 +85,36 @@ def test_moments_fetched_in_a_branch_change_nothing(host_branches):
 
 @pytest.mark.parametrize("guard", [None, GuardConfig()])
 def test_moments_are_fetched_behind_the_gradients_alone(host_branches, guard):
-    mesh, optimizer = mesh_of(), optim.build(OPTIM, steps=TRAIN.steps)
-    window = guard and guard.spike_window
-    state = drawn_state(
-        StateSpec(model=MODEL, optimizer=optimizer, mesh=mesh, offload=True, guard_window=window)
-    )
-    config = dataclasses.replace(OPTIM, offload=True)
-    step = train_step(optimizer, config, TRAIN, COMPUTE, mesh, guard)
-    jaxpr = step.trace(state, sharding.put_batch(packed_batch(0), mesh)).jaxpr
+    state, found = traced(mesh_of(), offload=True, guard=guard)
     moved = {inside: 0 for inside in (False, True)}
-    for inside, eqn in equations(jaxpr):
+    for inside, eqn in found:
         moved[inside] += eqn.primitive.name == "device_put"
     assert moved[True] >= 4 * len(jax.tree.leaves(state.trained))  # both, there and back
     assert moved[False] == 0
+
+
+def traced(mesh, *, guard=None, offload=False, accumulation=1, **options):
+    """The abstract state of a step, and what `equations` finds in its program."""
+    config = dataclasses.replace(OPTIM, offload=offload)
+    train = dataclasses.replace(TRAIN, accumulation_steps=accumulation)
+    spec = StateSpec(
+        model=MODEL,
+        optimizer=optim.build(config, steps=TRAIN.steps),
+        mesh=mesh,
+        offload=offload,
+        guard_window=guard and guard.spike_window,
+    )
+    compute = dataclasses.replace(COMPUTE, **options)
+    step = train_step(spec.optimizer, config, train, compute, mesh, guard)
+    state = spec.abstract()
+    jaxpr = step.trace(state, sharding.put_batch(packed_batch(0), mesh)).jaxpr
+    return state, list(equations(jaxpr))
+
+
+def outputs_of_loops(found):
+    """The shapes of what each loop of a program returns."""
+    loops = [eqn for _, eqn in found if eqn.primitive.name == "scan"]
+    return [{x.aval.shape for x in eqn.outvars} for eqn in loops]
 
 
 def equations(jaxpr, *, inside=False):
@@ -111,20 +128,15 @@ def equations(jaxpr, *, inside=False):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("remat", sorted(REMAT))
 def test_no_policy_keeps_gathered_weights(remat, dtype):
-    mesh, optimizer = mesh_of(fsdp=2), optim.build(OPTIM, steps=TRAIN.steps)
-    state = StateSpec(model=MODEL, optimizer=optimizer, mesh=mesh).abstract()
-    compute = dataclasses.replace(COMPUTE, remat=remat, dtype=jnp.dtype(dtype))
-    step = train_step(optimizer, OPTIM, TRAIN, compute, mesh)
-    jaxpr = step.trace(state, sharding.put_batch(packed_batch(0), mesh)).jaxpr
+    state, found = traced(mesh_of(fsdp=2), remat=remat, dtype=jnp.dtype(dtype))
     # of all layers, whole, and as matrices: in the step a stored weight and its gradient are parts
     whole = set()
     for layers, *dims in (weight.shape for weight in jax.tree.leaves(state.model.blocks)):
         whole |= {(layers, *dims), (layers, 1, 1, *dims)}
         whole |= {(layers, math.prod(dims[:n]), math.prod(dims[n:])) for n in range(1, len(dims))}
-    loops = [eqn for _, eqn in equations(jaxpr) if eqn.primitive.name == "scan"]
-    kept = {x.aval.shape for eqn in loops for x in eqn.outvars}
-    assert len(loops) >= 2
-    assert not whole & kept
+    kept = outputs_of_loops(found)
+    assert len(kept) >= 2
+    assert not whole & set.union(*kept)
 
 
 @pytest.mark.parametrize(
@@ -132,18 +144,13 @@ def test_no_policy_keeps_gathered_weights(remat, dtype):
 )
 def test_microbatches_share_one_gradient_where_none_is_scattered(axes, own):
     """7B on h100:8 waits for 0.31 s of scattered sums and more in place, for 0.02 s otherwise."""
-    mesh, optimizer = mesh_of(**axes), optim.build(OPTIM, steps=TRAIN.steps)
-    state = StateSpec(model=MODEL, optimizer=optimizer, mesh=mesh).abstract()
-    train = dataclasses.replace(TRAIN, accumulation_steps=2)
-    step = train_step(optimizer, OPTIM, train, COMPUTE, mesh)
-    jaxpr = step.trace(state, sharding.put_batch(packed_batch(0), mesh)).jaxpr
-    stacked = set()  # of all layers, one device's part
-    for weight in jax.tree.leaves(state.model.blocks):
-        stacked.add(weight.sharding.shard_shape(weight.shape))
-    loops = [eqn for _, eqn in equations(jaxpr) if eqn.primitive.name == "scan"]
-    made = {x.aval.shape for eqn in loops for x in eqn.outvars}
-    assert len(loops) >= 3  # over microbatches, and layers forward and backward
-    assert bool(stacked & made) == own  # a backward pass returns a gradient of its own
+    state, found = traced(mesh_of(**axes), accumulation=2)
+    blocks = jax.tree.leaves(state.model.blocks)
+    stacked = {w.sharding.shard_shape(w.shape) for w in blocks}  # of all layers, one device's part
+    made = outputs_of_loops(found)
+    assert len(made) >= 3  # over microbatches, and layers forward and backward
+    # a backward pass returns a gradient of its own
+    assert bool(stacked & set.union(*made)) == own
 
 
 def test_z_loss_moves_the_weights_and_stays_out_of_the_loss():

@@ -81,11 +81,7 @@ def outcomes(short_data, other_data, tmp_path_factory):
     row = {"question": "A line", "choices": [f"of {n} words" for n in range(9)], "answer": 3}
     (same / "order.jsonl").write_text((json.dumps(row) + "\n") * 30)
     pairs = {
-        "rate": ({"optim.learning_rate": 0.002}, same),
         "seed": ({"optim.learning_rate": 0.002, "data.seed": 7}, same),
-        "model": ({"model.num_layers": 2}, same),
-        "directory": ({"checkpoint.directory": folder / "elsewhere"}, same),
-        "path": ({"data.path": other_data}, same),
         "contents": ({}, other),
         "gone": ({}, empty),
         "detected": ({"optim.learning_rate": 0.002}, same),
@@ -128,12 +124,8 @@ def outcomes(short_data, other_data, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("rate", ("in optim.learning_rate: 0.003 in process 0 on", "; 0.002 in process 1 on")),
         ("seed", ("in data.seed: 1 in process 0 on", "; 7 in process 1 on")),
         ("seed", ("differ in optim.learning_rate, XLA_FLAGS and LIBTPU_INIT_ARGS. Start",)),
-        ("model", ("in model.num_layers: 1 in process 0", "2 in process 1")),
-        ("directory", ("in checkpoint.directory: none in process 0", "elsewhere in process 1")),
-        ("path", ("in data.path: data in process 0", "/data in process 1")),
         ("contents", ("in the train data in data.path: ", " tokens, weight 1, fingerprint ")),
         ("gone", ("process 1 on", "data.path: data: no such directory")),
         ("refused", ("train.init_from = ", "there is no such file or directory")),
@@ -162,12 +154,9 @@ def test_keys_of_one_process_alone_may_differ(outcomes):
 
 
 @pytest.mark.slow
-def test_both_end_and_the_first_writes_the_exports(
-    short_run, short_data, loaded, tmp_path, monkeypatch
-):
+def test_both_end_and_the_first_writes_the_exports(base, short_data, loaded, tmp_path, monkeypatch):
     """They train adapters on imported weights."""
-    base, workdir = tmp_path / "base", tmp_path / "run"
-    assert short_run(base, train__steps=3) == 0
+    workdir = tmp_path / "run"
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     port, processes = free_port(), []
     adapters = {"train.init_from": base, "lora.rank": 3, "lora.alpha": 6}

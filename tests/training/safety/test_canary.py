@@ -17,7 +17,7 @@ from llamajax.backends import CompilerOptions
 from llamajax.backends.platforms import UNKNOWN
 from llamajax.models import replicas
 from llamajax.training.safety.canary import Canary
-from llamajax.training.safety.step_checks import BadDevice
+from llamajax.training.safety.guard_stops import BadDevice
 from llamajax.training.state import StateSpec
 
 FAULTY = 3  # the position along the first replica axis of the device with a fault
