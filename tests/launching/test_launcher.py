@@ -132,12 +132,10 @@ os.write(int(pipe), b"%d\\n%d\\n" % (attempt, attempt + 1))
     ("lines", "max_restarts", "code", "started"),
     [
         ("os._exit(5)", 2, 5, 3),
-        ("os._exit(75 if attempt == 0 else 0)", 1, 0, 2),
-        ("print('error: no such key'); os._exit(2)", 5, 2, 1),
+        ("os._exit(2)", 5, 2, 1),
         (_SAVES + "os._exit(1 if attempt < 4 else 0)", 1, 0, 5),
-        (_SAVES + "os._exit(79)", 5, 79, 1),
     ],
-    ids=["counted", "what passes", "the user's mistake", "progress", "guard stop"],
+    ids=["counted", "no restart helps", "progress"],
 )
 def test_restarts_by_exit_code(launched, tmp_path, lines, max_restarts, code, started):
     assert launched(lines, max_restarts=max_restarts) == code
