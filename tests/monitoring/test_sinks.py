@@ -6,6 +6,7 @@ import threading
 import types
 
 import numpy as np
+import pytest
 from refusal import refused
 
 from llamajax.monitoring import MetricsWriter, load_metrics
@@ -37,13 +38,13 @@ def test_tags_group_numbers():
 class Kept:
     """A sink that keeps what it gets; it waits for `gate`, and refuses step `fails`."""
 
-    def __init__(self, fails=None):
-        self.rows, self.gate, self._fails = [], threading.Event(), fails
+    def __init__(self, fails=None, error=None):
+        self.rows, self.gate, self._fails, self._error = [], threading.Event(), fails, error
 
     def write(self, values, step):
         self.gate.wait()
         if step == self._fails:
-            raise RuntimeError("the network is gone")
+            raise self._error
         self.rows.append(step)
 
     def close(self):
@@ -87,17 +88,22 @@ def test_sinks_that_hang_share_one_deadline(monkeypatch, capsys):
     kept.gate.set()
 
 
-def test_a_sink_that_fails_is_warned_of_once(capsys):
-    kept = Kept(fails=3)
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("the network is gone"), "the network is gone"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_a_sink_that_fails_is_warned_of_once(error, words, capsys):
+    kept = Kept(fails=3, error=error)
     kept.gate.set()
     thread = SinkThread("broken", lambda: kept)
     for step in range(1, 10):
         thread.write({"step": step})
     close_sinks([thread])
     assert (kept.rows, thread.dropped) == ([1, 2, "closed"], 7)
-    expected = (
-        "warning: monitoring.sinks: broken is no longer written: the network is gone; training"
-    )
+    expected = f"warning: monitoring.sinks: broken is no longer written: {words}; training"
     assert capsys.readouterr().err.count(expected) == 1
 
 

@@ -49,17 +49,15 @@ def write_report(
     check_workdirs(workdirs)
     path = output or Path(workdirs[0]) / (COMPARISON if len(workdirs) > 1 else REPORT)
     with replaced_file(path, label=str(path)) as hidden:
-        runs, price = read_runs(workdirs, price_per_hour)
+        runs = read_runs(workdirs, price_per_hour)
         if output is None and len(runs) == 1:
             write_report_facts(workdirs[0], runs[0]["facts"])
-        hidden.write_text(render(runs, price_per_hour=price), "utf-8", "replace")
+        hidden.write_text(render(runs), "utf-8", "replace")
     return path
 
 
-def read_runs(
-    workdirs: Sequence[Path], price_per_hour: float | None
-) -> tuple[list[dict[str, Any]], float | None]:
-    """Return what the page shows of runs, and the price.
+def read_runs(workdirs: Sequence[Path], price_per_hour: float | None) -> list[dict[str, Any]]:
+    """Return what the page shows of runs.
 
     `paired` of a run describes how its losses compare with those of the first one. Raises UserError
     where a workdir cannot be read.
@@ -70,10 +68,9 @@ def read_runs(
             runs.append(run := read_run(workdir, cells=CELLS // len(workdirs)))
             if run is not runs[0]:
                 run["paired"] = _compared(run, runs[0])
-    for run in runs:
         if price_per_hour is not None:
             run["facts"]["price_per_hour"] = price_per_hour
-    return runs, runs[0]["facts"].get("price_per_hour")
+    return runs
 
 
 def _compared(run: Mapping[str, Any], first: Mapping[str, Any]) -> str:
@@ -111,12 +108,10 @@ def check_workdirs(workdirs: Sequence[Path]) -> None:
             )
 
 
-def render(
-    runs: Sequence[dict[str, Any]], *, price_per_hour: float | None = None, version: str = ""
-) -> str:
-    """Return the page of what `read_run` says of runs. version: of a page that is served."""
-    data = {"runs": runs, "price_per_hour": price_per_hour, "written_s": time.time()}
-    data["version"] = version
+def render(runs: Sequence[dict[str, Any]], *, version: str = "") -> str:
+    """Return the page of what `read_runs` says. version: of a page that is served."""
+    price = runs[0]["facts"].get("price_per_hour")
+    data = {"runs": runs, "price_per_hour": price, "written_s": time.time(), "version": version}
     # `<` as an escape: no text in the data can end the element or begin another one.
     text = json.dumps(_plain(data), separators=(",", ":")).replace("<", "\\u003c")
     script = "".join(map(read_part, ("charts.js", "page.js", "sections.js")))

@@ -60,8 +60,8 @@ class ReportServer(http.server.ThreadingHTTPServer):
         """Return the page of the files as they are now."""
         with self._lock:  # one at a time: reading many rows takes seconds
             if self._page[0] != (version := self.version()):
-                runs, price = read_runs(self.workdirs, self._price)
-                self._page = version, render(runs, price_per_hour=price, version=version)
+                runs = read_runs(self.workdirs, self._price)
+                self._page = version, render(runs, version=version)
             return self._page[1]
 
     def linked_files(self) -> dict[str, Path]:
