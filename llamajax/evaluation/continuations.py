@@ -1,4 +1,4 @@
-"""Continuations of contexts, packed into rows to score, and the sums of their scores."""
+"""Tokens to score with the context before them, as rows of batches; sums of their scores."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

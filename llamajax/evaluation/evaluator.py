@@ -10,7 +10,7 @@ import numpy as np
 from llamajax.errors import UserError, say
 from llamajax.evaluation.evaluate_options import EvaluateOptions
 from llamajax.evaluation.row_sources import RowSource, open_rows
-from llamajax.evaluation.scorer import facts, load_scored, score_rows
+from llamajax.evaluation.scorer import load_for_scoring, result_facts, score_rows
 from llamajax.evaluation.scoring import Score, perplexity
 from llamajax.files import replaced_file
 from llamajax.formats.weights import open_weights
@@ -33,7 +33,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         return run_harness(options)
     weights = open_weights(options.checkpoint)
     source = open_rows(options, weights)
-    loaded = load_scored(options, weights)
+    loaded = load_for_scoring(options, weights)
     stride = "" if source.stride is None else f", stride {source.stride}"
     longest = f"at most {source.seq_len} tokens"
     say(f"rows     {source.rows.num_rows} of {longest}, {source.protocol}{stride}")
@@ -44,7 +44,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         with replaced_file(out, label=label) as hidden, hidden.open("wb") as file:
             np.save(file, found.per_token.reshape(source.shape or (1, -1)))
     result = _result(source, found) if source.tasks is None else _task_result(source, found)
-    return result | facts(loaded, weights, source.rows.seq_len)
+    return result | result_facts(loaded, weights, source.rows.seq_len)
 
 
 def _result(source: RowSource, found: Score) -> dict[str, Any]:

@@ -26,8 +26,9 @@ from llamajax.errors import UserError, say
 from llamajax.evaluation.continuations import Continuation, ContinuationRows, packed_length
 from llamajax.evaluation.evaluate_options import EvaluateOptions
 from llamajax.evaluation.row_sources import context_length, needed_tokenizer
-from llamajax.evaluation.scorer import facts, load_scored, score_rows
+from llamajax.evaluation.scorer import load_for_scoring, result_facts, score_rows
 from llamajax.formats.weights import open_weights
+from llamajax.monitoring.jsonl import plain_number
 
 _PROMPTS_A_DEVICE = 8
 # What a task may ask of generation; other keys would change its numbers and are refused.
@@ -49,7 +50,7 @@ class HarnessModel(TemplateLM):
         self.weights = open_weights(options.checkpoint)
         self._tokenizer = needed_tokenizer(options, self.weights)
         self.max_length = context_length(options, self.weights)
-        self.options, self.loaded = options, load_scored(options, self.weights)
+        self.options, self.loaded = options, load_for_scoring(options, self.weights)
         self.scored_tokens = 0
         self._engines: dict[Sampling, Engine] = {}
 
@@ -182,15 +183,15 @@ def run_harness(options: EvaluateOptions) -> dict[str, Any]:
         log_samples=False,
     )
     figures = {
-        name: {key: _plain(value) for key, value in row.items() if "," in key}
+        name: {key: _json_value(value) for key, value in row.items() if "," in key}
         for name, row in (found["results"] | found.get("groups", {})).items()
     }
     fixed = {"loss": None, "perplexity": None, "tokens": model.scored_tokens}
-    found = facts(model.loaded, model.weights, model.max_length)
-    return fixed | {"protocol": "harness", "tasks": figures} | found
+    facts = result_facts(model.loaded, model.weights, model.max_length)
+    return fixed | {"protocol": "harness", "tasks": figures} | facts
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """Return a figure as JSON has it: no NaN, no NumPy."""
-    value = value.item() if hasattr(value, "item") else value
+    value = plain_number(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,7 +17,7 @@ from llamajax.monitoring import Progress
 _CHUNK_TOKENS = 512
 
 
-def load_scored(options: EvaluateOptions, weights: Weights) -> LoadedModel:
+def load_for_scoring(options: EvaluateOptions, weights: Weights) -> LoadedModel:
     """Load the weights to score with, split over all devices. Raises UserError."""
     return load_model(weights, options, default_mesh=_default_mesh)
 
@@ -61,7 +61,7 @@ def score_rows(loaded: LoadedModel, rows: Any, options: EvaluateOptions, *, keep
         progress.close()
 
 
-def facts(loaded: LoadedModel, weights: Weights, seq_len: int) -> dict[str, Any]:
+def result_facts(loaded: LoadedModel, weights: Weights, seq_len: int) -> dict[str, Any]:
     """Return what the result says of the machine, the weights and the computation."""
     attention = loaded.attention(seq_len)
     return {
