@@ -142,23 +142,17 @@ def _evaluations(
     train: columns of the training rows, between which the tokens of other steps are on a line.
     """
     known = np.isfinite(train["tokens_seen"])
-    steps, tokens = train["step"][known], train["tokens_seen"][known]
     by_key: dict[str, list[Row]] = {}
     for row in rows:
-        if "loss" not in row:
-            seen = {"tokens_seen": _between(row["step"], steps, tokens)}
-            for key in row:
-                if _EVALUATED.match(key):
-                    by_key.setdefault(key, []).append(row | seen)
-    tables = {key: _table(points, [key], first_s) for key, points in sorted(by_key.items())}
-    return {
-        key: columns(table, thin(table, (), limit=_MAX_EVALUATIONS))
-        for key, table in tables.items()
-    }
-
-
-def _between(step: int, steps: np.ndarray, tokens: np.ndarray) -> int | None:
-    """Return the tokens up to a step; None outside the steps for which they are known."""
-    if not len(steps) or not steps[0] <= step <= steps[-1]:
-        return None
-    return round(float(np.interp(step, steps, tokens)))
+        for key in row if "loss" not in row else ():
+            if _EVALUATED.match(key):
+                by_key.setdefault(key, []).append(row)
+    found = {}
+    for key, points in sorted(by_key.items()):
+        table = _table(points, [key], first_s)
+        if known.any():
+            line = train["step"][known], train["tokens_seen"][known]
+            tokens = np.interp(table["step"], *line, left=math.nan, right=math.nan)
+            table["tokens_seen"] = np.round(tokens)
+        found[key] = columns(table, thin(table, (), limit=_MAX_EVALUATIONS))
+    return found
