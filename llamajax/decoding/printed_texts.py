@@ -73,22 +73,20 @@ def write_text(
     """Write each prompt's text as it comes; a prompt waits until those before it are complete."""
     tokenizer = generator.tokenizer
     streams = [TextStream(tokenizer, prompt.ids) for prompt in prompts]
-    waiting, shown = list(range(len(prompts))), 0
+    row = shown = 0  # whose text is being written; how many of its tokens are
     if with_prompt:
         out.write(decode_ids(tokenizer, prompts[0].ids))
         out.flush()
     for new_ids in generator.generate(prompts):
-        while waiting:
-            row = waiting[0]
+        while row < len(prompts):
             out.write(streams[row].feed(new_ids[row][shown:]))
             shown = len(new_ids[row])
             if not prompts[row].is_complete(new_ids[row], generator.stop_ids):
                 break
             out.write(streams[row].finish() + "\n")
-            waiting.pop(0)
-            shown = 0
-            if waiting and with_prompt:
-                out.write("\n" + decode_ids(tokenizer, prompts[waiting[0]].ids))
+            row, shown = row + 1, 0
+            if row < len(prompts) and with_prompt:
+                out.write("\n" + decode_ids(tokenizer, prompts[row].ids))
         out.flush()
 
 

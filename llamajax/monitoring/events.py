@@ -16,16 +16,15 @@ EVENTS = "events.jsonl"
 LOCK = ".lock_{process_id}"  # each process of a run holds its own
 
 
-class EventLog:
+class EventLog(RowFile):
     """Appends events to `workdir/events.jsonl`. Not primary: does nothing at all.
 
-    Events wait in memory until `begin`, and while a full disk refuses them. A directory that is
-    gone is a UserError, once.
+    A directory that is gone is a UserError, once.
     """
 
     def __init__(self, workdir: Path, *, primary: bool):
-        self._directory, self._primary, self._begun = Path(workdir), primary, False
-        self._file = RowFile(self._directory / EVENTS)
+        super().__init__(Path(workdir) / EVENTS)
+        self._directory, self._primary = Path(workdir), primary
         self._wall_s = time.time() - time.monotonic()
 
     @property
@@ -33,21 +32,12 @@ class EventLog:
         """The wall clock at the start plus the time since: it never jumps."""
         return self._wall_s + time.monotonic()
 
-    def begin(self) -> None:
-        """Write the events that wait; write later ones at once."""
-        self._begun = True
-        self._file.begin()
-
     def write(self, event: str, *, step: int, **fields: Any) -> None:
         """Append one event."""
         if self._primary:
             if self._begun:
                 self.check_directory()
-            self._file.add({"event": event, "step": step, "time_s": self.time_s} | fields)
-
-    def close(self) -> None:
-        """Write what a full disk refused, or warn that it is lost."""
-        self._file.close()
+            self.add({"event": event, "step": step, "time_s": self.time_s} | fields)
 
     def check_directory(self) -> None:
         """Raise UserError where the directory of the run is gone."""
