@@ -4,12 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from llamajax.config.schema import DataConfig
 from llamajax.data.batches import make_batch
-from llamajax.data.mixture import Sample, open_mixture
+from llamajax.data.mixture import Sample
 from llamajax.data.packing import EXAMPLES, cut_shares
-from llamajax.data.prepared_split import read_manifest
-from llamajax.errors import combine
+from llamajax.data.prepared_split import open_split
+from llamajax.errors import UserError
 
 
 class PackedRows:
@@ -22,27 +21,13 @@ class PackedRows:
     def __init__(
         self, path: Path, *, split: str, seq_len: int, mask_documents: bool, vocab_size: int
     ) -> None:
-        manifest = read_manifest(path, label="--data=")
-        tokens = manifest["tokenizer"]["vocab_size"]
-        problems = []
-        if split not in manifest["splits"]:
-            problems.append(f"--split={split}: it has {', '.join(manifest['splits'])}")
+        self._source = open_split(path, split, verify=False)
+        tokens = self._source.manifest["tokenizer"]["vocab_size"]
         if tokens > vocab_size:
-            problems.append(
-                f"its tokens are 0..{tokens - 1}, the vocabulary of the model 0..{vocab_size - 1}: "
-                "prepare the text again with the model's tokenizer"
+            raise UserError(
+                f"--data={path}: its tokens are 0..{tokens - 1}, the vocabulary of the model "
+                f"0..{vocab_size - 1}: prepare the text again with the model's tokenizer"
             )
-        if problems:
-            raise combine(problems, title=f"--data={path} cannot be used:")
-        data = DataConfig(
-            path=str(path),
-            seq_len=seq_len,
-            global_batch_size=1,
-            seed=0,
-            shuffle=False,
-            mask_documents=mask_documents,
-        )
-        (self._source,) = open_mixture(data, split=split, vocab_size=vocab_size).sources
         self.protocol = "whole_examples" if self._source.masked else "packed"
         self._mask_documents = mask_documents
         self.seq_len = seq_len
