@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llamajax.config.values import Mistyped
 from llamajax.errors import did_you_mean, nearest
+from llamajax.files import write_problem
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -73,8 +74,13 @@ def check_store(text: str) -> None:
 
 def check_output(file: str) -> None:
     """Take the path of a file to write."""
-    if not Path(file).absolute().parent.is_dir():
+    path = Path(file).absolute()
+    if path.is_dir():
+        raise Mistyped("is a directory; name a file")
+    if not path.parent.is_dir():
         raise Mistyped("there is no directory to write it in")
+    if problem := write_problem(path.parent):
+        raise Mistyped(f"{path.parent} cannot be written: {problem}")
 
 
 def check_temperature(value: float) -> None:
