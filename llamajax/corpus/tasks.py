@@ -47,9 +47,7 @@ _TOKENS, _ANSWER = "tokens.bin", "answer.bin"
 # One int64 for each document: tokens with BOS and EOS, bytes of text, characters.
 _COLUMNS = ("lengths.bin", "text_bytes.bin", "characters.bin")
 # Those that decide the bytes of a part.
-_FLAGS = (
-    "format", "chat_template", "validation_fraction", "on_error",
-)  # fmt: skip
+_FLAGS = ("format", "chat_template", "validation_fraction", "on_error")
 # The merge holds at most so many documents, or so many tokens, at a time.
 _MERGED_DOCUMENTS = 1 << 16
 _MERGED_TOKENS = 1 << 22

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from refusal import refused
-from workdirs import logged, prepare_texts, read_rows
+from workdirs import logged, prepare_texts, read_rows, run_prepare, write_rows
 
 from llamajax import evaluate, generate
 from llamajax.decoding.engine import Engine
@@ -41,11 +41,16 @@ def samples_of(workdir):
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """Two more prepared directories: one with a validation split, one without."""
+    """Three more directories: with a validation split, without one, and of instructions."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("split", "whole")}
     texts = ["Other words, in other numbers. " * 9, "And more of them than before. " * 5] * 9
     held_out = {"split": 0.3, "whole": 0}
-    return {name: prepare_texts(folders[name], texts, held_out=held_out[name]) for name in folders}
+    found = {name: prepare_texts(folders[name], texts, held_out=held_out[name]) for name in folders}
+    chats = tmp_path_factory.mktemp("chats")
+    rows = [{"prompt": f"line {n}, " * 3, "completion": "seven lines"} for n in range(9)]
+    flags = ("--format=instructions", "--validation_fraction=0")
+    run_prepare(write_rows(chats / "in.jsonl", *rows), chats / "data", *flags)
+    return found | {"chats": chats / "data"}
 
 
 @pytest.fixture(scope="module")
@@ -86,19 +91,20 @@ def test_training_and_its_own_split_stay_as_they_are(stopped, plain):
 
 def test_each_set_has_the_numbers_of_evaluate(stopped, sets, capsys):
     last = rows_of(stopped)[-1]
-    splits = {"split": "validation", "whole": "train"}
+    splits = {"split": "validation", "whole": "train", "chats": "train"}
     for name, path in sets.items():
         flags = [f"--checkpoint={stopped}", f"--data={path}", f"--split={splits[name]}"]
         assert evaluate.main([*flags, "--dtype=float32", "--seq_len=48"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert last[f"eval_tokens/{name}"] == found["tokens"]
-        for key in ("loss", "perplexity", "bits_per_byte"):
+        keys = ("loss", "perplexity", "bits_per_byte")
+        for key in keys[:2] if name == "chats" else keys:  # whole examples, though text is trained
             assert last[f"eval_{key}/{name}"] == pytest.approx(found[key], rel=1e-5)
         assert 0 < abs(last[f"ema_loss/{name}"] - last[f"eval_loss/{name}"]) < 1
     (event,) = [e for e in load_events(stopped) if e["event"] == "evaluation" and e["step"] == 4]
     losses = {name: last[name] for name in event if name.startswith("eval_loss")}
     assert {name: event[name] for name in losses} == losses
-    assert len(losses) == 3
+    assert len(losses) == 4
 
 
 def test_tasks_have_the_numbers_of_evaluate(stopped, tasks, capsys):
