@@ -1,13 +1,14 @@
 """Prints the training step beside those of other systems, alternating in one run.
 
-    python benchmarks/versus.py --systems=llamajax,torch,litgpt [--dtype=bfloat16] [--json=FILE]
+    python benchmarks/versus.py --systems=llamajax,torch,litgpt,maxtext [--dtype=bfloat16]
     python benchmarks/versus.py --systems=llamajax,before --source=before:../other-clone
 
-`torch` is transformers' LlamaForCausalLM, `litgpt` its GPT, both under torch.compile. Same sizes,
-same initial weights, same random tokens, same AdamW and clipping, one document a row: the losses
-printed at the end show it. Each system runs in its own process and waits for its turn, so that
-only one computes at a time. The order alternates from round to round. A busy machine slows all of
-them: read the ratios, of wall time and of processor time.
+`torch` is transformers' LlamaForCausalLM, `litgpt` its GPT, both under torch.compile; `maxtext` is
+MaxText's own step. Same sizes, same initial weights, same random tokens, same AdamW and clipping
+(`versus_maxtext.py` has what differs), one document a row: the losses printed at the end show it.
+Each system runs in its own process and waits for its turn, so that only one computes at a time.
+The order alternates from round to round. A busy machine slows all of them: read the ratios, of wall
+time and of processor time.
 
 --python=SYSTEM:PATH runs a system under another Python, for releases that do not fit together;
 --source=NAME:FOLDER adds llamajax as it is in another clone. A system that is not installed is left

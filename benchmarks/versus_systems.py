@@ -26,6 +26,7 @@ PACKAGES = {
     "llamajax": ("jax", "jaxlib", "flax", "optax"),
     "torch": ("torch", "transformers"),
     "litgpt": ("torch", "litgpt"),
+    "maxtext": ("jax", "jaxlib", "flax", "maxtext"),
 }  # of each kind of system
 
 
@@ -182,6 +183,11 @@ def main() -> None:
     versions["python"] = sys.version.split()[0]
     if flags.kind == "llamajax":
         step = llamajax_step(work, flags.folder, initial=flags.initial)
+    elif flags.kind == "maxtext":
+        from versus_maxtext import maxtext_step  # the script beside this one
+
+        rows, weights = np.load(flags.folder / ROWS), np.load(flags.folder / WEIGHTS)
+        step = maxtext_step(work, rows.astype(np.int32), weights, flags.folder)
     else:
         step = torch_step(flags.kind, work, flags.folder)
     serve(step, versions, answers)
