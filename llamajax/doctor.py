@@ -57,7 +57,6 @@ def main(argv: list[str]) -> int:
     from llamajax.backends import write_verdict
     from llamajax.backends.repairs import NOT_READY
     from llamajax.conformance import doctor_output
-    from llamajax.conformance.attention_rows import attention_lines, attention_rows
     from llamajax.conformance.probe_runner import ProbeRunner
     from llamajax.conformance.probe_table import chosen, verdict_on
 
@@ -68,10 +67,12 @@ def main(argv: list[str]) -> int:
     total_s, machine = time.monotonic() - begun, runner.machine
     verdict = verdict_on(machine, runner.results, asked_for=backend.name)
     partial = flags.only is not None
-    attention = [] if machine is None else attention_rows(machine, verdict.repairs)
+    attention = []
+    if machine is not None:
+        attention = doctor_output.attention_rows(machine, verdict.repairs)
     lines = [
         *doctor_output.text_lines(verdict, machine=machine, total_s=total_s, partial=partial),
-        *attention_lines(attention),
+        *doctor_output.attention_lines(attention),
     ]
     print("\n".join(lines))
     if machine is not None and not partial:

@@ -1,4 +1,4 @@
-"""The doctor's output: a line a probe while it runs, the verdict as text, and as an HTML page."""
+"""The doctor's output: results as they come, the verdict as text and page, attention."""
 
 import collections
 import html
@@ -6,15 +6,18 @@ import itertools
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
-from llamajax.backends import PlatformVerdict, ProbeResult
+from llamajax.backends import Machine, PlatformVerdict, ProbeResult
 from llamajax.backends.repairs import NOT_READY
+from llamajax.config.schema import ComputeDtype
 from llamajax.conformance.probe_table import NOT_TRIED, consequences, probe
 from llamajax.monitoring.report.html_page import html_page
+from llamajax.ops.attention import best_attention, falls_back
 
 _WIDTH = 100
 _WORDS = {"pass": "pass", "fail": "FAIL", "unsupported": "unsupported"}
+_HEAD_SIZE, _SEQ_LEN = 128, 4096  # of Llama2-7B
 
 
 class LiveResults:
@@ -80,6 +83,31 @@ def text_lines(
     untried = [r for r in verdict.probes if r.message.startswith(NOT_TRIED)]
     if untried:
         yield f"  {len(untried)} more {untried[0].message}"
+
+
+def attention_rows(machine: dict[str, Any], repairs: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what `train.attention=auto` takes for each dtype, as JSON. machine: its facts."""
+    examined, rows = Machine(**machine | {"repairs": tuple(repairs)}), []
+    for dtype in get_args(ComputeDtype):
+        choice = best_attention(examined, dtype, _HEAD_SIZE, _SEQ_LEN)
+        rows.append({
+            "dtype": dtype,
+            "head_size": _HEAD_SIZE,
+            "seq_len": _SEQ_LEN,
+            "attention": choice.impl,
+            "attention_reason": choice.reason,
+            "is_second_best": choice.is_second_best,
+            "falls_back": falls_back(choice.impl),
+        })  # fmt: skip
+    return rows
+
+
+def attention_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield a line for each choice, with its dtypes."""
+    same = ("attention", "attention_reason", "falls_back")
+    for found, group in itertools.groupby(rows, lambda row: tuple(row[name] for name in same)):
+        (impl, reason, instead), dtypes = found, ", ".join(row["dtype"] for row in group)
+        yield f"attention: {impl} in {dtypes}: {reason}; {instead}"
 
 
 _STYLE = """
