@@ -68,7 +68,6 @@ def test_a_run_without_documents_needs_none():
         ({}, "missing", "KEY = MODULE:attend: Python finds no module MODULE; put MODULE into"),
         ({}, ".missing", "KEY = MODULE:attend: Python finds no module"),
         ({".py": ""}, "plain.attn", "Python finds no module MODULE;"),
-        ({"/__init__.py": ""}, "empty.attn", "Python finds no module MODULE;"),
         ({".py": "import own_nowhere"}, "dep", "line 1: ModuleNotFoundError: No module named"),
         ({".py": "\n1 / 0"}, "error", "error.py, line 2: ZeroDivisionError"),
         ({".py": "raise SystemExit(0)"}, "exit", "exit.py, line 1: SystemExit: 0"),
@@ -76,11 +75,6 @@ def test_a_run_without_documents_needs_none():
             {"/__init__.py": "nothing", "/attn.py": ""},
             "pkg_error.attn",
             "__init__.py, line 1: NameError: name 'nothing'",
-        ),
-        (
-            {"/__init__.py": "import own_nowhere", "/attn.py": ""},
-            "pkg_dep.attn",
-            "__init__.py, line 1: ModuleNotFoundError: No module named 'own_nowhere'",
         ),
         (
             {".py": "def __getattr__(name):\n    raise ImportError(name)"},
