@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
         text = json.dumps(dataclasses.asdict(verdict) | facts, indent=1) + "\n"
         write_file(Path(flags.json), text, label=f"--json={flags.json}")
     if flags.html:
-        text = doctor_output.to_html(verdict, lines)
+        text = doctor_output.to_html(verdict, lines, machine=machine)
         write_file(Path(flags.html), text, label=f"--html={flags.html}")
     return int(verdict.verdict == NOT_READY)
 

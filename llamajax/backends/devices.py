@@ -25,32 +25,40 @@ from llamajax.backends.device_data import (
     GPU_MEMORY_FRACTION,
     Device,
 )
+from llamajax.config.forms import not_empty
 from llamajax.config.load import build_list
 from llamajax.config.schema import TrainDtype
-from llamajax.config.values import key
+from llamajax.config.values import Mistyped, key
 from llamajax.errors import UserError, combine
 
 _GIB = 2**30
+
+
+def _check_share(value: float) -> None:
+    if value > 1:
+        raise Mistyped("is a share of the peak: at most 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Entry:
     """One [[device]] of a user's file."""
 
-    kind: str = key("how JAX's device_kind begins")
-    source: str = key("who says so")
+    kind: str = key(
+        "how JAX's device_kind begins", check=not_empty("an empty kind would be every device")
+    )
+    source: str = key("who says so", check=not_empty("say where the figures are from"))
     bfloat16: float = key("peak FLOP/s of matrix products, dense", above=0)
     memory_gib: float = key("on the data sheet", above=0)
     hbm_bytes_per_s: float = key("of its memory", above=0)
     fast_bytes_per_s: float = key("to its neighbors in the node, one direction", above=0)
     slow_bytes_per_s: float | None = key("between nodes", default=None, above=0)
-    name: str | None = key("short", default=None)
+    name: str | None = key("short", default=None, check=not_empty("without it, it is the kind"))
     float32: float | None = key("peak FLOP/s", default=None, above=0)
     float8: float | None = key("peak FLOP/s", default=None, above=0)
     xla_gib: float | None = key("what XLA sees of the memory", default=None, above=0)
     # Predictions need one; two thirds is what large products reach on the devices that are known.
     efficiency: float = key(
-        "share of the peak that large products reach", default=0.66, at_least=0.01, below=1.0
+        "share of the peak that large products reach", default=0.66, above=0, check=_check_share
     )
 
     def device(self) -> Device:
@@ -120,8 +128,6 @@ def _read(file: str) -> tuple[Device, ...]:
         for kind in dict.fromkeys(map(str, kinds))
         if kinds.count(kind) > 1
     ]
-    if "" in kinds:
-        problems.append("kind is empty: it would be every device")
     if problems:
         raise combine(problems, title=title)
     return tuple(entry.device() for entry in entries)

@@ -100,7 +100,7 @@ def absent_devices(text: str, backend: BackendConfig) -> Target:
 def _parse(text: str) -> tuple[int | None, str, str, list[int]]:
     """Return the number before `*`, the kind, the shape, and its sizes (none of a plugin's)."""
     example = "write KIND:SHAPE, for example v5p:4x4x4, 2*v5p:4x4x4, h200:64, h100:8x8 or cpu:8"
-    parts = re.fullmatch(r"(?:([1-9]\d*)\*)?([^:*]+):(.+)", text.replace(" ", ""))
+    parts = re.fullmatch(r" *(?:([1-9]\d*) *\* *)?([^:*]*[^:* ]) *: *(.*[^ ]) *", text)
     if not parts:
         raise UserError(f"--devices={text}: {example}")
     count, kind, shape = parts[1] and int(parts[1]), parts[2], parts[3]

@@ -120,16 +120,25 @@ table.probes td { border-top: 1px solid var(--rule); padding: 7px 14px; vertical
 .unsupported { color: var(--soft); }"""
 
 
-def to_html(verdict: PlatformVerdict, lines: Sequence[str]) -> str:
-    """Return the page: what the terminal shows, and every probe. lines: of the verdict."""
-    body = "\n".join(_body(verdict, lines))
+def to_html(
+    verdict: PlatformVerdict, lines: Sequence[str], *, machine: dict[str, Any] | None
+) -> str:
+    """Return the page: versions, what the terminal shows (`lines`), and every probe.
+
+    machine: facts of `backends.Machine`; None: it did not start.
+    """
+    versions = {"jax": verdict.jax} if machine is None else machine["versions"]
+    body = "\n".join(_body(verdict, lines, versions))
     return html_page(f"{verdict.platform}: {verdict.verdict}", body, style=_STYLE)
 
 
-def _body(verdict: PlatformVerdict, lines: Sequence[str]) -> Iterator[str]:
+def _body(
+    verdict: PlatformVerdict, lines: Sequence[str], versions: dict[str, str]
+) -> Iterator[str]:
     kind = "bad" if verdict.verdict == NOT_READY else "good"
     name = html.escape(f"{verdict.platform}: {verdict.device_kind}")
-    version = html.escape(f"{verdict.platform_version or 'version unknown'}; jax {verdict.jax}")
+    packages = ", ".join(f"{package} {version}" for package, version in versions.items())
+    version = html.escape(f"{verdict.platform_version or 'version unknown'}; {packages}")
     text = html.escape("\n".join(lines))
     yield f'<header><h1>{name} <span class="pill {kind}">{verdict.verdict}</span></h1>'
     yield f"<p>{version}</p></header><pre>{text}</pre>"

@@ -41,7 +41,7 @@ from llamajax.planning.traffic import Traffic, route, traffic
 from llamajax.training.programs import lower_update, program_digest
 from llamajax.training.state import StateSpec, TrainState
 
-_FORMAT = 7  # of the stored facts
+_FORMAT = 8  # of the stored facts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

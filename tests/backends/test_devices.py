@@ -39,6 +39,11 @@ def test_an_added_device_has_a_peak_and_a_limit(table):
     assert devices.find("Ascend 910B3") is None
 
 
+def test_the_whole_peak_may_be_reached(table):
+    devices.use_device_table(table(_ENTRY + "efficiency = 1"))
+    assert devices.find("Ascend 910").product_rate("bfloat16") == 376e12
+
+
 def test_an_added_device_comes_before_ours(table):
     devices.use_device_table(table(_ENTRY.replace("Ascend 910", "NVIDIA H100")))
     assert devices.peak_flops("NVIDIA H100 80GB HBM3", "bfloat16")[0] == 376e12
@@ -53,7 +58,7 @@ def test_every_mistake_is_named_at_once(table):
         "device[0].bfloat16: not set (float: peak FLOP/s of matrix products, dense)",
         "device[0].memory_gib: expected float, got '64' (str)",
         "device[0].hbm_bytes_per_s = -1.0: must be above 0",
-        "device[1].efficiency = 66.0: must be at least 0.01 and below 1.0",
+        "device[1].efficiency = 66.0: is a share of the peak: at most 1",
         "kind 'Ascend 910' is there 2 times",
     ):
         devices.use_device_table(table(text))
@@ -65,7 +70,8 @@ def test_every_mistake_is_named_at_once(table):
         ("kind = ", "is not TOML"),
         ("", "write [[device]] above each"),
         ('device = "x"', "write [[device]] above each"),
-        (_ENTRY.replace("Ascend 910", ""), "kind is empty"),
+        (_ENTRY.replace("Ascend 910", ""), 'kind = "": is empty; an empty kind would be every'),
+        (_ENTRY.replace("the vendor's data sheet", " "), "source =  : is empty; say where"),
         (None, "/nowhere.toml: cannot be read: No such file"),
     ],
 )

@@ -1,5 +1,6 @@
 """The verb as a user runs it: on a plain CPU, and on the test NPU with each of its faults."""
 
+import importlib.metadata
 import json
 import os
 from types import SimpleNamespace
@@ -47,6 +48,7 @@ def test_some_probes_of_a_cpu(doctor, tmp_path):
     assert all(set(p) == {"name", "status", "message", "time_s"} for p in found["probes"])
     html = page.read_text()
     assert "cross_entropy" in html
+    assert f"jaxlib {importlib.metadata.version('jaxlib')}" in html
     assert "<script" not in html
     assert not (tmp_path / "llamajax").exists()  # a part of a verdict is not kept
 

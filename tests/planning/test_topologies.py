@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import pytest
 from compilers import HAS_CUDA, HAS_TPU, needs_cuda, needs_tpu
 from refusal import refused
@@ -43,6 +44,15 @@ def test_cpu_devices_are_virtual_ones():
 def test_a_kind_or_shape_that_is_none_is_named(text, words):
     with refused(f"--devices={text}", words):
         absent_devices(text, BackendConfig())
+
+
+def test_a_plugins_shape_is_passed_on_as_it_is_written(monkeypatch):
+    def refuse(name, platform):
+        raise jax.errors.JaxRuntimeError(f"{platform} has no {name!r}")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
+    with refused("--devices=npu: Two Boxes", "plugin 'npu' has no topology 'Two Boxes': npu has"):
+        absent_devices("npu: Two Boxes", BackendConfig())
 
 
 @pytest.mark.parametrize(
