@@ -39,7 +39,7 @@ class StopAfter(Shutdown):
 
 
 # Keys of a config that change what the host does, and no program.
-HOST = {"name", "init_from", "base_model", "fork", "resume_step", "restart", "log_every", "tasks"}
+HOST = {"init_from", "base_model", "fork", "resume_step", "restart", "log_every", "tasks"}
 HOST |= {"eval_every", "eval_batches", "sample_prompts", "sample_tokens", "sample_temperature"}
 HOST |= {"max_in_a_row", "then", "max_rollbacks", "hang_timeout_s", "blackbox_steps"}
 

@@ -25,6 +25,7 @@ from llamajax.monitoring.metrics import MEASURED
 from llamajax.replaying.replay_options import ReplayOptions
 from llamajax.replaying.replay_step import replay
 from llamajax.training.place_in_data import read_position
+from llamajax.training.safety import rollback
 from llamajax.training.safety.rollback import target
 from llamajax.training.safety.rollback_log import Rollback, RollbackLog
 from llamajax.training.setup import set_up
@@ -153,26 +154,36 @@ def test_a_run_that_begins_without_a_guard_goes_on_with_one_and_with_another_win
 
 
 def test_a_rollback_leaves_the_data_out_and_outlives_a_kill(guarded, tmp_path, monkeypatch):
-    one, first = tmp_path / "one", guarded.hit[0]
-    options = {"guard__max_in_a_row": 1, "guard__max_rollbacks": 99}
+    """Steps 3 to 5 are left out, and two of them saved, before it goes back to step 2."""
+    lines = [f"line {i} {'of a small corpus ' * 3}{'Z' * (13 <= i < 26)}" for i in range(400)]
+    stretch = prepare_texts(tmp_path / "stretch", lines, held_out=0)
+    options = {"data__path": str(stretch), "data__shuffle": False}
+    options |= {"guard__max_in_a_row": 3, "checkpoint__asynchronous": False}
+    one = tmp_path / "one"
     assert guarded(one, **options) == 0
     found = rows(one)
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     assert all(row["skipped_updates"] == 0 and np.isfinite(row["loss"]) for row in found)
     entry = json.loads((one / "audit.jsonl").read_text().split("\n")[1])
-    assert (entry["at_step"], entry["to_step"]) == (first, first - 1)
-    assert entry["segment"]["first_sample"] == first * 8
-    add = RollbackLog.add
-    for name, write in (("before its record", tear), ("after it", add)):
+    assert [entry[key] for key in ("to_step", "first_skipped_step", "at_step")] == [2, 3, 5]
+    assert entry["segment"]["first_sample"] == 5 * 8
+    remove, add = rollback.remove_checkpoint, RollbackLog.add
+    for name, where, action in (
+        ("between two that it removes", (rollback, "remove_checkpoint"), remove),
+        ("before its record", (RollbackLog, "add"), tear),
+        ("after its record", (RollbackLog, "add"), add),
+    ):
 
-        def killed(log, entry, write=write):
-            write(log, entry)
+        def killed(*args, action=action):
+            action(*args)
             raise RuntimeError("killed")
 
         with monkeypatch.context() as patch:
-            patch.setattr(RollbackLog, "add", killed)
+            patch.setattr(*where, killed)
             with pytest.raises(RuntimeError, match="killed"):
                 guarded(tmp_path / name, **options)
+        left = {path.name for path in (tmp_path / name / "checkpoints").iterdir()}
+        assert left == {"1", "2"} | ({"3"} if action is remove else set())
         assert guarded(tmp_path / name, **options) == 0
         assert same(rows(tmp_path / name), found)
 
