@@ -1,5 +1,6 @@
 """Find and load a tokenizer: SentencePiece, tiktoken ranks, Hugging Face JSON, or bytes."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -18,8 +19,8 @@ _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer.byte")
 def load_tokenizer(path: str | Path, *, fingerprint: str | None = None) -> Tokenizer:
     """Load `byte`, a file of a known kind, or what a directory holds: a prepared data set, a model.
 
-    fingerprint: what a checkpoint records of it; None: what a data set does, if it is in one.
-    Raises UserError if it is none of these.
+    fingerprint: what a checkpoint records of it; None: what a data set does, if its file is in one,
+    however it is named here. Raises UserError if it is none of these.
     """
     if str(path) == "byte":
         return ByteTokenizer()
@@ -27,8 +28,7 @@ def load_tokenizer(path: str | Path, *, fingerprint: str | None = None) -> Token
         raise UserError(f"{path}: only llamajax.prepare trains a tokenizer; name its output here")
     file = Path(path)
     if file.is_dir():
-        file, recorded = _file_in(file)
-        fingerprint = fingerprint or recorded
+        file = _file_in(file)
     if not file.is_file():
         raise UserError(
             f"tokenizer {path}: no such file; give a file, a directory or `byte`; a model of the"
@@ -42,8 +42,8 @@ def load_tokenizer(path: str | Path, *, fingerprint: str | None = None) -> Token
         raise UserError(f"{file}: {problem}")
     if file.suffix == ".json":
         found = HuggingFaceTokenizer(file)
-        if fingerprint is not None:
-            found.begin_as_recorded(fingerprint)
+        if recorded := fingerprint or _fingerprint_beside(file):
+            found.begin_as_recorded(recorded)
         return found
     if re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\r?\n?", first_line):
         return TiktokenTokenizer(file)
@@ -55,17 +55,24 @@ def find_tokenizer(directory: Path) -> Path | None:
     return next((directory / name for name in _FILES if (directory / name).is_file()), None)
 
 
-def _file_in(directory: Path) -> tuple[Path, str | None]:
-    """Return the tokenizer's file in a directory, and the fingerprint that a manifest states."""
+def _fingerprint_beside(file: Path) -> str | None:
+    """Return the fingerprint that the manifest of a data set states of the tokenizer in it."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # of something else
+        stated = json.loads(file.with_name(MANIFEST).read_text("utf-8"))["tokenizer"]
+        return stated["fingerprint"] if stated["file"] == file.name else None
+    return None
+
+
+def _file_in(directory: Path) -> Path:
+    """Return the tokenizer's file in a directory."""
     manifest = directory / MANIFEST
     if manifest.is_file():
         try:
-            stated = json.loads(manifest.read_text("utf-8"))["tokenizer"]
-            return directory / stated["file"], stated.get("fingerprint")
+            return directory / json.loads(manifest.read_text("utf-8"))["tokenizer"]["file"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{manifest}: damaged; run llamajax.prepare again") from error
     if file := find_tokenizer(directory):
-        return file, None
+        return file
     raise UserError(
         f"{directory}: no tokenizer.json, tokenizer.model or manifest.json in this directory"
     )

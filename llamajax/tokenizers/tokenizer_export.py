@@ -39,7 +39,7 @@ def export_tokenizer(
         shutil.copyfile(tokenizer.file, directory / "tokenizer.json")
         if tokenizer.start_ids:
             found = tokenizers.Tokenizer.from_file(str(tokenizer.file))
-            spec = found if found.encode("a").ids[0] != tokenizer.bos_id else None
+            spec = found if found.encode("a").ids[:1] != [tokenizer.bos_id] else None
     elif tokenizer.kind == "sentencepiece":
         shutil.copyfile(tokenizer.file, directory / "tokenizer.model")
         spec = _sentencepiece_spec(tokenizer)

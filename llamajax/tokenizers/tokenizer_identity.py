@@ -74,10 +74,24 @@ def data_mismatch(
     """
     if same_tokens(ours, theirs):
         return None
+    one, other = (
+        f"{t.kind}, {t.vocab_size} tokens, {'BOS' if t.start_ids else 'no BOS'} before texts"
+        for t in (ours, theirs)
+    )
+    fix = how_to_prepare(weights_tokenizer, tokenizer_record(theirs))
     return (
-        f"{data} was prepared with another tokenizer ({ours.kind}, {ours.vocab_size} tokens) than "
-        f"the weights' own, {weights_tokenizer} ({theirs.kind}, {theirs.vocab_size} tokens): "
-        f"prepare the text again with --tokenizer={weights_tokenizer}"
+        f"{data} was prepared with another tokenizer ({one}) than the weights' own, "
+        f"{weights_tokenizer} ({other}): {fix}"
+    )
+
+
+def how_to_prepare(path: Path, record: Mapping[str, Any]) -> str:
+    """Return how text is prepared with the tokenizer of `record`, which is at `path`."""
+    if not path.exists() or matches_record(load_tokenizer(path), record):
+        return f"prepare the text again with --tokenizer={path}"
+    return (
+        "its texts begin with BOS, as in data of versions until 2026-11: prepare the text again "
+        "with --tokenizer=DIR of that data, or of an export (python -m llamajax.convert)"
     )
 
 

@@ -108,11 +108,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
         The post-processor alone decides what begins a text, as in transformers since version 5.
         """
-        plain, whole = (library.encode("a", add_special_tokens=s).ids for s in (False, True))
+        listed = {t["content"]: (t["id"], t["special"]) for t in added}
+        texts = (text for text in ("a", *vocab) if text not in listed)  # any that has tokens
+        text = next((t for t in texts if library.encode(t, add_special_tokens=False).ids), "a")
+        plain, whole = (library.encode(text, add_special_tokens=s).ids for s in (False, True))
         start = next(i for i in range(len(whole) + 1) if whole[i : i + len(plain)] == plain)
         before, after = whole[:start], whole[start + len(plain) :]
         own = (next(iter(before), None), next(reversed(after), None))
-        listed = {t["content"]: (t["id"], t["special"]) for t in added}
         special = find_special_tokens(self.file, self.facts, vocab, own=own, added=listed)
         adds_bos, warnings = bool(before), special.warnings
         if special.bos_id is not None and self.facts.add_bos not in (None, adds_bos):

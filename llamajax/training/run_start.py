@@ -14,7 +14,12 @@ from llamajax.formats.weights import TOKENIZER, Weights
 from llamajax.monitoring.run_history import History
 from llamajax.monitoring.sinks import check_installed
 from llamajax.processes.host_collectives import broadcast_from_first
-from llamajax.tokenizers.tokenizer_identity import describe, matches_record, tokenizer_record
+from llamajax.tokenizers.tokenizer_identity import (
+    describe,
+    how_to_prepare,
+    matches_record,
+    tokenizer_record,
+)
 from llamajax.training.export import exports_after, is_exported
 from llamajax.training.initial_state import new_moment_dtypes, open_initial_weights
 from llamajax.training.place_in_data import place_in_data
@@ -150,8 +155,8 @@ def run_tokenizer(setup: Setup, meta: Mapping[str, Any] | None, workdir: Path) -
     raise UserError(
         f"data.path: {path} was prepared with another tokenizer "
         f"({describe(tokenizer_record(ours))}) than the one that the checkpoints in {workdir} were "
-        f"trained with ({describe(saved)}): its token ids mean other text. Prepare the text again "
-        f"with --tokenizer={workdir / TOKENIZER}, or begin another --workdir"
+        f"trained with ({describe(saved)}): its token ids mean other text; "
+        f"{how_to_prepare(workdir / TOKENIZER, saved)}, or begin another --workdir"
     )
 
 

@@ -3,6 +3,7 @@
 Expected values: transformers 5.24.0 with tokenizers 0.23.3 on the same files, 2026-11-29.
 """
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers.processors import Sequence
+from tokenizers.processors import Sequence, TemplateProcessing
 
 from llamajax.data import load_tokenizer
 from llamajax.errors import UserError
 from llamajax.tokenizers.tokenizer_export import export_tokenizer
 from llamajax.tokenizers.tokenizer_identity import (
+    data_mismatch,
     load_recorded,
     matches_record,
     same_tokens,
@@ -156,12 +158,35 @@ def test_data_and_runs_of_before_go_on_with_the_bos_that_they_have(
     assert load_recorded(folder, record, of=Path("7")).start_ids == [258]
     store(folder, manifest={"tokenizer": {"file": "tokenizer.json", **record}})
     tokenizer = load_tokenizer(folder)
-    assert tokenizer.start_ids == [258]
+    # Workers of prepare name the file.
+    assert tokenizer.start_ids == load_tokenizer(folder / "tokenizer.json").start_ids == [258]
     (tmp_path / "export").mkdir()
     export_tokenizer(tokenizer, tmp_path / "export")
     library = tokenizers.Tokenizer.from_file(str(tmp_path / "export" / "tokenizer.json"))
     assert library.encode("a b", "c").ids == [258, 64, 220, 65, 258, 66]
     assert matches_record(load_tokenizer(tmp_path / "export"), tokenizer_record(tokenizer))
+
+
+def test_data_without_the_bos_of_a_run_is_refused_with_a_tokenizer_that_has_it(
+    tmp_path, byte_level, store
+):
+    model = byte_level(SPECIALS)
+    new = load_tokenizer(store(tmp_path, model, tokenizer_config=named(bos_token=A, eos_token=B)))
+    old = load_tokenizer(tmp_path)
+    old.special, old.fingerprint = dataclasses.replace(old.special, adds_bos=True), ""
+    with_bos, file = data_mismatch("--data=x", new, old, new.file), f"--tokenizer={new.file}"
+    assert "no BOS before texts) than" in with_bos
+    assert "--tokenizer=DIR" in with_bos
+    assert file not in with_bos  # it gives the refused tokens again
+    assert file in data_mismatch("--data=x", old, new, new.file)
+
+
+def test_texts_begin_with_bos_where_the_vocabulary_lacks_latin_letters(tmp_path, store):
+    model = tokenizers.Tokenizer(tokenizers.models.BPE({"C": 0, "G": 1}, []))
+    model.add_special_tokens(["<s>", "</s>"])
+    model.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    tokenizer = load_tokenizer(store(tmp_path, model))
+    assert (tokenizer.start_ids, tokenizer.eos_id) == ([2], 3)
 
 
 def test_one_token_at_both_ends_is_the_last_resort_and_named(tmp_path, byte_level, store):
