@@ -84,11 +84,11 @@ class Checkpointer:
 
     directory: `checkpoints/`, or a URL in an object store. keep: newest checkpoints kept.
     keep_every: checkpoints whose step is a multiple of this are kept as well. asynchronous: whether
-    `save` returns before the files are written. check_owner: called by process 0 before each save;
-    raises OSError if the directory is another run's by now. on_complete: called by process 0,
-    in a thread, with the step of each checkpoint that is complete. `begin`, or the first save,
-    removes what a killed save left behind, so only the run itself may make one; to read
-    checkpoints use `open_checkpoint`.
+    `save` returns before the files are written. check_owner: called by process 0 before each save
+    and before `remove_after`; raises OSError if the directory is another run's by now. on_complete:
+    called by process 0, in a thread, with the step of each checkpoint that is complete. `begin`, or
+    the first save, removes what a killed save left behind, so only the run itself may make one; to
+    read checkpoints use `open_checkpoint`.
 
     completed: steps of the saves that ended well, for the caller to take.
     """
@@ -189,6 +189,28 @@ class Checkpointer:
         self._save = None
         if text is not None:
             raise CheckpointError(text, step=save.step)
+
+    def remove_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, the newest first.
+
+        Raises UserError, also if the directory is another run's by now. To be called by all
+        processes, while no save is in progress.
+        """
+
+        def remove() -> None:
+            try:
+                if self._check_owner is not None:
+                    self._check_owner()
+                for path in reversed(manifests.step_directories(self.directory)):
+                    if int(path.name) > step:
+                        manifests.remove_checkpoint(path)
+            except OSError as error:
+                what = f"checkpoints after step {step} in {self.directory} cannot be removed"
+                raise location.refusal(
+                    error, self.directory, what, "repair the directory"
+                ) from None
+
+        broadcast_from_first(remove)
 
     def close(self) -> None:
         """Wait for the save in progress and raise its CheckpointError; release the threads."""

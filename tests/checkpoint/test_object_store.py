@@ -152,10 +152,15 @@ def test_two_runs_cannot_share_a_url(folder, tmp_path):
     (one / ".run_id").unlink()  # a new machine, on which the same path is empty
     assert "taken over" in claim(folder, one)
     (one / ".run_id").write_text("of the old machine")
+    state = {"x": jax.numpy.ones(3)}
+    with checkpointer(folder) as theirs:
+        theirs.save(1, state, meta={})
     with checkpointer(folder, check_owner=lambda: check_owner(folder, one)) as run:
         with pytest.raises(CheckpointError, match="taken over by the run"):
-            run.save(1, {"x": jax.numpy.ones(3)}, meta={})
-        assert run.steps() == []
+            run.save(2, state, meta={})
+        with pytest.raises(TransientError, match=r"after step 0 .* was taken over by the run"):
+            run.remove_after(0)
+        assert run.steps() == [1]
     (folder / OWNER).unlink()  # with the bucket, for example
     with pytest.raises(OSError, match=f"{OWNER} is gone"):
         check_owner(folder, one)

@@ -4,8 +4,6 @@ import dataclasses
 
 from llamajax import data
 from llamajax.checkpoint import CheckpointError
-from llamajax.checkpoint.location import Location, refusal
-from llamajax.checkpoint.manifest import remove_checkpoint, step_directories
 from llamajax.processes.host_collectives import broadcast_from_first
 from llamajax.training.attempt import Attempt
 from llamajax.training.safety.guard_stops import GuardStop, RollbackNeeded
@@ -54,7 +52,7 @@ def _roll_back(attempt: Attempt, cause: RollbackNeeded) -> GuardStop | None:
     times = sum(entry.to_step == to_step for entry in run.rollbacks.entries)
     if times >= run.config.guard.max_rollbacks:
         return GuardStop(f"{cause}; the run has gone back to {where} {times} times already")
-    broadcast_from_first(_remove_after, checkpointer.directory, to_step)
+    checkpointer.remove_after(to_step)
     segment, reached = data.left_out(
         attempt.start.position,
         run.setup.mixtures,
@@ -78,17 +76,6 @@ def _roll_back(attempt: Attempt, cause: RollbackNeeded) -> GuardStop | None:
         f"{cause.step} (audit.jsonl)"
     )
     return None
-
-
-def _remove_after(directory: Location, step: int) -> None:
-    """Remove the checkpoints of later steps, the newest first."""
-    try:
-        for path in reversed(step_directories(directory)):
-            if int(path.name) > step:
-                remove_checkpoint(path)
-    except OSError as error:
-        what = f"a checkpoint after step {step} in {directory} cannot be removed"
-        raise refusal(error, directory, what, "repair the directory") from None
 
 
 def target(steps: list[int], first_skipped_step: int) -> int | None:

@@ -13,7 +13,7 @@ from refusal import refused
 from workdirs import export_poisoned, prepare_texts
 
 from llamajax import data, prepare
-from llamajax.checkpoint import open_checkpoint, restore_state
+from llamajax.checkpoint import manifest, open_checkpoint, restore_state
 from llamajax.data.batches import make_batch
 from llamajax.data.packing import WINDOWS
 from llamajax.data.position import Segment
@@ -25,7 +25,6 @@ from llamajax.monitoring.metrics import MEASURED
 from llamajax.replaying.replay_options import ReplayOptions
 from llamajax.replaying.replay_step import replay
 from llamajax.training.place_in_data import read_position
-from llamajax.training.safety import rollback
 from llamajax.training.safety.rollback import target
 from llamajax.training.safety.rollback_log import Rollback, RollbackLog
 from llamajax.training.setup import set_up
@@ -167,9 +166,9 @@ def test_a_rollback_leaves_the_data_out_and_outlives_a_kill(guarded, tmp_path, m
     entry = json.loads((one / "audit.jsonl").read_text().split("\n")[1])
     assert [entry[key] for key in ("to_step", "first_skipped_step", "at_step")] == [2, 3, 5]
     assert entry["segment"]["first_sample"] == 5 * 8
-    remove, add = rollback.remove_checkpoint, RollbackLog.add
+    remove, add = manifest.remove_checkpoint, RollbackLog.add
     for name, where, action in (
-        ("between two that it removes", (rollback, "remove_checkpoint"), remove),
+        ("between two that it removes", (manifest, "remove_checkpoint"), remove),
         ("before its record", (RollbackLog, "add"), tear),
         ("after its record", (RollbackLog, "add"), add),
     ):
