@@ -68,7 +68,7 @@ MISTAKES = {
     "--text=text.txt --stride=8": "--stride belongs to",
     "--text=text.txt --seq_len=8 --protocol=sliding_window --stride=8": "must be below --seq_len=8",
     "--text=text.txt --protocol=sliding_window --stride=0 --batch_size=0": "(?s)stride=0.*size=0",
-    "--data=prepared --split=test": "it has train, validation",
+    "--data=prepared --split=test": "--split=test: .*no test split; it has train, validation",
     "--data=missing": "no such directory",
     "--tasks=missing.jsonl": "--tasks: missing.jsonl: cannot be read: No such file",
     "--tasks=empty.txt": "holds no question",

@@ -21,7 +21,10 @@ class PackedRows:
     def __init__(
         self, path: Path, *, split: str, seq_len: int, mask_documents: bool, vocab_size: int
     ) -> None:
-        self._source = open_split(path, split, verify=False)
+        try:
+            self._source = open_split(path, split, verify=False)
+        except UserError as error:
+            raise UserError(f"--split={split}: {error}") from None
         tokens = self._source.manifest["tokenizer"]["vocab_size"]
         if tokens > vocab_size:
             raise UserError(

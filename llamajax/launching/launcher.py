@@ -178,10 +178,14 @@ class Launcher:
         elif ExitCode.STOPPED in ended.values():
             self._node.say({"say": "stopping"})
         elif workers.idle_s() > self._options.timeout_s:
+            rank, until_s = workers.running[0], time.monotonic() + _STACKS_WITHIN_S
             workers.send(signal.SIGUSR1)  # workers of ours write the stacks of their threads
-            wait(workers.wakers, _STACKS_WITHIN_S)
+            # The signal ends others, whose end must not cut that short.
+            while workers.running and (left_s := until_s - time.monotonic()) > 0:
+                wait(workers.wakers, left_s)
+                workers.ended()
             what = f"no progress within {self._options.timeout_s:g} s"
-            self._report_failure(workers, workers.running[0], ExitCode.STALLED, what)
+            self._report_failure(workers, rank, ExitCode.STALLED, what)
 
     def _report_failure(self, workers: WorkerGroup, rank: int, code: int, what: str) -> None:
         self._report_checkpoints()

@@ -349,6 +349,44 @@ if attempt == 0:
     assert "in where_it_hangs" in log(tmp_path, 0, 0)
 
 
+def test_a_worker_that_the_signal_ends_does_not_cut_off_the_stacks_of_others(
+    launched, tmp_path, monkeypatch, at_each_look
+):
+    """Worker 1 writes them after worker 0, which does not catch the signal, has ended."""
+    gone = tmp_path / "gone"
+    lines = f"""
+def write(*_):
+    while not Path({str(gone)!r}).exists():
+        os.sched_yield()
+    print("stacks")
+    os._exit(1)
+if rank == 1:
+    signal.signal(signal.SIGUSR1, write)
+print("hangs", os.getpid())
+wait_for_ever()"""
+
+    def touch(number: int) -> None:
+        logs = list((tmp_path / "logs").glob("worker_?.0.log"))
+        if not all("hangs" in path.read_text() for path in logs):
+            os.utime(logs[0], (number, number))
+
+    def watch() -> None:
+        poll, file = threading.Event(), tmp_path / "logs" / "worker_0.0.log"
+        while not file.exists() or not (found := re.fullmatch(r"hangs (\d+)\n", file.read_text())):
+            poll.wait(0.01)
+        while is_running(int(found[1])):
+            poll.wait(0.01)
+        gone.touch()
+
+    at_each_look(touch)
+    monkeypatch.setattr(launcher, "_STACKS_WITHIN_S", 60.0)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    assert launched(lines, processes_per_node=2) == 124
+    thread.join()
+    assert "stacks" in log(tmp_path, 1, 0)
+
+
 def test_without_restarts_silence_ends_with_a_code_of_its_own(launched):
     assert launched("wait_for_ever()", timeout_s=0.5) == 124
 
