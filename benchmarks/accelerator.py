@@ -34,7 +34,8 @@ from llamajax.files import write_file
 from llamajax.monitoring.jsonl import RowFile, read_lines
 from llamajax.verbs import run_verb
 
-BACKEND = ("backend", "plugin", "options", "device_table")  # flags of `train_step.py`
+# Flags of `train_step.py`.
+BACKEND = ("backend", "plugin", "options", "num_cpu_devices", "device_table")
 DOES_NOT_FIT = "does not fit"
 ROWS, RESULTS, LOG = "results.jsonl", "results.json", "log.txt"
 _ENDS_WITHIN_S = 5.0  # after a signal, before it is killed
@@ -69,7 +70,7 @@ class AcceleratorFlags(BackendFlags):
         return Path(self.output)
 
     @property
-    def step_flags(self) -> dict[str, str]:
+    def step_flags(self) -> dict[str, Any]:
         """Those that choose a backend, as `train_step.py` takes them as well."""
         return {name: getattr(self, name) for name in BACKEND if getattr(self, name)}
 

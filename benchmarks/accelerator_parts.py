@@ -50,7 +50,7 @@ class Child:
     """
 
     def __init__(
-        self, size: str, *, left_s: Callable[[], float], output: Path, backend: dict[str, str]
+        self, size: str, *, left_s: Callable[[], float], output: Path, backend: dict[str, Any]
     ):
         self.size, self.left_s, self.output, self.backend = size, left_s, output, backend
         self.state: Any = None
@@ -353,7 +353,7 @@ def doctor(child: Child, _: str) -> Found:
     """The verdict of `llamajax.doctor`, which starts a process for each probe that needs one."""
     file, limit_s = child.output / "doctor.json", max(20.0, child.left_s() / 4)
     command = [sys.executable, "-m", "llamajax.doctor", f"--json={file}", f"--timeout_s={limit_s}"]
-    taken = ("backend", "plugin", "options")
+    taken = ("backend", "plugin", "options", "num_cpu_devices")
     command += [f"--{k}={v}" for k, v in child.backend.items() if k in taken]
     with (child.output / "doctor.txt").open("wb") as text:  # also if its time is too short
         done = subprocess.run(command, stdout=text, check=False)

@@ -120,6 +120,9 @@ def test_accelerator_goes_on_where_it_was_killed_or_out_of_time(tmp_path):
     table = json.loads((output / "results.json").read_text())["table"]
     assert re.search(rf"\| predicted \| {name[1]} \| .* ms predicted, .* measured", table)
 
+    code, virtual = accelerator("--parts=environment", "--num_cpu_devices=2", "--restart")
+    assert [(code, row["num_devices"]) for row in virtual.values()] == [(0, 2)]
+
 
 def test_published_runs_are_compared_or_what_is_missing_is_named():
     done = run("published.py", "--only=h200:1")
