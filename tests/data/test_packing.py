@@ -254,6 +254,9 @@ def test_text_read_before_says_nothing_about_instructions(chats, prepared, opene
     (line,) = stage_warnings(freeze(config), place, with_chat, step=5)
     assert "data.packing=windows cuts them" in line
     assert not list(stage_warnings(freeze(config), place, with_chat, step=6))
+    unknown = with_stages(old, again, with_chat, step=5)
+    _, line = stage_warnings(freeze(config), unknown, with_chat, step=5)
+    assert "of an earlier release, does not say of which sources" in line
 
 
 def test_another_length_keeps_the_epochs(chats):
