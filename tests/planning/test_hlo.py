@@ -13,6 +13,7 @@ from llamajax.planning.hlo_products import product_flops
 from llamajax.planning.traffic import (
     axes_of_groups,
     device_groups,
+    ring_bytes,
     slice_groups,
     slow_share,
     traffic,
@@ -231,6 +232,18 @@ def test_groups_of_hosts_of_slices_are_read(text, groups):
 def test_groups_belong_to_the_axes_along_which_they_differ(text, axes):
     sizes = {"data": 2, "fsdp": 4, "tensor": 2}
     assert axes_of_groups(device_groups(text, 16), sizes) == axes
+
+
+@pytest.mark.parametrize(
+    ("pairs", "sent"),
+    [
+        ([[n, (n + 1) % 8] for n in range(8)], 100),
+        ([[n, min(n + 1, 7)] for n in range(8)], 7 / 8 * 100),
+    ],
+)
+def test_only_the_sources_of_a_permutation_send(pairs, sent):
+    collective = Collective("collective-permute", "", "f32", operand_bytes=100, count=1)
+    assert ring_bytes(collective, pairs, 8) == sent
 
 
 @pytest.mark.parametrize(
