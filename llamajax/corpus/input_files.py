@@ -160,8 +160,10 @@ def byte_lines(stream: io.BufferedReader) -> Iterator[tuple[int, int, bytes]]:
     """
     offset = 0
     for number, line in enumerate(stream, 1):
-        yield number, offset, line if offset else line.removeprefix(codecs.BOM_UTF8)
-        offset += len(line)
+        end = offset + len(line)
+        line = line if offset else line.removeprefix(codecs.BOM_UTF8)
+        yield number, end - len(line), line
+        offset = end
 
 
 def is_blank(line: bytes) -> bool:

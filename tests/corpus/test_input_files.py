@@ -115,6 +115,7 @@ def test_patterns_name_files_in_order_and_once(tmp_path, monkeypatch):
         ("f.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "byte 0xff at offset 24"),
         ("f.txt", b"abc\xc3(", "f.txt: not UTF-8: byte 0xc3 at offset 3"),
         ("f.tokens", b" = A = \n \xe9\n", "f.tokens: not UTF-8: byte 0xe9 at offset 9"),
+        ("f.jsonl", b'\xef\xbb\xbf{"text": "\xff"}\n', "byte 0xff at offset 13"),
         ("f.txt.gz", gzip.compress(b"abc" * 999, mtime=0)[:-9], "f.txt.gz: truncated or damaged"),
         ("f.txt.zst", PACK[".zst"](b"abc" * 999)[:-3], "f.txt.zst: truncated or damaged"),
         # a frame whose header asks for a window of 2 GiB, as zstd --long=31 writes it
