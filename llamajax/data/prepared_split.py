@@ -140,7 +140,7 @@ class PreparedSplit:
             return None
         return (
             f"{self.path} was prepared with another tokenizer than {other.path} ({ours[:12]}, "
-            f"{theirs[:12]}): prepare them with the same one"
+            f"{theirs[:12]}): prepare its text again with --tokenizer={other.path}"
         )
 
     @functools.cached_property

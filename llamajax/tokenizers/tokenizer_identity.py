@@ -90,8 +90,8 @@ def how_to_prepare(path: Path, record: Mapping[str, Any]) -> str:
     if not path.exists() or matches_record(load_tokenizer(path), record):
         return f"prepare the text again with --tokenizer={path}"
     return (
-        "its texts begin with BOS, as in data of versions until 2026-11: prepare the text again "
-        "with --tokenizer=DIR of that data, or of an export (python -m llamajax.convert)"
+        "texts of that one begin with BOS, as in data of versions until 2026-11: prepare the text "
+        "again with --tokenizer=DIR of that data, or of an export (python -m llamajax.convert)"
     )
 
 
