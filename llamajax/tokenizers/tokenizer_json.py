@@ -121,7 +121,7 @@ class HuggingFaceTokenizer(Tokenizer):
             warnings += (
                 f"{self.file} puts {'a' if adds_bos else 'no'} BOS before texts, although "
                 f"tokenizer_config.json has add_bos_token: {json.dumps(self.facts.add_bos)}; "
-                "transformers 5 ignores that beside a tokenizer.json, and so do we",
+                "transformers 5 ignores that beside a tokenizer.json, and so do we for new data",
             )
         return dataclasses.replace(special, adds_bos=adds_bos, warnings=warnings)
 
