@@ -105,12 +105,13 @@ class System:
 
     def __init__(self, name: str, flags: VersusFlags, folder: Path, *, initial: bool):
         self.name = name
-        script = Path(__file__).with_name("versus_systems.py")
+        clone = Path((flags.source or {}).get(name, Path(__file__).parents[1])).resolve()
+        script = clone / "benchmarks" / "versus_systems.py"  # of the same version as the package
         command = [flags.interpreter(name), str(script), flags.kind(name), str(folder)]
         command += ["--initial"] * initial
         environment = dict(os.environ)
         if flags.kind(name) != name:
-            environment["PYTHONPATH"] = str(Path(flags.source[name]).resolve())
+            environment["PYTHONPATH"] = str(clone)
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, text=True, env=environment
