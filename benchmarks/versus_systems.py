@@ -65,7 +65,7 @@ def transformers_llama(model: dict[str, Any]) -> Any:
             attn_implementation="sdpa",
             bos_token_id=None,
             eos_token_id=None,
-            pad_token_id=0,
+            pad_token_id=None,  # the embedding of a padding token would not be trained
         )
     )
 
